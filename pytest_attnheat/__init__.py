@@ -1,0 +1,81 @@
+"""Test attention the way good engineers test anything else.
+
+Importing this package loads neither torch, numpy nor matplotlib: each public
+name is imported from its room when it is first used (PEP 562).
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pytest_attnheat.assertions.rows import (
+        assert_doubly_stochastic as assert_doubly_stochastic,
+        assert_entropy as assert_entropy,
+        assert_one_hot as assert_one_hot,
+        assert_row_stochastic as assert_row_stochastic,
+        assert_uniform as assert_uniform,
+    )
+    from pytest_attnheat.cases import (
+        AttentionCase as AttentionCase,
+        make_attention as make_attention,
+    )
+    from pytest_attnheat.heatmaps.figure import (
+        HeatmapFigure as HeatmapFigure,
+        show_heatmaps as show_heatmaps,
+    )
+    from pytest_attnheat.heatmaps.terminal import format_heatmap as format_heatmap
+    from pytest_attnheat.reference import (
+        attend as attend,
+        causal_mask as causal_mask,
+        masked_softmax as masked_softmax,
+        padding_mask as padding_mask,
+        sliding_window_mask as sliding_window_mask,
+    )
+    from pytest_attnheat.scoring import (
+        AdditiveScore as AdditiveScore,
+        BilinearScore as BilinearScore,
+        DotProductScore as DotProductScore,
+        ScaledDotProductScore as ScaledDotProductScore,
+        register_scoring_function as register_scoring_function,
+    )
+
+__version__ = "0.1.0"
+
+_ROOM_OF = {
+    "AdditiveScore": "scoring",
+    "AttentionCase": "cases",
+    "BilinearScore": "scoring",
+    "DotProductScore": "scoring",
+    "HeatmapFigure": "heatmaps.figure",
+    "ScaledDotProductScore": "scoring",
+    "assert_doubly_stochastic": "assertions.rows",
+    "assert_entropy": "assertions.rows",
+    "assert_one_hot": "assertions.rows",
+    "assert_row_stochastic": "assertions.rows",
+    "assert_uniform": "assertions.rows",
+    "attend": "reference",
+    "causal_mask": "reference",
+    "format_heatmap": "heatmaps.terminal",
+    "make_attention": "cases",
+    "masked_softmax": "reference",
+    "padding_mask": "reference",
+    "register_scoring_function": "scoring",
+    "show_heatmaps": "heatmaps.figure",
+    "sliding_window_mask": "reference",
+}
+
+__all__ = ["__version__", *_ROOM_OF]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name from its room on first use."""
+    if name not in _ROOM_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_ROOM_OF[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """List the public names, loaded or not."""
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Assertions on attention. They know nothing of pytest."""

@@ -1,0 +1,1 @@
+"""Pictures of attention, drawn in whole pixels, and their terminal view."""

@@ -1,0 +1,1 @@
+"""What pytest calls: options, ini settings, markers and hooks. Loads nothing heavy."""
