@@ -1,0 +1,174 @@
+"""From weights to pixels: the colour scale, and panels painted cell by cell."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.colors import Colormap
+
+from pytest_attnheat.heatmaps.layout import Box, Layout
+from pytest_attnheat.heatmaps.maps import Cells, Floats
+
+Levels = npt.NDArray[np.uint16]
+Image = npt.NDArray[np.uint8]
+
+_COLORS = 256
+# Codes beyond the colours of the scale.
+_MASKED, _STRIPE, _NAN, _BLACK, _WHITE, _FRAME, _CLEAR = range(_COLORS, _COLORS + 7)
+_BEYOND = {
+    _MASKED: (232, 232, 232, 255),
+    _STRIPE: (176, 176, 176, 255),
+    _NAN: (0, 160, 255, 255),
+    _BLACK: (0, 0, 0, 255),
+    _WHITE: (255, 255, 255, 255),
+    _FRAME: (96, 96, 96, 255),
+    _CLEAR: (255, 255, 255, 0),
+}
+# Weights beyond 0..1 by rounding are weights all the same.
+_ROUNDING = 0.01
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The range of values that the colours stand for.
+
+    Attributes:
+        low, high: float64 (rows, columns), equal everywhere unless each panel has its own.
+        shared: whether one range holds for all panels.
+    """
+
+    low: npt.NDArray[np.float64]
+    high: npt.NDArray[np.float64]
+    shared: bool
+
+    @property
+    def range(self) -> tuple[float, float]:
+        """The range of the first panel, which is that of all where it is shared."""
+        return float(self.low[0, 0]), float(self.high[0, 0])
+
+
+def shared_scale(cells: Cells, smallest: float, vmin: float | None, vmax: float | None) -> Scale:
+    """Make one range for all panels: 0 to 1 for weights, else that of the values."""
+    largest = float(cells.values.max())
+    if cells.masked.any() or not np.isfinite(largest):
+        shown = np.isfinite(cells.values) & ~cells.masked
+        largest = float(np.max(cells.values, where=shown, initial=-np.inf))
+    if smallest > largest:  # no finite cell at all
+        smallest, largest = 0.0, 1.0
+    if smallest >= -_ROUNDING and largest <= 1 + _ROUNDING:
+        smallest, largest = 0.0, 1.0
+    low = smallest if vmin is None else float(vmin)
+    high = largest if vmax is None else float(vmax)
+    if low == high and vmin is None and vmax is None:
+        low, high = low - 0.5, high + 0.5
+    if not (np.isfinite(low) and np.isfinite(high) and low < high):
+        raise ValueError(
+            f"show_heatmaps: a colour scale needs finite vmin < vmax, got vmin={low:g}, "
+            f"vmax={high:g}"
+        )
+    grid = np.ones(cells.values.shape[:2])
+    return Scale(low * grid, high * grid, shared=True)
+
+
+def panel_scales(cells: Cells) -> Scale:
+    """Give each panel the range of its own cells."""
+    finite = np.isfinite(cells.values) & ~cells.masked
+    low = np.min(cells.values, axis=(2, 3), where=finite, initial=np.inf).astype(np.float64)
+    high = np.max(cells.values, axis=(2, 3), where=finite, initial=-np.inf).astype(np.float64)
+    nothing = low > high  # no finite cell at all
+    low[nothing], high[nothing] = 0.0, 1.0
+    return Scale(low, high, shared=False)
+
+
+def paint(
+    cells: Cells, scale: Scale, cmap: str | Colormap, layout: Layout, highlight: list[Box]
+) -> Image:
+    """Paint panels, tick marks' frame, colorbar and highlights on a transparent figure.
+
+    Returns:
+        RGBA (height, width, 4), the first row on top.
+    """
+    width, height = layout.size
+    canvas = np.full((height, width), _CLEAR, dtype=np.uint16)
+    levels = _levels(cells, scale)
+    framed = len(layout.tops) == 1 or layout.tops[1] - layout.tops[0] > layout.panel[1] + 2
+    framed &= len(layout.lefts) == 1 or layout.lefts[1] - layout.lefts[0] > layout.panel[0] + 2
+    for row, top in enumerate(layout.tops):
+        for column, left in enumerate(layout.lefts):
+            if framed:
+                _outline(canvas, Box(left, top, *layout.panel), 1, _FRAME)
+            panel = canvas[top : top + layout.panel[1], left : left + layout.panel[0]]
+            panel[:] = levels[row, column].repeat(layout.cell[1], 0).repeat(layout.cell[0], 1)
+    _stripe(canvas)
+    if layout.bar is not None:
+        _outline(canvas, layout.bar, 1, _FRAME)
+        left, top, wide, tall = layout.bar
+        gradient = np.linspace(_COLORS - 1, 0, tall).round().astype(np.uint16)
+        canvas[top : top + tall, left : left + wide] = gradient[:, None]
+    for box in highlight:
+        _outline(canvas, box, 1, _BLACK)
+        _outline(canvas, _grown(box, 1), 1, _WHITE)
+        _outline(canvas, _grown(box, 2), 1, _BLACK)
+    return _palette(cmap)[canvas].view(np.uint8).reshape(height, width, 4)
+
+
+def tick(image: Image, left: int, top: int, wide: int, high: int) -> None:
+    """Paint a tick mark."""
+    image[max(0, top) : top + high, max(0, left) : left + wide] = _BEYOND[_FRAME]
+
+
+def is_dark(cmap: str | Colormap, cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
+    """Tell for each cell whether its colour is so dark that a number on it must be white."""
+    colors = _palette(cmap).view(np.uint8).reshape(-1, 4)[:, :3].astype(np.float64)
+    luminance = colors @ (0.299, 0.587, 0.114)
+    dark: npt.NDArray[np.bool_] = (luminance < 128)[_levels(cells, scale)]
+    return dark
+
+
+def _levels(cells: Cells, scale: Scale) -> Levels:
+    values: Floats = cells.values
+    low = scale.low[:, :, None, None].astype(np.float32)
+    span = (scale.high - scale.low)[:, :, None, None].astype(np.float32)
+    span[span == 0] = 1  # a panel of one value, on a scale of its own
+    missing = np.isnan(values)
+    scaled = (values - low) * (np.float32(_COLORS) / span)
+    scaled[missing] = 0
+    levels: Levels = scaled.clip(0, _COLORS - 1, out=scaled).astype(np.uint16)
+    levels[missing] = _NAN
+    levels[cells.masked] = _MASKED
+    return levels
+
+
+def _palette(cmap: str | Colormap) -> npt.NDArray[np.uint32]:
+    """Return RGBA packed in 32 bits for every code."""
+    colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    scale = colormap(np.linspace(0, 1, _COLORS), bytes=True)
+    beyond = np.array([_BEYOND[code] for code in sorted(_BEYOND)], dtype=np.uint8)
+    packed: npt.NDArray[np.uint32] = np.concatenate([scale, beyond]).view(np.uint32).ravel()
+    return packed
+
+
+def _stripe(canvas: Levels) -> None:
+    """Draw masked cells in diagonal stripes, which no colour of a scale can look like."""
+    masked = canvas == _MASKED
+    if masked.any():
+        down, across = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
+        canvas[masked & ((down + across) % 4 == 0)] = _STRIPE
+
+
+def _grown(box: Box, by: int) -> Box:
+    return Box(box.left - by, box.top - by, box.width + 2 * by, box.height + 2 * by)
+
+
+def _outline(canvas: Levels, box: Box, width: int, code: int) -> None:
+    """Draw a line around a box, outside of it, as far as it lies within the canvas."""
+    left, top = max(0, box.left), max(0, box.top)
+    right, bottom = box.left + box.width, box.top + box.height
+    outer_left, outer_top = max(0, left - width), max(0, top - width)
+    canvas[outer_top:top, outer_left : right + width] = code
+    canvas[bottom : bottom + width, outer_left : right + width] = code
+    canvas[outer_top : bottom + width, outer_left:left] = code
+    canvas[outer_top : bottom + width, right : right + width] = code

@@ -1,0 +1,222 @@
+"""`show_heatmaps`, and the figure that it returns."""
+
+from __future__ import annotations
+
+import io
+import operator
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import matplotlib
+from matplotlib.colors import Colormap
+from matplotlib.figure import Figure
+
+from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
+from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest
+from pytest_attnheat.heatmaps.picture import Picture
+from pytest_attnheat.heatmaps.sheet import Shown
+from pytest_attnheat.heatmaps.writing import Design, Words
+
+# Attention compresses well at any level; a higher one mostly takes time.
+_PNG_LEVEL = 1
+
+
+class HeatmapFigure(Figure):
+    """A matplotlib figure that shows heatmaps, made by `show_heatmaps`.
+
+    It belongs to no window and to no pyplot state, and notebooks show it as SVG. The picture is
+    laid out in whole pixels for whatever size and resolution it is drawn at.
+
+    Attributes:
+        picture: the artist that draws it; `picture.shown` is what it shows.
+    """
+
+    picture: Picture
+
+    def savefig(
+        self,
+        fname: str | Path | IO[bytes] | Any,
+        *,
+        transparent: bool | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Save as `matplotlib.figure.Figure.savefig` does, PNG with fast compression."""
+        if _format_of(fname, kwargs.get("format")) == "png":
+            options = kwargs.get("pil_kwargs") or {}
+            kwargs["pil_kwargs"] = {"compress_level": _PNG_LEVEL, **options}
+        super().savefig(fname, transparent=transparent, **kwargs)
+
+    def _repr_svg_(self) -> str:
+        """Show the figure in a notebook, crisp at any zoom."""
+        file = io.BytesIO()
+        self.savefig(file, format="svg")
+        return file.getvalue().decode("utf-8")
+
+
+def _format_of(fname: object, given: str | None) -> str:
+    suffix = Path(fname).suffix[1:] if isinstance(fname, (str, Path)) else ""
+    return (given or suffix or str(matplotlib.rcParams["savefig.format"])).lower()
+
+
+def show_heatmaps(
+    matrices: object,
+    xlabel: str,
+    ylabel: str,
+    titles: Sequence[str] | None = None,
+    figsize: tuple[float, float] | None = (2.5, 2.5),
+    cmap: str | Colormap = "Reds",
+    *,
+    title: str | None = None,
+    row_titles: Sequence[str] | None = None,
+    key_labels: Sequence[str] | None = None,
+    query_labels: Sequence[str] | None = None,
+    mask: object = None,
+    scale: Literal["shared", "panel"] = "shared",
+    vmin: float | None = None,
+    vmax: float | None = None,
+    colorbar: bool = True,
+    numbers: bool | str = False,
+    highlight: Sequence[Sequence[int]] = (),
+    dpi: float | None = None,
+) -> HeatmapFigure:
+    """Draw attention weights as a grid of heatmaps.
+
+    Every cell is a whole number of pixels. Maps with more weights than the figure has pixels
+    are pooled in whole blocks to their largest weight, on their own device, and the figure says
+    so: a single weight of 1 among millions of zeros stays visible.
+
+    Args:
+        matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
+            keys): a tensor of any real dtype, device and gradient state, a NumPy array, or
+            nested lists of equal maps. Usually rows are layers or samples and columns heads.
+            NaN is drawn blue; -inf, as in masked scores, like a masked cell.
+        xlabel: Name of the key axis.
+        ylabel: Name of the query axis.
+        titles: One title for each column.
+        figsize: Width and height of the whole figure in inches; None for a size at which all
+            cells and labels have room.
+        cmap: A matplotlib colormap or its name.
+        title: A title for the figure.
+        row_titles: One title for each row.
+        key_labels: One label for each key, for example its token. Any script; what no installed
+            font can draw is written as an escape.
+        query_labels: One label for each query.
+        mask: Boolean, True where a query may attend; broadcast to the maps. Cells where it may
+            not are striped grey, whatever their weight.
+        scale: "shared" for one colour scale for all panels, 0 to 1 where all values are in that
+            range and else from the smallest to the largest; "panel" for one scale a panel, its
+            range written above it.
+        vmin: Lower end of the shared scale.
+        vmax: Upper end of the shared scale.
+        colorbar: Whether to draw the colour scale.
+        numbers: True to write each weight into its cell, or a format such as ".1f" (the default
+            is ".2f").
+        highlight: Places to outline: (row, column, query, key) for a cell, without the key for
+            a whole query; row and column are 0 where the maps have fewer dimensions.
+        dpi: Pixels per inch; matplotlib's `figure.dpi` by default.
+
+    Returns:
+        The figure. No window opens and pyplot does not know it.
+
+    Raises:
+        TypeError: Something other than real numbers, or a mask that is not boolean.
+        ValueError: Nothing to show, shapes that do not fit together, or a figure too small.
+    """
+    maps = read_maps(matrices, mask)
+    words = Words(
+        xlabel=xlabel,
+        ylabel=ylabel,
+        title=title,
+        column_titles=_texts("titles", titles, maps.shape[1], "columns"),
+        row_titles=_texts("row_titles", row_titles, maps.shape[0], "rows"),
+        key_labels=_texts("key_labels", key_labels, maps.shape[3], "keys"),
+        query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
+        number_format=_number_format(numbers),
+    )
+    if scale not in ("shared", "panel"):
+        raise ValueError(f"show_heatmaps: scale is {scale!r}; accepted are 'shared' and 'panel'")
+    if scale == "panel" and not (vmin is None and vmax is None):
+        raise ValueError("show_heatmaps: vmin and vmax belong to scale='shared', not to 'panel'")
+    if isinstance(cmap, str) and cmap not in matplotlib.colormaps:
+        raise ValueError(f"show_heatmaps: matplotlib knows no colormap {cmap!r}")
+    places = [_place(place, maps.shape) for place in highlight]
+    design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
+    figure = HeatmapFigure(dpi=dpi)
+    # An engine that the user's settings ask for has nothing to lay out here.
+    figure.set_layout_engine("none")
+    size = _size(figsize, design, maps, figure.dpi)
+    figure.set_size_inches(size[0] / figure.dpi, size[1] / figure.dpi)
+    cells = pool(maps, design.block_for(size, figure.dpi))
+    if scale == "panel":
+        scales = panel_scales(cells)
+    else:
+        known = vmin is not None and vmax is not None
+        scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
+    figure.picture = Picture(Shown(design, cells, scales, cmap, places), figure)
+    figure.add_artist(figure.picture)
+    figure.picture.prepare(size, figure.dpi)
+    return figure
+
+
+def _texts(name: str, texts: Sequence[str] | None, count: int, what: str) -> Sequence[str] | None:
+    if texts is None:
+        return None
+    given = [texts] if isinstance(texts, str) else [str(text) for text in texts]
+    if len(given) != count:
+        raise ValueError(
+            f"show_heatmaps: {name} has {len(given)} text(s), but there are {count} {what}"
+        )
+    return given
+
+
+def _number_format(numbers: bool | str) -> str | None:
+    if numbers is False:
+        return None
+    spec = ".2f" if numbers is True else numbers
+    try:
+        format(0.5, spec)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"show_heatmaps: numbers is {numbers!r}; accepted are True, False and a format "
+            "of floats such as '.1f'"
+        ) from None
+    return spec
+
+
+def _place(place: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Check a place (row, column, query, key) or (row, column, query)."""
+    try:
+        indices = tuple(operator.index(index) for index in place)
+    except TypeError:
+        indices = ()
+    inside = all(-side <= index < side for index, side in zip(indices, shape, strict=False))
+    if len(indices) not in (3, 4) or not inside:
+        raise ValueError(
+            f"show_heatmaps: highlight holds {place!r}; accepted are (row, column, query, key) for "
+            f"a cell and (row, column, query) for a whole query, within the shape {shape}"
+        )
+    return tuple(index % side for index, side in zip(indices, shape, strict=False))
+
+
+def _size(
+    figsize: tuple[float, float] | None, design: Design, maps: Maps, dpi: float
+) -> tuple[int, int]:
+    """Return the size of the figure in pixels."""
+    if figsize is None:
+        return design.natural_size(dpi, _number_width(design.words, maps))
+    inches = tuple(float(side) for side in figsize)
+    if len(inches) != 2 or not all(0 < side < float("inf") for side in inches):
+        raise ValueError(
+            f"show_heatmaps: figsize is {figsize!r}; accepted is (width, height) in inches, or "
+            "None for a size that fits"
+        )
+    return int(inches[0] * dpi), int(inches[1] * dpi)
+
+
+def _number_width(words: Words, maps: Maps) -> float:
+    """Return the width in em of the widest number that would be written."""
+    if words.number_format is None:
+        return 0.0
+    values = pool(maps, (1, 1)).values
+    return max(words.lettering.width(words.number(float(value))) for value in values.ravel())

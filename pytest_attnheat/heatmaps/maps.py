@@ -1,0 +1,337 @@
+"""What a picture shows: the maps a user gives, checked and pooled to the cells that fit.
+
+Maps may be tensors of any device, NumPy arrays or nested lists. Tensors are reduced where
+they live, and only the reduced cells are copied to the host. Nothing here imports torch: a
+tensor can only be given by somebody who has.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
+Floats: TypeAlias = npt.NDArray[np.float32]
+Bools: TypeAlias = npt.NDArray[np.bool_]
+
+ACCEPTED = (
+    "a tensor or array of real numbers with 2 dimensions (queries, keys), 3 (columns, queries, "
+    "keys) or 4 (rows, columns, queries, keys), or nested lists of equal maps"
+)
+
+# Reducing works through at most this many elements at a time where it needs a copy of them.
+_CHUNK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Maps:
+    """A grid of maps as nested views: `rows[r]` is an array (columns, queries, keys).
+
+    `mask` is boolean, True where a query may attend, and has the full shape (as a view).
+    """
+
+    rows: list[Array]
+    mask: Array | None
+    shape: tuple[int, int, int, int]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Cells:
+    """Maps reduced to the cells that a picture can show.
+
+    Attributes:
+        values: float32 (rows, columns, queries, keys), the largest weight of each block.
+        masked: boolean, the same shape; True where no element of the block may be attended to.
+        block: elements (queries, keys) that one cell stands for; (1, 1) is every weight itself.
+    """
+
+    values: Floats
+    masked: Bools
+    block: tuple[int, int]
+
+
+def is_tensor(value: object) -> bool:
+    """Tell whether a value is a torch.Tensor, without importing torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(value, torch.Tensor)
+
+
+def read_maps(matrices: object, mask: object = None) -> Maps:
+    """Check what a user gave and view it as a grid of maps.
+
+    Raises:
+        TypeError: Not numbers, or a mask that is not boolean.
+        ValueError: No element, a wrong number of dimensions, or maps of different shapes.
+    """
+    rows = _rows(matrices)
+    shapes = {tuple(row.shape) for row in rows}
+    if len(shapes) > 1:
+        raise ValueError(
+            "show_heatmaps: the maps have different shapes "
+            f"{sorted(shape[1:] for shape in shapes)}; accepted is {ACCEPTED}"
+        )
+    shape = (len(rows), *shapes.pop())
+    if 0 in shape:
+        raise ValueError(f"show_heatmaps: there is nothing to show in maps of shape {shape}")
+    dtype = str(rows[0].dtype).removeprefix("torch.")
+    return Maps(rows, _read_mask(mask, shape, is_tensor(rows[0])), shape, dtype)
+
+
+def _rows(matrices: object) -> list[Array]:
+    if isinstance(matrices, (list, tuple)):
+        return _rows_of_list(matrices)
+    array = _number_array(matrices)
+    if array.ndim not in (2, 3, 4):
+        raise ValueError(
+            f"show_heatmaps: got {array.ndim} dimension(s), shape {tuple(array.shape)}; "
+            f"accepted is {ACCEPTED}"
+        )
+    if array.ndim == 4:
+        return [array[index] for index in range(array.shape[0])] or [array.reshape(array.shape[1:])]
+    return [array if array.ndim == 3 else array[None]]
+
+
+def _rows_of_list(matrices: Sequence[object]) -> list[Array]:
+    if not matrices:
+        raise ValueError(f"show_heatmaps: got an empty list; accepted is {ACCEPTED}")
+    if not _holds_arrays(matrices):
+        try:
+            return _rows(np.array(matrices, dtype=np.float32))
+        except (TypeError, ValueError) as error:
+            if "show_heatmaps" in str(error):
+                raise
+            raise ValueError(
+                f"show_heatmaps: these nested lists are not equal maps of numbers ({error}); "
+                f"accepted is {ACCEPTED}"
+            ) from None
+    if any(isinstance(row, (list, tuple)) for row in matrices):
+        return [_stack(row if isinstance(row, (list, tuple)) else [row]) for row in matrices]
+    arrays = [_number_array(array) for array in matrices]
+    if all(array.ndim == 3 for array in arrays):
+        return arrays
+    return [_stack(arrays)]
+
+
+def _holds_arrays(value: object) -> bool:
+    if isinstance(value, (list, tuple)):
+        return any(_holds_arrays(entry) for entry in value)
+    return is_tensor(value) or (isinstance(value, np.ndarray) and value.ndim > 0)
+
+
+def _stack(maps: Sequence[object]) -> Array:
+    arrays = [_number_array(np.array(m) if isinstance(m, (list, tuple)) else m) for m in maps]
+    shapes = [tuple(array.shape) for array in arrays]
+    if any(len(shape) != 2 for shape in shapes) or len(set(shapes)) > 1:
+        raise ValueError(
+            f"show_heatmaps: a row of a list holds maps of shapes {shapes}, where equal "
+            f"two-dimensional ones are needed; accepted is {ACCEPTED}"
+        )
+    if all(is_tensor(array) for array in arrays):
+        return sys.modules["torch"].stack(arrays)
+    return np.stack([_to_numpy(array) for array in arrays])
+
+
+def _number_array(value: object) -> Array:
+    """Return the value as a real array or detached dense tensor, or say what is wrong with it."""
+    if is_tensor(value):
+        return _number_tensor(value)
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"show_heatmaps: got {type(value).__name__}; accepted is {ACCEPTED}")
+    # ml_dtypes registers bfloat16 and the 8-bit floats with NumPy as kind "V".
+    if value.dtype.kind not in "fiub" and "float" not in value.dtype.name:
+        raise TypeError(f"show_heatmaps: got an array of {value.dtype}; accepted is {ACCEPTED}")
+    return value
+
+
+def _number_tensor(tensor: Array) -> Array:
+    torch = sys.modules["torch"]
+    if tensor.is_complex() or tensor.is_quantized:
+        raise TypeError(f"show_heatmaps: got a tensor of {tensor.dtype}; accepted is {ACCEPTED}")
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
+        kind = "nested" if tensor.is_nested else tensor.layout
+        raise TypeError(
+            f"show_heatmaps: got a tensor without dense values (layout {kind}, device "
+            f"{tensor.device}); give a dense one, for example tensor.to_dense()"
+        )
+    return tensor.detach()
+
+
+def _read_mask(mask: Any, shape: tuple[int, ...], as_tensor: bool) -> Array | None:
+    if mask is None:
+        return None
+    if isinstance(mask, (list, tuple)):
+        mask = np.array(mask)
+    if isinstance(mask, np.ndarray) and as_tensor:
+        # A copy, because torch warns of arrays that may not be written to.
+        mask = sys.modules["torch"].from_numpy(np.array(mask))
+    if not (is_tensor(mask) or isinstance(mask, np.ndarray)):
+        raise TypeError(f"show_heatmaps: mask is a {type(mask).__name__}, not a boolean tensor")
+    array: Array = mask.detach() if is_tensor(mask) else mask
+    if str(array.dtype).removeprefix("torch.") != "bool":
+        raise TypeError(
+            f"show_heatmaps: mask has dtype {array.dtype}; a boolean mask is needed, True where a "
+            "query may attend (mask.bool() for ones and zeros, mask == 0 for an additive mask)"
+        )
+    try:
+        return array.expand(shape) if is_tensor(array) else np.broadcast_to(array, shape)
+    except (RuntimeError, ValueError):
+        raise ValueError(
+            f"show_heatmaps: mask of shape {tuple(array.shape)} does not broadcast to the maps' "
+            f"shape {shape}"
+        ) from None
+
+
+def pool(maps: Maps, block: tuple[int, int]) -> Cells:
+    """Reduce maps by whole blocks to their largest permitted weight, where the data live.
+
+    The last block of a row or column may be smaller. NaN stays visible: a block that holds one
+    is NaN. A block without any permitted weight is masked; so is one of nothing but -inf, which
+    is what masked scores hold.
+    """
+    reduced, masks = [], []
+    for index, row in enumerate(maps.rows):
+        mask = None if maps.mask is None else _like(maps.mask[index], row)
+        values, permitted = _pool_row(row, mask, block)
+        reduced.append(_to_numpy(values))
+        masks.append(None if permitted is None else _to_numpy_bool(permitted))
+    values = np.stack(reduced)
+    masked = np.isneginf(values)
+    if maps.mask is not None:
+        masked |= ~np.stack([mask for mask in masks if mask is not None])
+    return Cells(values, masked, block)
+
+
+def _pool_row(row: Array, mask: Array | None, block: tuple[int, int]) -> tuple[Array, Array | None]:
+    if block == (1, 1):
+        return row, mask
+    if mask is None:
+        return _block_max(_block_max(_ordered(row), -2, block[0]), -1, block[1]), None
+    # A masked map must be filled, and so copied, before it is reduced: do that bit by bit.
+    queries_at_once = max(1, _CHUNK // (row.shape[0] * row.shape[2] * block[0])) * block[0]
+    values, permitted = [], []
+    for start in range(0, row.shape[1], queries_at_once):
+        chosen = slice(start, start + queries_at_once)
+        part, allowed = row[:, chosen], mask[:, chosen]
+        filled = _where(allowed, _ordered(part), -float("inf"))
+        values.append(_block_max(_block_max(filled, -2, block[0]), -1, block[1]))
+        permitted.append(_block_max(_block_max(allowed, -2, block[0]), -1, block[1]))
+    return _concatenate(values), _concatenate(permitted)
+
+
+def _ordered(array: Array) -> Array:
+    """Return the array in a dtype that its library can take a maximum of."""
+    if is_tensor(array):
+        return array.float() if array.dtype.is_floating_point and array.itemsize == 1 else array
+    return array if array.dtype.kind in "fiub" else array.astype(np.float32)
+
+
+def _block_max(array: Array, axis: int, size: int) -> Array:
+    """Take the maximum of each run of `size` along an axis; the last run may be shorter."""
+    length = array.shape[axis]
+    if size == 1:
+        return array
+    whole = length // size * size
+    parts = []
+    if whole:
+        parts.append(_amax(_split_axis(_narrow(array, axis, 0, whole), axis, size), axis))
+    if whole < length:
+        parts.append(_amax(_narrow(array, axis, whole, length), axis, keep=True))
+    return parts[0] if len(parts) == 1 else _concatenate(parts, axis)
+
+
+def _narrow(array: Array, axis: int, start: int, stop: int) -> Array:
+    return array[..., start:stop, :] if axis == -2 else array[..., start:stop]
+
+
+def _split_axis(array: Array, axis: int, size: int) -> Array:
+    """Turn an axis into (runs, size); a tensor's is always a view, whatever its strides."""
+    position = array.ndim + axis
+    if is_tensor(array):
+        return array.unflatten(position, (-1, size))
+    return array.reshape(*array.shape[:position], -1, size, *array.shape[position + 1 :])
+
+
+def _amax(array: Array, axis: int, *, keep: bool = False) -> Array:
+    if is_tensor(array):
+        return array.amax(axis, keepdim=keep)
+    return array.max(axis, keepdims=keep)
+
+
+def _where(condition: Array, array: Array, other: float) -> Array:
+    if is_tensor(array):
+        floating = array if array.is_floating_point() else array.float()
+        return floating.masked_fill(~condition, other)
+    return np.where(condition, array, np.float32(other))
+
+
+def _concatenate(parts: list[Array], axis: int = -2) -> Array:
+    if is_tensor(parts[0]):
+        return sys.modules["torch"].cat(parts, axis)
+    return np.concatenate(parts, axis)
+
+
+def _like(mask: Array, row: Array) -> Array:
+    """Bring a row of the mask to where the row of maps is."""
+    if is_tensor(row):
+        return sys.modules["torch"].as_tensor(mask).to(row.device)
+    return _to_numpy_bool(mask)
+
+
+def _to_numpy(array: Array) -> Floats:
+    """Return a float32 copy on the host."""
+    if is_tensor(array):
+        array = array.float().cpu().numpy()
+    return np.array(array, dtype=np.float32)
+
+
+def _to_numpy_bool(array: Array) -> Bools:
+    return np.asarray(array.cpu().numpy() if is_tensor(array) else array, dtype=np.bool_)
+
+
+def smallest(maps: Maps, cells: Cells) -> float:
+    """Return the smallest finite permitted weight, which pooling by maxima does not keep.
+
+    Returns infinity where there is none.
+    """
+    if cells.block == (1, 1):
+        low = float(cells.values.min())
+        if np.isfinite(low) and not cells.masked.any():
+            return low
+        shown = np.isfinite(cells.values) & ~cells.masked
+        return float(np.min(cells.values, where=shown, initial=np.inf))
+    low = min(float(row.min()) for row in map(_ordered, maps.rows))
+    if maps.mask is None and np.isfinite(low):
+        return low
+    found = [float("inf")]
+    for index, row in enumerate(maps.rows):
+        step = max(1, _CHUNK // (row.shape[0] * row.shape[2]))
+        for start in range(0, row.shape[1], step):
+            part = _ordered(row[:, start : start + step])
+            counts = _is_finite(part)
+            if maps.mask is not None:
+                counts = counts & _like(maps.mask[index][:, start : start + step], row)
+            found.append(float(_where(counts, part, float("inf")).min()))
+    return min(found)
+
+
+def _is_finite(array: Array) -> Array:
+    return array.isfinite() if is_tensor(array) else np.isfinite(array)
+
+
+def pool_cells(cells: Cells, block: tuple[int, int]) -> Cells:
+    """Pool cells once more."""
+    if block == (1, 1):
+        return cells
+    values, masked = np.where(cells.masked, -np.inf, cells.values), cells.masked
+    for axis, size in ((2, block[0]), (3, block[1])):
+        starts = np.arange(0, values.shape[axis], size)
+        values = np.maximum.reduceat(values, starts, axis=axis)
+        masked = np.logical_and.reduceat(masked, starts, axis=axis)
+    blocks = cells.block[0] * block[0], cells.block[1] * block[1]
+    return Cells(values.astype(np.float32), masked, blocks)

@@ -1,0 +1,244 @@
+"""What is written on a picture, the room it needs, and the pen that writes it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from matplotlib.text import Text
+
+from pytest_attnheat.heatmaps.labels import (
+    ELLIPSIS,
+    LONGEST,
+    Label,
+    Lettering,
+    make_labels,
+    shorten,
+)
+from pytest_attnheat.heatmaps.layout import (
+    LARGEST_FONT,
+    LINE,
+    PAD,
+    SMALL,
+    SMALLEST_FONT,
+    Content,
+    Layout,
+    natural_size,
+    plan,
+)
+
+# The ticks of the colorbar get this width (em of the small font) whatever they say, so that
+# panels do not move with the values they show.
+BAR_TICKS = 2.6
+
+# A figure that is sized by its content has cells of this many pixels at most ...
+_LARGEST_CELL = 24
+# ... panels of about this many where that makes cells smaller, and no side much longer than this.
+_NATURAL_PANEL = 160
+_LONGEST_SIDE = 3000
+
+
+@dataclass(frozen=True)
+class Words:
+    """All that is written on a picture, as it was given."""
+
+    xlabel: str
+    ylabel: str
+    title: str | None = None
+    column_titles: Sequence[str] | None = None
+    row_titles: Sequence[str] | None = None
+    key_labels: Sequence[str] | None = None
+    query_labels: Sequence[str] | None = None
+    number_format: str | None = None
+    lettering: Lettering = field(default_factory=Lettering)
+
+    @cached_property
+    def keys(self) -> list[Label] | None:
+        """The key labels in drawable form."""
+        return self._labels(self.key_labels)
+
+    @cached_property
+    def queries(self) -> list[Label] | None:
+        """The query labels in drawable form."""
+        return self._labels(self.query_labels)
+
+    def _labels(self, texts: Sequence[str] | None) -> list[Label] | None:
+        return None if texts is None else make_labels(texts, self.lettering, LONGEST)
+
+    def number(self, value: float) -> str:
+        """Return what is written into a cell."""
+        return format(value, self.number_format or "")
+
+
+@dataclass(frozen=True)
+class Design:
+    """What a picture consists of, apart from the values that it shows.
+
+    Attributes:
+        shape: (rows, columns, queries, keys) of the maps.
+        words: what is written.
+        colorbar: whether there is one.
+        ranges: whether each panel has its own range written above it.
+    """
+
+    shape: tuple[int, int, int, int]
+    words: Words
+    colorbar: bool
+    ranges: bool
+
+    def plan(
+        self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: bool
+    ) -> tuple[Layout, bool]:
+        """Lay out panels of `grid` cells (queries, keys) in a figure of `size` pixels.
+
+        Key labels stand upright where they fit side by side and are turned where they do not.
+
+        Returns:
+            The layout, and whether key labels are turned.
+        """
+        layout = plan(self._content(grid, notes=notes, turned=False), size, dpi)
+        if self.words.keys is None:
+            return layout, False
+        widest = max(label.width for label in self.words.keys)
+        step = layout.panel[0] / self.shape[3]
+        if (widest + PAD) * SMALL * layout.em <= step:
+            return layout, False
+        return plan(self._content(grid, notes=notes, turned=True), size, dpi), True
+
+    def block_for(self, size: tuple[int, int], dpi: float) -> tuple[int, int]:
+        """Return how many weights (queries, keys) share a cell in a figure of `size` pixels."""
+        grid = self.shape[2:]
+        layout, _ = self.plan(grid, size, dpi, notes=False)
+        if layout.block != (1, 1):
+            layout, _ = self.plan(grid, size, dpi, notes=True)
+        return layout.block
+
+    def natural_size(self, dpi: float, number_width: float) -> tuple[int, int]:
+        """Return the size in pixels at which cells, labels and numbers have room."""
+        rows, columns, queries, keys = self.shape
+        em = LARGEST_FONT * dpi / 72
+        cell = min(_LARGEST_CELL, max(1, _NATURAL_PANEL // max(queries, keys)))
+        if self.words.number_format:
+            cell = max(cell, int((number_width + PAD) * SMALL * em) + 1)
+        if self.words.keys or self.words.queries:
+            cell = max(cell, int(SMALL * LINE * em) + 1)
+        cell = min(cell, _LONGEST_SIDE // (columns * keys), _LONGEST_SIDE // (rows * queries))
+        content = self._content((queries, keys), notes=True, turned=True)
+        width, height = natural_size(content, dpi, max(1, cell))
+        return min(width, _LONGEST_SIDE + 1000), min(height, _LONGEST_SIDE + 1000)
+
+    def _content(self, grid: tuple[int, int], *, notes: bool, turned: bool) -> Content:
+        words = self.words
+        key_ticks, query_ticks = LINE, words.lettering.width(str(self.shape[2] - 1))
+        if turned and words.keys:
+            key_ticks = max(label.width for label in words.keys) + PAD
+        if words.queries:
+            query_ticks = max(label.width for label in words.queries)
+        return Content(
+            grid=(*self.shape[:2], *grid),
+            title=words.title is not None,
+            column_titles=words.column_titles is not None,
+            row_titles=words.row_titles is not None,
+            xlabel=bool(words.xlabel),
+            ylabel=bool(words.ylabel),
+            key_ticks=SMALL * key_ticks,
+            query_ticks=SMALL * query_ticks,
+            bar_ticks=SMALL * BAR_TICKS,
+            bar=self.colorbar,
+            ranges=self.ranges,
+            notes=notes,
+        )
+
+
+class Pen:
+    """Writes texts, each as large as its place allows."""
+
+    def __init__(self, em: float, dpi: float, lettering: Lettering) -> None:
+        self.texts: list[Text] = []
+        self._em = em
+        self._dpi = dpi
+        self._lettering = lettering
+
+    def points(self, size: float) -> float:
+        """Return a font size in points, from one in em of the label font."""
+        return size * self._em * 72 / self._dpi
+
+    def fits(self, text: str, room: float) -> bool:
+        """Tell whether a text fits in `room` pixels, set in the smallest font."""
+        smallest = min(SMALLEST_FONT * self._dpi / 72, self._em * SMALL)
+        return self._lettering.width(text) * smallest <= room
+
+    def across(
+        self, text: str, x: float, y: float, room: float, width: float, size: float = 1.0
+    ) -> None:
+        """Write a centred line, smaller or shortened to fit, moved to lie within `width`."""
+        pad = PAD * self._em
+        label, size, half = self._fitted(text, min(room, width - 2 * pad), size)
+        self.write(label, min(max(x, half + pad), width - half - pad), y, size)
+
+    def down(self, text: str, x: float, y: float, room: float, height: float) -> None:
+        """Write a line that reads upwards, as `across` does."""
+        pad = PAD * self._em
+        label, size, half = self._fitted(text, min(room, height - 2 * pad), 1.0)
+        self.write(label, x, min(max(y, half + pad), height - half - pad), size, rotation=90)
+
+    def tick(self, label: Label, x: float, y: float, side: str, *, turned: bool = False) -> None:
+        """Write a tick label that ends at (x, y): below it or left of it."""
+        if side == "below":
+            self.write(label, x, y, SMALL, va="top", rotation=90 if turned else 0)
+        else:
+            self.write(label, x, y, SMALL, ha="right")
+
+    def beside(self, text: str, x: float, y: float, room: float) -> None:
+        """Write a text right of (x, y), smaller where it would need more than `room` pixels."""
+        label = self._label(text)
+        size = min(SMALL, room / label.width / self._em)
+        self.write(label, x, y, size, ha="left")
+
+    def write(
+        self,
+        text: str | Label,
+        x: float,
+        y: float,
+        size: float,
+        *,
+        ha: str = "center",
+        va: str = "center",
+        rotation: float = 0,
+        color: str = "black",
+    ) -> None:
+        """Write a text at a place in pixels."""
+        label = self._label(text) if isinstance(text, str) else text
+        if label.text in ("", ELLIPSIS):
+            return  # nothing to read
+        self.texts.append(
+            Text(
+                x,
+                y,
+                label.text,
+                fontsize=self.points(size),
+                fontfamily=list(label.family),
+                ha=ha,
+                va=va,
+                rotation=rotation,
+                rotation_mode="default",
+                color=color,
+                # A token may hold dollar signs; it is never a formula.
+                parse_math=False,
+                usetex=False,
+            )
+        )
+
+    def _label(self, text: str) -> Label:
+        return make_labels([text], self._lettering, float("inf"))[0]
+
+    def _fitted(self, text: str, room: float, size: float) -> tuple[Label, float, float]:
+        """Return a text that fits in `room` pixels, its font size, and half its width."""
+        label = self._label(text)
+        wide = self._lettering.width(label.text) * self._em
+        smallest = min(size, 0.6)
+        size = max(smallest, min(size, room / wide if wide else size))
+        shortened = shorten(label.text, self._lettering, room / size / self._em)
+        width = self._lettering.width(shortened) * size * self._em
+        return Label(shortened, label.family, label.width), size, width / 2
