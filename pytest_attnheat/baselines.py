@@ -127,9 +127,8 @@ def _default_folder(config: pytest.Config, item: pytest.Item) -> Path:
     """Return pytest-mpl's baseline folder if one is set, else baseline_images in the root."""
     if config.pluginmanager.hasplugin("pytest_mpl"):
         if given := config.getoption("--mpl-baseline-path"):
-            if config.getoption("--mpl-baseline-relative"):
-                return item.path.parent / given
-            return config.invocation_params.dir / given
+            relative = config.getoption("--mpl-baseline-relative")
+            return Path(item.path.parent if relative else config.invocation_params.dir, given)
         if given := config.getini("mpl-baseline-path"):
             return Path(given)
     return Path("baseline_images")
@@ -230,7 +229,7 @@ def _size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
     with Image.open(path) as image:
-        return image.size
+        return image.width, image.height
 
 
 def _shown(item: pytest.Item, path: Path) -> Path:

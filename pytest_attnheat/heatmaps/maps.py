@@ -92,8 +92,12 @@ def _rows(matrices: object) -> list[Array]:
             f"show_heatmaps: got {array.ndim} dimension(s), shape {tuple(array.shape)}; "
             f"accepted is {ACCEPTED}"
         )
+    if 0 in array.shape:
+        raise ValueError(
+            f"show_heatmaps: there is nothing to show in maps of shape {tuple(array.shape)}"
+        )
     if array.ndim == 4:
-        return [array[index] for index in range(array.shape[0])] or [array.reshape(array.shape[1:])]
+        return [array[index] for index in range(array.shape[0])]
     return [array if array.ndim == 3 else array[None]]
 
 
@@ -110,9 +114,10 @@ def _rows_of_list(matrices: Sequence[object]) -> list[Array]:
                 f"show_heatmaps: these nested lists are not equal maps of numbers ({error}); "
                 f"accepted is {ACCEPTED}"
             ) from None
-    if any(isinstance(row, (list, tuple)) for row in matrices):
-        return [_stack(row if isinstance(row, (list, tuple)) else [row]) for row in matrices]
-    arrays = [_number_array(array) for array in matrices]
+    entries = [entry if _holds_arrays(entry) else np.array(entry) for entry in matrices]
+    if any(isinstance(row, (list, tuple)) for row in entries):
+        return [_stack(row if isinstance(row, (list, tuple)) else [row]) for row in entries]
+    arrays = [_number_array(array) for array in entries]
     if all(array.ndim == 3 for array in arrays):
         return arrays
     return [_stack(arrays)]
