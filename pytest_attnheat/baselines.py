@@ -18,6 +18,13 @@ from typing import Any
 
 import pytest
 
+_MARKER = (
+    "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
+    "returns with its baseline image, with and without --mpl. One baseline serves all devices; "
+    "it lies in mpl-baseline-path (default: baseline_images), named after the test. tolerance is "
+    "the root mean square of the pixel differences, of 255 (default: 0.1). "
+    "--mpl-generate-path writes baselines."
+)
 _ARGUMENTS = ("filename", "baseline_dir", "tolerance")
 # pytest-mpl's own default, 2, does not see a transposed head in a large grid.
 _TOLERANCE = 0.1
@@ -40,7 +47,13 @@ class Baseline:
 _BASELINE = pytest.StashKey[Baseline]()
 
 
-def assign(config: pytest.Config, items: list[pytest.Item]) -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker."""
+    config.addinivalue_line("markers", _MARKER)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give every marked test its baseline, and hand it to pytest-mpl.
 
     Raises:
@@ -74,19 +87,22 @@ def assign(config: pytest.Config, items: list[pytest.Item]) -> None:
             )
 
 
-def compare(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Run a test, and compare the figure that it returns with its baseline.
-
-    To be delegated to by a wrapper of `pytest_runtest_call` that runs outside of pytest-mpl's.
-    """
+# Outside of pytest-mpl's wrapper, which swallows what the test returns.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Run a test, and compare the figure that it returns with its baseline."""
     baseline = item.stash.get(_BASELINE, None)
     if baseline is None or not isinstance(item, pytest.Function):
         return (yield)
     figures: list[Any] = []
-    function = item.obj
-    item.obj = _catching(function, figures)
+    function, name = item.obj, item.name
+    by_mpl = _is_mpl_active(item.config)
+    item.obj = _catching(function, figures, by_mpl)
+    if "/" in name:
+        # pytest-mpl makes a folder of the name, and fails on slashes in parameters.
+        item.name = _safe_name(name)
     try:
-        if _is_mpl_active(item.config):
+        if by_mpl:
             result = yield
         else:
             # As pytest-mpl does: the user's style must not show in a baseline.
@@ -96,7 +112,7 @@ def compare(item: pytest.Item) -> Generator[None, Any, Any]:
                 result = yield
                 _compare_images(item, figures, baseline)
     finally:
-        item.obj = function
+        item.obj, item.name = function, name
     if not figures:
         _fail("the test returned no figure to the comparison, so nothing was compared")
     return result
@@ -157,7 +173,7 @@ def _safe_name(name: str) -> str:
     return safe
 
 
-def _catching(function: Any, figures: list[Any]) -> Any:
+def _catching(function: Any, figures: list[Any], by_mpl: bool) -> Any:
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         from matplotlib.figure import Figure
@@ -169,7 +185,8 @@ def _catching(function: Any, figures: list[Any]) -> Any:
                 "it must return the figure: return show_heatmaps(...)"
             )
         figures.append(returned)
-        return returned
+        # pytest warns of a value that nobody takes.
+        return returned if by_mpl else None
 
     return wrapper
 

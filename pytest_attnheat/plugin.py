@@ -1,1 +1,156 @@
-"""What pytest calls: options, ini settings, markers and hooks. Loads nothing heavy."""
+"""What pytest calls first: options, settings, markers and hooks.
+
+Every run of every project that has the package installed imports this module. It loads the
+standard library and pytest, and nothing else.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
+
+import pytest
+
+# Fixtures, and how tests are parametrised with them; pictures compared with baselines.
+pytest_plugins = ["pytest_attnheat.fixtures", "pytest_attnheat.baselines"]
+
+# Names are checked before torch is loaded, and so are listed here as well as in cases.py.
+DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
+DEVICE_HELP = "auto, all, or a comma-separated list of cpu, cuda, cuda:N, mps, xpu, xpu:N"
+
+_ATTENTION_MARKER = (
+    "attention(scoring=, batch=, heads=, query_len=, key_len=, head_dim=, value_dim=, mask=, "
+    "fully_masked=, kind=, dtype=, seed=): what the attention fixtures of pytest-attnheat make "
+    "for this test. scoring and dtype also take lists, which parametrise the test; what is not "
+    "given comes from the marker of the class or module, then from the defaults of "
+    "pytest_attnheat.make_attention."
+)
+
+_Setting = TypeVar("_Setting")
+
+
+class Settings(NamedTuple):
+    """The options of one run.
+
+    Attributes:
+        devices: Device names, or `("auto",)` or `("all",)`.
+        dtypes: Dtype names.
+        seed: The seed where the marker gives none.
+        require_device: Whether an absent device fails a test instead of skipping it.
+    """
+
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    seed: int
+    require_device: bool
+
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the `--attn-` options and `attn_` settings."""
+    group = parser.getgroup("attnheat", "attention (pytest-attnheat)")
+    group.addoption(
+        "--attn-device",
+        metavar="DEVICES",
+        help=f"devices to run attention tests on: {DEVICE_HELP}. auto: the CPU and the "
+        "accelerator present; all: the CPU and every GPU. Under xdist, plain cuda is shared "
+        "out by worker. Default: the ini setting attn_device, or auto",
+    )
+    group.addoption(
+        "--attn-require-device",
+        action="store_true",
+        help="fail a test whose named device is absent, instead of skipping it. Default: the "
+        "ini setting attn_require_device, or no",
+    )
+    group.addoption(
+        "--attn-dtype",
+        metavar="DTYPES",
+        help="dtypes of attention tensors: a comma-separated list of "
+        f"{', '.join(DTYPE_NAMES)}. Default: the ini setting attn_dtype, or float32",
+    )
+    group.addoption(
+        "--attn-seed",
+        metavar="SEED",
+        help="seed of attention tensors and parameters: a whole number from 0. Default: the "
+        "ini setting attn_seed, or 0",
+    )
+    parser.addini("attn_device", "devices to run attention tests on", default="auto")
+    parser.addini(
+        "attn_require_device",
+        "fail a test whose named device is absent, instead of skipping it",
+        type="bool",
+        default=False,
+    )
+    parser.addini("attn_dtype", "dtypes of attention tensors", default="float32")
+    parser.addini("attn_seed", "seed of attention tensors and parameters", default="0")
+
+
+def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
+    """Add the hooks that a project can implement."""
+    from pytest_attnheat import hooks
+
+    pluginmanager.add_hookspecs(hooks)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the markers and check the options."""
+    config.addinivalue_line("markers", _ATTENTION_MARKER)
+    config.stash[SETTINGS] = Settings(
+        devices=_setting(config, "attn_device", parse_devices),
+        dtypes=_setting(config, "attn_dtype", _parse_dtypes),
+        seed=_setting(config, "attn_seed", _parse_seed),
+        require_device=config.getoption("attn_require_device")
+        or config.getini("attn_require_device"),
+    )
+
+
+def _setting(config: pytest.Config, name: str, parse: Callable[[str], _Setting]) -> _Setting:
+    """Parse an option, or else the ini setting of the same name."""
+    option = config.getoption(name)
+    text, source = (
+        (config.getini(name), f"ini setting {name}")
+        if option is None
+        else (option, "--" + name.replace("_", "-"))
+    )
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise pytest.UsageError(f"{source}: {error}") from None
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def parse_devices(text: str) -> tuple[str, ...]:
+    """Parse the value of `--attn-device`; ValueError says what is accepted."""
+    devices = _split(text)
+    if devices not in (("auto",), ("all",)):
+        for device in devices:
+            check_device(device, f"{DEVICE_HELP} (got {text!r})")
+    return devices
+
+
+def check_device(device: str, accepted: str = "cpu, cuda, cuda:N, mps, xpu, xpu:N") -> str:
+    """Return the name of one device; ValueError says what is accepted."""
+    if not re.fullmatch(r"cpu|mps|(cuda|xpu)(:(0|[1-9][0-9]*))?", device, re.ASCII):
+        raise ValueError(f"{device!r} is no device; accepted are {accepted}")
+    return device
+
+
+def _parse_dtypes(text: str) -> tuple[str, ...]:
+    dtypes = _split(text)
+    for dtype in dtypes:
+        if dtype not in DTYPE_NAMES:
+            accepted = f"a comma-separated list of {', '.join(DTYPE_NAMES)} (got {text!r})"
+            raise ValueError(f"{dtype!r} is no dtype; accepted is {accepted}")
+    return dtypes
+
+
+def _parse_seed(text: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(f"{text!r} is no seed; accepted is a whole number from 0")
+    return int(text)

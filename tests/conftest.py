@@ -1,8 +1,15 @@
 """Shared by all tests."""
 
-# In-process pytester runs unload what they imported, and a second import of
-# torch in one interpreter crashes it: import both here, once, first.
-import matplotlib  # noqa: F401
+# In-process pytester runs unload what they imported. A second import of torch in one
+# interpreter crashes it, and a second matplotlib would have a second class Figure: import
+# them here, once, first.
+import matplotlib.pyplot
+import matplotlib.style
+import matplotlib.testing.compare
 import torch  # noqa: F401
+
+import pytest_attnheat.heatmaps.figure  # noqa: F401
+
+matplotlib.use("agg")
 
 pytest_plugins = ["pytester"]

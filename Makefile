@@ -1,0 +1,41 @@
+# `make demo` and `make test` do everything, on a machine with Python 3.10 or newer.
+PYTHON ?= python3
+VENV_TEST ?= .venv-test
+VENV_DEMO ?= .venv-demo
+REPORT := demo-report
+
+.PHONY: test demo bench baselines clean
+
+test: $(VENV_TEST)/ready
+	$(VENV_TEST)/bin/ruff check .
+	$(VENV_TEST)/bin/ruff format --check .
+	$(VENV_TEST)/bin/mypy
+	$(VENV_TEST)/bin/pytest -n 2
+
+demo: $(VENV_DEMO)/ready
+	rm -rf $(REPORT)
+	cd examples && ../$(VENV_DEMO)/bin/pytest \
+		--mpl --mpl-generate-summary=html --mpl-results-path=../$(REPORT)
+	@echo "The pictures, each beside its baseline: $(CURDIR)/$(REPORT)/fig_comparison.html"
+
+# Figures that the README and the docs quote, as ratios of things measured in one run.
+bench: $(VENV_TEST)/ready
+	for file in benchmarks/bench_*.py; do $(VENV_TEST)/bin/python $$file || exit 1; done
+
+# Draw the baselines anew, to be looked at before they are committed.
+baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready
+	$(VENV_TEST)/bin/pytest -q -m heatmap_compare --mpl-generate-path=baseline_images
+	cd examples && ../$(VENV_DEMO)/bin/pytest -q --mpl-generate-path=baseline_images
+
+$(VENV_TEST)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_TEST)
+	$(VENV_TEST)/bin/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	touch $@
+
+$(VENV_DEMO)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV_DEMO)
+	$(VENV_DEMO)/bin/python -m pip install --quiet -c constraints.txt -e '.[demo]'
+	touch $@
+
+clean:
+	rm -rf $(VENV_TEST) $(VENV_DEMO) $(REPORT) build dist *.egg-info

@@ -1,0 +1,93 @@
+"""How fast pictures are drawn, each beside another thing measured in the same run.
+
+    python benchmarks/bench_heatmaps.py
+
+Every line prints a ratio and the promise about it. The textbook's function is the one that
+teaching material uses: one Axes for each panel, with shared axes.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib import pyplot
+from matplotlib.figure import Figure
+from PIL import Image
+from timing import alternate, report
+
+from pytest_attnheat import show_heatmaps
+
+matplotlib.use("agg")
+
+
+def textbook(weights: torch.Tensor, figsize: tuple[float, float]) -> Figure:
+    """Draw one Axes per panel, their axes shared, with one colorbar."""
+    rows, columns = weights.shape[:2]
+    figure, axes = pyplot.subplots(
+        rows, columns, figsize=figsize, sharex=True, sharey=True, squeeze=False
+    )
+    for row in range(rows):
+        for column in range(columns):
+            image = axes[row, column].imshow(weights[row, column].numpy(), cmap="Reds")
+            if row == rows - 1:
+                axes[row, column].set_xlabel("Keys")
+            if column == 0:
+                axes[row, column].set_ylabel("Queries")
+    figure.colorbar(image, ax=axes, shrink=0.6)
+    return figure
+
+
+def png(draw: Callable[[], Figure]) -> bytes:
+    """Draw a figure and encode it."""
+    file, figure = io.BytesIO(), draw()
+    figure.savefig(file, format="png")
+    pyplot.close(figure)
+    return file.getvalue()
+
+
+def floor(weights: torch.Tensor) -> bytes:
+    """Colour-map the cells of all maps with NumPy and write a palette PNG with Pillow."""
+    rows, columns, queries, keys = weights.shape
+    levels = (weights.numpy() * 255).astype(np.uint8)
+    mosaic = levels.transpose(0, 2, 1, 3).reshape(rows * queries, columns * keys)
+    image = Image.fromarray(mosaic)
+    image.putpalette(matplotlib.colormaps["Reds"](range(256), bytes=True)[:, :3].tobytes())
+    file = io.BytesIO()
+    image.save(file, format="png")
+    return file.getvalue()
+
+
+def softmax(*shape: int) -> torch.Tensor:
+    """Draw weights from a seed."""
+    scores = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    return scores.mul(2).softmax(-1)
+
+
+def main() -> None:
+    """Print the ratios."""
+    small, heads, many = softmax(1, 1, 10, 10), softmax(12, 12, 128, 128), softmax(32, 32, 64, 64)
+    large = softmax(4096, 4096)
+
+    def ours(weights: torch.Tensor, size: float) -> Callable[[], bytes]:
+        return lambda: png(lambda: show_heatmaps(weights, "Keys", "Queries", figsize=(size, size)))
+
+    def theirs(weights: torch.Tensor, size: float) -> Callable[[], bytes]:
+        return lambda: png(lambda: textbook(weights, (size, size)))
+
+    times = alternate([theirs(heads, 18), ours(heads, 18)], runs=3)
+    report("12 x 12 heads of 128 x 128: textbook / ours", times[0] / times[1], ">=", 25)
+    times = alternate([ours(small, 2.5), theirs(small, 2.5)], runs=15)
+    report("one map of 10 x 10: ours / textbook", times[0] / times[1], "<=", 1)
+    times = alternate([ours(many, 24), lambda: floor(many)], runs=5)
+    report("32 x 32 maps of 64 x 64: ours / palette PNG", times[0] / times[1], "<=", 8)
+    times = alternate([ours(large, 2.5), large.amax, ours(small, 2.5)], runs=15)
+    ratio = times[0] / (times[1] + times[2])
+    report("4096 x 4096: ours / (amax + one map of 10 x 10)", ratio, "<=", 1.5)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,53 @@
+"""Are panels the same bytes under every supported matplotlib?
+
+    python benchmarks/matplotlib_versions.py
+
+Makes an environment for each version, draws the figures of `tests/panel_figures.py` under it,
+and compares the hashes of their panels. Exits with 1 where they differ.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+import venv
+from pathlib import Path
+
+VERSIONS = ("3.8.4", "3.9.4", "3.10.9", "3.11.2")
+ROOT = Path(__file__).parents[1]
+
+
+def hashes(version: str, folder: Path) -> dict[str, str]:
+    """Return the hash of each figure's panels under one version of matplotlib."""
+    venv.create(folder / version, with_pip=True)
+    python = folder / version / "bin" / "python"
+    packages = [f"matplotlib=={version}", "numpy", "pillow"]
+    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
+    result = subprocess.run(
+        [python, "-W", "ignore", ROOT / "tests" / "panel_figures.py"],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    lines = (line.split("\t") for line in result.stdout.splitlines())
+    return {name: digest for _, name, digest in lines}
+
+
+def main() -> int:
+    """Print a table of figures by versions."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {version: hashes(version, Path(folder)) for version in VERSIONS}
+    print(f"{'':<14}", *(f"{version:<12}" for version in VERSIONS))
+    names = found[VERSIONS[-1]]
+    for name in names:
+        print(f"{name:<14}", *(f"{found[version][name]:<12}" for version in VERSIONS))
+    same = all(hashes == names for hashes in found.values())
+    print("panels are the same bytes" if same else "PANELS DIFFER")
+    return 0 if same else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
