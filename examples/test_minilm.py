@@ -55,7 +55,7 @@ def test_all_heads(reading):
         ylabel="Queries",
         titles=[f"Head {head}" for head in range(12)],
         row_titles=[f"Layer {layer}" for layer in range(6)],
-        figsize=(16, 9),
+        figsize=(15, 7.6),
     )
 
 

@@ -8,7 +8,7 @@ from matplotlib.textpath import TextPath
 from pytest_attnheat.heatmaps import labels
 from pytest_attnheat.heatmaps.labels import ELLIPSIS, Lettering, make_labels, round_up, shorten
 
-LETTERING = Lettering()
+LETTERING = Lettering.default()
 
 
 @pytest.mark.parametrize("text", ["Queries", "0.25", "WWW", "iii", "Ġthe", "▁token", "É"])

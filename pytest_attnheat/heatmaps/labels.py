@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 from matplotlib import font_manager
@@ -19,35 +19,31 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 LONGEST = 8.0
 
 
-@dataclass
+@dataclass(frozen=True)
 class Lettering:
-    """The default font, and how wide it sets a text."""
+    """The default font, and how wide it sets a text.
 
-    family: list[str] = field(
-        default_factory=lambda: list(font_manager.FontProperties().get_family())
-    )
+    Attributes:
+        family: matplotlib's names for it.
+        path: its file.
+    """
 
-    def __post_init__(self) -> None:
-        path = font_manager.findfont(font_manager.FontProperties(family=self.family))
-        self._font = _open(str(path))
-        self._widths: dict[str, float] = {}
+    family: tuple[str, ...]
+    path: str
+
+    @classmethod
+    def default(cls) -> Lettering:
+        """Return the font that matplotlib's settings ask for."""
+        properties = font_manager.FontProperties()
+        return cls(tuple(properties.get_family()), str(font_manager.findfont(properties)))
 
     def has(self, character: str) -> bool:
         """Tell whether the default font has a glyph for a character."""
-        return bool(self._font.get_char_index(ord(character)))
+        return _has_glyph(self.path, character)
 
     def width(self, text: str) -> float:
         """Return the width of a text in em. A character the font lacks counts as one em."""
-        return sum(map(self._advance, text))
-
-    def _advance(self, character: str) -> float:
-        if character not in self._widths:
-            width = 1.0
-            if self.has(character):
-                self._font.set_size(100, 72)
-                width = self._font.load_char(ord(character)).linearHoriAdvance / 65536 / 100
-            self._widths[character] = width
-        return self._widths[character]
+        return sum(_advance(self.path, character) for character in text)
 
 
 @dataclass(frozen=True)
@@ -140,12 +136,26 @@ def _font_with(character: str) -> str | None:
         if "last" in entry.name.lower() and "resort" in entry.name.lower():
             continue
         try:
-            font = _open(entry.fname)
+            found = _has_glyph(entry.fname, character)
         except (OSError, RuntimeError):
             continue  # removed or damaged since matplotlib listed it
-        if font.get_char_index(ord(character)):
+        if found:
             return entry.name
     return None
+
+
+@lru_cache(maxsize=16384)
+def _has_glyph(path: str, character: str) -> bool:
+    return bool(_open(path).get_char_index(ord(character)))
+
+
+@lru_cache(maxsize=16384)
+def _advance(path: str, character: str) -> float:
+    if not _has_glyph(path, character):
+        return 1.0
+    font = _open(path)
+    font.set_size(100, 72)
+    return float(font.load_char(ord(character)).linearHoriAdvance) / 65536 / 100
 
 
 @lru_cache(maxsize=64)

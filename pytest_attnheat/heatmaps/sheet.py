@@ -187,7 +187,7 @@ class _Axis:
         if self.given is not None:
             return self.given[index]
         text = str(index)
-        return Label(text, tuple(self.lettering.family), self.lettering.width(text))
+        return Label(text, self.lettering.family, self.lettering.width(text))
 
 
 def _write_bar(pen: Pen, image: colors.Image, bar: Box, scale: colors.Scale, em: float) -> None:

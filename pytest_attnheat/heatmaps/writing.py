@@ -51,7 +51,7 @@ class Words:
     key_labels: Sequence[str] | None = None
     query_labels: Sequence[str] | None = None
     number_format: str | None = None
-    lettering: Lettering = field(default_factory=Lettering)
+    lettering: Lettering = field(default_factory=Lettering.default)
 
     @cached_property
     def keys(self) -> list[Label] | None:

@@ -1,0 +1,141 @@
+"""Failure messages: what was claimed, where it breaks, why perhaps, and a small picture.
+
+`build_message` lays out the message of any assertion on weights;
+`broken_claim` fills it in for a claim about rows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from typing import cast
+
+import torch
+
+from pytest_attnheat.assertions.causes import likely_cause
+from pytest_attnheat.assertions.findings import Finding, Lines
+from pytest_attnheat.assertions.inputs import Operand, dtype_name, view
+from pytest_attnheat.assertions.scan import Block
+from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+
+# A picture shows the worst row and its neighbours.
+_ROWS_SHOWN = 6
+
+
+def build_message(
+    assertion: str,
+    claim: str,
+    weights: Operand,
+    *,
+    worst: str,
+    cause: str | None = None,
+    picture: str = "",
+) -> str:
+    """Lay out a failure message.
+
+    Args:
+        assertion: The name of the assertion.
+        claim: How many places break what was claimed, of how many.
+        weights: The weights, for their dtype, shape and device.
+        worst: The worst place, with its value and the allowed value.
+        cause: A likely cause, None where the numbers show none.
+        picture: Lines of text that show the place.
+
+    Returns:
+        The message, of several lines.
+    """
+    tensor = f"{dtype_name(weights)} {tuple(weights.shape)} on {weights.device}"
+    lines = [f"{assertion}: {claim}", f"  worst    {worst}"]
+    if cause is not None:
+        lines.append(f"  cause    {cause}")
+    lines.append(f"  tensor   {tensor}")
+    lines.extend(f"  {line}" for line in picture.splitlines())
+    return "\n".join(lines)
+
+
+def broken_claim(
+    assertion: str, weights: Operand, mask: Operand | None, finding: Finding, lines: Lines
+) -> str:
+    """Return the message about a claim that some rows break.
+
+    Args:
+        assertion: The name of the assertion.
+        weights: The weights as they were read: transposed where the claim is
+            about columns.
+        mask: Their mask.
+        finding: What the thorough reading found.
+        lines: Whether the claim is about rows or columns.
+    """
+    claim = finding.claim
+    return build_message(
+        assertion,
+        f"{finding.broken} of {finding.regarded} {claim.statement}",
+        _as_given(weights, lines),
+        worst=f"{lines.name(finding.worst)} {claim.verb} {_measured(finding)}",
+        cause=likely_cause(weights, mask, finding, lines),
+        picture=_picture(weights, mask, finding, lines),
+    )
+
+
+def _as_given(weights: Operand, lines: Lines) -> Operand:
+    """Return the weights as the caller passed them."""
+    return weights.mT if lines.transposed else weights
+
+
+def _measured(finding: Finding) -> str:
+    allowed = finding.claim.allowed
+    limit = f"allowed {allowed:.1e}" if allowed else "allowed 0"
+    if math.isnan(finding.value):
+        return f"nan ({limit})"
+    if finding.value == finding.deviation or math.isinf(finding.deviation):
+        return f"{finding.value:.6g} ({limit})"
+    # As many digits as it takes to see the difference.
+    digits = max(6, 2 - math.floor(math.log10(finding.deviation)))
+    return f"{finding.value:.{digits}g} (off by {finding.deviation:.1e}; {limit})"
+
+
+def _picture(weights: Operand, mask: Operand | None, finding: Finding, lines: Lines) -> str:
+    *place, row = finding.worst
+    size = weights.shape[-2]
+    first = max(0, min(row - _ROWS_SHOWN // 2, size - _ROWS_SHOWN))
+    window = slice(first, min(first + _ROWS_SHOWN, size))
+    index = (*(slice(i, i + 1) for i in place), window)
+    breaks = finding.claim.breaks(Block(weights, mask, index)).flatten().tolist()
+    return _draw(
+        weights,
+        mask,
+        tuple(place),
+        window,
+        marked=[first + i for i, is_broken in enumerate(breaks) if is_broken],
+        lines=lines,
+    )
+
+
+def _draw(
+    weights: Operand,
+    mask: Operand | None,
+    place: tuple[int, ...],
+    rows: slice,
+    *,
+    marked: Collection[int],
+    lines: Lines,
+) -> str:
+    """Return a small heatmap of some rows of the map at `place`, the marked ones pointed at."""
+    # The text view takes what the public function takes, and whatever an assertion reads.
+    part = cast("torch.Tensor", view(weights, (*place, rows)))
+    own_place = (
+        ()
+        if mask is None
+        else tuple(0 if size == 1 else i for size, i in zip(mask.shape, place, strict=False))
+    )
+    own_rows = rows if mask is not None and mask.shape[-2] > 1 else slice(0, 1)
+    permitted = None if mask is None else cast("torch.Tensor", view(mask, (*own_place, own_rows)))
+    return format_heatmap(
+        part,
+        mask=permitted,
+        first_row=rows.start,
+        marked=marked,
+        row_name=lines.letter,
+        column_name=lines.across,
+        title=map_name(place),
+    )

@@ -1,0 +1,273 @@
+"""Assertions about rows of attention weights: that they are the distributions they claim to be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+
+from pytest_attnheat.assertions.claims import (
+    entropy_within,
+    fully_masked_rows,
+    largest_is_one,
+    nonnegative,
+    sum_to_one,
+    uniform,
+)
+from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
+from pytest_attnheat.assertions.inputs import (
+    FullyMasked,
+    Operand,
+    as_mask,
+    as_weights,
+    check_fully_masked,
+    check_number,
+    check_tolerance,
+)
+from pytest_attnheat.assertions.message import broken_claim
+from pytest_attnheat.assertions.scan import rows_sum_to_one
+from pytest_attnheat.assertions.tolerance import row_tolerance
+
+Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
+Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
+
+
+def assert_row_stochastic(
+    weights: Weights,
+    *,
+    mask: Mask = None,
+    fully_masked: FullyMasked = "zero",
+    tolerance: float | None = None,
+) -> None:
+    """Assert that every row is a distribution: no negative weight, and a sum of one.
+
+    Args:
+        weights: Attention weights of shape ``(..., queries, keys)``, two or
+            more dimensions, any float dtype, device and strides, with or
+            without gradient. Nothing is modified.
+        mask: Boolean, True where a query may attend, broadcastable to
+            `weights`. It only tells which rows are fully masked; whether
+            masked keys get no weight is not asked here.
+        fully_masked: What a row without any permitted key holds: ``"zero"``
+            (every weight is exactly 0), ``"uniform"`` (every weight is
+            1 / key_len) or ``"nan"`` (every weight is NaN).
+        tolerance: The largest accepted |row sum - 1|. By default it follows
+            the dtype and the row length, see
+            `pytest_attnheat.assertions.tolerance`. A weight below zero is
+            never accepted.
+
+    Raises:
+        AssertionError: Some row is not a distribution. The message tells how
+            many, which is worst, and a likely cause.
+        TypeError: `weights` is not a dense float tensor or array, or `mask`
+            is not boolean.
+        ValueError: `weights` is empty or has fewer than two dimensions, the
+            mask does not broadcast, or an argument is out of range.
+
+    Example:
+        >>> assert_row_stochastic(torch.softmax(torch.randn(2, 4, 6, 8), dim=-1))
+    """
+    __tracebackhide__ = True
+    operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
+    if declared == "zero" and rows_sum_to_one(operand, permitted, allowed):
+        return
+    claims = _distribution(permitted, declared, allowed)
+    _check("assert_row_stochastic", operand, permitted, claims)
+
+
+def assert_doubly_stochastic(
+    weights: Weights,
+    *,
+    mask: Mask = None,
+    fully_masked: FullyMasked = "zero",
+    tolerance: float | None = None,
+) -> None:
+    """Assert that rows and columns are distributions, as after Sinkhorn normalisation.
+
+    Args:
+        weights: Attention weights of shape ``(..., n, n)``, as in
+            `assert_row_stochastic`.
+        mask: Boolean, True where a query may attend, broadcastable to
+            `weights`. A row or a column without any True is zero.
+        fully_masked: Only ``"zero"``: whatever else a fully masked row held
+            would count in every column.
+        tolerance: The largest accepted |sum - 1|, by default that of
+            `assert_row_stochastic`.
+
+    Raises:
+        AssertionError: Some row or column is not a distribution.
+        TypeError: As in `assert_row_stochastic`.
+        ValueError: As there; or the maps are not square, or `fully_masked` is
+            not ``"zero"``.
+    """
+    __tracebackhide__ = True
+    operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
+    if operand.shape[-2] != operand.shape[-1]:
+        raise ValueError(
+            f"weights: shape {tuple(operand.shape)} cannot be doubly stochastic; accepted is "
+            "(..., n, n): rows and columns can only all sum to 1 where there are as many of them"
+        )
+    if declared != "zero":
+        raise ValueError(
+            f"fully_masked: got {declared!r}; accepted is 'zero': any other content of a fully "
+            "masked row would count in every column"
+        )
+    name = "assert_doubly_stochastic"
+    if not rows_sum_to_one(operand, permitted, allowed):
+        _check(name, operand, permitted, _distribution(permitted, declared, allowed))
+    columns, by_column = operand.mT, None if permitted is None else permitted.mT
+    if not rows_sum_to_one(columns, by_column, allowed):
+        claims = _distribution(by_column, declared, allowed, "columns")
+        _check(name, columns, by_column, claims, COLUMNS)
+
+
+def assert_one_hot(
+    weights: Weights,
+    *,
+    mask: Mask = None,
+    fully_masked: FullyMasked = "zero",
+    tolerance: float | None = None,
+) -> None:
+    """Assert that every row puts all its weight on one key, as hard attention does.
+
+    Args:
+        weights: As in `assert_row_stochastic`.
+        mask: As there.
+        fully_masked: As there.
+        tolerance: How far the largest weight of a row and its sum may be from
+            1. By default both follow the dtype, and the sum the row length.
+
+    Raises:
+        AssertionError: Some row is not a distribution, or its largest weight
+            is not 1.
+        TypeError: As in `assert_row_stochastic`.
+        ValueError: As in `assert_row_stochastic`.
+    """
+    __tracebackhide__ = True
+    operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
+    one_weight = row_tolerance(operand.dtype, 1) if tolerance is None else allowed
+    claims = [*_distribution(permitted, declared, allowed), largest_is_one(one_weight)]
+    _check("assert_one_hot", operand, permitted, claims)
+
+
+def assert_uniform(
+    weights: Weights,
+    *,
+    mask: Mask = None,
+    fully_masked: FullyMasked = "zero",
+    tolerance: float | None = None,
+) -> None:
+    """Assert that every row spreads its weight evenly over the keys it may attend to.
+
+    Args:
+        weights: As in `assert_row_stochastic`.
+        mask: Boolean, True where a query may attend, broadcastable to
+            `weights`. A permitted key holds 1 / (number of permitted keys),
+            any other holds zero. None permits all.
+        fully_masked: As in `assert_row_stochastic`.
+        tolerance: How far a weight may be off, as a part of the weight it
+            should be: an absolute figure would accept anything in long rows.
+            By default that of `assert_row_stochastic`.
+
+    Raises:
+        AssertionError: Some weight is not what it should be.
+        TypeError: As in `assert_row_stochastic`.
+        ValueError: As in `assert_row_stochastic`.
+    """
+    __tracebackhide__ = True
+    operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
+    claims = [uniform(allowed), *fully_masked_rows(permitted, declared, allowed)]
+    _check("assert_uniform", operand, permitted, claims)
+
+
+def assert_entropy(
+    weights: Weights,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    unit: Literal["nats", "bits"] = "nats",
+    mask: Mask = None,
+    fully_masked: FullyMasked = "zero",
+    tolerance: float | None = None,
+) -> None:
+    """Assert that the entropy of every row lies within bounds.
+
+    A low entropy is a row that looks at few keys, a high one a row that looks
+    at many: 0 is one-hot, ``log(key_len)`` uniform. Rows must be
+    distributions; fully masked rows have no entropy and only need to hold
+    what was declared.
+
+    Args:
+        weights: As in `assert_row_stochastic`.
+        minimum: The least entropy that is accepted, None for any.
+        maximum: The largest entropy that is accepted, None for any.
+        unit: The unit of the bounds, ``"nats"`` or ``"bits"``.
+        mask: As in `assert_row_stochastic`.
+        fully_masked: As there.
+        tolerance: As there. A bound may be missed by ``tolerance * (1 +
+            log(key_len))``, which is what errors of that size in the weights
+            do to the entropy.
+
+    Raises:
+        AssertionError: Some row is not a distribution, or its entropy is out
+            of bounds.
+        TypeError: As in `assert_row_stochastic`; or a bound is not a number.
+        ValueError: As there; or no bound is given, the unit is unknown, or
+            the bounds leave nothing between them.
+    """
+    __tracebackhide__ = True
+    _check_bounds(minimum, maximum, unit)
+    operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
+    slack = allowed * (1 + math.log(operand.shape[-1])) / (math.log(2) if unit == "bits" else 1)
+    claims = [
+        *_distribution(permitted, declared, allowed),
+        *entropy_within(minimum, maximum, unit, slack),
+    ]
+    _check("assert_entropy", operand, permitted, claims)
+
+
+def _read(
+    weights: object, mask: object, fully_masked: object, tolerance: object
+) -> tuple[Operand, Operand | None, FullyMasked, float]:
+    """Check the arguments that all assertions share."""
+    operand = as_weights(weights)
+    permitted = as_mask(mask, operand)
+    declared = check_fully_masked(fully_masked)
+    if tolerance is not None:
+        return operand, permitted, declared, check_tolerance(tolerance)
+    return operand, permitted, declared, row_tolerance(operand.dtype, operand.shape[-1])
+
+
+def _check_bounds(minimum: object, maximum: object, unit: str) -> None:
+    if minimum is None and maximum is None:
+        raise ValueError("assert_entropy: got no bound; pass minimum=, maximum= or both")
+    if unit not in ("nats", "bits"):
+        raise ValueError(f"unit: got {unit!r}; accepted are 'nats' and 'bits'")
+    least = -math.inf if minimum is None else check_number(minimum, "minimum")
+    most = math.inf if maximum is None else check_number(maximum, "maximum")
+    if least > most:
+        raise ValueError(f"minimum, maximum: got {least} and {most}; nothing lies between them")
+
+
+def _distribution(
+    mask: Operand | None, declared: FullyMasked, allowed: float, lines: str = "rows"
+) -> list[Claim]:
+    return [
+        sum_to_one(allowed, lines),
+        nonnegative(lines),
+        *fully_masked_rows(mask, declared, allowed, lines),
+    ]
+
+
+def _check(
+    name: str, weights: Operand, mask: Operand | None, claims: Sequence[Claim], lines: Lines = ROWS
+) -> None:
+    """Raise an AssertionError about the first claim that does not hold."""
+    __tracebackhide__ = True
+    broken = first_broken(weights, mask, claims)
+    if broken is not None:
+        finding = find(weights, mask, broken)
+        raise AssertionError(broken_claim(name, weights, mask, finding, lines))

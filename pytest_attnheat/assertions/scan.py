@@ -1,0 +1,285 @@
+"""Reading tensors of any size in small pieces.
+
+The pieces are views, or converted copies of at most a few MB, so that the
+extra memory does not depend on the size or on the strides of the tensor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property
+from itertools import product
+
+import torch
+
+from pytest_attnheat.assertions.inputs import ArrayPieces, Operand
+
+# The thorough reading may hold a handful of temporaries of this size at once.
+_BYTES = 2**20
+# The quick reading holds one number per row, for this many rows at most.
+_ROWS = 2**18
+# A piece is summed and then searched for signs: the second reading should come from a cache.
+# On a GPU that is the second-level cache, and fewer launches count for more.
+_BYTES_ON_CPU = 2**22
+_BYTES_ON_ACCELERATOR = 2**25
+
+_SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a shape into boxes of at most `limit` elements, in order.
+
+    Leading dimensions are cut first, trailing ones stay whole as long as they
+    fit, so that many tiny matrices make few boxes and one huge row several.
+
+    Args:
+        shape: Sizes, none of them zero.
+        limit: The most elements in a box, at least 1.
+
+    Yields:
+        One slice per dimension.
+    """
+    inner = 1
+    cut = len(shape)
+    while cut > 0 and inner * shape[cut - 1] <= limit:
+        cut -= 1
+        inner *= shape[cut]
+    whole = tuple(slice(0, size) for size in shape[cut:])
+    if cut == 0:
+        yield whole
+        return
+    steps = [*(range(size) for size in shape[: cut - 1])]
+    spans = _spans(shape[cut - 1], max(1, limit // inner))
+    for outer in product(*steps):
+        for span in spans:
+            yield (*(slice(i, i + 1) for i in outer), span, *whole)
+
+
+def _spans(size: int, step: int) -> list[slice]:
+    # Of even length: 1025 rows by 1024 make 513 and 512, not 1024 and 1.
+    step = -(-size // -(-size // step))
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which weights of this dtype are added up."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def piece_elements(weights: Operand) -> int:
+    """Return how many weights the thorough reading looks at together."""
+    return _BYTES // accumulator(weights.dtype).itemsize
+
+
+def mask_at(mask: Operand, index: tuple[slice, ...]) -> torch.Tensor:
+    """Return the part of a mask that belongs to a box, not expanded, on its own device."""
+    own = tuple(
+        slice(0, 1) if size == 1 else span for size, span in zip(mask.shape, index, strict=True)
+    )
+    return mask[own]
+
+
+def any_key(mask: torch.Tensor) -> torch.Tensor:
+    """Return `mask.any(-1)`, as a maximum: on a CPU that is ten times faster."""
+    return mask.view(torch.uint8).amax(-1) > 0
+
+
+def rows_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> bool:
+    """Tell quickly whether all rows are distributions, those without a key zero.
+
+    True is certain. False means that the thorough reading must decide: minus
+    zero, for instance, looks negative here.
+
+    Args:
+        weights: `(..., queries, keys)`.
+        mask: As `as_mask` returns it.
+        allowed: The largest |row sum - 1|.
+
+    Returns:
+        Whether every row passes.
+    """
+    if isinstance(weights, ArrayPieces) or isinstance(mask, ArrayPieces):
+        return False  # these are copied, so only small pieces of them may be asked for
+    if weights.is_neg() or weights.shape[-1] > _BYTES_ON_CPU // 8:
+        return False  # the sign is kept apart from the bits; a row must fit into a piece
+    *lead, key_len = weights.shape
+    # Allocated once: small results kept from each round would split the freed memory of the last.
+    limit, buffer = _plan(weights)
+    most = min(_ROWS, math.prod(lead))
+    sums = torch.empty(most, dtype=accumulator(weights.dtype), device=weights.device)
+    sound = torch.ones((), dtype=torch.bool, device=weights.device)
+    for rows in pieces(lead, _ROWS):
+        block = weights[rows]
+        totals = sums[: block.numel() // key_len].view(block.shape[:-1])
+        sound &= _add_up(block, totals, limit, buffer) >= 0
+        is_zero = None if mask is None else totals == 0
+        good = totals.sub_(1).abs_() <= allowed
+        if mask is not None and is_zero is not None:
+            attends = any_key(mask_at(mask, (*rows, slice(0, key_len)))).to(weights.device)
+            good = torch.where(attends, good, is_zero)
+        sound &= good.all()
+    return bool(sound)
+
+
+def _add_up(
+    block: torch.Tensor, totals: torch.Tensor, limit: int, buffer: torch.Tensor | None
+) -> torch.Tensor:
+    """Write the sum of each row to `totals`; return a number below 0 if any weight is.
+
+    The sign bit makes an integer of the same width negative, and integers are
+    compared faster than floats. NaN and infinity need no look of their own:
+    they show in the sum.
+    """
+    flat, flat_totals = _flatten_rows(block, totals)
+    signed = flat.view(_SIGNED[block.element_size()])
+    lows = []
+    for index in pieces(flat.shape, limit):
+        rows = index[:-1]
+        piece = flat[rows]
+        if buffer is not None:
+            piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
+        torch.sum(piece, -1, dtype=totals.dtype, out=flat_totals[rows])
+        lows.append(torch.amin(signed[rows]))
+    return torch.stack(lows).amin()
+
+
+def _flatten_rows(block: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    # Two dimensions are cheaper to cut than five; strides that do not allow it are kept.
+    try:
+        return block.view(-1, block.shape[-1]), totals.view(-1)
+    except RuntimeError:
+        return block, totals
+
+
+def _plan(weights: torch.Tensor) -> tuple[int, torch.Tensor | None]:
+    """Return the elements per piece, and a buffer where pieces must be converted first.
+
+    On a CPU, summing half precision into float32 directly takes ten times as
+    long as converting a piece that then stays in the cache.
+    """
+    on_cpu = weights.device.type == "cpu"
+    convert = weights.element_size() < (4 if on_cpu else 2)
+    budget = _BYTES_ON_CPU if on_cpu or convert else _BYTES_ON_ACCELERATOR
+    limit = max(budget // max(weights.element_size(), 4), weights.shape[-1])
+    if not convert:
+        return limit, None
+    elements = min(limit, weights.numel())
+    return limit, torch.empty(elements, dtype=torch.float32, device=weights.device)
+
+
+class Block:
+    """Some rows of the weights, and what can be measured on them.
+
+    Every measure returns a tensor with one number per row, shape
+    ``weights[rows].shape[:-1]``. Rows longer than a piece are read in parts.
+    """
+
+    def __init__(self, weights: Operand, mask: Operand | None, rows: tuple[slice, ...]) -> None:
+        """Look at `weights[rows]`; nothing is read yet."""
+        self.rows = rows
+        self.key_len = weights.shape[-1]
+        self._weights = weights
+        self._mask = mask
+        height = 1
+        for size, span in zip(weights.shape, rows, strict=False):
+            height *= len(range(size)[span])
+        self._key_spans = _spans(self.key_len, max(1, piece_elements(weights) // height))
+
+    def part(self, keys: slice) -> torch.Tensor:
+        """Return the weights of some keys, in the dtype in which they are added up."""
+        index = (*self.rows, keys)
+        return self._weights[index].to(accumulator(self._weights.dtype))
+
+    def permitted(self, keys: slice) -> torch.Tensor | None:
+        """Return the mask of some keys, not expanded, or None."""
+        if self._mask is None:
+            return None
+        return mask_at(self._mask, (*self.rows, keys)).to(self._weights.device)
+
+    def reduce(
+        self,
+        measure: Callable[[torch.Tensor, slice], torch.Tensor],
+        combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    ) -> torch.Tensor:
+        """Measure each part and combine the results."""
+        first, *others = self._key_spans
+        result = measure(self._values(first), first)
+        for keys in others:
+            result = combine(result, measure(self._values(keys), keys))
+        return result
+
+    def _values(self, keys: slice) -> torch.Tensor:
+        return self._whole if len(self._key_spans) == 1 else self.part(keys)
+
+    @cached_property
+    def _whole(self) -> torch.Tensor:
+        return self.part(self._key_spans[0])
+
+    @cached_property
+    def total(self) -> torch.Tensor:
+        """The sum of each row."""
+        return self.reduce(lambda values, _: values.sum(-1), torch.add)
+
+    @cached_property
+    def low(self) -> torch.Tensor:
+        """The smallest weight of each row."""
+        return self.reduce(lambda values, _: values.amin(-1), torch.minimum)
+
+    @cached_property
+    def high(self) -> torch.Tensor:
+        """The largest weight of each row."""
+        return self.reduce(lambda values, _: values.amax(-1), torch.maximum)
+
+    @cached_property
+    def numbers(self) -> torch.Tensor:
+        """How many weights of each row are not NaN."""
+        return self.reduce(lambda values, _: (values == values).sum(-1), torch.add)
+
+    @cached_property
+    def entropy(self) -> torch.Tensor:
+        """The entropy of each row in nats, 0 log 0 being 0."""
+        return self.reduce(lambda values, _: torch.xlogy(values, values).sum(-1).neg_(), torch.add)
+
+    @cached_property
+    def permitted_keys(self) -> torch.Tensor:
+        """The number of keys to which each row may attend."""
+
+        def count(values: torch.Tensor, keys: slice) -> torch.Tensor:
+            permitted = self.permitted(keys)
+            if permitted is None:
+                return torch.full_like(values[..., 0], values.shape[-1])
+            # A mask of one key stands for all of them; counting before expanding is cheaper.
+            copies = values.shape[-1] // permitted.shape[-1]
+            return (permitted.sum(-1) * copies).to(values.dtype).expand(values.shape[:-1])
+
+        return self.reduce(count, torch.add)
+
+    @cached_property
+    def attends(self) -> torch.Tensor:
+        """Whether each row may attend to any key."""
+
+        def attends(values: torch.Tensor, keys: slice) -> torch.Tensor:
+            permitted = self.permitted(keys)
+            if permitted is None:
+                return torch.ones_like(values[..., 0], dtype=torch.bool)
+            return any_key(permitted).expand(values.shape[:-1])
+
+        return self.reduce(attends, torch.logical_or)
+
+    def misfit(self, *, masked: bool) -> torch.Tensor:
+        """Return how far each row strays from uniform, as a part of a uniform weight.
+
+        Args:
+            masked: Whether uniform means over the permitted keys and zero
+                elsewhere, or over all keys.
+        """
+        count = self.permitted_keys if masked else torch.full_like(self.low, self.key_len)
+
+        def farthest(values: torch.Tensor, keys: slice) -> torch.Tensor:
+            permitted = self.permitted(keys) if masked else None
+            relative = values * count.unsqueeze(-1)
+            relative -= 1 if permitted is None else permitted.to(relative.dtype)
+            return relative.abs_().amax(-1)
+
+        return self.reduce(farthest, torch.maximum)

@@ -1,0 +1,197 @@
+"""Attention weights as text, for a terminal or the log of a CI job."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from itertools import islice, product
+from typing import Any
+
+import numpy as np
+import torch
+
+from pytest_attnheat.assertions.inputs import Index, Operand, as_mask, as_weights
+
+_GLYPHS = "▁▂▃▄▅▆▇█"
+_NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
+# Rounding may lift a weight of 1 above the scale by a hair; that is drawn as full.
+_SLACK = 0.02
+# The most weights converted at once: 2 MB as float32.
+_PART = 2**19
+
+
+def format_heatmap(
+    weights: torch.Tensor | np.ndarray[Any, Any],
+    *,
+    mask: torch.Tensor | np.ndarray[Any, Any] | None = None,
+    max_columns: int = 64,
+    max_rows: int = 32,
+    max_maps: int = 8,
+    vmin: float = 0.0,
+    vmax: float = 1.0,
+    first_row: int = 0,
+    marked: Collection[int] = (),
+    row_name: str = "q",
+    column_name: str = "keys",
+    title: str | None = None,
+) -> str:
+    """Draw attention weights with block characters, one line per query.
+
+    A map that is wider or taller than allowed is pooled by maximum, so that a
+    single large weight stays visible. On the right stands what each row sums
+    to, unless rows were pooled.
+
+    Every character has one meaning: ``▁`` to ``█`` a value on the scale,
+    ``-`` a value below it (negative), ``+`` one above it, ``?`` NaN, and ``·``
+    a masked cell that holds no weight.
+
+    Args:
+        weights: Shape ``(..., queries, keys)``, two or more dimensions, any
+            float dtype and device. Nothing is modified.
+        mask: Boolean, True where a query may attend, broadcastable to
+            `weights`.
+        max_columns: The most characters per row.
+        max_rows: The most rows per map.
+        max_maps: The most maps; how many were left out is said at the end.
+        vmin: The value drawn as the lowest block.
+        vmax: The value drawn as the highest block.
+        first_row: The number of the first row, where `weights` is a part.
+        marked: Rows to point at with ``<-``, counted from `first_row` on.
+            Where rows are pooled, the line that holds a marked row is marked.
+        row_name: What comes before a row's number.
+        column_name: What the columns are called in the line above a map.
+        title: What comes before that line; by default the place of the map
+            within `weights`, for instance ``head [0, 2]``.
+
+    Returns:
+        The text, without a newline at its end.
+
+    Raises:
+        TypeError: Not a dense tensor or array of a float dtype, or the mask is
+            not boolean.
+        ValueError: Fewer than two dimensions, no elements, a mask that does
+            not broadcast, a limit below 1 or a scale that does not rise.
+
+    Example:
+        >>> print(format_heatmap(torch.eye(3)))
+        keys 0..2
+          q0  █▁▁  1.000
+          q1  ▁█▁  1.000
+          q2  ▁▁█  1.000
+    """
+    operand = as_weights(weights)
+    permitted = as_mask(mask, operand)
+    _check_limits({"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps})
+    if not vmin < vmax:
+        raise ValueError(f"vmin, vmax: got {vmin} and {vmax}; accepted is vmin < vmax")
+    rows, columns = _spans(operand.shape[-2], max_rows), _spans(operand.shape[-1], max_columns)
+    caption = _caption(column_name, operand.shape[-1], columns)
+    labels = [row_name + _label(span, first_row) for span in rows]
+    arrows = [
+        "  <-" if any(first_row + i in marked for i in range(s.start, s.stop)) else "" for s in rows
+    ]
+    lines: list[str] = []
+    for place in islice(product(*map(range, operand.shape[:-2])), max_maps):
+        head = map_name(place) if title is None else title
+        lines.append(f"{head}    {caption}" if head else caption)
+        width = max(map(len, labels))
+        sums = _sums(operand, place, rows)
+        for span, label, total, arrow in zip(rows, labels, sums, arrows, strict=True):
+            cells = (_cell(operand, permitted, place, span, keys, vmin, vmax) for keys in columns)
+            lines.append(f"  {label:<{width}}  {''.join(cells)}{total}{arrow}")
+    left_out = math.prod(operand.shape[:-2]) - max_maps
+    if left_out > 0:
+        lines.append(f"({left_out} more not drawn)")
+    return "\n".join(lines)
+
+
+def _check_limits(limits: dict[str, int]) -> None:
+    for name, limit in limits.items():
+        if limit < 1:
+            raise ValueError(f"{name}: got {limit}; accepted is 1 or more")
+
+
+def _spans(size: int, most: int) -> list[slice]:
+    step = math.ceil(size / most)
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _label(span: slice, first: int) -> str:
+    last = span.stop - 1
+    if last == span.start:
+        return f"{first + last}"
+    return f"{first + span.start}-{first + last}"
+
+
+def _caption(name: str, size: int, columns: list[slice]) -> str:
+    step = columns[0].stop
+    pooled = f", the largest of each {step}" if step > 1 else ""
+    return f"{name} 0..{size - 1}{pooled}"
+
+
+def map_name(place: tuple[int, ...]) -> str:
+    """Return what the map at `place` is called: a head, where there are batch and heads."""
+    if not place:
+        return ""
+    return f"{'head' if len(place) == 2 else 'map'} {list(place)}"
+
+
+def _sums(operand: Operand, place: tuple[int, ...], rows: list[slice]) -> list[str]:
+    if rows[0].stop > 1:
+        return [""] * len(rows)
+    every_key = slice(0, operand.shape[-1])
+    totals = [
+        torch.stack([part.sum() for part in _parts(operand, place, row, every_key)]).sum()
+        for row in rows
+    ]
+    texts = [f"{total:.3f}" for total in torch.stack(totals).tolist()]
+    width = max(map(len, texts))
+    return [f"  {text:>{width}}" for text in texts]
+
+
+def _cell(
+    operand: Operand,
+    mask: Operand | None,
+    place: tuple[int, ...],
+    rows: slice,
+    keys: slice,
+    vmin: float,
+    vmax: float,
+) -> str:
+    """Return the character for one cell, pooled from all weights of `rows` and `keys`."""
+    parts = [torch.stack(part.aminmax()) for part in _parts(operand, place, rows, keys)]
+    extremes = torch.stack(parts)
+    low, high = torch.stack([extremes[:, 0].amin(), extremes[:, 1].amax()]).tolist()
+    if math.isnan(high):
+        return _NAN
+    if low < vmin:
+        return _BELOW
+    if high > vmax + _SLACK * (vmax - vmin):
+        return _ABOVE
+    if mask is not None and low == high == 0 and not _any_permitted(mask, place, rows, keys):
+        return _MASKED
+    share = (high - vmin) / (vmax - vmin)
+    return _GLYPHS[min(int(share * len(_GLYPHS)), len(_GLYPHS) - 1)]
+
+
+def _parts(
+    operand: Operand, place: tuple[int, ...], rows: slice, keys: slice
+) -> Iterator[torch.Tensor]:
+    """Yield some weights as float32 or float64, no more than `_PART` of them at a time."""
+    wide = torch.float64 if operand.dtype == torch.float64 else torch.float32
+    key_step = min(keys.stop - keys.start, _PART)
+    row_step = max(1, _PART // key_step)
+    for row in range(rows.start, rows.stop, row_step):
+        for key in range(keys.start, keys.stop, key_step):
+            some_rows = slice(row, min(row + row_step, rows.stop))
+            some_keys = slice(key, min(key + key_step, keys.stop))
+            index: Index = (*place, some_rows, some_keys)
+            yield operand[index].to(wide)
+
+
+def _any_permitted(mask: Operand, place: tuple[int, ...], rows: slice, keys: slice) -> bool:
+    own_place = tuple(0 if size == 1 else i for size, i in zip(mask.shape, place, strict=False))
+    own_rows = slice(0, 1) if mask.shape[-2] == 1 else rows
+    own_keys = slice(0, 1) if mask.shape[-1] == 1 else keys
+    index: Index = (*own_place, own_rows, own_keys)
+    return bool(mask[index].any())

@@ -1,0 +1,191 @@
+"""Each likely cause is named where the numbers show it, and nowhere else."""
+
+import math
+
+import pytest
+import torch
+
+from pytest_attnheat import assert_doubly_stochastic, assert_row_stochastic
+
+SHAPE = (2, 4, 32, 24)
+TRIL = torch.ones(32, 24, dtype=torch.bool).tril(-1)
+
+
+def scores(*shape, seed=0):
+    return torch.randn(*(shape or SHAPE), generator=torch.Generator().manual_seed(seed))
+
+
+def dropout(weights, p):
+    keep = torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)) >= p
+    return weights * keep / (1 - p)
+
+
+def one_row_scaled():
+    weights = scores().softmax(-1)
+    weights[1, 2, 3] *= 0.7
+    return weights
+
+
+def one_negative():
+    weights = scores().softmax(-1)
+    weights[0, 0, 0, 0] = -0.5
+    return weights
+
+
+def mask_after_softmax():
+    return scores().softmax(-1) * torch.ones(32, 24).tril()
+
+
+def nan_at_some_keys():
+    weights = scores().softmax(-1)
+    weights[1, :, 5:, 3] = math.nan
+    return weights
+
+
+def nan_rows():
+    return scores().masked_fill(~TRIL, -torch.inf).softmax(-1)
+
+
+def differential():
+    return 2 * scores(seed=1).softmax(-1) - scores(seed=2).softmax(-1)
+
+
+def random_sums():
+    """Rows scaled each by its own factor: broken, for none of the reasons."""
+    return scores().softmax(-1) * torch.linspace(0.5, 0.98, 32).unsqueeze(-1)
+
+
+def slightly_off_but_one():
+    """Low precision everywhere, and one row that is wrong."""
+    weights = scores().softmax(-1) * (1 + 1e-3 * scores(2, 4, 32, 1))
+    weights[0, 0, 0] *= 2
+    return weights
+
+
+# What is broken, and a phrase from the cause; None where no cause must be named.
+DEFECTS = {
+    "softmax over queries": (lambda: scores().softmax(-2), "softmax over the query axis"),
+    "softmax over heads": (lambda: scores().softmax(1), "over the head axis: softmax over dim=1"),
+    "softmax over batch": (lambda: scores().softmax(0), "over the batch axis: softmax over dim=0"),
+    "softmax over dim 0 of 3": (lambda: scores(5, 6, 7).softmax(0), "softmax over dim=0"),
+    "causal softmax over queries": (
+        lambda: scores(6, 6).masked_fill(torch.ones(6, 6).triu(1) > 0, -torch.inf).softmax(-2),
+        "softmax over the query axis",
+    ),
+    "scaled after": (lambda: scores().softmax(-1) / 8, "0.125 = 1/sqrt(64): scaled after"),
+    "multiplied after": (lambda: scores().softmax(-1) * 8, "8 = sqrt(64): scaled after"),
+    "sum of heads": (lambda: scores().softmax(-1).sum(1), "every row sums to 4 "),
+    "logits": (scores, "scores (logits) that no softmax has seen"),
+    "masked logits": (
+        lambda: scores().masked_fill(~TRIL, -torch.inf),
+        "scores (logits) that no softmax has seen",
+    ),
+    "exp without division": (lambda: scores().exp(), "scores (logits) that no softmax has seen"),
+    "log_softmax": (lambda: scores().log_softmax(-1), "log_softmax where softmax was meant"),
+    "dropout 0.1": (lambda: dropout(scores().softmax(-1), 0.1), "weights after dropout (p about"),
+    "dropout 0.5": (lambda: dropout(scores().softmax(-1), 0.5), "weights after dropout (p about"),
+    "sigmoid": (lambda: scores().sigmoid(), "a gate (sigmoid) in place of the softmax"),
+    "nan rows": (nan_rows, 'softmax of -inf? Then pass mask= and fully_masked="nan"'),
+    "nan keys": (nan_at_some_keys, "108 rows are NaN, from weights[1, 0, 5, :] on"),
+    "zero rows": (lambda: nan_rows().nan_to_num(), "hold only zeros: fully masked? Then pass mask"),
+    "infinite": (lambda: (500 * scores()).exp().clamp(min=0.1), "exp overflowed"),
+    "bfloat16": (lambda: scores().softmax(-1).bfloat16().float(), "is a bfloat16 number"),
+    "float16": (lambda: scores().softmax(-1).half().float(), "is a float16 number"),
+    "float32": (lambda: scores().softmax(-1).double(), "is a float32 number"),
+    "differential": (differential, "the rows do sum to 1, with weights down to"),
+    "one row scaled": (one_row_scaled, None),
+    "one negative": (one_negative, None),
+    "mask after softmax": (mask_after_softmax, None),
+    "random sums": (random_sums, None),
+    "slightly off but one": (slightly_off_but_one, None),
+    "random sums in bfloat16": (lambda: random_sums().bfloat16().float(), None),
+}
+
+
+def cause_of(weights, **more):
+    with pytest.raises(AssertionError) as error:
+        assert_row_stochastic(weights, **more)
+    causes = [line for line in str(error.value).splitlines() if line.startswith("  cause    ")]
+    assert len(causes) <= 1
+    return causes[0] if causes else None
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_this_cause_is_named_and_no_other(defect):
+    make, phrase = DEFECTS[defect]
+    cause = cause_of(make())
+    if phrase is None:
+        assert cause is None
+    else:
+        assert cause is not None
+        assert phrase in cause
+
+
+def test_the_cause_of_columns_that_do_not_sum_to_one_is_not_sought_in_the_rows():
+    with pytest.raises(AssertionError, match="cause    the rows do sum to 1: a plain softmax"):
+        assert_doubly_stochastic(scores(5, 5).softmax(-1))
+
+
+@pytest.mark.parametrize(
+    ("fill", "declared", "phrase"),
+    [
+        (math.nan, "zero", 'fully_masked="nan"'),
+        (1 / 24, "zero", 'fully_masked="uniform"'),
+        (0.0, "nan", 'fully_masked="zero"'),
+        (0.0, "uniform", 'fully_masked="zero"'),
+        (0.3, "zero", None),
+    ],
+)
+def test_another_content_of_fully_masked_rows_is_named(fill, declared, phrase):
+    weights = nan_rows().nan_to_num(nan=fill)
+    cause = cause_of(weights, mask=TRIL, fully_masked=declared)
+    if phrase is None:
+        assert cause is None
+    else:
+        assert cause is not None
+        assert phrase in cause
+
+
+def test_a_mask_that_was_not_applied_is_named():
+    assert "the mask was not applied" in cause_of(scores().softmax(-1), mask=TRIL)
+
+
+def test_zero_rows_that_the_mask_does_not_explain_are_named_as_such():
+    weights = scores().softmax(-1)
+    weights[0, 0, 30] = 0
+    cause = cause_of(weights, mask=torch.ones_like(TRIL))
+    assert "this row holds only zeros although the mask permits keys" in cause
+
+
+def test_nan_rows_that_the_mask_does_not_explain_are_named_as_such():
+    cause = cause_of(nan_rows(), mask=torch.ones_like(TRIL))
+    assert "8 rows are NaN, from weights[0, 0, 0, :] on" in cause
+    assert "at every key although the mask permits some" in cause
+
+
+def test_masked_keys_do_not_hide_a_softmax_over_queries():
+    permitted = torch.arange(24) < 20
+    weights = scores().softmax(-2) * permitted
+    assert "softmax over the query axis" in cause_of(weights, mask=permitted.expand(32, 24))
+    assert "softmax over the query axis" not in (cause_of(weights) or "")
+
+
+def test_dropout_is_recognised_under_a_mask():
+    causal = torch.ones(32, 24, dtype=torch.bool).tril()
+    weights = scores().masked_fill(~causal, -torch.inf).softmax(-1)
+    for mask in (causal, None):
+        assert "weights after dropout" in cause_of(dropout(weights, 0.2), mask=mask)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_sparse_weights_that_are_off_are_not_called_dropout(seed):
+    weights = scores(seed=seed).mul(4).softmax(-1)
+    weights = weights * (weights > 0.05)  # small weights cut off, sums a little below 1
+    assert "dropout" not in (cause_of(weights) or "")
+    ten_percent_more = scores(seed=seed).relu().softmax(-1) * (1 + scores(2, 4, 32, 1) / 10)
+    assert "dropout" not in (cause_of(ten_percent_more) or "")
+
+
+def test_a_row_too_long_to_sample_fails_without_a_cause_of_that_kind():
+    weights = torch.full((1, 200_000), 1 / 400_000)
+    assert cause_of(weights) is None
