@@ -10,32 +10,60 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pytest_attnheat.assertions.rows import (
         assert_doubly_stochastic as assert_doubly_stochastic,
+    )
+    from pytest_attnheat.assertions.rows import (
         assert_entropy as assert_entropy,
+    )
+    from pytest_attnheat.assertions.rows import (
         assert_one_hot as assert_one_hot,
+    )
+    from pytest_attnheat.assertions.rows import (
         assert_row_stochastic as assert_row_stochastic,
+    )
+    from pytest_attnheat.assertions.rows import (
         assert_uniform as assert_uniform,
     )
     from pytest_attnheat.cases import (
         AttentionCase as AttentionCase,
+    )
+    from pytest_attnheat.cases import (
         make_attention as make_attention,
     )
     from pytest_attnheat.heatmaps.figure import (
         HeatmapFigure as HeatmapFigure,
+    )
+    from pytest_attnheat.heatmaps.figure import (
         show_heatmaps as show_heatmaps,
     )
     from pytest_attnheat.heatmaps.terminal import format_heatmap as format_heatmap
     from pytest_attnheat.reference import (
         attend as attend,
+    )
+    from pytest_attnheat.reference import (
         causal_mask as causal_mask,
+    )
+    from pytest_attnheat.reference import (
         masked_softmax as masked_softmax,
+    )
+    from pytest_attnheat.reference import (
         padding_mask as padding_mask,
+    )
+    from pytest_attnheat.reference import (
         sliding_window_mask as sliding_window_mask,
     )
     from pytest_attnheat.scoring import (
         AdditiveScore as AdditiveScore,
+    )
+    from pytest_attnheat.scoring import (
         BilinearScore as BilinearScore,
+    )
+    from pytest_attnheat.scoring import (
         DotProductScore as DotProductScore,
+    )
+    from pytest_attnheat.scoring import (
         ScaledDotProductScore as ScaledDotProductScore,
+    )
+    from pytest_attnheat.scoring import (
         register_scoring_function as register_scoring_function,
     )
 
@@ -64,7 +92,7 @@ _ROOM_OF = {
     "sliding_window_mask": "reference",
 }
 
-__all__ = ["__version__", *_ROOM_OF]  # noqa: PLE0604
+__all__ = ["__version__", *_ROOM_OF]
 
 
 def __getattr__(name: str) -> Any:

@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from pytest_attnheat.assertions.findings import Finding, Lines
-from pytest_attnheat.assertions.inputs import Operand, dtype_name
 from pytest_attnheat.assertions.scan import Block, mask_at
 from pytest_attnheat.assertions.tolerance import rounding
+from pytest_attnheat.inputs import Operand, dtype_name
 
 # The most weights that a sample holds: 1 MB in float64.
 _SAMPLE = 2**17

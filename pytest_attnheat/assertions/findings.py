@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pytest_attnheat.assertions.inputs import Operand
 from pytest_attnheat.assertions.scan import Block, piece_elements, pieces
+from pytest_attnheat.inputs import Operand
 
 # A failing reading holds a dozen numbers per row; rows of few keys would make many of them.
 _ROWS = 2**17

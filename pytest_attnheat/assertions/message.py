@@ -14,9 +14,9 @@ import torch
 
 from pytest_attnheat.assertions.causes import likely_cause
 from pytest_attnheat.assertions.findings import Finding, Lines
-from pytest_attnheat.assertions.inputs import Operand, dtype_name, view
 from pytest_attnheat.assertions.scan import Block
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from pytest_attnheat.inputs import Operand, dtype_name, view
 
 # A picture shows the worst row and its neighbours.
 _ROWS_SHOWN = 6

@@ -18,7 +18,10 @@ from pytest_attnheat.assertions.claims import (
     uniform,
 )
 from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
-from pytest_attnheat.assertions.inputs import (
+from pytest_attnheat.assertions.message import broken_claim
+from pytest_attnheat.assertions.scan import rows_sum_to_one
+from pytest_attnheat.assertions.tolerance import row_tolerance
+from pytest_attnheat.inputs import (
     FullyMasked,
     Operand,
     as_mask,
@@ -27,9 +30,6 @@ from pytest_attnheat.assertions.inputs import (
     check_number,
     check_tolerance,
 )
-from pytest_attnheat.assertions.message import broken_claim
-from pytest_attnheat.assertions.scan import rows_sum_to_one
-from pytest_attnheat.assertions.tolerance import row_tolerance
 
 Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"

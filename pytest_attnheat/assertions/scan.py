@@ -13,7 +13,7 @@ from itertools import product
 
 import torch
 
-from pytest_attnheat.assertions.inputs import ArrayPieces, Operand
+from pytest_attnheat.inputs import ArrayPieces, Operand
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.inputs import Index, Operand, as_mask, as_weights
+from pytest_attnheat.inputs import Index, Operand, as_mask, as_weights
 
 _GLYPHS = "▁▂▃▄▅▆▇█"
 _NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
