@@ -12,9 +12,6 @@ from typing import NamedTuple, TypeVar
 
 import pytest
 
-# Fixtures, and how tests are parametrised with them; pictures compared with baselines.
-pytest_plugins = ["pytest_attnheat.fixtures", "pytest_attnheat.baselines"]
-
 # Names are checked before torch is loaded, and so are listed here as well as in cases.py.
 DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
 DEVICE_HELP = "auto, all, or a comma-separated list of cpu, cuda, cuda:N, mps, xpu, xpu:N"
@@ -89,10 +86,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
-    """Add the hooks that a project can implement."""
-    from pytest_attnheat import hooks
+    """Add the hooks that a project can implement, and the rooms that pytest calls."""
+    from pytest_attnheat import baselines, fixtures, hooks
 
     pluginmanager.add_hookspecs(hooks)
+    # Not by `pytest_plugins`: for each name there, pytest reads the metadata of all installed
+    # distributions once more.
+    for room in (fixtures, baselines):
+        pluginmanager.register(room, room.__name__)
 
 
 def pytest_configure(config: pytest.Config) -> None:

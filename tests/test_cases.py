@@ -1,0 +1,202 @@
+"""make_attention: the same numbers everywhere, and every mask it can be asked for."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.nn import functional as F  # noqa: N812
+
+from pytest_attnheat import AttentionCase, causal_mask, make_attention, padding_mask
+from pytest_attnheat.scoring import DotProductScore
+
+FIELDS = ("query", "key", "value", "scores", "weights", "output")
+
+
+def test_the_shapes_are_those_asked_for():
+    case = make_attention(
+        batch=2, heads=3, query_len=4, key_len=5, head_dim=6, value_dim=7, mask="padding"
+    )
+    shapes = [tuple(getattr(case, name).shape) for name in FIELDS]
+    assert shapes == [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 7), *[(2, 3, 4, 5)] * 2, (2, 3, 4, 7)]
+
+
+def test_by_default_no_two_dimensions_that_could_be_confused_are_equal():
+    case = make_attention()
+    assert len(set(case.query.shape) | {case.key.shape[-2]}) == 5
+    assert case.mask is None
+    assert (case.scoring, case.dtype, case.device.type) == (
+        "scaled_dot_product",
+        torch.float32,
+        "cpu",
+    )
+
+
+def test_output_and_weights_are_what_pytorch_computes():
+    case = make_attention(dtype="float64", mask="causal_bottom_right")
+    expected = F.scaled_dot_product_attention(case.query, case.key, case.value, attn_mask=case.mask)
+    torch.testing.assert_close(case.output, expected)
+    torch.testing.assert_close(case.weights @ case.value, expected)
+
+
+@pytest.mark.parametrize("scoring", ["additive", "dot_product", "scaled_dot_product", "bilinear"])
+def test_no_tensor_requires_a_gradient_and_the_scores_are_those_of_the_function(scoring):
+    case = make_attention(scoring=scoring, dtype="float64")
+    assert not any(getattr(case, name).requires_grad for name in FIELDS)
+    torch.testing.assert_close(case.scoring_function(case.query, case.key), case.scores)
+    assert case.scoring == scoring
+
+
+def test_a_seed_gives_the_same_case_and_another_seed_another():
+    before = torch.random.get_rng_state()
+    first, again, other = (make_attention(scoring="additive", seed=seed) for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for name in FIELDS:
+        assert torch.equal(getattr(first, name), getattr(again, name))
+        assert not torch.equal(getattr(first, name), getattr(other, name))
+
+
+def test_query_key_and_value_are_different_numbers():
+    case = make_attention(query_len=8, key_len=8)
+    assert not torch.equal(case.query, case.key)
+    assert not torch.equal(case.key, case.value)
+
+
+def test_more_queries_leave_keys_and_values_as_they_are():
+    short, long = make_attention(query_len=2), make_attention(query_len=9)
+    assert torch.equal(short.key, long.key)
+    assert torch.equal(short.value, long.value)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_every_dtype_holds_the_same_numbers_rounded(dtype):
+    exact = make_attention(dtype=torch.float64, scoring="bilinear")
+    case = make_attention(dtype=dtype, scoring="bilinear")
+    assert {str(getattr(case, name).dtype) for name in FIELDS} == {f"torch.{dtype}"}
+    assert torch.equal(case.query, exact.query.to(case.dtype))
+
+
+def cells(case):
+    full = case.mask.expand(case.weights.shape)
+    return ["".join(".x"[cell] for cell in row) for row in full[-1, -1].tolist()]
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        ("causal_top_left", ["x....", "xx...", "xxx.."]),
+        ("causal_bottom_right", ["xxx..", "xxxx.", "xxxxx"]),
+        ("padding", ["xxx.."] * 3),
+        ("sliding_window", ["xxx..", "xxxx.", "xxxxx"]),
+        (("causal_top_left", "padding"), ["x....", "xx...", "xxx.."]),
+        (["causal_bottom_right", "sliding_window"], ["xxx..", "xxxx.", "xxxxx"]),
+        (lambda q, k: torch.arange(k).expand(q, k) > 3, ["....x"] * 3),
+        (torch.tensor([True, False, True, False, True]), ["x.x.x"] * 3),
+        (("padding", torch.tensor([True, False, True, False, True])), ["x.x.."] * 3),
+    ],
+)
+def test_masks_by_name_tensor_function_and_combination(mask, expected):
+    case = make_attention(batch=2, query_len=3, key_len=5, mask=mask)
+    assert cells(case) == expected
+    assert (case.weights[~case.mask.expand(case.weights.shape)] == 0).all()
+
+
+def test_padding_leaves_every_batch_entry_at_least_one_key():
+    case = make_attention(batch=5, key_len=3, mask="padding")
+    assert case.mask[:, 0, 0].sum(-1).tolist() == [2, 1, 1, 1, 1]
+    assert make_attention(key_len=1, mask="padding").mask.all()
+
+
+def test_an_empty_combination_is_no_mask():
+    assert make_attention(mask=()).mask is None
+
+
+def test_kind_and_fully_masked_reach_attend():
+    nothing = torch.zeros(1, dtype=torch.bool)
+    assert make_attention(mask=nothing, fully_masked="uniform").weights.unique().item() == 1 / 8
+    assert make_attention(mask=nothing, fully_masked="nan", kind="hard").output.isnan().all()
+    assert make_attention(kind="hard").weights.unique().tolist() == [0, 1]
+
+
+def test_a_function_or_module_of_ones_own_is_used_as_it_is():
+    def constant(query, key):
+        return query.new_zeros(*query.shape[:-1], key.shape[-2])
+
+    case = make_attention(scoring=constant)
+    assert case.scoring == "constant"
+    assert (case.weights == 1 / 8).all()
+    module = DotProductScore()
+    case = make_attention(scoring=module)
+    assert case.scoring == "DotProductScore"
+    assert case.scoring_function is module
+
+
+def test_the_repr_names_shapes_not_numbers():
+    text = repr(make_attention(scoring="additive", mask="padding", dtype="bfloat16", seed=3))
+    assert text == (
+        "<AttentionCase additive bfloat16 cpu seed 3: query (2, 4, 6, 16), key (2, 4, 8, 16), "
+        "value (2, 4, 8, 16), mask (2, 1, 1, 8)>"
+    )
+
+
+def test_a_case_cannot_be_changed_but_can_be_compared_and_hashed():
+    case = make_attention()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        case.seed = 3
+    assert case == case
+    assert case != make_attention()
+    assert case in {case}
+    assert isinstance(case, AttentionCase)
+
+
+@pytest.mark.parametrize(
+    "size", ["batch", "heads", "query_len", "key_len", "head_dim", "value_dim"]
+)
+def test_sizes_are_whole_numbers_from_one(size):
+    for given in (0, -3):
+        with pytest.raises(ValueError, match=f"{size} must be at least 1; got {given}"):
+            make_attention(**{size: given})
+    for given in (2.0, "2", True):
+        with pytest.raises(TypeError, match=f"{size} must be a whole number from 1; got {given!r}"):
+            make_attention(**{size: given})
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"scoring": "cosine"}, ValueError, r"scoring must be one of additive, .*got 'cosine'"),
+        ({"mask": "causal"}, ValueError, r"mask must be one of causal_top_left.*got 'causal'"),
+        ({"mask": ("padding", "x")}, ValueError, r"sliding_window; got 'x'"),
+        ({"mask": torch.zeros(6, 8)}, TypeError, r"boolean.*got torch\.float32"),
+        ({"mask": lambda q, k: [True]}, TypeError, r"boolean.*got list"),
+        ({"mask": torch.ones(6, 7, dtype=torch.bool)}, ValueError, r"\(6, 7\) does not broadcast"),
+        ({"mask": torch.ones(3, dtype=torch.bool).numpy()}, ValueError, "mask must be one of"),
+        ({"dtype": "float8"}, ValueError, r"float16, bfloat16, float32, float64; got 'float8'"),
+        ({"dtype": torch.int64}, ValueError, r"dtype must be one of.*got 'int64'"),
+        ({"dtype": float}, ValueError, r"dtype must be one of.*float"),
+        ({"kind": "max"}, ValueError, "kind must be one of soft, hard"),
+        ({"fully_masked": None}, ValueError, "fully_masked must be one of zero"),
+        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        ({"seed": 1.5}, TypeError, "seed must be a whole number from 0; got 1.5"),
+        ({"scoring": lambda q, k: q}, ValueError, r"must return scores \(2, 4, 6, 8\)"),
+    ],
+)
+def test_misuse_says_what_was_given_and_what_is_known(options, error, said):
+    with pytest.raises(error, match=said):
+        make_attention(**options)
+
+
+def test_masks_can_be_written_by_hand_instead():
+    by_name = make_attention(mask=("causal_top_left", "padding"))
+    mask = causal_mask(6, 8, alignment="top_left") & padding_mask([7, 6], 8)
+    assert torch.equal(by_name.weights, make_attention(mask=mask).weights)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_a_gpu_holds_the_same_numbers_as_the_cpu(dtype):
+    here = make_attention(scoring="additive", mask="padding", dtype=dtype)
+    there = make_attention(scoring="additive", mask="padding", dtype=dtype, device="cuda")
+    for name in ("query", "key", "value", "mask"):
+        assert torch.equal(getattr(here, name), getattr(there, name).cpu())
+    assert there.device == there.weights.device

@@ -1,0 +1,355 @@
+"""Options, marker, hook and cost of the plugin, as a user meets them."""
+
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from pytest_attnheat import cases, plugin, scoring
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """A registry whose changes last for one test."""
+    monkeypatch.setattr(scoring, "_factories", dict(scoring._factories))
+
+
+# --- options
+
+
+DEVICES = "accepted are auto, all, or a comma-separated list of cpu, cuda, cuda:N, mps, xpu, xpu:N"
+DTYPES = "accepted is a comma-separated list of float16, bfloat16, float32, float64"
+SEEDS = "accepted is a whole number from 0"
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("device", "gpu", f"'gpu' is no device; {DEVICES} (got 'gpu')"),
+        ("device", "cpu,auto", f"'auto' is no device; {DEVICES} (got 'cpu,auto')"),
+        ("device", "cuda:x", f"'cuda:x' is no device; {DEVICES}"),
+        ("device", "cuda:-1", f"'cuda:-1' is no device; {DEVICES}"),
+        ("device", "cpu:0", f"'cpu:0' is no device; {DEVICES}"),
+        ("device", "CPU", f"'CPU' is no device; {DEVICES}"),
+        ("device", "", f"'' is no device; {DEVICES}"),
+        ("device", "cpu,", f"'' is no device; {DEVICES}"),
+        ("dtype", "float8", f"'float8' is no dtype; {DTYPES} (got 'float8')"),
+        ("dtype", "float32;float64", f"'float32;float64' is no dtype; {DTYPES}"),
+        ("dtype", "", f"'' is no dtype; {DTYPES}"),
+        ("seed", "-1", f"'-1' is no seed; {SEEDS}"),
+        ("seed", "1.5", f"'1.5' is no seed; {SEEDS}"),
+        ("seed", "", f"'' is no seed; {SEEDS}"),
+        ("seed", "²", f"'²' is no seed; {SEEDS}"),
+    ],
+)
+@pytest.mark.parametrize("ini", [False, True])
+def test_a_bad_value_is_a_usage_error_that_lists_the_good_ones(pytester, name, value, said, ini):
+    pytester.makepyfile("def test_a(): pass")
+    if ini:
+        pytester.makeini(f"[pytest]\nattn_{name} = {value}")
+        result = pytester.runpytest()
+    else:
+        result = pytester.runpytest(f"--attn-{name}={value}")
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    source = f"ini setting attn_{name}" if ini else f"--attn-{name}"
+    assert f"ERROR: {source}: {said}" in result.stderr.str()
+
+
+def test_help_markers_and_fixtures_read_like_documentation(pytester):
+    text = " ".join(pytester.runpytest("--help").stdout.str().split())
+    assert "attention (pytest-attnheat): --attn-device=DEVICES devices to run attention" in text
+    for name in ("device", "require-device", "dtype", "seed"):
+        assert f"--attn-{name}" in text
+        assert f"Default: the ini setting attn_{name.replace('-', '_')}, or " in text
+        assert re.search(rf" attn_{name.replace('-', '_')} \((string|bool)\): ", text)
+    text = pytester.runpytest("--markers").stdout.str()
+    (line,) = re.findall(r"@pytest\.mark\.attention\((.*?)\): (.*)", text)
+    assert line[0] == ", ".join(f"{option}=" for option in cases.OPTIONS)
+    assert "scoring and dtype also take lists" in line[1]
+    text = pytester.runpytest("--fixtures").stdout.str()
+    ours = text.partition("fixtures defined from pytest_attnheat")[2].partition("\n----")[0]
+    for name in ("attention", "attention_weights", "make_attention", "scoring_function"):
+        assert re.search(rf"^{name} -- .*\n    [A-Z].*\.?$", ours, re.MULTILINE)
+    assert re.search(r"^attn_device \[module scope\] -- .*\n    The torch\.device", ours, re.M)
+    assert "no docstring" not in ours
+
+
+def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
+    assert cases.DTYPES == plugin.DTYPE_NAMES
+
+
+# --- marker
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("dtyp='float32'", "option must be one of scoring, batch, *seed; got 'dtyp'"),
+        ("'additive'", "the attention marker takes keywords only: scoring, *; got ('additive',)"),
+        ("scoring='cosine'", "scoring must be one of additive, *bilinear; got 'cosine'"),
+        ("scoring=['additive', 'x']", "scoring must be one of additive, *bilinear; got 'x'"),
+        ("scoring=[]", "scoring is an empty list*"),
+        ("dtype=()", "dtype is an empty list*"),
+        ("dtype='float8'", "dtype must be one of float16, *; got 'float8'"),
+        ("mask='causal'", "mask must be one of causal_top_left, *; got 'causal'"),
+        ("mask=('padding', 3)", "mask must be one of causal_top_left, *; got 3"),
+        ("batch=0", "batch must be at least 1; got 0"),
+        ("key_len='8'", "key_len must be a whole number from 1; got '8'"),
+        ("kind='max'", "kind must be one of soft, *; got 'max'"),
+        ("fully_masked='mean'", "fully_masked must be one of zero, *; got 'mean'"),
+        ("seed=-1", "seed must be at least 0; got -1"),
+    ],
+)
+@pytest.mark.parametrize("argument", ["", "attention", "make_attention"])
+def test_a_wrong_marker_is_an_error_at_collection(pytester, arguments, said, argument):
+    pytester.makepyfile(f"""
+        import pytest
+
+        @pytest.mark.attention({arguments})
+        def test_a({argument}): pass
+    """)
+    result = pytester.runpytest("--collect-only", "-W", "error")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    pattern = said.replace("[", "[[]")
+    result.stdout.fnmatch_lines(f"*.py::test_a: {pattern}")
+
+
+@pytest.mark.parametrize("where", ["module", "class", "outer"])
+def test_a_wrong_marker_is_found_wherever_it_stands(pytester, where):
+    pytester.makepyfile(f"""
+        import pytest
+
+        pytestmark = [pytest.mark.attention(batch={0 if where == "module" else 1})]
+
+        @pytest.mark.attention(heads={0 if where == "class" else 1})
+        class TestA:
+            @pytest.mark.attention(*{"[1]" if where == "outer" else "[]"})
+            @pytest.mark.attention(query_len=3)
+            def test_a(self): pass
+    """)
+    result = pytester.runpytest()
+    said = {"module": "batch must", "class": "heads must", "outer": "the attention marker takes"}
+    result.stdout.fnmatch_lines(f"*::TestA::test_a: {said[where]}*")
+    result.assert_outcomes(errors=1)
+
+
+def test_the_marker_is_registered(pytester):
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.attention(batch=1)
+        def test_a(attention): pass
+    """)
+    result = pytester.runpytest("--strict-markers", "-W", "error")
+    result.assert_outcomes(passed=4)
+
+
+# --- hook and registry
+
+
+COSINE = """
+    def pytest_attnheat_scoring_functions(config):
+        from torch.nn.functional import normalize
+
+        def cosine(query, key):
+            return normalize(query, dim=-1) @ normalize(key, dim=-1).mT
+
+        print("COLLECTED ONCE")
+        return {"cosine": lambda query_dim, key_dim, seed: cosine}
+"""
+
+
+def test_a_name_from_the_hook_is_known_to_every_fixture_and_marker(pytester):
+    pytester.makeconftest(COSINE)
+    pytester.makepyfile("""
+        import pytest
+
+        def test_all(attention):
+            pass
+
+        @pytest.mark.attention(scoring=["cosine"])
+        def test_one(attention, make_attention):
+            assert attention.scores.abs().max() <= 1
+            assert attention.scoring == make_attention().scoring == "cosine"
+
+        def test_make(make_attention):
+            case = make_attention(scoring="cosine", query_len=2)
+            assert case.scoring == "cosine"
+            assert case.scores.abs().max() <= 1
+            with pytest.raises(ValueError, match="bilinear, cosine; got 'sine'"):
+                make_attention(scoring="sine")
+
+        @pytest.mark.parametrize("scoring_function", ["cosine"])
+        def test_parametrised(attention):
+            assert attention.scoring == "cosine"
+    """)
+    result = pytester.runpytest("-v", "-s")
+    result.assert_outcomes(passed=8)
+    result.stdout.fnmatch_lines("*test_all[[]cosine-cpu]*")
+    assert result.stdout.str().count("COLLECTED ONCE") == 1
+
+
+def test_hooks_of_one_session_are_not_known_in_the_next(pytester):
+    pytester.makeconftest(COSINE)
+    test_file = pytester.makepyfile("def test_a(scoring_function): pass")
+    pytester.runpytest(test_file).assert_outcomes(passed=5)
+    pytester.makeconftest("")
+    pytester.runpytest(test_file, "-p", "no:cacheprovider").assert_outcomes(passed=4)
+
+
+@pytest.mark.parametrize(
+    ("returned", "said"),
+    [
+        ('{"additive": lambda a, b, c: None}', "*the name 'additive' is taken (known: additive, *"),
+        ('{"a-b": lambda a, b, c: None}', "*must be letters, digits and underscores*'a-b'"),
+        ('{"cosine": lambda q, k: q}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
+        ('{"cosine": "cosine"}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
+    ],
+)
+def test_a_wrong_hook_is_an_error_at_collection(pytester, returned, said):
+    pytester.makeconftest(f"""
+        def pytest_attnheat_scoring_functions(config):
+            return {returned}
+    """)
+    pytester.makepyfile("def test_a(attention): pass")
+    result = pytester.runpytest()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(f"*.py::test_a: {said}")
+
+
+def test_two_hooks_with_one_name_clash(pytester):
+    pytester.makeconftest(COSINE)
+    pytester.makepyfile(other=COSINE, test_a="def test_a(attention): pass")
+    pytester.syspathinsert()
+    result = pytester.runpytest("-p", "other")
+    result.stdout.fnmatch_lines("*the name 'cosine' is taken (known: additive, *bilinear, cosine)*")
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_registered_name_is_known_to_every_fixture_and_marker(pytester):
+    pytester.makeconftest("""
+        from pytest_attnheat import BilinearScore, register_scoring_function
+
+        @register_scoring_function("doubled")
+        def doubled(query_dim, key_dim, seed):
+            return BilinearScore(query_dim, key_dim, seed=seed)
+    """)
+    pytester.makepyfile("""
+        import pytest
+
+        def test_all(attention): pass
+
+        @pytest.mark.attention(scoring="doubled", dtype="float64", head_dim=5, seed=3)
+        def test_one(attention, scoring_function):
+            assert scoring_function.weight.shape == (5, 5)
+            assert attention.scores.dtype == scoring_function.weight.dtype
+    """)
+    result = pytester.runpytest("-v")
+    result.assert_outcomes(passed=6)
+    result.stdout.fnmatch_lines("*test_all[[]doubled-cpu]*")
+
+
+# --- cost
+
+
+HEAVY = """
+    import sys
+    import pytest
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_unconfigure(config):
+        heavy = {"torch", "numpy", "matplotlib"} & set(sys.modules)
+        print("HEAVY", sorted(heavy), "pytest_attnheat.fixtures" in sys.modules)
+"""
+
+
+@pytest.mark.parametrize(
+    "test_file",
+    [
+        None,
+        "def test_a(tmp_path): pass",
+        "import pytest_attnheat\n\ndef test_a(): assert pytest_attnheat.__version__",
+    ],
+    ids=["nothing", "no_fixture", "import"],
+)
+def test_a_run_without_attention_loads_nothing_heavy(pytester, monkeypatch, test_file):
+    pytester.makepyfile(watch=HEAVY)
+    if test_file:
+        pytester.makepyfile(test_file=test_file)
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
+    options = ("-p", "watch", "-p", "no:pytest_mpl", "--attn-device=cpu,cuda")
+    for more in (["--collect-only"], []):
+        result = pytester.runpytest_subprocess(*options, *more)
+        result.stdout.fnmatch_lines("HEAVY [[][]] True")
+
+
+def test_the_plugin_can_be_switched_off(pytester, monkeypatch):
+    pytester.makepyfile(watch=HEAVY, test_file="def test_a(attention): pass")
+    monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
+    result = pytester.runpytest_subprocess(
+        "-p", "watch", "-p", "no:attnheat", "-p", "no:pytest_mpl"
+    )
+    result.assert_outcomes(errors=1)
+    result.stdout.fnmatch_lines(["*fixture 'attention' not found*", "HEAVY [[][]] False"])
+
+
+def test_it_loads_by_name_where_plugins_are_not_loaded_by_themselves(pytester, monkeypatch):
+    pytester.makepyfile("def test_a(attention): pass")
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    result = pytester.runpytest_subprocess("-p", "pytest_attnheat.plugin")
+    result.assert_outcomes(passed=4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["-n", "2"],
+        ["-p", "no:cacheprovider"],
+        ["--import-mode=importlib"],
+        ["-W", "error"],
+        ["--strict-markers", "--strict-config"],
+        ["-p", "no:xdist"],
+    ],
+    ids=" ".join,
+)
+def test_it_works_under_the_options_that_people_use(pytester, options):
+    pytester.makepyfile("""
+        import pytest
+
+        @pytest.mark.attention(mask="padding", dtype=["float32", "bfloat16"])
+        def test_a(attention, attention_weights, make_attention, attn_device):
+            assert make_attention(seed=3).weights.shape == attention_weights.shape
+    """)
+    result = pytester.runpytest_subprocess("--attn-device=cpu", *options)
+    result.assert_outcomes(passed=8)
+    assert "warning" not in result.stdout.str().lower()
+
+
+# --- documentation
+
+
+def examples(page):
+    """The python examples of a page; those that begin with `# conftest.py` come first."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return sorted(found, key=lambda example: not example.startswith("# conftest.py"))
+
+
+@pytest.mark.parametrize("page", ["fixtures.md", "scoring.md"])
+def test_the_examples_of_the_documentation_run_as_test_files(pytester, page):
+    conftest = [text for text in examples(page) if text.startswith("# conftest.py")]
+    pytester.makeconftest("\n".join(conftest))
+    rest = examples(page)[len(conftest) :]
+    assert rest
+    pytester.makepyfile(**{f"test_{number}": text for number, text in enumerate(rest)})
+    # In a process of its own: torch.testing imports more of torch when it is first used.
+    result = pytester.runpytest_subprocess("-W", "error", "--strict-markers")
+    outcomes = result.parseoutcomes()
+    assert set(outcomes) == {"passed"}, outcomes
+    assert outcomes["passed"] >= len(rest)
+    for number in range(len(rest)):
+        result.stdout.fnmatch_lines(f"*test_{number}.py*")
