@@ -170,8 +170,8 @@ def masked_softmax(
     """
     permitted = _permitted(scores, mask)
     one_of("fully_masked", fully_masked, FULLY_MASKED)
-    # A row of -inf alone has no softmax: such a row is computed from zeros, which keeps NaN
-    # out of its gradient, and gets its declared meaning afterwards.
+    # A row of -inf alone has no softmax: such a row is computed from zeros, so that no NaN is
+    # made on the way, and gets its declared meaning afterwards.
     some = permitted.any(-1, keepdim=True)
     filled = scores.masked_fill(~permitted, -math.inf).masked_fill(~some, 0.0)
     weights = torch.softmax(filled, -1).masked_fill(~permitted, 0.0)

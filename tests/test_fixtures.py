@@ -211,7 +211,8 @@ def test_the_nearest_marker_wins_keyword_by_keyword(pytester):
                 assert attention.mask.shape == (1, 1, 1, 7)
                 assert attention.seed == 9
 
-            @pytest.mark.attention(scoring=["bilinear", "dot_product"], kind="hard", head_dim=3)
+            @pytest.mark.attention(scoring=["bilinear", "dot_product", "bilinear"])
+            @pytest.mark.attention(kind="hard", head_dim=3)
             def test_b(self, attention, make_attention):
                 assert attention.query.shape == (1, 2, 3, 3)
                 assert attention.weights.unique().tolist() == [0, 1]
@@ -252,13 +253,20 @@ def test_the_seed_comes_from_marker_then_option_then_ini(pytester, monkeypatch):
     pytester.makepyfile("""
         import os
         import pytest
+        import torch
+        from pytest_attnheat import make_attention as make
+
+        def check(attention, seed):
+            assert attention.seed == seed
+            expected = make(scoring=attention.scoring, seed=seed)
+            assert torch.equal(attention.scores, expected.scores)
 
         def test_a(attention):
-            assert attention.seed == int(os.environ["EXPECTED"])
+            check(attention, int(os.environ["EXPECTED"]))
 
         @pytest.mark.attention(seed=7)
-        def test_b(attention, scoring_function):
-            assert attention.seed == 7
+        def test_b(attention):
+            check(attention, 7)
     """)
     pytester.makeini("[pytest]\nattn_seed = 5")
     monkeypatch.setenv("EXPECTED", "5")

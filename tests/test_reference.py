@@ -208,6 +208,34 @@ def test_masked_scores_and_fully_masked_rows_leave_no_trace_in_the_gradient(pois
     assert (scores.grad == 0).all()
 
 
+def test_no_nan_is_made_on_the_way_that_anomaly_detection_would_report():
+    scores = torch.zeros(2, 3, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True):
+        weights = masked_softmax(scores, torch.tensor([[True] * 3, [False] * 3]))
+        (weights * torch.arange(3.0)).sum().backward()
+    assert scores.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_a_masked_key_takes_no_share_from_the_smallest_score_there_is(dtype):
+    lowest = torch.finfo(dtype).min
+    scores = torch.tensor([[lowest, 0.0, lowest]], dtype=dtype)
+    assert masked_softmax(scores, torch.tensor([True, False, True])).tolist() == [[0.5, 0, 0.5]]
+
+
+@pytest.mark.parametrize("kind", ["soft", "gating"])
+def test_a_masked_nan_score_leaves_the_gradient_of_every_score_finite(kind):
+    scores = torch.tensor([[0.5, NAN, 1.0], [NAN, 2.0, NAN]], requires_grad=True)
+    mask = torch.tensor([[True, False, True], [False, True, False]])
+    value = torch.tensor([[1.0], [2.0], [4.0]])
+    output, _ = attend(
+        torch.ones(2, 1), torch.ones(3, 1), value, score=lambda *_: scores, mask=mask, kind=kind
+    )
+    output.sum().backward()
+    assert scores.grad.isfinite().all()
+    assert (scores.grad[~mask] == 0).all()
+
+
 @pytest.mark.parametrize("kind", ["soft", "gating"])
 def test_gradients_are_finite_differences(kind):
     query, key, value = draw("q", 3, 4), draw("k", 5, 4), draw("v", 5, 2)
@@ -437,6 +465,19 @@ def test_a_poisoned_value_is_felt_by_those_who_may_attend_to_it(kind):
     assert output[2, 1].isnan()
     others = [output[0, 1], output[1, 0], output[1, 1], output[2, 0]]
     assert all(number.isfinite() for number in others)
+
+
+@pytest.mark.parametrize("kind", ["soft", "gating"])
+def test_a_poisoned_value_spoils_no_gradient_of_those_who_do_not_feel_it(kind):
+    query = torch.ones(2, 2, requires_grad=True)
+    value = torch.tensor([[1.0, 2.0], [3.0, 5.0], [NAN, INF]])
+    mask = torch.tensor([[True, True, True], [True, True, False]])
+    key = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    output, _ = attend(query, key, value, mask=mask, kind=kind)
+    output.sum().backward()
+    assert output[0].tolist() == pytest.approx([NAN, INF], nan_ok=True)
+    assert query.grad[1].isfinite().all()
+    assert query.grad[1].any()
 
 
 @pytest.mark.parametrize("kind", KINDS)

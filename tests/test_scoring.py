@@ -146,6 +146,14 @@ def test_parameters_come_from_the_seed_and_leave_the_global_generator_alone(make
         assert not torch.equal(a, c), name
 
 
+def test_parameters_have_variance_one_over_what_they_sum_over():
+    module = AdditiveScore(300, 200, 400)
+    for weight, fan_in in (
+        (module.query_weight, 300), (module.key_weight, 200), (module.vector, 400)
+    ):  # fmt: skip
+        assert weight.var().item() * fan_in == pytest.approx(1, abs=0.25)
+
+
 def test_parameters_do_not_repeat_the_inputs_of_the_same_seed():
     case = make_attention(scoring="bilinear", head_dim=16, seed=5)
     drawn = case.query.flatten()[:256] / 4
