@@ -35,6 +35,12 @@ if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import (
         show_heatmaps as show_heatmaps,
     )
+    from pytest_attnheat.heatmaps.record import (
+        Heatmaps as Heatmaps,
+    )
+    from pytest_attnheat.heatmaps.record import (
+        read_heatmaps as read_heatmaps,
+    )
     from pytest_attnheat.heatmaps.terminal import format_heatmap as format_heatmap
     from pytest_attnheat.reference import (
         attend as attend,
@@ -75,6 +81,7 @@ _ROOM_OF = {
     "BilinearScore": "scoring",
     "DotProductScore": "scoring",
     "HeatmapFigure": "heatmaps.figure",
+    "Heatmaps": "heatmaps.record",
     "ScaledDotProductScore": "scoring",
     "assert_doubly_stochastic": "assertions.rows",
     "assert_entropy": "assertions.rows",
@@ -87,6 +94,7 @@ _ROOM_OF = {
     "make_attention": "cases",
     "masked_softmax": "reference",
     "padding_mask": "reference",
+    "read_heatmaps": "heatmaps.record",
     "register_scoring_function": "scoring",
     "show_heatmaps": "heatmaps.figure",
     "sliding_window_mask": "reference",

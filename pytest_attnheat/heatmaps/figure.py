@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest
 from pytest_attnheat.heatmaps.picture import Picture
+from pytest_attnheat.heatmaps.record import encode, metadata_of
 from pytest_attnheat.heatmaps.sheet import Shown
 from pytest_attnheat.heatmaps.writing import Design, Words
 
@@ -41,10 +42,18 @@ class HeatmapFigure(Figure):
         transparent: bool | None = None,
         **kwargs: Any,
     ) -> None:
-        """Save as `matplotlib.figure.Figure.savefig` does, PNG with fast compression."""
-        if _format_of(fname, kwargs.get("format")) == "png":
+        """Save as `matplotlib.figure.Figure.savefig` does.
+
+        PNG is compressed fast. PNG and SVG carry the data that they show, which
+        `pytest_attnheat.read_heatmaps` returns.
+        """
+        kind = _format_of(fname, kwargs.get("format"))
+        if kind == "png":
             options = kwargs.get("pil_kwargs") or {}
             kwargs["pil_kwargs"] = {"compress_level": _PNG_LEVEL, **options}
+        if kind in ("png", "svg") and (record := encode(self.picture.shown)) is not None:
+            carried = metadata_of(record, kind)
+            kwargs["metadata"] = {**carried, **(kwargs.get("metadata") or {})}
         super().savefig(fname, transparent=transparent, **kwargs)
 
     def _repr_svg_(self) -> str:
@@ -153,7 +162,7 @@ def show_heatmaps(
     else:
         known = vmin is not None and vmax is not None
         scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
-    figure.picture = Picture(Shown(design, cells, scales, cmap, places), figure)
+    figure.picture = Picture(Shown(design, cells, scales, cmap, places, maps.dtype), figure)
     figure.add_artist(figure.picture)
     figure.picture.prepare(size, figure.dpi)
     return figure

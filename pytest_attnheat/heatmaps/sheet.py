@@ -28,13 +28,15 @@ class Shown:
         scale: the range of the colours.
         cmap: the colours.
         highlight: outlined places (row, column, query) or (row, column, query, key).
+        dtype: the dtype that the values were given in, by name.
     """
 
     design: Design
     cells: Cells
     scale: colors.Scale
     cmap: str | Colormap
-    highlight: Sequence[tuple[int, ...]] = ()
+    highlight: Sequence[tuple[int, ...]]
+    dtype: str
 
 
 @dataclass(frozen=True)

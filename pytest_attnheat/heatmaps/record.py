@@ -1,0 +1,268 @@
+"""The data that a picture carries: what a file of it shows, in numbers.
+
+A record is text, so that it fits into the metadata of PNG and SVG files: a line of JSON, and the
+arrays in base64. It is read with nothing but a JSON parser and zlib, both with limits; what a
+hostile file can do is raise ValueError.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import math
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import numpy.typing as npt
+
+from pytest_attnheat.heatmaps.maps import Bools, Floats
+from pytest_attnheat.heatmaps.sheet import Shown
+
+# The text chunk of a PNG, and the marker in the `dc:source` of an SVG.
+KEYWORD = "attnheat"
+VERSION = 1
+# Pictures of more cells carry no data: files would grow by megabytes for each baseline.
+MOST_CELLS = 1 << 20
+_LONGEST_HEADER = 1 << 20
+_LARGEST_FILE = 1 << 28
+
+
+@dataclass(frozen=True)
+class Heatmaps:
+    """The data of a picture, as `read_heatmaps` returns it.
+
+    Attributes:
+        values: float32 (rows, columns, queries, keys), what each cell shows. Weights given in
+            float16 or bfloat16 are exact; NaN and infinity are kept.
+        masked: boolean, the same shape; True where a cell is masked.
+        block: weights (queries, keys) that one cell stands for; their maximum is shown.
+        shape: (rows, columns, queries, keys) of the weights that were given.
+        dtype: their dtype by name, for example "bfloat16".
+        labels: what is written, by name: xlabel, ylabel, title, titles, row_titles, key_labels,
+            query_labels; None where nothing is.
+        scale: "shared" or "panel".
+        limits: (rows, columns, 2), the ends of the colour scale of each panel.
+        matplotlib: the version of matplotlib that drew the picture.
+    """
+
+    values: Floats
+    masked: Bools
+    block: tuple[int, int]
+    shape: tuple[int, int, int, int]
+    dtype: str
+    labels: dict[str, Any]
+    scale: str
+    limits: npt.NDArray[np.float64]
+    matplotlib: str
+
+
+def encode(shown: Shown) -> str | None:
+    """Write the record of a picture, or None where it has too many cells for one."""
+    values = shown.cells.values
+    if values.size > MOST_CELLS:
+        return None
+    words = shown.design.words
+    limits = np.stack([shown.scale.low, shown.scale.high], axis=-1)
+    header = {
+        "version": VERSION,
+        "cells": list(values.shape),
+        "block": list(shown.cells.block),
+        "shape": list(shown.design.shape),
+        "dtype": shown.dtype,
+        "labels": {
+            "xlabel": words.xlabel,
+            "ylabel": words.ylabel,
+            "title": words.title,
+            "titles": _plain(words.column_titles),
+            "row_titles": _plain(words.row_titles),
+            "key_labels": _plain(words.key_labels),
+            "query_labels": _plain(words.query_labels),
+        },
+        "scale": "shared" if shown.scale.shared else "panel",
+        "limits": limits.tolist(),
+        "matplotlib": matplotlib.__version__,
+    }
+    narrow = _narrow(values, shown.dtype)
+    parts = [_shuffled(narrow), np.packbits(shown.cells.masked).tobytes()]
+    body = base64.b64encode(zlib.compress(b"".join(parts), 1)).decode("ascii")
+    return json.dumps(header, separators=(",", ":")) + "\n" + body
+
+
+def metadata_of(record: str, kind: str) -> dict[str, str]:
+    """Return a record as the metadata that matplotlib writes into a "png" or an "svg"."""
+    return {KEYWORD: record} if kind == "png" else {"Source": f"{KEYWORD}:{record}"}
+
+
+def _plain(texts: Any) -> list[str] | None:
+    return None if texts is None else list(texts)
+
+
+def _narrow(values: Floats, dtype: str) -> npt.NDArray[Any]:
+    """Return values in the width of the dtype that they came from, losing nothing."""
+    if dtype == "float16":
+        return values.astype(np.float16)
+    if dtype == "bfloat16":
+        return (values.view(np.uint32) >> 16).astype(np.uint16)
+    return values
+
+
+def _shuffled(values: npt.NDArray[Any]) -> bytes:
+    """Return all first bytes, then all second ones ...: exponents compress, mantissas do not."""
+    width = values.dtype.itemsize
+    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
+    octets = np.ascontiguousarray(little).view(np.uint8).reshape(-1, width)
+    return bytes(octets.T.tobytes())
+
+
+def decode(record: str) -> Heatmaps:
+    """Read a record.
+
+    Raises:
+        ValueError: It is damaged, or of a version that is not known.
+    """
+    head, _, body = record[: _LONGEST_HEADER + 1].partition("\n")
+    if len(head) > _LONGEST_HEADER:
+        raise ValueError("its header is too long")
+    body = record[len(head) + 1 :]
+    try:
+        header = json.loads(head)
+        if header["version"] != VERSION:
+            raise ValueError(f"version {header['version']!r} is not known, only {VERSION}")
+        return _decode(header, body)
+    except (
+        KeyError,
+        TypeError,
+        OverflowError,
+        RecursionError,
+        zlib.error,
+        binascii.Error,
+    ) as error:
+        raise ValueError(f"its data is damaged ({type(error).__name__}: {error})") from None
+
+
+def _decode(header: dict[str, Any], body: str) -> Heatmaps:
+    cells, shape = _sizes(header["cells"], 4), _sizes(header["shape"], 4)
+    block = _sizes(header["block"], 2)
+    count = math.prod(cells)
+    if count > MOST_CELLS:
+        raise ValueError(f"{count} cells are more than a record holds")
+    if cells != (*shape[:2], -(-shape[2] // block[0]), -(-shape[3] // block[1])):
+        raise ValueError(f"{cells} cells do not follow from {shape} in blocks of {block}")
+    dtype = str(header["dtype"])
+    width = 2 if dtype in ("float16", "bfloat16") else 4
+    expected = count * width + -(-count // 8)
+    unpacker = zlib.decompressobj()
+    data = unpacker.decompress(base64.b64decode(body, validate=True), expected + 1)
+    if len(data) != expected or not unpacker.eof:
+        raise ValueError(f"it holds {len(data)} bytes, not {expected}")
+    split = count * width
+    masked = np.unpackbits(np.frombuffer(data[split:], np.uint8), count=count).astype(bool)
+    limits = np.array(header["limits"], dtype=np.float64)
+    if limits.shape != (*cells[:2], 2):
+        raise ValueError(f"its limits have the shape {limits.shape}")
+    labels = header["labels"]
+    if not isinstance(labels, dict):
+        raise ValueError("its labels are not named")
+    return Heatmaps(
+        values=_widened(data[:split], dtype).reshape(cells),
+        masked=masked.reshape(cells),
+        block=(block[0], block[1]),
+        shape=(shape[0], shape[1], shape[2], shape[3]),
+        dtype=dtype,
+        labels=labels,
+        scale=str(header["scale"]),
+        limits=limits,
+        matplotlib=str(header["matplotlib"]),
+    )
+
+
+def _sizes(given: Any, count: int) -> tuple[int, ...]:
+    sizes = tuple(given)
+    if len(sizes) != count or not all(type(size) is int and size > 0 for size in sizes):
+        raise ValueError(f"{given!r} are not {count} sizes")
+    return sizes
+
+
+def _widened(data: bytes, dtype: str) -> Floats:
+    width = 2 if dtype in ("float16", "bfloat16") else 4
+    little = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(width, -1).T)
+    if dtype == "bfloat16":
+        bits = little.view("<u2").ravel().astype(np.uint32) << 16
+        return bits.view(np.float32)
+    return little.view("<f2" if dtype == "float16" else "<f4").ravel().astype(np.float32)
+
+
+def read_heatmaps(path: str | Path) -> Heatmaps:
+    """Read the data that a picture of `show_heatmaps` carries.
+
+    Args:
+        path: A PNG or SVG file that was saved from such a figure, by whatever means.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is no such picture, it carries no data, or it is damaged.
+    """
+    file = Path(path)
+    try:
+        record = find_record(file)
+        if record is None:
+            raise ValueError("it carries no data of show_heatmaps")
+        return decode(record)
+    except ValueError as error:
+        raise ValueError(f"read_heatmaps: {file}: {error}") from None
+
+
+def find_record(file: Path) -> str | None:
+    """Return the record in a PNG or SVG file, or None if it has none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is neither PNG nor SVG, or damaged.
+    """
+    if file.stat().st_size > _LARGEST_FILE:
+        raise ValueError(f"it is larger than {_LARGEST_FILE >> 20} MB")
+    with file.open("rb") as stream:
+        start = stream.read(8)
+    if start == b"\x89PNG\r\n\x1a\n":
+        return _png_record(file.read_bytes())
+    if start.lstrip().startswith((b"<?xml", b"<svg")):
+        found = re.search(
+            rb"<dc:source>\s*" + KEYWORD.encode() + rb":([^<]*)</dc:source>", file.read_bytes()
+        )
+        return None if found is None else _unescaped(found[1])
+    raise ValueError("it is neither a PNG nor an SVG file")
+
+
+def _png_record(data: bytes) -> str | None:
+    """Walk the chunks of a PNG up to the pixels; nothing is decompressed."""
+    position = 8
+    while position + 12 <= len(data):
+        length = int.from_bytes(data[position : position + 4], "big")
+        kind, content = (
+            data[position + 4 : position + 8],
+            data[position + 8 : position + 8 + length],
+        )
+        end = position + 12 + length
+        if end > len(data):
+            raise ValueError("it is cut off")
+        if int.from_bytes(data[end - 4 : end], "big") != zlib.crc32(kind + content):
+            raise ValueError("a checksum is wrong")
+        if kind == b"tEXt" and content.startswith(KEYWORD.encode() + b"\0"):
+            return content[len(KEYWORD) + 1 :].decode("latin-1")
+        if kind == b"IEND":
+            return None
+        position = end
+    raise ValueError("it is cut off")
+
+
+def _unescaped(text: bytes) -> str:
+    plain = text.decode("utf-8", "replace")
+    for escaped, character in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
+        plain = plain.replace(escaped, character)
+    return plain
