@@ -354,5 +354,4 @@ def _weighted_sum(weights: Tensor, value: Tensor, permitted: Tensor) -> Tensor:
         return weights @ value
     counts = (permitted | (weights != 0)).to(value.dtype)
     felt = counts @ bad.to(value.dtype) > 0
-    # Detached: NaN times a gradient of 0 would be NaN for all other outputs.
-    return torch.where(felt, (weights @ value).detach(), weights @ value.masked_fill(bad, 0.0))
+    return torch.where(felt, weights @ value, weights @ value.masked_fill(bad, 0.0))

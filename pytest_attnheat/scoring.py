@@ -72,9 +72,12 @@ def draw(stream: str, seed: int, *shape: int) -> Tensor:
 
 
 def query_chunks(query_len: int, bytes_per_query: int) -> Iterator[slice]:
-    """Split the queries so that one chunk needs at most CHUNK_BYTES, or holds one query."""
+    """Split the queries so that one chunk needs at most CHUNK_BYTES, or holds one query.
+
+    No queries are one empty chunk, so that there is always something to concatenate.
+    """
     step = max(1, CHUNK_BYTES // max(1, bytes_per_query))
-    for start in range(0, query_len, step):
+    for start in range(0, max(1, query_len), step):
         yield slice(start, min(start + step, query_len))
 
 

@@ -489,8 +489,9 @@ def test_inputs_are_left_as_they_were(kind):
     assert all(torch.equal(a, b) for a, b in zip((*tensors, mask), copies, strict=True))
 
 
-def test_no_queries_give_no_rows():
-    output, weights = attend(torch.ones(0, 3), torch.ones(4, 3), torch.ones(4, 2))
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_queries_give_no_rows(kind):
+    output, weights = attend(torch.ones(0, 3), torch.ones(4, 3), torch.ones(4, 2), kind=kind)
     assert output.shape == (0, 2)
     assert weights.shape == (0, 4)
 
