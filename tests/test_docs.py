@@ -11,46 +11,48 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 def blocks(page):
     """List a page's python blocks with the line at which each begins."""
-    text = page.read_text()
+    text = page.read_text(encoding="utf-8")
     matches = re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)
     return [(text[: match.start()].count("\n") + 1, match[1]) for match in matches]
 
 
-def files_of_tests():
-    """List the blocks that hold tests; one that begins with `# conftest.py` joins the next."""
-    found = []
-    for page in PAGES:
-        conftest = ""
-        for line, block in blocks(page):
-            if block.startswith("# conftest.py"):
-                conftest = block
-            elif "def test_" in block:
-                found.append(pytest.param(conftest, block, id=f"{page.name}:{line}"))
-                conftest = ""
-    return found
+def is_conftest(block):
+    return block.startswith("# conftest.py")
 
 
-@pytest.mark.parametrize(("conftest", "block"), files_of_tests())
-def test_an_example_that_holds_tests_passes(pytester, conftest, block):
-    pytester.makeconftest(conftest)
-    pytester.makepyfile(block)
-    if "heatmap_compare" in block:
-        pytester.runpytest_subprocess("--mpl-generate-path=baseline_images")
-    outcomes = pytester.runpytest_subprocess("-W", "error").parseoutcomes()
-    assert outcomes.pop("passed", 0) > 0
-    assert not outcomes
+def holds_tests(block):
+    return "def test_" in block
 
 
 def plain_blocks(page):
-    """List the blocks of a page that are not test files."""
-    return [
-        (line, block)
-        for line, block in blocks(page)
-        if "def test_" not in block and not block.startswith("# conftest.py")
-    ]
+    """List the blocks of a page that are scripts."""
+    return [(n, text) for n, text in blocks(page) if not (is_conftest(text) or holds_tests(text))]
 
 
-@pytest.mark.parametrize("page", [*filter(plain_blocks, PAGES)], ids=lambda page: page.name)
+def name_of(page):
+    return page.name
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if any(holds_tests(text) for _, text in blocks(p))], ids=name_of
+)
+def test_examples_that_hold_tests_pass(pytester, page):
+    """All of a page at once, each a file, with all that the page puts into a conftest.py."""
+    pytester.makeconftest("\n".join(text for _, text in blocks(page) if is_conftest(text)))
+    files = {f"test_{line}": text for line, text in blocks(page) if holds_tests(text)}
+    pytester.makepyfile(**files)
+    # In a process of its own: torch imports more of itself when that is first used.
+    if any("heatmap_compare" in text for text in files.values()):
+        pytester.runpytest_subprocess("--mpl-generate-path=baseline_images")
+    result = pytester.runpytest_subprocess("-W", "error", "--strict-markers")
+    outcomes = result.parseoutcomes()
+    assert set(outcomes) == {"passed"}
+    assert outcomes["passed"] >= len(files)
+    for name in files:
+        result.stdout.fnmatch_lines(f"*{name}.py*")
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if plain_blocks(p)], ids=name_of)
 def test_the_other_examples_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     names = {"__name__": "example"}

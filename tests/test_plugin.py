@@ -2,13 +2,10 @@
 
 import os
 import re
-from pathlib import Path
 
 import pytest
 
 from pytest_attnheat import cases, plugin, scoring
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 @pytest.fixture
@@ -327,29 +324,3 @@ def test_it_works_under_the_options_that_people_use(pytester, options):
     result = pytester.runpytest_subprocess("--attn-device=cpu", *options)
     result.assert_outcomes(passed=8)
     assert "warning" not in result.stdout.str().lower()
-
-
-# --- documentation
-
-
-def examples(page):
-    """The python examples of a page; those that begin with `# conftest.py` come first."""
-    text = (DOCS / page).read_text(encoding="utf-8")
-    found = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
-    return sorted(found, key=lambda example: not example.startswith("# conftest.py"))
-
-
-@pytest.mark.parametrize("page", ["fixtures.md", "scoring.md"])
-def test_the_examples_of_the_documentation_run_as_test_files(pytester, page):
-    conftest = [text for text in examples(page) if text.startswith("# conftest.py")]
-    pytester.makeconftest("\n".join(conftest))
-    rest = examples(page)[len(conftest) :]
-    assert rest
-    pytester.makepyfile(**{f"test_{number}": text for number, text in enumerate(rest)})
-    # In a process of its own: torch.testing imports more of torch when it is first used.
-    result = pytester.runpytest_subprocess("-W", "error", "--strict-markers")
-    outcomes = result.parseoutcomes()
-    assert set(outcomes) == {"passed"}, outcomes
-    assert outcomes["passed"] >= len(rest)
-    for number in range(len(rest)):
-        result.stdout.fnmatch_lines(f"*test_{number}.py*")
