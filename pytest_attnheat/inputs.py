@@ -7,6 +7,7 @@ accept the same tensors and refuse the others in the same words.
 from __future__ import annotations
 
 import math
+from numbers import Real
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 import numpy as np
@@ -171,9 +172,12 @@ def check_number(value: object, name: str) -> float:
         TypeError: Not a number.
         ValueError: NaN or infinite.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float | np.floating):
+    if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}: got {type(value).__name__}; accepted is a number, or None")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond any float
+        number = math.inf
     if not math.isfinite(number):
         raise ValueError(f"{name}: got {number!r}; accepted is a finite number, or None")
     return number

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from pytest_attnheat import assert_doubly_stochastic, assert_row_stochastic
+from pytest_attnheat import assert_doubly_stochastic, assert_row_stochastic, assert_uniform
 
 SHAPE = (2, 4, 32, 24)
 TRIL = torch.ones(32, 24, dtype=torch.bool).tril(-1)
@@ -102,9 +102,9 @@ DEFECTS = {
 }
 
 
-def cause_of(weights, **more):
+def cause_of(weights, check=assert_row_stochastic, **more):
     with pytest.raises(AssertionError) as error:
-        assert_row_stochastic(weights, **more)
+        check(weights, **more)
     causes = [line for line in str(error.value).splitlines() if line.startswith("  cause    ")]
     assert len(causes) <= 1
     return causes[0] if causes else None
@@ -167,7 +167,103 @@ def test_masked_keys_do_not_hide_a_softmax_over_queries():
     permitted = torch.arange(24) < 20
     weights = scores().softmax(-2) * permitted
     assert "softmax over the query axis" in cause_of(weights, mask=permitted.expand(32, 24))
-    assert "softmax over the query axis" not in (cause_of(weights) or "")
+    assert "softmax over the query axis" in cause_of(weights)
+
+
+def causal(size, *lengths):
+    """A causal mask whose batch entries are padded at the start, to these lengths."""
+    keep = torch.stack([torch.arange(size) >= size - length for length in lengths])
+    return torch.ones(size, size, dtype=torch.bool).tril() & keep[:, None, None, :]
+
+
+def masked_softmax(mask, dim=-1, seed=0):
+    shape = (mask.shape[0], 4, *mask.shape[2:])
+    return scores(*shape, seed=seed).masked_fill(~mask, -torch.inf).softmax(dim).nan_to_num()
+
+
+@pytest.mark.parametrize("size", [6, 16, 32])
+def test_a_transposed_map_is_not_called_dropout_under_a_mask(size):
+    mask = causal(size, size, size - 3)
+    weights = masked_softmax(mask).mT
+    assert "every column sums to 1: softmax over the query axis" in cause_of(weights, mask=mask)
+    assert "every column sums to 1: softmax over the query axis" in cause_of(weights)
+
+
+def test_rows_that_are_merely_zero_are_not_called_a_softmax_over_queries():
+    weights = torch.eye(6)
+    weights[[1, 3]] = 0
+    assert "2 of these rows hold only zeros" in cause_of(weights)
+
+
+def test_one_full_column_is_not_called_a_softmax_over_queries():
+    weights = torch.zeros(5, 5)
+    weights[:, 2] = torch.tensor([0.1, 0.3, 0.2, 0.2, 0.2])
+    assert "softmax over" not in (cause_of(weights) or "")
+
+
+AFTERWARDS = "permitted keys sum to less than 1 and masked keys are 0: masked after the softmax"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_mask_applied_after_the_softmax_is_named(dtype):
+    padding = (torch.arange(24) < torch.tensor([[20], [13]]))[:, None, None, :]
+    for mask in (torch.ones(32, 24, dtype=torch.bool).tril(), padding):
+        weights = scores().to(dtype).softmax(-1) * mask
+        assert AFTERWARDS in cause_of(weights, mask=mask)
+        assert "masked after" not in (cause_of(weights) or "")
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_scaling_and_missing_weight_are_not_called_a_mask_after_the_softmax(p):
+    mask = torch.ones(32, 24, dtype=torch.bool).tril()
+    weights = scores().masked_fill(~mask, -torch.inf).softmax(-1)
+    unscaled = dropout(weights, p) * (1 - p)
+    one_row = weights.clone()
+    one_row[0, 0, 0] *= 0.7
+    for broken in (dropout(weights, p), unscaled, weights / 8, weights * (1 - p / 2), one_row):
+        assert "masked after" not in (cause_of(broken, mask=mask) or "")
+    factors = torch.linspace(0.5, 0.98, 32).unsqueeze(-1)
+    padding = (torch.arange(24) < 22).expand(32, 24)
+    padded = scores().masked_fill(~padding, -torch.inf).softmax(-1) * factors
+    assert "masked after" not in (cause_of(padded, mask=padding) or "")
+    late = causal(24, 22, 22)  # no row without a masked key
+    weights = masked_softmax(late) * factors[:24].flip(0)
+    assert "masked after" not in (cause_of(weights, mask=late) or "")
+
+
+OPPOSITE = "all weight lies on keys that the mask forbids: a mask of the opposite meaning?"
+
+
+@pytest.mark.parametrize("fill", [0.0, math.nan])
+def test_a_mask_of_the_opposite_meaning_is_named(fill):
+    used = torch.ones(24, 24, dtype=torch.bool).tril(-1)
+    weights = scores(2, 4, 24, 24).masked_fill(~used, -torch.inf).softmax(-1)
+    weights = weights.nan_to_num(nan=fill)
+    cause = cause_of(weights, mask=~used)
+    assert OPPOSITE in cause
+    assert "pass ~mask" in cause
+    assert OPPOSITE not in (cause_of(weights, mask=torch.ones_like(used)) or "")
+    assert OPPOSITE in cause_of(weights, check=assert_uniform, mask=~used)
+    fully_masked = scores(4, 24, 24).masked_fill(used, -torch.inf).softmax(-1)
+    assert OPPOSITE in cause_of(fully_masked, mask=used)
+
+
+def test_weight_on_masked_keys_of_uniform_rows_is_explained():
+    mask = torch.ones(6, 8, dtype=torch.bool).tril(1)
+    cause = cause_of(torch.full((2, 6, 8), 1 / 8), check=assert_uniform, mask=mask)
+    assert "uniform over all keys, masked ones too: the mask was not applied?" in cause
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 8, 8), (2, 3, 4, 64), (1, 5)], ids=str)
+def test_weights_that_are_all_one_are_called_a_softmax_over_one_thing(shape):
+    cause = cause_of(torch.ones(shape))
+    assert "every weight is 1: softmax over an axis of size 1?" in cause
+    assert "scaled" not in cause
+
+
+def test_rows_with_a_negative_weight_are_said_to_sum_to_one_only_where_they_do():
+    assert cause_of(torch.tensor([[0.5, -0.1]]), tolerance=0.9) is None
+    assert "the rows do sum to 1" in cause_of(torch.tensor([[1.1, -0.1]]), tolerance=0.9)
 
 
 def test_dropout_is_recognised_under_a_mask():

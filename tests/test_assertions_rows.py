@@ -1,6 +1,7 @@
 """What the row assertions accept and refuse."""
 
 import math
+from fractions import Fraction
 from itertools import pairwise
 
 import numpy as np
@@ -338,6 +339,26 @@ def test_a_little_weight_on_a_masked_key_is_not_uniform():
         assert_uniform(torch.tensor([[0.5, 0.5, 0.001]]), mask=mask)
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("leak", [3.9e-3, 1e-7, -1e-7, math.inf])
+def test_nothing_but_zero_is_accepted_on_a_masked_key_of_a_uniform_row(dtype, leak):
+    mask = torch.tensor([[True, True, False, False]]).expand(3, 4)
+    weights = torch.tensor([[0.5, 0.5, 0.0, -0.0]], dtype=dtype).repeat(3, 1)
+    assert_uniform(weights, mask=mask)
+    weights[1, 3] = leak
+    with pytest.raises(AssertionError) as error:
+        assert_uniform(weights, mask=mask, tolerance=0.5)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "assert_uniform: 1 of 3 rows are not uniform: masked keys hold weight"
+    assert lines[1].startswith("  worst    weights[1, :] holds, at a masked key, ")
+
+
+def test_nan_on_a_masked_key_is_not_uniform():
+    mask = torch.tensor([[True, False]])
+    with pytest.raises(AssertionError, match="1 of 1 rows are not uniform"):
+        assert_uniform(torch.tensor([[1.0, math.nan]]), mask=mask)
+
+
 def test_nan_is_not_uniform():
     with pytest.raises(AssertionError, match="not uniform"):
         assert_uniform(torch.full((2, 3), math.nan))
@@ -381,6 +402,34 @@ def test_a_one_hot_row_has_entropy_zero():
     assert_entropy(torch.eye(4), maximum=0)
 
 
+@pytest.mark.parametrize("kind", [int, float, np.int64, np.uint8, np.float32, Fraction])
+def test_bounds_and_tolerance_are_any_real_numbers(kind):
+    weights = torch.full((2, 8), 1 / 8)
+    assert_entropy(weights, minimum=kind(2), maximum=kind(3), tolerance=kind(0))
+    with pytest.raises(AssertionError, match="rows have an entropy below 3 nats"):
+        assert_entropy(weights, minimum=kind(3))
+
+
+def test_the_entropy_of_a_one_hot_row_is_not_minus_zero():
+    with pytest.raises(AssertionError, match=r"entropy \(nats\) of 0 \(off by"):
+        assert_entropy(torch.eye(4), minimum=1)
+
+
+@pytest.mark.parametrize(("unit", "entropy"), [("nats", "1.386"), ("bits", "2.000")])
+def test_the_picture_of_an_entropy_shows_entropies(unit, entropy):
+    weights = torch.eye(4).repeat(2, 1, 1)
+    weights[1, 2] = 1 / 4
+    with pytest.raises(AssertionError) as error:
+        assert_entropy(weights, maximum=1, unit=unit)
+    picture = str(error.value).splitlines()[-4:]
+    assert [line.split("  ")[4:] for line in picture] == [
+        [f"0.000 {unit}"],
+        [f"0.000 {unit}"],
+        [f"{entropy} {unit}", "<-"],
+        [f"0.000 {unit}"],
+    ]
+
+
 def test_rows_must_be_distributions_before_they_have_an_entropy():
     with pytest.raises(AssertionError, match="do not sum to 1"):
         assert_entropy(scores(3, 4), minimum=0)
@@ -399,7 +448,11 @@ def test_a_fully_masked_row_has_no_entropy():
         ({"minimum": 2, "maximum": 1}, ValueError, "nothing lies between"),
         ({"minimum": 1, "unit": "shannon"}, ValueError, "'nats' and 'bits'"),
         ({"minimum": "1"}, TypeError, "minimum: got str"),
+        ({"minimum": True}, TypeError, "minimum: got bool"),
+        ({"minimum": np.True_}, TypeError, "minimum: got bool"),
+        ({"minimum": 1j}, TypeError, "minimum: got complex"),
         ({"maximum": math.nan}, ValueError, "maximum: got nan"),
+        ({"maximum": 10**400}, ValueError, "maximum: got inf"),
     ],
 )
 def test_bounds_that_make_no_sense_are_refused(bounds, error, words):
@@ -436,6 +489,29 @@ def test_the_picture_stays_small_and_shows_the_place():
     assert len(picture) == 6
     assert [line.strip().startswith("q321") for line in picture if line.endswith("<-")] == [True]
     assert max(map(len, picture)) < 100
+
+
+@pytest.mark.parametrize(
+    ("off", "shown"),
+    [(0.4, "1.400"), (3e-3, "1.003"), (4e-4, "1.0004"), (2e-5, "1.00002"), (1e-9, "1.000000")],
+)
+def test_the_picture_has_the_digits_that_tell_a_broken_row_apart(off, shown):
+    weights = torch.eye(3, dtype=torch.float64)
+    weights[1, 1] += off
+    with pytest.raises(AssertionError) as error:
+        assert_row_stochastic(weights)
+    sums = [line.split()[2] for line in str(error.value).splitlines()[-3:]]
+    assert sums == ["1." + "0" * (len(shown) - 2), shown, "1." + "0" * (len(shown) - 2)]
+
+
+def test_a_number_never_has_more_digits_than_a_float():
+    with pytest.raises(AssertionError) as error:
+        assert_row_stochastic(torch.tensor([[1.0, -1e-320]], dtype=torch.float64))
+    worst = str(error.value).splitlines()[1]
+    assert "holds -9.99989e-321 (off by 1.0e-320; allowed 0)" in worst
+    rows = torch.tensor([[1 + 1e-12, 0], [0.5, 0.5]], dtype=torch.float64)
+    with pytest.raises(AssertionError, match=r"sums to 1\.000000000001 \(off by 1\.0e-12"):
+        assert_row_stochastic(rows, tolerance=0)
 
 
 def test_nan_is_worse_than_anything():

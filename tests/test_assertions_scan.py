@@ -99,6 +99,17 @@ def test_every_key_of_a_long_row_is_read(key):
 
 
 @pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize("key", [0, 50, 98])
+def test_weight_on_any_masked_key_of_a_long_row_is_found(key):
+    mask = torch.arange(100) == 99
+    weights = mask.float().repeat(3, 1)
+    assert_uniform(weights, mask=mask)
+    weights[1, key] = 1e-12
+    with pytest.raises(AssertionError, match=r"masked keys hold weight\n.*weights\[1, :\] holds"):
+        assert_uniform(weights, mask=mask)
+
+
+@pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("row", range(0, 30, 4))
 def test_a_negative_weight_is_found_in_whichever_piece_it_is(row, dtype):

@@ -89,6 +89,14 @@ def test_rows_of_a_part_keep_their_numbers():
     assert len({line.index("1.000") for line in lines[1:]}) == 1
 
 
+def test_notes_stand_in_place_of_the_sums():
+    lines = format_heatmap(torch.eye(2).repeat(2, 1, 1), notes=["low", "1.0 nats"]).splitlines()
+    assert lines[1:3] == ["  q0  █▁       low", "  q1  ▁█  1.0 nats"]
+    assert lines[4:6] == lines[1:3]
+    pooled = format_heatmap(torch.eye(4), max_rows=2, notes=["a", "b", "c", "d"]).splitlines()
+    assert pooled[1:] == ["  q0-1  ██▁▁", "  q2-3  ▁▁██"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
 def test_any_dtype_stride_and_gradient_state_gives_the_same_text(dtype):
     weights = torch.arange(24).view(2, 3, 4) / 32
@@ -107,6 +115,7 @@ def test_any_dtype_stride_and_gradient_state_gives_the_same_text(dtype):
         ({"max_columns": 0}, "max_columns: got 0"),
         ({"max_rows": 0}, "max_rows: got 0"),
         ({"max_maps": 0}, "max_maps: got 0"),
+        ({"notes": ["one"]}, "notes: got 1; accepted is one for each row: 2"),
         ({"vmin": 1.0}, "accepted is vmin < vmax"),
     ],
 )

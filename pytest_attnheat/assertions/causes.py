@@ -74,6 +74,22 @@ def likely_cause(
     return None
 
 
+def opposite_mask(evidence: Evidence) -> str | None:
+    """Rows that hold weight hold all of it on keys that the mask forbids."""
+    rows, permitted = evidence.rows, evidence.permitted
+    if rows is None or permitted is None:
+        return None
+    # NaN and zero rows say nothing: those are the ones that the mask in use left no key.
+    telling = rows.isfinite().all(-1) & (rows != 0).any(-1)
+    at_permitted = rows[telling] * permitted[telling]
+    if int(telling.sum()) < 2 or bool((at_permitted != 0).any()):
+        return None
+    return (
+        "all weight lies on keys that the mask forbids: a mask of the opposite meaning? "
+        "Then pass ~mask"
+    )
+
+
 def not_a_number(evidence: Evidence) -> str | None:
     """NaN: how many rows, from which on, and whether they are NaN throughout."""
     finding = evidence.finding
@@ -140,6 +156,14 @@ def log_probabilities(evidence: Evidence) -> str | None:
     return "the exponentials of every row sum to 1: log_softmax where softmax was meant?"
 
 
+def all_ones(evidence: Evidence) -> str | None:
+    """Every weight is one."""
+    rows = evidence.rows
+    if rows is None or bool((rows != 1).any()):
+        return None
+    return "every weight is 1: softmax over an axis of size 1?"
+
+
 def same_sum(evidence: Evidence) -> str | None:
     """All rows sum to the same constant."""
     rows = evidence.rows
@@ -151,6 +175,44 @@ def same_sum(evidence: Evidence) -> str | None:
     if bool((rows < 0).any()) or not spread <= evidence.slack * constant or constant == 0:
         return None
     return f"every row sums to {constant:.6g}{_as_scale(constant)}: scaled after the softmax?"
+
+
+def masked_afterwards(evidence: Evidence) -> str | None:
+    """Masked keys are zero, and their weight is missing from the row.
+
+    Rows without a masked key bear witness: they still sum to one. Where there
+    are none, the sums must follow the share of permitted keys.
+    """
+    rows, permitted = evidence.rows, evidence.permitted
+    if rows is None or permitted is None or bool((rows < 0).any()):
+        return None
+    cut = ~permitted.all(-1)
+    if int(cut.sum()) < 2 or bool((rows[~permitted] != 0).any()):
+        return None
+    # Dropout, with or without a scale, leaves zeros at permitted keys too.
+    if float((rows[permitted] == 0).double().mean()) > 0.02:
+        return None
+    off = rows.sum(-1) - 1
+    whole = off[~cut]
+    if not bool((whole.abs() <= evidence.slack).all()) or bool((off[cut] > evidence.slack).any()):
+        return None
+    if float((off[cut] < -evidence.slack).double().mean()) < 0.5:
+        return None
+    if whole.numel() == 0 and not _follows(off + 1, permitted.double().mean(-1)):
+        return None
+    return (
+        "permitted keys sum to less than 1 and masked keys are 0: masked after the softmax, "
+        "without normalising again?"
+    )
+
+
+def _follows(sums: torch.Tensor, shares: torch.Tensor) -> bool:
+    """Whether sums are near these shares on average, and vary with them where they vary."""
+    centred = abs(float((sums - shares).mean()))
+    if float(shares.max() - shares.min()) < 0.05:
+        return centred < 0.05
+    together = float(torch.corrcoef(torch.stack([sums, shares]))[0, 1])
+    return centred < 0.15 and together > 0.5
 
 
 def low_precision(evidence: Evidence) -> str | None:
@@ -229,12 +291,23 @@ def gate(evidence: Evidence) -> str | None:
 
 
 def changed_afterwards(evidence: Evidence) -> str | None:
-    """Negative weights in rows that do sum to one."""
+    """Negative weights in a row that does sum to one."""
+    worst = _row(evidence, evidence.finding.worst)
+    if not abs(float(worst.total) - 1) <= evidence.slack:
+        return None  # a large tolerance= accepts other sums
     low = evidence.finding.value
     return (
         f"the rows do sum to 1, with weights down to {low:.3g}: changed after the softmax "
         "(a difference, an interpolation)?"
     )
+
+
+def mask_not_applied(evidence: Evidence) -> str | None:
+    """Rows are uniform, over the masked keys too."""
+    rows = evidence.rows
+    if rows is None or bool(((rows * rows.shape[-1] - 1).abs() > evidence.slack).any()):
+        return None
+    return "every row is uniform over all keys, masked ones too: the mask was not applied?"
 
 
 def declared_otherwise(evidence: Evidence) -> str | None:
@@ -257,19 +330,23 @@ def declared_otherwise(evidence: Evidence) -> str | None:
 
 _CAUSES_OF: dict[str, tuple[Cause, ...]] = {
     "sum": (
+        opposite_mask,
         not_a_number,
         infinite,
+        other_axis,  # before dropout: a masked map, transposed, has zeros and sums around 1 too
         dropout,  # before the next: it may zero a whole short row
         zero_rows,
-        other_axis,
         log_probabilities,
+        all_ones,
         same_sum,
+        masked_afterwards,
         low_precision,
         scores,
         gate,
     ),
     "negative": (changed_afterwards,),
-    "masked": (declared_otherwise,),
+    "masked": (opposite_mask, declared_otherwise),
+    "leak": (opposite_mask, mask_not_applied),
 }
 
 
@@ -333,11 +410,16 @@ def _sums_to_one_along(evidence: Evidence, dim: int) -> bool:
     spans[dim] = slice(0, size)
     index = (*spans, slice(0, keys))
     values = weights[index].double()
-    off = (values.sum(dim) - 1).abs()
-    if evidence.mask is not None:
-        permitted = mask_at(evidence.mask, index).to(values.device).expand(values.shape).any(dim)
-        off = torch.where(permitted, off, torch.zeros_like(off))
-    return bool((values >= 0).all()) and bool((off <= rounding(weights.dtype, size)).all())
+    sums = values.sum(dim)
+    # A key that no query attends to, or a query that was fully masked, leaves a line of zeros.
+    # Rows that are merely zero leave such lines as well, so they must not be all that is broken.
+    empty = sums == 0
+    if bool(empty.any()) and evidence.finding.zeros == evidence.finding.broken:
+        return False
+    full = sums[~empty]
+    enough = full.numel() >= (2 if bool(empty.any()) else 1)
+    good = (full - 1).abs() <= rounding(weights.dtype, size)
+    return enough and bool((values >= 0).all()) and bool(good.all())
 
 
 def _as_scale(constant: float) -> str:

@@ -112,6 +112,26 @@ def uniform(allowed: float) -> Claim:
     )
 
 
+def nothing_on_masked_keys(mask: Operand | None) -> list[Claim]:
+    """Claim that masked keys hold exactly zero in rows with a permitted key.
+
+    No rounding makes weight where there is none, so there is no tolerance.
+    """
+    if mask is None:
+        return []
+    return [
+        Claim(
+            statement="rows are not uniform: masked keys hold weight",
+            kind="leak",
+            regards=_attends,
+            value=lambda block: block.leaked,
+            deviation=lambda block: block.leaked,
+            allowed=0.0,
+            verb="holds, at a masked key,",
+        )
+    ]
+
+
 def entropy_within(
     minimum: float | None, maximum: float | None, unit: str, slack: float
 ) -> list[Claim]:
@@ -135,6 +155,7 @@ def _entropy_bound(
         deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
         allowed=slack,
         verb=f"has an entropy ({unit}) of",
+        unit=unit,
     )
 
 

@@ -30,6 +30,7 @@ class Claim:
         deviation: How far each row is from what is claimed; NaN breaks it.
         allowed: The largest deviation that is accepted.
         verb: What comes before the worst value in a message: "sums to".
+        unit: What comes after a value in a picture, for instance "nats".
     """
 
     statement: str
@@ -39,6 +40,7 @@ class Claim:
     deviation: Callable[[Block], torch.Tensor]
     allowed: float
     verb: str
+    unit: str = ""
 
     def breach(self, block: Block) -> torch.Tensor:
         """Return the deviation of the rows that the claim is about, 0 elsewhere."""

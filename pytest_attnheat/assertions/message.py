@@ -7,19 +7,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import cast
 
 import torch
 
 from pytest_attnheat.assertions.causes import likely_cause
-from pytest_attnheat.assertions.findings import Finding, Lines
+from pytest_attnheat.assertions.findings import Claim, Finding, Lines
 from pytest_attnheat.assertions.scan import Block
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 from pytest_attnheat.inputs import Operand, dtype_name, view
 
 # A picture shows the worst row and its neighbours.
 _ROWS_SHOWN = 6
+# Of a number in a sentence, significant digits; 17 tell any two float64 apart.
+_LEAST_DIGITS, _MOST_DIGITS = 6, 17
+# Of the numbers beside a picture.
+_LEAST_DECIMALS, _MOST_DECIMALS = 3, 6
 
 
 def build_message(
@@ -89,9 +93,15 @@ def _measured(finding: Finding) -> str:
         return f"nan ({limit})"
     if finding.value == finding.deviation or math.isinf(finding.deviation):
         return f"{finding.value:.6g} ({limit})"
-    # As many digits as it takes to see the difference.
-    digits = max(6, 2 - math.floor(math.log10(finding.deviation)))
+    # As many digits as it takes to see the difference, and no more than float64 has.
+    largest = max(abs(finding.value), finding.deviation)
+    digits = 2 + _exponent(largest) - _exponent(finding.deviation)
+    digits = min(max(digits, _LEAST_DIGITS), _MOST_DIGITS)
     return f"{finding.value:.{digits}g} (off by {finding.deviation:.1e}; {limit})"
+
+
+def _exponent(number: float) -> int:
+    return math.floor(math.log10(number))
 
 
 def _picture(weights: Operand, mask: Operand | None, finding: Finding, lines: Lines) -> str:
@@ -100,15 +110,32 @@ def _picture(weights: Operand, mask: Operand | None, finding: Finding, lines: Li
     first = max(0, min(row - _ROWS_SHOWN // 2, size - _ROWS_SHOWN))
     window = slice(first, min(first + _ROWS_SHOWN, size))
     index = (*(slice(i, i + 1) for i in place), window)
-    breaks = finding.claim.breaks(Block(weights, mask, index)).flatten().tolist()
+    block = Block(weights, mask, index)
+    breaks = finding.claim.breaks(block).flatten().tolist()
     return _draw(
         weights,
         mask,
         tuple(place),
         window,
         marked=[first + i for i, is_broken in enumerate(breaks) if is_broken],
+        notes=_notes(finding.claim, block),
         lines=lines,
     )
+
+
+def _notes(claim: Claim, block: Block) -> list[str] | None:
+    """Return what stands beside the rows of a picture, None for the plain sums.
+
+    With as many decimals as it takes to see that the broken rows are broken.
+    """
+    if claim.kind not in ("sum", "entropy"):
+        return None
+    off = claim.breach(block)[claim.breaks(block)]
+    differences = [number for number in off.tolist() if math.isfinite(number)]
+    decimals = max((-_exponent(number) for number in differences), default=0)
+    decimals = min(max(decimals, _LEAST_DECIMALS), _MOST_DECIMALS)
+    values = claim.value(block).flatten().tolist()
+    return [f"{value:.{decimals}f} {claim.unit}".rstrip() for value in values]
 
 
 def _draw(
@@ -118,6 +145,7 @@ def _draw(
     rows: slice,
     *,
     marked: Collection[int],
+    notes: Sequence[str] | None,
     lines: Lines,
 ) -> str:
     """Return a small heatmap of some rows of the map at `place`, the marked ones pointed at."""
@@ -135,6 +163,7 @@ def _draw(
         mask=permitted,
         first_row=rows.start,
         marked=marked,
+        notes=notes,
         row_name=lines.letter,
         column_name=lines.across,
         title=map_name(place),

@@ -14,6 +14,7 @@ from pytest_attnheat.assertions.claims import (
     fully_masked_rows,
     largest_is_one,
     nonnegative,
+    nothing_on_masked_keys,
     sum_to_one,
     uniform,
 )
@@ -166,9 +167,9 @@ def assert_uniform(
         weights: As in `assert_row_stochastic`.
         mask: Boolean, True where a query may attend, broadcastable to
             `weights`. A permitted key holds 1 / (number of permitted keys),
-            any other holds zero. None permits all.
+            any other holds exactly zero. None permits all.
         fully_masked: As in `assert_row_stochastic`.
-        tolerance: How far a weight may be off, as a part of the weight it
+        tolerance: How far a permitted weight may be off, as a part of the weight it
             should be: an absolute figure would accept anything in long rows.
             By default that of `assert_row_stochastic`.
 
@@ -179,7 +180,11 @@ def assert_uniform(
     """
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
-    claims = [uniform(allowed), *fully_masked_rows(permitted, declared, allowed)]
+    claims = [
+        *nothing_on_masked_keys(permitted),
+        uniform(allowed),
+        *fully_masked_rows(permitted, declared, allowed),
+    ]
     _check("assert_uniform", operand, permitted, claims)
 
 
@@ -202,7 +207,8 @@ def assert_entropy(
 
     Args:
         weights: As in `assert_row_stochastic`.
-        minimum: The least entropy that is accepted, None for any.
+        minimum: The least entropy that is accepted, None for any. A row with
+            one permitted key, as the first under a causal mask, has 0.
         maximum: The largest entropy that is accepted, None for any.
         unit: The unit of the bounds, ``"nats"`` or ``"bits"``.
         mask: As in `assert_row_stochastic`.
@@ -219,12 +225,12 @@ def assert_entropy(
             the bounds leave nothing between them.
     """
     __tracebackhide__ = True
-    _check_bounds(minimum, maximum, unit)
+    least, most = _bounds(minimum, maximum, unit)
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     slack = allowed * (1 + math.log(operand.shape[-1])) / (math.log(2) if unit == "bits" else 1)
     claims = [
         *_distribution(permitted, declared, allowed),
-        *entropy_within(minimum, maximum, unit, slack),
+        *entropy_within(least, most, unit, slack),
     ]
     _check("assert_entropy", operand, permitted, claims)
 
@@ -241,15 +247,17 @@ def _read(
     return operand, permitted, declared, row_tolerance(operand.dtype, operand.shape[-1])
 
 
-def _check_bounds(minimum: object, maximum: object, unit: str) -> None:
+def _bounds(minimum: object, maximum: object, unit: str) -> tuple[float | None, float | None]:
+    """Check the bounds of an entropy and return them as plain numbers."""
     if minimum is None and maximum is None:
         raise ValueError("assert_entropy: got no bound; pass minimum=, maximum= or both")
     if unit not in ("nats", "bits"):
         raise ValueError(f"unit: got {unit!r}; accepted are 'nats' and 'bits'")
-    least = -math.inf if minimum is None else check_number(minimum, "minimum")
-    most = math.inf if maximum is None else check_number(maximum, "maximum")
-    if least > most:
+    least = None if minimum is None else check_number(minimum, "minimum")
+    most = None if maximum is None else check_number(maximum, "maximum")
+    if least is not None and most is not None and least > most:
         raise ValueError(f"minimum, maximum: got {least} and {most}; nothing lies between them")
+    return least, most
 
 
 def _distribution(

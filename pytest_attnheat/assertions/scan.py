@@ -239,7 +239,8 @@ class Block:
     @cached_property
     def entropy(self) -> torch.Tensor:
         """The entropy of each row in nats, 0 log 0 being 0."""
-        return self.reduce(lambda values, _: torch.xlogy(values, values).sum(-1).neg_(), torch.add)
+        negative = self.reduce(lambda values, _: torch.xlogy(values, values).sum(-1), torch.add)
+        return 0 - negative  # not neg(), which makes -0 of the 0 of a one-hot row
 
     @cached_property
     def permitted_keys(self) -> torch.Tensor:
@@ -266,6 +267,19 @@ class Block:
             return any_key(permitted).expand(values.shape[:-1])
 
         return self.reduce(attends, torch.logical_or)
+
+    @cached_property
+    def leaked(self) -> torch.Tensor:
+        """The largest magnitude at a masked key of each row; NaN counts as none."""
+
+        def largest(values: torch.Tensor, keys: slice) -> torch.Tensor:
+            permitted = self.permitted(keys)
+            if permitted is None:
+                return torch.zeros_like(values[..., 0])
+            nothing = permitted | values.isnan()
+            return values.abs().masked_fill_(nothing, 0).amax(-1)
+
+        return self.reduce(largest, torch.maximum)
 
     def misfit(self, *, masked: bool) -> torch.Tensor:
         """Return how far each row strays from uniform, as a part of a uniform weight.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice, product
 from typing import Any
 
@@ -31,6 +31,7 @@ def format_heatmap(
     vmax: float = 1.0,
     first_row: int = 0,
     marked: Collection[int] = (),
+    notes: Sequence[str] | None = None,
     row_name: str = "q",
     column_name: str = "keys",
     title: str | None = None,
@@ -58,6 +59,8 @@ def format_heatmap(
         first_row: The number of the first row, where `weights` is a part.
         marked: Rows to point at with ``<-``, counted from `first_row` on.
             Where rows are pooled, the line that holds a marked row is marked.
+        notes: What stands on the right of each row in place of its sum, one
+            text per row, the same in every map.
         row_name: What comes before a row's number.
         column_name: What the columns are called in the line above a map.
         title: What comes before that line; by default the place of the map
@@ -70,7 +73,8 @@ def format_heatmap(
         TypeError: Not a dense tensor or array of a float dtype, or the mask is
             not boolean.
         ValueError: Fewer than two dimensions, no elements, a mask that does
-            not broadcast, a limit below 1 or a scale that does not rise.
+            not broadcast, a limit below 1, a scale that does not rise, or a number
+            of notes that is not the number of rows.
 
     Example:
         >>> print(format_heatmap(torch.eye(3)))
@@ -84,6 +88,10 @@ def format_heatmap(
     _check_limits({"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps})
     if not vmin < vmax:
         raise ValueError(f"vmin, vmax: got {vmin} and {vmax}; accepted is vmin < vmax")
+    if notes is not None and len(notes) != operand.shape[-2]:
+        raise ValueError(
+            f"notes: got {len(notes)}; accepted is one for each row: {operand.shape[-2]}"
+        )
     rows, columns = _spans(operand.shape[-2], max_rows), _spans(operand.shape[-1], max_columns)
     caption = _caption(column_name, operand.shape[-1], columns)
     labels = [row_name + _label(span, first_row) for span in rows]
@@ -95,10 +103,10 @@ def format_heatmap(
         head = map_name(place) if title is None else title
         lines.append(f"{head}    {caption}" if head else caption)
         width = max(map(len, labels))
-        sums = _sums(operand, place, rows)
-        for span, label, total, arrow in zip(rows, labels, sums, arrows, strict=True):
+        texts = _beside(notes if notes is not None else _sums(operand, place, rows), rows)
+        for span, label, text, arrow in zip(rows, labels, texts, arrows, strict=True):
             cells = (_cell(operand, permitted, place, span, keys, vmin, vmax) for keys in columns)
-            lines.append(f"  {label:<{width}}  {''.join(cells)}{total}{arrow}")
+            lines.append(f"  {label:<{width}}  {''.join(cells)}{text}{arrow}")
     left_out = math.prod(operand.shape[:-2]) - max_maps
     if left_out > 0:
         lines.append(f"({left_out} more not drawn)")
@@ -137,14 +145,24 @@ def map_name(place: tuple[int, ...]) -> str:
 
 
 def _sums(operand: Operand, place: tuple[int, ...], rows: list[slice]) -> list[str]:
-    if rows[0].stop > 1:
-        return [""] * len(rows)
+    if _pooled(rows):
+        return []
     every_key = slice(0, operand.shape[-1])
     totals = [
         torch.stack([part.sum() for part in _parts(operand, place, row, every_key)]).sum()
         for row in rows
     ]
-    texts = [f"{total:.3f}" for total in torch.stack(totals).tolist()]
+    return [f"{total:.3f}" for total in torch.stack(totals).tolist()]
+
+
+def _pooled(rows: list[slice]) -> bool:
+    return bool(rows[0].stop > 1)
+
+
+def _beside(texts: Sequence[str], rows: list[slice]) -> list[str]:
+    """Align what stands on the right of rows; nothing where a line stands for several."""
+    if _pooled(rows):
+        return [""] * len(rows)
     width = max(map(len, texts))
     return [f"  {text:>{width}}" for text in texts]
 
