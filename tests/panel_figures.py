@@ -26,7 +26,7 @@ def figures():
     return {
         "identity": show_heatmaps(np.eye(10), "Keys", "Queries"),
         "masked grid": show_heatmaps(
-            weights(2, 4, 8, 8), "K", "Q", list("abcd"), (7, 3.5), mask=causal
+            weights(2, 4, 8, 8) * causal, "K", "Q", list("abcd"), (7, 3.5), mask=causal
         ),
         "pooled": show_heatmaps(weights(1000, 1000), "K", "Q"),
         "many heads": show_heatmaps(weights(12, 12, 64, 64), "K", "Q", figsize=None),

@@ -12,10 +12,10 @@ LETTERING = Lettering.default()
 
 
 @pytest.mark.parametrize("text", ["Queries", "0.25", "WWW", "iii", "Ġthe", "▁token", "É"])
-def test_a_width_is_that_of_the_text_as_drawn(text):
+def test_a_width_is_that_of_the_text_as_drawn_and_a_tenth_for_hinting(text):
     drawn = TextPath((0, 0), text + "|", size=1000, prop=FontProperties()).get_extents().x1
     bar = TextPath((0, 0), "|", size=1000, prop=FontProperties()).get_extents().x1
-    assert LETTERING.width(text) * 1000 == pytest.approx(drawn - bar, rel=0.03)
+    assert LETTERING.width(text) * 1000 == pytest.approx(1.1 * (drawn - bar), rel=0.03)
 
 
 def test_a_long_label_is_cut_to_the_room_with_an_ellipsis():

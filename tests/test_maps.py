@@ -62,6 +62,29 @@ def test_a_masked_map_is_pooled_alike_in_one_piece_and_in_many(monkeypatch):
     np.testing.assert_array_equal(whole.masked, pieces.masked)
 
 
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.bool, torch.uint8, torch.int64, torch.uint16, torch.uint32, torch.uint64,
+     torch.float8_e4m3fn, torch.float8_e5m2],
+)  # fmt: skip
+@pytest.mark.parametrize("masked", [False, True])
+def test_every_real_dtype_is_pooled(dtype, masked):
+    values = torch.zeros(50, 40).to(dtype)
+    values[31, 17] = 1
+    mask = torch.ones(50, 40, dtype=torch.bool) if masked else None
+    maps = read_maps(values, mask)
+    cells = pool(maps, (10, 10))
+    assert np.argwhere(cells.values).tolist() == [[0, 0, 3, 1]]
+    assert smallest(maps, cells) == 0
+
+
+def test_an_expanded_map_takes_no_memory_of_its_own_size():
+    maps = read_maps(torch.full((1, 1), 0.5).expand(30_000, 30_000))
+    cells = pool(maps, (400, 400))
+    assert (cells.values == 0.5).all()
+    assert smallest(maps, cells) == 0.5
+
+
 @pytest.mark.parametrize("block", [(1, 1), (3, 4)])
 def test_nan_in_a_block_stays_visible(block):
     values = torch.rand(1, 1, 9, 8)
@@ -148,6 +171,7 @@ def test_tensors_arrays_and_nested_lists_are_read(given, shape):
         (torch.zeros(2, 2, dtype=torch.complex64), TypeError, "complex64"),
         (np.zeros((2, 2), complex), TypeError, "complex128"),
         (np.array([["a"]]), TypeError, "accepted is a tensor or array of real numbers"),
+        (np.ma.masked_equal(np.eye(3), 0), TypeError, r"mask=~numpy.ma.getmaskarray"),
         (torch.zeros(2, 2, device="meta"), TypeError, "without dense values"),
         (torch.eye(3).to_sparse(), TypeError, "to_dense"),
         ("weights", TypeError, "got str"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -15,6 +16,7 @@ from pytest_attnheat.heatmaps.maps import Cells, Floats
 Levels = npt.NDArray[np.uint16]
 Image = npt.NDArray[np.uint8]
 
+# Colormaps of more colours are read at this many.
 _COLORS = 256
 # Codes beyond the colours of the scale.
 _MASKED, _STRIPE, _NAN, _BLACK, _WHITE, _FRAME, _CLEAR = range(_COLORS, _COLORS + 7)
@@ -93,7 +95,8 @@ def paint(
     """
     width, height = layout.size
     canvas = np.full((height, width), _CLEAR, dtype=np.uint16)
-    levels = _levels(cells, scale)
+    levels = _levels(cells, scale, _count(cmap))
+    leaks = leaking(cells, scale)
     framed = len(layout.tops) == 1 or layout.tops[1] - layout.tops[0] > layout.panel[1] + 2
     framed &= len(layout.lefts) == 1 or layout.lefts[1] - layout.lefts[0] > layout.panel[0] + 2
     for row, top in enumerate(layout.tops):
@@ -101,12 +104,14 @@ def paint(
             if framed:
                 _outline(canvas, Box(left, top, *layout.panel), 1, _FRAME)
             panel = canvas[top : top + layout.panel[1], left : left + layout.panel[0]]
-            panel[:] = levels[row, column].repeat(layout.cell[1], 0).repeat(layout.cell[0], 1)
-    _stripe(canvas)
+            panel[:] = _enlarged(levels[row, column], layout)
+            if leaks[row, column].any():
+                _stripe(panel, _enlarged(leaks[row, column], layout), _BLACK)
+    _stripe(canvas, canvas == _MASKED, _STRIPE)
     if layout.bar is not None:
         _outline(canvas, layout.bar, 1, _FRAME)
         left, top, wide, tall = layout.bar
-        gradient = np.linspace(_COLORS - 1, 0, tall).round().astype(np.uint16)
+        gradient = np.linspace(_count(cmap) - 1, 0, tall).round().astype(np.uint16)
         canvas[top : top + tall, left : left + wide] = gradient[:, None]
     for box in highlight:
         _outline(canvas, box, 1, _BLACK)
@@ -124,39 +129,67 @@ def is_dark(cmap: str | Colormap, cells: Cells, scale: Scale) -> npt.NDArray[np.
     """Tell for each cell whether its colour is so dark that a number on it must be white."""
     colors = _palette(cmap).view(np.uint8).reshape(-1, 4)[:, :3].astype(np.float64)
     luminance = colors @ (0.299, 0.587, 0.114)
-    dark: npt.NDArray[np.bool_] = (luminance < 128)[_levels(cells, scale)]
+    dark: npt.NDArray[np.bool_] = (luminance < 128)[_levels(cells, scale, _count(cmap))]
     return dark
 
 
-def _levels(cells: Cells, scale: Scale) -> Levels:
+def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
+    """Tell which masked cells hold weight all the same.
+
+    Only where weights are shown: scores are usually drawn before they are masked.
+    """
+    if not cells.masked.any() or not scale.shared or scale.range != (0.0, 1.0):
+        return np.zeros_like(cells.masked)
+    leaks: npt.NDArray[np.bool_] = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
+    return leaks
+
+
+def _levels(cells: Cells, scale: Scale, colors: int) -> Levels:
     values: Floats = cells.values
-    low = scale.low[:, :, None, None].astype(np.float32)
-    span = (scale.high - scale.low)[:, :, None, None].astype(np.float32)
-    span[span == 0] = 1  # a panel of one value, on a scale of its own
+    ends = scale.high - scale.low
+    ends[ends == 0] = 1  # a panel of one value, on a scale of its own
+    # float32 is twice as fast, and has room for all but the most extreme ranges.
+    usual = ends.min() > 1e-30 and ends.max() < 1e30
+    precision = np.float32 if usual else np.float64
+    low, span = (array[:, :, None, None].astype(precision) for array in (scale.low, ends))
     missing = np.isnan(values)
-    scaled = (values - low) * (np.float32(_COLORS) / span)
+    scaled = (values - low) * (colors / span)
     scaled[missing] = 0
-    levels: Levels = scaled.clip(0, _COLORS - 1, out=scaled).astype(np.uint16)
+    levels: Levels = scaled.clip(0, colors - 1, out=scaled).astype(np.uint16)
     levels[missing] = _NAN
-    levels[cells.masked] = _MASKED
+    levels[cells.masked & ~leaking(cells, scale)] = _MASKED
     return levels
+
+
+def _enlarged(cells: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
+    """Repeat each cell for every pixel that it has."""
+    return cells.repeat(layout.cell[1], 0).repeat(layout.cell[0], 1)
+
+
+def _count(cmap: str | Colormap) -> int:
+    """Return how many colours a colormap has, at most _COLORS."""
+    colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    return min(int(colormap.N), _COLORS)
 
 
 def _palette(cmap: str | Colormap) -> npt.NDArray[np.uint32]:
     """Return RGBA packed in 32 bits for every code."""
     colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
-    scale = colormap(np.linspace(0, 1, _COLORS), bytes=True)
+    # A colormap of few colours has them in the middle of equal parts.
+    count = _count(cmap)
+    positions = np.linspace(0, 1, _COLORS) if count == _COLORS else (np.arange(count) + 0.5) / count
+    scale = np.zeros((_COLORS, 4), np.uint8)
+    scale[:count] = colormap(positions, bytes=True)
     beyond = np.array([_BEYOND[code] for code in sorted(_BEYOND)], dtype=np.uint8)
     packed: npt.NDArray[np.uint32] = np.concatenate([scale, beyond]).view(np.uint32).ravel()
     return packed
 
 
-def _stripe(canvas: Levels) -> None:
-    """Draw masked cells in diagonal stripes, which no colour of a scale can look like."""
-    masked = canvas == _MASKED
-    if masked.any():
+def _stripe(canvas: Levels, where: npt.NDArray[np.bool_], code: int) -> None:
+    """Draw diagonal stripes, which no colour of a scale can look like."""
+    if where.any():
         down, across = np.ogrid[: canvas.shape[0], : canvas.shape[1]]
-        canvas[masked & ((down + across) % 4 == 0)] = _STRIPE
+        canvas[where & ((down + across) % 4 == 0)] = code
 
 
 def _grown(box: Box, by: int) -> Box:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import operator
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,10 @@ from pytest_attnheat.heatmaps.writing import Design, Words
 
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1
+# Figures of more pixels a side take gigabytes.
+_LONGEST_SIDE = 1 << 14
+# More numbers take minutes to write, and nobody reads them.
+_MOST_NUMBERS = 10_000
 
 
 class HeatmapFigure(Figure):
@@ -54,6 +59,8 @@ class HeatmapFigure(Figure):
         if kind in ("png", "svg") and (record := encode(self.picture.shown)) is not None:
             carried = metadata_of(record, kind)
             kwargs["metadata"] = {**carried, **(kwargs.get("metadata") or {})}
+        # "auto" is the figure's own white, whatever the user's settings ask for.
+        kwargs.setdefault("facecolor", "auto")
         super().savefig(fname, transparent=transparent, **kwargs)
 
     def _repr_svg_(self) -> str:
@@ -132,6 +139,7 @@ def show_heatmaps(
         TypeError: Something other than real numbers, or a mask that is not boolean.
         ValueError: Nothing to show, shapes that do not fit together, or a figure too small.
     """
+    __tracebackhide__ = True
     maps = read_maps(matrices, mask)
     words = Words(
         xlabel=xlabel,
@@ -147,15 +155,23 @@ def show_heatmaps(
         raise ValueError(f"show_heatmaps: scale is {scale!r}; accepted are 'shared' and 'panel'")
     if scale == "panel" and not (vmin is None and vmax is None):
         raise ValueError("show_heatmaps: vmin and vmax belong to scale='shared', not to 'panel'")
-    if isinstance(cmap, str) and cmap not in matplotlib.colormaps:
-        raise ValueError(f"show_heatmaps: matplotlib knows no colormap {cmap!r}")
+    if cmap not in matplotlib.colormaps and not isinstance(cmap, Colormap):
+        raise ValueError(
+            f"show_heatmaps: cmap is {cmap!r}; accepted are a Colormap and the name of one"
+        )
+    if words.number_format and math.prod(maps.shape) > _MOST_NUMBERS:
+        raise ValueError(
+            f"show_heatmaps: numbers are written into {_MOST_NUMBERS} cells at most; there are "
+            f"{math.prod(maps.shape)}"
+        )
     places = [_place(place, maps.shape) for place in highlight]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
-    figure = HeatmapFigure(dpi=dpi)
+    # Always on white, as the colours are made for it: a dark style would hide the texts.
+    figure = HeatmapFigure(dpi=_resolution(dpi), facecolor="white")
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
-    figure.set_size_inches(size[0] / figure.dpi, size[1] / figure.dpi)
+    figure.set_size_inches((_inches(size[0], figure.dpi), _inches(size[1], figure.dpi)))
     cells = pool(maps, design.block_for(size, figure.dpi))
     if scale == "panel":
         scales = panel_scales(cells)
@@ -220,7 +236,28 @@ def _size(
             f"show_heatmaps: figsize is {figsize!r}; accepted is (width, height) in inches, or "
             "None for a size that fits"
         )
-    return int(inches[0] * dpi), int(inches[1] * dpi)
+    # Inches such as 2.9 are a hair less than 290 pixels.
+    size = int(inches[0] * dpi + 1e-6), int(inches[1] * dpi + 1e-6)
+    if max(size) >= _LONGEST_SIDE:
+        raise ValueError(
+            f"show_heatmaps: figsize {figsize} at {dpi:g} dots per inch has {size[0]} x {size[1]} "
+            f"pixels; accepted are sides of less than {_LONGEST_SIDE}"
+        )
+    return size
+
+
+def _resolution(dpi: float | None) -> float | None:
+    if dpi is not None and not 0 < dpi < math.inf:
+        raise ValueError(f"show_heatmaps: dpi is {dpi!r}; accepted is a number above 0")
+    return dpi
+
+
+def _inches(pixels: int, dpi: float) -> float:
+    """Return inches that are not a hair less than so many pixels, as matplotlib cuts off."""
+    inches = pixels / dpi
+    while inches * dpi < pixels:
+        inches = math.nextafter(inches, math.inf)
+    return inches
 
 
 def _number_width(words: Words, maps: Maps) -> float:

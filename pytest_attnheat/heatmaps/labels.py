@@ -15,6 +15,8 @@ from matplotlib import font_manager
 from matplotlib.ft2font import FT2Font
 
 ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+# Small letters are moved to whole pixels when they are drawn, which may make a text wider.
+_HINTING = 1.1
 # Where a label holds characters that the default font lacks, it may be this wide (in em).
 LONGEST = 8.0
 
@@ -42,8 +44,8 @@ class Lettering:
         return _has_glyph(self.path, character)
 
     def width(self, text: str) -> float:
-        """Return the width of a text in em. A character the font lacks counts as one em."""
-        return sum(_advance(self.path, character) for character in text)
+        """Return the room in em that a text takes. A character the font lacks counts as one em."""
+        return _HINTING * sum(_advance(self.path, character) for character in text)
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,14 @@ def make_labels(texts: Sequence[str], lettering: Lettering, longest: float) -> l
 
 def shorten(text: str, lettering: Lettering, longest: float) -> str:
     """Cut a text to at most `longest` em, the ellipsis that marks the cut included."""
-    if lettering.width(text) <= longest:
-        return text
-    kept = text
-    while kept and lettering.width(kept + ELLIPSIS) > longest:
-        kept = kept[:-1]
-    return kept.rstrip() + ELLIPSIS
+    width, room, fitting = 0.0, longest - lettering.width(ELLIPSIS), 0
+    for position, character in enumerate(text, 1):
+        width += lettering.width(character)
+        if width <= room:
+            fitting = position
+        if width > longest:
+            return text[:fitting].rstrip() + ELLIPSIS
+    return text
 
 
 def round_up(number: int) -> int:

@@ -68,7 +68,8 @@ class Layout:
         panel: width and height of a panel.
         lefts, tops: the edges of the columns and rows of panels.
         bar: the colorbar.
-        title, column_titles, xlabel, notes: vertical centre of these lines of text.
+        title, column_titles, xlabel: vertical centre of these lines of text.
+        notes: vertical centre of the first of these lines.
         ylabel, row_titles: horizontal centre of these columns of text.
     """
 

@@ -8,7 +8,7 @@ tensor can only be given by somebody who has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -146,6 +146,11 @@ def _number_array(value: object) -> Array:
     """Return the value as a real array or detached dense tensor, or say what is wrong with it."""
     if is_tensor(value):
         return _number_tensor(value)
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(
+            "show_heatmaps: got a masked array, whose mask is True where values are hidden; give "
+            "array.data, and mask=~numpy.ma.getmaskarray(array)"
+        )
     if not isinstance(value, np.ndarray):
         raise TypeError(f"show_heatmaps: got {type(value).__name__}; accepted is {ACCEPTED}")
     # ml_dtypes registers bfloat16 and the 8-bit floats with NumPy as kind "V".
@@ -196,44 +201,64 @@ def pool(maps: Maps, block: tuple[int, int]) -> Cells:
     """Reduce maps by whole blocks to their largest permitted weight, where the data live.
 
     The last block of a row or column may be smaller. NaN stays visible: a block that holds one
-    is NaN. A block without any permitted weight is masked; so is one of nothing but -inf, which
-    is what masked scores hold.
+    is NaN. A block without any permitted weight is masked, and its value is the largest weight
+    that it holds all the same; so is one of nothing but -inf, which is what masked scores hold.
     """
-    reduced, masks = [], []
-    for index, row in enumerate(maps.rows):
-        mask = None if maps.mask is None else _like(maps.mask[index], row)
-        values, permitted = _pool_row(row, mask, block)
-        reduced.append(_to_numpy(values))
-        masks.append(None if permitted is None else _to_numpy_bool(permitted))
-    values = np.stack(reduced)
+    rows = [
+        _pool_row(row, None if maps.mask is None else maps.mask[index], block)
+        for index, row in enumerate(maps.rows)
+    ]
+    values = np.stack([_to_numpy(values) for values, _ in rows])
     masked = np.isneginf(values)
     if maps.mask is not None:
-        masked |= ~np.stack([mask for mask in masks if mask is not None])
+        masked |= ~np.stack([_to_numpy_bool(permitted) for _, permitted in rows])
     return Cells(values, masked, block)
 
 
 def _pool_row(row: Array, mask: Array | None, block: tuple[int, int]) -> tuple[Array, Array | None]:
+    """Pool one row of maps, bit by bit where that needs a copy of them."""
     if block == (1, 1):
         return row, mask
-    if mask is None:
-        return _block_max(_block_max(_ordered(row), -2, block[0]), -1, block[1]), None
-    # A masked map must be filled, and so copied, before it is reduced: do that bit by bit.
-    queries_at_once = max(1, _CHUNK // (row.shape[0] * row.shape[2] * block[0])) * block[0]
+    if mask is None and _ordered(row[:1, :1, :1]).dtype == row.dtype:
+        return _block_amax(row, block), None
     values, permitted = [], []
-    for start in range(0, row.shape[1], queries_at_once):
-        chosen = slice(start, start + queries_at_once)
-        part, allowed = row[:, chosen], mask[:, chosen]
-        filled = _where(allowed, _ordered(part), -float("inf"))
-        values.append(_block_max(_block_max(filled, -2, block[0]), -1, block[1]))
-        permitted.append(_block_max(_block_max(allowed, -2, block[0]), -1, block[1]))
-    return _concatenate(values), _concatenate(permitted)
+    for chosen in _query_chunks(row, block[0]):
+        part = _ordered(row[:, chosen])
+        if mask is None:
+            values.append(_block_amax(part, block))
+            continue
+        allowed = _like(mask[:, chosen], row)
+        any_allowed = _block_amax(allowed, block)
+        filled = _block_amax(_where(allowed, part, -float("inf")), block)
+        held = _block_amax(part, block)
+        values.append(_choose(any_allowed, filled, held))
+        permitted.append(any_allowed)
+    return _concatenate(values), _concatenate(permitted) if permitted else None
+
+
+def _query_chunks(row: Array, multiple_of: int) -> Iterator[slice]:
+    """Cut the queries of a row of maps so that a part has at most _CHUNK elements."""
+    step = max(1, _CHUNK // (row.shape[0] * row.shape[2] * multiple_of)) * multiple_of
+    for start in range(0, row.shape[1], step):
+        yield slice(start, start + step)
 
 
 def _ordered(array: Array) -> Array:
     """Return the array in a dtype that its library can take a maximum of."""
-    if is_tensor(array):
-        return array.float() if array.dtype.is_floating_point and array.itemsize == 1 else array
-    return array if array.dtype.kind in "fiub" else array.astype(np.float32)
+    if not is_tensor(array):
+        return array if array.dtype.kind in "fiub" else array.astype(np.float32)
+    name = str(array.dtype)
+    if array.dtype.is_floating_point:
+        return array.float() if array.itemsize == 1 else array
+    return array.double() if name in ("torch.uint16", "torch.uint32", "torch.uint64") else array
+
+
+def _block_amax(array: Array, block: tuple[int, int]) -> Array:
+    fewer = _block_max(array, -2, block[0])
+    if is_tensor(fewer) and fewer.device.type == "cpu":
+        # torch is slow along a last axis that is no multiple of the vector width.
+        return _block_max(fewer.mT.contiguous(), -2, block[1]).mT
+    return _block_max(fewer, -1, block[1])
 
 
 def _block_max(array: Array, axis: int, size: int) -> Array:
@@ -275,6 +300,12 @@ def _where(condition: Array, array: Array, other: float) -> Array:
     return np.where(condition, array, np.float32(other))
 
 
+def _choose(condition: Array, array: Array, other: Array) -> Array:
+    if is_tensor(array):
+        return array.where(condition, other.to(array.dtype))
+    return np.where(condition, array, other)
+
+
 def _concatenate(parts: list[Array], axis: int = -2) -> Array:
     if is_tensor(parts[0]):
         return sys.modules["torch"].cat(parts, axis)
@@ -292,7 +323,8 @@ def _to_numpy(array: Array) -> Floats:
     """Return a float32 copy on the host."""
     if is_tensor(array):
         array = array.float().cpu().numpy()
-    return np.array(array, dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite
+        return np.array(array, dtype=np.float32)
 
 
 def _to_numpy_bool(array: Array) -> Bools:
@@ -310,18 +342,18 @@ def smallest(maps: Maps, cells: Cells) -> float:
             return low
         shown = np.isfinite(cells.values) & ~cells.masked
         return float(np.min(cells.values, where=shown, initial=np.inf))
-    low = min(float(row.min()) for row in map(_ordered, maps.rows))
-    if maps.mask is None and np.isfinite(low):
-        return low
     found = [float("inf")]
     for index, row in enumerate(maps.rows):
-        step = max(1, _CHUNK // (row.shape[0] * row.shape[2]))
-        for start in range(0, row.shape[1], step):
-            part = _ordered(row[:, start : start + step])
-            counts = _is_finite(part)
-            if maps.mask is not None:
-                counts = counts & _like(maps.mask[index][:, start : start + step], row)
-            found.append(float(_where(counts, part, float("inf")).min()))
+        mask = None if maps.mask is None else maps.mask[index]
+        for chosen in _query_chunks(row, 1):
+            part = _ordered(row[:, chosen])
+            low = float(part.min()) if mask is None else float("nan")
+            if not np.isfinite(low):
+                counts = _is_finite(part)
+                if mask is not None:
+                    counts = counts & _like(mask[:, chosen], row)
+                low = float(_where(counts, part, float("inf")).min())
+            found.append(low)
     return min(found)
 
 
@@ -333,10 +365,11 @@ def pool_cells(cells: Cells, block: tuple[int, int]) -> Cells:
     """Pool cells once more."""
     if block == (1, 1):
         return cells
-    values, masked = np.where(cells.masked, -np.inf, cells.values), cells.masked
+    shown, held, masked = np.where(cells.masked, -np.inf, cells.values), cells.values, cells.masked
     for axis, size in ((2, block[0]), (3, block[1])):
-        starts = np.arange(0, values.shape[axis], size)
-        values = np.maximum.reduceat(values, starts, axis=axis)
+        starts = np.arange(0, shown.shape[axis], size)
+        shown = np.maximum.reduceat(shown, starts, axis=axis)
+        held = np.maximum.reduceat(held, starts, axis=axis)
         masked = np.logical_and.reduceat(masked, starts, axis=axis)
     blocks = cells.block[0] * block[0], cells.block[1] * block[1]
-    return Cells(values.astype(np.float32), masked, blocks)
+    return Cells(np.where(masked, held, shown).astype(np.float32), masked, blocks)

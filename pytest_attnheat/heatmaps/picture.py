@@ -46,7 +46,8 @@ class Picture(Artist):
         # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
         dpi = (self._nominal_dpi or figure.dpi) if scalable else figure.dpi
         zoom = figure.dpi / dpi
-        sheet = self.prepare((int((right - left) / zoom), int((top - bottom) / zoom)), dpi)
+        size = int((right - left) / zoom + 1e-6), int((top - bottom) / zoom + 1e-6)
+        sheet = self.prepare(size, dpi)
         height, width = sheet.image.shape[0] * zoom, sheet.image.shape[1] * zoom
         graphics = renderer.new_gc()
         image = sheet.image[::-1]

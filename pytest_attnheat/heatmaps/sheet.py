@@ -56,16 +56,16 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
     """
     design = shown.design
     grid = (shown.cells.values.shape[2], shown.cells.values.shape[3])
-    notes = bool(_notes(shown.cells))
+    notes = len(_notes(shown.cells, shown.scale))
     layout, turned = design.plan(grid, size, dpi, notes=notes)
-    if layout.block != (1, 1) and not notes:
-        layout, turned = design.plan(grid, size, dpi, notes=True)
+    if layout.block != (1, 1) and shown.cells.block == (1, 1):
+        layout, turned = design.plan(grid, size, dpi, notes=notes + 1)
     # A figure drawn smaller than it was made for is pooled once more.
     cells = pool_cells(shown.cells, layout.block)
     boxes = [_box(place, cells.block, layout) for place in shown.highlight]
     image = colors.paint(cells, shown.scale, shown.cmap, layout, boxes)
     pen = Pen(layout.em, dpi, design.words.lettering)
-    _write_names(pen, design, layout, _notes(cells))
+    _write_names(pen, design, layout, _notes(cells, shown.scale))
     _write_ticks(pen, image, design, layout, turned=turned)
     if layout.bar is not None:
         _write_bar(pen, image, layout.bar, shown.scale, layout.em)
@@ -76,8 +76,8 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
     return Sheet(layout, image, pen.texts)
 
 
-def _notes(cells: Cells) -> str:
-    """Say what the colours do not: pooling, and values that are not numbers."""
+def _notes(cells: Cells, scale: colors.Scale) -> list[str]:
+    """Say what the colours do not: pooling, what is not a number, weight where none may be."""
     notes = []
     if cells.block != (1, 1):
         queries, keys = cells.block
@@ -85,7 +85,10 @@ def _notes(cells: Cells) -> str:
     missing = int((np.isnan(cells.values) & ~cells.masked).sum())
     if missing:
         notes.append(f"NaN in {missing} cell{'s' * (missing > 1)} (blue)")
-    return ", ".join(notes)
+    leaks = int(colors.leaking(cells, scale).sum())
+    if leaks:
+        notes.append(f"{leaks} masked cell{'s hold' if leaks > 1 else ' holds'} weight")
+    return notes
 
 
 def _box(place: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
@@ -98,7 +101,7 @@ def _box(place: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
     return Box(left, top, *layout.cell)
 
 
-def _write_names(pen: Pen, design: Design, layout: Layout, notes: str) -> None:
+def _write_names(pen: Pen, design: Design, layout: Layout, notes: list[str]) -> None:
     words, area, (width, height) = design.words, layout.area, layout.size
     middle, centre = area.left + area.width / 2, area.top + area.height / 2
     pen.across(words.xlabel, middle, layout.xlabel, width, width)
@@ -106,7 +109,9 @@ def _write_names(pen: Pen, design: Design, layout: Layout, notes: str) -> None:
     above = layout.xlabel - LINE / 2 * layout.em
     pen.down(words.ylabel, layout.ylabel, centre, above, above)
     pen.across(words.title or "", middle, layout.title, width, width)
-    pen.across(notes, middle, layout.notes, width, width, SMALL)
+    for line, note in enumerate(notes):
+        y = layout.notes + line * SMALL * LINE * layout.em
+        pen.across(note, middle, y, width, width, SMALL)
     # A title alone in its line may be wider than its panel.
     room = width if len(layout.lefts) == 1 else _pitch(layout.lefts, layout.panel[0])
     for left, text in zip(layout.lefts, words.column_titles or (), strict=False):

@@ -36,7 +36,9 @@ BAR_TICKS = 2.6
 _LARGEST_CELL = 24
 # ... panels of about this many where that makes cells smaller, and no side much longer than this.
 _NATURAL_PANEL = 160
-_LONGEST_SIDE = 3000
+_LONGEST_SIDE = 1600
+# What a range above a panel needs at its smallest, in em: "-1.23e+05 - 1.23e+05".
+_RANGE_WIDTH = 6.0
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Design:
     ranges: bool
 
     def plan(
-        self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: bool
+        self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: int
     ) -> tuple[Layout, bool]:
         """Lay out panels of `grid` cells (queries, keys) in a figure of `size` pixels.
 
@@ -109,9 +111,9 @@ class Design:
     def block_for(self, size: tuple[int, int], dpi: float) -> tuple[int, int]:
         """Return how many weights (queries, keys) share a cell in a figure of `size` pixels."""
         grid = self.shape[2:]
-        layout, _ = self.plan(grid, size, dpi, notes=False)
+        layout, _ = self.plan(grid, size, dpi, notes=0)
         if layout.block != (1, 1):
-            layout, _ = self.plan(grid, size, dpi, notes=True)
+            layout, _ = self.plan(grid, size, dpi, notes=1)
         return layout.block
 
     def natural_size(self, dpi: float, number_width: float) -> tuple[int, int]:
@@ -123,12 +125,14 @@ class Design:
             cell = max(cell, int((number_width + PAD) * SMALL * em) + 1)
         if self.words.keys or self.words.queries:
             cell = max(cell, int(SMALL * LINE * em) + 1)
+        if self.ranges:
+            cell = max(cell, int(_RANGE_WIDTH * em / keys) + 1)
         cell = min(cell, _LONGEST_SIDE // (columns * keys), _LONGEST_SIDE // (rows * queries))
-        content = self._content((queries, keys), notes=True, turned=True)
+        content = self._content((queries, keys), notes=1, turned=True)
         width, height = natural_size(content, dpi, max(1, cell))
         return min(width, _LONGEST_SIDE + 1000), min(height, _LONGEST_SIDE + 1000)
 
-    def _content(self, grid: tuple[int, int], *, notes: bool, turned: bool) -> Content:
+    def _content(self, grid: tuple[int, int], *, notes: int, turned: bool) -> Content:
         words = self.words
         key_ticks, query_ticks = LINE, words.lettering.width(str(self.shape[2] - 1))
         if turned and words.keys:
