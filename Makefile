@@ -22,10 +22,10 @@ demo: $(VENV_DEMO)/ready
 bench: $(VENV_TEST)/ready
 	for file in benchmarks/bench_*.py; do $(VENV_TEST)/bin/python $$file || exit 1; done
 
-# Draw the baselines anew, to be looked at before they are committed.
+# Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready
-	$(VENV_TEST)/bin/pytest -q -m heatmap_compare --mpl-generate-path=baseline_images
-	cd examples && ../$(VENV_DEMO)/bin/pytest -q --mpl-generate-path=baseline_images
+	$(VENV_TEST)/bin/pytest -q tests/test_pictures.py --attn-update=all
+	cd examples && ../$(VENV_DEMO)/bin/pytest -q --attn-update=all
 
 $(VENV_TEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_TEST)

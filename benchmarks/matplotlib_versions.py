@@ -8,31 +8,17 @@ and compares the hashes of their panels. Exits with 1 where they differ.
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
-VERSIONS = ("3.8.4", "3.9.4", "3.10.9", "3.11.2")
-ROOT = Path(__file__).parents[1]
+from environments import ROOT, VERSIONS, make, run
 
 
 def hashes(version: str, folder: Path) -> dict[str, str]:
     """Return the hash of each figure's panels under one version of matplotlib."""
-    venv.create(folder / version, with_pip=True)
-    python = folder / version / "bin" / "python"
-    packages = [f"matplotlib=={version}", "numpy", "pillow"]
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *packages], check=True)
-    result = subprocess.run(
-        [python, "-W", "ignore", ROOT / "tests" / "panel_figures.py"],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    lines = (line.split("\t") for line in result.stdout.splitlines())
+    output = run(make(version, folder), ROOT / "tests" / "panel_figures.py")
+    lines = (line.split("\t") for line in output.splitlines())
     return {name: digest for _, name, digest in lines}
 
 

@@ -1,255 +1,217 @@
-"""A picture against its baseline, by the marker `heatmap_compare`.
+"""A picture against its baseline: first the data that both carry, then their pixels.
 
-Under `--mpl` the comparison is pytest-mpl's, with its reports. Without it the same images are
-compared all the same: a marked test never passes without having compared something.
+This module knows files and figures, and nothing of pytest.
 """
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import re
-import sys
+import os
+import shutil
 import tempfile
-from collections.abc import Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import pytest
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.figure import Figure
 
-_MARKER = (
-    "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
-    "returns with its baseline image, with and without --mpl. One baseline serves all devices; "
-    "it lies in mpl-baseline-path (default: baseline_images), named after the test. tolerance is "
-    "the root mean square of the pixel differences, of 255 (default: 0.1). "
-    "--mpl-generate-path writes baselines."
-)
-_ARGUMENTS = ("filename", "baseline_dir", "tolerance")
-# pytest-mpl's own default, 2, does not see a transposed head in a large grid.
-_TOLERANCE = 0.1
-_LONGEST_NAME = 150
+from pytest_attnheat.heatmaps.compare import compare_data
+from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
+from pytest_attnheat.heatmaps.pixels import compare_pixels
+from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
+
+Status = Literal["equal", "text", "missing", "unreadable", "data", "panels", "pixels"]
+
+# For figures without data: pytest-mpl's own default, 2, does not see a changed head.
+PIXEL_TOLERANCE = 0.1
+_ROWS_SHOWN = 5
 
 
 @dataclass(frozen=True)
-class Baseline:
-    """Where the baseline of a test lies, and how closely the picture must agree with it.
+class Verdict:
+    """What a comparison found.
 
     Attributes:
-        path: the image file.
-        tolerance: largest root mean square difference of all pixels, on a scale to 255.
+        status: "equal"; "text" (only text differs, drawn by another matplotlib); or why it fails:
+            "missing", "unreadable", "data", "panels", "pixels".
+        reason: one line for a failure.
+        details: further lines.
+        compared: what was compared: "data", "pixels" or both.
+        artifacts: files left behind, by name.
+        drawn_by: the matplotlib of the baseline.
     """
 
-    path: Path
-    tolerance: float
+    status: Status
+    reason: str = ""
+    details: list[str] = field(default_factory=list)
+    compared: tuple[str, ...] = ()
+    artifacts: dict[str, Path] = field(default_factory=dict)
+    drawn_by: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the picture is that of its baseline."""
+        return self.status in ("equal", "text")
 
 
-_BASELINE = pytest.StashKey[Baseline]()
+def check(figure: Figure, baseline: Path, folder: Path, tolerance: float | None = None) -> Verdict:
+    """Compare a figure with its baseline.
+
+    Args:
+        figure: The figure; one of `show_heatmaps` is compared by its data and its panels,
+            another one by all pixels.
+        baseline: A PNG or SVG file.
+        folder: Where the pictures are written.
+        tolerance: For data, relative to the largest value; by default that of the dtype. For
+            other figures, the root mean square of the pixel differences, of 255; 0.1 by default.
+    """
+    actual = folder / f"actual{baseline.suffix}"
+    save(figure, actual)
+    if not baseline.exists():
+        return Verdict("missing", artifacts={"actual": actual})
+    try:
+        if (
+            isinstance(figure, HeatmapFigure)
+            and find_record(baseline) is not None
+            and find_record(actual) is not None
+        ):
+            return _check_heatmaps(figure, baseline, actual, tolerance)
+        return _check_images(baseline, actual, folder, tolerance)
+    except (OSError, ValueError, SyntaxError) as error:
+        return Verdict("unreadable", str(error), artifacts={"actual": actual})
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker."""
-    config.addinivalue_line("markers", _MARKER)
+def keep(verdict: Verdict, folder: Path) -> dict[str, Path]:
+    """Copy the pictures of a failed comparison to a folder, and return where they are now."""
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {}
+    for name, path in verdict.artifacts.items():
+        kept[name] = folder / f"{name}{path.suffix}"
+        shutil.copyfile(path, kept[name])
+    return kept
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every marked test its baseline, and hand it to pytest-mpl.
+def save(figure: Figure, path: Path) -> None:
+    """Save a figure as a baseline: beside its place first, so that no file is ever half written.
 
     Raises:
-        pytest.UsageError: Unknown marker arguments, or two tests that share a file.
+        OSError: The place cannot be written to.
     """
-    tests_of: dict[str, str] = {}
-    for item in items:
-        marker = item.get_closest_marker("heatmap_compare")
-        if marker is None:
-            continue
-        baseline = _baseline(config, item, marker)
-        name = _name_for_all_devices(item)
-        # Some file systems tell upper from lower case and some do not.
-        other = tests_of.setdefault(str(baseline.path).casefold(), name)
-        if other != name:
-            raise pytest.UsageError(
-                f"heatmap_compare: {name} and {other} share the baseline {baseline.path}; "
-                "give one of them another filename="
-            )
-        item.stash[_BASELINE] = baseline
-        if config.pluginmanager.hasplugin("pytest_mpl"):
-            item.add_marker(
-                pytest.mark.mpl_image_compare(
-                    style="default",
-                    backend="agg",
-                    deterministic=True,
-                    filename=baseline.path.name,
-                    baseline_dir=str(baseline.path.parent),
-                    tolerance=baseline.tolerance,
-                )
-            )
-
-
-# Outside of pytest-mpl's wrapper, which swallows what the test returns.
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
-    """Run a test, and compare the figure that it returns with its baseline."""
-    baseline = item.stash.get(_BASELINE, None)
-    if baseline is None or not isinstance(item, pytest.Function):
-        return (yield)
-    figures: list[Any] = []
-    function, name = item.obj, item.name
-    by_mpl = _is_mpl_active(item.config)
-    item.obj = _catching(function, figures, by_mpl)
-    if "/" in name:
-        # pytest-mpl makes a folder of the name, and fails on slashes in parameters.
-        item.name = _safe_name(name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(
+        prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent
+    )
+    os.close(handle)
     try:
-        if by_mpl:
-            result = yield
-        else:
-            # As pytest-mpl does: the user's style must not show in a baseline.
-            from matplotlib import style
-
-            with style.context("default", after_reset=True):
-                result = yield
-                _compare_images(item, figures, baseline)
-    finally:
-        item.obj, item.name = function, name
-    if not figures:
-        _fail("the test returned no figure to the comparison, so nothing was compared")
-    return result
+        # What tells the day or the version would change the file and not the picture.
+        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+        # So would ids that are drawn at random for each SVG.
+        with rc_context({"svg.hashsalt": "attnheat"}):
+            figure.savefig(name, metadata=metadata)
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
 
 
-def _baseline(config: pytest.Config, item: pytest.Item, marker: pytest.Mark) -> Baseline:
-    unknown = sorted(set(marker.kwargs) - set(_ARGUMENTS))
-    if unknown or marker.args:
-        given = ", ".join([*map(repr, marker.args), *unknown])
-        raise pytest.UsageError(
-            f"heatmap_compare at {item.nodeid} got {given}; it accepts the keyword arguments "
-            f"{', '.join(_ARGUMENTS)}"
-        )
-    filename = marker.kwargs.get("filename")
-    if filename is None:
-        filename = _safe_name(_name_for_all_devices(item)) + ".png"
-    elif Path(filename).name != filename or not filename.endswith(".png"):
-        raise pytest.UsageError(
-            f"heatmap_compare at {item.nodeid} got filename={filename!r}; a file name ending in "
-            ".png is accepted, without folders (see baseline_dir=)"
-        )
-    folder = marker.kwargs.get("baseline_dir") or _default_folder(config, item)
-    tolerance = float(marker.kwargs.get("tolerance", _TOLERANCE))
-    return Baseline(config.rootpath / folder / filename, tolerance)
+def _check_heatmaps(
+    figure: HeatmapFigure, baseline: Path, actual: Path, tolerance: float | None
+) -> Verdict:
+    expected, drawn = read_heatmaps(baseline), read_heatmaps(actual)
+    difference = compare_data(expected, drawn, tolerance)
+    artifacts = {"expected": baseline, "actual": actual}
+    compared: dict[str, Any] = {"compared": ("data",), "drawn_by": expected.matplotlib}
+    if difference is not None:
+        details = list(difference.details)
+        if difference.worst is not None:
+            row, column, query, _ = difference.worst
+            triptych = actual.with_name("difference.png")
+            _triptych(expected, drawn, difference.worst).savefig(triptych)
+            artifacts["difference"] = triptych
+            details += _in_text(expected, drawn, row, column, query)
+        return Verdict("data", difference.reason, details, artifacts=artifacts, **compared)
+    compared["compared"] = ("data", "pixels")
+    outcome = compare_pixels(figure.picture, expected, baseline, actual, figure.dpi)
+    if outcome in ("equal", "text"):
+        status: Status = "equal" if outcome == "equal" else "text"
+        return Verdict(status, **compared)
+    reason = {
+        "size": "the data agree, but the picture has another size",
+        "panels": "the data agree, but the panels are drawn otherwise (colours, scale, layout)",
+        "rest": "data and panels agree, but something else is drawn otherwise (text, style)",
+    }[outcome]
+    return Verdict("panels", reason, artifacts=artifacts, **compared)
 
 
-def _default_folder(config: pytest.Config, item: pytest.Item) -> Path:
-    """Return pytest-mpl's baseline folder if one is set, else baseline_images in the root."""
-    if config.pluginmanager.hasplugin("pytest_mpl"):
-        if given := config.getoption("--mpl-baseline-path"):
-            relative = config.getoption("--mpl-baseline-relative")
-            return Path(item.path.parent if relative else config.invocation_params.dir, given)
-        if given := config.getini("mpl-baseline-path"):
-            return Path(given)
-    return Path("baseline_images")
-
-
-def _name_for_all_devices(item: pytest.Item) -> str:
-    """Name a test by its module, class, function and parameters other than the device."""
-    module = item.nodeid.partition("::")[0].removesuffix(".py")
-    names = [part for part in module.split("/") if part not in ("", ".", "tests", "test")]
-    names += item.nodeid.partition("::")[2].partition("[")[0].split("::")
-    callspec = getattr(item, "callspec", None)
-    if callspec is None:
-        return ".".join(names)
-    parameters = callspec.id.split("-")
-    device = str(callspec.params.get("attn_device", ""))
-    if device in parameters:
-        parameters.remove(device)
-    return "-".join([".".join(names), *parameters])
-
-
-def _safe_name(name: str) -> str:
-    """Return a file name that is valid and unique on every file system."""
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("_.")[:_LONGEST_NAME]
-    if safe != name:
-        safe = f"{safe.rstrip('_')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
-    return safe
-
-
-def _catching(function: Any, figures: list[Any], by_mpl: bool) -> Any:
-    @functools.wraps(function)
-    def wrapper(*args: Any, **kwargs: Any) -> Any:
-        from matplotlib.figure import Figure
-
-        returned = function(*args, **kwargs)
-        if not isinstance(returned, Figure):
-            _fail(
-                f"the test returned {type(returned).__name__}, so there is nothing to compare; "
-                "it must return the figure: return show_heatmaps(...)"
-            )
-        figures.append(returned)
-        # pytest warns of a value that nobody takes.
-        return returned if by_mpl else None
-
-    return wrapper
-
-
-def _fail(reason: str) -> None:
-    pytest.fail(f"heatmap_compare: {reason}", pytrace=False)
-
-
-def _is_mpl_active(config: pytest.Config) -> bool:
-    """Tell whether pytest-mpl compares or generates images in this run."""
-    if not config.pluginmanager.hasplugin("pytest_mpl"):
-        return False
-    options = ("--mpl", "--mpl-generate-path", "--mpl-generate-hash-library")
-    return any(config.getoption(option) for option in options)
-
-
-def _compare_images(item: pytest.Item, figures: list[Any], baseline: Baseline) -> None:
+def _check_images(baseline: Path, actual: Path, folder: Path, tolerance: float | None) -> Verdict:
+    """Compare all pixels, where a picture or its baseline carries no data."""
     from matplotlib.testing.compare import compare_images
-
-    if not figures:
-        return
-    folder = Path(tempfile.mkdtemp(prefix="attnheat-"))
-    actual = folder / baseline.path.name
-    figures[0].savefig(actual, metadata={"Software": None})
-    if pyplot := sys.modules.get("matplotlib.pyplot"):
-        pyplot.close(figures[0])
-    update = f"pytest --mpl-generate-path={_shown(item, baseline.path.parent)} '{item.nodeid}'"
-    if not baseline.path.exists():
-        _fail(
-            f"there is no baseline {_shown(item, baseline.path)} yet\n"
-            f"  the picture is  {actual}\n  to keep it      {update}"
-        )
-    shapes = [_size(path) for path in (baseline.path, actual)]
-    if shapes[0] != shapes[1]:
-        _fail(
-            f"the picture has {shapes[1][0]} x {shapes[1][1]} pixels, its baseline "
-            f"{shapes[0][0]} x {shapes[0][1]}\n"
-            f"  expected        {baseline.path}\n  actual          {actual}\n"
-            f"  to accept it    {update}"
-        )
-    expected = folder / f"{actual.stem}-expected.png"
-    expected.write_bytes(baseline.path.read_bytes())
-    found = compare_images(str(expected), str(actual), baseline.tolerance, in_decorator=True)
-    if found is not None:
-        _fail(
-            f"the picture differs from its baseline {_shown(item, baseline.path)}: root mean "
-            f"square {found['rms']:.3g} of 255, allowed {baseline.tolerance:g}\n"
-            f"  expected        {baseline.path}\n  actual          {actual}\n"
-            f"  difference      {found['diff']}\n  to accept it    {update}"
-        )
-    actual.unlink()
-    expected.unlink()
-    folder.rmdir()
-
-
-def _size(path: Path) -> tuple[int, int]:
     from PIL import Image
 
-    with Image.open(path) as image:
-        return image.width, image.height
+    if baseline.suffix != ".png":
+        raise ValueError(f"{baseline.name} carries no data, and only PNG is compared without them")
+    sizes = []
+    for path in (baseline, actual):
+        with Image.open(path) as image:
+            sizes.append((image.width, image.height))
+    artifacts = {"expected": baseline, "actual": actual}
+    if sizes[0] != sizes[1]:
+        reason = "the picture has {} x {} pixels, its baseline {} x {}".format(*sizes[1], *sizes[0])
+        return Verdict("pixels", reason, compared=("pixels",), artifacts=artifacts)
+    # matplotlib writes its difference image beside the expected one.
+    expected = folder / "expected.png"
+    expected.write_bytes(baseline.read_bytes())
+    allowed = PIXEL_TOLERANCE if tolerance is None else tolerance
+    found = compare_images(str(expected), str(actual), allowed, in_decorator=True)
+    if found is None:
+        return Verdict("equal", compared=("pixels",))
+    artifacts["difference"] = Path(str(found["diff"]))
+    reason = f"root mean square of the pixel differences {found['rms']:.3g}, allowed {allowed:g}"
+    return Verdict("pixels", reason, compared=("pixels",), artifacts=artifacts)
 
 
-def _shown(item: pytest.Item, path: Path) -> Path:
-    """Return a path as one would type it in the root folder."""
-    root = item.config.rootpath
-    return path.relative_to(root) if path.is_relative_to(root) else path
+def _triptych(
+    expected: Heatmaps, actual: Heatmaps, worst: tuple[int, int, int, int]
+) -> HeatmapFigure:
+    """Draw expected, actual and difference of the worst panel side by side, on one scale."""
+    row, column, query, key = worst
+    one, other = (data.values[row, column] for data in (expected, actual))
+    with np.errstate(invalid="ignore"):
+        difference = np.abs(other - one)
+    shown = np.stack([~expected.masked[row, column], ~actual.masked[row, column]])
+    return show_heatmaps(
+        [one, other, difference],
+        xlabel="Keys",
+        ylabel="Queries",
+        titles=["expected", "actual", "difference"],
+        figsize=None,
+        mask=np.stack([*shown, shown.any(axis=0)]),
+        highlight=[(0, panel, query, key) for panel in range(3)],
+        title=f"panel [{row}, {column}]",
+    )
+
+
+def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query: int) -> list[str]:
+    """Draw the queries around the worst one, expected and actual, one above the other."""
+    # Comparing needs no torch; only this view of a failure does.
+    from pytest_attnheat.heatmaps.terminal import format_heatmap
+
+    count = expected.values.shape[2]
+    first = max(0, min(query - _ROWS_SHOWN // 2, count - _ROWS_SHOWN))
+    rows = slice(first, first + _ROWS_SHOWN)
+    lines = []
+    low, high = (float(end) for end in expected.limits[row, column])
+    for name, data in (("expected", expected), ("actual", actual)):
+        text = format_heatmap(
+            data.values[row, column, rows],
+            mask=~data.masked[row, column, rows],
+            first_row=first,
+            marked=[query],
+            vmin=low,
+            vmax=high if high > low else low + 1,
+            title=name,
+        )
+        lines += text.splitlines()
+    return lines

@@ -50,22 +50,34 @@ def test_workers_compare_as_one_process_does(pytester, generate, options):
     result.assert_outcomes(passed=1, failed=1)
 
 
-def test_the_failure_says_how_much_where_the_images_are_and_how_to_accept(pytester, generate):
-    path = pytester.makepyfile(PICTURE)
+def test_the_failure_says_what_differs_where_the_pictures_are_and_how_to_accept(pytester, generate):
+    path = pytester.makepyfile(test_a=PICTURE)
     generate()
-    path.write_text(PICTURE.replace("np.eye(6)", "np.eye(6)[::-1]"))
+    path.write_text(PICTURE.replace("np.eye(6)", "np.eye(6) * 0.5"))
     output = pytester.runpytest().stdout
-    name = "test_the_failure_says_how_much_where_the_images_are_and_how_to_accept"
+    kept = pytester.path / "attn-artifacts" / "test_a.test_picture"
     output.fnmatch_lines(
         [
-            f"heatmap_compare: the picture differs from its baseline baseline_images/{name}"
-            ".test_picture.png: root mean square * of 255, allowed 0.1",
-            "  expected *",
-            "  actual *",
-            "  difference *-failed-diff.png",
-            f"  to accept it    pytest --mpl-generate-path=baseline_images '{name}.py::test_pict*",
+            "heatmap_compare: the data differ from the baseline "
+            "baseline_images/test_a.test_picture.png: 6 of 36 cells differ",
+            "  worst           panel [[]0, 0], query 0, key 0: expected 1, got 0.5 (allowed *e-05)",
+            "  panels          [[]0, 0] of 1 x 1",
+            "  relation        every value is multiplied by 0.5",
+            "  expected    keys 0..5",
+            "    q0  █▁▁▁▁▁  1.000  <-",
+            "  actual    keys 0..5",
+            "    q0  ▅▁▁▁▁▁  0.500  <-",
+            f"  expected        {kept}/expected.png",
+            f"  actual          {kept}/actual.png",
+            f"  difference      {kept}/difference.png",
+            "  to accept it    pytest --attn-update=changed 'test_a.py::test_picture'",
         ]
     )
+    assert sorted(file.name for file in kept.iterdir()) == [
+        "actual.png",
+        "difference.png",
+        "expected.png",
+    ]
 
 
 def test_a_transposed_head_among_many_fails(pytester, mode, generate):
@@ -94,7 +106,8 @@ def test_a_missing_baseline_fails_with_the_command_that_makes_it(pytester):
     result.stdout.fnmatch_lines(
         [
             "heatmap_compare: there is no baseline baseline_images/test_a.test_picture.png yet",
-            "  to keep it      pytest --mpl-generate-path=baseline_images 'test_a.py::test_pic*",
+            "  actual *",
+            "  to keep it      pytest --attn-update=missing 'test_a.py::test_picture'",
         ]
     )
 
@@ -104,13 +117,11 @@ def test_a_missing_baseline_fails_in_every_mode(pytester, mode):
     pytester.runpytest(*mode).assert_outcomes(failed=1)
 
 
-def test_a_picture_of_another_size_fails_with_both_sizes(pytester, generate):
+def test_a_picture_of_another_size_fails(pytester, generate):
     path = pytester.makepyfile(PICTURE)
     generate()
     path.write_text(PICTURE.replace('"Queries")', '"Queries", figsize=(3, 2))'))
-    pytester.runpytest().stdout.fnmatch_lines(
-        ["heatmap_compare: the picture has 300 x 200 pixels, its baseline 250 x 250"]
-    )
+    pytester.runpytest().stdout.fnmatch_lines(["*the data agree, but the picture has another size"])
 
 
 @pytest.mark.parametrize(
@@ -185,9 +196,9 @@ def test_two_tests_of_one_name_in_two_folders_have_two_baselines(pytester, gener
     assert names == ["one.test_a.test_picture.png", "two.test_a.test_picture.png"]
 
 
-def test_two_tests_that_share_a_file_are_refused(pytester):
+def test_two_tests_that_share_a_file_fail_both(pytester, mode):
     pytester.makepyfile(
-        """
+        test_a="""
         import pytest
 
         @pytest.mark.heatmap_compare(filename="same.png")
@@ -197,29 +208,158 @@ def test_two_tests_that_share_a_file_are_refused(pytester):
         def test_two(): ...
         """
     )
-    result = pytester.runpytest()
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines(["*test_two and *test_one share the baseline *ame.png*"])
+    result = pytester.runpytest(*mode)
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(
+        ["*test_a.py::test_one: test_a.py::test_one and test_a.py::test_two share the *"]
+    )
+
+
+def test_two_files_of_one_name_do_not_share_a_baseline_unseen(pytester, mode):
+    for folder in ("tests/a", "a"):
+        path = pytester.mkdir(folder) if "/" not in folder else pytester.path / folder
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "test_m.py").write_text(PICTURE)
+    result = pytester.runpytest(*mode, "--import-mode=importlib")
+    result.assert_outcomes(failed=2)
+    result.stdout.fnmatch_lines(["*share the baseline a.test_m.test_picture.png*"])
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tolerence=3", "*got tolerence; it accepts * filename, baseline_dir, tolerance"),
-        ("'a.png'", "*got 'a.png'; it accepts the keyword arguments*"),
-        ("filename='a.jpg'", "*got filename='a.jpg'; a file name ending in .png*"),
-        ("filename='a/b.png'", "*without folders*"),
+        ("tolerence=3", "*got tolerence; accepted are * filename, baseline_dir, tolerance"),
+        ("'a.png'", "*got 'a.png'; accepted are the keyword arguments*"),
+        ("filename='a.jpg'", "*got filename='a.jpg'; accepted is a name of letters*"),
+        ("filename='a/b.png'", "*got filename='a/b.png'*for folders see baseline_dir=*"),
+        ("filename='a_.png'", "*not ending in '_'*"),
+        ("filename='a.png.png'", "*with one ending: .png or .svg*"),
+        ("filename=3", "*got filename=3*"),
+        ("baseline_dir=3", "*got baseline_dir=3; a folder is accepted"),
+        ("tolerance='x'", "*got tolerance='x'; accepted is a number from 0"),
+        ("tolerance=-1", "*got tolerance=-1*"),
+        ("tolerance=float('nan')", "*got tolerance=nan*"),
     ],
 )
-def test_marker_arguments_that_are_not_known_are_refused(pytester, arguments, message):
-    pytester.makepyfile(
-        PICTURE.replace(
-            "@pytest.mark.heatmap_compare", f"@pytest.mark.heatmap_compare({arguments})"
-        )
-    )
+def test_marker_arguments_that_are_not_known_fail_the_test(pytester, arguments, message):
+    marked = f"@pytest.mark.heatmap_compare({arguments})"
+    pytester.makepyfile(PICTURE.replace("@pytest.mark.heatmap_compare", marked))
     result = pytester.runpytest()
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    result.stderr.fnmatch_lines([message])
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines([message])
+
+
+def test_a_wrong_marker_is_said_by_a_worker_too(pytester):
+    marked = "@pytest.mark.heatmap_compare(foo=1)"
+    pytester.makepyfile(PICTURE.replace("@pytest.mark.heatmap_compare", marked))
+    result = pytester.runpytest("-n", "1")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*got foo; accepted are the keyword arguments*"])
+
+
+def test_the_marker_of_pytest_mpl_beside_ours_is_refused(pytester, mode):
+    both = "@pytest.mark.heatmap_compare\n@pytest.mark.mpl_image_compare(tolerance=200)"
+    pytester.makepyfile(PICTURE.replace("@pytest.mark.heatmap_compare", both))
+    if "no:pytest_mpl" not in mode:
+        result = pytester.runpytest(*mode)
+        result.assert_outcomes(failed=1)
+        result.stdout.fnmatch_lines(["*marked mpl_image_compare as well; one of them is enough*"])
+
+
+LATE = {
+    "by a conftest": "items[0].add_marker('heatmap_compare')",
+    "by the test": "",
+}
+
+
+@pytest.mark.parametrize("when", LATE)
+def test_a_marker_that_comes_late_still_compares_or_fails(pytester, mode, when):
+    pytester.makeconftest(f"def pytest_collection_modifyitems(items): {LATE[when] or '...'}")
+    apply = "" if LATE[when] else "request.applymarker('heatmap_compare')"
+    pytester.makepyfile(
+        f"""
+        import numpy as np
+        from pytest_attnheat import show_heatmaps
+
+        def test_picture(request):
+            {apply}
+            figure = show_heatmaps(np.eye(3), "k", "q")
+            {"return figure" if LATE[when] else ""}
+        """
+    )
+    pytester.runpytest(*mode).assert_outcomes(failed=1)
+
+
+def test_an_async_test_fails_with_the_reason(pytester, mode):
+    pytester.makepyfile(PICTURE.replace("def test", "async def test"))
+    result = pytester.runpytest(*mode)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*an async test returns its figure to the event loop*"])
+
+
+def test_an_item_that_is_no_function_fails(pytester, mode):
+    pytester.makeconftest(
+        """
+        import pytest
+
+        class Item(pytest.Item):
+            def runtest(self): ...
+
+        class File(pytest.File):
+            def collect(self):
+                item = Item.from_parent(self, name="spec")
+                item.add_marker("heatmap_compare")
+                yield item
+
+        def pytest_collect_file(file_path, parent):
+            if file_path.suffix == ".yaml":
+                return File.from_parent(parent, path=file_path)
+        """
+    )
+    pytester.makefile(".yaml", a="")
+    result = pytester.runpytest(*mode)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["*a test of type Item returns no figure*"])
+
+
+def test_parameters_that_look_like_files_have_baselines_of_their_own(pytester, generate, mode):
+    pytester.makepyfile(
+        """
+        import numpy as np, pytest
+        from pytest_attnheat import show_heatmaps
+
+        @pytest.mark.parametrize("name", ["cat.png", "cat.png-left", "cat.png-right", "q_", "q"])
+        @pytest.mark.heatmap_compare
+        def test_picture(name):
+            return show_heatmaps(np.eye(len(name)), "Keys", "Queries")
+        """
+    )
+    generate()
+    assert len(list((pytester.path / "baseline_images").iterdir())) == 5
+    pytester.runpytest(*mode).assert_outcomes(passed=5)
+
+
+def test_pytest_mpls_full_names_do_not_change_ours(pytester, mode):
+    pytester.makepyfile(DEVICES)
+    pytester.makeini("[pytest]\nmpl-use-full-test-name = true")
+    update = ["--attn-update=missing", "--attn-device=cpu"]
+    pytester.runpytest(*update).assert_outcomes(passed=12)
+    if "no:pytest_mpl" not in mode:
+        pytester.runpytest(*mode, "--attn-device=cpu").assert_outcomes(passed=12)
+
+
+def test_every_figure_of_a_test_that_runs_twice_is_compared(pytester, generate):
+    path = pytester.makepyfile(PICTURE.replace("np.eye(6)", "np.eye(6) * next(NUMBERS)"))
+    pytester.makeconftest(
+        """
+        def pytest_pyfunc_call(pyfuncitem):
+            pyfuncitem.obj()
+        """
+    )
+    path.write_text(path.read_text() + "\nNUMBERS = iter([1, 1])\n")
+    generate()
+    path.write_text(path.read_text().replace("[1, 1]", "[1, 0.5]"))
+    pytester.runpytest().assert_outcomes(failed=1)
 
 
 def test_the_marker_says_where_the_baseline_lies_and_how_close_it_must_be(pytester, generate):

@@ -42,8 +42,8 @@ def test_examples_that_hold_tests_pass(pytester, page):
     files = {f"test_{line}": text for line, text in blocks(page) if holds_tests(text)}
     pytester.makepyfile(**files)
     # In a process of its own: torch imports more of itself when that is first used.
-    if any("heatmap_compare" in text for text in files.values()):
-        pytester.runpytest_subprocess("--mpl-generate-path=baseline_images")
+    if any("heatmap_" in text for text in files.values()):
+        pytester.runpytest_subprocess("--attn-update=missing")
     result = pytester.runpytest_subprocess("-W", "error", "--strict-markers")
     outcomes = result.parseoutcomes()
     assert set(outcomes) == {"passed"}

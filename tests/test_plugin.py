@@ -57,7 +57,11 @@ def test_a_bad_value_is_a_usage_error_that_lists_the_good_ones(pytester, name, v
 
 def test_help_markers_and_fixtures_read_like_documentation(pytester):
     text = " ".join(pytester.runpytest("--help").stdout.str().split())
-    assert "attention (pytest-attnheat): --attn-device=DEVICES devices to run attention" in text
+    assert "attention (pytest-attnheat): --attn-" in text
+    assert "--attn-device=DEVICES devices to run attention" in text
+    assert "--attn-update={missing,changed,all} write baselines" in text
+    assert "--attn-unused list baselines that no collected test uses" in text
+    assert "--attn-artifacts=FOLDER where failed comparisons leave" in text
     for name in ("device", "require-device", "dtype", "seed"):
         assert f"--attn-{name}" in text
         assert f"Default: the ini setting attn_{name.replace('-', '_')}, or " in text

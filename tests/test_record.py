@@ -52,7 +52,7 @@ def test_it_carries_everything_else_that_it_shows(tmp_path, kind):
     np.testing.assert_array_equal(read.masked, np.broadcast_to(~mask.numpy(), (1, 2, 3, 4)))
     assert read.labels == {
         "xlabel": "Keys", "ylabel": "Queries", "title": "T", "titles": ["one", "two"],
-        "row_titles": ["r"], **labels,
+        "row_titles": ["r"], "numbers": None, **labels,
     }  # fmt: skip
     assert (read.shape, read.block, read.scale) == ((1, 2, 3, 4), (1, 1), "panel")
     assert read.matplotlib == matplotlib.__version__
@@ -153,7 +153,7 @@ def record(body=None, **changes):
     header = {
         "version": 1, "cells": [1, 1, 2, 2], "block": [1, 1], "shape": [1, 1, 2, 2],
         "dtype": "float32", "labels": {}, "scale": "shared", "limits": [[[0, 1]]],
-        "matplotlib": "3.11.2", **changes,
+        "matplotlib": "3.11.2", "freetype": "2.14.3", **changes,
     }  # fmt: skip
     header = {name: value for name, value in header.items() if value is not None}
     if body is None:
@@ -184,6 +184,7 @@ def test_a_record_written_by_hand_is_read():
         {"limits": [[0, 1]]},
         {"limits": [[["a", 1]]]},
         {"limits": None},
+        {"freetype": None},
         {"body": b"not compressed"},
         {"body": zlib.compress(bytes(3))},
         {"body": zlib.compress(bytes(100))},

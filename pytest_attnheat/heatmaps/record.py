@@ -20,6 +20,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import numpy.typing as npt
+from matplotlib import ft2font
 
 from pytest_attnheat.heatmaps.maps import Bools, Floats
 from pytest_attnheat.heatmaps.sheet import Shown
@@ -45,10 +46,11 @@ class Heatmaps:
         shape: (rows, columns, queries, keys) of the weights that were given.
         dtype: their dtype by name, for example "bfloat16".
         labels: what is written, by name: xlabel, ylabel, title, titles, row_titles, key_labels,
-            query_labels; None where nothing is.
+            query_labels, and the format of numbers; None where nothing is.
         scale: "shared" or "panel".
         limits: (rows, columns, 2), the ends of the colour scale of each panel.
         matplotlib: the version of matplotlib that drew the picture.
+        freetype: the version of FreeType that drew its text.
     """
 
     values: Floats
@@ -60,6 +62,7 @@ class Heatmaps:
     scale: str
     limits: npt.NDArray[np.float64]
     matplotlib: str
+    freetype: str
 
 
 def encode(shown: Shown) -> str | None:
@@ -83,10 +86,12 @@ def encode(shown: Shown) -> str | None:
             "row_titles": _plain(words.row_titles),
             "key_labels": _plain(words.key_labels),
             "query_labels": _plain(words.query_labels),
+            "numbers": words.number_format,
         },
         "scale": "shared" if shown.scale.shared else "panel",
         "limits": limits.tolist(),
         "matplotlib": matplotlib.__version__,
+        "freetype": ft2font.__freetype_version__,
     }
     narrow = _narrow(values, shown.dtype)
     parts = [_shuffled(narrow), np.packbits(shown.cells.masked).tobytes()]
@@ -179,6 +184,7 @@ def _decode(header: dict[str, Any], body: str) -> Heatmaps:
         scale=str(header["scale"]),
         limits=limits,
         matplotlib=str(header["matplotlib"]),
+        freetype=str(header["freetype"]),
     )
 
 

@@ -1,0 +1,201 @@
+"""Two pictures compared by the data that they carry.
+
+What differs is said in the words of attention: which cell, how far, and, where the numbers show
+it, how the one follows from the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from pytest_attnheat.heatmaps.record import Heatmaps
+
+# Relative to the largest value of the picture: what the same computation may differ by on another
+# device. A change that anybody would call one is larger by orders of magnitude.
+_TOLERANCES = {"bfloat16": 1.6e-2, "float16": 2e-3}
+_TOLERANCE = 1e-5
+# A relation is named where it explains the values to this part of their range.
+_CLOSE = 1e-3
+
+Panels = npt.NDArray[np.float64]  # (panels, queries, keys)
+
+
+@dataclass(frozen=True)
+class DataDifference:
+    """How the data of a picture differ from those of its baseline.
+
+    Attributes:
+        reason: one line, for example "3 of 64 cells differ".
+        details: further lines: the worst cell and a likely relation.
+        worst: (row, column, query, key) of the worst cell; None where shapes or labels differ.
+    """
+
+    reason: str
+    details: list[str]
+    worst: tuple[int, int, int, int] | None = None
+
+
+def tolerance_for(expected: Heatmaps, actual: Heatmaps) -> float:
+    """Return the tolerance that follows from the coarser dtype of two pictures."""
+    return max(_TOLERANCES.get(data.dtype, _TOLERANCE) for data in (expected, actual))
+
+
+def compare_data(
+    expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None
+) -> DataDifference | None:
+    """Compare what two pictures show.
+
+    Args:
+        expected: The data of the baseline.
+        actual: The data of the picture.
+        tolerance: Largest accepted difference of a cell, relative to the largest finite value
+            of the baseline; by default that of the coarser dtype (`tolerance_for`).
+
+    Returns:
+        The difference, or None.
+    """
+    if expected.shape != actual.shape:
+        return DataDifference(f"the shape changed from {expected.shape} to {actual.shape}", [])
+    if expected.block != actual.block:
+        return DataDifference(f"the pooling changed from {expected.block} to {actual.block}", [])
+    for name in sorted({*expected.labels, *actual.labels}):
+        one, other = expected.labels.get(name), actual.labels.get(name)
+        if one != other:
+            return DataDifference(f"{name} changed from {one!r} to {other!r}", [])
+    if expected.scale != actual.scale:
+        return DataDifference(
+            f"the colour scale changed from {expected.scale!r} to {actual.scale!r}", []
+        )
+    if tolerance is None:
+        tolerance = tolerance_for(expected, actual)
+    difference = _compare_cells(expected, actual, tolerance)
+    if difference is None and not np.allclose(
+        expected.limits, actual.limits, rtol=tolerance, atol=tolerance * _largest(expected)
+    ):
+        panel = np.unravel_index(
+            int(np.abs(expected.limits - actual.limits).max(-1).argmax()), expected.limits.shape[:2]
+        )
+        old, new = (
+            f"{data.limits[panel][0]:g}..{data.limits[panel][1]:g}" for data in (expected, actual)
+        )
+        return DataDifference(f"the colour scale changed from {old} to {new}", [])
+    return difference
+
+
+def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> DataDifference | None:
+    allowed = tolerance * _largest(expected)
+    off = _distance(expected, actual)
+    broken = ~(off <= allowed)
+    if not broken.any():
+        return None
+    worst = np.unravel_index(int(np.argmax(np.where(broken, off, -1))), off.shape)
+    row, column, query, key = (int(index) for index in worst)
+    place = (row, column, query, key)
+    panels = [(int(r), int(c)) for r, c in np.argwhere(broken.any(axis=(2, 3)))]
+    details = [
+        f"worst           panel [{row}, {column}], query {query}, key {key}: expected "
+        f"{_cell(expected, place)}, got {_cell(actual, place)} (allowed difference {allowed:.1e})",
+        f"panels          {_listed(panels)} of {expected.values.shape[0]} x "
+        f"{expected.values.shape[1]}",
+    ]
+    relation = _relation(expected, actual, panels)
+    if relation is not None:
+        details.append(f"relation        {relation}")
+    reason = f"{int(broken.sum())} of {broken.size} cells differ"
+    return DataDifference(reason, details, place)
+
+
+def _largest(data: Heatmaps) -> float:
+    finite = np.abs(data.values[np.isfinite(data.values) & ~data.masked])
+    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+
+
+def _distance(expected: Heatmaps, actual: Heatmaps) -> npt.NDArray[np.float64]:
+    """Return how far each cell is off; infinity where one is masked, NaN or infinite alone."""
+    one, other = expected.values.astype(np.float64), actual.values.astype(np.float64)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    both_finite = np.isfinite(one) & np.isfinite(other)
+    off = np.full(one.shape, np.inf)
+    off[both_finite] = np.abs(one[both_finite] - other[both_finite])
+    off[same] = 0
+    off[expected.masked != actual.masked] = np.inf
+    return off
+
+
+def _cell(data: Heatmaps, place: tuple[int, int, int, int]) -> str:
+    value = f"{data.values[place]:.6g}"
+    return f"{value} (masked)" if data.masked[place] else value
+
+
+def _listed(panels: list[tuple[int, int]]) -> str:
+    text = ", ".join(f"[{row}, {column}]" for row, column in panels[:4])
+    return text if len(panels) <= 4 else f"{text} and {len(panels) - 4} more"
+
+
+# -- how the one follows from the other --------------------------------------------------------
+
+
+def _relation(expected: Heatmaps, actual: Heatmaps, panels: list[tuple[int, int]]) -> str | None:
+    """Name how the panels that differ follow from the baseline, if the numbers show it."""
+    chosen = tuple(np.array(panels).T)
+    shown = ~(expected.masked | actual.masked)
+    one = np.where(shown, expected.values, 0)[chosen].astype(np.float64)
+    other = np.where(shown, actual.values, 0)[chosen].astype(np.float64)
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return None
+    # An explanation must leave far less than "nothing changed" does.
+    allowed = min(_CLOSE * np.abs(other).max(), 0.1 * np.abs(other - one).max())
+    for sentence, explained in _explanations(one, other, panels):
+        if np.abs(explained - other).max() <= allowed:
+            return sentence
+    return None
+
+
+def _explanations(
+    one: Panels, other: Panels, panels: list[tuple[int, int]]
+) -> Iterator[tuple[str, Panels]]:
+    """Yield what could have happened to the baseline, and what that would have made of it."""
+    sources = [int(np.abs(one - panel).max(axis=(1, 2)).argmin()) for panel in other]
+    if len(panels) > 1 and len(set(sources)) == len(sources):
+        yield _permutation(panels, sources), one[sources]
+    if one.shape[1] == one.shape[2]:
+        yield "transposed: queries and keys are exchanged", one.swapaxes(1, 2)
+    factor = float((one * other).sum() / max((one * one).sum(), 1e-300))
+    yield f"every value is multiplied by {factor:.4g}", factor * one
+    constant = float((other - one).mean())
+    yield f"every value has {constant:.4g} added", one + constant
+    for axis, name in ((2, "key"), (1, "query")):
+        for step, direction in ((1, "higher"), (-1, "lower")):
+            # What came in at the edge is anybody's guess.
+            moved, edge = np.roll(one, step, axis), 0 if step == 1 else -1
+            inside = tuple(edge if number == axis else slice(None) for number in range(3))
+            moved[inside] = other[inside]
+            if one.shape[axis] > 2:
+                yield f"shifted by one {name}, to {direction} numbers", moved
+    if (one > 0).all():
+        scores = np.log(one)
+        scores += (other - scores).mean(axis=2, keepdims=True)
+        yield "its softmax is the baseline: scores (logits) in place of weights?", scores
+    exponent = np.exp(one - one.max(axis=2, keepdims=True))
+    softmax = exponent / exponent.sum(axis=2, keepdims=True)
+    yield "it is the softmax of the baseline, which shows scores (logits)", softmax
+    for axis, name in ((2, "rows"), (1, "columns")):
+        sums = [array.sum(axis=axis, keepdims=True) for array in (one, other)]
+        if (np.abs(sums[0]) > 1e-12).all():
+            yield (
+                f"the {name} are normalised differently: each is multiplied by its own number",
+                one * (sums[1] / sums[0]),
+            )
+
+
+def _permutation(panels: list[tuple[int, int]], sources: list[int]) -> str:
+    moves = [
+        f"{list(panel)} shows what was {list(panels[source])}"
+        for panel, source in zip(panels, sources, strict=True)
+    ]
+    more = f" and {len(moves) - 3} more" if len(moves) > 3 else ""
+    return f"the panels are permuted: {', '.join(moves[:3])}{more}"

@@ -1,0 +1,121 @@
+"""Which baseline belongs to a test."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pytest_attnheat.summary import SUFFIXES
+
+_ARGUMENTS = ("filename", "baseline_dir", "tolerance")
+_LONGEST_NAME = 150
+# What pytest-mpl would make another name of: brackets, further suffixes, a last underscore.
+_FILENAME = re.compile(r"[A-Za-z0-9 .+=,@_-]*[A-Za-z0-9 .+=,@-]")
+_FURTHER_SUFFIX = re.compile(r"\.(png|svg|pdf|eps)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Where the baseline of a test lies, and how closely the picture must agree with it.
+
+    Attributes:
+        path: the image file.
+        tolerance: of the data, relative to the largest value; None for that of the dtype.
+    """
+
+    path: Path
+    tolerance: float | None
+
+
+def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
+    """Read the marker of a test.
+
+    Raises:
+        ValueError: An argument is unknown or out of range.
+    """
+    unknown = sorted(set(marker.kwargs) - set(_ARGUMENTS))
+    if unknown or marker.args:
+        given = ", ".join([*map(repr, marker.args), *unknown])
+        raise ValueError(f"got {given}; accepted are the keyword arguments {', '.join(_ARGUMENTS)}")
+    if any(True for _ in item.iter_markers("mpl_image_compare")):
+        raise ValueError("the test is marked mpl_image_compare as well; one of them is enough")
+    filename = marker.kwargs.get("filename", safe_name(name_for_all_devices(item)) + ".png")
+    folder = marker.kwargs.get("baseline_dir", default_folder(item))
+    if not isinstance(folder, (str, Path)):
+        raise ValueError(f"got baseline_dir={folder!r}; a folder is accepted")
+    tolerance = marker.kwargs.get("tolerance")
+    path = item.config.rootpath / folder / _checked_filename(filename)
+    return Expected(path, None if tolerance is None else _checked_tolerance(tolerance))
+
+
+def _checked_filename(filename: Any) -> str:
+    stem, dot, suffix = str(filename).rpartition(".")
+    if (
+        not isinstance(filename, str)
+        or dot + suffix not in SUFFIXES
+        or not _FILENAME.fullmatch(stem)
+        or _FURTHER_SUFFIX.search(stem)
+    ):
+        raise ValueError(
+            f"got filename={filename!r}; accepted is a name of letters, digits and any of "
+            "' .+=,@_-', not ending in '_', with one ending: .png or .svg (for folders see "
+            "baseline_dir=)"
+        )
+    return filename
+
+
+def _checked_tolerance(tolerance: Any) -> float:
+    if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
+        raise ValueError(f"got tolerance={tolerance!r}; accepted is a number from 0")
+    return float(tolerance)
+
+
+def default_folder(item: pytest.Item) -> Path:
+    """Return pytest-mpl's baseline folder if one is set, else baseline_images in the root."""
+    config = item.config
+    if config.pluginmanager.hasplugin("pytest_mpl"):
+        if given := config.getoption("--mpl-baseline-path"):
+            relative = config.getoption("--mpl-baseline-relative")
+            return Path(item.path.parent if relative else config.invocation_params.dir, given)
+        if given := config.getini("mpl-baseline-path"):
+            return Path(given)
+    return Path("baseline_images")
+
+
+def name_for_all_devices(item: pytest.Item) -> str:
+    """Name a test by its module, class, function and parameters other than the device."""
+    parts = parts_for_all_devices(item)
+    names = [part for part in parts[0].removesuffix(".py").split("/") if part not in _ANYWHERE]
+    return "-".join([".".join([*names, *parts[1].split("::")]), *parts[2:]])
+
+
+# Folders that most projects have their tests in.
+_ANYWHERE = ("", ".", "tests", "test")
+
+
+def parts_for_all_devices(item: pytest.Item) -> tuple[str, ...]:
+    """Return file, name and parameters of a test, without the device."""
+    file, _, rest = item.nodeid.partition("::")
+    callspec = getattr(item, "callspec", None)
+    if callspec is None:
+        return file, rest
+    parameters = callspec.id.split("-")
+    device = str(callspec.params.get("attn_device", ""))
+    if device in parameters:
+        parameters.remove(device)
+    return file, rest.partition("[")[0], *parameters
+
+
+def safe_name(name: str) -> str:
+    """Return a name of a file that is valid and unique on every file system."""
+    safe = _FURTHER_SUFFIX.sub(r"_\1", re.sub(r"[^A-Za-z0-9._-]+", "_", name))
+    safe = safe.strip("_.")[:_LONGEST_NAME].rstrip("_.")
+    if safe != name:
+        safe = f"{safe}-{hashlib.sha256(name.encode('utf-8', 'backslashreplace')).hexdigest()[:8]}"
+    return safe

@@ -1,0 +1,379 @@
+"""Pictures held against baselines in pytest: `heatmap_compare` and `heatmap_regression`.
+
+A marked test never passes without a comparison, with or without `--mpl`. The comparison is that of
+`baselines`; under `--mpl` pytest-mpl repeats it for its own reports.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import tempfile
+from collections.abc import Callable, Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import pytest
+
+from pytest_attnheat.naming import (
+    Expected,
+    default_folder,
+    expected_of,
+    name_for_all_devices,
+    parts_for_all_devices,
+    safe_name,
+)
+from pytest_attnheat.summary import OUTCOMES, USED, Outcome, Summary, shown
+
+if TYPE_CHECKING:
+    from pytest_attnheat.baselines import Verdict
+
+_MARKER = (
+    "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
+    "returns with its baseline, with and without --mpl: first the data that both carry, then "
+    "their pixels. One baseline serves all devices; it lies in mpl-baseline-path (default: "
+    "baseline_images), named after the test; filename may end in .png or .svg. tolerance is "
+    "relative to the largest value (default: that of the dtype). --attn-update writes baselines."
+)
+_UPDATES = ("missing", "changed", "all")
+# What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
+_MPL_PASSES, _MPL_FAILS = 256.0, -1.0
+
+# A string says why the test cannot be compared.
+_EXPECTED = pytest.StashKey["Expected | str"]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the options about baselines."""
+    group = parser.getgroup("attnheat", "attention (pytest-attnheat)")
+    group.addoption(
+        "--attn-update",
+        choices=_UPDATES,
+        help="write baselines of heatmap_compare tests. missing: those there are none of; "
+        "changed: also those whose data or panels changed; all: also those whose text another "
+        "matplotlib drew. Files that would stay as they are are not touched",
+    )
+    group.addoption(
+        "--attn-unused",
+        action="store_true",
+        help="list baselines that no collected test uses. Nothing is deleted",
+    )
+    group.addoption(
+        "--attn-artifacts",
+        metavar="FOLDER",
+        help="where failed comparisons leave their pictures. Default: the ini setting "
+        "attn_artifacts, or attn-artifacts",
+    )
+    parser.addini(
+        "attn_artifacts",
+        "where failed comparisons leave their pictures",
+        default="attn-artifacts",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker and the summary."""
+    config.addinivalue_line("markers", _MARKER)
+    config.stash[USED] = set()
+    config.pluginmanager.register(Summary(config), "attnheat-summary")
+
+
+# First, so that tests that -k or --lf deselect count as users of their baselines.
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Give every marked test its baseline, and hand it to pytest-mpl.
+
+    A test with a wrong marker fails when it runs: an error here would end a run on workers
+    without saying why.
+    """
+    tests_of: dict[str, list[tuple[pytest.Item, Expected]]] = {}
+    for item in items:
+        if "heatmap_regression" in getattr(item, "fixturenames", ()):
+            # Which names it will check is not known before it runs.
+            stem = str(config.rootpath / default_folder(item) / _stem(item))
+            config.stash[USED].add(f"{stem}.*")
+        marker = item.get_closest_marker("heatmap_compare")
+        if marker is not None:
+            expected = item.stash[_EXPECTED] = _read(item, marker)
+            if isinstance(expected, Expected):
+                # Some file systems tell upper from lower case and some do not.
+                same = tests_of.setdefault(str(expected.path).casefold(), [])
+                same.append((item, expected))
+    for sharers in tests_of.values():
+        _settle(sharers)
+
+
+def _read(item: pytest.Item, marker: pytest.Mark) -> Expected | str:
+    if not isinstance(item, pytest.Function):
+        return f"a test of type {type(item).__name__} returns no figure"
+    if inspect.iscoroutinefunction(item.obj):
+        return "an async test returns its figure to the event loop; compare in one that is not"
+    try:
+        return expected_of(item, marker)
+    except ValueError as error:
+        return str(error)
+
+
+def _settle(sharers: list[tuple[pytest.Item, Expected]]) -> None:
+    """Let tests that differ by their device alone share a baseline, and no others."""
+    names = sorted({"::".join(parts_for_all_devices(item)) for item, _ in sharers})
+    for item, expected in sharers:
+        item.config.stash[USED].add(str(expected.path))
+        if len(names) > 1:
+            item.stash[_EXPECTED] = (
+                f"{' and '.join(names)} share the baseline {expected.path.name}; give one of them "
+                "another filename="
+            )
+        else:
+            _hand_to_mpl(item, expected)
+
+
+def _hand_to_mpl(item: pytest.Item, expected: Expected) -> None:
+    """Mark a test for pytest-mpl, unless that would look for the baseline under another name."""
+    if not item.config.pluginmanager.hasplugin("pytest_mpl") or _mpl_renames(item.config):
+        return
+    item.add_marker(
+        pytest.mark.mpl_image_compare(
+            style="default",
+            backend="agg",
+            deterministic=True,
+            filename=expected.path.name,
+            baseline_dir=str(expected.path.parent),
+            savefig_kwargs={"format": expected.path.suffix[1:]},
+        )
+    )
+
+
+def _mpl_renames(config: pytest.Config) -> bool:
+    return bool(
+        config.getoption("--mpl-use-full-test-name") or config.getini("mpl-use-full-test-name")
+    )
+
+
+def _mpl_option(item: pytest.Item, *names: str) -> bool:
+    """Tell whether pytest-mpl takes part in a test, by one of its options."""
+    if item.get_closest_marker("mpl_image_compare") is None:
+        return False
+    return any(item.config.getoption(name) for name in names)
+
+
+# Outside of pytest-mpl's wrapper, which swallows what the test returns.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Run a test, and compare the figure that it returns with its baseline."""
+    marker = item.get_closest_marker("heatmap_compare")
+    if marker is None:
+        result = yield
+        if item.get_closest_marker("heatmap_compare") is not None:
+            _fail("the marker came while the test ran, so nothing was compared")
+        return result
+    expected = item.stash.get(_EXPECTED, None) or _read(item, marker)
+    if isinstance(expected, str):
+        _fail(f"{item.nodeid}: {expected}")
+    return (yield from _run(cast("pytest.Function", item), cast("Expected", expected)))
+
+
+def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]:
+    if _mpl_option(item, "--mpl-generate-path", "--mpl-generate-hash-library"):
+        return (yield from _caught(item, lambda figure: figure))
+    failures: list[str] = []
+    by_mpl = _mpl_option(item, "--mpl")
+
+    def judge(figure: Any) -> Any:
+        message = compare_with(item, figure, expected)
+        failures.extend([message] if message else [])
+        if by_mpl:
+            marker = item.get_closest_marker("mpl_image_compare")
+            arguments = cast("dict[str, Any]", marker.kwargs if marker else {})
+            arguments["tolerance"] = _MPL_FAILS if failures else _MPL_PASSES
+        # pytest warns of a value that nobody takes.
+        return figure if by_mpl else None
+
+    try:
+        if by_mpl:
+            return (yield from _caught(item, judge))
+        # As pytest-mpl does: the user's style must not show in a baseline.
+        from matplotlib import style
+
+        with style.context("default", after_reset=True):
+            return (yield from _caught(item, judge))
+    finally:
+        if failures:
+            pytest.fail(failures[0], pytrace=False)
+
+
+def _caught(item: pytest.Function, take: Callable[[Any], Any]) -> Generator[None, Any, Any]:
+    """Run a test whose figure is given to `take`, and that returns what `take` returns."""
+    function, name = item.obj, item.name
+    figures: list[Any] = []
+
+    @functools.wraps(function)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        figures.append(_figure(function(*args, **kwargs)))
+        return take(figures[-1])
+
+    item.obj = wrapper
+    if "/" in name:
+        # pytest-mpl makes a folder of the name, and fails on slashes in parameters.
+        item.name = safe_name(name)
+    try:
+        result = yield
+    finally:
+        item.obj, item.name = function, name
+        if pyplot := sys.modules.get("matplotlib.pyplot"):
+            for figure in figures:
+                pyplot.close(figure)
+    if not figures:
+        _fail("the test did not run, so nothing was compared")
+    return result
+
+
+def _figure(returned: Any) -> Any:
+    from matplotlib.figure import Figure
+
+    if not isinstance(returned, Figure):
+        _fail(
+            f"the test returned {type(returned).__name__}, so there is nothing to compare; it must "
+            "return the figure: return show_heatmaps(...)"
+        )
+    return returned
+
+
+def _fail(reason: str) -> None:
+    pytest.fail(f"heatmap_compare: {reason}", pytrace=False)
+
+
+def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | None:
+    """Compare a figure with its baseline, or write it; return a message if the test fails."""
+    from pytest_attnheat import baselines
+
+    with tempfile.TemporaryDirectory(prefix="attnheat-") as work:
+        verdict = baselines.check(figure, expected.path, Path(work), expected.tolerance)
+        if _is_to_write(item.config, verdict):
+            try:
+                baselines.save(figure, expected.path)
+            except OSError as error:
+                return f"heatmap_compare: {expected.path} cannot be written: {error}"
+            _note(item, expected, verdict, "written")
+            return None
+        if verdict.passed:
+            _note(item, expected, verdict, verdict.status)
+            return None
+        kept = baselines.keep(verdict, _artifacts(item.config) / expected.path.stem)
+    _note(item, expected, verdict, verdict.status, kept)
+    return _message(item, expected, verdict, kept)
+
+
+def _is_to_write(config: pytest.Config, verdict: Verdict) -> bool:
+    update = config.getoption("--attn-update")
+    if update is None or verdict.status == "equal":
+        return False
+    statuses = {"missing": ("missing",), "changed": ("missing", "data", "panels", "pixels")}
+    return update == "all" or verdict.status in statuses[update]
+
+
+def _artifacts(config: pytest.Config) -> Path:
+    given = config.getoption("--attn-artifacts")
+    if given is not None:
+        return Path(config.invocation_params.dir, given)
+    return Path(config.rootpath, config.getini("attn_artifacts"))
+
+
+def _message(item: pytest.Item, expected: Expected, verdict: Verdict, kept: dict[str, Path]) -> str:
+    baseline = shown(item.config, expected.path)
+    what = {
+        "missing": f"there is no baseline {baseline} yet",
+        "unreadable": f"the baseline {baseline} cannot be read: {verdict.reason}",
+        "data": f"the data differ from the baseline {baseline}: {verdict.reason}",
+        "panels": f"the picture differs from its baseline {baseline}: {verdict.reason}",
+        "pixels": f"the picture differs from its baseline {baseline}: {verdict.reason}",
+    }[verdict.status]
+    update = "missing" if verdict.status == "missing" else "changed"
+    verb = "to keep it" if verdict.status == "missing" else "to accept it"
+    if verdict.status == "unreadable":
+        update = "all"
+    lines = [f"heatmap_compare: {what}", *verdict.details]
+    lines += [f"{name:<15} {path}" for name, path in kept.items()]
+    lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
+    return "\n  ".join(lines)
+
+
+def _argument(item: pytest.Item) -> str:
+    """Return what one would type there to run a test; node ids begin at the root folder."""
+    file, _, rest = item.nodeid.partition("::")
+    return f"{shown(item.config, item.config.rootpath / file)}::{rest}"
+
+
+def _note(
+    item: pytest.Item,
+    expected: Expected,
+    verdict: Verdict,
+    status: str,
+    kept: dict[str, Path] | None = None,
+) -> None:
+    item.stash.setdefault(OUTCOMES, []).append(
+        Outcome(
+            test=item.nodeid,
+            baseline=shown(item.config, expected.path),
+            status=status,
+            compared=verdict.compared,
+            drawn_by=verdict.drawn_by,
+            reason=verdict.reason or ("new" if verdict.status == "missing" else verdict.status),
+            pictures=tuple((name, str(path)) for name, path in (kept or {}).items()),
+        )
+    )
+
+
+def _stem(item: pytest.Item) -> str:
+    return safe_name(name_for_all_devices(item))
+
+
+class HeatmapRegression:
+    """Compares figures or weights with baselines by name, as often as a test likes."""
+
+    def __init__(self, item: pytest.Item) -> None:
+        self._item = item
+        self._names: set[str] = set()
+
+    def check(self, figure: Any, name: str, *, tolerance: float | None = None) -> None:
+        """Compare a picture with its baseline.
+
+        Args:
+            figure: A figure, or weights (queries, keys), (columns, queries, keys) or (rows,
+                columns, queries, keys), which `show_heatmaps` draws.
+            name: What tells this picture from the others of the test; part of the file name.
+            tolerance: As in the marker.
+
+        Raises:
+            ValueError: The name is taken or empty.
+        """
+        __tracebackhide__ = True
+        if not name or name in self._names:
+            raise ValueError(
+                f"heatmap_regression.check: name is {name!r}; each picture of a test needs a name "
+                f"of its own (taken: {', '.join(sorted(self._names)) or 'none'})"
+            )
+        self._names.add(name)
+        if not hasattr(figure, "savefig"):
+            from pytest_attnheat import show_heatmaps
+
+            figure = show_heatmaps(figure, xlabel="Keys", ylabel="Queries", figsize=None)
+        path = self._item.config.rootpath / default_folder(self._item)
+        filename = f"{_stem(self._item)}.{safe_name(name)}.png"
+        message = compare_with(self._item, figure, Expected(path / filename, tolerance))
+        if message is not None:
+            pytest.fail(message.replace("heatmap_compare", "heatmap_regression", 1), pytrace=False)
+
+
+@pytest.fixture
+def heatmap_regression(request: pytest.FixtureRequest) -> Generator[HeatmapRegression, None, None]:
+    """Compare pictures with baselines: `heatmap_regression.check(weights, "layer 0")`.
+
+    Takes figures or weights, as often as the test likes; each needs a name. The comparison is
+    that of the marker heatmap_compare.
+    """
+    from matplotlib import style
+
+    with style.context("default", after_reset=True):
+        yield HeatmapRegression(request.node)

@@ -1,0 +1,337 @@
+"""Two pictures compared: what differs is found and named, and nothing else is."""
+
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+
+from pytest_attnheat import baselines, read_heatmaps, show_heatmaps
+from pytest_attnheat.heatmaps import record
+from pytest_attnheat.heatmaps.compare import compare_data
+
+GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (12, 12, 64, 64), (1, 1, 512, 512)]
+
+
+def softmax(*shape, seed=0):
+    scores = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    return scores.mul(2).softmax(-1)
+
+
+def draw(weights, **options):
+    size = max(2.5, weights.shape[1] * weights.shape[3] / 60 + 1)
+    return show_heatmaps(weights, "Keys", "Queries", figsize=(size, size), **options)
+
+
+def verdict(tmp_path, before, after, kind="png", tolerance=None):
+    baseline = tmp_path / f"baseline.{kind}"
+    baselines.save(before, baseline)
+    (tmp_path / "work").mkdir(exist_ok=True)
+    return baselines.check(after, baseline, tmp_path / "work", tolerance)
+
+
+def last(weights):
+    return (weights.shape[0] - 1, weights.shape[1] - 1)
+
+
+def transposed(weights):
+    weights[last(weights)] = weights[last(weights)].mT.clone()
+
+
+def swapped(weights):
+    heads = weights.flatten(0, 1)
+    heads[[0, -1]] = heads[[-1, 0]].clone()
+
+
+def one_row_one_hot(weights):
+    row = weights[last(weights)][5]
+    row.zero_()
+    row[3] = 1
+
+
+def future_leak(weights):
+    row = weights[last(weights)][1]
+    row.zero_()
+    row[-1] = 1
+
+
+def half(weights):
+    weights.mul_(0.5)
+
+
+def logits(weights):
+    weights.log_()
+
+
+def small_change(weights):
+    weights[(*last(weights), 2, 3)] += 0.001
+
+
+DEFECTS = [transposed, swapped, one_row_one_hot, future_leak, half, logits, small_change]
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_every_defect_is_found_in_every_grid(tmp_path, grid, defect):
+    if defect is swapped and grid[:2] == (1, 1):
+        pytest.skip("one head cannot be swapped with itself")
+    weights = softmax(*grid)
+    broken = weights.clone()
+    defect(broken)
+    found = verdict(tmp_path, draw(weights), draw(broken))
+    assert found.status == "data"
+    assert not found.passed
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_the_same_picture_is_equal(tmp_path, grid, kind):
+    found = verdict(tmp_path, draw(softmax(*grid)), draw(softmax(*grid)), kind)
+    assert (found.status, found.compared) == ("equal", ("data", "pixels"))
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_rounding_on_another_device_is_no_difference(tmp_path, kind):
+    weights = softmax(4, 4, 32, 32)
+    other = weights * (1 + 1e-6 * torch.randn(weights.shape))
+    assert verdict(tmp_path, draw(weights), draw(other), kind).status == "equal"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_one_baseline_serves_lower_precision_too(tmp_path, dtype, numbers):
+    weights = softmax(2, 2, 8, 8)
+    before, after = (
+        show_heatmaps(w, "k", "q", figsize=None, numbers=numbers)
+        for w in (weights, weights.to(dtype))
+    )
+    assert verdict(tmp_path, before, after).passed
+
+
+# -- what is said ------------------------------------------------------------------------------
+
+
+def difference(before, after, **options):
+    """Compare data without any file."""
+    read = [record.decode(record.encode(draw(w, **options).picture.shown)) for w in (before, after)]
+    return compare_data(*read)
+
+
+def test_the_worst_cell_is_named_with_both_values():
+    weights = softmax(2, 3, 6, 6)
+    broken = weights.clone()
+    broken[1, 2, 4, 5] += 0.25
+    broken[0, 0, 1, 1] += 0.01
+    found = difference(weights, broken)
+    assert found.reason == "2 of 216 cells differ"
+    assert found.worst == (1, 2, 4, 5)
+    before, after = (f"{float(w[1, 2, 4, 5]):.6g}" for w in (weights, broken))
+    assert f"panel [1, 2], query 4, key 5: expected {before}, got {after}" in found.details[0]
+    assert "[0, 0], [1, 2] of 2 x 3" in found.details[1]
+
+
+@pytest.mark.parametrize(
+    ("defect", "said"),
+    [
+        (transposed, "transposed: queries and keys are exchanged"),
+        (swapped, "the panels are permuted: [0, 0] shows what was [1, 2]"),
+        (half, "every value is multiplied by 0.5"),
+        (logits, "its softmax is the baseline: scores (logits) in place of weights?"),
+        (lambda w: w.add_(0.3), "every value has 0.3 added"),
+        (lambda w: w.copy_(w.roll(1, -1)), "shifted by one key, to higher numbers"),
+        (lambda w: w.copy_(w.roll(-1, -1)), "shifted by one key, to lower numbers"),
+        (lambda w: w.copy_(w.roll(1, -2)), "shifted by one query, to higher numbers"),
+        (lambda w: w.mul_(torch.rand(w.shape[:-1])[..., None]), "the rows are normalised diff"),
+        (lambda w: w.div_(w.sum(-2, keepdim=True)), "the columns are normalised differently"),
+    ],
+)
+def test_how_the_picture_follows_from_its_baseline_is_said(defect, said):
+    weights = softmax(2, 3, 8, 8)
+    broken = weights.clone()
+    defect(broken)
+    assert said in difference(weights, broken, vmin=0, vmax=1).details[-1]
+
+
+@pytest.mark.parametrize("defect", [one_row_one_hot, future_leak, small_change])
+def test_no_relation_is_said_where_there_is_none(defect):
+    weights = softmax(2, 3, 8, 8)
+    broken = weights.clone()
+    defect(broken)
+    assert not any("relation" in line for line in difference(weights, broken).details)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_and_infinity_are_differences_and_equal_to_themselves(value):
+    weights = softmax(1, 1, 5, 5)
+    broken = weights.clone()
+    broken[0, 0, 2, 2] = value
+    assert difference(weights, broken).worst == (0, 0, 2, 2)
+    assert difference(broken, broken) is None
+
+
+def test_a_cell_that_is_masked_in_one_of_them_is_a_difference():
+    weights, mask = softmax(1, 1, 4, 4), torch.ones(4, 4).bool()
+    masks = [mask, mask.clone()]
+    masks[1][2, 3] = False
+    read = [record.decode(record.encode(draw(weights, mask=m).picture.shown)) for m in masks]
+    found = compare_data(*read)
+    assert found.worst == (0, 0, 2, 3)
+    value = f"{float(weights[0, 0, 2, 3]):.6g}"
+    assert f"expected {value}, got {value} (masked)" in found.details[0]
+
+
+def test_weight_that_appears_behind_a_mask_is_a_difference():
+    mask = torch.ones(4, 4).tril().bool()
+    weights = softmax(1, 1, 4, 4) * mask
+    leaking = weights.clone()
+    leaking[0, 0, 1, 3] = 0.5
+    found = difference(weights, leaking, mask=mask)
+    assert found.worst == (0, 0, 1, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"key_labels": list("abcx")}, "key_labels changed from ['a', 'b', 'c', 'd'] to"),
+        ({"title": "new"}, "title changed from None to 'new'"),
+        ({"scale": "panel"}, "the colour scale changed from 'shared' to 'panel'"),
+        ({"numbers": True}, "numbers changed from None to '.2f'"),
+        ({"vmax": 0.5}, "the colour scale changed from 0..1 to 0..0.5"),
+    ],
+)
+def test_labels_and_scale_are_part_of_the_data(change, said):
+    options = {"key_labels": list("abcd"), "figsize": (4, 4)}
+    before, after = (
+        show_heatmaps(softmax(4, 4), "k", "q", **{**options, **more}) for more in ({}, change)
+    )
+    read = [record.decode(record.encode(figure.picture.shown)) for figure in (before, after)]
+    assert compare_data(*read).reason.startswith(said)
+
+
+def test_another_shape_is_said_so():
+    assert difference(softmax(1, 1, 4, 4), softmax(1, 1, 4, 5)).reason == (
+        "the shape changed from (1, 1, 4, 4) to (1, 1, 4, 5)"
+    )
+
+
+# -- pixels ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"cmap": "Blues"}, "the panels are drawn otherwise"),
+        ({"highlight": [(0, 0, 1, 1)]}, "drawn otherwise"),
+        ({"figsize": (3, 3)}, "another size"),
+        ({"colorbar": False}, "the panels are drawn otherwise"),
+    ],
+)
+def test_equal_data_drawn_otherwise_are_a_failure(tmp_path, kind, options, said):
+    before = show_heatmaps(softmax(5, 5), "k", "q")
+    after = show_heatmaps(softmax(5, 5), "k", "q", **options)
+    found = verdict(tmp_path, before, after, kind)
+    assert found.status == "panels"
+    assert said in found.reason
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize("numbers", [False, True])
+def test_other_text_passes_where_another_matplotlib_drew_it_and_fails_where_not(
+    tmp_path, monkeypatch, kind, numbers
+):
+    def figure():
+        return show_heatmaps(softmax(4, 4), "Keys", "Queries", figsize=(4, 4), numbers=numbers)
+
+    other = figure()
+    for text in other.findobj(matplotlib.text.Text):
+        text.set_fontstyle("italic")
+    assert verdict(tmp_path, other, figure(), kind).status == "panels"
+    with monkeypatch.context() as patch:
+        patch.setattr(record.matplotlib, "__version__", "3.8.4")
+        baselines.save(other, tmp_path / f"baseline.{kind}")
+    found = baselines.check(figure(), tmp_path / f"baseline.{kind}", tmp_path / "work")
+    assert (found.status, found.drawn_by) == ("text", "3.8.4")
+    assert found.passed
+
+
+# -- files -------------------------------------------------------------------------------------
+
+
+def test_a_picture_without_data_is_compared_by_all_its_pixels(tmp_path):
+    figures = [Figure(), Figure(), Figure()]
+    for figure, line in zip(figures, ([1, 2], [1, 2], [2, 1]), strict=True):
+        figure.add_subplot().plot(line)
+    assert verdict(tmp_path, figures[0], figures[1]).compared == ("pixels",)
+    found = verdict(tmp_path, figures[0], figures[2])
+    assert (found.status, set(found.artifacts)) == ("pixels", {"expected", "actual", "difference"})
+    assert found.artifacts["difference"].exists()
+    assert verdict(tmp_path, figures[0], figures[2], tolerance=200).passed
+
+
+def test_a_failure_leaves_expected_actual_and_difference_in_one_picture(tmp_path):
+    weights = softmax(2, 2, 6, 6)
+    broken = weights.clone()
+    broken[1, 0, 4, 5] = 1
+    found = verdict(tmp_path, draw(weights), draw(broken))
+    shown = read_heatmaps(found.artifacts["difference"])
+    assert shown.labels["titles"] == ["expected", "actual", "difference"]
+    np.testing.assert_array_equal(shown.values[0, 0], weights[1, 0])
+    np.testing.assert_array_equal(shown.values[0, 1], broken[1, 0])
+    np.testing.assert_allclose(shown.values[0, 2], (broken - weights).abs()[1, 0], atol=1e-7)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nxx", b"GIF89a"])
+def test_a_damaged_baseline_is_an_error_that_says_so(tmp_path, content):
+    (tmp_path / "a.png").write_bytes(content)
+    found = baselines.check(draw(softmax(1, 1, 4, 4)), tmp_path / "a.png", tmp_path)
+    assert found.status == "unreadable"
+    assert found.reason
+
+
+def test_a_baseline_is_never_half_written(tmp_path, monkeypatch):
+    path = tmp_path / "a.png"
+    baselines.save(draw(softmax(1, 1, 4, 4)), path)
+    whole = path.read_bytes()
+
+    def fails(self, name, **options):
+        Path(name).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Figure, "savefig", fails)
+    with pytest.raises(KeyboardInterrupt):
+        baselines.save(draw(softmax(1, 1, 4, 4)), path)
+    assert path.read_bytes() == whole
+    assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_a_record_of_another_tolerance_is_judged_by_the_coarser_dtype():
+    one = record.decode(record.encode(draw(softmax(1, 1, 6, 6)).picture.shown))
+    off = replace(one, values=one.values + np.float32(0.002))
+    assert compare_data(one, off) is not None
+    assert compare_data(replace(one, dtype="bfloat16"), off) is None
+    assert compare_data(one, off, 0.01) is None
+
+
+def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_baseline(tmp_path):
+    path = tmp_path / "a.png"
+    program = (
+        "import sys, pathlib, numpy as np; from pytest_attnheat import baselines, show_heatmaps\n"
+        "while True:\n"
+        "    for size in (3, 4):\n"
+        "        figure = show_heatmaps(np.eye(size), 'k', 'q')\n"
+        "        baselines.save(figure, pathlib.Path(sys.argv[1]))\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(path)]) as process:
+        while not path.exists():
+            time.sleep(0.01)
+        for _ in range(200):
+            assert read_heatmaps(path).values.sum() in (3, 4)
+        process.kill()
+    assert read_heatmaps(path).values.sum() in (3, 4)

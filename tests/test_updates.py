@@ -1,0 +1,253 @@
+"""The life of a baseline: missing, added, equal, changed, updated, unused."""
+
+import base64
+
+import pytest
+
+from pytest_attnheat import read_heatmaps
+
+PICTURES = """
+    import numpy as np, pytest
+    from pytest_attnheat import show_heatmaps
+
+    @pytest.mark.parametrize("size", [3, 4])
+    @pytest.mark.heatmap_compare
+    def test_many(size):
+        return show_heatmaps(np.eye(size), "Keys", "Queries")
+
+    @pytest.mark.heatmap_compare(filename="one.svg")
+    def test_one():
+        return show_heatmaps(np.eye(5), "Keys", "Queries")
+"""
+NAMES = ["one.svg", "test_a.test_many-3.png", "test_a.test_many-4.png"]
+
+
+@pytest.fixture(params=["in one process", "on two workers"])
+def workers(request):
+    return ["-n", "2"] if "two" in request.param else []
+
+
+@pytest.fixture
+def project(pytester):
+    """A project of three pictures with their baselines."""
+    pytester.makepyfile(test_a=PICTURES)
+    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=3)
+    return pytester.path / "baseline_images"
+
+
+def change(pytester, old="np.eye(5)", new="np.eye(5) / 2"):
+    path = pytester.path / "test_a.py"
+    path.write_text(path.read_text().replace(old, new))
+
+
+def states(folder):
+    return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+
+
+def test_missing_baselines_are_written_and_listed(pytester, workers):
+    pytester.makepyfile(test_a=PICTURES)
+    result = pytester.runpytest("--attn-update=missing", *workers)
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines_random([f"wrote baseline_images/{name} (new)" for name in NAMES])
+    assert sorted(path.name for path in (pytester.path / "baseline_images").iterdir()) == NAMES
+    assert read_heatmaps(pytester.path / "baseline_images/one.svg").shape == (1, 1, 5, 5)
+
+
+def test_equal_pictures_pass_and_are_counted(project, pytester, workers):
+    result = pytester.runpytest(*workers)
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["3 compared as data, 3 as pixels"])
+
+
+@pytest.mark.parametrize("update", ["missing", "changed", "all"])
+def test_baselines_that_agree_are_not_touched(project, pytester, workers, update):
+    before = states(project)
+    result = pytester.runpytest(f"--attn-update={update}", *workers)
+    result.assert_outcomes(passed=3)
+    result.stdout.no_fnmatch_line("wrote *")
+    assert states(project) == before
+
+
+def test_a_changed_picture_fails_and_touches_nothing(project, pytester, workers):
+    before = states(project)
+    change(pytester)
+    pytester.runpytest(*workers).assert_outcomes(passed=2, failed=1)
+    pytester.runpytest("--attn-update=missing", *workers).assert_outcomes(passed=2, failed=1)
+    assert states(project) == before
+
+
+def test_only_changed_baselines_are_updated(project, pytester, workers):
+    before = states(project)
+    change(pytester)
+    result = pytester.runpytest("--attn-update=changed", *workers)
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(["wrote baseline_images/one.svg (5 of 25 cells differ)"])
+    after = states(project)
+    assert {name for name in after if after[name] != before[name]} == {"one.svg"}
+    pytester.runpytest(*workers).assert_outcomes(passed=3)
+
+
+def test_a_changed_drawing_of_the_same_data_is_updated(project, pytester):
+    change(pytester, '"Queries")', '"Queries", cmap="Blues")')
+    pytester.runpytest().assert_outcomes(failed=3)
+    pytester.runpytest("--attn-update=changed").assert_outcomes(passed=3)
+    pytester.runpytest().assert_outcomes(passed=3)
+
+
+def test_text_of_another_matplotlib_passes_is_counted_and_refreshed_on_request(project, pytester):
+    pytester.makeconftest(
+        """
+        import matplotlib, pytest
+
+        @pytest.fixture(autouse=True)
+        def other_text(monkeypatch):
+            from pytest_attnheat.heatmaps import record, writing
+            Text = writing.Text
+            monkeypatch.setattr(record.matplotlib, "__version__", "3.99.0")
+            monkeypatch.setattr(
+                writing, "Text", lambda *a, **k: Text(*a, **{**k, "fontstyle": "italic"})
+            )
+        """
+    )
+    before = states(project)
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=3)
+    result.stdout.fnmatch_lines(
+        ["3 passed with other text, drawn by matplotlib 3.*; to refresh them: pytest --attn-upd*"]
+    )
+    pytester.runpytest("--attn-update=changed").assert_outcomes(passed=3)
+    assert states(project) == before
+    pytester.runpytest("--attn-update=all").stdout.fnmatch_lines(["wrote *one.svg (text)"])
+    assert states(project) != before
+
+
+def test_unused_baselines_are_listed_and_kept(project, pytester, workers):
+    (project / "old.png").write_bytes(b"")
+    result = pytester.runpytest("--attn-unused", "-k", "many", *workers)
+    result.stdout.fnmatch_lines(["unused baseline_images/old.png"])
+    result.stdout.no_fnmatch_line("unused *one.svg")
+    assert (project / "old.png").exists()
+
+
+def test_last_failed_and_selected_runs_compare_what_they_run(project, pytester):
+    change(pytester)
+    pytester.runpytest().assert_outcomes(passed=2, failed=1)
+    pytester.runpytest("--lf").assert_outcomes(failed=1)
+    pytester.runpytest("-k", "many").assert_outcomes(passed=2, deselected=1)
+
+
+def test_a_folder_that_cannot_be_written_fails_with_the_reason(pytester):
+    pytester.makepyfile(test_a=PICTURES)
+    (pytester.path / "baseline_images").write_text("a file is in the way")
+    result = pytester.runpytest("--attn-update=missing")
+    result.assert_outcomes(failed=3)
+    result.stdout.fnmatch_lines(["heatmap_compare: *baseline_images/one.svg cannot be written: *"])
+
+
+def test_a_damaged_baseline_fails_with_the_command_that_mends_it(project, pytester):
+    (project / "one.svg").write_bytes(b"<?xml damaged")
+    (project / "test_a.test_many-3.png").write_bytes(b"")
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=1, failed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "heatmap_compare: the baseline baseline_images/test_a.test_many-3.png cannot be read*",
+            "  to accept it    pytest --attn-update=all 'test_a.py::test_many[[]3]'",
+        ]
+    )
+    pytester.runpytest("--attn-update=all").assert_outcomes(passed=3)
+    pytester.runpytest().assert_outcomes(passed=3)
+
+
+def test_a_test_that_fails_by_itself_is_said_to_have_compared_nothing(project, pytester, workers):
+    change(pytester, "return show_heatmaps(np.eye(5)", "return undefined(np.eye(5)")
+    result = pytester.runpytest(*workers)
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["WARNING: 1 heatmap_compare tests compared nothing"])
+
+
+@pytest.mark.parametrize("how", ["option", "ini"])
+def test_failures_leave_their_pictures_where_they_were_asked_to(project, pytester, how, workers):
+    change(pytester)
+    if how == "ini":
+        pytester.makeini("[pytest]\nattn_artifacts = elsewhere")
+    pytester.runpytest(*(["--attn-artifacts=elsewhere"] if how == "option" else []), *workers)
+    left = sorted(path.name for path in (pytester.path / "elsewhere/one").iterdir())
+    assert left == ["actual.svg", "difference.png", "expected.svg"]
+    assert not (pytester.path / "attn-artifacts").exists()
+
+
+def test_passing_tests_leave_nothing(project, pytester):
+    pytester.runpytest().assert_outcomes(passed=3)
+    assert not (pytester.path / "attn-artifacts").exists()
+
+
+def test_commands_fit_the_folder_that_pytest_was_started_in(pytester, monkeypatch):
+    pytester.makeini("[pytest]")
+    inner = pytester.mkdir("inner")
+    pytester.makepyfile(**{"inner/test_a": PICTURES})
+    monkeypatch.chdir(inner)
+    result = pytester.runpytest()
+    result.stdout.fnmatch_lines(
+        [
+            "heatmap_compare: there is no baseline ../baseline_images/one.svg yet",
+            "  to keep it      pytest --attn-update=missing 'test_a.py::test_one'",
+        ]
+    )
+    pytester.runpytest("--attn-update=missing", "test_a.py::test_one").assert_outcomes(passed=1)
+    pytester.runpytest("test_a.py::test_one").assert_outcomes(passed=1)
+
+
+def test_pytest_html_shows_the_pictures_of_a_failure(project, pytester):
+    pytest.importorskip("pytest_html")
+    change(pytester, "np.eye(size)", "np.eye(size) / 2")
+    pytester.runpytest("--html=report.html", "--self-contained-html").assert_outcomes(
+        passed=1, failed=2
+    )
+    left = pytester.path / "attn-artifacts/test_a.test_many-3/difference.png"
+    shown = base64.b64encode(left.read_bytes()).decode()
+    assert shown in (pytester.path / "report.html").read_text()
+
+
+SEVERAL = """
+    import numpy as np, torch
+    from pytest_attnheat import show_heatmaps
+
+    def test_layers(heatmap_regression):
+        for layer in range(2):
+            heatmap_regression.check(torch.eye(4 + layer), f"layer {layer}")
+        heatmap_regression.check(show_heatmaps(np.eye(3), "k", "q"), "figure")
+"""
+
+
+def test_several_pictures_of_one_test_are_compared_by_name(pytester, workers):
+    pytester.makepyfile(test_a=SEVERAL)
+    result = pytester.runpytest(*workers)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["heatmap_regression: there is no baseline *"])
+    pytester.runpytest("--attn-update=missing", *workers).assert_outcomes(passed=1)
+    assert len(list((pytester.path / "baseline_images").iterdir())) == 3
+    result = pytester.runpytest("--attn-unused", *workers)
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["3 compared as data, 3 as pixels"])
+    result.stdout.no_fnmatch_line("unused *")
+    change(pytester, "torch.eye(4 + layer)", "torch.eye(4 + layer) / (1 + layer)")
+    result = pytester.runpytest(*workers)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
+
+
+@pytest.mark.parametrize("name", ["''", "'figure'"])
+def test_a_name_that_is_taken_or_empty_is_refused(pytester, name):
+    pytester.makepyfile(
+        f"""
+        import torch
+
+        def test_it(heatmap_regression):
+            heatmap_regression.check(torch.eye(3), "figure")
+            heatmap_regression.check(torch.eye(3), {name})
+        """
+    )
+    result = pytester.runpytest("--attn-update=missing")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E *ValueError: heatmap_regression.check: name is *"])
