@@ -24,7 +24,7 @@ from pytest_attnheat.naming import (
     parts_for_all_devices,
     safe_name,
 )
-from pytest_attnheat.summary import OUTCOMES, USED, Outcome, Summary, shown
+from pytest_attnheat.summary import OUTCOMES, USED, Outcome, Summary, add_to_html, shown
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines import Verdict
@@ -172,6 +172,29 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     if isinstance(expected, str):
         _fail(f"{item.nodeid}: {expected}")
     return (yield from _run(cast("pytest.Function", item), cast("Expected", expected)))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Leave the picture of a failed row assertion, and say where."""
+    report = yield
+    error = None if call.excinfo is None else call.excinfo.value
+    draw = getattr(error, "draw_heatmap", None)
+    if draw is None or not report.failed:
+        return report
+    from pytest_attnheat import baselines
+
+    path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
+    try:
+        baselines.save(draw(), path)
+    except (OSError, ValueError) as reason:  # the message must not be lost with its picture
+        report.sections.append(("heatmap of the broken rows", f"not drawn: {reason}"))
+        return report
+    report.sections.append(("heatmap of the broken rows", str(path)))
+    add_to_html(item.config, report, [("rows", str(path))])
+    return report
 
 
 def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]:

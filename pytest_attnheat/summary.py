@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,15 @@ def pytest_runtest_makereport(
     if call.when == "call" and (outcomes := item.stash.get(OUTCOMES, [])):
         report.attnheat = [vars(outcome) for outcome in outcomes]  # type: ignore[attr-defined]
         item.stash[OUTCOMES] = []
-        _add_to_html(item.config, report, outcomes)
+        for outcome in outcomes:
+            add_to_html(item.config, report, outcome.pictures)
     return report
 
 
-def _add_to_html(config: pytest.Config, report: pytest.TestReport, outcomes: list[Outcome]) -> None:
-    """Put the pictures of a failed comparison into the report of pytest-html."""
+def add_to_html(
+    config: pytest.Config, report: pytest.TestReport, pictures: Iterable[tuple[str, str]]
+) -> None:
+    """Put pictures, given by name and path, into the report of pytest-html."""
     if not config.pluginmanager.hasplugin("html"):
         return
     import base64
@@ -70,9 +73,8 @@ def _add_to_html(config: pytest.Config, report: pytest.TestReport, outcomes: lis
 
     shown = [
         extras.png(base64.b64encode(Path(path).read_bytes()).decode("ascii"), name=name)
-        for outcome in outcomes
         # The first is what the report shows before anybody clicks: all three side by side.
-        for name, path in sorted(outcome.pictures, key=lambda picture: picture[0] != "difference")
+        for name, path in sorted(pictures, key=lambda picture: picture[0] != "difference")
         if path.endswith(".png")
     ]
     report.extras = [*getattr(report, "extras", []), *shown]  # type: ignore[attr-defined]

@@ -18,8 +18,8 @@ from pytest_attnheat.assertions.claims import (
     sum_to_one,
     uniform,
 )
+from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
-from pytest_attnheat.assertions.message import broken_claim
 from pytest_attnheat.assertions.scan import rows_sum_to_one
 from pytest_attnheat.assertions.tolerance import row_tolerance
 from pytest_attnheat.inputs import (
@@ -278,4 +278,4 @@ def _check(
     broken = first_broken(weights, mask, claims)
     if broken is not None:
         finding = find(weights, mask, broken)
-        raise AssertionError(broken_claim(name, weights, mask, finding, lines))
+        raise BrokenRowsError(name, weights, mask, finding, lines)

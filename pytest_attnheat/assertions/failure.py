@@ -1,0 +1,68 @@
+"""The error that a broken claim about rows raises: a message, and a picture on request."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from pytest_attnheat.assertions.findings import Finding, Lines, blocks
+from pytest_attnheat.assertions.message import broken_claim
+from pytest_attnheat.inputs import Operand
+
+if TYPE_CHECKING:
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+
+# More outlines would cover the map that they are to explain.
+_MOST_MARKED = 32
+
+
+class BrokenRowsError(AssertionError):
+    """Rows that are not what was claimed.
+
+    The picture is only drawn when somebody asks: under pytest, the plugin does.
+    """
+
+    def __init__(
+        self, assertion: str, weights: Operand, mask: Operand | None, finding: Finding, lines: Lines
+    ) -> None:
+        super().__init__(broken_claim(assertion, weights, mask, finding, lines))
+        # Of the map alone, so that a kept error does not keep more than it needs.
+        self._map = _map_at(finding, weights)
+        self._mask = None if mask is None else _map_at(finding, mask)
+        self._finding = finding
+        self._lines = lines
+
+    def draw_heatmap(self) -> HeatmapFigure:
+        """Draw the map with the worst row, its broken rows outlined."""
+        from pytest_attnheat.heatmaps.figure import show_heatmaps
+
+        across, down = ("Keys", "Queries")[:: -1 if self._lines.transposed else 1]
+        worst = self._finding.worst[-1]
+        marked = [worst, *(row for row in self._broken() if row != worst)][:_MOST_MARKED]
+        broken = f"{self._finding.broken} of {self._finding.regarded}"
+        return show_heatmaps(
+            self._map,
+            xlabel=across,
+            ylabel=down,
+            figsize=None,
+            mask=self._mask,
+            title=f"{broken} {self._finding.claim.statement}",
+            highlight=[(0, 0, row) for row in marked],
+        )
+
+    def _broken(self) -> list[int]:
+        broken: list[int] = []
+        for block in blocks(self._map, self._mask):
+            breaks = self._finding.claim.breaks(block).nonzero().flatten().tolist()
+            broken += [block.rows[0].start + row for row in breaks]
+            if len(broken) >= _MOST_MARKED:
+                break
+        return broken
+
+
+def _map_at(finding: Finding, operand: Operand) -> torch.Tensor:
+    place = finding.worst[:-1]
+    own = (0 if size == 1 else i for size, i in zip(operand.shape, place, strict=False))
+    part: torch.Tensor = operand[tuple(slice(i, i + 1) for i in own)]
+    return part.detach().reshape(part.shape[-2:])
