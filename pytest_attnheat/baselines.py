@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from PIL import Image
 
 from pytest_attnheat.heatmaps.compare import compare_data
 from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
@@ -26,6 +27,8 @@ Status = Literal["equal", "text", "missing", "unreadable", "data", "panels", "pi
 # For figures without data: pytest-mpl's own default, 2, does not see a changed head.
 PIXEL_TOLERANCE = 0.1
 _ROWS_SHOWN = 5
+# What Pillow raises for images that may be meant to fill the memory.
+_TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def check(figure: Figure, baseline: Path, folder: Path, tolerance: float | None 
         ):
             return _check_heatmaps(figure, baseline, actual, tolerance)
         return _check_images(baseline, actual, folder, tolerance)
-    except (OSError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, *_TOO_LARGE) as error:
         return Verdict("unreadable", str(error), artifacts={"actual": actual})
 
 
@@ -148,7 +151,6 @@ def _check_heatmaps(
 def _check_images(baseline: Path, actual: Path, folder: Path, tolerance: float | None) -> Verdict:
     """Compare all pixels, where a picture or its baseline carries no data."""
     from matplotlib.testing.compare import compare_images
-    from PIL import Image
 
     if baseline.suffix != ".png":
         raise ValueError(f"{baseline.name} carries no data, and only PNG is compared without them")

@@ -26,7 +26,7 @@ class Expected:
 
     Attributes:
         path: the image file.
-        tolerance: of the data, relative to the largest value; None for that of the dtype.
+        tolerance: of the data, relative; None for that of the dtype.
     """
 
     path: Path
@@ -49,9 +49,8 @@ def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
     folder = marker.kwargs.get("baseline_dir", default_folder(item))
     if not isinstance(folder, (str, Path)):
         raise ValueError(f"got baseline_dir={folder!r}; a folder is accepted")
-    tolerance = marker.kwargs.get("tolerance")
     path = item.config.rootpath / folder / _checked_filename(filename)
-    return Expected(path, None if tolerance is None else _checked_tolerance(tolerance))
+    return Expected(path, checked_tolerance(marker.kwargs.get("tolerance")))
 
 
 def _checked_filename(filename: Any) -> str:
@@ -70,7 +69,10 @@ def _checked_filename(filename: Any) -> str:
     return filename
 
 
-def _checked_tolerance(tolerance: Any) -> float:
+def checked_tolerance(tolerance: Any) -> float | None:
+    """Return a tolerance; ValueError if it is neither None nor a number from 0."""
+    if tolerance is None:
+        return None
     if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
         raise ValueError(f"got tolerance={tolerance!r}; accepted is a number from 0")
     return float(tolerance)

@@ -18,6 +18,7 @@ import pytest
 
 from pytest_attnheat.naming import (
     Expected,
+    checked_tolerance,
     default_folder,
     expected_of,
     name_for_all_devices,
@@ -34,7 +35,7 @@ _MARKER = (
     "returns with its baseline, with and without --mpl: first the data that both carry, then "
     "their pixels. One baseline serves all devices; it lies in mpl-baseline-path (default: "
     "baseline_images), named after the test; filename may end in .png or .svg. tolerance is "
-    "relative to the largest value (default: that of the dtype). --attn-update writes baselines."
+    "relative to cell and panel (default: that of the dtype). --attn-update writes baselines."
 )
 _UPDATES = ("missing", "changed", "all")
 # What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
@@ -42,6 +43,8 @@ _MPL_PASSES, _MPL_FAILS = 256.0, -1.0
 
 # A string says why the test cannot be compared.
 _EXPECTED = pytest.StashKey["Expected | str"]()
+# Which tests use the fixture, by the beginning of their baselines' names.
+_STEMS = pytest.StashKey[dict[str, set[str]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -88,11 +91,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     without saying why.
     """
     tests_of: dict[str, list[tuple[pytest.Item, Expected]]] = {}
+    stems: dict[str, set[str]] = {}
+    config.stash[_STEMS] = stems
     for item in items:
         if "heatmap_regression" in getattr(item, "fixturenames", ()):
             # Which names it will check is not known before it runs.
             stem = str(config.rootpath / default_folder(item) / _stem(item))
             config.stash[USED].add(f"{stem}.*")
+            stems.setdefault(stem.casefold(), set()).add("::".join(parts_for_all_devices(item)))
         marker = item.get_closest_marker("heatmap_compare")
         if marker is not None:
             expected = item.stash[_EXPECTED] = _read(item, marker)
@@ -133,6 +139,8 @@ def _hand_to_mpl(item: pytest.Item, expected: Expected) -> None:
     """Mark a test for pytest-mpl, unless that would look for the baseline under another name."""
     if not item.config.pluginmanager.hasplugin("pytest_mpl") or _mpl_renames(item.config):
         return
+    if expected.path.suffix != ".png":
+        return  # pytest-mpl skips what matplotlib cannot convert
     item.add_marker(
         pytest.mark.mpl_image_compare(
             style="default",
@@ -156,6 +164,17 @@ def _mpl_option(item: pytest.Item, *names: str) -> bool:
     if item.get_closest_marker("mpl_image_compare") is None:
         return False
     return any(item.config.getoption(name) for name in names)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """Make fixtures in the style of the test: they may make its figure."""
+    if item.stash.get(_EXPECTED, None) is None:
+        return (yield)
+    from matplotlib import style
+
+    with style.context("default", after_reset=True):
+        return (yield)
 
 
 # Outside of pytest-mpl's wrapper, which swallows what the test returns.
@@ -358,6 +377,7 @@ class HeatmapRegression:
     def __init__(self, item: pytest.Item) -> None:
         self._item = item
         self._names: set[str] = set()
+        self._folder = item.config.rootpath / default_folder(item)
 
     def check(self, figure: Any, name: str, *, tolerance: float | None = None) -> None:
         """Compare a picture with its baseline.
@@ -382,9 +402,9 @@ class HeatmapRegression:
             from pytest_attnheat import show_heatmaps
 
             figure = show_heatmaps(figure, xlabel="Keys", ylabel="Queries", figsize=None)
-        path = self._item.config.rootpath / default_folder(self._item)
-        filename = f"{_stem(self._item)}.{safe_name(name)}.png"
-        message = compare_with(self._item, figure, Expected(path / filename, tolerance))
+        path = self._folder / f"{_stem(self._item)}.{safe_name(name)}.png"
+        expected = Expected(path, checked_tolerance(tolerance))
+        message = compare_with(self._item, figure, expected)
         if message is not None:
             pytest.fail(message.replace("heatmap_compare", "heatmap_regression", 1), pytrace=False)
 
@@ -398,5 +418,10 @@ def heatmap_regression(request: pytest.FixtureRequest) -> Generator[HeatmapRegre
     """
     from matplotlib import style
 
+    folder = request.config.rootpath / default_folder(request.node)
+    stem = str(folder / _stem(request.node)).casefold()
+    sharers = sorted(request.config.stash[_STEMS].get(stem, ()))
+    if len(sharers) > 1:
+        pytest.fail(f"heatmap_regression: {' and '.join(sharers)} share baselines", pytrace=False)
     with style.context("default", after_reset=True):
         yield HeatmapRegression(request.node)

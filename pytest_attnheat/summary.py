@@ -93,7 +93,8 @@ class Summary:
         found = getattr(report, "attnheat", [])
         self._outcomes += [Outcome(**outcome) for outcome in found]
         marked = "heatmap_compare" in report.keywords
-        self._marked_without += marked and report.when == "call" and not found
+        ran = report.when == "call" and not report.skipped
+        self._marked_without += marked and ran and not found
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Hand on, from a worker, which baselines are used."""

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import time
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -311,12 +312,67 @@ def test_a_baseline_is_never_half_written(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
 
-def test_a_record_of_another_tolerance_is_judged_by_the_coarser_dtype():
+def test_the_coarser_dtype_decides_what_is_a_difference():
     one = record.decode(record.encode(draw(softmax(1, 1, 6, 6)).picture.shown))
-    off = replace(one, values=one.values + np.float32(0.002))
+    off = replace(one, values=one.values * np.float32(1.005))
     assert compare_data(one, off) is not None
     assert compare_data(replace(one, dtype="bfloat16"), off) is None
     assert compare_data(one, off, 0.01) is None
+
+
+def test_an_outlier_does_not_widen_what_other_cells_may_differ_by():
+    scores = torch.randn(1, 2, 6, 6).masked_fill(~torch.ones(6, 6).tril().bool(), -1e9)
+    other = torch.where(scores < -1e8, scores, -3 * scores)
+    assert difference(scores, other, vmin=-3, vmax=3).reason == "42 of 72 cells differ"
+
+
+def test_a_panel_of_small_values_is_held_as_closely_as_one_of_large_ones():
+    weights = softmax(1, 2, 6, 6)
+    weights[0, 1] *= 1e-7
+    other = weights.clone()
+    other[0, 1] = other[0, 1].mT.clone()
+    assert difference(weights, other) is not None
+
+
+def test_zeros_are_held_exactly():
+    assert difference(torch.zeros(1, 1, 4, 4), torch.full((1, 1, 4, 4), 1e-6)) is not None
+
+
+@pytest.mark.parametrize("kind", ["png", "svg"])
+@pytest.mark.parametrize("scale", [1, 1 + 1e-7])
+def test_what_a_user_draws_over_the_panels_is_held_too(tmp_path, kind, scale):
+    def figure(text, factor=1.0):
+        made = show_heatmaps(softmax(5, 5) * factor, "k", "q")
+        made.text(0.5, 0.5, text, size=40, color="red")
+        made.figimage(np.full((20, 20, 3), 0.8), zorder=-5)
+        return made
+
+    assert verdict(tmp_path, figure("x"), figure("x", scale), kind).status == "equal"
+    assert verdict(tmp_path, figure("x"), figure("y", scale), kind).status == "panels"
+    plain = show_heatmaps(softmax(5, 5), "k", "q")
+    assert verdict(tmp_path, figure("x"), plain, kind).status == "panels"
+    assert verdict(tmp_path, plain, figure("x"), kind).status == "panels"
+
+
+def test_another_image_of_an_svg_is_held_too(tmp_path):
+    def figure(image):
+        made = show_heatmaps(softmax(5, 5), "k", "q")
+        made.add_axes([0, 0, 0.1, 0.1]).imshow(image)
+        return made
+
+    one, other = [[1, 0], [0, 1]], [[0, 1], [1, 0]]
+    assert verdict(tmp_path, figure(one), figure(one), "svg").passed
+    assert not verdict(tmp_path, figure(one), figure(other), "svg").passed
+
+
+def test_a_baseline_that_pretends_to_be_enormous_is_unreadable(tmp_path):
+    baseline = tmp_path / "a.png"
+    baselines.save(draw(softmax(1, 1, 4, 4)), baseline)
+    data = bytearray(baseline.read_bytes())
+    data[16:24] = (20_000).to_bytes(4, "big") * 2
+    data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
+    baseline.write_bytes(data)
+    assert baselines.check(draw(softmax(1, 1, 4, 4)), baseline, tmp_path).status == "unreadable"
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_baseline(tmp_path):

@@ -251,3 +251,57 @@ def test_a_name_that_is_taken_or_empty_is_refused(pytester, name):
     result = pytester.runpytest("--attn-update=missing")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["E *ValueError: heatmap_regression.check: name is *"])
+
+
+@pytest.mark.parametrize("tolerance", ["float('inf')", "float('nan')", "-1", "'x'"])
+def test_a_tolerance_that_is_none_is_refused(pytester, tolerance):
+    pytester.makepyfile(
+        f"""
+        import torch
+
+        def test_it(heatmap_regression):
+            heatmap_regression.check(torch.eye(3), "a", tolerance={tolerance})
+        """
+    )
+    result = pytester.runpytest("--attn-update=missing")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E *ValueError: got tolerance=*; accepted is a number from 0"])
+
+
+def test_two_tests_whose_several_pictures_would_share_names_fail_both(pytester):
+    for folder in ("tests", "test"):
+        path = pytester.mkdir(folder) / "test_same.py"
+        path.write_text(
+            "import torch\ndef test_x(heatmap_regression):\n"
+            "    heatmap_regression.check(torch.eye(4), 'n')\n"
+        )
+    result = pytester.runpytest("--import-mode=importlib", "--attn-update=missing")
+    result.assert_outcomes(errors=2)
+    result.stdout.fnmatch_lines(["heatmap_regression: test/* and tests/* share baselines"])
+
+
+def test_a_figure_made_in_a_fixture_has_the_same_style(pytester):
+    pytester.makepyfile(
+        test_a="""
+        import numpy as np, pytest
+        from pytest_attnheat import show_heatmaps
+
+        @pytest.fixture
+        def figure():
+            return show_heatmaps(np.eye(4), "Keys", "Queries")
+
+        @pytest.mark.heatmap_compare
+        def test_it(figure):
+            return figure
+        """
+    )
+    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=1)
+    pytester.makefile("", matplotlibrc="figure.dpi: 160\nfont.size: 20\nsavefig.bbox: tight\n")
+    for options in ([], ["--mpl"]):
+        pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
+
+
+def test_svg_pictures_are_compared_under_mpl_too(project, pytester):
+    pytester.runpytest("--mpl").assert_outcomes(passed=3)
+    change(pytester)
+    pytester.runpytest("--mpl").assert_outcomes(passed=2, failed=1)

@@ -14,8 +14,8 @@ import numpy.typing as npt
 
 from pytest_attnheat.heatmaps.record import Heatmaps
 
-# Relative to the largest value of the picture: what the same computation may differ by on another
-# device. A change that anybody would call one is larger by orders of magnitude.
+# What the same computation may differ by on another device, relative to the cell and to what is
+# typical of its panel. A change that anybody would call one is larger by orders of magnitude.
 _TOLERANCES = {"bfloat16": 1.6e-2, "float16": 2e-3}
 _TOLERANCE = 1e-5
 # A relation is named where it explains the values to this part of their range.
@@ -52,8 +52,8 @@ def compare_data(
     Args:
         expected: The data of the baseline.
         actual: The data of the picture.
-        tolerance: Largest accepted difference of a cell, relative to the largest finite value
-            of the baseline; by default that of the coarser dtype (`tolerance_for`).
+        tolerance: Largest accepted difference of a cell, relative to its value plus the median
+            of the values of its panel; by default that of the coarser dtype (`tolerance_for`).
 
     Returns:
         The difference, or None.
@@ -73,9 +73,9 @@ def compare_data(
     if tolerance is None:
         tolerance = tolerance_for(expected, actual)
     difference = _compare_cells(expected, actual, tolerance)
-    if difference is None and not np.allclose(
-        expected.limits, actual.limits, rtol=tolerance, atol=tolerance * _largest(expected)
-    ):
+    moved = np.abs(expected.limits - actual.limits)
+    typical = _typical(expected)[..., None]
+    if difference is None and (moved > tolerance * (np.abs(expected.limits) + typical)).any():
         panel = np.unravel_index(
             int(np.abs(expected.limits - actual.limits).max(-1).argmax()), expected.limits.shape[:2]
         )
@@ -87,7 +87,8 @@ def compare_data(
 
 
 def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> DataDifference | None:
-    allowed = tolerance * _largest(expected)
+    finite = np.where(np.isfinite(expected.values), expected.values, 0).astype(np.float64)
+    allowed = tolerance * (np.abs(finite) + _typical(expected)[..., None, None])
     off = _distance(expected, actual)
     broken = ~(off <= allowed)
     if not broken.any():
@@ -98,7 +99,8 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
     panels = [(int(r), int(c)) for r, c in np.argwhere(broken.any(axis=(2, 3)))]
     details = [
         f"worst           panel [{row}, {column}], query {query}, key {key}: expected "
-        f"{_cell(expected, place)}, got {_cell(actual, place)} (allowed difference {allowed:.1e})",
+        f"{_cell(expected, place)}, got {_cell(actual, place)} "
+        f"(allowed difference {allowed[place]:.1e})",
         f"panels          {_listed(panels)} of {expected.values.shape[0]} x "
         f"{expected.values.shape[1]}",
     ]
@@ -109,9 +111,18 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
     return DataDifference(reason, details, place)
 
 
-def _largest(data: Heatmaps) -> float:
-    finite = np.abs(data.values[np.isfinite(data.values) & ~data.masked])
-    return float(finite.max()) if finite.size and finite.max() > 0 else 1.0
+def _typical(data: Heatmaps) -> npt.NDArray[np.float64]:
+    """Return the median of what each panel holds besides zeros, (rows, columns).
+
+    Not the largest value: a fill of -1e9 would allow anything everywhere else.
+    """
+    values = np.abs(data.values).astype(np.float64)
+    values[~np.isfinite(values) | (values == 0)] = np.nan
+    flat = values.reshape(*values.shape[:2], -1)
+    some = ~np.isnan(flat).all(-1)
+    typical = np.zeros(flat.shape[:2])
+    typical[some] = np.nanmedian(flat[some], axis=-1)
+    return typical
 
 
 def _distance(expected: Heatmaps, actual: Heatmaps) -> npt.NDArray[np.float64]:

@@ -23,7 +23,7 @@ from pytest_attnheat.heatmaps.writing import Design, Words
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1
 # Figures of more pixels a side take gigabytes.
-_LONGEST_SIDE = 1 << 14
+_LONGEST_SIDE = 1 << 13
 # More numbers take minutes to write, and nobody reads them.
 _MOST_NUMBERS = 10_000
 

@@ -9,6 +9,9 @@ from matplotlib.transforms import Affine2D, Bbox
 
 from pytest_attnheat.heatmaps.sheet import Sheet, Shown, compose
 
+# What tells the image of a picture from others in an SVG.
+IMAGE_ID = "attnheat-panels"
+
 
 class Picture(Artist):
     """Panels, colorbar and every text of a heatmap figure.
@@ -50,6 +53,7 @@ class Picture(Artist):
         sheet = self.prepare(size, dpi)
         height, width = sheet.image.shape[0] * zoom, sheet.image.shape[1] * zoom
         graphics = renderer.new_gc()
+        graphics.set_gid(IMAGE_ID)  # type: ignore[arg-type]  # any text will do
         image = sheet.image[::-1]
         if scalable:
             renderer.draw_image(graphics, left, bottom, image, Affine2D().scale(width, height))

@@ -22,11 +22,13 @@ from PIL import Image
 from pytest_attnheat.heatmaps.colors import Scale
 from pytest_attnheat.heatmaps.layout import Layout
 from pytest_attnheat.heatmaps.maps import Cells
-from pytest_attnheat.heatmaps.picture import Picture
+from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture
 from pytest_attnheat.heatmaps.record import Heatmaps
 from pytest_attnheat.heatmaps.sheet import compose
 
 Pixels = npt.NDArray[np.uint8]
+# The image of a picture among others of an SVG, by the name that `picture` gives it.
+_IMAGE = re.compile(rf'data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)"(?=[^>]*id="{IMAGE_ID}")')
 Outcome = Literal["equal", "text", "size", "panels", "rest"]
 
 
@@ -55,27 +57,52 @@ def compare_pixels(
     height, width = images[1].shape[:2]
     sheet = compose(replace(picture.shown, cells=cells, scale=scale), (width, height), dpi)
     painted: npt.NDArray[np.bool_] = sheet.image[..., 3] == 255
-    has_numbers = picture.shown.design.words.number_format is not None
-    checked = painted & _edges(sheet.layout, painted.shape) if has_numbers else painted
-    if not np.array_equal(images[0][checked], sheet.image[checked][:, : images[0].shape[2]]):
+    channels = images[0].shape[2]
+    # What the user has drawn over the panels hides them: there the pictures must agree as they are.
+    own = picture.prepare((width, height), dpi).image[..., :channels]
+    seen = painted & (images[1] == own).all(-1)
+    if picture.shown.design.words.number_format is not None:
+        seen &= _edges(sheet.layout, painted.shape)
+    if not np.array_equal(images[0][seen], sheet.image[seen][:, :channels]):
         return "panels"
-    if _is_equal_beside(picture, data, painted, images, (expected, actual)):
+    if _is_equal_beside(picture, data, seen, painted, images, (expected, actual)):
         return "equal"
+    if not _is_equal_over(picture, data, seen, painted, images):
+        return "rest"
     by = (matplotlib.__version__, ft2font.__freetype_version__)
     return "text" if (data.matplotlib, data.freetype) != by else "rest"
+
+
+def _is_exact(picture: Picture, data: Heatmaps) -> bool:
+    return np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)
+
+
+def _is_equal_over(
+    picture: Picture,
+    data: Heatmaps,
+    seen: npt.NDArray[np.bool_],
+    painted: npt.NDArray[np.bool_],
+    images: list[Pixels],
+) -> bool:
+    """Compare what hides the panels; numbers in cells change with the data, and with the text."""
+    if picture.shown.design.words.number_format is not None:
+        return True
+    hidden = painted & ~seen
+    return np.array_equal(images[0][hidden], images[1][hidden])
 
 
 def _is_equal_beside(
     picture: Picture,
     data: Heatmaps,
+    seen: npt.NDArray[np.bool_],
     painted: npt.NDArray[np.bool_],
     images: list[Pixels],
     files: tuple[Path, Path],
 ) -> bool:
     """Compare what is not painted; and all of it, where even the data are equal to the bit."""
-    exact = np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)
+    exact = _is_exact(picture, data)
     has_numbers = picture.shown.design.words.number_format is not None
-    compared = np.ones_like(painted) if exact else ~painted
+    compared = np.ones_like(painted) if exact else ~painted if has_numbers else ~seen
     if not np.array_equal(images[0][compared], images[1][compared]):
         return False
     # The numbers of an SVG cannot be told from its other texts.
@@ -87,9 +114,9 @@ def _read(path: Path) -> Pixels:
     if path.suffix == ".png":
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
-    found = re.search(r"data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)", path.read_text("utf-8"))
+    found = _IMAGE.search(path.read_text("utf-8"))
     if found is None:
-        return np.zeros((0, 0, 4), np.uint8)
+        raise ValueError("it has no image of show_heatmaps")
     with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
         # The image of an SVG stands on its head, as its transform turns it around.
         return np.asarray(image.convert("RGBA"))[::-1]
@@ -101,8 +128,7 @@ def _rest(path: Path) -> str:
         return ""
     text = path.read_text("utf-8")
     body = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    # The id of the image is a hash of it.
-    return re.sub(r'data:image/png;base64,[A-Za-z0-9+/=\s]+|id="image[^"]*"', "", body)
+    return _IMAGE.sub("", body)
 
 
 def _edges(layout: Layout, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
