@@ -364,6 +364,7 @@ def test_tokens_of_any_script_are_drawn_without_a_warning():
         )
         pixels(figure)
     assert {"[CLS]", "$x$", "Ġthe", r"a\nb", r"\x00"} <= set(texts(figure))
+    assert not any(text.get_parse_math() for text in figure.findobj(Text))
 
 
 def test_numbers_are_written_into_their_cells_in_a_readable_colour():

@@ -90,6 +90,12 @@ def test_texts_shrink_before_the_panels_do():
     assert small.panel[0] >= 0.3 * 110
 
 
+def test_texts_shrink_no_more_than_they_must():
+    sizes = [plan(Content((1, 1, 10, 10)), (side, side), 100).em for side in range(80, 260, 20)]
+    assert sizes == sorted(sizes)
+    assert len(set(sizes)) > 3
+
+
 def test_a_figure_without_room_says_which_size_would_do():
     with pytest.raises(ValueError, match=r"figsize \(0.3, 0.3\).*2 x 3 panels.*figsize=None") as e:
         plan(Content((2, 3, 4, 4)), (30, 30), 100)
