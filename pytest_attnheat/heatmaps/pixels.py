@@ -61,52 +61,24 @@ def compare_pixels(
     # What the user has drawn over the panels hides them: there the pictures must agree as they are.
     own = picture.prepare((width, height), dpi).image[..., :channels]
     seen = painted & (images[1] == own).all(-1)
-    if picture.shown.design.words.number_format is not None:
+    has_numbers = picture.shown.design.words.number_format is not None
+    if has_numbers:
         seen &= _edges(sheet.layout, painted.shape)
     if not np.array_equal(images[0][seen], sheet.image[seen][:, :channels]):
         return "panels"
-    if _is_equal_beside(picture, data, seen, painted, images, (expected, actual)):
+    # Numbers in cells are no such overlay: they change with the data, and with the text.
+    overlay = painted & ~seen & (not has_numbers)
+    # Where even the data are equal to the bit, nothing at all may differ.
+    exact = np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)
+    compared = np.ones_like(painted) if exact else ~painted | overlay
+    # The numbers of an SVG cannot be told from its other texts.
+    same_rest = (has_numbers and not exact) or _rest(expected) == _rest(actual)
+    if same_rest and np.array_equal(images[0][compared], images[1][compared]):
         return "equal"
-    if not _is_equal_over(picture, data, seen, painted, images):
+    if not np.array_equal(images[0][overlay], images[1][overlay]):
         return "rest"
     by = (matplotlib.__version__, ft2font.__freetype_version__)
     return "text" if (data.matplotlib, data.freetype) != by else "rest"
-
-
-def _is_exact(picture: Picture, data: Heatmaps) -> bool:
-    return np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)
-
-
-def _is_equal_over(
-    picture: Picture,
-    data: Heatmaps,
-    seen: npt.NDArray[np.bool_],
-    painted: npt.NDArray[np.bool_],
-    images: list[Pixels],
-) -> bool:
-    """Compare what hides the panels; numbers in cells change with the data, and with the text."""
-    if picture.shown.design.words.number_format is not None:
-        return True
-    hidden = painted & ~seen
-    return np.array_equal(images[0][hidden], images[1][hidden])
-
-
-def _is_equal_beside(
-    picture: Picture,
-    data: Heatmaps,
-    seen: npt.NDArray[np.bool_],
-    painted: npt.NDArray[np.bool_],
-    images: list[Pixels],
-    files: tuple[Path, Path],
-) -> bool:
-    """Compare what is not painted; and all of it, where even the data are equal to the bit."""
-    exact = _is_exact(picture, data)
-    has_numbers = picture.shown.design.words.number_format is not None
-    compared = np.ones_like(painted) if exact else ~painted if has_numbers else ~seen
-    if not np.array_equal(images[0][compared], images[1][compared]):
-        return False
-    # The numbers of an SVG cannot be told from its other texts.
-    return (has_numbers and not exact) or _rest(files[0]) == _rest(files[1])
 
 
 def _read(path: Path) -> Pixels:
