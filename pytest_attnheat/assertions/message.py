@@ -1,7 +1,7 @@
 """Failure messages: what was claimed, where it breaks, why perhaps, and a small picture.
 
-`build_message` lays out the message of any assertion on weights;
-`broken_claim` fills it in for a claim about rows.
+`build_message` lays out the message of any assertion; `broken_claim` fills it
+in for a claim about rows.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ _LEAST_DECIMALS, _MOST_DECIMALS = 3, 6
 def build_message(
     assertion: str,
     claim: str,
-    weights: Operand,
+    tensor: Operand,
     *,
     worst: str,
+    first: str | None = None,
     cause: str | None = None,
+    repeat: str | None = None,
     picture: str = "",
 ) -> str:
     """Lay out a failure message.
@@ -40,19 +42,26 @@ def build_message(
     Args:
         assertion: The name of the assertion.
         claim: How many places break what was claimed, of how many.
-        weights: The weights, for their dtype, shape and device.
+        tensor: What was checked, for its dtype, shape and device.
         worst: The worst place, with its value and the allowed value.
+        first: The first place, None where it is the worst or says nothing more.
         cause: A likely cause, None where the numbers show none.
+        repeat: What it takes to see the same again, for instance "seed=0".
         picture: Lines of text that show the place.
 
     Returns:
         The message, of several lines.
     """
-    tensor = f"{dtype_name(weights)} {tuple(weights.shape)} on {weights.device}"
-    lines = [f"{assertion}: {claim}", f"  worst    {worst}"]
-    if cause is not None:
-        lines.append(f"  cause    {cause}")
-    lines.append(f"  tensor   {tensor}")
+    described = f"{dtype_name(tensor)} {tuple(tensor.shape)} on {tensor.device}"
+    entries = {
+        "worst": worst,
+        "first": first,
+        "cause": cause,
+        "tensor": described,
+        "repeat": repeat,
+    }
+    lines = [f"{assertion}: {claim}"]
+    lines += [f"  {name:<9}{text}" for name, text in entries.items() if text is not None]
     lines.extend(f"  {line}" for line in picture.splitlines())
     return "\n".join(lines)
 
