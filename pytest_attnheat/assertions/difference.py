@@ -1,0 +1,165 @@
+"""How far one output is from another, row by row, and the message about it.
+
+A row is one position of the output. It is off by the root mean square of its
+difference, as a part of its size: the root mean square of what it should be,
+or of the median row where that is larger, so that a row of zeros has a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.inputs import check_number
+
+# Two runs of the same kernels on the same shapes: one rounding at the end may differ.
+_STRICT = 2.0
+# Two runs that add up in another order: a dozen layers of rounding, as independent errors.
+_LOOSE = 16.0
+# Kernels in float32 and float64 use approximations of exp that are many units off.
+_LOOSE_FLOOR = {torch.float32: 2e-5, torch.float64: 1e-11}
+
+
+def tolerance_of(dtype: torch.dtype, *, strict: bool = False) -> float:
+    """Return by what part of its size a row of the output may be off.
+
+    Args:
+        dtype: The dtype of the output.
+        strict: Whether both outputs are of the same shapes, so that nothing is
+            added up in another order.
+
+    Returns:
+        2 eps if strict: 4e-16, 2e-7, 2e-3, 1.6e-2 in float64, float32,
+        float16, bfloat16. Otherwise 1e-11, 2e-5, 1.6e-2, 1.2e-1.
+    """
+    eps = torch.finfo(dtype).eps
+    if strict:
+        return _STRICT * eps
+    return max(_LOOSE * eps, _LOOSE_FLOOR.get(dtype, 0.0))
+
+
+def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = False) -> float:
+    """Return the tolerance that the caller gave, or that of the dtype for None.
+
+    Raises:
+        TypeError: Not a number.
+        ValueError: Not in 0 <= tolerance < 1.
+    """
+    if tolerance is None:
+        return tolerance_of(dtype, strict=strict)
+    given = check_number(tolerance, "tolerance")
+    if not 0 <= given < 1:
+        raise ValueError(f"tolerance: got {given!r}; accepted is 0 <= tolerance < 1, or None")
+    return given
+
+
+def relative_change(got: Tensor, expected: Tensor) -> Tensor:
+    """Return by what part of its size each row of `got` is off.
+
+    Args:
+        got: (..., length, width)
+        expected: The same shape, on any device.
+
+    Returns:
+        (..., length) in float64. A row with NaN or inf is off by inf, also where both have it.
+    """
+    wanted = expected.detach().to(got.device, torch.float64)
+    size = _rms(wanted)
+    finite = size[size.isfinite()]
+    usual = finite.median() if finite.numel() else size.new_zeros(())
+    off = _rms(got.detach().to(torch.float64) - wanted)
+    relative = off / torch.maximum(size, usual)
+    relative = torch.where(off == 0, torch.zeros_like(off), relative)
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return rows.square().mean(-1).sqrt()
+
+
+def check_rows(
+    assertion: str,
+    got: Tensor,
+    expected: Tensor,
+    *,
+    claim: str,
+    allowed: float,
+    judged: Tensor | None = None,
+    place: Callable[[tuple[int, ...]], str] | None = None,
+    cause: Callable[[Tensor], str | None] | None = None,
+    repeat: str | None = None,
+) -> None:
+    """Raise an AssertionError if any judged row of `got` is not what is expected.
+
+    Args:
+        assertion: Its name.
+        got: (..., length, width)
+        expected: The same shape.
+        claim: What broken rows do, for instance "outputs change with the padding".
+        allowed: The largest relative change of a row.
+        judged: Which rows are judged, boolean (..., length); all by default.
+        place: Names a row by its index; "output[0, 3]" by default.
+        cause: Looks at the relative changes (..., length), 0 where not judged, for a likely cause.
+        repeat: What it takes to see the same again.
+
+    Raises:
+        AssertionError: Some row is off.
+        ValueError: No row is judged.
+    """
+    __tracebackhide__ = True
+    change = relative_change(got, expected)
+    counted = change.numel()
+    if judged is not None:
+        judged = judged.to(change.device).expand(change.shape)
+        change = torch.where(judged, change, torch.zeros_like(change))
+        counted = int(judged.sum())
+    if counted == 0:
+        raise ValueError(f"{assertion}: no row of the output is left to compare")
+    broken = ~(change <= allowed)
+    if not bool(broken.any()):
+        return
+    worst, first = (
+        index_of(change.argmax(), change),
+        index_of(broken.flatten().int().argmax(), change),
+    )
+    name = place or output_place
+    raise AssertionError(
+        build_message(
+            assertion,
+            f"{int(broken.sum())} of {counted} {claim}",
+            got.detach(),
+            worst=f"{name(worst)} {_off(got, expected, change, worst)} (allowed {allowed:.1e})",
+            first=None if first == worst else f"{name(first)} {_off(got, expected, change, first)}",
+            cause=cause(change) if cause is not None else None,
+            repeat=repeat,
+        )
+    )
+
+
+def index_of(flat: Tensor | int, tensor: Tensor) -> tuple[int, ...]:
+    """Return the index of an element counted through the whole tensor."""
+    place = torch.unravel_index(torch.as_tensor(flat), tensor.shape)
+    return tuple(int(i) for i in place)
+
+
+def output_place(index: tuple[int, ...]) -> str:
+    """Name a row of the output."""
+    return f"output[{', '.join(map(str, index))}]"
+
+
+def _off(got: Tensor, expected: Tensor, change: Tensor, index: tuple[int, ...]) -> str:
+    """Say how far a row is off: absolutely, and as a part of its size."""
+    row, wanted = got[index].detach(), expected[index].detach().to(got.device)
+    if not bool(row.isfinite().all()):
+        return f"holds {_not_finite(row)}"
+    if not bool(wanted.isfinite().all()):
+        return f"is compared with a row that holds {_not_finite(wanted)}"
+    largest = float((row.double() - wanted.double()).abs().max())
+    return f"is off by up to {largest:.3g}, {float(change[index]):.2g} of its size"
+
+
+def _not_finite(row: Tensor) -> str:
+    return "nan" if bool(row.isnan().any()) else "inf"

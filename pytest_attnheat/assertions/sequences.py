@@ -1,0 +1,271 @@
+"""Modules that map a sequence to a sequence, and how they take their mask."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.subjects import as_input
+
+MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
+Decode: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
+
+_NAMES = ("logits", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class SequenceModel:
+    """A module that maps a sequence to a sequence, and how it takes its padding mask.
+
+    `nn.TransformerEncoderLayer`, `nn.TransformerEncoder`, `nn.MultiheadAttention` (as
+    self-attention) and the models of transformers need none of this: the assertions know them.
+    Any other module is called as `module(inputs)`, and takes no mask unless this says so.
+
+    Attributes:
+        module: Called as `module(inputs, **arguments)`. The inputs are (batch, length, width)
+            floats or (batch, length) token ids.
+        mask: What its padding mask (batch, length) means: `"keep"` (True where a token is
+            real), `"drop"` (True where it is padding), `"additive"` (0 where real, -inf where
+            padding, in the default dtype or that of float inputs), or a function from the
+            first of these to whatever the module takes. None: it takes no mask.
+        mask_argument: The keyword under which it takes the mask.
+        positions_argument: The keyword under which it takes the position of each token
+            (batch, length), where the positions do not follow from the inputs alone. Needed for
+            padding on the left of a module with absolute positions.
+        decode: For a module with a cache of keys and values: `decode(inputs, cache)` returns
+            the output for a further chunk of the sequence and the new cache; the cache of the
+            first chunk is None.
+        batch_first: Whether the batch is the first dimension of inputs and output, the
+            length the second; if not, the other way round. Masks are (batch, length) always.
+        output: Picks the output (batch, length, ...) from what the module returns. By default
+            the tensor itself, `logits` or `last_hidden_state`, or the first of a tuple.
+    """
+
+    module: Callable[..., Any]
+    mask: MaskMeaning | Callable[[Tensor], Any] | None = None
+    mask_argument: str | None = None
+    positions_argument: str | None = None
+    decode: Decode | None = None
+    batch_first: bool = True
+    output: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.module):
+            raise TypeError(f"module: got {type(self.module).__name__}; accepted is a callable")
+        if not callable(self.mask) and self.mask not in (None, *get_args(MaskMeaning)):
+            raise ValueError(
+                f"mask: got {self.mask!r}; accepted are 'keep', 'drop', 'additive', a function, "
+                "or None"
+            )
+        if (self.mask is None) != (self.mask_argument is None):
+            raise ValueError(
+                "mask and mask_argument belong together: what the mask means and the keyword under "
+                f"which it is taken; got mask={self.mask!r}, mask_argument={self.mask_argument!r}"
+            )
+
+    def __call__(
+        self,
+        inputs: Tensor,
+        *,
+        real: Tensor | None = None,
+        positions: Tensor | None = None,
+        **arguments: Any,
+    ) -> Tensor:
+        """Run the module.
+
+        Args:
+            inputs: (batch, length, width) floats or (batch, length) token ids.
+            real: Boolean (batch, length), True where a token is no padding; None for no mask.
+            positions: (batch, length), given on only if the module takes them.
+            **arguments: Further keyword arguments of the module.
+
+        Returns:
+            The output (batch, length, width).
+        """
+        if real is not None and self.mask_argument is not None:
+            arguments[self.mask_argument] = self._mask(real, inputs)
+        if positions is not None and self.positions_argument is not None:
+            arguments[self.positions_argument] = positions
+        given = inputs if self.batch_first else inputs.transpose(0, 1)
+        return self.read(self.module(given, **arguments), inputs)
+
+    def read(self, result: Any, inputs: Tensor) -> Tensor:
+        """Pick the output from what the module returned, and return it as (batch, length, width).
+
+        Raises:
+            TypeError: There is no tensor of floats in it.
+            ValueError: Its output is not (batch, length, ...).
+        """
+        wanted = tuple(inputs.shape[:2])
+        found = [self.output(result)] if self.output is not None else _tensors(result)
+        for output in found:
+            if not isinstance(output, Tensor) or output.ndim < 2:
+                continue
+            turned = output if self.batch_first else output.transpose(0, 1)
+            if tuple(turned.shape[:2]) == wanted and turned.is_floating_point():
+                return turned.reshape(*wanted, -1)
+        if not found:
+            raise TypeError(
+                f"{self.name} must return a tensor, or a tuple or mapping with one in it; got "
+                f"{type(result).__name__}; SequenceModel(..., output=) can pick it"
+            )
+        raise ValueError(
+            f"{self.name} must return floats of shape (batch, length, ...), here "
+            f"({wanted[0]}, {wanted[1]}, ...); got {[tuple(t.shape) for t in found]}; "
+            "SequenceModel(..., output=) can pick the output, batch_first=False turn it"
+        )
+
+    @property
+    def name(self) -> str:
+        """What the module is called in errors."""
+        return getattr(self.module, "__name__", type(self.module).__name__)
+
+    def _mask(self, real: Tensor, inputs: Tensor) -> Any:
+        if callable(self.mask):
+            return self.mask(real)
+        if self.mask == "keep":
+            return real
+        if self.mask == "drop":
+            return ~real
+        dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
+        zeros = torch.zeros(real.shape, dtype=dtype, device=real.device)
+        return zeros.masked_fill(~real, -math.inf)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A sequence model, its inputs and how it is called.
+
+    Attributes:
+        model: How the module is called.
+        inputs: (batch, length, width) floats or (batch, length) token ids.
+        arguments: Further keyword arguments of every call.
+    """
+
+    model: SequenceModel
+    inputs: Tensor
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the inputs are token ids."""
+        return not self.inputs.is_floating_point()
+
+    def run(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        real: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Call the model, with other inputs where they are given."""
+        given = self.inputs if inputs is None else inputs
+        return self.model(given, real=real, positions=positions, **self.arguments)
+
+
+def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -> Subject:
+    """Return a sequence model with its inputs, after checking them.
+
+    Raises:
+        TypeError: Not callable, or the inputs are no tensor of floats or token ids.
+        ValueError: The inputs are not (batch, length) or (batch, length, width), or have no
+            elements.
+    """
+    if not callable(subject):
+        raise TypeError(
+            f"the subject must be callable as module(inputs); got {type(subject).__name__}"
+        )
+    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
+    sequence = as_input(inputs, "inputs")
+    if sequence.is_floating_point() and sequence.ndim == 3:
+        return Subject(model, sequence, dict(arguments))
+    if sequence.dtype in (torch.int64, torch.int32) and sequence.ndim == 2:
+        return Subject(model, sequence, dict(arguments))
+    raise ValueError(
+        f"inputs: got {sequence.dtype} {tuple(sequence.shape)}; accepted are floats (batch, "
+        "length, width) or token ids (batch, length) in int64 or int32"
+    )
+
+
+def recognise(module: Callable[..., Any]) -> SequenceModel:
+    """Return how a module is called: known modules of PyTorch and transformers, or plainly."""
+    if isinstance(module, nn.MultiheadAttention):
+        model = SequenceModel(_SelfAttention(module), "drop", "key_padding_mask")
+        return replace(model, batch_first=module.batch_first)
+    if isinstance(module, nn.TransformerEncoderLayer):
+        model = SequenceModel(module, "drop", "src_key_padding_mask")
+        return replace(model, batch_first=bool(module.self_attn.batch_first))
+    if isinstance(module, nn.TransformerEncoder):
+        first = recognise(module.layers[0])
+        model = SequenceModel(module, "drop", "src_key_padding_mask")
+        return replace(model, batch_first=first.batch_first)
+    if _is_of_transformers(module):
+        return _of_transformers(module)
+    return SequenceModel(module)
+
+
+class _SelfAttention:
+    """`nn.MultiheadAttention` of a sequence with itself; the weights are not asked for."""
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        self.module = module
+        self.__name__ = type(module).__name__
+
+    def __call__(self, inputs: Tensor, **arguments: Any) -> Tensor:
+        arguments = {"need_weights": False, **arguments}
+        output: Tensor = self.module(inputs, inputs, inputs, **arguments)[0]
+        return output
+
+
+def _is_of_transformers(module: object) -> bool:
+    # By name: importing transformers to ask would take seconds.
+    return any(
+        parent.__module__ == "transformers.modeling_utils" and parent.__name__ == "PreTrainedModel"
+        for parent in type(module).__mro__
+    )
+
+
+def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
+    taken = inspect.signature(module.forward).parameters  # type: ignore[attr-defined]
+    mask = "attention_mask" if "attention_mask" in taken else None
+    return SequenceModel(
+        module,
+        mask=None if mask is None else _whole_numbers,
+        mask_argument=mask,
+        positions_argument="position_ids" if "position_ids" in taken else None,
+        decode=_CachedDecoding(module) if "past_key_values" in taken else None,
+    )
+
+
+def _whole_numbers(real: Tensor) -> Tensor:
+    return real.long()
+
+
+class _CachedDecoding:
+    """One step of a transformers model with its cache of keys and values."""
+
+    def __init__(self, module: Callable[..., Any]) -> None:
+        self.module = module
+
+    def __call__(self, inputs: Tensor, cache: Any) -> tuple[Any, Any]:
+        result = self.module(inputs, past_key_values=cache, use_cache=True)
+        return result, result.past_key_values
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    """List the tensors in what a module returned, the likely output first."""
+    if isinstance(result, Tensor):
+        return [result]
+    if isinstance(result, Mapping):
+        named = [result[name] for name in _NAMES if name in result]
+        return [t for t in (*named, *result.values()) if isinstance(t, Tensor)]
+    if isinstance(result, (tuple, list)):
+        return [t for t in result if isinstance(t, Tensor)]
+    attributes = [getattr(result, name, None) for name in _NAMES]
+    return [t for t in attributes if isinstance(t, Tensor)]

@@ -1,0 +1,400 @@
+"""Code under test: how it is called, and how it is left as it was found.
+
+A subject is one of two things. An *attention function* has the signature of
+`torch.nn.functional.scaled_dot_product_attention` and is given query, key and
+value. A *sequence model* is given one sequence and returns one, see
+`pytest_attnheat.assertions.sequences`.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+import random
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.reference import causal_mask
+from pytest_attnheat.scoring import leading_shape
+
+# A float mask that is added to the scores forbids with -inf, finfo.min, -1e9 or -1e4; the
+# steepest ALiBi slope reaches -1e4 only beyond ten thousand keys.
+_FORBIDS = -1e4
+_DEPTH = 3
+
+
+def modules_in(subject: object) -> list[nn.Module]:
+    """Return the modules that a callable is or holds, as far as they can be found.
+
+    Looked into are partials, bound methods, the variables that a function
+    refers to, and the attributes of an object.
+    """
+    found: dict[int, nn.Module] = {}
+    _collect(subject, found, _DEPTH)
+    return list(found.values())
+
+
+def _collect(subject: object, found: dict[int, nn.Module], depth: int) -> None:
+    if isinstance(subject, nn.Module):
+        found[id(subject)] = subject
+    elif depth > 0 and not isinstance(subject, (type, types.ModuleType, Tensor)):
+        for part in _parts(subject):
+            _collect(part, found, depth - 1)
+
+
+def _parts(subject: object) -> Sequence[object]:
+    if isinstance(subject, functools.partial):
+        return [subject.func, *subject.args, *subject.keywords.values()]
+    if isinstance(subject, types.MethodType):
+        return [subject.__self__]
+    if isinstance(subject, types.FunctionType):
+        variables = inspect.getclosurevars(subject)
+        return [*variables.nonlocals.values(), *variables.globals.values()]
+    if isinstance(subject, Mapping):
+        return list(subject.values())
+    if isinstance(subject, (list, tuple)):
+        return subject
+    return (
+        list(vars(subject).values()) if callable(subject) and hasattr(subject, "__dict__") else []
+    )
+
+
+@contextmanager
+def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]:
+    """Use a subject and leave it as it was found.
+
+    Restored afterwards, also after an exception: training or evaluation mode
+    and the buffers of its modules, and the random state of Python, NumPy, the
+    CPU and the devices of `tensors`. Random numbers within are drawn from `seed`.
+    """
+    modules = [part for module in modules_in(subject) for part in module.modules()]
+    modes = [(module, module.training) for module in modules]
+    buffers = [_Buffer(module, name) for module in modules for name in module._buffers]
+    devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=sorted(devices)):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+            for module, mode in modes:
+                module.training = mode
+            for buffer in buffers:
+                buffer.restore()
+
+
+class _Buffer:
+    """A buffer of a module, for instance the running mean of a batch norm."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        self._module, self._name = module, name
+        self._tensor = module._buffers[name]
+        self._copy = None if self._tensor is None else self._tensor.detach().clone()
+
+    def restore(self) -> None:
+        self._module._buffers[self._name] = self._tensor
+        if self._tensor is not None and self._copy is not None:
+            with torch.no_grad():
+                if not _identical(self._tensor, self._copy):
+                    self._tensor.copy_(self._copy)
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are equal, NaN being equal to NaN."""
+    same = a == b
+    if a.is_floating_point():
+        same = same | (a.isnan() & b.isnan())
+    return bool(same.all())
+
+
+def settled(
+    subject: object, call: Callable[[], Tensor], *, training: bool, seed: int
+) -> tuple[Tensor, Callable[[], None]]:
+    """Call a subject twice and refuse one that answers at random.
+
+    Args:
+        subject: What is called, for the names in the error.
+        call: Calls it.
+        training: Whether the caller allows randomness: then every call starts from `seed`.
+        seed: That seed.
+
+    Returns:
+        The first output, and what to call before each later call.
+
+    Raises:
+        ValueError: The two outputs differ by more than rounding, and `training` is False.
+    """
+
+    def start() -> None:
+        if training:
+            torch.manual_seed(seed)
+
+    start()
+    first = call()
+    start()
+    second = call()
+    if not _identical(first, second):
+        from pytest_attnheat.assertions.difference import relative_change, tolerance_of
+
+        if bool((relative_change(second, first) > tolerance_of(first.dtype, strict=True)).any()):
+            raise ValueError(_random_subject(subject))
+    return first, start
+
+
+def _random_subject(subject: object) -> str:
+    advice = (
+        "call .eval() on it, or pass training=True, which repeats every call from the same seed"
+    )
+    training = [m for m in modules_in(subject) if any(part.training for part in m.modules())]
+    if not training:
+        return (
+            "the subject is random: two calls with the same input give different outputs, so no "
+            f"comparison would mean anything; if it holds a module, {advice}"
+        )
+    dropouts = [
+        f"{name or type(part).__name__} (p={part.p})"
+        for module in training
+        for name, part in module.named_modules()
+        if isinstance(part, nn.modules.dropout._DropoutNd) and part.training and part.p > 0
+    ]
+    because = f" ({', '.join(dropouts[:3])}{', ...' * (len(dropouts) > 3)})" if dropouts else ""
+    return (
+        f"{type(training[0]).__name__} is in training mode{because}: two calls with the same input "
+        f"give different outputs, so no comparison would mean anything; {advice}"
+    )
+
+
+@dataclass(frozen=True)
+class AttentionFunction:
+    """An attention function, its inputs and how it is called.
+
+    Attributes:
+        function: Called as `function(query, key, value, **arguments)`.
+        query: (..., query_len, head_dim)
+        key: (..., key_len, head_dim)
+        value: (..., key_len, value_dim)
+        arguments: attn_mask, is_causal, scale, enable_gqa, whatever the caller gave.
+    """
+
+    function: Callable[..., Any]
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def leading(self) -> tuple[int, ...]:
+        """The leading dimensions of the query: (batch, heads) for four dimensions."""
+        return tuple(self.query.shape[:-2])
+
+    @property
+    def group(self) -> int:
+        """How many query heads share one head of keys and values."""
+        if self.query.ndim < 3:
+            return 1
+        return self.query.shape[-3] // self.key.shape[-3]
+
+    def run(
+        self,
+        query: Tensor | None = None,
+        key: Tensor | None = None,
+        value: Tensor | None = None,
+        **changed: Any,
+    ) -> Tensor:
+        """Call the function, with other inputs or arguments where they are given.
+
+        Raises:
+            TypeError: It returns no tensor (nor a tuple that begins with one).
+            ValueError: Its output is not (..., query_len, value_dim).
+        """
+        query = self.query if query is None else query
+        key = self.key if key is None else key
+        value = self.value if value is None else value
+        result = self.function(query, key, value, **{**self.arguments, **changed})
+        output = result[0] if isinstance(result, (tuple, list)) and result else result
+        if not isinstance(output, Tensor):
+            raise TypeError(
+                f"the attention function must return its output, or a tuple that begins with it; "
+                f"got {type(output).__name__}"
+            )
+        if output.ndim < 2 or output.shape[:-1] != query.shape[:-1]:
+            raise ValueError(
+                f"the attention function must return (..., query_len, value_dim), here "
+                f"{(*query.shape[:-1], value.shape[-1])}; got {tuple(output.shape)}"
+            )
+        return output
+
+    def may_see(self) -> Tensor:
+        """Which key each query may see, by its arguments: boolean (..., query_len, key_len)."""
+        shape = (*self.leading, self.query.shape[-2], self.key.shape[-2])
+        seen = torch.ones((), dtype=torch.bool, device=self.query.device).expand(shape)
+        mask = self.arguments.get("attn_mask")
+        if mask is not None:
+            seen = seen & permitted(mask, shape)
+        if self.arguments.get("is_causal"):
+            seen = seen & causal_mask(*shape[-2:], alignment="top_left", device=seen.device)
+        return seen
+
+    def explicit(self) -> AttentionFunction:
+        """The same with its mask spelled out: attn_mask alone, for all leading dimensions."""
+        mask = self.arguments.get("attn_mask")
+        spelled = self.may_see()
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            spelled = mask.expand(spelled.shape).masked_fill(~spelled, -math.inf)
+        others = {k: v for k, v in self.arguments.items() if k not in ("attn_mask", "is_causal")}
+        return AttentionFunction(
+            self.function, self.query, self.key, self.value, {**others, "attn_mask": spelled}
+        )
+
+
+def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
+    """Where an attn_mask permits, expanded to `shape`.
+
+    Args:
+        mask: Boolean, True where a query may attend, or floats that are added
+            to the scores: those of -1e4 or less forbid.
+        shape: (..., query_len, key_len)
+
+    Raises:
+        TypeError: No tensor of booleans or floats.
+        ValueError: Does not broadcast to the shape.
+    """
+    if not isinstance(mask, Tensor) or not (mask.dtype == torch.bool or mask.is_floating_point()):
+        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(
+            f"attn_mask: got {given}; accepted is a boolean torch.Tensor, True where a query may "
+            "attend, or a tensor of floats that is added to the scores"
+        )
+    seen = mask if mask.dtype == torch.bool else mask > _FORBIDS
+    try:
+        return seen.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to the scores {shape}"
+        ) from None
+
+
+def as_function(
+    function: object, inputs: Sequence[object], arguments: Mapping[str, Any]
+) -> AttentionFunction:
+    """Return an attention function with its inputs, after checking them.
+
+    Raises:
+        TypeError: Not callable, or query, key and value are no float tensors of one dtype.
+        ValueError: Their shapes do not fit together, or one has no elements.
+    """
+    if not callable(function):
+        raise TypeError(
+            f"the subject must be callable as function(query, key, value); got "
+            f"{type(function).__name__}"
+        )
+    query, key, value = (
+        as_input(tensor, name)
+        for tensor, name in zip(inputs, ("query", "key", "value"), strict=True)
+    )
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(
+            f"query, key and value must have one dtype; got {query.dtype}, {key.dtype} and "
+            f"{value.dtype}"
+        )
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"{name}: got {tensor.dtype} {tuple(tensor.shape)}; accepted are floats of shape "
+                "(..., length, width)"
+            )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"key and value must have the same length; got key {tuple(key.shape)} and value "
+            f"{tuple(value.shape)}"
+        )
+    _check_leading(query, key, value, grouped=bool(arguments.get("enable_gqa")))
+    if isinstance(function, nn.MultiheadAttention):
+        function = _Multihead(function)
+    return AttentionFunction(function, query, key, value, dict(arguments))
+
+
+def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
+    if not grouped:
+        leading_shape(query=query, key=key, value=value)
+    shapes = [tensor.shape[:-2] for tensor in (query, key, value)]
+    same = shapes[0] == shapes[1] == shapes[2]
+    if grouped and query.ndim >= 3 and query.ndim == key.ndim == value.ndim:
+        heads, key_heads = query.shape[-3], key.shape[-3]
+        same = shapes[1] == shapes[2] and shapes[0][:-1] == shapes[1][:-1]
+        same = same and heads % key_heads == 0
+    if not same:
+        raise ValueError(
+            "query, key and value must have the same leading dimensions, or with enable_gqa=True "
+            "a number of query heads that is a multiple of the key and value heads; got query "
+            f"{tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+        )
+
+
+def as_input(tensor: object, name: str) -> Tensor:
+    """Return an input of a subject, detached.
+
+    Raises:
+        TypeError: Not a dense tensor that holds numbers.
+        ValueError: No elements.
+    """
+    accepted = "a dense torch.Tensor with numbers in it"
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name}: got {type(tensor).__name__}; accepted is {accepted}")
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
+        kind = "nested" if tensor.is_nested else f"{tensor.layout} {tensor.device.type}"
+        raise TypeError(f"{name}: got a {kind} tensor; accepted is {accepted}")
+    if tensor.numel() == 0:
+        raise ValueError(
+            f"{name}: shape {tuple(tensor.shape)} has no elements, so there is nothing to check"
+        )
+    # Of a tensor made in inference mode autograd can save nothing.
+    return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
+
+
+class _Multihead:
+    """`nn.MultiheadAttention` with the arguments of an attention function.
+
+    Query, key and value are (batch, length, width), whatever `batch_first` says.
+    """
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        self.module = module
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend; the weights are not asked for."""
+        if is_causal:
+            causal = causal_mask(
+                query.shape[-2], key.shape[-2], alignment="top_left", device=query.device
+            )
+            attn_mask = causal if attn_mask is None else attn_mask & causal
+        if attn_mask is not None:
+            attn_mask = self._mask(attn_mask, batch=query.shape[0])
+        turned = query.ndim == 3 and not self.module.batch_first
+        inputs = [t.transpose(0, 1) if turned else t for t in (query, key, value)]
+        output: Tensor = self.module(*inputs, attn_mask=attn_mask, need_weights=False)[0]
+        return output.transpose(0, 1) if turned else output
+
+    def _mask(self, mask: Tensor, batch: int) -> Tensor:
+        # There True means masked, and a mask per batch entry is one per head as well.
+        drops = ~mask if mask.dtype == torch.bool else mask
+        if drops.ndim == 3:
+            drops = drops.expand(batch, -1, -1).repeat_interleave(self.module.num_heads, 0)
+        return drops
