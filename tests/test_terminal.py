@@ -129,3 +129,8 @@ def test_what_is_no_map_is_refused():
         format_heatmap(torch.eye(2).int())
     with pytest.raises(ValueError, match="no elements"):
         format_heatmap(torch.ones(0, 2))
+
+
+def test_a_part_is_numbered_from_its_first_row_and_column():
+    drawn = format_heatmap(torch.eye(3), first_row=4, first_column=10)
+    assert drawn.splitlines()[:2] == ["keys 10..12", "  q4  █▁▁  1.000"]

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.reference import causal_mask
+from pytest_attnheat.reference import Alignment, causal_mask
 from pytest_attnheat.scoring import leading_shape
 
 # A float mask that is added to the scores forbids with -inf, finfo.min, -1e9 or -1e4; the
@@ -234,16 +234,25 @@ class AttentionFunction:
             )
         return output
 
-    def may_see(self) -> Tensor:
-        """Which key each query may see, by its arguments: boolean (..., query_len, key_len)."""
+    def may_see(self, alignment: Alignment = "top_left") -> Tensor:
+        """Which key each query may see, by its arguments.
+
+        Args:
+            alignment: What `is_causal=True` means to the function.
+
+        Returns:
+            Boolean (..., query_len, key_len), a view that is not expanded in memory where the
+            mask has no leading dimensions.
+        """
         shape = (*self.leading, self.query.shape[-2], self.key.shape[-2])
-        seen = torch.ones((), dtype=torch.bool, device=self.query.device).expand(shape)
+        seen = torch.ones((), dtype=torch.bool, device=self.query.device)
         mask = self.arguments.get("attn_mask")
         if mask is not None:
-            seen = seen & permitted(mask, shape)
+            seen = permitted(mask, shape)
         if self.arguments.get("is_causal"):
-            seen = seen & causal_mask(*shape[-2:], alignment="top_left", device=seen.device)
-        return seen
+            causal = causal_mask(*shape[-2:], alignment=alignment, device=seen.device)
+            seen = causal if mask is None else _unexpanded(mask) & causal
+        return seen.expand(shape)
 
     def explicit(self) -> AttentionFunction:
         """The same with its mask spelled out: attn_mask alone, for all leading dimensions."""
@@ -255,6 +264,10 @@ class AttentionFunction:
         return AttentionFunction(
             self.function, self.query, self.key, self.value, {**others, "attn_mask": spelled}
         )
+
+
+def _unexpanded(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask > _FORBIDS
 
 
 def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
@@ -275,9 +288,8 @@ def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
             f"attn_mask: got {given}; accepted is a boolean torch.Tensor, True where a query may "
             "attend, or a tensor of floats that is added to the scores"
         )
-    seen = mask if mask.dtype == torch.bool else mask > _FORBIDS
     try:
-        return seen.expand(shape)
+        return _unexpanded(mask).expand(shape)
     except RuntimeError:
         raise ValueError(
             f"attn_mask: shape {tuple(mask.shape)} does not broadcast to the scores {shape}"

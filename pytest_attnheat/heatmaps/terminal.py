@@ -30,6 +30,7 @@ def format_heatmap(
     vmin: float = 0.0,
     vmax: float = 1.0,
     first_row: int = 0,
+    first_column: int = 0,
     marked: Collection[int] = (),
     notes: Sequence[str] | None = None,
     row_name: str = "q",
@@ -57,6 +58,7 @@ def format_heatmap(
         vmin: The value drawn as the lowest block.
         vmax: The value drawn as the highest block.
         first_row: The number of the first row, where `weights` is a part.
+        first_column: The number of the first column, likewise.
         marked: Rows to point at with ``<-``, counted from `first_row` on.
             Where rows are pooled, the line that holds a marked row is marked.
         notes: What stands on the right of each row in place of its sum, one
@@ -93,7 +95,7 @@ def format_heatmap(
             f"notes: got {len(notes)}; accepted is one for each row: {operand.shape[-2]}"
         )
     rows, columns = _spans(operand.shape[-2], max_rows), _spans(operand.shape[-1], max_columns)
-    caption = _caption(column_name, operand.shape[-1], columns)
+    caption = _caption(column_name, first_column, operand.shape[-1], columns)
     labels = [row_name + _label(span, first_row) for span in rows]
     arrows = [
         "  <-" if any(first_row + i in marked for i in range(s.start, s.stop)) else "" for s in rows
@@ -131,10 +133,10 @@ def _label(span: slice, first: int) -> str:
     return f"{first + span.start}-{first + last}"
 
 
-def _caption(name: str, size: int, columns: list[slice]) -> str:
+def _caption(name: str, first: int, size: int, columns: list[slice]) -> str:
     step = columns[0].stop
     pooled = f", the largest of each {step}" if step > 1 else ""
-    return f"{name} 0..{size - 1}{pooled}"
+    return f"{name} {first}..{first + size - 1}{pooled}"
 
 
 def map_name(place: tuple[int, ...]) -> str:
