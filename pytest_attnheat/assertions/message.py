@@ -62,7 +62,7 @@ def build_message(
     }
     lines = [f"{assertion}: {claim}"]
     lines += [f"  {name:<9}{text}" for name, text in entries.items() if text is not None]
-    lines.extend(f"  {line}" for line in picture.splitlines())
+    lines.extend(f"  {line}".rstrip() for line in picture.splitlines())
     return "\n".join(lines)
 
 

@@ -1,0 +1,328 @@
+"""Which outputs depend on what they must not see, and which do not on what they must see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.difference import index_of, relative_change
+from pytest_attnheat.assertions.scenes import Scene, touched
+
+# How many sets of places are tried before an output is believed to depend on all of them.
+_TRIALS = 12
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """What one pass replaces.
+
+    Attributes:
+        places: Boolean (*leading of the keys, key_len), or None.
+        queries: Boolean (*leading, query_len), or None.
+        content, like: As in `Scene.output`.
+    """
+
+    places: Tensor | None
+    queries: Tensor | None = None
+    content: str = "same"
+    like: int | None = None
+
+
+@dataclass(frozen=True)
+class Finding:
+    """Outputs that break the claim.
+
+    Attributes:
+        blind: Whether they do not depend on what they must see; else they depend on what they
+            must not see.
+        way: How it was found: "perturbation", "gradient" or "nan".
+        broken: How many outputs.
+        judged: Of how many.
+        entries: In how many batch entries and heads.
+        worst: The index of the worst output (*leading, query).
+        first: That of the first.
+        replacements: What was replaced when the worst and the first were found.
+    """
+
+    blind: bool
+    way: str
+    broken: int
+    judged: int
+    entries: int
+    worst: tuple[int, ...]
+    first: tuple[int, ...]
+    replacements: tuple[Replacement, Replacement]
+
+
+# An observer and what it depends on, or does not.
+_Pair: TypeAlias = tuple[tuple[int, ...], Replacement]
+
+
+class Search:
+    """Runs a scene a few times, each time with something else replaced."""
+
+    def __init__(
+        self,
+        scene: Scene,
+        base: Tensor,
+        *,
+        allowed: float,
+        passes: int,
+        start: Callable[[], None],
+    ) -> None:
+        """Prepare the search; the subject is not called.
+
+        Args:
+            scene: The subject.
+            base: Its output with nothing replaced.
+            allowed: By what part of its size an output may change.
+            passes: How many observers are judged for each batch entry and head.
+            start: Called before each call of the subject.
+
+        Raises:
+            ValueError: Nothing is forbidden: any dependence would be right.
+        """
+        self.scene, self.base, self.allowed = scene, base, allowed
+        self._passes, self._start = passes, start
+        self._judged = scene.judged & base.isfinite().all(-1)
+        self._watched = self._judged & ~scene.may_see.all(-1)
+        if not bool(self._watched.any()) and next(self._others(), None) is None:
+            raise ValueError(
+                "assert_no_leakage: every output may see every input, so there is nothing to "
+                "check; say causal=, lengths=, documents= or may_see=, or pass a larger batch"
+            )
+
+    def not_finite(self) -> Tensor:
+        """Which judged outputs are NaN or inf with nothing replaced; those that see nothing may."""
+        sees = self.scene.may_see.any(-1)
+        return ~self.base.isfinite().all(-1) & self.scene.judged & sees
+
+    def change(self, replaced: Replacement) -> Tensor:
+        """By what part of its size each output changes, (*leading, query_len)."""
+        return relative_change(self._output(replaced), self.base)
+
+    def change_at(self, replaced: Replacement, observer: tuple[int, ...]) -> float:
+        """By how much the output of one observer changes, the largest of its channels."""
+        off = self._output(replaced)[observer].double() - self.base[observer].double()
+        return float(off.abs().nan_to_num(nan=torch.inf).max())
+
+    def _output(self, replaced: Replacement) -> Tensor:
+        self._start()
+        return self.scene.output(replaced.places, replaced.queries, replaced.content, replaced.like)
+
+    def first_finding(
+        self, ways: Sequence[str], *, optional: bool, must_see: bool
+    ) -> Finding | None:
+        """Return what is broken, leaks before blindness, or None.
+
+        Args:
+            ways: "perturbation", "gradient", "nan".
+            optional: Whether a subject that is not differentiable may go without "gradient".
+            must_see: Whether blindness counts.
+
+        Raises:
+            ValueError: It is not differentiable, and that is not optional.
+        """
+        blind: Finding | None = None
+        if "perturbation" in ways:
+            replacements = [*self._others(), *self._hidden()]
+            leak, blind = self._perturb(replacements, "perturbation")
+            if leak is not None:
+                return leak
+        if "nan" in ways:
+            replacements = [Replacement(r.places, None, "nan") for r in self._hidden()]
+            leak, _ = self._perturb(replacements, "nan")
+            if leak is not None:
+                return leak
+        if "gradient" in ways:
+            leak, unseen = self._follow_gradients(optional=optional)
+            if leak is not None:
+                return leak
+            blind = unseen or blind  # which names the places
+        return blind if must_see else None
+
+    def _perturb(
+        self, replacements: Sequence[Replacement], way: str
+    ) -> tuple[Finding | None, Finding | None]:
+        """Replace, and find outputs that change but must not, or that never change but must."""
+        zeros = torch.zeros(self.scene.judged.shape, dtype=torch.float64, device=self.base.device)
+        leak, found_by = zeros.clone(), zeros.long()
+        judged, asked, felt = zeros.bool(), zeros.bool(), zeros.bool()
+        for number, replaced in enumerate(replacements):
+            change = self.change(replaced)
+            touched_ = self._touched(replaced)
+            mine = self._judged & ~touched_
+            asked |= self._judged & touched_
+            felt |= change > 0
+            judged |= mine
+            worse = mine & (change > leak)
+            leak = torch.where(worse, change, leak)
+            found_by = torch.where(worse, torch.full_like(found_by, number), found_by)
+
+        def finding(broken: Tensor, regarded: Tensor, worst: Tensor, *, blind: bool) -> Finding:
+            at = index_of(worst, broken), index_of(broken.flatten().int().argmax(), broken)
+            by = [replacements[int(found_by[place])] for place in at]
+            counts = int(broken.sum()), int(regarded.sum()), int(broken.any(-1).sum())
+            return Finding(blind, way, *counts, *at, (by[0], by[1]))
+
+        broken, unfelt = leak > self.allowed, asked & ~felt
+        return (
+            finding(broken, judged, leak.argmax(), blind=False) if bool(broken.any()) else None,
+            finding(unfelt, asked, unfelt.flatten().int().argmax(), blind=True)
+            if bool(unfelt.any())
+            else None,
+        )
+
+    def _touched(self, replaced: Replacement) -> Tensor:
+        """Which outputs may change."""
+        result = torch.zeros_like(self.scene.judged)
+        if replaced.places is not None:
+            result = touched(self.scene.may_see, self._spread(replaced.places))
+        return result if replaced.queries is None else result | replaced.queries
+
+    def _spread(self, places: Tensor) -> Tensor:
+        """Places of the keys for each of the heads that share them."""
+        groups = self.scene.groups
+        return places if groups == 1 else places.repeat_interleave(groups, -2)
+
+    def _shared(self, places: Tensor) -> Tensor:
+        """Of the heads that share their places, those of the first."""
+        return places[..., :: self.scene.groups, :] if self.scene.groups > 1 else places
+
+    def _hidden(self) -> Iterator[Replacement]:
+        """In each pass, for each batch entry and head, all that one observer must not see."""
+        if not bool(self._watched.any()):
+            return
+        for number in range(self._passes):
+            forbidden = ~self._seen_by(self._observers(number, self._passes))
+            forbidden &= self._watched.any(-1, keepdim=True)
+            content = "larger" if number % 2 else "same"
+            yield Replacement(self._shared(forbidden), None, content)
+
+    def _seen_by(self, observers: Tensor) -> Tensor:
+        """What one observer (*leading) per batch entry and head may see, (*leading, key_len)."""
+        key_len = self.scene.may_see.shape[-1]
+        index = observers[..., None, None].expand(*observers.shape, 1, key_len)
+        return self.scene.may_see.gather(-2, index).squeeze(-2)
+
+    def _observers(self, number: int, of: int) -> Tensor:
+        """Choose an observer per batch entry and head, so that all passes spread evenly."""
+        candidates = self._watched
+        none = ~candidates.any(-1, keepdim=True)
+        candidates = candidates | (none & self._judged)
+        count = candidates.sum(-1)
+        entries = torch.arange(count.numel(), device=count.device).reshape(count.shape)
+        share = (entries + number * count.numel()) / max(1, count.numel() * of - 1)
+        rank = (share * (count - 1).clamp(min=0)).round()
+        return (candidates.cumsum(-1) > rank.unsqueeze(-1)).int().argmax(-1)
+
+    def _others(self) -> Iterator[Replacement]:
+        """Every second batch entry, head and query, and then the rest."""
+        shape = self.scene.judged.shape
+        takes_queries = self.scene.place == "key"
+        for dim in range(len(shape) - (0 if takes_queries else 1)):
+            is_query, is_head = dim == len(shape) - 1, dim == len(shape) - 2
+            groups = self.scene.groups if is_head else 1
+            if shape[dim] <= groups:
+                continue
+            for odd in (0, 1):
+                chosen = torch.arange(shape[dim], device=self.base.device) // groups % 2 == odd
+                size = [1] * len(shape)
+                size[dim] = shape[dim]
+                queries = chosen.reshape(size).expand(shape)
+                places = None
+                if not is_query:
+                    key_len = self.scene.may_see.shape[-1]
+                    places = self._shared(queries[..., :1].expand(*shape[:-1], key_len))
+                yield Replacement(places, queries if takes_queries else None)
+
+    def _follow_gradients(self, *, optional: bool) -> tuple[Finding | None, Finding | None]:
+        """Two observers per batch entry and head: where their gradient is 0, and where not."""
+        chosen = [self._observers(number, 2) for number in range(2)]
+        rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
+        try:
+            gradients = self.scene.gradient(rows)
+        except (RuntimeError, NotImplementedError) as error:
+            if optional:
+                return None, None
+            raise ValueError(
+                f'by="gradient": the subject is not differentiable: {error}'
+            ) from error
+        leaks: list[_Pair] = []
+        unseen: list[_Pair] = []
+        judged = 0
+        for row, gradient in zip(rows, gradients, strict=True):
+            felt, seen = self._spread(gradient), self._seen_by(row.int().argmax(-1))
+            active = row.any(-1, keepdim=True)
+            judged += int(active.sum())
+            scale = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
+            leaks += self._pairs(row, ~(felt <= scale) & ~seen & active)
+            strongest = felt.masked_fill(~seen, 0).argmax(-1)
+            for observer, places in self._pairs(row, (felt == 0) & seen & active):
+                blind = self._blind(observer, places, int(strongest[observer[:-1]]))
+                unseen += [] if blind is None else [(observer, blind)]
+        return _of_pairs(leaks, judged, blind=False), _of_pairs(unseen, judged, blind=True)
+
+    def _as_rows(self, observers: Tensor, number: int) -> Tensor:
+        """Mark the observers, of the heads that share their keys only one."""
+        rows = torch.zeros_like(self.scene.judged)
+        rows.scatter_(-1, observers.unsqueeze(-1), True)
+        rows &= self._judged
+        if self.scene.groups > 1:
+            head = torch.arange(rows.shape[-2], device=rows.device)
+            mine = head % self.scene.groups == number % self.scene.groups
+            rows &= mine.unsqueeze(-1)
+        return rows
+
+    def _pairs(self, row: Tensor, places: Tensor) -> list[_Pair]:
+        """Pair each observer with those places of its own."""
+        pairs = []
+        for at in places.any(-1).nonzero().tolist():
+            observer = (*at, int(row[tuple(at)].int().argmax()))
+            alone = torch.zeros_like(places)
+            alone[tuple(at)] = places[tuple(at)]
+            shared = alone
+            if self.scene.groups > 1:
+                shared = torch.unflatten(alone, -2, (-1, self.scene.groups)).any(-2)
+            pairs.append((observer, Replacement(shared)))
+        return pairs
+
+    def _blind(
+        self, observer: tuple[int, ...], replaced: Replacement, strongest: int
+    ) -> Replacement | None:
+        """Some of the places that make no difference, whatever is there; None if all do.
+
+        A weight or a gradient may be rounded to 0 where the output does depend on a place; the
+        key that gets most attention brings some to any place.
+        """
+        assert replaced.places is not None
+        suspects = [replaced.places.nonzero()]
+        for _ in range(_TRIALS):
+            if not suspects:
+                break
+            some = suspects.pop(0)
+            places = torch.zeros_like(replaced.places)
+            places[tuple(some.T)] = True
+            contents = (
+                Replacement(places, None, content, like)
+                for content, like in (("larger", strongest), ("same", None), ("larger", None))
+            )
+            if all(self.change_at(content, observer) == 0 for content in contents):
+                return Replacement(places)
+            if len(some) > 1:
+                suspects += [some[: len(some) // 2], some[len(some) // 2 :]]
+        return None
+
+
+def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Finding | None:
+    if not pairs:
+        return None
+    observer, replaced = pairs[0]
+    entries = len({observer[:-1] for observer, _ in pairs})
+    return Finding(
+        blind, "gradient", len(pairs), judged, entries, observer, observer, (replaced, replaced)
+    )

@@ -1,0 +1,285 @@
+"""A subject whose inputs can be replaced place by place, to see which outputs change.
+
+A place is one position of the keys: of a sequence model, one token. An
+observer is one row of the output. `may_see` tells which places each observer
+may depend on.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pytest_attnheat.assertions.sequences import Subject
+from pytest_attnheat.assertions.subjects import AttentionFunction
+from pytest_attnheat.scoring import draw
+
+# What is looked at together of `may_see`, in bytes.
+_BYTES = 2**26
+# Replaced inputs are as large as the given ones, or larger by this factor.
+_LARGER = 8.0
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One reason why an observer may not see a place.
+
+    Attributes:
+        allowed: Boolean, broadcastable to `may_see`.
+        because: Says why not, from the index of the observer and the place.
+    """
+
+    allowed: Tensor
+    because: Callable[[tuple[int, ...], int], str]
+
+
+class Scene(Protocol):
+    """What the search for leaks needs to know of a subject.
+
+    Attributes:
+        may_see: (*leading, query_len, key_len), boolean
+        judged: (*leading, query_len): the observers whose output means something.
+        groups: How many of the last leading dimension share the places of one.
+        observer: What an observer is called, place: what a place is called.
+        rules: Why an observer may not see a place, in the order in which they are asked.
+    """
+
+    may_see: Tensor
+    judged: Tensor
+    groups: int
+    observer: str
+    place: str
+    rules: Sequence[Rule]
+
+    def output(
+        self,
+        places: Tensor | None = None,
+        queries: Tensor | None = None,
+        content: str = "same",
+        like: int | None = None,
+    ) -> Tensor:
+        """The output (*leading, query_len, width) with some places and queries replaced.
+
+        Args:
+            places: Boolean (*leading of the keys, key_len).
+            queries: Boolean (*leading, query_len); a sequence model has none.
+            content: `"same"` or `"larger"` size, or `"nan"`.
+            like: A place that gets the attention. The keys are replaced by its key, so that they
+                get as much; what a sequence model gets is only drawn anew.
+        """
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """How strongly the chosen observers depend on each place, (*leading of the keys, key_len).
+
+        Args:
+            observers: For each result, boolean (*leading, query_len).
+
+        Raises:
+            RuntimeError: The output is not differentiable.
+        """
+
+
+class FunctionScene:
+    """An attention function."""
+
+    observer, place = "query", "key"
+
+    def __init__(
+        self, subject: AttentionFunction, may_see: Tensor, rules: Sequence[Rule], seed: int
+    ) -> None:
+        self._subject = subject
+        self.may_see = may_see
+        self.judged = torch.ones(may_see.shape[:-1], dtype=torch.bool, device=may_see.device)
+        self.groups = subject.group
+        self.rules = rules
+        self._draw = partial(_noise, seed=seed)
+
+    def output(
+        self,
+        places: Tensor | None = None,
+        queries: Tensor | None = None,
+        content: str = "same",
+        like: int | None = None,
+    ) -> Tensor:
+        """The output with some keys (and their values) and queries replaced."""
+        inputs = {}
+        for name, where in (("query", queries), ("key", places), ("value", places)):
+            given = getattr(self._subject, name)
+            if where is not None:
+                noise = self._draw(given, name, content)
+                if name == "key" and like is not None:
+                    noise = given[..., like : like + 1, :]
+                inputs[name] = torch.where(where.unsqueeze(-1), noise, given)
+        return self._subject.run(**inputs)
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """The largest gradient of each key and its value."""
+        sources = [t.clone().requires_grad_() for t in (self._subject.key, self._subject.value)]
+        with torch.enable_grad():
+            key, value = (source.clone() for source in sources)  # which it may write to
+            output = self._subject.run(key=key, value=value)
+            found = _gradients(output, sources, observers)
+        return [_size(key).maximum(_size(value)) for key, value in found]
+
+
+class SequenceScene:
+    """A sequence model."""
+
+    groups = 1
+    observer = place = "token"
+
+    def __init__(
+        self,
+        subject: Subject,
+        may_see: Tensor,
+        judged: Tensor,
+        rules: Sequence[Rule],
+        *,
+        real: Tensor | None,
+        seed: int,
+    ) -> None:
+        self._subject = subject
+        self.may_see, self.judged, self.rules = may_see, judged, rules
+        self._run = partial(subject.run, real=real)
+        self._seed = seed
+
+    def output(
+        self,
+        places: Tensor | None = None,
+        queries: Tensor | None = None,
+        content: str = "same",
+        like: int | None = None,
+    ) -> Tensor:
+        """The output with some tokens replaced."""
+        given, seed = self._subject.inputs, self._seed + (0 if like is None else 1 + like)
+        if places is None:
+            return self._run(given)
+        if not self._subject.is_tokens:
+            noise = _noise(given, "inputs", content, seed=seed)
+            return self._run(torch.where(places.unsqueeze(-1), noise, given))
+        if content == "nan":
+            with _Embedded(given, lambda rows: rows.masked_fill(places.unsqueeze(-1), math.nan)):
+                return self._run(given)
+        return self._run(torch.where(places, _other_tokens(given, content, seed), given))
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of each token's input, or of its embedding."""
+        given = self._subject.inputs
+        with torch.enable_grad():
+            if self._subject.is_tokens:
+                with _Embedded(given, lambda rows: rows.detach().requires_grad_()) as embedded:
+                    output = self._run(given)
+                sources = embedded.changed
+                if not sources:
+                    raise RuntimeError("the token ids are not looked up by an embedding")
+            else:
+                sources = [given.clone().requires_grad_()]
+                output = self._run(sources[0].clone())  # which it may write to
+            found = _gradients(output, sources, observers)
+        return [_size(torch.stack(gradients).sum(0)) for gradients in found]
+
+
+class _Embedded(TorchFunctionMode):
+    """Changes the embeddings of some token ids wherever they are looked up."""
+
+    def __init__(self, ids: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._ids, self._change = ids, change
+        self.changed: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.embedding:
+            return result
+        ids = args[0] if args else kwargs["input"]
+        turned = _same(ids, self._ids.transpose(0, 1))  # the batch comes second
+        if not turned and not _same(ids, self._ids):
+            return result
+        changed = self._change(result.transpose(0, 1) if turned else result)
+        self.changed.append(changed)
+        return changed.transpose(0, 1) if turned else changed
+
+
+def _same(ids: Tensor, given: Tensor) -> bool:
+    return ids.shape == given.shape and torch.equal(ids, given)
+
+
+def _gradients(
+    output: Tensor, sources: Sequence[Tensor], observers: Sequence[Tensor]
+) -> list[tuple[Tensor, ...]]:
+    """The gradients of the chosen rows of the output, channels added up with random signs.
+
+    Equal signs would not do: a layer norm at the end adds up to a constant.
+    """
+    if not output.requires_grad:
+        raise RuntimeError("the output has no gradient")
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (output.shape[-1],), generator=generator) * 2 - 1
+    # Small gradients of float16 would be rounded to zero.
+    signs = signs.to(output) * (64.0 if output.dtype == torch.float16 else 1.0)
+    return [
+        torch.autograd.grad(
+            output,
+            list(sources),
+            chosen.unsqueeze(-1).to(output.dtype) * signs,
+            retain_graph=True,
+            materialize_grads=True,
+        )
+        for chosen in observers
+    ]
+
+
+def _size(gradient: Tensor) -> Tensor:
+    return gradient.detach().abs().amax(-1)
+
+
+def _noise(given: Tensor, name: str, content: str, *, seed: int) -> Tensor:
+    """Other content for an input: as large as the given one, or larger, or NaN."""
+    if content == "nan":
+        return torch.full_like(given, math.nan)
+    wide = given.double()
+    size = float(wide.square().mean().sqrt())
+    size = size if math.isfinite(size) and size > 0 else 1.0
+    factor = _LARGER if content == "larger" else 1.0
+    return (draw(f"{content} {name}", seed, *given.shape) * size * factor).to(given)
+
+
+def _other_tokens(given: Tensor, content: str, seed: int) -> Tensor:
+    """For each token id another one that the inputs hold too, so that the module knows it."""
+    known, which = torch.unique(given, return_inverse=True)
+    if len(known) == 1:
+        return torch.where(given > 0, given - 1, given + 1)
+    steps = draw(f"{content} tokens", seed, *given.shape).abs().mul(1e6).long().to(given.device)
+    others: Tensor = known[(which + 1 + steps % (len(known) - 1)) % len(known)]
+    return others
+
+
+def touched(may_see: Tensor, places: Tensor) -> Tensor:
+    """Tell which observers may see any of the places.
+
+    Args:
+        may_see: (*leading, query_len, key_len)
+        places: (*leading, key_len)
+
+    Returns:
+        (*leading, query_len)
+    """
+    query_len, key_len = may_see.shape[-2:]
+    step = max(1, _BYTES // key_len)
+    result = torch.empty(may_see.shape[:-1], dtype=torch.bool, device=may_see.device)
+    for at in product(*map(range, may_see.shape[:-2])):
+        seen, chosen = may_see[at], places[at]
+        for first in range(0, query_len, step):
+            rows = slice(first, first + step)
+            result[at][rows] = (seen[rows] & chosen).any(-1)
+    return result
