@@ -8,6 +8,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_attnheat.assertions.leakage import assert_no_leakage as assert_no_leakage
+    from pytest_attnheat.assertions.sequences import SequenceModel as SequenceModel
     from pytest_attnheat.assertions.rows import (
         assert_doubly_stochastic as assert_doubly_stochastic,
     )
@@ -76,6 +78,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _ROOM_OF = {
+    "SequenceModel": "assertions.sequences",
+    "assert_no_leakage": "assertions.leakage",
     "AdditiveScore": "scoring",
     "AttentionCase": "cases",
     "BilinearScore": "scoring",

@@ -56,12 +56,13 @@ def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = Fals
     return given
 
 
-def relative_change(got: Tensor, expected: Tensor) -> Tensor:
+def relative_change(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> Tensor:
     """Return by what part of its size each row of `got` is off.
 
     Args:
         got: (..., length, width)
         expected: The same shape, on any device.
+        floor: The size that a row has at least, where all of them may be nothing but rounding.
 
     Returns:
         (..., length) in float64. A row with NaN or inf is off by inf, also where both have it.
@@ -71,7 +72,7 @@ def relative_change(got: Tensor, expected: Tensor) -> Tensor:
     finite = size[size.isfinite()]
     usual = finite.median() if finite.numel() else size.new_zeros(())
     off = _rms(got.detach().to(torch.float64) - wanted)
-    relative = off / torch.maximum(size, usual)
+    relative = off / torch.maximum(size, usual).clamp(min=floor)
     relative = torch.where(off == 0, torch.zeros_like(off), relative)
     return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
 
@@ -88,6 +89,7 @@ def check_rows(
     claim: str,
     allowed: float,
     judged: Tensor | None = None,
+    floor: float = 0.0,
     place: Callable[[tuple[int, ...]], str] | None = None,
     cause: Callable[[Tensor], str | None] | None = None,
     repeat: str | None = None,
@@ -101,6 +103,7 @@ def check_rows(
         claim: What broken rows do, for instance "outputs change with the padding".
         allowed: The largest relative change of a row.
         judged: Which rows are judged, boolean (..., length); all by default.
+        floor: The size that a row has at least, see `relative_change`.
         place: Names a row by its index; "output[0, 3]" by default.
         cause: Looks at the relative changes (..., length), 0 where not judged, for a likely cause.
         repeat: What it takes to see the same again.
@@ -110,7 +113,7 @@ def check_rows(
         ValueError: No row is judged.
     """
     __tracebackhide__ = True
-    change = relative_change(got, expected)
+    change = relative_change(got, expected, floor=floor)
     counted = change.numel()
     if judged is not None:
         judged = judged.to(change.device).expand(change.shape)

@@ -228,8 +228,10 @@ def _cause_in(crop: Crop) -> str | None:
     """Read a likely cause from what the observers around the worst one see."""
     sees, forbidden, rightly = crop.sees, crop.forbidden, crop.seen_rightly
     wrongly = sees & forbidden
+    if not bool(wrongly.any()):
+        return None
     others = rightly & crop.judged.unsqueeze(-1) & (crop.steps != 0)
-    if bool(others.any()) and not bool(sees[others].any()) and bool(wrongly.any()):
+    if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
     strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
     if strongest.numel() and float(crop.changes[wrongly].max()) < _FAINT * float(strongest.max()):
@@ -245,8 +247,6 @@ def _cause_in(crop: Crop) -> str | None:
 def _places_too_many(crop: Crop, wrongly: Tensor) -> str | None:
     """Whether each sees the same number of places beyond the last that it may see."""
     ahead = _steps_ahead(crop)
-    if not bool(wrongly.any()):
-        return None
     extra = int(ahead[wrongly].max())
     if extra < 1 or not bool((wrongly == (crop.forbidden & (ahead >= 1) & (ahead <= extra))).all()):
         return None

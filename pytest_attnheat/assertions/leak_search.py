@@ -154,9 +154,11 @@ class Search:
         judged, asked, felt = zeros.bool(), zeros.bool(), zeros.bool()
         for number, replaced in enumerate(replacements):
             change = self.change(replaced)
-            touched_ = self._touched(replaced)
-            mine = self._judged & ~touched_
-            asked |= self._judged & touched_
+            may_change = self._reached(replaced)
+            asked |= self._judged & may_change
+            if replaced.queries is not None:
+                may_change = may_change | replaced.queries
+            mine = self._judged & ~may_change
             felt |= change > 0
             judged |= mine
             worse = mine & (change > leak)
@@ -177,12 +179,11 @@ class Search:
             else None,
         )
 
-    def _touched(self, replaced: Replacement) -> Tensor:
-        """Which outputs may change."""
-        result = torch.zeros_like(self.scene.judged)
-        if replaced.places is not None:
-            result = touched(self.scene.may_see, self._spread(replaced.places))
-        return result if replaced.queries is None else result | replaced.queries
+    def _reached(self, replaced: Replacement) -> Tensor:
+        """Which outputs may see what is replaced."""
+        if replaced.places is None:
+            return torch.zeros_like(self.scene.judged)
+        return touched(self.scene.may_see, self._spread(replaced.places))
 
     def _spread(self, places: Tensor) -> Tensor:
         """Places of the keys for each of the heads that share them."""

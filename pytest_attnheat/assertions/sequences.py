@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.subjects import as_input
 
 MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
-Decode: TypeAlias = Callable[[Tensor, Any], tuple[Any, Any]]
+Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
 
@@ -40,7 +40,7 @@ class SequenceModel:
             padding on the left of a module with absolute positions.
         decode: For a module with a cache of keys and values: `decode(inputs, cache)` returns
             the output for a further chunk of the sequence and the new cache; the cache of the
-            first chunk is None.
+            first chunk is None. Further arguments of the module are passed on to it by keyword.
         batch_first: Whether the batch is the first dimension of inputs and output, the
             length the second; if not, the other way round. Masks are (batch, length) always.
         output: Picks the output (batch, length, ...) from what the module returns. By default
@@ -239,7 +239,7 @@ def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
         mask=None if mask is None else _whole_numbers,
         mask_argument=mask,
         positions_argument="position_ids" if "position_ids" in taken else None,
-        decode=_CachedDecoding(module) if "past_key_values" in taken else None,
+        decode=CachedDecoding(module) if "past_key_values" in taken else None,
     )
 
 
@@ -247,14 +247,17 @@ def _whole_numbers(real: Tensor) -> Tensor:
     return real.long()
 
 
-class _CachedDecoding:
-    """One step of a transformers model with its cache of keys and values."""
+class CachedDecoding:
+    """One step of a transformers model with its cache of keys and values.
+
+    The cache that comes back is None where the model has none after all, as BERT.
+    """
 
     def __init__(self, module: Callable[..., Any]) -> None:
         self.module = module
 
-    def __call__(self, inputs: Tensor, cache: Any) -> tuple[Any, Any]:
-        result = self.module(inputs, past_key_values=cache, use_cache=True)
+    def __call__(self, inputs: Tensor, cache: Any, **arguments: Any) -> tuple[Any, Any]:
+        result = self.module(inputs, past_key_values=cache, use_cache=True, **arguments)
         return result, result.past_key_values
 
 

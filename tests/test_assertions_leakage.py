@@ -1,0 +1,440 @@
+"""No output depends on what it must not see, and each on what it must see."""
+
+import pytest
+import torch
+from attention_subjects import (
+    DTYPES,
+    TRANSFORMERS,
+    WIDTH,
+    causal_encoder,
+    encoder,
+    encoder_layer,
+    flex,
+    multihead,
+    of_transformers,
+    plain,
+    qkv,
+    randn,
+    tokens,
+)
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from pytest_attnheat import SequenceModel, assert_no_leakage
+
+FUNCTIONS = [sdpa, plain, flex]
+
+
+def message_of(subject, *inputs, **options):
+    with pytest.raises(AssertionError) as caught:
+        assert_no_leakage(subject, *inputs, **options)
+    return str(caught.value)
+
+
+def attention(
+    *,
+    diagonal=0,
+    fill=-torch.inf,
+    dim=-1,
+    inverted=False,
+    after=False,
+    corner=False,
+    open_head=None,
+):
+    """Attention by hand with one defect."""
+
+    def function(query, key, value, attn_mask=None, is_causal=False):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        query_len, key_len = scores.shape[-2:]
+        mask = torch.ones(query_len, key_len, dtype=torch.bool)
+        if is_causal:
+            mask = mask.tril(diagonal + (key_len - query_len if corner else 0))
+        if attn_mask is not None:
+            mask = mask & attn_mask
+        mask = (~mask if inverted else mask).expand(scores.shape).clone()
+        if open_head is not None:
+            mask[open_head] = True
+        if after:
+            return (scores.softmax(dim) * mask) @ value
+        return scores.masked_fill(~mask, fill).softmax(dim).nan_to_num(0.0) @ value
+
+    return function
+
+
+# --- attention functions that are right
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_a_causal_function_passes(function, dtype):
+    assert_no_leakage(function, *qkv(dtype=dtype), is_causal=True)
+    assert_no_leakage(function, *qkv(query_len=4, key_len=9, dtype=dtype), is_causal=True)
+    assert_no_leakage(function, *qkv(query_len=9, key_len=4, dtype=dtype), is_causal=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+def test_a_masked_function_passes(function, dtype):
+    mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5
+    mask[:, :, 2] = False  # a query that may see nothing
+    assert_no_leakage(function, *qkv(dtype=dtype), attn_mask=mask)
+
+
+@pytest.mark.parametrize("scale", [1, 5, 30])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_weights_that_underflow_are_not_taken_for_a_mask(dtype, scale):
+    query, key, value = qkv(query_len=33, key_len=33, dtype=dtype)
+    for seed in range(3):
+        assert_no_leakage(sdpa, query * scale, key, value, is_causal=True, seed=seed)
+
+
+def test_an_additive_mask_and_a_bias_are_understood():
+    mask = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1) > 0, -torch.inf)
+    assert_no_leakage(sdpa, *qkv(), attn_mask=mask)
+    lowest = mask.clamp(min=torch.finfo(torch.float32).min)
+    assert_no_leakage(sdpa, *qkv(), attn_mask=lowest + randn(6, 6))
+
+
+def test_grouped_heads_pass():
+    query, _, _ = qkv(heads=6)
+    _, key, value = qkv(heads=3)
+    assert_no_leakage(sdpa, query, key, value, enable_gqa=True, is_causal=True)
+
+
+def test_three_and_two_dimensions_pass():
+    query, key, value = qkv()
+    assert_no_leakage(sdpa, query[0], key[0], value[0], is_causal=True)
+    assert_no_leakage(plain, query[0, 0], key[0, 0], value[0, 0], is_causal=True)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_multihead_attention_passes_as_a_function(batch_first):
+    x = randn(3, 6, WIDTH)
+    mask = torch.ones(3, 6, 6, dtype=torch.bool).tril()
+    mask[1, :, 0] = False
+    assert_no_leakage(multihead(batch_first), x, x, x, attn_mask=mask)
+    assert_no_leakage(multihead(batch_first), x, x, x, is_causal=True)
+
+
+def test_an_own_alignment_can_be_declared():
+    function, inputs = attention(corner=True), qkv(query_len=4, key_len=9)
+    assert_no_leakage(function, *inputs, is_causal=True, alignment="bottom_right")
+    assert "bottom right, not the top left" in message_of(function, *inputs, is_causal=True)
+
+
+# --- sequence models that are right
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
+def test_models_of_transformers_pass(name, implementation, dtype):
+    model = of_transformers(name, implementation, dtype)
+    causal = name != "bert"
+    if causal:
+        assert_no_leakage(model, tokens(2, 12))
+    assert_no_leakage(model, tokens(3, 12), causal=causal, lengths=[12, 9, 5])
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize(
+    "module", [multihead(), multihead(False), encoder_layer(), encoder_layer(False), encoder()],
+    ids=["multihead", "multihead, batch second", "layer", "layer, batch second", "encoder"],
+)  # fmt: skip
+def test_padded_modules_of_torch_pass(module, side):
+    assert_no_leakage(module, randn(3, 9, WIDTH), lengths=[9, 5, 3], side=side)
+
+
+def test_causal_modules_of_torch_pass():
+    masked = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    assert_no_leakage(encoder_layer(), randn(1, 9, WIDTH), src_mask=masked, is_causal=True)
+    assert_no_leakage(causal_encoder(), tokens(1, 9))
+    assert_no_leakage(causal_encoder(), tokens(3, 9), by=["gradient"])
+
+
+def test_a_module_says_once_how_it_takes_its_mask():
+    model = SequenceModel(causal_encoder(), mask="drop", mask_argument="padding")
+    assert_no_leakage(model, tokens(3, 9), causal=True, lengths=[9, 7, 4])
+
+
+def test_packed_documents_pass_where_the_mask_separates_them():
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    separate = documents.unsqueeze(-1) != documents.unsqueeze(-2)
+    x = randn(1, 7, WIDTH)
+    assert_no_leakage(encoder_layer(), x, documents=documents, src_mask=separate[0])
+    assert "token 0 sees token" in message_of(encoder_layer(), x, documents=documents)
+
+
+# --- defects
+
+
+def test_a_mask_that_is_off_by_one_is_found():
+    message = message_of(attention(diagonal=1), *qkv(), is_causal=True)
+    assert message.startswith(
+        "assert_no_leakage: 24 of 36 outputs depend on what they must not see\n"
+        "  worst    query 1 sees key 2, one step in its future; output[0, 2, 1] changes by "
+    )
+    assert "\n  first    query 0 sees key 1, one step in its future; output[0, 0, 0]" in message
+    assert "\n  cause    each sees one place too many: a causal mask that is off by one?" in message
+    assert "\n  tensor   float32 (2, 3, 6, 10) on cpu\n  repeat   seed=0\n" in message
+    assert (
+        "  head [0, 2], change when each is replaced    keys 0..5\n    q0  █▆····    <-" in message
+    )
+
+
+@pytest.mark.parametrize(
+    ("defect", "cause"),
+    [
+        ({"diagonal": 99}, "all that is forbidden here is seen: no mask is applied, or only after"),
+        ({"after": True}, "all that is forbidden here is seen: no mask is applied, or only after"),
+        ({"inverted": True}, "a mask of the opposite meaning?"),
+        ({"fill": -10.0}, "far fainter than what may be seen: a fill of the mask that is too"),
+    ],
+)
+def test_the_cause_of_a_leaking_function_is_named(defect, cause):
+    message = message_of(attention(**defect), *qkv(), is_causal=True)
+    assert "27 of 36 outputs" in message
+    assert cause in message
+
+
+@pytest.mark.parametrize(
+    ("dim", "other", "cause"),
+    [
+        (-2, "query 5 depends on query 0;", "softmax over the query axis (dim=-2)?"),
+        (1, "query 5 depends on head 0, its own is 1;", "softmax over the heads?"),
+        (0, "query 5 depends on batch entry 0, its own is 1;", "over the batch"),
+    ],
+)
+def test_a_softmax_over_another_axis_is_found(dim, other, cause):
+    message = message_of(attention(dim=dim), *qkv())
+    assert "36 of 36 outputs" in message
+    assert other in message
+    assert cause in message
+
+
+def test_a_leak_in_a_single_head_is_found_and_the_head_is_named():
+    message = message_of(attention(open_head=(1, 2)), *qkv(heads=7), is_causal=True)
+    assert "of 84 outputs depend on what they must not see, all in head [1, 2]" in message
+
+
+def test_grouped_heads_in_another_order_are_found():
+    def tiled(query, key, value, enable_gqa):
+        groups = query.shape[1] // key.shape[1]
+        return sdpa(query, key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1))
+
+    query, _, _ = qkv(heads=6)
+    message = message_of(tiled, query, *qkv(heads=3)[1:], enable_gqa=True)
+    assert "query 5 depends on key head 2, its own is 1" in message
+    assert "grouped heads in another order (repeat in place of repeat_interleave)?" in message
+
+
+def test_a_query_that_sees_too_little_is_found():
+    message = message_of(attention(diagonal=-1), *qkv(), is_causal=True)
+    assert "12 of 12 outputs do not depend on what they must see" in message
+    assert "query 0 does not see key 0: whatever is there, output[0, 0, 0] stays" in message
+    assert "cause    the last that it may see, its own place: a mask that closes one" in message
+    assert_no_leakage(attention(diagonal=-1), *qkv(), is_causal=True, must_see=False)
+
+
+class Wrong(nn.Module):
+    """A language model with one defect."""
+
+    def __init__(self, defect):
+        super().__init__()
+        self.model, self.defect = causal_encoder(), defect
+
+    def forward(self, ids):
+        return self.defect(self, self.model(ids), ids)
+
+    def alone(self, ids):
+        return self.model.head(self.model.embedding(ids))
+
+
+def test_a_language_model_that_peeks_at_the_next_token_is_found():
+    model = Wrong(lambda self, out, ids: out + 0.1 * self.alone(ids).roll(-1, 1))
+    for by in ("perturbation", "gradient"):
+        message = message_of(model, tokens(3, 40), by=by)
+        assert "token 0 sees token 1, one step in its future; output[0, 0] changes by" in message
+        assert "each sees one place too many: a causal mask that is off by one?" in message
+
+
+def test_a_language_model_with_a_mean_over_the_sequence_is_found():
+    model = Wrong(lambda self, out, ids: out + 1e-3 * out.mean(1, keepdim=True))
+    message = message_of(model, tokens(1, 40))
+    assert "far fainter than what may be seen" in message
+    assert "a mean or a norm over the whole length?" in message
+
+
+def test_a_language_model_that_mixes_the_batch_is_found():
+    model = Wrong(lambda self, out, ids: out - out.mean(0))
+    message = message_of(model, tokens(3, 12))
+    assert "36 of 36 outputs" in message
+    assert "depends on batch entry 0, its own is 1; output[1, " in message
+
+
+def test_a_language_model_that_sees_no_other_token_is_found():
+    message = message_of(Wrong(lambda self, out, ids: 0 * out + self.alone(ids)), tokens(3, 12))
+    assert "outputs do not depend on what they must see" in message
+    assert "does not see token" in message
+
+
+def test_a_leak_that_only_the_gradient_shows_is_found():
+    def hidden(query, key, value):  # equal in value, but the graph runs through all keys
+        output = sdpa(query, key, value, is_causal=True)
+        return output + (value.mean(-2, keepdim=True) - value.mean(-2, keepdim=True).detach())
+
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    message = message_of(hidden, *qkv(), may_see=mask)
+    assert "has a gradient there, but does not change" in message
+    assert_no_leakage(hidden, *qkv(), may_see=mask, by="perturbation")
+
+
+def test_padding_that_is_ignored_is_found():
+    ignoring = SequenceModel(lambda x, mask: encoder_layer()(x), mask="drop", mask_argument="mask")
+    message = message_of(ignoring, randn(2, 9, WIDTH), lengths=[9, 6])
+    assert "outputs depend on what they must not see, all in batch entry 1" in message
+    assert "token 0 sees token 6, padding (of its sequence 6 tokens are real);" in message
+
+
+def test_a_mask_of_the_wrong_meaning_is_found():
+    wrong = SequenceModel(encoder_layer(), mask="keep", mask_argument="src_key_padding_mask")
+    message = message_of(wrong, randn(3, 9, WIDTH), lengths=[8, 6, 5])
+    assert "padding (of its sequence" in message
+    assert (
+        "what may be seen is not, and the forbidden is: a mask of the opposite meaning?" in message
+    )
+
+
+def test_documents_that_see_one_another_are_found():
+    documents = torch.tensor([[0] * 5 + [1] * 7])
+    message = message_of(causal_encoder(), tokens(1, 12), documents=documents, causal=True)
+    assert "sees token 0, of document 0, its own is 1;" in message
+
+
+def test_nan_gets_through_the_kernels_of_torch_and_is_found_on_request():
+    message = message_of(sdpa, *qkv(), is_causal=True, by="nan")
+    assert "sees key 1, one step in its future; output[0, 0, 0] is no longer finite" in message
+    assert "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too" in message
+    assert "is no longer finite" in message_of(causal_encoder(), tokens(1, 9), by="nan")
+
+
+def test_a_function_that_keeps_nan_out_passes():
+    def careful(query, key, value, is_causal):
+        rows = []
+        for i in range(query.shape[-2]):
+            seen = slice(0, i + 1)
+            rows.append(sdpa(query[..., i : i + 1, :], key[..., seen, :], value[..., seen, :]))
+        return torch.cat(rows, -2)
+
+    assert_no_leakage(careful, *qkv(), is_causal=True, by=["perturbation", "nan", "gradient"])
+
+
+def test_an_output_that_is_nan_already_is_an_error():
+    def broken(query, key, value):
+        return sdpa(query, key, value).index_fill(-2, torch.tensor([4]), torch.nan)
+
+    message = message_of(broken, *qkv())
+    assert "6 of 36 outputs are not finite with nothing replaced" in message
+    assert "worst    output[0, 0, 4] holds nan" in message
+
+
+# --- what it refuses, and what it leaves behind
+
+
+def test_nothing_forbidden_is_an_error():
+    with pytest.raises(ValueError, match=r"every output may see every input.*say causal="):
+        assert_no_leakage(encoder_layer(), randn(1, 9, WIDTH), causal=False)
+    assert_no_leakage(encoder_layer(), randn(2, 9, WIDTH), causal=False)  # but not one another
+
+
+def test_bad_arguments_are_refused():
+    query, key, value = qkv()
+    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+        assert_no_leakage(sdpa, query, key)
+    with pytest.raises(ValueError, match=r"by: got 'luck'; accepted are \('perturbation'"):
+        assert_no_leakage(sdpa, query, key, value, by="luck")
+    with pytest.raises(ValueError, match="passes: got 0"):
+        assert_no_leakage(sdpa, query, key, value, passes=0)
+    with pytest.raises(ValueError, match="causal: an attention function is told what may be seen"):
+        assert_no_leakage(sdpa, query, key, value, causal=True)
+    with pytest.raises(ValueError, match="same length; got key"):
+        assert_no_leakage(sdpa, query, key, value[..., 1:, :])
+    with pytest.raises(TypeError, match="must have one dtype"):
+        assert_no_leakage(sdpa, query, key, value.double())
+    with pytest.raises(ValueError, match="has no elements"):
+        assert_no_leakage(sdpa, query[:0], key[:0], value[:0])
+    with pytest.raises(ValueError, match="lengths: got 2 of them for a batch of 3"):
+        assert_no_leakage(encoder_layer(), randn(3, 9, WIDTH), lengths=[9, 5])
+    with pytest.raises(TypeError, match=r"documents: got torch\.float32"):
+        assert_no_leakage(encoder_layer(), randn(3, 9, WIDTH), documents=torch.zeros(3, 9))
+    with pytest.raises(ValueError, match='by="gradient": the subject is not differentiable'):
+        assert_no_leakage(lambda q, k, v: sdpa(q, k, v).detach(), query, key, value, by="gradient")
+
+
+def test_a_subject_that_answers_at_random_is_refused_unless_told():
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True)
+    masked = torch.ones(9, 9, dtype=torch.bool).triu(1)
+    with pytest.raises(ValueError, match=r"TransformerEncoderLayer is in training mode \(dropout"):
+        assert_no_leakage(layer, randn(2, 9, WIDTH), src_mask=masked)
+    assert_no_leakage(layer, randn(2, 9, WIDTH), src_mask=masked, training=True)
+    assert layer.training
+
+
+def test_the_subject_is_left_as_it_was_found():
+    layer = nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True).eval()
+    inputs = randn(2, 9, WIDTH).requires_grad_()
+    before, content = torch.get_rng_state(), inputs.detach().clone()
+    with pytest.raises(AssertionError):
+        assert_no_leakage(layer, inputs)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(inputs, content)
+    assert inputs.grad is None
+    assert all(p.grad is None for p in layer.parameters())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in layer.modules())
+    assert not layer.training
+
+
+def test_a_subject_that_writes_to_its_inputs_does_not_disturb_the_search():
+    def writing(query, key, value, is_causal):
+        query.mul_(query.shape[-1] ** -0.5)
+        return sdpa(query, key, value, is_causal=is_causal, scale=1.0)
+
+    inputs = [t.clone() for t in qkv()]
+    assert_no_leakage(writing, *inputs, is_causal=True)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, qkv(), strict=True))
+
+
+def test_it_takes_inputs_that_are_not_contiguous_and_inference_tensors():
+    query, key, value = (t.mT.contiguous().mT for t in qkv())
+    assert_no_leakage(sdpa, query, key, value, is_causal=True)
+    with torch.inference_mode():
+        inputs = [t.clone() for t in qkv()]
+    assert_no_leakage(sdpa, *inputs, is_causal=True)
+
+
+@pytest.mark.parametrize("length", [1, 2, 130])
+def test_lengths_from_one_on_are_judged(length):
+    assert_no_leakage(sdpa, *qkv(query_len=length, key_len=length), is_causal=True)
+    longer = qkv(query_len=length + 2, key_len=length + 2)
+    assert "no mask" in message_of(attention(diagonal=999), *longer, is_causal=True)
+
+
+def test_the_subject_is_called_no_more_than_promised():
+    calls = []
+
+    class Counting(nn.Module):
+        def forward(self, ids):
+            calls.append(torch.is_grad_enabled())
+            return causal_encoder()(ids)
+
+    assert_no_leakage(Counting().eval(), tokens(4, 32))
+    assert len(calls) == 2 + 2 + 4 + 1
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_it_judges_on_a_gpu(dtype):
+    inputs = [t.cuda() for t in qkv(query_len=33, key_len=33, dtype=dtype)]
+    assert_no_leakage(sdpa, *inputs, is_causal=True)
+    with pytest.raises(AssertionError, match="on cuda"):
+        assert_no_leakage(sdpa, *inputs, may_see=torch.ones(33, 33, dtype=torch.bool).tril().cuda())
