@@ -1,0 +1,123 @@
+"""Causal attention as a rule, and what else weights in the future or far in the past may follow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+
+from pytest_attnheat.assertions.masking_causes import constant, finite_mask, not_a_number
+from pytest_attnheat.assertions.masking_evidence import Evidence, named
+from pytest_attnheat.reference import Alignment, causal_mask, sliding_window_mask
+
+Candidate = tuple[torch.Tensor, str]
+
+
+@dataclass(frozen=True)
+class CausalRule:
+    """Which keys a causal query may attend to.
+
+    Attributes:
+        query_len: Number of queries.
+        key_len: Number of keys.
+        alignment: Where query 0 stands.
+        window: How many keys before its own position a query may attend to, None for all.
+    """
+
+    query_len: int
+    key_len: int
+    alignment: Alignment
+    window: int | None
+
+    @property
+    def offset(self) -> int:
+        """The position of query 0, counted in keys."""
+        return self.key_len - self.query_len if self.alignment == "bottom_right" else 0
+
+    @property
+    def forbids_something(self) -> bool:
+        """Whether there is any key that some query may not attend to."""
+        last = self.offset + self.query_len - 1
+        before_window = self.window is not None and last - self.window > 0
+        return self.offset < self.key_len - 1 or before_window
+
+    def __str__(self) -> str:
+        """Say it in the words of the arguments."""
+        named = "" if self.query_len == self.key_len else f" with alignment={self.alignment!r}"
+        window = "" if self.window is None else f" and window={self.window}"
+        return f"causal attention{named}{window}"
+
+    def mask(self, device: torch.device) -> torch.Tensor:
+        """Return the mask of all queries, ``(query_len, key_len)``."""
+        lengths = self.query_len, self.key_len
+        if self.window is None:
+            return causal_mask(*lengths, alignment=self.alignment, device=device)
+        window = (self.window, 0)
+        return sliding_window_mask(*lengths, window=window, alignment=self.alignment, device=device)
+
+    def rows(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return the mask of some queries, ``(n, key_len)``."""
+        behind = self.behind(queries)
+        permitted = behind >= 0
+        return permitted if self.window is None else permitted & (behind <= self.window)
+
+    def behind(self, queries: torch.Tensor) -> torch.Tensor:
+        """Return how many keys each key is behind each query, below 0 in its future."""
+        return queries.unsqueeze(-1) + self.offset - torch.arange(self.key_len)
+
+
+def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
+    """Return a likely cause of weight in the future, or before the window, or None."""
+    telling = evidence.telling()
+    candidates = _first_that_explains(telling, _causal_candidates(telling.queries, rule))
+    causes = (constant(telling), finite_mask(telling), candidates, not_a_number(evidence))
+    return named(evidence, causes)
+
+
+def _causal_candidates(queries: torch.Tensor, rule: CausalRule) -> Iterator[Candidate]:
+    """Yield other masks that causal code may have used by mistake.
+
+    The widest first where some are the same: in small maps a window that is
+    one too wide is no window, and a diagonal that is off by one no mask.
+    """
+    behind = rule.behind(queries)
+    if rule.query_len != rule.key_len:
+        name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
+        other = replace(rule, alignment=name).rows(queries)
+        yield other, f'weight lies exactly where alignment="{name}" permits it'
+    yield (
+        torch.ones_like(behind, dtype=torch.bool),
+        ("every query gives weight to every key: no mask was applied?"),
+    )
+    if rule.window is None:
+        yield (
+            behind >= -1,
+            "every query sees exactly one key of its future: the diagonal is off by one?",
+        )
+    else:
+        yield behind >= 0, f"every query sees all keys before it: no window of {rule.window}?"
+        yield (
+            (behind >= 0) & (behind <= rule.window + 1),
+            "every query sees exactly one key before its window: the window is one key too wide?",
+        )
+        yield (
+            (behind >= -1) & (behind <= rule.window),
+            "every query sees exactly one key of its future: the diagonal is off by one?",
+        )
+        yield (
+            behind.abs() <= rule.window,
+            "the window reaches as far into the future as into the past: no causal mask?",
+        )
+    yield behind <= 0, "every query sees itself and its future, not its past: mask.mT?"
+    yield (
+        ~rule.rows(queries),
+        "all weight lies on keys that causal attention forbids: a mask of the opposite meaning?",
+    )
+
+
+def _first_that_explains(evidence: Evidence, candidates: Iterable[Candidate]) -> str | None:
+    for other, sentence in candidates:
+        if evidence.explained_by(other):
+            return sentence
+    return None

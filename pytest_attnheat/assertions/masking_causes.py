@@ -1,0 +1,277 @@
+"""Likely causes of weight in the wrong places, read from the map with the worst one.
+
+Most causes are another mask than the one that was claimed. Such a mask is
+named only where it explains all there is: no weight outside of it, and weight
+on nearly all that it permits and the claimed one does not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from pytest_attnheat.assertions.masking_evidence import (
+    NEARLY_ALL,
+    SAMPLE,
+    Evidence,
+    named,
+    share,
+)
+from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.inputs import Operand, dtype_name
+from pytest_attnheat.reference import padding_mask
+
+Side = Literal["right", "left"]
+
+# The most batch entries that a sample holds.
+_SAMPLE_ENTRIES = 64
+
+
+def mask_cause(evidence: Evidence) -> str | None:
+    """Return a likely cause of weight that a mask forbids, or None."""
+    return named(evidence, _mask_causes(evidence))
+
+
+def support_cause(evidence: Evidence) -> str | None:
+    """Return a likely cause of weight that is not where a mask permits it, or None."""
+    if evidence.finding.claim.kind == "outside":
+        return mask_cause(evidence)
+    return named(evidence, _missing_causes(evidence))
+
+
+def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
+    """Return a likely cause of weight on padding, or None."""
+    telling = evidence.telling()
+    causes = (
+        constant(telling),
+        finite_mask(telling),
+        other_padding(evidence, lengths, side),
+        padded_queries(telling, lengths, side),
+        no_padding(evidence, lengths),
+        not_a_number(evidence),
+    )
+    return named(evidence, causes)
+
+
+def not_a_number(evidence: Evidence) -> str | None:
+    """A row that is NaN throughout, masked keys included."""
+    if not bool(evidence.worst_row.isnan().all()):
+        return None
+    return "this row is NaN at every key: NaN in its scores, or no key left by the mask in use?"
+
+
+def constant(evidence: Evidence) -> str | None:
+    """All masked keys hold one number, and the others do not."""
+    masked = evidence.rows[~evidence.permitted]
+    others = evidence.rows[evidence.permitted]
+    if masked.numel() < 4 or others.numel() == 0:
+        return None
+    low, high = float(masked.min()), float(masked.max())
+    if low <= 0 or high > low * 1.001 or share((others - low).abs() <= 1e-3 * low) > 0.5:
+        return None
+    return f"every masked weight is {low:.3g}: clamped or smoothed after the mask?"
+
+
+def finite_mask(evidence: Evidence) -> str | None:
+    """Masked keys hold a little weight, far less than permitted ones."""
+    rows, permitted = evidence.rows, evidence.permitted
+    both = permitted.any(-1) & ~permitted.all(-1)
+    if int(both.sum()) < 3 or share(rows[~permitted] > 0) < NEARLY_ALL:
+        return None
+    masked = rows.masked_fill(permitted, 0).amax(-1)[both]
+    largest = rows.masked_fill(~permitted, 0).amax(-1)[both]
+    if bool((masked > 0.05 * largest).any()):
+        return None
+    return (
+        f"masked keys get a little weight each, {float(masked.max()):.1e} at most: masked by a "
+        "finite number that is too small?"
+    )
+
+
+def _mask_causes(evidence: Evidence) -> Iterator[str | None]:
+    telling = evidence.telling()
+    forbidden = ~telling.permitted
+    yield constant(telling)
+    yield finite_mask(telling)
+    if telling.explained_by(forbidden):
+        yield (
+            "all weight lies on keys that the mask forbids: a mask of the opposite meaning? "
+            "Then pass ~mask"
+        )
+    other = _other_maps_mask(telling)
+    if other is not None:
+        yield other
+    if telling.explained_by(torch.ones_like(forbidden)):
+        yield "masked keys get weight like the others: no mask was applied?"
+    # Last: another mask may leave rows without a key, and those are NaN too.
+    yield not_a_number(evidence)
+
+
+def _other_maps_mask(evidence: Evidence) -> str | None:
+    """The weights are those of the mask transposed, or of that of another batch entry."""
+    place, mask = evidence.finding.worst[:-2], evidence.mask
+    query_len, key_len = evidence.weights.shape[-2:]
+    if query_len == key_len == mask.shape[-1] == mask.shape[-2]:
+        transposed = _rows_of(mask.mT, place, evidence.queries, key_len)
+        if evidence.explained_by(transposed):
+            return "weight lies where the transposed mask permits it: mask.mT?"
+    if not place or mask.shape[0] == 1:
+        return None
+    for entry in range(min(mask.shape[0], _SAMPLE_ENTRIES)):
+        other = _rows_of(mask, (entry, *place[1:]), evidence.queries, key_len)
+        # One that permits every key would be no mask at all.
+        if not bool(other.all()) and evidence.explained_by(other):
+            return (
+                f"the weights of entry {place[0]} lie where the mask of entry {entry} permits "
+                "them: entries in another order?"
+            )
+    return None
+
+
+def _rows_of(
+    mask: Operand, place: tuple[int, ...], queries: torch.Tensor, key_len: int
+) -> torch.Tensor:
+    rows = []
+    for query in queries.tolist():
+        spans = (*(slice(i, i + 1) for i in (*place, query)), slice(0, key_len))
+        rows.append(mask_at(mask, spans).cpu().flatten().expand(key_len))
+    return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool)
+
+
+def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
+    """Only queries that are padding themselves attend to padding."""
+    query_len, key_len = evidence.weights.shape[-2:]
+    length = lengths[evidence.finding.worst[0]]
+    if query_len != key_len or not 0 < length < query_len:
+        return None
+    real = evidence.queries < length
+    if side == "left":
+        real = evidence.queries >= query_len - length
+    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
+    if not bool(real.any()) or bool(leaks[real].any()) or not bool(leaks[~real].all()):
+        return None
+    return (
+        "only queries that are padding themselves attend to it: fully masked rows? Then pass the "
+        "whole mask to assert_masked, with fully_masked="
+    )
+
+
+def other_padding(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
+    """Batch entries are masked, but as if other keys were padding."""
+    seen = _seen_keys(evidence)
+    key_len = seen.shape[-1]
+    if len(seen) < len(lengths):
+        return None
+    other: Side = "left" if side == "right" else "right"
+    if torch.equal(seen, _real(lengths, key_len, other)):
+        return f'weight lies exactly where side="{other}" permits it'
+    found = [int(entry.sum()) for entry in seen]
+    if not torch.equal(seen, _real(found, key_len, side)):
+        return None
+    if found == [min(length + 1, key_len) for length in lengths]:
+        return "every batch entry sees exactly one padded key: the length is off by one?"
+    if sorted(found) == sorted(lengths):
+        return f"weight lies where the lengths {found} permit it: lengths in another order?"
+    return None
+
+
+def no_padding(evidence: Evidence, lengths: Sequence[int]) -> str | None:
+    """Every key of every batch entry gets weight."""
+    seen = _seen_keys(evidence)
+    padded = [i for i, length in enumerate(lengths[: len(seen)]) if length < seen.shape[-1]]
+    if not padded or not bool(seen[padded].all()):
+        return None
+    return "padding gets weight like the rest: no padding mask was applied?"
+
+
+def _real(lengths: Sequence[int], key_len: int, side: Side) -> torch.Tensor:
+    return padding_mask(lengths, key_len, side=side, device="cpu").flatten(1)
+
+
+def _seen_keys(evidence: Evidence) -> torch.Tensor:
+    """Return which keys of each batch entry get weight from any query, ``(batch, keys)``."""
+    weights, place = evidence.weights, evidence.finding.worst[1:-2]
+    query_len, key_len = weights.shape[-2:]
+    entries = min(weights.shape[0], _SAMPLE_ENTRIES)
+    count = min(query_len, max(2, SAMPLE // (entries * key_len)))
+    # Causal queries see all real keys only at the end, so the last one must be among them.
+    queries = [query_len - 1 - i * query_len // count for i in range(count)]
+    seen = torch.zeros(entries, key_len, dtype=torch.bool)
+    for entry in range(entries):
+        for query in queries:
+            spans = (*(slice(i, i + 1) for i in (entry, *place, query)), slice(0, key_len))
+            seen[entry] |= (weights[spans].double() != 0).cpu().flatten()
+    return seen
+
+
+def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
+    """Yield causes of permitted places without weight."""
+    if evidence.finding.value < 0:
+        yield "negative weights: scores that no softmax has seen, or a difference of weights?"
+        return
+    query_len, key_len = evidence.weights.shape[-2:]
+    finite = replace(evidence, permitted=evidence.permitted & evidence.rows.isfinite())
+    permitted = finite.permitted
+    if int(permitted.sum()) >= 2 and not bool(finite.rows[permitted].any()):
+        yield "this map holds only zeros where the mask permits weight: a head that was left out?"
+    # The one permitted key of a row is its first and its last: it says neither.
+    several = permitted & (permitted.sum(-1, keepdim=True) > 1)
+    keys = torch.arange(key_len)
+    last = several & (several.flip(-1).int().cumsum(-1).flip(-1) == 1)
+    first = several & (several.int().cumsum(-1) == 1)
+    own = keys == finite.queries.unsqueeze(-1) + (key_len - query_len)
+    single = permitted & ~several
+    # Only where a window is full can it be cut short.
+    count = permitted.sum(-1, keepdim=True)
+    full = count == count.max()
+    for missing, sentence in (
+        (
+            permitted & own,
+            "no query gives weight to its own position: key < query in place of key <= query?",
+        ),
+        (last, "the last permitted key of every row gets no weight: off by one?"),
+        (
+            first & full,
+            "the first permitted key gets no weight: off by one, or a window that is one key too "
+            "narrow?",
+        ),
+        (
+            permitted & (keys > finite.queries.unsqueeze(-1) + (key_len - query_len)),
+            "no query gives weight to its future: a causal mask where none was meant?",
+        ),
+    ):
+        if finite.lacks_exactly(missing) or finite.lacks_exactly(missing | single):
+            yield sentence
+    empty = (finite.rows == 0).all(-1, keepdim=True) & permitted
+    if finite.lacks_exactly(empty):
+        rows = int(empty.any(-1).sum())
+        these = "1 row holds" if rows == 1 else f"{rows} rows hold"
+        yield f"{these} only zeros although the mask permits keys"
+    yield underflow(finite)
+    yield not_a_number(evidence)
+
+
+def underflow(evidence: Evidence) -> str | None:
+    """Zeros beside weights that are nearly too small for their dtype.
+
+    Halfway between 1 and the smallest number that the dtype has, in powers:
+    a row that reaches below may well reach beyond.
+    """
+    info = torch.finfo(evidence.weights.dtype)
+    smallest = info.smallest_normal * info.eps
+    lacking = ((evidence.rows == 0) & evidence.permitted).any(-1) & (evidence.rows != 0).any(-1)
+    rows = evidence.rows[lacking]
+    if rows.numel() == 0 or bool((rows < 0).any()):
+        return None
+    least = rows.masked_fill(rows == 0, math.inf).amin(-1)
+    if share(least < math.sqrt(smallest)) < 0.5:
+        return None
+    name = dtype_name(evidence.weights)
+    return (
+        f"beside the zeros stand weights down to {float(least.min()):.1e}, and {name} ends at "
+        f"{smallest:.1e}: too small for {name}? Check before the cast, or use assert_masked"
+    )
