@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_attnheat import read_heatmaps
-from pytest_attnheat.assertions import scan
-from pytest_attnheat.assertions.failure import BrokenRowsError
-from pytest_attnheat.assertions.masking import (
+from pytest_attnheat import (
     assert_causal,
     assert_masked,
     assert_padding_masked,
     assert_support,
+    read_heatmaps,
 )
+from pytest_attnheat.assertions import scan
+from pytest_attnheat.assertions.failure import BrokenRowsError
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 TRIL = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -579,7 +579,7 @@ def test_a_broken_assertion_leaves_a_picture_with_its_rows_outlined(pytester):
     pytester.makepyfile(
         """
         import torch
-        from pytest_attnheat.assertions.masking import assert_causal
+        from pytest_attnheat import assert_causal
 
         def test_it():
             assert_causal(torch.full((1, 2, 6, 6), 1 / 6))

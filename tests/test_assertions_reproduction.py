@@ -9,8 +9,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_attnheat import assert_reproduces_output
 from pytest_attnheat.assertions import reproduction
-from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

@@ -6,8 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pytest_attnheat.assertions.findings import Finding, Lines, blocks
-from pytest_attnheat.assertions.message import broken_claim
+from pytest_attnheat.assertions.findings import ROWS, Finding, Lines, blocks
 from pytest_attnheat.inputs import Operand
 
 if TYPE_CHECKING:
@@ -24,9 +23,14 @@ class BrokenRowsError(AssertionError):
     """
 
     def __init__(
-        self, assertion: str, weights: Operand, mask: Operand | None, finding: Finding, lines: Lines
+        self,
+        message: str,
+        weights: Operand,
+        mask: Operand | None,
+        finding: Finding,
+        lines: Lines = ROWS,
     ) -> None:
-        super().__init__(broken_claim(assertion, weights, mask, finding, lines))
+        super().__init__(message)
         # Of the map alone, so that a kept error does not keep more than it needs.
         self._map = _map_at(finding, weights)
         self._mask = None if mask is None else _map_at(finding, mask)

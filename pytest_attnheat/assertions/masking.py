@@ -15,9 +15,10 @@ from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import ROWS, Claim, find, first_broken
 from pytest_attnheat.assertions.masking_causes import mask_cause, padding_cause, support_cause
 from pytest_attnheat.assertions.masking_evidence import Evidence
+from pytest_attnheat.assertions.message import broken_claim
 from pytest_attnheat.assertions.places import (
-    BrokenWeightsError,
     PlaceClaim,
+    broken_weights,
     find_places,
     masked_is_zero,
     permitted_is_positive,
@@ -270,10 +271,12 @@ def _check(
             message = place_message(
                 subject.assertion, weights, mask, finding, describe=describe, cause=likely
             )
-            raise BrokenWeightsError(message, weights, mask, finding)
+            raise broken_weights(message, weights, mask, finding)
         # Nothing but fully masked rows: what is said of those is said of whole rows.
         (broken,) = fully_masked_rows(mask, declared, 0.0)
-    raise BrokenRowsError(subject.assertion, weights, mask, find(weights, mask, broken), ROWS)
+    rows = find(weights, mask, broken)
+    message = broken_claim(subject.assertion, weights, mask, rows, ROWS)
+    raise BrokenRowsError(message, weights, mask, rows)
 
 
 def _full_rows(subject: _Subject) -> list[Claim]:

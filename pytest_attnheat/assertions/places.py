@@ -13,8 +13,8 @@ from typing import cast
 
 import torch
 
-from pytest_attnheat.assertions.failure import BrokenRowsError, _map_at
-from pytest_attnheat.assertions.findings import ROWS, Claim, Finding
+from pytest_attnheat.assertions.failure import BrokenRowsError
+from pytest_attnheat.assertions.findings import Claim, Finding
 from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.scan import (
     Block,
@@ -168,19 +168,14 @@ def _place(index: tuple[slice, ...], flat: int) -> tuple[int, ...]:
     return tuple(place)
 
 
-class BrokenWeightsError(BrokenRowsError):
-    """Weights that are not what was claimed; its picture outlines the rows that hold them."""
-
-    def __init__(
-        self, message: str, weights: Operand, mask: Operand, finding: PlaceFinding
-    ) -> None:
-        AssertionError.__init__(self, message)  # the parent's own message is about rows
-        self._lines = ROWS
-        self._finding = Finding(
-            finding.claim.by_row(), finding.regarded, finding.broken, worst=finding.worst[:-1]
-        )
-        self._map = _map_at(self._finding, weights)
-        self._mask = _map_at(self._finding, mask)
+def broken_weights(
+    message: str, weights: Operand, mask: Operand, finding: PlaceFinding
+) -> BrokenRowsError:
+    """Return the error to raise; its picture outlines the rows that hold broken weights."""
+    rows = Finding(
+        finding.claim.by_row(), finding.regarded, finding.broken, worst=finding.worst[:-1]
+    )
+    return BrokenRowsError(message, weights, mask, rows)
 
 
 def place_message(

@@ -20,6 +20,7 @@ from pytest_attnheat.assertions.claims import (
 )
 from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
+from pytest_attnheat.assertions.message import broken_claim
 from pytest_attnheat.assertions.scan import rows_sum_to_one
 from pytest_attnheat.assertions.tolerance import row_tolerance
 from pytest_attnheat.inputs import (
@@ -278,4 +279,5 @@ def _check(
     broken = first_broken(weights, mask, claims)
     if broken is not None:
         finding = find(weights, mask, broken)
-        raise BrokenRowsError(name, weights, mask, finding, lines)
+        message = broken_claim(name, weights, mask, finding, lines)
+        raise BrokenRowsError(message, weights, mask, finding, lines)

@@ -1,0 +1,413 @@
+"""The assertion that what tensors hold counts, and not how memory holds it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.calls import Call, FunctionCall, answers, as_call, differ
+from pytest_attnheat.assertions.difference import check_relative, check_rows, index_of
+from pytest_attnheat.assertions.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.subjects import AttentionFunction, borrowed, settled
+
+Tensors: TypeAlias = Mapping[str, Tensor]
+
+_NAME = "assert_layout_invariant"
+_MASK = "attn_mask"
+# In float32 and float64 the backward of large scores rounds more than the forward pass.
+_GRADIENT_FACTOR, _GRADIENT_MOST = 10.0, 2e-4
+_PERMUTED = {4: "(batch, length, heads, width)", 3: "(length, batch, width)"}
+
+
+def assert_layout_invariant(
+    subject: Callable[..., Any],
+    *inputs: Tensor,
+    gradients: bool = True,
+    tolerance: float | None = None,
+    seed: int = 0,
+    training: bool = False,
+    **arguments: Any,
+) -> None:
+    """Assert that the output does not depend on how the inputs lie in memory.
+
+    Every input alone, and all together, are laid out in other ways with the
+    same values: dimensions permuted, the last dimension not contiguous, every
+    second row of a larger tensor, memory that begins one element later, and
+    one element expanded with stride 0. The output must be that for contiguous
+    inputs. Nor may any call write into its inputs.
+
+    Args:
+        subject: An attention function with the signature of
+            `torch.nn.functional.scaled_dot_product_attention`, or a sequence model.
+        *inputs: Query, key and value for a function; one sequence for a model:
+            floats (batch, length, width) or token ids (batch, length).
+        gradients: Whether the gradients of inputs of floats are compared as
+            well, by calls with autograd. Left out where the subject has none.
+        tolerance: By what part of its size a row of the output, or of a
+            gradient, may change. By default it follows the dtype: 1e-11, 2e-5,
+            1.6e-2, 1.2e-1 in float64, float32, float16, bfloat16 (other memory
+            may be read by other kernels), for gradients 1e-10, 2e-4 in the first two.
+        seed: What the gradient of the output is drawn from.
+        training: Accept a subject that answers at random, and start every call
+            from the seed. It must draw the same numbers for every layout:
+            dropout may draw in the order of the memory.
+        **arguments: Passed to the subject at every call. The `attn_mask` of a
+            function is laid out in other ways too.
+
+    Raises:
+        AssertionError: A layout changes the output or a gradient, the subject
+            raises for it, or writes into an input. The message names layout
+            and input.
+        TypeError: There are neither one nor three inputs, or one has the wrong type.
+        ValueError: Shapes do not fit, or the subject answers at random.
+
+    Example:
+        >>> assert_layout_invariant(my_attention, query, key, value)
+    """
+    __tracebackhide__ = True
+    call = as_call(subject, inputs, arguments)
+    given = _tensors(call)
+    with borrowed(subject, *inputs, seed=seed):
+        _, start = settled(
+            subject, lambda: _run(call, _contiguous(given)), training=training, seed=seed
+        )
+        check = _Check(call, start, gradients, tolerance, seed, training)
+        check.unwritten(given)
+        for trial in _trials(given):
+            check.holds(trial)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Some inputs in another layout.
+
+    Attributes:
+        what: Names them and the layout.
+        names: Which inputs.
+        laid: All inputs.
+    """
+
+    what: str
+    names: Sequence[str]
+    laid: Tensors
+
+
+def _tensors(call: Call) -> dict[str, Tensor]:
+    if not isinstance(call, FunctionCall):
+        return {"inputs": call.called.inputs}
+    called, mask = call.called, call.called.arguments.get(_MASK)
+    tensors = {"query": called.query, "key": called.key, "value": called.value}
+    if isinstance(mask, Tensor) and mask.ndim > 1:
+        tensors[_MASK] = mask.detach()
+    return tensors
+
+
+def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
+    """Copy tensors, so that nothing is written into those of the caller."""
+    return {
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in tensors.items()
+    }
+
+
+def _trials(given: Tensors) -> Iterator[_Trial]:
+    """List the layouts of each input alone and of all together."""
+    groups = [[name] for name in given]
+    if len(given) > 1:
+        groups.append(list(given))
+    for layout, make in _LAYOUTS.items():
+        for names in groups:
+            made = {name: make(name, given[name]) for name in names}
+            laid = {name: tensor for name, tensor in made.items() if tensor is not None}
+            if laid:
+                said = f"{_listed(list(laid))} {layout.format(_order_of(given, laid))}"
+                yield _Trial(said, list(laid), {**_contiguous(given), **laid})
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _order_of(given: Tensors, laid: Tensors) -> str:
+    """The order in which permuted dimensions lie in memory."""
+    ndim = given[next(iter(laid))].ndim
+    return _PERMUTED.get(ndim, "(..., length, heads, width)")
+
+
+def _permuted(name: str, tensor: Tensor) -> Tensor | None:
+    if tensor.ndim < 3 or name == _MASK or 1 in tensor.shape[-3:-1]:
+        return None
+    return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
+
+
+def _transposed(name: str, tensor: Tensor) -> Tensor | None:
+    return None if 1 in tensor.shape[-2:] else tensor.mT.contiguous().mT
+
+
+def _stepped(name: str, tensor: Tensor) -> Tensor | None:
+    # What lies between would change the output if it were read.
+    between = ~tensor if tensor.dtype == torch.bool else tensor.flip(-1)
+    if tensor.is_floating_point():
+        between = (-10 * between - 1).nan_to_num()
+    return torch.stack([tensor, between], -2)[..., 0, :]
+
+
+def _shifted(name: str, tensor: Tensor) -> Tensor | None:
+    memory = torch.cat([tensor.flatten()[-1:], tensor.flatten()])
+    return memory[1:].view(tensor.shape)
+
+
+def _expanded(name: str, tensor: Tensor) -> Tensor | None:
+    for dim, size in enumerate(tensor.shape[:-1]):
+        if size > 1:
+            return tensor.narrow(dim, 0, 1).contiguous().expand(tensor.shape)
+    return None
+
+
+# In words, and how; None where a tensor cannot lie so.
+_LAYOUTS: dict[str, Callable[[str, Tensor], Tensor | None]] = {
+    "permuted from {}": _permuted,
+    "transposed, the last dimension not contiguous": _transposed,
+    "sliced, every second row of a larger tensor": _stepped,
+    "at a storage offset of one element": _shifted,
+    "expanded, with stride 0": _expanded,
+}
+
+
+def _call(call: Call, tensors: Tensors) -> Tensor:
+    """Call the subject with some tensors."""
+    if isinstance(call, FunctionCall):
+        return call.called.run(**tensors)
+    return call.called.run(tensors["inputs"])
+
+
+def _run(call: Call, tensors: Tensors) -> Tensor:
+    with torch.no_grad():
+        return _call(call, tensors)
+
+
+def _judged(call: Call, tensors: Tensors) -> Tensor | None:
+    """Which rows of the output mean something: those that may see a key."""
+    if not isinstance(call, FunctionCall):
+        return None
+    mask = {_MASK: tensors[_MASK]} if _MASK in tensors else {}
+    arguments = {**call.called.arguments, **mask}
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    return FunctionCall(
+        AttentionFunction(call.called.function, query, key, value, arguments)
+    ).judged()
+
+
+@dataclass(frozen=True)
+class _Check:
+    """Compares the subject for some layout with itself for contiguous inputs.
+
+    Attributes:
+        call: The subject.
+        start: Called before each call.
+        gradients: Whether gradients are compared.
+        tolerance: As the caller gave it.
+        seed: What the gradient of the output is drawn from.
+        training: Whether the subject may be random.
+    """
+
+    call: Call
+    start: Callable[[], None]
+    gradients: bool
+    tolerance: float | None
+    seed: int
+    training: bool
+
+    def unwritten(self, given: Tensors) -> None:
+        """Check that a call leaves contiguous inputs as they are."""
+        __tracebackhide__ = True
+        inputs = _contiguous(given)
+        before, versions = _contiguous(inputs), _versions(inputs)
+        self.start()
+        _run(self.call, inputs)
+        _check_unwritten(inputs, before, versions, "")
+
+    def holds(self, trial: _Trial) -> None:
+        """Check one layout."""
+        __tracebackhide__ = True
+        plain, versions = _contiguous(trial.laid), _versions(trial.laid)
+        self.start()
+        expected = _run(self.call, _contiguous(plain))
+        got = self._tried(trial, lambda: _run(self.call, trial.laid))
+        _check_unwritten(trial.laid, plain, versions, f" with {trial.what}")
+        check_rows(
+            _NAME,
+            got,
+            expected,
+            claim=f"rows change with {trial.what}",
+            allowed=check_relative(self.tolerance, got.dtype),
+            judged=_judged(self.call, plain),
+            cause=lambda _: self._cause(trial, got),
+            repeat=f"seed={self.seed}",
+        )
+        if self.gradients:
+            self._same_gradients(trial, plain)
+
+    def _tried(self, trial: _Trial, run: Callable[[], Any]) -> Any:
+        """Call the subject with a layout, which it must not refuse."""
+        __tracebackhide__ = True
+        self.start()
+        try:
+            return run()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            text = (str(error).splitlines() or [""])[0]
+            raise AssertionError(
+                build_message(
+                    _NAME,
+                    f"the subject raises with {trial.what}",
+                    trial.laid[trial.names[0]],
+                    worst=f"{type(error).__name__}: {text}",
+                    cause=".view() needs memory of its own kind: .reshape(), or .contiguous() "
+                    "before it"
+                    if "view" in text
+                    else None,
+                )
+            ) from error
+
+    def _same_gradients(self, trial: _Trial, plain: Tensors) -> None:
+        __tracebackhide__ = True
+        self.start()
+        try:
+            expected = self._gradients(plain)
+        except RuntimeError:  # there is no backward for this
+            return
+        got = self._tried(trial, lambda: self._gradients(trial.laid)) if expected else {}
+        for name, gradient in expected.items():
+            finite = gradient.isfinite().all(-1)
+            if not bool(finite.any()):
+                continue
+            check_rows(
+                _NAME,
+                got.get(name, torch.zeros_like(gradient)),
+                gradient,
+                claim=f"rows of the gradient of {name} change with {trial.what}",
+                allowed=_gradient_tolerance(self.tolerance, gradient.dtype),
+                judged=finite,
+                floor=_floor(name, expected, plain),
+                place=partial(_place, f"{name}.grad"),
+                cause=lambda _: RANDOM_CAUSE if self.training else None,
+                repeat=f"seed={self.seed}",
+            )
+
+    def _gradients(self, tensors: Tensors) -> dict[str, Tensor]:
+        """Return the gradients of the inputs that have one."""
+        leaves = {
+            name: tensor.detach().requires_grad_(tensor.is_floating_point() and name != _MASK)
+            for name, tensor in tensors.items()
+        }
+        wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+        with torch.enable_grad():
+            output = _call(self.call, leaves)
+        if not wanted or not output.requires_grad:
+            return {}
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.randn(output.shape, generator=generator).to(output)
+        judged = _judged(self.call, tensors)
+        if judged is not None:
+            drawn = drawn.masked_fill(~judged.expand(drawn.shape[:-1]).unsqueeze(-1), 0.0)
+        found = torch.autograd.grad(
+            output, list(wanted.values()), drawn, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(wanted, found, strict=True))
+
+    def _cause(self, trial: _Trial, got: Tensor) -> str | None:
+        """Try how else the memory could have been read."""
+        if self.training:
+            return RANDOM_CAUSE
+        ways = {
+            "strides are ignored: memory is read as if it were contiguous": None,
+            "the storage offset is ignored: memory is read from its beginning": 0,
+        }
+        for said, offset in ways.items():
+            found = {name: _read_at(trial.laid[name], offset) for name in trial.names}
+            read = {name: tensor for name, tensor in found.items() if tensor is not None}
+            if read:
+                as_read = _contiguous({**trial.laid, **read})
+                if answers(partial(self._gives, got, as_read)):
+                    return said
+        return None
+
+    def _gives(self, output: Tensor, tensors: Tensors) -> bool:
+        """Whether the output is the one for these tensors."""
+        self.start()
+        allowed = check_relative(self.tolerance, output.dtype)
+        return not differ(output, _run(self.call, tensors), allowed)
+
+
+def _gradient_tolerance(tolerance: object, dtype: torch.dtype) -> float:
+    allowed = check_relative(tolerance, dtype)
+    if tolerance is not None:
+        return allowed
+    return max(allowed, min(_GRADIENT_FACTOR * allowed, _GRADIENT_MOST))
+
+
+def _floor(name: str, gradients: Tensors, inputs: Tensors) -> float:
+    """The size below which the gradient of an input may be nothing but rounding.
+
+    Where all keys are the same the query has no gradient, but rounding leaves some. What counts is
+    by how much an input changes the loss, next to the one that changes it most.
+    """
+    moved = [_rms(gradient) * _rms(inputs[other]) for other, gradient in gradients.items()]
+    return max(moved) / max(_rms(inputs[name]), torch.finfo(torch.float32).tiny)
+
+
+def _rms(tensor: Tensor) -> float:
+    return float(tensor.double().nan_to_num(posinf=0.0, neginf=0.0).square().mean().sqrt())
+
+
+def _read_at(tensor: Tensor, offset: int | None) -> Tensor | None:
+    """The same memory, read without its strides, or from another offset with them."""
+    if offset is not None:
+        return tensor.as_strided(tensor.shape, tensor.stride(), offset)
+    held = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
+    if held < tensor.numel():
+        return None
+    strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.ndim)]
+    return tensor.as_strided(tensor.shape, strides)
+
+
+def _place(name: str, index: tuple[int, ...]) -> str:
+    return f"{name}[{', '.join(map(str, index))}]"
+
+
+def _versions(tensors: Tensors) -> dict[str, int]:
+    return {name: tensor._version for name, tensor in tensors.items()}
+
+
+def _check_unwritten(
+    tensors: Tensors, before: Tensors, versions: Mapping[str, int], when: str
+) -> None:
+    """Raise an AssertionError about an input that a call has written into."""
+    __tracebackhide__ = True
+    for name, tensor in tensors.items():
+        was = before[name]
+        changed = ~((tensor == was) | ((tensor != tensor) & (was != was)))
+        if not bool(changed.any()) and tensor._version == versions[name]:
+            continue
+        place = index_of(changed.flatten().int().argmax(), changed)
+        at = _place(name, place)
+        told = f"{at} was {was[place].item():.6g} and is {tensor[place].item():.6g} after the call"
+        raise AssertionError(
+            build_message(
+                _NAME,
+                f"the subject writes into {name}{when}: {int(changed.sum())} of "
+                f"{changed.numel()} elements change",
+                was,
+                worst=told if bool(changed.any()) else f"{name} is written with what it held",
+                cause=f"an operation in place on {name}, for instance {name} *= scale",
+            )
+        )
