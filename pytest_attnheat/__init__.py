@@ -8,93 +8,97 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pytest_attnheat.assertions.convexity import assert_convex as assert_convex
+    from pytest_attnheat.assertions.decoding import (
+        assert_decode_matches_prefill as assert_decode_matches_prefill,
+    )
+    from pytest_attnheat.assertions.invariance import (
+        assert_batch_independent as assert_batch_independent,
+    )
+    from pytest_attnheat.assertions.invariance import (
+        assert_key_permutation_invariant as assert_key_permutation_invariant,
+    )
+    from pytest_attnheat.assertions.layout import assert_layout_invariant as assert_layout_invariant
     from pytest_attnheat.assertions.leakage import assert_no_leakage as assert_no_leakage
+    from pytest_attnheat.assertions.masking import assert_causal as assert_causal
+    from pytest_attnheat.assertions.masking import assert_masked as assert_masked
+    from pytest_attnheat.assertions.masking import assert_padding_masked as assert_padding_masked
+    from pytest_attnheat.assertions.masking import assert_support as assert_support
+    from pytest_attnheat.assertions.numerics import assert_gradients_match as assert_gradients_match
+    from pytest_attnheat.assertions.numerics import (
+        assert_matches_reference as assert_matches_reference,
+    )
+    from pytest_attnheat.assertions.padding import (
+        assert_padding_invariant as assert_padding_invariant,
+    )
+    from pytest_attnheat.assertions.randomness import assert_deterministic as assert_deterministic
+    from pytest_attnheat.assertions.reproduction import (
+        assert_reproduces_output as assert_reproduces_output,
+    )
+    from pytest_attnheat.assertions.rows import assert_doubly_stochastic as assert_doubly_stochastic
+    from pytest_attnheat.assertions.rows import assert_entropy as assert_entropy
+    from pytest_attnheat.assertions.rows import assert_one_hot as assert_one_hot
+    from pytest_attnheat.assertions.rows import assert_row_stochastic as assert_row_stochastic
+    from pytest_attnheat.assertions.rows import assert_uniform as assert_uniform
     from pytest_attnheat.assertions.sequences import SequenceModel as SequenceModel
-    from pytest_attnheat.assertions.rows import (
-        assert_doubly_stochastic as assert_doubly_stochastic,
-    )
-    from pytest_attnheat.assertions.rows import (
-        assert_entropy as assert_entropy,
-    )
-    from pytest_attnheat.assertions.rows import (
-        assert_one_hot as assert_one_hot,
-    )
-    from pytest_attnheat.assertions.rows import (
-        assert_row_stochastic as assert_row_stochastic,
-    )
-    from pytest_attnheat.assertions.rows import (
-        assert_uniform as assert_uniform,
-    )
-    from pytest_attnheat.cases import (
-        AttentionCase as AttentionCase,
-    )
-    from pytest_attnheat.cases import (
-        make_attention as make_attention,
-    )
-    from pytest_attnheat.heatmaps.figure import (
-        HeatmapFigure as HeatmapFigure,
-    )
-    from pytest_attnheat.heatmaps.figure import (
-        show_heatmaps as show_heatmaps,
-    )
-    from pytest_attnheat.heatmaps.record import (
-        Heatmaps as Heatmaps,
-    )
-    from pytest_attnheat.heatmaps.record import (
-        read_heatmaps as read_heatmaps,
-    )
+    from pytest_attnheat.cases import AttentionCase as AttentionCase
+    from pytest_attnheat.cases import make_attention as make_attention
+    from pytest_attnheat.hard_cases import HARD_CASES as HARD_CASES
+    from pytest_attnheat.hard_cases import HardCase as HardCase
+    from pytest_attnheat.hard_cases import hard_case as hard_case
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure as HeatmapFigure
+    from pytest_attnheat.heatmaps.figure import show_heatmaps as show_heatmaps
+    from pytest_attnheat.heatmaps.record import Heatmaps as Heatmaps
+    from pytest_attnheat.heatmaps.record import read_heatmaps as read_heatmaps
     from pytest_attnheat.heatmaps.terminal import format_heatmap as format_heatmap
-    from pytest_attnheat.reference import (
-        attend as attend,
-    )
-    from pytest_attnheat.reference import (
-        causal_mask as causal_mask,
-    )
-    from pytest_attnheat.reference import (
-        masked_softmax as masked_softmax,
-    )
-    from pytest_attnheat.reference import (
-        padding_mask as padding_mask,
-    )
-    from pytest_attnheat.reference import (
-        sliding_window_mask as sliding_window_mask,
-    )
-    from pytest_attnheat.scoring import (
-        AdditiveScore as AdditiveScore,
-    )
-    from pytest_attnheat.scoring import (
-        BilinearScore as BilinearScore,
-    )
-    from pytest_attnheat.scoring import (
-        DotProductScore as DotProductScore,
-    )
-    from pytest_attnheat.scoring import (
-        ScaledDotProductScore as ScaledDotProductScore,
-    )
-    from pytest_attnheat.scoring import (
-        register_scoring_function as register_scoring_function,
-    )
+    from pytest_attnheat.reference import attend as attend
+    from pytest_attnheat.reference import causal_mask as causal_mask
+    from pytest_attnheat.reference import masked_softmax as masked_softmax
+    from pytest_attnheat.reference import padding_mask as padding_mask
+    from pytest_attnheat.reference import sliding_window_mask as sliding_window_mask
+    from pytest_attnheat.scoring import AdditiveScore as AdditiveScore
+    from pytest_attnheat.scoring import BilinearScore as BilinearScore
+    from pytest_attnheat.scoring import DotProductScore as DotProductScore
+    from pytest_attnheat.scoring import ScaledDotProductScore as ScaledDotProductScore
+    from pytest_attnheat.scoring import register_scoring_function as register_scoring_function
 
 __version__ = "0.1.0"
 
 _ROOM_OF = {
-    "SequenceModel": "assertions.sequences",
-    "assert_no_leakage": "assertions.leakage",
     "AdditiveScore": "scoring",
     "AttentionCase": "cases",
     "BilinearScore": "scoring",
     "DotProductScore": "scoring",
+    "HARD_CASES": "hard_cases",
+    "HardCase": "hard_cases",
     "HeatmapFigure": "heatmaps.figure",
     "Heatmaps": "heatmaps.record",
     "ScaledDotProductScore": "scoring",
+    "SequenceModel": "assertions.sequences",
+    "assert_batch_independent": "assertions.invariance",
+    "assert_causal": "assertions.masking",
+    "assert_convex": "assertions.convexity",
+    "assert_decode_matches_prefill": "assertions.decoding",
+    "assert_deterministic": "assertions.randomness",
     "assert_doubly_stochastic": "assertions.rows",
     "assert_entropy": "assertions.rows",
+    "assert_gradients_match": "assertions.numerics",
+    "assert_key_permutation_invariant": "assertions.invariance",
+    "assert_layout_invariant": "assertions.layout",
+    "assert_masked": "assertions.masking",
+    "assert_matches_reference": "assertions.numerics",
+    "assert_no_leakage": "assertions.leakage",
     "assert_one_hot": "assertions.rows",
+    "assert_padding_invariant": "assertions.padding",
+    "assert_padding_masked": "assertions.masking",
+    "assert_reproduces_output": "assertions.reproduction",
     "assert_row_stochastic": "assertions.rows",
+    "assert_support": "assertions.masking",
     "assert_uniform": "assertions.rows",
     "attend": "reference",
     "causal_mask": "reference",
     "format_heatmap": "heatmaps.terminal",
+    "hard_case": "hard_cases",
     "make_attention": "cases",
     "masked_softmax": "reference",
     "padding_mask": "reference",

@@ -6,10 +6,12 @@
 import matplotlib.pyplot
 import matplotlib.style
 import matplotlib.testing.compare
-import torch  # noqa: F401
+import torch
 
 import pytest_attnheat.heatmaps.figure  # noqa: F401
 
 matplotlib.use("agg")
+# Each xdist worker has a core to itself: threads of several workers wait for one another.
+torch.set_num_threads(1)
 
 pytest_plugins = ["pytester"]

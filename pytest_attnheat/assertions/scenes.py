@@ -110,10 +110,9 @@ class FunctionScene:
         like: int | None = None,
     ) -> Tensor:
         """The output with some keys (and their values) and queries replaced."""
-        inputs = {}  # copies, since a subject may write to them
+        inputs = {}
         for name, where in (("query", queries), ("key", places), ("value", places)):
             given = getattr(self._subject, name)
-            inputs[name] = given.clone()
             if where is not None:
                 noise = self._draw(given, name, content)
                 if name == "key" and like is not None:
@@ -126,7 +125,7 @@ class FunctionScene:
         sources = [t.clone().requires_grad_() for t in (self._subject.key, self._subject.value)]
         with torch.enable_grad():
             key, value = (source.clone() for source in sources)  # which it may write to
-            output = self._subject.run(self._subject.query.clone(), key, value)
+            output = self._subject.run(key=key, value=value)
             found = _gradients(output, sources, observers)
         return [_size(key).maximum(_size(value)) for key, value in found]
 
@@ -162,13 +161,13 @@ class SequenceScene:
         """The output with some tokens replaced."""
         given, seed = self._subject.inputs, self._seed + (0 if like is None else 1 + like)
         if places is None:
-            return self._run(given.clone())
+            return self._run()
         if not self._subject.is_tokens:
             noise = _noise(given, "inputs", content, seed=seed)
             return self._run(torch.where(places.unsqueeze(-1), noise, given))
         if content == "nan":
             with _Embedded(given, lambda rows: rows.masked_fill(places.unsqueeze(-1), math.nan)):
-                return self._run(given.clone())
+                return self._run()
         return self._run(torch.where(places, _other_tokens(given, content, seed), given))
 
     def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:

@@ -164,8 +164,8 @@ class Subject:
         real: Tensor | None = None,
         positions: Tensor | None = None,
     ) -> Tensor:
-        """Call the model, with other inputs where they are given."""
-        given = self.inputs if inputs is None else inputs
+        """Call the model with other inputs, or with a copy of its own: it may write to them."""
+        given = self.inputs.clone() if inputs is None else inputs
         return self.model(given, real=real, positions=positions, **self.arguments)
 
 
@@ -257,6 +257,7 @@ class CachedDecoding:
         self.module = module
 
     def __call__(self, inputs: Tensor, cache: Any, **arguments: Any) -> tuple[Any, Any]:
+        """Run the model on a chunk and return what it returned, with its cache."""
         result = self.module(inputs, past_key_values=cache, use_cache=True, **arguments)
         return result, result.past_key_values
 

@@ -213,13 +213,15 @@ class AttentionFunction:
     ) -> Tensor:
         """Call the function, with other inputs or arguments where they are given.
 
+        It is given copies of its own inputs, with their strides, since it may write to them.
+
         Raises:
             TypeError: It returns no tensor (nor a tuple that begins with one).
             ValueError: Its output is not (..., query_len, value_dim).
         """
-        query = self.query if query is None else query
-        key = self.key if key is None else key
-        value = self.value if value is None else value
+        query = self.query.clone() if query is None else query
+        key = self.key.clone() if key is None else key
+        value = self.value.clone() if value is None else value
         result = self.function(query, key, value, **{**self.arguments, **changed})
         output = result[0] if isinstance(result, (tuple, list)) and result else result
         if not isinstance(output, Tensor):
