@@ -1,0 +1,310 @@
+"""That the output of soft attention lies among the values: a mean with weights that sum to one."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.difference import (
+    check_relative,
+    index_of,
+    output_place,
+    relative_change,
+    tolerance_of,
+)
+from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.sequences import SequenceModel
+from pytest_attnheat.assertions.subjects import AttentionFunction, as_function, borrowed, settled
+from pytest_attnheat.assertions.tolerance import rounding
+from pytest_attnheat.scoring import query_chunks
+
+_NAME = "assert_convex"
+# The axes of the sums of weights, (batch, heads, query_len).
+_AXES = {-1: "query", -2: "head", -3: "batch"}
+
+
+def assert_convex(
+    function: Callable[..., Any],
+    query: Tensor,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
+    *,
+    tolerance: float | None = None,
+    seed: int = 0,
+    training: bool = False,
+    **arguments: Any,
+) -> None:
+    """Assert that every output lies within the range of the values that its query may see.
+
+    Soft attention is a mean: its weights are not negative and sum to one. So no channel of an
+    output is above the largest value of this channel, or below the smallest, among the keys that
+    the query may see. Judged are three sets of values: the given ones; values that are all 1,
+    which must give 1; and values of one sign, 1 at every n-th key and 0 elsewhere, which show a
+    negative weight, or weight on a masked key, that the given ones happen to hide.
+
+    Attention with a sink (softmax-off-by-one, gpt-oss) is no mean of the values, and fails.
+
+    Args:
+        function: An attention function, called as `function(query, key, value, **arguments)`.
+        query: (..., query_len, head_dim)
+        key: (..., key_len, head_dim)
+        value: (..., key_len, value_dim), finite wherever a query may see it.
+        tolerance: By what part of the largest absolute value that a query may see, channel by
+            channel, its output may be out of range. By default as much as rounding moves the
+            sum of a row of weights and the output: 1e-12, 1e-5, 2.9e-3, 2.3e-2 in float64,
+            float32, float16, bfloat16.
+        seed: Where the random numbers start, if the function draws any.
+        training: Accept a function that answers at random: every call starts from `seed`.
+        **arguments: attn_mask, is_causal, scale, enable_gqa, whatever the function takes. A
+            query that may see no key is not judged.
+
+    Raises:
+        AssertionError: Some output is out of range, or not finite.
+        TypeError: The subject is a sequence model, or an input is no tensor of floats.
+        ValueError: Shapes do not fit, no query may see any key, a value that may be seen is not
+            finite, or the function answers at random.
+
+    Example:
+        >>> assert_convex(plain_attention, query, key, value, is_causal=True)
+    """
+    __tracebackhide__ = True
+    projects = isinstance(function, (SequenceModel, nn.MultiheadAttention))
+    if key is None or value is None or projects:
+        raise TypeError(
+            f"{_NAME} takes an attention function, with query, key and value. The output of "
+            "nn.MultiheadAttention or of a sequence model is projected after the mean is taken, "
+            "so it need not lie within the range of anything: pass the function that they call"
+        )
+    subject = as_function(function, (query, key, value), arguments)
+    rows = (subject.query.dtype, subject.key.shape[-2])
+    allowed = rounding(*rows) + torch.finfo(rows[0]).eps
+    if tolerance is not None:
+        allowed = check_relative(tolerance, rows[0])
+    with borrowed(function, subject.query, subject.key, subject.value, seed=seed), torch.no_grad():
+        output, start = settled(function, subject.run, training=training, seed=seed)
+
+        def run(**changed: Any) -> Tensor:
+            start()
+            return subject.run(**changed)
+
+        probe = _Probe(subject, run, allowed)
+        probe.check(subject.value, output, with_values="")
+        ones = torch.ones_like(subject.value)
+        probe.check(ones, run(value=ones), with_values="with every value 1, ")
+        spaced, step = _spaced(subject.value)
+        probe.check(
+            spaced,
+            run(value=spaced),
+            with_values=f"with value[..., j, c] 1 where j % {step} == c and 0 elsewhere, ",
+        )
+
+
+def _spaced(value: Tensor) -> tuple[Tensor, int]:
+    """Values of one sign: channel c is 1 at every n-th key from key c on, and 0 elsewhere."""
+    length, width = value.shape[-2:]
+    step = max(width, 2)
+    key_at = torch.arange(length, device=value.device).unsqueeze(-1)
+    channel = torch.arange(width, device=value.device)
+    return (key_at % step == channel).to(value.dtype).expand_as(value).contiguous(), step
+
+
+@dataclass(frozen=True)
+class _Probe:
+    """What the outputs of one function are held against.
+
+    Attributes:
+        subject: The function and its inputs.
+        run: Calls it, with other inputs or arguments where they are given.
+        allowed: By what part of the largest visible value an output may be out of range.
+    """
+
+    subject: AttentionFunction
+    run: Callable[..., Tensor]
+    allowed: float
+
+    def check(self, value: Tensor, output: Tensor, *, with_values: str) -> None:
+        """Raise an AssertionError if some output is out of the range of these values.
+
+        Args:
+            value: (..., key_len, value_dim)
+            output: (..., query_len, value_dim), what the function made of them.
+            with_values: What these values are, for the message.
+        """
+        __tracebackhide__ = True
+        if output.shape[-1] != value.shape[-1]:
+            raise ValueError(
+                f"the attention function must return (..., query_len, value_dim), here "
+                f"{(*output.shape[:-1], value.shape[-1])}; got {tuple(output.shape)}"
+            )
+        low, high = (bound.expand(output.shape) for bound in visible_range(self.subject, value))
+        judged = low <= high
+        if not bool((judged | (low == math.inf)).all()):
+            raise ValueError("value: a key that a query may see holds nan; accepted is finite")
+        if not bool((low.isfinite() & high.isfinite() | ~judged).all()):
+            raise ValueError("value: a key that a query may see holds inf; accepted is finite")
+        if not bool(judged.any()):
+            raise ValueError(f"{_NAME}: no query may see any key, so there is nothing to judge")
+        excess = _excess(output, low, high).masked_fill(~judged, 0.0)
+        broken = excess > self.allowed
+        if not bool(broken.any()):
+            return
+        worst = index_of(excess.argmax(), excess)
+        first = index_of(broken.flatten().int().argmax(), excess)
+        place = _Place(output, low, high, self.allowed)
+        raise AssertionError(
+            build_message(
+                _NAME,
+                f"{with_values}{int(broken.sum())} of {int(judged.sum())} outputs lie outside "
+                "the range of the values that their query may see",
+                output,
+                worst=place.describe(worst),
+                first=None if first == worst else place.describe(first),
+                cause=self._cause(output, worst, judged.any(-1)),
+            )
+        )
+
+    def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
+        subject = self.subject
+        seen = subject.may_see()
+        if not bool(output[worst].isfinite()):
+            if bool(subject.value.isfinite().all()):
+                return None
+            return "a masked key holds nan or inf in its value, which 0 times it does not remove"
+        sums = self.run(value=torch.ones_like(subject.value))[..., 0].double()
+        if bool(((sums - 1).abs()[judged] > self.allowed).any()):
+            return self._cause_in_sums(sums, judged, seen)
+        hidden = ~seen[worst[:-1]]
+        on_hidden = self.run(value=hidden.to(output.dtype).unsqueeze(-1).expand_as(subject.value))
+        share = float(on_hidden[worst])
+        if abs(share) > self.allowed:
+            if self._same_without_mask():
+                return "the output is the same without the mask: the mask is not applied"
+            return f"query {worst[-2]} has {share:.3g} of its weight on keys that it may not see"
+        least = float(self.run(value=_spaced(subject.value)[0]).min())
+        if least < -self.allowed:
+            return f"some weights are negative: they add up to {least:.3g} on some keys"
+        return None
+
+    def _cause_in_sums(self, sums: Tensor, judged: Tensor, seen: Tensor) -> str:
+        """Say how the weights were normalised.
+
+        Args:
+            sums: What the weights of each query add up to, (..., query_len).
+            judged: Boolean, of the same shape.
+            seen: Boolean (..., query_len, key_len).
+        """
+        for axis, name in _AXES.items():
+            if sums.ndim < -axis or sums.shape[axis] == 1:
+                continue
+            # A softmax over this axis gives each key weights that sum to one along it; a key
+            # that is masked everywhere, too, if masked with a large number in place of -inf.
+            total, keys = sums.sum(axis), seen.any(axis - 1).sum(-1).double()
+            for expected in (keys, torch.full_like(keys, seen.shape[-1])):
+                if torch.allclose(total, expected, rtol=10 * self.allowed):
+                    return (
+                        f"over the {name} axis the weights of each key add up to 1: softmax over "
+                        "this axis?"
+                    )
+        least, most = float(sums[judged].min()), float(sums[judged].max())
+        if most - least <= 10 * self.allowed * abs(most):
+            return f"the weights of every query sum to {most:.4g}: a constant factor on the output"
+        return (
+            f"the weights of a query sum to {least:.3g} to {most:.3g}: they are not divided by "
+            "their sum"
+        )
+
+    def _same_without_mask(self) -> bool:
+        off = {"attn_mask": None, "is_causal": False}
+        given = {name: value for name, value in off.items() if name in self.subject.arguments}
+        change = relative_change(self.run(**given), self.run())
+        return bool((change <= tolerance_of(self.subject.value.dtype)).all())
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Outputs and their range, for the sentence about one of them."""
+
+    output: Tensor
+    low: Tensor
+    high: Tensor
+    allowed: float
+
+    def describe(self, index: tuple[int, ...]) -> str:
+        """Say where an output is, and where it might be."""
+        got, low, high = (float(t[index]) for t in (self.output, self.low, self.high))
+        query = f"query {index[-2]}"
+        name = f"{output_place(index)} is {got:.6g}"
+        if not math.isfinite(got):
+            return f"{name}; the values that {query} may see are from {low:.6g} to {high:.6g}"
+        side, bound = ("above the largest", high) if got > high else ("below the smallest", low)
+        beside = f"but every value that {query} may see is {low:.6g}"
+        if low != high:
+            beside = f"{side} value that {query} may see, {bound:.6g}"
+        limit = self.allowed * max(abs(low), abs(high))
+        return f"{name}, {beside} (off by {abs(got - bound):.1e}; allowed {limit:.1e})"
+
+
+def _excess(output: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """By what part of the largest visible value each output is out of range; inf for NaN."""
+    wide = output.double()
+    beyond = torch.maximum(wide - high, low - wide).clamp(min=0.0)
+    relative = beyond / torch.maximum(low.abs(), high.abs())
+    relative = torch.where(beyond == 0, torch.zeros_like(beyond), relative)
+    return relative.nan_to_num(nan=math.inf, posinf=math.inf)
+
+
+def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the smallest and the largest value that each query may see, channel by channel.
+
+    Args:
+        subject: An attention function with its inputs and masks.
+        value: (..., key_len, value_dim), with as many heads as its key.
+
+    Returns:
+        Twice float64 (..., query_len, value_dim), or (..., 1, value_dim) where all queries see
+        the same keys. A query that sees none has the range from inf to -inf.
+    """
+    if subject.group > 1:
+        value = value.repeat_interleave(subject.group, -3)
+    wide = value.to(torch.promote_types(value.dtype, torch.float32))
+    if subject.arguments.get("attn_mask") is not None:
+        low, high = _range_behind_mask(wide, _collapsed(subject.may_see()))
+    elif subject.arguments.get("is_causal"):
+        last = torch.arange(subject.query.shape[-2], device=value.device)
+        last = last.clamp(max=value.shape[-2] - 1)
+        low, high = wide.cummin(-2).values[..., last, :], wide.cummax(-2).values[..., last, :]
+    else:
+        low, high = wide.amin(-2, keepdim=True), wide.amax(-2, keepdim=True)
+    return low.double(), high.double()
+
+
+def _collapsed(seen: Tensor) -> Tensor:
+    """The same mask with one entry along each dimension it is expanded over."""
+    return seen[tuple(slice(0, 1 if step == 0 else None) for step in seen.stride())]
+
+
+def _range_behind_mask(value: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """The range of visible values, a few queries of one head at a time.
+
+    Args:
+        value: (..., key_len, value_dim)
+        seen: Boolean (..., query_len, key_len), any dimension possibly 1.
+    """
+    seen = seen.expand(*seen.shape[:-1], value.shape[-2])
+    leading = value.shape[:-2]
+    shape = (*leading, seen.shape[-2], value.shape[-1])
+    low, high = value.new_empty(shape), value.new_empty(shape)
+    bytes_per_query = 2 * value.shape[-2:].numel() * value.element_size()
+    for index in itertools.product(*map(range, leading)):
+        visible = seen[tuple(i if n > 1 else 0 for i, n in zip(index, seen.shape, strict=False))]
+        for chunk in query_chunks(shape[-2], bytes_per_query):
+            hidden = ~visible[chunk].unsqueeze(-1)
+            low[index][chunk] = value[index].masked_fill(hidden, math.inf).amin(-2)
+            high[index][chunk] = value[index].masked_fill(hidden, -math.inf).amax(-2)
+    return low, high

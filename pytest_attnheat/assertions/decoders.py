@@ -1,0 +1,472 @@
+"""Subjects that can be called at once and in chunks, and why the two may differ."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.difference import output_place, relative_change
+from pytest_attnheat.assertions.sequences import CachedDecoding, Subject
+from pytest_attnheat.assertions.subjects import AttentionFunction, permitted
+from pytest_attnheat.reference import ALIGNMENTS, Alignment, causal_mask
+from pytest_attnheat.scoring import one_of
+
+# How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
+_MOST_SINGLE_TOKENS = 128
+_MOST_PREFIXES = 64
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a sequence is cut into chunks.
+
+    Attributes:
+        sizes: The size of each chunk.
+        words: The same as part of a sentence.
+    """
+
+    sizes: list[int]
+    words: str
+
+    @property
+    def steps(self) -> list[range]:
+        """The tokens of each chunk."""
+        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]
+        return [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def step_of(self, token: int) -> range:
+        """The tokens of the chunk that a token is in."""
+        return next(step for step in self.steps if token in step)
+
+    def place(self, index: tuple[int, ...]) -> str:
+        """Name a row of the output by its token and chunk."""
+        return f"{output_place(index)}, {name_tokens(self.step_of(index[-1]), index[-1])},"
+
+
+def name_tokens(step: range, token: int | None = None) -> str:
+    """Name a chunk, or one token in it."""
+    if len(step) == 1:
+        return f"token {step[0]} decoded alone"
+    chunk = f"tokens {step[0]} to {step[-1]} decoded together"
+    return chunk if token is None else f"token {token} of {chunk}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known when an output differs.
+
+    Attributes:
+        plan: How the sequence was cut.
+        decoded: (..., length, width), in chunks.
+        whole: The same at once.
+        allowed: By what part of its size a row may differ.
+        singles_are_right: Whether decoding token by token gave the right outputs before.
+    """
+
+    plan: Plan
+    decoded: Tensor
+    whole: Tensor
+    allowed: float
+    singles_are_right: bool
+
+    def is_explained_by(self, candidate: Callable[[], Tensor], step: range) -> bool:
+        """Whether the outputs of a chunk are those of a candidate (..., chunk, width)."""
+        got = self.decoded[..., step.start : step.stop, :]
+        try:
+            expected = candidate()
+        except Exception:  # A subject that cannot be called so is no reason to hide the failure.
+            return False
+        return expected.shape == got.shape and self.alike(got, expected)
+
+    def alike(self, got: Tensor, expected: Tensor) -> bool:
+        """Whether two outputs of some rows are the same."""
+        return bool((relative_change(got, expected) <= self.allowed).all())
+
+
+class Decoder(Protocol):
+    """A subject that can be called at once and in chunks."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    def most_single(self) -> int:
+        """How many of them are decoded one by one."""
+
+    @property
+    def how(self) -> str:
+        """What decoding is done with, as part of a sentence."""
+
+    def starting_with(self, start: Callable[[], None]) -> Decoder:
+        """The same, with something to do before each call."""
+
+    def whole(self) -> Tensor:
+        """The output (..., length, width) at once."""
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        """The same in chunks."""
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype whose rounding is to be expected in outputs of a dtype."""
+
+    def judged(self) -> Tensor | None:
+        """Which outputs mean something, boolean (..., length); None for all."""
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """A likely cause, from which outputs (..., length) are off."""
+
+
+# --- attention functions
+
+
+def function_decoder(subject: AttentionFunction, alignment: Alignment | None) -> _FunctionDecoder:
+    """Return how an attention function is called in chunks.
+
+    Args:
+        subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
+        alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
+
+    Raises:
+        ValueError: It is not causal, or the lengths do not fit.
+    """
+    if alignment is not None:
+        one_of("alignment", alignment, ALIGNMENTS)
+    given = subject.arguments.get("attn_mask")
+    is_causal = bool(subject.arguments.get("is_causal", given is None))
+    lengths = subject.query.shape[-2], subject.key.shape[-2]
+    if given is None and not is_causal:
+        raise ValueError(
+            "is_causal: got False, and no attn_mask; a query that may see later keys cannot be "
+            "decoded without them"
+        )
+    if lengths[0] > lengths[1] or (is_causal and lengths[0] != lengths[1]):
+        raise ValueError(
+            "decoding needs as many queries as keys (or, with attn_mask= alone, fewer: the last "
+            f"ones); got {lengths[0]} queries and {lengths[1]} keys"
+        )
+    if alignment == "bottom_right" and not is_causal:
+        raise ValueError("alignment says what is_causal=True means, which is not passed here")
+    causal = causal_mask(*lengths, alignment="bottom_right", device=subject.query.device)
+    mask, seen = causal, None
+    if given is not None:
+        seen = permitted(given, (*subject.leading, *lengths))
+        if is_causal:
+            seen = seen & causal
+        _refuse_later_keys(seen & ~causal)
+        mask = given.expand(torch.broadcast_shapes(given.shape, lengths))  # type: ignore[no-untyped-call]
+        if is_causal:
+            mask = mask.masked_fill(~causal, False if mask.dtype == torch.bool else -math.inf)
+    if given is None:
+        subject = replace(subject, arguments={**subject.arguments, "is_causal": True})
+    return _FunctionDecoder(subject, mask, seen, own_causal=alignment == "bottom_right")
+
+
+def _refuse_later_keys(later: Tensor) -> None:
+    if bool(later.any()):
+        query, key = later.nonzero()[0, -2:].tolist()
+        raise ValueError(
+            f"attn_mask: query {query} may see key {key}, which comes after it, so it cannot be "
+            "decoded without later keys; accepted is a mask that is causal, aligned to the bottom "
+            "right"
+        )
+
+
+@dataclass(frozen=True)
+class _FunctionDecoder:
+    """An attention function that is given some queries, and the keys up to the last of them.
+
+    Attributes:
+        subject: The function, all inputs, and the arguments for all of them.
+        mask: Who may see what, spelled out, (..., query_len, key_len).
+        seen: The same as a boolean (..., query_len, key_len); None where it is causal alone.
+        own_causal: Whether chunks are called with `is_causal=True`.
+        start: What to do before each call.
+    """
+
+    subject: AttentionFunction
+    mask: Tensor
+    seen: Tensor | None
+    own_causal: bool
+    start: Callable[[], None] = lambda: None
+
+    @property
+    def length(self) -> int:
+        return self.subject.query.shape[-2]
+
+    @property
+    def most_single(self) -> int:
+        return _MOST_SINGLE_TOKENS
+
+    @property
+    def how(self) -> str:
+        if self.own_causal:
+            return "with is_causal=True, aligned to the bottom right"
+        return "with its rows of the mask"
+
+    def starting_with(self, start: Callable[[], None]) -> _FunctionDecoder:
+        return replace(self, start=start)
+
+    def whole(self) -> Tensor:
+        return self.subject.run()
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        return torch.cat([self._chunk(step) for step in steps], -2)
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def judged(self) -> Tensor | None:
+        return None if self.seen is None else self.seen.any(-1)
+
+    def _chunk(self, step: range) -> Tensor:
+        last = self._key_of(step.stop)
+        mask: Tensor | None = self.mask[..., step.start : step.stop, :last]
+        if self.own_causal:
+            given = self.subject.arguments.get("attn_mask")
+            cut = {} if given is None else {"attn_mask": mask}
+            return self._run(step, range(last), **cut, is_causal=True)
+        if mask is not None and len(step) == 1 and bool(_hides_nothing(mask).all()):
+            mask = None
+        return self._run(step, range(last), **({} if mask is None else {"attn_mask": mask}))
+
+    def _key_of(self, query: int) -> int:
+        return query + self.subject.key.shape[-2] - self.length
+
+    def _run(self, queries: range, keys: range, **masks: Any) -> Tensor:
+        """Call the function with some queries and keys, and with these masks alone."""
+        self.start()
+        rows, columns = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
+        others = {
+            name: value
+            for name, value in self.subject.arguments.items()
+            if name not in ("attn_mask", "is_causal")
+        }
+        return replace(self.subject, arguments={**others, **masks}).run(
+            self.subject.query[..., rows, :],
+            self.subject.key[..., columns, :],
+            self.subject.value[..., columns, :],
+        )
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """Compare the last chunk that is off with what likely mistakes would give."""
+        step = evidence.plan.step_of(_tokens_off(broken)[-1])
+        for words, candidate in self._mistakes(step):
+            if evidence.is_explained_by(candidate, step):
+                return f"{name_tokens(step)}: the output is that of attention {words}"
+        return None
+
+    def _mistakes(self, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield likely mistakes in a chunk, in words and as what they give.
+
+        A square call, as the prefill is one, is trusted: it is aligned in one way only.
+        """
+        size, last = len(step), self._key_of(step.stop)
+        if last > size:
+            yield (
+                "to the keys of this chunk alone: earlier keys are not seen",
+                lambda: self._square(step.stop, range(last - size, last)),
+            )
+            yield (
+                "with a causal mask aligned to the top left: decoding needs the bottom right",
+                lambda: self._square(step.stop, range(size)),
+            )
+        if size > 1:
+            yield (
+                "without a causal mask: later keys of the same chunk are seen",
+                lambda: self._run(step, range(last)),
+            )
+        elif last - 1 <= step.stop:
+            for words, keys in (("first", range(1, last)), ("last", range(last - 1))):
+                yield (
+                    f"without the {words} key",
+                    lambda keys=keys: self._square(step.stop, keys)[..., -1:, :],  # type: ignore[misc]
+                )
+
+    def _square(self, stop: int, keys: range) -> Tensor:
+        """Call the function with some keys and as many queries, causally."""
+        size = len(keys)
+        masks: dict[str, Any] = {"is_causal": True}
+        if not self.subject.arguments.get("is_causal"):
+            device = self.mask.device
+            masks = {"attn_mask": causal_mask(size, alignment="top_left", device=device)}
+        return self._run(range(stop - size, stop), keys, **masks)
+
+
+def _hides_nothing(mask: Tensor) -> Tensor:
+    return mask if mask.dtype == torch.bool else mask == 0
+
+
+def _tokens_off(broken: Tensor) -> list[int]:
+    """The tokens with an output that is off."""
+    tokens: list[int] = broken.reshape(-1, broken.shape[-1]).any(0).nonzero().flatten().tolist()
+    return tokens
+
+
+# --- sequence models
+
+
+def model_decoder(subject: Subject, alignment: Alignment | None) -> _ModelDecoder:
+    """Return how a model is called in chunks; ValueError if it is given an alignment."""
+    if alignment is not None:
+        raise ValueError(
+            f"alignment: got {alignment!r}; it says what is_causal=True means to an attention "
+            "function, and a sequence model is not told that it is causal"
+        )
+    return _ModelDecoder(subject, has_cache=_has_cache(subject))
+
+
+def _has_cache(subject: Subject) -> bool:
+    decode = subject.model.decode
+    if isinstance(decode, CachedDecoding):
+        # Only the model itself knows: BERT takes a cache, and returns none.
+        with torch.no_grad():
+            _, cache = _ModelDecoder(subject, has_cache=True).step(range(1), None)
+        return cache is not None
+    return decode is not None
+
+
+@dataclass(frozen=True)
+class _ModelDecoder:
+    """A sequence model that is given chunk after chunk with its cache, or longer prefixes.
+
+    Attributes:
+        subject: The model, its inputs and further arguments.
+        has_cache: Whether it decodes with a cache.
+        start: What to do before each call.
+    """
+
+    subject: Subject
+    has_cache: bool
+    start: Callable[[], None] = lambda: None
+
+    @property
+    def length(self) -> int:
+        return self.subject.inputs.shape[1]
+
+    @property
+    def most_single(self) -> int:
+        return _MOST_SINGLE_TOKENS if self.has_cache else _MOST_PREFIXES
+
+    @property
+    def how(self) -> str:
+        return "with the cache" if self.has_cache else "without a cache"
+
+    def starting_with(self, start: Callable[[], None]) -> _ModelDecoder:
+        return replace(self, start=start)
+
+    def whole(self) -> Tensor:
+        return self.subject.run()
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        outputs: list[Tensor] = []
+        cache: Any = None
+        for step in steps:
+            if self.has_cache:
+                output, cache = self.step(step, cache)
+            else:
+                output = self._run([*range(step.stop)])[:, step.start :]
+            outputs.append(output)
+        return torch.cat(outputs, 1)
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        # Models of transformers do softmax, norms and rotations in float32 in any case.
+        return torch.float32 if dtype == torch.float64 else dtype
+
+    def judged(self) -> Tensor | None:
+        return None
+
+    def step(self, step: range, cache: Any) -> tuple[Tensor, Any]:
+        """Decode one chunk with a cache; the output (batch, chunk, width) and the new cache."""
+        model = self.subject.model
+        if model.decode is None:
+            raise ValueError(f"{model.name} decodes without a cache")
+        chunk = self.subject.inputs[:, step.start : step.stop]
+        arguments = self._arguments([*range(step.stop)])
+        if model.positions_argument in arguments:
+            arguments[model.positions_argument] = arguments[model.positions_argument][
+                ..., step.start :
+            ]
+        self.start()
+        given = chunk if model.batch_first else chunk.transpose(0, 1)
+        result, cache = model.decode(given, cache, **arguments)
+        return model.read(result, chunk), cache
+
+    def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+        """Run the model on some tokens at once, without a cache."""
+        self.start()
+        inputs = self.subject.inputs[:, list(tokens)]
+        at = None
+        if positions is not None:
+            at = torch.tensor(positions, device=inputs.device).expand(inputs.shape[0], -1)
+        return replace(self.subject, arguments=self._arguments(tokens)).run(inputs, positions=at)
+
+    def _arguments(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """The further arguments, tensors cut to the rows and columns of some tokens."""
+        batch, length = self.subject.inputs.shape[:2]
+        model = self.subject.model
+        chosen = list(tokens)
+        cut = dict(self.subject.arguments)
+        for name, value in cut.items():
+            if not isinstance(value, Tensor) or value.ndim < 2:
+                continue
+            # Of as many sequences as tokens only the name tells which dimension is which.
+            by_token = name in (model.mask_argument, model.positions_argument)
+            if value.shape[-2:] == (length, length) and not by_token:
+                cut[name] = value[..., chosen, :][..., chosen]
+            elif value.shape in ((batch, length), (1, length)):
+                cut[name] = value[:, chosen]
+        return cut
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """Compare the first chunk that is off with its prefix, the last with likely mistakes."""
+        tokens = _tokens_off(broken)
+        first, step = (evidence.plan.step_of(token) for token in (tokens[0], tokens[-1]))
+        prefix = self._run([*range(first.stop)])[:, first.start :]
+        if not evidence.alike(prefix, evidence.whole[:, first.start : first.stop]):
+            also = " without a cache, too," if self.has_cache else ""
+            return (
+                f"{name_tokens(first)}:{also} the output changes when later tokens are cut off: "
+                "the model looks ahead, or depends on the length"
+            )
+        if not self.has_cache:
+            return None
+        for words, candidate in self._mistakes(evidence.plan, step):
+            if evidence.is_explained_by(candidate, step):
+                return f"{name_tokens(step)}: the output is that {words}"
+        if evidence.singles_are_right:
+            return (
+                "single tokens are right, longer chunks are not: within a chunk the causal mask "
+                "must be aligned to the bottom right, and the positions must count on"
+            )
+        if not bool(broken[:, : evidence.plan.sizes[0]].any()):
+            return "the first chunk is right: look at what is cached, and at the positions after it"
+        return None
+
+    def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        if step.start == 0:
+            return
+        yield "of this chunk alone: the cache is not used", lambda: self.step(step, None)[0]
+        if self.subject.model.positions_argument is not None:
+            restarted = [
+                at for chunk in plan.steps if chunk.start <= step.start for at in range(len(chunk))
+            ]
+            yield (
+                "with positions that start again at 0 in each chunk",
+                lambda: self._run([*range(step.stop)], restarted)[:, step.start :],
+            )
+        own, previous = [*step], step.start - 1
+        histories: dict[str, list[int]] = {
+            "of this chunk alone at its positions: the cache is not used": [],
+            "without the first token of the cache": [*range(1, step.start)],
+            "without the token just before, the last of the cache": [*range(previous)],
+            "with the token just before twice in the cache": [*range(step.start), previous],
+        }
+        for words, history in histories.items():
+            tokens = history + own
+            yield words, lambda tokens=tokens: self._run(tokens, tokens)[:, -len(own) :]  # type: ignore[misc]

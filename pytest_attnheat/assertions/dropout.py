@@ -1,0 +1,333 @@
+"""Dropout of attention weights, seen through an identity matrix in place of the values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.difference import check_rows, index_of, tolerance_of
+from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.subjects import AttentionFunction
+
+# A correct subject is reported by chance in one of so many checks.
+_FALSE_ALARM = 1e-6
+# Fused kernels compare a random byte with the probability.
+_STEP = 1 / 255
+_STANDARD_ERRORS = 5
+# With these, chance is as small as that step, and more of them tell no more.
+_ENOUGH_WEIGHTS = 300_000
+_TOGETHER = {
+    -1: "all weights of a query are dropped together, or none",
+    -2: "a key is dropped for all queries, or for none",
+    -3: "the same weights are dropped in every head",
+    -4: "the same weights are dropped in every batch entry",
+}
+
+
+def check_dropout_of_weights(
+    assertion: str, function: AttentionFunction, share: float, *, runs: int, seed: int
+) -> None:
+    """Check the weights of an attention function that is called with `dropout_p`.
+
+    Args:
+        assertion: Its name.
+        function: The function and its inputs; the value is not used.
+        share: The probability that a weight is dropped.
+        runs: How many calls are made at most to count dropped weights.
+        seed: Where the random numbers start.
+
+    Raises:
+        AssertionError: The weights are not dropped one by one with this probability, or what is
+            kept is not divided by `1 - share`.
+        ValueError: There are too few weights to tell.
+    """
+    __tracebackhide__ = True
+    key_len = function.key.shape[-2]
+    identity = torch.eye(key_len, dtype=function.value.dtype, device=function.value.device)
+    identity = identity.expand(*function.value.shape[:-2], key_len, key_len)
+
+    def run(value: Tensor, dropout_p: float, *, seeded: bool = False) -> Tensor:
+        if seeded:
+            torch.manual_seed(seed)
+        return function.run(value=value, dropout_p=dropout_p)
+
+    weights = function.run(value=identity)
+    check_rows(
+        assertion,
+        run(identity, 0.0),
+        weights,
+        claim="rows of weights differ between dropout_p=0.0 and no dropout_p",
+        allowed=tolerance_of(weights.dtype),
+    )
+    check_rows(
+        assertion,
+        run(identity, share, seeded=True),
+        run(identity, share, seeded=True),
+        claim=f"rows of weights with dropout_p={share:g} are not repeated by torch.manual_seed",
+        allowed=tolerance_of(weights.dtype, strict=True),
+        repeat=f"seed={seed}",
+    )
+    twice = run(torch.cat([identity, identity], -1), share, seeded=True)
+    check_rows(
+        assertion,
+        twice[..., :key_len],
+        twice[..., key_len:],
+        claim=f"outputs with dropout_p={share:g} differ between equal channels of the value",
+        allowed=tolerance_of(weights.dtype),
+        cause=lambda _: "dropout falls on the outputs, not on the weights",
+        repeat=f"seed={seed}",
+    )
+    count = _Count(assertion, weights, share, seed)
+    torch.manual_seed(seed)
+    for _ in range(runs):
+        count.add(run(identity, share))
+        if count.regarded >= _ENOUGH_WEIGHTS and count.runs > 1:
+            break
+    count.check()
+
+
+@dataclass
+class _Count:
+    """What happened to the weights in several calls with dropout.
+
+    Attributes:
+        assertion: Its name.
+        weights: Without dropout, (..., query_len, key_len).
+        share: The probability that a weight is dropped.
+        seed: Where the random numbers started.
+        runs: How many calls were counted.
+        regarded: How many weights in all calls: those that are not 0 without dropout.
+        dropped: How many of them were dropped.
+        total: What all weights after dropout add up to.
+        kept: What those that were kept add up to before dropout.
+        off: How far each weight that was kept is from its share at most, as a part of it.
+        mixed: Along which axes weights were dropped and kept in one line.
+        fixed: Whether the same weights were dropped in all calls.
+        first: The weights after dropout in the first call.
+    """
+
+    assertion: str
+    weights: Tensor
+    share: float
+    seed: int
+    runs: int = 0
+    regarded: int = 0
+    dropped: int = 0
+    total: float = 0.0
+    kept: float = 0.0
+    mixed: set[int] = field(default_factory=set)
+    fixed: bool = True
+
+    def __post_init__(self) -> None:
+        self.wide = self.weights.double()
+        # Below, a weight that is kept is rounded too coarsely, or to the zero of a dropped one.
+        self.judged = self.weights > 2 * torch.finfo(self.weights.dtype).smallest_normal
+        self.off = torch.zeros_like(self.wide)
+        self.first = self.weights
+
+    def add(self, observed: Tensor) -> None:
+        """Count one more call.
+
+        Args:
+            observed: The weights after dropout, (..., query_len, key_len).
+        """
+        dropped = (observed == 0) & self.judged
+        kept = self.judged & ~dropped
+        if self.runs == 0:
+            self.first = observed
+        self.fixed &= torch.equal(dropped, (self.first == 0) & self.judged)
+        self.runs += 1
+        self.regarded += int(self.judged.sum())
+        self.dropped += int(dropped.sum())
+        self.total += float(observed.double()[self.judged].sum())
+        self.kept += float(self.wide[kept].sum())
+        ratio = observed.double() * (1 - self.share) / self.wide
+        off = (ratio - 1).abs().nan_to_num(nan=math.inf).masked_fill(~kept, 0.0)
+        self.off = torch.maximum(self.off, off)
+        for axis in range(-self.weights.ndim, 0):
+            if axis not in self.mixed and bool((dropped.any(axis) & kept.any(axis)).any()):
+                self.mixed.add(axis)
+
+    def check(self) -> None:
+        """Raise an AssertionError if this is not what dropout does.
+
+        Raises:
+            AssertionError: It is not.
+            ValueError: There were too few weights to tell.
+        """
+        __tracebackhide__ = True
+        if self.regarded * -math.log1p(-self.share) < -math.log(_FALSE_ALARM):
+            raise ValueError(
+                f"{self.assertion}: {self.regarded} weights in {self.runs} runs are too few to "
+                f"tell whether dropout={self.share:g} drops any; pass more runs or a larger input"
+            )
+        self._check_that_some_are_dropped()
+        self._check_that_each_is_on_its_own()
+        self._check_share()
+        self._check_rest()
+        self._check_sum()
+
+    def _fail(self, claim: str, worst: str, cause: str | None) -> None:
+        __tracebackhide__ = True
+        repeat = f"seed={self.seed}"
+        raise AssertionError(
+            build_message(
+                self.assertion, claim, self.weights, worst=worst, cause=cause, repeat=repeat
+            )
+        )
+
+    def _check_that_some_are_dropped(self) -> None:
+        __tracebackhide__ = True
+        if self.dropped:
+            return
+        unchanged = float((self.first.double() - self.wide).abs().max())
+        cause = "dropout is never applied"
+        if unchanged > tolerance_of(self.weights.dtype):
+            cause = "the weights change, but none becomes 0: dropout of scores, before the softmax?"
+        self._fail(
+            f"dropout={self.share:g} was declared, but no weight is ever dropped",
+            f"0 of {self.regarded} weights in {self.runs} calls are 0 (expected about "
+            f"{self.share * self.regarded:.0f})",
+            cause,
+        )
+
+    def _check_that_each_is_on_its_own(self) -> None:
+        __tracebackhide__ = True
+        p, q = self.share, 1 - self.share
+        chance = int(self.judged.sum()) * (self.runs - 1) * math.log(p * p + q * q)
+        if self.fixed and chance < math.log(_FALSE_ALARM):
+            self._fail(
+                f"dropout={self.share:g} drops the same weights in each of {self.runs} calls",
+                f"{self.dropped // self.runs} weights are 0 in all of them",
+                "a fixed mask, or a seed that is set in each call",
+            )
+        together = [axis for axis in range(-self.weights.ndim, 0) if self._is_dropped_along(axis)]
+        if together:
+            self._fail(
+                f"dropout={self.share:g} does not drop each weight on its own",
+                f"in {self.runs} calls the {self.regarded} weights are never dropped and kept side "
+                f"by side along dimension {', '.join(map(str, together))}",
+                ", and ".join(self._words(axis) for axis in together),
+            )
+
+    def _is_dropped_along(self, axis: int) -> bool:
+        """Whether whole lines along an axis are dropped, and that is no accident."""
+        if axis in self.mixed:
+            return False
+        length = self.judged.sum(axis).double()
+        uniform = self.share**length + (1 - self.share) ** length
+        chance = self.runs * float(uniform.clamp(max=1.0).log().sum())
+        return chance < math.log(_FALSE_ALARM)
+
+    def _words(self, axis: int) -> str:
+        if self.weights.ndim == 4 or axis >= -2:
+            return _TOGETHER[axis]
+        return f"the same weights are dropped in every entry of dimension {axis}"
+
+    def _check_share(self) -> None:
+        __tracebackhide__ = True
+        low, high = share_by_chance(self.share, self.regarded)
+        measured = self.dropped / self.regarded
+        if low <= measured <= high:
+            return
+        p = self.share
+        causes = {
+            1 - p: "p is taken for the probability to keep a weight",
+            1 - (1 - p) ** 2: "dropout is applied twice",
+            p * p: "only what two masks both drop is dropped",
+        }
+        nearest = min(causes, key=lambda share: abs(share - measured))
+        bounds = share_by_chance(nearest, self.regarded)
+        self._fail(
+            f"dropout={p:g} drops {measured:.4g} of the weights",
+            f"{self.dropped} of {self.regarded} weights in {self.runs} calls are 0 (allowed "
+            f"{low:.4g} to {high:.4g})",
+            causes[nearest] if bounds[0] <= measured <= bounds[1] else None,
+        )
+
+    def _check_rest(self) -> None:
+        __tracebackhide__ = True
+        eps = torch.finfo(self.weights.dtype).eps
+        # The weight, the factor and their product are rounded, in either of two runs.
+        allowed = 4 * eps
+        if self.weights.dtype in (torch.float32, torch.float64):
+            allowed = tolerance_of(self.weights.dtype)
+        broken = int((self.off > allowed).sum())
+        if not broken:
+            return
+        worst = index_of(self.off.argmax(), self.off)
+        factor = self.total / self.kept if self.kept else math.nan
+        self._fail(
+            f"{broken} of {int(self.judged.sum())} weights that are kept are not divided by 1 - p",
+            f"weights[{', '.join(map(str, worst))}] is off by {float(self.off[worst]):.2g} of its "
+            f"size (allowed {allowed:.1e}); kept weights are multiplied by {factor:.4g} in the "
+            f"mean, expected {1 / (1 - self.share):.4g}",
+            self._why_factor(factor, allowed),
+        )
+
+    def _why_factor(self, factor: float, allowed: float) -> str | None:
+        judged_sums = self.first.double().sum(-1)
+        some = self.judged.any(-1) & (judged_sums > 0)
+        if bool(((judged_sums - 1).abs()[some] <= allowed).all()):
+            return "each row sums to 1 after dropout: the weights are normalised again"
+        p = self.share
+        factors = {
+            1.0: "what is kept is not rescaled",
+            1 - p: "what is kept is multiplied by 1 - p, which belongs to evaluation mode",
+            1 / p: "what is kept is divided by p",
+            1 / (1 - p) ** 2: "what is kept is divided by 1 - p twice",
+        }
+        nearest = min(factors, key=lambda known: abs(known - factor))
+        return factors[nearest] if abs(factor - nearest) <= allowed * nearest else None
+
+    def _check_sum(self) -> None:
+        __tracebackhide__ = True
+        size = float(self.wide[self.judged].sum())
+        spread = float(self.wide[self.judged].square().sum()) * self.share / (1 - self.share)
+        error = math.sqrt(spread / self.runs) / size
+        allowed = _STANDARD_ERRORS * error + _STEP / (1 - self.share)
+        allowed += 4 * torch.finfo(self.weights.dtype).eps
+        mean = self.total / self.runs / size
+        if abs(mean - 1) > allowed:
+            larger, smaller = ("large", "small") if mean < 1 else ("small", "large")
+            self._fail(
+                "the mean of the weights after dropout is not what they are without",
+                f"they add up to {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed "
+                f"{allowed:.1e})",
+                f"{larger} weights are dropped more often than {smaller} ones",
+            )
+
+
+def share_by_chance(share: float, count: int) -> tuple[float, float]:
+    """Return between which shares of dropped weights chance leads, but for one time in 10^6.
+
+    By Chernoff's bound: a share x of n weights, each dropped with probability p, is met with a
+    probability of at most `exp(-n KL(x, p))` on either side.
+
+    Args:
+        share: The probability p, to which a fused kernel may add or subtract 1 / 255.
+        count: How many weights, n.
+    """
+    limit = math.log(2 / _FALSE_ALARM) / count
+    low, high = max(share - _STEP, 0.0), min(share + _STEP, 1.0)
+    return _farthest(low, 0.0, limit), _farthest(high, 1.0, limit)
+
+
+def _farthest(share: float, end: float, limit: float) -> float:
+    """Find by halving how far from `share` towards `end` the divergence stays within a limit."""
+    near, far = share, end
+    for _ in range(60):
+        middle = (near + far) / 2
+        near, far = (middle, far) if _divergence(middle, share) <= limit else (near, middle)
+    return near
+
+
+def _divergence(x: float, p: float) -> float:
+    """The Kullback-Leibler divergence between two probabilities of a dropped weight."""
+    parts = ((x, p), (1 - x, 1 - p))
+    return sum(
+        a * math.log(a / b) if a > 0 and b > 0 else (0.0 if a <= 0 else math.inf) for a, b in parts
+    )

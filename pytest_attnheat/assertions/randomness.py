@@ -1,0 +1,386 @@
+"""That a subject repeats itself in evaluation mode, and that dropout does what it declares."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import random
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.difference import check_rows, relative_change, tolerance_of
+from pytest_attnheat.assertions.dropout import check_dropout_of_weights
+from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.sequences import as_sequence
+from pytest_attnheat.assertions.subjects import (
+    AttentionFunction,
+    as_function,
+    borrowed,
+    modules_in,
+)
+from pytest_attnheat.inputs import check_number
+from pytest_attnheat.scoring import positive, seed_number
+
+_NAME = "assert_deterministic"
+_STANDARD_ERRORS = 5
+# From fewer, the standard error itself is too uncertain.
+_FEWEST_RUNS = 30
+_MOST_NAMES = 3
+
+
+def assert_deterministic(
+    subject: Callable[..., Any],
+    *inputs: Tensor,
+    dropout: float | None = None,
+    runs: int = 200,
+    unbiased: bool | None = None,
+    seed: int = 0,
+    **arguments: Any,
+) -> None:
+    """Assert that a subject repeats itself, and that its dropout, if it has one, does its work.
+
+    In evaluation mode the same input must give the same output, bit for bit: in the next call
+    after random numbers were drawn, and from another seed. That is all without `dropout`.
+
+    With `dropout`, an attention function that takes `dropout_p` is called with this probability
+    and an identity matrix as value, so that its output is its weights after dropout. It must be
+    random and repeat itself from a seed; drop weights (not outputs) one by one, and not the same
+    ones in all heads; drop the declared share of them, whatever their size; divide what it keeps
+    by 1 - p; and do nothing for `dropout_p=0.0`. The share may be off by 1 / 255, to which some
+    fused kernels round it, and by what chance does in all but one of 10^6 checks.
+
+    Any other subject must hold a module. In training mode it must be random, and repeat itself
+    from a seed; and the mean of many runs must be the output of evaluation mode, if it is
+    `unbiased`. Modes are set here, and left as they were found.
+
+    Args:
+        subject: An attention function, called as `subject(query, key, value, **arguments)`, or a
+            module that maps a sequence to a sequence.
+        *inputs: Query, key and value of an attention function, (..., length, width); or the one
+            input of a module: floats (batch, length, width) or token ids (batch, length).
+        dropout: The probability that a weight is dropped, 0 < dropout < 1. None: nothing is
+            asked of training, and the subject has to be in evaluation mode.
+        runs: How many calls with dropout are made at most; for the mean of a module at least 30.
+        unbiased: Whether the mean of a module in training mode is its output in evaluation
+            mode, within 5 standard errors. By default only of `nn.MultiheadAttention`: where a
+            nonlinear layer comes after dropout it is not.
+        seed: Where the random numbers start.
+        **arguments: Further arguments of every call: attn_mask, is_causal, scale, enable_gqa.
+
+    Raises:
+        AssertionError: Two calls differ in evaluation mode, or dropout is not what it declares.
+            The message tells what was measured.
+        TypeError: Not one or three inputs, or `dropout` for a function that takes no `dropout_p`.
+        ValueError: A module is in training mode without `dropout`; an argument is out of range; or
+            there are too few weights or runs to tell.
+
+    Example:
+        >>> assert_deterministic(model.eval(), token_ids)
+        >>> assert_deterministic(F.scaled_dot_product_attention, query, key, value, dropout=0.1)
+    """
+    __tracebackhide__ = True
+    share = None if dropout is None else _probability(dropout)
+    runs, seed = positive("runs", runs), seed_number(seed)
+    call = _as_call(subject, inputs, arguments)
+    with borrowed(subject, *call.inputs, seed=seed), torch.no_grad():
+        if share is None:
+            _refuse_training(call.modules)
+        call.train(False)
+        evaluated = _check_repeats(call, seed)
+        if share is None:
+            return
+        call.train(True)
+        function = _taking_dropout(call)
+        if function is not None:
+            check_dropout_of_weights(_NAME, function, share, runs=runs, seed=seed)
+        else:
+            _check_training(call, evaluated, share, runs=runs, seed=seed)
+            if call.is_linear if unbiased is None else unbiased:
+                _check_mean(call, evaluated, share, runs=runs, seed=seed)
+
+
+def _probability(dropout: object) -> float:
+    given = check_number(dropout, "dropout")
+    if not 0 < given < 1:
+        raise ValueError(f"dropout: got {given!r}; accepted is 0 < dropout < 1, or None")
+    return given
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A subject with its inputs.
+
+    Attributes:
+        run: Calls it.
+        inputs: What it is called with.
+        modules: The modules that it is or holds.
+        function: What it is if it is an attention function.
+        is_linear: Whether its output is linear in its weights after dropout.
+    """
+
+    run: Callable[[], Tensor]
+    inputs: tuple[Tensor, ...]
+    modules: list[nn.Module]
+    function: AttentionFunction | None
+    is_linear: bool
+
+    def train(self, mode: bool) -> None:
+        """Set the mode of all modules."""
+        for module in self.modules:
+            module.train(mode)
+
+    @property
+    def mode(self) -> str:
+        """What evaluation mode is called in a message."""
+        return "in evaluation mode" if self.modules else "without dropout"
+
+
+def _as_call(
+    subject: Callable[..., Any], inputs: Sequence[object], arguments: dict[str, Any]
+) -> _Call:
+    modules, is_linear = modules_in(subject), isinstance(subject, nn.MultiheadAttention)
+    if "dropout_p" in arguments:
+        raise ValueError("dropout_p: pass dropout= in its place")
+    if len(inputs) == 3:
+        function = as_function(subject, inputs, arguments)
+        given = (function.query, function.key, function.value)
+        return _Call(function.run, given, modules, function, is_linear)
+    if len(inputs) == 1:
+        sequence = as_sequence(subject, inputs[0], arguments)
+        return _Call(sequence.run, (sequence.inputs,), modules, None, is_linear)
+    raise TypeError(
+        f"{_NAME}: got {len(inputs)} inputs; accepted are query, key and value of an attention "
+        "function, or the one input of a sequence model"
+    )
+
+
+def _refuse_training(modules: Sequence[nn.Module]) -> None:
+    training = [type(module).__name__ for module in modules if module.training]
+    if training:
+        raise ValueError(
+            f"{', '.join(training[:_MOST_NAMES])} is in training mode, in which nothing promises "
+            "to repeat itself; call .eval() on it, or pass dropout= for a check of both modes"
+        )
+
+
+def _taking_dropout(call: _Call) -> AttentionFunction | None:
+    """Return the attention function that takes `dropout_p`, None for a module with its own.
+
+    Raises:
+        TypeError: There is neither.
+    """
+    if call.function is not None:
+        function = call.function.function
+        called = function.forward if isinstance(function, nn.Module) else function
+        try:
+            taken = inspect.signature(called).parameters
+        except ValueError:  # A builtin: F.scaled_dot_product_attention.
+            return call.function
+        takes_any = any(kind.kind == kind.VAR_KEYWORD for kind in taken.values())
+        if "dropout_p" in taken or (takes_any and not call.modules):
+            return call.function
+    if not call.modules:
+        raise TypeError(
+            "dropout: the subject takes no dropout_p and holds no module, so nothing says where "
+            "its dropout is; pass dropout=None"
+        )
+    return None
+
+
+# --- evaluation mode
+
+
+def _check_repeats(call: _Call, seed: int) -> Tensor:
+    """Return the output in evaluation mode, after checking that it is always the same."""
+    __tracebackhide__ = True
+    _seed_all(seed)
+    first = call.run()
+    _draw(first.device)
+    following = call.run()
+    _seed_all(seed + 1)
+    reseeded = call.run()
+    for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
+        check_rows(
+            _NAME,
+            *_without_equal_nans(again, first),
+            claim=f"outputs change {when}, {call.mode}",
+            allowed=0.0,
+            cause=lambda _: _why_random(call, seed),
+            repeat=f"seed={seed}",
+        )
+    return first
+
+
+def _seed_all(seed: int) -> None:
+    torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
+def _draw(device: torch.device) -> None:
+    """Use the random numbers up, as other work between two calls would."""
+    torch.rand(3)
+    torch.rand(3, device=device)
+    random.random()
+    np.random.rand()
+
+
+def _without_equal_nans(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same two tensors, with zeros wherever both hold the same NaN or inf."""
+    same = ((a == b) | (a.isnan() & b.isnan())) & ~a.isfinite()
+    return a.masked_fill(same, 0.0), b.masked_fill(same, 0.0)
+
+
+def _identical(a: Tensor, b: Tensor) -> bool:
+    return torch.equal(*_without_equal_nans(a, b))
+
+
+def _why_random(call: _Call, seed: int) -> str:
+    states = [_random_state()]
+    with _noting_who_draws(call.modules) as drawing:
+        call.run()
+    states.append(_random_state())
+    if states[0] == states[1]:
+        return (
+            "no random numbers are drawn: does a call leave something behind that the next one "
+            "reads (a cache, a counter), or read memory that nothing wrote?"
+        )
+    where = f", in {', '.join(drawing[:_MOST_NAMES])}" if drawing else ""
+    return (
+        f"random numbers are drawn {call.mode}{where}: dropout that is not switched off by "
+        "training=self.training?"
+    )
+
+
+def _random_state() -> tuple[object, ...]:
+    # Without a device there is nothing to ask; of a device that nobody used, nothing changes.
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    tensors = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
+    return (*tensors, random.getstate(), str(np.random.get_state()))
+
+
+@contextmanager
+def _noting_who_draws(modules: Sequence[nn.Module]) -> Iterator[list[str]]:
+    """Collect the names of the innermost modules that draw random numbers."""
+    drawing: list[str] = []
+    handles = []
+    open_calls: list[tuple[tuple[object, ...], int]] = []
+
+    def enter(module: nn.Module, given: object) -> None:
+        open_calls.append((_random_state(), len(drawing)))
+
+    def leave(name: str, module: nn.Module) -> None:
+        before, noted = open_calls.pop()
+        inner_drew = len(drawing) > noted
+        if not inner_drew and before != _random_state():
+            drawing.append(name)
+
+    for parent in modules:
+        for path, module in parent.named_modules():
+            kind = type(module).__name__
+            name = f"{path} ({kind})" if path else kind
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(
+                module.register_forward_hook(lambda module, *_, name=name: leave(name, module))
+            )
+    try:
+        yield drawing
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- training mode
+
+
+def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
+    """Check that training mode is random, and repeats itself from a seed."""
+    __tracebackhide__ = True
+    _seed_all(seed)
+    first = call.run()
+    _seed_all(seed)
+    check_rows(
+        _NAME,
+        *_without_equal_nans(call.run(), first),
+        claim=f"outputs in training mode are not repeated from seed {seed}",
+        allowed=0.0,
+        repeat=f"seed={seed}",
+    )
+    if any(not _identical(call.run(), first) for _ in range(runs)):
+        return
+    cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
+    if bool((relative_change(first, evaluated) <= tolerance_of(first.dtype)).all()):
+        cause = f"dropout is never applied{_dropouts_in(call.modules)}"
+    raise AssertionError(
+        build_message(
+            _NAME,
+            f"dropout={share:g} was declared, but {runs} calls in training mode give equal outputs",
+            first,
+            worst="no output differs from one call to the next",
+            cause=cause,
+        )
+    )
+
+
+def _dropouts_in(modules: Sequence[nn.Module]) -> str:
+    found = {
+        f"{type(part).__name__}(p={part.p:g})"
+        for module in modules
+        for part in module.modules()
+        if isinstance(part, nn.modules.dropout._DropoutNd)
+    }
+    return f", although there is {', '.join(sorted(found)[:_MOST_NAMES])}" if found else ""
+
+
+def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
+    """Check that the mean in training mode is the output in evaluation mode.
+
+    Compared is one number: how much of the output of evaluation mode there is in that of
+    training mode. It is a sum over all outputs, and so close to normally distributed.
+    """
+    __tracebackhide__ = True
+    wanted = evaluated.double().flatten()
+    size = wanted.square().sum()
+    if not bool(size.isfinite()) or float(size) == 0:
+        raise ValueError(f"{_NAME}: the output of evaluation mode is zero or not finite throughout")
+    _seed_all(seed)
+    parts = torch.stack([call.run().double().flatten() @ wanted / size for _ in range(runs)])
+    mean = float(parts.mean())
+    error = math.inf
+    if runs >= _FEWEST_RUNS:
+        error = _STANDARD_ERRORS * float(parts.std()) / math.sqrt(runs)
+    if not error < share:
+        raise ValueError(
+            f"runs: {runs} runs are too few to tell whether the mean is right to within dropout="
+            f"{share:g} (5 standard errors are {error:.2g}); pass more, or a larger input"
+        )
+    allowed = error + tolerance_of(evaluated.dtype)
+    if abs(mean - 1) <= allowed:
+        return
+    raise AssertionError(
+        build_message(
+            _NAME,
+            f"the mean over {runs} calls in training mode is not the output in evaluation mode",
+            evaluated,
+            worst=f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})",
+            cause=_why_biased(mean, share, error),
+            repeat=f"seed={seed}",
+        )
+    )
+
+
+def _why_biased(mean: float, share: float, error: float) -> str | None:
+    kept = 1 - share
+    factors = {
+        kept: "kept weights are not divided by 1 - p",
+        kept * kept: "kept weights are multiplied by 1 - p, not divided",
+        1 / kept: "the output of evaluation mode is multiplied by 1 - p although training divides",
+    }
+    nearest = min(factors, key=lambda factor: abs(mean - factor))
+    return factors[nearest] if abs(mean - nearest) <= error else None

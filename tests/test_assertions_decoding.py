@@ -1,0 +1,459 @@
+"""What assert_decode_matches_prefill accepts and refuses."""
+
+import math
+import random
+import re
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from attention_subjects import (
+    DTYPES,
+    TRANSFORMERS,
+    VOCABULARY,
+    WIDTH,
+    causal_encoder,
+    encoder,
+    encoder_layer,
+    flex,
+    multihead,
+    of_transformers,
+    plain,
+    qkv,
+    randn,
+    tokens,
+)
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from pytest_attnheat import assert_decode_matches_prefill
+from pytest_attnheat.assertions.sequences import SequenceModel
+
+CACHED = [(name, implementation) for name, implementation in TRANSFORMERS if name != "bert"]
+
+
+def causal(query_len, key_len=None):
+    """A causal mask aligned to the bottom right."""
+    key_len = query_len if key_len is None else key_len
+    return torch.ones(query_len, key_len, dtype=torch.bool).tril(key_len - query_len)
+
+
+def bottom_right(query, key, value, is_causal=False):
+    """As FlashAttention: its own is_causal is aligned to the bottom right."""
+    mask = causal(query.shape[-2], key.shape[-2]) if is_causal else None
+    return plain(query, key, value, attn_mask=mask)
+
+
+class Decoder(nn.Module):
+    """One or two layers of causal attention with a cache, and what may go wrong in them."""
+
+    def __init__(self, mistake=None, layers=1):
+        super().__init__()
+        torch.manual_seed(0)
+        self.mistake = mistake
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.positions = nn.Embedding(64, WIDTH)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(layers))
+
+    def forward(self, ids, position_ids=None):
+        return self.decode(ids, None, position_ids)[0]
+
+    def decode(self, ids, cache, position_ids=None):
+        past, cache = (0, None) if cache is None else cache
+        start = 0 if self.mistake == "positions" else past
+        if position_ids is None:
+            position_ids = torch.arange(start, start + ids.shape[1])
+        hidden = (self.embedding(ids) + self.positions(position_ids)) / 2
+        kept = []
+        for number, layer in enumerate(self.layers):
+            query, key, value = layer(hidden).chunk(3, -1)
+            if cache is not None and self.mistake != "cache":
+                key, value = (
+                    torch.cat([old, new], -2)
+                    for old, new in zip(cache[number], (key, value), strict=True)
+                )
+            mask = causal(ids.shape[1], key.shape[-2])
+            if self.mistake == "ahead":
+                mask = torch.ones_like(mask)
+            if self.mistake == "top left" and ids.shape[1] > 1:
+                mask = torch.ones_like(mask).tril()
+            hidden = hidden + plain(query, key, value, attn_mask=mask)
+            kept.append((key, value))
+        if self.mistake == "first" and past == 0 and ids.shape[1] > 1:
+            kept = [(key[:, 1:], value[:, 1:]) for key, value in kept]
+        if self.mistake == "twice" and ids.shape[1] > 1:
+            kept = [
+                tuple(torch.cat([t, t[:, -1:]], -2) for t in (key, value)) for key, value in kept
+            ]
+        if self.mistake == "last" and ids.shape[1] > 1:
+            kept = [(key[:, :-1], value[:, :-1]) for key, value in kept]
+        return hidden, (past + ids.shape[1], kept)
+
+    def subject(self):
+        return SequenceModel(self, positions_argument="position_ids", decode=self.decode)
+
+
+def message(subject, *inputs, **arguments):
+    with pytest.raises(AssertionError) as caught:
+        assert_decode_matches_prefill(subject, *inputs, **arguments)
+    return str(caught.value)
+
+
+def cause(told):
+    return told.split("  cause    ")[1].splitlines()[0]
+
+
+# --- attention functions
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("length", [2, 3, 7, 18])
+@pytest.mark.parametrize("function", [sdpa, plain], ids=["torch", "plain"])
+def test_causal_attention_passes_in_every_dtype_and_length(function, length, dtype):
+    for seed in range(3):
+        inputs = qkv(2, 3, length, length, seed=10 * seed, dtype=dtype)
+        bias = randn(length, length, seed=seed, dtype=dtype).masked_fill(~causal(length), -math.inf)
+        assert_decode_matches_prefill(function, *inputs)
+        assert_decode_matches_prefill(function, *inputs, attn_mask=bias, scale=0.7)
+        assert_decode_matches_prefill(function, *inputs, attn_mask=causal(length).triu(-2))
+        assert_decode_matches_prefill(
+            function, *inputs, attn_mask=bias.clamp(min=-1e4), is_causal=True
+        ) if function is plain else None
+
+
+def test_the_last_queries_of_a_longer_cache_pass():
+    query, key, value = qkv(query_len=4, key_len=9)
+    assert_decode_matches_prefill(plain, query, key, value, attn_mask=causal(4, 9))
+
+
+def test_attention_aligned_to_the_bottom_right_passes_if_this_is_said():
+    assert_decode_matches_prefill(bottom_right, *qkv(), alignment="bottom_right")
+    with pytest.raises(TypeError, match="attn_mask"):  # a chunk is called with its mask
+        assert_decode_matches_prefill(bottom_right, *qkv())
+
+
+def test_flex_and_multihead_attention_pass():
+    assert_decode_matches_prefill(flex, *qkv(length := 5, 3, length, length))
+    inputs = (randn(2, 5, WIDTH),) * 3
+    assert_decode_matches_prefill(multihead(), *inputs)
+    assert_decode_matches_prefill(multihead(batch_first=False), *inputs)
+
+
+def test_grouped_query_attention_passes():
+    query, key, value = qkv(2, 4)
+    assert_decode_matches_prefill(sdpa, query, key[:, :2], value[:, :2], enable_gqa=True)
+
+
+def test_chunks_are_called_with_their_rows_of_the_mask_and_a_last_query_without_one():
+    calls = []
+
+    def attention(query, key, value, **arguments):
+        calls.append((query.shape[-2], key.shape[-2], arguments))
+        return plain(query, key, value, **arguments)
+
+    assert_decode_matches_prefill(attention, *qkv(), chunks=[3, 1, 2])
+    whole, again, *chunks = calls
+    assert whole == again == (6, 6, {"is_causal": True})
+    assert [call[:2] for call in chunks] == [(3, 3), (1, 4), (2, 6)]
+    assert torch.equal(chunks[0][2].pop("attn_mask"), causal(3))
+    assert torch.equal(chunks[2][2].pop("attn_mask"), causal(2, 6))
+    assert [call[2] for call in chunks] == [{}, {}, {}]
+
+
+def test_a_causal_mask_aligned_to_the_top_left_is_told_with_the_place():
+    def attention(query, key, value, is_causal=False):
+        return sdpa(query, key, value, is_causal=is_causal)
+
+    told = message(attention, *qkv(), alignment="bottom_right")
+    lines = told.splitlines()
+    assert lines[0] == (
+        "assert_decode_matches_prefill: 30 of 36 outputs decoded token by token, with "
+        "is_causal=True, aligned to the bottom right, differ from the prefill"
+    )
+    assert ", decoded alone, is off by up to" in lines[1].replace(" decoded", ", decoded")
+    assert "(allowed 2.0e-05)" in lines[1]
+    assert lines[2].startswith("  first    output[0, 0, 1], token 1 decoded alone, is off by")
+    assert cause(told) == (
+        "token 5 decoded alone: the output is that of attention with a causal mask aligned to the "
+        "top left: decoding needs the bottom right"
+    )
+    assert lines[-1] == "  repeat   chunks=[1, 1, 1, 1, 1, 1], seed=0"
+
+
+def test_what_is_not_seen_in_a_chunk_is_told():
+    def unless_square(change):
+        def attention(query, key, value, is_causal=False, attn_mask=None):
+            if query.shape[-2] == key.shape[-2]:
+                return plain(query, key, value, is_causal=True)
+            return change(query, key, value, attn_mask)
+
+        return partial(message, attention, *qkv())
+
+    def own_keys(query, key, value, mask):
+        length = query.shape[-2]
+        return plain(
+            query, key[..., -length:, :], value[..., -length:, :], attn_mask=causal(length)
+        )
+
+    told = unless_square(own_keys)(chunks=[3, 2, 1])
+    assert "outputs decoded in chunks of 3, 2, 1, with its rows of the mask, differ" in told
+    assert "to the keys of this chunk alone: earlier keys are not seen" in cause(told)
+
+    told = unless_square(lambda query, key, value, mask: plain(query, key, value))()
+    assert "outputs decoded in chunks of 3, 1, 2," in told
+    assert cause(told).startswith("tokens 4 to 5 decoded together: the output is that of attention")
+    assert "without a causal mask: later keys of the same chunk are seen" in cause(told)
+    assert "first    output[0, 0, 4], token 4 of tokens 4 to 5 decoded together, is off" in told
+
+    def without_first(query, key, value, mask):
+        return plain(query, key[..., 1:, :], value[..., 1:, :])
+
+    assert "without the first key" in cause(unless_square(without_first)(chunks=[5, 1]))
+
+    def without_last(query, key, value, mask):
+        return plain(query, key[..., :-1, :], value[..., :-1, :])
+
+    assert "without the last key" in cause(unless_square(without_last)(chunks=[5, 1]))
+
+
+def test_a_query_without_any_key_is_not_judged():
+    def mean_of_all(query, key, value, attn_mask=None):  # as a mask of -1e9 gives
+        mask = torch.ones(1, dtype=torch.bool) if attn_mask is None else attn_mask
+        scores = (query @ key.mT).masked_fill(~mask, -1e9)
+        return scores.softmax(-1) @ value
+
+    mask = causal(6)
+    mask[2] = False
+    assert_decode_matches_prefill(mean_of_all, *qkv(), attn_mask=mask)
+
+
+def test_a_mask_that_shows_later_keys_is_refused():
+    mask = causal(6)
+    mask[2, 4] = True
+    with pytest.raises(ValueError, match="query 2 may see key 4, which comes after it"):
+        assert_decode_matches_prefill(plain, *qkv(), attn_mask=mask)
+    for later in (mask, torch.ones(6, 6, dtype=torch.bool)):  # which is_causal takes away
+        assert_decode_matches_prefill(plain, *qkv(), attn_mask=later, is_causal=True)
+    with pytest.raises(ValueError, match="is_causal: got False, and no attn_mask"):
+        assert_decode_matches_prefill(plain, *qkv(), is_causal=False)
+
+
+def test_lengths_that_do_not_fit_are_refused():
+    inputs = qkv(query_len=4, key_len=9)
+    with pytest.raises(ValueError, match=r"as many queries as keys .* 4 queries and 9 keys"):
+        assert_decode_matches_prefill(plain, *inputs)
+    with pytest.raises(ValueError, match="a sequence of 1 token has no second one"):
+        assert_decode_matches_prefill(plain, *qkv(query_len=1, key_len=1))
+
+
+# --- models
+
+
+@pytest.mark.parametrize("length", [2, 9])
+@pytest.mark.parametrize(("name", "implementation"), CACHED)
+def test_models_of_transformers_pass_with_their_cache(name, implementation, length):
+    model = of_transformers(name, implementation)
+    for seed in range(2):
+        assert_decode_matches_prefill(model, tokens(2, length, seed=seed))
+    assert_decode_matches_prefill(model, tokens(2, 6), chunks=[2, 3, 1])
+    real = torch.ones(2, length, dtype=torch.long)
+    assert_decode_matches_prefill(model, tokens(2, length), attention_mask=real)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "implementation"), CACHED)
+def test_models_of_transformers_pass_in_other_dtypes(name, implementation, dtype):
+    model = of_transformers(name, implementation, dtype)
+    for seed in range(2):
+        assert_decode_matches_prefill(model, tokens(2, 9, seed=seed))
+
+
+def test_the_cache_of_transformers_is_used():
+    model, lengths = of_transformers("gpt2", "sdpa"), []
+    hook = model.register_forward_pre_hook(lambda module, given: lengths.append(given[0].shape[1]))
+    assert_decode_matches_prefill(model, tokens(2, 4), chunks=[2, 1, 1])
+    hook.remove()
+    assert lengths == [1, 4, 4, 2, 1, 1]  # is there a cache; twice the whole; the chunks
+
+
+def test_a_cache_that_is_not_there_is_noticed_and_looking_ahead_told():
+    told = message(of_transformers("bert", "sdpa"), tokens(2, 6))
+    assert "10 of 12 outputs decoded token by token, without a cache, differ" in told
+    assert cause(told) == (
+        "token 0 decoded alone: the output changes when later tokens are cut off: the model looks "
+        "ahead, or depends on the length"
+    )
+
+
+@pytest.mark.parametrize("length", [2, 7])
+def test_models_without_a_cache_are_given_prefixes(length):
+    inputs, later = randn(2, length, WIDTH), ~causal(length)
+    assert_decode_matches_prefill(causal_encoder(), tokens(2, length))
+    assert_decode_matches_prefill(multihead(), inputs, attn_mask=later)
+    assert_decode_matches_prefill(multihead(batch_first=False), inputs, attn_mask=later)
+    assert_decode_matches_prefill(encoder_layer(), inputs, src_mask=later, is_causal=True)
+    assert_decode_matches_prefill(encoder(), inputs, mask=later)
+    told = message(multihead(), inputs)
+    assert "the model looks ahead, or depends on the length" in cause(told)
+
+
+def test_a_model_with_a_cache_passes_with_and_without_saying_where_tokens_stand():
+    model = Decoder(layers=2)
+    assert_decode_matches_prefill(model.subject(), tokens(2, 9))
+    positions = torch.arange(5, 14).expand(2, -1)
+    assert_decode_matches_prefill(model.subject(), tokens(2, 9), position_ids=positions)
+
+
+class LengthFirst(Decoder):
+    def decode(self, ids, cache, position_ids=None):
+        hidden, cache = super().decode(ids.mT, cache, position_ids)
+        return hidden.transpose(0, 1), cache
+
+
+def test_a_cached_model_whose_length_comes_first_passes():
+    model = LengthFirst()
+    subject = SequenceModel(model, decode=model.decode, batch_first=False)
+    assert_decode_matches_prefill(subject, tokens(2, 9))
+
+
+@pytest.mark.parametrize(
+    ("mistake", "chunks", "words"),
+    [
+        ("cache", None, "is that of this chunk alone at its positions: the cache is not used"),
+        ("positions", None, "with positions that start again at 0 in each chunk"),
+        ("positions", [4, 2, 3], "with positions that start again at 0 in each chunk"),
+        ("first", [8, 1], "without the first token of the cache"),
+        ("last", [8, 1], "without the token just before, the last of the cache"),
+        ("twice", [8, 1], "with the token just before twice in the cache"),
+        ("ahead", None, "without a cache, too, the output changes when later tokens are cut off"),
+        ("ahead", [8, 1], "without a cache, too, the output changes when later tokens are cut off"),
+        ("top left", None, "single tokens are right, longer chunks are not: within a chunk the"),
+        ("top left", [4, 5], "the first chunk is right: look at what is cached"),
+    ],
+)
+def test_a_mistake_in_the_cache_is_told(mistake, chunks, words):
+    for layers in (1, 2) if mistake in ("cache", "positions", "top left") else (1,):
+        told = message(Decoder(mistake, layers).subject(), tokens(2, 9), chunks=chunks)
+        assert words in cause(told)
+
+
+def test_the_message_names_the_chunking_the_first_token_and_how_to_repeat():
+    lines = message(Decoder("top left").subject(), tokens(2, 9), seed=3).splitlines()
+    assert lines[0] == (
+        "assert_decode_matches_prefill: 6 of 18 outputs decoded in chunks of 4, 1, 3, 1, with the "
+        "cache, differ from the prefill"
+    )
+    assert lines[-2] == "  tensor   float32 (2, 9, 16) on cpu"
+    assert lines[-1] == "  repeat   chunks=[4, 1, 3, 1], seed=3"
+    place = r"output\[{}\], token {} of tokens 5 to 7 decoded together, is off by up to"
+    assert re.search("  worst    " + place.format(r"\d, \d", r"\d"), lines[1])
+    inputs = tokens(2, 9)
+    inputs[0, :8] = inputs[0, 0]
+    lines = message(Decoder("positions").subject(), inputs).splitlines()
+    assert lines[2].startswith("  first    output[0, 1], token 1 decoded alone, is off by up to")
+
+
+def test_of_a_long_sequence_the_last_tokens_are_decoded_one_by_one():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lengths = []
+
+        def forward(self, inputs):
+            self.lengths.append(inputs.shape[1])
+            return inputs.cumsum(1)
+
+    model = Counting()
+    assert_decode_matches_prefill(model, randn(1, 200, 4, dtype=torch.float64))
+    by_token = model.lengths[2:67]
+    assert by_token == [136, *range(137, 201)]
+    assert model.lengths[67:] == [100, 101, 104, 109, 116, 125, 136, 149, 164, 181, 200]
+    calls = []
+
+    def attention(query, key, value, **arguments):
+        calls.append(query.shape[-2])
+        return plain(query, key, value, **arguments)
+
+    assert_decode_matches_prefill(attention, *qkv(1, 1, 140, 140))
+    assert calls[2:131] == [12] + [1] * 128
+
+
+@pytest.mark.parametrize("chunks", [[6], [2, 3], [2, 5], [0, 6]], ids=str)
+def test_chunks_that_do_not_add_up_are_refused(chunks):
+    with pytest.raises(ValueError, match="chunks"):
+        assert_decode_matches_prefill(plain, *qkv(), chunks=chunks)
+
+
+def test_misuse_is_refused():
+    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+        assert_decode_matches_prefill(plain, *qkv()[:2])
+    with pytest.raises(ValueError, match="alignment: got 'bottom_right'"):
+        assert_decode_matches_prefill(causal_encoder(), tokens(2, 5), alignment="bottom_right")
+    with pytest.raises(ValueError, match="alignment must be one of top_left, bottom_right"):
+        assert_decode_matches_prefill(plain, *qkv(), alignment="left")
+    with pytest.raises(ValueError, match="alignment says what is_causal=True means"):
+        assert_decode_matches_prefill(plain, *qkv(), attn_mask=causal(6), alignment="bottom_right")
+    with pytest.raises(ValueError, match="must have the shape of those of the whole"):
+        assert_decode_matches_prefill(
+            SequenceModel(nn.Identity(), decode=lambda inputs, cache: (inputs[..., :1], None)),
+            randn(2, 5, 4),
+        )
+
+
+def test_the_tolerance_can_be_set():
+    def attention(query, key, value, **arguments):
+        off = 1.001 if query.shape[-2] < key.shape[-2] else 1.0
+        return off * plain(query, key, value, **arguments)
+
+    assert "allowed 2.0e-05" in message(attention, *qkv())
+    assert_decode_matches_prefill(attention, *qkv(), tolerance=2e-3)
+
+
+class WithState(Decoder):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.dropout = nn.Dropout(0.1)
+
+    def decode(self, ids, cache, position_ids=None):
+        self.calls += 1
+        hidden, cache = super().decode(ids, cache, position_ids)
+        return hidden + 0 * random.random() * np.random.rand() * torch.rand(()), cache
+
+
+@pytest.mark.parametrize("mistake", [None, "cache"])
+def test_everything_is_left_as_it_was_found(mistake):
+    model = WithState().train()
+    model.mistake = mistake
+    states = torch.get_rng_state(), random.getstate(), str(np.random.get_state())
+    if mistake is None:
+        assert_decode_matches_prefill(model.subject(), tokens(2, 5))
+    else:
+        message(model.subject(), tokens(2, 5))
+    assert model.training
+    assert model.dropout.training
+    assert model.calls == 0
+    assert all(p.grad is None for p in model.parameters())
+    assert not model._forward_hooks
+    assert torch.equal(torch.get_rng_state(), states[0])
+    assert (random.getstate(), str(np.random.get_state())) == states[1:]
+
+
+def test_a_model_that_answers_at_random_is_refused():
+    model = encoder_layer().train()
+    try:
+        with pytest.raises(ValueError, match="TransformerEncoderLayer is in training mode"):
+            assert_decode_matches_prefill(model, randn(2, 5, WIDTH))
+        assert model.training
+    finally:
+        model.eval()
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_attention_on_a_gpu_passes(dtype):
+    inputs = [t.to("cuda") for t in qkv(2, 4, 70, 70, 32, dtype=dtype)]
+    assert_decode_matches_prefill(sdpa, *inputs)
+    assert_decode_matches_prefill(sdpa, *inputs, attn_mask=causal(70).triu(-9).cuda())
