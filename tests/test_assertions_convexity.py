@@ -10,7 +10,8 @@ from attention_subjects import DTYPES, encoder_layer, flex, multihead, plain, qk
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pytest_attnheat import assert_convex, visible_range
+from pytest_attnheat import assert_convex
+from pytest_attnheat.assertions.convexity import visible_range
 from pytest_attnheat.assertions.sequences import SequenceModel
 from pytest_attnheat.assertions.subjects import AttentionFunction
 

@@ -17,8 +17,9 @@ from pytest_attnheat.inputs import check_number
 
 # Two runs of the same kernels on the same shapes: one rounding at the end may differ.
 _STRICT = 2.0
-# Two runs that add up in another order: a dozen layers of rounding, as independent errors.
-_LOOSE = 16.0
+# Two runs that add up in another order. Six layers were measured to take 1.6 eps; the errors of
+# layers are independent, so that a hundred take four times as much.
+_LOOSE = 8.0
 # Kernels in float32 and float64 use approximations of exp that are many units off.
 _LOOSE_FLOOR = {torch.float32: 2e-5, torch.float64: 1e-11}
 
@@ -33,7 +34,7 @@ def tolerance_of(dtype: torch.dtype, *, strict: bool = False) -> float:
 
     Returns:
         2 eps if strict: 4e-16, 2e-7, 2e-3, 1.6e-2 in float64, float32,
-        float16, bfloat16. Otherwise 1e-11, 2e-5, 1.6e-2, 1.2e-1.
+        float16, bfloat16. Otherwise 1e-11, 2e-5, 7.8e-3, 6.2e-2.
     """
     eps = torch.finfo(dtype).eps
     if strict:
