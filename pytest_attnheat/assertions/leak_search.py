@@ -242,8 +242,10 @@ class Search:
                 yield Replacement(places, queries if takes_queries else None)
 
     def _follow_gradients(self, *, optional: bool) -> tuple[Finding | None, Finding | None]:
-        """Two observers per batch entry and head: where their gradient is 0, and where not."""
-        chosen = [self._observers(number, 2) for number in range(2)]
+        """Where the gradient of a few observers is 0, and where not."""
+        # A whole model is dear: one backward pass, if its batch makes that several observers.
+        count = 1 if self.scene.place == "token" and len(self.scene.judged) > 1 else 2
+        chosen = [self._observers(number, count) for number in range(count)]
         rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
         try:
             gradients = self.scene.gradient(rows)

@@ -46,7 +46,7 @@ def assert_no_leakage(
     (and head) has another observer, from which all that it must not see is
     hidden, so that a few passes judge many places: more with a larger batch. Half of the
     batch (and of the heads, and of the queries) is replaced as well, and the other half must
-    not change. The gradients of two observers per batch entry are 0 exactly where it may not look.
+    not change. The gradients of an observer per batch entry are 0 exactly where it may not look.
 
     Args:
         subject: An attention function, called as `subject(query, key, value, **arguments)`, or a

@@ -1,0 +1,395 @@
+"""When a number is as near to its reference as its dtype allows, and what to say when it is not.
+
+The rule is that of the best kernel suites (FlashAttention's tests): the error of the subject,
+measured against float64, may be `factor` times the error of a plain computation in the same
+dtype. They take the largest error of a whole tensor, behind which a small row hides. Here each
+element is judged by its own natural scale (see `pytest_attnheat.assertions.oracle`)::
+
+    |subject - reference|  <=  factor * max(plain * scale, least)
+
+where `plain` is the largest error of the plain computation, in units of the scale, within the
+same map. The scale is the error when every step is rounded once and all errors point the same
+way, so `plain` is about 0.2 and rarely above 1: with TF32, for instance. `least` is for small
+maps, in which the plain computation may happen to be exact. With `factor` 2 each step of the
+subject may be rounded twice.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.heatmaps.terminal import map_name
+
+_BLOCKS = (128, 64, 32, 16)
+_NARROWER = (torch.float32, torch.float16, torch.bfloat16)
+# Of a number in a sentence; 17 tell any two float64 apart.
+_LEAST_DIGITS, _MOST_DIGITS = 6, 17
+# A constant factor needs some places that bear witness to it.
+_WITNESSES = 8
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """One tensor of a subject, beside its reference. All but `judged` are (..., length, width).
+
+    Attributes:
+        name: "output", or the input whose gradient it is.
+        found: What the subject gave, in float64.
+        exact: What it should be; NaN where NaN is declared.
+        plain: What a plain computation gave, in float64.
+        scale: The natural scale.
+        allowed: How far each element may be off.
+        judged: Where it is judged, boolean.
+        dtype: The dtype that the subject gave it in.
+        missing: Whether the subject gave none, which counts as zeros.
+    """
+
+    name: str
+    found: Tensor
+    exact: Tensor
+    plain: Tensor
+    scale: Tensor
+    allowed: Tensor
+    judged: Tensor
+    dtype: torch.dtype
+    missing: bool
+
+    @property
+    def error(self) -> Tensor:
+        """How far each element is off; inf where it is NaN or inf and should not be."""
+        same = (self.found == self.exact) | (self.found.isnan() & self.exact.isnan())
+        # A gradient beyond the range of the dtype is rightly inf.
+        largest = torch.finfo(self.dtype).max
+        beyond = self.exact.abs() + self.allowed >= largest
+        same |= beyond & (self.found == self.exact.sign() * math.inf)
+        error = (self.found - self.exact).abs().nan_to_num(nan=math.inf)
+        return error.masked_fill(same | ~self.judged, 0.0)
+
+    @property
+    def broken(self) -> Tensor:
+        """Where it is off by more than is allowed."""
+        return ~(self.error <= self.allowed)
+
+
+@dataclass(frozen=True)
+class Circumstances:
+    """What a cause may look at besides the tensor.
+
+    Attributes:
+        dtype: That of the inputs.
+        unit: The unit roundoff that the scale was computed with.
+        lost: (..., query_len), True where a query may attend to no key.
+        declared: What the output is for such a query, as given by the caller.
+        top_score: The largest permitted score by magnitude; None if unknown.
+        key_heads: The number of heads of the keys, where they are grouped; else None.
+        factor: As given by the caller.
+        repeat: What it takes to see the same again.
+    """
+
+    dtype: torch.dtype
+    unit: float
+    lost: Tensor
+    declared: str
+    top_score: float | None
+    key_heads: int | None
+    factor: float
+    repeat: str
+
+
+def judge(
+    name: str,
+    found: Tensor | None,
+    exact: Tensor,
+    plain: Tensor,
+    scale: Tensor,
+    least: Tensor,
+    *,
+    factor: float,
+    dtype: torch.dtype,
+    judged: Tensor,
+) -> Judgement:
+    """Lay a tensor of the subject beside its reference; None counts as zeros.
+
+    Where scale and least are 0 the tensor must be exact.
+    """
+    off = ((plain - exact).abs() / scale).nan_to_num(nan=0.0, posinf=0.0)
+    # Where the plain computation overflows, it says nothing about rounding.
+    usual = off.masked_fill(~judged, 0.0).amax((-2, -1), keepdim=True)
+    return Judgement(
+        name=name,
+        found=torch.zeros_like(exact) if found is None else found.detach().to(exact),
+        exact=exact,
+        plain=plain,
+        scale=scale,
+        allowed=factor * torch.maximum(usual * scale, least),
+        judged=judged,
+        dtype=dtype if found is None else found.dtype,
+        missing=found is None,
+    )
+
+
+def check(assertion: str, judgements: Sequence[Judgement], around: Circumstances) -> None:
+    """Raise an AssertionError about the first tensor that breaks the rule.
+
+    Raises:
+        AssertionError: Some element of some tensor is off by more than is allowed.
+    """
+    __tracebackhide__ = True
+    broken = [judgement for judgement in judgements if bool(judgement.broken.any())]
+    if broken:
+        others = [judgement for judgement in judgements if judgement not in broken]
+        raise AssertionError(_message(assertion, broken, others, around))
+
+
+def _message(
+    assertion: str, broken: list[Judgement], sound: list[Judgement], around: Circumstances
+) -> str:
+    one = broken[0]
+    worst, first = _worst(one), _place(int(one.broken.flatten().int().argmax()), one.broken.shape)
+    shown_first = None if one.missing or first == worst else _value_at(one, first, around)
+    return build_message(
+        assertion,
+        _claim(one, broken, sound),
+        one.found.to(one.dtype),
+        worst=_compared(one, worst, around),
+        first=shown_first,
+        cause=_cause(one, around),
+        repeat=around.repeat,
+    )
+
+
+def _claim(one: Judgement, broken: list[Judgement], sound: list[Judgement]) -> str:
+    """What is broken, and what else is and is not."""
+    if one.missing:
+        missing = [other for other in broken if other.missing]
+        claim = f"no gradient reaches {_names(missing)}, where attention in float64 has one"
+        rest = [other for other in broken if not other.missing]
+    else:
+        count = f"{int(one.broken.sum())} of {int(one.judged.sum())}"
+        claim = f"{count} places of {_titles([one])} are not those of attention in float64"
+        rest = broken[1:]
+    if rest:
+        claim += f", nor {'is' if len(rest) == 1 else 'are'} {_titles(rest)}"
+    if any(other.name == "output" for other in sound):
+        claim += "; the output is right"
+    return claim
+
+
+def _titles(several: list[Judgement]) -> str:
+    if several[0].name == "output":
+        return "the output"
+    return f"the gradient{'s' * (len(several) > 1)} of {_names(several)}"
+
+
+def _names(several: list[Judgement]) -> str:
+    names = [one.name for one in several]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _worst(one: Judgement) -> tuple[int, ...]:
+    """The place that is off most, as a multiple of what is allowed; NaN before anything."""
+    excess = (one.error / one.allowed).nan_to_num(nan=0.0, posinf=math.inf)
+    return _place(int(excess.flatten().argmax()), excess.shape)
+
+
+def _value_at(one: Judgement, place: tuple[int, ...], around: Circumstances) -> str:
+    """The value of the subject at a place, and what it should be."""
+    lost = one.name == "output" and bool(around.lost[place[:-1]])
+    wanted = "declared is" if lost and around.declared != "uniform" else "the reference"
+    found, exact, error = one.found[place], one.exact[place], float(one.error[place])
+    return f"{_index(one, place)} is {_number(found, error)}, {wanted} {_number(exact, error)}"
+
+
+def _compared(one: Judgement, place: tuple[int, ...], around: Circumstances) -> str:
+    """The same with both errors: that of the subject and that of a plain computation."""
+    error, allowed = float(one.error[place]), float(one.allowed[place])
+    limit = f"allowed {allowed:.1e}" if allowed else "allowed 0"
+    off = f"off by {error:.1e}; {limit}" if math.isfinite(error) else limit
+    line = f"{_value_at(one, place, around)} ({off})"
+    if not bool(one.exact[place].isfinite()) or not allowed:
+        return line
+    plain = float((one.plain[place] - one.exact[place]).abs())
+    text = f"a plain {_name(around.dtype)} computation is"
+    if not math.isfinite(plain):
+        text += " NaN or infinite there too, which excuses nothing"
+    elif plain == 0:
+        text += " exact there"
+    else:
+        text += f" off by {plain:.1e} there"
+        if math.isfinite(error):
+            text += f", the subject {error / plain:.2g} times as much"
+    rule = f"factor={around.factor:g} on what rounding may come to"
+    return f"{line}\n{'':11}{text} ({rule})"
+
+
+def _number(number: Tensor, error: float = math.inf) -> str:
+    """A number with as many digits as it takes to see the error, and no more than float64 has."""
+    value, digits = float(number), _LEAST_DIGITS
+    if value and error and math.isfinite(value) and math.isfinite(error):
+        digits = 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(error))
+    return f"{value:.{min(max(digits, _LEAST_DIGITS), _MOST_DIGITS)}g}"
+
+
+def _index(one: Judgement, place: tuple[int, ...]) -> str:
+    name = one.name if one.name == "output" else f"{one.name}.grad"
+    return f"{name}[{', '.join(map(str, place))}]"
+
+
+def _place(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    index: list[int] = []
+    for size in reversed(shape):
+        flat, at = divmod(flat, size)
+        index.insert(0, at)
+    return tuple(index)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+# --- likely causes: each returns a sentence, or None where the numbers do not show it
+
+
+def _cause(one: Judgement, around: Circumstances) -> str | None:
+    found = (cause(one, around) for cause in _CAUSES)
+    return next((sentence for sentence in found if sentence is not None), None)
+
+
+def _no_gradient(one: Judgement, around: Circumstances) -> str | None:
+    """Autograd gave None."""
+    if not one.missing:
+        return None
+    return "detached on the way, computed under no_grad, or a backward that leaves it out?"
+
+
+def _lost_rows(one: Judgement, around: Circumstances) -> str | None:
+    """Only rows without any permitted key are broken, or only the maps that hold such rows."""
+    if one.name not in ("output", "query"):
+        return None
+    where, lost = one.broken.any(-1), around.lost
+    if bool((where & ~lost).any()):
+        return None
+    here = one.found[where]
+    text = "only rows without any permitted key are broken: each "
+    if one.name == "query":
+        nan = bool(here.isnan().all())
+        return text + ("is NaN, through the softmax of -inf?" if nan else "has a gradient")
+    if bool(here.isnan().all()):
+        return text + 'is NaN, the softmax of -inf. If that is meant, fully_masked="nan"'
+    if bool((here == 0).all()):
+        return text + 'is zero. If that is meant, fully_masked="zero"'
+    return text + (
+        "holds numbers: masked with a finite number, or not at all? If the mean of all values is "
+        'meant, fully_masked="uniform"'
+    )
+
+
+def _overflow(one: Judgement, around: Circumstances) -> str | None:
+    """NaN or inf: whether scores are beyond the range of exp, and where it begins."""
+    bad = one.broken & ~one.found.isfinite()
+    if not bool(bad.any()):
+        return None
+    limit = math.log(torch.finfo(around.dtype).max)
+    rows = bad.any(-1)
+    first = _place(int(rows.flatten().int().argmax()), rows.shape)
+    text = (
+        f"{int(bad.sum())} places are NaN or infinite, in {int(rows.sum())} of "
+        f"{rows.numel()} rows, from {one.name}{'.grad' * (one.name != 'output')}"
+        f"[{', '.join(map(str, first))}, :] on"
+    )
+    maps = around.lost.any(-1)
+    if one.name != "output" and bool(maps.any()):
+        return f"{text}: the gradient of a softmax of -inf, from rows without any permitted key?"
+    if around.top_score is not None and around.top_score > limit:
+        return (
+            f"{text}; scores reach {around.top_score:.3g} and exp of {_name(around.dtype)} "
+            f"overflows from {limit:.3g} on: the row maximum was not subtracted?"
+        )
+    return text
+
+
+def _constant_factor(one: Judgement, around: Circumstances) -> str | None:
+    """All of it is the reference times one number."""
+    clear = one.judged & (one.exact.abs() > 20 * one.allowed) & one.found.isfinite()
+    # Any factor would fit references that are all alike.
+    if int(clear.sum()) < _WITNESSES or bool(
+        one.exact[clear].std() < 20 * one.allowed[clear].median()
+    ):
+        return None
+    constant = float((one.found[clear] / one.exact[clear]).median())
+    off = (one.found - constant * one.exact).abs()
+    if not bool((off <= one.allowed * max(1.0, abs(constant)))[one.judged].all()):
+        return None
+    if constant == 0:
+        return f"{_titles([one])} is zero everywhere: detached, or never written?"
+    if one.name == "output":
+        return f"the output is {constant:.6g} times the reference: a scale after the softmax?"
+    return f"{_titles([one])} is {constant:.6g} times the reference"
+
+
+def _some_maps(one: Judgement, around: Circumstances) -> str | None:
+    """Only some heads are broken, and perhaps those that another order of groups would break."""
+    maps = one.broken.any(-1).any(-1)
+    if maps.ndim == 0 or not bool((~maps).any()):
+        return None
+    places = [tuple(place) for place in maps.nonzero().tolist()]
+    heads = maps.shape[-1]
+    if around.key_heads is not None and one.name in ("output", "query"):
+        at = torch.arange(heads, device=maps.device)
+        other = at // (heads // around.key_heads) != at % around.key_heads
+        if bool((maps == other).all()):
+            return (
+                "only heads are broken whose keys another order would change: keys repeated as a "
+                "whole (tile, repeat) in place of each head by itself (repeat_interleave)?"
+            )
+    names = ", ".join(map_name(place) for place in places[:4]) + ", ..." * (len(places) > 4)
+    return f"only in {len(places)} of {maps.numel()} maps: {names}"
+
+
+def _tail(one: Judgement, around: Circumstances) -> str | None:
+    """Only the last rows are broken, those after the last full block."""
+    rows = one.broken.any(-1).reshape(-1, one.broken.shape[-2]).any(0)
+    count = len(rows)
+    first = int(rows.int().argmax())
+    for block in _BLOCKS:
+        if 0 < first == count // block * block < count:
+            what = "row" if one.name in ("output", "query") else "key"
+            return (
+                f"only the last {count - first} of {count} {what}s: the tail after blocks of "
+                f"{block}?"
+            )
+    return None
+
+
+def _narrower(one: Judgement, around: Circumstances) -> str | None:
+    """The errors are everywhere, and as large as the rounding of a narrower dtype."""
+    share = float(one.broken.sum()) / max(1, int(one.judged.sum()))
+    if share < 0.5 or not bool(one.found[one.judged].isfinite().all()):
+        return None
+    size = (one.error / one.scale)[one.judged & (one.scale > 0)] * around.unit
+    for narrow in _NARROWER:
+        unit = torch.finfo(narrow).eps / 2
+        wider = torch.finfo(around.dtype).eps < torch.finfo(narrow).eps
+        if wider and float(size.max()) <= unit and float(size.median()) > 0.01 * unit:
+            return (
+                f"every error is within the rounding of {_name(narrow)}, although the inputs are "
+                f"{_name(around.dtype)}: a step in lower precision?"
+            )
+    return None
+
+
+_CAUSES: tuple[Callable[[Judgement, Circumstances], str | None], ...] = (
+    _no_gradient,
+    _lost_rows,
+    _overflow,
+    _constant_factor,
+    _tail,
+    _some_maps,
+    _narrower,
+)

@@ -1,0 +1,421 @@
+"""Assertions about the numbers of an attention function: its output and its gradients.
+
+The subject has the signature of `torch.nn.functional.scaled_dot_product_attention`. Only options
+that the caller gives are passed on, so `function(query, key, value)` will do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions import oracle
+from pytest_attnheat.assertions.judgement import Circumstances, Judgement, check, judge
+from pytest_attnheat.assertions.running import copies, gradients, run_once
+from pytest_attnheat.assertions.subjects import AttentionFunction, as_function, as_input, borrowed
+from pytest_attnheat.cases import DTYPES
+from pytest_attnheat.inputs import check_number
+from pytest_attnheat.scoring import broadcast, draw, seed_number
+
+LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
+Function: TypeAlias = Callable[..., Any]
+
+# Of a reference function given by the caller, only the size of its rows is known.
+_OWN_REFERENCE = 8.0
+
+
+def assert_matches_reference(
+    function: Function,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    fully_masked: LostRows = "zero",
+    reference: Function | None = None,
+    factor: float = 2.0,
+    gradients: bool = True,
+    training: bool = False,
+    seed: int = 0,
+    **arguments: Any,
+) -> None:
+    """Assert that a function is scaled dot-product attention, as exactly as its dtype allows.
+
+    Its output and the gradients of query, key, value and a float mask that requires one are
+    compared with attention in float64. Every element is judged: it may be off by `factor` times
+    what the roundings of a plain computation in the same dtype may come to at that element, see
+    `pytest_attnheat.assertions.judgement`. NaN and inf never pass where the reference is finite.
+
+    Nothing of the caller's changes: gradients are taken of copies (with the same strides), and
+    no `.grad` is written.
+
+    Args:
+        function: Called as `function(query, key, value, **options)`, with those of the options
+            attn_mask, is_causal, scale and enable_gqa that differ from their defaults. It returns
+            the output (..., query_len, value_dim), or a tuple that begins with it.
+        query: (..., query_len, head_dim) in float16, bfloat16, float32 or float64.
+        key: (..., key_len, head_dim), of fewer heads with `enable_gqa`.
+        value: (..., key_len, value_dim), likewise.
+        attn_mask: Boolean, True where a query may attend; or floats that are added to the
+            scores, where -inf forbids. Broadcastable to (..., query_len, key_len).
+        is_causal: Whether a query may only attend up to its own position, from the top left.
+        scale: What the products of queries and keys are multiplied with; 1 / sqrt(head_dim) by
+            default.
+        enable_gqa: Whether each head of keys and values serves a group of query heads that
+            follow one another, as by `repeat_interleave`.
+        fully_masked: What the output is for a query that may attend to no key: ``"zero"``
+            (exactly), ``"uniform"`` (the mean of all values), ``"nan"`` (there and only there),
+            or ``"undefined"`` (not judged). No gradient flows back from ``"zero"``. For the
+            others, the gradient of the output is zero there, which no gradient may turn into
+            NaN; but with ``"nan"`` and ``"undefined"`` the gradient of such a query is not
+            judged, and NaN passes in those of the keys and values of its map.
+        reference: A function to compare with in place of attention, called with the same options
+            in float64, and in the dtype of the inputs for the plain computation. Rows are then
+            judged by their largest number, which is coarser.
+        factor: How many times the rounding of a plain computation is allowed.
+        gradients: Whether gradients are compared.
+        training: Allow a subject that draws random numbers: each call starts from `seed`.
+        seed: Seed of the gradient of the output, and of random numbers that the subject draws.
+        arguments: More options for the function, and for `reference`.
+
+    Raises:
+        AssertionError: Some element is off by more. The message names the tensor and the worst
+            place, with both errors, and a likely cause.
+        TypeError: The function is not callable or returns no tensor, an input is no dense float
+            tensor, or the dtypes differ.
+        ValueError: Shapes do not fit, an input has no elements or holds NaN or inf, an option is
+            out of range, or two calls with the same inputs differ.
+
+    Example:
+        >>> q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
+        >>> assert_matches_reference(F.scaled_dot_product_attention, q, k, v, is_causal=True)
+    """
+    __tracebackhide__ = True
+    _compare(
+        "assert_matches_reference",
+        function,
+        (query, key, value),
+        _Options(attn_mask, is_causal, scale, enable_gqa, arguments),
+        _Terms(fully_masked, reference, factor, gradients, training, seed),
+    )
+
+
+def assert_gradients_match(
+    function: Function,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    fully_masked: LostRows = "zero",
+    reference: Function | None = None,
+    factor: float = 2.0,
+    training: bool = False,
+    seed: int = 0,
+    **arguments: Any,
+) -> None:
+    """Assert that the gradients of a function are those of scaled dot-product attention.
+
+    As `assert_matches_reference`, without a word about the output. An input that no gradient
+    reaches breaks it, unless its gradient is zero.
+
+    Args:
+        function: As in `assert_matches_reference`, and so are the others.
+        query: As there.
+        key: As there.
+        value: As there.
+        attn_mask: As there. Its gradient is compared if it is of floats and requires one.
+        is_causal: As there.
+        scale: As there.
+        enable_gqa: As there.
+        fully_masked: As there.
+        reference: As there.
+        factor: As there.
+        training: As there.
+        seed: As there.
+        arguments: As there.
+
+    Raises:
+        AssertionError: Some element of some gradient is off by more than is allowed.
+        TypeError: As in `assert_matches_reference`.
+        ValueError: As in `assert_matches_reference`.
+    """
+    __tracebackhide__ = True
+    _compare(
+        "assert_gradients_match",
+        function,
+        (query, key, value),
+        _Options(attn_mask, is_causal, scale, enable_gqa, arguments),
+        _Terms(fully_masked, reference, factor, True, training, seed),
+        output=False,
+    )
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How attention is asked to be."""
+
+    attn_mask: Tensor | None
+    is_causal: bool
+    scale: float | None
+    enable_gqa: bool
+    arguments: Mapping[str, Any]
+
+    def given(self) -> dict[str, Any]:
+        """Those that differ from the defaults."""
+        given = dict(self.arguments)
+        if self.attn_mask is not None:
+            given["attn_mask"] = self.attn_mask
+        if self.is_causal:
+            given["is_causal"] = True
+        if self.scale is not None:
+            given["scale"] = self.scale
+        if self.enable_gqa:
+            given["enable_gqa"] = True
+        return given
+
+
+@dataclass(frozen=True)
+class _Terms:
+    """How it is judged."""
+
+    fully_masked: LostRows
+    reference: Function | None
+    factor: float
+    gradients: bool
+    training: bool
+    seed: int
+
+
+def _compare(
+    assertion: str,
+    function: Function,
+    inputs: tuple[Tensor, Tensor, Tensor],
+    options: _Options,
+    terms: _Terms,
+    *,
+    output: bool = True,
+) -> None:
+    __tracebackhide__ = True
+    # The caller may be in inference mode or under no_grad; autograd needs neither.
+    with torch.inference_mode(False), torch.enable_grad():
+        _check_terms(options, terms)
+        subject = as_function(function, inputs, options.given())
+        _check_inputs(subject)
+        lost = ~_permitted(subject, options).any(-1)
+        names = _differentiable(options) if terms.gradients else []
+        upstream = _upstream(subject, terms, lost) if names else None
+        found = run_once(subject, upstream, names, training=terms.training, seed=terms.seed)
+        expected, plain = _expected(subject, options, terms, upstream, names)
+        judgements = [
+            _judge(name, found[name], expected, plain[name], subject, terms, lost)
+            for name in ["output", *names]
+            if output or name != "output"
+        ]
+        around = Circumstances(
+            dtype=subject.query.dtype,
+            unit=expected.unit,
+            lost=lost,
+            declared=terms.fully_masked,
+            top_score=expected.top_score,
+            key_heads=subject.key.shape[-3] if subject.group > 1 else None,
+            factor=terms.factor,
+            repeat=f"seed={terms.seed}",
+        )
+        check(assertion, judgements, around)
+
+
+def _check_terms(options: _Options, terms: _Terms) -> None:
+    if terms.fully_masked not in get_args(LostRows):
+        raise ValueError(
+            f"fully_masked: got {terms.fully_masked!r}; accepted are 'zero', 'uniform', 'nan' and "
+            "'undefined'"
+        )
+    if check_number(terms.factor, "factor") <= 0:
+        raise ValueError(f"factor: got {terms.factor!r}; accepted is a number above 0")
+    if options.scale is not None:
+        check_number(options.scale, "scale")
+    if options.arguments.get("dropout_p"):
+        raise ValueError(
+            f"dropout_p: got {options.arguments['dropout_p']!r}; dropout draws at random, so there "
+            "is no reference to compare with"
+        )
+    seed_number(terms.seed)
+
+
+def _check_inputs(subject: AttentionFunction) -> None:
+    """Refuse what no reference can be computed for."""
+    for name in ("query", "key", "value"):
+        tensor = getattr(subject, name)
+        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
+            raise TypeError(f"{name}: got {tensor.dtype}; accepted are {', '.join(DTYPES)}")
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name}: holds NaN or inf, and so would the reference; accepted are finite numbers"
+            )
+    if subject.query.shape[-1] != subject.key.shape[-1]:
+        raise ValueError(
+            f"query and key must have the same width; got query {tuple(subject.query.shape)} and "
+            f"key {tuple(subject.key.shape)}"
+        )
+
+
+def _permitted(subject: AttentionFunction, options: _Options) -> Tensor:
+    """Which keys each query may attend to, (..., query_len or 1, key_len), after checking."""
+    shape = (*subject.leading, subject.query.shape[-2], subject.key.shape[-2])
+    seen = torch.ones(shape[-2:], dtype=torch.bool, device=subject.query.device)
+    if options.is_causal:
+        seen = seen.tril()
+    if options.attn_mask is None:
+        return seen.expand(shape)
+    mask = as_input(options.attn_mask, "attn_mask")
+    if mask.dtype != torch.bool and not mask.is_floating_point():
+        raise TypeError(
+            f"attn_mask: got {mask.dtype}; accepted is a boolean torch.Tensor, True where a query "
+            "may attend, or a tensor of floats that is added to the scores"
+        )
+    try:
+        fits = broadcast(mask.shape, shape) == shape
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(
+            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to the scores {shape}"
+        )
+    if mask.dtype == torch.bool:
+        return (mask & seen).expand(shape)
+    if bool((mask.isnan() | (mask == math.inf)).any()):
+        raise ValueError("attn_mask: holds NaN or inf; accepted are finite numbers and -inf")
+    return ((mask != -math.inf) & seen).expand(shape)
+
+
+def _differentiable(options: _Options) -> list[str]:
+    names = ["query", "key", "value"]
+    mask = options.attn_mask
+    return [*names, "attn_mask"] if mask is not None and mask.requires_grad else names
+
+
+def _upstream(subject: AttentionFunction, terms: _Terms, lost: Tensor) -> Tensor:
+    """The gradient of the output: Gaussian, in the dtype of the inputs.
+
+    Zero for a query without any key, unless its output is zero: what flows back from there
+    depends on how the mask is made, and is no property of attention.
+    """
+    shape = (*subject.query.shape[:-1], subject.value.shape[-1])
+    drawn = draw("gradient of the output", terms.seed, *shape).to(subject.query)
+    return drawn if terms.fully_masked == "zero" else drawn.masked_fill(lost.unsqueeze(-1), 0.0)
+
+
+def _expected(
+    subject: AttentionFunction,
+    options: _Options,
+    terms: _Terms,
+    upstream: Tensor | None,
+    names: list[str],
+) -> tuple[oracle.Reference, dict[str, Tensor]]:
+    """The reference in float64, and what a plain computation gives."""
+    if terms.reference is not None:
+        return _callers_reference(terms.reference, subject, upstream, names)
+    mask = options.attn_mask
+    if mask is not None:
+        mask = as_input(mask, "attn_mask")
+        mask = mask.reshape((1,) * max(0, 2 - mask.ndim) + tuple(mask.shape))
+    is_bias = mask is not None and mask.dtype != torch.bool
+    width = subject.query.shape[-1]
+    problem = oracle.Problem(
+        query=subject.query,
+        key=subject.key,
+        value=subject.value,
+        mask=None if is_bias else mask,
+        bias=mask if is_bias else None,
+        is_causal=options.is_causal,
+        scale=1 / math.sqrt(width) if options.scale is None else options.scale,
+        uniform=terms.fully_masked == "uniform",
+        upstream=upstream,
+    )
+    return oracle.reference(problem), oracle.plain(problem)
+
+
+def _callers_reference(
+    function: Function, subject: AttentionFunction, upstream: Tensor | None, names: list[str]
+) -> tuple[oracle.Reference, dict[str, Tensor]]:
+    """The caller's own reference, in float64 and in the dtype of the inputs."""
+    own = replace(subject, function=function)
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = copies(subject, names, dtype)
+        output = own.run(**leaves)
+        found = {"output": output.detach(), **gradients(output, leaves, upstream, names)}
+        return {
+            name: torch.zeros_like(leaves[name]).double() if tensor is None else tensor.double()
+            for name, tensor in found.items()
+        }
+
+    inputs = (subject.query, subject.key, subject.value)
+    with borrowed(function, *inputs):
+        exact, plain = compute(torch.float64), compute(subject.query.dtype)
+    info = torch.finfo(subject.query.dtype)
+    scale = {
+        name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
+        .add(info.smallest_normal * info.eps)
+        .expand(tensor.shape)
+        for name, tensor in exact.items()
+    }
+    return oracle.Reference(exact, scale, scale, info.eps / 2), plain
+
+
+def _judge(
+    name: str,
+    found: Tensor | None,
+    expected: oracle.Reference,
+    plain: Tensor,
+    subject: AttentionFunction,
+    terms: _Terms,
+    lost: Tensor,
+) -> Judgement:
+    """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""
+    exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
+    judged = torch.ones_like(exact, dtype=torch.bool)
+    rows = lost.unsqueeze(-1)
+    if terms.fully_masked in ("nan", "undefined"):
+        if name in ("output", "query"):
+            keep = name == "output" and terms.fully_masked == "nan"
+            judged = judged if keep else judged & ~rows
+            exact = exact.masked_fill(rows, math.nan) if keep else exact
+        elif found is not None:
+            # NaN of such a row spreads to all keys of its map, as 0 * NaN.
+            judged = ~(found.isnan() & _touched(exact, lost, subject))
+    elif terms.fully_masked == "zero" and name == "output":
+        scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
+    return judge(
+        name,
+        found,
+        exact,
+        plain,
+        scale,
+        least,
+        factor=terms.factor,
+        dtype=subject.query.dtype,
+        judged=judged,
+    )
+
+
+def _touched(gradient: Tensor, lost: Tensor, subject: AttentionFunction) -> Tensor:
+    """Which maps of a gradient of keys, values or mask have a query without any key."""
+    maps = lost.any(-1)
+    if gradient.shape[:-2] == maps.shape:
+        return maps[..., None, None]
+    if subject.group > 1 and gradient.shape[:-2] == subject.key.shape[:-2]:
+        return maps.reshape(*subject.key.shape[:-2], subject.group).any(-1)[..., None, None]
+    return maps.any()
