@@ -8,30 +8,37 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pytest_attnheat.assertions.convexity import assert_convex as assert_convex
-    from pytest_attnheat.assertions.decoding import (
+    from pytest_attnheat.assertions.behaviour.convexity import assert_convex as assert_convex
+    from pytest_attnheat.assertions.behaviour.decoding import (
         assert_decode_matches_prefill as assert_decode_matches_prefill,
     )
-    from pytest_attnheat.assertions.invariance import (
+    from pytest_attnheat.assertions.behaviour.invariance import (
         assert_batch_independent as assert_batch_independent,
     )
-    from pytest_attnheat.assertions.invariance import (
+    from pytest_attnheat.assertions.behaviour.invariance import (
         assert_key_permutation_invariant as assert_key_permutation_invariant,
     )
-    from pytest_attnheat.assertions.layout import assert_layout_invariant as assert_layout_invariant
-    from pytest_attnheat.assertions.leakage import assert_no_leakage as assert_no_leakage
+    from pytest_attnheat.assertions.behaviour.layout import (
+        assert_layout_invariant as assert_layout_invariant,
+    )
+    from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage as assert_no_leakage
+    from pytest_attnheat.assertions.behaviour.padding import (
+        assert_padding_invariant as assert_padding_invariant,
+    )
+    from pytest_attnheat.assertions.behaviour.randomness import (
+        assert_deterministic as assert_deterministic,
+    )
+    from pytest_attnheat.assertions.behaviour.sequences import SequenceModel as SequenceModel
     from pytest_attnheat.assertions.masking import assert_causal as assert_causal
     from pytest_attnheat.assertions.masking import assert_masked as assert_masked
     from pytest_attnheat.assertions.masking import assert_padding_masked as assert_padding_masked
     from pytest_attnheat.assertions.masking import assert_support as assert_support
-    from pytest_attnheat.assertions.numerics import assert_gradients_match as assert_gradients_match
-    from pytest_attnheat.assertions.numerics import (
+    from pytest_attnheat.assertions.numerics.precision import (
+        assert_gradients_match as assert_gradients_match,
+    )
+    from pytest_attnheat.assertions.numerics.precision import (
         assert_matches_reference as assert_matches_reference,
     )
-    from pytest_attnheat.assertions.padding import (
-        assert_padding_invariant as assert_padding_invariant,
-    )
-    from pytest_attnheat.assertions.randomness import assert_deterministic as assert_deterministic
     from pytest_attnheat.assertions.reproduction import (
         assert_reproduces_output as assert_reproduces_output,
     )
@@ -40,7 +47,6 @@ if TYPE_CHECKING:
     from pytest_attnheat.assertions.rows import assert_one_hot as assert_one_hot
     from pytest_attnheat.assertions.rows import assert_row_stochastic as assert_row_stochastic
     from pytest_attnheat.assertions.rows import assert_uniform as assert_uniform
-    from pytest_attnheat.assertions.sequences import SequenceModel as SequenceModel
     from pytest_attnheat.cases import AttentionCase as AttentionCase
     from pytest_attnheat.cases import make_attention as make_attention
     from pytest_attnheat.hard_cases import HARD_CASES as HARD_CASES
@@ -74,22 +80,22 @@ _ROOM_OF = {
     "HeatmapFigure": "heatmaps.figure",
     "Heatmaps": "heatmaps.record",
     "ScaledDotProductScore": "scoring",
-    "SequenceModel": "assertions.sequences",
-    "assert_batch_independent": "assertions.invariance",
+    "SequenceModel": "assertions.behaviour.sequences",
+    "assert_batch_independent": "assertions.behaviour.invariance",
     "assert_causal": "assertions.masking",
-    "assert_convex": "assertions.convexity",
-    "assert_decode_matches_prefill": "assertions.decoding",
-    "assert_deterministic": "assertions.randomness",
+    "assert_convex": "assertions.behaviour.convexity",
+    "assert_decode_matches_prefill": "assertions.behaviour.decoding",
+    "assert_deterministic": "assertions.behaviour.randomness",
     "assert_doubly_stochastic": "assertions.rows",
     "assert_entropy": "assertions.rows",
-    "assert_gradients_match": "assertions.numerics",
-    "assert_key_permutation_invariant": "assertions.invariance",
-    "assert_layout_invariant": "assertions.layout",
+    "assert_gradients_match": "assertions.numerics.precision",
+    "assert_key_permutation_invariant": "assertions.behaviour.invariance",
+    "assert_layout_invariant": "assertions.behaviour.layout",
     "assert_masked": "assertions.masking",
-    "assert_matches_reference": "assertions.numerics",
-    "assert_no_leakage": "assertions.leakage",
+    "assert_matches_reference": "assertions.numerics.precision",
+    "assert_no_leakage": "assertions.behaviour.leakage",
     "assert_one_hot": "assertions.rows",
-    "assert_padding_invariant": "assertions.padding",
+    "assert_padding_invariant": "assertions.behaviour.padding",
     "assert_padding_masked": "assertions.masking",
     "assert_reproduces_output": "assertions.reproduction",
     "assert_row_stochastic": "assertions.rows",

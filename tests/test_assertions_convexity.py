@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import assert_convex
-from pytest_attnheat.assertions.convexity import visible_range
-from pytest_attnheat.assertions.sequences import SequenceModel
-from pytest_attnheat.assertions.subjects import AttentionFunction
+from pytest_attnheat.assertions.behaviour.convexity import visible_range
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
 
 MASK = torch.tensor(
     [[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1],
@@ -88,7 +88,11 @@ def test_any_number_of_leading_dimensions_will_do(leading):
 
 @pytest.mark.parametrize("group", [1, 2])
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("mask", [None, MASK, MASK[:1], torch.randn(2, 1, 6, 6) > 0], ids=str)
+@pytest.mark.parametrize(
+    "mask",
+    [None, MASK, MASK[:1], randn(2, 1, 6, 6) > 0],
+    ids=["none", "mask", "one row", "per batch entry"],
+)
 def test_the_visible_range_is_that_of_a_loop_over_keys(mask, causal, group, monkeypatch):
     monkeypatch.setattr("pytest_attnheat.scoring.CHUNK_BYTES", 1000)  # chunks of 2 queries
     query, key, value = qkv(2, 4)

@@ -28,7 +28,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import assert_decode_matches_prefill
-from pytest_attnheat.assertions.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 
 CACHED = [(name, implementation) for name, implementation in TRANSFORMERS if name != "bert"]
 

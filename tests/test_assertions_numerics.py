@@ -11,10 +11,9 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from pytest_attnheat.assertions import oracle
-from pytest_attnheat.assertions.judgement import judge
-from pytest_attnheat import assert_gradients_match, assert_matches_reference
-from pytest_attnheat import HARD_CASES, hard_case
+from pytest_attnheat import HARD_CASES, assert_gradients_match, assert_matches_reference, hard_case
+from pytest_attnheat.assertions.numerics import oracle
+from pytest_attnheat.assertions.numerics.judgement import judge
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 

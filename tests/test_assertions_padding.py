@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from pytest_attnheat import assert_padding_invariant
-from pytest_attnheat.assertions.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 
 SDPA = functional.scaled_dot_product_attention
 SOME = torch.tensor([[1, 0, 1, 1, 0, 1]] * 3 + [[1] * 6] * 2 + [[0] * 6], dtype=torch.bool)

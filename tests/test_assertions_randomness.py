@@ -23,8 +23,8 @@ from torch import nn
 from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pytest_attnheat.assertions.dropout import share_by_chance
 from pytest_attnheat import assert_deterministic
+from pytest_attnheat.assertions.behaviour.dropout import share_by_chance
 
 
 def weights_of(query, key, is_causal=False):

@@ -21,9 +21,13 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import SequenceModel
-from pytest_attnheat.assertions.difference import check_rows, relative_change, tolerance_of
-from pytest_attnheat.assertions.sequences import as_sequence
-from pytest_attnheat.assertions.subjects import as_function, borrowed, modules_in, settled
+from pytest_attnheat.assertions.behaviour.difference import (
+    check_rows,
+    relative_change,
+    tolerance_of,
+)
+from pytest_attnheat.assertions.behaviour.sequences import as_sequence
+from pytest_attnheat.assertions.behaviour.subjects import as_function, borrowed, modules_in, settled
 
 MODULE = nn.Linear(2, 2)
 

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.assertions.sequences import Subject
-from pytest_attnheat.assertions.subjects import AttentionFunction
+from pytest_attnheat.assertions.behaviour.sequences import Subject
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
 from pytest_attnheat.scoring import draw
 
 # What is looked at together of `may_see`, in bytes.

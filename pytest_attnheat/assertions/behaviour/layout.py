@@ -11,11 +11,11 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.calls import Call, FunctionCall, answers, as_call, differ
-from pytest_attnheat.assertions.difference import check_relative, check_rows, index_of
-from pytest_attnheat.assertions.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.calls import Call, FunctionCall, answers, as_call, differ
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, index_of
+from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
 from pytest_attnheat.assertions.message import build_message
-from pytest_attnheat.assertions.subjects import AttentionFunction, borrowed, settled
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 

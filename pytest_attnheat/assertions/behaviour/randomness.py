@@ -14,16 +14,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.difference import check_rows, relative_change, tolerance_of
-from pytest_attnheat.assertions.dropout import check_dropout_of_weights
-from pytest_attnheat.assertions.message import build_message
-from pytest_attnheat.assertions.sequences import as_sequence
-from pytest_attnheat.assertions.subjects import (
+from pytest_attnheat.assertions.behaviour.difference import (
+    check_rows,
+    relative_change,
+    tolerance_of,
+)
+from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights
+from pytest_attnheat.assertions.behaviour.sequences import as_sequence
+from pytest_attnheat.assertions.behaviour.subjects import (
     AttentionFunction,
     as_function,
     borrowed,
     modules_in,
 )
+from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.inputs import check_number
 from pytest_attnheat.scoring import positive, seed_number
 

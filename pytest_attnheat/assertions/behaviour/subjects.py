@@ -3,7 +3,7 @@
 A subject is one of two things. An *attention function* has the signature of
 `torch.nn.functional.scaled_dot_product_attention` and is given query, key and
 value. A *sequence model* is given one sequence and returns one, see
-`pytest_attnheat.assertions.sequences`.
+`pytest_attnheat.assertions.behaviour.sequences`.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def settled(
     start()
     second = call()
     if not _identical(first, second):
-        from pytest_attnheat.assertions.difference import relative_change, tolerance_of
+        from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
 
         if bool((relative_change(second, first) > tolerance_of(first.dtype, strict=True)).any()):
             raise ValueError(_random_subject(subject))

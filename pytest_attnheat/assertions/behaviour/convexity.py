@@ -11,16 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.difference import (
+from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     index_of,
     output_place,
     relative_change,
     tolerance_of,
 )
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.subjects import (
+    AttentionFunction,
+    as_function,
+    borrowed,
+    settled,
+)
 from pytest_attnheat.assertions.message import build_message
-from pytest_attnheat.assertions.sequences import SequenceModel
-from pytest_attnheat.assertions.subjects import AttentionFunction, as_function, borrowed, settled
 from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.scoring import query_chunks
 

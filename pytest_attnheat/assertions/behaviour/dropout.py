@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.difference import check_rows, index_of, tolerance_of
+from pytest_attnheat.assertions.behaviour.difference import check_rows, index_of, tolerance_of
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
 from pytest_attnheat.assertions.message import build_message
-from pytest_attnheat.assertions.subjects import AttentionFunction
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6

@@ -9,12 +9,12 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.difference import check_relative
-from pytest_attnheat.assertions.leak_message import describe, describe_not_finite
-from pytest_attnheat.assertions.leak_search import Search
-from pytest_attnheat.assertions.scenes import FunctionScene, Rule, Scene, SequenceScene
-from pytest_attnheat.assertions.sequences import as_sequence
-from pytest_attnheat.assertions.subjects import as_function, borrowed, permitted, settled
+from pytest_attnheat.assertions.behaviour.difference import check_relative
+from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
+from pytest_attnheat.assertions.behaviour.leak_search import Search
+from pytest_attnheat.assertions.behaviour.scenes import FunctionScene, Rule, Scene, SequenceScene
+from pytest_attnheat.assertions.behaviour.sequences import as_sequence
+from pytest_attnheat.assertions.behaviour.subjects import as_function, borrowed, permitted, settled
 from pytest_attnheat.reference import Alignment, causal_mask, padding_mask
 
 Way: TypeAlias = Literal["perturbation", "gradient", "nan"]

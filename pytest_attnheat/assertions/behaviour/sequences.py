@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.subjects import as_input
+from pytest_attnheat.assertions.behaviour.subjects import as_input
 
 MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]

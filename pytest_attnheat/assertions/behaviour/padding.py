@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.calls import (
+from pytest_attnheat.assertions.behaviour.calls import (
     Call,
     FunctionCall,
     SequenceCall,
@@ -21,10 +21,10 @@ from pytest_attnheat.assertions.calls import (
     check_takes_mask,
     differ,
 )
-from pytest_attnheat.assertions.difference import check_relative, check_rows, output_place
-from pytest_attnheat.assertions.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.sequences import Subject
-from pytest_attnheat.assertions.subjects import borrowed, settled
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
+from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.sequences import Subject
+from pytest_attnheat.assertions.behaviour.subjects import borrowed, settled
 from pytest_attnheat.inputs import check_number
 from pytest_attnheat.reference import padding_mask
 

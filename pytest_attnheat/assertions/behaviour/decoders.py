@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.difference import output_place, relative_change
-from pytest_attnheat.assertions.sequences import CachedDecoding, Subject
-from pytest_attnheat.assertions.subjects import AttentionFunction, permitted
+from pytest_attnheat.assertions.behaviour.difference import output_place, relative_change
+from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, Subject
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, permitted
 from pytest_attnheat.reference import ALIGNMENTS, Alignment, causal_mask
 from pytest_attnheat.scoring import one_of
 

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.difference import index_of, relative_change
-from pytest_attnheat.assertions.scenes import Scene, touched
+from pytest_attnheat.assertions.behaviour.difference import index_of, relative_change
+from pytest_attnheat.assertions.behaviour.scenes import Scene, touched
 
 # How many sets of places are tried before an output is believed to depend on all of them.
 _TRIALS = 12

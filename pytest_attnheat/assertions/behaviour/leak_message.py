@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.difference import index_of, output_place
-from pytest_attnheat.assertions.leak_picture import (
+from pytest_attnheat.assertions.behaviour.difference import index_of, output_place
+from pytest_attnheat.assertions.behaviour.leak_picture import (
     Crop,
     entry_name,
     key_entry,
@@ -18,7 +18,7 @@ from pytest_attnheat.assertions.leak_picture import (
     places_shape,
     spread,
 )
-from pytest_attnheat.assertions.leak_search import Finding, Replacement, Search
+from pytest_attnheat.assertions.behaviour.leak_search import Finding, Replacement, Search
 from pytest_attnheat.assertions.message import build_message
 
 _NAME = "assert_no_leakage"

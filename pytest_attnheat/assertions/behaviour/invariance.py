@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.calls import (
+from pytest_attnheat.assertions.behaviour.calls import (
     Call,
     FunctionCall,
     SequenceCall,
@@ -18,13 +18,13 @@ from pytest_attnheat.assertions.calls import (
     as_call,
     differ,
 )
-from pytest_attnheat.assertions.difference import (
+from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     check_rows,
     output_place,
     relative_change,
 )
-from pytest_attnheat.assertions.subjects import borrowed, modules_in, settled
+from pytest_attnheat.assertions.behaviour.subjects import borrowed, modules_in, settled
 
 # Samples that are run alone, and others that are asked which of them has an influence.
 _ALONE = 4

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.subjects import AttentionFunction, borrowed, settled
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
 
 
 def run_once(

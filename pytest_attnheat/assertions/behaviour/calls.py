@@ -10,9 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.difference import relative_change
-from pytest_attnheat.assertions.sequences import SequenceModel, Subject, as_sequence
-from pytest_attnheat.assertions.subjects import AttentionFunction, as_function
+from pytest_attnheat.assertions.behaviour.difference import relative_change
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, Subject, as_sequence
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function
 from pytest_attnheat.reference import padding_mask
 
 

@@ -15,9 +15,14 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions import oracle
-from pytest_attnheat.assertions.judgement import Circumstances, Judgement, check, judge
-from pytest_attnheat.assertions.running import copies, gradients, run_once
-from pytest_attnheat.assertions.subjects import AttentionFunction, as_function, as_input, borrowed
+from pytest_attnheat.assertions.behaviour.subjects import (
+    AttentionFunction,
+    as_function,
+    as_input,
+    borrowed,
+)
+from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
+from pytest_attnheat.assertions.numerics.running import copies, gradients, run_once
 from pytest_attnheat.cases import DTYPES
 from pytest_attnheat.inputs import check_number
 from pytest_attnheat.scoring import broadcast, draw, seed_number
@@ -52,7 +57,8 @@ def assert_matches_reference(
     Its output and the gradients of query, key, value and a float mask that requires one are
     compared with attention in float64. Every element is judged: it may be off by `factor` times
     what the roundings of a plain computation in the same dtype may come to at that element, see
-    `pytest_attnheat.assertions.judgement`. NaN and inf never pass where the reference is finite.
+    `pytest_attnheat.assertions.numerics.judgement`. NaN and inf never pass where the reference is
+    finite.
 
     Nothing of the caller's changes: gradients are taken of copies (with the same strides), and
     no `.grad` is written.

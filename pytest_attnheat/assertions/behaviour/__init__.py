@@ -1,0 +1,1 @@
+"""Assertions on code that one can only call: what must not change its output."""

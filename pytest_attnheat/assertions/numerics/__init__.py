@@ -1,0 +1,1 @@
+"""Assertions on the precision of attention, against float64."""
