@@ -14,13 +14,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions import oracle
 from pytest_attnheat.assertions.behaviour.subjects import (
     AttentionFunction,
     as_function,
     as_input,
     borrowed,
 )
+from pytest_attnheat.assertions.numerics import oracle
 from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
 from pytest_attnheat.assertions.numerics.running import copies, gradients, run_once
 from pytest_attnheat.cases import DTYPES
