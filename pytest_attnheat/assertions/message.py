@@ -35,6 +35,7 @@ def build_message(
     first: str | None = None,
     cause: str | None = None,
     repeat: str | None = None,
+    assumed: str | None = None,
     picture: str = "",
 ) -> str:
     """Lay out a failure message.
@@ -47,6 +48,7 @@ def build_message(
         first: The first place, None where it is the worst or says nothing more.
         cause: A likely cause, None where the numbers show none.
         repeat: What it takes to see the same again, for instance "seed=0".
+        assumed: What was claimed on the caller's behalf.
         picture: Lines of text that show the place.
 
     Returns:
@@ -57,6 +59,7 @@ def build_message(
         "worst": worst,
         "first": first,
         "cause": cause,
+        "claim": assumed,
         "tensor": described,
         "repeat": repeat,
     }

@@ -46,6 +46,7 @@ def describe(finding: Finding, search: Search, *, repeat: str) -> str:
         first=None if first is worst else first.sentence(),
         cause=_cause(finding, worst, crop),
         repeat=repeat,
+        assumed=search.scene.advice.claimed,
         picture="" if crop is None else crop.draw(),
     )
 
@@ -95,20 +96,24 @@ def _blindness(finding: Finding, search: Search, repeat: str) -> str:
             f"{scene.observer} {observer[-1]} does not see {_listed(scene.place, numbers)}: "
             f"whatever is there, {output_place(observer)} stays the same"
         ),
-        cause=_cause_of_blindness(observer, seen, numbers),
+        cause=_cause_of_blindness(search, observer, numbers),
         repeat=repeat,
+        assumed=search.scene.advice.claimed,
         picture=crop.draw(),
     )
 
 
 def _cause_of_blindness(
-    observer: tuple[int, ...], seen: Tensor, missed: Sequence[int]
+    search: Search, observer: tuple[int, ...], missed: Sequence[int]
 ) -> str | None:
-    last = int(seen.nonzero().flatten()[-1])
-    if list(missed) == [last]:
-        own = ", its own place" if last == observer[-1] else ""
+    numbers = search.scene.may_see[observer].nonzero().flatten().tolist()
+    future = [number for number in numbers if number > observer[-1]]
+    if future and set(missed) <= set(future):
+        return f"all of them lie in its future: {search.scene.advice.may_be_causal}"
+    if list(missed) == numbers[-1:]:
+        own = ", its own place" if numbers[-1] == observer[-1] else ""
         return f"the last that it may see{own}: a mask that closes one place too early?"
-    if len(missed) == int(seen.sum()):
+    if len(missed) == len(numbers):
         return "it sees nothing at all: is the whole row masked?"
     return None
 
@@ -252,6 +257,11 @@ def _places_too_many(crop: Crop, wrongly: Tensor) -> str | None:
         return None
     if extra == 1:
         return "each sees one place too many: a causal mask that is off by one?"
+    if crop.search.scene.place == "token":
+        return (
+            f"each sees {extra} places too many: a causal mask that is off by one in each of "
+            f"{extra} layers, or by {extra}?"
+        )
     query_len, key_len = crop.search.scene.may_see.shape[-2:]
     if extra == key_len - query_len:
         return (

@@ -84,16 +84,17 @@ class Crop:
         return ~self.seen_rightly & self.judged.unsqueeze(-1)
 
     def draw(self) -> str:
-        """The dependence as a map: full where it is largest, a dot where there is none."""
+        """The dependence as a map: full where it is largest, a dot where nothing changes."""
         scene = self.search.scene
         largest = max(self.changes[self.changes.isfinite()].tolist(), default=0.0) or 1.0
         drawn = self.changes.clamp(max=largest) / largest
-        wrong = (self.forbidden & self.sees).any(-1) | (~self.sees & self.seen_rightly).all(-1)
+        wrong = (self.forbidden & self.sees).any(-1)
+        wrong |= (self.seen_rightly & (self.changes == 0)).any(-1)
         wrong &= self.judged
         lead = self.observer[:-1]
         return format_heatmap(
             drawn,
-            mask=self.seen_rightly,
+            mask=self.changes != 0,
             first_row=self.rows.start,
             first_column=self.columns.start,
             marked=[self.rows.start + i for i in wrong.nonzero().flatten().tolist()],

@@ -54,9 +54,9 @@ def assert_no_leakage(
             **arguments)`; see `SequenceModel` for how it takes a padding mask.
         *inputs: Query, key and value of an attention function, (..., length, width); or the
             one input of a module: floats (batch, length, width) or token ids (batch, length).
-        causal: Whether a token of a sequence may not see later ones. By default so, unless
-            another argument says what may be seen. An attention function is told by its own
-            `is_causal`.
+        causal: Whether a token of a sequence may not see later ones. By default so, but only
+            if no other argument says what may be seen: a padded language model needs
+            `causal=True` beside `lengths`. An attention function is told by its own `is_causal`.
         alignment: What `is_causal=True` means to an attention function.
         lengths: How many tokens of each batch entry are real, (batch,). The others are
             padding, which the module is told through its mask; their own outputs mean nothing.
@@ -183,6 +183,11 @@ def _of_sequence(
         real = padding_mask(stated.lengths, length, side=stated.side, device=device)[:, 0, 0]
         if len(real) != batch:
             raise ValueError(f"lengths: got {len(real)} of them for a batch of {batch}")
+        if bool(real.all()):
+            raise ValueError(
+                f"lengths: got {real.sum(-1).tolist()}, which leaves no padding in sequences of "
+                f"{length} tokens; accepted are lengths of which one is smaller"
+            )
         judged = real
         rules.append(Rule(real.unsqueeze(-2), _padding(real.sum(-1).tolist())))
     if stated.documents is not None:
@@ -190,7 +195,8 @@ def _of_sequence(
         same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
         rules.append(Rule(same, _of_document(documents)))
     others = (stated.lengths, stated.documents, stated.may_see)
-    if stated.causal or (stated.causal is None and all(other is None for other in others)):
+    assumed = stated.causal is None and all(other is None for other in others)
+    if stated.causal or assumed:
         mask = causal_mask(length, alignment="top_left", device=device)
         rules.append(Rule(mask, _in_the_future(0)))
     if stated.may_see is not None:
@@ -202,7 +208,7 @@ def _of_sequence(
     may_see = may_see.expand(batch, length, length)
     if judged is None:
         judged = torch.ones(batch, length, dtype=torch.bool, device=device)
-    return SequenceScene(sequence, may_see, judged, rules, real=real, seed=seed)
+    return SequenceScene(sequence, may_see, judged, rules, real=real, assumed=assumed, seed=seed)
 
 
 def _documents(documents: object, shape: tuple[int, int]) -> Tensor:

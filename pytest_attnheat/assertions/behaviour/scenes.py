@@ -41,6 +41,19 @@ class Rule:
     because: Callable[[tuple[int, ...], int], str]
 
 
+@dataclass(frozen=True)
+class Advice:
+    """What a message says about the claim itself.
+
+    Attributes:
+        claimed: What is claimed where the caller said nothing; None where something was said.
+        may_be_causal: What to say where outputs see nothing of their future, but may.
+    """
+
+    claimed: str | None
+    may_be_causal: str
+
+
 class Scene(Protocol):
     """What the search for leaks needs to know of a subject.
 
@@ -50,6 +63,7 @@ class Scene(Protocol):
         groups: How many of the last leading dimension share the places of one.
         observer: What an observer is called, place: what a place is called.
         rules: Why an observer may not see a place, in the order in which they are asked.
+        advice: What to say where a claim was made for the caller, or may be missing.
     """
 
     may_see: Tensor
@@ -58,6 +72,7 @@ class Scene(Protocol):
     observer: str
     place: str
     rules: Sequence[Rule]
+    advice: Advice
 
     def output(
         self,
@@ -91,6 +106,7 @@ class FunctionScene:
     """An attention function."""
 
     observer, place = "query", "key"
+    advice = Advice(None, "if the function is always causal, say so with may_see=")
 
     def __init__(
         self, subject: AttentionFunction, may_see: Tensor, rules: Sequence[Rule], seed: int
@@ -144,9 +160,17 @@ class SequenceScene:
         rules: Sequence[Rule],
         *,
         real: Tensor | None,
+        assumed: bool,
         seed: int,
     ) -> None:
         self._subject = subject
+        claimed = (
+            "no token may see a later one: assumed, since nothing was said. For an encoder pass "
+            "causal=False, or lengths="
+        )
+        self.advice = Advice(
+            claimed if assumed else None, "if the model is causal, say so with causal=True"
+        )
         self.may_see, self.judged, self.rules = may_see, judged, rules
         self._run = partial(subject.run, real=real)
         self._seed = seed

@@ -90,6 +90,7 @@ class Circumstances:
         key_heads: The number of heads of the keys, where they are grouped; else None.
         factor: As given by the caller.
         repeat: What it takes to see the same again.
+        mistake: Returns a usual mistake that gives the subject's output, or None.
     """
 
     dtype: torch.dtype
@@ -100,6 +101,7 @@ class Circumstances:
     key_heads: int | None
     factor: float
     repeat: str
+    mistake: Callable[[], str | None]
 
 
 def judge(
@@ -257,7 +259,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _cause(one: Judgement, around: Circumstances) -> str | None:
-    found = (cause(one, around) for cause in _CAUSES)
+    found = (cause(one, around) for cause in (*_CAUSES, _usual_mistake, *_VAGUE_CAUSES))
     return next((sentence for sentence in found if sentence is not None), None)
 
 
@@ -384,10 +386,19 @@ def _narrower(one: Judgement, around: Circumstances) -> str | None:
     return None
 
 
+def _usual_mistake(one: Judgement, around: Circumstances) -> str | None:
+    """A wrong scale or mask that gives this very output."""
+    return around.mistake() if one.name == "output" else None
+
+
 _CAUSES: tuple[Callable[[Judgement, Circumstances], str | None], ...] = (
     _no_gradient,
     _lost_rows,
     _overflow,
+)
+# A mask that is ignored may leave many rows right, and a wrong scale errors that look like those
+# of rounding: what follows is asked last.
+_VAGUE_CAUSES: tuple[Callable[[Judgement, Circumstances], str | None], ...] = (
     _constant_factor,
     _tail,
     _some_maps,

@@ -22,6 +22,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
 )
 from pytest_attnheat.assertions.numerics import oracle
 from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
+from pytest_attnheat.assertions.numerics.mistakes import likely_mistake
 from pytest_attnheat.assertions.numerics.running import copies, gradients, run_once
 from pytest_attnheat.cases import DTYPES
 from pytest_attnheat.inputs import check_number
@@ -238,6 +239,7 @@ def _compare(
             key_heads=subject.key.shape[-3] if subject.group > 1 else None,
             factor=terms.factor,
             repeat=f"seed={terms.seed}",
+            mistake=lambda: _likely_mistake(subject, options, terms, found["output"]),
         )
         check(assertion, judgements, around)
 
@@ -333,13 +335,21 @@ def _expected(
     """The reference in float64, and what a plain computation gives."""
     if terms.reference is not None:
         return _callers_reference(terms.reference, subject, upstream, names)
+    problem = _problem(subject, options, terms, upstream)
+    return oracle.reference(problem), oracle.plain(problem)
+
+
+def _problem(
+    subject: AttentionFunction, options: _Options, terms: _Terms, upstream: Tensor | None
+) -> oracle.Problem:
+    """What the subject is to compute."""
     mask = options.attn_mask
     if mask is not None:
         mask = as_input(mask, "attn_mask")
         mask = mask.reshape((1,) * max(0, 2 - mask.ndim) + tuple(mask.shape))
     is_bias = mask is not None and mask.dtype != torch.bool
     width = subject.query.shape[-1]
-    problem = oracle.Problem(
+    return oracle.Problem(
         query=subject.query,
         key=subject.key,
         value=subject.value,
@@ -350,7 +360,15 @@ def _expected(
         uniform=terms.fully_masked == "uniform",
         upstream=upstream,
     )
-    return oracle.reference(problem), oracle.plain(problem)
+
+
+def _likely_mistake(
+    subject: AttentionFunction, options: _Options, terms: _Terms, output: Tensor | None
+) -> str | None:
+    """A usual mistake that gives this output; none is known beside a reference of the caller's."""
+    if terms.reference is not None or output is None:
+        return None
+    return likely_mistake(_problem(subject, options, terms, None), output)
 
 
 def _callers_reference(

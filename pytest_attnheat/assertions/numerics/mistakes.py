@@ -1,0 +1,86 @@
+"""The usual mistakes in scale and mask: what attention would give if one were made.
+
+They are tried only where an output is wrong, and only small ones: the examination
+(`pytest_attnheat.contract`) knows all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.numerics.oracle import Problem, reference
+from pytest_attnheat.reference import causal_mask
+
+# Above so many scores the attempts would take longer than the assertion itself.
+_MOST_SCORES = 2**22
+# By how many units of rounding, as a part of its size, an output may differ from an attempt.
+_UNITS = 64.0
+
+
+def likely_mistake(problem: Problem, output: Tensor) -> str | None:
+    """Return the mistake that gives this output, or None.
+
+    Args:
+        problem: What was to be computed.
+        output: What was computed instead, (..., query_len, value_dim).
+    """
+    *leading, query_len, _ = problem.query.shape
+    if math.prod(leading) * query_len * problem.key.shape[-2] > _MOST_SCORES:
+        return None
+    found = output.double()
+    for sentence, mistaken in _mistakes(problem):
+        exact = reference(mistaken).exact["output"].to(found.device)
+        size = exact.square().mean().sqrt()
+        allowed = _UNITS * problem.unit * size
+        if bool(found.isfinite().all()) and float((found - exact).square().mean().sqrt()) < allowed:
+            return f"the output is that of attention {sentence}"
+    return None
+
+
+def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
+    problem = replace(problem, upstream=None)
+    for sentence, scale in _scales(problem):
+        if scale != problem.scale:
+            yield sentence, replace(problem, scale=scale)
+    for sentence, permitted in _masks(problem):
+        yield sentence, replace(problem, mask=permitted, bias=None, is_causal=False)
+
+
+def _scales(problem: Problem) -> Iterator[tuple[str, float]]:
+    width, value_dim = problem.query.shape[-1], problem.value.shape[-1]
+    heads = problem.query.shape[-3] if problem.query.ndim > 2 else 1
+    yield "without a scale", 1.0
+    yield "whose scores are multiplied by sqrt(head_dim), not divided", math.sqrt(width)
+    yield "whose scores are divided by head_dim, not by its root", 1 / width
+    yield (
+        "whose scale is taken from the width of all heads, 1 / sqrt(heads * head_dim)",
+        1 / math.sqrt(heads * width),
+    )
+    yield "whose scale is taken from value_dim, not head_dim", 1 / math.sqrt(value_dim)
+
+
+def _masks(problem: Problem) -> Iterator[tuple[str, Tensor | None]]:
+    if problem.bias is not None or (problem.mask is None and not problem.is_causal):
+        return
+    lengths = problem.query.shape[-2], problem.key.shape[-2]
+    device = problem.query.device
+    yield "without a mask", None
+    given = torch.ones(lengths, dtype=torch.bool, device=device)
+    given = given if problem.mask is None else problem.mask
+    if problem.is_causal:
+        for steps, words in ((1, "one key too many"), (-1, "one key too few")):
+            shifted = torch.ones(lengths, dtype=torch.bool, device=device).tril(steps)
+            yield f"whose causal mask shows {words}", given & shifted
+        if lengths[0] != lengths[1]:
+            other = causal_mask(*lengths, alignment="bottom_right", device=device)
+            yield (
+                "whose causal mask is aligned to the bottom right, not the top left",
+                given & other,
+            )
+        given = given & causal_mask(*lengths, alignment="top_left", device=device)
+    yield "whose mask means the opposite", ~given
