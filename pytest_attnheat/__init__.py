@@ -49,6 +49,13 @@ if TYPE_CHECKING:
     from pytest_attnheat.assertions.rows import assert_uniform as assert_uniform
     from pytest_attnheat.cases import AttentionCase as AttentionCase
     from pytest_attnheat.cases import make_attention as make_attention
+    from pytest_attnheat.contract.checks import Check as Check
+    from pytest_attnheat.contract.diagnosis import Diagnosis as Diagnosis
+    from pytest_attnheat.contract.diagnosis import diagnose as diagnose
+    from pytest_attnheat.contract.report import Report as Report
+    from pytest_attnheat.contract.report import check_attention as check_attention
+    from pytest_attnheat.contract.spec import AttentionSpec as AttentionSpec
+    from pytest_attnheat.examination import parametrize_with_checks as parametrize_with_checks
     from pytest_attnheat.hard_cases import HARD_CASES as HARD_CASES
     from pytest_attnheat.hard_cases import HardCase as HardCase
     from pytest_attnheat.hard_cases import hard_case as hard_case
@@ -73,12 +80,16 @@ __version__ = "0.1.0"
 _ROOM_OF = {
     "AdditiveScore": "scoring",
     "AttentionCase": "cases",
+    "AttentionSpec": "contract.spec",
     "BilinearScore": "scoring",
+    "Check": "contract.checks",
+    "Diagnosis": "contract.diagnosis",
     "DotProductScore": "scoring",
     "HARD_CASES": "hard_cases",
     "HardCase": "hard_cases",
     "HeatmapFigure": "heatmaps.figure",
     "Heatmaps": "heatmaps.record",
+    "Report": "contract.report",
     "ScaledDotProductScore": "scoring",
     "SequenceModel": "assertions.behaviour.sequences",
     "assert_batch_independent": "assertions.behaviour.invariance",
@@ -103,11 +114,14 @@ _ROOM_OF = {
     "assert_uniform": "assertions.rows",
     "attend": "reference",
     "causal_mask": "reference",
+    "check_attention": "contract.report",
+    "diagnose": "contract.diagnosis",
     "format_heatmap": "heatmaps.terminal",
     "hard_case": "hard_cases",
     "make_attention": "cases",
     "masked_softmax": "reference",
     "padding_mask": "reference",
+    "parametrize_with_checks": "examination",
     "read_heatmaps": "heatmaps.record",
     "register_scoring_function": "scoring",
     "show_heatmaps": "heatmaps.figure",

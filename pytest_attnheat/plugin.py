@@ -87,12 +87,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Add the hooks that a project can implement, and the rooms that pytest calls."""
-    from pytest_attnheat import fixtures, hooks, regression, summary
+    from pytest_attnheat import examination, fixtures, hooks, regression, summary
 
     pluginmanager.add_hookspecs(hooks)
     # Not by `pytest_plugins`: for each name there, pytest reads the metadata of all installed
     # distributions once more.
-    for room in (fixtures, regression, summary):
+    for room in (fixtures, regression, summary, examination):
         pluginmanager.register(room, room.__name__)
 
 

@@ -1,0 +1,1 @@
+"""Examine an implementation of attention, and name what is wrong with it."""

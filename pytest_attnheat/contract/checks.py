@@ -1,0 +1,350 @@
+"""The checks of the examination: each one function, one name and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.behaviour.convexity import assert_convex
+from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
+from pytest_attnheat.assertions.behaviour.invariance import (
+    assert_batch_independent,
+    assert_key_permutation_invariant,
+)
+from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
+from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
+from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
+from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
+from pytest_attnheat.assertions.numerics.precision import (
+    assert_gradients_match,
+    assert_matches_reference,
+)
+from pytest_attnheat.assertions.reproduction import assert_reproduces_output
+from pytest_attnheat.assertions.rows import assert_row_stochastic
+from pytest_attnheat.contract.exam import (
+    Exam,
+    Inputs,
+    NotAskedError,
+    padded,
+    scattered,
+    with_a_lost_row,
+)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One question of the examination.
+
+    Attributes:
+        name: What it is called in reports and test ids.
+        sentence: What is true of an implementation that passes.
+        run: Asks it; raises AssertionError where the answer is no, `NotAskedError` where the
+            specification does not claim it.
+        quick: Whether the quick form of the examination has it.
+        issue: A public issue about a defect that it would have caught.
+    """
+
+    name: str
+    sentence: str
+    run: Callable[[Exam], None]
+    quick: bool = False
+    issue: str | None = None
+
+
+def _matches(
+    exam: Exam, inputs: Inputs, *, gradients: bool = False, scale: float | None = None
+) -> None:
+    assertion = assert_gradients_match if gradients else _output_matches
+    assertion(
+        exam.function(inputs, scale),
+        *inputs.tensors,
+        **exam.seen(inputs),
+        scale=exam.spec.scale if scale is None else scale,
+        fully_masked=exam.spec.fully_masked,
+        seed=exam.seed,
+    )
+
+
+def _output_matches(function: Callable[..., Tensor], *inputs: Tensor, **options: object) -> None:
+    assert_matches_reference(function, *inputs, gradients=False, **options)  # type: ignore[arg-type]
+
+
+def shape_and_dtype(exam: Exam) -> None:
+    """The output has the shape of the query with the width of the value, its dtype and device."""
+    inputs = exam.inputs(key_len=9)
+    output = exam.spec.call(*inputs.tensors).output  # raises on another shape
+    if output.dtype != exam.dtype or output.device != inputs.query.device:
+        raise AssertionError(
+            f"the output is {output.dtype} on {output.device}, the query {exam.dtype} on "
+            f"{inputs.query.device}"
+        )
+
+
+def plain(exam: Exam) -> None:
+    """Query_len and key_len differ, so that neither is taken for the other."""
+    _matches(exam, exam.inputs(key_len=9))
+
+
+def masked(exam: Exam) -> None:
+    """Each batch entry has its own mask."""
+    _matches(exam, exam.inputs(key_len=9, mask=scattered))
+
+
+def causal(exam: Exam) -> None:
+    """As many queries as keys: the alignment does not matter."""
+    _matches(exam, exam.inputs(causal=True))
+
+
+def causal_rectangular(exam: Exam) -> None:
+    """More keys than queries, and the other way round where both are usual."""
+    _matches(exam, exam.inputs(query_len=5, key_len=9, causal=True))
+    if exam.spec.causal == "top_left":
+        _matches(exam, exam.inputs(query_len=9, key_len=5, causal=True))
+
+
+def masked_and_causal(exam: Exam) -> None:
+    """Both at once, where they are not refused."""
+    inputs = exam.inputs(mask=scattered, causal=True)
+    try:
+        exam.function(inputs)(*inputs.tensors)
+    except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        raise NotAskedError(f"it refuses a mask together with is_causal: {error}") from None
+    _matches(exam, inputs)
+
+
+def scale_argument(exam: Exam) -> None:
+    """A scale of 0.7, where it has the argument."""
+    if not exam.spec.names("scale"):
+        raise NotAskedError("its signature has no scale")
+    _matches(exam, exam.inputs(key_len=9), scale=0.7)
+
+
+def fully_masked(exam: Exam) -> None:
+    """One query of several may attend to nothing."""
+    if exam.spec.fully_masked == "undefined":
+        raise NotAskedError('fully_masked="undefined" declares nothing')
+    _matches(exam, exam.inputs(mask=with_a_lost_row))
+
+
+def grouped(exam: Exam) -> None:
+    """Two heads of keys for four of queries."""
+    _matches(exam, exam.inputs(key_heads=2, causal=exam.spec.causal is not None))
+
+
+def large_scores(exam: Exam) -> None:
+    """Scores of a few hundred: exp of them overflows in every dtype but float64."""
+    _matches(exam, exam.inputs(size=40.0))
+
+
+def block_lengths(exam: Exam) -> None:
+    """Around multiples of 32, 64 and 128."""
+    for length in (33, 65) if exam.quick else (31, 33, 63, 65, 127, 129):
+        _matches(exam, exam.inputs(query_len=length))
+
+
+def gradients(exam: Exam) -> None:
+    """Of query, key and value, for a random gradient of the output."""
+    _matches(exam, exam.inputs(key_len=9), gradients=True)
+
+
+def gradients_masked(exam: Exam) -> None:
+    """With a query that may attend to nothing."""
+    _matches(exam, exam.inputs(mask=with_a_lost_row), gradients=True)
+
+
+def mean_of_values(exam: Exam) -> None:
+    """Of the values it may see, under padding if it takes a mask."""
+    inputs = exam.inputs(key_len=9, mask=None if exam.spec.mask is None else padded)
+    assert_convex(exam.function(inputs), *inputs.tensors, **exam.seen(inputs))
+
+
+def no_leakage(exam: Exam) -> None:
+    """Future keys, other queries, heads and batch entries."""
+    inputs = exam.inputs(causal=exam.spec.causal is not None)
+    assert_no_leakage(exam.function(inputs), *inputs.tensors, may_see=inputs.may_see)
+
+
+def no_leakage_through_mask(exam: Exam) -> None:
+    """Each batch entry has its own mask."""
+    inputs = exam.inputs(mask=scattered)
+    assert_no_leakage(exam.function(inputs), *inputs.tensors, may_see=inputs.may_see)
+
+
+def padding(exam: Exam) -> None:
+    """On the right and on the left, of any content."""
+    inputs = exam.inputs(mask=scattered)
+    if exam.spec.window is not None:
+        raise NotAskedError("padding on the left would move the window")
+    assert_padding_invariant(exam.maskable(), *inputs.tensors, attn_mask=inputs.mask)
+
+
+def batch(exam: Exam) -> None:
+    """Up to four samples alone, and all in another order."""
+    inputs = exam.inputs(key_len=9)
+    assert_batch_independent(exam.maskable(), *inputs.tensors)
+
+
+def key_order(exam: Exam) -> None:
+    """Keys and values in another order."""
+    if exam.spec.window is not None:
+        raise NotAskedError("within a window the order of keys matters")
+    assert_key_permutation_invariant(exam.maskable(), *exam.inputs(key_len=9).tensors)
+
+
+def decoding(exam: Exam) -> None:
+    """Token by token, and in chunks."""
+    inputs = exam.inputs(causal=True)
+    if exam.spec.causal == "bottom_right":
+        alignment = exam.spec.causal
+        assert_decode_matches_prefill(exam.maskable(), *inputs.tensors, alignment=alignment)
+    elif exam.spec.mask is None or exam.spec.window is not None:
+        raise NotAskedError("a chunk cannot be told what it may see")
+    else:
+        assert_decode_matches_prefill(exam.maskable(), *inputs.tensors)
+
+
+def layout(exam: Exam) -> None:
+    """Permuted, strided, expanded and misaligned inputs."""
+    assert_layout_invariant(exam.maskable(), *exam.inputs(key_len=9).tensors)
+
+
+def repeats(exam: Exam) -> None:
+    """In evaluation mode, whatever the random state."""
+    assert_deterministic(exam.maskable(), *exam.inputs(key_len=9).tensors)
+
+
+def dropout(exam: Exam) -> None:
+    """Its share, its independence, its scale."""
+    if not exam.spec.dropout:
+        raise NotAskedError("it is not declared to take dropout_p")
+    runs = 40 if exam.quick else 200
+    inputs = exam.inputs(query_len=32)
+
+    def function(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
+        return exam.spec.call(query, key, value, dropout=dropout_p).output
+
+    assert_deterministic(function, *inputs.tensors, dropout=0.25, runs=runs)
+
+
+def returned_weights(exam: Exam) -> None:
+    """They are distributions, and times the value they give the output."""
+    if exam.spec.returns == "output":
+        raise NotAskedError("it is declared to return no weights")
+    inputs = exam.inputs(key_len=9)
+    answer = exam.spec.call(*inputs.tensors)
+    weights = answer.weights
+    if not isinstance(weights, Tensor):
+        raise AssertionError(f"the weights are a {type(weights).__name__}, no tensor")
+    assert_row_stochastic(weights)
+    if exam.spec.returns == "averaged":
+        expected = torch.softmax(
+            inputs.query.double() @ inputs.key.double().mT
+            * (exam.spec.scale or inputs.query.shape[-1] ** -0.5), -1
+        ).mean(1)  # fmt: skip
+        torch.testing.assert_close(
+            weights.double(), expected, rtol=0, atol=4 * torch.finfo(exam.dtype).eps
+        )
+        return
+    assert_reproduces_output(weights, inputs.value, answer.output)
+
+
+CHECKS: tuple[Check, ...] = (
+    Check("shape_and_dtype", "the output has the shape, dtype and device that it must have",
+          shape_and_dtype, quick=True),
+    Check("plain", "without a mask it is attention, as exactly as its dtype allows", plain,
+          quick=True, issue="labmlai/annotated_deep_learning_paper_implementations#146"),
+    Check("masked", "under a mask it is attention", masked, quick=True,
+          issue="huggingface/pytorch-image-models#2236"),
+    Check("causal", "with is_causal it is causal attention", causal, quick=True,
+          issue="keras-team/keras#23038"),
+    Check("causal_rectangular", "is_causal is aligned as declared where lengths differ",
+          causal_rectangular, quick=True, issue="pytorch/pytorch#103082"),
+    Check("masked_and_causal", "a mask and is_causal at once hide what either hides",
+          masked_and_causal, quick=True),
+    Check("scale_argument", "scale multiplies the scores", scale_argument),
+    Check("fully_masked", "a query that may attend to nothing gives what is declared",
+          fully_masked, quick=True, issue="pytorch/pytorch#103963"),
+    Check("grouped", "grouped heads share keys in the order of repeat_interleave", grouped,
+          quick=True, issue="fkodom/grouped-query-attention-pytorch#5"),
+    Check("large_scores", "large scores do not overflow", large_scores, quick=True,
+          issue="huggingface/transformers#17306"),
+    Check("block_lengths", "lengths around the size of a block are no exception", block_lengths),
+    Check("gradients", "its gradients are those of attention", gradients),
+    Check("gradients_masked", "gradients are right under a mask, and finite where it hides all",
+          gradients_masked, issue="pytorch/pytorch#103963"),
+    Check("mean_of_values", "every output is a mean of the values it may see", mean_of_values,
+          quick=True, issue="PetrochukM/PyTorch-NLP#2"),
+    Check("no_leakage", "no output depends on what it must not see, and each on what it must",
+          no_leakage, issue="ml-explore/mlx#2835"),
+    Check("no_leakage_through_mask", "no output depends on a key that the mask hides",
+          no_leakage_through_mask, issue="TransformerLensOrg/TransformerLens#1005"),
+    Check("padding", "padding that the mask hides changes nothing", padding,
+          issue="TransformerLensOrg/TransformerLens#1005"),
+    Check("batch", "a sample gives the same output alone and in a batch", batch,
+          issue="PetrochukM/PyTorch-NLP#2"),
+    Check("key_order", "the order of keys changes nothing", key_order),
+    Check("decoding", "decoded in chunks it gives what it gives at once", decoding),
+    Check("layout", "strides of the inputs change nothing", layout,
+          issue="pytorch/pytorch#181133"),
+    Check("repeats", "the same input gives the same output", repeats, quick=True,
+          issue="pytorch/pytorch#124464"),
+    Check("dropout", "dropout drops the declared share of weights, and rescales the others",
+          dropout),
+    Check("returned_weights", "the weights it returns are those that made the output",
+          returned_weights, issue="pytorch/pytorch#27968"),
+)  # fmt: skip
+
+
+def block_no_leakage(exam: Exam) -> None:
+    """The future of a causal block; other sequences of the batch in any case."""
+    model, inputs = exam.block()
+    assert_no_leakage(model, inputs, causal=exam.spec.causal is not None, seed=exam.seed)
+
+
+def block_padding(exam: Exam) -> None:
+    """On the right and on the left, of any content."""
+    model, inputs = exam.block()
+    if model.mask is None:
+        raise NotAskedError("it is not declared how it takes a mask (SequenceModel)")
+    assert_padding_invariant(model, inputs, seed=exam.seed)
+
+
+def block_batch(exam: Exam) -> None:
+    """Up to four sequences alone, and all in another order."""
+    assert_batch_independent(*exam.block(), seed=exam.seed)
+
+
+def block_decoding(exam: Exam) -> None:
+    """With its cache, if it has one, else by prefixes."""
+    if exam.spec.causal is None:
+        raise NotAskedError("it is not declared to be causal")
+    assert_decode_matches_prefill(*exam.block(), seed=exam.seed)
+
+
+def block_layout(exam: Exam) -> None:
+    """Permuted, strided, expanded and misaligned inputs."""
+    assert_layout_invariant(*exam.block(), seed=exam.seed)
+
+
+def block_repeats(exam: Exam) -> None:
+    """In evaluation mode, whatever the random state."""
+    assert_deterministic(*exam.block(), seed=exam.seed)
+
+
+BLOCK_CHECKS: tuple[Check, ...] = (
+    Check("no_leakage", "no output depends on what it must not see, and each on what it must",
+          block_no_leakage, quick=True, issue="pytorch/pytorch#103082"),
+    Check("padding", "padding that the mask hides changes nothing", block_padding, quick=True,
+          issue="TransformerLensOrg/TransformerLens#1005"),
+    Check("batch", "a sequence gives the same output alone and in a batch", block_batch,
+          quick=True, issue="PetrochukM/PyTorch-NLP#2"),
+    Check("decoding", "decoded in chunks it gives what it gives at once", block_decoding,
+          quick=True),
+    Check("layout", "strides of the inputs change nothing", block_layout,
+          issue="pytorch/pytorch#181133"),
+    Check("repeats", "the same input gives the same output", block_repeats, quick=True,
+          issue="pytorch/pytorch#124464"),
+)  # fmt: skip

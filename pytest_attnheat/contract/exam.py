@@ -1,0 +1,195 @@
+"""One implementation, in one dtype, on one device, and what it is asked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.reference import causal_mask, sliding_window_mask
+from pytest_attnheat.scoring import draw
+
+BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 7, 8
+VALUE_DIM = 6
+
+
+class NotAskedError(Exception):
+    """The specification does not claim what a check asks; the reason is the message."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Query, key and value, and what each query may see.
+
+    Attributes:
+        query: (batch, heads, query_len, head_dim)
+        key: (batch, key_heads, key_len, head_dim)
+        value: (batch, key_heads, key_len, value_dim)
+        mask: Boolean, True where a query may attend: what the subject is given; None for none.
+        causal: Whether the subject is asked to be causal.
+        may_see: Boolean (batch, heads, query_len, key_len): mask, causality and window together.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    causal: bool
+    may_see: Tensor
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
+
+    @property
+    def grouped(self) -> bool:
+        """Whether there are fewer heads of keys than of queries."""
+        return self.query.shape[1] != self.key.shape[1]
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What a check is given.
+
+    Attributes:
+        spec: What the implementation claims.
+        dtype: The dtype of all inputs.
+        device: Where they are.
+        seed: Where they are drawn from.
+        quick: Whether to ask little.
+    """
+
+    spec: AttentionSpec
+    dtype: torch.dtype
+    device: torch.device
+    seed: int = 0
+    quick: bool = False
+
+    def inputs(
+        self,
+        *,
+        query_len: int = LENGTH,
+        key_len: int | None = None,
+        key_heads: int | None = None,
+        mask: Callable[[int, int], Tensor] | None = None,
+        causal: bool = False,
+        size: float = 1.0,
+    ) -> Inputs:
+        """Draw inputs, the same for every device and dtype.
+
+        Args:
+            query_len: Number of queries.
+            key_len: Number of keys; `query_len` by default.
+            key_heads: Number of key and value heads; as many as query heads by default.
+            mask: Makes a mask (batch or 1, 1, query_len, key_len) of the lengths.
+            causal: Ask the subject to be causal.
+            size: What queries are multiplied by.
+
+        Raises:
+            NotAskedError: The specification does not claim to take these inputs.
+        """
+        if causal and self.spec.causal is None:
+            raise NotAskedError("it is not declared to take is_causal")
+        if mask is not None and self.spec.mask is None:
+            raise NotAskedError("it is not declared to take a mask")
+        if key_heads is not None and not (self.spec.grouped and self.spec.has_heads):
+            raise NotAskedError("it is not declared to take grouped heads")
+        heads = HEADS if self.spec.has_heads else 1
+        key_len = query_len if key_len is None else key_len
+        key_heads = heads if key_heads is None else key_heads
+        query = self._draw("query", heads, query_len, HEAD_DIM) * size
+        key = self._draw("key", key_heads, key_len, HEAD_DIM)
+        value = self._draw("value", key_heads, key_len, VALUE_DIM)
+        given = None if mask is None else mask(query_len, key_len).to(self.device)
+        seen = torch.ones(query_len, key_len, dtype=torch.bool, device=self.device)
+        alignment = self.spec.causal or "top_left"
+        if causal:
+            seen = seen & causal_mask(query_len, key_len, alignment=alignment, device=self.device)
+        if self.spec.window is not None:
+            seen = seen & sliding_window_mask(
+                query_len, key_len, window=self.spec.window, alignment=alignment,
+                device=self.device,
+            )  # fmt: skip
+        may_see = seen if given is None else given & seen
+        shape = (BATCH, heads, query_len, key_len)
+        return Inputs(query, key, value, given, causal, may_see.expand(shape))
+
+    def block(self) -> tuple[SequenceModel, Tensor]:
+        """Return the block and its input on the device of this exam."""
+        spec = self.spec
+        if spec.inputs is None:
+            raise NotAskedError("it is no block")
+        model = spec.subject if isinstance(spec.subject, SequenceModel) else recognise(spec.subject)
+        return model, spec.inputs.to(self.device)
+
+    def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:
+        drawn = draw(name, self.seed, BATCH, heads, length, width)
+        return drawn.to(self.device, self.dtype)
+
+    def function(self, inputs: Inputs, scale: float | None = None) -> Callable[..., Tensor]:
+        """Return the subject as `function(query, key, value)`, told what it may see its own way.
+
+        Further keywords are accepted and left aside: they tell an assertion what may be seen.
+        """
+
+        def subject(query: Tensor, key: Tensor, value: Tensor, **aside: Any) -> Tensor:
+            mask, causal = inputs.mask, inputs.causal
+            return self.spec.call(query, key, value, mask=mask, causal=causal, scale=scale).output
+
+        subject.__name__ = self.spec.name
+        return subject
+
+    def maskable(self) -> Callable[..., Tensor]:
+        """Return the subject as `function(query, key, value, attn_mask=..., is_causal=...)`."""
+
+        def subject(
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attn_mask: Tensor | None = None,
+            is_causal: bool = False,
+            enable_gqa: bool = False,
+            **dropout: Any,
+        ) -> Tensor:
+            return self.spec.call(
+                query, key, value, mask=attn_mask, causal=is_causal,
+                dropout=dropout.get("dropout_p", 0.0),
+            ).output  # fmt: skip
+
+        subject.__name__ = self.spec.name
+        return subject
+
+    def seen(self, inputs: Inputs) -> dict[str, Any]:
+        """The arguments that tell an assertion what may be seen; none where it is all."""
+        arguments: dict[str, Any] = {}
+        if not bool(inputs.may_see.all()):
+            arguments["attn_mask"] = inputs.may_see
+        if inputs.grouped:
+            arguments["enable_gqa"] = True
+        return arguments
+
+
+def scattered(query_len: int, key_len: int) -> Tensor:
+    """A mask per batch entry, in which each query may attend to some key."""
+    mask = draw("mask", 0, BATCH, 1, query_len, key_len) > 0
+    mask[..., 0] = True
+    return mask
+
+
+def padded(query_len: int, key_len: int) -> Tensor:
+    """The padding of two sequences, of which the second is shorter by two."""
+    real = torch.arange(key_len) < torch.tensor([key_len, key_len - 2]).unsqueeze(-1)
+    return real[:, None, None, :].expand(BATCH, 1, query_len, key_len)
+
+
+def with_a_lost_row(query_len: int, key_len: int) -> Tensor:
+    """A mask under which the third query may attend to nothing."""
+    mask = scattered(query_len, key_len)
+    mask[:, :, 2] = False
+    return mask

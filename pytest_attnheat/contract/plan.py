@@ -1,0 +1,476 @@
+"""Attention as a list of decisions, carried out in float64 in plain sight.
+
+`Plan()` is correct attention. A defect is a plan with another decision (see `defects`), so that
+what a wrong implementation computes can be computed as well, and compared.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.contract.spec import CausalAlignment, LostRows
+from pytest_attnheat.reference import sliding_window_mask
+
+Source: TypeAlias = Literal["query", "key", "value"]
+Natural: TypeAlias = Literal["natural", "zero", "uniform", "nan"]
+
+
+class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
+    """A plan cannot be carried out on a case, for instance because lengths would have to agree."""
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One call of attention, and what is declared about it.
+
+    Attributes:
+        name: What it is called in messages.
+        query: (batch, heads, query_len, head_dim)
+        key: (batch, key_heads, key_len, head_dim); heads are a multiple of key_heads.
+        value: (batch, key_heads, key_len, value_dim)
+        mask: Boolean, True where a query may attend, broadcastable to the weights; or None.
+        causal: Whether causal attention is asked for.
+        alignment: What causal means, and where a window is counted from.
+        window: How many keys before and after its own position a query attends to; None for all.
+        scale: What scores are multiplied by; None for head_dim ** -0.5.
+        scale_given: Whether the scale is passed as an argument of this call.
+        fully_masked: What a row without permitted keys is declared to be.
+    """
+
+    name: str
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    causal: bool = False
+    alignment: CausalAlignment = "top_left"
+    window: tuple[int, int] | None = None
+    scale: float | None = None
+    scale_given: bool = False
+    fully_masked: LostRows = "zero"
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """The shape of the weights: (batch, heads, query_len, key_len)."""
+        batch, heads, query_len = self.query.shape[:3]
+        return batch, heads, query_len, self.key.shape[2]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One decision per field; the defaults are correct attention.
+
+    Attributes:
+        query_from: The tensor used as queries; likewise `key_from` and `value_from`.
+        split: How heads are split off the embedding: by "transpose", or wrongly by "reshape".
+        merge: How heads are merged, likewise, or "averaged".
+        weights_of_heads: "own", or "averaged" over all heads.
+        grouping: Which key head serves a query head: neighbours share one ("interleave"), heads
+            take turns ("tile"), or all use the "first".
+        scale: What scores are multiplied by.
+        scale_after: Leave the scores as they are, and scale the weights.
+        temperature: A factor of the scores besides.
+        scores_dtype: The dtype that scaled scores are rounded to.
+        weights_dtype: The dtype that weights are rounded to.
+        mask: Which keys the mask permits: as given ("keep"), "inverted", all ("ignored"),
+            "transposed", those of the sample before or after ("rolled", "rolled_back"), of the
+            first sample, or of sample (batch * heads + head) % batches ("tiled").
+        causal: "declared", the "other_corner", "ignored", "always", or "reversed" (the future).
+        causal_shift: How many keys more a causal query sees.
+        together: Given a mask and causal: "both" count, or "mask_only", "causal_only".
+        window_shift: How many keys more a window has on the left and on the right.
+        window: "declared", "ignored" or "swapped" (left is right).
+        dropped_key: "first" or "last": a key that nobody attends to.
+        key_block: Keys after the last whole block of so many are ignored; 0 for none.
+        query_block: Queries after the last whole block of so many get zeros; 0 for none.
+        masking: How a mask is applied: by a "fill" of the scores, by a number "added", as "ones"
+            (1 where permitted, added) or "ones_masked" (1 where not), or to the weights "after"
+            the softmax, or there with a new division by the sum ("after_renormalised").
+        covers: What `masking` and `fill` are about: the "mask", "causal" (and window) or "all";
+            the other is filled with -inf.
+        fill: The number that is filled in or added.
+        dim: What the softmax runs over: "keys", "queries", "heads", "batch" or the whole "map".
+        normaliser: How scores become weights.
+        lost: What rows without permitted keys become: None for what is declared, or "natural" for
+            what the numbers give.
+        lost_slices: What softmax over nothing but -inf gives where it does not run over keys, and
+            0 / 0 elsewhere.
+        output_factor: A factor of the output.
+        masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
+    """
+
+    query_from: Source = "query"
+    key_from: Source = "key"
+    value_from: Source = "value"
+    split: Literal["transpose", "reshape"] = "transpose"
+    merge: Literal["transpose", "reshape", "averaged"] = "transpose"
+    weights_of_heads: Literal["own", "averaged"] = "own"
+    grouping: Literal["interleave", "tile", "first"] = "interleave"
+    scale: Literal[
+        "declared",
+        "missing",
+        "squared",
+        "inverse",
+        "value_width",
+        "embedding",
+        "key_len",
+        "default",
+    ] = "declared"
+    scale_after: bool = False
+    temperature: float = 1.0
+    scores_dtype: torch.dtype | None = None
+    weights_dtype: torch.dtype | None = None
+    mask: Literal[
+        "keep", "inverted", "ignored", "transposed", "rolled", "rolled_back", "first", "tiled"
+    ] = "keep"
+    causal: Literal["declared", "other_corner", "ignored", "always", "reversed"] = "declared"
+    causal_shift: int = 0
+    together: Literal["both", "mask_only", "causal_only"] = "both"
+    window: Literal["declared", "ignored", "swapped"] = "declared"
+    window_shift: tuple[int, int] = (0, 0)
+    dropped_key: Literal["none", "first", "last"] = "none"
+    key_block: int = 0
+    query_block: int = 0
+    masking: Literal["fill", "added", "ones", "ones_masked", "after", "after_renormalised"] = "fill"
+    covers: Literal["all", "mask", "causal"] = "all"
+    fill: float = -math.inf
+    dim: Literal["keys", "queries", "heads", "batch", "map"] = "keys"
+    normaliser: Literal[
+        "softmax",
+        "no_maximum",
+        "unnormalised",
+        "unnormalised_shifted",
+        "plus_one",
+        "plus_one_shifted",
+        "sigmoid",
+        "relu",
+        "scores",
+        "log_softmax",
+        "twice",
+        "twice_masked",
+        "hard",
+    ] = "softmax"
+    lost: Natural | None = None
+    lost_slices: Literal["nan", "zero", "uniform"] = "nan"
+    output_factor: float = 1.0
+    masked_nan: Literal["unfelt", "felt"] = "unfelt"
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What a plan gives.
+
+    Attributes:
+        output: (batch, heads, query_len, value_dim), float64
+        weights: (batch, heads, query_len, key_len), float64
+        scores: Of the same shape: scaled, without any mask.
+        permitted: Of the same shape: where the plan lets a query attend.
+        value: (batch, heads, key_len, value_dim): what was used as values.
+    """
+
+    output: Tensor
+    weights: Tensor
+    scores: Tensor
+    permitted: Tensor
+    value: Tensor
+
+
+def compute(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
+    """Carry out a plan in float64.
+
+    Args:
+        plan: How attention is computed; `Plan()` is correct.
+        case: Inputs, on the CPU.
+
+    Returns:
+        The output (batch, heads, query_len, value_dim) and the weights (batch, heads, query_len,
+        key_len), both float64.
+
+    Raises:
+        NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
+            of another width.
+    """
+    result = carry_out(plan, case)
+    return result.output, result.weights
+
+
+def carry_out(plan: Plan, case: Case) -> Result:
+    """Carry out a plan as `compute` does, and keep what there was on the way."""
+    query, key, value = _operands(plan, case)
+    scores = _scores(plan, case, query, key)
+    hard, soft = _permitted(plan, case)
+    weights = _weights(plan, case, scores, hard, soft)
+    output = _output(plan, case, weights, value)
+    return Result(output, weights, scores, hard & soft, value)
+
+
+# --- queries, keys and values
+
+
+def _operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    groups = case.query.shape[1] // case.key.shape[1]
+    tensors: dict[Source, Tensor] = {
+        "query": _split(plan, case.query.double()),
+        "key": _grouped(plan, _split(plan, case.key.double()), groups),
+        "value": _grouped(plan, _split(plan, case.value.double()), groups),
+    }
+    query, key, value = (tensors[n] for n in (plan.query_from, plan.key_from, plan.value_from))
+    query_len, key_len = case.shape[2:]
+    fits = (
+        query.shape[2] == query_len
+        and key.shape[2] == value.shape[2] == key_len
+        and query.shape[3] == key.shape[3]
+        and value.shape[3] == case.value.shape[3]
+    )
+    if not fits:
+        raise NotApplicable("the tensors that are used in place of others have other sizes")
+    return query, key, value
+
+
+def _split(plan: Plan, tensor: Tensor) -> Tensor:
+    if plan.split == "transpose":
+        return tensor
+    return tensor.transpose(1, 2).reshape(tensor.shape)
+
+
+def _grouped(plan: Plan, tensor: Tensor, groups: int) -> Tensor:
+    if groups == 1:
+        return tensor
+    if plan.grouping == "tile":
+        return tensor.repeat(1, groups, 1, 1)
+    if plan.grouping == "first":
+        return tensor[:, :1].expand(-1, groups * tensor.shape[1], -1, -1)
+    return tensor.repeat_interleave(groups, 1)
+
+
+# --- scores
+
+
+def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
+    factor = 1.0 if plan.scale_after else scale_of(plan, case)
+    scores = (query @ key.mT) * (factor * plan.temperature)
+    return _rounded(scores, plan.scores_dtype)
+
+
+def scale_of(plan: Plan, case: Case) -> float:
+    """Return what a plan multiplies scores by, but for its temperature."""
+    _, heads, _, key_len = case.shape
+    width = case.query.shape[-1]
+    default = width**-0.5
+    declared = default if case.scale is None else case.scale
+    rules: dict[str, float] = {
+        "declared": declared,
+        "missing": 1.0,
+        "squared": declared * declared,
+        "inverse": 1.0 / declared if declared else math.inf,
+        "value_width": case.value.shape[-1] ** -0.5,
+        "embedding": (heads * width) ** -0.5,
+        "key_len": key_len**-0.5,
+        "default": default if case.scale_given else declared,
+    }
+    return rules[plan.scale]
+
+
+def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return tensor if dtype is None else tensor.to(dtype).double()
+
+
+# --- who may attend to whom
+
+
+def _permitted(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
+    """Return what is filled with -inf and what is treated by `plan.masking`, both as True = may."""
+    mask, causal = _mask(plan, case), _causal(plan, case)
+    if case.causal and case.mask is not None:
+        if plan.together == "mask_only":
+            causal = torch.ones_like(causal)
+        elif plan.together == "causal_only":
+            mask = torch.ones_like(mask)
+    causal = causal & _window(plan, case)
+    nothing = torch.ones_like(mask)
+    hard, soft = {
+        "all": (nothing, mask & causal),
+        "mask": (causal.expand_as(mask), mask),
+        "causal": (mask, causal.expand_as(mask)),
+    }[plan.covers]
+    return hard & _used_keys(plan, case), soft
+
+
+def _mask(plan: Plan, case: Case) -> Tensor:
+    batch, heads, query_len, key_len = case.shape
+    if case.mask is None or plan.mask == "ignored":
+        return torch.ones(case.shape, dtype=torch.bool)
+    mask = case.mask.expand(case.shape)
+    if plan.mask == "inverted":
+        return ~mask
+    if plan.mask == "transposed":
+        if query_len != key_len:
+            raise NotApplicable("a mask that is not square cannot be transposed")
+        return mask.mT
+    if plan.mask == "tiled":
+        sample = torch.arange(batch * heads).reshape(batch, heads) % batch
+        return mask[sample, torch.arange(heads)]
+    if plan.mask == "first":
+        return mask[:1].expand(case.shape)
+    shift = {"rolled": 1, "rolled_back": -1}.get(plan.mask, 0)
+    return mask.roll(shift, 0) if shift else mask
+
+
+def _alignment(plan: Plan, case: Case) -> CausalAlignment:
+    if plan.causal != "other_corner":
+        return case.alignment
+    return "bottom_right" if case.alignment == "top_left" else "top_left"
+
+
+def _causal(plan: Plan, case: Case) -> Tensor:
+    query_len, key_len = case.shape[2:]
+    asked = (case.causal and plan.causal != "ignored") or plan.causal == "always"
+    if not asked:
+        return torch.ones(query_len, key_len, dtype=torch.bool)
+    first = key_len - query_len if _alignment(plan, case) == "bottom_right" else 0
+    everything = torch.ones(query_len, key_len, dtype=torch.bool)
+    if plan.causal == "reversed":
+        return everything.triu(first + plan.causal_shift)
+    return everything.tril(first + plan.causal_shift)
+
+
+def _window(plan: Plan, case: Case) -> Tensor:
+    query_len, key_len = case.shape[2:]
+    if case.window is None or plan.window == "ignored":
+        return torch.ones(query_len, key_len, dtype=torch.bool)
+    left, right = case.window[::-1] if plan.window == "swapped" else case.window
+    more_left, more_right = plan.window_shift
+    sides = left + more_left, right + more_right
+    if min(sides) < 0:
+        raise NotApplicable("a window cannot be smaller than its own key")
+    alignment = _alignment(plan, case)
+    return sliding_window_mask(query_len, key_len, window=sides, alignment=alignment, device="cpu")
+
+
+def _used_keys(plan: Plan, case: Case) -> Tensor:
+    key_len = case.shape[3]
+    used = torch.ones(key_len, dtype=torch.bool)
+    if plan.dropped_key != "none":
+        used[0 if plan.dropped_key == "first" else -1] = False
+    if plan.key_block:
+        used[key_len // plan.key_block * plan.key_block :] = False
+    return used
+
+
+# --- weights
+
+
+def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
+    filled = _masked_scores(plan, scores, soft).masked_fill(~hard, -math.inf)
+    weights = _normalised(plan, filled)
+    if plan.masking in ("after", "after_renormalised"):
+        weights = weights.masked_fill(~soft, 0.0)
+    if plan.masking == "after_renormalised":
+        weights = _divided(plan, weights, weights.sum(-1, keepdim=True))
+    weights = _lost_rows(plan, case, weights, hard & soft)
+    if plan.scale_after:
+        weights = weights * scale_of(plan, case)
+    if plan.weights_of_heads == "averaged":
+        weights = weights.mean(1, keepdim=True).expand_as(weights)
+    return _rounded(weights, plan.weights_dtype)
+
+
+def _masked_scores(plan: Plan, scores: Tensor, soft: Tensor) -> Tensor:
+    if plan.masking == "fill":
+        return scores.masked_fill(~soft, plan.fill)
+    if plan.masking == "added":
+        return torch.where(soft, scores, scores + plan.fill)
+    if plan.masking == "ones":
+        return scores + soft.double()
+    if plan.masking == "ones_masked":
+        return scores + (~soft).double()
+    return scores
+
+
+def _normalised(plan: Plan, scores: Tensor) -> Tensor:
+    """Weights of scores that are -inf where they are masked."""
+    dims = {"keys": (-1,), "queries": (-2,), "heads": (1,), "batch": (0,), "map": (-2, -1)}
+    dim = dims[plan.dim]
+    kind = plan.normaliser
+    if kind == "scores":
+        return scores
+    if kind == "sigmoid":
+        return torch.sigmoid(scores)
+    if kind == "hard":
+        best = torch.zeros_like(scores).scatter(-1, scores.argmax(-1, keepdim=True), 1.0)
+        return best.masked_fill(scores.isneginf().all(-1, keepdim=True), math.nan)
+    if kind == "relu":
+        positive = scores.relu()
+        return _divided(plan, positive, positive.sum(dim, keepdim=True))
+    largest = scores.amax(dim, keepdim=True)
+    shifted = scores - largest  # NaN where there is nothing but -inf
+    if kind == "unnormalised":
+        return scores.exp()
+    if kind == "unnormalised_shifted":
+        return shifted.exp()
+    if kind == "no_maximum":
+        numbers = scores.exp()
+        return _divided(plan, numbers, numbers.sum(dim, keepdim=True))
+    numbers = shifted.exp()
+    if kind == "plus_one":
+        # In units of the largest, which is at least that of the score 0 of the extra key.
+        top = largest.clamp(min=0.0)
+        numbers = (scores - top).exp()
+        return numbers / (torch.exp(-top) + numbers.sum(dim, keepdim=True))
+    total = numbers.sum(dim, keepdim=True)
+    if kind == "plus_one_shifted":
+        return numbers / (1.0 + total)
+    if kind == "log_softmax":
+        return shifted - total.log()
+    weights = _slices(plan, numbers / total, scores, dim)
+    if kind == "softmax":
+        return weights
+    again = weights if kind == "twice" else weights.masked_fill(scores.isneginf(), -math.inf)
+    return torch.softmax(again, dim[0])
+
+
+def _divided(plan: Plan, numbers: Tensor, total: Tensor) -> Tensor:
+    quotient = numbers / total
+    return quotient if plan.lost_slices == "nan" else quotient.masked_fill(total == 0, 0.0)
+
+
+def _slices(plan: Plan, weights: Tensor, scores: Tensor, dim: tuple[int, ...]) -> Tensor:
+    """Give what the softmax made of nothing but -inf its meaning, where it is not a row."""
+    if plan.dim == "keys" or plan.lost_slices == "nan":
+        return weights
+    size = math.prod(scores.shape[d] for d in dim)
+    meaning = 0.0 if plan.lost_slices == "zero" else 1.0 / size
+    empty = scores.isneginf().all(dim[-1], keepdim=True)
+    for other in dim[:-1]:
+        empty = empty.all(other, keepdim=True)
+    return weights.masked_fill(empty, meaning)
+
+
+def _lost_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tensor) -> Tensor:
+    meaning = plan.lost or case.fully_masked
+    if meaning in ("natural", "undefined"):
+        return weights
+    number = {"zero": 0.0, "nan": math.nan, "uniform": 1.0 / case.shape[3]}[meaning]
+    return weights.masked_fill(~permitted.any(-1, keepdim=True), number)
+
+
+# --- output
+
+
+def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
+    if plan.masked_nan == "unfelt":
+        value = value.nan_to_num(nan=0.0)
+    output = (weights @ value) * plan.output_factor
+    if plan.query_block:
+        output[:, :, output.shape[2] // plan.query_block * plan.query_block :] = 0.0
+    if plan.merge == "averaged":
+        return output.mean(1, keepdim=True).expand_as(output)
+    if plan.merge == "reshape":
+        batch, heads, query_len, width = output.shape
+        return output.reshape(batch, query_len, heads, width).transpose(1, 2)
+    return output

@@ -1,0 +1,363 @@
+"""Small cases on which defects of attention differ, and the answers of a subject to them.
+
+All sizes of a case differ where they may, so that no two of them can be confused, and head_dim
+differs between cases, so that a constant is not taken for a function of it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.contract.plan import Case
+from pytest_attnheat.contract.spec import AttentionSpec, CausalAlignment, LostRows
+from pytest_attnheat.scoring import draw
+
+# How far apart the scores of a loud row are: exp overflows and vanishes in float64 too.
+_LOUD = 900.0
+# What is added to all scores of a low row; a correct softmax does not feel it.
+_LOW = 30.0
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a case; 0 key heads are as many as heads."""
+
+    batch: int
+    heads: int
+    query_len: int
+    key_len: int
+    head_dim: int
+    value_dim: int
+    key_heads: int = 0
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What of a specification the cases depend on."""
+
+    causal: CausalAlignment | None
+    window: tuple[int, int] | None
+    scale: float | None
+    fully_masked: LostRows
+
+
+Build: TypeAlias = Callable[[Declared, Sizes, int, str], Case]
+
+
+@dataclass(frozen=True)
+class Blueprint:
+    """How a case is made.
+
+    Attributes:
+        name: Its name.
+        build: Makes it.
+        sizes: The sizes to try, one after another, until the subject accepts them.
+        judged: Whether a wrong answer is a defect, or only worth a note.
+    """
+
+    name: str
+    build: Build
+    sizes: tuple[Sizes, ...]
+    judged: bool = True
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """A case and what the subject answered.
+
+    Attributes:
+        case: The inputs, in float64, rounded to `dtype` before.
+        output: The answer (batch, heads, query_len, value_dim), in float64 on the CPU.
+        dtype: The dtype in which the subject was asked.
+        tolerance: The least part by which an output may be off.
+        judged: Whether a wrong answer is a defect, or only worth a note.
+    """
+
+    case: Case
+    output: Tensor
+    dtype: torch.dtype
+    tolerance: float
+    judged: bool = True
+
+
+def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
+    """Return the cases for what a specification declares."""
+    cases = list(_CASES)
+    if spec.causal is not None:
+        cases += _CAUSAL_CASES
+    if spec.mask is not None:
+        cases += _MASK_CASES
+        if spec.fully_masked != "undefined":
+            cases.append(Blueprint("fully masked row", _lost, _RECTANGLE))
+    if spec.mask is not None and spec.causal is not None:
+        cases += _TOGETHER_CASES
+    if spec.has_heads and spec.grouped is not False:
+        cases.append(Blueprint("grouped heads", _plain, _GROUPED))
+    if spec.window is not None:
+        cases.append(Blueprint("window", _plain, _window_sizes(spec.window)))
+    if _names_scale(spec):
+        cases.append(Blueprint("scale=", _scaled, _RECTANGLE))
+    # The largest comes last: the others tell most plans from the subject.
+    cases.append(Blueprint("long", _plain, _LONG))
+    if spec.mask is not None:
+        cases.append(Blueprint("NaN in masked keys", _garbage, _PADDED, judged=False))
+    return tuple(cases)
+
+
+def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
+    """Call the subject with copies of a case.
+
+    Returns:
+        Its output (batch, heads, query_len, value_dim) in float64 on the CPU.
+
+    Raises:
+        Exception: Whatever the subject raises.
+    """
+    device = spec.devices[0] if spec.devices else "cpu"
+    query, key, value = (
+        tensor.to(device, dtype, copy=True) for tensor in (case.query, case.key, case.value)
+    )
+    mask = None if case.mask is None else case.mask.to(device, copy=True)
+    scale = case.scale if case.scale_given else None
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        answer = spec.call(query, key, value, mask=mask, causal=case.causal, scale=scale)
+    return answer.output.detach().double().cpu()
+
+
+def probe(
+    spec: AttentionSpec, blueprint: Blueprint, seed: int, dtype: torch.dtype, tolerance: float
+) -> Probe | str:
+    """Return a case with the subject's answer, or why it was refused in all sizes."""
+    refusal = ""
+    for case in _versions(spec, blueprint, seed):
+        rounded = in_dtype(case, dtype)
+        try:
+            output = ask(spec, rounded, dtype)
+        except Exception as error:
+            # Whatever a subject raises is a refusal; the first one is about the usual sizes.
+            text = str(error).strip().split("\n")[0]
+            refusal = refusal or f"{type(error).__name__}: {text}"
+        else:
+            return Probe(rounded, output, dtype, tolerance, blueprint.judged)
+    return refusal
+
+
+@lru_cache(maxsize=256)
+def in_dtype(case: Case, dtype: torch.dtype) -> Case:
+    """Round the inputs of a case to a dtype, and keep them in float64."""
+    query, key, value = (t.to(dtype).double() for t in (case.query, case.key, case.value))
+    return replace(case, query=query, key=key, value=value)
+
+
+def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
+    """Return cases whose outputs are the columns of the weights, and which columns.
+
+    Values are an identity matrix, in parts of value_dim columns: some subjects take no other
+    width.
+    """
+    key_len, width = case.value.shape[-2:]
+    for start in range(0, key_len, width):
+        columns = slice(start, min(start + width, key_len))
+        part = torch.zeros(key_len, width, dtype=torch.float64)
+        part[columns, : columns.stop - start] = torch.eye(columns.stop - start)
+        yield replace(case, value=part.expand(case.value.shape).clone()), columns
+
+
+def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[Case]:
+    """The case in all sizes, and where it has a mask also with the mask in full shape."""
+    window = None if spec.window is None else (spec.window[0], spec.window[1])
+    declared = Declared(spec.causal, window, spec.scale, spec.fully_masked)
+    for sizes in blueprint.sizes:
+        heads = sizes.heads if spec.has_heads else 1
+        key_heads = (sizes.key_heads or heads) if spec.has_heads else 1
+        case = _build(
+            blueprint.build,
+            declared,
+            replace(sizes, heads=heads, key_heads=key_heads),
+            seed,
+            blueprint.name,
+        )
+        yield case
+        if case.mask is not None and case.mask.shape != case.shape:
+            yield _with_full_mask(case)
+
+
+# Cases are kept, and compared by identity: what plans make of them is kept as well (see
+# `matching`), so that the second subject takes much less time than the first.
+@lru_cache(maxsize=256)
+def _build(build: Build, declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    return build(declared, sizes, seed, name)
+
+
+@lru_cache(maxsize=256)
+def _with_full_mask(case: Case) -> Case:
+    mask = None if case.mask is None else case.mask.expand(case.shape).clone()
+    return replace(case, mask=mask)
+
+
+def _names_scale(spec: AttentionSpec) -> bool:
+    """Whether the subject names a parameter `scale`: `**kwargs` may take it and not use it."""
+    try:
+        return "scale" in inspect.signature(spec.subject).parameters
+    except (TypeError, ValueError):
+        return spec.takes("scale")
+
+
+# --- sizes
+
+# A long case has one map: torch computes more than 32768 numbers in threads, which cost more here
+# than they save.
+# Many implementations need equal lengths and widths, and some a width that is a multiple of 16.
+_SQUARE = (Sizes(3, 4, 6, 6, 5, 5), Sizes(3, 4, 6, 6, 16, 16))
+_RECTANGLE = (Sizes(2, 3, 5, 7, 6, 4), Sizes(2, 3, 6, 6, 6, 6), Sizes(2, 3, 6, 6, 16, 16))
+_PADDED = (Sizes(3, 2, 5, 7, 6, 4), Sizes(3, 2, 7, 7, 6, 6), Sizes(3, 2, 7, 7, 16, 16))
+_WIDE = (Sizes(2, 3, 5, 8, 4, 6), Sizes(2, 3, 8, 8, 4, 4), Sizes(2, 3, 8, 8, 32, 32))
+_TALL = (Sizes(2, 3, 8, 5, 4, 6),)
+_GROUPED = (
+    Sizes(2, 6, 5, 7, 6, 4, key_heads=2),
+    Sizes(2, 6, 6, 6, 6, 6, key_heads=2),
+    Sizes(2, 6, 6, 6, 16, 16, key_heads=2),
+)
+_LONG = (Sizes(1, 1, 131, 133, 8, 3), Sizes(1, 1, 131, 131, 8, 8), Sizes(1, 1, 131, 131, 16, 16))
+
+
+def _window_sizes(window: tuple[int, int]) -> tuple[Sizes, ...]:
+    length = min(sum(window) + 4, 300)
+    return (
+        Sizes(1, 2, length, length + 2, 6, 4),
+        Sizes(1, 2, length, length, 6, 6),
+        Sizes(1, 2, length, length, 16, 16),
+    )
+
+
+# --- cases
+
+
+def _plain(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    batch, heads = sizes.batch, sizes.heads
+    return Case(
+        name=name,
+        query=draw(f"{name} query", seed, batch, heads, sizes.query_len, sizes.head_dim),
+        key=draw(f"{name} key", seed, batch, sizes.key_heads, sizes.key_len, sizes.head_dim),
+        value=draw(f"{name} value", seed, batch, sizes.key_heads, sizes.key_len, sizes.value_dim),
+        alignment=declared.causal or "top_left",
+        window=declared.window,
+        scale=declared.scale,
+        fully_masked=declared.fully_masked,
+    )
+
+
+def _causal(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    return replace(_plain(declared, sizes, seed, name), causal=True)
+
+
+def _masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    """One mask for all maps, without a row or a column that is all True or all False."""
+    mask = draw(f"{name} mask", seed, sizes.query_len, sizes.key_len) > 0
+    for row in range(sizes.query_len):
+        mask[row, row % sizes.key_len] = True
+        mask[row, (row + 1) % sizes.key_len] = False
+    return replace(_plain(declared, sizes, seed, name), mask=mask)
+
+
+def _masked_causal(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    """No row loses all its keys: those of the diagonal are permitted, in both alignments."""
+    case = _masked(declared, sizes, seed, name)
+    first = sizes.key_len - sizes.query_len if case.alignment == "bottom_right" else 0
+    rows = torch.arange(max(0, -first), sizes.query_len)
+    mask = torch.zeros(sizes.query_len, sizes.key_len, dtype=torch.bool)
+    if case.mask is not None:
+        mask |= case.mask
+    mask[rows, (rows + first).clamp(max=sizes.key_len - 1)] = True
+    return replace(case, mask=mask, causal=True)
+
+
+def _padded(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    lengths = torch.tensor([sizes.key_len - 3, sizes.key_len - 1, sizes.key_len - 4])
+    mask = torch.arange(sizes.key_len) < lengths[:, None]
+    mask = mask[:, None, None, :].expand(-1, 1, sizes.query_len, -1)
+    return replace(_plain(declared, sizes, seed, name), mask=mask.clone())
+
+
+def _scaled(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    return replace(_plain(declared, sizes, seed, name), scale=0.3, scale_given=True)
+
+
+def _loud(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    """The first two rows have scores that differ by hundreds, the next two very low ones.
+
+    Keys stand on a line in their first channel, far apart, so that rounding never decides which
+    one a loud query chooses.
+    """
+    case = _plain(declared, sizes, seed, name)
+    query, key = case.query, case.key
+    scale = abs(case.scale) if case.scale else sizes.head_dim**-0.5
+    places = torch.linspace(-3, 3, sizes.key_len, dtype=torch.float64)
+    order = draw(f"{name} order", seed, sizes.key_len).argsort()
+    key[..., 0], key[..., 1] = places[order], 1.0
+    query[..., 0], query[..., 1] = query[..., 0] * 0.3, 0.0
+    # float16 holds the products up to 65504.
+    query[..., :2, :] = 0.0
+    query[..., :2, 0] = torch.tensor([1.0, -1.0]) * min(_LOUD / scale, 6000.0)
+    query[..., 2:4, 1] = -min(_LOW / scale, 6000.0)
+    return case
+
+
+def _loud_masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    case = _masked(declared, sizes, seed, name)
+    loud = replace(_loud(declared, sizes, seed, name), mask=case.mask)
+    if loud.mask is not None:
+        # The key that a loud query would choose is masked.
+        place = loud.key[0, 0, :, 0]
+        for row, best, worst in ((0, place.argmax(), place.argmin()),
+                                 (1, place.argmin(), place.argmax())):  # fmt: skip
+            loud.mask[row, best], loud.mask[row, worst] = False, True
+    return loud
+
+
+def _lost(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    """Some rows of some samples have no permitted key."""
+    case = _masked(declared, sizes, seed, name)
+    assert case.mask is not None
+    mask = case.mask.expand(sizes.batch, 1, -1, -1).clone()
+    mask[0, :, 1] = False
+    mask[-1, :, 3] = False
+    return replace(case, mask=mask)
+
+
+def _garbage(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+    case = _padded(declared, sizes, seed, name)
+    case.value[:, :, -1] = math.nan
+    return case
+
+
+_CASES = (
+    Blueprint("plain", _plain, _RECTANGLE),
+    Blueprint("square", _plain, _SQUARE),
+    Blueprint("large scores", _loud, _RECTANGLE),
+)
+_CAUSAL_CASES = (
+    Blueprint("causal", _causal, _WIDE),
+    Blueprint("causal, more queries than keys", _causal, _TALL),
+    Blueprint("causal square", _causal, _SQUARE),
+)
+_MASK_CASES = (
+    Blueprint("mask", _masked, _RECTANGLE),
+    Blueprint("square mask", _masked, _SQUARE),
+    Blueprint("padding", _padded, _PADDED),
+    Blueprint("large scores, masked", _loud_masked, _RECTANGLE),
+)
+_TOGETHER_CASES = (
+    Blueprint("mask and causal", _masked_causal, _WIDE),
+    Blueprint("square mask and causal", _masked_causal, _SQUARE),
+)

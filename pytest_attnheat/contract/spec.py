@@ -1,0 +1,248 @@
+"""What an implementation of attention claims: how it is called, and what it gives."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning
+
+CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
+Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
+LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
+
+_NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Declares what an implementation claims. What is declared is checked as well.
+
+    Anything with the signature of `torch.nn.functional.scaled_dot_product_attention` needs
+    nothing declared: `AttentionSpec(my_attention)`.
+
+    Attributes:
+        subject: Called as `subject(query, key, value, **arguments)`; or, with `inputs`, a block
+            with its own projections, called as `subject(inputs)` (a `SequenceModel` says how it
+            takes its mask).
+        name: What it is called in reports and test ids; its own name by default.
+        layout: The order of the dimensions of query, key, value and output: `"bhld"`
+            (batch, heads, length, width), `"blhd"`, `"lbhd"` ..., or without heads `"bld"`.
+        inputs: For a block: an example of its input, (batch, length, width) floats or (batch,
+            length) token ids, of two or more sequences.
+        mask: What a boolean `attn_mask` means: `"keep"` (True where a query may attend), `"drop"`
+            (True where not), `"additive"` (floats, 0 and -inf), or None: it takes no mask.
+        mask_argument: The keyword of the mask. A subject whose signature lacks it takes none.
+        causal: What its `is_causal=True` means: `"top_left"`, `"bottom_right"`, or None: it does
+            not take it. Of a block: whether it is causal, always.
+        causal_argument: The keyword of it. A subject whose signature lacks it does not take it.
+        window: How many keys before and after its own position a query attends to, always;
+            None for all. Counted from the alignment, or the top left.
+        grouped: Whether it takes fewer heads of keys than of queries (`enable_gqa=True` is
+            passed if it takes that). By default, if its signature has `enable_gqa`.
+        scale: What scores are multiplied by: a number, or None for head_dim ** -0.5.
+        dropout: Whether it takes `dropout_p`; by default, if its signature has it.
+        returns: `"output"` alone; or a pair of the output and `"weights"` per head (before
+            dropout), weights `"averaged"` over heads, or `"dropped_weights"`, after dropout.
+        fully_masked: What the output is for a query that may attend to nothing: `"zero"`,
+            `"uniform"` (the mean of all values), `"nan"`, or `"undefined"`: not judged.
+        dtypes: The dtypes in which it is examined.
+        devices: The devices; all that are present by default.
+        tolerance: How far its float32 output may be off, as a part of its size; by default as
+            `assert_matches_reference`.
+    """
+
+    subject: Callable[..., Any]
+    name: str = ""
+    inputs: Tensor | None = None
+    layout: str = "bhld"
+    mask: MaskMeaning | None = "keep"
+    mask_argument: str = "attn_mask"
+    causal: CausalAlignment | None = "top_left"
+    causal_argument: str = "is_causal"
+    window: tuple[int, int] | None = None
+    grouped: bool | None = None
+    scale: float | None = None
+    dropout: bool | None = None
+    returns: Returns = "output"
+    fully_masked: LostRows = "zero"
+    dtypes: Sequence[str] = ("float32", "float16", "bfloat16", "float64")
+    devices: Sequence[str] | None = None
+    tolerance: float | None = None
+
+    def __post_init__(self) -> None:
+        if not callable(self.subject):
+            raise TypeError(
+                f"subject: got {type(self.subject).__name__}; accepted is a callable, called as "
+                "subject(query, key, value)"
+            )
+        for name, accepted in _CHOICES.items():
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {accepted}")
+        letters = sorted(self.layout)
+        if letters not in (sorted("bhld"), sorted("bld")):
+            raise ValueError(
+                f"layout: got {self.layout!r}; accepted are the letters b (batch), h (heads), "
+                "l (length) and d (width) in any order, h or not: 'bhld', 'blhd', 'bld'"
+            )
+        self._complete()
+
+    def _complete(self) -> None:
+        """Fill in what the subject's own name and signature say."""
+        found: dict[str, Any] = {}
+        if not self.name:
+            whole = getattr(self.subject, "module", self.subject)
+            found["name"] = getattr(whole, "__name__", type(whole).__name__)
+        if self.inputs is None:
+            found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
+            found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
+            if not self.takes(self.mask_argument):
+                found["mask"] = None
+            if not self.takes(self.causal_argument):
+                found["causal"] = None
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def is_block(self) -> bool:
+        """Whether the subject is a block, with projections of its own."""
+        return self.inputs is not None
+
+    def names(self, keyword: str) -> bool:
+        """Whether the signature has a keyword; that of a builtin is PyTorch's own."""
+        try:
+            return keyword in inspect.signature(self.subject).parameters
+        except (TypeError, ValueError):
+            return True
+
+    @property
+    def has_heads(self) -> bool:
+        """Whether the layout has heads."""
+        return "h" in self.layout
+
+    def takes(self, keyword: str) -> bool:
+        """Whether the subject takes a keyword; taken as a yes where its signature is unknown."""
+        try:
+            parameters = inspect.signature(self.subject).parameters
+        except (TypeError, ValueError):  # a builtin, as that of PyTorch
+            return True
+        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        return anything or keyword in parameters
+
+    def call(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        scale: float | None = None,
+        dropout: float = 0.0,
+    ) -> Answer:
+        """Call the subject as it wants to be called.
+
+        Args:
+            query: (batch, heads, query_len, head_dim); (batch, 1, ...) for a layout without heads.
+            key: (batch, key_heads, key_len, head_dim)
+            value: (batch, key_heads, key_len, value_dim)
+            mask: Boolean, True where a query may attend, broadcastable to (batch, heads,
+                query_len, key_len).
+            causal: Ask for causal attention by `causal_argument`.
+            scale: Passed on where it is not None.
+            dropout: Passed on as `dropout_p` where it is not 0.
+
+        Returns:
+            The output (batch, heads, query_len, value_dim), and the weights if it returns any.
+
+        Raises:
+            TypeError: The subject returns no tensor, or no pair where one is declared.
+            ValueError: Its output has another shape than the layout says.
+        """
+        arguments: dict[str, Any] = {}
+        if mask is not None:
+            arguments[self.mask_argument] = self._mask(mask, query)
+        if causal:
+            arguments[self.causal_argument] = True
+        if scale is not None:
+            arguments["scale"] = scale
+        if dropout:
+            arguments["dropout_p"] = dropout
+        if query.shape[1] != key.shape[1] and self.takes("enable_gqa"):
+            arguments["enable_gqa"] = True
+        inputs = [self._to_layout(tensor) for tensor in (query, key, value)]
+        result = self.subject(*inputs, **arguments)
+        wanted = (*query.shape[:-1], value.shape[-1])
+        if self.returns == "output":
+            output, weights = result, None
+            if isinstance(result, (tuple, list)) and result:
+                output = result[0]
+        elif isinstance(result, (tuple, list)) and len(result) >= 2:
+            output, weights = result[0], result[1]
+        else:
+            raise TypeError(
+                f"{self.name}: returns={self.returns!r} declares a pair (output, weights); got "
+                f"{type(result).__name__}"
+            )
+        return Answer(self._from_layout(output, wanted), weights)
+
+    def _mask(self, mask: Tensor, query: Tensor) -> Any:
+        mask = mask if self.has_heads or mask.ndim < 4 else mask[:, 0]
+        if self.mask == "drop":
+            return ~mask
+        if self.mask == "additive":
+            zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
+            return zeros.masked_fill(~mask, -math.inf)
+        return mask
+
+    def _to_layout(self, tensor: Tensor) -> Tensor:
+        if not self.has_heads:
+            tensor = tensor[:, 0]
+        ours = "bhld" if self.has_heads else "bld"
+        return tensor.permute([ours.index(letter) for letter in self.layout])
+
+    def _from_layout(self, output: object, wanted: tuple[int, ...]) -> Tensor:
+        if not isinstance(output, Tensor):
+            raise TypeError(f"{self.name} must return a tensor; got {type(output).__name__}")
+        sizes = dict(zip("bhld", wanted, strict=True))
+        expected = tuple(sizes[letter] for letter in self.layout)
+        if tuple(output.shape) != expected:
+            names = ", ".join(_NAMES[letter] for letter in self.layout)
+            raise ValueError(
+                f"{self.name} must return ({names}), here {expected}; got {tuple(output.shape)}"
+            )
+        ours = "bhld" if self.has_heads else "bld"
+        turned = output.permute([self.layout.index(letter) for letter in ours])
+        return turned if self.has_heads else turned.unsqueeze(1)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a subject returned.
+
+    Attributes:
+        output: (batch, heads, query_len, value_dim)
+        weights: As it returned them, or None.
+    """
+
+    output: Tensor
+    weights: Any
+
+
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "mask": (*get_args(MaskMeaning), None),
+    "causal": (*get_args(CausalAlignment), None),
+    "returns": get_args(Returns),
+    "fully_masked": get_args(LostRows),
+}
+
+
+def as_spec(subject: AttentionSpec | Callable[..., Any]) -> AttentionSpec:
+    """Return a specification: as it is, or of a callable that needs nothing declared."""
+    return subject if isinstance(subject, AttentionSpec) else AttentionSpec(subject)

@@ -1,0 +1,261 @@
+"""The examination under pytest: `parametrize_with_checks`, and `--attn-check`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.checks import Check
+    from pytest_attnheat.contract.exam import Exam
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+MARKER = "attention_checks"
+_MARKER_HELP = (
+    f"{MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks leaves on a "
+    "test."
+)
+
+
+def parametrize_with_checks(
+    specs: Sequence[AttentionSpec | Callable[..., Any]],
+    *,
+    expected_failures: Mapping[str, str] | None = None,
+    checks: Sequence[Check] | None = None,
+    quick: bool = False,
+) -> pytest.MarkDecorator:
+    """Make a test of each check of each implementation, on each selected device and dtype.
+
+    The test takes the argument `check` and calls it:
+
+        @parametrize_with_checks([AttentionSpec(my_attention)])
+        def test_contract(check):
+            check()
+
+    `--attn-device` and `--attn-dtype` select among the devices and dtypes of a specification.
+
+    Args:
+        specs: Specifications, or callables that need nothing declared.
+        expected_failures: Names of checks (`"dropout"`), or of an implementation and a check
+            (`"my_attention-dropout"`), that are known to fail, with the reason.
+        checks: The checks, by default all that are known.
+        quick: Ask fewer questions, in the first dtype alone.
+
+    Returns:
+        A decorator for the test.
+
+    Raises:
+        ValueError: There are no specifications, or the name of an expected failure is not that
+            of a check.
+    """
+    from pytest_attnheat.contract.report import checks_of
+    from pytest_attnheat.contract.spec import as_spec
+
+    if not specs:
+        raise ValueError("parametrize_with_checks: got no specifications")
+    claimed = [as_spec(spec) for spec in specs]
+    names = {
+        name
+        for spec in claimed
+        for check in (checks_of(spec) if checks is None else checks)
+        for name in (check.name, f"{spec.name}-{check.name}")
+    }
+    unknown = sorted(set(expected_failures or {}) - names)
+    if unknown:
+        raise ValueError(
+            f"expected_failures: there is no check {unknown}; accepted are {sorted(names)}"
+        )
+    mark: pytest.MarkDecorator = getattr(pytest.mark, MARKER)
+    return mark(claimed, dict(expected_failures or {}), checks, quick)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Register the marker; collect nothing else where only an examination is asked for."""
+    config.addinivalue_line("markers", _MARKER_HELP)
+    if config.getoption("attn_check") and config.args_source is not config.ArgsSource.ARGS:
+        config.args = []
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add `--attn-check`."""
+    group = parser.getgroup("attnheat")
+    group.addoption(
+        "--attn-check",
+        action="append",
+        metavar="MODULE:OBJECT",
+        default=[],
+        help="examine an implementation of attention, with no test file: an AttentionSpec, a "
+        "callable, or a list of them, as package.module:object. May be given several times",
+    )
+    group.addoption(
+        "--attn-check-quick",
+        action="store_true",
+        help="ask fewer questions, in the first dtype alone",
+    )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise the tests that `parametrize_with_checks` marked."""
+    marker = metafunc.definition.get_closest_marker(MARKER)
+    if marker is None or "check" not in metafunc.fixturenames:
+        return
+    specs, expected, checks, quick = marker.args
+    questions = [
+        question
+        for spec in specs
+        for question in _questions(metafunc.config, spec, expected, checks, quick=quick)
+    ]
+    metafunc.parametrize("check", questions, ids=[question.name for question in questions])
+
+
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Add the checks of `--attn-check`."""
+    quick = config.getoption("attn_check_quick")
+    for target in config.getoption("attn_check"):
+        examined = Examination.from_parent(session, name=target, nodeid=target)
+        items.extend(
+            CheckItem.from_parent(examined, name=question.name, question=question)
+            for spec in _load(config, target)
+            for question in _questions(config, spec, {}, None, quick=quick)
+        )
+
+
+class Question:
+    """One check of one implementation, in one dtype and on one device, to be called."""
+
+    def __init__(
+        self, check: Check, exam: Exam, expected: str | None, diagnosed: _Diagnosed
+    ) -> None:
+        dtype = str(exam.dtype).removeprefix("torch.")
+        device = "" if exam.device.type == "cpu" else f"-{exam.device}"
+        self.name = f"{exam.spec.name}-{check.name}-{dtype}{device}"
+        self._check, self._exam, self._expected = check, exam, expected
+        self._diagnosed = diagnosed
+
+    def __call__(self) -> None:
+        """Ask; fails, skips or xfails the test."""
+        __tracebackhide__ = True
+        from pytest_attnheat.contract.report import run_check
+
+        result = run_check(self._check, self._exam, self._expected)
+        if result.status == "skipped":
+            pytest.skip(result.message)
+        if result.status == "xfailed":
+            pytest.xfail(result.message)
+        if result.status == "failed":
+            claim = f"{self._exam.spec.name} fails {self._check.name!r}: {self._check.sentence}"
+            parts = [claim, self._diagnosed.text(), result.message]
+            raise AssertionError("\n\n".join(part for part in parts if part))
+
+    def __repr__(self) -> str:
+        """Name the question, as a test id does."""
+        return f"<check {self.name}>"
+
+
+class _Diagnosed:
+    """The diagnosis of one implementation, made when first asked for and then told in full."""
+
+    def __init__(self, spec: AttentionSpec) -> None:
+        self._spec = spec
+        self._lines: list[str] | None = None
+
+    def text(self) -> str:
+        """The diagnosis: the first time all of it, then its first line."""
+        if self._spec.is_block:
+            return ""
+        if self._lines is not None:
+            return self._lines[0]
+        from pytest_attnheat.contract.diagnosis import diagnose
+
+        self._lines = str(diagnose(self._spec)).splitlines()
+        return "\n".join(self._lines)
+
+
+class Examination(pytest.Collector):
+    """What `--attn-check` names: the parent of its checks."""
+
+    def collect(self) -> list[pytest.Item]:
+        """Collect nothing: the checks are made where pytest gathers all items."""
+        return []
+
+
+class CheckItem(pytest.Item):
+    """A check of `--attn-check`."""
+
+    def __init__(self, *, question: Question, **given: Any) -> None:
+        super().__init__(**given)
+        self._question = question
+
+    def runtest(self) -> None:
+        """Ask the question."""
+        self._question()
+
+    def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
+        """Show the message alone: the traceback is that of the examination."""
+        if excinfo.errisinstance(AssertionError):
+            return str(excinfo.value)
+        return super().repr_failure(excinfo, style)
+
+    def reportinfo(self) -> tuple[Any, int | None, str]:
+        """Name the check in the report."""
+        return self.path, None, self.name
+
+
+def _questions(
+    config: pytest.Config,
+    spec: AttentionSpec,
+    expected: Mapping[str, str],
+    checks: Sequence[Check] | None,
+    *,
+    quick: bool,
+) -> Iterator[Question]:
+    from pytest_attnheat.contract.report import checks_of, exams_of
+
+    diagnosed = _Diagnosed(spec)
+    for exam in exams_of(spec, quick=quick):
+        if not _selected(config, exam):
+            continue
+        for check in checks_of(spec, quick=quick) if checks is None else checks:
+            reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
+            yield Question(check, exam, reason, diagnosed)
+
+
+def _selected(config: pytest.Config, exam: Exam) -> bool:
+    """Whether `--attn-device` and `--attn-dtype`, if they are given, choose an exam."""
+    from pytest_attnheat.plugin import SETTINGS
+
+    settings = config.stash[SETTINGS]
+    kinds = {name.partition(":")[0] for name in settings.devices}
+    device = kinds & {"auto", "all"} or exam.device.type in kinds
+    dtype = str(exam.dtype).removeprefix("torch.")
+    given = config.getoption("attn_dtype") is not None and not exam.spec.is_block
+    return bool(device) and (not given or dtype in settings.dtypes)
+
+
+def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
+    """Import what `--attn-check` names."""
+    from pytest_attnheat.contract.spec import as_spec
+
+    module, separator, name = target.partition(":")
+    if not (module and separator and name):
+        raise pytest.UsageError(f"--attn-check: got {target!r}; accepted is package.module:object")
+    here = str(config.invocation_params.dir)
+    if here not in sys.path:  # as `python -m` does
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise pytest.UsageError(f"--attn-check {target}: {error}") from error
+    specs = list(found) if isinstance(found, (list, tuple)) else [found]
+    try:
+        return [as_spec(spec) for spec in specs]
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"--attn-check {target}: {error}") from error

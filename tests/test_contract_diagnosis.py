@@ -1,0 +1,500 @@
+"""What `diagnose` says of correct, wrong and strange attention.
+
+The wrong ones are planted in `wrong_attention`, which knows nothing of the code under test.
+"""
+
+import math
+import random
+
+import attention_subjects as subjects
+import pytest
+import torch
+from attention_subjects import randn
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from wrong_attention import FACTOR, RATE, TEMPERATURE, attention_with
+
+from pytest_attnheat.contract.defects import DEFECTS
+from pytest_attnheat.contract.diagnosis import diagnose, diagnose_output
+from pytest_attnheat.contract.plan import Case, NotApplicable, Plan, compute
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.reference import attend, causal_mask
+
+NAMES = [defect.name for defect in DEFECTS]
+ALL = [defect.name for defect in DEFECTS if defect.seen != "garbage"]
+# Two of them at once: not those that need another declaration, or call for another method.
+IN_PAIRS = [
+    defect.name
+    for defect in DEFECTS
+    if defect.seen not in ("garbage", "randomness")
+    and "window" not in defect.name
+    and defect.name not in ("fully_masked_zero", "scale_argument_ignored")
+]
+OVER_QUERIES = "attention whose softmax runs over the queries (dim=-2)"
+
+
+def specimen(*names, dtypes=("float64",), **declared):
+    """A subject with planted defects, and what is declared about it."""
+    planted = {}
+    if any("window" in name for name in names):
+        planted["window"] = declared["window"] = (3, 2)
+    if "fully_masked_zero" in names:
+        planted["lost"] = declared["fully_masked"] = "uniform"
+    return AttentionSpec(
+        attention_with(*names, **planted), name="mine", grouped=True, dtypes=dtypes, **declared
+    )
+
+
+def noisy_head(query, key, value, attn_mask=None, is_causal=False):
+    output = subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
+    if output.shape[1] > 1:
+        output[:, 1] += 0.1 * randn(*output[:, 1].shape, dtype=output.dtype)
+    return output
+
+
+# --- the catalogue
+
+
+def test_names_are_unique_and_every_defect_is_one_sentence():
+    assert len(set(NAMES)) == len(NAMES) >= 70
+    for defect in DEFECTS:
+        assert defect.sentence.split()[0] in ("whose", "that", "with", "without"), defect
+        assert not defect.sentence.endswith((".", "?"))
+
+
+def test_every_change_gives_another_plan():
+    plans = [change(Plan()) for defect in DEFECTS for change in defect.changes]
+    assert len(set(plans)) == len(plans)
+    assert Plan() not in plans
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_planted_defect_is_named(name):
+    found = diagnose(specimen(name))
+    assert not found.healthy
+    assert found.defects == (name,)
+    assert found.alternatives == ()
+    assert name not in found.excluded
+
+
+@pytest.mark.parametrize("name", ALL[::10])
+def test_a_planted_defect_is_named_in_float32(name):
+    found = diagnose(specimen(name, dtypes=("float32",)), seed=1)
+    assert (found.defects, found.alternatives) == ((name,), ())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "name", ["softmax_over_queries", "scale_missing", "mask_inverted", "groups_tiled"]
+)
+def test_a_large_defect_is_named_in_half_precision(name, dtype):
+    found = diagnose(specimen(name, dtypes=(dtype,)))
+    assert (found.defects, found.alternatives) == ((name,), ())
+
+
+def test_nan_in_masked_keys_is_noted_and_no_defect():
+    found = diagnose(specimen("masked_nan_felt"))
+    assert found.healthy
+    assert found.notes == ("masked_nan_felt: it feels NaN in a masked key (0 * NaN is NaN)",)
+    assert diagnose(specimen()).notes == ()
+
+
+def test_two_names_of_one_thing_are_both_given():
+    # Without a key on the right a window is causal.
+    window = (3, 1)
+    spec = AttentionSpec(
+        attention_with("window_right_too_narrow", window=window), window=window, name="mine"
+    )
+    found = diagnose(spec)
+    every = {found.defects, *found.alternatives}
+    assert every == {("window_right_too_narrow",), ("causal_always",)}
+    assert "which these cases cannot tell apart" in found.sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "constant"),
+    [
+        ("temperature", TEMPERATURE),
+        ("output_factor", FACTOR),
+        ("dropout_in_eval", RATE),
+        ("dropout_not_rescaled", 0.0),
+    ],
+)
+def test_a_constant_is_found(name, constant):
+    assert diagnose(specimen(name)).constant == pytest.approx(constant, abs=1e-6)
+
+
+# --- pairs
+
+
+def test_most_pairs_are_named_and_none_with_certainty_that_is_wrong():
+    choice = random.Random(5)
+    pairs = [tuple(choice.sample(IN_PAIRS, 2)) for _ in range(8)]
+    named, wrong = [], []
+    for pair in pairs:
+        found = diagnose(specimen(*pair))
+        explanations = [set(names) for names in (found.defects, *found.alternatives)]
+        # One of two may hide the other: what is then computed has one defect.
+        if any(names and names <= set(pair) for names in explanations):
+            named.append(pair)
+        elif found.defects:
+            wrong.append((pair, found.defects))
+    assert not wrong
+    assert len(named) >= 7
+
+
+def test_a_defect_besides_a_constant_is_named():
+    found = diagnose(specimen("causal_misses_own", "temperature"))
+    assert set(found.defects) == {"causal_misses_own", "temperature"}
+    assert found.constant == pytest.approx(TEMPERATURE)
+    assert "scores are 1.37 times what they should be" in found.sentence
+
+
+# --- no false alarm
+
+
+def shifted(query, key, value, attn_mask=None, is_causal=False, *, scale=None):
+    """A constant added to each row of scores, as in ALiBi, and the query scaled."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query * scale) @ key.mT + 1.0 + torch.arange(query.shape[-2])[:, None]
+    if is_causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(hidden, -math.inf)
+    if attn_mask is not None:
+        scores = scores.masked_fill(~attn_mask, torch.finfo(scores.dtype).min)
+        scores = scores.masked_fill(~attn_mask.any(-1, keepdim=True), 0.0)
+    powers = (scores - scores.amax(-1, keepdim=True)).exp()
+    weights = powers / powers.sum(-1, keepdim=True)
+    if attn_mask is not None:
+        weights = weights * attn_mask
+    return weights @ value
+
+
+def repeated(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
+    """Grouped keys repeated explicitly."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, is_causal=is_causal)
+
+
+def math_backend(*arguments, **options):
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(*arguments, **options)
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(
+    "subject",
+    [F.scaled_dot_product_attention, math_backend, subjects.plain, repeated, attention_with()],
+)
+def test_correct_attention_is_healthy_in_every_dtype(subject, seed):
+    spec = AttentionSpec(subject, causal=None if subject is math_backend else "top_left")
+    found = diagnose(spec, seed=seed)
+    assert found.healthy, str(found)
+    assert found.defects == ()
+    assert found.dtype == "float64, float32, float16, bfloat16"
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_an_equivalent_rewrite_is_healthy(dtype):
+    # Its float16 scores are near 60 and rounded: that is a matter of precision.
+    found = diagnose(AttentionSpec(shifted, dtypes=(dtype,)))
+    assert found.healthy, str(found)
+
+
+def test_flex_attention_is_healthy():
+    # It is traced again for each shape and mask: fewer of them take less time.
+    spec = AttentionSpec(subjects.flex, dtypes=("float32",), causal=None, grouped=False)
+    found = diagnose(spec)
+    assert found.healthy, str(found)
+
+
+@pytest.mark.parametrize(
+    ("planted", "declared"),
+    [
+        ({"bottom_right": True}, {"causal": "bottom_right"}),
+        ({"window": (2, 0)}, {"window": (2, 0)}),
+        ({"window": (1, 3), "bottom_right": True}, {"window": (1, 3), "causal": "bottom_right"}),
+        ({"lost": "nan"}, {"fully_masked": "nan"}),
+        ({"lost": "uniform"}, {"fully_masked": "uniform"}),
+        ({"lost": "nan"}, {"fully_masked": "undefined"}),
+    ],
+)
+def test_what_is_declared_is_healthy(planted, declared):
+    found = diagnose(AttentionSpec(attention_with(**planted), dtypes=("float64",), **declared))
+    assert found.healthy, str(found)
+
+
+def test_the_layout_and_the_mask_are_as_declared():
+    def inner(query, key, value, hidden=None):
+        turned = (tensor.transpose(1, 2) for tensor in (query, key, value))
+        keep = None if hidden is None else ~hidden
+        return subjects.plain(*turned, keep).transpose(1, 2)
+
+    spec = AttentionSpec(inner, layout="blhd", mask="drop", mask_argument="hidden", causal=None)
+    assert diagnose(spec).healthy
+    wrong = AttentionSpec(inner, layout="blhd", mask="keep", mask_argument="hidden", causal=None)
+    assert diagnose(wrong).defects == ("mask_inverted",)
+
+
+def test_attention_without_heads_is_diagnosed():
+    def flat(query, key, value):
+        return (query @ key.mT).softmax(-1) @ value
+
+    spec = AttentionSpec(flat, layout="bld", mask=None, causal=None)
+    assert diagnose(spec).defects == ("scale_missing",)
+
+
+# --- what a subject refuses
+
+
+def test_a_subject_that_takes_squares_only_is_diagnosed():
+    def square(query, key, value, attn_mask=None, is_causal=False):
+        assert query.shape == key.shape == value.shape, "one shape please"
+        return attention_with("mask_transposed")(query, key, value, attn_mask, is_causal)
+
+    found = diagnose(square)
+    assert found.defects == ("mask_transposed",)
+    assert "one shape please" in found.refused["causal, more queries than keys"]
+
+
+def test_a_subject_that_refuses_everything_is_an_error_that_quotes_it():
+    def refuses(query, key, value):
+        raise RuntimeError("not today")
+
+    with pytest.raises(ValueError, match=r"refuses answered no case .*RuntimeError: not today"):
+        diagnose(refuses)
+
+
+def test_a_dtype_that_is_refused_is_left_out():
+    def single(query, key, value, attn_mask=None, is_causal=False):
+        if query.dtype != torch.float32:
+            raise TypeError("float32 only")
+        return subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
+
+    found = diagnose(single)
+    assert found.healthy
+    assert found.dtype == "float32"
+    assert found.refused["float64"] == "TypeError: float32 only"
+
+
+def test_what_is_wrong_in_one_dtype_alone_is_diagnosed_there():
+    def careless(query, key, value, attn_mask=None, is_causal=False):
+        name = () if query.dtype == torch.float64 else ("scale_missing",)
+        return attention_with(*name)(query, key, value, attn_mask, is_causal)
+
+    found = diagnose(careless)
+    assert (found.dtype, found.defects) == ("float32", ("scale_missing",))
+    assert "correct in float64" in found.notes
+
+
+def test_the_subject_and_the_generator_are_left_alone():
+    threads = torch.get_num_threads()
+    state = torch.get_rng_state()
+    diagnose(specimen("dropout_in_eval"))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+
+
+def test_a_subject_that_writes_into_its_inputs_does_not_spoil_the_comparison():
+    def writes(query, key, value, attn_mask=None, is_causal=False):
+        output = attention_with("scale_missing")(query, key, value, attn_mask, is_causal)
+        query.zero_()
+        key.zero_()
+        return output
+
+    assert diagnose(writes).defects == ("scale_missing",)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [(("attention",), TypeError), ((subjects.plain, "0"), TypeError)],
+)
+def test_misuse_is_refused(arguments, error):
+    subject, *seed = arguments
+    with pytest.raises(error):
+        diagnose(subject, **({"seed": seed[0]} if seed else {}))
+
+
+# --- when nothing fits
+
+
+def test_an_unknown_defect_is_not_named_but_placed():
+    found = diagnose(AttentionSpec(noisy_head, dtypes=("float64",)))
+    assert not found.healthy
+    assert found.defects == ()
+    assert "no known defect gives its output, nor any two of them" in found.sentence
+    assert found.where["heads"] == "only head 1 of 4"
+    assert "softmax_over_queries" in found.excluded
+    assert 0.01 < found.residual < 1.0
+
+
+def test_rows_and_batch_entries_are_placed():
+    def last_row(query, key, value, attn_mask=None, is_causal=False):
+        output = subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
+        output[0, :, -1] += 1.0
+        return output
+
+    found = diagnose(AttentionSpec(last_row, dtypes=("float64",)))
+    assert found.defects == ()
+    assert found.where["queries"] == "only queries 4 of 5 in plain"
+    assert found.where["batch"].startswith("only batch entry 0 of")
+
+
+def test_an_error_that_only_masks_show_is_placed():
+    found = diagnose(specimen("mask_of_first_sample"))
+    assert found.where["pattern"] == "wrong only in cases with a mask"
+    found = diagnose(specimen("causal_ignored"))
+    assert found.where["pattern"] == "wrong in every case causal, right in every other"
+
+
+def test_a_small_error_is_said_to_be_of_the_size_of_a_coarse_step():
+    def coarse(query, key, value, attn_mask=None, is_causal=False):
+        query, key = query * (1 + 3e-4 * randn(*query.shape, dtype=query.dtype)), key
+        return subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
+
+    found = diagnose(AttentionSpec(coarse, dtypes=("float32",), mask=None, causal=None))
+    assert found.defects == ()
+    assert "as small as if some step were done in" in found.sentence
+
+
+def test_an_error_hardly_above_rounding_is_not_named():
+    def nearly(query, key, value, attn_mask=None, is_causal=False):
+        output = subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
+        return output * (1 + 3e-5)
+
+    found = diagnose(AttentionSpec(nearly, dtypes=("float32",)))
+    assert found.defects == ()
+    assert not found.healthy
+    assert "too little to tell by what" in found.sentence
+
+
+def test_randomness_without_a_pattern_is_said_to_be_that():
+    def restless(query, key, value, attn_mask=None, is_causal=False):
+        output = subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
+        return output + torch.randn_like(output)
+
+    found = diagnose(restless)
+    assert found.defects == ()
+    assert found.sentence == "restless gives another output when called again"
+
+
+def test_dropout_of_a_module_in_training_is_found():
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.2)
+
+        def forward(self, query, key, value):
+            weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+            return self.dropout(weights) @ value
+
+    spec = AttentionSpec(Block(), mask=None, causal=None)
+    found = diagnose(spec)
+    assert found.defects == ("dropout_in_eval",)
+    assert "with dropout (p = 0.2)" in found.sentence
+    assert spec.subject.training
+    assert diagnose(AttentionSpec(Block().eval(), mask=None, causal=None)).healthy
+
+
+# --- one given output
+
+
+def qkv():
+    return randn(2, 3, 5, 6), randn(2, 3, 7, 6, seed=1), randn(2, 3, 7, 4, seed=2)
+
+
+def test_a_given_output_is_explained():
+    query, key, value = qkv()
+    mask = causal_mask(5, 7, alignment="bottom_right")
+    output, _ = attend(query, key, value, mask=mask)
+    assert diagnose_output(output, query, key, value, causal="bottom_right").healthy
+    found = diagnose_output(output, query, key, value, causal="top_left")
+    assert found.defects == ("causal_other_corner",)
+    assert found.inferred_weights is None
+    assert found.expected_weights.shape == (2, 3, 5, 7)
+    found = diagnose_output(attend(query, key, value)[0], query, key, value, mask=mask)
+    assert found.defects == ("mask_ignored",)
+
+
+def test_what_a_given_output_cannot_tell_apart_is_all_named():
+    query, key, value = qkv()
+    scores = query @ key.mT / 6
+    found = diagnose_output(scores.softmax(-1) @ value, query, key, value)
+    assert found.defects == ("scale_squared",)
+    wide = randn(2, 3, 7, 36, seed=2)
+    found = diagnose_output(scores.softmax(-1) @ wide, query, key, wide)
+    assert {found.defects, *found.alternatives} == {
+        ("scale_squared",),
+        ("scale_from_value_width",),
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        ({"output": "x"}, TypeError, "output must be a tensor"),
+        ({"query": randn(2, 3)}, ValueError, "query must be"),
+        ({"key": randn(2, 3, 7, 5)}, ValueError, "shapes do not fit"),
+        ({"mask": randn(5, 7)}, TypeError, "mask must be boolean"),
+    ],
+)
+def test_a_misuse_of_diagnose_output_is_refused(change, error, text):
+    query, key, value = qkv()
+    given = {"output": randn(2, 3, 5, 4), "query": query, "key": key, "value": value}
+    with pytest.raises(error, match=text):
+        diagnose_output(**{**given, **change})
+
+
+# --- messages and pictures
+
+
+def test_the_message_says_what_where_and_how_surely():
+    found = diagnose(specimen("softmax_over_queries"))
+    text = str(found)
+    assert text.startswith(f"diagnose: mine equals {OVER_QUERIES}; residual ")
+    assert ", next best " in text.splitlines()[0]
+    assert found.residual < 1e-14
+    assert found.next_best > 0.1
+    for part in ("wrong", "next best", "compared", "expected", "inferred", "|difference|"):
+        assert f"  {part}" in text
+    assert max(map(len, text.splitlines()[1:])) < 160
+
+
+def test_the_message_of_a_healthy_subject_is_one_line():
+    text = str(diagnose(specimen()))
+    assert text.startswith("diagnose: mine is attention as declared; residual ")
+    assert "\n" not in text
+
+
+def test_weights_are_inferred_from_the_output_alone():
+    found = diagnose(specimen("softmax_over_queries"))
+    assert torch.allclose(found.inferred_weights.sum(-2), torch.ones(()).double())
+    assert torch.allclose(found.expected_weights.sum(-1), torch.ones(()).double())
+
+
+def test_the_picture_shows_three_maps(tmp_path):
+    found = diagnose(specimen("softmax_over_queries"))
+    found.draw().savefig(tmp_path / "diagnosis.png")
+    assert (tmp_path / "diagnosis.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="healthy"):
+        diagnose(specimen()).draw()
+
+
+# --- the plan
+
+
+def test_the_plan_without_a_change_is_attend():
+    query, key, value = (tensor.double() for tensor in qkv())
+    mask = randn(5, 7, seed=3) > -0.5
+    output, weights = compute(Plan(), Case("case", query, key, value, mask=mask))
+    expected, expected_weights = attend(query, key, value, mask=mask)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(weights, expected_weights)
+
+
+def test_a_plan_that_does_not_fit_the_shapes_says_so():
+    query, key, value = qkv()
+    with pytest.raises(NotApplicable, match="other sizes"):
+        compute(Plan(value_from="key"), Case("case", query, key, value))

@@ -1,0 +1,318 @@
+"""The examination finds every planted defect, and finds nothing in correct implementations."""
+
+import pytest
+import torch
+from attention_subjects import (
+    DTYPES,
+    TRANSFORMERS,
+    WIDTH,
+    causal_encoder,
+    encoder,
+    encoder_layer,
+    flex,
+    multihead,
+    of_transformers,
+    plain,
+    randn,
+    tokens,
+)
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from wrong_attention import attention_with
+
+from pytest_attnheat import AttentionSpec, SequenceModel, check_attention
+from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
+from pytest_attnheat.contract.defects import DEFECTS
+
+ONE_DTYPE = ("float32",)
+# PyTorch's own kernels let NaN through masked keys: the diagnosis notes it, no check asks it.
+FOUND = [defect.name for defect in DEFECTS if defect.name != "masked_nan_felt"]
+
+
+def failed(report):
+    return list(dict.fromkeys(result.name for result in report.failed))
+
+
+def statuses(report, name):
+    return {result.status for result in report.results if result.name == name}
+
+
+# --- correct implementations
+
+
+def math(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, enable_gqa=False):
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+
+
+def with_a_constant(query, key, value, attn_mask=None, is_causal=False):
+    """A constant added to every score, as by ALiBi with its offset of 1."""
+    bias = torch.ones(query.shape[-2], key.shape[-2], dtype=query.dtype)
+    mask = torch.ones(bias.shape, dtype=torch.bool)
+    if is_causal:
+        mask = mask.tril()
+    if attn_mask is not None:
+        mask = mask & attn_mask
+    return sdpa(query, key, value, attn_mask=bias.masked_fill(~mask, -torch.inf))
+
+
+def with_scaled_query(query, key, value, attn_mask=None, is_causal=False):
+    query = query * query.shape[-1] ** -0.5
+    return sdpa(query, key, value, attn_mask, is_causal=is_causal, scale=1.0)
+
+
+def with_repeated_keys(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    return sdpa(query, key, value, attn_mask, is_causal=is_causal)
+
+
+CORRECT = [sdpa, math, plain, with_a_constant, with_scaled_query, with_repeated_keys]
+
+
+@pytest.mark.parametrize("function", CORRECT, ids=lambda f: f.__name__)
+def test_correct_functions_pass_in_every_dtype(function):
+    report = check_attention(function)
+    assert report.passed, str(report)
+    assert {result.dtype for result in report.results} == {
+        "float64", "float32", "float16", "bfloat16",
+    }  # fmt: skip
+    assert statuses(report, "plain") == statuses(report, "layout") == {"passed"}
+
+
+def test_flex_attention_passes():
+    report = check_attention(AttentionSpec(flex, dtypes=ONE_DTYPE))
+    assert report.passed, str(report)
+    assert statuses(report, "gradients") == {"skipped"}  # there is no backward on a CPU
+    assert statuses(report, "grouped") == {"passed"}
+
+
+def test_another_layout_and_meaning_of_the_mask_are_declared():
+    def own(q, k, v, dropped=None):
+        turned = (t.transpose(1, 2) for t in (q, k, v))
+        mask = None if dropped is None else ~dropped
+        return sdpa(*turned, attn_mask=mask).transpose(1, 2)
+
+    spec = AttentionSpec(own, layout="blhd", mask="drop", mask_argument="dropped")
+    report = check_attention(spec)
+    assert report.passed, str(report)
+    assert statuses(report, "masked") == {"passed"}
+    assert statuses(report, "causal") == {"skipped"}
+
+
+def test_one_head_without_a_dimension_of_heads_is_examined():
+    def single(query, key, value, mask=None):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if mask is not None:
+            scores = scores + mask
+        return scores.softmax(-1).nan_to_num(0.0) @ value
+
+    spec = AttentionSpec(single, layout="bld", mask="additive", mask_argument="mask",
+                         fully_masked="undefined", dtypes=ONE_DTYPE)  # fmt: skip
+    report = check_attention(spec)
+    assert set(failed(report)) <= {"gradients_masked"}, str(report)
+    assert statuses(report, "masked") == {"passed"}
+
+
+@pytest.mark.parametrize("dtype", [str(dtype).removeprefix("torch.") for dtype in DTYPES])
+def test_the_attention_functions_of_transformers_pass(dtype):
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    class Layer(torch.nn.Module):
+        num_key_value_groups = 1
+        is_causal = False
+
+    layer = Layer().eval()
+
+    def adapted(forward):
+        def function(query, key, value, attn_mask=None):
+            added = None
+            if attn_mask is not None:
+                added = torch.zeros(attn_mask.shape, dtype=query.dtype)
+                added = added.masked_fill(~attn_mask, torch.finfo(query.dtype).min)
+            output, _ = forward(
+                layer, query, key, value, added, scaling=query.shape[-1] ** -0.5, dropout=0.0
+            )
+            return output.transpose(1, 2)
+
+        return function
+
+    for forward in (eager_attention_forward, sdpa_attention_forward):
+        if forward is eager_attention_forward and dtype == "float64":
+            continue  # its softmax is in float32
+        spec = AttentionSpec(adapted(forward), fully_masked="undefined", dtypes=(dtype,))
+        report = check_attention(spec)
+        assert report.passed, str(report)
+
+
+def test_returned_weights_are_checked():
+    def right(query, key, value):
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+        return weights @ value, weights
+
+    def averaged(query, key, value):
+        output, weights = right(query, key, value)
+        return output, weights.mean(1)
+
+    def of_another_head(query, key, value):
+        output, weights = right(query, key, value)
+        return output, weights.roll(1, 1)
+
+    def report(function, returns):
+        return check_attention(AttentionSpec(function, returns=returns, dtypes=ONE_DTYPE))
+
+    assert report(right, "weights").passed
+    assert report(averaged, "averaged").passed
+    assert failed(report(of_another_head, "weights")) == ["returned_weights"]
+    assert failed(report(right, "averaged")) == ["returned_weights"]
+    assert failed(report(averaged, "weights")) == ["returned_weights"]
+
+
+# --- planted defects
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_every_defect_of_the_catalogue_is_found(name):
+    window = (2, 1) if "window" in name else None
+    grouped = True if name in ("groups_tiled", "first_key_head_only") else None
+    lost = "uniform" if name == "fully_masked_zero" else "zero"
+    subject = attention_with(name, window=window, lost=lost)
+    spec = AttentionSpec(
+        subject, window=window, grouped=grouped, fully_masked=lost, dtypes=ONE_DTYPE
+    )
+    assert not check_attention(spec).passed
+    sound = attention_with(window=window, lost=lost)
+    sound = AttentionSpec(sound, window=window, fully_masked=lost, dtypes=ONE_DTYPE)
+    assert check_attention(sound).passed
+
+
+@pytest.mark.parametrize(
+    ("declared", "check", "message"),
+    [
+        ({"mask": "drop"}, "masked", "mask='drop' is declared, but the code means 'keep'"),
+        (
+            {"causal": "bottom_right"},
+            "causal_rectangular",
+            "causal='bottom_right' is declared, but the code means 'top_left'",
+        ),
+        (
+            {"fully_masked": "nan"},
+            "fully_masked",
+            "fully_masked='nan' is declared, but the code means 'zero'",
+        ),
+    ],
+)
+def test_a_wrong_declaration_is_called_one(declared, check, message):
+    report = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE, **declared))
+    found = next(result for result in report.failed if result.name == check)
+    assert found.message.startswith(f"wrong declaration: {message}\n")
+
+
+def test_what_the_subject_raises_is_a_failure_with_its_words():
+    def refusing(query, key, value):
+        raise KeyError("no such head")
+
+    report = check_attention(AttentionSpec(refusing, dtypes=ONE_DTYPE))
+    assert "it raised KeyError: 'no such head'" in report.failed[0].message
+
+
+# --- blocks
+
+
+@pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
+def test_models_of_transformers_pass_as_blocks(name, implementation):
+    causal = None if name == "bert" else "top_left"
+    model = of_transformers(name, implementation)
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 9), causal=causal))
+    assert report.passed, str(report)
+    assert statuses(report, "padding") == {"passed"}
+    assert statuses(report, "decoding") == {"skipped" if causal is None else "passed"}
+
+
+def test_blocks_of_torch_pass():
+    for module in (multihead(), multihead(False), encoder_layer(), encoder()):
+        report = check_attention(AttentionSpec(module, inputs=randn(2, 9, WIDTH), causal=None))
+        assert report.passed, str(report)
+    model = SequenceModel(causal_encoder(), mask="drop", mask_argument="padding")
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 9)))
+    # Under a causal mask of PyTorch's layers, padding on the left may see nothing.
+    assert failed(report) == ["padding"]
+    assert "nan spreads from the padding" in report.failed[0].message
+    assert {result.name for result in report.results} == {check.name for check in BLOCK_CHECKS}
+
+
+def test_a_defect_of_a_block_is_found():
+    report = check_attention(AttentionSpec(encoder_layer(), inputs=randn(2, 9, WIDTH)))
+    assert set(failed(report)) == {"no_leakage", "decoding"}  # it was declared causal
+    assert report.diagnosis is None
+
+
+# --- the report
+
+
+def test_the_report_leads_with_the_diagnosis_and_is_a_table():
+    subject = attention_with("softmax_over_queries")
+    report = check_attention(AttentionSpec(subject, name="mine", dtypes=("float32", "float64")))
+    assert not report.passed
+    assert report.diagnosis.defects == ("softmax_over_queries",)
+    lines = str(report).splitlines()
+    assert lines[0] == f"mine: {len(report.failed)} of {len(report.results)} checks failed"
+    assert "softmax runs over the queries (dim=-2)" in lines[2]
+    assert any(line.split() == ["float32", "float64"] for line in lines)
+    assert any(line.split() == ["plain", "failed", "failed"] for line in lines)
+    assert any(line.split() == ["grouped", "skipped", "skipped"] for line in lines)
+    assert "plain (float32, cpu)" in lines
+    assert "it computes" not in str(check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE)))
+
+
+def test_the_quick_form_asks_less_and_still_finds_much():
+    whole, quick = check_attention(sdpa), check_attention(sdpa, quick=True)
+    assert quick.passed
+    assert len(quick.results) < len(whole.results) / 4
+    assert not check_attention(attention_with("scale_missing"), quick=True).passed
+
+
+def test_expected_failures_are_said_so_with_their_reason():
+    subject = AttentionSpec(attention_with("causal_other_corner"), dtypes=ONE_DTYPE)
+    report = check_attention(subject, expected_failures={"causal_rectangular": "see issue 7"})
+    assert report.passed
+    result = next(r for r in report.results if r.name == "causal_rectangular")
+    assert (result.status, result.message) == ("xfailed", "see issue 7")
+    with pytest.raises(ValueError, match=r"expected_failures: there is no check \['causl'\]"):
+        check_attention(sdpa, expected_failures={"causl": "typo"})
+
+
+def test_own_checks_may_be_added():
+    def never_negative(exam):
+        inputs = exam.inputs()
+        if bool((exam.spec.call(*inputs.tensors).output < 0).any()):
+            raise AssertionError("an output is negative")
+
+    own = Check("never_negative", "no output is negative", never_negative)
+    report = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE), checks=[*CHECKS, own])
+    assert failed(report) == ["never_negative"]
+
+
+# --- specifications
+
+
+def test_a_specification_reads_what_the_signature_says():
+    spec = AttentionSpec(lambda query, key, value, enable_gqa=False: query)
+    assert (spec.mask, spec.causal, spec.grouped, spec.dropout) == (None, None, True, False)
+    spec = AttentionSpec(sdpa)
+    assert (spec.mask, spec.causal, spec.grouped, spec.dropout) == ("keep", "top_left", True, True)
+    assert spec.name == "scaled_dot_product_attention"
+
+
+def test_a_bad_specification_is_refused():
+    with pytest.raises(TypeError, match="subject: got int; accepted is a callable"):
+        AttentionSpec(3)
+    with pytest.raises(ValueError, match="mask: got 'hide'; accepted are"):
+        AttentionSpec(sdpa, mask="hide")
+    with pytest.raises(ValueError, match="layout: got 'bhqd'; accepted are the letters"):
+        AttentionSpec(sdpa, layout="bhqd")
+    with pytest.raises(ValueError, match=r"must return \(batch, length, heads, width\), here"):
+        AttentionSpec(lambda query, key, value: query.mT, layout="blhd").call(
+            torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4)
+        )

@@ -1,0 +1,152 @@
+"""The examination under pytest, as a user sees it."""
+
+import pytest
+
+WRONG = """
+import torch
+
+
+def attention(query, key, value, attn_mask=None, is_causal=False):
+    scores = query @ key.transpose(-2, -1)
+    mask = torch.ones(scores.shape[-2:], dtype=torch.bool)
+    if is_causal:
+        mask = mask.tril()
+    if attn_mask is not None:
+        mask = mask & attn_mask
+    return scores.masked_fill(~mask, -1e30).softmax(-1) @ value
+"""
+
+RIGHT = "from torch.nn.functional import scaled_dot_product_attention as attention"
+
+
+@pytest.fixture
+def contract(pytester):
+    pytester.makepyfile(right=RIGHT, wrong=WRONG)
+    return pytester
+
+
+def test_each_check_is_a_test_with_a_readable_id(contract):
+    contract.makepyfile(
+        """
+        from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from right import attention
+
+        @parametrize_with_checks([AttentionSpec(attention, dtypes=("float32", "bfloat16"))])
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest_subprocess("-v", "-W", "error", "--strict-markers")
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_contract?scaled_dot_product_attention-plain-float32? PASSED*",
+            "*::test_contract?scaled_dot_product_attention-returned_weights-float32? SKIPPED*",
+            "*::test_contract?scaled_dot_product_attention-plain-bfloat16? PASSED*",
+        ]
+    )
+    outcomes = result.parseoutcomes()
+    assert set(outcomes) == {"passed", "skipped"}
+
+
+def test_a_failure_leads_with_the_diagnosis(contract):
+    contract.makepyfile(
+        """
+        from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from wrong import attention
+
+        @parametrize_with_checks([AttentionSpec(attention, dtypes=("float32",))], quick=True)
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest_subprocess("-n", "2")
+    result.stdout.fnmatch_lines(
+        [
+            "*attention fails 'plain': without a mask it is attention*",
+            "*assert_matches_reference: *",
+        ]
+    )
+    text = result.stdout.str()
+    assert "without a scale" in text or "scale" in text.split("assert_matches_reference")[0]
+    assert result.parseoutcomes()["failed"] >= 3
+
+
+def test_expected_failures_are_xfailed(contract):
+    contract.makepyfile(
+        """
+        from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from wrong import attention
+
+        known = dict.fromkeys(
+            ["plain", "masked", "masked_and_causal", "causal", "causal_rectangular", "large_scores",
+             "attention-fully_masked", "mean_of_values"], "issue 7")
+
+        @parametrize_with_checks(
+            [AttentionSpec(attention, dtypes=("float32",))], expected_failures=known, quick=True)
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest_subprocess("-rx")
+    assert "failed" not in result.parseoutcomes()
+    result.stdout.fnmatch_lines(["XFAIL*attention-plain-float32*issue 7*"])
+
+
+def test_an_unknown_expected_failure_is_an_error(contract):
+    contract.makepyfile(
+        """
+        from pytest_attnheat import parametrize_with_checks
+        from right import attention
+
+        @parametrize_with_checks([attention], expected_failures={"plane": "typo"})
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest_subprocess()
+    result.stdout.fnmatch_lines(["*expected_failures: there is no check ?'plane'?; accepted are*"])
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "on two workers"])
+def test_an_implementation_is_examined_with_no_test_file(contract, options):
+    contract.makepyfile(test_other="def test_other(): raise RuntimeError('not asked for')")
+    result = contract.runpytest_subprocess(
+        "--attn-check=right:attention", "--attn-check=wrong:attention", "--attn-check-quick",
+        *options,
+    )  # fmt: skip
+    result.stdout.fnmatch_lines(["FAILED wrong:attention::attention-plain-float32 - *"])
+    text = result.stdout.str()
+    assert "FAILED right" not in text
+    assert "not asked for" not in text
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+
+
+def test_files_that_are_named_are_run_as_well(contract):
+    contract.makepyfile(test_other="def test_other(): pass")
+    result = contract.runpytest_subprocess(
+        "--attn-check=right:attention", "--attn-check-quick", "-v", "test_other.py"
+    )
+    result.stdout.fnmatch_lines(["test_other.py::test_other PASSED*"])
+    result.stdout.fnmatch_lines(["right:attention::*-plain-float32 PASSED*"])
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("right", "--attn-check: got 'right'; accepted is package.module:object"),
+        ("nowhere:attention", "--attn-check nowhere:attention: No module named 'nowhere'"),
+        ("right:nothing", "*--attn-check right:nothing: module 'right' has no attribute*"),
+    ],
+)
+def test_what_cannot_be_examined_is_a_usage_error(contract, target, message):
+    result = contract.runpytest_subprocess(f"--attn-check={target}")
+    result.stderr.fnmatch_lines([f"*{message}*"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_the_options_choose_dtypes_and_devices(contract):
+    options = ("--attn-check=right:attention", "--collect-only", "-q")
+    some = contract.runpytest_subprocess(*options, "--attn-dtype=float16", "--attn-device=cpu")
+    assert "plain-float16" in some.stdout.str()
+    assert "plain-float32" not in some.stdout.str()
+    assert "plain-float32" in contract.runpytest_subprocess(*options).stdout.str()

@@ -1,0 +1,256 @@
+"""Attention with planted defects, written from the sentences of the catalogue alone.
+
+Nothing of `pytest_attnheat.contract` is used here: the tests of the diagnosis would otherwise
+compare it with itself. Lengths come first in this house (batch, length, heads, width), masks are
+made of positions, and softmax is written out.
+"""
+
+import torch
+
+INF = float("inf")
+
+# The two numbers that are fitted, and the rate of dropout.
+TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25
+BLOCK = 4
+
+
+def attention_with(*defects, window=None, bottom_right=False, lost="zero"):
+    """An implementation of attention with defects, of the signature of PyTorch."""
+    planted = frozenset(defects)
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, *, scale=None):
+        return _attention(
+            planted, query, key, value, attn_mask, is_causal, scale, window, bottom_right, lost
+        )
+
+    return attention
+
+
+def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_right, lost):
+    q, k, v = _tensors(has, query, key, value)
+    heads, width = q.shape[2:]
+    columns = k.shape[1]
+    default = 1 / width**0.5
+    scale = default if scale is None or "scale_argument_ignored" in has else scale
+    factor = _factor(has, scale, width, heads, value.shape[-1], columns)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if "scale_after_softmax" not in has:
+        scores = scores * factor
+    if "temperature" in has:
+        scores = scores * TEMPERATURE
+    if "base_two" in has:
+        scores = scores * torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    for name in ("bfloat16", "float16"):
+        if f"scores_in_{name}" in has:
+            scores = scores.to(getattr(torch, name)).to(query.dtype)
+    allowed = _allowed(has, mask, is_causal, scores.shape, window, bottom_right)
+    weights = _softmax(has, _masked(has, scores, allowed), allowed)
+    if "scale_after_softmax" in has:
+        weights = weights * factor
+    if "weights_averaged" in has:
+        weights = sum(weights[:, h] for h in range(heads))[:, None] / heads
+        weights = weights.repeat(1, heads, 1, 1)
+    meaning = next((w for w in ("nan", "uniform", "zero") if f"fully_masked_{w}" in has), lost)
+    filler = {"zero": 0.0, "nan": float("nan"), "uniform": 1 / columns}[meaning]
+    weights = torch.where(allowed.sum(-1, keepdim=True) == 0, filler, weights)
+    for name in ("bfloat16", "float16"):
+        if f"weights_in_{name}" in has:
+            weights = weights.to(getattr(torch, name)).to(query.dtype)
+    if has & {"dropout_in_eval", "dropout_not_rescaled"}:
+        weights = weights * (torch.rand(weights.shape) >= RATE)
+        if "dropout_in_eval" in has:
+            weights = weights / (1 - RATE)
+    if "masked_nan_felt" not in has:
+        v = v.nan_to_num(0.0)
+    out = torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v)
+    return _finished(has, out)
+
+
+def _tensors(has, query, key, value):
+    """(batch, length, heads, width) each, with as many heads as queries have."""
+    if "heads_split_without_transpose" in has:
+        query, key, value = (
+            t.permute(0, 2, 1, 3).contiguous().view(t.shape) for t in (query, key, value)
+        )
+    heads, key_heads = query.shape[1], key.shape[1]
+    if heads != key_heads:
+        if heads % key_heads:
+            raise ValueError("heads do not fit")
+        serves = [h // (heads // key_heads) for h in range(heads)]
+        if "groups_tiled" in has:
+            serves = [h % key_heads for h in range(heads)]
+        if "first_key_head_only" in has:
+            serves = [0] * heads
+        key, value = key[:, serves], value[:, serves]
+    q, k, v = query, key, value
+    if "queries_and_keys_exchanged" in has:
+        q, k = key, query
+    if "values_as_keys" in has:
+        k = value
+    if "queries_as_keys" in has:
+        k = query
+    if "keys_as_queries" in has:
+        q = key
+    if "keys_as_values" in has:
+        v = key
+    if "queries_as_values" in has:
+        v = query
+    if (q.shape[2], k.shape[2], v.shape[2]) != (query.shape[2], key.shape[2], key.shape[2]):
+        raise ValueError("lengths do not fit")
+    return [t.transpose(1, 2) for t in (q, k, v)]
+
+
+def _factor(has, scale, width, heads, value_width, columns):
+    if "scale_missing" in has:
+        return 1.0
+    if "scale_squared" in has:
+        return scale * scale
+    if "scale_inverted" in has:
+        return 1 / scale
+    if "scale_from_value_width" in has:
+        return value_width**-0.5
+    if "scale_from_embedding" in has:
+        return (heads * width) ** -0.5
+    if "scale_from_key_len" in has:
+        return columns**-0.5
+    return scale
+
+
+def _allowed(has, mask, is_causal, shape, window, bottom_right):
+    rows, columns = shape[2:]
+    at, to = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    if bottom_right != ("causal_other_corner" in has):
+        at = at + columns - rows
+    allowed = torch.ones(shape, dtype=torch.bool)
+    both = mask is not None and is_causal
+    causal = (is_causal and "causal_ignored" not in has) or "causal_always" in has
+    if both and "causal_ignored_with_mask" in has:
+        causal = False
+    if causal:
+        if "causal_sees_next" in has:
+            seen = to <= at + 1
+        elif "causal_misses_own" in has:
+            seen = to < at
+        elif "causal_reversed" in has:
+            seen = to >= at
+        else:
+            seen = to <= at
+        allowed &= seen
+    if window is not None and "window_ignored" not in has:
+        left, right = window
+        if "window_swapped" in has:
+            left, right = right, left
+        left += ("window_left_too_wide" in has) - ("window_left_too_narrow" in has)
+        right += ("window_right_too_wide" in has) - ("window_right_too_narrow" in has)
+        allowed &= (at - to <= left) & (to - at <= right)
+    ignored = "mask_ignored" in has or (both and "mask_ignored_when_causal" in has)
+    if mask is not None and not ignored:
+        allowed &= _own_mask(has, mask.broadcast_to(shape))
+    if "last_key_ignored" in has:
+        allowed[..., columns - 1] = False
+    if "first_key_ignored" in has:
+        allowed[..., 0] = False
+    if "last_block_of_keys_ignored" in has:
+        allowed[..., columns - columns % BLOCK :] = False
+    return allowed
+
+
+def _own_mask(has, mask):
+    batch, heads = mask.shape[:2]
+    if "mask_inverted" in has:
+        return mask == False  # noqa: E712
+    if "mask_transposed" in has:
+        if mask.shape[2] != mask.shape[3]:
+            raise ValueError("the mask does not fit")
+        return mask.transpose(2, 3)
+    if "mask_of_another_sample" in has:
+        return torch.stack([mask[(b + 1) % batch] for b in range(batch)])
+    if "mask_of_first_sample" in has:
+        return torch.stack([mask[0] for _ in range(batch)])
+    if "mask_tiled_over_heads" in has:
+        # (batch * heads, ...) scores against a mask that was repeated as a whole.
+        folded = mask[:, 0].repeat(heads, 1, 1)
+        return folded.reshape(batch, heads, *mask.shape[2:])
+    return mask
+
+
+def _masked(has, scores, allowed):
+    hidden = ~allowed
+    if has & {"mask_after_softmax", "mask_after_softmax_renormalised"}:
+        return scores
+    if "mask_added_as_number" in has:
+        return scores + allowed.to(scores.dtype)
+    if "mask_multiplied" in has:
+        return scores * allowed
+    if "mask_fill_minus_10" in has:
+        return torch.where(hidden, -10.0, scores)
+    if "mask_fill_minus_1" in has:
+        return torch.where(hidden, -1.0, scores)
+    return torch.where(hidden, -INF, scores)
+
+
+def _softmax(has, scores, allowed):
+    weights = _normalised(has, scores)
+    if "mask_after_softmax" in has:
+        weights = weights * allowed
+    if "mask_after_softmax_renormalised" in has:
+        weights = weights * allowed
+        weights = weights / weights.sum(-1, keepdim=True)
+    return weights
+
+
+def _normalised(has, scores):
+    axes = (-1,)
+    if "softmax_over_queries" in has:
+        axes = (-2,)
+    if "softmax_over_heads" in has:
+        axes = (1,)
+    if "softmax_over_batch" in has:
+        axes = (0,)
+    if "softmax_over_map" in has:
+        axes = (-1, -2)
+    if "no_softmax" in has:
+        return scores
+    if "sigmoid" in has:
+        return 1 / (1 + torch.exp(-scores))
+    if "relu_normalised" in has:
+        kept = torch.clamp(scores, min=0)
+        return kept / kept.sum(axes, keepdim=True)
+    if "hard_maximum" in has:
+        return (torch.cumsum(scores == scores.amax(-1, keepdim=True), -1) == 1) & (
+            scores == scores.amax(-1, keepdim=True)
+        ).to(scores.dtype).bool()
+    if "no_maximum_subtracted" in has:
+        powers = torch.exp(scores)
+        return powers / powers.sum(axes, keepdim=True)
+    top = scores.amax(axes, keepdim=True)
+    powers = torch.exp(scores - top)
+    if "no_normaliser" in has:
+        return powers
+    if "softmax_plus_one" in has:
+        return powers / (1 + powers.sum(axes, keepdim=True))
+    if "log_softmax" in has:
+        return scores - top - torch.log(powers.sum(axes, keepdim=True))
+    weights = powers / powers.sum(axes, keepdim=True)
+    if "softmax_twice" in has:
+        powers = torch.exp(weights)
+        weights = powers / powers.sum(axes, keepdim=True)
+    return weights
+
+
+def _finished(has, out):
+    """From (batch, length, heads, width) to (batch, heads, length, width)."""
+    batch, rows, heads, width = out.shape
+    if "output_factor" in has:
+        out = out * FACTOR
+    if "last_block_of_queries_zero" in has:
+        out = out.clone()
+        out[:, rows - rows % BLOCK :] = 0
+    if "heads_averaged" in has:
+        out = out.mean(2, keepdim=True).repeat(1, 1, heads, 1)
+    out = out.transpose(1, 2)
+    if "heads_merged_without_transpose" in has:
+        # Read as (batch, length, heads * width) where it lies head after head.
+        out = out.contiguous().view(batch, rows, heads * width)
+        out = out.view(batch, rows, heads, width).transpose(1, 2)
+    return out
