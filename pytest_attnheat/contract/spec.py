@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning
+from pytest_attnheat.reference import causal_mask
 
 CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
@@ -192,7 +193,41 @@ class AttentionSpec:
             )
         return Answer(self._from_layout(output, wanted), weights)
 
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Call the subject with the arguments of PyTorch's own function, and get its output.
+
+        So every assertion on attention functions takes a specification, whatever the layout of
+        the subject and the meaning of its mask. `is_causal` is aligned to the top left; to a
+        subject that does not mean that, it is told as a mask.
+        """
+        if is_causal and self.causal != "top_left":
+            causal = causal_mask(
+                query.shape[-2], key.shape[-2], alignment="top_left", device=query.device
+            )
+            attn_mask = causal if attn_mask is None else attn_mask & causal
+            is_causal = False
+        if attn_mask is not None and self.mask is None:
+            raise TypeError(f"{self.name} is not declared to take a mask (nor is_causal)")
+        return self.call(
+            query, key, value, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p
+        ).output
+
     def _mask(self, mask: Tensor, query: Tensor) -> Any:
+        if mask.dtype != torch.bool:
+            if self.mask == "additive":
+                return mask
+            raise TypeError(f"{self.name} is not declared to take a mask of floats")
         mask = mask if self.has_heads or mask.ndim < 4 else mask[:, 0]
         if self.mask == "drop":
             return ~mask

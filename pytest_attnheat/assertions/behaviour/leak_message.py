@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -110,11 +111,13 @@ def _cause_of_blindness(
     future = [number for number in numbers if number > observer[-1]]
     if future and set(missed) <= set(future):
         return f"all of them lie in its future: {search.scene.advice.may_be_causal}"
+    if len(missed) == len(numbers) > 1:
+        return "it sees nothing at all: is the whole row masked?"
     if list(missed) == numbers[-1:]:
         own = ", its own place" if numbers[-1] == observer[-1] else ""
         return f"the last that it may see{own}: a mask that closes one place too early?"
-    if len(missed) == len(numbers):
-        return "it sees nothing at all: is the whole row masked?"
+    if list(missed) == numbers[: len(missed)]:
+        return "those farthest back: a sliding window? Say so with may_see=, or must_see=False"
     return None
 
 
@@ -167,7 +170,8 @@ class _Culprit:
         return places
 
     def _places(self, own: Tensor) -> Replacement:
-        return Replacement(spread(self.search, own, self.observer), None, self._replaced.content)
+        places = spread(self.search, own, self.observer)
+        return replace(self._replaced, places=places, queries=None)
 
     def _queries(self, numbers: Sequence[int]) -> Replacement:
         queries = torch.zeros_like(self.search.scene.judged)
@@ -180,7 +184,7 @@ class _Culprit:
         )
         for entry in entries:
             places[entry] = True
-        return Replacement(places, None, self._replaced.content)
+        return replace(self._replaced, places=places, queries=None)
 
     def sentence(self) -> str:
         """Say what sees what, why that is wrong, and by how much the output changes."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TypeAlias
 
 import torch
@@ -14,6 +15,12 @@ from pytest_attnheat.assertions.behaviour.scenes import Scene, touched
 
 # How many sets of places are tried before an output is believed to depend on all of them.
 _TRIALS = 12
+# How many outputs that no pass moved are looked at.
+_MOST_BLIND = 8
+# The sizes of the blocks that kernels work in: there masks break.
+_BLOCKS = (128, 64, 32, 16)
+# A function is cheap: it is asked about every observer, in no more passes than this.
+_MOST_PASSES = 32
 
 
 @dataclass(frozen=True)
@@ -23,13 +30,14 @@ class Replacement:
     Attributes:
         places: Boolean (*leading of the keys, key_len), or None.
         queries: Boolean (*leading, query_len), or None.
-        content, like: As in `Scene.output`.
+        content, like, aim: As in `Scene.output`.
     """
 
     places: Tensor | None
     queries: Tensor | None = None
     content: str = "same"
     like: int | None = None
+    aim: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +96,8 @@ class Search:
         """
         self.scene, self.base, self.allowed = scene, base, allowed
         self._passes, self._start = passes, start
-        self._judged = scene.judged & base.isfinite().all(-1)
+        # What a query gives that may see nothing is a matter of declaration, not of leaks.
+        self._judged = scene.judged & base.isfinite().all(-1) & scene.may_see.any(-1)
         self._watched = self._judged & ~scene.may_see.all(-1)
         if not bool(self._watched.any()) and next(self._others(), None) is None:
             raise ValueError(
@@ -112,7 +121,9 @@ class Search:
 
     def _output(self, replaced: Replacement) -> Tensor:
         self._start()
-        return self.scene.output(replaced.places, replaced.queries, replaced.content, replaced.like)
+        return self.scene.output(
+            replaced.places, replaced.queries, replaced.content, replaced.like, replaced.aim
+        )
 
     def first_finding(
         self, ways: Sequence[str], *, optional: bool, must_see: bool
@@ -165,19 +176,39 @@ class Search:
             leak = torch.where(worse, change, leak)
             found_by = torch.where(worse, torch.full_like(found_by, number), found_by)
 
-        def finding(broken: Tensor, regarded: Tensor, worst: Tensor, *, blind: bool) -> Finding:
-            at = index_of(worst, broken), index_of(broken.flatten().int().argmax(), broken)
-            by = [replacements[int(found_by[place])] for place in at]
-            counts = int(broken.sum()), int(regarded.sum()), int(broken.any(-1).sum())
-            return Finding(blind, way, *counts, *at, (by[0], by[1]))
+        broken = leak > self.allowed
+        blind = self._never_moved(asked & ~felt, int(asked.sum()))
+        if not bool(broken.any()):
+            return None, blind
+        at = index_of(leak.argmax(), broken), index_of(broken.flatten().int().argmax(), broken)
+        by = [replacements[int(found_by[place])] for place in at]
+        counts = int(broken.sum()), int(judged.sum()), int(broken.any(-1).sum())
+        return Finding(False, way, *counts, *at, (by[0], by[1])), blind
 
-        broken, unfelt = leak > self.allowed, asked & ~felt
-        return (
-            finding(broken, judged, leak.argmax(), blind=False) if bool(broken.any()) else None,
-            finding(unfelt, asked, unfelt.flatten().int().argmax(), blind=True)
-            if bool(unfelt.any())
-            else None,
+    def _never_moved(self, unfelt: Tensor, asked: int) -> Finding | None:
+        """Outputs that stay the same even if all that they may see is replaced at once.
+
+        That none of the passes moved one proves little: all its attention may be on a key that
+        no pass replaced.
+        """
+        pairs: list[_Pair] = []
+        for at in unfelt.nonzero().tolist()[:_MOST_BLIND]:
+            observer = tuple(at)
+            places = torch.zeros_like(self.scene.may_see[..., 0, :])
+            places[observer[:-1]] = self.scene.may_see[observer]
+            shared = self._of_groups(places)
+            aim = torch.full_like(unfelt[..., 0], observer[-1], dtype=torch.long)
+            if self._stays(observer, shared, aim):
+                pairs.append((observer, Replacement(shared)))
+        return _of_pairs(pairs, asked, blind=True)
+
+    def _stays(self, observer: tuple[int, ...], places: Tensor, aim: Tensor | None) -> bool:
+        contents = (
+            Replacement(places, content="same"),
+            Replacement(places, content="larger"),
+            Replacement(places, content="larger", aim=aim),
         )
+        return all(self.change_at(content, observer) == 0 for content in contents)
 
     def _reached(self, replaced: Replacement) -> Tensor:
         """Which outputs may see what is replaced."""
@@ -198,11 +229,19 @@ class Search:
         """In each pass, for each batch entry and head, all that one observer must not see."""
         if not bool(self._watched.any()):
             return
-        for number in range(self._passes):
-            forbidden = ~self._seen_by(self._observers(number, self._passes))
+        entries = self._watched[..., 0].numel()
+        passes = self._passes
+        if self.scene.place == "key":
+            rows = self._watched.shape[-1]
+            wanted = rows if rows <= _MOST_PASSES else -(-rows // entries)
+            passes = min(max(passes, wanted), _MOST_PASSES)
+        for number in range(passes):
+            observers = self._observers(self._watched, number, passes)
+            forbidden = ~self._seen_by(observers)
             forbidden &= self._watched.any(-1, keepdim=True)
             content = "larger" if number % 2 else "same"
-            yield Replacement(self._shared(forbidden), None, content)
+            aim = observers if number % 2 else None
+            yield Replacement(self._shared(forbidden), content=content, aim=aim)
 
     def _seen_by(self, observers: Tensor) -> Tensor:
         """What one observer (*leading) per batch entry and head may see, (*leading, key_len)."""
@@ -210,16 +249,17 @@ class Search:
         index = observers[..., None, None].expand(*observers.shape, 1, key_len)
         return self.scene.may_see.gather(-2, index).squeeze(-2)
 
-    def _observers(self, number: int, of: int) -> Tensor:
-        """Choose an observer per batch entry and head, so that all passes spread evenly."""
-        candidates = self._watched
+    def _observers(self, candidates: Tensor, number: int, of: int) -> Tensor:
+        """Choose an observer per batch entry and head, so that all passes spread over the rows."""
         none = ~candidates.any(-1, keepdim=True)
         candidates = candidates | (none & self._judged)
-        count = candidates.sum(-1)
-        entries = torch.arange(count.numel(), device=count.device).reshape(count.shape)
-        share = (entries + number * count.numel()) / max(1, count.numel() * of - 1)
-        rank = (share * (count - 1).clamp(min=0)).round()
-        return (candidates.cumsum(-1) > rank.unsqueeze(-1)).int().argmax(-1)
+        length, entries = candidates.shape[-1], candidates[..., 0].numel()
+        targets = _targets(length, entries, number, of)
+        own = torch.tensor(targets, device=candidates.device).reshape(*candidates.shape[:-1], 1)
+        rows = torch.arange(length, device=candidates.device)
+        # The nearest row that can be one; argmin takes the first of two.
+        away = (rows - own).abs().masked_fill(~candidates, 2 * length)
+        return away.argmin(-1)
 
     def _others(self) -> Iterator[Replacement]:
         """Every second batch entry, head and query, and then the rest."""
@@ -228,10 +268,12 @@ class Search:
         for dim in range(len(shape) - (0 if takes_queries else 1)):
             is_query, is_head = dim == len(shape) - 1, dim == len(shape) - 2
             groups = self.scene.groups if is_head else 1
-            if shape[dim] <= groups:
-                continue
-            for odd in (0, 1):
-                chosen = torch.arange(shape[dim], device=self.base.device) // groups % 2 == odd
+            # Any two numbers differ in some bit; for a whole model one must do.
+            bits = (max(1, shape[dim] // groups) - 1).bit_length()
+            bits = bits if takes_queries else min(bits, 1)
+            for bit, odd in product(range(bits), (0, 1)):
+                number = torch.arange(shape[dim], device=self.base.device) // groups
+                chosen = (number >> bit) % 2 == odd
                 size = [1] * len(shape)
                 size[dim] = shape[dim]
                 queries = chosen.reshape(size).expand(shape)
@@ -245,7 +287,7 @@ class Search:
         """Where the gradient of a few observers is 0, and where not."""
         # A whole model is dear: one backward pass, if its batch makes that several observers.
         count = 1 if self.scene.place == "token" and len(self.scene.judged) > 1 else 2
-        chosen = [self._observers(number, count) for number in range(count)]
+        chosen = [self._observers(self._judged, number, count) for number in range(count)]
         rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
         try:
             gradients = self.scene.gradient(rows)
@@ -263,7 +305,11 @@ class Search:
             active = row.any(-1, keepdim=True)
             judged += int(active.sum())
             scale = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
-            leaks += self._pairs(row, ~(felt <= scale) & ~seen & active)
+            leaks += [
+                pair
+                for pair in self._pairs(row, ~(felt <= scale) & ~seen & active)
+                if self._is_real(*pair)
+            ]
             strongest = felt.masked_fill(~seen, 0).argmax(-1)
             for observer, places in self._pairs(row, (felt == 0) & seen & active):
                 blind = self._blind(observer, places, int(strongest[observer[:-1]]))
@@ -288,11 +334,24 @@ class Search:
             observer = (*at, int(row[tuple(at)].int().argmax()))
             alone = torch.zeros_like(places)
             alone[tuple(at)] = places[tuple(at)]
-            shared = alone
-            if self.scene.groups > 1:
-                shared = torch.unflatten(alone, -2, (-1, self.scene.groups)).any(-2)
-            pairs.append((observer, Replacement(shared)))
+            pairs.append((observer, Replacement(self._of_groups(alone))))
         return pairs
+
+    def _of_groups(self, places: Tensor) -> Tensor:
+        """Places of the heads as those of the keys that they share."""
+        if self.scene.groups == 1:
+            return places
+        return torch.unflatten(places, -2, (-1, self.scene.groups)).any(-2)
+
+    def _is_real(self, observer: tuple[int, ...], replaced: Replacement) -> bool:
+        """Whether a gradient is that of the input.
+
+        The embedding of equal token ids may also be looked up for something else, such as the
+        source of an encoder.
+        """
+        if self.scene.place == "key" or not self.scene.through_embeddings:
+            return True
+        return self.change_at(replaced, observer) > 0
 
     def _blind(
         self, observer: tuple[int, ...], replaced: Replacement, strongest: int
@@ -310,15 +369,28 @@ class Search:
             some = suspects.pop(0)
             places = torch.zeros_like(replaced.places)
             places[tuple(some.T)] = True
-            contents = (
-                Replacement(places, None, content, like)
-                for content, like in (("larger", strongest), ("same", None), ("larger", None))
-            )
-            if all(self.change_at(content, observer) == 0 for content in contents):
+            aim = torch.full_like(self._judged[..., 0], observer[-1], dtype=torch.long)
+            like = Replacement(places, content="larger", like=strongest)
+            if self.change_at(like, observer) == 0 and self._stays(observer, places, aim):
                 return Replacement(places)
             if len(some) > 1:
                 suspects += [some[: len(some) // 2], some[len(some) // 2 :]]
         return None
+
+
+def _targets(length: int, entries: int, number: int, of: int) -> list[int]:
+    """Choose a row for each batch entry and head, for one pass of several.
+
+    All rows, where all passes have room for them; else the ends of blocks and an even spread.
+    """
+    if of * entries >= length:
+        slots = range(number * entries, (number + 1) * entries)
+        return [(slot + slot // length) % length for slot in slots]  # another one each time round
+    ends = dict.fromkeys(end - 1 for block in _BLOCKS for end in range(block, length, block))
+    chosen = list(ends)[: of * entries // 2]
+    rest = of * entries - len(chosen)
+    chosen += [round(i * (length - 1) / max(1, rest - 1)) for i in range(rest)]
+    return sorted(chosen)[number::of]
 
 
 def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Finding | None:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.calls import check_takes_mask
 from pytest_attnheat.assertions.behaviour.difference import check_relative
 from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
 from pytest_attnheat.assertions.behaviour.leak_search import Search
@@ -188,6 +189,8 @@ def _of_sequence(
                 f"lengths: got {real.sum(-1).tolist()}, which leaves no padding in sequences of "
                 f"{length} tokens; accepted are lengths of which one is smaller"
             )
+        if not (stated.causal and stated.side == "right"):
+            check_takes_mask(sequence.model)
         judged = real
         rules.append(Rule(real.unsqueeze(-2), _padding(real.sum(-1).tolist())))
     if stated.documents is not None:

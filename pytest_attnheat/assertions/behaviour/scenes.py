@@ -64,6 +64,7 @@ class Scene(Protocol):
         observer: What an observer is called, place: what a place is called.
         rules: Why an observer may not see a place, in the order in which they are asked.
         advice: What to say where a claim was made for the caller, or may be missing.
+        through_embeddings: Whether gradients are those of the embeddings of token ids.
     """
 
     may_see: Tensor
@@ -73,6 +74,7 @@ class Scene(Protocol):
     place: str
     rules: Sequence[Rule]
     advice: Advice
+    through_embeddings: bool
 
     def output(
         self,
@@ -80,6 +82,7 @@ class Scene(Protocol):
         queries: Tensor | None = None,
         content: str = "same",
         like: int | None = None,
+        aim: Tensor | None = None,
     ) -> Tensor:
         """The output (*leading, query_len, width) with some places and queries replaced.
 
@@ -89,6 +92,8 @@ class Scene(Protocol):
             content: `"same"` or `"larger"` size, or `"nan"`.
             like: A place that gets the attention. The keys are replaced by its key, so that they
                 get as much; what a sequence model gets is only drawn anew.
+            aim: An observer per batch entry and head, (*leading): the keys are made such that its
+                query gives them all attention. For a sequence model as without.
         """
 
     def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
@@ -106,6 +111,7 @@ class FunctionScene:
     """An attention function."""
 
     observer, place = "query", "key"
+    through_embeddings = False
     advice = Advice(None, "if the function is always causal, say so with may_see=")
 
     def __init__(
@@ -124,6 +130,7 @@ class FunctionScene:
         queries: Tensor | None = None,
         content: str = "same",
         like: int | None = None,
+        aim: Tensor | None = None,
     ) -> Tensor:
         """The output with some keys (and their values) and queries replaced."""
         inputs = {}
@@ -133,8 +140,23 @@ class FunctionScene:
                 noise = self._draw(given, name, content)
                 if name == "key" and like is not None:
                     noise = given[..., like : like + 1, :]
+                elif name == "key" and aim is not None:
+                    noise = self._aimed(aim)
                 inputs[name] = torch.where(where.unsqueeze(-1), noise, given)
         return self._subject.run(**inputs)
+
+    def _aimed(self, observers: Tensor) -> Tensor:
+        """Keys that point the way of the observers' queries, and are larger than the others."""
+        query, key = self._subject.query, self._subject.key
+        if query.shape[-1] != key.shape[-1]:
+            return self._draw(key, "key", "larger")
+        index = observers[..., None, None].expand(*observers.shape, 1, query.shape[-1])
+        chosen = query.gather(-2, index)
+        if self.groups > 1:
+            chosen = chosen[..., :: self.groups, :, :]
+        wide = chosen.double()
+        direction = wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+        return (direction * key.double().square().mean().sqrt() * _LARGER).to(key)
 
     def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
         """The largest gradient of each key and its value."""
@@ -172,6 +194,7 @@ class SequenceScene:
             claimed if assumed else None, "if the model is causal, say so with causal=True"
         )
         self.may_see, self.judged, self.rules = may_see, judged, rules
+        self.through_embeddings = subject.is_tokens
         self._run = partial(subject.run, real=real)
         self._seed = seed
 
@@ -181,6 +204,7 @@ class SequenceScene:
         queries: Tensor | None = None,
         content: str = "same",
         like: int | None = None,
+        aim: Tensor | None = None,
     ) -> Tensor:
         """The output with some tokens replaced."""
         given, seed = self._subject.inputs, self._seed + (0 if like is None else 1 + like)
@@ -282,7 +306,10 @@ def _other_tokens(given: Tensor, content: str, seed: int) -> Tensor:
     """For each token id another one that the inputs hold too, so that the module knows it."""
     known, which = torch.unique(given, return_inverse=True)
     if len(known) == 1:
-        return torch.where(given > 0, given - 1, given + 1)
+        raise ValueError(
+            f"inputs: every token is {int(known)}, so that no other is known to put in its place; "
+            "pass inputs with several token ids"
+        )
     steps = draw(f"{content} tokens", seed, *given.shape).abs().mul(1e6).long().to(given.device)
     others: Tensor = known[(which + 1 + steps % (len(known) - 1)) % len(known)]
     return others

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.subjects import as_input
+from pytest_attnheat.assertions.behaviour.subjects import as_input, copied
 
 MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -166,7 +166,8 @@ class Subject:
     ) -> Tensor:
         """Call the model with other inputs, or with a copy of its own: it may write to them."""
         given = self.inputs.clone() if inputs is None else inputs
-        return self.model(given, real=real, positions=positions, **self.arguments)
+        arguments = {name: copied(argument) for name, argument in self.arguments.items()}
+        return self.model(given, real=real, positions=positions, **arguments)
 
 
 def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -> Subject:
@@ -195,6 +196,10 @@ def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -
 
 def recognise(module: Callable[..., Any]) -> SequenceModel:
     """Return how a module is called: known modules of PyTorch and transformers, or plainly."""
+    inner = _wrapped(module)
+    if inner is not None:
+        model = recognise(inner)
+        return replace(model, module=module) if model.module is inner else SequenceModel(module)
     if isinstance(module, nn.MultiheadAttention):
         model = SequenceModel(_SelfAttention(module), "drop", "key_padding_mask")
         return replace(model, batch_first=module.batch_first)
@@ -208,6 +213,14 @@ def recognise(module: Callable[..., Any]) -> SequenceModel:
     if _is_of_transformers(module):
         return _of_transformers(module)
     return SequenceModel(module)
+
+
+def _wrapped(module: Callable[..., Any]) -> Callable[..., Any] | None:
+    """The module that torch.compile or a parallel wrapper was given."""
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        inner: Callable[..., Any] = module.module
+        return inner
+    return getattr(module, "_orig_mod", None)
 
 
 class _SelfAttention:
@@ -257,9 +270,22 @@ class CachedDecoding:
         self.module = module
 
     def __call__(self, inputs: Tensor, cache: Any, **arguments: Any) -> tuple[Any, Any]:
-        """Run the model on a chunk and return what it returned, with its cache."""
-        result = self.module(inputs, past_key_values=cache, use_cache=True, **arguments)
-        return result, result.past_key_values
+        """Run the model on a chunk and return what it returned, with its cache.
+
+        A caller's `use_cache` and `return_dict` are overridden: the cache is needed here.
+        """
+        arguments = {**arguments, "past_key_values": cache, "use_cache": True}
+        if "return_dict" in arguments:  # Not passed unasked: not every model takes it.
+            arguments["return_dict"] = True
+        result = self.module(inputs, **arguments)
+        return result, _cache_in(result)
+
+
+def _cache_in(result: Any) -> Any:
+    """The cache in what a transformers model returned; None where there is none."""
+    if isinstance(result, tuple):  # As with `return_dict=False` in its configuration.
+        return next((part for part in result if hasattr(part, "get_seq_length")), None)
+    return getattr(result, "past_key_values", None)
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -152,14 +152,14 @@ def settled(
 
 
 def _random_subject(subject: object) -> str:
-    advice = (
-        "call .eval() on it, or pass training=True, which repeats every call from the same seed"
-    )
+    repeat = "pass training=True, which repeats every call from the same seed"
+    advice = f"call .eval() on it, or {repeat}"
     training = [m for m in modules_in(subject) if any(part.training for part in m.modules())]
     if not training:
         return (
             "the subject is random: two calls with the same input give different outputs, so no "
-            f"comparison would mean anything; if it holds a module, {advice}"
+            "comparison would mean anything: dropout in evaluation mode? assert_deterministic "
+            f"looks for it. Or {repeat}"
         )
     dropouts = [
         f"{name or type(part).__name__} (p={part.p})"
@@ -213,7 +213,7 @@ class AttentionFunction:
     ) -> Tensor:
         """Call the function, with other inputs or arguments where they are given.
 
-        It is given copies of its own inputs, with their strides, since it may write to them.
+        It is given copies of its own inputs and arguments, since it may write to them.
 
         Raises:
             TypeError: It returns no tensor (nor a tuple that begins with one).
@@ -222,7 +222,8 @@ class AttentionFunction:
         query = self.query.clone() if query is None else query
         key = self.key.clone() if key is None else key
         value = self.value.clone() if value is None else value
-        result = self.function(query, key, value, **{**self.arguments, **changed})
+        given = {name: copied(argument) for name, argument in self.arguments.items()}
+        result = _called(self.function, (query, key, value), {**given, **changed})
         output = result[0] if isinstance(result, (tuple, list)) and result else result
         if not isinstance(output, Tensor):
             raise TypeError(
@@ -266,6 +267,30 @@ class AttentionFunction:
         return AttentionFunction(
             self.function, self.query, self.key, self.value, {**others, "attn_mask": spelled}
         )
+
+
+def _called(
+    function: Callable[..., Any], inputs: Sequence[Tensor], arguments: Mapping[str, Any]
+) -> Any:
+    try:
+        return function(*inputs, **arguments)
+    except TypeError as error:
+        inside = error.__traceback__ is not None and error.__traceback__.tb_next is not None
+        if inside and not isinstance(function, types.BuiltinFunctionType):
+            raise  # by the code of the function, not by the call
+        raise TypeError(
+            f"the attention function cannot be called as function(query, key, value, "
+            f"{', '.join(f'{name}=...' for name in arguments)}): {error}. An AttentionSpec says "
+            "how a function takes its mask, and what layout it has"
+        ) from error
+
+
+def copied(argument: Any) -> Any:
+    """Return a copy of a tensor, numbers that stand for several once; anything else itself."""
+    if not isinstance(argument, Tensor):
+        return argument
+    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in argument.stride())
+    return argument.detach()[once].clone().expand(argument.shape)
 
 
 def _unexpanded(mask: Tensor) -> Tensor:
@@ -333,9 +358,17 @@ def as_function(
             f"{tuple(value.shape)}"
         )
     _check_leading(query, key, value, grouped=bool(arguments.get("enable_gqa")))
+    for name, argument in arguments.items():
+        if name != "attn_mask" and isinstance(argument, Tensor) and argument.dtype == torch.bool:
+            raise ValueError(
+                f"{name}: a mask under this name is passed on, but nobody knows what it means; "
+                "pass attn_mask, True where a query may attend, and say with "
+                f"AttentionSpec(function, mask=..., mask_argument={name!r}) how it is taken"
+            )
     if isinstance(function, nn.MultiheadAttention):
         function = _Multihead(function)
-    return AttentionFunction(function, query, key, value, dict(arguments))
+    own = {name: copied(argument) for name, argument in arguments.items()}
+    return AttentionFunction(function, query, key, value, own)
 
 
 def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
@@ -398,7 +431,12 @@ class _Multihead:
             causal = causal_mask(
                 query.shape[-2], key.shape[-2], alignment="top_left", device=query.device
             )
-            attn_mask = causal if attn_mask is None else attn_mask & causal
+            if attn_mask is None:
+                attn_mask = causal
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & causal
+            else:
+                attn_mask = attn_mask.masked_fill(~causal, -math.inf)
         if attn_mask is not None:
             attn_mask = self._mask(attn_mask, batch=query.shape[0])
         turned = query.ndim == 3 and not self.module.batch_first
