@@ -46,7 +46,9 @@ def test_examples_that_hold_tests_pass(pytester, page):
         pytester.runpytest_subprocess("--attn-update=missing")
     result = pytester.runpytest_subprocess("-W", "error", "--strict-markers")
     outcomes = result.parseoutcomes()
-    assert set(outcomes) == {"passed"}
+    # An examination skips what an implementation does not claim.
+    may_skip = any("parametrize_with_checks" in text for text in files.values())
+    assert set(outcomes) - ({"skipped"} if may_skip else set()) == {"passed"}
     assert outcomes["passed"] >= len(files)
     for name in files:
         result.stdout.fnmatch_lines(f"*{name}.py*")
