@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check
     from pytest_attnheat.contract.exam import Exam
     from pytest_attnheat.contract.spec import AttentionSpec
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
 
 MARKER = "attention_checks"
 _MARKER_HELP = (
@@ -150,12 +151,27 @@ class Question:
             pytest.xfail(result.message)
         if result.status == "failed":
             claim = f"{self._exam.spec.name} fails {self._check.name!r}: {self._check.sentence}"
-            parts = [claim, self._diagnosed.text(), result.message]
-            raise AssertionError("\n\n".join(part for part in parts if part))
+            diagnosed, draw = self._diagnosed.told()
+            message = "\n\n".join(part for part in (claim, diagnosed, result.message) if part)
+            raise FailedCheckError(message) if draw is None else DiagnosedError(message, draw)
 
     def __repr__(self) -> str:
         """Name the question, as a test id does."""
         return f"<check {self.name}>"
+
+
+class FailedCheckError(AssertionError):
+    """A check that failed."""
+
+
+class DiagnosedError(FailedCheckError):
+    """The first check that failed: it has the diagnosis, and draws it."""
+
+    heatmap_title = "weights: expected, inferred from the output, difference"
+
+    def __init__(self, message: str, draw: Callable[[], HeatmapFigure]) -> None:
+        super().__init__(message)
+        self.draw_heatmap = draw
 
 
 class _Diagnosed:
@@ -163,18 +179,20 @@ class _Diagnosed:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self._lines: list[str] | None = None
+        self._first_line: str | None = None
 
-    def text(self) -> str:
-        """The diagnosis: the first time all of it, then its first line."""
+    def told(self) -> tuple[str, Callable[[], HeatmapFigure] | None]:
+        """The diagnosis and what draws it, the first time; then its first line alone."""
         if self._spec.is_block:
-            return ""
-        if self._lines is not None:
-            return self._lines[0]
+            return "", None
+        if self._first_line is not None:
+            return self._first_line, None
         from pytest_attnheat.contract.diagnosis import diagnose
 
-        self._lines = str(diagnose(self._spec)).splitlines()
-        return "\n".join(self._lines)
+        diagnosis = diagnose(self._spec)
+        text = str(diagnosis)
+        self._first_line = text.splitlines()[0]
+        return text, None if diagnosis.expected_weights is None else diagnosis.draw
 
 
 class Examination(pytest.Collector):

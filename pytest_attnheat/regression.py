@@ -197,7 +197,7 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Leave the picture of a failed row assertion, and say where."""
+    """Leave the picture of an error that can draw itself, and say where."""
     report = yield
     error = None if call.excinfo is None else call.excinfo.value
     draw = getattr(error, "draw_heatmap", None)
@@ -205,13 +205,14 @@ def pytest_runtest_makereport(
         return report
     from pytest_attnheat import baselines
 
+    title = getattr(error, "heatmap_title", "heatmap of the broken rows")
     path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
     try:
         baselines.save(draw(), path)
     except (OSError, ValueError) as reason:  # the message must not be lost with its picture
-        report.sections.append(("heatmap of the broken rows", f"not drawn: {reason}"))
+        report.sections.append((title, f"not drawn: {reason}"))
         return report
-    report.sections.append(("heatmap of the broken rows", str(path)))
+    report.sections.append((title, str(path)))
     add_to_html(item.config, report, [("rows", str(path))])
     return report
 

@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.convexity import assert_convex
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
 from pytest_attnheat.assertions.behaviour.invariance import (
     assert_batch_independent,
-    assert_key_permutation_invariant,
 )
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
@@ -28,7 +26,6 @@ from pytest_attnheat.contract.exam import (
     Exam,
     Inputs,
     NotAskedError,
-    padded,
     scattered,
     with_a_lost_row,
 )
@@ -155,12 +152,6 @@ def gradients_masked(exam: Exam) -> None:
     _matches(exam, exam.inputs(mask=with_a_lost_row), gradients=True)
 
 
-def mean_of_values(exam: Exam) -> None:
-    """Of the values it may see, under padding if it takes a mask."""
-    inputs = exam.inputs(key_len=9, mask=None if exam.spec.mask is None else padded)
-    assert_convex(exam.function(inputs), *inputs.tensors, **exam.seen(inputs))
-
-
 def no_leakage(exam: Exam) -> None:
     """Future keys, other queries, heads and batch entries."""
     inputs = exam.inputs(causal=exam.spec.causal is not None)
@@ -185,13 +176,6 @@ def batch(exam: Exam) -> None:
     """Up to four samples alone, and all in another order."""
     inputs = exam.inputs(key_len=9)
     assert_batch_independent(exam.maskable(), *inputs.tensors)
-
-
-def key_order(exam: Exam) -> None:
-    """Keys and values in another order."""
-    if exam.spec.window is not None:
-        raise NotAskedError("within a window the order of keys matters")
-    assert_key_permutation_invariant(exam.maskable(), *exam.inputs(key_len=9).tensors)
 
 
 def decoding(exam: Exam) -> None:
@@ -275,8 +259,6 @@ CHECKS: tuple[Check, ...] = (
     Check("gradients", "its gradients are those of attention", gradients),
     Check("gradients_masked", "gradients are right under a mask, and finite where it hides all",
           gradients_masked, issue="pytorch/pytorch#103963"),
-    Check("mean_of_values", "every output is a mean of the values it may see", mean_of_values,
-          quick=True, issue="PetrochukM/PyTorch-NLP#2"),
     Check("no_leakage", "no output depends on what it must not see, and each on what it must",
           no_leakage, issue="ml-explore/mlx#2835"),
     Check("no_leakage_through_mask", "no output depends on a key that the mask hides",
@@ -285,7 +267,6 @@ CHECKS: tuple[Check, ...] = (
           issue="TransformerLensOrg/TransformerLens#1005"),
     Check("batch", "a sample gives the same output alone and in a batch", batch,
           issue="PetrochukM/PyTorch-NLP#2"),
-    Check("key_order", "the order of keys changes nothing", key_order),
     Check("decoding", "decoded in chunks it gives what it gives at once", decoding),
     Check("layout", "strides of the inputs change nothing", layout,
           issue="pytorch/pytorch#181133"),

@@ -190,7 +190,6 @@ _DECLARED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
     "masked": (("mask", ("keep", "drop")),),
     "no_leakage_through_mask": (("mask", ("keep", "drop")),),
     "padding": (("mask", ("keep", "drop")),),
-    "mean_of_values": (("mask", ("keep", "drop")),),
     "causal_rectangular": (("causal", ("top_left", "bottom_right")),),
     "fully_masked": (
         ("fully_masked", ("zero", "uniform", "nan")),

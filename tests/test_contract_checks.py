@@ -1,0 +1,150 @@
+"""Each check is needed: some defect is found by it and few others."""
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+from wrong_attention import attention_with
+
+from pytest_attnheat import AttentionSpec, check_attention
+from pytest_attnheat.contract.checks import CHECKS
+
+# A defect is found by few others if no more than this many checks find it.
+FEW = 4
+
+
+class Hidden(torch.autograd.Function):
+    """Passes a value through, and its gradient times a number."""
+
+    @staticmethod
+    def forward(ctx, tensor, factor):
+        ctx.factor = factor
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.factor, None
+
+
+def whole(query, key, value, attn_mask=None, is_causal=False):
+    """Attention that takes a mask and is_causal at once."""
+    mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    if is_causal:
+        mask = mask.tril()
+    if attn_mask is not None:
+        mask = mask & attn_mask
+    return sdpa(query, key, value, mask)
+
+
+def wider_dtype(query, key, value):
+    return sdpa(query, key, value).double()
+
+
+def tail_dropped(query, key, value):
+    full = key.shape[-2] // 32 * 32 or key.shape[-2]
+    return sdpa(query, key[..., :full, :], value[..., :full, :])
+
+
+def wrong_gradient(query, key, value):
+    return sdpa(Hidden.apply(query, 1.1), key, value)
+
+
+def nan_gradient(query, key, value, attn_mask=None):
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    if attn_mask is not None:
+        scores = scores + torch.zeros_like(scores).masked_fill(~attn_mask, -torch.inf)
+    return scores.softmax(-1).nan_to_num(0.0) @ value
+
+
+def gradient_through_the_future(query, key, value, attn_mask=None, is_causal=False):
+    leak = value.mean(-2, keepdim=True)
+    factor = 1.0 if is_causal else 0.0
+    return whole(query, key, value, attn_mask, is_causal) + factor * (leak - leak.detach())
+
+
+def gradient_through_the_mask(query, key, value, attn_mask=None):
+    leak = value.mean(-2, keepdim=True)
+    factor = 0.0 if attn_mask is None else 1.0
+    return sdpa(query, key, value, attn_mask) + factor * (leak - leak.detach())
+
+
+def mask_of_square_maps(query, key, value, attn_mask=None):
+    """Ignores a mask whose last key is hidden from all, as if that were a wrong shape."""
+    if attn_mask is not None and not attn_mask[..., -1].any():
+        attn_mask = None
+    return sdpa(query, key, value, attn_mask)
+
+
+def squeezed_batch(query, key, value):
+    output = sdpa(query, key, value)
+    return output.flip(1) if query.shape[0] == 1 else output
+
+
+def one_query_is_different(query, key, value, attn_mask=None, is_causal=False):
+    output = whole(query, key, value, attn_mask, is_causal)
+    return output * 1.5 if query.shape[-2] == 1 else output
+
+
+def strides_ignored(query, key, value):
+    key = key if key.is_contiguous() else key.mT.reshape(key.shape)
+    return sdpa(query, key, value)
+
+
+def random_at_times(query, key, value):
+    output = sdpa(query, key, value)
+    return output + torch.empty(()).uniform_() * torch.finfo(output.dtype).eps * output
+
+
+def not_rescaled(query, key, value, dropout_p=0.0):
+    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    return (weights * (torch.rand(weights.shape) >= dropout_p)) @ value
+
+
+def of_another_head(query, key, value):
+    weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+    return weights @ value, weights.roll(1, 1)
+
+
+NEEDED = {
+    "shape_and_dtype": wider_dtype,
+    "causal_rectangular": attention_with("causal_other_corner"),
+    "masked_and_causal": attention_with("mask_ignored_when_causal"),
+    "scale_argument": attention_with("scale_argument_ignored"),
+    "fully_masked": attention_with("fully_masked_uniform"),
+    "grouped": AttentionSpec(attention_with("groups_tiled"), grouped=True, dtypes=("float32",)),
+    "large_scores": attention_with("no_maximum_subtracted"),
+    "block_lengths": tail_dropped,
+    "gradients": wrong_gradient,
+    "gradients_masked": nan_gradient,
+    "no_leakage": gradient_through_the_future,
+    "no_leakage_through_mask": gradient_through_the_mask,
+    "padding": mask_of_square_maps,
+    "batch": squeezed_batch,
+    "decoding": one_query_is_different,
+    "layout": strides_ignored,
+    "repeats": random_at_times,
+    "dropout": not_rescaled,
+    "returned_weights": AttentionSpec(of_another_head, returns="weights", dtypes=("float32",)),
+}
+# The three that nearly every defect fails: they tell at once without a mask, with one, and causal.
+COMMON = ["plain", "masked", "causal"]
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_some_defect_is_found_by_a_check_and_few_others(name):
+    subject = NEEDED[name]
+    if not isinstance(subject, AttentionSpec):
+        subject = AttentionSpec(subject, dtypes=("float32",))
+    torch.manual_seed(0)
+    found = {result.name for result in check_attention(subject).failed}
+    assert name in found
+    assert len(found) <= FEW, found
+
+
+def test_every_check_is_needed():
+    assert {check.name for check in CHECKS} == {*NEEDED, *COMMON}
+
+
+def test_every_check_has_a_sentence_and_a_docstring():
+    for check in CHECKS:
+        assert check.sentence
+        assert check.run.__doc__
