@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check as Check
     from pytest_attnheat.contract.diagnosis import Diagnosis as Diagnosis
     from pytest_attnheat.contract.diagnosis import diagnose as diagnose
+    from pytest_attnheat.contract.ready import transformers_attention as transformers_attention
     from pytest_attnheat.contract.report import Report as Report
     from pytest_attnheat.contract.report import check_attention as check_attention
     from pytest_attnheat.contract.spec import AttentionSpec as AttentionSpec
@@ -126,6 +127,7 @@ _ROOM_OF = {
     "register_scoring_function": "scoring",
     "show_heatmaps": "heatmaps.figure",
     "sliding_window_mask": "reference",
+    "transformers_attention": "contract.ready",
 }
 
 __all__ = ["__version__", *_ROOM_OF]

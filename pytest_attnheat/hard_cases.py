@@ -170,6 +170,9 @@ def _dominant_key(draft: _Draft) -> None:
 
 def _huge_negative(draft: _Draft) -> None:
     draft.query[..., 0], draft.key[..., 3, 0] = 8.0, -1000.0  # key 3 scores about -2000
+    # So do all keys of query 5: elsewhere it changes nothing if low scores count as masked.
+    draft.query[..., 1], draft.key[..., 1] = 0.0, 10.0
+    draft.query[..., 5, 0], draft.query[..., 5, 1] = 0.0, -800.0
 
 
 def _identical_keys(draft: _Draft) -> None:
@@ -264,7 +267,7 @@ _RECIPES: dict[str, _Recipe] = {
         "exp overflows where the row maximum is not subtracted first.", change=_large
     ),
     "tiny_magnitudes": _Recipe(
-        "An epsilon in a denominator, or a number flushed to zero, is as large as the result.",
+        "Gradients below the normal range of float16: where those are flushed to zero, it shows.",
         change=_tiny,
     ),
     "one_dominant_key": _Recipe(
@@ -276,7 +279,8 @@ _RECIPES: dict[str, _Recipe] = {
         change=_identical_keys,
     ),
     "identical_values": _Recipe(
-        "The output is that value, whatever the scores: rows that do not sum to 1 show.",
+        "The output is that value, whatever the scores: rows that do not sum to 1 show, in "
+        "bfloat16 if they are off by 3 % or more.",
         change=_identical_values,
     ),
     "repeated_keys": _Recipe(
@@ -284,7 +288,8 @@ _RECIPES: dict[str, _Recipe] = {
         change=_repeated_keys,
     ),
     "one_huge_negative": _Recipe(
-        "A score of about -2000 is still a score: it must not overflow, nor count as masked.",
+        "A score of about -2000 is still a score: it must not overflow, nor count as masked "
+        "where a query has no other (which shows in float32 and float64).",
         change=_huge_negative,
     ),
     "values_with_outlier": _Recipe(

@@ -4,6 +4,7 @@ import math
 import random
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, SequenceModel
 
 CACHED = [(name, implementation) for name, implementation in TRANSFORMERS if name != "bert"]
 
@@ -43,6 +44,28 @@ def bottom_right(query, key, value, is_causal=False):
     """As FlashAttention: its own is_causal is aligned to the bottom right."""
     mask = causal(query.shape[-2], key.shape[-2]) if is_causal else None
     return plain(query, key, value, attn_mask=mask)
+
+
+def of_entry_0(tensor):
+    return tensor[:1].expand_as(tensor)
+
+
+def spoilt(tensor, *places):
+    changed = tensor.clone()
+    changed[places] = 0
+    return changed
+
+
+CHANGES = {
+    "entry 0": lambda key, value: (of_entry_0(key), of_entry_0(value)),
+    "entry 1": lambda key, value: (spoilt(key, 1), value),
+    "exchanged": lambda key, value: (value, key),
+    "float16": lambda key, value: (key.half().float(), value.half().float()),
+    "bfloat16": lambda key, value: (key.bfloat16().float(), value.bfloat16().float()),
+    "full": lambda key, value: (
+        (key, value) if key.shape[1] < 5 else (spoilt(key, ..., 1, 0), value)
+    ),
+}
 
 
 class Decoder(nn.Module):
@@ -62,6 +85,7 @@ class Decoder(nn.Module):
     def decode(self, ids, cache, position_ids=None):
         past, cache = (0, None) if cache is None else cache
         start = 0 if self.mistake == "positions" else past
+        start -= self.mistake == "behind" and past > 0
         if position_ids is None:
             position_ids = torch.arange(start, start + ids.shape[1])
         hidden = (self.embedding(ids) + self.positions(position_ids)) / 2
@@ -74,12 +98,16 @@ class Decoder(nn.Module):
                     for old, new in zip(cache[number], (key, value), strict=True)
                 )
             mask = causal(ids.shape[1], key.shape[-2])
+            if self.mistake == "first key" and ids.shape[1] == 1:
+                mask = torch.ones_like(mask).tril()
             if self.mistake == "ahead":
                 mask = torch.ones_like(mask)
             if self.mistake == "top left" and ids.shape[1] > 1:
                 mask = torch.ones_like(mask).tril()
             hidden = hidden + plain(query, key, value, attn_mask=mask)
             kept.append((key, value))
+        if self.mistake in CHANGES:
+            kept = [CHANGES[self.mistake](key, value) for key, value in kept]
         if self.mistake == "first" and past == 0 and ids.shape[1] > 1:
             kept = [(key[:, 1:], value[:, 1:]) for key, value in kept]
         if self.mistake == "twice" and ids.shape[1] > 1:
@@ -286,6 +314,117 @@ def test_a_cache_that_is_not_there_is_noticed_and_looking_ahead_told():
     )
 
 
+@pytest.mark.parametrize(
+    "settings", [{"return_dict": False}, {"return_dict": True, "use_cache": False}], ids=str
+)
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_the_cache_is_used_whatever_a_caller_says_of_it_or_of_the_result(name, settings):
+    model, calls = of_transformers(name, "sdpa"), []
+    hook = model.register_forward_pre_hook(lambda module, given: calls.append(given[0].shape[1]))
+    assert_decode_matches_prefill(model, tokens(2, 6), chunks=[4, 2], **settings)
+    hook.remove()
+    assert calls[-2:] == [4, 2]
+    with pytest.raises(AssertionError, match="without a cache"):
+        assert_decode_matches_prefill(of_transformers("bert", "sdpa"), tokens(2, 6), **settings)
+
+
+def test_the_cache_is_found_in_a_tuple_and_may_be_missing():
+    cache = SimpleNamespace(get_seq_length=lambda: 1)
+    inputs = tokens(1, 2)
+    for returned, found in (
+        ((inputs, cache, inputs), cache),
+        ((inputs, (inputs, inputs)), None),
+        (SimpleNamespace(logits=inputs, past_key_values=cache), cache),
+        (SimpleNamespace(logits=inputs), None),
+    ):
+        decode = CachedDecoding(lambda *_, returned=returned, **__: returned)
+        assert decode(inputs, None) == (returned, found)
+
+
+class Taking(nn.Module):
+    """A model with a cache, which nobody asked for."""
+
+    def forward(self, inputs, cache=None):
+        return inputs.cumsum(1) + (0 if cache is None else cache)
+
+
+@pytest.mark.parametrize(
+    "name", ["cache", "kv_cache", "past", "past_key_values", "layer_past", "past_kv", "use_cache"]
+)
+def test_a_cache_that_nobody_says_how_to_use_is_refused(name):
+    scope = {}
+    exec(f"def forward(self, inputs, {name}=None): return inputs.cumsum(1)", scope)
+    model = type("Decoder", (nn.Module,), {"forward": scope["forward"]})()
+    told = (
+        f"Decoder.forward takes '{name}', but nothing says how to decode with it: "
+        "SequenceModel(model, decode=...), where decode(chunk, cache) returns (output, cache); or "
+        "wrap the model in a lambda to compare prefixes alone"
+    )
+    for subject in (model, SequenceModel(model)):
+        with pytest.raises(ValueError, match="^" + re.escape(told) + "$"):
+            assert_decode_matches_prefill(subject, randn(2, 5, 4))
+    with pytest.raises(ValueError, match=f"forward takes '{name}'"):
+        assert_decode_matches_prefill(model.forward, randn(2, 5, 4))
+    assert_decode_matches_prefill(lambda inputs: model(inputs), randn(2, 5, 4))
+
+
+@pytest.mark.parametrize(
+    ("decode", "got"),
+    [
+        (lambda inputs, cache: inputs, r"got a tensor \(2, 5, 4\)"),
+        (lambda inputs, cache: (inputs,), "got a tuple of 1"),
+        (lambda inputs, cache: {"a": inputs, "b": cache}, "got dict"),
+        (lambda inputs: (inputs, None), "that cannot be called as decode.chunk, cache.: too many"),
+    ],
+    ids=["output", "one", "mapping", "one argument"],
+)
+def test_a_decode_that_returns_no_output_and_cache_is_refused(decode, got):
+    with pytest.raises(TypeError, match=r"decode must return \(output, cache\); .*" + got):
+        assert_decode_matches_prefill(
+            SequenceModel(Taking(), decode=decode), randn(2, 10, 4), chunks=[5, 5]
+        )
+
+
+def test_a_cached_model_that_fails_on_a_prefix_is_reported_all_the_same():
+    class Fixed(Decoder):
+        def forward(self, ids):
+            if ids.shape[1] != 9:
+                raise RuntimeError("wants 9 tokens")
+            return super().forward(ids)
+
+    model = Fixed("top left")
+    told = message(SequenceModel(model, decode=model.decode), tokens(2, 9), chunks=[4, 3, 2])
+    assert "is the causal mask aligned to the top left?" in cause(told)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_what_writes_to_its_inputs_passes_and_leaves_those_of_the_caller(own):
+    def attention(query, key, value, attn_mask=None, is_causal=False):
+        output = plain(query, key, value, attn_mask=attn_mask, is_causal=is_causal)
+        for tensor in (query, key, value) if attn_mask is None else (query, key, value, attn_mask):
+            tensor.zero_()
+        return output
+
+    inputs = (*qkv(), causal(6)) if own else qkv()
+    copies = [t.clone() for t in inputs]
+    assert_decode_matches_prefill(
+        attention, *inputs[:3], **({"attn_mask": inputs[3]} if own else {})
+    )
+    assert all(torch.equal(*pair) for pair in zip(inputs, copies, strict=True))
+
+
+def test_a_model_that_writes_to_a_chunk_passes():
+    class Writing(Decoder):
+        def decode(self, ids, cache, position_ids=None):
+            given = ids.clone()
+            ids.zero_()
+            return super().decode(given, cache, position_ids)
+
+    inputs = tokens(2, 9)
+    assert_decode_matches_prefill(Writing().subject(), inputs)
+    assert torch.equal(inputs, tokens(2, 9))
+
+
 @pytest.mark.parametrize("length", [2, 7])
 def test_models_without_a_cache_are_given_prefixes(length):
     inputs, later = randn(2, length, WIDTH), ~causal(length)
@@ -330,6 +469,14 @@ def test_a_cached_model_whose_length_comes_first_passes():
         ("ahead", [8, 1], "without a cache, too, the output changes when later tokens are cut off"),
         ("top left", None, "single tokens are right, longer chunks are not: within a chunk the"),
         ("top left", [4, 5], "the first chunk is right: look at what is cached"),
+        ("behind", None, "with positions that are one too small after the first chunk"),
+        ("entry 0", None, "that with the cache of batch entry 0 in all entries"),
+        ("entry 1", None, "batch entry 1 alone is off: look at how the cache is indexed"),
+        ("first key", None, "does not change with tokens 1 to 7: is the causal mask aligned"),
+        ("exchanged", [8, 1], "it is right once keys and values in the cache change places"),
+        ("float16", None, "no more than bfloat16 rounds: is the cache kept in a narrower dtype?"),
+        ("bfloat16", None, "no more than bfloat16 rounds: is the cache kept in a narrower dtype?"),
+        ("full", None, "right up to token 4, wrong from token 5 on: is the cache full then"),
     ],
 )
 def test_a_mistake_in_the_cache_is_told(mistake, chunks, words):
@@ -341,12 +488,12 @@ def test_a_mistake_in_the_cache_is_told(mistake, chunks, words):
 def test_the_message_names_the_chunking_the_first_token_and_how_to_repeat():
     lines = message(Decoder("top left").subject(), tokens(2, 9), seed=3).splitlines()
     assert lines[0] == (
-        "assert_decode_matches_prefill: 6 of 18 outputs decoded in chunks of 4, 1, 3, 1, with the "
+        "assert_decode_matches_prefill: 8 of 18 outputs decoded in chunks of 4, 1, 2, 2, with the "
         "cache, differ from the prefill"
     )
     assert lines[-2] == "  tensor   float32 (2, 9, 16) on cpu"
-    assert lines[-1] == "  repeat   chunks=[4, 1, 3, 1], seed=3"
-    place = r"output\[{}\], token {} of tokens 5 to 7 decoded together, is off by up to"
+    assert lines[-1] == "  repeat   chunks=[4, 1, 2, 2], seed=3"
+    place = r"output\[{}\], token {} of tokens [57] to [68] decoded together, is off by up to"
     assert re.search("  worst    " + place.format(r"\d, \d", r"\d"), lines[1])
     inputs = tokens(2, 9)
     inputs[0, :8] = inputs[0, 0]
@@ -368,7 +515,7 @@ def test_of_a_long_sequence_the_last_tokens_are_decoded_one_by_one():
     assert_decode_matches_prefill(model, randn(1, 200, 4, dtype=torch.float64))
     by_token = model.lengths[2:67]
     assert by_token == [136, *range(137, 201)]
-    assert model.lengths[67:] == [100, 101, 104, 109, 116, 125, 136, 149, 164, 181, 200]
+    assert model.lengths[67:] == [100, 101, 103, 106, 111, 119, 132, 153, 187, 200]
     calls = []
 
     def attention(query, key, value, **arguments):

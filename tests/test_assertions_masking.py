@@ -175,6 +175,23 @@ def test_infinity_is_worse_than_any_number_and_nan_is_worst(name):
 
 
 @each()
+def test_a_failure_is_told_whatever_the_default_device(name):
+    check, mask = CHECKS[name]
+    everywhere = torch.full((2, 4, 6, 6), 1 / 6)
+    right, before = softmax(mask, 2, 4, 6, 6), torch.get_default_device()
+    weights = right.clone()
+    weights[1, 2, 3, 5] = 0.5
+    expected = message(check, weights), message(check, everywhere)
+    try:
+        torch.set_default_device("meta")
+        check(right)
+        found = message(check, weights), message(check, everywhere)
+    finally:
+        torch.set_default_device(before)
+    assert found == expected
+
+
+@each()
 def test_the_function_itself_is_left_out_of_the_traceback(name):
     check, _ = CHECKS[name]
     with pytest.raises(AssertionError) as error:
@@ -335,6 +352,12 @@ LEAKS = {
         "every masked weight is 1e-06: clamped or smoothed after the mask?",
     ),
     "uniform": (torch.full((2, 4, 6, 6), 1 / 6), TRIL, "no mask was applied?"),
+    "all NaN": (torch.full((2, 4, 6, 6), math.nan), TRIL, "this row is NaN at every key"),
+    "NaN where masked": (
+        softmax(TRIL, 2, 4, 6, 6).masked_fill(~TRIL, math.nan),
+        TRIL,
+        "all that masked keys hold is NaN",
+    ),
     "random": (softmax(TRIL, 2, 4, 6, 6) + (scores(2, 4, 6, 6) > 1) * 0.1, TRIL, None),
 }
 
@@ -353,6 +376,14 @@ def test_one_nan_row_is_told_from_a_leak():
     assert cause(assert_masked, weights, TRIL) == (
         "this row is NaN at every key: NaN in its scores, or no key left by the mask in use?"
     )
+
+
+@pytest.mark.skipif(not hasattr(torch, "float8_e8m0fnu"), reason="this torch has no such float8")
+@each()
+def test_a_dtype_without_a_zero_is_refused(name):
+    check, mask = CHECKS[name]
+    with pytest.raises(ValueError, match="weights: got dtype float8_e8m0fnu, which has no zero"):
+        check(softmax(mask, 2, 4, 6, 6).to(torch.float8_e8m0fnu))
 
 
 # --- fully masked rows
@@ -466,7 +497,12 @@ def test_a_window_can_be_a_pair_without_a_future():
         assert_causal(weights, window=(2, 1))
     with pytest.raises(ValueError, match=r"window: got -1; accepted is None, a whole number"):
         assert_causal(weights, window=-1)
-    for wrong in ("2", 2.0, True, (1, 2, 3)):
+    for number in (np.int64(2), torch.tensor(2)):
+        assert_causal(weights, window=number)
+        assert_causal(weights, window=(number, 0))
+        with pytest.raises(AssertionError):
+            assert_causal(weights, window=number - 1)
+    for wrong in ("2", 2.0, True, np.True_, torch.tensor(True), (1, 2, 3), (True, 0)):
         with pytest.raises(TypeError, match=r"window: got .*; accepted is None, a whole number"):
             assert_causal(weights, window=wrong)
 
@@ -654,6 +690,13 @@ def dropped_out():
     return softmax(TRIL, 2, 4, 6, 6) * keep
 
 
+def after_dropout(p):
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.rand(2, 4, 24, 24, generator=generator) > p
+    causal = permits(24, 24, lambda q, k: k <= q)
+    return softmax(causal, 2, 4, 24, 24) * keep / (1 - p), causal
+
+
 def head_left_out():
     weights = softmax(TRIL, 2, 4, 6, 6)
     weights[:, 3] = 0
@@ -682,13 +725,27 @@ HIDDEN = {
         BELOW,
         "the last permitted key of every row gets no weight: off by one?",
     ),
-    "dropout": (dropped_out(), TRIL, None),
+    "dropped without a scale": (dropped_out(), TRIL, None),
+    "dropout": (*after_dropout(0.1), "weights after dropout (p about 0.1"),
+    "much dropout": (*after_dropout(0.5), "weights after dropout (p about 0."),
     "one place": (
         torch.ones(24, 24).index_put((torch.tensor([7]),) * 2, torch.zeros(1)),
         ALL,
         None,
     ),
 }
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_missing_weight_is_told_whatever_the_default_device(name):
+    weights, mask, phrase = HIDDEN[name]
+    before = torch.get_default_device()
+    try:
+        torch.set_default_device("meta")
+        found = cause(assert_support, weights, mask)
+    finally:
+        torch.set_default_device(before)
+    assert (found is None) if phrase is None else (phrase in found)
 
 
 @pytest.mark.parametrize("name", HIDDEN)
@@ -724,6 +781,24 @@ def test_weights_of_any_shape_with_padding_pass(shape, side, kind):
         assert_padding_masked(weights, kind(lengths), side=side)
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        np.array([3, 5])[::-1],
+        np.array([5, 3], ">i8"),
+        np.array([5, 3], object),
+        np.array([5, 3], np.uint16),
+        [np.int64(5), torch.tensor(3)],
+    ],
+    ids=["reversed", "big endian", "objects", "unsigned", "scalars"],
+)
+def test_lengths_of_any_whole_numbers_are_read(lengths):
+    weights = softmax(real_keys([5, 3], 6), 2, 4, 6, 6)
+    assert_padding_masked(weights, lengths)
+    weights[1, 0, 0, 3] = 0.5
+    assert "(its length is 3; allowed 0)" in message(assert_padding_masked, weights, lengths)
+
+
 def test_the_message_names_the_batch_entry_and_its_length():
     weights = torch.zeros(2, 1, 2, 4)
     weights[..., 0] = 1
@@ -756,7 +831,34 @@ def padded(lengths, side="right"):
     return softmax(real_keys(lengths, 8, side), 3, 2, 8, 8)
 
 
+def causal_padded():
+    return softmax(permits(8, 8, lambda q, k: k <= q), 3, 2, 8, 8)
+
+
+def queries_padded(fill):
+    real = real_keys([5, 8, 3], 8).mT
+    return torch.where(real, scores(3, 2, 8, 8).softmax(-1), fill)
+
+
+def some_nan():
+    weights = padded([5, 8, 3])
+    weights[:, :, 2, 3:] = math.nan
+    return weights
+
+
 LEAKY = {
+    "causal alone": (
+        causal_padded(),
+        "causal attention without a padding mask: only queries that are padding themselves reach "
+        "it; pass the weights of the real queries, or mask the padding",
+    ),
+    "padded queries empty": (
+        queries_padded(0.0),
+        "the padded queries hold no weight, the padded keys do: the mask is applied to queries,",
+    ),
+    "padded queries NaN": (queries_padded(math.nan), "the mask is applied to queries, not keys"),
+    "all NaN": (torch.full((3, 2, 8, 8), math.nan), "this row is NaN at every key: NaN in its"),
+    "some NaN": (some_nan(), "all that masked keys hold is NaN"),
     "ignored": (scores(3, 2, 8, 8).softmax(-1), "no padding mask was applied?"),
     "other side": (padded([5, 8, 3], "left"), 'exactly where side="left" permits it'),
     "other order": (padded([8, 3, 5]), "where the lengths [8, 3, 5] permit it: lengths in another"),
@@ -786,7 +888,7 @@ def test_the_cause_of_weight_on_padding_is_named(name):
         ([[1, 2]], ValueError, r"lengths: got shape \(1, 2\)"),
         ([7, 1], ValueError, r"lengths: got \[7, 1\]; accepted is one whole number from 0 to 6"),
         ([-1, 1], ValueError, r"lengths: got \[-1, 1\]"),
-        ([1.0, 2.0], TypeError, "lengths: got dtype float32"),
+        ([1.0, 2.0], TypeError, "lengths: got dtype float64"),
         ([True, False], TypeError, "lengths: got dtype bool"),
         ("ab", TypeError, "lengths: got 'ab'; accepted is one whole number"),
         (None, TypeError, "lengths: got None"),
@@ -888,6 +990,10 @@ def test_llama_is_causal_with_grouped_heads_a_cache_and_left_padding(dtype):
         assert_masked(weights, mask, fully_masked="uniform")
         found = cause(assert_padding_masked, weights, [7, 4], side="left")
         assert found.startswith("only queries that are padding themselves attend to it")
+        assert cause(assert_causal, weights) == (
+            "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
+            'assert_masked with fully_masked="uniform"'
+        )
 
 
 @pytest.mark.cuda

@@ -235,6 +235,129 @@ def test_a_float_mask_is_added_and_its_gradient_judged(shape, dtype):
     assert bias.grad is None
 
 
+FILLS = {
+    "float64": (-1e4, -1e9, torch.finfo(torch.float64).min),
+    "float32": (-1e4, -1e9, torch.finfo(torch.float32).min),
+    "float16": (-1e4, torch.finfo(torch.float16).min),
+    "bfloat16": (-1e4, -1e9, torch.finfo(torch.bfloat16).min),
+}
+
+
+def finite_masks(dtype):
+    """A causal mask of finite numbers, and one with a row that may attend to nothing."""
+    for fill in FILLS[dtype]:
+        seen = torch.ones(6, 8, dtype=torch.bool).tril()
+        for lost in (False, True):
+            seen[3] &= not lost
+            yield torch.zeros(6, 8, dtype=getattr(torch, dtype)).masked_fill(~seen, fill)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_of_finite_numbers_excuses_nothing(dtype):
+    tensors = inputs(1, 2, dtype=getattr(torch, dtype))
+    for mask in finite_masks(dtype):
+        message(lambda q, k, v, attn_mask: 0 * sdpa(q, k, v), *tensors, attn_mask=mask)
+        for check in (assert_matches_reference, assert_gradients_match):
+            text = message(
+                lambda q, k, v, attn_mask: 1.2 * sdpa(q, k, v, attn_mask=attn_mask),
+                *tensors,
+                attn_mask=mask,
+                check=check,
+            )
+            assert "query" in text
+            assert "value" in text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_mask_of_finite_numbers_raises_no_alarm(dtype):
+    def added(query, key, value, attn_mask):
+        return (query @ key.mT * query.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ value
+
+    tensors = inputs(1, 2, dtype=getattr(torch, dtype))
+    for mask in finite_masks(dtype):
+        for function in (sdpa, added):
+            assert_matches_reference(function, *tensors, attn_mask=mask)
+            assert_matches_reference(function, *tensors, attn_mask=mask.clone().requires_grad_())
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32", "bfloat16"])
+def test_a_row_of_finite_numbers_that_forbid_is_still_a_mean_of_values(dtype):
+    def huge(query, key, value, attn_mask):
+        return sdpa(query, key, value, attn_mask=attn_mask) + 1e6 * (attn_mask < -1).all(-1, True)
+
+    mask = torch.zeros(6, 8, dtype=getattr(torch, dtype))
+    mask[3] = torch.finfo(mask.dtype).min
+    text = message(huge, *inputs(1, 2, dtype=mask.dtype), attn_mask=mask)
+    assert "32 of 192 places of the output" in text
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_rounding_reaches_a_key_that_a_finite_number_forbids(dtype):
+    query, key, value = inputs(1, 2, dtype=getattr(torch, dtype))
+    for fill in FILLS[dtype]:
+        bias = torch.zeros(6, 8, dtype=query.dtype).index_fill(-1, torch.tensor([2]), fill)
+        problem = oracle.Problem(query, key, value, None, bias, False, 0.25, False, query)
+        # Some smallest subnormals, by which a weight of 0 may be off, times |dO . v|.
+        allowed = oracle.reference(problem).scale["attn_mask"][:, 2]
+        assert float(allowed.max()) <= 100 * problem.tiny
+
+
+def test_scores_of_masked_keys_do_not_explain_an_overflow():
+    mask = torch.zeros(6, 8).index_fill(-1, torch.tensor([2]), -1e9)
+    text = message(
+        lambda q, k, v, attn_mask: sdpa(q, k, v).index_fill(-2, torch.tensor([3]), math.nan),
+        *inputs(1, 2),
+        attn_mask=mask,
+    )
+    assert "places are NaN or infinite" in text
+    assert "the row maximum was not subtracted" not in text
+
+
+@pytest.mark.parametrize("reference", [None, "own"])
+@pytest.mark.parametrize(
+    ("shape", "place"), [((8,), r"attn_mask.grad\[\d\] is"), ((), "attn_mask.grad is")], ids=str
+)
+@pytest.mark.parametrize("lead", [(), (1, 2)], ids=str)
+def test_the_gradient_of_a_mask_may_have_fewer_than_two_dimensions(lead, shape, place, reference):
+    def added(query, key, value, attn_mask):
+        return (query @ key.mT * query.shape[-1] ** -0.5 + attn_mask).softmax(-1) @ value
+
+    def wrong(query, key, value, attn_mask):
+        return added(query, key, value, attn_mask) + (attn_mask - attn_mask.detach()).sum()
+
+    mask = torch.randn(shape, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    options = {"attn_mask": mask, "reference": reference and added}
+    assert_matches_reference(added, *inputs(*lead), **options)
+    text = message(wrong, *inputs(*lead), **options)
+    assert re.search(place, text)
+    if shape:
+        message(
+            lambda q, k, v, attn_mask: added(q, k, v, attn_mask.detach()),
+            *inputs(*lead),
+            **options,
+        )
+
+
+def merged(query, key, value, attn_mask=None, is_causal=False):
+    """As in flash-decoding: two halves of the keys, merged by their logsumexp."""
+    half, scale = key.shape[-2] // 2, query.shape[-1] ** -0.5
+    outputs, logarithms = [], []
+    for part in (slice(0, half), slice(half, None)):
+        scores = query @ key[..., part, :].mT * scale
+        logarithms.append(scores.logsumexp(-1, keepdim=True))
+        outputs.append((scores - logarithms[-1]).exp() @ value[..., part, :])
+    weights = torch.cat(logarithms, -1)
+    weights = (weights - weights.logsumexp(-1, keepdim=True)).exp()
+    return weights[..., :1] * outputs[0] + weights[..., 1:] * outputs[1]
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float32"])
+def test_keys_in_two_parts_merged_by_their_logsumexp_raise_no_alarm(dtype):
+    for seed in range(4):
+        on_case(merged, "large_magnitudes", dtype=dtype, seed=seed)
+        on_case(merged, "gaussian", dtype=dtype, seed=seed)
+
+
 # --- the reference
 
 
@@ -571,6 +694,86 @@ def test_one_leak_into_the_future_in_a_long_row_is_seen(dtype):
     message_on(leaks, "length_129", dtype=dtype, is_causal=True)
 
 
+# --- what must not pass: the usual mistakes in scale and mask
+
+
+def scaled(scale):
+    def function(query, key, value):
+        return sdpa(query, key, value, scale=scale)
+
+    return function
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("name", "scale", "words"),
+    [
+        ("gaussian", 1.0, "without a scale"),
+        ("gaussian", 4.0, "whose scores are multiplied by sqrt(head_dim), not divided"),
+        ("gaussian", 1 / 16, "whose scores are divided by head_dim, not by its root"),
+        ("gaussian", 32**-0.5, "whose scale is taken from the width of all heads"),
+        ("value_dim_differs", 24**-0.5, "whose scale is taken from value_dim, not head_dim"),
+    ],
+)
+def test_a_usual_wrong_scale_is_named(name, scale, words, dtype):
+    text = message_on(scaled(scale), name, dtype=dtype)
+    assert f"cause    the output is that of attention {words}" in text
+
+
+def causal_by(offset):
+    def function(query, key, value, is_causal):
+        mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril(offset)
+        return sdpa(query, key, value, attn_mask=mask)
+
+    return function
+
+
+MISTAKEN = [
+    ("padding_left", lambda q, k, v, attn_mask: sdpa(q, k, v), "without a mask"),
+    ("causal", lambda q, k, v, is_causal: sdpa(q, k, v), "without a mask"),
+    (
+        "padding_right",
+        lambda q, k, v, attn_mask: sdpa(q, k, v, attn_mask=~attn_mask),
+        "whose mask means the opposite",
+    ),
+    ("causal", causal_by(1), "whose causal mask shows one key too many"),
+    ("causal", causal_by(-1), "whose causal mask shows one key too few"),
+    (
+        "causal_fewer_queries",
+        causal_by(7),
+        "whose causal mask is aligned to the bottom right, not the top left",
+    ),
+    (
+        "causal_more_queries",
+        causal_by(-7),
+        "whose causal mask is aligned to the bottom right, not the top left",
+    ),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "function", "words"), MISTAKEN)
+def test_a_usual_wrong_mask_is_named(name, function, words, dtype):
+    text = message_on(function, name, dtype=dtype)
+    assert f"cause    the output is that of attention {words}" in text
+
+
+@pytest.mark.parametrize("name", ["causal", "padding_left", "mask_per_head"])
+def test_a_softmax_in_lower_precision_is_no_mistake_in_scale_or_mask(name):
+    def function(query, key, value, attn_mask=None, is_causal=False):
+        seen = permitted(query, key, attn_mask, is_causal)
+        return finish(query @ key.mT / 4, seen, value, dtype=torch.bfloat16)
+
+    text = message_on(function, name)
+    assert "within the rounding of bfloat16, although the inputs are float32" in text
+    assert "that of attention" not in text.split("cause")[1]
+
+
+def test_beside_a_reference_of_the_callers_no_mistake_is_named():
+    text = message_on(scaled(1.0), "gaussian", reference=sdpa)
+    assert "that of attention without" not in text
+
+
 # --- an outlier excuses nothing
 
 
@@ -748,6 +951,34 @@ def test_the_reference_is_called_in_float64_and_in_the_dtype_of_the_inputs():
     assert seen == [(torch.float64, True), (torch.float32, True)]
 
 
+def softmax_of_infinity(query, key, value, attn_mask):
+    return LOST["nan"](query, key, value, attn_mask)
+
+
+@pytest.mark.parametrize("declared", ["nan", "undefined"])
+def test_a_function_whose_lost_rows_are_nan_is_like_itself(declared):
+    options = {"reference": softmax_of_infinity, "fully_masked": declared}
+    on_case(softmax_of_infinity, "fully_masked_rows", **options)
+    text = message_on(
+        lambda *args, **given: 1.1 * softmax_of_infinity(*args, **given),
+        "fully_masked_rows",
+        **options,
+    )
+    assert re.match(r"assert_matches_reference: 288 of \d+ places of the output", text)
+
+
+def test_a_reference_of_nan_is_refused_where_none_is_declared():
+    def sick(query, key, value, attn_mask):
+        output = softmax_of_infinity(query, key, value, attn_mask)
+        return output.index_fill(-2, torch.tensor([4]), math.nan)
+
+    for declared in ("nan", "undefined"):
+        with pytest.raises(ValueError, match=r"reference: its output is nan at \[0, 0, 4, 0\] in"):
+            on_case(sick, "fully_masked_rows", reference=sick, fully_masked=declared)
+    with pytest.raises(ValueError, match='if that is meant, fully_masked="nan"'):
+        on_case(sdpa, "fully_masked_rows", reference=softmax_of_infinity)
+
+
 # --- everything is left as it was found
 
 
@@ -823,7 +1054,7 @@ def test_the_subject_gets_the_callers_strides(name, tensors):
 
     def function(*given):
         seen.extend(t.stride() for t in given)
-        assert all(t.is_leaf and t.requires_grad for t in given)
+        assert all(t.requires_grad for t in given)
         return sdpa(*given)
 
     assert_matches_reference(function, *tensors)
@@ -839,6 +1070,18 @@ def test_a_subject_that_writes_into_its_inputs_changes_only_copies():
     tensors = inputs(1, 2)
     assert_matches_reference(function, *tensors, gradients=False)
     assert all(torch.equal(t, u) for t, u in zip(tensors, inputs(1, 2), strict=True))
+
+
+@pytest.mark.parametrize(("name", "tensors"), list(layouts()), ids=[name for name, _ in layouts()])
+def test_a_subject_may_write_into_its_inputs_and_still_have_gradients(name, tensors):
+    def function(query, key, value):
+        query *= query.shape[-1] ** -0.5
+        return (query @ key.mT).softmax(-1) @ value
+
+    before = [t.clone() for t in tensors]
+    assert_matches_reference(function, *tensors)
+    assert_matches_reference(function, *tensors, reference=function)
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
 
 
 def test_the_seed_draws_the_gradient_of_the_output():
@@ -909,8 +1152,13 @@ def test_a_wrong_backward_is_seen_though_the_output_is_right():
         ({"attn_mask": torch.ones(3, 1, 2, 6, 8) > 0}, ValueError, "does not broadcast"),
         ({"attn_mask": torch.full((6, 8), math.nan)}, ValueError, "attn_mask: holds NaN or inf"),
         ({"fully_masked": "one"}, ValueError, "fully_masked: got 'one'; accepted are 'zero'"),
-        ({"factor": 0}, ValueError, "factor: got 0; accepted is a number above 0"),
+        ({"factor": 0}, ValueError, "factor: got 0; accepted is a finite number above 0"),
         ({"factor": "2"}, TypeError, "factor: got str"),
+        ({"factor": None}, TypeError, "factor: got NoneType; accepted is a number above 0$"),
+        ({"factor": math.nan}, ValueError, "factor: got nan; accepted is a finite number above 0$"),
+        ({"reference": 3}, TypeError, "reference: got int; accepted is a function, or None"),
+        ({"is_causal": "yes"}, TypeError, "is_causal: got 'yes'; accepted are True and False"),
+        ({"enable_gqa": 1}, TypeError, "enable_gqa: got 1; accepted are True and False"),
         ({"scale": math.inf}, ValueError, "scale: got inf"),
         ({"dropout_p": 0.1}, ValueError, "dropout_p: got 0.1; dropout draws at random"),
         ({"seed": -1}, ValueError, "seed must be at least 0"),

@@ -24,7 +24,7 @@ from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import assert_deterministic
-from pytest_attnheat.assertions.behaviour.dropout import share_by_chance
+from pytest_attnheat.assertions.behaviour.dropout import share_by_chance, together_by_chance
 
 
 def weights_of(query, key, is_causal=False):
@@ -339,6 +339,93 @@ def test_what_dropout_does_wrong_is_measured_and_told(drop, claim, worst, cause)
     assert told[2] == cause
 
 
+def in_two_of_heads(weights, p):
+    keep = torch.rand_like(weights) >= p
+    keep[:, 2] = keep[:, 1]
+    return weights * keep / (1 - p)
+
+
+def in_pairs_of_keys(weights, p):
+    keep = torch.rand_like(weights[..., ::2]) >= p
+    return weights * keep.repeat_interleave(2, -1) / (1 - p)
+
+
+def in_tiles(lag):
+    def drop(weights, p):
+        keep = torch.rand_like(weights[..., :lag, :]) >= p
+        return weights * keep.repeat(1, 1, weights.shape[-2] // lag, 1) / (1 - p)
+
+    return drop
+
+
+def never_together(weights, p):
+    keep = torch.rand_like(weights) >= p
+    random_ = torch.rand_like(weights[..., ::2])
+    keep[..., ::2], keep[..., 1::2] = random_ >= p, (random_ < p) | (random_ >= 2 * p)
+    return weights * keep / (1 - p)
+
+
+@pytest.mark.parametrize(
+    ("drop", "lag", "axis", "name"),
+    [
+        (in_two_of_heads, 1, -3, "heads"),
+        (in_pairs_of_keys, 1, -1, "keys"),
+        (in_tiles(6), 6, -2, "queries"),
+        (in_tiles(4), 4, -2, "queries"),
+        (never_together, 1, -1, "keys"),
+    ],
+    ids=["heads", "keys", "half", "tiles", "never"],
+)
+def test_weights_that_are_dropped_together_or_never_together_are_told(drop, lag, axis, name):
+    told = parts(message(dropping(drop), *qkv(2, 4, 12, 12), dropout=0.1))
+    assert told[0].endswith("dropout=0.1 does not drop each weight on its own")
+    assert f"pairs of weights that are {lag} apart along dimension {axis} are dropped" in told[1]
+    assert "(expected 0.01 of them; allowed 0.00" in told[1]
+    assert told[2] == f"the random numbers of some {name} are those of others, {lag} apart?"
+
+
+@pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"mask": True}], ids=str)
+@pytest.mark.parametrize("group", [1, 4])
+def test_of_a_large_input_a_part_is_enough(arguments, group):
+    query, key, value = qkv(2, 8, 600, 600)
+    calls = []
+
+    def attention(query, key, value, **given):
+        calls.append(query.shape[:-1].numel() * key.shape[-2])
+        return sdpa(query, key, value, **given)
+
+    if arguments.pop("mask", False):
+        arguments = {"attn_mask": torch.ones(600, 600, dtype=torch.bool).tril()}
+    heads = slice(None, None, group)
+    grouped = {"enable_gqa": True} if group > 1 else {}
+    assert_deterministic(
+        attention, query, key[:, heads], value[:, heads], dropout=0.1, **grouped, **arguments
+    )
+    with_dropout = calls[3:]  # After those of evaluation mode, which are of all inputs.
+    assert max(with_dropout) <= 40_000
+    assert sum(with_dropout) <= 1_000_000
+    wrong = dropping(in_two_of_heads)
+    assert "does not drop each weight on its own" in message(wrong, query, key, value, dropout=0.1)
+
+
+def test_a_function_of_one_length_is_given_all_of_a_large_input():
+    bias = torch.zeros(300, 300)
+
+    def attention(query, key, value, dropout_p=0.0):
+        return sdpa(query, key, value, attn_mask=bias, dropout_p=dropout_p)
+
+    assert_deterministic(attention, *qkv(1, 1, 300, 300), dropout=0.1)
+
+
+def test_a_value_that_is_written_to_does_no_harm():
+    def attention(query, key, value, dropout_p=0.0):
+        output = plain(query, key, value, dropout_p=dropout_p)
+        value.view(-1).zero_()
+        return output
+
+    assert_deterministic(attention, *qkv(), dropout=0.1)
+
+
 def generator(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -416,6 +503,21 @@ def test_the_share_that_chance_allows_is_met_but_for_one_time_in_a_million(share
     assert at_high == pytest.approx(5e-7, rel=1e-3) or high > 1 - 1e-9
 
 
+def test_the_share_of_pairs_is_wider_the_more_are_looked_at_and_holds_the_square():
+    low, high = together_by_chance(0.1, 10_000, 40)
+    assert 0 < low < 0.01 < high < 0.03
+    wider = together_by_chance(0.1, 10_000, 400)
+    assert wider[0] < low
+    assert wider[1] > high
+
+
+def test_no_weight_and_all_weights_are_allowed_where_chance_may_lead_there():
+    assert share_by_chance(0.05, 100)[0] == 0
+    assert share_by_chance(0.95, 100)[1] == 1
+    assert together_by_chance(0.05, 1080, 20)[0] == 0
+    assert together_by_chance(0.99, 50, 20)[1] == 1
+
+
 # --- dropout of a module
 
 
@@ -444,6 +546,28 @@ def test_a_module_without_dropout_is_told():
     forgotten = nn.Sequential(Layer(), nn.Dropout(0.0))
     cause = parts(message(forgotten, randn(2, 6, WIDTH), dropout=0.1, runs=3))[2]
     assert cause == "dropout is never applied, although there is Dropout(p=0)"
+
+
+def test_a_probability_that_no_layer_has_is_told():
+    inputs = randn(2, 6, WIDTH)
+    first, worst, cause = parts(message(encoder_layer(), inputs, dropout=0.3))
+    assert first == (
+        "assert_deterministic: dropout=0.3 was declared, but the module's own layers have p=0.1 "
+        "(at self_attn, dropout, dropout1, ...)"
+    )
+    assert (worst, cause) == ("none of 4 layers with dropout has p=0.3", None)
+    first = parts(message(multihead(dropout=0.5), inputs, inputs, inputs, dropout=0.1))[0]
+    assert first.endswith("the module's own layers have p=0.5 (at MultiheadAttention)")
+
+
+def test_one_layer_with_the_declared_probability_is_enough():
+    inputs = randn(2, 6, WIDTH)
+    both = nn.Sequential(nn.Dropout(0.2), nn.Dropout(0.3))
+    assert_deterministic(both, inputs, dropout=0.3)
+    assert_deterministic(both, inputs, dropout=0.2)
+    by_function = Layer(p=0.3, drop=lambda weights, p, training: dropout(weights, p, training))
+    assert_deterministic(nn.Sequential(by_function, nn.Dropout(0.2)), inputs, dropout=0.3)
+    assert_deterministic(by_function, inputs, dropout=0.4)  # Nothing declares another.
 
 
 def test_a_fixed_mask_in_training_mode_is_told():

@@ -3,7 +3,6 @@
 import pytest
 import torch
 from attention_subjects import (
-    DTYPES,
     TRANSFORMERS,
     WIDTH,
     causal_encoder,
@@ -20,7 +19,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from wrong_attention import attention_with
 
-from pytest_attnheat import AttentionSpec, SequenceModel, check_attention
+from pytest_attnheat import (
+    AttentionSpec,
+    SequenceModel,
+    check_attention,
+    transformers_attention,
+)
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.defects import DEFECTS
 
@@ -114,36 +118,39 @@ def test_one_head_without_a_dimension_of_heads_is_examined():
     assert statuses(report, "masked") == {"passed"}
 
 
-@pytest.mark.parametrize("dtype", [str(dtype).removeprefix("torch.") for dtype in DTYPES])
-def test_the_attention_functions_of_transformers_pass(dtype):
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-    from transformers.models.llama.modeling_llama import eager_attention_forward
+@pytest.mark.parametrize("name", ["eager", "sdpa"])
+def test_the_attention_functions_of_transformers_pass(name):
+    report = check_attention(transformers_attention(name))
+    assert report.passed, str(report)
+    assert statuses(report, "masked") == statuses(report, "grouped") == {"passed"}
+    with pytest.raises(ValueError, match="name: got 'flasher'; accepted are 'eager' and"):
+        transformers_attention("flasher")
 
-    class Layer(torch.nn.Module):
-        num_key_value_groups = 1
-        is_causal = False
 
-    layer = Layer().eval()
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_multihead_attention_passes_with_and_without_weights(need_weights):
+    module = multihead()
 
-    def adapted(forward):
-        def function(query, key, value, attn_mask=None):
-            added = None
-            if attn_mask is not None:
-                added = torch.zeros(attn_mask.shape, dtype=query.dtype)
-                added = added.masked_fill(~attn_mask, torch.finfo(query.dtype).min)
-            output, _ = forward(
-                layer, query, key, value, added, scaling=query.shape[-1] ** -0.5, dropout=0.0
-            )
-            return output.transpose(1, 2)
+    def block(x, mask=None):
+        return module(x, x, x, key_padding_mask=mask, need_weights=need_weights)[0]
 
-        return function
+    model = SequenceModel(block, mask="drop", mask_argument="mask")
+    report = check_attention(AttentionSpec(model, inputs=randn(2, 9, WIDTH), causal=None))
+    assert report.passed, str(report)
+    assert statuses(report, "padding") == {"passed"}
 
-    for forward in (eager_attention_forward, sdpa_attention_forward):
-        if forward is eager_attention_forward and dtype == "float64":
-            continue  # its softmax is in float32
-        spec = AttentionSpec(adapted(forward), fully_masked="undefined", dtypes=(dtype,))
-        report = check_attention(spec)
+
+def test_known_subjects_need_no_words():
+    for module in (multihead(), encoder_layer(), encoder()):
+        report = check_attention(module)
         assert report.passed, str(report)
+        assert statuses(report, "padding") == {"passed"}
+    from torch.nn.attention.flex_attention import flex_attention
+
+    report = check_attention(flex_attention, quick=True)
+    assert report.passed, str(report)
+    assert report.spec.name == "flex_attention"
+    assert statuses(report, "masked") == {"passed"}
 
 
 def test_returned_weights_are_checked():
@@ -240,6 +247,15 @@ def test_blocks_of_torch_pass():
     assert failed(report) == ["padding"]
     assert "nan spreads from the padding" in report.failed[0].message
     assert {result.name for result in report.results} == {check.name for check in BLOCK_CHECKS}
+
+
+def test_a_block_with_a_cache_that_nobody_can_use_is_not_asked_to_decode():
+    class Cached(torch.nn.Module):
+        def forward(self, ids, cache=None):
+            return causal_encoder()(ids), cache
+
+    report = check_attention(AttentionSpec(Cached().eval(), inputs=tokens(2, 9)))
+    assert statuses(report, "decoding") == {"skipped"}
 
 
 def test_a_defect_of_a_block_is_found():

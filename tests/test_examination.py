@@ -79,7 +79,7 @@ def test_expected_failures_are_xfailed(contract):
 
         known = dict.fromkeys(
             ["plain", "masked", "masked_and_causal", "causal", "causal_rectangular", "large_scores",
-             "attention-fully_masked", "mean_of_values"], "issue 7")
+             "attention-fully_masked"], "issue 7")
 
         @parametrize_with_checks(
             [AttentionSpec(attention, dtypes=("float32",))], expected_failures=known, quick=True)

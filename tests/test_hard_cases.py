@@ -1,11 +1,14 @@
 """The hard cases are what their names say, in every dtype."""
 
+import functools
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
 
+from pytest_attnheat import assert_matches_reference
 from pytest_attnheat.hard_cases import HARD_CASES, HardCase, hard_case
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
@@ -116,7 +119,63 @@ def test_repeated_keys_come_four_times_each():
 def test_one_key_has_a_huge_negative_score():
     found = scores(hard_case("one_huge_negative", dtype="float16"))
     assert bool((found[..., 3] < -1900).all())
-    assert float(found[..., torch.arange(12) != 3].abs().max()) < 50
+    others = torch.arange(12) != 5
+    assert float(found[..., others, :][..., torch.arange(12) != 3].abs().max()) < 50
+
+
+def test_one_query_has_only_huge_negative_scores_and_attends_to_several_keys():
+    found = scores(hard_case("one_huge_negative"))[..., 5, :]
+    assert bool((found < -1900).all())
+    assert float(found.softmax(-1).amax()) < 0.9
+
+
+def plainly(query, key, value, *, factor=1.0, forbidden=-math.inf):
+    logits = query @ key.mT * query.shape[-1] ** -0.5
+    logits = logits.masked_fill(logits < forbidden, -math.inf)
+    return (logits.softmax(-1) * factor).nan_to_num(0) @ value
+
+
+class Flushed(torch.autograd.Function):
+    """Its gradient has no number below the normal range of float16."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, above):
+        return above.masked_fill(above.abs() < torch.finfo(torch.float16).smallest_normal, 0)
+
+
+# What the sentences of three cases say: each is wrong on the case alone, and is seen there.
+@pytest.mark.parametrize(
+    ("name", "dtype", "wrong"),
+    [
+        *(
+            ("one_huge_negative", dtype, functools.partial(plainly, forbidden=-1000.0))
+            for dtype in ("float64", "float32")
+        ),
+        (
+            "tiny_magnitudes",
+            "float16",
+            lambda query, key, value: plainly(Flushed.apply(query), key, value),
+        ),
+        ("identical_values", "float16", functools.partial(plainly, factor=0.99)),
+        ("identical_values", "bfloat16", functools.partial(plainly, factor=0.97)),
+        ("identical_values", "bfloat16", functools.partial(plainly, factor=1.03)),
+    ],
+)
+def test_what_the_sentence_names_is_seen_on_the_case(name, dtype, wrong):
+    case = hard_case(name, dtype=dtype)
+    assert_matches_reference(plainly, case.query, case.key, case.value)
+    with pytest.raises(AssertionError, match="are not those of attention"):
+        assert_matches_reference(wrong, case.query, case.key, case.value)
+
+
+def test_the_documentation_lists_every_case_with_its_sentence():
+    text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
+    for name in HARD_CASES:
+        assert f"| `{name}` | {hard_case(name).why} |" in text
 
 
 def test_one_key_and_one_head_are_outliers():

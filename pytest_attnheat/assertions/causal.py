@@ -7,7 +7,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pytest_attnheat.assertions.masking_causes import constant, finite_mask, not_a_number
+from pytest_attnheat.assertions.masking_causes import (
+    constant,
+    finite_mask,
+    not_a_number,
+    uniform_rows,
+)
 from pytest_attnheat.assertions.masking_evidence import Evidence, named
 from pytest_attnheat.reference import Alignment, causal_mask, sliding_window_mask
 
@@ -64,14 +69,21 @@ class CausalRule:
 
     def behind(self, queries: torch.Tensor) -> torch.Tensor:
         """Return how many keys each key is behind each query, below 0 in its future."""
-        return queries.unsqueeze(-1) + self.offset - torch.arange(self.key_len)
+        keys = torch.arange(self.key_len, device=queries.device)
+        return queries.unsqueeze(-1) + self.offset - keys
 
 
 def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
     """Return a likely cause of weight in the future, or before the window, or None."""
     telling = evidence.telling()
     candidates = _first_that_explains(telling, _causal_candidates(telling.queries, rule))
-    causes = (constant(telling), finite_mask(telling), candidates, not_a_number(evidence))
+    causes = (
+        constant(telling),
+        finite_mask(telling),
+        candidates,
+        uniform_rows(telling),
+        not_a_number(evidence),
+    )
     return named(evidence, causes)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, cast
+from typing import Any, Literal, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -47,7 +48,8 @@ def assert_masked(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = "
 
     There is no tolerance: no rounding makes weight where there is none. NaN
     and infinity at a masked place break it too. What permitted keys hold is
-    not asked; `assert_support` does.
+    not asked; `assert_support` does. Under `torch.set_flush_denormal(True)`
+    the CPU reads numbers below the normal ones, such as 1e-40, as zero.
 
     Args:
         weights: Attention weights of shape ``(..., queries, keys)``, two or
@@ -74,7 +76,7 @@ def assert_masked(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = "
         >>> assert_masked(scores.softmax(-1), mask)
     """
     __tracebackhide__ = True
-    operand = as_weights(weights)
+    operand = _read_weights(weights)
     permitted = _required_mask(mask, operand)
     subject = _Subject("assert_masked", operand, permitted, check_fully_masked(fully_masked))
     if not _check(subject, _describe_masked, mask_cause):
@@ -123,7 +125,7 @@ def assert_causal(
         >>> assert_causal(scores.softmax(-1))
     """
     __tracebackhide__ = True
-    operand = as_weights(weights)
+    operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
     query_len, key_len = operand.shape[-2:]
     rule = CausalRule(
@@ -176,7 +178,7 @@ def assert_support(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = 
         >>> assert_support(scores.softmax(-1), mask)
     """
     __tracebackhide__ = True
-    operand = as_weights(weights)
+    operand = _read_weights(weights)
     permitted = _required_mask(mask, operand)
     subject = _Subject("assert_support", operand, permitted, check_fully_masked(fully_masked))
     _check(subject, _describe_support(permitted), support_cause, [permitted_is_positive()])
@@ -216,13 +218,13 @@ def assert_padding_masked(
         >>> assert_padding_masked(scores.softmax(-1), [5, 3])
     """
     __tracebackhide__ = True
-    operand = as_weights(weights)
+    operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
     real = _check_lengths(lengths, operand, side)
-    mask = padding_mask(real, operand.shape[-1], side=side).view(
+    mask = padding_mask(real, operand.shape[-1], side=side, device=operand.device).view(
         -1, *[1] * (operand.ndim - 2), operand.shape[-1]
     )
-    permitted = cast("Operand", as_mask(mask.to(operand.device), operand))
+    permitted = cast("Operand", as_mask(mask, operand))
     subject = _Subject("assert_padding_masked", operand, permitted, declared)
 
     def describe(place: tuple[int, ...], weight: float) -> str:
@@ -309,6 +311,16 @@ _FORBIDS_NOTHING = Claim(
 )
 
 
+def _read_weights(weights: object) -> Operand:
+    operand = as_weights(weights)
+    if str(operand.dtype) == "torch.float8_e8m0fnu":
+        raise ValueError(
+            "weights: got dtype float8_e8m0fnu, which has no zero: no key can be masked in it; "
+            "check before the cast"
+        )
+    return operand
+
+
 def _required_mask(mask: object, weights: Operand) -> Operand:
     permitted = as_mask(mask, weights)
     if permitted is None:
@@ -342,9 +354,9 @@ def _check_window(window: object) -> int | None:
         "may attend to) or a pair (left, 0)"
     )
     sides = window if isinstance(window, (tuple, list)) else (window, 0)
-    if [type(side) for side in sides] != [int, int]:
+    if len(sides) != 2 or not all(_is_whole(side) for side in sides):
         raise TypeError(f"window: got {window!r}; {accepted}")
-    left, right = sides
+    left, right = map(operator.index, sides)
     if right != 0:
         raise ValueError(
             f"window: got {window!r}, which reaches into the future; {accepted}. For a window on "
@@ -352,7 +364,18 @@ def _check_window(window: object) -> int | None:
         )
     if left < 0:
         raise ValueError(f"window: got {window!r}; {accepted}")
-    return cast("int", left)
+    return left
+
+
+def _is_whole(number: object) -> bool:
+    """Tell whether it is a whole number, of Python, NumPy or torch; a boolean is none."""
+    if isinstance(number, (bool, np.bool_)) or getattr(number, "dtype", None) == torch.bool:
+        return False
+    try:
+        operator.index(cast("SupportsIndex", number))
+    except TypeError:
+        return False
+    return True
 
 
 def _check_lengths(lengths: object, weights: Operand, side: object) -> list[int]:
@@ -365,19 +388,22 @@ def _check_lengths(lengths: object, weights: Operand, side: object) -> list[int]
     if side not in ("right", "left"):
         raise ValueError(f"side: got {side!r}; accepted are 'right' and 'left'")
     accepted = f"accepted is one whole number from 0 to {weights.shape[-1]} for each batch entry"
+    given = lengths.detach().cpu() if isinstance(lengths, torch.Tensor) else lengths
     try:
-        given = torch.as_tensor(cast("Any", lengths)).detach().cpu()
+        # NumPy knows all byte orders, strides and lists.
+        array = np.asarray(given)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"lengths: got {lengths!r}; {accepted}") from None
-    whole = not (given.is_floating_point() or given.is_complex() or given.dtype == torch.bool)
-    if given.numel() and not whole:
-        raise TypeError(f"lengths: got dtype {str(given.dtype).removeprefix('torch.')}; {accepted}")
-    if tuple(given.shape) != (weights.shape[0],):
+    numbers = array.flatten().tolist()
+    if not all(_is_whole(number) for number in numbers):
+        if array.dtype.kind in "biufc":
+            raise TypeError(f"lengths: got dtype {array.dtype}; {accepted}")
+        raise TypeError(f"lengths: got {lengths!r}; {accepted}")
+    if array.shape != (weights.shape[0],):
         raise ValueError(
-            f"lengths: got shape {tuple(given.shape)} for {weights.shape[0]} batch entries; "
-            f"{accepted}"
+            f"lengths: got shape {array.shape} for {weights.shape[0]} batch entries; {accepted}"
         )
-    real = [int(length) for length in given.tolist()]
+    real = [operator.index(number) for number in numbers]
     if min(real) < 0 or max(real) > weights.shape[-1]:
         raise ValueError(f"lengths: got {real}; {accepted}")
     if min(real) == weights.shape[-1]:

@@ -14,6 +14,9 @@ from typing import Literal
 
 import torch
 
+from pytest_attnheat.assertions import causes
+from pytest_attnheat.assertions.claims import sum_to_one
+from pytest_attnheat.assertions.findings import Finding
 from pytest_attnheat.assertions.masking_evidence import (
     NEARLY_ALL,
     SAMPLE,
@@ -22,6 +25,7 @@ from pytest_attnheat.assertions.masking_evidence import (
     share,
 )
 from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.inputs import Operand, dtype_name
 from pytest_attnheat.reference import padding_mask
 
@@ -29,6 +33,8 @@ Side = Literal["right", "left"]
 
 # The most batch entries that a sample holds.
 _SAMPLE_ENTRIES = 64
+# How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
+_UNIFORM = 2**-8
 
 
 def mask_cause(evidence: Evidence) -> str | None:
@@ -46,15 +52,17 @@ def support_cause(evidence: Evidence) -> str | None:
 def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
     """Return a likely cause of weight on padding, or None."""
     telling = evidence.telling()
-    causes = (
+    found = (
         constant(telling),
         finite_mask(telling),
+        queries_masked(evidence, lengths, side),
         other_padding(evidence, lengths, side),
         padded_queries(telling, lengths, side),
         no_padding(evidence, lengths),
+        strewn_nan(evidence),
         not_a_number(evidence),
     )
-    return named(evidence, causes)
+    return named(evidence, found)
 
 
 def not_a_number(evidence: Evidence) -> str | None:
@@ -62,6 +70,32 @@ def not_a_number(evidence: Evidence) -> str | None:
     if not bool(evidence.worst_row.isnan().all()):
         return None
     return "this row is NaN at every key: NaN in its scores, or no key left by the mask in use?"
+
+
+def strewn_nan(evidence: Evidence) -> str | None:
+    """All that is broken is NaN, in rows that hold numbers as well."""
+    wrong = evidence.rows[~evidence.permitted]
+    wrong = wrong[wrong != 0]
+    if wrong.numel() == 0 or not bool(wrong.isnan().all()):
+        return None
+    if bool(evidence.worst_row.isnan().all()):
+        return None
+    return "all that masked keys hold is NaN: a product of 0 and infinity, or NaN made elsewhere?"
+
+
+def uniform_rows(evidence: Evidence) -> str | None:
+    """Rows that break the mask hold one number throughout, as fully masked rows may."""
+    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
+    broken = evidence.rows[leaks]
+    key_len = broken.shape[-1]
+    if key_len < 2 or not bool(leaks.any()) or bool(leaks.all()):
+        return None
+    if bool(((broken * key_len - 1).abs() > _UNIFORM).any()):
+        return None
+    return (
+        "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
+        'assert_masked with fully_masked="uniform"'
+    )
 
 
 def constant(evidence: Evidence) -> str | None:
@@ -108,6 +142,7 @@ def _mask_causes(evidence: Evidence) -> Iterator[str | None]:
     if telling.explained_by(torch.ones_like(forbidden)):
         yield "masked keys get weight like the others: no mask was applied?"
     # Last: another mask may leave rows without a key, and those are NaN too.
+    yield strewn_nan(evidence)
     yield not_a_number(evidence)
 
 
@@ -139,7 +174,7 @@ def _rows_of(
     for query in queries.tolist():
         spans = (*(slice(i, i + 1) for i in (*place, query)), slice(0, key_len))
         rows.append(mask_at(mask, spans).cpu().flatten().expand(key_len))
-    return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool)
+    return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool, device="cpu")
 
 
 def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
@@ -154,9 +189,36 @@ def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> st
     leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
     if not bool(real.any()) or bool(leaks[real].any()) or not bool(leaks[~real].all()):
         return None
+    future = torch.arange(key_len, device="cpu") > evidence.queries.unsqueeze(-1)
+    if bool(future.any()) and not bool((evidence.rows[future] != 0).any()):
+        return (
+            "causal attention without a padding mask: only queries that are padding themselves "
+            "reach it; pass the weights of the real queries, or mask the padding"
+        )
     return (
         "only queries that are padding themselves attend to it: fully masked rows? Then pass the "
         "whole mask to assert_masked, with fully_masked="
+    )
+
+
+def queries_masked(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
+    """Rows of padded queries are empty, and real queries attend to padded keys."""
+    query_len, key_len = evidence.weights.shape[-2:]
+    length = lengths[evidence.finding.worst[0]]
+    if query_len != key_len or not 0 < length < query_len:
+        return None
+    real = evidence.queries < length
+    if side == "left":
+        real = evidence.queries >= query_len - length
+    rows = evidence.rows.nan_to_num(nan=0.0)
+    padded = rows[real][~evidence.permitted[real]]
+    if not bool(real.any()) or bool(real.all()) or bool((rows[~real] != 0).any()):
+        return None
+    if share(padded > 0) < NEARLY_ALL:
+        return None
+    return (
+        "the padded queries hold no weight, the padded keys do: the mask is applied to queries, "
+        "not keys (transposed)?"
     )
 
 
@@ -174,7 +236,7 @@ def other_padding(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
         return None
     if found == [min(length + 1, key_len) for length in lengths]:
         return "every batch entry sees exactly one padded key: the length is off by one?"
-    if sorted(found) == sorted(lengths):
+    if found != list(lengths) and sorted(found) == sorted(lengths):
         return f"weight lies where the lengths {found} permit it: lengths in another order?"
     return None
 
@@ -200,11 +262,12 @@ def _seen_keys(evidence: Evidence) -> torch.Tensor:
     count = min(query_len, max(2, SAMPLE // (entries * key_len)))
     # Causal queries see all real keys only at the end, so the last one must be among them.
     queries = [query_len - 1 - i * query_len // count for i in range(count)]
-    seen = torch.zeros(entries, key_len, dtype=torch.bool)
+    seen = torch.zeros(entries, key_len, dtype=torch.bool, device="cpu")
     for entry in range(entries):
         for query in queries:
             spans = (*(slice(i, i + 1) for i in (entry, *place, query)), slice(0, key_len))
-            seen[entry] |= (weights[spans].double() != 0).cpu().flatten()
+            # NaN tells nothing about the mask.
+            seen[entry] |= (weights[spans].double().nan_to_num(nan=0.0) != 0).cpu().flatten()
     return seen
 
 
@@ -220,7 +283,7 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
         yield "this map holds only zeros where the mask permits weight: a head that was left out?"
     # The one permitted key of a row is its first and its last: it says neither.
     several = permitted & (permitted.sum(-1, keepdim=True) > 1)
-    keys = torch.arange(key_len)
+    keys = torch.arange(key_len, device="cpu")
     last = several & (several.flip(-1).int().cumsum(-1).flip(-1) == 1)
     first = several & (several.int().cumsum(-1) == 1)
     own = keys == finite.queries.unsqueeze(-1) + (key_len - query_len)
@@ -251,8 +314,40 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
         rows = int(empty.any(-1).sum())
         these = "1 row holds" if rows == 1 else f"{rows} rows hold"
         yield f"{these} only zeros although the mask permits keys"
+    sums = Finding(sum_to_one(0.0))
+    yield causes.dropout(
+        causes.Evidence(evidence.weights, evidence.mask, sums, finite.rows, permitted)
+    )
+    yield whole_after_dropout(finite)
     yield underflow(finite)
     yield not_a_number(evidence)
+
+
+def whole_after_dropout(evidence: Evidence) -> str | None:
+    """Rows that dropout took nothing from tell its p, and the share of zeros tells the same.
+
+    Where a few keys hold most weight, as in the first causal rows, sums vary
+    too much for `causes.dropout`.
+    """
+    gone = (evidence.rows == 0) & evidence.permitted
+    count = int(evidence.permitted.sum())
+    attending = evidence.permitted.any(-1)
+    sums = evidence.rows.sum(-1)[attending]
+    whole = sums[~gone.any(-1)[attending]]
+    if whole.numel() < 2:
+        return None
+    slack = rounding(evidence.weights.dtype, evidence.weights.shape[-1])
+    factor = float(whole.median())
+    p = 1 - 1 / factor if factor > 1 else 0.0
+    alike = bool(((whole - factor).abs() <= slack * factor).all())
+    if p < 0.02 or not alike or bool((sums > factor * (1 + slack)).any()):
+        return None
+    if abs(int(gone.sum()) - p * count) > 4 * math.sqrt(p * (1 - p) * count):
+        return None
+    return (
+        f"{int(gone.sum()) / count:.0%} of the weights are zero, and rows without a zero sum to "
+        f"{factor:.3g}: weights after dropout (p about {p:.2g})?"
+    )
 
 
 def underflow(evidence: Evidence) -> str | None:

@@ -53,7 +53,7 @@ class Evidence:
         ]
         rows = [weights[span].double().cpu().flatten() for span in spans]
         masks = [mask_at(mask, span).cpu().flatten().expand(key_len) for span in spans]
-        numbers = torch.tensor(sorted(queries))
+        numbers = torch.tensor(sorted(queries), device="cpu")
         return cls(weights, mask, finding, numbers, torch.stack(rows), torch.stack(masks))
 
     @property

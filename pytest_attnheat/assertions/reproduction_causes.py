@@ -17,7 +17,7 @@ import torch
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import sum_to_one
 from pytest_attnheat.assertions.findings import Finding
-from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.assertions.scan import mask_at, pieces
 from pytest_attnheat.inputs import Operand
 from pytest_attnheat.reference import Alignment, causal_mask
 
@@ -26,6 +26,8 @@ _SAMPLE = 2**20
 _MAPS = 32
 _QUERIES = 32
 _CHANNELS = 32
+# The most channels of a value that is inverted.
+_SOLVED = 256
 # Fewer elements than this may agree by chance.
 _ENOUGH = 8
 # The heads that a sentence names.
@@ -61,18 +63,18 @@ class Subject:
         """How many of the last leading dimensions count heads."""
         return 2 if self.grouped else 1
 
-    def take(self, leading: Place, queries: torch.Tensor) -> Sample:
-        """Return one map in float64: some queries, all keys, some channels."""
-        channels = _spread(self.output.shape[-1], _CHANNELS)
+    def take(self, leading: Place, queries: torch.Tensor, channels: int = _CHANNELS) -> Sample:
+        """Return one map in float64: some queries, all keys, at most so many channels."""
+        some = _spread(self.output.shape[-1], channels)
         place = tuple(slice(i, i + 1) for i in leading)
         every_query, every_key = (slice(0, size) for size in self.weights.shape[-2:])
         every_channel = slice(0, self.output.shape[-1])
         weights = _gather(self.weights, (*place, every_query, every_key), queries, -2)
-        value = _gather(self.value, (*place, every_key, every_channel), channels, -1)
+        value = _gather(self.value, (*place, every_key, every_channel), some, -1)
         output = _gather(self.output, (*place, every_query, every_channel), queries, -2)
         # A key without weight is not felt, whatever its value.
         value = value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-        return Sample(weights, value, output[:, channels], self.slack)
+        return Sample(weights, value, output[:, some], self.slack)
 
 
 @dataclass(frozen=True)
@@ -149,13 +151,9 @@ def _permuted(subject: Subject, places: list[Place], noun: str) -> str | None:
         return None
     queries = _queries(subject, len(places))
     samples = [subject.take(place, queries) for place in places]
-    for own_value, verb in ((True, "is that of"), (False, "is made by")):
+    for makes, verb, what in _PERMUTATIONS:
         makers = [
-            [
-                i
-                for i, other in enumerate(samples)
-                if sample.made_by(other.weights, other.value if own_value else sample.value)
-            ]
+            [i for i, other in enumerate(samples) if sample.made_by(*makes(sample, other))]
             for sample in samples
         ]
         # One maker each: where several heads are alike, nothing can be told.
@@ -163,13 +161,23 @@ def _permuted(subject: Subject, places: list[Place], noun: str) -> str | None:
             continue
         moved = [(at, found[0]) for at, found in enumerate(makers) if found[0] != at]
         if moved:
-            return _moved(moved, noun, verb)
+            return _moved(moved, noun, verb, what)
     return None
 
 
-def _moved(moved: list[tuple[int, int]], noun: str, verb: str) -> str:
+# What may have made a map's output, of this map and another: weights and value, and the words.
+_PERMUTATIONS: tuple[
+    tuple[Callable[[Sample, Sample], tuple[torch.Tensor, torch.Tensor]], str, str], ...
+] = (
+    (lambda _, other: (other.weights, other.value), "is that of", "weights"),
+    (lambda own, other: (other.weights, own.value), "is made by", "weights"),
+    (lambda own, other: (own.weights, other.value), "is made of", "value"),
+)
+
+
+def _moved(moved: list[tuple[int, int]], noun: str, verb: str, what: str) -> str:
     first, *others = moved[:_NAMED]
-    named = [f"output of {noun} {first[0]} {verb} weights {noun} {first[1]}"]
+    named = [f"output of {noun} {first[0]} {verb} {what} {noun} {first[1]}"]
     named += [f"{at} {verb} {maker}" for at, maker in others]
     more = ", ..." if len(moved) > _NAMED else ""
     return f"{', '.join(named)}{more}: in another order?"
@@ -214,32 +222,53 @@ def transposed(subject: Subject) -> str | None:
     )
 
 
-def merged_without_transpose(subject: Subject) -> str | None:
-    """Heads were merged by a reshape alone: (batch, heads, queries, dim) read as it lies."""
+def merged_otherwise(subject: Subject) -> str | None:
+    """Heads were merged by a reshape alone, or with the channels before the heads."""
     if not subject.merged:
         return None
     *_, query_len, value_dim = subject.output.shape
-    entry = subject.worst[0]
     heads = _indices(subject.output.shape[1:-2])
-    key_len = subject.weights.shape[-1]
-    if len(heads) < 2 or key_len * value_dim > _SAMPLE or len(heads) > _MAPS:
-        return None
-    # One row of the merged output holds these rows of all heads' outputs, one after another.
     query = query_len // 2
-    rows = [divmod(query * len(heads) + number, query_len) for number in range(len(heads))]
+    numbers = range(len(heads) * value_dim)
+    # Which head, query and channel each number of one row of the merged output would be.
+    as_it_lies = [divmod(query * len(numbers) + n, query_len * value_dim) for n in numbers]
+    laid = [(head, *divmod(rest, value_dim)) for head, rest in as_it_lies]
+    if _lies(subject, query, laid):
+        return "heads were merged without a transpose: output.transpose(1, 2).flatten(2)?"
+    if _lies(subject, query, [(n % len(heads), query, n // len(heads)) for n in numbers]):
+        return (
+            "heads were merged with the channels first, (dim, heads) in place of (heads, dim): "
+            "output.transpose(1, 2).flatten(2)?"
+        )
+    return None
+
+
+def _lies(subject: Subject, query: int, laid: list[tuple[int, int, int]]) -> bool:
+    """Tell whether one row of the merged output holds these heads, queries and channels."""
+    entry, (key_len, value_dim) = subject.worst[0], subject.value.shape[-2:]
+    heads = _indices(subject.output.shape[1:-2])
+    if len(heads) < 2 or key_len * value_dim > _SAMPLE or len(heads) > _MAPS:
+        return False
     batch, every_channel = slice(entry, entry + 1), slice(0, value_dim)
-    off, size = [], []
-    for own, (head, row) in zip(heads, rows, strict=True):
-        place, maker = ((batch, *(slice(i, i + 1) for i in h)) for h in (own, heads[head]))
-        given = mask_at(subject.output, (*place, slice(query, query + 1), every_channel))
-        weights = mask_at(subject.weights, (*maker, slice(row, row + 1), slice(0, key_len)))
-        value = mask_at(subject.value, (*maker, slice(0, key_len), every_channel)).double()
-        off.append((given.double() - weights.double() @ value).abs().flatten())
-        size.append((weights.double().abs() @ value.abs()).flatten())
-    wrong = torch.cat(off) > subject.slack * torch.cat(size)
-    if wrong.numel() < _ENOUGH or bool(wrong.any()):
-        return None
-    return "heads were merged without a transpose: output.transpose(1, 2).flatten(2)?"
+    places = [(batch, *(slice(i, i + 1) for i in head)) for head in heads]
+    given = [
+        mask_at(subject.output, (*place, slice(query, query + 1), every_channel)).double().flatten()
+        for place in places
+    ]
+    made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+    for head, row in {(head, row) for head, row, _ in laid}:
+        place = places[head]
+        weights = mask_at(subject.weights, (*place, slice(row, row + 1), slice(0, key_len)))
+        value = mask_at(subject.value, (*place, slice(0, key_len), every_channel)).double()
+        made[head, row] = (
+            (weights.double() @ value).cpu().flatten(),
+            (weights.double().abs() @ value.abs()).cpu().flatten(),
+        )
+    expected, size = (
+        torch.stack([made[head, row][i][channel] for head, row, channel in laid]) for i in (0, 1)
+    )
+    close = (torch.cat(given).cpu() - expected).abs() <= subject.slack * size
+    return close.numel() >= _ENOUGH and bool(close.all())
 
 
 def causal_elsewhere(subject: Subject) -> str | None:
@@ -278,6 +307,61 @@ def averaged(subject: Subject) -> str | None:
     )
 
 
+def zero(subject: Subject) -> str | None:
+    """The output, or that of the worst map, is zero."""
+    if bool((_worst_map(subject).output != 0).any()):
+        return None
+    shape = subject.output.shape
+    if all(not bool((subject.output[index] != 0).any()) for index in pieces(shape, _SAMPLE)):
+        return "the output is zero everywhere: never written, or all of it masked?"
+    place = tuple(slice(i, i + 1) for i in subject.worst[:-2])
+    rest = tuple(slice(0, size) for size in shape[-2:])
+    if not place or bool((subject.output[place + rest] != 0).any()):
+        return None
+    return "the output of this map is zero throughout: a head or batch entry that was left out?"
+
+
+def dropout_solved(subject: Subject) -> str | None:
+    """One of weights and output went through dropout; the weights that made the output tell.
+
+    They follow from the output where there are as many channels as keys.
+    """
+    key_len, value_dim = subject.value.shape[-2:]
+    if not key_len <= value_dim <= _SOLVED:
+        return None
+    sample = subject.take(subject.worst[:-2], _queries(subject, 1), channels=value_dim)
+    weights, value, output = sample.weights, sample.value, sample.output
+    if not all(bool(x.isfinite().all()) for x in (weights, value, output)):
+        return None
+    # The error of the output is that of its dtype; a value that is nearly singular amplifies it.
+    singular = torch.linalg.svdvals(value)
+    error = subject.slack * float(output.abs().max()) * key_len**0.5 / float(singular[-1])
+    if not error < 0.05 * float(weights.abs().amax(-1).min()):
+        return None
+    used = output @ torch.linalg.pinv(value)
+    for kept, whole, sentence in (
+        (weights, used, "weights after dropout (p about {:.2g}), and the output was not?"),
+        (used, weights, "output after dropout of its weights (p about {:.2g}), these are without?"),
+    ):
+        p = _dropped(kept, whole, 4 * error)
+        if p is not None:
+            return sentence.format(p)
+    return None
+
+
+def _dropped(kept: torch.Tensor, whole: torch.Tensor, error: float) -> float | None:
+    """Return the p of the dropout that makes of some weights others, or None."""
+    tells = whole.abs() > 4 * error
+    ratio = (kept / whole)[tells]
+    gone = ratio.abs() < 0.5
+    if int(gone.sum()) < 2 or int((~gone).sum()) < 4:
+        return None
+    factor = float(ratio[~gone].median())
+    left = torch.where(kept.abs() < 0.5 * whole.abs(), 0, factor * whole)
+    close = (kept - left).abs() <= (1 + factor) * error
+    return 1 - 1 / factor if factor > 1.01 and bool(close[tells].all()) else None
+
+
 def dropout(subject: Subject) -> str | None:
     """The weights went through dropout."""
     rows = _worst_map(subject).weights
@@ -289,14 +373,16 @@ def dropout(subject: Subject) -> str | None:
 
 
 _CAUSES: tuple[Cause, ...] = (
+    zero,
     constant_factor,
     heads_permuted,
     batch_permuted,
     tiled_groups,
     transposed,
-    merged_without_transpose,
+    merged_otherwise,
     causal_elsewhere,
     averaged,
+    dropout_solved,
     dropout,
 )
 
@@ -312,7 +398,7 @@ def _queries(subject: Subject, maps: int) -> torch.Tensor:
 
 def _spread(size: int, most: int) -> torch.Tensor:
     count = min(size, most)
-    return torch.tensor([i * size // count for i in range(count)])
+    return torch.tensor([i * size // count for i in range(count)], device="cpu")
 
 
 def _gather(

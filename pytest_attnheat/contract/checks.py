@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.decoders import name_of_cache
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
 from pytest_attnheat.assertions.behaviour.invariance import (
     assert_batch_independent,
@@ -302,6 +303,9 @@ def block_decoding(exam: Exam) -> None:
     """With its cache, if it has one, else by prefixes."""
     if exam.spec.causal is None:
         raise NotAskedError("it is not declared to be causal")
+    model, _ = exam.block()
+    if model.decode is None and name_of_cache(model.module) is not None:
+        raise NotAskedError("it has a cache, but SequenceModel(..., decode=) does not say how")
     assert_decode_matches_prefill(*exam.block(), seed=exam.seed)
 
 

@@ -279,5 +279,9 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 
 
 def as_spec(subject: AttentionSpec | Callable[..., Any]) -> AttentionSpec:
-    """Return a specification: as it is, or of a callable that needs nothing declared."""
-    return subject if isinstance(subject, AttentionSpec) else AttentionSpec(subject)
+    """Return a specification: as it is, ready-made, or of a callable with nothing declared."""
+    if isinstance(subject, AttentionSpec):
+        return subject
+    from pytest_attnheat.contract.ready import known_spec
+
+    return known_spec(subject) or AttentionSpec(subject)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import output_place, relative_change
 from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, Subject
@@ -213,7 +214,9 @@ class _FunctionDecoder:
         return replace(self, start=start)
 
     def whole(self) -> Tensor:
-        return self.subject.run()
+        given = self.subject.arguments.get("attn_mask")
+        own = {"attn_mask": given.clone()} if isinstance(given, Tensor) else {}
+        return self.subject.run(**own)
 
     def decode(self, steps: Sequence[range]) -> Tensor:
         return torch.cat([self._chunk(step) for step in steps], -2)
@@ -239,7 +242,10 @@ class _FunctionDecoder:
         return query + self.subject.key.shape[-2] - self.length
 
     def _run(self, queries: range, keys: range, **masks: Any) -> Tensor:
-        """Call the function with some queries and keys, and with these masks alone."""
+        """Call the function with some queries and keys, and with these masks alone.
+
+        All are copies: it may write to them.
+        """
         self.start()
         rows, columns = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
         others = {
@@ -247,10 +253,11 @@ class _FunctionDecoder:
             for name, value in self.subject.arguments.items()
             if name not in ("attn_mask", "is_causal")
         }
-        return replace(self.subject, arguments={**others, **masks}).run(
-            self.subject.query[..., rows, :],
-            self.subject.key[..., columns, :],
-            self.subject.value[..., columns, :],
+        own = {name: m.clone() if isinstance(m, Tensor) else m for name, m in masks.items()}
+        return replace(self.subject, arguments={**others, **own}).run(
+            self.subject.query[..., rows, :].clone(),
+            self.subject.key[..., columns, :].clone(),
+            self.subject.value[..., columns, :].clone(),
         )
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
@@ -328,7 +335,67 @@ def _has_cache(subject: Subject) -> bool:
         with torch.no_grad():
             _, cache = _ModelDecoder(subject, has_cache=True).step(range(1), None)
         return cache is not None
+    if decode is None:
+        _refuse_unused_cache(subject.model.module)
     return decode is not None
+
+
+def _refuse_unused_cache(module: Callable[..., Any]) -> None:
+    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does.
+
+    Raises:
+        ValueError: It does.
+    """
+    cache = name_of_cache(module)
+    if cache is not None:
+        module = getattr(module, "_orig_mod", module)
+        name = getattr(module, "__name__", f"{type(module).__name__}.forward")
+        raise ValueError(
+            f"{name} takes {cache!r}, but nothing says how to decode with it: "
+            "SequenceModel(model, decode=...), where decode(chunk, cache) returns (output, cache); "
+            "or wrap the model in a lambda to compare prefixes alone"
+        )
+
+
+def name_of_cache(module: Callable[..., Any]) -> str | None:
+    """Return the parameter under which a module takes a cache, told by its name, or None."""
+    module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
+    called = module.forward if isinstance(module, nn.Module) else module
+    try:
+        taken = inspect.signature(called).parameters
+    except (TypeError, ValueError):  # A builtin.
+        return None
+    return next((name for name in taken if _is_name_of_cache(name)), None)
+
+
+def _is_name_of_cache(name: str) -> bool:
+    return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
+
+
+def _decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
+    """Call `decode` and return its output and cache.
+
+    Raises:
+        TypeError: It takes or returns something else.
+    """
+    try:
+        inspect.signature(decode).bind(chunk, cache, **arguments)
+    except TypeError as error:
+        raise TypeError(
+            "decode must return (output, cache); got a decode that cannot be called as "
+            f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)}): {error}"
+        ) from None
+    except ValueError:  # A builtin, which does not say what it takes.
+        pass
+    result = decode(chunk, cache, **arguments)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = type(result).__name__
+        if isinstance(result, (tuple, list)):
+            got = f"a {got} of {len(result)}"
+        elif isinstance(result, Tensor):
+            got = f"a tensor {tuple(result.shape)}"
+        raise TypeError(f"decode must return (output, cache); got {got}")
+    return result
 
 
 @dataclass(frozen=True)
@@ -394,7 +461,7 @@ class _ModelDecoder:
             ]
         self.start()
         given = chunk if model.batch_first else chunk.transpose(0, 1)
-        result, cache = model.decode(given, cache, **arguments)
+        result, cache = _decoded(model.decode, given.clone(), cache, **arguments)
         return model.read(result, chunk), cache
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
@@ -403,7 +470,7 @@ class _ModelDecoder:
         inputs = self.subject.inputs[:, list(tokens)]
         at = None
         if positions is not None:
-            at = torch.tensor(positions, device=inputs.device).expand(inputs.shape[0], -1)
+            at = torch.tensor(positions, device=inputs.device).repeat(inputs.shape[0], 1)
         return replace(self.subject, arguments=self._arguments(tokens)).run(inputs, positions=at)
 
     def _arguments(self, tokens: Sequence[int]) -> dict[str, Any]:
@@ -427,8 +494,7 @@ class _ModelDecoder:
         """Compare the first chunk that is off with its prefix, the last with likely mistakes."""
         tokens = _tokens_off(broken)
         first, step = (evidence.plan.step_of(token) for token in (tokens[0], tokens[-1]))
-        prefix = self._run([*range(first.stop)])[:, first.start :]
-        if not evidence.alike(prefix, evidence.whole[:, first.start : first.stop]):
+        if self._looks_ahead(evidence, first):
             also = " without a cache, too," if self.has_cache else ""
             return (
                 f"{name_tokens(first)}:{also} the output changes when later tokens are cut off: "
@@ -445,8 +511,75 @@ class _ModelDecoder:
                 "must be aligned to the bottom right, and the positions must count on"
             )
         if not bool(broken[:, : evidence.plan.sizes[0]].any()):
-            return "the first chunk is right: look at what is cached, and at the positions after it"
+            return self._why_after_first(evidence, broken, step)
         return None
+
+    def _looks_ahead(self, evidence: Evidence, step: range) -> bool:
+        """Whether a chunk without a cache differs, too, once later tokens are cut off."""
+        try:
+            prefix = self._run([*range(step.stop)])[:, step.start :]
+        except Exception:  # No reason to hide the failure.
+            return False
+        return not evidence.alike(prefix, evidence.whole[:, step.start : step.stop])
+
+    def _why_after_first(self, evidence: Evidence, broken: Tensor, step: range) -> str:
+        """Say what may be wrong with the cache where the first chunk is right."""
+        exchanged = replace(evidence, decoded=evidence.whole)
+        trials: list[tuple[str, Evidence, Callable[[], Tensor]]] = [
+            (
+                "the output is that with the cache of batch entry 0 in all entries",
+                evidence,
+                lambda: self._with_first_entry(step)._run([*range(step.stop)])[:, step.start :],
+            ),
+            (
+                "it is right once keys and values in the cache change places",
+                exchanged,
+                lambda: self._with_exchanged(step),
+            ),
+            (
+                f"the output does not change with tokens {len(step)} to {step.start - 1}: is the "
+                "causal mask aligned to the top left?",
+                evidence,
+                lambda: self._with_other_middle(evidence.plan, step),
+            ),
+        ]
+        for words, wanted, candidate in trials:
+            if wanted.is_explained_by(candidate, step):
+                return f"{name_tokens(step)}: {words}"
+        return (
+            _why_some_entries(broken)
+            or _why_from_some_token(broken, evidence.plan)
+            or _why_rounded(evidence)
+            or "the first chunk is right: look at what is cached, and at the positions after it"
+        )
+
+    def _given(self, inputs: Tensor) -> _ModelDecoder:
+        return replace(self, subject=replace(self.subject, inputs=inputs))
+
+    def _with_first_entry(self, step: range) -> _ModelDecoder:
+        """The same with what comes before a chunk taken from the first entry of the batch."""
+        inputs = self.subject.inputs.clone()
+        inputs[:, : step.start] = inputs[:1, : step.start].clone()
+        return self._given(inputs)
+
+    def _with_exchanged(self, step: range) -> Tensor:
+        """Decode a chunk after all others, with keys and values exchanged in the cache."""
+        _, cache = self.step(range(step.start), None)
+        return self.step(step, _exchanged(cache))[0]
+
+    def _with_other_middle(self, plan: Plan, step: range) -> Tensor:
+        """Decode again with other tokens between the first, as many as in a chunk, and the chunk.
+
+        Raises:
+            ValueError: There are none.
+        """
+        inputs = self.subject.inputs.clone()
+        middle = inputs[:, len(step) : step.start]
+        if middle.numel() == 0 or bool((middle == middle.flatten()[0]).all()):
+            raise ValueError("there are no tokens that could be others")
+        middle.copy_(middle.max() + middle.min() - middle)  # These are in the vocabulary, too.
+        steps = [other for other in plan.steps if other.start <= step.start]
+        return self._given(inputs).decode(steps)[:, step.start :]
 
     def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         if step.start == 0:
@@ -460,6 +593,12 @@ class _ModelDecoder:
                 "with positions that start again at 0 in each chunk",
                 lambda: self._run([*range(step.stop)], restarted)[:, step.start :],
             )
+            for words, off in (("small", -1), ("large", 1)):
+                shifted = [at + off * (at >= plan.sizes[0]) for at in range(step.stop)]
+                yield (
+                    f"with positions that are one too {words} after the first chunk",
+                    lambda at=shifted: self._run([*range(step.stop)], at)[:, step.start :],  # type: ignore[misc]
+                )
         own, previous = [*step], step.start - 1
         histories: dict[str, list[int]] = {
             "of this chunk alone at its positions: the cache is not used": [],
@@ -470,3 +609,52 @@ class _ModelDecoder:
         for words, history in histories.items():
             tokens = history + own
             yield words, lambda tokens=tokens: self._run(tokens, tokens)[:, -len(own) :]  # type: ignore[misc]
+
+
+def _exchanged(cache: Any) -> Any:
+    """A cache with the two tensors of each pair exchanged.
+
+    Raises:
+        TypeError: It does not consist of tuples, lists and mappings.
+    """
+    if isinstance(cache, dict):
+        return {name: _exchanged(part) for name, part in cache.items()}
+    if isinstance(cache, (tuple, list)):
+        if len(cache) == 2 and all(isinstance(part, Tensor) for part in cache):
+            return (cache[1], cache[0])
+        return tuple(_exchanged(part) for part in cache)
+    if isinstance(cache, (Tensor, int, type(None))):
+        return cache
+    raise TypeError(f"nothing is known of a {type(cache).__name__}")
+
+
+def _why_some_entries(broken: Tensor) -> str | None:
+    """Name the entries of the batch that are off, where others are right."""
+    off = broken.any(-1).flatten().tolist()
+    if all(off):
+        return None
+    if len(off) > 2 and not off[0] and all(off[1:]):
+        return "batch entry 0 is right, all others are not: is its cache used for all?"
+    named = ", ".join(str(entry) for entry, is_off in enumerate(off) if is_off)
+    return f"batch entry {named} alone is off: look at how the cache is indexed by the batch"
+
+
+def _why_rounded(evidence: Evidence) -> str | None:
+    """Whether all is off by no more than the rounding of a narrower dtype."""
+    most = float(relative_change(evidence.decoded, evidence.whole).max())
+    eps = torch.finfo(torch.bfloat16).eps
+    if torch.finfo(evidence.whole.dtype).eps < eps and most <= 2 * eps:
+        return "no more than bfloat16 rounds: is the cache kept in a narrower dtype?"
+    return None
+
+
+def _why_from_some_token(broken: Tensor, plan: Plan) -> str | None:
+    """Name the token from which on all are off, where some decoded ones before it are right."""
+    off = _tokens_off(broken)
+    first = off[0]
+    if first <= plan.sizes[0] or len(off) < 2 or off[-1] - first + 1 > len(off):
+        return None
+    return (
+        f"right up to token {first - 1}, wrong from token {first} on: is the cache full then, cut "
+        "or overwritten, or do the positions wrap around?"
+    )

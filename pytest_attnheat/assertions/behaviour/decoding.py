@@ -39,12 +39,14 @@ def assert_decode_matches_prefill(
     """Assert that a sequence decoded bit by bit gives what it gives at once.
 
     By default it is decoded twice: token by token, and as a prompt of half the sequence that
-    is followed by chunks of 1, 3, 5, ... tokens. Of a long sequence only the last 128 tokens (64
-    for a model without a cache) are decoded one by one, after a prompt of all others.
+    is followed by chunks of 1, 2, 3, 5, 8, ... tokens. Of a long sequence only the last 128
+    tokens (64 for a model without a cache) are decoded one by one, after a prompt of all others.
 
     A model with a cache of keys and values (the models of transformers, or a `SequenceModel`
     with `decode`) decodes with it. Any other model, also BERT, is given longer and longer
-    prefixes, and its last outputs are compared. All sequences are taken to be of full length.
+    prefixes, and its last outputs are compared; but one whose `forward` takes a cache is refused
+    without `decode`, as its cache would not be tested. All sequences are taken to be of full
+    length.
 
     An attention function is called once with all queries, and then with some queries and all
     keys up to the last of them: with the rows of the mask that belong to them, or without any
@@ -71,9 +73,11 @@ def assert_decode_matches_prefill(
     Raises:
         AssertionError: Some output differs. The message names the worst and the first, and
             says why if the numbers show it.
-        TypeError: Not one or three inputs, or no tensors of numbers.
+        TypeError: Not one or three inputs, no tensors of numbers, or `decode` does not return an
+            output and a cache.
         ValueError: There are fewer than two tokens, the chunks do not add up to the length, a
-            mask shows a query later keys, or the subject answers at random.
+            mask shows a query later keys, the subject answers at random, or it takes a cache
+            and nothing says how to decode with it.
 
     Example:
         >>> assert_decode_matches_prefill(F.scaled_dot_product_attention, query, key, value)
@@ -153,10 +157,10 @@ def _plans(length: int, most_single: int, chunks: Sequence[int] | None) -> Itera
     prompt = [length - single] if length > single else []
     words = f"token by token after a prompt of {length - single}" if prompt else "token by token"
     yield Plan(prompt + [1] * single, words)
-    uneven, size = [length // 2], 1
+    uneven, size, following = [length // 2], 1, 2  # Fibonacci's numbers: odd and even sizes.
     while sum(uneven) < length:
         uneven.append(min(size, length - sum(uneven)))
-        size += 2
+        size, following = following, size + following
     if max(uneven) > 1:
         yield Plan(uneven, _in_chunks(uneven))
 

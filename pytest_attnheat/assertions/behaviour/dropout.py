@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +20,10 @@ _STEP = 1 / 255
 _STANDARD_ERRORS = 5
 # With these, chance is as small as that step, and more of them tell no more.
 _ENOUGH_WEIGHTS = 300_000
+# Of a larger input only a part is looked at: about so many weights in one call.
+_MOST_WEIGHTS = 36_864
+_MOST_HEADS = 8
+_MOST_KEYS = 256
 _TOGETHER = {
     -1: "all weights of a query are dropped together, or none",
     -2: "a key is dropped for all queries, or for none",
@@ -45,16 +50,18 @@ def check_dropout_of_weights(
         ValueError: There are too few weights to tell.
     """
     __tracebackhide__ = True
+    function = _part_of(function)
     key_len = function.key.shape[-2]
     identity = torch.eye(key_len, dtype=function.value.dtype, device=function.value.device)
-    identity = identity.expand(*function.value.shape[:-2], key_len, key_len)
+    # Contiguous, and copied for each call: it may be written to, or read by its strides.
+    identity = identity.repeat(*function.value.shape[:-2], 1, 1)
 
     def run(value: Tensor, dropout_p: float, *, seeded: bool = False) -> Tensor:
         if seeded:
             torch.manual_seed(seed)
-        return function.run(value=value, dropout_p=dropout_p)
+        return function.run(value=value.clone(), dropout_p=dropout_p)
 
-    weights = function.run(value=identity)
+    weights = function.run(value=identity.clone())
     check_rows(
         assertion,
         run(identity, 0.0),
@@ -89,6 +96,76 @@ def check_dropout_of_weights(
     count.check()
 
 
+def _part_of(function: AttentionFunction) -> AttentionFunction:
+    """Return a function with a part of its inputs, if all have more weights than needed.
+
+    All inputs are kept where it is not known how to cut them, or the function refuses a part.
+    """
+    query, key = function.query, function.key
+    others = [v for name, v in function.arguments.items() if name != "attn_mask"]
+    if query[..., 0].numel() * key.shape[-2] <= _MOST_WEIGHTS:
+        return function
+    if any(isinstance(value, Tensor) for value in others):
+        return function
+    try:
+        part = _cut(function)
+        part.run()
+    except Exception:  # Its length may be fixed, by a mask of its own or a compiled kernel.
+        return function
+    return part
+
+
+def _cut(function: AttentionFunction) -> AttentionFunction:
+    """Keep some batch entries, heads, queries and keys.
+
+    Keys are kept together if a mask is given: a query might be left without any.
+    """
+    query, key, value = function.query, function.key, function.value
+    mask = function.arguments.get("attn_mask")
+    keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)
+    group = function.group
+    most_heads = _MOST_HEADS if keys <= _MOST_KEYS else 2
+    kept = [min(size, 2) for size in query.shape[:-2]]
+    own = list(kept)
+    if kept:
+        own[-1] = min(key.shape[-3], max(2, most_heads // group))
+        kept[-1] = own[-1] * group
+    leading = math.prod(kept)
+    queries = min(query.shape[-2], max(4, _MOST_WEIGHTS // (leading * keys)))
+    if mask is None and function.arguments.get("is_causal"):
+        # As many queries as keys: then causal is the same, whichever corner it is aligned to.
+        square = max(4, math.isqrt(_MOST_WEIGHTS // leading))
+        queries, keys = min(query.shape[-2], square), min(key.shape[-2], square)
+    spaced = torch.linspace(0, query.shape[-2] - 1, queries, device=query.device).long()
+    arguments = dict(function.arguments)
+    rows = spaced if mask is not None else torch.arange(queries, device=query.device)
+    if arguments.get("is_causal"):
+        rows = torch.arange(queries, device=query.device)
+    if isinstance(mask, Tensor):
+        some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+        arguments["attn_mask"] = _corner(some, kept)
+    return replace(
+        function,
+        query=_corner(query[..., rows, :], kept),
+        key=_corner(key[..., :keys, :], own),
+        value=_corner(value[..., :keys, :], own),
+        arguments=arguments,
+    )
+
+
+def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
+    """Keep the first entries along each leading dimension that the tensor is not broadcast along.
+
+    Args:
+        tensor: (..., length, width), maybe with fewer leading dimensions.
+        leading: How many entries to keep along each.
+    """
+    for dim, size in zip(range(-3, -tensor.ndim - 1, -1), reversed(leading), strict=False):
+        if tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, size)
+    return tensor.clone()
+
+
 @dataclass
 class _Count:
     """What happened to the weights in several calls with dropout.
@@ -107,6 +184,7 @@ class _Count:
         mixed: Along which axes weights were dropped and kept in one line.
         fixed: Whether the same weights were dropped in all calls.
         first: The weights after dropout in the first call.
+        masks: Which weights were dropped in each call.
     """
 
     assertion: str
@@ -120,6 +198,7 @@ class _Count:
     kept: float = 0.0
     mixed: set[int] = field(default_factory=set)
     fixed: bool = True
+    masks: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.wide = self.weights.double()
@@ -139,6 +218,7 @@ class _Count:
         if self.runs == 0:
             self.first = observed
         self.fixed &= torch.equal(dropped, (self.first == 0) & self.judged)
+        self.masks.append(dropped)
         self.runs += 1
         self.regarded += int(self.judged.sum())
         self.dropped += int(dropped.sum())
@@ -169,6 +249,7 @@ class _Count:
         self._check_share()
         self._check_rest()
         self._check_sum()
+        self._check_pairs()
 
     def _fail(self, claim: str, worst: str, cause: str | None) -> None:
         __tracebackhide__ = True
@@ -300,6 +381,48 @@ class _Count:
                 f"{larger} weights are dropped more often than {smaller} ones",
             )
 
+    def _check_pairs(self) -> None:
+        """Check that two weights are dropped together as often as those of two coins are.
+
+        Pairs of one test have no weight in common, so that they are independent of each other.
+        """
+        __tracebackhide__ = True
+        dropped, p = torch.stack(self.masks), self.share
+        tests = list(self._pairings())
+        for axis, lag, ones, others in tests:
+            both = self.judged.index_select(axis, ones) & self.judged.index_select(axis, others)
+            count = int(both.sum()) * self.runs
+            if not count:
+                continue
+            together = dropped.index_select(axis, ones) & dropped.index_select(axis, others)
+            low, high = together_by_chance(p, count, len(tests))
+            found = int(together.sum())
+            if not low <= found / count <= high:
+                self._fail(
+                    f"dropout={p:g} does not drop each weight on its own",
+                    f"{found} of {count} pairs of weights that are {lag} apart along dimension "
+                    f"{axis} are dropped together (expected {p * p:.3g} of them; allowed "
+                    f"{low:.3g} to {high:.3g})",
+                    self._words_of_pairs(axis, lag),
+                )
+
+    def _pairings(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
+        """Yield an axis, a distance, and two lists of places along the axis that far apart."""
+        for axis in range(-self.weights.ndim, 0):
+            length = self.weights.shape[axis]
+            places = torch.arange(length, device=self.weights.device)
+            powers = {2**n for n in range(length.bit_length())}
+            for lag in sorted(lag for lag in powers | {length // 2} if 0 < lag < length):
+                for phase in (0, 1):
+                    ones = places[(places // lag % 2 == phase) & (places + lag < length)]
+                    if len(ones):
+                        yield axis, lag, ones, ones + lag
+
+    def _words_of_pairs(self, axis: int, lag: int) -> str:
+        names = {-1: "keys", -2: "queries", -3: "heads", -4: "batch entries"}
+        name = names[axis] if self.weights.ndim == 4 or axis >= -2 else f"entries of axis {axis}"
+        return f"the random numbers of some {name} are those of others, {lag} apart?"
+
 
 def share_by_chance(share: float, count: int) -> tuple[float, float]:
     """Return between which shares of dropped weights chance leads, but for one time in 10^6.
@@ -316,8 +439,23 @@ def share_by_chance(share: float, count: int) -> tuple[float, float]:
     return _farthest(low, 0.0, limit), _farthest(high, 1.0, limit)
 
 
+def together_by_chance(share: float, count: int, tests: int) -> tuple[float, float]:
+    """Return the same for the share of pairs of which both weights are dropped.
+
+    Args:
+        share: The probability of one weight, to which a fused kernel may add 1 / 255.
+        count: How many pairs there are.
+        tests: How many such shares are looked at; one time in 10^6 any of them is outside.
+    """
+    limit = math.log(2 * tests / _FALSE_ALARM) / count
+    low, high = max(share - _STEP, 0.0) ** 2, min(share + _STEP, 1.0) ** 2
+    return _farthest(low, 0.0, limit), _farthest(high, 1.0, limit)
+
+
 def _farthest(share: float, end: float, limit: float) -> float:
     """Find by halving how far from `share` towards `end` the divergence stays within a limit."""
+    if _divergence(end, share) <= limit:  # Which halving comes close to, and never reaches.
+        return end
     near, far = share, end
     for _ in range(60):
         middle = (near + far) / 2

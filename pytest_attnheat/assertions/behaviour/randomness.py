@@ -54,21 +54,27 @@ def assert_deterministic(
 
     With `dropout`, an attention function that takes `dropout_p` is called with this probability
     and an identity matrix as value, so that its output is its weights after dropout. It must be
-    random and repeat itself from a seed; drop weights (not outputs) one by one, and not the same
-    ones in all heads; drop the declared share of them, whatever their size; divide what it keeps
-    by 1 - p; and do nothing for `dropout_p=0.0`. The share may be off by 1 / 255, to which some
+    random and repeat itself from a seed; drop weights (not outputs) one by one, two weights of a
+    row, a column, two heads or two batch entries together no more often than chance does; drop the
+    declared share of them, whatever their size; divide what it keeps by 1 - p; and do nothing for
+    `dropout_p=0.0`. The share may be off by 1 / 255, to which some
     fused kernels round it, and by what chance does in all but one of 10^6 checks.
+
+    Of a large input only a part is checked so: some batch entries, heads, queries and keys.
 
     Any other subject must hold a module. In training mode it must be random, and repeat itself
     from a seed; and the mean of many runs must be the output of evaluation mode, if it is
-    `unbiased`. Modes are set here, and left as they were found.
+    `unbiased`. If it has layers `nn.Dropout` or `nn.MultiheadAttention` with dropout, one of them
+    must have the declared probability; of dropout done otherwise, how much is dropped is not
+    measured. Modes are set here, and left as they were found.
 
     Args:
         subject: An attention function, called as `subject(query, key, value, **arguments)`, or a
             module that maps a sequence to a sequence.
         *inputs: Query, key and value of an attention function, (..., length, width); or the one
             input of a module: floats (batch, length, width) or token ids (batch, length).
-        dropout: The probability that a weight is dropped, 0 < dropout < 1. None: nothing is
+        dropout: The probability that a weight is dropped, 0 < dropout < 1. Of a module with its
+            own dropout only its layers' declarations are compared with it. None: nothing is
             asked of training, and the subject has to be in evaluation mode.
         runs: How many calls with dropout are made at most; for the mean of a module at least 30.
         unbiased: Whether the mean of a module in training mode is its output in evaluation
@@ -105,6 +111,7 @@ def assert_deterministic(
             check_dropout_of_weights(_NAME, function, share, runs=runs, seed=seed)
         else:
             _check_training(call, evaluated, share, runs=runs, seed=seed)
+            _check_declared(call, evaluated, share)
             if call.is_linear if unbiased is None else unbiased:
                 _check_mean(call, evaluated, share, runs=runs, seed=seed)
 
@@ -330,6 +337,55 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
             cause=cause,
         )
     )
+
+
+def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
+    """Check that some dropout of the module has the declared probability."""
+    __tracebackhide__ = True
+    layers = _probabilities(call.modules)
+    others = [value for module in call.modules for value in _attributes_named_dropout(module)]
+    if not layers or any(math.isclose(p, share, rel_tol=1e-6) for p in (*layers.values(), *others)):
+        return
+    found = " and ".join(f"p={p:g}" for p in sorted(set(layers.values())))
+    places = list(layers)
+    more = ", ..." * (len(places) > _MOST_NAMES)
+    raise AssertionError(
+        build_message(
+            _NAME,
+            f"dropout={share:g} was declared, but the module's own layers have {found} "
+            f"(at {', '.join(places[:_MOST_NAMES])}{more})",
+            evaluated,
+            worst=f"none of {len(places)} layers with dropout has p={share:g}",
+        )
+    )
+
+
+def _probabilities(modules: Sequence[nn.Module]) -> dict[str, float]:
+    """With what probability each layer drops, by its path; those that never do left out.
+
+    A layer that never drops says nothing of dropout that is done by a function beside it.
+    """
+    found: dict[str, float] = {}
+    for module in modules:
+        for path, part in module.named_modules():
+            p = 0.0
+            if isinstance(part, nn.modules.dropout._DropoutNd):
+                p = float(part.p)
+            elif isinstance(part, nn.MultiheadAttention):
+                p = float(part.dropout)
+            if p:
+                found[path or type(part).__name__] = p
+    return found
+
+
+def _attributes_named_dropout(module: nn.Module) -> list[float]:
+    """The numbers that a module keeps for dropout by a function, as `self.attention_dropout`."""
+    return [
+        float(value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (int, float)) and ("drop" in name.lower() or name == "p")
+    ]
 
 
 def _dropouts_in(modules: Sequence[nn.Module]) -> str:

@@ -47,6 +47,7 @@ class Judgement:
         allowed: How far each element may be off.
         judged: Where it is judged, boolean.
         dtype: The dtype that the subject gave it in.
+        shape: Its shape, which may have fewer than two dimensions.
         missing: Whether the subject gave none, which counts as zeros.
     """
 
@@ -58,6 +59,7 @@ class Judgement:
     allowed: Tensor
     judged: Tensor
     dtype: torch.dtype
+    shape: tuple[int, ...]
     missing: bool
 
     @property
@@ -86,7 +88,7 @@ class Circumstances:
         unit: The unit roundoff that the scale was computed with.
         lost: (..., query_len), True where a query may attend to no key.
         declared: What the output is for such a query, as given by the caller.
-        top_score: The largest permitted score by magnitude; None if unknown.
+        top_score: The largest permitted score; None if unknown.
         key_heads: The number of heads of the keys, where they are grouped; else None.
         factor: As given by the caller.
         repeat: What it takes to see the same again.
@@ -118,22 +120,32 @@ def judge(
 ) -> Judgement:
     """Lay a tensor of the subject beside its reference; None counts as zeros.
 
-    Where scale and least are 0 the tensor must be exact.
+    Where scale and least are 0 the tensor must be exact. It may have fewer than two dimensions,
+    as a mask (key_len,): it is judged as a matrix, and named as it is.
     """
+    shape = tuple(exact.shape)
+    exact, plain, scale, least, judged = (
+        _as_matrices(tensor) for tensor in (exact, plain, scale, least, judged)
+    )
     off = ((plain - exact).abs() / scale).nan_to_num(nan=0.0, posinf=0.0)
     # Where the plain computation overflows, it says nothing about rounding.
     usual = off.masked_fill(~judged, 0.0).amax((-2, -1), keepdim=True)
     return Judgement(
         name=name,
-        found=torch.zeros_like(exact) if found is None else found.detach().to(exact),
+        found=torch.zeros_like(exact) if found is None else _as_matrices(found.detach()).to(exact),
         exact=exact,
         plain=plain,
         scale=scale,
         allowed=factor * torch.maximum(usual * scale, least),
         judged=judged,
         dtype=dtype if found is None else found.dtype,
+        shape=shape,
         missing=found is None,
     )
+
+
+def _as_matrices(tensor: Tensor) -> Tensor:
+    return tensor.reshape((1,) * max(0, 2 - tensor.ndim) + tuple(tensor.shape))
 
 
 def check(assertion: str, judgements: Sequence[Judgement], around: Circumstances) -> None:
@@ -158,7 +170,7 @@ def _message(
     return build_message(
         assertion,
         _claim(one, broken, sound),
-        one.found.to(one.dtype),
+        one.found.to(one.dtype).reshape(one.shape),
         worst=_compared(one, worst, around),
         first=shown_first,
         cause=_cause(one, around),
@@ -240,7 +252,8 @@ def _number(number: Tensor, error: float = math.inf) -> str:
 
 def _index(one: Judgement, place: tuple[int, ...]) -> str:
     name = one.name if one.name == "output" else f"{one.name}.grad"
-    return f"{name}[{', '.join(map(str, place))}]"
+    own = place[len(place) - len(one.shape) :]
+    return f"{name}[{', '.join(map(str, own))}]" if own else name
 
 
 def _place(flat: int, shape: torch.Size) -> tuple[int, ...]:

@@ -25,6 +25,9 @@ that, and recomputes the weights from it. The gradients follow in the same way, 
 `_gradient_scales`. Every element has a scale of its own, so that a key with a value of 1e4
 excuses no other place.
 
+What a key with a weight of 0 scores must not matter, or a mask of -1e9 would excuse anything: its
+d_ij counts only through its weight, and a normaliser is as large as the largest score of its row.
+
 Everything is computed for some maps or some queries at a time, in bounded memory.
 """
 
@@ -119,7 +122,7 @@ class Reference:
 
                 2 u |o_i| + sqrt(sum_j w_ij^2) scale        2 u |gradient| + scale
         unit: The unit roundoff that the scale was computed with.
-        top_score: The largest permitted score by magnitude; None if unknown.
+        top_score: The largest permitted score; None if unknown.
     """
 
     exact: dict[str, Tensor]
@@ -147,7 +150,7 @@ def reference(problem: Problem) -> Reference:
     """Compute attention in float64, its gradients, and the natural scale of each number."""
     exact, scale = _zeros(problem), _zeros(problem)
     drift = _zeros(replace(problem, upstream=None))["output"]
-    top = 0.0
+    top = -math.inf
     for chunk in _chunks(problem, torch.float64):
         scores = _scores(problem, chunk)
         weights = _weights(problem, chunk, scores)
@@ -158,13 +161,16 @@ def reference(problem: Problem) -> Reference:
         if chunk.upstream is not None:
             parts |= _gradients(problem, chunk, weights, chunk.upstream)
             highest = _highest(problem, chunk, scores, felt)
-            sizes |= _gradient_scales(problem, chunk, weights, unsure, highest, chunk.upstream)
+            logarithm = _logarithm(problem, chunk, scores)
+            sizes |= _gradient_scales(
+                problem, chunk, weights, unsure, highest, logarithm, chunk.upstream
+            )
         walk = weights.square().sum(-1, keepdim=True).sqrt() * sizes["output"] + problem.tiny
         _add(drift, "output", chunk, walk)
         for name in exact:
             _add(exact[name], name, chunk, parts[name])
             _add(scale[name], name, chunk, sizes[name])
-        top = max(top, float(scores.masked_fill(~chunk.permitted, 0.0).abs().amax()))
+        top = max(top, float(scores.masked_fill(~chunk.permitted, -math.inf).amax()))
     rounded = {name: 2 * problem.unit * tensor.abs() for name, tensor in exact.items()}
     least = {name: rounded[name] + (drift if name == "output" else scale[name]) for name in exact}
     return Reference(exact, scale, least, problem.unit, top)
@@ -211,7 +217,16 @@ def _felt(problem: Problem, chunk: _Chunk, scores: Tensor) -> Tensor:
     """What the rounding of a score is in proportion to: d / u - 1 in the formulas above."""
     felt = (chunk.query.square() @ chunk.key.square().mT).sqrt_().mul_(abs(problem.scale))
     felt += scores.abs()
-    return felt if chunk.bias is None else felt.add_(chunk.bias.abs())
+    if chunk.bias is not None:
+        felt += chunk.bias.abs()
+    # Twice finfo.min would be inf, and with it a masked key the largest of its row.
+    return felt.clamp_(max=torch.finfo(felt.dtype).max)
+
+
+def _logarithm(problem: Problem, chunk: _Chunk, scores: Tensor) -> Tensor:
+    """How far rounding may move the logarithm of a row's normaliser, (maps, rows, 1)."""
+    largest = scores.masked_fill(~chunk.permitted, -math.inf).amax(-1, keepdim=True)
+    return largest.abs_().nan_to_num_(posinf=0.0).mul_(problem.sum_unit)
 
 
 def _highest(problem: Problem, chunk: _Chunk, scores: Tensor, felt: Tensor) -> Tensor:
@@ -227,10 +242,10 @@ def _unsure(
     """How far each weight may be off: W in the formulas above."""
     moved = (felt + 1).mul_(problem.unit).clamp_(max=_LARGEST_EXPONENT).expm1_()
     moved = moved.mul_(weights).clamp_(max=1.0).masked_fill_(~chunk.permitted, 0.0)
-    largest = scores.masked_fill(~chunk.permitted, 0.0).abs_().amax(-1, keepdim=True)
     others = moved.sum(-1, keepdim=True) - moved
-    others += problem.unit + largest.mul_(problem.sum_unit)
-    off = moved.mul_(1 - weights).add_(others.mul_(weights))
+    others += problem.unit + _logarithm(problem, chunk, scores)
+    # No weight is off by more than 1, even where all scores of a row are -1e9.
+    off = moved.mul_(1 - weights).add_(others.mul_(weights)).clamp_(max=1.0)
     return off.add_(chunk.permitted, alpha=problem.tiny)
 
 
@@ -255,6 +270,7 @@ def _gradient_scales(
     weights: Tensor,
     unsure: Tensor,
     highest: Tensor,
+    logarithm: Tensor,
     above: Tensor,
 ) -> dict[str, Tensor]:
     """How far the gradients may be off.
@@ -262,11 +278,13 @@ def _gradient_scales(
     dS_ij = w_ij (dP_ij - D_i) is off by the error of its weight times |dP_ij - D_i|, and by its
     weight times the errors of dP_ij = dO_i . v_j (u |dO_i| . |v_j|) and of D_i (those of each
     dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
-    of a row of dS to the highest score: zero, but for the errors of all.
+    of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
+    are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
+    each off by the rounding of those.
     """
     felt = above @ chunk.value.mT
     away = felt.sub_((weights * felt).sum(-1, keepdim=True)).abs_()
-    step = (above.abs() @ chunk.value.abs().mT).mul_(problem.unit)
+    step = (above.abs() @ chunk.value.abs().mT).mul_(problem.unit + logarithm.clamp(max=1.0))
     mean_off = (unsure * away).add_(weights * step).sum(-1, keepdim=True)
     off = step.add_(mean_off).mul_(weights).add_(away.mul_(unsure))
     off.masked_fill_(~chunk.permitted, 0.0)

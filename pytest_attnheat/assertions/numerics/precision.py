@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -23,7 +24,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
 from pytest_attnheat.assertions.numerics import oracle
 from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
 from pytest_attnheat.assertions.numerics.mistakes import likely_mistake
-from pytest_attnheat.assertions.numerics.running import copies, gradients, run_once
+from pytest_attnheat.assertions.numerics.running import copies, gradients, handed, run_once
 from pytest_attnheat.cases import DTYPES
 from pytest_attnheat.inputs import check_number
 from pytest_attnheat.scoring import broadcast, draw, seed_number
@@ -33,6 +34,8 @@ Function: TypeAlias = Callable[..., Any]
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
+# What a float mask adds where it means to forbid, but is finite: -1e4, -1e9, finfo.min.
+_FORBIDS = -1e4
 
 
 def assert_matches_reference(
@@ -99,7 +102,8 @@ def assert_matches_reference(
         TypeError: The function is not callable or returns no tensor, an input is no dense float
             tensor, or the dtypes differ.
         ValueError: Shapes do not fit, an input has no elements or holds NaN or inf, an option is
-            out of range, or two calls with the same inputs differ.
+            out of range, two calls with the same inputs differ, or `reference` gives NaN or inf
+            where it is compared with.
 
     Example:
         >>> q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
@@ -222,9 +226,11 @@ def _compare(
         _check_inputs(subject)
         lost = ~_permitted(subject, options).any(-1)
         names = _differentiable(options) if terms.gradients else []
-        upstream = _upstream(subject, terms, lost) if names else None
+        upstream = _upstream(subject, options, terms, lost) if names else None
         found = run_once(subject, upstream, names, training=terms.training, seed=terms.seed)
         expected, plain = _expected(subject, options, terms, upstream, names)
+        if terms.reference is not None:
+            _check_reference(expected, subject, terms, lost)
         judgements = [
             _judge(name, found[name], expected, plain[name], subject, terms, lost)
             for name in ["output", *names]
@@ -250,8 +256,14 @@ def _check_terms(options: _Options, terms: _Terms) -> None:
             f"fully_masked: got {terms.fully_masked!r}; accepted are 'zero', 'uniform', 'nan' and "
             "'undefined'"
         )
-    if check_number(terms.factor, "factor") <= 0:
-        raise ValueError(f"factor: got {terms.factor!r}; accepted is a number above 0")
+    _check_factor(terms.factor)
+    if terms.reference is not None and not callable(terms.reference):
+        raise TypeError(
+            f"reference: got {type(terms.reference).__name__}; accepted is a function, or None"
+        )
+    for name in ("is_causal", "enable_gqa"):
+        if not isinstance(getattr(options, name), bool):
+            raise TypeError(f"{name}: got {getattr(options, name)!r}; accepted are True and False")
     if options.scale is not None:
         check_number(options.scale, "scale")
     if options.arguments.get("dropout_p"):
@@ -260,6 +272,13 @@ def _check_terms(options: _Options, terms: _Terms) -> None:
             "is no reference to compare with"
         )
     seed_number(terms.seed)
+
+
+def _check_factor(factor: object) -> None:
+    if isinstance(factor, bool) or not isinstance(factor, Real):
+        raise TypeError(f"factor: got {type(factor).__name__}; accepted is a number above 0")
+    if not 0 < float(factor) < math.inf:
+        raise ValueError(f"factor: got {factor!r}; accepted is a finite number above 0")
 
 
 def _check_inputs(subject: AttentionFunction) -> None:
@@ -314,15 +333,27 @@ def _differentiable(options: _Options) -> list[str]:
     return [*names, "attn_mask"] if mask is not None and mask.requires_grad else names
 
 
-def _upstream(subject: AttentionFunction, terms: _Terms, lost: Tensor) -> Tensor:
+def _upstream(subject: AttentionFunction, options: _Options, terms: _Terms, lost: Tensor) -> Tensor:
     """The gradient of the output: Gaussian, in the dtype of the inputs.
 
     Zero for a query without any key, unless its output is zero: what flows back from there
-    depends on how the mask is made, and is no property of attention.
+    depends on how the mask is made, and is no property of attention. Zero also for a query whose
+    every key is forbidden by a finite number: its weights are rounding, which would excuse
+    any gradient of keys and values.
     """
     shape = (*subject.query.shape[:-1], subject.value.shape[-1])
     drawn = draw("gradient of the output", terms.seed, *shape).to(subject.query)
-    return drawn if terms.fully_masked == "zero" else drawn.masked_fill(lost.unsqueeze(-1), 0.0)
+    without = _noise(subject, options) & ~lost
+    without = without if terms.fully_masked == "zero" else without | lost
+    return drawn.masked_fill(without.unsqueeze(-1), 0.0)
+
+
+def _noise(subject: AttentionFunction, options: _Options) -> Tensor:
+    """Which queries may attend only to keys that a float mask forbids with a finite number."""
+    mask = options.attn_mask
+    if mask is None or not mask.is_floating_point():
+        return torch.zeros((), dtype=torch.bool, device=subject.query.device)
+    return ~(_permitted(subject, options) & (mask > _FORBIDS)).any(-1)
 
 
 def _expected(
@@ -379,7 +410,7 @@ def _callers_reference(
 
     def compute(dtype: torch.dtype) -> dict[str, Tensor]:
         leaves = copies(subject, names, dtype)
-        output = own.run(**leaves)
+        output = own.run(**handed(leaves))
         found = {"output": output.detach(), **gradients(output, leaves, upstream, names)}
         return {
             name: torch.zeros_like(leaves[name]).double() if tensor is None else tensor.double()
@@ -390,13 +421,43 @@ def _callers_reference(
     with borrowed(function, *inputs):
         exact, plain = compute(torch.float64), compute(subject.query.dtype)
     info = torch.finfo(subject.query.dtype)
+    # Places without a number are refused, or not judged: they allow nothing.
     scale = {
         name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
         .add(info.smallest_normal * info.eps)
         .expand(tensor.shape)
+        .nan_to_num(nan=0.0)
         for name, tensor in exact.items()
     }
     return oracle.Reference(exact, scale, scale, info.eps / 2), plain
+
+
+def _check_reference(
+    expected: oracle.Reference, subject: AttentionFunction, terms: _Terms, lost: Tensor
+) -> None:
+    """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
+    for name, exact in expected.exact.items():
+        bad = ~exact.isfinite()
+        if terms.fully_masked in ("nan", "undefined"):
+            bad = bad & ~_excused(name, exact, lost, subject)
+        if bool(bad.any()):
+            place = ", ".join(map(str, bad.nonzero()[0].tolist()))
+            whose = "output" if name == "output" else f"gradient of {name}"
+            text = f"reference: its {whose} is {float(exact[bad][0])} at [{place}] in float64"
+            if name == "output" and not bool((bad & ~lost.unsqueeze(-1)).any()):
+                text += (
+                    f', where a query may attend to no key and fully_masked="{terms.fully_masked}"'
+                    ' is declared; if that is meant, fully_masked="nan"'
+                )
+            raise ValueError(text)
+
+
+def _excused(name: str, exact: Tensor, lost: Tensor, subject: AttentionFunction) -> Tensor:
+    """Where a query that may attend to nothing, and is not zero, may leave NaN."""
+    if name in ("output", "query"):
+        return lost.unsqueeze(-1).expand(exact.shape)
+    # NaN of such a row spreads to all keys of its map, as 0 * NaN.
+    return _touched(exact, lost, subject)
 
 
 def _judge(
@@ -410,6 +471,9 @@ def _judge(
 ) -> Judgement:
     """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""
     exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
+    if name == "attn_mask":
+        shape = subject.arguments["attn_mask"].shape
+        exact, plain, scale, least = (t.reshape(shape) for t in (exact, plain, scale, least))
     judged = torch.ones_like(exact, dtype=torch.bool)
     rows = lost.unsqueeze(-1)
     if terms.fully_masked in ("nan", "undefined"):
@@ -417,9 +481,9 @@ def _judge(
             keep = name == "output" and terms.fully_masked == "nan"
             judged = judged if keep else judged & ~rows
             exact = exact.masked_fill(rows, math.nan) if keep else exact
-        elif found is not None:
-            # NaN of such a row spreads to all keys of its map, as 0 * NaN.
-            judged = ~(found.isnan() & _touched(exact, lost, subject))
+        else:
+            unknown = exact.isnan() if found is None else found.isnan() | exact.isnan()
+            judged = ~(unknown & _excused(name, exact, lost, subject))
     elif terms.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -36,9 +37,8 @@ def run_once(
 
     def call() -> Tensor:
         leaves = copies(subject, names)
-        mask = {"attn_mask": leaves.pop("attn_mask")} if "attn_mask" in leaves else {}
-        output = subject.run(**leaves, **mask)
-        calls.append((output, leaves | mask))
+        output = subject.run(**handed(leaves))
+        calls.append((output, leaves))
         return output.detach()
 
     with borrowed(subject.function, *inputs, seed=seed):
@@ -68,7 +68,10 @@ def gradients(
 def copies(
     subject: AttentionFunction, names: list[str], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Copies of all tensors that the subject is given, with the strides of the caller's."""
+    """Copies of all tensors that the subject is given, with the strides of the caller's.
+
+    Those in `names` require a gradient.
+    """
     given = {"query": subject.query, "key": subject.key, "value": subject.value}
     mask = subject.arguments.get("attn_mask")
     if mask is not None:
@@ -80,8 +83,28 @@ def copies(
     return leaves
 
 
+def handed(leaves: Mapping[str, Tensor]) -> dict[str, Any]:
+    """What a subject is given: it may write to that, but not to a leaf that needs a gradient."""
+    hand = cast(Callable[[Tensor], Tensor], _Handed.apply)
+    return {name: hand(leaf) if leaf.requires_grad else leaf for name, leaf in leaves.items()}
+
+
+class _Handed(torch.autograd.Function):
+    """A copy with the same strides, which `clone` does not keep where elements share memory."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor) -> Tensor:
+        return _copy(leaf, None)
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> Tensor:
+        return above
+
+
 def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     """A copy with the same strides, also where elements share memory."""
     reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     memory = tensor.as_strided((reach,), (1,)).to(dtype or tensor.dtype, copy=True)
-    return memory.as_strided(tensor.shape, tensor.stride()).detach()
+    # Not a view of that memory: into a view that a custom function returns, nobody may write.
+    empty = torch.empty(0, dtype=memory.dtype, device=memory.device)
+    return empty.set_(memory.untyped_storage(), 0, tensor.shape, tensor.stride())

@@ -1,0 +1,131 @@
+"""Ready-made specifications: of PyTorch's modules, `flex_attention` and transformers' functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.scoring import draw
+
+_BATCH, _LENGTH = 2, 9
+
+
+def known_spec(subject: object) -> AttentionSpec | None:
+    """Return the specification of a subject that needs no words, or None.
+
+    Known are `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`,
+    as blocks in evaluation mode, and the function `flex_attention`.
+    """
+    width = _width_of(subject)
+    if width is not None and callable(subject):
+        dtype = next(p.dtype for p in _parameters(subject))
+        inputs = draw("block", 0, _BATCH, _LENGTH, width).to(dtype)
+        return AttentionSpec(subject, inputs=inputs, causal=None)
+    if getattr(subject, "__module__", "") == "torch.nn.attention.flex_attention":
+        return AttentionSpec(_flex, name="flex_attention")
+    return None
+
+
+def _width_of(subject: object) -> int | None:
+    if isinstance(subject, nn.MultiheadAttention):
+        return int(subject.embed_dim)
+    if isinstance(subject, nn.TransformerEncoderLayer):
+        return int(subject.self_attn.embed_dim)
+    if isinstance(subject, nn.TransformerEncoder):
+        return _width_of(subject.layers[0])
+    return None
+
+
+def _parameters(subject: object) -> list[nn.Parameter]:
+    return list(subject.parameters()) if isinstance(subject, nn.Module) else []
+
+
+def _flex(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Any:
+    """`flex_attention`, with a mask as its block mask."""
+    import warnings
+
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    block_mask = None
+    if attn_mask is not None or is_causal:
+        shape = (*query.shape[:-1], key.shape[-2])
+        whole = torch.ones((), dtype=torch.bool, device=query.device)
+        permitted = (whole if attn_mask is None else attn_mask).expand(shape)
+
+        def may_attend(batch: Tensor, head: Tensor, query_at: Tensor, key_at: Tensor) -> Tensor:
+            allowed = permitted[batch, head, query_at, key_at]
+            return allowed & (key_at <= query_at) if is_causal else allowed
+
+        block_mask = create_block_mask(
+            may_attend, shape[0], shape[1], shape[2], shape[3], device=str(query.device)
+        )
+    with warnings.catch_warnings():
+        # Not compiled: each of the many small shapes would be compiled anew.
+        warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        return flex_attention(
+            query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa
+        )
+
+
+def transformers_attention(name: str = "sdpa") -> AttentionSpec:
+    """Return the specification of an attention function that transformers has registered.
+
+    Args:
+        name: Its name in `transformers.AttentionInterface`, or `"eager"` (that of Llama).
+
+    Returns:
+        A specification. It is handed its mask as models hand it: floats of 0 and the lowest
+        number of the dtype. Fully masked rows are not judged; eager attention computes its softmax
+        in float32, so that it is not examined in float64.
+
+    Raises:
+        ValueError: There is no such function.
+    """
+    from transformers import AttentionInterface
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    registered = AttentionInterface()  # type: ignore[no-untyped-call]
+    if name != "eager" and name not in registered:
+        raise ValueError(f"name: got {name!r}; accepted are 'eager' and {sorted(registered)}")
+    forward = eager_attention_forward if name == "eager" else registered[name]
+    dtypes = ("float32", "float16", "bfloat16") + (() if name == "eager" else ("float64",))
+    return AttentionSpec(
+        _adapted(forward),
+        name=f"transformers_{name}",
+        grouped=True,
+        fully_masked="undefined",
+        dtypes=dtypes,
+    )
+
+
+def _adapted(forward: Callable[..., Any]) -> Callable[..., Tensor]:
+    def function(
+        query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None
+    ) -> Tensor:
+        layer = nn.Module().eval()
+        layer.num_key_value_groups = query.shape[1] // key.shape[1]  # type: ignore[assignment]
+        layer.is_causal = False  # type: ignore[assignment]
+        added = None
+        if attn_mask is not None:
+            lowest = torch.finfo(query.dtype).min
+            added = torch.zeros(attn_mask.shape, dtype=query.dtype, device=query.device)
+            added = added.masked_fill(~attn_mask, lowest)
+        scale = 1 / math.sqrt(query.shape[-1])
+        output: Tensor = forward(layer, query, key, value, added, scaling=scale, dropout=0.0)[0]
+        return output.transpose(1, 2)
+
+    return function
