@@ -336,3 +336,33 @@ def test_attention_on_a_gpu_passes(dtype):
     assert_convex(sdpa, query, key, value)
     assert_convex(sdpa, query, key, value, is_causal=True)
     assert_convex(sdpa, query, key, value, attn_mask=torch.ones(64, 300).tril(9).bool().cuda())
+
+
+def test_weights_that_are_rounded_to_bfloat16_are_said_to_be():
+    def rounded(query, key, value):
+        return scores_of(query, key).softmax(-1).bfloat16().float() @ value
+
+    told = message(rounded, *qkv())
+    assert "which is 1 as " in told
+    assert "rounded to " in told
+    assert "not divided" not in told
+
+
+def test_a_mask_that_is_read_as_its_opposite_is_named():
+    def opposite(query, key, value, attn_mask):
+        return sdpa(query, key, value, ~attn_mask)
+
+    keep = MASK.clone()
+    keep[2, 1] = False
+    words = "cause    all weight is on keys that a query may not see: is the mask read as its"
+    assert words in message(opposite, *qkv(), attn_mask=keep)
+    # Where one query may see all, it sees nothing under the opposite: its weights sum to nothing.
+    assert words in message(opposite, *qkv(), attn_mask=MASK)
+
+
+def test_autocast_is_held_to_its_dtype():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for seed in range(5):
+            assert_convex(sdpa, *qkv(seed=seed), is_causal=True)
+            assert_convex(lambda q, k, v: sdpa(q, k, v).float(), *qkv(seed=seed))
+            assert_convex(plain, *qkv(seed=seed))

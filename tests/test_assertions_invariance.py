@@ -164,6 +164,16 @@ def test_the_mask_of_the_first_sample_taken_for_all_is_named():
     assert "cause    sample 1 changes with sample 0: is the mask, or are the keys," in message
 
 
+def test_a_mean_over_two_samples_is_not_taken_for_an_exchange():
+    def mean(query, key, value):
+        output = SDPA(query, key, value)
+        return output + output.mean(0, keepdim=True)
+
+    message = in_batch(mean, *qkv())
+    assert "exchanged" not in message
+    assert "cause    sample 0 changes with sample 1: a mean, a norm or a softmax over" in message
+
+
 def test_two_samples_that_are_exchanged_are_named():
     def wrong(query, key, value):
         exchanged = [0, 2, 1] if query.shape[0] == 3 else [0]
@@ -485,3 +495,38 @@ def test_everything_works_on_a_gpu(assertion, dtype):
         return SDPA(query, key, value, bias) + query.mean(0)
 
     assert "on cuda:0" in message_of(assertion, wrong, *inputs)
+
+
+# --- Arguments of a model beside its inputs
+
+
+class Decoder(nn.Module):
+    """Attention to a memory, with the memory taken as it is given."""
+
+    def forward(self, x, memory=None, mask=None):
+        x = x + SDPA(x, memory, memory) if memory is not None else x
+        return SDPA(x, x, x, mask)
+
+
+def test_features_of_a_memory_as_wide_as_the_sequence_is_long_stay_in_order():
+    assert_key_permutation_invariant(
+        Decoder(), randn(2, WIDTH, WIDTH), memory=randn(2, 5, WIDTH, seed=1)
+    )
+    assert_key_permutation_invariant(Decoder(), randn(2, 5, WIDTH), memory=randn(2, 7, WIDTH))
+
+
+def test_a_memory_that_may_be_a_mask_is_refused():
+    memory = randn(2, WIDTH, WIDTH)
+    with pytest.raises(ValueError, match=r"memory: the last dimension of \(2, 16, 16\) may be"):
+        assert_key_permutation_invariant(Decoder(), randn(2, WIDTH, WIDTH), memory=memory)
+    drawn = randn(2, 5, 5) > 0
+    keep = drawn | torch.eye(5, dtype=torch.bool)
+    assert_key_permutation_invariant(Decoder(), randn(2, 5, WIDTH), mask=keep)
+    assert_key_permutation_invariant(Decoder(), randn(2, 5, WIDTH), mask=keep[:, :1])
+    assert_key_permutation_invariant(Decoder(), randn(2, 5, WIDTH), mask=randn(2, 5, 5))
+
+
+@pytest.mark.parametrize("lengths", ["ab", object(), [None, 1]], ids=["text", "object", "none"])
+def test_lengths_that_are_no_numbers_are_refused_in_words(lengths):
+    with pytest.raises(TypeError, match=r"lengths: got .*accepted are whole numbers, one for each"):
+        assert_batch_independent(encoder_layer(), randn(2, 5, WIDTH), lengths=lengths)

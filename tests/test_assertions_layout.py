@@ -30,7 +30,8 @@ PERMUTED = "permuted from (batch, length, heads, width)"
 TRANSPOSED = "transposed, the last dimension not contiguous"
 STEPPED = "sliced, every second row of a larger tensor"
 SHIFTED = "at a storage offset of one element"
-EXPANDED = "expanded, with stride 0"
+EXPANDED = "expanded over dimension 0, with stride 0"
+PACKED = "packed in one projection (batch, length, heads and widths)"
 
 
 def message_of(subject, *inputs, **options):
@@ -115,14 +116,16 @@ def test_every_layout_of_every_input_and_of_all_together_is_tried_with_equal_val
         kinds = {kind_of(inputs[name]) for name in laid}
         assert len(kinds) < 2
         for name in laid:
-            if kinds != {EXPANDED}:
+            if "expanded" not in next(iter(kinds)):
                 assert torch.equal(inputs[name], given[name])
         seen.add((", ".join(laid), *kinds))
         return SDPA(query, key, value)
 
     def kind_of(tensor):
         if 0 in tensor.stride():
-            return EXPANDED
+            return EXPANDED.replace("0", str(tensor.stride().index(0)), 1)
+        if tensor.stride(2) == 3 * (8 + 8 + 10):
+            return PACKED
         if tensor.is_contiguous():
             assert tensor.storage_offset() == 1
             return SHIFTED
@@ -132,8 +135,10 @@ def test_every_layout_of_every_input_and_of_all_together_is_tried_with_equal_val
 
     assert_layout_invariant(remembered, *given.values(), gradients=False)
     names = ["query", "key", "value", "query, key, value"]
-    kinds = [PERMUTED, TRANSPOSED, STEPPED, SHIFTED, EXPANDED]
-    assert seen == {("",), *((name, kind) for name in names for kind in kinds)}
+    expanded = [EXPANDED.replace("0", str(dim), 1) for dim in range(3)]
+    kinds = [PERMUTED, TRANSPOSED, STEPPED, SHIFTED, *expanded]
+    tried = {(name, kind) for name in names for kind in kinds}
+    assert seen == {("",), (names[-1], PACKED), *tried}
 
 
 # --- Functions that are wrong
@@ -178,6 +183,42 @@ def test_each_layout_and_each_input_is_named(number, layout, is_laid):
 
     name = ("query", "key", "value")[number]
     assert f"36 of 36 rows change with {name} {layout}\n" in message_of(wrong, *qkv())
+
+
+@pytest.mark.parametrize("dim", [1, 2])
+def test_heads_and_length_expanded_with_stride_zero_are_found(dim):
+    def wrong(query, key, value):
+        return SDPA(query, key, value) * (1 + 0.1 * (key.stride(dim) == 0))
+
+    message = message_of(wrong, *qkv())
+    assert f"rows change with key expanded over dimension {dim}, with stride 0\n" in message
+
+
+def test_parts_of_one_packed_projection_are_found():
+    def wrong(query, key, value):
+        # What a kernel does that is given the strides of unpacked inputs.
+        strides = query.stride(), key.stride()
+        packed = query.untyped_storage().data_ptr() == key.untyped_storage().data_ptr()
+        return SDPA(query, key, value) * (1 + 0.1 * (packed and len(set(strides)) == 1))
+
+    message = message_of(wrong, *(t[..., :8] for t in qkv()))
+    assert f"rows change with query, key and value {PACKED}\n" in message
+
+
+def test_a_packed_projection_is_that_of_unbind():
+    from pytest_attnheat.assertions.behaviour.layout import _packed
+
+    inputs = dict(zip(("query", "key", "value"), (t[..., :8] for t in qkv()), strict=True))
+    made = _packed(inputs)
+    parts = torch.empty(2, 6, 3, 3, 8).unbind(2)
+    for (name, tensor), part in zip(made.items(), parts, strict=True):
+        assert torch.equal(tensor, inputs[name])
+        assert tensor.stride() == part.transpose(1, 2).stride()
+        assert tensor.storage_offset() == part.storage_offset()
+    other = {**inputs, "query": inputs["query"][..., :3, :]}
+    assert _packed(other) == {}
+    flat = {name: tensor[:, 0] for name, tensor in inputs.items()}
+    assert all(torch.equal(tensor, flat[name]) for name, tensor in _packed(flat).items())
 
 
 def test_a_fault_of_all_inputs_together_is_found():
@@ -373,6 +414,69 @@ def test_gradients_that_are_nothing_but_rounding_are_not_compared_by_their_size(
         assert_layout_invariant(SDPA, query, key[..., :1, :].expand(key.shape), value, seed=seed)
         assert_layout_invariant(SDPA, 50 * query, key, value, scale=1.0, seed=seed)
         assert_layout_invariant(SDPA, query[0, 0], key[0, 0], value[0, 0], seed=seed)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("size", [5.0, 10.0, 30.0])
+def test_gradients_of_saturated_attention_pass_and_wrong_ones_do_not(size, dtype):
+    class Misread(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, tensor):
+            ctx.wrong = tensor.stride(-1) > 1
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            return packed(gradient.mT.contiguous()).view(gradient.shape) if ctx.wrong else gradient
+
+    def wrong(query, key, value, **options):
+        return SDPA(query, Misread.apply(key), value, **options)
+
+    def wrong_of_value(query, key, value, **options):
+        return SDPA(query, key, Misread.apply(value), **options)
+
+    for seed in range(6):
+        query, key, value = (randn(2, 4, 12, 16, seed=3 * seed + i) for i in range(3))
+        inputs = [t.to(dtype) for t in (size * query, size * key, value)]
+        assert_layout_invariant(SDPA, *inputs, is_causal=True, seed=seed)
+        if size == 5:  # above it most gradients of the key are truly zero
+            message = message_of(wrong, *inputs, is_causal=True, seed=seed)
+            assert "rows of the gradient of key change with key transposed" in message
+        message = message_of(wrong_of_value, *inputs, is_causal=True, seed=seed)
+        assert "rows of the gradient of value change with value transposed" in message
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
+def test_what_autocast_computes_is_held_to_its_dtype(low):
+    with torch.autocast("cpu", dtype=low):
+        for seed in range(3):
+            inputs = qkv(seed=seed)
+            assert_layout_invariant(SDPA, *inputs, seed=seed)
+            assert_layout_invariant(lambda q, k, v: SDPA(q, k, v).float(), *inputs, seed=seed)
+            assert_layout_invariant(encoder_layer(), randn(2, 5, WIDTH, seed=seed), seed=seed)
+        message_of(lambda q, k, v: SDPA(q, packed(k), v), *qkv())
+
+
+def test_inference_mode_passes_and_a_write_within_it_is_found():
+    def wrong(query, key, value):
+        key *= 0.5
+        return SDPA(query, key, value)
+
+    outside = qkv()
+    with torch.inference_mode():
+        assert_layout_invariant(SDPA, *outside)
+        assert_layout_invariant(SDPA, *qkv())
+        assert_layout_invariant(encoder_layer(), randn(2, 5, WIDTH))
+        assert "the subject writes into key: 288 of 288" in message_of(wrong, *qkv())
+
+
+def test_a_row_without_a_size_is_said_to_be_off_and_nothing_more():
+    def wrong(query, key, value):
+        return SDPA(query, key, value) * 0 + (not key.is_contiguous())
+
+    message = message_of(wrong, *qkv())
+    assert "is off by up to 1 (allowed" in message
+    assert "inf" not in message.replace("tensor", "")
 
 
 def test_subjects_without_a_gradient_pass():

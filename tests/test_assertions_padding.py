@@ -343,6 +343,124 @@ def test_an_overflow_in_transformers_in_float64_is_found():
     assert "nan spreads from the padding" in message_of(model, tokens(2, 4))
 
 
+class Decoder(nn.Module):
+    """A causal layer that makes its positions from its mask, and may be wrong in several ways."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong = wrong
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.positions = nn.Embedding(32, WIDTH)
+
+    def forward(self, ids, keep=None):
+        keep = torch.ones_like(ids, dtype=torch.bool) if keep is None else keep
+        places = (keep.cumsum(-1) - 1).clamp(min=0)
+        if self.wrong == "from the end":
+            places = torch.arange(ids.shape[1]).flip(0).expand(ids.shape)
+        x = self.embedding(ids) + self.positions(places)
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        if self.wrong == "opposite":
+            keep = ~keep if not keep.all() else keep
+        if self.wrong in ("unmasked", "from the end"):
+            keep = torch.ones_like(keep)
+        allowed = keep[:, None, :] if self.wrong == "opposite" else keep[:, None, :] & causal
+        return x + SDPA(x, x, x, allowed | torch.eye(ids.shape[1], dtype=torch.bool))
+
+
+def decoder(wrong=""):
+    return SequenceModel(Decoder(wrong), "keep", "keep")
+
+
+def test_padding_on_the_left_that_is_not_masked_is_not_taken_for_wrong_positions():
+    assert_padding_invariant(decoder(), tokens(3, 5), lengths=[5, 2, 4])
+    message = message_of(decoder("unmasked"), tokens(3, 5))
+    assert "change with padding on the left" in message
+    assert "only on the left: real tokens feel what the padding holds: it is not masked" in message
+    assert "positions" not in message
+
+
+def test_a_mask_that_changes_nothing_is_not_blamed_where_the_padding_is_not_felt():
+    message = message_of(decoder("from the end"), tokens(3, 5), sides="right")
+    assert "ignored" not in message
+    assert "real tokens do not feel what the padding holds, only that it is there: are" in message
+
+
+def test_an_opposite_mask_is_named_where_positions_follow_from_the_mask():
+    message = message_of(decoder("opposite"), tokens(3, 5))
+    assert "cause    the mask is read as its opposite: real tokens feel the padding and" in message
+
+
+def test_a_causal_mask_that_lets_the_future_through_is_suggested_where_there_is_no_mask():
+    message = message_of(SequenceModel(Layer()), tokens(3, 5), sides="right")
+    assert (
+        "cause    real tokens feel the padding after them: a causal mask that lets the" in message
+    )
+
+
+@pytest.mark.parametrize("fill", [-10.0, -30.0, -50.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_fill_that_does_not_hide_a_key_with_a_large_score_is_found(dtype, fill):
+    def filled(query, key, value, attn_mask=None):
+        scores = query.float() @ key.float().mT * 8**-0.5
+        scores = scores if attn_mask is None else scores + (~attn_mask) * fill
+        return (scores.softmax(-1) @ value.float()).to(value)
+
+    for seed in range(3):
+        assert "masked keys on the" in message_of(filled, *qkv(seed=seed, dtype=dtype), amount=1)
+
+
+def test_a_fill_that_hides_whatever_a_key_holds_passes():
+    def filled(query, key, value, attn_mask=None):
+        scores = query @ key.mT * 8**-0.5
+        scores = scores if attn_mask is None else scores.masked_fill(~attn_mask, -1e4)
+        return scores.softmax(-1) @ value
+
+    for dtype in DTYPES:
+        for size in (1e-3, 1.0, 10.0):
+            query, key, value = qkv(dtype=dtype)
+            assert_padding_invariant(filled, query * size, key, value)
+
+
+class Crossed(nn.Module):
+    """Self-attention and attention to a memory of as many samples."""
+
+    def forward(self, x, memory, keep=None):
+        assert memory.shape[0] == x.shape[0]
+        x = x + SDPA(x, memory, memory)
+        return SDPA(x, x, x, None if keep is None else keep[:, None])
+
+
+@pytest.mark.parametrize("length", [5, WIDTH])
+def test_a_sample_alone_gets_its_part_of_a_memory(length):
+    model = SequenceModel(Crossed(), "keep", "keep")
+    assert_padding_invariant(model, randn(2, length, WIDTH), memory=randn(2, 7, WIDTH, seed=1))
+
+
+def test_more_tokens_than_the_module_takes_are_refused_in_words():
+    class Short(Layer):
+        def forward(self, ids, keep=None):
+            if ids.shape[1] > 6:
+                raise IndexError("index out of range in self")
+            return super().forward(ids, keep)
+
+    model = SequenceModel(Short(), "keep", "keep")
+    words = r"refuses 8 tokens \(5 were given, amount=3 of padding were added\): IndexError: index"
+    with pytest.raises(ValueError, match=words):
+        assert_padding_invariant(model, tokens(2, 5))
+    assert_padding_invariant(model, tokens(2, 5), amount=1)
+
+
+def test_what_a_module_raises_for_its_mask_is_its_own():
+    def broken(ids, keep=None):
+        if keep is not None:
+            raise RuntimeError("a mask?")
+        return Layer()(ids)
+
+    with pytest.raises(RuntimeError, match=r"^a mask\?$"):
+        assert_padding_invariant(SequenceModel(broken, "keep", "keep"), tokens(2, 5))
+
+
 # --- Modules without a mask
 
 
@@ -363,7 +481,8 @@ def test_a_causal_module_needs_no_mask_for_padding_on_the_right():
 def test_a_module_that_is_not_causal_and_has_no_mask_feels_the_padding():
     message = message_of(Layer(), tokens(3, 5), sides="right")
     assert "15 of 15 rows of real tokens change with padding on the right" in message
-    assert "cause    the module is given no mask, and real tokens feel the padding" in message
+    assert "cause    real tokens feel the padding after them: a causal mask that lets" in message
+    assert "or a module that needs a mask: SequenceModel(module, mask=..., mask_" in message
 
 
 def test_a_module_that_finds_padding_by_its_id_needs_no_mask():

@@ -111,7 +111,7 @@ class SequenceCall:
     def reordered(self, order: Tensor) -> SequenceCall:
         """The same with its tokens, and the rows and columns of its masks, in another order."""
         arguments = {
-            name: _along(value, order) if isinstance(value, Tensor) else value
+            name: _reordered(value, self.along(name), order) if isinstance(value, Tensor) else value
             for name, value in self._arguments().items()
         }
         real = None if self.real is None else self.real[:, order]
@@ -121,6 +121,40 @@ class SequenceCall:
     def restored(self, output: Tensor, order: Tensor) -> Tensor:
         """The output of a reordered call in the order that the tokens had."""
         return output[:, order.argsort()]
+
+    def along(self, name: str) -> tuple[int, ...]:
+        """Which dimensions of a tensor argument are those of the sequence.
+
+        The second of (batch, length, ...), the last two of (..., length, length), the last of a
+        mask (length,), (batch, 1, length) or (batch, 1, 1, length). A width that happens to be as
+        large as the sequence is long, as that of a memory (batch, other length, width), is none.
+
+        Raises:
+            ValueError: The last dimension may be the length as well as a width.
+        """
+        argument: Tensor = self._arguments()[name]
+        shape, ndim, length = tuple(argument.shape), argument.ndim, self.length
+        if ndim == 0 or length not in shape:
+            return ()
+        second = ndim > 1 and shape[0] in (1, self.batch) and shape[1] == length
+        square = ndim > 1 and shape[-2:] == (length, length)
+        keys = shape[-1] == length and (ndim == 1 or (ndim > 2 and set(shape[1:-1]) == {1}))
+        if ndim == 3 and ((square and second) or keys) and self._may_be_width(argument):
+            raise ValueError(
+                f"{name}: the last dimension of {shape} may be the length of the sequence or a "
+                f"width of {length}; give inputs whose length differs from it, or a boolean mask"
+            )
+        if square:
+            return (ndim - 2, ndim - 1)
+        if second:
+            return (1,)
+        return (ndim - 1,) if keys else ()
+
+    def _may_be_width(self, argument: Tensor) -> bool:
+        """Whether floats may be features as wide as the sequence is long."""
+        inputs = self.called.inputs
+        width = inputs.shape[2] if inputs.ndim == 3 else self.length
+        return argument.is_floating_point() and width == self.length
 
     def _arguments(self) -> Mapping[str, Any]:
         """The arguments, none of which can be read in two ways."""
@@ -134,11 +168,9 @@ class SequenceCall:
         return self.called.arguments
 
 
-def _along(argument: Tensor, order: Tensor) -> Tensor:
-    """Reorder those of the last two dimensions that are as long as the sequence."""
-    for dim in range(max(argument.ndim - 2, 0), argument.ndim):
-        if argument.shape[dim] == len(order):
-            argument = argument.index_select(dim, order)
+def _reordered(argument: Tensor, dims: Sequence[int], order: Tensor) -> Tensor:
+    for dim in dims:
+        argument = argument.index_select(dim, order.to(argument.device))
     return argument
 
 
@@ -193,7 +225,7 @@ def as_lengths(lengths: object, sequence: Subject) -> list[int]:
         ValueError: There is not one for each sample, or one is not in 1 to the length.
     """
     batch, length = sequence.inputs.shape[:2]
-    given = [length] * batch if lengths is None else torch.as_tensor(lengths).tolist()
+    given = [length] * batch if lengths is None else _as_list(lengths)
     if not isinstance(given, list) or any(type(n) is not int for n in given):
         raise TypeError(f"lengths: got {given!r}; accepted are whole numbers, one for each sample")
     if len(given) != batch or min(given) < 1 or max(given) > length:
@@ -202,6 +234,14 @@ def as_lengths(lengths: object, sequence: Subject) -> list[int]:
             "sample"
         )
     return given
+
+
+def _as_list(lengths: object) -> object:
+    """The numbers of a list or a tensor, or what is neither as it is."""
+    try:
+        return torch.as_tensor(lengths).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return lengths
 
 
 def check_takes_mask(model: SequenceModel) -> None:
@@ -225,6 +265,19 @@ def _parameters(model: SequenceModel) -> str:
 def _real_tokens(lengths: list[int], sequence: Subject) -> Tensor:
     mask = padding_mask(lengths, sequence.inputs.shape[1], device=sequence.inputs.device)
     return mask[:, 0, 0]
+
+
+def coarsest(*tensors: Tensor) -> torch.dtype:
+    """The coarsest dtype that an output may have been computed in: its own, or that of autocast.
+
+    Args:
+        *tensors: The output, and the inputs of floats.
+    """
+    dtypes = [tensor.dtype for tensor in tensors]
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        dtypes.append(torch.get_autocast_dtype(device))
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def differ(got: Tensor, expected: Tensor, allowed: float, judged: Tensor | None = None) -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.calls import coarsest
 from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     index_of,
@@ -30,6 +31,8 @@ from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.scoring import query_chunks
 
 _NAME = "assert_convex"
+# Of so many queries it is asked on which keys their weight is.
+_ASKED = 4
 # The axes of the sums of weights, (batch, heads, query_len).
 _AXES = {-1: "query", -2: "head", -3: "batch"}
 
@@ -87,12 +90,9 @@ def assert_convex(
             "so it need not lie within the range of anything: pass the function that they call"
         )
     subject = as_function(function, (query, key, value), arguments)
-    rows = (subject.query.dtype, subject.key.shape[-2])
-    allowed = rounding(*rows) + torch.finfo(rows[0]).eps
-    if tolerance is not None:
-        allowed = check_relative(tolerance, rows[0])
     with borrowed(function, subject.query, subject.key, subject.value, seed=seed), torch.no_grad():
         output, start = settled(function, subject.run, training=training, seed=seed)
+        allowed = _allowed(tolerance, coarsest(output, subject.query), subject.key.shape[-2])
 
         def run(**changed: Any) -> Tensor:
             start()
@@ -117,6 +117,13 @@ def _spaced(value: Tensor) -> tuple[Tensor, int]:
     key_at = torch.arange(length, device=value.device).unsqueeze(-1)
     channel = torch.arange(width, device=value.device)
     return (key_at % step == channel).to(value.dtype).expand_as(value).contiguous(), step
+
+
+def _allowed(tolerance: object, dtype: torch.dtype, key_len: int) -> float:
+    """What the caller allows, or what rounding to a dtype does to weights and outputs."""
+    if tolerance is not None:
+        return check_relative(tolerance, dtype)
+    return rounding(dtype, key_len) + torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -177,6 +184,10 @@ class _Probe:
     def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
         subject = self.subject
         seen = subject.may_see()
+        if self._on_hidden_alone(seen):
+            return (
+                "all weight is on keys that a query may not see: is the mask read as its opposite?"
+            )
         if not bool(output[worst].isfinite()):
             if bool(subject.value.isfinite().all()):
                 return None
@@ -195,6 +206,27 @@ class _Probe:
         if least < -self.allowed:
             return f"some weights are negative: they add up to {least:.3g} on some keys"
         return None
+
+    def _on_hidden_alone(self, seen: Tensor) -> bool:
+        """Whether queries that may see a part of the keys give their weight to the other part."""
+        partly = seen.any(-1) & ~seen.all(-1)
+        if not bool(partly.any()) or seen.ndim != self.subject.value.ndim:
+            return False
+        # One query at a time: the keys that it may not see have the value 1, the others 0.
+        rows = partly.flatten().nonzero()[:_ASKED, 0].tolist()
+        for row in rows:
+            index = index_of(row, partly)
+            value = torch.zeros_like(self.subject.value)
+            head = self._key_head(index[:-1])
+            value[head] = (~seen[index]).to(value).unsqueeze(-1)
+            share = self.run(value=value)[index].double()
+            if not bool(((share - 1).abs() <= 10 * self.allowed).all()):
+                return False
+        return True
+
+    def _key_head(self, leading: tuple[int, ...]) -> tuple[int, ...]:
+        """Where the keys of a head of queries lie."""
+        return (*leading[:-1], leading[-1] // self.subject.group) if leading else ()
 
     def _cause_in_sums(self, sums: Tensor, judged: Tensor, seen: Tensor) -> str:
         """Say how the weights were normalised.
@@ -217,12 +249,26 @@ class _Probe:
                         "this axis?"
                     )
         least, most = float(sums[judged].min()), float(sums[judged].max())
+        coarse = self._rounded_to(max(abs(least - 1), abs(most - 1)))
+        if coarse is not None:
+            return (
+                f"the weights of a query sum to {least:.4g} to {most:.4g}, which is 1 as "
+                f"{coarse} rounds it: are weights rounded to {coarse}?"
+            )
         if most - least <= 10 * self.allowed * abs(most):
             return f"the weights of every query sum to {most:.4g}: a constant factor on the output"
         return (
             f"the weights of a query sum to {least:.3g} to {most:.3g}: they are not divided by "
             "their sum"
         )
+
+    def _rounded_to(self, off: float) -> str | None:
+        """The dtype, coarser than that of the inputs, whose rounding may be all that is wrong."""
+        length = self.subject.key.shape[-2]
+        for dtype in (torch.float16, torch.bfloat16):
+            if self.allowed < off <= _allowed(None, dtype, length):
+                return str(dtype).removeprefix("torch.")
+        return None
 
     def _same_without_mask(self) -> bool:
         off = {"attn_mask": None, "is_causal": False}

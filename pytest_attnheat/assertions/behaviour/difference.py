@@ -7,6 +7,7 @@ or of the median row where that is larger, so that a row of zeros has a scale.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -162,7 +163,10 @@ def _off(got: Tensor, expected: Tensor, change: Tensor, index: tuple[int, ...]) 
     if not bool(wanted.isfinite().all()):
         return f"is compared with a row that holds {_not_finite(wanted)}"
     largest = float((row.double() - wanted.double()).abs().max())
-    return f"is off by up to {largest:.3g}, {float(change[index]):.2g} of its size"
+    said = f"is off by up to {largest:.3g}"
+    # Where most rows are zeros there is no size to compare with.
+    share = float(change[index])
+    return f"{said}, {share:.2g} of its size" if math.isfinite(share) else said
 
 
 def _not_finite(row: Tensor) -> str:

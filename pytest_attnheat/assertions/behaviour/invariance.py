@@ -16,6 +16,7 @@ from pytest_attnheat.assertions.behaviour.calls import (
     SequenceCall,
     answers,
     as_call,
+    coarsest,
     differ,
 )
 from pytest_attnheat.assertions.behaviour.difference import (
@@ -96,7 +97,7 @@ def assert_batch_independent(
         )
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base, start = settled(subject, call.run, training=training, seed=seed)
-        allowed = check_relative(tolerance, base.dtype)
+        allowed = check_relative(tolerance, coarsest(base))
         batch = _Batch(subject, call, base, start, allowed, training)
         generator = torch.Generator().manual_seed(seed)
         _check_alone(batch, _chosen(call.batch, generator), repeat=f"seed={seed}")
@@ -247,12 +248,19 @@ def _company(batch: _Batch, sample: int) -> str:
             f"sample {sample} changes with sample 0: is the mask, or are the keys, of sample 0 "
             "taken for all?"
         )
-    if len(felt) == 1:
+    if len(felt) == 1 and answers(lambda: _has_output_of(batch, sample, felt[0])):
         return f"sample {sample} changes with sample {felt[0]} alone: are they exchanged?"
     return (
         f"sample {sample} changes with {_samples(felt)}: a mean, a norm or a softmax over the "
         "batch (dim=0), or a reshape that mixes it with another dimension?"
     )
+
+
+def _has_output_of(batch: _Batch, sample: int, other: int) -> bool:
+    """Whether a sample gives in the batch what another gives alone."""
+    judged = batch.judged(torch.tensor([other]))
+    alone = batch.run(torch.tensor([other]))
+    return not differ(batch.output[sample : sample + 1], alone, batch.allowed, judged)
 
 
 def _changes(batch: _Batch, sample: int, which: Tensor) -> bool:
@@ -296,8 +304,9 @@ def assert_key_permutation_invariant(
             from the seed. It must draw the same numbers for every order of the
             keys: dropout of weights does not.
         **arguments: Passed to the subject at every call. The `attn_mask` of a
-            function is put in the order of the keys; of a model the last two
-            dimensions of every tensor where they are as long as the sequence.
+            function is put in the order of the keys; of a model the length in
+            every tensor (batch, length, ...) or (..., length, length), and in a mask
+            (batch, 1, 1, length).
             `is_causal=True` is refused: under it the order of keys matters.
             Pass the same as an `attn_mask`.
 
@@ -321,7 +330,7 @@ def assert_key_permutation_invariant(
         raise ValueError("there is one key, which has no other order; two or more are needed")
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base, start = settled(subject, call.run, training=training, seed=seed)
-        allowed = check_relative(tolerance, base.dtype)
+        allowed = check_relative(tolerance, coarsest(base))
         what = "keys and values are" if isinstance(call, FunctionCall) else "the sequence is"
         for name, order in _orders(call.length, seed):
             start()

@@ -11,18 +11,30 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import Call, FunctionCall, answers, as_call, differ
+from pytest_attnheat.assertions.behaviour.calls import (
+    Call,
+    FunctionCall,
+    answers,
+    as_call,
+    coarsest,
+    differ,
+)
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, index_of
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
 from pytest_attnheat.assertions.message import build_message
 
 Tensors: TypeAlias = Mapping[str, Tensor]
+_Layout: TypeAlias = Callable[[str, Tensor], Tensor | None]
 
 _NAME = "assert_layout_invariant"
 _MASK = "attn_mask"
 # In float32 and float64 the backward of large scores rounds more than the forward pass.
 _GRADIENT_FACTOR, _GRADIENT_MOST = 10.0, 2e-4
+# Scores whose rounding changes outputs by more are too large to compare anything.
+_MOST = 1e-2
+# How many eps of what is subtracted the gradient of a saturated softmax may be off.
+_ROUNDED, _ROUNDED_SCORE = 4.0, 32.0
 _PERMUTED = {4: "(batch, length, heads, width)", 3: "(length, batch, width)"}
 
 
@@ -39,9 +51,10 @@ def assert_layout_invariant(
 
     Every input alone, and all together, are laid out in other ways with the
     same values: dimensions permuted, the last dimension not contiguous, every
-    second row of a larger tensor, memory that begins one element later, and
-    one element expanded with stride 0. The output must be that for contiguous
-    inputs. Nor may any call write into its inputs.
+    second row of a larger tensor, memory that begins one element later, parts of
+    one packed projection, and each dimension but the last expanded with stride 0.
+    The output must be that for contiguous inputs. Nor may any call write into its
+    inputs.
 
     Args:
         subject: An attention function with the signature of
@@ -122,13 +135,18 @@ def _trials(given: Tensors) -> Iterator[_Trial]:
     groups = [[name] for name in given]
     if len(given) > 1:
         groups.append(list(given))
-    for layout, make in _LAYOUTS.items():
+    for layout, make in [*_LAYOUTS.items(), *_expansions(given)]:
         for names in groups:
             made = {name: make(name, given[name]) for name in names}
             laid = {name: tensor for name, tensor in made.items() if tensor is not None}
             if laid:
                 said = f"{_listed(list(laid))} {layout.format(_order_of(given, laid))}"
                 yield _Trial(said, list(laid), {**_contiguous(given), **laid})
+    packed = _packed(given)
+    if packed:
+        names = list(packed)
+        said = f"{_listed(names)} packed in one projection (batch, length, heads and widths)"
+        yield _Trial(said, names, {**_contiguous(given), **packed})
 
 
 def _listed(names: list[str]) -> str:
@@ -164,20 +182,51 @@ def _shifted(name: str, tensor: Tensor) -> Tensor | None:
     return memory[1:].view(tensor.shape)
 
 
-def _expanded(name: str, tensor: Tensor) -> Tensor | None:
-    for dim, size in enumerate(tensor.shape[:-1]):
-        if size > 1:
-            return tensor.narrow(dim, 0, 1).contiguous().expand(tensor.shape)
-    return None
+def _expansions(given: Tensors) -> Iterator[tuple[str, _Layout]]:
+    """The layouts with stride 0: over the batch, over heads as grouped attention, over length."""
+    for dim in range(max(tensor.ndim for tensor in given.values()) - 1):
+        yield f"expanded over dimension {dim}, with stride 0", partial(_expanded, dim)
+
+
+def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
+    if dim >= tensor.ndim - 1 or tensor.shape[dim] == 1:
+        return None
+    return tensor.narrow(dim, 0, 1).contiguous().expand(tensor.shape)
+
+
+def _packed(given: Tensors) -> Tensors:
+    """Query, key and value as `projection.view(batch, length, 3, heads, width).unbind(2)`.
+
+    Nothing where their lengths differ: then one projection cannot have made them.
+    """
+    names = [name for name in ("query", "key", "value") if name in given]
+    # The heads of grouped attention may differ in number; they lie side by side in memory.
+    headed = [given[name].ndim > 3 for name in names]
+    turned = [
+        given[name].transpose(-3, -2) if heads else given[name].unsqueeze(-2)
+        for name, heads in zip(names, headed, strict=True)
+    ]
+    if len({tensor.shape[:-2] for tensor in turned}) != 1 or len(names) < 3:
+        return {}
+    widths = [tensor.shape[-2:].numel() for tensor in turned]
+    packed = torch.cat([tensor.flatten(-2) for tensor in turned], -1)
+    parts = torch.split(packed, widths, -1)
+    views = [
+        part.view(*part.shape[:-1], *like.shape[-2:])
+        for part, like in zip(parts, turned, strict=True)
+    ]
+    return {
+        name: view.transpose(-3, -2) if heads else view.squeeze(-2)
+        for name, view, heads in zip(names, views, headed, strict=True)
+    }
 
 
 # In words, and how; None where a tensor cannot lie so.
-_LAYOUTS: dict[str, Callable[[str, Tensor], Tensor | None]] = {
+_LAYOUTS: dict[str, _Layout] = {
     "permuted from {}": _permuted,
     "transposed, the last dimension not contiguous": _transposed,
     "sliced, every second row of a larger tensor": _stepped,
     "at a storage offset of one element": _shifted,
-    "expanded, with stride 0": _expanded,
 }
 
 
@@ -186,6 +235,11 @@ def _call(call: Call, tensors: Tensors) -> Tensor:
     if isinstance(call, FunctionCall):
         return call.called.run(**tensors)
     return call.called.run(tensors["inputs"])
+
+
+def _floats(tensors: Tensors) -> list[Tensor]:
+    given = [tensor for name, tensor in tensors.items() if name != _MASK]
+    return [tensor for tensor in given if tensor.is_floating_point()]
 
 
 def _run(call: Call, tensors: Tensors) -> Tensor:
@@ -247,13 +301,13 @@ class _Check:
             got,
             expected,
             claim=f"rows change with {trial.what}",
-            allowed=check_relative(self.tolerance, got.dtype),
+            allowed=self._allowed(got, plain),
             judged=_judged(self.call, plain),
             cause=lambda _: self._cause(trial, got),
             repeat=f"seed={self.seed}",
         )
         if self.gradients:
-            self._same_gradients(trial, plain)
+            self._same_gradients(trial, plain, got)
 
     def _tried(self, trial: _Trial, run: Callable[[], Any]) -> Any:
         """Call the subject with a layout, which it must not refuse."""
@@ -278,7 +332,7 @@ class _Check:
                 )
             ) from error
 
-    def _same_gradients(self, trial: _Trial, plain: Tensors) -> None:
+    def _same_gradients(self, trial: _Trial, plain: Tensors, output: Tensor) -> None:
         __tracebackhide__ = True
         self.start()
         try:
@@ -287,6 +341,7 @@ class _Check:
             return
         got = self._tried(trial, lambda: self._gradients(trial.laid)) if expected else {}
         for name, gradient in expected.items():
+            dtype = coarsest(gradient, output)
             finite = gradient.isfinite().all(-1)
             if not bool(finite.any()):
                 continue
@@ -295,13 +350,38 @@ class _Check:
                 got.get(name, torch.zeros_like(gradient)),
                 gradient,
                 claim=f"rows of the gradient of {name} change with {trial.what}",
-                allowed=_gradient_tolerance(self.tolerance, gradient.dtype),
+                allowed=_gradient_tolerance(self.tolerance, dtype),
                 judged=finite,
-                floor=_floor(name, expected, plain),
+                floor=max(_floor(name, expected, plain), self._subtracted(name, plain, dtype)),
                 place=partial(_place, f"{name}.grad"),
                 cause=lambda _: RANDOM_CAUSE if self.training else None,
                 repeat=f"seed={self.seed}",
             )
+
+    def _subtracted(self, name: str, tensors: Tensors, dtype: torch.dtype) -> float:
+        """The size below which the gradient of query or key is what a subtraction leaves.
+
+        The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight and
+        the mean is taken with the weights. Where attention is saturated g equals its mean, and
+        what is left is the rounding of g, times the key (for the query) or the queries that see it
+        (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that product:
+        1.0 was measured at most in float16 and bfloat16. Wider dtypes have `_ROUNDED_SCORE`, as
+        their tolerance is many eps, and 6 were measured where scores are in the thousands.
+        """
+        if not isinstance(self.call, FunctionCall) or name not in ("query", "key"):
+            return 0.0
+        query, key, value = (tensors[n] for n in ("query", "key", "value"))
+        scale = _scale(self.call, query)
+        # The gradient of the output is drawn with a variance of 1.
+        weight_gradient = _largest_row(value) * math.sqrt(value.shape[-1])
+        other = _largest_row(key)
+        if name == "key":
+            seen_by = query.shape[-2] * self.call.called.group
+            other = _largest_row(query) * math.sqrt(seen_by)
+        wide = dtype in (torch.float32, torch.float64)
+        rounded = (_ROUNDED_SCORE if wide else _ROUNDED) * torch.finfo(dtype).eps
+        product = weight_gradient * other * scale
+        return rounded * product / _gradient_tolerance(None, dtype)
 
     def _gradients(self, tensors: Tensors) -> dict[str, Tensor]:
         """Return the gradients of the inputs that have one."""
@@ -344,8 +424,29 @@ class _Check:
     def _gives(self, output: Tensor, tensors: Tensors) -> bool:
         """Whether the output is the one for these tensors."""
         self.start()
-        allowed = check_relative(self.tolerance, output.dtype)
-        return not differ(output, _run(self.call, tensors), allowed)
+        return not differ(output, _run(self.call, tensors), self._allowed(output, tensors))
+
+    def _allowed(self, output: Tensor, tensors: Tensors) -> float:
+        """By what part of its size a row of the output may change.
+
+        A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
+        scores that are this large half of that was measured in float32.
+        """
+        dtype = coarsest(output, *_floats(tensors))
+        allowed = check_relative(self.tolerance, dtype)
+        if self.tolerance is not None or not isinstance(self.call, FunctionCall):
+            return allowed
+        query, key = tensors["query"], tensors["key"]
+        scale = _scale(self.call, query)
+        size = _rms(query) * _rms(key) * math.sqrt(query.shape[-1]) * scale
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        return max(allowed, min(size * torch.finfo(wide).eps, _MOST))
+
+
+def _scale(call: FunctionCall, query: Tensor) -> float:
+    """What scores are multiplied by."""
+    given = call.called.arguments.get("scale")
+    return float(query.shape[-1] ** -0.5) if given is None else abs(float(given))
 
 
 def _gradient_tolerance(tolerance: object, dtype: torch.dtype) -> float:
@@ -363,6 +464,11 @@ def _floor(name: str, gradients: Tensors, inputs: Tensors) -> float:
     """
     moved = [_rms(gradient) * _rms(inputs[other]) for other, gradient in gradients.items()]
     return max(moved) / max(_rms(inputs[name]), torch.finfo(torch.float32).tiny)
+
+
+def _largest_row(tensor: Tensor) -> float:
+    rows = tensor.double().nan_to_num(posinf=0.0, neginf=0.0)
+    return float(rows.square().mean(-1).sqrt().max())
 
 
 def _rms(tensor: Tensor) -> float:
@@ -385,7 +491,8 @@ def _place(name: str, index: tuple[int, ...]) -> str:
 
 
 def _versions(tensors: Tensors) -> dict[str, int]:
-    return {name: tensor._version for name, tensor in tensors.items()}
+    # Tensors of inference mode count no versions: of them the contents are compared alone.
+    return {n: 0 if t.is_inference() else t._version for n, t in tensors.items()}
 
 
 def _check_unwritten(
@@ -393,10 +500,11 @@ def _check_unwritten(
 ) -> None:
     """Raise an AssertionError about an input that a call has written into."""
     __tracebackhide__ = True
+    now = _versions(tensors)
     for name, tensor in tensors.items():
         was = before[name]
         changed = ~((tensor == was) | ((tensor != tensor) & (was != was)))
-        if not bool(changed.any()) and tensor._version == versions[name]:
+        if not bool(changed.any()) and now[name] == versions[name]:
             continue
         place = index_of(changed.flatten().int().argmax(), changed)
         at = _place(name, place)

@@ -19,6 +19,7 @@ from pytest_attnheat.assertions.behaviour.calls import (
     as_call,
     as_lengths,
     check_takes_mask,
+    coarsest,
     differ,
 )
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
@@ -35,6 +36,9 @@ Told: TypeAlias = Literal["truth", "all real", "opposite"]
 _NAME = "assert_padding_invariant"
 # Padding is drawn at these multiples of the scale of the inputs: what is large is felt.
 _SCALES = (3.0, 10.0)
+# By how much the score of a padding key that is aimed at a query is above that of any real key,
+# and the length that such a key has at most.
+_AHEAD, _LONGEST = 100.0, 3e3
 
 
 def assert_padding_invariant(
@@ -103,7 +107,7 @@ def assert_padding_invariant(
     real = None if isinstance(call, FunctionCall) else as_lengths(lengths, call.called)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base, start = settled(subject, call.run, training=training, seed=seed)
-        allowed = check_relative(tolerance, base.dtype)
+        allowed = check_relative(tolerance, coarsest(base))
         for both in _padded(call, real, asked, filling, start):
             for one in both:
                 _check(one, both, allowed, training=training, repeat=f"seed={seed}")
@@ -132,6 +136,15 @@ class _Filling:
     seed: int
     scale: float = 1.0
 
+    @property
+    def aims(self) -> bool:
+        """Whether a padding key of a function points where a query looks: at the last scale."""
+        return self.scale == _SCALES[-1]
+
+    def other(self) -> _Filling | None:
+        """The same with other numbers; None for one value, which may be how padding is known."""
+        return None if self.value is not None else replace(self, seed=self.seed + 1)
+
     def like(self, inputs: Tensor, shape: Sequence[int]) -> Tensor:
         """Fill a shape with padding for these inputs."""
         if self.value is not None:
@@ -159,11 +172,11 @@ def _filling(amount: object, value: object, seed: int) -> _Filling:
 
 def _check_model(call: SequenceCall, sides: Sequence[Side], filling: _Filling) -> None:
     """Refuse a model that cannot be told of its padding."""
-    model, (batch, length) = call.called.model, call.called.inputs.shape[:2]
+    batch, length = call.called.inputs.shape[:2]
     if filling.value is None and list(sides) != ["right"]:
-        check_takes_mask(model)
+        check_takes_mask(call.called.model)
     for name, argument in call.called.arguments.items():
-        if isinstance(argument, Tensor) and length in argument.shape[-2:]:
+        if isinstance(argument, Tensor) and call.along(name):
             raise ValueError(
                 f"{name}: shape {tuple(argument.shape)} is made for sequences of {length}, and "
                 "padding changes their length; let the module make it from its inputs, and give "
@@ -203,9 +216,18 @@ class _Padded(Protocol):
     def ignored(self) -> str:
         """Say that the output is the same without the mask."""
 
-    @property
-    def advice(self) -> str:
-        """What to look at where only this side is wrong."""
+    def advice(self, felt: bool | None) -> str:
+        """What to look at where only this side is wrong.
+
+        Args:
+            felt: Whether the output changes with what the padding holds; None for unknown.
+        """
+
+    def other(self) -> _Padded | None:
+        """The same with padding that holds something else, if that is allowed."""
+
+    def sees_only_padding(self, got: Tensor, allowed: float) -> bool:
+        """Whether real tokens do not feel one another."""
 
 
 def _padded(
@@ -265,7 +287,11 @@ class _PaddedFunction:
         """Call the function with the padding and a mask."""
         spelled = self.call.called.explicit()
         mask = spelled.arguments["attn_mask"]
-        key, value = (self._beside(t, self._padding(t)) for t in (spelled.key, spelled.value))
+        padding = self._padding(spelled.key)
+        if self.filling.aims:
+            padding = _aimed(padding, self.call, self.judged)
+        key = self._beside(spelled.key, padding)
+        value = self._beside(spelled.value, self._padding(spelled.value))
         shown = told == "all real"
         hidden = mask.new_full((*mask.shape[:-1], self.filling.amount), shown)
         if mask.dtype != torch.bool:
@@ -297,10 +323,45 @@ class _PaddedFunction:
         """Say that the output is the same without the mask."""
         return "attn_mask changes nothing: it is ignored"
 
-    @property
-    def advice(self) -> str:
+    def advice(self, felt: bool | None) -> str:
         """What to look at where only this side is wrong."""
         return "does the mask follow its keys, or are keys found by their place?"
+
+    def other(self) -> _PaddedFunction | None:
+        """The same with padding that holds something else, if that is allowed."""
+        content = self.filling.other()
+        return None if content is None else replace(self, filling=content)
+
+    def sees_only_padding(self, got: Tensor, allowed: float) -> bool:
+        """No: of a function the opposite of a mask is tried."""
+        return False
+
+
+def _aimed(padding: Tensor, call: FunctionCall, judged: Tensor | None) -> Tensor:
+    """Turn the last padding key towards a query, so that it wins the softmax if it is not masked.
+
+    Random keys get small scores from most queries, so that a fill of -10 in place of -inf would
+    look right. The score of this one is above every real score by `_AHEAD`.
+    """
+    called = call.called
+    query, key = called.query, called.key
+    if query.shape[-1] != key.shape[-1]:  # the function projects them first
+        return padding
+    row = 0 if judged is None else int(judged.reshape(-1, query.shape[-2]).sum(0).argmax())
+    target = query[..., row, :].double()
+    if called.group > 1:
+        target = target[..., :: called.group, :]
+    given = called.arguments.get("scale")
+    scale = query.shape[-1] ** -0.5 if given is None else float(given)
+    size = target.norm(dim=-1, keepdim=True)
+    longest = key.double().norm(dim=-1).nan_to_num(posinf=0.0).amax(-1, keepdim=True)
+    steepness = size * scale
+    wanted = (_AHEAD + steepness.abs() * longest) / steepness
+    # No longer than a half can hold, also where a query is nearly nothing.
+    direction = target / size * wanted.clamp(-_LONGEST, _LONGEST)
+    aimed = padding.clone()
+    aimed[..., -1, :] = direction.nan_to_num(posinf=0.0, neginf=0.0).to(padding)
+    return aimed
 
 
 class _Alone:
@@ -328,10 +389,11 @@ class _Alone:
         return self._outputs[positions]
 
     def _run(self, sample: int, length: int, positions: bool) -> Tensor:
-        inputs = self.subject.inputs[sample : sample + 1, :length]
+        one = SequenceCall(self.subject).samples(torch.tensor([sample])).called
+        inputs = one.inputs[:, :length]
         places = torch.arange(length, device=inputs.device)[None] if positions else None
         self.start()
-        return self.subject.run(inputs, positions=places)[0]
+        return one.run(inputs, positions=places)[0]
 
 
 @dataclass(frozen=True)
@@ -363,15 +425,61 @@ class _PaddedSequence:
 
     def run(self, told: Told = "truth") -> Tensor:
         """Run the padded batch with a mask."""
+        real = self.judged
+        mask = {"truth": real, "all real": torch.ones_like(real), "opposite": ~real}[told]
+        try:
+            return self._run(self._inputs(), mask)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            length = self.alone.subject.inputs.shape[1]
+            if self.total <= length or answers(self._takes_as_many):
+                raise
+            told_of = (str(error).splitlines() or [""])[0]
+            raise ValueError(
+                f"the subject refuses {self.total} tokens ({length} were given, "
+                f"amount={self.filling.amount} of padding were added): {type(error).__name__}: "
+                f"{told_of}; pass a shorter sequence or a smaller amount="
+            ) from error
+
+    def _run(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        positions = (self.judged.cumsum(-1) - 1).clamp(min=0) if self._takes_positions else None
+        self.alone.start()
+        return self.alone.subject.run(inputs, real=mask, positions=positions)
+
+    def _takes_as_many(self) -> bool:
+        """Whether the module runs on as many tokens if it is told of no padding."""
+        self._run(self._inputs(), None)
+        return True
+
+    def _inputs(self) -> Tensor:
         real, subject = self.judged, self.alone.subject
         *_, width = subject.inputs.shape
         shape = (*real.shape, width) if subject.inputs.ndim == 3 else real.shape
         inputs = self.filling.like(subject.inputs, shape)
         inputs[real] = subject.inputs[self.alone.real]
-        positions = (real.cumsum(-1) - 1).clamp(min=0) if self._takes_positions else None
-        mask = {"truth": real, "all real": torch.ones_like(real), "opposite": ~real}[told]
-        self.alone.start()
-        return subject.run(inputs, real=mask, positions=positions)
+        return inputs
+
+    def other(self) -> _PaddedSequence | None:
+        """The same with padding that holds something else, if that is allowed."""
+        content = self.filling.other()
+        return None if content is None else replace(self, filling=content)
+
+    def sees_only_padding(self, got: Tensor, allowed: float) -> bool:
+        """Whether real tokens do not feel the first of them.
+
+        A module that makes its positions from the mask is not right under the opposite mask
+        either; but under a mask that it reads as its opposite real tokens are masked.
+        """
+        real = self.judged
+        first = real & (real.cumsum(-1) == 1)
+        if not bool((real & ~first).any()):
+            return False
+        inputs = self._inputs()
+        inputs[first] = replace(self.filling, seed=self.filling.seed + 2).like(
+            inputs, inputs.shape
+        )[first]
+        return not differ(self._run(inputs, real), got, allowed, real & ~first)
 
     @property
     def _takes_positions(self) -> bool:
@@ -395,14 +503,25 @@ class _PaddedSequence:
         argument = self.alone.subject.model.mask_argument
         if argument is None:
             return (
-                "the module is given no mask, and real tokens feel the padding after them: say "
-                "how it takes one, SequenceModel(module, mask=..., mask_argument=...)"
+                f"real tokens feel the padding {self._where}: a causal mask that lets the future "
+                "through, or a module that needs a mask: SequenceModel(module, mask=..., "
+                "mask_argument=...)"
             )
         return f"{argument} changes nothing: it is ignored"
 
     @property
-    def advice(self) -> str:
+    def _where(self) -> str:
+        return "after them" if self.side == "right" else "before them"
+
+    def advice(self, felt: bool | None) -> str:
         """What to look at where only this side is wrong."""
+        if felt:
+            return "real tokens feel what the padding holds: it is not masked there"
+        if self.side == "right":
+            return (
+                "real tokens do not feel what the padding holds, only that it is there: are "
+                "positions, or a scale, taken from the length of the batch?"
+            )
         argument = self.alone.subject.model.positions_argument
         if argument is None:
             return (
@@ -436,7 +555,9 @@ def _cause(padded: _Padded, got: Tensor, sides: Sequence[_Padded], allowed: floa
     def agree(one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, allowed, padded.judged)
 
-    if answers(lambda: agree(got, padded.run("all real"))):
+    felt = _felt(padded, got, allowed)
+    # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
+    if felt is not False and answers(lambda: agree(got, padded.run("all real"))):
         return padded.ignored
     if answers(lambda: agree(padded.run("opposite"), padded.expected)):
         return "the mask is read as its opposite: the output is right where True and False change"
@@ -445,9 +566,19 @@ def _cause(padded: _Padded, got: Tensor, sides: Sequence[_Padded], allowed: floa
             "nan spreads from the padding: under a causal mask padding on the left may see "
             "nothing, and 0 * nan is nan"
         )
+    if felt and answers(lambda: padded.sees_only_padding(got, allowed)):
+        return "the mask is read as its opposite: real tokens feel the padding and not one another"
     if any(answers(partial(_holds, side, allowed)) for side in sides):
-        return f"only on the {padded.side}: {padded.advice}"
-    return None
+        return f"only on the {padded.side}: {padded.advice(felt)}"
+    return padded.advice(felt) if felt is False else None
+
+
+def _felt(padded: _Padded, got: Tensor, allowed: float) -> bool | None:
+    """Whether the output changes with what the padding holds; None where nothing else may be."""
+    other = padded.other()
+    if other is None:
+        return None
+    return answers(lambda: differ(other.run(), got, allowed, padded.judged))
 
 
 def _holds(padded: _Padded, allowed: float) -> bool:
