@@ -439,7 +439,7 @@ def test_gradients_of_saturated_attention_pass_and_wrong_ones_do_not(size, dtype
         query, key, value = (randn(2, 4, 12, 16, seed=3 * seed + i) for i in range(3))
         inputs = [t.to(dtype) for t in (size * query, size * key, value)]
         assert_layout_invariant(SDPA, *inputs, is_causal=True, seed=seed)
-        if size == 5:  # above it most gradients of the key are truly zero
+        if size == 5:  # of larger scores the gradient of the key is little but rounding
             message = message_of(wrong, *inputs, is_causal=True, seed=seed)
             assert "rows of the gradient of key change with key transposed" in message
         message = message_of(wrong_of_value, *inputs, is_causal=True, seed=seed)
