@@ -19,7 +19,8 @@ from pytest_attnheat.assertions.behaviour.leak_picture import (
     places_shape,
     spread,
 )
-from pytest_attnheat.assertions.behaviour.leak_search import Finding, Replacement, Search
+from pytest_attnheat.assertions.behaviour.leak_search import Finding, Search
+from pytest_attnheat.assertions.behaviour.scenes import Replacement
 from pytest_attnheat.assertions.message import build_message
 
 _NAME = "assert_no_leakage"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.leak_search import Replacement, Search
+from pytest_attnheat.assertions.behaviour.leak_search import Search
+from pytest_attnheat.assertions.behaviour.scenes import Replacement
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
 # A picture takes one call of the subject for each of its columns.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import index_of, relative_change
-from pytest_attnheat.assertions.behaviour.scenes import Scene, touched
+from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
 
 # How many sets of places are tried before an output is believed to depend on all of them.
 _TRIALS = 12
@@ -21,23 +21,6 @@ _MOST_BLIND = 8
 _BLOCKS = (128, 64, 32, 16)
 # A function is cheap: it is asked about every observer, in no more passes than this.
 _MOST_PASSES = 32
-
-
-@dataclass(frozen=True)
-class Replacement:
-    """What one pass replaces.
-
-    Attributes:
-        places: Boolean (*leading of the keys, key_len), or None.
-        queries: Boolean (*leading, query_len), or None.
-        content, like, aim: As in `Scene.output`.
-    """
-
-    places: Tensor | None
-    queries: Tensor | None = None
-    content: str = "same"
-    like: int | None = None
-    aim: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -121,9 +104,7 @@ class Search:
 
     def _output(self, replaced: Replacement) -> Tensor:
         self._start()
-        return self.scene.output(
-            replaced.places, replaced.queries, replaced.content, replaced.like, replaced.aim
-        )
+        return self.scene.output(replaced)
 
     def first_finding(
         self, ways: Sequence[str], *, optional: bool, must_see: bool

@@ -42,6 +42,27 @@ class Rule:
 
 
 @dataclass(frozen=True)
+class Replacement:
+    """What a scene replaces.
+
+    Attributes:
+        places: Boolean (*leading of the keys, key_len), or None.
+        queries: Boolean (*leading, query_len), or None; a sequence model has none.
+        content: By what: `"same"` or `"larger"` size, or `"nan"`.
+        like: A place that gets the attention. The keys are replaced by its key, so that they get as
+            much; what a sequence model gets is only drawn anew.
+        aim: An observer per batch entry and head, (*leading): the keys are made such that its
+            query gives them all attention. For a sequence model as without.
+    """
+
+    places: Tensor | None
+    queries: Tensor | None = None
+    content: str = "same"
+    like: int | None = None
+    aim: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Advice:
     """What a message says about the claim itself.
 
@@ -76,25 +97,8 @@ class Scene(Protocol):
     advice: Advice
     through_embeddings: bool
 
-    def output(
-        self,
-        places: Tensor | None = None,
-        queries: Tensor | None = None,
-        content: str = "same",
-        like: int | None = None,
-        aim: Tensor | None = None,
-    ) -> Tensor:
-        """The output (*leading, query_len, width) with some places and queries replaced.
-
-        Args:
-            places: Boolean (*leading of the keys, key_len).
-            queries: Boolean (*leading, query_len); a sequence model has none.
-            content: `"same"` or `"larger"` size, or `"nan"`.
-            like: A place that gets the attention. The keys are replaced by its key, so that they
-                get as much; what a sequence model gets is only drawn anew.
-            aim: An observer per batch entry and head, (*leading): the keys are made such that its
-                query gives them all attention. For a sequence model as without.
-        """
+    def output(self, replaced: Replacement | None = None) -> Tensor:
+        """The output (*leading, query_len, width), with something replaced."""
 
     def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
         """How strongly the chosen observers depend on each place, (*leading of the keys, key_len).
@@ -124,25 +128,22 @@ class FunctionScene:
         self.rules = rules
         self._draw = partial(_noise, seed=seed)
 
-    def output(
-        self,
-        places: Tensor | None = None,
-        queries: Tensor | None = None,
-        content: str = "same",
-        like: int | None = None,
-        aim: Tensor | None = None,
-    ) -> Tensor:
-        """The output with some keys (and their values) and queries replaced."""
+    def output(self, replaced: Replacement | None = None) -> Tensor:
+        """The output, with some keys (and their values) and queries replaced."""
+        if replaced is None:
+            return self._subject.run()
         inputs = {}
-        for name, where in (("query", queries), ("key", places), ("value", places)):
+        places, content = replaced.places, replaced.content
+        for name, where in (("query", replaced.queries), ("key", places), ("value", places)):
             given = getattr(self._subject, name)
-            if where is not None:
-                noise = self._draw(given, name, content)
-                if name == "key" and like is not None:
-                    noise = given[..., like : like + 1, :]
-                elif name == "key" and aim is not None:
-                    noise = self._aimed(aim)
-                inputs[name] = torch.where(where.unsqueeze(-1), noise, given)
+            if where is None:
+                continue
+            noise = self._draw(given, name, content)
+            if name == "key" and replaced.like is not None:
+                noise = given[..., replaced.like : replaced.like + 1, :]
+            elif name == "key" and replaced.aim is not None:
+                noise = self._aimed(replaced.aim)
+            inputs[name] = torch.where(where.unsqueeze(-1), noise, given)
         return self._subject.run(**inputs)
 
     def _aimed(self, observers: Tensor) -> Tensor:
@@ -198,18 +199,12 @@ class SequenceScene:
         self._run = partial(subject.run, real=real)
         self._seed = seed
 
-    def output(
-        self,
-        places: Tensor | None = None,
-        queries: Tensor | None = None,
-        content: str = "same",
-        like: int | None = None,
-        aim: Tensor | None = None,
-    ) -> Tensor:
-        """The output with some tokens replaced."""
-        given, seed = self._subject.inputs, self._seed + (0 if like is None else 1 + like)
-        if places is None:
+    def output(self, replaced: Replacement | None = None) -> Tensor:
+        """The output, with some tokens replaced."""
+        if replaced is None or replaced.places is None:
             return self._run()
+        given, places, content = self._subject.inputs, replaced.places, replaced.content
+        seed = self._seed + (0 if replaced.like is None else 1 + replaced.like)
         if not self._subject.is_tokens:
             noise = _noise(given, "inputs", content, seed=seed)
             return self._run(torch.where(places.unsqueeze(-1), noise, given))
