@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoders import name_of_cache
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
 from pytest_attnheat.assertions.behaviour.invariance import (
     assert_batch_independent,
 )
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
+from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
 from pytest_attnheat.assertions.numerics.precision import (

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoders import (
-    Decoder,
-    Evidence,
-    Plan,
-    function_decoder,
-    model_decoder,
-)
+from pytest_attnheat.assertions.behaviour.decoders import Decoder, Evidence, Plan
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
+from pytest_attnheat.assertions.behaviour.function_decoding import function_decoder
+from pytest_attnheat.assertions.behaviour.model_decoding import model_decoder
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
 from pytest_attnheat.assertions.behaviour.subjects import as_function, borrowed, settled
 from pytest_attnheat.reference import Alignment

@@ -1,0 +1,365 @@
+"""A sequence model, called in chunks with its cache, and why that may differ."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.behaviour.decoders import (
+    MOST_PREFIXES,
+    MOST_SINGLE_TOKENS,
+    Evidence,
+    Plan,
+    name_tokens,
+    tokens_off,
+)
+from pytest_attnheat.assertions.behaviour.difference import relative_change
+from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, Subject
+from pytest_attnheat.reference import Alignment
+
+
+def model_decoder(subject: Subject, alignment: Alignment | None) -> _ModelDecoder:
+    """Return how a model is called in chunks; ValueError if it is given an alignment."""
+    if alignment is not None:
+        raise ValueError(
+            f"alignment: got {alignment!r}; it says what is_causal=True means to an attention "
+            "function, and a sequence model is not told that it is causal"
+        )
+    return _ModelDecoder(subject, has_cache=_has_cache(subject))
+
+
+def _has_cache(subject: Subject) -> bool:
+    decode = subject.model.decode
+    if isinstance(decode, CachedDecoding):
+        # Only the model itself knows: BERT takes a cache, and returns none.
+        with torch.no_grad():
+            _, cache = _ModelDecoder(subject, has_cache=True).step(range(1), None)
+        return cache is not None
+    if decode is None:
+        _refuse_unused_cache(subject.model.module)
+    return decode is not None
+
+
+def _refuse_unused_cache(module: Callable[..., Any]) -> None:
+    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does.
+
+    Raises:
+        ValueError: It does.
+    """
+    cache = name_of_cache(module)
+    if cache is not None:
+        module = getattr(module, "_orig_mod", module)
+        name = getattr(module, "__name__", f"{type(module).__name__}.forward")
+        raise ValueError(
+            f"{name} takes {cache!r}, but nothing says how to decode with it: "
+            "SequenceModel(model, decode=...), where decode(chunk, cache) returns (output, cache); "
+            "or wrap the model in a lambda to compare prefixes alone"
+        )
+
+
+def name_of_cache(module: Callable[..., Any]) -> str | None:
+    """Return the parameter under which a module takes a cache, told by its name, or None."""
+    module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
+    called = module.forward if isinstance(module, nn.Module) else module
+    try:
+        taken = inspect.signature(called).parameters
+    except (TypeError, ValueError):  # A builtin.
+        return None
+    return next((name for name in taken if _is_name_of_cache(name)), None)
+
+
+def _is_name_of_cache(name: str) -> bool:
+    return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
+
+
+def _decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
+    """Call `decode` and return its output and cache.
+
+    Raises:
+        TypeError: It takes or returns something else.
+    """
+    try:
+        inspect.signature(decode).bind(chunk, cache, **arguments)
+    except TypeError as error:
+        raise TypeError(
+            "decode must return (output, cache); got a decode that cannot be called as "
+            f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)}): {error}"
+        ) from None
+    except ValueError:  # A builtin, which does not say what it takes.
+        pass
+    result = decode(chunk, cache, **arguments)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = type(result).__name__
+        if isinstance(result, (tuple, list)):
+            got = f"a {got} of {len(result)}"
+        elif isinstance(result, Tensor):
+            got = f"a tensor {tuple(result.shape)}"
+        raise TypeError(f"decode must return (output, cache); got {got}")
+    return result
+
+
+@dataclass(frozen=True)
+class _ModelDecoder:
+    """A sequence model that is given chunk after chunk with its cache, or longer prefixes.
+
+    Attributes:
+        subject: The model, its inputs and further arguments.
+        has_cache: Whether it decodes with a cache.
+        start: What to do before each call.
+    """
+
+    subject: Subject
+    has_cache: bool
+    start: Callable[[], None] = lambda: None
+
+    @property
+    def length(self) -> int:
+        return self.subject.inputs.shape[1]
+
+    @property
+    def most_single(self) -> int:
+        return MOST_SINGLE_TOKENS if self.has_cache else MOST_PREFIXES
+
+    @property
+    def how(self) -> str:
+        return "with the cache" if self.has_cache else "without a cache"
+
+    def starting_with(self, start: Callable[[], None]) -> _ModelDecoder:
+        return replace(self, start=start)
+
+    def whole(self) -> Tensor:
+        return self.subject.run()
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        outputs: list[Tensor] = []
+        cache: Any = None
+        for step in steps:
+            if self.has_cache:
+                output, cache = self.step(step, cache)
+            else:
+                output = self._run([*range(step.stop)])[:, step.start :]
+            outputs.append(output)
+        return torch.cat(outputs, 1)
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        # Models of transformers do softmax, norms and rotations in float32 in any case.
+        return torch.float32 if dtype == torch.float64 else dtype
+
+    def judged(self) -> Tensor | None:
+        return None
+
+    def step(self, step: range, cache: Any) -> tuple[Tensor, Any]:
+        """Decode one chunk with a cache; the output (batch, chunk, width) and the new cache."""
+        model = self.subject.model
+        if model.decode is None:
+            raise ValueError(f"{model.name} decodes without a cache")
+        chunk = self.subject.inputs[:, step.start : step.stop]
+        arguments = self._arguments([*range(step.stop)])
+        if model.positions_argument in arguments:
+            arguments[model.positions_argument] = arguments[model.positions_argument][
+                ..., step.start :
+            ]
+        self.start()
+        given = chunk if model.batch_first else chunk.transpose(0, 1)
+        result, cache = _decoded(model.decode, given.clone(), cache, **arguments)
+        return model.read(result, chunk), cache
+
+    def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
+        """Run the model on some tokens at once, without a cache."""
+        self.start()
+        inputs = self.subject.inputs[:, list(tokens)]
+        at = None
+        if positions is not None:
+            at = torch.tensor(positions, device=inputs.device).repeat(inputs.shape[0], 1)
+        return replace(self.subject, arguments=self._arguments(tokens)).run(inputs, positions=at)
+
+    def _arguments(self, tokens: Sequence[int]) -> dict[str, Any]:
+        """The further arguments, tensors cut to the rows and columns of some tokens."""
+        batch, length = self.subject.inputs.shape[:2]
+        model = self.subject.model
+        chosen = list(tokens)
+        cut = dict(self.subject.arguments)
+        for name, value in cut.items():
+            if not isinstance(value, Tensor) or value.ndim < 2:
+                continue
+            # Of as many sequences as tokens only the name tells which dimension is which.
+            by_token = name in (model.mask_argument, model.positions_argument)
+            if value.shape[-2:] == (length, length) and not by_token:
+                cut[name] = value[..., chosen, :][..., chosen]
+            elif value.shape in ((batch, length), (1, length)):
+                cut[name] = value[:, chosen]
+        return cut
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """Compare the first chunk that is off with its prefix, the last with likely mistakes."""
+        tokens = tokens_off(broken)
+        first, step = (evidence.plan.step_of(token) for token in (tokens[0], tokens[-1]))
+        if self._looks_ahead(evidence, first):
+            also = " without a cache, too," if self.has_cache else ""
+            return (
+                f"{name_tokens(first)}:{also} the output changes when later tokens are cut off: "
+                "the model looks ahead, or depends on the length"
+            )
+        if not self.has_cache:
+            return None
+        for words, candidate in self._mistakes(evidence.plan, step):
+            if evidence.is_explained_by(candidate, step):
+                return f"{name_tokens(step)}: the output is that {words}"
+        if evidence.singles_are_right:
+            return (
+                "single tokens are right, longer chunks are not: within a chunk the causal mask "
+                "must be aligned to the bottom right, and the positions must count on"
+            )
+        if not bool(broken[:, : evidence.plan.sizes[0]].any()):
+            return self._why_after_first(evidence, broken, step)
+        return None
+
+    def _looks_ahead(self, evidence: Evidence, step: range) -> bool:
+        """Whether a chunk without a cache differs, too, once later tokens are cut off."""
+        try:
+            prefix = self._run([*range(step.stop)])[:, step.start :]
+        except Exception:  # No reason to hide the failure.
+            return False
+        return not evidence.alike(prefix, evidence.whole[:, step.start : step.stop])
+
+    def _why_after_first(self, evidence: Evidence, broken: Tensor, step: range) -> str:
+        """Say what may be wrong with the cache where the first chunk is right."""
+        exchanged = replace(evidence, decoded=evidence.whole)
+        trials: list[tuple[str, Evidence, Callable[[], Tensor]]] = [
+            (
+                "the output is that with the cache of batch entry 0 in all entries",
+                evidence,
+                lambda: self._with_first_entry(step)._run([*range(step.stop)])[:, step.start :],
+            ),
+            (
+                "it is right once keys and values in the cache change places",
+                exchanged,
+                lambda: self._with_exchanged(step),
+            ),
+            (
+                f"the output does not change with tokens {len(step)} to {step.start - 1}: is the "
+                "causal mask aligned to the top left?",
+                evidence,
+                lambda: self._with_other_middle(evidence.plan, step),
+            ),
+        ]
+        for words, wanted, candidate in trials:
+            if wanted.is_explained_by(candidate, step):
+                return f"{name_tokens(step)}: {words}"
+        return (
+            _why_some_entries(broken)
+            or _why_from_some_token(broken, evidence.plan)
+            or _why_rounded(evidence)
+            or "the first chunk is right: look at what is cached, and at the positions after it"
+        )
+
+    def _given(self, inputs: Tensor) -> _ModelDecoder:
+        return replace(self, subject=replace(self.subject, inputs=inputs))
+
+    def _with_first_entry(self, step: range) -> _ModelDecoder:
+        """The same with what comes before a chunk taken from the first entry of the batch."""
+        inputs = self.subject.inputs.clone()
+        inputs[:, : step.start] = inputs[:1, : step.start].clone()
+        return self._given(inputs)
+
+    def _with_exchanged(self, step: range) -> Tensor:
+        """Decode a chunk after all others, with keys and values exchanged in the cache."""
+        _, cache = self.step(range(step.start), None)
+        return self.step(step, _exchanged(cache))[0]
+
+    def _with_other_middle(self, plan: Plan, step: range) -> Tensor:
+        """Decode again with other tokens between the first, as many as in a chunk, and the chunk.
+
+        Raises:
+            ValueError: There are none.
+        """
+        inputs = self.subject.inputs.clone()
+        middle = inputs[:, len(step) : step.start]
+        if middle.numel() == 0 or bool((middle == middle.flatten()[0]).all()):
+            raise ValueError("there are no tokens that could be others")
+        middle.copy_(middle.max() + middle.min() - middle)  # These are in the vocabulary, too.
+        steps = [other for other in plan.steps if other.start <= step.start]
+        return self._given(inputs).decode(steps)[:, step.start :]
+
+    def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        if step.start == 0:
+            return
+        yield "of this chunk alone: the cache is not used", lambda: self.step(step, None)[0]
+        if self.subject.model.positions_argument is not None:
+            restarted = [
+                at for chunk in plan.steps if chunk.start <= step.start for at in range(len(chunk))
+            ]
+            yield (
+                "with positions that start again at 0 in each chunk",
+                lambda: self._run([*range(step.stop)], restarted)[:, step.start :],
+            )
+            for words, off in (("small", -1), ("large", 1)):
+                shifted = [at + off * (at >= plan.sizes[0]) for at in range(step.stop)]
+                yield (
+                    f"with positions that are one too {words} after the first chunk",
+                    lambda at=shifted: self._run([*range(step.stop)], at)[:, step.start :],  # type: ignore[misc]
+                )
+        own, previous = [*step], step.start - 1
+        histories: dict[str, list[int]] = {
+            "of this chunk alone at its positions: the cache is not used": [],
+            "without the first token of the cache": [*range(1, step.start)],
+            "without the token just before, the last of the cache": [*range(previous)],
+            "with the token just before twice in the cache": [*range(step.start), previous],
+        }
+        for words, history in histories.items():
+            tokens = history + own
+            yield words, lambda tokens=tokens: self._run(tokens, tokens)[:, -len(own) :]  # type: ignore[misc]
+
+
+def _exchanged(cache: Any) -> Any:
+    """A cache with the two tensors of each pair exchanged.
+
+    Raises:
+        TypeError: It does not consist of tuples, lists and mappings.
+    """
+    if isinstance(cache, dict):
+        return {name: _exchanged(part) for name, part in cache.items()}
+    if isinstance(cache, (tuple, list)):
+        if len(cache) == 2 and all(isinstance(part, Tensor) for part in cache):
+            return (cache[1], cache[0])
+        return tuple(_exchanged(part) for part in cache)
+    if isinstance(cache, (Tensor, int, type(None))):
+        return cache
+    raise TypeError(f"nothing is known of a {type(cache).__name__}")
+
+
+def _why_some_entries(broken: Tensor) -> str | None:
+    """Name the entries of the batch that are off, where others are right."""
+    off = broken.any(-1).flatten().tolist()
+    if all(off):
+        return None
+    if len(off) > 2 and not off[0] and all(off[1:]):
+        return "batch entry 0 is right, all others are not: is its cache used for all?"
+    named = ", ".join(str(entry) for entry, is_off in enumerate(off) if is_off)
+    return f"batch entry {named} alone is off: look at how the cache is indexed by the batch"
+
+
+def _why_rounded(evidence: Evidence) -> str | None:
+    """Whether all is off by no more than the rounding of a narrower dtype."""
+    most = float(relative_change(evidence.decoded, evidence.whole).max())
+    eps = torch.finfo(torch.bfloat16).eps
+    if torch.finfo(evidence.whole.dtype).eps < eps and most <= 2 * eps:
+        return "no more than bfloat16 rounds: is the cache kept in a narrower dtype?"
+    return None
+
+
+def _why_from_some_token(broken: Tensor, plan: Plan) -> str | None:
+    """Name the token from which on all are off, where some decoded ones before it are right."""
+    off = tokens_off(broken)
+    first = off[0]
+    if first <= plan.sizes[0] or len(off) < 2 or off[-1] - first + 1 > len(off):
+        return None
+    return (
+        f"right up to token {first - 1}, wrong from token {first} on: is the cache full then, cut "
+        "or overwritten, or do the positions wrap around?"
+    )
