@@ -189,7 +189,11 @@ class _Diagnosed:
             return self._first_line, None
         from pytest_attnheat.contract.diagnosis import diagnose
 
-        diagnosis = diagnose(self._spec)
+        try:
+            diagnosis = diagnose(self._spec)
+        except ValueError as error:  # it answers none of the questions
+            self._first_line = str(error)
+            return self._first_line, None
         text = str(diagnosis)
         self._first_line = text.splitlines()[0]
         return text, None if diagnosis.expected_weights is None else diagnosis.draw

@@ -111,9 +111,9 @@ class Exam:
         alignment = self.spec.causal or "top_left"
         if causal:
             seen = seen & causal_mask(query_len, key_len, alignment=alignment, device=self.device)
-        if self.spec.window is not None:
+        if self.spec.sides is not None:
             seen = seen & sliding_window_mask(
-                query_len, key_len, window=self.spec.window, alignment=alignment,
+                query_len, key_len, window=self.spec.sides, alignment=alignment,
                 device=self.device,
             )  # fmt: skip
         may_see = seen if given is None else given & seen

@@ -21,6 +21,8 @@ from pytest_attnheat.contract.plan import Case
 from pytest_attnheat.contract.spec import AttentionSpec, CausalAlignment, LostRows
 from pytest_attnheat.scoring import draw
 
+# The longest case of a window.
+_WIDEST = 300
 # How far apart the scores of a loud row are: exp overflows and vanishes in float64 too.
 _LOUD = 900.0
 # What is added to all scores of a low row; a correct softmax does not feel it.
@@ -102,8 +104,8 @@ def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
         cases += _TOGETHER_CASES
     if spec.has_heads and spec.grouped is not False:
         cases.append(Blueprint("grouped heads", _plain, _GROUPED))
-    if spec.window is not None:
-        cases.append(Blueprint("window", _plain, _window_sizes(spec.window)))
+    if spec.sides is not None:
+        cases.append(Blueprint("window", _plain, _window_sizes(spec.sides)))
     if _names_scale(spec):
         cases.append(Blueprint("scale=", _scaled, _RECTANGLE))
     # The largest comes last: the others tell most plans from the subject.
@@ -175,7 +177,7 @@ def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
 
 def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[Case]:
     """The case in all sizes, and where it has a mask also with the mask in full shape."""
-    window = None if spec.window is None else (spec.window[0], spec.window[1])
+    window = spec.sides
     declared = Declared(spec.causal, window, spec.scale, spec.fully_masked)
     for sizes in blueprint.sizes:
         heads = sizes.heads if spec.has_heads else 1
@@ -232,7 +234,8 @@ _LONG = (Sizes(1, 1, 131, 133, 8, 3), Sizes(1, 1, 131, 131, 8, 8), Sizes(1, 1, 1
 
 
 def _window_sizes(window: tuple[int, int]) -> tuple[Sizes, ...]:
-    length = min(sum(window) + 4, 300)
+    # A side that ends nowhere needs no room to end in.
+    length = min(sum(side for side in window if side <= _WIDEST) + 4, _WIDEST)
     return (
         Sizes(1, 2, length, length + 2, 6, 4),
         Sizes(1, 2, length, length, 6, 6),

@@ -187,6 +187,8 @@ def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
 
 # What a check asks of a declaration, and what else may have been meant.
 _DECLARED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
+    "shape_and_dtype": (("layout", ("bhld", "blhd")),),
+    "plain": (("layout", ("bhld", "blhd")),),
     "masked": (("mask", ("keep", "drop")),),
     "no_leakage_through_mask": (("mask", ("keep", "drop")),),
     "padding": (("mask", ("keep", "drop")),),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning
 from pytest_attnheat.reference import causal_mask
@@ -18,6 +18,8 @@ CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
 LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
 
+# A side of a window that ends nowhere.
+_ENDLESS = 2**30
 _NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
 
 
@@ -44,7 +46,8 @@ class AttentionSpec:
             not take it. Of a block: whether it is causal, always.
         causal_argument: The keyword of it. A subject whose signature lacks it does not take it.
         window: How many keys before and after its own position a query attends to, always;
-            None for all. Counted from the alignment, or the top left.
+            None for all, also as one of the two: `(None, 0)` is always causal. Counted from the
+            alignment, or the top left.
         grouped: Whether it takes fewer heads of keys than of queries (`enable_gqa=True` is
             passed if it takes that). By default, if its signature has `enable_gqa`.
         scale: What scores are multiplied by: a number, or None for head_dim ** -0.5.
@@ -67,7 +70,7 @@ class AttentionSpec:
     mask_argument: str = "attn_mask"
     causal: CausalAlignment | None = "top_left"
     causal_argument: str = "is_causal"
-    window: tuple[int, int] | None = None
+    window: tuple[int | None, int | None] | None = None
     grouped: bool | None = None
     scale: float | None = None
     dropout: bool | None = None
@@ -86,6 +89,15 @@ class AttentionSpec:
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
                 raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {accepted}")
+        if isinstance(self.subject, type):
+            raise TypeError(
+                f"subject: got the class {self.subject.__name__}; accepted is an instance"
+            )
+        if self.inputs is None and _is_block(self.subject):
+            raise ValueError(
+                f"subject: {type(self.subject).__name__} is a module that is not called with "
+                "query, key and value; AttentionSpec(module, inputs=...) examines it as a block"
+            )
         letters = sorted(self.layout)
         if letters not in (sorted("bhld"), sorted("bld")):
             raise ValueError(
@@ -111,6 +123,14 @@ class AttentionSpec:
             object.__setattr__(self, name, value)
 
     @property
+    def sides(self) -> tuple[int, int] | None:
+        """The window as `sliding_window_mask` takes it."""
+        if self.window is None:
+            return None
+        left, right = (_ENDLESS if side is None else side for side in self.window)
+        return left, right
+
+    @property
     def is_block(self) -> bool:
         """Whether the subject is a block, with projections of its own."""
         return self.inputs is not None
@@ -126,6 +146,13 @@ class AttentionSpec:
     def has_heads(self) -> bool:
         """Whether the layout has heads."""
         return "h" in self.layout
+
+    def _is_causal_by_default(self) -> bool:
+        try:
+            parameter = inspect.signature(self.subject).parameters.get(self.causal_argument)
+        except (TypeError, ValueError):  # a builtin
+            return False
+        return parameter is not None and parameter.default is True
 
     def takes(self, keyword: str) -> bool:
         """Whether the subject takes a keyword; taken as a yes where its signature is unknown."""
@@ -169,8 +196,8 @@ class AttentionSpec:
         arguments: dict[str, Any] = {}
         if mask is not None:
             arguments[self.mask_argument] = self._mask(mask, query)
-        if causal:
-            arguments[self.causal_argument] = True
+        if causal or self._is_causal_by_default():
+            arguments[self.causal_argument] = causal
         if scale is not None:
             arguments["scale"] = scale
         if dropout:
@@ -255,6 +282,18 @@ class AttentionSpec:
         ours = "bhld" if self.has_heads else "bld"
         turned = output.permute([self.layout.index(letter) for letter in ours])
         return turned if self.has_heads else turned.unsqueeze(1)
+
+
+def _is_block(subject: object) -> bool:
+    """Whether a subject is a module whose forward takes fewer than three tensors."""
+    if not isinstance(subject, nn.Module) or isinstance(subject, nn.MultiheadAttention):
+        return False
+    taken = inspect.signature(subject.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in taken):
+        return False
+    needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = {"query", "key", "value", "q", "k", "v"} & {p.name for p in taken}
+    return len(needed) < 3 and len(named) < 3
 
 
 @dataclass(frozen=True)

@@ -243,6 +243,9 @@ def _cause_in(crop: Crop) -> str | None:
     others = rightly & crop.judged.unsqueeze(-1) & (crop.steps != 0)
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
+    too_many = _places_too_many(crop, wrongly)
+    if too_many is not None and "one place too many" in too_many:
+        return too_many
     strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
     if strongest.numel() and float(crop.changes[wrongly].max()) < _FAINT * float(strongest.max()):
         return (
@@ -251,7 +254,7 @@ def _cause_in(crop: Crop) -> str | None:
         )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         return "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
-    return _places_too_many(crop, wrongly)
+    return too_many
 
 
 def _places_too_many(crop: Crop, wrongly: Tensor) -> str | None:
