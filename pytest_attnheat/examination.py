@@ -9,17 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from pytest_attnheat.plugin import CHECKS_MARKER
+
 if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check
     from pytest_attnheat.contract.exam import Exam
     from pytest_attnheat.contract.spec import AttentionSpec
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
-
-MARKER = "attention_checks"
-_MARKER_HELP = (
-    f"{MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks leaves on a "
-    "test."
-)
 
 
 def parametrize_with_checks(
@@ -70,40 +66,12 @@ def parametrize_with_checks(
         raise ValueError(
             f"expected_failures: there is no check {unknown}; accepted are {sorted(names)}"
         )
-    mark: pytest.MarkDecorator = getattr(pytest.mark, MARKER)
+    mark: pytest.MarkDecorator = getattr(pytest.mark, CHECKS_MARKER)
     return mark(claimed, dict(expected_failures or {}), checks, quick)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker; collect nothing else where only an examination is asked for."""
-    config.addinivalue_line("markers", _MARKER_HELP)
-    if config.getoption("attn_check") and config.args_source is not config.ArgsSource.ARGS:
-        config.args = []
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add `--attn-check`."""
-    group = parser.getgroup("attnheat")
-    group.addoption(
-        "--attn-check",
-        action="append",
-        metavar="MODULE:OBJECT",
-        default=[],
-        help="examine an implementation of attention, with no test file: an AttentionSpec, a "
-        "callable, or a list of them, as package.module:object. May be given several times",
-    )
-    group.addoption(
-        "--attn-check-quick",
-        action="store_true",
-        help="ask fewer questions, in the first dtype alone",
-    )
-
-
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Parametrise the tests that `parametrize_with_checks` marked."""
-    marker = metafunc.definition.get_closest_marker(MARKER)
-    if marker is None or "check" not in metafunc.fixturenames:
-        return
+def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
+    """Parametrise a test that `parametrize_with_checks` marked."""
     specs, expected, checks, quick = marker.args
     questions = [
         question
@@ -113,18 +81,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize("check", questions, ids=[question.name for question in questions])
 
 
-def pytest_collection_modifyitems(
-    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
-) -> None:
-    """Add the checks of `--attn-check`."""
-    quick = config.getoption("attn_check_quick")
-    for target in config.getoption("attn_check"):
-        examined = Examination.from_parent(session, name=target, nodeid=target)
-        items.extend(
-            CheckItem.from_parent(examined, name=question.name, question=question)
-            for spec in _load(config, target)
-            for question in _questions(config, spec, {}, None, quick=quick)
-        )
+def examine(session: pytest.Session, target: str, *, quick: bool) -> list[pytest.Item]:
+    """Make the checks of what `--attn-check` names."""
+    config = session.config
+    examined = Examination.from_parent(session, name=target, nodeid=target)
+    return [
+        CheckItem.from_parent(examined, name=question.name, question=question)
+        for spec in _load(config, target)
+        for question in _questions(config, spec, {}, None, quick=quick)
+    ]
 
 
 class Question:

@@ -24,6 +24,12 @@ _ATTENTION_MARKER = (
     "pytest_attnheat.make_attention."
 )
 
+CHECKS_MARKER = "attention_checks"
+_CHECKS_MARKER_HELP = (
+    f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "
+    "pytest-attnheat leaves on a test."
+)
+
 _Setting = TypeVar("_Setting")
 
 
@@ -74,6 +80,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="seed of attention tensors and parameters: a whole number from 0. Default: the "
         "ini setting attn_seed, or 0",
     )
+    group.addoption(
+        "--attn-check",
+        action="append",
+        metavar="MODULE:OBJECT",
+        default=[],
+        help="examine an implementation of attention, with no test file: an AttentionSpec, a "
+        "callable, or a list of them, as package.module:object. May be given several times",
+    )
+    group.addoption(
+        "--attn-check-quick",
+        action="store_true",
+        help="ask fewer questions, in the first dtype alone",
+    )
     parser.addini("attn_device", "devices to run attention tests on", default="auto")
     parser.addini(
         "attn_require_device",
@@ -87,18 +106,21 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Add the hooks that a project can implement, and the rooms that pytest calls."""
-    from pytest_attnheat import examination, fixtures, hooks, regression, summary
+    from pytest_attnheat import fixtures, hooks, regression, summary
 
     pluginmanager.add_hookspecs(hooks)
     # Not by `pytest_plugins`: for each name there, pytest reads the metadata of all installed
     # distributions once more.
-    for room in (fixtures, regression, summary, examination):
+    for room in (fixtures, regression, summary):
         pluginmanager.register(room, room.__name__)
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Register the markers and check the options."""
     config.addinivalue_line("markers", _ATTENTION_MARKER)
+    config.addinivalue_line("markers", _CHECKS_MARKER_HELP)
+    if config.getoption("attn_check") and config.args_source is not config.ArgsSource.ARGS:
+        config.args = []  # nothing but the examination was asked for
     config.stash[SETTINGS] = Settings(
         devices=_setting(config, "attn_device", parse_devices),
         dtypes=_setting(config, "attn_dtype", _parse_dtypes),
@@ -106,6 +128,25 @@ def pytest_configure(config: pytest.Config) -> None:
         require_device=config.getoption("attn_require_device")
         or config.getini("attn_require_device"),
     )
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Parametrise the tests that `parametrize_with_checks` marked."""
+    marker = metafunc.definition.get_closest_marker(CHECKS_MARKER)
+    if marker is not None and "check" in metafunc.fixturenames:
+        from pytest_attnheat.examination import parametrize
+
+        parametrize(metafunc, marker)
+
+
+def pytest_collection_modifyitems(
+    session: pytest.Session, config: pytest.Config, items: list[pytest.Item]
+) -> None:
+    """Add the checks of `--attn-check`."""
+    for target in config.getoption("attn_check"):
+        from pytest_attnheat.examination import examine
+
+        items.extend(examine(session, target, quick=config.getoption("attn_check_quick")))
 
 
 def _setting(config: pytest.Config, name: str, parse: Callable[[str], _Setting]) -> _Setting:
