@@ -46,7 +46,7 @@ def attention_weights(attention: AttentionCase) -> torch.Tensor:
 
 @pytest.fixture
 def capture_attention() -> Callable[..., AbstractContextManager[Trace]]:
-    """The function of the same name, for a test: `with capture_attention(model) as trace:`."""
+    """Records the attention inside a model: the function of the same name, as a fixture."""
     from pytest_attnheat.capture.capturing import capture_attention
 
     return capture_attention

@@ -13,7 +13,7 @@ from torch import nn
 
 from pytest_attnheat.capture import watching
 from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
-from pytest_attnheat.capture.fast_path import note_fast_paths
+from pytest_attnheat.capture.fast_path import would_take_fast_path
 from pytest_attnheat.capture.layers import Layers
 from pytest_attnheat.capture.record import Selection
 from pytest_attnheat.capture.recording import Keep, Recording, Wanted
@@ -75,12 +75,14 @@ def capture_attention(
             looks like attention and could not be read.
     """
     wanted = _checked(model, keep, layers, heads, queries, dtype, max_bytes)
-    trace, running = Trace(), Layers(model)
+    trace = Trace()
+    running = Layers(model, lambda module, *given: _note_fast_path(running, trace, module, *given))
     recording = Recording(wanted, running, trace)
     repetition = Repetition(model) if verify else None
     with ExitStack() as stack:
         stack.enter_context(_compiled_code_set_aside(model, trace))
-        stack.enter_context(_listening(running, trace))
+        running.start()
+        stack.callback(running.stop)
         if repetition is not None:
             stack.enter_context(repetition.remembering())
         stack.enter_context(_watched(recording))
@@ -130,14 +132,11 @@ def _watched(recording: Recording) -> Iterator[None]:
         outer.recorders.remove(recording)
 
 
-@contextmanager
-def _listening(running: Layers, trace: Trace) -> Iterator[None]:
-    running.entered = lambda module, name, args: note_fast_paths(module, name, args, trace._change)
-    running.start()
-    try:
-        yield
-    finally:
-        running.stop()
+def _note_fast_path(
+    running: Layers, trace: Trace, module: nn.Module, name: str, args: Any, kwargs: Any
+) -> None:
+    if would_take_fast_path(module, args, kwargs, running.hooked):
+        trace._change(f"{name}: PyTorch's fast path was off while it was watched")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Which layer of a model is running: a stack of module names per thread."""
+"""Which layer of a model is running: a stack of module names."""
 
 from __future__ import annotations
 
@@ -8,45 +8,51 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    register_module_forward_hook,
-    register_module_forward_pre_hook,
-)
+from torch.utils.hooks import RemovableHandle
+
+# (module, its name, positional arguments, keywords)
+Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 
 
 class Layers:
     """The modules of one model that are running, innermost last.
 
-    It listens with hooks that PyTorch calls for every module: none is put on the model, since a
-    hook on a module switches fused code off.
+    It listens with hooks on each module. Scripted modules take none: they are taken to have run
+    where the module around them ran.
 
     Attributes:
         ran: The modules that ran in the thread of the capture, by name, in order.
-        elsewhere: The names of those that ran in other threads.
+        elsewhere: Those that ran in other threads.
+        hooked: Those that had hooks before.
     """
 
-    def __init__(self, model: nn.Module | None) -> None:
-        self.names: dict[int, str] = {}
+    def __init__(self, model: nn.Module | None, entered: Entered) -> None:
         self.ran: dict[str, nn.Module] = {}
         self.elsewhere: dict[str, nn.Module] = {}
-        self._model = model
+        self.hooked: set[nn.Module] = set()
+        self._modules: dict[str, nn.Module] = {}
+        self._top: nn.Module | None = None
         if model is not None:
-            inner = original(model)
-            for name, module in inner.named_modules():
-                self.names.setdefault(id(module), name or type(inner).__name__)
+            self._top = top = _original(model)
+            named = top.named_modules()
+            self._modules = {name or type(top).__name__: module for name, module in named}
+        self._entered = entered
         self._thread = threading.get_ident()
         self._running: list[str] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self.entered: Callable[[nn.Module, str, tuple[Any, ...]], None] | None = None
+        self._handles: list[RemovableHandle] = []
 
     def start(self) -> None:
         """Begin to listen."""
-        if self._model is None:
-            return
-        self._handles = [
-            register_module_forward_pre_hook(self._enter),
-            register_module_forward_hook(self._leave, always_call=True),
-        ]
+        for name, module in self._modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            if module._forward_hooks or module._forward_pre_hooks:
+                self.hooked.add(module)
+            enter, leave = self._hooks(name)
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, always_call=True),
+            ]
 
     def stop(self) -> None:
         """Stop listening."""
@@ -56,7 +62,7 @@ class Layers:
     @property
     def current(self) -> str | None:
         """The innermost module that is running; None outside of the model."""
-        if self._model is None:
+        if not self._modules:
             return ""
         return self._running[-1] if self._running else None
 
@@ -65,28 +71,39 @@ class Layers:
         """All that are running, outermost first."""
         return tuple(self._running)
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        name = self.names.get(id(module))
-        if name is None:
-            return
-        if threading.get_ident() != self._thread:
-            self.elsewhere.setdefault(name, module)
-            return
-        self._running.append(name)
-        self.ran.setdefault(name, module)
-        if self.entered is not None:
-            self.entered(module, name, args)
+    @property
+    def scripted(self) -> dict[str, torch.jit.ScriptModule]:
+        """The scripted modules that lie in a module that ran, or are the model itself."""
+        found = {}
+        for name, module in self._modules.items():
+            outer = self._modules.get(name.rpartition(".")[0], self._top)
+            if not isinstance(module, torch.jit.ScriptModule):
+                continue
+            inside_another = isinstance(outer, torch.jit.ScriptModule) and outer is not module
+            if not inside_another and (module is self._top or outer in self.ran.values()):
+                found[name] = module
+        return found
 
-    def _leave(self, module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-        name = self.names.get(id(module))
-        if name is None or threading.get_ident() != self._thread or name not in self._running:
-            return
-        # An exception in a pre-hook leaves modules on the stack that are never left.
-        while self._running.pop() != name:
-            pass
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != self._thread:
+                self.elsewhere.setdefault(name, module)
+                return
+            self._running.append(name)
+            self.ran.setdefault(name, module)
+            self._entered(module, name, args, kwargs)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if threading.get_ident() != self._thread or name not in self._running:
+                return
+            # An exception in another pre-hook leaves modules on the stack that are never left.
+            while self._running.pop() != name:
+                pass
+
+        return enter, leave
 
 
-def original(model: nn.Module) -> nn.Module:
+def _original(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` wrapped, or the module itself."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model

@@ -110,8 +110,8 @@ class Recording:
     def _too_much(self, record: AttentionRecord, asked: int) -> str:
         keep = self._wanted.keep
         lines = [
-            f"capture_attention: attention {record.shape} in {record.layer} takes "
-            f"{readable(asked)} with keep={keep!r}; {len(self._trace)} records hold "
+            f"capture_attention: attention {record.shape} in {record.layer or 'the block'} "
+            f"takes {readable(asked)} with keep={keep!r}; {len(self._trace)} records hold "
             f"{readable(self._bytes)} of the {readable(self._wanted.max_bytes)} allowed.",
             "  accepted: layers=['...'], heads=[0], queries=slice(0, 64), max_bytes=...",
         ]

@@ -26,12 +26,12 @@ def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
     for name, module in layers.elsewhere.items():
         if _is_attention(module) and not _within(name, layers.elsewhere, trace):
             yield Unseen(name, _kind(module), "it ran in another thread")
+    for name, scripted in layers.scripted.items():
+        found = _OPERATORS.search(_graph(scripted))
+        if found is not None:
+            yield Unseen(name, "a scripted module", f"{found[1]} happens in compiled code")
     for name, module in layers.ran.items():
-        if isinstance(module, torch.jit.ScriptModule):
-            found = _OPERATORS.search(_graph(module))
-            if found is not None and not _around(name, layers.ran):
-                yield Unseen(name, "a scripted module", f"{found[1]} happens in compiled code")
-        elif _is_attention(module) and not _accounted_for(name, layers, trace):
+        if _is_attention(module) and not _accounted_for(name, layers, trace):
             yield Unseen(name, _kind(module), "it ran, and no attention was seen in it")
 
 
@@ -53,12 +53,6 @@ def _accounted_for(name: str, layers: Layers, trace: Trace) -> bool:
 def _within(name: str, others: dict[str, nn.Module], trace: Trace) -> bool:
     inside = [other for other in others if other.startswith(f"{name}.")]
     return name in trace._within or any(_is_attention(others[other]) for other in inside)
-
-
-def _around(name: str, ran: dict[str, nn.Module]) -> bool:
-    """Whether a module around it is scripted, which is told of instead."""
-    outer = [other for other in ran if name.startswith(f"{other}.")]
-    return any(isinstance(ran[other], torch.jit.ScriptModule) for other in outer)
 
 
 def _graph(module: torch.jit.ScriptModule) -> str:
