@@ -20,6 +20,7 @@ from pytest_attnheat.assertions.scan import (
     Block,
     accumulator,
     any_key,
+    index_within,
     mask_at,
     piece_elements,
     pieces,
@@ -151,21 +152,12 @@ def _add(finding: PlaceFinding, weights: Operand, mask: Operand, index: tuple[sl
     finding.attending += int((broken & attends).sum())
     if not finding.first:
         at = int(broken.flatten().int().argmax())
-        finding.first, finding.first_value = _place(index, at), float(values.flatten()[at])
+        finding.first, finding.first_value = index_within(index, at), float(values.flatten()[at])
     breach = claim.breach(values).nan_to_num(nan=torch.inf, posinf=torch.finfo(values.dtype).max)
     at = int(breach.masked_fill_(~broken, -1).flatten().argmax())
     if float(breach.flatten()[at]) > finding.breach:
         finding.breach = float(breach.flatten()[at])
-        finding.worst, finding.value = _place(index, at), float(values.flatten()[at])
-
-
-def _place(index: tuple[slice, ...], flat: int) -> tuple[int, ...]:
-    """Return the index, in the whole tensor, of a weight counted within a piece."""
-    place: list[int] = []
-    for span in reversed(index):
-        flat, within = divmod(flat, span.stop - span.start)
-        place.insert(0, span.start + within)
-    return tuple(place)
+        finding.worst, finding.value = index_within(index, at), float(values.flatten()[at])
 
 
 def broken_weights(

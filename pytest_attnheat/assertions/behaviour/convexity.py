@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.calls import coarsest
 from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
-    index_of,
     output_place,
     relative_change,
     tolerance_of,
@@ -27,6 +26,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     settled,
 )
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.scoring import query_chunks
 
@@ -166,8 +166,8 @@ class _Probe:
         broken = excess > self.allowed
         if not bool(broken.any()):
             return
-        worst = index_of(excess.argmax(), excess)
-        first = index_of(broken.flatten().int().argmax(), excess)
+        worst = index_of(excess.argmax(), excess.shape)
+        first = index_of(broken.flatten().int().argmax(), broken.shape)
         place = _Place(output, low, high, self.allowed)
         raise AssertionError(
             build_message(
@@ -215,7 +215,7 @@ class _Probe:
         # One query at a time: the keys that it may not see have the value 1, the others 0.
         rows = partly.flatten().nonzero()[:_ASKED, 0].tolist()
         for row in rows:
-            index = index_of(row, partly)
+            index = index_of(row, partly.shape)
             value = torch.zeros_like(self.subject.value)
             head = self._key_head(index[:-1])
             value[head] = (~seen[index]).to(value).unsqueeze(-1)

@@ -19,10 +19,11 @@ from pytest_attnheat.assertions.behaviour.calls import (
     coarsest,
     differ,
 )
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, index_of
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 
 Tensors: TypeAlias = Mapping[str, Tensor]
 _Layout: TypeAlias = Callable[[str, Tensor], Tensor | None]
@@ -507,7 +508,7 @@ def _check_unwritten(
         changed = ~((tensor == was) | ((tensor != tensor) & (was != was)))
         if not bool(changed.any()) and now[name] == versions[name]:
             continue
-        place = index_of(changed.flatten().int().argmax(), changed)
+        place = index_of(changed.flatten().int().argmax(), changed.shape)
         at = _place(name, place)
         told = f"{at} was {was[place].item():.6g} and is {tensor[place].item():.6g} after the call"
         raise AssertionError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import index_of, output_place
+from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.leak_picture import (
     Crop,
     entry_name,
@@ -22,6 +22,7 @@ from pytest_attnheat.assertions.behaviour.leak_picture import (
 from pytest_attnheat.assertions.behaviour.leak_search import Finding, Search
 from pytest_attnheat.assertions.behaviour.scenes import Replacement
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
@@ -68,7 +69,7 @@ def _cause(finding: Finding, worst: _Culprit, crop: Crop | None) -> str | None:
 
 def describe_not_finite(search: Search, broken: Tensor, *, repeat: str) -> str:
     """Return the message about outputs that are NaN or inf with nothing replaced."""
-    place = index_of(broken.flatten().int().argmax(), broken)
+    place = index_of(broken.flatten().int().argmax(), broken.shape)
     return build_message(
         _NAME,
         f"{int(broken.sum())} of {broken.numel()} outputs are not finite with nothing replaced",

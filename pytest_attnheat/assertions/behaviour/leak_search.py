@@ -10,8 +10,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import index_of, relative_change
+from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
+from pytest_attnheat.assertions.scan import index_of
 
 # How many sets of places are tried before an output is believed to depend on all of them.
 _TRIALS = 12
@@ -161,7 +162,10 @@ class Search:
         blind = self._never_moved(asked & ~felt, int(asked.sum()))
         if not bool(broken.any()):
             return None, blind
-        at = index_of(leak.argmax(), broken), index_of(broken.flatten().int().argmax(), broken)
+        at = (
+            index_of(leak.argmax(), leak.shape),
+            index_of(broken.flatten().int().argmax(), broken.shape),
+        )
         by = [replacements[int(found_by[place])] for place in at]
         counts = int(broken.sum()), int(judged.sum()), int(broken.any(-1).sum())
         return Finding(False, way, *counts, *at, (by[0], by[1])), blind
