@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
 from pytest_attnheat.reference import Alignment, causal_mask
 from pytest_attnheat.scoring import leading_shape
 
@@ -144,9 +145,8 @@ def settled(
     start()
     second = call()
     if not _identical(first, second):
-        from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
-
-        if bool((relative_change(second, first) > tolerance_of(first.dtype, strict=True)).any()):
+        change = relative_change(second, first)
+        if bool((change > tolerance_of(first.dtype, strict=True)).any()):
             raise ValueError(_random_subject(subject))
     return first, start
 
