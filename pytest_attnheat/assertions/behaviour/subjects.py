@@ -388,6 +388,19 @@ def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) 
         )
 
 
+def check_count(inputs: Sequence[object], assertion: str) -> None:
+    """Refuse what are inputs neither of an attention function nor of a sequence model.
+
+    Raises:
+        TypeError: There are neither three of them nor one.
+    """
+    if len(inputs) not in (1, 3):
+        raise TypeError(
+            f"{assertion}: got {len(inputs)} inputs; accepted are query, key and value of an "
+            "attention function, or the one input of a sequence model"
+        )
+
+
 def as_input(tensor: object, name: str) -> Tensor:
     """Return an input of a subject, detached.
 
