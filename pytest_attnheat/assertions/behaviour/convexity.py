@@ -18,6 +18,7 @@ from pytest_attnheat.assertions.behaviour.difference import (
     relative_change,
     tolerance_of,
 )
+from pytest_attnheat.assertions.behaviour.heads import as_of_keys, for_each_query_head
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.behaviour.subjects import (
     AttentionFunction,
@@ -217,16 +218,12 @@ class _Probe:
         for row in rows:
             index = index_of(row, partly.shape)
             value = torch.zeros_like(self.subject.value)
-            head = self._key_head(index[:-1])
+            head = as_of_keys(index[:-1], self.subject.group)
             value[head] = (~seen[index]).to(value).unsqueeze(-1)
             share = self.run(value=value)[index].double()
             if not bool(((share - 1).abs() <= 10 * self.allowed).all()):
                 return False
         return True
-
-    def _key_head(self, leading: tuple[int, ...]) -> tuple[int, ...]:
-        """Where the keys of a head of queries lie."""
-        return (*leading[:-1], leading[-1] // self.subject.group) if leading else ()
 
     def _cause_in_sums(self, sums: Tensor, judged: Tensor, seen: Tensor) -> str:
         """Say how the weights were normalised.
@@ -321,8 +318,7 @@ def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Te
         Twice float64 (..., query_len, value_dim), or (..., 1, value_dim) where all queries see
         the same keys. A query that sees none has the range from inf to -inf.
     """
-    if subject.group > 1:
-        value = value.repeat_interleave(subject.group, -3)
+    value = for_each_query_head(value, subject.group, dim=-3)
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     if subject.arguments.get("attn_mask") is not None:
         low, high = _range_behind_mask(wide, _collapsed(subject.may_see()))

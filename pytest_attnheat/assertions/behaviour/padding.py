@@ -23,6 +23,7 @@ from pytest_attnheat.assertions.behaviour.calls import (
     differ,
 )
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
+from pytest_attnheat.assertions.behaviour.heads import of_the_first
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.sequences import Subject
 from pytest_attnheat.assertions.behaviour.subjects import borrowed, settled
@@ -348,9 +349,7 @@ def _aimed(padding: Tensor, call: FunctionCall, judged: Tensor | None) -> Tensor
     if query.shape[-1] != key.shape[-1]:  # the function projects them first
         return padding
     row = 0 if judged is None else int(judged.reshape(-1, query.shape[-2]).sum(0).argmax())
-    target = query[..., row, :].double()
-    if called.group > 1:
-        target = target[..., :: called.group, :]
+    target = of_the_first(query[..., row, :].double(), called.group)
     given = called.arguments.get("scale")
     scale = query.shape[-1] ** -0.5 if given is None else float(given)
     size = target.norm(dim=-1, keepdim=True)
