@@ -9,6 +9,7 @@ from attention_subjects import (
     DTYPES,
     TRANSFORMERS,
     WIDTH,
+    Restless,
     encoder_layer,
     flex,
     multihead,
@@ -536,23 +537,8 @@ def test_dropout_is_refused_and_its_order_of_memory_named():
     assert "cause    training=True: dropout draws other numbers" in message
 
 
-class Restless(nn.Module):
-    """Attention that leaves traces: random numbers, a buffer, and in training more of both."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        assert torch.is_grad_enabled() == x.requires_grad
-        self.calls += torch.rand(()).ceil()
-        x = self.linear(x)
-        return SDPA(x, x, x)
-
-
 def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
-    module = Restless().train()
+    module = Restless(takes_gradients=True).train()
     inputs = randn(2, 5, WIDTH).requires_grad_()
     kept, state = inputs.detach().clone(), torch.get_rng_state()
     assert_layout_invariant(module, inputs)
