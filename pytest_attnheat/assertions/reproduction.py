@@ -47,6 +47,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.reproduction_causes import Subject, likely_cause
 from pytest_attnheat.assertions.scan import index_within, mask_at, pieces
@@ -77,8 +78,13 @@ _ACCEPTED = """accepted are
   with value of four dimensions, output merged: (batch, queries, heads * value_dim)"""
 
 
+@takes_records
 def assert_reproduces_output(
-    weights: Array, value: Array, output: Array, *, tolerance: float | None = None
+    weights: Weights,
+    value: Array | None = None,
+    output: Array | None = None,
+    *,
+    tolerance: float | None = None,
 ) -> None:
     """Assert that the weights are the ones that made the output: weights @ value is the output.
 
