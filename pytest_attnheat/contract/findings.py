@@ -1,0 +1,170 @@
+"""What a diagnosis says: its sentence, its message and its picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.heatmaps.terminal import format_heatmap
+
+if TYPE_CHECKING:
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+
+# Maps in a message.
+_MOST_ROWS, _MOST_KEYS = 8, 16
+# An explanation that leaves more than this of the error is not worth naming.
+EXPLAINS = 0.2
+
+
+@dataclass(frozen=True, eq=False)
+class Diagnosis:
+    """What an implementation computes.
+
+    Attributes:
+        subject: Its name.
+        dtype: The dtype in which it was diagnosed, or in all of which it is correct.
+        healthy: Whether correct attention reproduces every answer.
+        defects: The names of the defects that together reproduce every answer; none if it is
+            healthy or if no known defect does.
+        alternatives: Other defects that reproduce them as well, or nearly: these cases cannot
+            tell them apart.
+        residual: The worst relative rms over the cases: of the defects named, or of correct
+            attention where none are.
+        next_best: That of the best explanation that is excluded; inf if there is none.
+        next_best_defects: Its defects.
+        constant: The constant that was fitted, if one of the defects has one.
+        sentence: What it computes.
+        where: Which "cases", "heads", "batch" entries, "queries" ... are wrong, and which are not.
+        excluded: The known defects that were compared and do not reproduce the answers.
+        unseen: The known defects that would change nothing in these cases.
+        refused: Why cases were not answered, by name.
+        notes: What was noticed besides, and is no defect.
+        compared: How many plans were compared.
+        expected_weights: (batch, heads, query_len, key_len) of correct attention on the case that
+            `case` names, float64.
+        inferred_weights: What the subject uses as weights there, found by values that are an
+            identity matrix; None where it cannot be asked.
+        case: The case that is shown.
+        place: The worst map in it: (batch, head).
+    """
+
+    subject: str
+    dtype: str
+    healthy: bool
+    defects: tuple[str, ...] = ()
+    alternatives: tuple[tuple[str, ...], ...] = ()
+    residual: float = 0.0
+    next_best: float = math.inf
+    next_best_defects: tuple[str, ...] = ()
+    constant: float | None = None
+    sentence: str = ""
+    where: dict[str, str] = field(default_factory=dict)
+    excluded: tuple[str, ...] = ()
+    unseen: tuple[str, ...] = ()
+    refused: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    compared: int = 0
+    expected_weights: Tensor | None = None
+    inferred_weights: Tensor | None = None
+    case: str = ""
+    place: tuple[int, int] = (0, 0)
+
+    def __str__(self) -> str:
+        """The message: the sentence, where, what else it might be, and the weights as text."""
+        lines = [f"diagnose: {self.sentence}"]
+        entries = {
+            **self.where,
+            "or": "; ".join(" and ".join(names) for names in self.alternatives),
+            "next best": self._next_best(),
+            "note": "; ".join(self.notes),
+            "refused": "; ".join(f"{name} ({why})" for name, why in self.refused.items()),
+            "compared": self._compared(),
+        }
+        width = max((len(name) for name, text in entries.items() if text), default=0) + 2
+        lines += [f"  {name:<{width}}{text}" for name, text in entries.items() if text]
+        if not self.healthy:
+            lines += [f"  {line}".rstrip() for line in self._triptych()]
+        return "\n".join(lines)
+
+    def draw(self) -> HeatmapFigure:
+        """Draw the weights: what is expected, what was inferred, and the difference.
+
+        Returns:
+            A figure of `show_heatmaps`; the expected weights alone where none were inferred.
+
+        Raises:
+            ValueError: There are no weights, as for a healthy subject.
+        """
+        from pytest_attnheat.heatmaps.figure import show_heatmaps
+
+        maps = self._maps()
+        if not maps:
+            raise ValueError(f"{self.subject}: there are no weights to draw; it is healthy")
+        return show_heatmaps(
+            torch.stack(list(maps.values())).unsqueeze(0),
+            xlabel="Keys",
+            ylabel="Queries",
+            titles=list(maps),
+            title=f"{self.subject}: {self.case}, batch {self.place[0]}, head {self.place[1]}",
+            figsize=None,
+            cmap="RdBu_r",
+            vmin=-1.0,
+            vmax=1.0,
+        )
+
+    def _next_best(self) -> str:
+        if self.healthy or not self.next_best_defects or math.isinf(self.next_best):
+            return ""
+        if not self.defects and self.next_best > EXPLAINS * self.residual:
+            return ""
+        return f"{' and '.join(self.next_best_defects)}, residual {number_text(self.next_best)}"
+
+    def _compared(self) -> str:
+        if not self.compared:
+            return ""
+        text = f"{self.compared} ways of being wrong"
+        if self.unseen:
+            text += f"; {len(self.unseen)} defects change nothing in the cases that were answered"
+        return text
+
+    def _maps(self) -> dict[str, Tensor]:
+        if self.expected_weights is None:
+            return {}
+        maps = {"expected": self.expected_weights[self.place]}
+        if self.inferred_weights is not None:
+            maps["inferred"] = self.inferred_weights[self.place]
+            maps["difference"] = maps["inferred"] - maps["expected"]
+        return maps
+
+    def _triptych(self) -> list[str]:
+        maps = self._maps()
+        if not maps:
+            return []
+        blocks = []
+        for name, weights in maps.items():
+            part = weights[:_MOST_ROWS, :_MOST_KEYS]
+            shown = part.abs() if name == "difference" else part
+            title = "|difference|" if name == "difference" else name
+            notes = None if name != "difference" else [""] * part.shape[0]
+            blocks.append(format_heatmap(shown, title=title, notes=notes).splitlines())
+        place = f"{self.case}, head {list(self.place)}"
+        return [f"{place}: weights as inferred from the output", *_side_by_side(blocks)]
+
+
+def _side_by_side(blocks: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(map(len, block)) for block in blocks]
+    rows = zip(*blocks, strict=True)
+    return [
+        "   ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def number_text(number: float) -> str:
+    """Return a residual as text."""
+    return f"{number:.1e}" if number < 0.01 else f"{number:.2g}"
