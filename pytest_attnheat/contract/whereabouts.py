@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -65,7 +66,7 @@ def _only(
         return ""
     union = sorted({index for indices, _ in several for index in indices})
     most = max(size for _, size in several)
-    return f"only {noun} {_ranges(union)} of {most}"
+    return f"only {_numbers(noun, union, most)}"
 
 
 def _queries(one: Probe, rows: Tensor) -> str:
@@ -74,13 +75,18 @@ def _queries(one: Probe, rows: Tensor) -> str:
     query_len = one.case.shape[2]
     if len(queries) == query_len:
         return ""
-    return f"only queries {_ranges(queries)} of {query_len} in {one.case.name}"
+    return f"only {_numbers('queries', queries, query_len)} in {one.case.name}"
 
 
-def _ranges(numbers: Sequence[int]) -> str:
-    if len(numbers) > 2 and list(numbers) == list(range(numbers[0], numbers[-1] + 1)):
-        return f"{numbers[0]}..{numbers[-1]}"
-    return ", ".join(map(str, numbers))
+def _numbers(noun: str, numbers: Sequence[int], size: int) -> str:
+    """Say which of some numbers below a size they are, in a few ranges or by their count."""
+    breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    edges = [0, *breaks, len(numbers)]
+    runs = [numbers[first:stop] for first, stop in pairwise(edges)]
+    if len(runs) > _LISTED:
+        return f"{len(numbers)} of {size} {noun} ({numbers[0]} to {numbers[-1]})"
+    texts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"{noun} {', '.join(texts)} of {size}"
 
 
 def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Probe]) -> str:
