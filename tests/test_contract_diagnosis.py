@@ -170,6 +170,36 @@ def test_a_defect_besides_a_constant_is_named():
     assert "scores are 1.37 times what they should be" in found.sentence
 
 
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("scale_missing", "mask_inverted", "causal_sees_next"),
+        ("softmax_over_queries", "mask_ignored_when_causal", "last_block_of_queries_zero"),
+        ("groups_tiled", "causal_misses_own", "temperature"),
+    ],
+)
+def test_three_defects_at_once_are_named(names):
+    found = diagnose(specimen(*names))
+    assert set(found.defects) == set(names)
+    assert found.residual < 1e-12
+
+
+@pytest.mark.parametrize("dropout", ["dropout_in_eval", "dropout_not_rescaled"])
+@pytest.mark.parametrize(
+    "name", ["mask_ignored", "softmax_over_queries", "heads_merged_without_transpose"]
+)
+def test_a_defect_beside_dropout_is_named(name, dropout):
+    found = diagnose(specimen(name, dropout))
+    assert found.defects == (dropout, name)
+    assert found.residual < 1e-12
+    assert found.constant == pytest.approx(RATE if dropout == "dropout_in_eval" else 0.0)
+
+
+def test_dropout_beside_another_factor_is_not_named():
+    # How much is dropped is known to a hundredth only, and so is what is left of the factor.
+    assert diagnose(specimen("dropout_in_eval", "output_factor")).defects == ()
+
+
 # --- no false alarm
 
 
@@ -397,6 +427,15 @@ def test_randomness_without_a_pattern_is_said_to_be_that():
     found = diagnose(restless)
     assert found.defects == ()
     assert found.sentence == "restless gives another output when called again"
+
+
+def test_dropout_of_the_output_is_not_taken_for_dropout_of_the_weights():
+    def dropped(query, key, value, attn_mask=None, is_causal=False):
+        return F.dropout(subjects.plain(query, key, value, attn_mask, is_causal=is_causal), 0.2)
+
+    found = diagnose(dropped)
+    assert found.defects == ()
+    assert "single numbers of it are 0" in found.sentence
 
 
 def test_dropout_of_a_module_in_training_is_found():

@@ -216,7 +216,7 @@ def _diagnosed(
     first = probes[0]
     again = ask(spec, first.case, first.dtype)
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(first.output)):
-        random = by_chance(spec, first, again, refused)
+        random = by_chance(spec, probes, again, refused)
         if random is not None:
             return random
     judged = [one for one in probes if one.judged]

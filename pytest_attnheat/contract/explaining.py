@@ -23,6 +23,7 @@ from pytest_attnheat.contract.matching import (
 from pytest_attnheat.contract.plan import Plan
 from pytest_attnheat.contract.probing import Probe
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.contract.stepwise import explain_step_by_step
 from pytest_attnheat.contract.whereabouts import shown, whereabouts
 
 # Above so many weights in all cases, pairs take too long.
@@ -78,7 +79,7 @@ def _almost(diagnosis: Diagnosis, correct: Explanation) -> Diagnosis:
 
 
 def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explanation]]:
-    """Look for one defect, for a constant, for two defects, for a defect and a constant."""
+    """Look for one defect, a constant, two defects, a defect and a constant, more defects."""
     alone = explain_alone(probes, keep=keep)
     found = list(alone.explanations)
     if any(one.reproduces for one in found):
@@ -94,7 +95,10 @@ def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explan
         return alone, found
     constants = explain_by_constant(probes, alone.explanations)
     alone.compared += len(constants)
-    return alone, found + constants
+    found += constants
+    if any(one.reproduces for one in constants):
+        return alone, found
+    return alone, found + explain_step_by_step(probes, alone, constants)
 
 
 def _sorted(
