@@ -101,6 +101,7 @@ def test_what_large_blocks_do_wrong_is_named(name, block):
     assert (found.defects, found.alternatives) == ((name,), ())
     assert found.where["wrong"].endswith("rows in long")
     assert len(found.where.get("queries", "")) < 60
+    assert found.where["pattern"] == "wrong in every case with long inputs, right in every other"
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -518,6 +519,28 @@ def test_the_message_says_what_where_and_how_surely():
     for part in ("wrong", "next best", "compared", "expected", "inferred", "|difference|"):
         assert f"  {part}" in text
     assert max(map(len, text.splitlines()[1:])) < 160
+
+
+@pytest.mark.parametrize("name", ALL[::7])
+def test_the_next_best_is_not_what_is_named(name):
+    found = diagnose(specimen(name))
+    assert not set(found.defects) <= set(found.next_best_defects)
+
+
+def test_the_maps_of_the_message_are_cut_where_the_error_is():
+    found = diagnose(
+        AttentionSpec(attention_with("last_block_of_keys_ignored", block=32, short_kept=True))
+    )
+    lines = str(found).splitlines()
+    (captions,) = (line for line in lines if "|difference|" in line)
+    assert captions.count("keys 117..132") == 3
+    heading = lines[lines.index(captions) - 1]
+    assert "long, head [0, 0]" in heading
+    assert "drawn up to 0." in heading
+    row = lines[lines.index(captions) + 5].split()
+    assert row[2] == row[5] == "1.000"
+    assert set(row[4][-5:]) == {"▁"}
+    assert {"▇", "█"} & set(row[7][-5:])
 
 
 def test_the_message_of_a_healthy_subject_is_one_line():

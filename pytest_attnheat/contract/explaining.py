@@ -52,10 +52,13 @@ def explained(
     diagnosis = replace(diagnosis, compared=search.compared, unseen=tuple(search.unseen))
     if not fitting:
         return _unexplained(diagnosis, correct, [*near, *others])
-    # The correct plan is another explanation as well: one that is excluded.
-    best_other = min([*others, correct], key=lambda one: one.fit.residual)
     best, *rest = fitting
     alternatives = _unique(one.names for one in [*rest, *near])
+    # The correct plan is another explanation as well: one that is excluded. What is named and
+    # something more, or made in another way, is no other.
+    named = [set(names) for names in (best.names, *alternatives)]
+    excluded = [one for one in others if not any(names <= set(one.names) for names in named)]
+    best_other = min([*excluded, correct], key=lambda one: one.fit.residual)
     return replace(
         diagnosis,
         defects=best.names,

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 # Maps in a message.
 _MOST_ROWS, _MOST_KEYS = 8, 16
+# Where all weights are smaller, the largest of them is drawn full.
+_FAINT = 0.5
 # An explanation that leaves more than this of the error is not worth naming.
 EXPLAINS = 0.2
 
@@ -145,15 +147,46 @@ class Diagnosis:
         maps = self._maps()
         if not maps:
             return []
+        rows, keys = self._part(maps)
+        largest = _scale([weights[rows, keys] for weights in maps.values()])
         blocks = []
         for name, weights in maps.items():
-            part = weights[:_MOST_ROWS, :_MOST_KEYS]
-            shown = part.abs() if name == "difference" else part
-            title = "|difference|" if name == "difference" else name
-            notes = None if name != "difference" else [""] * part.shape[0]
-            blocks.append(format_heatmap(shown, title=title, notes=notes).splitlines())
-        place = f"{self.case}, head {list(self.place)}"
-        return [f"{place}: weights as inferred from the output", *_side_by_side(blocks)]
+            differs = name == "difference"
+            text = format_heatmap(
+                (weights.abs() if differs else weights)[rows, keys],
+                title=f"|{name}|" if differs else name,
+                # The sums of whole rows, of which only a part may be shown.
+                notes=["" if differs else f"{row.sum():.3f}" for row in weights[rows]],
+                first_row=rows.start,
+                first_column=keys.start,
+                vmax=largest,
+            )
+            blocks.append(text.splitlines())
+        heading = f"{self.case}, head {list(self.place)}: weights as inferred from the output"
+        if largest < 1.0:
+            heading += f", drawn up to {largest:.2g}"
+        return [heading, *_side_by_side(blocks)]
+
+    def _part(self, maps: dict[str, Tensor]) -> tuple[slice, slice]:
+        """The rows and keys that the message has room for: around the largest difference."""
+        query_len, key_len = maps["expected"].shape
+        row = key = 0
+        if "difference" in maps:
+            # NaN is as wrong as a weight can be.
+            off = torch.nan_to_num(maps["difference"].abs(), nan=math.inf)
+            row, key = divmod(int(off.argmax()), key_len)
+        return _around(row, query_len, _MOST_ROWS), _around(key, key_len, _MOST_KEYS)
+
+
+def _scale(maps: Sequence[Tensor]) -> float:
+    """What is drawn as the highest block: 1, or less where nothing would be seen."""
+    largest = max(float(torch.nan_to_num(part.abs()).max()) for part in maps)
+    return largest if 0.0 < largest < _FAINT else 1.0
+
+
+def _around(place: int, length: int, most: int) -> slice:
+    start = max(0, min(place - most // 2, length - most))
+    return slice(start, min(start + most, length))
 
 
 def _side_by_side(blocks: Sequence[Sequence[str]]) -> list[str]:

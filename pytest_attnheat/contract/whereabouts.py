@@ -15,6 +15,7 @@ from pytest_attnheat.contract.probing import Probe, ask, in_dtype, with_identity
 from pytest_attnheat.contract.spec import AttentionSpec
 
 _LISTED = 4
+_LONG = 100
 
 
 def whereabouts(probes: Sequence[Probe]) -> dict[str, str]:
@@ -92,6 +93,7 @@ def _numbers(noun: str, numbers: Sequence[int], size: int) -> str:
 def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Probe]) -> str:
     """What the wrong cases have in common that no right one has."""
     features: dict[str, Callable[[Case], bool]] = {
+        "with long inputs": lambda case: case.shape[3] > _LONG,
         "with a mask": lambda case: case.mask is not None,
         "causal": lambda case: case.causal,
         "causal with a mask": lambda case: case.causal and case.mask is not None,
