@@ -457,6 +457,91 @@ def test_dropout_of_a_module_in_training_is_found():
     assert diagnose(AttentionSpec(Block().eval(), mask=None, causal=None)).healthy
 
 
+# --- returned weights
+
+
+def returning(change, averaged=False):
+    """Attention that is right but for the weights it returns."""
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, dropout_p=0.0):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool)
+        mask = mask.tril() if is_causal else mask
+        mask = mask if attn_mask is None else mask & attn_mask
+        hidden = scores.masked_fill(~mask, -math.inf)
+        weights = hidden.softmax(-1).nan_to_num(0.0)
+        kept = F.dropout(weights, dropout_p)
+        stages = {"scores": scores, "hidden": hidden, "weights": weights, "kept": kept}
+        returned = change(stages)
+        return kept @ value, returned.mean(1) if averaged else returned
+
+    return attention
+
+
+RETURNED = {
+    "returned_transposed": lambda s: s["weights"].mT,
+    "returned_averaged": lambda s: s["weights"].mean(1),
+    "returned_before_mask": lambda s: s["scores"].softmax(-1),
+    "returned_scores": lambda s: s["hidden"],
+    "returned_unnormalised": lambda s: s["hidden"].exp(),
+    "returned_of_other_heads": lambda s: torch.cat([s["weights"][:, 1:], s["weights"][:, :1]], 1),
+    "returned_of_another_sample": lambda s: torch.cat([s["weights"][-1:], s["weights"][:-1]]),
+    "returned_softmax_over_queries": lambda s: s["scores"].softmax(-2),
+    "returned_log_softmax": lambda s: s["hidden"].log_softmax(-1),
+    "returned_after_dropout": lambda s: s["kept"],
+}
+
+
+@pytest.mark.parametrize("name", RETURNED)
+def test_what_is_wrong_with_returned_weights_is_named(name):
+    plain = name in ("returned_softmax_over_queries", "returned_log_softmax")
+    asked = {"mask": None, "causal": None} if plain else {}
+    found = diagnose(
+        AttentionSpec(returning(RETURNED[name]), name="mine", returns="weights", **asked)
+    )
+    assert found.defects == (name,)
+    assert found.sentence.startswith("mine gives the output of attention as declared, but returns")
+    assert "weights in " in found.where["wrong"]
+    with pytest.raises(ValueError, match="its output is right"):
+        found.draw()
+
+
+def test_weights_of_each_head_are_not_averaged_ones():
+    spec = AttentionSpec(returning(lambda s: s["weights"]), returns="averaged")
+    assert diagnose(spec).defects == ("returned_per_head",)
+
+
+def test_strange_returned_weights_are_described():
+    spec = AttentionSpec(returning(lambda s: s["weights"] * 0.5 + 0.1), returns="weights")
+    found = diagnose(spec)
+    assert (found.healthy, found.defects) == (False, ())
+    assert "weights that did not make it (their shape is (2, 3, 5, 7), their rows sum" in str(found)
+
+
+@pytest.mark.parametrize("averaged", [True, False])
+def test_returned_weights_that_are_right_are_healthy(averaged):
+    subject = returning(lambda s: s["weights"], averaged)
+    returns = "averaged" if averaged else "weights"
+    assert diagnose(AttentionSpec(subject, returns=returns)).healthy
+    if not averaged:
+        dropped = returning(lambda s: s["kept"])
+        assert diagnose(AttentionSpec(dropped, returns="dropped_weights")).healthy
+
+
+def test_returned_weights_of_a_query_that_may_see_nothing_are_not_judged():
+    subject = returning(lambda s: s["hidden"].softmax(-1))
+    assert diagnose(AttentionSpec(subject, returns="weights")).healthy
+
+
+def test_returned_weights_without_heads_are_healthy():
+    def flat(query, key, value):
+        weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
+        return weights @ value, weights
+
+    spec = AttentionSpec(flat, layout="bld", mask=None, causal=None, returns="weights")
+    assert diagnose(spec).healthy
+
+
 # --- one given output
 
 

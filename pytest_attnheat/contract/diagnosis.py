@@ -23,6 +23,7 @@ from pytest_attnheat.contract.findings import number_text
 from pytest_attnheat.contract.matching import rounding
 from pytest_attnheat.contract.plan import Case
 from pytest_attnheat.contract.probing import Blueprint, Probe, ask, blueprints, probe
+from pytest_attnheat.contract.returned import with_returned
 from pytest_attnheat.contract.spec import AttentionSpec, CausalAlignment, LostRows, as_spec
 from pytest_attnheat.scoring import seed_number
 
@@ -221,6 +222,8 @@ def _diagnosed(
             return random
     judged = [one for one in probes if one.judged]
     diagnosis = explained(spec.name, judged, refused, spec)
+    if diagnosis.healthy:
+        diagnosis = with_returned(diagnosis, spec, judged)
     notes = [_garbage_note(one) for one in probes if not one.judged]
     return replace(diagnosis, notes=tuple(note for note in notes if note))
 

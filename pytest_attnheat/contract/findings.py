@@ -30,9 +30,11 @@ class Diagnosis:
     Attributes:
         subject: Its name.
         dtype: The dtype in which it was diagnosed, or in all of which it is correct.
-        healthy: Whether correct attention reproduces every answer.
+        healthy: Whether correct attention reproduces every answer, and any weights that are
+            returned are those of it.
         defects: The names of the defects that together reproduce every answer; none if it is
-            healthy or if no known defect does.
+            healthy or if no known defect does. Of weights that are returned beside an output
+            that is right: `returned_...`.
         alternatives: Other defects that reproduce them as well, or nearly: these cases cannot
             tell them apart.
         residual: The worst relative rms over the cases: of the defects named, or of correct
@@ -100,13 +102,14 @@ class Diagnosis:
             A figure of `show_heatmaps`; the expected weights alone where none were inferred.
 
         Raises:
-            ValueError: There are no weights, as for a healthy subject.
+            ValueError: There are no weights, as for a subject whose output is right.
         """
         from pytest_attnheat.heatmaps.figure import show_heatmaps
 
         maps = self._maps()
         if not maps:
-            raise ValueError(f"{self.subject}: there are no weights to draw; it is healthy")
+            reason = "it is healthy" if self.healthy else "its output is right"
+            raise ValueError(f"{self.subject}: there are no weights to draw; {reason}")
         return show_heatmaps(
             torch.stack(list(maps.values())).unsqueeze(0),
             xlabel="Keys",
