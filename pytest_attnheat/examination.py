@@ -98,9 +98,8 @@ class Question:
     def __init__(
         self, check: Check, exam: Exam, expected: str | None, diagnosed: _Diagnosed
     ) -> None:
-        dtype = str(exam.dtype).removeprefix("torch.")
         device = "" if exam.device.type == "cpu" else f"-{exam.device}"
-        self.name = f"{exam.spec.name}-{check.name}-{dtype}{device}"
+        self.name = f"{exam.spec.name}-{check.name}-{exam.dtype_name}{device}"
         self._check, self._exam, self._expected = check, exam, expected
         self._diagnosed = diagnosed
 
@@ -220,9 +219,8 @@ def _selected(config: pytest.Config, exam: Exam) -> bool:
     settings = config.stash[SETTINGS]
     kinds = {name.partition(":")[0] for name in settings.devices}
     device = kinds & {"auto", "all"} or exam.device.type in kinds
-    dtype = str(exam.dtype).removeprefix("torch.")
     given = config.getoption("attn_dtype") is not None and not exam.spec.is_block
-    return bool(device) and (not given or dtype in settings.dtypes)
+    return bool(device) and (not given or exam.dtype_name in settings.dtypes)
 
 
 def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:

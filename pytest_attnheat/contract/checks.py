@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.invariance import (
-    assert_batch_independent,
-)
+from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
@@ -170,35 +168,45 @@ def padding(exam: Exam) -> None:
     inputs = exam.inputs(mask=scattered)
     if exam.spec.window is not None:
         raise NotAskedError("padding on the left would move the window")
-    assert_padding_invariant(exam.maskable(), *inputs.tensors, attn_mask=inputs.mask)
+    assert_padding_invariant(exam.spec, *inputs.tensors, attn_mask=inputs.mask)
 
 
 def batch(exam: Exam) -> None:
     """Up to four samples alone, and all in another order."""
     inputs = exam.inputs(key_len=9)
-    assert_batch_independent(exam.maskable(), *inputs.tensors)
+    assert_batch_independent(exam.spec, *inputs.tensors)
 
 
 def decoding(exam: Exam) -> None:
     """Token by token, and in chunks."""
     inputs = exam.inputs(causal=True)
     if exam.spec.causal == "bottom_right":
-        alignment = exam.spec.causal
-        assert_decode_matches_prefill(exam.maskable(), *inputs.tensors, alignment=alignment)
+        assert_decode_matches_prefill(
+            _own_causal(exam), *inputs.tensors, alignment=exam.spec.causal
+        )
     elif exam.spec.mask is None or exam.spec.window is not None:
         raise NotAskedError("a chunk cannot be told what it may see")
     else:
-        assert_decode_matches_prefill(exam.maskable(), *inputs.tensors)
+        assert_decode_matches_prefill(exam.spec, *inputs.tensors)
+
+
+def _own_causal(exam: Exam) -> Callable[..., Tensor]:
+    """The subject told `is_causal` as it means it; a specification means the top left by it."""
+
+    def subject(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+        return exam.spec.call(query, key, value, causal=is_causal).output
+
+    return subject
 
 
 def layout(exam: Exam) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
-    assert_layout_invariant(exam.maskable(), *exam.inputs(key_len=9).tensors)
+    assert_layout_invariant(exam.spec, *exam.inputs(key_len=9).tensors)
 
 
 def repeats(exam: Exam) -> None:
     """In evaluation mode, whatever the random state."""
-    assert_deterministic(exam.maskable(), *exam.inputs(key_len=9).tensors)
+    assert_deterministic(exam.spec, *exam.inputs(key_len=9).tensors)
 
 
 def dropout(exam: Exam) -> None:
@@ -207,11 +215,7 @@ def dropout(exam: Exam) -> None:
         raise NotAskedError("it is not declared to take dropout_p")
     runs = 40 if exam.quick else 200
     inputs = exam.inputs(query_len=32)
-
-    def function(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
-        return exam.spec.call(query, key, value, dropout=dropout_p).output
-
-    assert_deterministic(function, *inputs.tensors, dropout=0.25, runs=runs)
+    assert_deterministic(exam.spec, *inputs.tensors, dropout=0.25, runs=runs)
 
 
 def returned_weights(exam: Exam) -> None:

@@ -71,6 +71,11 @@ class Exam:
     seed: int = 0
     quick: bool = False
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as it is written in specifications, reports and test ids."""
+        return str(self.dtype).removeprefix("torch.")
+
     def inputs(
         self,
         *,
@@ -141,26 +146,6 @@ class Exam:
         def subject(query: Tensor, key: Tensor, value: Tensor, **aside: Any) -> Tensor:
             mask, causal = inputs.mask, inputs.causal
             return self.spec.call(query, key, value, mask=mask, causal=causal, scale=scale).output
-
-        subject.__name__ = self.spec.name
-        return subject
-
-    def maskable(self) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value, attn_mask=..., is_causal=...)`."""
-
-        def subject(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None = None,
-            is_causal: bool = False,
-            enable_gqa: bool = False,
-            **dropout: Any,
-        ) -> Tensor:
-            return self.spec.call(
-                query, key, value, mask=attn_mask, causal=is_causal,
-                dropout=dropout.get("dropout_p", 0.0),
-            ).output  # fmt: skip
 
         subject.__name__ = self.spec.name
         return subject

@@ -164,8 +164,7 @@ def _present() -> list[str]:
 
 def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
     """Ask one question; whatever the subject raises is an answer."""
-    name = str(exam.dtype).removeprefix("torch.")
-    place = {"name": check.name, "dtype": name, "device": str(exam.device)}
+    place = {"name": check.name, "dtype": exam.dtype_name, "device": str(exam.device)}
     try:
         check.run(exam)
     except NotAskedError as reason:
