@@ -30,6 +30,7 @@ class Result:
         device: The device, as a name.
         status: `"passed"`, `"failed"`, `"skipped"` or `"xfailed"`.
         message: Why it failed, or the reason why it was skipped or expected to fail.
+        declaration: What is wrongly declared, where that is why it failed.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Result:
     device: str
     status: Status
     message: str = ""
+    declaration: str = ""
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,7 @@ class Report:
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
         """What the implementation computes instead; None if it passed, or is a block."""
-        if self.passed or self.spec.is_block:
-            return None
-        from pytest_attnheat.contract.diagnosis import diagnose
-
-        return diagnose(self.spec, seed=self.seed)
+        return None if self.passed else diagnosis_of(self.spec, self.seed)
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
@@ -142,6 +140,18 @@ def check_attention(
     return Report(spec, tuple(results), seed)
 
 
+def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
+    """Diagnose what failed; None of a block, and of what answers no question at all."""
+    if spec.is_block:
+        return None
+    from pytest_attnheat.contract.diagnosis import diagnose
+
+    try:
+        return diagnose(spec, seed=seed)
+    except ValueError:  # the checks tell why
+        return None
+
+
 def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:
     """Return the checks that a specification is asked."""
     known = BLOCK_CHECKS if spec.is_block else CHECKS
@@ -177,10 +187,10 @@ def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
         message = str(error)
         if not isinstance(error, AssertionError):
             message = f"it raised {type(error).__name__}: {message}"
-        declared = _wrong_declaration(check, exam)
-        return Result(
-            **place, status="failed", message=f"{declared}\n{message}" if declared else message
-        )
+        declaration = _wrong_declaration(check, exam)
+        if declaration:
+            message = f"{declaration}\n{message}"
+        return Result(**place, status="failed", message=message, declaration=declaration)
     return Result(**place, status="passed")
 
 
@@ -199,10 +209,10 @@ _DECLARED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
 }
 
 
-def _wrong_declaration(check: Check, exam: Exam) -> str | None:
+def _wrong_declaration(check: Check, exam: Exam) -> str:
     """Say which other declaration would be right, if there is one."""
     if exam.spec.is_block:
-        return None
+        return ""
     for field, choices in _DECLARED.get(check.name, ()):
         declared = getattr(exam.spec, field)
         for other in choices:
@@ -215,4 +225,4 @@ def _wrong_declaration(check: Check, exam: Exam) -> str | None:
             return (
                 f"wrong declaration: {field}={declared!r} is declared, but the code means {other!r}"
             )
-    return None
+    return ""
