@@ -120,7 +120,12 @@ class Question:
     """
 
     def __init__(
-        self, check: Check, exam: Exam, expected: str | None, diagnosed: _Diagnosed
+        self,
+        check: Check,
+        exam: Exam,
+        expected: str | None,
+        diagnosed: _Diagnosed,
+        hints: list[str],
     ) -> None:
         device = "" if exam.device.type == "cpu" else f"-{exam.device}"
         self.name = f"{exam.spec.name}-{check.name}-{exam.dtype_name}{device}"
@@ -128,7 +133,7 @@ class Question:
             "subject": exam.spec.name,
             "check": check.name,
             "place": f"{exam.dtype_name}{device}",
-            "hints": [],
+            "hints": hints,
         }
         self._check, self._exam, self._expected = check, exam, expected
         self._diagnosed = diagnosed
@@ -258,15 +263,16 @@ def _questions(
     *,
     quick: bool,
 ) -> Iterator[Question]:
-    from pytest_attnheat.contract.report import checks_of, exams_of
+    from pytest_attnheat.contract.report import checks_of, exams_of, hints_of
 
+    hints = list(hints_of(spec))
     diagnosed = _Diagnosed(spec)
     for exam in exams_of(spec, quick=quick):
         if not _selected(config, exam):
             continue
         for check in checks_of(spec, quick=quick) if checks is None else checks:
             reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
-            yield Question(check, exam, reason, diagnosed)
+            yield Question(check, exam, reason, diagnosed, hints)
 
 
 def _selected(config: pytest.Config, exam: Exam) -> bool:

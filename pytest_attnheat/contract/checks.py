@@ -25,9 +25,11 @@ from pytest_attnheat.contract.exam import (
     Exam,
     Inputs,
     NotAskedError,
+    lookalikes,
     scattered,
     with_a_lost_row,
 )
+from pytest_attnheat.contract.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -206,7 +208,14 @@ def layout(exam: Exam) -> None:
 
 def repeats(exam: Exam) -> None:
     """In evaluation mode, whatever the random state."""
+    _refuse_training(exam)
     assert_deterministic(exam.spec, *exam.inputs(key_len=9).tensors)
+
+
+def _refuse_training(exam: Exam) -> None:
+    """Advise as an examination can: the assertion speaks of its own arguments."""
+    if advice := exam.in_training():
+        raise AssertionError(advice)
 
 
 def dropout(exam: Exam) -> None:
@@ -294,8 +303,18 @@ def block_padding(exam: Exam) -> None:
     """On the right and on the left, of any content."""
     model, inputs = exam.block()
     if model.mask is None:
-        raise NotAskedError("it is not declared how it takes a mask (SequenceModel)")
+        raise NotAskedError(_mask_of_block(exam.spec))
     assert_padding_invariant(model, inputs, seed=exam.seed)
+
+
+def _mask_of_block(spec: AttentionSpec) -> str:
+    names = lookalikes(spec, "mask")
+    if not names:
+        return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
+    return (
+        f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
+        f"mask_argument={names[0]!r})"
+    )
 
 
 def block_batch(exam: Exam) -> None:
@@ -320,6 +339,7 @@ def block_layout(exam: Exam) -> None:
 
 def block_repeats(exam: Exam) -> None:
     """In evaluation mode, whatever the random state."""
+    _refuse_training(exam)
     assert_deterministic(*exam.block(), seed=exam.seed)
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.subjects import modules_in
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.scoring import draw
@@ -100,9 +101,9 @@ class Exam:
             NotAskedError: The specification does not claim to take these inputs.
         """
         if causal and self.spec.causal is None:
-            raise NotAskedError("it is not declared to take is_causal")
+            raise NotAskedError(undeclared(self.spec, "causal") or "it does not take is_causal")
         if mask is not None and self.spec.mask is None:
-            raise NotAskedError("it is not declared to take a mask")
+            raise NotAskedError(undeclared(self.spec, "mask") or "it does not take a mask")
         if key_heads is not None and not (self.spec.grouped and self.spec.has_heads):
             raise NotAskedError("it is not declared to take grouped heads")
         heads = HEADS if self.spec.has_heads else 1
@@ -137,6 +138,23 @@ class Exam:
         drawn = draw(name, self.seed, BATCH, heads, length, width)
         return drawn.to(self.device, self.dtype)
 
+    def answer(self) -> Tensor:
+        """Ask the subject once, as plainly as it can be asked."""
+        if self.spec.is_block:
+            model, inputs = self.block()
+            return model(inputs)
+        return self.spec.call(*self.inputs().tensors).output
+
+    def in_training(self) -> str | None:
+        """Advise on a subject in training mode; None where it is, or holds, no such module."""
+        training = [module for module in modules_in(self.spec.subject) if module.training]
+        if not training:
+            return None
+        return (
+            f"{type(training[0]).__name__} is in training mode, in which no output is promised to "
+            "repeat itself: call .eval() on it before it is examined"
+        )
+
     def function(self, inputs: Inputs, scale: float | None = None) -> Callable[..., Tensor]:
         """Return the subject as `function(query, key, value)`, told what it may see its own way.
 
@@ -158,6 +176,34 @@ class Exam:
         if inputs.grouped:
             arguments["enable_gqa"] = True
         return arguments
+
+
+_MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
+# Looked up in this order: a causal_mask is a mask.
+_SOUNDS = {"mask": ("mask", "padding"), "causal": ("causal",)}
+
+
+def undeclared(spec: AttentionSpec, field: Literal["mask", "causal"]) -> str:
+    """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
+    if spec.is_block or getattr(spec, field) is not None:
+        return ""
+    names = lookalikes(spec, field)
+    if not names or names == [getattr(spec, f"{field}_argument")]:
+        return ""  # or it is declared to be None
+    return (
+        f"it takes {names[0]}=, and the specification does not say what that means: "
+        f"AttentionSpec(..., {field}_argument={names[0]!r}, {field}=...), {_MEANINGS[field]}"
+    )
+
+
+def lookalikes(spec: AttentionSpec, field: Literal["mask", "causal"]) -> list[str]:
+    """The parameters of a subject whose names sound like a mask, or like causality."""
+    found = []
+    for name in spec.parameters or {}:
+        sounds = [kind for kind, words in _SOUNDS.items() if any(w in name.lower() for w in words)]
+        if sounds[:1] == [field]:
+            found.append(name)
+    return found
 
 
 def scattered(query_len: int, key_len: int) -> Tensor:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.exam import Exam, NotAskedError
+from pytest_attnheat.contract.exam import Exam, NotAskedError, undeclared
 from pytest_attnheat.contract.spec import AttentionSpec, as_spec
 
 if TYPE_CHECKING:
@@ -74,7 +74,10 @@ class Report:
         failed = len(self.failed)
         head = f"{self.spec.name}: {failed} of {len(self.results)} checks failed"
         lines = [head if failed else f"{self.spec.name}: all checks passed"]
-        if self.diagnosis is not None:
+        lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
+        lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
+        # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
+        if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
@@ -184,9 +187,7 @@ def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
     except Exception as error:  # the code under test may raise anything
         if expected is not None:
             return Result(**place, status="xfailed", message=expected)
-        message = str(error)
-        if not isinstance(error, AssertionError):
-            message = f"it raised {type(error).__name__}: {message}"
+        message = str(error) if isinstance(error, AssertionError) else _raised(error, exam)
         declaration = _wrong_declaration(check, exam)
         if declaration:
             message = f"{declaration}\n{message}"
@@ -194,35 +195,107 @@ def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
     return Result(**place, status="passed")
 
 
-# What a check asks of a declaration, and what else may have been meant.
-_DECLARED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
-    "shape_and_dtype": (("layout", ("bhld", "blhd")),),
-    "plain": (("layout", ("bhld", "blhd")),),
-    "masked": (("mask", ("keep", "drop")),),
-    "no_leakage_through_mask": (("mask", ("keep", "drop")),),
-    "padding": (("mask", ("keep", "drop")),),
-    "causal_rectangular": (("causal", ("top_left", "bottom_right")),),
+def _raised(error: Exception, exam: Exam) -> str:
+    """Say what was raised in the place of an answer, in words of a specification."""
+    if isinstance(error, ValueError) and _is_random(exam):
+        return exam.in_training() or (
+            "it gives another output at each call, so that no comparison means anything: dropout "
+            "that is always on?"
+        )
+    hints = hints_of(exam.spec) if isinstance(error, TypeError) else ()
+    return "; ".join([f"it raised {type(error).__name__}: {error}", *hints])
+
+
+def _is_random(exam: Exam) -> bool:
+    try:
+        first, second = exam.answer(), exam.answer()
+    except Exception:  # then that is what is wrong
+        return False
+    return not torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
+    """What a specification leaves unsaid of parameters that look like a mask or causality."""
+    found = (undeclared(spec, "mask"), undeclared(spec, "causal"))
+    return tuple(text for text in found if text)
+
+
+# What else may have been meant, by the check that fails where the declaration is wrong.
+_OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
+    "shape_and_dtype": ({"layout": "bhld"}, {"layout": "blhd"}),
+    "plain": ({"layout": "bhld"}, {"layout": "blhd"}, {"window": (None, 0)}),
+    "masked": ({"mask": "keep"}, {"mask": "drop"}),
+    "no_leakage_through_mask": ({"mask": "keep"}, {"mask": "drop"}),
+    "padding": ({"mask": "keep"}, {"mask": "drop"}),
+    "causal_rectangular": ({"causal": "top_left"}, {"causal": "bottom_right"}),
     "fully_masked": (
-        ("fully_masked", ("zero", "uniform", "nan")),
-        ("mask", ("keep", "drop")),
+        {"fully_masked": "zero"}, {"fully_masked": "uniform"}, {"fully_masked": "nan"},
+        {"mask": "keep"}, {"mask": "drop"},
     ),
+}  # fmt: skip
+_OF_BLOCKS: dict[str, tuple[dict[str, Any], ...]] = {
+    "no_leakage": ({"causal": None}, {"causal": "top_left"}),
+    "decoding": ({"causal": None},),
 }
+# What the other declaration says, in words; of causality only where a block is judged.
+_WORDS = {
+    ("mask", "keep"): "True where a query may attend",
+    ("mask", "drop"): "True where a query must not attend",
+    ("window", (None, 0)): "it is always causal",
+    ("causal", None): "each output depends on the whole sequence, as in an encoder; if it is to "
+    "be causal, its mask is missing",
+}
+_DECODER = (
+    "no output depends on a later token, as in a decoder; if it is to be an encoder, some mask "
+    "hides too much"
+)
 
 
 def _wrong_declaration(check: Check, exam: Exam) -> str:
     """Say which other declaration would be right, if there is one."""
-    if exam.spec.is_block:
-        return ""
-    for field, choices in _DECLARED.get(check.name, ()):
+    if _leaves_causal_aside(check, exam):
+        argument = exam.spec.causal_argument
+        return (
+            f"wrong declaration: causal={exam.spec.causal!r} is declared, but {argument}=True "
+            f"changes nothing, and no parameter is called {argument}: declare causal=None, or its "
+            "causal_argument"
+        )
+    for changes in (_OF_BLOCKS if exam.spec.is_block else _OTHERWISE).get(check.name, ()):
+        ((field, other),) = changes.items()
         declared = getattr(exam.spec, field)
-        for other in choices:
-            if other == declared:
-                continue
-            try:
-                check.run(replace(exam, spec=replace(exam.spec, **{field: other})))
-            except Exception:  # neither is right
-                continue
-            return (
-                f"wrong declaration: {field}={declared!r} is declared, but the code means {other!r}"
-            )
+        if declared == other or not _passes(check, exam, changes):
+            continue
+        source = "the default" if declared == _default(field) else "declared"
+        words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
+        return (
+            f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"
+            + (f": {words}" if words else "")
+        )
     return ""
+
+
+def _default(field: str) -> Any:
+    (default,) = (one.default for one in fields(AttentionSpec) if one.name == field)
+    return default
+
+
+def _passes(check: Check, exam: Exam, changes: dict[str, Any]) -> bool:
+    """Whether a check passes with another declaration."""
+    spec = replace(exam.spec, **changes)
+    # A block that is no decoder is not asked to decode: whether it is one, leaks tell.
+    ask = BLOCK_CHECKS[0] if spec.is_block else check
+    try:
+        ask.run(replace(exam, spec=spec))
+    except Exception:  # neither is right
+        return False
+    return True
+
+
+def _leaves_causal_aside(check: Check, exam: Exam) -> bool:
+    """Whether the subject takes any keyword, and is_causal is one of those it does not know."""
+    spec = exam.spec
+    if check.name != "causal" or spec.is_block or spec.names(spec.causal_argument):
+        return False
+    tensors = exam.inputs().tensors
+    outputs = [spec.call(*tensors, causal=causal).output for causal in (False, True)]
+    return torch.equal(*outputs)
