@@ -1,5 +1,7 @@
 """The examination finds every planted defect, and finds nothing in correct implementations."""
 
+import warnings
+
 import pytest
 import torch
 from attention_subjects import (
@@ -8,7 +10,6 @@ from attention_subjects import (
     causal_encoder,
     encoder,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -49,6 +50,12 @@ def math(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, e
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
 
 
+def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, enable_gqa=False):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why there is no kernel
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+
+
 def with_a_constant(query, key, value, attn_mask=None, is_causal=False):
     """A constant added to every score, as by ALiBi with its offset of 1."""
     bias = torch.ones(query.shape[-2], key.shape[-2], dtype=query.dtype)
@@ -84,11 +91,43 @@ def test_correct_functions_pass_in_every_dtype(function):
     assert statuses(report, "plain") == statuses(report, "layout") == {"passed"}
 
 
-def test_flex_attention_passes():
-    report = check_attention(AttentionSpec(flex, dtypes=ONE_DTYPE))
+def test_a_fused_kernel_that_refuses_some_inputs_passes():
+    report = check_attention(flash)
     assert report.passed, str(report)
+    assert statuses(report, "plain") == statuses(report, "masked") == {"passed"}
+    assert statuses(report, "dropout") == {"skipped"}
+    (message,) = {result.message for result in report.results if result.name == "dropout"}
+    assert message.startswith("the subject refuses: No available kernel")
+
+
+def test_what_refuses_everything_has_not_passed():
+    def refusing(query, key, value):
+        raise NotImplementedError("not on this device")
+
+    report = check_attention(AttentionSpec(refusing, dtypes=ONE_DTYPE))
+    assert not report.passed
+    assert not report.failed
+    assert str(report).splitlines()[0].startswith("refusing: nothing was examined; each check was")
+
+
+def test_values_of_another_width_are_asked_for_once_of_what_does_not_take_them():
+    def of_one_width(query, key, value):
+        return sdpa(query, key, value).view(query.shape)
+
+    report = check_attention(AttentionSpec(of_one_width, dtypes=ONE_DTYPE))
+    assert failed(report) == ["shape_and_dtype"]
+
+
+def test_flex_attention_passes_in_every_dtype():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = check_attention(flex_attention)
+    assert report.passed, str(report)
+    assert report.spec.name == "flex_attention"
     assert statuses(report, "gradients") == {"skipped"}  # there is no backward on a CPU
-    assert statuses(report, "grouped") == {"passed"}
+    assert statuses(report, "grouped") == statuses(report, "masked") == {"passed"}
 
 
 def test_another_layout_and_meaning_of_the_mask_are_declared():
@@ -145,12 +184,6 @@ def test_known_subjects_need_no_words():
         report = check_attention(module)
         assert report.passed, str(report)
         assert statuses(report, "padding") == {"passed"}
-    from torch.nn.attention.flex_attention import flex_attention
-
-    report = check_attention(flex_attention, quick=True)
-    assert report.passed, str(report)
-    assert report.spec.name == "flex_attention"
-    assert statuses(report, "masked") == {"passed"}
 
 
 def test_returned_weights_are_checked():
@@ -425,7 +458,8 @@ def test_a_module_takes_what_its_forward_takes():
             return sdpa(query, key, value, attn_mask)
 
     report = check_attention(AttentionSpec(Own(), dtypes=ONE_DTYPE))
-    assert failed(report) == ["repeats"]  # it is in training mode
+    assert failed(report) == ["repeats"]
+    assert "Own is in training mode, in which no output is promised" in report.failed[0].message
     assert statuses(report, "masked") == {"passed"}
     assert statuses(report, "causal") == {"skipped"}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
@@ -21,6 +22,14 @@ VALUE_DIM = 6
 
 class NotAskedError(Exception):
     """The specification does not claim what a check asks; the reason is the message."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a subject says that it does not do what it is asked, as fused kernels say it."""
+    if isinstance(error, AssertionError) and error.__cause__ is not None:
+        return is_refusal(error.__cause__)
+    no_kernel = isinstance(error, RuntimeError) and "No available kernel" in str(error)
+    return isinstance(error, NotImplementedError) or no_kernel
 
 
 @dataclass(frozen=True)
@@ -86,6 +95,7 @@ class Exam:
         mask: Callable[[int, int], Tensor] | None = None,
         causal: bool = False,
         size: float = 1.0,
+        value_dim: int | None = None,
     ) -> Inputs:
         """Draw inputs, the same for every device and dtype.
 
@@ -96,6 +106,8 @@ class Exam:
             mask: Makes a mask (batch or 1, 1, query_len, key_len) of the lengths.
             causal: Ask the subject to be causal.
             size: What queries are multiplied by.
+            value_dim: Width of the values; by default another than that of the keys, if the
+                subject takes that.
 
         Raises:
             NotAskedError: The specification does not claim to take these inputs.
@@ -111,7 +123,8 @@ class Exam:
         key_heads = heads if key_heads is None else key_heads
         query = self._draw("query", heads, query_len, HEAD_DIM) * size
         key = self._draw("key", key_heads, key_len, HEAD_DIM)
-        value = self._draw("value", key_heads, key_len, VALUE_DIM)
+        width = self.value_dim if value_dim is None else value_dim
+        value = self._draw("value", key_heads, key_len, width)
         given = None if mask is None else mask(query_len, key_len).to(self.device)
         seen = torch.ones(query_len, key_len, dtype=torch.bool, device=self.device)
         alignment = self.spec.causal or "top_left"
@@ -125,6 +138,17 @@ class Exam:
         may_see = seen if given is None else given & seen
         shape = (BATCH, heads, query_len, key_len)
         return Inputs(query, key, value, given, causal, may_see.expand(shape))
+
+    @cached_property
+    def value_dim(self) -> int:
+        """The width of values: that of keys for a subject, as a fused kernel, that asks for it."""
+        for width in (VALUE_DIM, HEAD_DIM):
+            try:
+                self.spec.call(*self.inputs(value_dim=width).tensors)
+            except Exception:  # if it refuses both, a check tells why
+                continue
+            return width
+        return VALUE_DIM
 
     def block(self) -> tuple[SequenceModel, Tensor]:
         """Return the block and its input on the device of this exam."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.exam import Exam, NotAskedError, undeclared
+from pytest_attnheat.contract.exam import Exam, NotAskedError, is_refusal, undeclared
 from pytest_attnheat.contract.spec import AttentionSpec, as_spec
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 ExpectedFailures: TypeAlias = Mapping[str, str]
+
+_NOT_ASKED = "nothing was examined; each check was refused, or left out by what is declared"
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,13 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
-        return not self.failed
+        """Whether no check failed, and some were asked."""
+        return not self.failed and self.asked
+
+    @property
+    def asked(self) -> bool:
+        """Whether any check was asked, and not refused."""
+        return any(result.status != "skipped" for result in self.results)
 
     @property
     def failed(self) -> tuple[Result, ...]:
@@ -67,13 +74,15 @@ class Report:
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
         """What the implementation computes instead; None if it passed, or is a block."""
-        return None if self.passed else diagnosis_of(self.spec, self.seed)
+        return diagnosis_of(self.spec, self.seed) if self.failed else None
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
         failed = len(self.failed)
         head = f"{self.spec.name}: {failed} of {len(self.results)} checks failed"
-        lines = [head if failed else f"{self.spec.name}: all checks passed"]
+        if not failed:
+            head = f"{self.spec.name}: {'all checks passed' if self.asked else _NOT_ASKED}"
+        lines = [head]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
@@ -182,9 +191,9 @@ def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
         check.run(exam)
     except NotAskedError as reason:
         return Result(**place, status="skipped", message=str(reason))
-    except NotImplementedError as reason:
-        return Result(**place, status="skipped", message=f"the subject refuses: {reason}")
     except Exception as error:  # the code under test may raise anything
+        if is_refusal(error):
+            return Result(**place, status="skipped", message=f"the subject refuses: {error}")
         if expected is not None:
             return Result(**place, status="xfailed", message=expected)
         message = str(error) if isinstance(error, AssertionError) else _raised(error, exam)
