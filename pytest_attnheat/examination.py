@@ -144,6 +144,7 @@ class Question:
         from pytest_attnheat.contract.report import run_check
 
         result = run_check(self._check, self._exam, self._expected)
+        self.verdict["reason"] = _reason(result, self.verdict["hints"])
         if result.status == "skipped":
             pytest.skip(result.message)
         if result.status == "xfailed":
@@ -155,11 +156,7 @@ class Question:
         """The error: what does not hold, the diagnosis, and the check's own message."""
         told = self._diagnosed.told()
         message = result.message.removeprefix(f"{result.declaration}\n")
-        self.verdict |= {
-            "declaration": result.declaration,
-            "diagnosis": told.sentence,
-            "reason": message.partition("\n")[0],
-        }
+        self.verdict |= {"declaration": result.declaration, "diagnosis": told.sentence}
         claim = result.declaration or f"not so: {self._check.sentence}"
         text = "\n\n".join(part for part in (told.text, message) if part)
         return FailedCheckError(claim, text, told.draw)
@@ -167,6 +164,15 @@ class Question:
     def __repr__(self) -> str:
         """Name the question, as a test id does."""
         return f"<check {self.name}>"
+
+
+def _reason(result: Result, hints: Sequence[str]) -> str:
+    """The first line of a message without hints, and the likely cause that a later one names."""
+    first, *others = result.message.removeprefix(f"{result.declaration}\n").splitlines() or [""]
+    causes = [line.split(maxsplit=1)[1] for line in others if line.startswith("  cause ")]
+    for hint in hints:
+        first = first.replace(f"; {hint}", "")
+    return "; ".join([first, *causes])
 
 
 class FailedCheckError(AssertionError):

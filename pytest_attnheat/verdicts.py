@@ -62,11 +62,20 @@ def question_of(item: pytest.Item) -> Any:
 
 
 def summarise(verdicts: Sequence[Verdict]) -> Iterator[str]:
-    """Yield what to print of the verdicts of a run: each subject that failed, or has a hint."""
+    """Yield what to print of the verdicts of a run: each subject that failed, or has a hint.
+
+    What failed comes last, where a log is read from; else in an order that workers do not change.
+    """
     subjects: dict[tuple[str, str], list[Verdict]] = {}
     for verdict in verdicts:
         subjects.setdefault((verdict["subject"], verdict["where"]), []).append(verdict)
-    for (name, where), found in subjects.items():
+
+    def place(subject: tuple[str, str]) -> tuple[bool, str, str]:
+        failed = any(verdict["outcome"] == "failed" for verdict in subjects[subject])
+        return failed, *reversed(subject)
+
+    for name, where in sorted(subjects, key=place):
+        found = subjects[name, where]
         entries = list(_entries(found))
         if entries:
             yield f"{name} ({where}): {_counts(found)}"
@@ -84,6 +93,9 @@ def _counts(found: Sequence[Verdict]) -> str:
 
 def _entries(found: Sequence[Verdict]) -> Iterator[tuple[str, str]]:
     failed = [verdict for verdict in found if verdict["outcome"] == "failed"]
+    if all(verdict["outcome"] == "skipped" for verdict in found):
+        reasons = Counter(verdict["reason"] for verdict in found)
+        yield "nothing", f"was examined; most often, {reasons.most_common(1)[0][0]}"
     if failed and len(_unique(found, "place")) > 1:
         places = Counter(verdict["place"] for verdict in failed)
         yield "failed", ", ".join(f"{count} in {place}" for place, count in places.items())

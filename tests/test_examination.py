@@ -199,3 +199,50 @@ def test_a_run_without_an_examination_loads_nothing_of_it(pytester):
     result = pytester.runpytest_subprocess("-p", "no:mpl")
     assert result.parseoutcomes() == {"passed": 1}
     assert "attention examination" not in result.stdout.str()
+
+
+def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pytester):
+    pytester.makepyfile(
+        subjects="""
+        import torch
+        from torch import nn
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+        from pytest_attnheat import AttentionSpec
+
+        def hinting(query, key, value, causal=False):
+            return sdpa(query, key, value, is_causal=causal)
+
+        def refusing(query, key, value):
+            raise NotImplementedError("not here")
+
+        def raising(query, key, value, mask):
+            return sdpa(query, key, value, mask)
+
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+        block = AttentionSpec(layer, inputs=torch.randn(2, 9, 16), name="block")
+        every = [hinting, refusing, raising, block, sdpa]
+        """
+    )
+    result = pytester.runpytest_subprocess(
+        "--attn-check=subjects:every", "--attn-check-quick", "--tb=no"
+    )
+    lines = result.stdout.lines
+    told = lines[next(i for i, line in enumerate(lines) if "attention examination" in line) + 1 :]
+    expected = [
+        "hinting (subjects:every): 0 of 4 checks failed, 6 not asked",
+        "  hint       it takes causal=, and the specification does not say what that means: *",
+        "refusing (subjects:every): 0 of 0 checks failed, 10 not asked",
+        "  nothing    was examined; most often, the subject refuses: not here",
+        "block (subjects:every): 2 of 5 checks failed",
+        "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
+        "  because    no_leakage: assert_no_leakage: 12 of 18 outputs depend on what they must *",
+        "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
+        "raising (subjects:every): 4 of 4 checks failed, 6 not asked",
+        "  because    shape_and_dtype, plain, large_scores and 1 more: it raised TypeError: "
+        "raising() missing 1 required positional argument: 'mask'",
+        "  hint       it takes mask=, *",
+    ]
+    for line, pattern in zip(told, expected, strict=False):
+        assert fnmatch(line, pattern), line
+    assert len(told) == len(expected) + 1
