@@ -72,7 +72,7 @@ def summarise(verdicts: Sequence[Verdict]) -> Iterator[str]:
 
     def place(subject: tuple[str, str]) -> tuple[bool, str, str]:
         failed = any(verdict["outcome"] == "failed" for verdict in subjects[subject])
-        return failed, *reversed(subject)
+        return failed, subject[1], subject[0]
 
     for name, where in sorted(subjects, key=place):
         found = subjects[name, where]

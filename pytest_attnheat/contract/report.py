@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 ExpectedFailures: TypeAlias = Mapping[str, str]
 
-_NOT_ASKED = "nothing was examined; each check was refused, or left out by what is declared"
-
 
 @dataclass(frozen=True)
 class Result:
@@ -78,11 +76,7 @@ class Report:
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
-        failed = len(self.failed)
-        head = f"{self.spec.name}: {failed} of {len(self.results)} checks failed"
-        if not failed:
-            head = f"{self.spec.name}: {'all checks passed' if self.asked else _NOT_ASKED}"
-        lines = [head]
+        lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
@@ -93,6 +87,15 @@ class Report:
             first = next(result for result in self.failed if result.name == name)
             lines += ["", f"{name} ({first.dtype}, {first.device})", first.message]
         return "\n".join(lines)
+
+    def _head(self) -> str:
+        skipped = sum(result.status == "skipped" for result in self.results)
+        if not self.asked:
+            return "nothing was examined; each check was refused, or left out by what is declared"
+        head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
+        if not self.failed:
+            head = "all checks passed"
+        return head + (f", {skipped} not asked" if skipped else "")
 
     def _table(self) -> Iterator[str]:
         columns = list(dict.fromkeys((r.dtype, r.device) for r in self.results))
