@@ -5,15 +5,17 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
 from pytest_attnheat.plugin import CHECKS_MARKER
+from pytest_attnheat.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check
     from pytest_attnheat.contract.exam import Exam
+    from pytest_attnheat.contract.report import Result
     from pytest_attnheat.contract.spec import AttentionSpec
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
 
@@ -73,6 +75,7 @@ def parametrize_with_checks(
 def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
     """Parametrise a test that `parametrize_with_checks` marked."""
     specs, expected, checks, quick = marker.args
+    _tell_verdicts(metafunc.config)
     questions = [
         question
         for spec in specs
@@ -84,23 +87,54 @@ def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
 def examine(session: pytest.Session, target: str, *, quick: bool) -> list[pytest.Item]:
     """Make the checks of what `--attn-check` names."""
     config = session.config
+    _tell_verdicts(config)
     examined = Examination.from_parent(session, name=target, nodeid=target)
     return [
-        CheckItem.from_parent(examined, name=question.name, question=question)
+        CheckItem.from_parent(
+            examined, name=question.name, question=question, place=_place(target, spec)
+        )
         for spec in _load(config, target)
         for question in _questions(config, spec, {}, None, quick=quick)
     ]
 
 
+def _tell_verdicts(config: pytest.Config) -> None:
+    """See that the reports of checks carry their verdicts, which a run without checks spares."""
+    if not config.pluginmanager.has_plugin("attnheat-verdicts"):
+        config.pluginmanager.register(Verdicts(), "attnheat-verdicts")
+
+
+def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
+    """The file and line of what `--attn-check` names, as well as they are known."""
+    file = getattr(sys.modules[target.partition(":")[0]], "__file__", None) or target
+    code = getattr(spec.subject, "__code__", None)
+    return file, code.co_firstlineno if code is not None and code.co_filename == file else 1
+
+
 class Question:
-    """One check of one implementation, in one dtype and on one device, to be called."""
+    """One check of one implementation, in one dtype and on one device, to be called.
+
+    Attributes:
+        name: What it is called in test ids.
+        verdict: What it found, as far as it was called, in words and numbers alone.
+    """
 
     def __init__(
-        self, check: Check, exam: Exam, expected: str | None, diagnosed: _Diagnosed
+        self,
+        check: Check,
+        exam: Exam,
+        expected: str | None,
+        diagnosed: _Diagnosed,
+        hints: list[str],
     ) -> None:
-        dtype = str(exam.dtype).removeprefix("torch.")
         device = "" if exam.device.type == "cpu" else f"-{exam.device}"
-        self.name = f"{exam.spec.name}-{check.name}-{dtype}{device}"
+        self.name = f"{exam.spec.name}-{check.name}-{exam.dtype_name}{device}"
+        self.verdict: dict[str, Any] = {
+            "subject": exam.spec.name,
+            "check": check.name,
+            "place": f"{exam.dtype_name}{device}",
+            "hints": hints,
+        }
         self._check, self._exam, self._expected = check, exam, expected
         self._diagnosed = diagnosed
 
@@ -110,33 +144,61 @@ class Question:
         from pytest_attnheat.contract.report import run_check
 
         result = run_check(self._check, self._exam, self._expected)
+        self.verdict["reason"] = _reason(result, self.verdict["hints"])
         if result.status == "skipped":
             pytest.skip(result.message)
         if result.status == "xfailed":
             pytest.xfail(result.message)
         if result.status == "failed":
-            claim = f"{self._exam.spec.name} fails {self._check.name!r}: {self._check.sentence}"
-            diagnosed, draw = self._diagnosed.told()
-            message = "\n\n".join(part for part in (claim, diagnosed, result.message) if part)
-            raise FailedCheckError(message) if draw is None else DiagnosedError(message, draw)
+            raise self._failure(result)
+
+    def _failure(self, result: Result) -> FailedCheckError:
+        """The error: what does not hold, the diagnosis, and the check's own message."""
+        told = self._diagnosed.told()
+        message = result.message.removeprefix(f"{result.declaration}\n")
+        self.verdict |= {"declaration": result.declaration, "diagnosis": told.sentence}
+        claim = result.declaration or f"not so: {self._check.sentence}"
+        text = "\n\n".join(part for part in (told.text, message) if part)
+        return FailedCheckError(claim, text, told.draw)
 
     def __repr__(self) -> str:
         """Name the question, as a test id does."""
         return f"<check {self.name}>"
 
 
+def _reason(result: Result, hints: Sequence[str]) -> str:
+    """The first line of a message without hints, and the likely cause that a later one names."""
+    first, *others = result.message.removeprefix(f"{result.declaration}\n").splitlines() or [""]
+    causes = [line.split(maxsplit=1)[1] for line in others if line.startswith("  cause ")]
+    for hint in hints:
+        first = first.replace(f"; {hint}", "")
+    return "; ".join([first, *causes])
+
+
 class FailedCheckError(AssertionError):
-    """A check that failed."""
+    """A check that failed; the first of an implementation has the diagnosis, and draws it.
 
+    Attributes:
+        claim: What does not hold, in one line.
+    """
 
-class DiagnosedError(FailedCheckError):
-    """The first check that failed: it has the diagnosis, and draws it."""
-
+    # Tests show it by its name alone, as they do pytest's own.
+    __module__ = "builtins"
     heatmap_title = "weights: expected, inferred from the output, difference"
 
-    def __init__(self, message: str, draw: Callable[[], HeatmapFigure]) -> None:
-        super().__init__(message)
-        self.draw_heatmap = draw
+    def __init__(self, claim: str, message: str, draw: Callable[[], HeatmapFigure] | None) -> None:
+        super().__init__(f"{claim}\n\n{message}")
+        self.claim = claim
+        if draw is not None:
+            self.draw_heatmap = draw
+
+
+class _Told(NamedTuple):
+    """What is said of an implementation beside a check that failed."""
+
+    sentence: str = ""
+    text: str = ""
+    draw: Callable[[], HeatmapFigure] | None = None
 
 
 class _Diagnosed:
@@ -144,24 +206,21 @@ class _Diagnosed:
 
     def __init__(self, spec: AttentionSpec) -> None:
         self._spec = spec
-        self._first_line: str | None = None
+        self._before: _Told | None = None
 
-    def told(self) -> tuple[str, Callable[[], HeatmapFigure] | None]:
-        """The diagnosis and what draws it, the first time; then its first line alone."""
-        if self._spec.is_block:
-            return "", None
-        if self._first_line is not None:
-            return self._first_line, None
-        from pytest_attnheat.contract.diagnosis import diagnose
+    def told(self) -> _Told:
+        """The diagnosis and what draws it, the first time; then its sentence alone."""
+        if self._before is not None:
+            return self._before
+        from pytest_attnheat.contract.report import diagnosis_of
 
-        try:
-            diagnosis = diagnose(self._spec)
-        except ValueError as error:  # it answers none of the questions
-            self._first_line = str(error)
-            return self._first_line, None
-        text = str(diagnosis)
-        self._first_line = text.splitlines()[0]
-        return text, None if diagnosis.expected_weights is None else diagnosis.draw
+        diagnosis = diagnosis_of(self._spec)
+        if diagnosis is None or diagnosis.healthy:
+            self._before = _Told()
+            return self._before
+        self._before = _Told(diagnosis.sentence, f"diagnose: {diagnosis.sentence}")
+        draw = None if diagnosis.expected_weights is None else diagnosis.draw
+        return _Told(diagnosis.sentence, str(diagnosis), draw)
 
 
 class Examination(pytest.Collector):
@@ -173,21 +232,29 @@ class Examination(pytest.Collector):
 
 
 class CheckItem(pytest.Item):
-    """A check of `--attn-check`."""
+    """A check of `--attn-check`.
 
-    def __init__(self, *, question: Question, **given: Any) -> None:
+    Attributes:
+        question: What is asked.
+        place: The file and line of what it is asked of.
+    """
+
+    def __init__(self, *, question: Question, place: tuple[str, int], **given: Any) -> None:
         super().__init__(**given)
-        self._question = question
+        self.question = question
+        self.place = place
 
     def runtest(self) -> None:
         """Ask the question."""
-        self._question()
+        self.question()
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Show the message alone: the traceback is that of the examination."""
-        if excinfo.errisinstance(AssertionError):
-            return str(excinfo.value)
-        return super().repr_failure(excinfo, style)
+        if not isinstance(excinfo.value, FailedCheckError):
+            return super().repr_failure(excinfo, style)
+        shown: Any = excinfo.getrepr(style="native")
+        shown.reprtraceback.reprentries[0].lines = [f"{excinfo.value}\n"]
+        return shown
 
     def reportinfo(self) -> tuple[Any, int | None, str]:
         """Name the check in the report."""
@@ -202,15 +269,16 @@ def _questions(
     *,
     quick: bool,
 ) -> Iterator[Question]:
-    from pytest_attnheat.contract.report import checks_of, exams_of
+    from pytest_attnheat.contract.report import checks_of, exams_of, hints_of
 
+    hints = list(hints_of(spec))
     diagnosed = _Diagnosed(spec)
     for exam in exams_of(spec, quick=quick):
         if not _selected(config, exam):
             continue
         for check in checks_of(spec, quick=quick) if checks is None else checks:
             reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
-            yield Question(check, exam, reason, diagnosed)
+            yield Question(check, exam, reason, diagnosed, hints)
 
 
 def _selected(config: pytest.Config, exam: Exam) -> bool:
@@ -220,9 +288,8 @@ def _selected(config: pytest.Config, exam: Exam) -> bool:
     settings = config.stash[SETTINGS]
     kinds = {name.partition(":")[0] for name in settings.devices}
     device = kinds & {"auto", "all"} or exam.device.type in kinds
-    dtype = str(exam.dtype).removeprefix("torch.")
     given = config.getoption("attn_dtype") is not None and not exam.spec.is_block
-    return bool(device) and (not given or dtype in settings.dtypes)
+    return bool(device) and (not given or exam.dtype_name in settings.dtypes)
 
 
 def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:

@@ -7,7 +7,7 @@ standard library and pytest, and nothing else.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import NamedTuple, TypeVar
 
 import pytest
@@ -147,6 +147,24 @@ def pytest_collection_modifyitems(
         from pytest_attnheat.examination import examine
 
         items.extend(examine(session, target, quick=config.getoption("attn_check_quick")))
+
+
+# Last of all: a CI log is read from its end.
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(
+    terminalreporter: pytest.TerminalReporter,
+) -> Generator[None, None, None]:
+    """Repeat what the examination found, once for each implementation."""
+    yield
+    reports = [report for some in terminalreporter.stats.values() for report in some]
+    verdicts = [found for r in reports if (found := getattr(r, "attnheat_verdict", None))]
+    if verdicts:
+        from pytest_attnheat.verdicts import summarise
+
+        if lines := list(summarise(verdicts)):
+            terminalreporter.section("attention examination")
+            for line in lines:
+                terminalreporter.line(line)
 
 
 def _setting(config: pytest.Config, name: str, parse: Callable[[str], _Setting]) -> _Setting:

@@ -1,5 +1,7 @@
 """The examination finds every planted defect, and finds nothing in correct implementations."""
 
+import warnings
+
 import pytest
 import torch
 from attention_subjects import (
@@ -8,7 +10,6 @@ from attention_subjects import (
     causal_encoder,
     encoder,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -52,6 +53,12 @@ def math(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, e
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
 
 
+def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, enable_gqa=False):
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # why there is no kernel
+        return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
+
+
 CORRECT = [sdpa, math, plain, plus_one, scaled_query, repeated_keys]
 
 
@@ -65,11 +72,43 @@ def test_correct_functions_pass_in_every_dtype(function):
     assert statuses(report, "plain") == statuses(report, "layout") == {"passed"}
 
 
-def test_flex_attention_passes():
-    report = check_attention(AttentionSpec(flex, dtypes=ONE_DTYPE))
+def test_a_fused_kernel_that_refuses_some_inputs_passes():
+    report = check_attention(flash)
     assert report.passed, str(report)
+    assert statuses(report, "plain") == statuses(report, "masked") == {"passed"}
+    assert statuses(report, "dropout") == {"skipped"}
+    (message,) = {result.message for result in report.results if result.name == "dropout"}
+    assert message.startswith("the subject refuses: No available kernel")
+
+
+def test_what_refuses_everything_has_not_passed():
+    def refusing(query, key, value):
+        raise NotImplementedError("not on this device")
+
+    report = check_attention(AttentionSpec(refusing, dtypes=ONE_DTYPE))
+    assert not report.passed
+    assert not report.failed
+    assert str(report).splitlines()[0].startswith("refusing: nothing was examined; each check was")
+
+
+def test_values_of_another_width_are_asked_for_once_of_what_does_not_take_them():
+    def of_one_width(query, key, value):
+        return sdpa(query, key, value).view(query.shape)
+
+    report = check_attention(AttentionSpec(of_one_width, dtypes=ONE_DTYPE))
+    assert failed(report) == ["shape_and_dtype"]
+
+
+def test_flex_attention_passes_in_every_dtype():
+    from torch.nn.attention.flex_attention import flex_attention
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        report = check_attention(flex_attention)
+    assert report.passed, str(report)
+    assert report.spec.name == "flex_attention"
     assert statuses(report, "gradients") == {"skipped"}  # there is no backward on a CPU
-    assert statuses(report, "grouped") == {"passed"}
+    assert statuses(report, "grouped") == statuses(report, "masked") == {"passed"}
 
 
 def test_another_layout_and_meaning_of_the_mask_are_declared():
@@ -126,12 +165,6 @@ def test_known_subjects_need_no_words():
         report = check_attention(module)
         assert report.passed, str(report)
         assert statuses(report, "padding") == {"passed"}
-    from torch.nn.attention.flex_attention import flex_attention
-
-    report = check_attention(flex_attention, quick=True)
-    assert report.passed, str(report)
-    assert report.spec.name == "flex_attention"
-    assert statuses(report, "masked") == {"passed"}
 
 
 def test_returned_weights_are_checked():
@@ -178,7 +211,11 @@ def test_every_defect_of_the_catalogue_is_found(name):
 @pytest.mark.parametrize(
     ("declared", "check", "message"),
     [
-        ({"mask": "drop"}, "masked", "mask='drop' is declared, but the code means 'keep'"),
+        (
+            {"mask": "drop"},
+            "masked",
+            "mask='drop' is declared, but the code means 'keep': True where a query may attend",
+        ),
         (
             {"causal": "bottom_right"},
             "causal_rectangular",
@@ -195,6 +232,7 @@ def test_a_wrong_declaration_is_called_one(declared, check, message):
     report = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE, **declared))
     found = next(result for result in report.failed if result.name == check)
     assert found.message.startswith(f"wrong declaration: {message}\n")
+    assert str(report).splitlines()[1] == found.declaration == f"wrong declaration: {message}"
 
 
 def test_what_the_subject_raises_is_a_failure_with_its_words():
@@ -203,6 +241,8 @@ def test_what_the_subject_raises_is_a_failure_with_its_words():
 
     report = check_attention(AttentionSpec(refusing, dtypes=ONE_DTYPE))
     assert "it raised KeyError: 'no such head'" in report.failed[0].message
+    assert report.diagnosis is None
+    assert report.failed[0].message in str(report)
 
 
 # --- blocks
@@ -252,7 +292,9 @@ def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     assert not report.passed
     assert report.diagnosis.defects == ("softmax_over_queries",)
     lines = str(report).splitlines()
-    assert lines[0] == f"mine: {len(report.failed)} of {len(report.results)} checks failed"
+    skipped = sum(result.status == "skipped" for result in report.results)
+    asked = len(report.results) - skipped
+    assert lines[0] == f"mine: {len(report.failed)} of {asked} checks failed, {skipped} not asked"
     assert "softmax runs over the queries (dim=-2)" in lines[2]
     assert any(line.split() == ["float32", "float64"] for line in lines)
     assert any(line.split() == ["plain", "failed", "failed"] for line in lines)
@@ -325,7 +367,9 @@ def test_a_function_that_is_always_causal_is_declared_by_a_window_that_ends_nowh
     spec = AttentionSpec(always_causal, window=(None, 0), dtypes=ONE_DTYPE)
     report = check_attention(spec)
     assert report.passed, str(report)
-    assert not check_attention(AttentionSpec(always_causal, dtypes=ONE_DTYPE)).passed
+    report = check_attention(AttentionSpec(always_causal, dtypes=ONE_DTYPE))
+    wrong = "wrong declaration: window=None is the default, but the code means (None, 0): it is "
+    assert next(r for r in report.failed if r.name == "plain").declaration.startswith(wrong)
 
 
 def test_a_function_that_is_causal_by_default_is_told_when_it_is_not_to_be():
@@ -355,7 +399,7 @@ def test_another_layout_is_recognised():
         return sdpa(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
 
     report = check_attention(AttentionSpec(turned, dtypes=ONE_DTYPE))
-    wrong = "wrong declaration: layout='bhld' is declared, but the code means 'blhd'\n"
+    wrong = "wrong declaration: layout='bhld' is the default, but the code means 'blhd'\n"
     assert report.failed[0].message.startswith(wrong)
 
 
@@ -364,3 +408,98 @@ def test_a_module_that_is_no_attention_function_is_called_a_block():
         AttentionSpec(causal_encoder())
     with pytest.raises(TypeError, match="subject: got the class Linear; accepted is an instance"):
         AttentionSpec(torch.nn.Linear)
+
+
+def test_a_parameter_that_sounds_like_a_mask_or_causality_gets_a_hint():
+    def own(query, key, value, mask, causal=False, causal_mask=None):
+        return sdpa(query, key, value, mask, is_causal=causal)
+
+    masks = (
+        "it takes mask=, and the specification does not say what that means: AttentionSpec(..., "
+        "mask_argument='mask', mask=...), 'keep', 'drop' or 'additive'"
+    )
+    causality = (
+        "it takes causal=, and the specification does not say what that means: AttentionSpec(..., "
+        "causal_argument='causal', causal=...), 'top_left' or 'bottom_right'"
+    )
+    report = check_attention(AttentionSpec(own, dtypes=ONE_DTYPE), quick=True)
+    by_name = {result.name: result.message for result in report.results}
+    assert (by_name["masked"], by_name["causal"]) == (masks, causality)
+    assert by_name["plain"].endswith(f"positional argument: 'mask'; {masks}; {causality}")
+    assert [f"hint: {masks}", f"hint: {causality}"] == str(report).splitlines()[1:3]
+    # Declared, it is called without a mask as with None.
+    spec = AttentionSpec(own, mask_argument="mask", causal_argument="causal", dtypes=ONE_DTYPE)
+    report = check_attention(spec, quick=True)
+    assert report.passed, str(report)
+    assert "hint" not in str(report)
+    assert "hint" not in str(check_attention(AttentionSpec(sdpa, causal=None), quick=True))
+
+
+def test_a_module_takes_what_its_forward_takes():
+    class Own(torch.nn.Module):
+        def forward(self, query, key, value, attn_mask=None):
+            return sdpa(query, key, value, attn_mask)
+
+    report = check_attention(AttentionSpec(Own(), dtypes=ONE_DTYPE))
+    assert failed(report) == ["repeats"]
+    assert "Own is in training mode, in which no output is promised" in report.failed[0].message
+    assert statuses(report, "masked") == {"passed"}
+    assert statuses(report, "causal") == {"skipped"}
+
+
+def test_causality_that_nobody_takes_is_a_wrong_declaration():
+    def own(query, key, value, attn_mask=None, **others):
+        return sdpa(query, key, value, attn_mask)
+
+    report = check_attention(AttentionSpec(own, grouped=False, dropout=False, dtypes=ONE_DTYPE))
+    wrong = "wrong declaration: causal='top_left' is declared, but is_causal=True changes nothing,"
+    assert next(r for r in report.failed if r.name == "causal").message.startswith(wrong)
+
+
+def test_a_block_that_is_declared_causal_and_is_not_is_a_wrong_declaration():
+    model = of_transformers("bert", "sdpa")
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 9)), quick=True)
+    wrong = "wrong declaration: causal='top_left' is the default, but the code means None: each "
+    assert [r.name for r in report.failed] == ["no_leakage", "decoding"]
+    assert all(result.message.startswith(wrong) for result in report.failed)
+    model = of_transformers("gpt2", "sdpa")
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 9), causal=None), quick=True)
+    wrong = "wrong declaration: causal=None is declared, but the code means 'top_left': no output "
+    assert report.failed[0].message.startswith(wrong)
+
+
+def test_a_block_is_not_asked_of_padding_that_nobody_explained_and_says_so():
+    report = check_attention(AttentionSpec(causal_encoder(), inputs=tokens(2, 9)), quick=True)
+    message = next(r.message for r in report.results if r.name == "padding")
+    assert message == (
+        "it takes padding=, and nothing says what that means: SequenceModel(module, mask=..., "
+        "mask_argument='padding')"
+    )
+
+
+def test_a_module_in_training_mode_is_to_be_set_to_evaluation():
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, 2, 32, batch_first=True)
+    report = check_attention(AttentionSpec(layer, inputs=randn(2, 9, WIDTH), causal=None))
+    assert set(failed(report)) == {"no_leakage", "padding", "batch", "layout", "repeats"}
+    advice = "is promised to repeat itself: call .eval() on it before it is examined"
+    for result in report.failed:
+        assert result.message.endswith(advice)
+        assert "dropout=" not in result.message
+
+    def always_dropping(query, key, value):
+        return torch.nn.functional.dropout(sdpa(query, key, value))
+
+    report = check_attention(AttentionSpec(always_dropping, dtypes=ONE_DTYPE), quick=True)
+    assert "it gives another output at each call" in report.failed[0].message
+
+
+def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
+    def wrong_with_one_query(query, key, value, attn_mask=None, is_causal=False):
+        output = plain(query, key, value, attn_mask, is_causal=is_causal)
+        return output * 1.5 if query.shape[-2] == 1 else output
+
+    report = check_attention(AttentionSpec(wrong_with_one_query, dtypes=ONE_DTYPE))
+    assert failed(report) == ["decoding"]
+    assert report.diagnosis.healthy
+    assert "is attention as declared" not in str(report)

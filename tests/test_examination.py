@@ -1,5 +1,8 @@
 """The examination under pytest, as a user sees it."""
 
+from fnmatch import fnmatch
+from pathlib import Path
+
 import pytest
 
 WRONG = """
@@ -15,6 +18,9 @@ def attention(query, key, value, attn_mask=None, is_causal=False):
         mask = mask & attn_mask
     return scores.masked_fill(~mask, -1e30).softmax(-1) @ value
 """
+
+# What the end of a log has to say of it.
+DIAGNOSIS = "  diagnosis  attention equals attention whose scores are not scaled, and whose fully *"
 
 RIGHT = "from torch.nn.functional import scaled_dot_product_attention as attention"
 
@@ -59,16 +65,20 @@ def test_a_failure_leads_with_the_diagnosis(contract):
             check()
         """
     )
-    result = contract.runpytest_subprocess("-n", "2")
+    result = contract.runpytest_subprocess("-n", "2", "-rs")
     result.stdout.fnmatch_lines(
         [
-            "*attention fails 'plain': without a mask it is attention*",
+            "*FailedCheckError: not so: without a mask it is attention*",
             "*assert_matches_reference: *",
+            "SKIPPED* test_a_failure_leads_with_the_diagnosis.py:6: it is not declared to take *",
+            "*= attention examination =*",
+            "attention (test_a_failure_leads_with_the_diagnosis.py): 7 of 9 checks failed, 1 not *",
+            DIAGNOSIS,
         ]
     )
     text = result.stdout.str()
-    assert "without a scale" in text or "scale" in text.split("assert_matches_reference")[0]
-    assert result.parseoutcomes()["failed"] >= 3
+    assert "equals attention whose scores are not scaled" in text.split("assert_matches_ref")[0]
+    assert text.count("FailedCheckError: not so: ") == 7
 
 
 def test_expected_failures_are_xfailed(contract):
@@ -107,17 +117,30 @@ def test_an_unknown_expected_failure_is_an_error(contract):
     result.stdout.fnmatch_lines(["*expected_failures: there is no check ?'plane'?; accepted are*"])
 
 
-@pytest.mark.parametrize("options", [(), ("-n", "2")], ids=["alone", "on two workers"])
-def test_an_implementation_is_examined_with_no_test_file(contract, options):
+@pytest.mark.parametrize(
+    "options", [("--tb=no",), ("-n", "2", "-q")], ids=["alone", "on two workers"]
+)
+def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch, options):
+    monkeypatch.setenv("CI", "true")  # where pytest prints every line of a message again
     contract.makepyfile(test_other="def test_other(): raise RuntimeError('not asked for')")
     result = contract.runpytest_subprocess(
         "--attn-check=right:attention", "--attn-check=wrong:attention", "--attn-check-quick",
-        *options,
+        "-rsf", *options,
     )  # fmt: skip
-    result.stdout.fnmatch_lines(["FAILED wrong:attention::attention-plain-float32 - *"])
+    result.stdout.fnmatch_lines(
+        ["FAILED wrong:attention::attention-causal-float32 - not so: with is_causal it is causal *"]
+    )
+    result.stdout.fnmatch_lines(["SKIPPED * wrong.py:4: it is not declared to take grouped heads"])
+    *_, failed, title, name, diagnosis, picture, _ = result.stdout.lines
+    assert failed.startswith("FAILED wrong:attention::")
+    assert title.strip("= ") == "attention examination"
+    assert name == "attention (wrong:attention): 7 of 9 checks failed, 1 not asked"
+    assert fnmatch(diagnosis, DIAGNOSIS)
+    assert Path(picture.removeprefix("  picture ").strip()).name == "rows.png"
     text = result.stdout.str()
     assert "FAILED right" not in text
     assert "not asked for" not in text
+    assert text.count(diagnosis) == 1
     assert result.ret == pytest.ExitCode.TESTS_FAILED
 
 
@@ -150,3 +173,76 @@ def test_the_options_choose_dtypes_and_devices(contract):
     assert "plain-float16" in some.stdout.str()
     assert "plain-float32" not in some.stdout.str()
     assert "plain-float32" in contract.runpytest_subprocess(*options).stdout.str()
+
+
+def test_junit_has_the_claim_and_the_whole_message_and_nothing_else(contract):
+    contract.runpytest_subprocess(
+        "--attn-check=wrong:attention", "--attn-check-quick", "--junitxml=junit.xml"
+    )
+    text = (contract.path / "junit.xml").read_text(encoding="utf-8")
+    assert 'message="not so: without a mask it is attention, as exactly as its dtype' in text
+    assert "  wrong      " in text
+    assert "<propert" not in text
+    assert "attention examination" not in text
+
+
+def test_a_run_without_an_examination_loads_nothing_of_it(pytester):
+    pytester.makepyfile(
+        """
+        import sys
+
+        def test_loaded():
+            loaded = {name.partition(".")[2] for name in sys.modules if "attnheat" in name}
+            assert not loaded & {"examination", "verdicts", "contract"}
+        """
+    )
+    result = pytester.runpytest_subprocess("-p", "no:mpl")
+    assert result.parseoutcomes() == {"passed": 1}
+    assert "attention examination" not in result.stdout.str()
+
+
+def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pytester):
+    pytester.makepyfile(
+        subjects="""
+        import torch
+        from torch import nn
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+        from pytest_attnheat import AttentionSpec
+
+        def hinting(query, key, value, causal=False):
+            return sdpa(query, key, value, is_causal=causal)
+
+        def refusing(query, key, value):
+            raise NotImplementedError("not here")
+
+        def raising(query, key, value, mask):
+            return sdpa(query, key, value, mask)
+
+        torch.manual_seed(0)
+        layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+        block = AttentionSpec(layer, inputs=torch.randn(2, 9, 16), name="block")
+        every = [hinting, refusing, raising, block, sdpa]
+        """
+    )
+    result = pytester.runpytest_subprocess(
+        "--attn-check=subjects:every", "--attn-check-quick", "--tb=no"
+    )
+    lines = result.stdout.lines
+    told = lines[next(i for i, line in enumerate(lines) if "attention examination" in line) + 1 :]
+    expected = [
+        "hinting (subjects:every): 0 of 4 checks failed, 6 not asked",
+        "  hint       it takes causal=, and the specification does not say what that means: *",
+        "refusing (subjects:every): 0 of 0 checks failed, 10 not asked",
+        "  nothing    was examined; most often, the subject refuses: not here",
+        "block (subjects:every): 2 of 5 checks failed",
+        "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
+        "  because    no_leakage: assert_no_leakage: 12 of 18 outputs depend on what they must *",
+        "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
+        "raising (subjects:every): 4 of 4 checks failed, 6 not asked",
+        "  because    shape_and_dtype, plain, large_scores and 1 more: it raised TypeError: "
+        "raising() missing 1 required positional argument: 'mask'",
+        "  hint       it takes mask=, *",
+    ]
+    for line, pattern in zip(told, expected, strict=False):
+        assert fnmatch(line, pattern), line
+    assert len(told) == len(expected) + 1

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.invariance import (
-    assert_batch_independent,
-)
+from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
@@ -24,12 +22,16 @@ from pytest_attnheat.assertions.numerics.precision import (
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.contract.exam import (
+    VALUE_DIM,
     Exam,
     Inputs,
     NotAskedError,
+    is_refusal,
+    lookalikes,
     scattered,
     with_a_lost_row,
 )
+from pytest_attnheat.contract.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -72,8 +74,13 @@ def _output_matches(function: Callable[..., Tensor], *inputs: Tensor, **options:
 
 def shape_and_dtype(exam: Exam) -> None:
     """The output has the shape of the query with the width of the value, its dtype and device."""
-    inputs = exam.inputs(key_len=9)
-    output = exam.spec.call(*inputs.tensors).output  # raises on another shape
+    inputs = exam.inputs(key_len=9, value_dim=VALUE_DIM)
+    try:
+        output = exam.spec.call(*inputs.tensors).output  # raises on another shape
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        output = exam.spec.call(*exam.inputs(key_len=9).tensors).output
     if output.dtype != exam.dtype or output.device != inputs.query.device:
         raise AssertionError(
             f"the output is {output.dtype} on {output.device}, the query {exam.dtype} on "
@@ -170,35 +177,52 @@ def padding(exam: Exam) -> None:
     inputs = exam.inputs(mask=scattered)
     if exam.spec.window is not None:
         raise NotAskedError("padding on the left would move the window")
-    assert_padding_invariant(exam.maskable(), *inputs.tensors, attn_mask=inputs.mask)
+    assert_padding_invariant(exam.spec, *inputs.tensors, attn_mask=inputs.mask)
 
 
 def batch(exam: Exam) -> None:
     """Up to four samples alone, and all in another order."""
     inputs = exam.inputs(key_len=9)
-    assert_batch_independent(exam.maskable(), *inputs.tensors)
+    assert_batch_independent(exam.spec, *inputs.tensors)
 
 
 def decoding(exam: Exam) -> None:
     """Token by token, and in chunks."""
     inputs = exam.inputs(causal=True)
     if exam.spec.causal == "bottom_right":
-        alignment = exam.spec.causal
-        assert_decode_matches_prefill(exam.maskable(), *inputs.tensors, alignment=alignment)
+        assert_decode_matches_prefill(
+            _own_causal(exam), *inputs.tensors, alignment=exam.spec.causal
+        )
     elif exam.spec.mask is None or exam.spec.window is not None:
         raise NotAskedError("a chunk cannot be told what it may see")
     else:
-        assert_decode_matches_prefill(exam.maskable(), *inputs.tensors)
+        assert_decode_matches_prefill(exam.spec, *inputs.tensors)
+
+
+def _own_causal(exam: Exam) -> Callable[..., Tensor]:
+    """The subject told `is_causal` as it means it; a specification means the top left by it."""
+
+    def subject(query: Tensor, key: Tensor, value: Tensor, is_causal: bool = False) -> Tensor:
+        return exam.spec.call(query, key, value, causal=is_causal).output
+
+    return subject
 
 
 def layout(exam: Exam) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
-    assert_layout_invariant(exam.maskable(), *exam.inputs(key_len=9).tensors)
+    assert_layout_invariant(exam.spec, *exam.inputs(key_len=9).tensors)
 
 
 def repeats(exam: Exam) -> None:
     """In evaluation mode, whatever the random state."""
-    assert_deterministic(exam.maskable(), *exam.inputs(key_len=9).tensors)
+    _refuse_training(exam)
+    assert_deterministic(exam.spec, *exam.inputs(key_len=9).tensors)
+
+
+def _refuse_training(exam: Exam) -> None:
+    """Advise as an examination can: the assertion speaks of its own arguments."""
+    if advice := exam.in_training():
+        raise AssertionError(advice)
 
 
 def dropout(exam: Exam) -> None:
@@ -207,11 +231,7 @@ def dropout(exam: Exam) -> None:
         raise NotAskedError("it is not declared to take dropout_p")
     runs = 40 if exam.quick else 200
     inputs = exam.inputs(query_len=32)
-
-    def function(query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0) -> Tensor:
-        return exam.spec.call(query, key, value, dropout=dropout_p).output
-
-    assert_deterministic(function, *inputs.tensors, dropout=0.25, runs=runs)
+    assert_deterministic(exam.spec, *inputs.tensors, dropout=0.25, runs=runs)
 
 
 def returned_weights(exam: Exam) -> None:
@@ -290,8 +310,18 @@ def block_padding(exam: Exam) -> None:
     """On the right and on the left, of any content."""
     model, inputs = exam.block()
     if model.mask is None:
-        raise NotAskedError("it is not declared how it takes a mask (SequenceModel)")
+        raise NotAskedError(_mask_of_block(exam.spec))
     assert_padding_invariant(model, inputs, seed=exam.seed)
+
+
+def _mask_of_block(spec: AttentionSpec) -> str:
+    names = lookalikes(spec, "mask")
+    if not names:
+        return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
+    return (
+        f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
+        f"mask_argument={names[0]!r})"
+    )
 
 
 def block_batch(exam: Exam) -> None:
@@ -316,6 +346,7 @@ def block_layout(exam: Exam) -> None:
 
 def block_repeats(exam: Exam) -> None:
     """In evaluation mode, whatever the random state."""
+    _refuse_training(exam)
     assert_deterministic(*exam.block(), seed=exam.seed)
 
 

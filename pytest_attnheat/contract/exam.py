@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.subjects import modules_in
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.scoring import draw
@@ -20,6 +22,14 @@ VALUE_DIM = 6
 
 class NotAskedError(Exception):
     """The specification does not claim what a check asks; the reason is the message."""
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether a subject says that it does not do what it is asked, as fused kernels say it."""
+    if isinstance(error, AssertionError) and error.__cause__ is not None:
+        return is_refusal(error.__cause__)
+    no_kernel = isinstance(error, RuntimeError) and "No available kernel" in str(error)
+    return isinstance(error, NotImplementedError) or no_kernel
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,11 @@ class Exam:
     seed: int = 0
     quick: bool = False
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as it is written in specifications, reports and test ids."""
+        return str(self.dtype).removeprefix("torch.")
+
     def inputs(
         self,
         *,
@@ -80,6 +95,7 @@ class Exam:
         mask: Callable[[int, int], Tensor] | None = None,
         causal: bool = False,
         size: float = 1.0,
+        value_dim: int | None = None,
     ) -> Inputs:
         """Draw inputs, the same for every device and dtype.
 
@@ -90,14 +106,16 @@ class Exam:
             mask: Makes a mask (batch or 1, 1, query_len, key_len) of the lengths.
             causal: Ask the subject to be causal.
             size: What queries are multiplied by.
+            value_dim: Width of the values; by default another than that of the keys, if the
+                subject takes that.
 
         Raises:
             NotAskedError: The specification does not claim to take these inputs.
         """
         if causal and self.spec.causal is None:
-            raise NotAskedError("it is not declared to take is_causal")
+            raise NotAskedError(undeclared(self.spec, "causal") or "it does not take is_causal")
         if mask is not None and self.spec.mask is None:
-            raise NotAskedError("it is not declared to take a mask")
+            raise NotAskedError(undeclared(self.spec, "mask") or "it does not take a mask")
         if key_heads is not None and not (self.spec.grouped and self.spec.has_heads):
             raise NotAskedError("it is not declared to take grouped heads")
         heads = HEADS if self.spec.has_heads else 1
@@ -105,7 +123,8 @@ class Exam:
         key_heads = heads if key_heads is None else key_heads
         query = self._draw("query", heads, query_len, HEAD_DIM) * size
         key = self._draw("key", key_heads, key_len, HEAD_DIM)
-        value = self._draw("value", key_heads, key_len, VALUE_DIM)
+        width = self.value_dim if value_dim is None else value_dim
+        value = self._draw("value", key_heads, key_len, width)
         given = None if mask is None else mask(query_len, key_len).to(self.device)
         seen = torch.ones(query_len, key_len, dtype=torch.bool, device=self.device)
         alignment = self.spec.causal or "top_left"
@@ -120,6 +139,17 @@ class Exam:
         shape = (BATCH, heads, query_len, key_len)
         return Inputs(query, key, value, given, causal, may_see.expand(shape))
 
+    @cached_property
+    def value_dim(self) -> int:
+        """The width of values: that of keys for a subject, as a fused kernel, that asks for it."""
+        for width in (VALUE_DIM, HEAD_DIM):
+            try:
+                self.spec.call(*self.inputs(value_dim=width).tensors)
+            except Exception:  # if it refuses both, a check tells why
+                continue
+            return width
+        return VALUE_DIM
+
     def block(self) -> tuple[SequenceModel, Tensor]:
         """Return the block and its input on the device of this exam."""
         spec = self.spec
@@ -131,6 +161,23 @@ class Exam:
     def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:
         drawn = draw(name, self.seed, BATCH, heads, length, width)
         return drawn.to(self.device, self.dtype)
+
+    def answer(self) -> Tensor:
+        """Ask the subject once, as plainly as it can be asked."""
+        if self.spec.is_block:
+            model, inputs = self.block()
+            return model(inputs)
+        return self.spec.call(*self.inputs().tensors).output
+
+    def in_training(self) -> str | None:
+        """Advise on a subject in training mode; None where it is, or holds, no such module."""
+        training = [module for module in modules_in(self.spec.subject) if module.training]
+        if not training:
+            return None
+        return (
+            f"{type(training[0]).__name__} is in training mode, in which no output is promised to "
+            "repeat itself: call .eval() on it before it is examined"
+        )
 
     def function(self, inputs: Inputs, scale: float | None = None) -> Callable[..., Tensor]:
         """Return the subject as `function(query, key, value)`, told what it may see its own way.
@@ -145,26 +192,6 @@ class Exam:
         subject.__name__ = self.spec.name
         return subject
 
-    def maskable(self) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value, attn_mask=..., is_causal=...)`."""
-
-        def subject(
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            attn_mask: Tensor | None = None,
-            is_causal: bool = False,
-            enable_gqa: bool = False,
-            **dropout: Any,
-        ) -> Tensor:
-            return self.spec.call(
-                query, key, value, mask=attn_mask, causal=is_causal,
-                dropout=dropout.get("dropout_p", 0.0),
-            ).output  # fmt: skip
-
-        subject.__name__ = self.spec.name
-        return subject
-
     def seen(self, inputs: Inputs) -> dict[str, Any]:
         """The arguments that tell an assertion what may be seen; none where it is all."""
         arguments: dict[str, Any] = {}
@@ -173,6 +200,34 @@ class Exam:
         if inputs.grouped:
             arguments["enable_gqa"] = True
         return arguments
+
+
+_MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
+# Looked up in this order: a causal_mask is a mask.
+_SOUNDS = {"mask": ("mask", "padding"), "causal": ("causal",)}
+
+
+def undeclared(spec: AttentionSpec, field: Literal["mask", "causal"]) -> str:
+    """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
+    if spec.is_block or getattr(spec, field) is not None:
+        return ""
+    names = lookalikes(spec, field)
+    if not names or names == [getattr(spec, f"{field}_argument")]:
+        return ""  # or it is declared to be None
+    return (
+        f"it takes {names[0]}=, and the specification does not say what that means: "
+        f"AttentionSpec(..., {field}_argument={names[0]!r}, {field}=...), {_MEANINGS[field]}"
+    )
+
+
+def lookalikes(spec: AttentionSpec, field: Literal["mask", "causal"]) -> list[str]:
+    """The parameters of a subject whose names sound like a mask, or like causality."""
+    found = []
+    for name in spec.parameters or {}:
+        sounds = [kind for kind, words in _SOUNDS.items() if any(w in name.lower() for w in words)]
+        if sounds[:1] == [field]:
+            found.append(name)
+    return found
 
 
 def scattered(query_len: int, key_len: int) -> Tensor:

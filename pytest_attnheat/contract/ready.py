@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -73,12 +74,18 @@ def _flex(
         block_mask = create_block_mask(
             may_attend, shape[0], shape[1], shape[2], shape[3], device=str(query.device)
         )
-    with warnings.catch_warnings():
-        # Not compiled: each of the many small shapes would be compiled anew.
+    # Not compiled: each of the many small shapes would be compiled anew, and, even where nobody
+    # compiles, traced anew.
+    with warnings.catch_warnings(), _untraced():
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         return flex_attention(
             query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa
         )
+
+
+def _untraced() -> AbstractContextManager[Any]:
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    return nullcontext() if stance is None else stance("force_eager")
 
 
 def transformers_attention(name: str = "sdpa") -> AttentionSpec:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.exam import Exam, NotAskedError
+from pytest_attnheat.contract.exam import Exam, NotAskedError, is_refusal, undeclared
 from pytest_attnheat.contract.spec import AttentionSpec, as_spec
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class Result:
         device: The device, as a name.
         status: `"passed"`, `"failed"`, `"skipped"` or `"xfailed"`.
         message: Why it failed, or the reason why it was skipped or expected to fail.
+        declaration: What is wrongly declared, where that is why it failed.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Result:
     device: str
     status: Status
     message: str = ""
+    declaration: str = ""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,13 @@ class Report:
 
     @property
     def passed(self) -> bool:
-        """Whether no check failed."""
-        return not self.failed
+        """Whether no check failed, and some were asked."""
+        return not self.failed and self.asked
+
+    @property
+    def asked(self) -> bool:
+        """Whether any check was asked, and not refused."""
+        return any(result.status != "skipped" for result in self.results)
 
     @property
     def failed(self) -> tuple[Result, ...]:
@@ -65,24 +72,30 @@ class Report:
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
         """What the implementation computes instead; None if it passed, or is a block."""
-        if self.passed or self.spec.is_block:
-            return None
-        from pytest_attnheat.contract.diagnosis import diagnose
-
-        return diagnose(self.spec, seed=self.seed)
+        return diagnosis_of(self.spec, self.seed) if self.failed else None
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
-        failed = len(self.failed)
-        head = f"{self.spec.name}: {failed} of {len(self.results)} checks failed"
-        lines = [head if failed else f"{self.spec.name}: all checks passed"]
-        if self.diagnosis is not None:
+        lines = [f"{self.spec.name}: {self._head()}"]
+        lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
+        lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
+        # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
+        if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
             lines += ["", f"{name} ({first.dtype}, {first.device})", first.message]
         return "\n".join(lines)
+
+    def _head(self) -> str:
+        skipped = sum(result.status == "skipped" for result in self.results)
+        if not self.asked:
+            return "nothing was examined; each check was refused, or left out by what is declared"
+        head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
+        if not self.failed:
+            head = "all checks passed"
+        return head + (f", {skipped} not asked" if skipped else "")
 
     def _table(self) -> Iterator[str]:
         columns = list(dict.fromkeys((r.dtype, r.device) for r in self.results))
@@ -142,6 +155,18 @@ def check_attention(
     return Report(spec, tuple(results), seed)
 
 
+def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
+    """Diagnose what failed; None of a block, and of what answers no question at all."""
+    if spec.is_block:
+        return None
+    from pytest_attnheat.contract.diagnosis import diagnose
+
+    try:
+        return diagnose(spec, seed=seed)
+    except ValueError:  # the checks tell why
+        return None
+
+
 def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:
     """Return the checks that a specification is asked."""
     known = BLOCK_CHECKS if spec.is_block else CHECKS
@@ -164,56 +189,125 @@ def _present() -> list[str]:
 
 def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
     """Ask one question; whatever the subject raises is an answer."""
-    name = str(exam.dtype).removeprefix("torch.")
-    place = {"name": check.name, "dtype": name, "device": str(exam.device)}
+    place = {"name": check.name, "dtype": exam.dtype_name, "device": str(exam.device)}
     try:
         check.run(exam)
     except NotAskedError as reason:
         return Result(**place, status="skipped", message=str(reason))
-    except NotImplementedError as reason:
-        return Result(**place, status="skipped", message=f"the subject refuses: {reason}")
     except Exception as error:  # the code under test may raise anything
+        if is_refusal(error):
+            return Result(**place, status="skipped", message=f"the subject refuses: {error}")
         if expected is not None:
             return Result(**place, status="xfailed", message=expected)
-        message = str(error)
-        if not isinstance(error, AssertionError):
-            message = f"it raised {type(error).__name__}: {message}"
-        declared = _wrong_declaration(check, exam)
-        return Result(
-            **place, status="failed", message=f"{declared}\n{message}" if declared else message
-        )
+        message = str(error) if isinstance(error, AssertionError) else _raised(error, exam)
+        declaration = _wrong_declaration(check, exam)
+        if declaration:
+            message = f"{declaration}\n{message}"
+        return Result(**place, status="failed", message=message, declaration=declaration)
     return Result(**place, status="passed")
 
 
-# What a check asks of a declaration, and what else may have been meant.
-_DECLARED: dict[str, tuple[tuple[str, tuple[Any, ...]], ...]] = {
-    "shape_and_dtype": (("layout", ("bhld", "blhd")),),
-    "plain": (("layout", ("bhld", "blhd")),),
-    "masked": (("mask", ("keep", "drop")),),
-    "no_leakage_through_mask": (("mask", ("keep", "drop")),),
-    "padding": (("mask", ("keep", "drop")),),
-    "causal_rectangular": (("causal", ("top_left", "bottom_right")),),
+def _raised(error: Exception, exam: Exam) -> str:
+    """Say what was raised in the place of an answer, in words of a specification."""
+    if isinstance(error, ValueError) and _is_random(exam):
+        return exam.in_training() or (
+            "it gives another output at each call, so that no comparison means anything: dropout "
+            "that is always on?"
+        )
+    hints = hints_of(exam.spec) if isinstance(error, TypeError) else ()
+    return "; ".join([f"it raised {type(error).__name__}: {error}", *hints])
+
+
+def _is_random(exam: Exam) -> bool:
+    try:
+        first, second = exam.answer(), exam.answer()
+    except Exception:  # then that is what is wrong
+        return False
+    return not torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
+    """What a specification leaves unsaid of parameters that look like a mask or causality."""
+    found = (undeclared(spec, "mask"), undeclared(spec, "causal"))
+    return tuple(text for text in found if text)
+
+
+# What else may have been meant, by the check that fails where the declaration is wrong.
+_OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
+    "shape_and_dtype": ({"layout": "bhld"}, {"layout": "blhd"}),
+    "plain": ({"layout": "bhld"}, {"layout": "blhd"}, {"window": (None, 0)}),
+    "masked": ({"mask": "keep"}, {"mask": "drop"}),
+    "no_leakage_through_mask": ({"mask": "keep"}, {"mask": "drop"}),
+    "padding": ({"mask": "keep"}, {"mask": "drop"}),
+    "causal_rectangular": ({"causal": "top_left"}, {"causal": "bottom_right"}),
     "fully_masked": (
-        ("fully_masked", ("zero", "uniform", "nan")),
-        ("mask", ("keep", "drop")),
+        {"fully_masked": "zero"}, {"fully_masked": "uniform"}, {"fully_masked": "nan"},
+        {"mask": "keep"}, {"mask": "drop"},
     ),
+}  # fmt: skip
+_OF_BLOCKS: dict[str, tuple[dict[str, Any], ...]] = {
+    "no_leakage": ({"causal": None}, {"causal": "top_left"}),
+    "decoding": ({"causal": None},),
 }
+# What the other declaration says, in words; of causality only where a block is judged.
+_WORDS = {
+    ("mask", "keep"): "True where a query may attend",
+    ("mask", "drop"): "True where a query must not attend",
+    ("window", (None, 0)): "it is always causal",
+    ("causal", None): "each output depends on the whole sequence, as in an encoder; if it is to "
+    "be causal, its mask is missing",
+}
+_DECODER = (
+    "no output depends on a later token, as in a decoder; if it is to be an encoder, some mask "
+    "hides too much"
+)
 
 
-def _wrong_declaration(check: Check, exam: Exam) -> str | None:
+def _wrong_declaration(check: Check, exam: Exam) -> str:
     """Say which other declaration would be right, if there is one."""
-    if exam.spec.is_block:
-        return None
-    for field, choices in _DECLARED.get(check.name, ()):
+    if _leaves_causal_aside(check, exam):
+        argument = exam.spec.causal_argument
+        return (
+            f"wrong declaration: causal={exam.spec.causal!r} is declared, but {argument}=True "
+            f"changes nothing, and no parameter is called {argument}: declare causal=None, or its "
+            "causal_argument"
+        )
+    for changes in (_OF_BLOCKS if exam.spec.is_block else _OTHERWISE).get(check.name, ()):
+        ((field, other),) = changes.items()
         declared = getattr(exam.spec, field)
-        for other in choices:
-            if other == declared:
-                continue
-            try:
-                check.run(replace(exam, spec=replace(exam.spec, **{field: other})))
-            except Exception:  # neither is right
-                continue
-            return (
-                f"wrong declaration: {field}={declared!r} is declared, but the code means {other!r}"
-            )
-    return None
+        if declared == other or not _passes(check, exam, changes):
+            continue
+        source = "the default" if declared == _default(field) else "declared"
+        words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
+        return (
+            f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"
+            + (f": {words}" if words else "")
+        )
+    return ""
+
+
+def _default(field: str) -> Any:
+    (default,) = (one.default for one in fields(AttentionSpec) if one.name == field)
+    return default
+
+
+def _passes(check: Check, exam: Exam, changes: dict[str, Any]) -> bool:
+    """Whether a check passes with another declaration."""
+    spec = replace(exam.spec, **changes)
+    # A block that is no decoder is not asked to decode: whether it is one, leaks tell.
+    ask = BLOCK_CHECKS[0] if spec.is_block else check
+    try:
+        ask.run(replace(exam, spec=spec))
+    except Exception:  # neither is right
+        return False
+    return True
+
+
+def _leaves_causal_aside(check: Check, exam: Exam) -> bool:
+    """Whether the subject takes any keyword, and is_causal is one of those it does not know."""
+    spec = exam.spec
+    if check.name != "causal" or spec.is_block or spec.names(spec.causal_argument):
+        return False
+    tensors = exam.inputs().tensors
+    outputs = [spec.call(*tensors, causal=causal).output for causal in (False, True)]
+    return torch.equal(*outputs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -134,12 +134,19 @@ class AttentionSpec:
         """Whether the subject is a block, with projections of its own."""
         return self.inputs is not None
 
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter] | None:
+        """The parameters of the subject; None for a builtin, whose signature is not known."""
+        # Of a module, that of __call__ names none.
+        subject = self.subject.forward if isinstance(self.subject, nn.Module) else self.subject
+        try:
+            return inspect.signature(subject).parameters
+        except (TypeError, ValueError):
+            return None
+
     def names(self, keyword: str) -> bool:
         """Whether the signature has a keyword; that of a builtin is PyTorch's own."""
-        try:
-            return keyword in inspect.signature(self.subject).parameters
-        except (TypeError, ValueError):
-            return True
+        return self.parameters is None or keyword in self.parameters
 
     @property
     def has_heads(self) -> bool:
@@ -147,20 +154,22 @@ class AttentionSpec:
         return "h" in self.layout
 
     def _is_causal_by_default(self) -> bool:
-        try:
-            parameter = inspect.signature(self.subject).parameters.get(self.causal_argument)
-        except (TypeError, ValueError):  # a builtin
-            return False
+        parameter = (self.parameters or {}).get(self.causal_argument)
         return parameter is not None and parameter.default is True
+
+    def _needs_mask(self) -> bool:
+        """Whether it cannot be called without a mask, so that none is passed as None."""
+        parameter = (self.parameters or {}).get(self.mask_argument)
+        return (
+            self.mask is not None
+            and parameter is not None
+            and (parameter.default is parameter.empty)
+        )
 
     def takes(self, keyword: str) -> bool:
         """Whether the subject takes a keyword; taken as a yes where its signature is unknown."""
-        try:
-            parameters = inspect.signature(self.subject).parameters
-        except (TypeError, ValueError):  # a builtin, as that of PyTorch
-            return True
-        anything = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        return anything or keyword in parameters
+        anything = any(p.kind is p.VAR_KEYWORD for p in (self.parameters or {}).values())
+        return anything or self.names(keyword)
 
     def call(
         self,
@@ -195,6 +204,8 @@ class AttentionSpec:
         arguments: dict[str, Any] = {}
         if mask is not None:
             arguments[self.mask_argument] = self._mask(mask, query)
+        elif self._needs_mask():
+            arguments[self.mask_argument] = None
         if causal or self._is_causal_by_default():
             arguments[self.causal_argument] = causal
         if scale is not None:
