@@ -15,12 +15,14 @@ from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
+from pytest_attnheat.assertions.masking import assert_masked
 from pytest_attnheat.assertions.numerics.precision import (
     assert_gradients_match,
     assert_matches_reference,
 )
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
+from pytest_attnheat.contract.captured import diagnoses, records_of
 from pytest_attnheat.contract.exam import (
     VALUE_DIM,
     Exam,
@@ -350,6 +352,68 @@ def block_repeats(exam: Exam) -> None:
     assert_deterministic(*exam.block(), seed=exam.seed)
 
 
+def attention_inside(exam: Exam) -> None:
+    """Of what was captured: of a block, while it runs on its inputs."""
+    judged, wrong, reasons = 0, [], list[str]()
+    for diagnosis in diagnoses(exam.spec, reasons):
+        judged += 1
+        if not diagnosis.healthy:
+            wrong.append(diagnosis)
+    if not judged:
+        raise NotAskedError("; ".join(reasons[:3]) or "no attention was captured")
+    if wrong:
+        raise AssertionError(
+            f"{len(wrong)} of {judged} attentions that were captured are not what their queries, "
+            f"keys and values make\n{wrong[0]}"
+        )
+
+
+def captured_rows(exam: Exam) -> None:
+    """Rows that may attend to nothing are what is declared."""
+    lost = exam.spec.fully_masked
+    for record in records_of(exam.spec):
+        if lost != "undefined":
+            assert_row_stochastic(record, fully_masked=lost)
+        elif record.mask is None or bool(record.mask.any(-1).all()):
+            assert_row_stochastic(record)
+
+
+def captured_masks(exam: Exam) -> None:
+    """Masked keys get no weight, in attention that was given a mask."""
+    masked = [record for record in records_of(exam.spec) if record.mask is not None]
+    for record in masked:
+        try:
+            assert_masked(record)
+        except ValueError as nothing:
+            raise NotAskedError(str(nothing)) from None
+    if not masked:
+        raise NotAskedError("no attention was given a mask")
+
+
+def captured_output(exam: Exam) -> None:
+    """Weights times value are the output, where dropout leaves that to be asked."""
+    whole = [r for r in records_of(exam.spec) if r.output is not None and r.dropout == 0]
+    if not whole:
+        raise NotAskedError("no output was kept, or dropout was applied")
+    for record in whole:
+        assert_reproduces_output(record)
+
+
+_INSIDE = Check(
+    "attention_inside", "what was captured is what its own queries, keys and values make",
+    attention_inside, quick=True, issue="Graylab/DL4Proteins-notebooks#12",
+)  # fmt: skip
+
+CAPTURED_CHECKS: tuple[Check, ...] = (
+    Check("rows", "every row is a distribution", captured_rows, quick=True,
+          issue="labmlai/annotated_deep_learning_paper_implementations#146"),
+    Check("masks", "masked keys get no weight", captured_masks, quick=True,
+          issue="huggingface/pytorch-image-models#2236"),
+    Check("output", "weights times value are the output", captured_output, quick=True,
+          issue="pytorch/pytorch#27968"),
+    _INSIDE,
+)  # fmt: skip
+
 BLOCK_CHECKS: tuple[Check, ...] = (
     Check("no_leakage", "no output depends on what it must not see, and each on what it must",
           block_no_leakage, quick=True, issue="pytorch/pytorch#103082"),
@@ -363,4 +427,5 @@ BLOCK_CHECKS: tuple[Check, ...] = (
           issue="pytorch/pytorch#181133"),
     Check("repeats", "the same input gives the same output", block_repeats, quick=True,
           issue="pytorch/pytorch#124464"),
+    _INSIDE,
 )  # fmt: skip

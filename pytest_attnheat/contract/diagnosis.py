@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.chance import by_chance
 from pytest_attnheat.contract.defects import DEFECTS
 from pytest_attnheat.contract.explaining import explained
@@ -31,7 +33,9 @@ from pytest_attnheat.scoring import seed_number
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
-def diagnose(subject: AttentionSpec | Callable[..., Any], *, seed: int = 0) -> Diagnosis:
+def diagnose(
+    subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord, *, seed: int = 0
+) -> Diagnosis:
     """Tell what an implementation of attention computes instead.
 
     It is called on about 20 small cases, in float64 where it takes that, else in the next finer
@@ -40,9 +44,15 @@ def diagnose(subject: AttentionSpec | Callable[..., Any], *, seed: int = 0) -> D
     Cases that it refuses with an exception are noted. Nothing is compared more closely than
     rounding allows (see `contract.matching`).
 
+    What was captured is not called: each attention in it is judged by its own queries, keys,
+    values, mask and output, and the first that is not what they make is diagnosed. A block is
+    called once, on its inputs, and what happens inside is captured. What was captured should be
+    scaled and windowed as the specification says, by default by head_dim ** -0.5 and not at all.
+
     Args:
         subject: A specification, or a callable with the signature of
-            `torch.nn.functional.scaled_dot_product_attention`.
+            `torch.nn.functional.scaled_dot_product_attention`; or what `capture_attention`
+            recorded, a trace or a record.
         seed: The seed of the inputs, and of the subject's own randomness.
 
     Returns:
@@ -50,9 +60,14 @@ def diagnose(subject: AttentionSpec | Callable[..., Any], *, seed: int = 0) -> D
 
     Raises:
         TypeError: The subject cannot be called, or the seed is not a whole number.
-        ValueError: The subject answered no case at all; its first refusal is quoted.
+        ValueError: The subject answered no case at all; its first refusal is quoted. Nothing
+            that was captured can be judged.
     """
     spec = as_spec(subject)
+    if spec.is_captured or spec.is_block:
+        from pytest_attnheat.contract.captured import diagnose_records
+
+        return diagnose_records(spec)
     seed = seed_number(seed)
     sound: dict[str, float] = {}
     refused: dict[str, str] = {}

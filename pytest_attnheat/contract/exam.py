@@ -155,7 +155,11 @@ class Exam:
         spec = self.spec
         if spec.inputs is None:
             raise NotAskedError("it is no block")
-        model = spec.subject if isinstance(spec.subject, SequenceModel) else recognise(spec.subject)
+        model = (
+            spec.subject
+            if isinstance(spec.subject, SequenceModel)
+            else recognise(spec.implementation)
+        )
         return model, spec.inputs.to(self.device)
 
     def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:
@@ -209,7 +213,7 @@ _SOUNDS = {"mask": ("mask", "padding"), "causal": ("causal",)}
 
 def undeclared(spec: AttentionSpec, field: Literal["mask", "causal"]) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
-    if spec.is_block or getattr(spec, field) is not None:
+    if spec.is_block or spec.is_captured or getattr(spec, field) is not None:
         return ""
     names = lookalikes(spec, field)
     if not names or names == [getattr(spec, f"{field}_argument")]:

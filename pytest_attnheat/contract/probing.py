@@ -218,7 +218,7 @@ def _with_full_mask(case: Case) -> Case:
 def _names_scale(spec: AttentionSpec) -> bool:
     """Whether the subject names a parameter `scale`: `**kwargs` may take it and not use it."""
     try:
-        return "scale" in inspect.signature(spec.subject).parameters
+        return "scale" in inspect.signature(spec.implementation).parameters
     except (TypeError, ValueError):
         return spec.takes("scale")
 

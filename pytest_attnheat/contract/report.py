@@ -9,7 +9,10 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
 
-from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.captured import records_of
+from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.exam import Exam, NotAskedError, is_refusal, undeclared
 from pytest_attnheat.contract.spec import AttentionSpec, as_spec
 
@@ -71,7 +74,7 @@ class Report:
 
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
-        """What the implementation computes instead; None if it passed, or is a block."""
+        """What the implementation computes instead; None if it passed, or cannot be asked."""
         return diagnosis_of(self.spec, self.seed) if self.failed else None
 
     def __str__(self) -> str:
@@ -82,6 +85,8 @@ class Report:
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
+        elif self.diagnosis is not None and self.spec.is_block:
+            lines += ["", f"{self.diagnosis.sentence}: {_OUTSIDE}"]
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
@@ -114,7 +119,7 @@ class Report:
 
 
 def check_attention(
-    subject: AttentionSpec | Callable[..., Any],
+    subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord,
     *,
     quick: bool = False,
     checks: Sequence[Check] | None = None,
@@ -125,9 +130,11 @@ def check_attention(
 
     Args:
         subject: What is claimed of it; or a callable with the signature of
-            `torch.nn.functional.scaled_dot_product_attention`.
+            `torch.nn.functional.scaled_dot_product_attention`; or what `capture_attention`
+            recorded.
         quick: Ask fewer questions, in the first of the dtypes alone.
-        checks: The checks; by default all that are known, `CHECKS` or `BLOCK_CHECKS`.
+        checks: The checks; by default all that are known: `CHECKS`, `BLOCK_CHECKS` or
+            `CAPTURED_CHECKS`.
         expected_failures: Names of checks that are known to fail, with the reason.
         seed: Where the inputs are drawn from.
 
@@ -141,7 +148,8 @@ def check_attention(
     spec = as_spec(subject)
     expected = dict(expected_failures or {})
     asked = list(checks_of(spec, quick=quick) if checks is None else checks)
-    unknown = set(expected) - {check.name for check in (*CHECKS, *BLOCK_CHECKS, *asked)}
+    known = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS, *asked)
+    unknown = set(expected) - {check.name for check in known}
     if unknown:
         raise ValueError(
             f"expected_failures: there is no check {sorted(unknown)}; accepted are "
@@ -156,20 +164,18 @@ def check_attention(
 
 
 def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
-    """Diagnose what failed; None of a block, and of what answers no question at all."""
-    if spec.is_block:
-        return None
+    """Diagnose what failed; None of what answers no question at all."""
     from pytest_attnheat.contract.diagnosis import diagnose
 
     try:
         return diagnose(spec, seed=seed)
-    except ValueError:  # the checks tell why
+    except (ValueError, NotAskedError):  # the checks tell why
         return None
 
 
 def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:
     """Return the checks that a specification is asked."""
-    known = BLOCK_CHECKS if spec.is_block else CHECKS
+    known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
     return tuple(check for check in known if check.quick or not quick)
 
 
@@ -179,6 +185,9 @@ def exams_of(spec: AttentionSpec, *, quick: bool = False, seed: int = 0) -> list
     if spec.inputs is not None:
         dtype = spec.inputs.dtype if spec.inputs.is_floating_point() else torch.float32
         return [Exam(spec, dtype, device, seed, quick) for device in devices]
+    if spec.is_captured:
+        first = next((record.dtype for record in records_of(spec)), torch.float32)
+        return [Exam(spec, first, torch.device("cpu"), seed, quick)]
     dtypes = [getattr(torch, name) for name in spec.dtypes][: 1 if quick else None]
     return [Exam(spec, dtype, device, seed, quick) for device in devices for dtype in dtypes]
 
@@ -232,6 +241,10 @@ def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
     return tuple(text for text in found if text)
 
 
+_OUTSIDE = (
+    "what is wrong happens outside of it, where heads are split or merged, or before or after "
+    "attention"
+)
 # What else may have been meant, by the check that fails where the declaration is wrong.
 _OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "shape_and_dtype": ({"layout": "bhld"}, {"layout": "blhd"}),
@@ -294,12 +307,17 @@ def _default(field: str) -> Any:
 def _passes(check: Check, exam: Exam, changes: dict[str, Any]) -> bool:
     """Whether a check passes with another declaration."""
     spec = replace(exam.spec, **changes)
-    # A block that is no decoder is not asked to decode: whether it is one, leaks tell.
-    ask = BLOCK_CHECKS[0] if spec.is_block else check
-    try:
-        ask.run(replace(exam, spec=spec))
-    except Exception:  # neither is right
-        return False
+    # A block that is no decoder is not asked to decode: whether it is one, leaks tell, and
+    # whether its attention is right for that, what is captured inside.
+    asked = (BLOCK_CHECKS[0], BLOCK_CHECKS[-1]) if spec.is_block else (check,)
+    for ask in asked:
+        try:
+            ask.run(replace(exam, spec=spec))
+        except NotAskedError:
+            if not spec.is_block:
+                return False
+        except Exception:  # neither is right
+            return False
     return True
 
 

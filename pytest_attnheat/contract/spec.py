@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning, as_meant
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.reference import causal_mask
 
 CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
@@ -32,7 +34,8 @@ class AttentionSpec:
     Attributes:
         subject: Called as `subject(query, key, value, **arguments)`; or, with `inputs`, a block
             with its own projections, called as `subject(inputs)` (a `SequenceModel` says how it
-            takes its mask).
+            takes its mask); or a trace of `capture_attention`, or one of its records: each
+            attention in it is judged by its own queries, keys, values and mask.
         name: What it is called in reports and test ids; its own name by default.
         layout: The order of the dimensions of query, key, value and output: `"bhld"`
             (batch, heads, length, width), `"blhd"`, `"lbhd"` ..., or without heads `"bld"`.
@@ -61,7 +64,7 @@ class AttentionSpec:
             `assert_matches_reference`.
     """
 
-    subject: Callable[..., Any]
+    subject: Callable[..., Any] | Trace | AttentionRecord
     name: str = ""
     inputs: Tensor | None = None
     layout: str = "bhld"
@@ -80,10 +83,10 @@ class AttentionSpec:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.subject):
+        if not callable(self.subject) and not self.is_captured:
             raise TypeError(
                 f"subject: got {type(self.subject).__name__}; accepted is a callable, called as "
-                "subject(query, key, value)"
+                "subject(query, key, value), or what capture_attention recorded"
             )
         for name, accepted in _CHOICES.items():
             if getattr(self, name) not in accepted:
@@ -111,7 +114,9 @@ class AttentionSpec:
         if not self.name:
             whole = getattr(self.subject, "module", self.subject)
             found["name"] = getattr(whole, "__name__", type(whole).__name__)
-        if self.inputs is None:
+        if self.is_captured and not self.name:
+            found["name"] = getattr(self.subject, "layer", "") or "the trace"
+        if self.inputs is None and not self.is_captured:
             found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
             if not self.takes(self.mask_argument):
@@ -135,10 +140,16 @@ class AttentionSpec:
         return self.inputs is not None
 
     @property
+    def is_captured(self) -> bool:
+        """Whether the subject is a trace or a record of `capture_attention`."""
+        return isinstance(self.subject, Trace | AttentionRecord)
+
+    @property
     def parameters(self) -> Mapping[str, inspect.Parameter] | None:
         """The parameters of the subject; None for a builtin, whose signature is not known."""
         # Of a module, that of __call__ names none.
-        subject = self.subject.forward if isinstance(self.subject, nn.Module) else self.subject
+        subject = self.implementation
+        subject = subject.forward if isinstance(subject, nn.Module) else subject
         try:
             return inspect.signature(subject).parameters
         except (TypeError, ValueError):
@@ -215,7 +226,7 @@ class AttentionSpec:
         if query.shape[1] != key.shape[1] and self.takes("enable_gqa"):
             arguments["enable_gqa"] = True
         inputs = [self._to_layout(tensor) for tensor in (query, key, value)]
-        result = self.subject(*inputs, **arguments)
+        result = self.implementation(*inputs, **arguments)
         wanted = (*query.shape[:-1], value.shape[-1])
         if self.returns == "output":
             output, weights = result, None
@@ -229,6 +240,17 @@ class AttentionSpec:
                 f"{type(result).__name__}"
             )
         return Answer(self._from_layout(output, wanted), weights)
+
+    @property
+    def implementation(self) -> Callable[..., Any]:
+        """The subject, if it can be called.
+
+        Raises:
+            TypeError: It was captured.
+        """
+        if isinstance(self.subject, Trace | AttentionRecord):
+            raise TypeError(f"{self.name} was captured, and cannot be called")
+        return self.subject
 
     def __call__(
         self,
@@ -322,10 +344,12 @@ _CHOICES: dict[str, tuple[Any, ...]] = {
 }
 
 
-def as_spec(subject: AttentionSpec | Callable[..., Any]) -> AttentionSpec:
+def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
     """Return a specification: as it is, ready-made, or of a callable with nothing declared."""
     if isinstance(subject, AttentionSpec):
         return subject
+    if isinstance(subject, Trace | AttentionRecord):
+        return AttentionSpec(subject)
     from pytest_attnheat.contract.ready import known_spec
 
     return known_spec(subject) or AttentionSpec(subject)

@@ -1,0 +1,171 @@
+"""What a trace tells: whether each attention in it is what its queries, keys and values make."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.subjects import borrowed
+from pytest_attnheat.capture.capturing import capture_attention
+from pytest_attnheat.capture.errors import CaptureError
+from pytest_attnheat.capture.record import HIDDEN_BELOW, AttentionRecord
+from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.diagnosis import diagnose_output
+from pytest_attnheat.contract.exam import NotAskedError
+from pytest_attnheat.contract.findings import Diagnosis
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.reference import causal_mask
+
+# Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
+_MOST_WEIGHTS = 200_000
+
+
+def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
+    """Return the records of a specification: those of its trace, or of its block at work.
+
+    Raises:
+        NotAskedError: Nothing could be captured in the block.
+    """
+    if isinstance(spec.subject, AttentionRecord):
+        return [spec.subject]
+    if isinstance(spec.subject, Trace):
+        return list(spec.subject)
+    subject = spec.implementation
+    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
+    module, inputs = model.module, spec.inputs
+    if not isinstance(module, nn.Module) or inputs is None:
+        raise NotAskedError("attention inside is captured of modules alone")
+    with borrowed(module, inputs), torch.no_grad():
+        module.eval()
+        try:
+            with capture_attention(module, allow_unseen=True) as trace:
+                model(inputs)
+        except CaptureError as error:
+            raise NotAskedError(str(error)) from None
+    return list(trace)
+
+
+def diagnose_records(spec: AttentionSpec) -> Diagnosis:
+    """Diagnose the first attention that is not what it is declared to be, or any if all are.
+
+    Raises:
+        ValueError: None of them tells enough to be judged; the reasons are listed.
+    """
+    last: Diagnosis | None = None
+    reasons: list[str] = []
+    for diagnosis in diagnoses(spec, reasons):
+        last = diagnosis
+        if not diagnosis.healthy:
+            return diagnosis
+    if last is None:
+        raise ValueError(f"diagnose: {spec.name} has no attention to judge ({_listed(reasons)})")
+    return replace(
+        last,
+        subject=spec.name,
+        sentence=f"attention in {spec.name}, as it was captured, is what its queries, keys and "
+        "values make",
+    )
+
+
+def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
+    """Diagnose one record after the other; add the reasons why some cannot be."""
+    for record in records_of(spec):
+        reason = _not_told(record)
+        if reason:
+            reasons.append(f"{_place(record)}: {reason}")
+            continue
+        small = _smaller(record)
+        if small is None:
+            reasons.append(f"{_place(record)}: {record.shape} is too large to diagnose")
+            continue
+        yield _diagnosed(small, spec)
+
+
+def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
+    assert record.query is not None
+    assert record.key is not None
+    assert record.value is not None
+    assert record.output is not None
+    mask, causal = record.given_mask, record.causal
+    if record.bias is not None:
+        seen = record.bias > HIDDEN_BELOW
+        mask = seen if mask is None else mask & seen
+    query_len, key_len = record.shape[2:]
+    # The claim of a block is about its own sequence, not about one that it looks things up in.
+    if spec.is_block and spec.causal is not None and query_len == key_len:
+        causal = spec.causal
+    if mask is not None and causal is not None:
+        # What causality hides needs no mask, so that a wrong one there is not taken as told.
+        future = ~causal_mask(query_len, key_len, alignment=causal, device=mask.device)
+        mask = mask | future
+    if mask is not None and bool(mask.all()):
+        mask = None
+    diagnosis = diagnose_output(
+        record.output,
+        record.query,
+        record.key,
+        record.value,
+        mask=mask,
+        causal=causal,
+        window=spec.sides,
+        scale=spec.scale,
+        fully_masked="zero" if spec.fully_masked == "undefined" else spec.fully_masked,
+        name=_place(record),
+    )
+    return replace(diagnosis, inferred_weights=record.compute_weights(torch.float64).cpu())
+
+
+def _not_told(record: AttentionRecord) -> str:
+    """Why a record cannot be judged; empty if it can."""
+    parts = (record.query, record.key, record.value, record.output)
+    if any(part is None for part in parts):
+        return "its queries and keys are not known"
+    if record.dropout > 0:
+        return "dropout was applied"
+    if record.queries is not None:
+        return "some queries were left out"
+    if record.score_change is not None:
+        return "a score_mod changed its scores"
+    if record.bias is not None and bool(((record.bias != 0) & (record.bias > HIDDEN_BELOW)).any()):
+        return "a bias is added to its scores"
+    if 0 in record.shape_here:
+        return "it is empty"
+    return ""
+
+
+def _smaller(record: AttentionRecord) -> AttentionRecord | None:
+    """The record, or some of its batch entries and heads, or None if one is too large."""
+    batch, heads, query_len, key_len = record.shape_here
+    one = query_len * key_len
+    if one > _MOST_WEIGHTS:
+        return None
+    if batch * heads * one <= _MOST_WEIGHTS:
+        return record
+    entries = min(batch, 2)
+    kept: dict[str, Any] = {
+        name: _first(getattr(record, name), entries)
+        for name in ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
+    }
+    record = replace(record, shape=(entries, *record.shape[1:]), **kept)
+    if entries * heads * one <= _MOST_WEIGHTS:
+        return record
+    numbers = range(heads) if record.heads is None else record.heads.tolist()
+    return record.select(heads=list(numbers)[: max(_MOST_WEIGHTS // (entries * one), 1)])
+
+
+def _first(tensor: Tensor | None, entries: int) -> Tensor | None:
+    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[:entries]
+
+
+def _place(record: AttentionRecord) -> str:
+    call = f", call {record.call}" if record.call else ""
+    return f"attention in {record.layer}{call}" if record.layer else f"attention{call}"
+
+
+def _listed(reasons: Sequence[str]) -> str:
+    return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") or "nothing was captured"
