@@ -164,6 +164,13 @@ def test_most_pairs_are_named_and_none_with_certainty_that_is_wrong():
     assert len(named) >= 7
 
 
+def test_no_constant_is_fitted_to_what_a_coarse_step_leaves():
+    names = ("scores_in_float16", "heads_split_without_transpose")
+    found = diagnose(specimen(*names, dtypes=("float32",)))
+    assert set(found.defects) == set(names)
+    assert found.constant is None
+
+
 def test_a_defect_besides_a_constant_is_named():
     found = diagnose(specimen("causal_misses_own", "temperature"))
     assert set(found.defects) == {"causal_misses_own", "temperature"}
