@@ -164,6 +164,20 @@ def test_most_pairs_are_named_and_none_with_certainty_that_is_wrong():
     assert len(named) >= 7
 
 
+@pytest.mark.parametrize("other", ["no_maximum_subtracted", "mask_after_softmax_renormalised"])
+def test_numbers_beyond_the_range_of_the_dtype_are_those_of_the_subject(other):
+    # Smaller scores, so that exp overflows or vanishes in float32 alone.
+    found = diagnose(specimen(other, "scale_from_embedding", dtypes=("float32",)))
+    assert set(found.defects) == {other, "scale_from_embedding"}
+
+
+def test_no_constant_is_fitted_to_what_a_coarse_step_leaves():
+    names = ("scores_in_float16", "heads_split_without_transpose")
+    found = diagnose(specimen(*names, dtypes=("float32",)))
+    assert set(found.defects) == set(names)
+    assert found.constant is None
+
+
 def test_a_defect_besides_a_constant_is_named():
     found = diagnose(specimen("causal_misses_own", "temperature"))
     assert set(found.defects) == {"causal_misses_own", "temperature"}

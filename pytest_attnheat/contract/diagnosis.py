@@ -145,6 +145,7 @@ def diagnose_output(
         window=window,
         scale=scale,
         fully_masked=fully_masked,
+        dtype=output.dtype,
     )
     given = output.detach().double().cpu()
     probes = [Probe(case, given, output.dtype, rounding(output.dtype))]

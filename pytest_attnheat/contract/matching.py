@@ -29,6 +29,10 @@ _MOST_ALLOWED = 0.5
 # Where a step is rounded to a coarse dtype, another order of the same operations may round
 # a number the other way: so many rows may be off by that.
 _OTHER_WAY = 0.25
+# By so many times the precision of that dtype, at most: a large score is rounded by more.
+_LOUD_STEPS = 8.0
+# Constants are not looked for within so many times what rounding does.
+_STEPS = 4.0
 # So many pairs are compared on all cases.
 _FINALISTS = 300
 # Explanations that are off by less than so many times what is allowed are not excluded.
@@ -193,7 +197,7 @@ def _fit(plan: Plan, outcome: Expected | None, probe: Probe, tolerant: bool) -> 
     error, allowed = _errors(outcome, probe)
     ratio = error / allowed
     if tolerant:
-        ratio = _without_other_way(ratio, error, plan)
+        ratio = _without_other_way(ratio, error, plan, outcome)
     return Fit(float(error.square().mean().sqrt()), float(ratio.max()))
 
 
@@ -210,11 +214,12 @@ def is_tolerant(defects: Sequence[Defect]) -> bool:
     return any(defect.seen == "rounding" for defect in defects)
 
 
-def _without_other_way(ratio: Tensor, error: Tensor, plan: Plan) -> Tensor:
+def _without_other_way(ratio: Tensor, error: Tensor, plan: Plan, outcome: Expected) -> Tensor:
     dtype = plan.scores_dtype or plan.weights_dtype
     if dtype is None:
         return ratio
-    other_way = (ratio > 1.0) & (error <= 2 * torch.finfo(dtype).eps)
+    steps = 2.0 if plan.scores_dtype is None else outcome.loudness.clamp(2.0, _LOUD_STEPS)
+    other_way = (ratio > 1.0) & (error <= steps * torch.finfo(dtype).eps)
     if float(other_way.double().mean()) > _OTHER_WAY:
         return ratio
     return ratio.masked_fill(other_way, 1.0)
@@ -432,7 +437,7 @@ def explain_by_constant(
             if name not in by_name:
                 continue
             constant = fit(base.plan, probes[0])
-            if constant is None or abs(constant - 1.0) < 1e-6:
+            if constant is None or abs(constant - 1.0) < _least_step(base.plan, probes[0]):
                 continue
             plan = _with_constant(base.plan, name, constant)
             defects = (*base.defects, by_name[name])
@@ -441,6 +446,13 @@ def explain_by_constant(
             if quality.excess > nearly(probes):
                 limit = min(limit, quality.residual)
     return found
+
+
+def _least_step(plan: Plan, probe: Probe) -> float:
+    """How far from 1 a constant must be not to be fitted to rounding."""
+    coarse = plan.scores_dtype or plan.weights_dtype
+    rounded = torch.finfo(coarse).eps if coarse else 0.0
+    return max(1e-6, _STEPS * probe.tolerance, _STEPS * rounded)
 
 
 def _with_constant(plan: Plan, name: str, constant: float) -> Plan:

@@ -40,6 +40,7 @@ class Case:
         scale: What scores are multiplied by; None for head_dim ** -0.5.
         scale_given: Whether the scale is passed as an argument of this call.
         fully_masked: What a row without permitted keys is declared to be.
+        dtype: The dtype in which it is computed: beyond its range exp is 0 or inf.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Case:
     scale: float | None = None
     scale_given: bool = False
     fully_masked: LostRows = "zero"
+    dtype: torch.dtype = torch.float64
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -382,7 +384,7 @@ def _whole_blocks(plan: Plan, block: int, length: int) -> int:
 
 def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
     filled = _masked_scores(plan, scores, soft).masked_fill(~hard, -math.inf)
-    weights = _normalised(plan, filled)
+    weights = _in_range(_normalised(plan, filled, case.dtype), case.dtype)
     if plan.masking in ("after", "after_renormalised"):
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
@@ -407,7 +409,16 @@ def _masked_scores(plan: Plan, scores: Tensor, soft: Tensor) -> Tensor:
     return scores
 
 
-def _normalised(plan: Plan, scores: Tensor) -> Tensor:
+def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers as large or small as a dtype holds; half precision is left to float32 here."""
+    if dtype == torch.float64:
+        return numbers
+    limits = torch.finfo(torch.float32)
+    held = numbers.masked_fill(numbers.abs() < limits.tiny, 0.0)
+    return held.masked_fill(numbers > limits.max, math.inf)
+
+
+def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
     """Weights of scores that are -inf where they are masked."""
     dims = {"keys": (-1,), "queries": (-2,), "heads": (1,), "batch": (0,), "map": (-2, -1)}
     dim = dims[plan.dim]
@@ -429,7 +440,7 @@ def _normalised(plan: Plan, scores: Tensor) -> Tensor:
     if kind == "unnormalised_shifted":
         return shifted.exp()
     if kind == "no_maximum":
-        numbers = scores.exp()
+        numbers = _in_range(scores.exp(), dtype)
         return _divided(plan, numbers, numbers.sum(dim, keepdim=True))
     numbers = shifted.exp()
     if kind == "plus_one":

@@ -164,9 +164,9 @@ def probe(
 
 @lru_cache(maxsize=256)
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
-    """Round the inputs of a case to a dtype, and keep them in float64."""
+    """Round the inputs of a case to a dtype, in which it is asked, and keep them in float64."""
     query, key, value = (t.to(dtype).double() for t in (case.query, case.key, case.value))
-    return replace(case, query=query, key=key, value=value)
+    return replace(case, query=query, key=key, value=value, dtype=dtype)
 
 
 def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
