@@ -18,7 +18,7 @@ GROUPED = ("groups_tiled", "first_key_head_only")
 
 def planted(name: str) -> AttentionSpec:
     """Return an implementation with one defect, and what it should have been."""
-    window = (2, 1) if "window" in name else None
+    window = (3, 2) if "window" in name else None
     lost = "uniform" if name == "fully_masked_zero" else "zero"
     subject = attention_with(name, window=window, lost=lost)
     return AttentionSpec(

@@ -47,6 +47,12 @@ if TYPE_CHECKING:
     from pytest_attnheat.assertions.rows import assert_one_hot as assert_one_hot
     from pytest_attnheat.assertions.rows import assert_row_stochastic as assert_row_stochastic
     from pytest_attnheat.assertions.rows import assert_uniform as assert_uniform
+    from pytest_attnheat.capture.capturing import capture_attention as capture_attention
+    from pytest_attnheat.capture.errors import CaptureError as CaptureError
+    from pytest_attnheat.capture.errors import CaptureMemoryError as CaptureMemoryError
+    from pytest_attnheat.capture.errors import CaptureWarning as CaptureWarning
+    from pytest_attnheat.capture.record import AttentionRecord as AttentionRecord
+    from pytest_attnheat.capture.trace import Trace as Trace
     from pytest_attnheat.cases import AttentionCase as AttentionCase
     from pytest_attnheat.cases import make_attention as make_attention
     from pytest_attnheat.contract.checks import Check as Check
@@ -81,8 +87,12 @@ __version__ = "0.1.0"
 _ROOM_OF = {
     "AdditiveScore": "scoring",
     "AttentionCase": "cases",
+    "AttentionRecord": "capture.record",
     "AttentionSpec": "contract.spec",
     "BilinearScore": "scoring",
+    "CaptureError": "capture.errors",
+    "CaptureMemoryError": "capture.errors",
+    "CaptureWarning": "capture.errors",
     "Check": "contract.checks",
     "Diagnosis": "contract.diagnosis",
     "DotProductScore": "scoring",
@@ -93,6 +103,7 @@ _ROOM_OF = {
     "Report": "contract.report",
     "ScaledDotProductScore": "scoring",
     "SequenceModel": "assertions.behaviour.sequences",
+    "Trace": "capture.trace",
     "assert_batch_independent": "assertions.behaviour.invariance",
     "assert_causal": "assertions.masking",
     "assert_convex": "assertions.behaviour.convexity",
@@ -114,6 +125,7 @@ _ROOM_OF = {
     "assert_support": "assertions.masking",
     "assert_uniform": "assertions.rows",
     "attend": "reference",
+    "capture_attention": "capture.capturing",
     "causal_mask": "reference",
     "check_attention": "contract.report",
     "diagnose": "contract.diagnosis",

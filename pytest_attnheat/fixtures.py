@@ -7,6 +7,7 @@ a test uses a fixture.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +18,7 @@ from pytest_attnheat.plugin import SETTINGS, check_device
 if TYPE_CHECKING:
     import torch
 
+    from pytest_attnheat.capture.trace import Trace
     from pytest_attnheat.cases import AttentionCase
     from pytest_attnheat.scoring import Scoring, ScoringFactory
 
@@ -40,6 +42,14 @@ def attention(
 def attention_weights(attention: AttentionCase) -> torch.Tensor:
     """The weights (batch, heads, query_len, key_len) of the fixture `attention`."""
     return attention.weights
+
+
+@pytest.fixture
+def capture_attention() -> Callable[..., AbstractContextManager[Trace]]:
+    """Records the attention inside a model: the function of the same name, as a fixture."""
+    from pytest_attnheat.capture.capturing import capture_attention
+
+    return capture_attention
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from torch import nn
 from torch.nn.functional import dropout
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 WIDTH, HEADS = 16, 2
 VOCABULARY = 50
@@ -49,6 +50,28 @@ def plain(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, 
     if dropout_p:
         weights = dropout(weights, dropout_p)
     return (weights @ value.to(wide)).to(value.dtype)
+
+
+def plus_one(query, key, value, attn_mask=None, is_causal=False):
+    """A constant added to every score of a row."""
+    mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    mask = mask.tril() if is_causal else mask
+    mask = mask if attn_mask is None else mask & attn_mask
+    bias = torch.ones(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
+    return sdpa(query, key, value, bias)
+
+
+def scaled_query(query, key, value, attn_mask=None, is_causal=False):
+    """The query scaled in place of the scores."""
+    query = query * query.shape[-1] ** -0.5
+    return sdpa(query, key, value, attn_mask, is_causal=is_causal, scale=1.0)
+
+
+def repeated_keys(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
+    """Grouped keys repeated explicitly."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
+    return sdpa(query, key, value, attn_mask, is_causal=is_causal)
 
 
 def flex(query, key, value, attn_mask=None, is_causal=False, *, scale=None, enable_gqa=False):
@@ -120,6 +143,22 @@ class CausalEncoder(nn.Module):
 def causal_encoder():
     torch.manual_seed(0)
     return CausalEncoder().eval()
+
+
+class Restless(nn.Module):
+    """Attention that leaves traces: random numbers, a buffer, and in training more of both."""
+
+    def __init__(self, takes_gradients=False):
+        super().__init__()
+        self.takes_gradients = takes_gradients
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x, keep=None):
+        assert torch.is_grad_enabled() == (self.takes_gradients and x.requires_grad)
+        self.calls += torch.rand(()).ceil()
+        x = self.linear(x)
+        return sdpa(x, x, x, None if keep is None else keep[:, None])
 
 
 TRANSFORMERS = [

@@ -7,6 +7,7 @@ from attention_subjects import (
     TRANSFORMERS,
     VOCABULARY,
     WIDTH,
+    Restless,
     causal_encoder,
     encoder,
     encoder_layer,
@@ -451,21 +452,6 @@ def test_random_numbers_that_are_the_same_for_every_shape_pass_in_training(asser
     with pytest.raises(ValueError, match="the subject is random"):
         assertion(random_scale, *qkv())
     assertion(random_scale, *qkv(), training=True)
-
-
-class Restless(nn.Module):
-    """Attention that leaves traces: random numbers, a buffer, and in training more of both."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        assert not torch.is_grad_enabled()
-        self.calls += torch.rand(()).ceil()
-        x = self.linear(x)
-        return SDPA(x, x, x)
 
 
 @BOTH

@@ -9,6 +9,7 @@ from attention_subjects import (
     DTYPES,
     TRANSFORMERS,
     WIDTH,
+    Restless,
     encoder_layer,
     flex,
     multihead,
@@ -22,6 +23,7 @@ from torch import nn
 from torch.nn import functional
 
 from pytest_attnheat import assert_layout_invariant
+from pytest_attnheat.assertions.behaviour.memory_layouts import packed_together
 
 SDPA = functional.scaled_dot_product_attention
 DROP = torch.tensor([[1, 0, 1, 1, 0, 1]] * 3 + [[1] * 6] * 2 + [[0] * 6], dtype=torch.bool)
@@ -206,19 +208,17 @@ def test_parts_of_one_packed_projection_are_found():
 
 
 def test_a_packed_projection_is_that_of_unbind():
-    from pytest_attnheat.assertions.behaviour.layout import _packed
-
     inputs = dict(zip(("query", "key", "value"), (t[..., :8] for t in qkv()), strict=True))
-    made = _packed(inputs)
+    made = packed_together(inputs)
     parts = torch.empty(2, 6, 3, 3, 8).unbind(2)
     for (name, tensor), part in zip(made.items(), parts, strict=True):
         assert torch.equal(tensor, inputs[name])
         assert tensor.stride() == part.transpose(1, 2).stride()
         assert tensor.storage_offset() == part.storage_offset()
     other = {**inputs, "query": inputs["query"][..., :3, :]}
-    assert _packed(other) == {}
+    assert packed_together(other) == {}
     flat = {name: tensor[:, 0] for name, tensor in inputs.items()}
-    assert all(torch.equal(tensor, flat[name]) for name, tensor in _packed(flat).items())
+    assert all(torch.equal(tensor, flat[name]) for name, tensor in packed_together(flat).items())
 
 
 def test_a_fault_of_all_inputs_together_is_found():
@@ -536,23 +536,8 @@ def test_dropout_is_refused_and_its_order_of_memory_named():
     assert "cause    training=True: dropout draws other numbers" in message
 
 
-class Restless(nn.Module):
-    """Attention that leaves traces: random numbers, a buffer, and in training more of both."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x):
-        assert torch.is_grad_enabled() == x.requires_grad
-        self.calls += torch.rand(()).ceil()
-        x = self.linear(x)
-        return SDPA(x, x, x)
-
-
 def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
-    module = Restless().train()
+    module = Restless(takes_gradients=True).train()
     inputs = randn(2, 5, WIDTH).requires_grad_()
     kept, state = inputs.detach().clone(), torch.get_rng_state()
     assert_layout_invariant(module, inputs)

@@ -6,7 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from device_waits import Waits
 
 from pytest_attnheat import (
     assert_causal,
@@ -198,18 +198,6 @@ def test_the_function_itself_is_left_out_of_the_traceback(name):
         check(torch.full((2, 4, 6, 6), 1 / 6))
     shown = [entry for entry in error.traceback if not entry.ishidden(error)]
     assert all("pytest_attnheat" not in str(entry.path) for entry in shown)
-
-
-class Waits(TorchDispatchMode):
-    """Count how often a number is fetched from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

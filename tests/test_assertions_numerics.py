@@ -17,16 +17,6 @@ from pytest_attnheat.assertions.numerics.judgement import judge
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    # For small tensors threads only wait for one another.
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 sdpa = F.scaled_dot_product_attention
 
 

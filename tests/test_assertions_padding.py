@@ -9,6 +9,7 @@ from attention_subjects import (
     TRANSFORMERS,
     VOCABULARY,
     WIDTH,
+    Restless,
     causal_encoder,
     encoder,
     encoder_layer,
@@ -536,21 +537,6 @@ def test_dropout_is_refused_or_named():
     with pytest.raises(ValueError, match=r"in training mode.*call \.eval\(\) on it"):
         assert_padding_invariant(layer, inputs)
     assert "cause    training=True: dropout draws" in message_of(layer, inputs, training=True)
-
-
-class Restless(nn.Module):
-    """Attention that leaves traces: random numbers, a buffer, and in training more of both."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(WIDTH, WIDTH)
-        self.register_buffer("calls", torch.zeros(()))
-
-    def forward(self, x, keep=None):
-        assert not torch.is_grad_enabled()
-        self.calls += torch.rand(()).ceil()
-        x = self.linear(x)
-        return SDPA(x, x, x, None if keep is None else keep[:, None])
 
 
 def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():

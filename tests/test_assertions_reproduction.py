@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from device_waits import Waits
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_attnheat import assert_reproduces_output
 from pytest_attnheat.assertions import reproduction
@@ -259,18 +259,6 @@ def test_long_rows_and_many_heads_are_compared():
     assert "output[0, 1, 4095, 3]" in message(weights, value, output)
     weights, value = softmax(2, 144, 8, 8), normal(2, 144, 8, 4, seed=1)
     assert_reproduces_output(weights, value, weights @ value)
-
-
-class Waits(TorchDispatchMode):
-    """Count how often a number is fetched from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_passing_assertion_waits_for_the_device_once():

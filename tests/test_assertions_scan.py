@@ -9,7 +9,7 @@ from math import prod
 import numpy as np
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from device_waits import Waits
 
 from pytest_attnheat import (
     assert_doubly_stochastic,
@@ -131,18 +131,6 @@ def test_the_first_of_equally_bad_rows_is_named_across_pieces():
         AssertionError, match=r"weights\[11, :\] sums to nan(.*\n)*.*2 rows are NaN"
     ):
         assert_row_stochastic(weights)
-
-
-class Waits(TorchDispatchMode):
-    """Count how often a number is fetched from the device."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func is torch.ops.aten._local_scalar_dense.default
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16], ids=str)

@@ -13,7 +13,10 @@ from attention_subjects import (
     multihead,
     of_transformers,
     plain,
+    plus_one,
     randn,
+    repeated_keys,
+    scaled_query,
     tokens,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -56,29 +59,7 @@ def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, 
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
 
 
-def with_a_constant(query, key, value, attn_mask=None, is_causal=False):
-    """A constant added to every score, as by ALiBi with its offset of 1."""
-    bias = torch.ones(query.shape[-2], key.shape[-2], dtype=query.dtype)
-    mask = torch.ones(bias.shape, dtype=torch.bool)
-    if is_causal:
-        mask = mask.tril()
-    if attn_mask is not None:
-        mask = mask & attn_mask
-    return sdpa(query, key, value, attn_mask=bias.masked_fill(~mask, -torch.inf))
-
-
-def with_scaled_query(query, key, value, attn_mask=None, is_causal=False):
-    query = query * query.shape[-1] ** -0.5
-    return sdpa(query, key, value, attn_mask, is_causal=is_causal, scale=1.0)
-
-
-def with_repeated_keys(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    return sdpa(query, key, value, attn_mask, is_causal=is_causal)
-
-
-CORRECT = [sdpa, math, plain, with_a_constant, with_scaled_query, with_repeated_keys]
+CORRECT = [sdpa, math, plain, plus_one, scaled_query, repeated_keys]
 
 
 @pytest.mark.parametrize("function", CORRECT, ids=lambda f: f.__name__)

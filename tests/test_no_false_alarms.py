@@ -15,8 +15,11 @@ from attention_subjects import (
     multihead,
     of_transformers,
     plain,
+    plus_one,
     qkv,
     randn,
+    repeated_keys,
+    scaled_query,
     tokens,
 )
 from torch import nn
@@ -25,21 +28,6 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 import pytest_attnheat as attn
 
 CAUSAL = torch.ones(7, 7, dtype=torch.bool).tril()
-
-
-def plus_one(query, key, value, attn_mask=None, is_causal=False):
-    """A constant added to every score of a row."""
-    mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
-    mask = mask.tril() if is_causal else mask
-    mask = mask if attn_mask is None else mask & attn_mask
-    bias = torch.ones(mask.shape, dtype=query.dtype).masked_fill(~mask, -torch.inf)
-    return sdpa(query, key, value, bias)
-
-
-def scaled_query(query, key, value, attn_mask=None, is_causal=False):
-    """The query scaled in place of the scores."""
-    query = query * query.shape[-1] ** -0.5
-    return sdpa(query, key, value, attn_mask, is_causal=is_causal, scale=1.0)
 
 
 def maximum_first(query, key, value, attn_mask=None, is_causal=False):
@@ -53,13 +41,6 @@ def maximum_first(query, key, value, attn_mask=None, is_causal=False):
     weights = (scores - scores.amax(-1, keepdim=True).detach()).exp()
     weights = weights / weights.sum(-1, keepdim=True)
     return (weights @ value.to(wide)).to(value.dtype)
-
-
-def repeated_keys(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
-    """Grouped keys repeated explicitly."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-    return sdpa(query, key, value, attn_mask, is_causal=is_causal)
 
 
 ON_FUNCTIONS = {

@@ -14,19 +14,31 @@ TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25
 BLOCK = 4
 
 
-def attention_with(*defects, window=None, bottom_right=False, lost="zero"):
+def attention_with(
+    *defects, window=None, bottom_right=False, lost="zero", block=BLOCK, short_kept=False
+):
     """An implementation of attention with defects, of the signature of PyTorch."""
-    planted = frozenset(defects)
+    planted = frozenset({*defects, "short_kept"} if short_kept else defects)
 
     def attention(query, key, value, attn_mask=None, is_causal=False, *, scale=None):
         return _attention(
-            planted, query, key, value, attn_mask, is_causal, scale, window, bottom_right, lost
+            planted,
+            query,
+            key,
+            value,
+            attn_mask,
+            is_causal,
+            scale,
+            window,
+            bottom_right,
+            lost,
+            block,
         )
 
     return attention
 
 
-def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_right, lost):
+def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_right, lost, block):
     q, k, v = _tensors(has, query, key, value)
     heads, width = q.shape[2:]
     columns = k.shape[1]
@@ -43,8 +55,8 @@ def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_ri
     for name in ("bfloat16", "float16"):
         if f"scores_in_{name}" in has:
             scores = scores.to(getattr(torch, name)).to(query.dtype)
-    allowed = _allowed(has, mask, is_causal, scores.shape, window, bottom_right)
-    weights = _softmax(has, _masked(has, scores, allowed), allowed)
+    allowed = _allowed(has, mask, is_causal, scores.shape, window, bottom_right, block)
+    weights = _softmax(has, _masked(has, scores, allowed), allowed, block)
     if "scale_after_softmax" in has:
         weights = weights * factor
     if "weights_averaged" in has:
@@ -63,7 +75,7 @@ def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_ri
     if "masked_nan_felt" not in has:
         v = v.nan_to_num(0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v)
-    return _finished(has, out)
+    return _finished(has, out, block)
 
 
 def _tensors(has, query, key, value):
@@ -116,7 +128,7 @@ def _factor(has, scale, width, heads, value_width, columns):
     return scale
 
 
-def _allowed(has, mask, is_causal, shape, window, bottom_right):
+def _allowed(has, mask, is_causal, shape, window, bottom_right, block):
     rows, columns = shape[2:]
     at, to = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
     if bottom_right != ("causal_other_corner" in has):
@@ -151,8 +163,12 @@ def _allowed(has, mask, is_causal, shape, window, bottom_right):
     if "first_key_ignored" in has:
         allowed[..., 0] = False
     if "last_block_of_keys_ignored" in has:
-        allowed[..., columns - columns % BLOCK :] = False
+        allowed[..., _in_whole_blocks(has, columns, block) :] = False
     return allowed
+
+
+def _in_whole_blocks(has, length, block):
+    return length if "short_kept" in has and length < block else length - length % block
 
 
 def _own_mask(has, mask):
@@ -189,8 +205,8 @@ def _masked(has, scores, allowed):
     return torch.where(hidden, -INF, scores)
 
 
-def _softmax(has, scores, allowed):
-    weights = _normalised(has, scores)
+def _softmax(has, scores, allowed, block):
+    weights = _normalised(has, scores, block)
     if "mask_after_softmax" in has:
         weights = weights * allowed
     if "mask_after_softmax_renormalised" in has:
@@ -199,7 +215,7 @@ def _softmax(has, scores, allowed):
     return weights
 
 
-def _normalised(has, scores):
+def _normalised(has, scores, block):
     axes = (-1,)
     if "softmax_over_queries" in has:
         axes = (-2,)
@@ -231,6 +247,8 @@ def _normalised(has, scores):
         return powers / (1 + powers.sum(axes, keepdim=True))
     if "log_softmax" in has:
         return scores - top - torch.log(powers.sum(axes, keepdim=True))
+    if any(name.startswith("online_") for name in has):
+        return _online(has, scores, block)
     weights = powers / powers.sum(axes, keepdim=True)
     if "softmax_twice" in has:
         powers = torch.exp(weights)
@@ -238,14 +256,32 @@ def _normalised(has, scores):
     return weights
 
 
-def _finished(has, out):
+def _online(has, scores, block):
+    """As a fused kernel does it, with a running maximum; column k accumulates what key k adds."""
+    rescales_output = "online_sum_not_rescaled" in has
+    rescales_sum = "online_output_not_rescaled" in has
+    top = torch.full_like(scores[..., :1], torch.finfo(scores.dtype).min)
+    total, columns = torch.zeros_like(top), torch.zeros_like(scores)
+    for start in range(0, scores.shape[-1], block):
+        part = scores[..., start : start + block]
+        higher = torch.maximum(top, part.amax(-1, keepdim=True))
+        shrink = torch.exp(top - higher)
+        powers = torch.exp(part - higher)
+        total = (total * shrink if rescales_sum else total) + powers.sum(-1, keepdim=True)
+        columns = columns * shrink if rescales_output else columns
+        columns[..., start : start + block] = powers
+        top = higher
+    return columns / total
+
+
+def _finished(has, out, block):
     """From (batch, length, heads, width) to (batch, heads, length, width)."""
     batch, rows, heads, width = out.shape
     if "output_factor" in has:
         out = out * FACTOR
     if "last_block_of_queries_zero" in has:
         out = out.clone()
-        out[:, rows - rows % BLOCK :] = 0
+        out[:, _in_whole_blocks(has, rows, block) :] = 0
     if "heads_averaged" in has:
         out = out.mean(2, keepdim=True).repeat(1, 1, heads, 1)
     out = out.transpose(1, 2)

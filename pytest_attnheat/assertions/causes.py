@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from pytest_attnheat.assertions.findings import Finding, Lines
-from pytest_attnheat.assertions.scan import Block, mask_at
+from pytest_attnheat.assertions.scan import Block, index_of, mask_at
 from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.inputs import Operand, dtype_name
 
@@ -361,7 +361,7 @@ def _sample(
     wanted = min(count, _SAMPLE_ROWS, max(1, _SAMPLE // key_len))
     rows, masks = [], []
     for i in range(wanted):
-        index = _unravel(i * count // wanted, lead)
+        index = index_of(i * count // wanted, lead)
         row = weights[index].double().cpu()
         spans = (*(slice(j, j + 1) for j in index), slice(0, key_len))
         permitted = (
@@ -376,14 +376,6 @@ def _sample(
         return None, None
     known = [m for m in masks if m is not None]
     return torch.stack(rows), torch.stack(known) if known else None
-
-
-def _unravel(flat: int, shape: list[int]) -> tuple[int, ...]:
-    index: list[int] = []
-    for size in reversed(shape):
-        flat, within = divmod(flat, size)
-        index.insert(0, within)
-    return tuple(index)
 
 
 def _row(evidence: Evidence, index: tuple[int, ...]) -> Block:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pytest_attnheat.assertions.findings import ROWS, Finding, Lines, blocks
+from pytest_attnheat.assertions.scan import mask_at
 from pytest_attnheat.inputs import Operand
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ class BrokenRowsError(AssertionError):
     ) -> None:
         super().__init__(message)
         # Of the map alone, so that a kept error does not keep more than it needs.
-        self._map = _map_at(finding, weights)
-        self._mask = None if mask is None else _map_at(finding, mask)
+        self._map = _map_at(weights, finding)
+        self._mask = None if mask is None else _map_at(mask, finding)
         self._finding = finding
         self._lines = lines
 
@@ -65,8 +66,8 @@ class BrokenRowsError(AssertionError):
         return broken
 
 
-def _map_at(finding: Finding, operand: Operand) -> torch.Tensor:
-    place = finding.worst[:-1]
-    own = (0 if size == 1 else i for size, i in zip(operand.shape, place, strict=False))
-    part: torch.Tensor = operand[tuple(slice(i, i + 1) for i in own)]
+def _map_at(operand: Operand, finding: Finding) -> torch.Tensor:
+    """Return the map that holds the worst row."""
+    place = (slice(i, i + 1) for i in finding.worst[:-1])
+    part = mask_at(operand, (*place, slice(None), slice(None)))
     return part.detach().reshape(part.shape[-2:])

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pytest_attnheat.assertions.scan import Block, piece_elements, pieces
+from pytest_attnheat.assertions.scan import Block, index_within, piece_elements, pieces
 from pytest_attnheat.inputs import Operand
 
 # A failing reading holds a dozen numbers per row; rows of few keys would make many of them.
@@ -115,23 +115,14 @@ def _add(finding: Finding, block: Block) -> None:
     finding.zeros += int(((value == 0) & breaks).sum())
     finding.nans += int(nan.sum())
     if finding.first_nan is None and bool(nan.any()):
-        finding.first_nan = _place(block, int(nan.flatten().int().argmax()))
+        finding.first_nan = index_within(block.rows, nan.flatten().int().argmax())
     breach = finding.claim.breach(block).nan_to_num(nan=torch.inf, posinf=torch.inf)
     at = int(breach.flatten().argmax())
     deviation = float(breach.flatten()[at])
     if deviation > finding.deviation:
         finding.deviation = deviation
         finding.value = float(value.flatten()[at])
-        finding.worst = _place(block, at)
-
-
-def _place(block: Block, flat: int) -> tuple[int, ...]:
-    """Return the index, in the whole tensor, of a row counted within a block."""
-    index: list[int] = []
-    for span in reversed(block.rows):
-        flat, within = divmod(flat, span.stop - span.start)
-        index.insert(0, span.start + within)
-    return tuple(index)
+        finding.worst = index_within(block.rows, at)
 
 
 @dataclass(frozen=True)

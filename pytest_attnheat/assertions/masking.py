@@ -10,6 +10,12 @@ from typing import Any, Literal, SupportsIndex, TypeAlias, cast
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.captured import (
+    NothingForbiddenError,
+    Weights,
+    takes_masked_records,
+    takes_records,
+)
 from pytest_attnheat.assertions.causal import CausalRule, causal_cause
 from pytest_attnheat.assertions.claims import fully_masked_rows
 from pytest_attnheat.assertions.failure import BrokenRowsError
@@ -36,14 +42,16 @@ from pytest_attnheat.inputs import (
 )
 from pytest_attnheat.reference import ALIGNMENTS, Alignment, padding_mask
 
-Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-def assert_masked(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = "zero") -> None:
+@takes_masked_records
+def assert_masked(
+    weights: Weights, mask: Mask | None = None, *, fully_masked: FullyMasked = "zero"
+) -> None:
     """Assert that masked keys get exactly zero weight.
 
     There is no tolerance: no rounding makes weight where there is none. NaN
@@ -80,12 +88,13 @@ def assert_masked(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = "
     permitted = _required_mask(mask, operand)
     subject = _Subject("assert_masked", operand, permitted, check_fully_masked(fully_masked))
     if not _check(subject, _describe_masked, mask_cause):
-        raise ValueError(
-            f"mask: shape {tuple(mask.shape)} permits every key, so there is nothing to check; "
+        raise NothingForbiddenError(
+            f"mask: shape {_shape(mask)} permits every key, so there is nothing to check; "
             "accepted is a boolean mask that is False where a query may not attend"
         )
 
 
+@takes_records
 def assert_causal(
     weights: Weights,
     *,
@@ -132,7 +141,7 @@ def assert_causal(
         query_len, key_len, _check_alignment(alignment, query_len, key_len), _check_window(window)
     )
     if not rule.forbids_something:
-        raise ValueError(
+        raise NothingForbiddenError(
             f"weights: shape {tuple(operand.shape)}: {rule} permits every query every key, so "
             "there is nothing to check"
         )
@@ -151,7 +160,10 @@ def assert_causal(
     _check(subject, describe, lambda evidence: causal_cause(evidence, rule))
 
 
-def assert_support(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = "zero") -> None:
+@takes_masked_records
+def assert_support(
+    weights: Weights, mask: Mask | None = None, *, fully_masked: FullyMasked = "zero"
+) -> None:
     """Assert that weight is where the mask permits it, all of there, and nowhere else.
 
     Masked keys get exactly zero, and permitted keys a positive weight: a mask
@@ -184,6 +196,7 @@ def assert_support(weights: Weights, mask: Mask, *, fully_masked: FullyMasked = 
     _check(subject, _describe_support(permitted), support_cause, [permitted_is_positive()])
 
 
+@takes_records
 def assert_padding_masked(
     weights: Weights,
     lengths: Lengths,
@@ -321,6 +334,10 @@ def _read_weights(weights: object) -> Operand:
     return operand
 
 
+def _shape(mask: Mask | None) -> tuple[int, ...]:
+    return () if mask is None else tuple(mask.shape)
+
+
 def _required_mask(mask: object, weights: Operand) -> Operand:
     permitted = as_mask(mask, weights)
     if permitted is None:
@@ -407,7 +424,7 @@ def _check_lengths(lengths: object, weights: Operand, side: object) -> list[int]
     if min(real) < 0 or max(real) > weights.shape[-1]:
         raise ValueError(f"lengths: got {real}; {accepted}")
     if min(real) == weights.shape[-1]:
-        raise ValueError(
+        raise NothingForbiddenError(
             f"lengths: got {real} for {weights.shape[-1]} keys: no batch entry has padding, so "
             "there is nothing to check"
         )

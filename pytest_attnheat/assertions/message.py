@@ -13,7 +13,7 @@ from typing import cast
 import torch
 
 from pytest_attnheat.assertions.causes import likely_cause
-from pytest_attnheat.assertions.findings import Claim, Finding, Lines
+from pytest_attnheat.assertions.findings import ROWS, Claim, Finding, Lines
 from pytest_attnheat.assertions.scan import Block
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 from pytest_attnheat.inputs import Operand, dtype_name, view
@@ -89,7 +89,7 @@ def broken_claim(
         _as_given(weights, lines),
         worst=f"{lines.name(finding.worst)} {claim.verb} {_measured(finding)}",
         cause=likely_cause(weights, mask, finding, lines),
-        picture=_picture(weights, mask, finding, lines),
+        picture=picture_of(weights, mask, finding, lines),
     )
 
 
@@ -116,7 +116,10 @@ def _exponent(number: float) -> int:
     return math.floor(math.log10(number))
 
 
-def _picture(weights: Operand, mask: Operand | None, finding: Finding, lines: Lines) -> str:
+def picture_of(
+    weights: Operand, mask: Operand | None, finding: Finding, lines: Lines = ROWS
+) -> str:
+    """Return a small heatmap of the worst row and its neighbours, the broken ones pointed at."""
     *place, row = finding.worst
     size = weights.shape[-2]
     first = max(0, min(row - _ROWS_SHOWN // 2, size - _ROWS_SHOWN))

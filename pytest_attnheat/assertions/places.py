@@ -15,20 +15,17 @@ import torch
 
 from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import Claim, Finding
-from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.message import build_message, picture_of
 from pytest_attnheat.assertions.scan import (
     Block,
     accumulator,
     any_key,
+    index_within,
     mask_at,
     piece_elements,
     pieces,
 )
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
-from pytest_attnheat.inputs import Index, Operand, view
-
-# A picture shows the worst row and its neighbours.
-_ROWS_SHOWN = 6
+from pytest_attnheat.inputs import Operand
 
 Measure = Callable[[torch.Tensor], torch.Tensor]
 
@@ -151,31 +148,19 @@ def _add(finding: PlaceFinding, weights: Operand, mask: Operand, index: tuple[sl
     finding.attending += int((broken & attends).sum())
     if not finding.first:
         at = int(broken.flatten().int().argmax())
-        finding.first, finding.first_value = _place(index, at), float(values.flatten()[at])
+        finding.first, finding.first_value = index_within(index, at), float(values.flatten()[at])
     breach = claim.breach(values).nan_to_num(nan=torch.inf, posinf=torch.finfo(values.dtype).max)
     at = int(breach.masked_fill_(~broken, -1).flatten().argmax())
     if float(breach.flatten()[at]) > finding.breach:
         finding.breach = float(breach.flatten()[at])
-        finding.worst, finding.value = _place(index, at), float(values.flatten()[at])
-
-
-def _place(index: tuple[slice, ...], flat: int) -> tuple[int, ...]:
-    """Return the index, in the whole tensor, of a weight counted within a piece."""
-    place: list[int] = []
-    for span in reversed(index):
-        flat, within = divmod(flat, span.stop - span.start)
-        place.insert(0, span.start + within)
-    return tuple(place)
+        finding.worst, finding.value = index_within(index, at), float(values.flatten()[at])
 
 
 def broken_weights(
     message: str, weights: Operand, mask: Operand, finding: PlaceFinding
 ) -> BrokenRowsError:
     """Return the error to raise; its picture outlines the rows that hold broken weights."""
-    rows = Finding(
-        finding.claim.by_row(), finding.regarded, finding.broken, worst=finding.worst[:-1]
-    )
-    return BrokenRowsError(message, weights, mask, rows)
+    return BrokenRowsError(message, weights, mask, _rows_of(finding))
 
 
 def place_message(
@@ -205,24 +190,12 @@ def place_message(
         worst=describe(finding.worst, finding.value),
         first=None if finding.first == finding.worst else first,
         cause=cause,
-        picture=_picture(weights, mask, finding),
+        picture=picture_of(weights, mask, _rows_of(finding)),
     )
 
 
-def _picture(weights: Operand, mask: Operand, finding: PlaceFinding) -> str:
-    *place, row, _ = finding.worst
-    size = weights.shape[-2]
-    start = max(0, min(row - _ROWS_SHOWN // 2, size - _ROWS_SHOWN))
-    rows = slice(start, min(start + _ROWS_SHOWN, size))
-    box: Index = (*(slice(i, i + 1) for i in place), rows)
-    breaks = finding.claim.by_row().breaks(Block(weights, mask, cast("tuple[slice, ...]", box)))
-    own_rows = rows if mask.shape[-2] > 1 else slice(0, 1)
-    own_place = (0 if s == 1 else i for s, i in zip(mask.shape, place, strict=False))
-    # The text view takes what the public function takes, and whatever an assertion reads.
-    return format_heatmap(
-        cast("torch.Tensor", view(weights, (*place, rows))),
-        mask=cast("torch.Tensor", view(mask, (*own_place, own_rows))),
-        first_row=start,
-        marked=[start + i for i, broken in enumerate(breaks.flatten().tolist()) if broken],
-        title=map_name(tuple(place)),
+def _rows_of(finding: PlaceFinding) -> Finding:
+    """The same of the rows that hold broken weights."""
+    return Finding(
+        finding.claim.by_row(), finding.regarded, finding.broken, worst=finding.worst[:-1]
     )

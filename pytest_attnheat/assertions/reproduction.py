@@ -47,9 +47,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.reproduction_causes import Subject, likely_cause
-from pytest_attnheat.assertions.scan import mask_at, pieces
+from pytest_attnheat.assertions.scan import index_within, mask_at, pieces
 from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.inputs import Operand, as_weights, check_tolerance
 
@@ -77,8 +78,13 @@ _ACCEPTED = """accepted are
   with value of four dimensions, output merged: (batch, queries, heads * value_dim)"""
 
 
+@takes_records
 def assert_reproduces_output(
-    weights: Array, value: Array, output: Array, *, tolerance: float | None = None
+    weights: Weights,
+    value: Array | None = None,
+    output: Array | None = None,
+    *,
+    tolerance: float | None = None,
 ) -> None:
     """Assert that the weights are the ones that made the output: weights @ value is the output.
 
@@ -323,7 +329,7 @@ def _find(trio: _Trio, tolerance: float | None) -> _Finding:
         if float(excess.flatten()[at]) > finding.excess:
             finding.excess = float(excess.flatten()[at])
             finding.worst = _describe(trio, part, at)
-            finding.worst_at = _place(part.index, at)
+            finding.worst_at = index_within(part.index, at)
     return finding
 
 
@@ -412,16 +418,8 @@ def _spread(
     return torch.where(apart.isfinite(), apart, size)
 
 
-def _place(index: tuple[slice, ...], flat: int) -> Place:
-    place: list[int] = []
-    for span in reversed(index):
-        flat, within = divmod(flat, span.stop - span.start)
-        place.insert(0, span.start + within)
-    return tuple(place)
-
-
 def _describe(trio: _Trio, part: _Part, at: int) -> str:
-    place = ", ".join(map(str, trio.place(_place(part.index, at))))
+    place = ", ".join(map(str, trio.place(index_within(part.index, at))))
     output, expected, off, allowed = (
         float(numbers.expand(part.output.shape).flatten()[at])
         for numbers in (part.output, part.expected, part.off, part.allowed)

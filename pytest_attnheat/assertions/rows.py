@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.claims import (
     entropy_within,
     fully_masked_rows,
@@ -33,10 +34,10 @@ from pytest_attnheat.inputs import (
     check_tolerance,
 )
 
-Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
 
 
+@takes_records
 def assert_row_stochastic(
     weights: Weights,
     *,
@@ -80,6 +81,7 @@ def assert_row_stochastic(
     _check("assert_row_stochastic", operand, permitted, claims)
 
 
+@takes_records
 def assert_doubly_stochastic(
     weights: Weights,
     *,
@@ -126,6 +128,7 @@ def assert_doubly_stochastic(
         _check(name, columns, by_column, claims, COLUMNS)
 
 
+@takes_records
 def assert_one_hot(
     weights: Weights,
     *,
@@ -155,6 +158,7 @@ def assert_one_hot(
     _check("assert_one_hot", operand, permitted, claims)
 
 
+@takes_records
 def assert_uniform(
     weights: Weights,
     *,
@@ -189,6 +193,7 @@ def assert_uniform(
     _check("assert_uniform", operand, permitted, claims)
 
 
+@takes_records
 def assert_entropy(
     weights: Weights,
     *,

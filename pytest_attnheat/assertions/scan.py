@@ -62,6 +62,22 @@ def _spans(size: int, step: int) -> list[slice]:
     return [slice(start, min(start + step, size)) for start in range(0, size, step)]
 
 
+def index_of(flat: torch.Tensor | int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the index of an element counted through a whole shape."""
+    left = int(flat)
+    index: list[int] = []
+    for size in reversed(shape):
+        left, within = divmod(left, size)
+        index.insert(0, within)
+    return tuple(index)
+
+
+def index_within(box: Sequence[slice], flat: torch.Tensor | int) -> tuple[int, ...]:
+    """Return the index, in the whole tensor, of an element counted within a box."""
+    own = index_of(flat, [span.stop - span.start for span in box])
+    return tuple(span.start + i for span, i in zip(box, own, strict=True))
+
+
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype in which weights of this dtype are added up."""
     return torch.float64 if dtype == torch.float64 else torch.float32

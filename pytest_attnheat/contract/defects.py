@@ -64,6 +64,8 @@ _LOST: list[str | None] = [None, "natural"]
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
 _BLOCKS = [2, 3, 4, 8, 16, 32, 64, 128]
+# Whether fewer keys than one block are lost as well: those of the small cases.
+_SHORT = ["dropped", "kept"]
 
 _SOFTMAX = (
     Defect(
@@ -127,6 +129,24 @@ _SOFTMAX = (
         "no_maximum_subtracted",
         "whose softmax overflows: the maximum is not subtracted before exp",
         _ways(normaliser="no_maximum", lost_slices=["nan", "zero"]),
+    ),
+    Defect(
+        "online_output_not_rescaled",
+        "whose softmax takes keys block by block and does not rescale the output so far when a "
+        "later block raises the maximum",
+        _ways(online_block=_BLOCKS, stale="output", lost=_LOST),
+    ),
+    Defect(
+        "online_sum_not_rescaled",
+        "whose softmax takes keys block by block and does not rescale the sum so far when a "
+        "later block raises the maximum",
+        _ways(online_block=_BLOCKS, stale="sum", lost=_LOST),
+    ),
+    Defect(
+        "online_never_rescaled",
+        "whose softmax takes keys block by block and rescales neither the output nor the sum so "
+        "far when a later block raises the maximum",
+        _ways(online_block=_BLOCKS, stale="both", lost=_LOST),
     ),
     Defect(
         "hard_maximum",
@@ -267,30 +287,8 @@ _MASK = (
     ),
 )
 
-_CAUSAL = (
-    Defect("causal_ignored", "that is not causal when asked to be", _ways(causal="ignored")),
-    Defect("causal_always", "that is causal without being asked", _ways(causal="always")),
-    Defect(
-        "causal_other_corner",
-        "whose causal mask is aligned to the other corner (top left, bottom right)",
-        _ways(causal="other_corner", lost=_LOST),
-        "pytorch/pytorch#103082",
-    ),
-    Defect(
-        "causal_sees_next",
-        "whose queries see one key too many: the next one",
-        _ways(causal_shift=1),
-    ),
-    Defect(
-        "causal_misses_own",
-        "whose queries do not see their own key, only those before",
-        _ways(causal_shift=-1, lost=_LOST),
-    ),
-    Defect(
-        "causal_reversed",
-        "whose queries see the future in place of the past",
-        _ways(causal="reversed", causal_shift=[0, 1], lost=_LOST),
-    ),
+# Before what is causal: of a window that becomes causal, the window is at fault.
+_WINDOW = (
     Defect("window_ignored", "without its window", _ways(window="ignored")),
     Defect(
         "window_swapped",
@@ -317,6 +315,32 @@ _CAUSAL = (
         "window_right_too_narrow",
         "whose window misses its last key on the right",
         _ways(window_shift=(0, -1), lost=_LOST),
+    ),
+)
+
+_CAUSAL = (
+    Defect("causal_ignored", "that is not causal when asked to be", _ways(causal="ignored")),
+    Defect("causal_always", "that is causal without being asked", _ways(causal="always")),
+    Defect(
+        "causal_other_corner",
+        "whose causal mask is aligned to the other corner (top left, bottom right)",
+        _ways(causal="other_corner", lost=_LOST),
+        "pytorch/pytorch#103082",
+    ),
+    Defect(
+        "causal_sees_next",
+        "whose queries see one key too many: the next one",
+        _ways(causal_shift=1),
+    ),
+    Defect(
+        "causal_misses_own",
+        "whose queries do not see their own key, only those before",
+        _ways(causal_shift=-1, lost=_LOST),
+    ),
+    Defect(
+        "causal_reversed",
+        "whose queries see the future in place of the past",
+        _ways(causal="reversed", causal_shift=[0, 1], lost=_LOST),
     ),
 )
 
@@ -375,12 +399,12 @@ _TENSORS = (
     Defect(
         "last_block_of_queries_zero",
         "whose last queries, those after the last whole block, get zeros",
-        _ways(query_block=_BLOCKS),
+        _ways(query_block=_BLOCKS, short_block=_SHORT),
     ),
     Defect(
         "last_block_of_keys_ignored",
         "that ignores the last keys, those after the last whole block",
-        _ways(key_block=_BLOCKS, lost=_LOST),
+        _ways(key_block=_BLOCKS, short_block=_SHORT, lost=_LOST),
     ),
 )
 
@@ -446,6 +470,7 @@ DEFECTS: tuple[Defect, ...] = (
     *_SOFTMAX,
     *_SCALE,
     *_MASK,
+    *_WINDOW,
     *_CAUSAL,
     *_HEADS,
     *_TENSORS,

@@ -64,6 +64,11 @@ class Explanation:
     fit: Fit
     constant: float | None = None
 
+    def change(self, plan: Plan) -> Plan:
+        """Return another plan with what a single defect does to the correct one."""
+        (defect,) = self.defects
+        return next(change for change in defect.changes if change(Plan()) == self.plan)(plan)
+
     @property
     def names(self) -> tuple[str, ...]:
         """The names of the defects."""
@@ -336,8 +341,7 @@ def explain_in_pairs(probes: Sequence[Probe], alone: Search) -> list[Explanation
     """
     order = sorted(range(len(probes)), key=lambda i: -alone.telling[i])
     ordered = [probes[i] for i in order]
-    singles = tuple((one.defects[0], one.plan) for one in alone.explanations)
-    rough = [(_rough(plan, ordered[0]), defects, plan) for defects, plan in _pairs(singles)]
+    rough = [(roughly_off(plan, ordered[0]), defects, plan) for defects, plan in pairs_of(alone)]
     rough.sort(key=lambda triple: triple[0])
     alone.compared += len(rough)
     limit = math.inf
@@ -352,8 +356,8 @@ def explain_in_pairs(probes: Sequence[Probe], alone: Search) -> list[Explanation
     return finished
 
 
-def _rough(plan: Plan, probe: Probe) -> float:
-    """How far a plan is from an answer, in a norm that is quick to compute."""
+def roughly_off(plan: Plan, probe: Probe) -> float:
+    """Return how far a plan is from an answer, in a norm that is quick to compute."""
     try:
         output = carry_out(plan, probe.case).output
     except NotApplicable:
@@ -372,10 +376,16 @@ def _length(tensor: Tensor) -> float:
 
 
 Single: TypeAlias = tuple[Defect, Plan]
+Pair: TypeAlias = tuple[tuple[Defect, Defect], Plan]
+
+
+def pairs_of(alone: Search) -> tuple[Pair, ...]:
+    """Return every plan with two of the defects that were compared alone."""
+    return _pairs(tuple((one.defects[0], one.plan) for one in alone.explanations))
 
 
 @lru_cache(maxsize=8)
-def _pairs(singles: tuple[Single, ...]) -> tuple[tuple[tuple[Defect, Defect], Plan], ...]:
+def _pairs(singles: tuple[Single, ...]) -> tuple[Pair, ...]:
     """Every plan with two defects once, in both orders where they do not commute."""
     known = {plan for _, plan in singles} | {Plan()}
     changes = [

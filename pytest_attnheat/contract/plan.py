@@ -88,6 +88,11 @@ class Plan:
         dropped_key: "first" or "last": a key that nobody attends to.
         key_block: Keys after the last whole block of so many are ignored; 0 for none.
         query_block: Queries after the last whole block of so many get zeros; 0 for none.
+        short_block: Whether fewer keys or queries than one block are "dropped" as well, or "kept".
+        online_block: Keys come in blocks of so many, and the maximum so far is subtracted; 0 for
+            all at once.
+        stale: What is not brought down where a later block raises that maximum: "none", the
+            "output" so far, the "sum" so far, or "both".
         masking: How a mask is applied: by a "fill" of the scores, by a number "added", as "ones"
             (1 where permitted, added) or "ones_masked" (1 where not), or to the weights "after"
             the softmax, or there with a new division by the sum ("after_renormalised").
@@ -136,6 +141,9 @@ class Plan:
     dropped_key: Literal["none", "first", "last"] = "none"
     key_block: int = 0
     query_block: int = 0
+    short_block: Literal["dropped", "kept"] = "dropped"
+    online_block: int = 0
+    stale: Literal["none", "output", "sum", "both"] = "none"
     masking: Literal["fill", "added", "ones", "ones_masked", "after", "after_renormalised"] = "fill"
     covers: Literal["all", "mask", "causal"] = "all"
     fill: float = -math.inf
@@ -358,8 +366,15 @@ def _used_keys(plan: Plan, case: Case) -> Tensor:
     if plan.dropped_key != "none":
         used[0 if plan.dropped_key == "first" else -1] = False
     if plan.key_block:
-        used[key_len // plan.key_block * plan.key_block :] = False
+        used[_whole_blocks(plan, plan.key_block, key_len) :] = False
     return used
+
+
+def _whole_blocks(plan: Plan, block: int, length: int) -> int:
+    """How many of some keys or queries are in whole blocks."""
+    if plan.short_block == "kept" and length < block:
+        return length
+    return length // block * block
 
 
 # --- weights
@@ -422,6 +437,8 @@ def _normalised(plan: Plan, scores: Tensor) -> Tensor:
         top = largest.clamp(min=0.0)
         numbers = (scores - top).exp()
         return numbers / (torch.exp(-top) + numbers.sum(dim, keepdim=True))
+    if plan.online_block:
+        return _online(plan, scores, numbers)
     total = numbers.sum(dim, keepdim=True)
     if kind == "plus_one_shifted":
         return numbers / (1.0 + total)
@@ -432,6 +449,19 @@ def _normalised(plan: Plan, scores: Tensor) -> Tensor:
         return weights
     again = weights if kind == "twice" else weights.masked_fill(scores.isneginf(), -math.inf)
     return torch.softmax(again, dim[0])
+
+
+def _online(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
+    """Softmax block by block: what is stale has the maximum of its own block's time subtracted."""
+    if plan.dim != "keys" or plan.normaliser != "softmax":
+        raise NotApplicable("only a softmax over the keys is taken block by block")
+    blocks = torch.split(scores, plan.online_block, -1)
+    largest = torch.stack([block.amax(-1) for block in blocks], -1).cummax(-1).values
+    so_far = largest.repeat_interleave(plan.online_block, -1)[..., : scores.shape[-1]]
+    stale = (scores - so_far).exp().masked_fill(scores.isneginf(), 0.0)
+    above = stale if plan.stale in ("output", "both") else numbers
+    below = stale if plan.stale in ("sum", "both") else numbers
+    return above / below.sum(-1, keepdim=True)
 
 
 def _divided(plan: Plan, numbers: Tensor, total: Tensor) -> Tensor:
@@ -467,7 +497,7 @@ def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
         value = value.nan_to_num(nan=0.0)
     output = (weights @ value) * plan.output_factor
     if plan.query_block:
-        output[:, :, output.shape[2] // plan.query_block * plan.query_block :] = 0.0
+        output[:, :, _whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
     if plan.merge == "averaged":
         return output.mean(1, keepdim=True).expand_as(output)
     if plan.merge == "reshape":

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.contract.plan import Case
-from pytest_attnheat.contract.spec import AttentionSpec, CausalAlignment, LostRows
+from pytest_attnheat.contract.spec import Answer, AttentionSpec, CausalAlignment, LostRows
 from pytest_attnheat.scoring import draw
 
 # The longest case of a window.
@@ -124,6 +124,13 @@ def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     Raises:
         Exception: Whatever the subject raises.
     """
+    return answer_to(spec, case, dtype).output.detach().double().cpu()
+
+
+def answer_to(
+    spec: AttentionSpec, case: Case, dtype: torch.dtype, *, dropout: float = 0.0
+) -> Answer:
+    """Call the subject as `ask` does, and return all it answers."""
     device = spec.devices[0] if spec.devices else "cpu"
     query, key, value = (
         tensor.to(device, dtype, copy=True) for tensor in (case.query, case.key, case.value)
@@ -132,8 +139,9 @@ def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     scale = case.scale if case.scale_given else None
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        answer = spec.call(query, key, value, mask=mask, causal=case.causal, scale=scale)
-    return answer.output.detach().double().cpu()
+        return spec.call(
+            query, key, value, mask=mask, causal=case.causal, scale=scale, dropout=dropout
+        )
 
 
 def probe(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
@@ -11,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning
+from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning, as_meant
 from pytest_attnheat.reference import causal_mask
 
 CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
@@ -278,18 +277,13 @@ class AttentionSpec:
             query, key, value, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p
         ).output
 
-    def _mask(self, mask: Tensor, query: Tensor) -> Any:
+    def _mask(self, mask: Tensor, query: Tensor) -> Tensor:
         if mask.dtype != torch.bool:
             if self.mask == "additive":
                 return mask
             raise TypeError(f"{self.name} is not declared to take a mask of floats")
         mask = mask if self.has_heads or mask.ndim < 4 else mask[:, 0]
-        if self.mask == "drop":
-            return ~mask
-        if self.mask == "additive":
-            zeros = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
-            return zeros.masked_fill(~mask, -math.inf)
-        return mask
+        return as_meant(mask, self.mask, query.dtype)
 
     def _to_layout(self, tensor: Tensor) -> Tensor:
         if not self.has_heads:

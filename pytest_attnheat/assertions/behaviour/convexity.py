@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.calls import coarsest
 from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
-    index_of,
     output_place,
     relative_change,
     tolerance_of,
 )
+from pytest_attnheat.assertions.behaviour.heads import as_of_keys, for_each_query_head
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.behaviour.subjects import (
     AttentionFunction,
@@ -27,6 +27,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     settled,
 )
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 from pytest_attnheat.assertions.tolerance import rounding
 from pytest_attnheat.scoring import query_chunks
 
@@ -166,8 +167,8 @@ class _Probe:
         broken = excess > self.allowed
         if not bool(broken.any()):
             return
-        worst = index_of(excess.argmax(), excess)
-        first = index_of(broken.flatten().int().argmax(), excess)
+        worst = index_of(excess.argmax(), excess.shape)
+        first = index_of(broken.flatten().int().argmax(), broken.shape)
         place = _Place(output, low, high, self.allowed)
         raise AssertionError(
             build_message(
@@ -215,18 +216,14 @@ class _Probe:
         # One query at a time: the keys that it may not see have the value 1, the others 0.
         rows = partly.flatten().nonzero()[:_ASKED, 0].tolist()
         for row in rows:
-            index = index_of(row, partly)
+            index = index_of(row, partly.shape)
             value = torch.zeros_like(self.subject.value)
-            head = self._key_head(index[:-1])
+            head = as_of_keys(index[:-1], self.subject.group)
             value[head] = (~seen[index]).to(value).unsqueeze(-1)
             share = self.run(value=value)[index].double()
             if not bool(((share - 1).abs() <= 10 * self.allowed).all()):
                 return False
         return True
-
-    def _key_head(self, leading: tuple[int, ...]) -> tuple[int, ...]:
-        """Where the keys of a head of queries lie."""
-        return (*leading[:-1], leading[-1] // self.subject.group) if leading else ()
 
     def _cause_in_sums(self, sums: Tensor, judged: Tensor, seen: Tensor) -> str:
         """Say how the weights were normalised.
@@ -321,8 +318,7 @@ def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Te
         Twice float64 (..., query_len, value_dim), or (..., 1, value_dim) where all queries see
         the same keys. A query that sees none has the range from inf to -inf.
     """
-    if subject.group > 1:
-        value = value.repeat_interleave(subject.group, -3)
+    value = for_each_query_head(value, subject.group, dim=-3)
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
     if subject.arguments.get("attn_mask") is not None:
         low, high = _range_behind_mask(wide, _collapsed(subject.may_see()))

@@ -13,7 +13,12 @@ from pytest_attnheat.assertions.behaviour.difference import check_relative, chec
 from pytest_attnheat.assertions.behaviour.function_decoding import function_decoder
 from pytest_attnheat.assertions.behaviour.model_decoding import model_decoder
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import as_function, borrowed, settled
+from pytest_attnheat.assertions.behaviour.subjects import (
+    as_function,
+    borrowed,
+    check_count,
+    settled,
+)
 from pytest_attnheat.reference import Alignment
 from pytest_attnheat.scoring import positive
 
@@ -80,11 +85,7 @@ def assert_decode_matches_prefill(
         >>> assert_decode_matches_prefill(language_model, token_ids, chunks=[5, 1, 1, 3])
     """
     __tracebackhide__ = True
-    if len(inputs) not in (1, 3):
-        raise TypeError(
-            f"{_NAME}: got {len(inputs)} inputs; accepted are query, key and value of an "
-            "attention function, or the one input of a sequence model"
-        )
+    check_count(inputs, _NAME)
     with borrowed(subject, *(t for t in inputs if isinstance(t, Tensor)), seed=seed):
         decoder: Decoder
         if len(inputs) == 3:

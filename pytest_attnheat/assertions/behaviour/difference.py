@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 from pytest_attnheat.inputs import check_number
 
 # Two runs of the same kernels on the same shapes: one rounding at the end may differ.
@@ -126,10 +127,8 @@ def check_rows(
     broken = ~(change <= allowed)
     if not bool(broken.any()):
         return
-    worst, first = (
-        index_of(change.argmax(), change),
-        index_of(broken.flatten().int().argmax(), change),
-    )
+    worst = index_of(change.argmax(), change.shape)
+    first = index_of(broken.flatten().int().argmax(), broken.shape)
     name = place or output_place
     raise AssertionError(
         build_message(
@@ -142,12 +141,6 @@ def check_rows(
             repeat=repeat,
         )
     )
-
-
-def index_of(flat: Tensor | int, tensor: Tensor) -> tuple[int, ...]:
-    """Return the index of an element counted through the whole tensor."""
-    place = torch.unravel_index(torch.as_tensor(flat), tensor.shape)
-    return tuple(int(i) for i in place)
 
 
 def output_place(index: tuple[int, ...]) -> str:

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_rows, index_of, tolerance_of
+from pytest_attnheat.assertions.behaviour.difference import check_rows, tolerance_of
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6
@@ -339,7 +340,7 @@ class _Count:
         broken = int((self.off > allowed).sum())
         if not broken:
             return
-        worst = index_of(self.off.argmax(), self.off)
+        worst = index_of(self.off.argmax(), self.off.shape)
         factor = self.total / self.kept if self.kept else math.nan
         self._fail(
             f"{broken} of {int(self.judged.sum())} weights that are kept are not divided by 1 - p",

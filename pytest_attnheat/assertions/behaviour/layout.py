@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,23 +19,27 @@ from pytest_attnheat.assertions.behaviour.calls import (
     coarsest,
     differ,
 )
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, index_of
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.memory_layouts import (
+    MASK,
+    Tensors,
+    Trial,
+    contiguous,
+    read_at,
+    trials,
+)
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
 from pytest_attnheat.assertions.message import build_message
-
-Tensors: TypeAlias = Mapping[str, Tensor]
-_Layout: TypeAlias = Callable[[str, Tensor], Tensor | None]
+from pytest_attnheat.assertions.scan import index_of
 
 _NAME = "assert_layout_invariant"
-_MASK = "attn_mask"
 # In float32 and float64 the backward of large scores rounds more than the forward pass.
 _GRADIENT_FACTOR, _GRADIENT_MOST = 10.0, 2e-4
 # Scores whose rounding changes outputs by more are too large to compare anything.
 _MOST = 1e-2
 # How many eps of what is subtracted the gradient of a saturated softmax may be off.
 _ROUNDED, _ROUNDED_SCORE = 4.0, 32.0
-_PERMUTED = {4: "(batch, length, heads, width)", 3: "(length, batch, width)"}
 
 
 def assert_layout_invariant(
@@ -89,145 +93,22 @@ def assert_layout_invariant(
     given = _tensors(call)
     with borrowed(subject, *inputs, seed=seed):
         _, start = settled(
-            subject, lambda: _run(call, _contiguous(given)), training=training, seed=seed
+            subject, lambda: _run(call, contiguous(given)), training=training, seed=seed
         )
         check = _Check(call, start, gradients, tolerance, seed, training)
         check.unwritten(given)
-        for trial in _trials(given):
+        for trial in trials(given):
             check.holds(trial)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Some inputs in another layout.
-
-    Attributes:
-        what: Names them and the layout.
-        names: Which inputs.
-        laid: All inputs.
-    """
-
-    what: str
-    names: Sequence[str]
-    laid: Tensors
 
 
 def _tensors(call: Call) -> dict[str, Tensor]:
     if not isinstance(call, FunctionCall):
         return {"inputs": call.called.inputs}
-    called, mask = call.called, call.called.arguments.get(_MASK)
+    called, mask = call.called, call.called.arguments.get(MASK)
     tensors = {"query": called.query, "key": called.key, "value": called.value}
     if isinstance(mask, Tensor) and mask.ndim > 1:
-        tensors[_MASK] = mask.detach()
+        tensors[MASK] = mask.detach()
     return tensors
-
-
-def _contiguous(tensors: Tensors) -> dict[str, Tensor]:
-    """Copy tensors, so that nothing is written into those of the caller."""
-    return {
-        name: tensor.clone(memory_format=torch.contiguous_format)
-        for name, tensor in tensors.items()
-    }
-
-
-def _trials(given: Tensors) -> Iterator[_Trial]:
-    """List the layouts of each input alone and of all together."""
-    groups = [[name] for name in given]
-    if len(given) > 1:
-        groups.append(list(given))
-    for layout, make in [*_LAYOUTS.items(), *_expansions(given)]:
-        for names in groups:
-            made = {name: make(name, given[name]) for name in names}
-            laid = {name: tensor for name, tensor in made.items() if tensor is not None}
-            if laid:
-                said = f"{_listed(list(laid))} {layout.format(_order_of(given, laid))}"
-                yield _Trial(said, list(laid), {**_contiguous(given), **laid})
-    packed = _packed(given)
-    if packed:
-        names = list(packed)
-        said = f"{_listed(names)} packed in one projection (batch, length, heads and widths)"
-        yield _Trial(said, names, {**_contiguous(given), **packed})
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-def _order_of(given: Tensors, laid: Tensors) -> str:
-    """The order in which permuted dimensions lie in memory."""
-    ndim = given[next(iter(laid))].ndim
-    return _PERMUTED.get(ndim, "(..., length, heads, width)")
-
-
-def _permuted(name: str, tensor: Tensor) -> Tensor | None:
-    if tensor.ndim < 3 or name == _MASK or 1 in tensor.shape[-3:-1]:
-        return None
-    return tensor.transpose(-3, -2).contiguous().transpose(-3, -2)
-
-
-def _transposed(name: str, tensor: Tensor) -> Tensor | None:
-    return None if 1 in tensor.shape[-2:] else tensor.mT.contiguous().mT
-
-
-def _stepped(name: str, tensor: Tensor) -> Tensor | None:
-    # What lies between would change the output if it were read.
-    between = ~tensor if tensor.dtype == torch.bool else tensor.flip(-1)
-    if tensor.is_floating_point():
-        between = (-10 * between - 1).nan_to_num()
-    return torch.stack([tensor, between], -2)[..., 0, :]
-
-
-def _shifted(name: str, tensor: Tensor) -> Tensor | None:
-    memory = torch.cat([tensor.flatten()[-1:], tensor.flatten()])
-    return memory[1:].view(tensor.shape)
-
-
-def _expansions(given: Tensors) -> Iterator[tuple[str, _Layout]]:
-    """The layouts with stride 0: over the batch, over heads as grouped attention, over length."""
-    for dim in range(max(tensor.ndim for tensor in given.values()) - 1):
-        yield f"expanded over dimension {dim}, with stride 0", partial(_expanded, dim)
-
-
-def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
-    if dim >= tensor.ndim - 1 or tensor.shape[dim] == 1:
-        return None
-    return tensor.narrow(dim, 0, 1).contiguous().expand(tensor.shape)
-
-
-def _packed(given: Tensors) -> Tensors:
-    """Query, key and value as `projection.view(batch, length, 3, heads, width).unbind(2)`.
-
-    Nothing where their lengths differ: then one projection cannot have made them.
-    """
-    names = [name for name in ("query", "key", "value") if name in given]
-    # The heads of grouped attention may differ in number; they lie side by side in memory.
-    headed = [given[name].ndim > 3 for name in names]
-    turned = [
-        given[name].transpose(-3, -2) if heads else given[name].unsqueeze(-2)
-        for name, heads in zip(names, headed, strict=True)
-    ]
-    if len({tensor.shape[:-2] for tensor in turned}) != 1 or len(names) < 3:
-        return {}
-    widths = [tensor.shape[-2:].numel() for tensor in turned]
-    packed = torch.cat([tensor.flatten(-2) for tensor in turned], -1)
-    parts = torch.split(packed, widths, -1)
-    views = [
-        part.view(*part.shape[:-1], *like.shape[-2:])
-        for part, like in zip(parts, turned, strict=True)
-    ]
-    return {
-        name: view.transpose(-3, -2) if heads else view.squeeze(-2)
-        for name, view, heads in zip(names, views, headed, strict=True)
-    }
-
-
-# In words, and how; None where a tensor cannot lie so.
-_LAYOUTS: dict[str, _Layout] = {
-    "permuted from {}": _permuted,
-    "transposed, the last dimension not contiguous": _transposed,
-    "sliced, every second row of a larger tensor": _stepped,
-    "at a storage offset of one element": _shifted,
-}
 
 
 def _call(call: Call, tensors: Tensors) -> Tensor:
@@ -238,7 +119,7 @@ def _call(call: Call, tensors: Tensors) -> Tensor:
 
 
 def _floats(tensors: Tensors) -> list[Tensor]:
-    given = [tensor for name, tensor in tensors.items() if name != _MASK]
+    given = [tensor for name, tensor in tensors.items() if name != MASK]
     return [tensor for tensor in given if tensor.is_floating_point()]
 
 
@@ -251,7 +132,7 @@ def _judged(call: Call, tensors: Tensors) -> Tensor | None:
     """Which rows of the output mean something: those that may see a key."""
     if not isinstance(call, FunctionCall):
         return None
-    mask = {_MASK: tensors[_MASK]} if _MASK in tensors else {}
+    mask = {MASK: tensors[MASK]} if MASK in tensors else {}
     arguments = {**call.called.arguments, **mask}
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
     return FunctionCall(
@@ -282,18 +163,18 @@ class _Check:
     def unwritten(self, given: Tensors) -> None:
         """Check that a call leaves contiguous inputs as they are."""
         __tracebackhide__ = True
-        inputs = _contiguous(given)
-        before, versions = _contiguous(inputs), _versions(inputs)
+        inputs = contiguous(given)
+        before, versions = contiguous(inputs), _versions(inputs)
         self.start()
         _run(self.call, inputs)
         _check_unwritten(inputs, before, versions, "")
 
-    def holds(self, trial: _Trial) -> None:
+    def holds(self, trial: Trial) -> None:
         """Check one layout."""
         __tracebackhide__ = True
-        plain, versions = _contiguous(trial.laid), _versions(trial.laid)
+        plain, versions = contiguous(trial.laid), _versions(trial.laid)
         self.start()
-        expected = _run(self.call, _contiguous(plain))
+        expected = _run(self.call, contiguous(plain))
         got = self._tried(trial, lambda: _run(self.call, trial.laid))
         _check_unwritten(trial.laid, plain, versions, f" with {trial.what}")
         check_rows(
@@ -309,7 +190,7 @@ class _Check:
         if self.gradients:
             self._same_gradients(trial, plain, got)
 
-    def _tried(self, trial: _Trial, run: Callable[[], Any]) -> Any:
+    def _tried(self, trial: Trial, run: Callable[[], Any]) -> Any:
         """Call the subject with a layout, which it must not refuse."""
         __tracebackhide__ = True
         self.start()
@@ -332,7 +213,7 @@ class _Check:
                 )
             ) from error
 
-    def _same_gradients(self, trial: _Trial, plain: Tensors, output: Tensor) -> None:
+    def _same_gradients(self, trial: Trial, plain: Tensors, output: Tensor) -> None:
         __tracebackhide__ = True
         self.start()
         try:
@@ -387,7 +268,7 @@ class _Check:
     def _gradients(self, tensors: Tensors) -> dict[str, Tensor]:
         """Return the gradients of the inputs that have one."""
         leaves = {
-            name: tensor.detach().requires_grad_(tensor.is_floating_point() and name != _MASK)
+            name: tensor.detach().requires_grad_(tensor.is_floating_point() and name != MASK)
             for name, tensor in tensors.items()
         }
         wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
@@ -405,7 +286,7 @@ class _Check:
         )
         return dict(zip(wanted, found, strict=True))
 
-    def _cause(self, trial: _Trial, got: Tensor) -> str | None:
+    def _cause(self, trial: Trial, got: Tensor) -> str | None:
         """Try how else the memory could have been read."""
         if self.training:
             return RANDOM_CAUSE
@@ -414,10 +295,10 @@ class _Check:
             "the storage offset is ignored: memory is read from its beginning": 0,
         }
         for said, offset in ways.items():
-            found = {name: _read_at(trial.laid[name], offset) for name in trial.names}
+            found = {name: read_at(trial.laid[name], offset) for name in trial.names}
             read = {name: tensor for name, tensor in found.items() if tensor is not None}
             if read:
-                as_read = _contiguous({**trial.laid, **read})
+                as_read = contiguous({**trial.laid, **read})
                 if answers(partial(self._gives, got, as_read)):
                     return said
         return None
@@ -476,17 +357,6 @@ def _rms(tensor: Tensor) -> float:
     return float(tensor.double().nan_to_num(posinf=0.0, neginf=0.0).square().mean().sqrt())
 
 
-def _read_at(tensor: Tensor, offset: int | None) -> Tensor | None:
-    """The same memory, read without its strides, or from another offset with them."""
-    if offset is not None:
-        return tensor.as_strided(tensor.shape, tensor.stride(), offset)
-    held = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.storage_offset()
-    if held < tensor.numel():
-        return None
-    strides = [math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.ndim)]
-    return tensor.as_strided(tensor.shape, strides)
-
-
 def _place(name: str, index: tuple[int, ...]) -> str:
     return f"{name}[{', '.join(map(str, index))}]"
 
@@ -507,7 +377,7 @@ def _check_unwritten(
         changed = ~((tensor == was) | ((tensor != tensor) & (was != was)))
         if not bool(changed.any()) and now[name] == versions[name]:
             continue
-        place = index_of(changed.flatten().int().argmax(), changed)
+        place = index_of(changed.flatten().int().argmax(), changed.shape)
         at = _place(name, place)
         told = f"{at} was {was[place].item():.6g} and is {tensor[place].item():.6g} after the call"
         raise AssertionError(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import index_of, output_place
+from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.leak_picture import (
     Crop,
     entry_name,
@@ -22,6 +22,7 @@ from pytest_attnheat.assertions.behaviour.leak_picture import (
 from pytest_attnheat.assertions.behaviour.leak_search import Finding, Search
 from pytest_attnheat.assertions.behaviour.scenes import Replacement
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
@@ -68,7 +69,7 @@ def _cause(finding: Finding, worst: _Culprit, crop: Crop | None) -> str | None:
 
 def describe_not_finite(search: Search, broken: Tensor, *, repeat: str) -> str:
     """Return the message about outputs that are NaN or inf with nothing replaced."""
-    place = index_of(broken.flatten().int().argmax(), broken)
+    place = index_of(broken.flatten().int().argmax(), broken.shape)
     return build_message(
         _NAME,
         f"{int(broken.sum())} of {broken.numel()} outputs are not finite with nothing replaced",
@@ -202,7 +203,7 @@ class _Culprit:
             return f"{scene.observer} {number} sees {scene.place} {self.place}, {because}; {moved}"
         if self.query is not None:
             return f"query {number} depends on query {self.query}; {moved}"
-        return f"{scene.observer} {number} depends on {self.other}; {moved}"
+        return f"{scene.observer} {number} depends on {self._other()}; {moved}"
 
     def _moved(self) -> str:
         if self.change == 0:
@@ -214,12 +215,20 @@ class _Culprit:
         return f"changes by {self.change:.2g} ({part}allowed {self.search.allowed:.1e})"
 
     @property
-    def other(self) -> str:
-        """What else the output depends on: another batch entry, or another head."""
+    def is_grouped(self) -> bool:
+        """Whether several heads share the keys of one."""
+        return self.search.scene.groups > 1
+
+    @property
+    def is_another_head(self) -> bool:
+        """Whether what moves the output is a head, of the output's own batch entry."""
         own, entry = key_entry(self.search, self.observer), self.entry or ()
-        if len(entry) == 2 and entry[0] == own[0]:
-            name = "key head" if self.search.scene.groups > 1 else "head"
-            return f"{name} {entry[1]}, its own is {own[1]}"
+        return len(entry) == 2 and entry[0] == own[0]
+
+    def _other(self) -> str:
+        own, entry = key_entry(self.search, self.observer), self.entry or ()
+        if self.is_another_head:
+            return f"{'key head' if self.is_grouped else 'head'} {entry[1]}, its own is {own[1]}"
         return f"batch entry {entry[0] if entry else '?'}, its own is {own[0]}"
 
 
@@ -243,9 +252,9 @@ def _cause_in(crop: Crop) -> str | None:
     others = rightly & crop.judged.unsqueeze(-1) & (crop.steps != 0)
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
-    too_many = _places_too_many(crop, wrongly)
-    if too_many is not None and "one place too many" in too_many:
-        return too_many
+    extra = _places_too_many(crop, wrongly)
+    if extra == 1:
+        return "each sees one place too many: a causal mask that is off by one?"
     strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
     if strongest.numel() and float(crop.changes[wrongly].max()) < _FAINT * float(strongest.max()):
         return (
@@ -254,17 +263,19 @@ def _cause_in(crop: Crop) -> str | None:
         )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         return "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
-    return too_many
+    return None if extra is None else _cause_of_several_too_many(crop, extra)
 
 
-def _places_too_many(crop: Crop, wrongly: Tensor) -> str | None:
-    """Whether each sees the same number of places beyond the last that it may see."""
+def _places_too_many(crop: Crop, wrongly: Tensor) -> int | None:
+    """How many places each sees beyond the last that it may see; None if not all see as many."""
     ahead = _steps_ahead(crop)
     extra = int(ahead[wrongly].max())
     if extra < 1 or not bool((wrongly == (crop.forbidden & (ahead >= 1) & (ahead <= extra))).all()):
         return None
-    if extra == 1:
-        return "each sees one place too many: a causal mask that is off by one?"
+    return extra
+
+
+def _cause_of_several_too_many(crop: Crop, extra: int) -> str:
     if crop.search.scene.place == "token":
         return (
             f"each sees {extra} places too many: a causal mask that is off by one in each of "
@@ -290,8 +301,8 @@ def _steps_ahead(crop: Crop) -> Tensor:
 def _cause_of_entries(culprit: _Culprit) -> str | None:
     if culprit.query is not None:
         return "softmax over the query axis (dim=-2)?"
-    if culprit.other.startswith("key head"):
+    if culprit.is_another_head and culprit.is_grouped:
         return "grouped heads in another order (repeat in place of repeat_interleave)?"
-    if culprit.other.startswith("head"):
+    if culprit.is_another_head:
         return "heads split or merged without a transpose, or softmax over the heads?"
     return "softmax or a normalisation over the batch, or another entry's keys?"

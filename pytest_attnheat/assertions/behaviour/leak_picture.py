@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.heads import as_of_keys
 from pytest_attnheat.assertions.behaviour.leak_search import Search
 from pytest_attnheat.assertions.behaviour.scenes import Replacement
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
@@ -25,10 +26,7 @@ def own_places(search: Search, places: Tensor, observer: tuple[int, ...]) -> Ten
 
 def key_entry(search: Search, observer: tuple[int, ...]) -> tuple[int, ...]:
     """Return the batch entry and the head of the keys that an observer sees."""
-    lead = list(observer[:-1])
-    if search.scene.groups > 1:
-        lead[-1] //= search.scene.groups
-    return tuple(lead)
+    return as_of_keys(observer[:-1], search.scene.groups)
 
 
 def spread(search: Search, own: Tensor, observer: tuple[int, ...]) -> Tensor:
@@ -40,10 +38,8 @@ def spread(search: Search, own: Tensor, observer: tuple[int, ...]) -> Tensor:
 
 def places_shape(search: Search) -> tuple[int, ...]:
     """Return the shape of what a replacement takes as its places."""
-    leading, key_len = list(search.scene.may_see.shape[:-2]), search.scene.may_see.shape[-1]
-    if search.scene.groups > 1:
-        leading[-1] //= search.scene.groups
-    return (*leading, key_len)
+    *leading, _, key_len = search.scene.may_see.shape
+    return (*as_of_keys(leading, search.scene.groups), key_len)
 
 
 class Crop:

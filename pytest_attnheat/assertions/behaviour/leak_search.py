@@ -10,8 +10,14 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import index_of, relative_change
+from pytest_attnheat.assertions.behaviour.difference import relative_change
+from pytest_attnheat.assertions.behaviour.heads import (
+    for_each_query_head,
+    of_any,
+    of_the_first,
+)
 from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
+from pytest_attnheat.assertions.scan import index_of
 
 # How many sets of places are tried before an output is believed to depend on all of them.
 _TRIALS = 12
@@ -161,7 +167,10 @@ class Search:
         blind = self._never_moved(asked & ~felt, int(asked.sum()))
         if not bool(broken.any()):
             return None, blind
-        at = index_of(leak.argmax(), broken), index_of(broken.flatten().int().argmax(), broken)
+        at = (
+            index_of(leak.argmax(), leak.shape),
+            index_of(broken.flatten().int().argmax(), broken.shape),
+        )
         by = [replacements[int(found_by[place])] for place in at]
         counts = int(broken.sum()), int(judged.sum()), int(broken.any(-1).sum())
         return Finding(False, way, *counts, *at, (by[0], by[1])), blind
@@ -177,7 +186,7 @@ class Search:
             observer = tuple(at)
             places = torch.zeros_like(self.scene.may_see[..., 0, :])
             places[observer[:-1]] = self.scene.may_see[observer]
-            shared = self._of_groups(places)
+            shared = of_any(places, self.scene.groups)
             aim = torch.full_like(unfelt[..., 0], observer[-1], dtype=torch.long)
             if self._stays(observer, shared, aim):
                 pairs.append((observer, Replacement(shared)))
@@ -195,16 +204,7 @@ class Search:
         """Which outputs may see what is replaced."""
         if replaced.places is None:
             return torch.zeros_like(self.scene.judged)
-        return touched(self.scene.may_see, self._spread(replaced.places))
-
-    def _spread(self, places: Tensor) -> Tensor:
-        """Places of the keys for each of the heads that share them."""
-        groups = self.scene.groups
-        return places if groups == 1 else places.repeat_interleave(groups, -2)
-
-    def _shared(self, places: Tensor) -> Tensor:
-        """Of the heads that share their places, those of the first."""
-        return places[..., :: self.scene.groups, :] if self.scene.groups > 1 else places
+        return touched(self.scene.may_see, for_each_query_head(replaced.places, self.scene.groups))
 
     def _hidden(self) -> Iterator[Replacement]:
         """In each pass, for each batch entry and head, all that one observer must not see."""
@@ -222,7 +222,8 @@ class Search:
             forbidden &= self._watched.any(-1, keepdim=True)
             content = "larger" if number % 2 else "same"
             aim = observers if number % 2 else None
-            yield Replacement(self._shared(forbidden), content=content, aim=aim)
+            places = of_the_first(forbidden, self.scene.groups)
+            yield Replacement(places, content=content, aim=aim)
 
     def _seen_by(self, observers: Tensor) -> Tensor:
         """What one observer (*leading) per batch entry and head may see, (*leading, key_len)."""
@@ -261,7 +262,8 @@ class Search:
                 places = None
                 if not is_query:
                     key_len = self.scene.may_see.shape[-1]
-                    places = self._shared(queries[..., :1].expand(*shape[:-1], key_len))
+                    whole = queries[..., :1].expand(*shape[:-1], key_len)
+                    places = of_the_first(whole, self.scene.groups)
                 yield Replacement(places, queries if takes_queries else None)
 
     def _follow_gradients(self, *, optional: bool) -> tuple[Finding | None, Finding | None]:
@@ -282,7 +284,8 @@ class Search:
         unseen: list[_Pair] = []
         judged = 0
         for row, gradient in zip(rows, gradients, strict=True):
-            felt, seen = self._spread(gradient), self._seen_by(row.int().argmax(-1))
+            felt = for_each_query_head(gradient, self.scene.groups)
+            seen = self._seen_by(row.int().argmax(-1))
             active = row.any(-1, keepdim=True)
             judged += int(active.sum())
             scale = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
@@ -315,14 +318,8 @@ class Search:
             observer = (*at, int(row[tuple(at)].int().argmax()))
             alone = torch.zeros_like(places)
             alone[tuple(at)] = places[tuple(at)]
-            pairs.append((observer, Replacement(self._of_groups(alone))))
+            pairs.append((observer, Replacement(of_any(alone, self.scene.groups))))
         return pairs
-
-    def _of_groups(self, places: Tensor) -> Tensor:
-        """Places of the heads as those of the keys that they share."""
-        if self.scene.groups == 1:
-            return places
-        return torch.unflatten(places, -2, (-1, self.scene.groups)).any(-2)
 
     def _is_real(self, observer: tuple[int, ...], replaced: Replacement) -> bool:
         """Whether a gradient is that of the input.

@@ -15,7 +15,13 @@ from pytest_attnheat.assertions.behaviour.leak_message import describe, describe
 from pytest_attnheat.assertions.behaviour.leak_search import Search
 from pytest_attnheat.assertions.behaviour.scenes import FunctionScene, Rule, Scene, SequenceScene
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import as_function, borrowed, permitted, settled
+from pytest_attnheat.assertions.behaviour.subjects import (
+    as_function,
+    borrowed,
+    check_count,
+    permitted,
+    settled,
+)
 from pytest_attnheat.reference import Alignment, causal_mask, padding_mask
 
 Way: TypeAlias = Literal["perturbation", "gradient", "nan"]
@@ -94,17 +100,13 @@ def assert_no_leakage(
     ways = _ways(by)
     if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
         raise ValueError(f"passes: got {passes!r}; accepted is a whole number from 1")
+    check_count(inputs, "assert_no_leakage")
     if len(inputs) == 3:
         _refuse(causal=causal, lengths=lengths, documents=documents)
         scene: Scene = _of_function(subject, inputs, arguments, alignment, may_see, seed)
-    elif len(inputs) == 1:
+    else:
         stated = _Stated(causal, lengths, side, documents, may_see)
         scene = _of_sequence(subject, inputs[0], arguments, stated, seed)
-    else:
-        raise TypeError(
-            f"assert_no_leakage: got {len(inputs)} inputs; accepted are query, key and value of an "
-            "attention function, or the one input of a sequence model"
-        )
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base, start = settled(subject, scene.output, training=training, seed=seed)
         allowed = check_relative(tolerance, base.dtype, strict=True)

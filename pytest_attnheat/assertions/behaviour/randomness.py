@@ -25,6 +25,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     AttentionFunction,
     as_function,
     borrowed,
+    check_count,
     modules_in,
 )
 from pytest_attnheat.assertions.message import build_message
@@ -158,17 +159,13 @@ def _as_call(
     modules, is_linear = modules_in(subject), isinstance(subject, nn.MultiheadAttention)
     if "dropout_p" in arguments:
         raise ValueError("dropout_p: pass dropout= in its place")
+    check_count(inputs, _NAME)
     if len(inputs) == 3:
         function = as_function(subject, inputs, arguments)
         given = (function.query, function.key, function.value)
         return _Call(function.run, given, modules, function, is_linear)
-    if len(inputs) == 1:
-        sequence = as_sequence(subject, inputs[0], arguments)
-        return _Call(sequence.run, (sequence.inputs,), modules, None, is_linear)
-    raise TypeError(
-        f"{_NAME}: got {len(inputs)} inputs; accepted are query, key and value of an attention "
-        "function, or the one input of a sequence model"
-    )
+    sequence = as_sequence(subject, inputs[0], arguments)
+    return _Call(sequence.run, (sequence.inputs,), modules, None, is_linear)
 
 
 def _refuse_training(modules: Sequence[nn.Module]) -> None:

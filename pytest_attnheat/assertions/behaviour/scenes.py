@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pytest_attnheat.assertions.behaviour.heads import of_the_first
 from pytest_attnheat.assertions.behaviour.sequences import Subject
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
 from pytest_attnheat.scoring import draw
@@ -153,9 +154,7 @@ class FunctionScene:
             return self._draw(key, "key", "larger")
         index = observers[..., None, None].expand(*observers.shape, 1, query.shape[-1])
         chosen = query.gather(-2, index)
-        if self.groups > 1:
-            chosen = chosen[..., :: self.groups, :, :]
-        wide = chosen.double()
+        wide = of_the_first(chosen, self.groups, dim=-3).double()
         direction = wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
         return (direction * key.double().square().mean().sqrt() * _LARGER).to(key)
 

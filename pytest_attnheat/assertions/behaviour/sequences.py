@@ -129,13 +129,24 @@ class SequenceModel:
     def _mask(self, real: Tensor, inputs: Tensor) -> Any:
         if callable(self.mask):
             return self.mask(real)
-        if self.mask == "keep":
-            return real
-        if self.mask == "drop":
-            return ~real
         dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
-        zeros = torch.zeros(real.shape, dtype=dtype, device=real.device)
-        return zeros.masked_fill(~real, -math.inf)
+        return as_meant(real, self.mask, dtype)
+
+
+def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> Tensor:
+    """Return a boolean mask, True where a query may attend, as a subject reads it.
+
+    Args:
+        mask: The mask.
+        meaning: What the subject takes a mask to mean; None for one that takes none, as it is.
+        dtype: That of an additive mask.
+    """
+    if meaning == "drop":
+        return ~mask
+    if meaning == "additive":
+        zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+        return zeros.masked_fill(~mask, -math.inf)
+    return mask
 
 
 @dataclass(frozen=True)

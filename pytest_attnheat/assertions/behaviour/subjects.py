@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
 from pytest_attnheat.reference import Alignment, causal_mask
 from pytest_attnheat.scoring import leading_shape
 
@@ -144,9 +145,8 @@ def settled(
     start()
     second = call()
     if not _identical(first, second):
-        from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
-
-        if bool((relative_change(second, first) > tolerance_of(first.dtype, strict=True)).any()):
+        change = relative_change(second, first)
+        if bool((change > tolerance_of(first.dtype, strict=True)).any()):
             raise ValueError(_random_subject(subject))
     return first, start
 
@@ -385,6 +385,19 @@ def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) 
             "query, key and value must have the same leading dimensions, or with enable_gqa=True "
             "a number of query heads that is a multiple of the key and value heads; got query "
             f"{tuple(query.shape)}, key {tuple(key.shape)} and value {tuple(value.shape)}"
+        )
+
+
+def check_count(inputs: Sequence[object], assertion: str) -> None:
+    """Refuse what are inputs neither of an attention function nor of a sequence model.
+
+    Raises:
+        TypeError: There are neither three of them nor one.
+    """
+    if len(inputs) not in (1, 3):
+        raise TypeError(
+            f"{assertion}: got {len(inputs)} inputs; accepted are query, key and value of an "
+            "attention function, or the one input of a sequence model"
         )
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.assertions.scan import index_of
 from pytest_attnheat.heatmaps.terminal import map_name
 
 _BLOCKS = (128, 64, 32, 16)
@@ -165,7 +166,7 @@ def _message(
     assertion: str, broken: list[Judgement], sound: list[Judgement], around: Circumstances
 ) -> str:
     one = broken[0]
-    worst, first = _worst(one), _place(int(one.broken.flatten().int().argmax()), one.broken.shape)
+    worst, first = _worst(one), index_of(one.broken.flatten().int().argmax(), one.broken.shape)
     shown_first = None if one.missing or first == worst else _value_at(one, first, around)
     return build_message(
         assertion,
@@ -209,7 +210,7 @@ def _names(several: list[Judgement]) -> str:
 def _worst(one: Judgement) -> tuple[int, ...]:
     """The place that is off most, as a multiple of what is allowed; NaN before anything."""
     excess = (one.error / one.allowed).nan_to_num(nan=0.0, posinf=math.inf)
-    return _place(int(excess.flatten().argmax()), excess.shape)
+    return index_of(excess.argmax(), excess.shape)
 
 
 def _value_at(one: Judgement, place: tuple[int, ...], around: Circumstances) -> str:
@@ -254,14 +255,6 @@ def _index(one: Judgement, place: tuple[int, ...]) -> str:
     name = one.name if one.name == "output" else f"{one.name}.grad"
     own = place[len(place) - len(one.shape) :]
     return f"{name}[{', '.join(map(str, own))}]" if own else name
-
-
-def _place(flat: int, shape: torch.Size) -> tuple[int, ...]:
-    index: list[int] = []
-    for size in reversed(shape):
-        flat, at = divmod(flat, size)
-        index.insert(0, at)
-    return tuple(index)
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -312,7 +305,7 @@ def _overflow(one: Judgement, around: Circumstances) -> str | None:
         return None
     limit = math.log(torch.finfo(around.dtype).max)
     rows = bad.any(-1)
-    first = _place(int(rows.flatten().int().argmax()), rows.shape)
+    first = index_of(rows.flatten().int().argmax(), rows.shape)
     text = (
         f"{int(bad.sum())} places are NaN or infinite, in {int(rows.sum())} of "
         f"{rows.numel()} rows, from {one.name}{'.grad' * (one.name != 'output')}"

@@ -7,10 +7,8 @@ that the caller gives are passed on, so `function(query, key, value)` will do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from numbers import Real
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,12 +23,17 @@ from pytest_attnheat.assertions.numerics import oracle
 from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
 from pytest_attnheat.assertions.numerics.mistakes import likely_mistake
 from pytest_attnheat.assertions.numerics.running import copies, gradients, handed, run_once
-from pytest_attnheat.cases import DTYPES
-from pytest_attnheat.inputs import check_number
-from pytest_attnheat.scoring import broadcast, draw, seed_number
-
-LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
-Function: TypeAlias = Callable[..., Any]
+from pytest_attnheat.assertions.numerics.terms import (
+    Function,
+    LostRows,
+    Options,
+    Terms,
+    check_inputs,
+    check_terms,
+    differentiable,
+    permitted_keys,
+)
+from pytest_attnheat.scoring import draw
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
@@ -114,8 +117,8 @@ def assert_matches_reference(
         "assert_matches_reference",
         function,
         (query, key, value),
-        _Options(attn_mask, is_causal, scale, enable_gqa, arguments),
-        _Terms(fully_masked, reference, factor, gradients, training, seed),
+        Options(attn_mask, is_causal, scale, enable_gqa, arguments),
+        Terms(fully_masked, reference, factor, gradients, training, seed),
     )
 
 
@@ -167,65 +170,29 @@ def assert_gradients_match(
         "assert_gradients_match",
         function,
         (query, key, value),
-        _Options(attn_mask, is_causal, scale, enable_gqa, arguments),
-        _Terms(fully_masked, reference, factor, True, training, seed),
+        Options(attn_mask, is_causal, scale, enable_gqa, arguments),
+        Terms(fully_masked, reference, factor, True, training, seed),
         output=False,
     )
-
-
-@dataclass(frozen=True)
-class _Options:
-    """How attention is asked to be."""
-
-    attn_mask: Tensor | None
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
-    arguments: Mapping[str, Any]
-
-    def given(self) -> dict[str, Any]:
-        """Those that differ from the defaults."""
-        given = dict(self.arguments)
-        if self.attn_mask is not None:
-            given["attn_mask"] = self.attn_mask
-        if self.is_causal:
-            given["is_causal"] = True
-        if self.scale is not None:
-            given["scale"] = self.scale
-        if self.enable_gqa:
-            given["enable_gqa"] = True
-        return given
-
-
-@dataclass(frozen=True)
-class _Terms:
-    """How it is judged."""
-
-    fully_masked: LostRows
-    reference: Function | None
-    factor: float
-    gradients: bool
-    training: bool
-    seed: int
 
 
 def _compare(
     assertion: str,
     function: Function,
     inputs: tuple[Tensor, Tensor, Tensor],
-    options: _Options,
-    terms: _Terms,
+    options: Options,
+    terms: Terms,
     *,
     output: bool = True,
 ) -> None:
     __tracebackhide__ = True
     # The caller may be in inference mode or under no_grad; autograd needs neither.
     with torch.inference_mode(False), torch.enable_grad():
-        _check_terms(options, terms)
+        check_terms(options, terms)
         subject = as_function(function, inputs, options.given())
-        _check_inputs(subject)
-        lost = ~_permitted(subject, options).any(-1)
-        names = _differentiable(options) if terms.gradients else []
+        check_inputs(subject)
+        lost = ~permitted_keys(subject, options).any(-1)
+        names = differentiable(options) if terms.gradients else []
         upstream = _upstream(subject, options, terms, lost) if names else None
         found = run_once(subject, upstream, names, training=terms.training, seed=terms.seed)
         expected, plain = _expected(subject, options, terms, upstream, names)
@@ -250,90 +217,7 @@ def _compare(
         check(assertion, judgements, around)
 
 
-def _check_terms(options: _Options, terms: _Terms) -> None:
-    if terms.fully_masked not in get_args(LostRows):
-        raise ValueError(
-            f"fully_masked: got {terms.fully_masked!r}; accepted are 'zero', 'uniform', 'nan' and "
-            "'undefined'"
-        )
-    _check_factor(terms.factor)
-    if terms.reference is not None and not callable(terms.reference):
-        raise TypeError(
-            f"reference: got {type(terms.reference).__name__}; accepted is a function, or None"
-        )
-    for name in ("is_causal", "enable_gqa"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(f"{name}: got {getattr(options, name)!r}; accepted are True and False")
-    if options.scale is not None:
-        check_number(options.scale, "scale")
-    if options.arguments.get("dropout_p"):
-        raise ValueError(
-            f"dropout_p: got {options.arguments['dropout_p']!r}; dropout draws at random, so there "
-            "is no reference to compare with"
-        )
-    seed_number(terms.seed)
-
-
-def _check_factor(factor: object) -> None:
-    if isinstance(factor, bool) or not isinstance(factor, Real):
-        raise TypeError(f"factor: got {type(factor).__name__}; accepted is a number above 0")
-    if not 0 < float(factor) < math.inf:
-        raise ValueError(f"factor: got {factor!r}; accepted is a finite number above 0")
-
-
-def _check_inputs(subject: AttentionFunction) -> None:
-    """Refuse what no reference can be computed for."""
-    for name in ("query", "key", "value"):
-        tensor = getattr(subject, name)
-        if str(tensor.dtype).removeprefix("torch.") not in DTYPES:
-            raise TypeError(f"{name}: got {tensor.dtype}; accepted are {', '.join(DTYPES)}")
-        if not bool(tensor.isfinite().all()):
-            raise ValueError(
-                f"{name}: holds NaN or inf, and so would the reference; accepted are finite numbers"
-            )
-    if subject.query.shape[-1] != subject.key.shape[-1]:
-        raise ValueError(
-            f"query and key must have the same width; got query {tuple(subject.query.shape)} and "
-            f"key {tuple(subject.key.shape)}"
-        )
-
-
-def _permitted(subject: AttentionFunction, options: _Options) -> Tensor:
-    """Which keys each query may attend to, (..., query_len or 1, key_len), after checking."""
-    shape = (*subject.leading, subject.query.shape[-2], subject.key.shape[-2])
-    seen = torch.ones(shape[-2:], dtype=torch.bool, device=subject.query.device)
-    if options.is_causal:
-        seen = seen.tril()
-    if options.attn_mask is None:
-        return seen.expand(shape)
-    mask = as_input(options.attn_mask, "attn_mask")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
-        raise TypeError(
-            f"attn_mask: got {mask.dtype}; accepted is a boolean torch.Tensor, True where a query "
-            "may attend, or a tensor of floats that is added to the scores"
-        )
-    try:
-        fits = broadcast(mask.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(
-            f"attn_mask: shape {tuple(mask.shape)} does not broadcast to the scores {shape}"
-        )
-    if mask.dtype == torch.bool:
-        return (mask & seen).expand(shape)
-    if bool((mask.isnan() | (mask == math.inf)).any()):
-        raise ValueError("attn_mask: holds NaN or inf; accepted are finite numbers and -inf")
-    return ((mask != -math.inf) & seen).expand(shape)
-
-
-def _differentiable(options: _Options) -> list[str]:
-    names = ["query", "key", "value"]
-    mask = options.attn_mask
-    return [*names, "attn_mask"] if mask is not None and mask.requires_grad else names
-
-
-def _upstream(subject: AttentionFunction, options: _Options, terms: _Terms, lost: Tensor) -> Tensor:
+def _upstream(subject: AttentionFunction, options: Options, terms: Terms, lost: Tensor) -> Tensor:
     """The gradient of the output: Gaussian, in the dtype of the inputs.
 
     Zero for a query without any key, unless its output is zero: what flows back from there
@@ -348,18 +232,18 @@ def _upstream(subject: AttentionFunction, options: _Options, terms: _Terms, lost
     return drawn.masked_fill(without.unsqueeze(-1), 0.0)
 
 
-def _noise(subject: AttentionFunction, options: _Options) -> Tensor:
+def _noise(subject: AttentionFunction, options: Options) -> Tensor:
     """Which queries may attend only to keys that a float mask forbids with a finite number."""
     mask = options.attn_mask
     if mask is None or not mask.is_floating_point():
         return torch.zeros((), dtype=torch.bool, device=subject.query.device)
-    return ~(_permitted(subject, options) & (mask > _FORBIDS)).any(-1)
+    return ~(permitted_keys(subject, options) & (mask > _FORBIDS)).any(-1)
 
 
 def _expected(
     subject: AttentionFunction,
-    options: _Options,
-    terms: _Terms,
+    options: Options,
+    terms: Terms,
     upstream: Tensor | None,
     names: list[str],
 ) -> tuple[oracle.Reference, dict[str, Tensor]]:
@@ -371,7 +255,7 @@ def _expected(
 
 
 def _problem(
-    subject: AttentionFunction, options: _Options, terms: _Terms, upstream: Tensor | None
+    subject: AttentionFunction, options: Options, terms: Terms, upstream: Tensor | None
 ) -> oracle.Problem:
     """What the subject is to compute."""
     mask = options.attn_mask
@@ -394,7 +278,7 @@ def _problem(
 
 
 def _likely_mistake(
-    subject: AttentionFunction, options: _Options, terms: _Terms, output: Tensor | None
+    subject: AttentionFunction, options: Options, terms: Terms, output: Tensor | None
 ) -> str | None:
     """A usual mistake that gives this output; none is known beside a reference of the caller's."""
     if terms.reference is not None or output is None:
@@ -433,7 +317,7 @@ def _callers_reference(
 
 
 def _check_reference(
-    expected: oracle.Reference, subject: AttentionFunction, terms: _Terms, lost: Tensor
+    expected: oracle.Reference, subject: AttentionFunction, terms: Terms, lost: Tensor
 ) -> None:
     """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
     for name, exact in expected.exact.items():
@@ -466,7 +350,7 @@ def _judge(
     expected: oracle.Reference,
     plain: Tensor,
     subject: AttentionFunction,
-    terms: _Terms,
+    terms: Terms,
     lost: Tensor,
 ) -> Judgement:
     """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""

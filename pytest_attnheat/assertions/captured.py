@@ -1,0 +1,110 @@
+"""Assertions on weights take what `capture_attention` recorded, in place of weights."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, ParamSpec, TypeAlias
+
+import numpy as np
+import torch
+
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
+
+P = ParamSpec("P")
+
+
+Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | AttentionRecord | Trace"
+
+
+class NothingForbiddenError(ValueError):
+    """Every key is permitted, so that a claim about the others has nothing to check.
+
+    In a trace, as that of decoding step by step, such records are passed over.
+    """
+
+
+def takes_records(assertion: Callable[P, None]) -> Callable[P, None]:
+    """Let an assertion on weights take a record, or a trace, of which each record is asserted.
+
+    What the caller does not give comes from the record: its mask, value and output. A failure
+    names the layer.
+    """
+    return _taking_records(assertion, needs_mask=False)
+
+
+def takes_masked_records(assertion: Callable[P, None]) -> Callable[P, None]:
+    """The same for an assertion that asks nothing without a mask.
+
+    Records of attention that was given none are passed over, unless the caller gives one.
+    """
+    return _taking_records(assertion, needs_mask=True)
+
+
+def _taking_records(assertion: Callable[P, None], *, needs_mask: bool) -> Callable[P, None]:
+    accepted = tuple(inspect.signature(assertion).parameters)
+
+    @wraps(assertion)
+    def on_each(*args: P.args, **kwargs: P.kwargs) -> None:
+        __tracebackhide__ = True
+        given = args[0] if args else kwargs.get("weights")
+        if not isinstance(given, AttentionRecord | Trace):
+            assertion(*args, **kwargs)
+            return
+        named: dict[str, Any] = {**dict(zip(accepted, args, strict=False)), **kwargs}
+        records = [given] if isinstance(given, AttentionRecord) else list(given)
+        asked, nothing = 0, None
+        for record in records:
+            arguments = {**_known(record, accepted, named), **named}
+            if needs_mask and arguments["mask"] is None:
+                continue
+            try:
+                _assert_one(assertion, record, {**arguments, "weights": record.weights})
+                asked += 1
+            except NothingForbiddenError as error:
+                nothing = error
+        if not asked:
+            raise nothing or ValueError(_nothing_to_ask(assertion.__name__, records))
+
+    return on_each
+
+
+def _known(
+    record: AttentionRecord, accepted: Sequence[str], named: dict[str, Any]
+) -> dict[str, Any]:
+    """What a record tells an assertion that the caller did not."""
+    known: dict[str, Any] = {}
+    if "mask" in accepted and "mask" not in named:
+        known["mask"] = record.mask
+    if "output" in accepted and "output" not in named:
+        if record.output is None or record.value is None:
+            raise ValueError(
+                f"{record.layer}: value and output were not kept; accepted is a capture with "
+                'keep="inputs"'
+            )
+        known |= {"output": record.output, "value": record.value}
+    return known
+
+
+def _assert_one(
+    assertion: Callable[..., None], record: AttentionRecord, arguments: dict[str, Any]
+) -> None:
+    __tracebackhide__ = True
+    try:
+        assertion(**arguments)
+    except AssertionError as error:
+        claim, line, rest = str(error).partition("\n")
+        place = f"{record.layer or '(no module)'}, call {record.call}"
+        error.args = (f"{claim}\n  layer    {place}{line}{rest}",)
+        raise
+
+
+def _nothing_to_ask(name: str, records: Sequence[AttentionRecord]) -> str:
+    if not records:
+        return f"{name}: got a trace without records; accepted is one with at least one"
+    return (
+        f"{name}: got records of attention that was given no mask, so there is nothing to check; "
+        "accepted is mask=..., True where a query may attend"
+    )

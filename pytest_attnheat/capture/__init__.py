@@ -1,0 +1,1 @@
+"""Attention weights out of models that nobody wrote for this."""

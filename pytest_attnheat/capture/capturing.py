@@ -1,0 +1,226 @@
+"""`capture_attention`: records every attention that happens inside a model."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from pytest_attnheat.capture import watching
+from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
+from pytest_attnheat.capture.fast_path import would_take_fast_path
+from pytest_attnheat.capture.layers import Layers
+from pytest_attnheat.capture.record import Selection
+from pytest_attnheat.capture.recording import Keep, Recording, Wanted
+from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.capture.unseen import find_unseen
+from pytest_attnheat.capture.verification import Repetition
+
+_KEPT = ("inputs", "weights", "statistics")
+
+
+@contextmanager
+def capture_attention(
+    model: nn.Module | None = None,
+    *,
+    keep: Keep = "inputs",
+    layers: str | Sequence[str] | None = None,
+    heads: Selection | None = None,
+    queries: Selection | None = None,
+    dtype: torch.dtype = torch.float32,
+    max_bytes: int = 2**30,
+    verify: bool = False,
+    allow_empty: bool = False,
+    allow_unseen: bool = False,
+) -> Iterator[Trace]:
+    """Record every attention that happens inside a model, with no change to it.
+
+    Seen are `scaled_dot_product_attention`, `nn.MultiheadAttention`, `flex_attention`, and
+    attention written out as a softmax whose result multiplies a value, in this thread. PyTorch's
+    fast path and `torch.compile` are set aside meanwhile; `trace.changes` says where. Captures
+    may be nested: each has all that happens within it. A backward pass is not recorded.
+
+    Args:
+        model: A module; None to record what happens in the block, whoever does it.
+        keep: "inputs" keeps query, key, value and mask, and computes weights when they are asked
+            for; "weights" keeps weights alone; "statistics" their sums, entropies and maxima.
+        layers: Names of layers, or patterns such as "*.self_attn"; all by default. The name of a
+            module means all layers within it.
+        heads: Numbers of heads to keep, or a slice; all by default.
+        queries: Numbers of queries to keep, or a slice; all by default.
+        dtype: The dtype of weights.
+        max_bytes: What all records together, and the weights computed of one, may take.
+        verify: Whether to run the model once more without the capture, on copies of what it was
+            called with, and to compare: `trace.difference`.
+        allow_empty: Whether to accept that no attention happens.
+        allow_unseen: Whether to be silent about attention that happens and cannot be read.
+
+    Yields:
+        The trace, which fills while the model runs.
+
+    Raises:
+        CaptureError: Nothing was captured and that is not allowed, or code that was compiled
+            cannot be set aside.
+        CaptureMemoryError: The next record would take more than `max_bytes`.
+        TypeError: The model is no module, or an argument is of another type than above.
+        ValueError: `keep` is another word, or a selection is of heads or queries that are absent.
+
+    Warns:
+        CaptureWarning: Weights times value do not reproduce the output of a record, or something
+            looks like attention and could not be read.
+    """
+    wanted = _checked(model, keep, layers, heads, queries, dtype, max_bytes)
+    trace = Trace()
+    running = Layers(model, lambda module, *given: _note_fast_path(running, trace, module, *given))
+    recording = Recording(wanted, running, trace)
+    repetition = Repetition(model) if verify else None
+    with ExitStack() as stack:
+        stack.enter_context(_compiled_code_set_aside(model, trace))
+        running.start()
+        stack.callback(running.stop)
+        if repetition is not None:
+            stack.enter_context(repetition.remembering())
+        stack.enter_context(_watched(recording))
+        yield trace
+    if repetition is not None:
+        trace.difference = repetition.difference()
+    for unseen in find_unseen(running, trace):
+        trace._miss(unseen)
+    if not len(trace) and not allow_empty:
+        raise CaptureError(_nothing(model, wanted, trace))
+    _warn(trace, allow_unseen=allow_unseen)
+
+
+def _checked(
+    model: object, keep: Keep, layers: str | Sequence[str] | None, heads: Selection | None,
+    queries: Selection | None, dtype: object, max_bytes: object,
+) -> Wanted:  # fmt: skip
+    if model is not None and not isinstance(model, nn.Module):
+        raise TypeError(
+            f"capture_attention: got model of type {type(model).__name__}; accepted are a module, "
+            "and None for whatever happens in the block"
+        )
+    if keep not in _KEPT:
+        raise ValueError(f"capture_attention: got keep={keep!r}; accepted are {', '.join(_KEPT)}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"capture_attention: got dtype={dtype!r}; accepted is torch.float32 ...")
+    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool):
+        raise TypeError(f"capture_attention: got max_bytes={max_bytes!r}; accepted are numbers")
+    patterns = [layers] if isinstance(layers, str) else layers
+    return Wanted(keep, patterns, heads, queries, max_bytes, dtype)
+
+
+@contextmanager
+def _watched(recording: Recording) -> Iterator[None]:
+    """Let the watcher of this thread tell a recording too; begin to watch if nobody does."""
+    outer = watching.current()
+    if outer is None:
+        watcher = watching.Watcher()
+        watcher.recorders.append(recording)
+        with watcher:
+            yield
+        return
+    outer.recorders.append(recording)
+    try:
+        yield
+    finally:
+        outer.recorders.remove(recording)
+
+
+def _note_fast_path(
+    running: Layers, trace: Trace, module: nn.Module, name: str, args: Any, kwargs: Any
+) -> None:
+    if would_take_fast_path(module, args, kwargs, running.hooked):
+        trace._change(f"{name}: PyTorch's fast path was off while it was watched")
+
+
+@contextmanager
+def _compiled_code_set_aside(model: nn.Module | None, trace: Trace) -> Iterator[None]:
+    """Run what was compiled as it was written: nothing can be seen inside compiled code.
+
+    flex_attention compiles a part of itself at each call, even where nobody asked for it.
+    """
+    compiled = "torch._dynamo" in sys.modules
+    if not compiled and "torch.nn.attention.flex_attention" not in sys.modules:
+        yield
+        return
+    names = _compiled_modules(model)
+    if not hasattr(torch.compiler, "set_stance"):
+        if names:
+            raise CaptureError(
+                f"capture_attention: {', '.join(names)} is compiled, and torch {torch.__version__} "
+                "cannot set that aside (2.6 can); capture the module that was compiled"
+            )
+        yield
+        return
+    for name in names:
+        trace._change(f"{name}: compiled code was set aside, its Python code ran")
+    with torch.compiler.set_stance("force_eager"), _no_advice_to_compile():
+        yield
+
+
+def _compiled_modules(model: nn.Module | None) -> list[str]:
+    if model is None:
+        return []
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    ]
+
+
+@contextmanager
+def _no_advice_to_compile() -> Iterator[None]:
+    """Keep flex_attention from advising to compile what was compiled until we set it aside."""
+    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    given: set[str] | None = getattr(flex, "_WARNINGS_SHOWN", None)
+    advice = "flex_attention_performance"
+    if given is None or advice in given:
+        yield
+        return
+    given.add(advice)
+    try:
+        yield
+    finally:
+        given.discard(advice)
+
+
+def _nothing(model: nn.Module | None, wanted: Wanted, trace: Trace) -> str:
+    name = "the block" if model is None else type(model).__name__
+    if wanted.layers is not None and trace._within:
+        return (
+            f"capture_attention: attention happened in {name}, in no layer that "
+            f"layers={list(wanted.layers)} names; modules with attention: "
+            f"{', '.join(sorted(trace._within))}"
+        )
+    lines = [f"capture_attention: no attention was seen in {name}."]
+    lines += [f"  unseen  {unseen}" for unseen in trace.unseen]
+    if not trace.unseen:
+        lines.append("  Was the model called inside the `with` block, as model(...)?")
+    lines.append("  If there is none, allow_empty=True accepts that.")
+    return "\n".join(lines)
+
+
+def _warn(trace: Trace, *, allow_unseen: bool) -> None:
+    # The `with` statement of the user: this function, the generator, contextlib.
+    for record in trace.untrusted:
+        warnings.warn(
+            f"capture_attention: {record.layer}: weights times value are not the output "
+            f"(residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the weights are "
+            "not to be trusted",
+            CaptureWarning,
+            stacklevel=4,
+        )
+    if trace.unseen and not allow_unseen:
+        listed = "\n".join(f"  {unseen}" for unseen in trace.unseen)
+        warnings.warn(
+            f"capture_attention: something looks like attention and was not read:\n{listed}\n"
+            "  allow_unseen=True accepts that.",
+            CaptureWarning,
+            stacklevel=4,
+        )

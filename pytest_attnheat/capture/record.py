@@ -1,0 +1,287 @@
+"""`AttentionRecord`: one attention that happened inside a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.capture.errors import CaptureMemoryError
+from pytest_attnheat.reference import causal_mask
+
+CausalAlignment = Literal["top_left", "bottom_right"]
+# (scores, batch, heads, queries) -> scores: scores (batch, heads, query_len, key_len) of the
+# batch entries, heads and queries whose numbers in the whole attention the others are.
+ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# What may be selected: a number, several, or a slice.
+Selection = int | slice | Sequence[int]
+
+# An added bias below this hides a key: -inf, the smallest number of a dtype, -1e9, -10000 ...
+HIDDEN_BELOW = -9e3
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a distribution over keys is like, without the keys: float32, on the CPU.
+
+    Attributes:
+        row_sum: (batch, heads, query_len)
+        entropy: (batch, heads, query_len), in nats.
+        maximum: (batch, heads, query_len): the largest weight.
+        most_attended: (batch, heads, query_len): the key that has it, int64.
+    """
+
+    row_sum: Tensor
+    entropy: Tensor
+    maximum: Tensor
+    most_attended: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRecord:
+    """One attention that happened inside a model; all tensors are detached copies.
+
+    Attributes:
+        layer: The name of the innermost module in which it happened.
+        way: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
+        shape: (batch, heads, query_len, key_len) of the whole attention, before any selection.
+        dtype: The dtype in which the model computed it.
+        query: (batch, heads, query_len, head_dim); None if it is not kept or not known.
+        key: (batch, key_heads, key_len, head_dim); None if it is not kept or not known.
+        value: (batch, key_heads, key_len, value_dim); None if it is not kept.
+        output: (batch, heads, query_len, value_dim), what the model got; None if not kept.
+        given_mask: Boolean, True where a query may attend, broadcastable to the weights: what
+            the attention was given besides `causal`; None for none.
+        bias: Added to the scores, broadcastable to the weights; None for none.
+        causal: The alignment, if the attention was told to be causal.
+        scale: What scores were multiplied by; None if it is not known.
+        dropout: The probability with which weights were dropped after the softmax.
+        heads: Which heads of the layer these are; None for all.
+        queries: Which queries these are; None for all.
+        call: How many attentions this layer had performed before, in this capture.
+        residual: How far weights times value are from the output, in rows that were compared
+            when it was captured: the worst row, relative to what its weights and the sizes of
+            the values make. NaN where that cannot be asked; `unverified` says why.
+        tolerance: The residual up to which it is trusted.
+        unverified: Why there is no residual.
+        statistics: With `keep="statistics"`.
+        changed_scores: Whether something else was done to the scores (a `score_mod`).
+    """
+
+    layer: str
+    way: str
+    shape: tuple[int, int, int, int]
+    dtype: torch.dtype
+    query: Tensor | None = field(default=None, repr=False)
+    key: Tensor | None = field(default=None, repr=False)
+    value: Tensor | None = field(default=None, repr=False)
+    output: Tensor | None = field(default=None, repr=False)
+    given_mask: Tensor | None = field(default=None, repr=False)
+    bias: Tensor | None = field(default=None, repr=False)
+    causal: CausalAlignment | None = None
+    scale: float | None = None
+    dropout: float = 0.0
+    heads: Tensor | None = None
+    queries: Tensor | None = None
+    call: int = 0
+    residual: float = float("nan")
+    tolerance: float = 0.0
+    unverified: str = ""
+    statistics: Statistics | None = field(default=None, repr=False)
+    score_change: ScoreChange | None = field(default=None, repr=False)
+    kept_weights: Tensor | None = field(default=None, repr=False)
+    weights_dtype: torch.dtype = torch.float32
+    most_bytes: int = 2**30
+
+    @property
+    def weights(self) -> Tensor:
+        """(batch, heads, query_len, key_len): per head, before dropout; computed at each access.
+
+        Raises:
+            ValueError: Only statistics were kept.
+            CaptureMemoryError: They would take more than the capture's `max_bytes`.
+        """
+        return self.compute_weights(self.weights_dtype)
+
+    @property
+    def mask(self) -> Tensor | None:
+        """Boolean, True where a query may attend, broadcastable to the weights; None for all.
+
+        The mask that was given, causality and biases that hide a key (-inf, -1e9 ...) together.
+        """
+        parts = [self.given_mask]
+        if self.causal is not None:
+            parts.append(self._causal(self.causal))
+        if self.bias is not None:
+            seen = self.bias > HIDDEN_BELOW
+            parts.append(None if bool(seen.all()) else seen)
+        mask: Tensor | None = None
+        for part in parts:
+            if part is not None:
+                mask = part if mask is None else mask & part
+        return mask
+
+    @property
+    def trusted(self) -> bool:
+        """Whether weights times value reproduce the output, as far as that can be asked."""
+        return not self.residual > self.tolerance
+
+    @property
+    def group(self) -> int:
+        """How many query heads share one key head."""
+        return 1 if self.key is None else self.shape_here[1] // self.key.shape[1]
+
+    @property
+    def shape_here(self) -> tuple[int, int, int, int]:
+        """(batch, heads, query_len, key_len) of what was selected."""
+        batch, heads, query_len, key_len = self.shape
+        heads = heads if self.heads is None else len(self.heads)
+        query_len = query_len if self.queries is None else len(self.queries)
+        return batch, heads, query_len, key_len
+
+    def compute_weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the weights in a dtype of your choice; see `weights`."""
+        from pytest_attnheat.capture.computing import weights_of
+
+        if not dtype.is_floating_point:
+            raise TypeError(f"got dtype={dtype}; accepted are torch.float32, torch.float64 ...")
+        if self.kept_weights is not None:
+            return self.kept_weights.to(dtype)
+        if self.query is None or self.key is None:
+            raise ValueError(
+                f"{self.layer}: weights cannot be computed any more: keep="
+                '"statistics" keeps neither them nor query and key'
+            )
+        needed = _count(self.shape_here) * dtype.itemsize
+        if needed > self.most_bytes:
+            raise CaptureMemoryError(
+                f"{self.layer}: weights {self.shape_here} in {dtype} take {readable(needed)}; "
+                f"allowed are {readable(self.most_bytes)}. Accepted: "
+                "record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
+            )
+        return weights_of(self, dtype)
+
+    def select(
+        self, *, heads: Selection | None = None, queries: Selection | None = None
+    ) -> AttentionRecord:
+        """Return the record of some heads and queries; nothing is copied.
+
+        Args:
+            heads: Their numbers in the layer, a slice, or one number.
+            queries: Their numbers, a slice, or one number; negative ones count from the end.
+
+        Raises:
+            ValueError: There is none of that number, or it was not kept.
+        """
+        record = self
+        if heads is not None:
+            record = record._with_heads(self._positions("heads", heads, self.shape[1], self.heads))
+        if queries is not None:
+            rows = self._positions("queries", queries, self.shape[2], self.queries)
+            record = record._with_queries(rows)
+        return record
+
+    def _positions(
+        self, what: str, wanted: Selection, count: int, kept: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Numbers in the whole attention, and where they are in what is kept."""
+        numbers = chosen(what, wanted, count, self.layer)
+        if kept is None:
+            return numbers, numbers
+        places = {int(number): place for place, number in enumerate(kept)}
+        absent = [int(number) for number in numbers if int(number) not in places]
+        if absent:
+            raise ValueError(
+                f"{self.layer}: {what} {absent} were not kept; kept are {kept.tolist()}"
+            )
+        return numbers, torch.tensor([places[int(number)] for number in numbers])
+
+    def _with_heads(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
+        numbers, places = positions
+        keys = places // self.group
+        group = None if self.value is None else self.shape_here[1] // self.value.shape[1]
+        values = None if group is None else places // group
+        return replace(
+            self,
+            heads=numbers,
+            query=_taken(self.query, 1, places),
+            key=_taken(self.key, 1, keys),
+            value=_taken(self.value, 1, values),
+            output=_taken(self.output, 1, places),
+            given_mask=_taken(self.given_mask, 1, places, broadcast=True),
+            bias=_taken(self.bias, 1, places, broadcast=True),
+            kept_weights=_taken(self.kept_weights, 1, places),
+            statistics=self._statistics(1, places),
+        )
+
+    def _with_queries(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
+        numbers, places = positions
+        return replace(
+            self,
+            queries=numbers,
+            query=_taken(self.query, 2, places),
+            output=_taken(self.output, 2, places),
+            given_mask=_taken(self.given_mask, 2, places, broadcast=True),
+            bias=_taken(self.bias, 2, places, broadcast=True),
+            kept_weights=_taken(self.kept_weights, 2, places),
+            statistics=self._statistics(2, places),
+        )
+
+    def _statistics(self, dim: int, places: Tensor) -> Statistics | None:
+        if self.statistics is None:
+            return None
+        return Statistics(
+            *(part.index_select(dim, places) for part in vars(self.statistics).values())
+        )
+
+    def _causal(self, alignment: CausalAlignment) -> Tensor:
+        device = next(
+            (t.device for t in (self.query, self.kept_weights, self.output) if t is not None), None
+        )
+        mask = causal_mask(self.shape[2], self.shape[3], alignment=alignment, device=device)
+        return mask if self.queries is None else mask[self.queries.to(mask.device)]
+
+
+def chosen(what: str, wanted: Selection, count: int, where: str) -> Tensor:
+    """Return the numbers that a selection means, of `count`."""
+    if isinstance(wanted, slice):
+        numbers = list(range(count))[wanted]
+    elif isinstance(wanted, int):
+        numbers = [wanted]
+    else:
+        numbers = [int(number) for number in wanted]
+    beyond = [number for number in numbers if not -count <= number < count]
+    if beyond or not numbers:
+        raise ValueError(
+            f"{where or 'capture_attention'}: got {what}={wanted!r}; "
+            f"accepted are numbers from 0 to {count - 1}, or a slice of them"
+        )
+    return torch.tensor([number % count for number in numbers])
+
+
+def readable(count: int) -> str:
+    """Bytes in words."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
+def _count(shape: Sequence[int]) -> int:
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
+def _taken(
+    tensor: Tensor | None, dim: int, places: Tensor | None, *, broadcast: bool = False
+) -> Tensor | None:
+    if tensor is None or places is None or (broadcast and tensor.shape[dim] == 1):
+        return tensor
+    return tensor.index_select(dim, places.to(tensor.device))

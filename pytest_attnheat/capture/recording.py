@@ -1,0 +1,173 @@
+"""`Recording`: takes the attention that a watcher saw, as far as it is wanted, into a trace."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.behaviour.subjects import copied
+from pytest_attnheat.capture.computing import apart, statistics_of, weights_of
+from pytest_attnheat.capture.errors import CaptureMemoryError
+from pytest_attnheat.capture.layers import Layers
+from pytest_attnheat.capture.record import AttentionRecord, Selection, readable
+from pytest_attnheat.capture.trace import Trace, Unseen, matches
+from pytest_attnheat.capture.verifying import residual_of, sampled, tolerance_of
+
+Keep = Literal["inputs", "weights", "statistics"]
+_TENSORS = ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a capture keeps.
+
+    Attributes:
+        keep: Inputs, from which weights are computed when asked for; weights; or statistics.
+        layers: Patterns of layer names; None for all.
+        heads: Which heads; None for all.
+        queries: Which queries; None for all.
+        max_bytes: What all records, and the weights of one, may take.
+        dtype: That of the weights.
+    """
+
+    keep: Keep
+    layers: Sequence[str] | None
+    heads: Selection | None
+    queries: Selection | None
+    max_bytes: int
+    dtype: torch.dtype
+
+    def wants(self, layer: str) -> bool:
+        """Whether a layer is wanted: its name, or that of a module around it, is matched."""
+        return matches(layer, self.layers)
+
+
+class Recording:
+    """What one capture is told, and the trace that comes of it."""
+
+    def __init__(self, wanted: Wanted, layers: Layers, trace: Trace) -> None:
+        self._wanted, self._layers, self._trace = wanted, layers, trace
+        self._calls: Counter[str] = Counter()
+        self._bytes = 0
+
+    def take(self, record: AttentionRecord, used: Tensor | None) -> None:
+        """Keep what is wanted of an attention that happened."""
+        layer = self._layers.current
+        if layer is None:
+            self.miss(record.way, "it happened outside of the model that is captured")
+            return
+        self._trace._saw(self._layers.running)
+        if not self._wanted.wants(layer):
+            return
+        record = replace(
+            record,
+            layer=layer,
+            call=self._calls[layer],
+            tolerance=tolerance_of(record.dtype),
+            weights_dtype=self._wanted.dtype,
+            most_bytes=self._wanted.max_bytes,
+        )
+        self._calls[layer] += 1
+        source = record.value
+        assert source is not None
+        with apart(source.device):
+            self._make_room(record)
+            self._trace._append(self._kept(self._selected(record), used))
+
+    def miss(self, what: str, why: str) -> None:
+        """Note what cannot be read."""
+        self._trace._miss(Unseen(self._layers.current or "", what, why))
+
+    def _selected(self, record: AttentionRecord) -> AttentionRecord:
+        if self._wanted.heads is None and self._wanted.queries is None:
+            return record
+        return record.select(heads=self._wanted.heads, queries=self._wanted.queries)
+
+    def _make_room(self, record: AttentionRecord) -> None:
+        """Raise before memory is spent."""
+        asked = self._needed(record, self._wanted.keep)
+        if self._bytes + asked > self._wanted.max_bytes:
+            raise CaptureMemoryError(self._too_much(record, asked))
+        self._bytes += asked
+
+    def _needed(self, record: AttentionRecord, keep: Keep) -> int:
+        """How many bytes a record takes; worked out on shapes alone."""
+        light = self._selected(_mapped(record, _TENSORS, lambda tensor: tensor.to("meta")))
+        rows = light.shape_here[0] * light.shape_here[1] * light.shape_here[2]
+        if keep == "statistics":
+            return rows * (3 * 4 + 8)
+        sizes = {n: _bytes(getattr(light, n)) for n in _TENSORS}
+        if keep == "inputs":
+            return sum(sizes.values())
+        weights = rows * light.shape_here[3] * self._wanted.dtype.itemsize
+        return weights + sizes["given_mask"] + sizes["bias"]
+
+    def _too_much(self, record: AttentionRecord, asked: int) -> str:
+        keep = self._wanted.keep
+        lines = [
+            f"capture_attention: attention {record.shape} in {record.layer or 'the block'} "
+            f"takes {readable(asked)} with keep={keep!r}; {len(self._trace)} records hold "
+            f"{readable(self._bytes)} of the {readable(self._wanted.max_bytes)} allowed.",
+            "  accepted: layers=['...'], heads=[0], queries=slice(0, 64), max_bytes=...",
+        ]
+        others: list[Keep] = [k for k in ("inputs", "weights", "statistics") if k != keep]
+        less = {k: self._needed(record, k) for k in others}
+        lines += [
+            f"  or keep={k!r}, which takes {readable(size)} of it"
+            for k, size in less.items()
+            if size < asked
+        ]
+        return "\n".join(lines)
+
+    def _kept(self, record: AttentionRecord, used: Tensor | None) -> AttentionRecord:
+        used = None if used is None else _selected_weights(used, record)
+        if self._wanted.keep == "inputs":
+            record = _verified(record, used, whole=False)
+            return _mapped(record, _TENSORS, copied)
+        if self._wanted.keep == "statistics":
+            record = _verified(record, used, whole=False)
+            kept = replace(record, statistics=statistics_of(record), score_change=None)
+            return _mapped(kept, _TENSORS, lambda tensor: None)
+        given = record.kept_weights
+        weights = (
+            weights_of(record, self._wanted.dtype)
+            if given is None
+            else given.detach().to(self._wanted.dtype, copy=True)
+        )
+        record = _verified(replace(record, kept_weights=weights), used, whole=True)
+        kept = _mapped(record, ("given_mask", "bias"), copied)
+        inputs = ("query", "key", "value", "output")
+        return replace(_mapped(kept, inputs, lambda tensor: None), score_change=None)
+
+
+def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> AttentionRecord:
+    """The record with its residual."""
+    if record.dropout > 0 and used is None:
+        return replace(record, unverified=f"dropout of {record.dropout:g} was applied within")
+    asked = record if used is None else replace(record, kept_weights=used)
+    return replace(record, residual=residual_of(asked if whole else sampled(asked)))
+
+
+def _selected_weights(used: Tensor, record: AttentionRecord) -> Tensor:
+    for dim, numbers in ((1, record.heads), (2, record.queries)):
+        if numbers is not None:
+            used = used.index_select(dim, numbers.to(used.device))
+    return used
+
+
+def _mapped(
+    record: AttentionRecord, names: Sequence[str], change: Callable[[Tensor], Tensor | None]
+) -> AttentionRecord:
+    """The record with some of its tensors replaced by what a function makes of them."""
+    tensors = {name: getattr(record, name) for name in names}
+    changed: dict[str, Any] = {n: None if t is None else change(t) for n, t in tensors.items()}
+    return replace(record, **changed)
+
+
+def _bytes(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.numel() * tensor.itemsize

@@ -1,0 +1,74 @@
+"""What is known about where a tensor comes from, while a model runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+
+@dataclass
+class Scores:
+    """A product of two activations, and what was done to it since.
+
+    Attributes:
+        left: (..., query_len, head_dim)
+        right: (..., key_len, head_dim)
+        scale: What it was multiplied by since.
+        bias: What was added since.
+        mask: Boolean, False where it was overwritten by something hugely negative.
+        exact: Whether these tell all: softmax(scale * left @ right.mT + bias), masked.
+        kept: Whether its axes still are those of the product.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+    bias: Tensor | None = None
+    mask: Tensor | None = None
+    exact: bool = True
+    kept: bool = True
+
+
+@dataclass
+class Tag:
+    """What is known of one tensor.
+
+    Attributes:
+        before: Its shape (batch, heads, length, width) before batch and heads were joined, or
+            heads were packed into queries.
+        scores: Set if it descends from a product of activations.
+        weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
+        clean: Those before dropout, in the same layout; None where that is the tensor itself.
+        way: How the weights were recognised.
+        dropout: The probability of the dropout that was applied.
+        parametric: Whether its last axis is one of a parameter: the classes of a classifier.
+    """
+
+    before: tuple[int, ...] | None = None
+    scores: Scores | None = None
+    weights: bool = False
+    clean: Tensor | None = None
+    way: str = ""
+    dropout: float = 0.0
+    parametric: bool = False
+
+
+class Tags:
+    """The tags of the tensors that are alive."""
+
+    def __init__(self) -> None:
+        self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def __getitem__(self, tensor: object) -> Tag | None:
+        if not isinstance(tensor, Tensor):
+            return None
+        found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
+        return found
+
+    def __setitem__(self, tensor: Any, tag: Tag) -> None:
+        if isinstance(tensor, torch.Tensor):
+            self._of[tensor] = tag

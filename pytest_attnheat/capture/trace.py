@@ -1,0 +1,255 @@
+"""`Trace`: the attention that happened within a capture, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.capture.record import AttentionRecord, Selection
+
+if TYPE_CHECKING:
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+
+
+@dataclass(frozen=True)
+class Unseen:
+    """Something that looks like attention and could not be read.
+
+    Attributes:
+        layer: The module in which it happened; empty outside of the model.
+        what: What it was.
+        why: Why it could not be read.
+    """
+
+    layer: str
+    what: str
+    why: str
+
+    def __str__(self) -> str:
+        """Where, what and why."""
+        return f"{self.layer or '(no layer)'}: {self.what}: {self.why}"
+
+
+class Trace(Sequence[AttentionRecord]):
+    """The records of a capture, in the order in which attention happened.
+
+    `trace[0]` and `trace[-1]` are records, `trace["encoder.layer.0.attention.self"]` is the only
+    record of that layer, a slice is a trace.
+
+    Attributes:
+        unseen: What looked like attention and could not be read, and why.
+        changes: What ran differently because of the capture; empty if nothing did.
+        difference: With `verify=True`, how far the model's output is from its output without
+            the capture: the largest difference, as a part of the largest number; else None.
+    """
+
+    def __init__(
+        self,
+        records: Iterable[AttentionRecord] = (),
+        unseen: Iterable[Unseen] = (),
+        changes: Iterable[str] = (),
+        difference: float | None = None,
+    ) -> None:
+        self._records = list(records)
+        self._unseen = dict.fromkeys(unseen)
+        self._changes = dict.fromkeys(changes)
+        self._within: set[str] = set()
+        self.difference = difference
+
+    @property
+    def unseen(self) -> tuple[Unseen, ...]:
+        """What looked like attention and could not be read."""
+        return tuple(self._unseen)
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """What ran differently because of the capture."""
+        return tuple(self._changes)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """The names of the layers, in the order of their first attention."""
+        return tuple(dict.fromkeys(record.layer for record in self._records))
+
+    @property
+    def untrusted(self) -> tuple[AttentionRecord, ...]:
+        """The records that their own output does not confirm."""
+        return tuple(record for record in self._records if not record.trusted)
+
+    def __len__(self) -> int:
+        """How many records there are."""
+        return len(self._records)
+
+    def __iter__(self) -> Iterator[AttentionRecord]:
+        """All records in order."""
+        return iter(tuple(self._records))
+
+    @overload
+    def __getitem__(self, wanted: int | str) -> AttentionRecord: ...
+    @overload
+    def __getitem__(self, wanted: slice) -> Trace: ...
+    def __getitem__(self, wanted: int | str | slice) -> AttentionRecord | Trace:
+        """A record by number, or by the name of a layer that has one record; a slice of them."""
+        if isinstance(wanted, slice):
+            return self._with(self._records[wanted])
+        if isinstance(wanted, int):
+            return self._records[wanted]
+        found = [record for record in self._records if record.layer == wanted]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise KeyError(
+                f"{wanted!r} has {len(found)} records; use trace.select(layers={wanted!r})"
+            )
+        raise KeyError(f"there is no layer {wanted!r}; there are {_listed(self.layers)}")
+
+    def select(
+        self,
+        *,
+        layers: str | Sequence[str] | None = None,
+        heads: Selection | None = None,
+        queries: Selection | None = None,
+        call: int | None = None,
+    ) -> Trace:
+        """Return a trace of some layers, heads, queries or calls; nothing is copied.
+
+        Args:
+            layers: Names or patterns such as "*.self_attn"; that of a module means all within.
+            heads: Numbers of heads in each layer, or a slice.
+            queries: Numbers of queries, or a slice; negative ones count from the end.
+            call: Which attention of each layer, from 0: the decoding step, for instance.
+
+        Raises:
+            ValueError: Nothing is selected.
+        """
+        patterns = [layers] if isinstance(layers, str) else layers
+        records = [
+            record.select(heads=heads, queries=queries)
+            for record in self._records
+            if matches(record.layer, patterns) and call in (None, record.call)
+        ]
+        if not records:
+            raise ValueError(
+                f"trace.select: got layers={layers!r}, call={call!r}, which is no record; "
+                f"there are {_listed(self.layers)}"
+            )
+        return self._with(records)
+
+    def show(
+        self, *, tokens: Sequence[str] | None = None, batch: int = 0, **options: Any
+    ) -> HeatmapFigure:
+        """Draw a row of heatmaps per record and a column per head, with `show_heatmaps`.
+
+        Args:
+            tokens: A label for each token; with fewer tokens than positions, as without
+                padding, only these are drawn.
+            batch: Which batch entry.
+            **options: Those of `show_heatmaps`.
+
+        Raises:
+            ValueError: There is nothing, or maps differ in shape: select layers or a call.
+        """
+        from pytest_attnheat.heatmaps.figure import show_heatmaps
+
+        shapes = {record.shape_here[1:] for record in self._records}
+        if len(shapes) != 1:
+            raise ValueError(
+                f"trace.show: got maps (heads, query_len, key_len) of shapes {sorted(shapes)}; "
+                "accepted is one shape: trace.select(layers=..., call=...)"
+            )
+        (heads, _query_len, _key_len) = shapes.pop()
+        maps = torch.stack([record.weights[batch].cpu() for record in self._records])
+        if tokens is not None:
+            options, maps = _labelled(list(tokens), options, maps, self._records[0])
+        numbers = self._records[0].heads
+        columns = range(heads) if numbers is None else numbers.tolist()
+        defaults = {
+            "xlabel": "Keys",
+            "ylabel": "Queries",
+            "titles": [f"Head {head}" for head in columns],
+            "row_titles": _short([record.layer for record in self._records]),
+            "figsize": None,
+        }
+        return show_heatmaps(maps, **{**defaults, **options})
+
+    def __str__(self) -> str:
+        """A table: layer, way, shape, residual; and what was not seen or ran differently."""
+        rows = [("layer", "way", "shape", "residual")]
+        rows += [(r.layer, r.way, str(r.shape_here), _residual(r)) for r in self._records]
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        lines += [f"unseen   {unseen}" for unseen in self._unseen]
+        lines += [f"changed  {change}" for change in self._changes]
+        if self.difference is not None:
+            lines.append(f"output   differs by {self.difference:.1e} from that without capture")
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """How many records of how many layers."""
+        return f"<Trace: {len(self)} records of {len(self.layers)} layers>"
+
+    def _with(self, records: Iterable[AttentionRecord]) -> Trace:
+        return Trace(records, self._unseen, self._changes, self.difference)
+
+    def _append(self, record: AttentionRecord) -> None:
+        self._records.append(record)
+
+    def _saw(self, running: Iterable[str]) -> None:
+        self._within.update(running)
+
+    def _miss(self, unseen: Unseen) -> None:
+        self._unseen[unseen] = None
+
+    def _change(self, change: str) -> None:
+        self._changes[change] = None
+
+
+def matches(layer: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a layer, or a module around it, is matched by one of the patterns."""
+    if patterns is None:
+        return True
+    return any(fnmatchcase(layer, p) or fnmatchcase(layer, f"{p}.*") for p in patterns)
+
+
+def _listed(layers: Sequence[str]) -> str:
+    shown = ", ".join(layers[:8])
+    return f"{shown} and {len(layers) - 8} more" if len(layers) > 8 else shown or "none"
+
+
+def _residual(record: AttentionRecord) -> str:
+    if record.unverified:
+        return record.unverified
+    return f"{record.residual:.1e}" + ("" if record.trusted else f"  > {record.tolerance:.0e}!")
+
+
+def _short(names: Sequence[str]) -> list[str]:
+    """Names without the parts that all of them share at either end."""
+    parts = [name.split(".") for name in names]
+    while min(map(len, parts)) > 1 and len({tuple(p[-1:]) for p in parts}) == 1:
+        parts = [p[:-1] for p in parts]
+    while min(map(len, parts)) > 2 and len({tuple(p[:1]) for p in parts}) == 1:
+        parts = [p[1:] for p in parts]
+    return [".".join(p) for p in parts]
+
+
+def _labelled(
+    tokens: list[str], options: dict[str, Any], maps: Tensor, record: AttentionRecord
+) -> tuple[dict[str, Any], Tensor]:
+    query_len, key_len = record.shape[2:]
+    if not tokens or len(tokens) > key_len:
+        raise ValueError(f"trace.show: got {len(tokens)} tokens; accepted are 1 to {key_len}")
+    # The queries of a decoding step are the last of the tokens.
+    first = len(tokens) - query_len if query_len < key_len else 0
+    numbers = range(query_len) if record.queries is None else record.queries.tolist()
+    kept = [place for place, number in enumerate(numbers) if 0 <= number + first < len(tokens)]
+    labels = [tokens[numbers[place] + first] for place in kept]
+    maps = maps[:, :, kept, : len(tokens)]
+    return {"key_labels": tokens, "query_labels": labels, **options}, maps

@@ -1,0 +1,89 @@
+"""`Watcher`: sees the functions of torch that a model calls, and hands attention to recorders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import torch
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.tags import Tags
+
+# (watcher, function, arguments, keywords) -> what the function returns.
+Way = Callable[["Watcher", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+
+
+class Recorder(Protocol):
+    """Who wants to know of attention."""
+
+    def take(self, record: AttentionRecord, used: torch.Tensor | None) -> None:
+        """An attention happened; `used` are the weights that were multiplied, if known."""
+
+    def miss(self, what: str, why: str) -> None:
+        """Something that looks like attention happened, and cannot be read."""
+
+
+class Watcher(TorchFunctionMode):
+    """Sees each function of torch that is called in its thread; nested captures share one.
+
+    Attributes:
+        recorders: Who is told.
+        tags: What is known of tensors.
+        heads: How many heads the batch axis of 3-D tensors holds, within multi-head attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recorders: list[Recorder] = []
+        self.tags = Tags()
+        self.heads: int | None = None
+        self._ways: dict[Any, Way | None] = {}
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: object,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Call the function; what might be attention by the way that knows it."""
+        try:
+            way = self._ways[func]
+        except KeyError:
+            way = self._ways[func] = _way_of(func)
+        if way is None:
+            return func(*args, **(kwargs or {}))
+        return way(self, func, args, dict(kwargs or {}))
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is to be told: a backward pass calls the model's code again."""
+        return torch._C._current_graph_task_id() != -1
+
+    def tell(self, record: AttentionRecord, used: torch.Tensor | None = None) -> None:
+        """Hand an attention to all recorders."""
+        if not self.idle:
+            for recorder in self.recorders:
+                recorder.take(record, used)
+
+    def miss(self, what: str, why: str) -> None:
+        """Tell all recorders of what cannot be read."""
+        if not self.idle:
+            for recorder in self.recorders:
+                recorder.miss(what, why)
+
+
+def current() -> Watcher | None:
+    """Return the watcher of this thread, if there is one."""
+    for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
+        if isinstance(mode, Watcher):
+            return mode
+    return None
+
+
+def _way_of(func: Callable[..., Any]) -> Way | None:
+    from pytest_attnheat.capture.ways import way_of
+
+    return way_of(func)

@@ -1,0 +1,36 @@
+"""The ways of seeing attention happen, one small module each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn import functional
+
+from pytest_attnheat.capture.watching import Way
+from pytest_attnheat.capture.ways import flex, fused, multihead, sdpa, written
+
+
+def way_of(func: Callable[..., Any]) -> Way | None:
+    """Return the way that knows a function; None for one that tells nothing."""
+    if func is functional.multi_head_attention_forward:
+        return multihead.see
+    if func in (functional.scaled_dot_product_attention,):
+        return sdpa.see
+    if isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        return _way_of_operator(func)
+    if isinstance(func, torch._ops.HigherOrderOperator):
+        return flex.see if func._name == "flex_attention" else None
+    return written.way_of(getattr(func, "__name__", ""), func)
+
+
+def _way_of_operator(func: Any) -> Way | None:
+    """An operator called by its name: of PyTorch, as in an exported model, or somebody's own."""
+    namespace, _, name = str(func).partition(".")
+    name = name.split(".")[0]
+    if namespace != "aten":
+        return fused.see if fused.is_attention(name) else None
+    if name == "scaled_dot_product_attention":
+        return sdpa.see
+    return fused.see if fused.is_attention(name) else written.way_of(name, func)

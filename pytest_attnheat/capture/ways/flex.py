@@ -1,0 +1,79 @@
+"""`flex_attention`, with its score_mod and block mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.capture.record import AttentionRecord, ScoreChange
+from pytest_attnheat.capture.watching import Watcher
+
+WAY = "flex_attention"
+
+
+def see(
+    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call the operator behind `flex_attention`, and tell what it was given.
+
+    It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
+    pair whether it may attend), scale, and options of the kernel.
+    """
+    result = func(*args, **kwargs)
+    query, key, value, score_mod, block_mask, scale = args[:6]
+    mask_mod, blocks = block_mask[-1], block_mask[2]
+    batch, heads, query_len, _ = query.shape
+    shape = (batch, heads, query_len, key.shape[-2])
+    watcher.tell(
+        AttentionRecord(
+            layer="",
+            way=WAY,
+            shape=shape,
+            dtype=query.dtype,
+            query=query,
+            key=key,
+            value=value,
+            output=result[0],
+            given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
+            scale=float(scale),
+            score_change=None if _changes_nothing(score_mod) else _change(score_mod, query.device),
+        )
+    )
+    return result
+
+
+def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:
+    return getattr(score_mod, "__name__", "") == "_identity"
+
+
+def _dense(
+    mask_mod: Callable[..., Tensor],
+    of: tuple[int, ...],
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+) -> Tensor | None:
+    """The mask that the block mask stands for; None where everything may be attended to."""
+    from torch.nn.attention.flex_attention import create_mask
+
+    if getattr(mask_mod, "__name__", "") in ("noop_mask", "_noop_mask"):
+        return None
+    batch, heads = of
+    mask: Tensor = create_mask(mask_mod, batch, heads, shape[2], shape[3], device=str(device))
+    return None if bool(mask.all()) else mask
+
+
+def _change(score_mod: Callable[..., Tensor], device: torch.device) -> ScoreChange:
+    """Let a score_mod, which takes one score, take all of them."""
+
+    def change(scores: Tensor, batch: Tensor, heads: Tensor, queries: Tensor) -> Tensor:
+        places = [batch, heads, queries, torch.arange(scores.shape[-1])]
+        function = score_mod
+        for axis in reversed(range(4)):
+            index = [0 if axis == other else None for other in range(4)]
+            function = torch.vmap(function, in_dims=(0, *index))
+        return function(scores, *(place.to(device, torch.int32) for place in places))
+
+    return change

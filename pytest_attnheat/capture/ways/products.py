@@ -1,0 +1,210 @@
+"""Products of tensors in any spelling, and the record of one that is attention."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.shaping import Shaping
+from pytest_attnheat.capture.tags import Scores, Tag
+from pytest_attnheat.capture.watching import Watcher
+
+
+@dataclass(frozen=True)
+class Product:
+    """output = scale * left @ right + added.
+
+    Attributes:
+        left: (..., rows, inner)
+        right: (..., inner, columns)
+        output: (..., rows, columns)
+        left_source: The operand that `left` is a view of.
+        right_source: The operand that `right` is a view of.
+        scale: A factor.
+        added: What was added.
+        moves: How `left` was made of its operand, to do the same with another: axes to permute
+            (None for none), and whether a row was added.
+    """
+
+    left: Tensor
+    right: Tensor
+    output: Tensor
+    left_source: Tensor
+    right_source: Tensor
+    scale: float = 1.0
+    added: Tensor | None = None
+    left_axes: tuple[int, ...] | None = None
+    right_axes: tuple[int, ...] | None = None
+    row_added: bool = False
+
+    def turned(self) -> Product:
+        """The same product read from the right: output.mT = right.mT @ left.mT."""
+        return Product(
+            self.right.mT, self.left.mT, self.output.mT, self.right_source, self.left_source,
+            self.scale, None, _swapped(self.right_axes, self.right.ndim),
+            _swapped(self.left_axes, self.left.ndim),
+        )  # fmt: skip
+
+    @property
+    def left_as_it_is(self) -> bool:
+        """Whether `left` has the axes of its operand, in their order."""
+        return self.left_axes in (None, tuple(range(self.left.ndim)))
+
+    def like_left(self, tensor: Tensor) -> Tensor:
+        """A tensor in the layout of the left operand, in that of `left`."""
+        if self.left_axes is not None:
+            tensor = tensor.permute(self.left_axes)
+        return tensor.unsqueeze(-2) if self.row_added else tensor
+
+
+def _swapped(axes: tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
+    axes = tuple(range(ndim)) if axes is None else axes
+    return (*axes[:-2], axes[-1], axes[-2])
+
+
+def read_product(
+    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
+) -> Product | None:
+    """Read a call of matmul, bmm, baddbmm or einsum; None if it is no product of matrices."""
+    name = name.split(".")[0]
+    if not isinstance(output, Tensor):
+        return None
+    if name == "einsum":
+        return _einsum(args, output)
+    added, scale = None, 1.0
+    operands = [*args, *(v for k, v in kwargs.items() if k in _OPERANDS)]
+    if name == "baddbmm":
+        if kwargs.get("beta", 1) != 1:
+            return None
+        added, *operands = operands
+        scale = float(kwargs.get("alpha", 1))
+    if len(operands) < 2 or not all(isinstance(t, Tensor) and t.ndim >= 2 for t in operands[:2]):
+        return None
+    left, right = operands[:2]
+    if not left.is_floating_point():
+        return None
+    return Product(left, right, output, left, right, scale, added)
+
+
+_OPERANDS = ("input", "self", "other", "mat2", "batch1", "batch2", "tensor2")
+
+
+def _einsum(args: tuple[Any, ...], output: Tensor) -> Product | None:
+    """Two operands with one axis summed: batch axes, one of rows, one of columns."""
+    if not args or not isinstance(args[0], str):
+        return None
+    operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
+    if len(operands) != 2:
+        return None
+    named = _letters(args[0], operands, output)
+    if named is None:
+        return None
+    left, right, out = named
+    inner = [c for c in left if c in right and c not in out]
+    batch = [c for c in out if c in left and c in right]
+    rows = [c for c in out if c in left and c not in right]
+    columns = [c for c in out if c in right and c not in left]
+    if len(inner) != 1 or len(rows) > 1 or len(columns) != 1:
+        return None
+    if len(left) != len(batch) + len(rows) + 1 or len(right) != len(batch) + 2:
+        return None
+    left_axes = tuple(left.index(c) for c in [*batch, *rows, *inner])
+    right_axes = tuple(right.index(c) for c in [*batch, *inner, *columns])
+    a, b = operands
+    made = output.permute(tuple(out.index(c) for c in [*batch, *rows, *columns]))
+    left_view, row_added = a.permute(left_axes), not rows
+    if row_added:  # One query, which has no axis of its own.
+        left_view, made = left_view.unsqueeze(-2), made.unsqueeze(-2)
+    return Product(
+        left_view, b.permute(right_axes), made, a, b,
+        left_axes=left_axes, right_axes=right_axes, row_added=row_added,
+    )  # fmt: skip
+
+
+def _letters(
+    equation: str, operands: Any, output: Tensor
+) -> tuple[list[str], list[str], list[str]] | None:
+    """The names of the axes of both operands and the output; an ellipsis written out."""
+    inputs, arrow, out = equation.replace(" ", "").partition("->")
+    parts = inputs.split(",")
+    if not arrow or len(parts) != 2:
+        return None
+    spare = [c for c in "ABCDEFGHIJKLMNOPQRSTUVWXYZ" if c not in equation]
+    dots = max((t.ndim - len(p.replace("...", "")) for t, p in zip(operands, parts, strict=True)
+                if "..." in p), default=0)  # fmt: skip
+    named = []
+    for part, tensor in zip([*parts, out], [*operands, output], strict=True):
+        missing = tensor.ndim - len(part.replace("...", ""))
+        letters = list(part.replace("...", "".join(spare[dots - missing : dots])))
+        if len(set(letters)) != tensor.ndim:
+            return None
+        named.append(letters)
+    return named[0], named[1], named[2]
+
+
+def tell(watcher: Watcher, product: Product) -> None:
+    """Tell the recorders of a product of weights and values."""
+    tag = watcher.tags[product.left_source]
+    assert tag is not None
+    used = product.left
+    clean = used if tag.clean is None else product.like_left(tag.clean)
+    if not clean.is_floating_point() or clean.shape != used.shape or used.is_meta:
+        watcher.miss(tag.way, "its weights were changed in a way that is not understood")
+        return
+    scores = tag.scores
+    shaping = Shaping.of_weights(used, _before(watcher, tag, product), watcher.heads)
+    key_len = used.shape[-1]
+    query = key = None
+    if scores is not None and scores.kept and product.left_as_it_is:
+        query, key = _operands(scores, shaping, used)
+    exact = scores is not None and scores.exact and query is not None
+    record = AttentionRecord(
+        layer="",
+        way=tag.way,
+        shape=shaping.weights_shape(used.shape[-2], key_len),
+        dtype=used.dtype,
+        query=query,
+        key=key,
+        value=shaping.keys(product.right),
+        output=shaping.queries(product.output),
+        given_mask=_masking(scores, shaping, used, "mask"),
+        bias=_masking(scores, shaping, used, "bias"),
+        scale=scores.scale if exact and scores is not None else None,
+        dropout=tag.dropout,
+        kept_weights=shaping.queries(clean),
+    )
+    watcher.tell(record, shaping.queries(used))
+
+
+def _before(watcher: Watcher, tag: Tag, product: Product) -> tuple[int, ...] | None:
+    """The shape (batch, heads, ...) that some tensor of this attention had before it was 3-D."""
+    sources = [tag, watcher.tags[product.right_source]]
+    if tag.scores is not None:
+        sources += [watcher.tags[tag.scores.left], watcher.tags[tag.scores.right]]
+    return next((t.before for t in sources if t is not None and t.before is not None), None)
+
+
+def _operands(
+    scores: Scores, shaping: Shaping, used: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    left, right = scores.left, scores.right
+    if left.shape[-2] != used.shape[-2] or right.shape[-2] != used.shape[-1]:
+        return None, None
+    if left.shape[:-2].numel() != used.shape[:-2].numel():
+        return None, None
+    return shaping.queries(left), shaping.keys(right)
+
+
+def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -> Tensor | None:
+    if scores is None or not scores.kept:
+        return None
+    tensor: Tensor | None = getattr(scores, what)
+    if tensor is None:
+        return None
+    fits = tensor.ndim <= used.ndim and all(
+        a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(used.shape), strict=False)
+    )
+    return shaping.mask(tensor) if fits else None

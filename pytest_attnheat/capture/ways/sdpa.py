@@ -1,0 +1,69 @@
+"""`scaled_dot_product_attention`, whoever calls it and whatever kernel runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.capture.record import AttentionRecord, CausalAlignment
+from pytest_attnheat.capture.shaping import Shaping
+from pytest_attnheat.capture.watching import Watcher
+
+_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+WAY = "scaled_dot_product_attention"
+
+
+def see(
+    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call it, and tell what it was given."""
+    output = func(*args, **kwargs)
+    given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    query, key, value = given["query"], given["key"], given["value"]
+    strange = next((t for t in (query, key, value) if t.is_nested or t.is_sparse), None)
+    if strange is not None or not isinstance(output, Tensor) or output.is_meta:
+        kind = "nested" if strange is not None and strange.is_nested else "unusual"
+        watcher.miss(WAY, f"it was given {kind} tensors")
+        return output
+    watcher.tell(_record(watcher, given, output))
+    return output
+
+
+def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> AttentionRecord:
+    query, key, value = given["query"], given["key"], given["value"]
+    shaping = Shaping.of(query, watcher.tags[query], watcher.heads, key)
+    mask, bias, causal = _mask(given)
+    scale = given.get("scale")
+    return AttentionRecord(
+        layer="",
+        way=WAY,
+        shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
+        dtype=query.dtype,
+        query=shaping.queries(query),
+        key=shaping.keys(key),
+        value=shaping.keys(value),
+        output=shaping.queries(output),
+        given_mask=None if mask is None else shaping.mask(mask),
+        bias=None if bias is None else shaping.mask(bias),
+        causal=causal,
+        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        dropout=float(given.get("dropout_p", 0.0)),
+    )
+
+
+def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, CausalAlignment | None]:
+    """What was given as a mask: permitted keys, something added, an alignment."""
+    mask = given.get("attn_mask")
+    causal: CausalAlignment | None = "top_left" if given.get("is_causal") else None
+    if mask is None:
+        return None, None, causal
+    variant = getattr(mask, "variant", None)
+    if variant is not None:  # torch.nn.attention.bias.CausalBias: no tensor is behind it.
+        lower = "LOWER" in str(getattr(variant, "name", variant)).upper()
+        return None, None, "bottom_right" if lower else "top_left"
+    if mask.dtype == torch.bool:
+        return mask, None, causal
+    return None, mask, causal

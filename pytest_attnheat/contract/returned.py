@@ -1,0 +1,182 @@
+"""What the weights are that a subject returns beside an output that is right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.contract.defects import DEFECTS
+from pytest_attnheat.contract.findings import Diagnosis, number_text
+from pytest_attnheat.contract.plan import Case, NotApplicable, Plan, Result, carry_out
+from pytest_attnheat.contract.probing import Probe, answer_to
+from pytest_attnheat.contract.spec import AttentionSpec
+
+# Not compared: cases whose weights are 0 and 1, or many.
+_LEFT_OUT = ("large scores", "long")
+# Masked scores are -inf or some very low number.
+_LOWEST = -1e4
+# The share that is dropped when it is asked what is returned then.
+_SHARE = 0.5
+
+
+_CORRECT = Plan()
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What might be returned: a name, what it is, and how it is made of a plan that is made."""
+
+    name: str
+    sentence: str
+    make: Callable[[Result], Tensor]
+    plan: Plan = _CORRECT
+    averaged: bool | None = None  # None: as declared
+
+
+_BEFORE_MASK = Plan(mask="ignored", causal="ignored", window="ignored")
+
+
+def _masked_scores(result: Result) -> Tensor:
+    return result.scores.masked_fill(~result.permitted, -math.inf)
+
+
+def _shifted(result: Result) -> Tensor:
+    scores = _masked_scores(result)
+    return scores - scores.amax(-1, keepdim=True)
+
+
+_KINDS = (
+    _Kind("returned_averaged", "averaged over the heads", lambda r: r.weights, averaged=True),
+    _Kind("returned_per_head", "those of each head", lambda r: r.weights, averaged=False),
+    _Kind("returned_transposed", "transposed: a row for each key", lambda r: r.weights.mT),
+    _Kind("returned_before_mask", "from before the mask", lambda r: r.weights, _BEFORE_MASK),
+    _Kind("returned_scores", "the scores, from before the softmax", _masked_scores),
+    _Kind("returned_scores", "the scores, from before the mask", lambda r: r.scores),
+    _Kind("returned_unnormalised", "not divided by their sum", lambda r: _shifted(r).exp()),
+    _Kind("returned_unnormalised", "not divided by their sum", lambda r: _masked_scores(r).exp()),
+    *(
+        _Kind("returned_of_other_heads", f"those of other heads ({order})", make)
+        for order, make in {
+            "of the one before": lambda r: r.weights.roll(1, 1),
+            "of the next": lambda r: r.weights.roll(-1, 1),
+            "in reversed order": lambda r: r.weights.flip(1),
+            "of the first": lambda r: r.weights[:, :1].expand_as(r.weights),
+        }.items()
+    ),
+    *(
+        _Kind("returned_of_another_sample", "those of another sample", make)
+        for make in (
+            lambda r: r.weights.roll(1, 0),
+            lambda r: r.weights.roll(-1, 0),
+            lambda r: r.weights[:1].expand_as(r.weights),
+        )
+    ),
+    *(
+        _Kind(
+            f"returned_{defect.name}",
+            f"those of attention {defect.sentence}",
+            lambda r: r.weights,
+            change(Plan()),
+        )
+        for defect in DEFECTS
+        for change in defect.changes
+        if defect.seen == "exactly"
+    ),
+)
+
+
+def with_returned(diagnosis: Diagnosis, spec: AttentionSpec, probes: Sequence[Probe]) -> Diagnosis:
+    """Return the diagnosis of a subject whose output is right, and say what weights it returns."""
+    if spec.returns == "output":
+        return diagnosis
+    compared = [one for one in probes if _is_compared(one)]
+    given = [(one, _returned(spec, one)) for one in compared]
+    right = _Kind("", "", lambda r: r.weights)
+    off = [_off(spec, right, one, weights) for one, weights in given]
+    wrong = [one.case.name for (one, _), far in zip(given, off, strict=True) if far > 1.0]
+    if not wrong:
+        return _while_dropping(diagnosis, spec, compared)
+    said = replace(diagnosis, healthy=False, where={"wrong": f"weights in {', '.join(wrong)}"})
+    beginning = f"{spec.name} gives the output of attention as declared, but returns weights that"
+    for kind in _KINDS:
+        if all(_off(spec, kind, one, weights) <= 1.0 for one, weights in given):
+            return replace(said, defects=(kind.name,), sentence=f"{beginning} are {kind.sentence}")
+    first = next(weights for (_, weights), far in zip(given, off, strict=True) if far > 1.0)
+    return replace(said, sentence=f"{beginning} did not make it ({_described(first)})")
+
+
+def _is_compared(one: Probe) -> bool:
+    """Whether a case is asked; the weights of a query that may see nothing are not declared."""
+    if not one.judged or one.case.name.startswith(_LEFT_OUT):
+        return False
+    return bool(carry_out(_CORRECT, one.case).permitted.any(-1).all())
+
+
+def _returned(spec: AttentionSpec, one: Probe) -> object:
+    weights = answer_to(spec, one.case, one.dtype).weights
+    return weights.detach().double().cpu() if isinstance(weights, Tensor) else weights
+
+
+def _described(weights: object) -> str:
+    if not isinstance(weights, Tensor):
+        return f"they are a {type(weights).__name__}"
+    sums = torch.nan_to_num(weights.sum(-1), nan=math.inf)
+    return (
+        f"their shape is {tuple(weights.shape)}, their rows sum to {number_text(float(sums.min()))}"
+        f" to {number_text(float(sums.max()))}"
+    )
+
+
+def _off(spec: AttentionSpec, kind: _Kind, one: Probe, weights: object) -> float:
+    """How far weights are from those of a kind, as a multiple of what rounding may do."""
+    try:
+        result = carry_out(kind.plan, one.case)
+    except NotApplicable:
+        return math.inf
+    wanted = kind.make(result)
+    averaged = spec.returns == "averaged" if kind.averaged is None else kind.averaged
+    if averaged:
+        wanted = wanted.mean(1)
+    if not isinstance(weights, Tensor):
+        return math.inf
+    if weights.ndim == 3 and not spec.has_heads and not averaged:
+        wanted = wanted.squeeze(1)
+    if weights.ndim == 4 and kind.averaged:
+        wanted = wanted.unsqueeze(1).expand(-1, weights.shape[1], -1, -1)
+    if weights.shape != wanted.shape:
+        return math.inf
+    difference = weights.clamp(min=_LOWEST) - wanted.clamp(min=_LOWEST)
+    size = max(1.0, float(wanted.clamp(min=_LOWEST).abs().max()))
+    allowed = max(one.tolerance, 8 * torch.finfo(one.dtype).eps * (2.0 + _loudest(one.case)))
+    far = float(difference.abs().max()) / (size * allowed)
+    return math.inf if math.isnan(far) else far
+
+
+def _loudest(case: Case) -> float:
+    return float(carry_out(_CORRECT, case).scores.abs().max())
+
+
+def _while_dropping(
+    diagnosis: Diagnosis, spec: AttentionSpec, probes: Sequence[Probe]
+) -> Diagnosis:
+    """Say whether weights that are declared to be from before dropout are from after it."""
+    if spec.returns != "weights" or not spec.dropout:
+        return diagnosis
+    first = probes[0]
+    weights = answer_to(spec, first.case, first.dtype, dropout=_SHARE).weights
+    expected = carry_out(_CORRECT, first.case).weights
+    dropped = (weights.cpu() == 0) & (expected.reshape(weights.shape) > first.tolerance)
+    if not bool(dropped.any()):
+        return diagnosis
+    return replace(
+        diagnosis,
+        healthy=False,
+        defects=("returned_after_dropout",),
+        where={"wrong": f"weights in {first.case.name}, with dropout_p={_SHARE}"},
+        sentence=f"{spec.name} gives the output of attention as declared, but returns weights "
+        'from after dropout (returns="dropped_weights" declares that)',
+    )
