@@ -156,7 +156,11 @@ class Question:
         """The error: what does not hold, the diagnosis, and the check's own message."""
         told = self._diagnosed.told()
         message = result.message.removeprefix(f"{result.declaration}\n")
-        self.verdict |= {"declaration": result.declaration, "diagnosis": told.sentence}
+        self.verdict |= {
+            "declaration": result.declaration,
+            "diagnosis": told.sentence,
+            "named": told.named,
+        }
         claim = result.declaration or f"not so: {self._check.sentence}"
         text = "\n\n".join(part for part in (told.text, message) if part)
         return FailedCheckError(claim, text, told.draw)
@@ -198,6 +202,7 @@ class _Told(NamedTuple):
 
     sentence: str = ""
     text: str = ""
+    named: bool = False
     draw: Callable[[], HeatmapFigure] | None = None
 
 
@@ -218,9 +223,10 @@ class _Diagnosed:
         if diagnosis is None or diagnosis.healthy:
             self._before = _Told()
             return self._before
-        self._before = _Told(diagnosis.sentence, f"diagnose: {diagnosis.sentence}")
+        named = bool(diagnosis.defects)
+        self._before = _Told(diagnosis.sentence, f"diagnose: {diagnosis.sentence}", named)
         draw = None if diagnosis.expected_weights is None else diagnosis.draw
-        return _Told(diagnosis.sentence, str(diagnosis), draw)
+        return self._before._replace(text=str(diagnosis), draw=draw)
 
 
 class Examination(pytest.Collector):

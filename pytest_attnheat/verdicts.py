@@ -99,11 +99,13 @@ def _entries(found: Sequence[Verdict]) -> Iterator[tuple[str, str]]:
     if failed and len(_unique(found, "place")) > 1:
         places = Counter(verdict["place"] for verdict in failed)
         yield "failed", ", ".join(f"{count} in {place}" for place, count in places.items())
-    for declaration in _unique(failed, "declaration"):
+    declarations = _unique(failed, "declaration")
+    for declaration in declarations:
         yield "declared", declaration
     diagnoses = _unique(failed, "diagnosis")
-    for diagnosis in diagnoses[:1]:  # each worker made its own, of the same cases
-        yield "diagnosis", diagnosis
+    # Under a wrong declaration no defect may fit. Each worker made its own, of the same cases.
+    if diagnoses and (not declarations or any(verdict["named"] for verdict in failed)):
+        yield "diagnosis", diagnoses[0]
     if failed and not diagnoses:
         yield from _by_reason(failed)
     for picture in _unique(failed, "picture")[:1]:

@@ -427,6 +427,13 @@ def test_a_parameter_that_sounds_like_a_mask_or_causality_gets_a_hint():
     assert (by_name["masked"], by_name["causal"]) == (masks, causality)
     assert by_name["plain"].endswith(f"positional argument: 'mask'; {masks}; {causality}")
     assert [f"hint: {masks}", f"hint: {causality}"] == str(report).splitlines()[1:3]
+
+    # That it takes anything does not make it take a mask under another name.
+    def with_others(query, key, value, mask=None, **others):
+        return sdpa(query, key, value, mask)
+
+    assert AttentionSpec(with_others).mask is None
+    assert AttentionSpec(with_others, mask_argument="mask").mask == "keep"
     # Declared, it is called without a mask as with None.
     spec = AttentionSpec(own, mask_argument="mask", causal_argument="causal", dtypes=ONE_DTYPE)
     report = check_attention(spec, quick=True)

@@ -218,10 +218,13 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
         def raising(query, key, value, mask):
             return sdpa(query, key, value, mask)
 
+        def turned(query, key, value):
+            return sdpa(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
+
         torch.manual_seed(0)
         layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
         block = AttentionSpec(layer, inputs=torch.randn(2, 9, 16), name="block")
-        every = [hinting, refusing, raising, block, sdpa]
+        every = [hinting, refusing, raising, block, turned, sdpa]
         """
     )
     result = pytester.runpytest_subprocess(
@@ -242,6 +245,9 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
         "  because    shape_and_dtype, plain, large_scores and 1 more: it raised TypeError: "
         "raising() missing 1 required positional argument: 'mask'",
         "  hint       it takes mask=, *",
+        "turned (subjects:every): 4 of 4 checks failed, 6 not asked",
+        "  declared   wrong declaration: layout='bhld' is the default, but the code means 'blhd'",
+        "  picture    *",
     ]
     for line, pattern in zip(told, expected, strict=False):
         assert fnmatch(line, pattern), line

@@ -29,7 +29,6 @@ from pytest_attnheat.contract.exam import (
     Inputs,
     NotAskedError,
     is_refusal,
-    lookalikes,
     scattered,
     with_a_lost_row,
 )
@@ -317,7 +316,7 @@ def block_padding(exam: Exam) -> None:
 
 
 def _mask_of_block(spec: AttentionSpec) -> str:
-    names = lookalikes(spec, "mask")
+    names = spec.sounding_like("mask")
     if not names:
         return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
     return (

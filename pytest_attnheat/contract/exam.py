@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
 from pytest_attnheat.assertions.behaviour.subjects import modules_in
-from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.contract.spec import AttentionSpec, Sound
 from pytest_attnheat.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.scoring import draw
 
@@ -207,31 +207,19 @@ class Exam:
 
 
 _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
-# Looked up in this order: a causal_mask is a mask.
-_SOUNDS = {"mask": ("mask", "padding"), "causal": ("causal",)}
 
 
-def undeclared(spec: AttentionSpec, field: Literal["mask", "causal"]) -> str:
+def undeclared(spec: AttentionSpec, field: Sound) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
     if spec.is_block or spec.is_captured or getattr(spec, field) is not None:
         return ""
-    names = lookalikes(spec, field)
+    names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:
         return ""  # or it is declared to be None
     return (
         f"it takes {names[0]}=, and the specification does not say what that means: "
         f"AttentionSpec(..., {field}_argument={names[0]!r}, {field}=...), {_MEANINGS[field]}"
     )
-
-
-def lookalikes(spec: AttentionSpec, field: Literal["mask", "causal"]) -> list[str]:
-    """The parameters of a subject whose names sound like a mask, or like causality."""
-    found = []
-    for name in spec.parameters or {}:
-        sounds = [kind for kind, words in _SOUNDS.items() if any(w in name.lower() for w in words)]
-        if sounds[:1] == [field]:
-            found.append(name)
-    return found
 
 
 def scattered(query_len: int, key_len: int) -> Tensor:

@@ -18,7 +18,10 @@ from pytest_attnheat.reference import causal_mask
 CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
 LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
+Sound: TypeAlias = Literal["mask", "causal"]
 
+# Looked up in this order: a causal_mask is a mask.
+_SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
 # A side of a window that ends nowhere.
 _ENDLESS = 2**30
 _NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
@@ -119,9 +122,9 @@ class AttentionSpec:
         if self.inputs is None and not self.is_captured:
             found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
-            if not self.takes(self.mask_argument):
+            if self._lacks(self.mask_argument, "mask"):
                 found["mask"] = None
-            if not self.takes(self.causal_argument):
+            if self._lacks(self.causal_argument, "causal"):
                 found["causal"] = None
         for name, value in found.items():
             object.__setattr__(self, name, value)
@@ -163,6 +166,20 @@ class AttentionSpec:
     def has_heads(self) -> bool:
         """Whether the layout has heads."""
         return "h" in self.layout
+
+    def sounding_like(self, kind: Sound) -> list[str]:
+        """The parameters of the subject that sound like a mask, or like causality."""
+        found = []
+        for name in self.parameters or {}:
+            kinds = [k for k, words in _SOUNDS.items() if any(w in name.lower() for w in words)]
+            if kinds[:1] == [kind]:
+                found.append(name)
+        return found
+
+    def _lacks(self, keyword: str, kind: Sound) -> bool:
+        """Whether a keyword is not taken, or not by the parameter that is meant for its kind."""
+        elsewhere = not self.names(keyword) and bool(self.sounding_like(kind))
+        return elsewhere or not self.takes(keyword)
 
     def _is_causal_by_default(self) -> bool:
         parameter = (self.parameters or {}).get(self.causal_argument)
