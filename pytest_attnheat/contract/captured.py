@@ -13,13 +13,13 @@ from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recogn
 from pytest_attnheat.assertions.behaviour.subjects import borrowed
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.errors import CaptureError
-from pytest_attnheat.capture.record import HIDDEN_BELOW, AttentionRecord
+from pytest_attnheat.capture.record import HIDDEN_BELOW, AttentionRecord, CausalAlignment
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.diagnosis import diagnose_output
 from pytest_attnheat.contract.exam import NotAskedError
 from pytest_attnheat.contract.findings import Diagnosis
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.reference import causal_mask
+from pytest_attnheat.reference import causal_mask, sliding_window_mask
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
@@ -99,12 +99,7 @@ def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
     # The claim of a block is about its own sequence, not about one that it looks things up in.
     if spec.is_block and spec.causal is not None and query_len == key_len:
         causal = spec.causal
-    if mask is not None and causal is not None:
-        # What causality hides needs no mask, so that a wrong one there is not taken as told.
-        future = ~causal_mask(query_len, key_len, alignment=causal, device=mask.device)
-        mask = mask | future
-    if mask is not None and bool(mask.all()):
-        mask = None
+    mask = _beyond_claims(mask, record, causal, spec.sides)
     diagnosis = diagnose_output(
         record.output,
         record.query,
@@ -118,6 +113,30 @@ def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
         name=_place(record),
     )
     return replace(diagnosis, inferred_weights=record.compute_weights(torch.float64).cpu())
+
+
+def _beyond_claims(
+    mask: Tensor | None,
+    record: AttentionRecord,
+    causal: CausalAlignment | None,
+    window: tuple[int, int] | None,
+) -> Tensor | None:
+    """What a mask hides besides what causality and the window hide; None if that is nothing.
+
+    A mask that was to make attention causal, and is wrong, would else be taken as told.
+    """
+    if mask is None:
+        return None
+    lengths = record.shape[2:]
+    if causal is not None:
+        mask = mask | ~causal_mask(*lengths, alignment=causal, device=mask.device)
+    if window is not None:
+        alignment = causal or "top_left"
+        inside = sliding_window_mask(
+            *lengths, window=window, alignment=alignment, device=mask.device
+        )
+        mask = mask | ~inside
+    return None if bool(mask.all()) else mask
 
 
 def _not_told(record: AttentionRecord) -> str:

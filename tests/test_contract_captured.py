@@ -1,0 +1,206 @@
+"""What was captured, in a block or a trace, is examined and diagnosed."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from pytest_attnheat import AttentionSpec, capture_attention, check_attention, diagnose
+
+
+class Layer(nn.Module):
+    """Causal self-attention written out, of width 32 with 4 heads, with one defect or none."""
+
+    def __init__(self, defect: str = ""):
+        super().__init__()
+        self.project, self.out = nn.Linear(32, 96), nn.Linear(32, 32)
+        self.defect = defect
+
+    def forward(self, hidden):
+        batch, length, _ = hidden.shape
+        query, key, value = self.project(hidden).view(batch, length, 3, 4, 8).permute(2, 0, 3, 1, 4)
+        if self.defect == "keys_as_values":
+            value = key
+        scores = query @ key.mT
+        if self.defect != "no_scale":
+            scores = scores / (32 if self.defect == "scale_from_embedding" else 8) ** 0.5
+        sees = {"one_key_too_many": 1, "one_key_too_few": -1}.get(self.defect, 0)
+        seen = torch.ones(length, length, dtype=torch.bool).tril(sees)
+        if self.defect == "mask_after_softmax":
+            weights = scores.softmax(-1) * seen
+        else:
+            weights = scores.masked_fill(~seen, -1e9).softmax(
+                -2 if self.defect == "softmax_over_queries" else -1
+            )
+        mixed = weights @ value
+        if self.defect != "merged_without_transpose":
+            mixed = mixed.transpose(1, 2)
+        return self.out(mixed.reshape(batch, length, 32))
+
+
+@pytest.fixture
+def hidden():
+    return torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
+
+
+def model(*defects):
+    torch.manual_seed(1)
+    return nn.Sequential(*map(Layer, defects)).eval()
+
+
+NAMED = {
+    "no_scale": "scale_missing",
+    "scale_from_embedding": "scale_from_embedding",
+    "one_key_too_many": "causal_sees_next",
+    "mask_after_softmax": "mask_after_softmax",
+    "softmax_over_queries": "softmax_over_queries",
+}
+
+
+def captured(module, *inputs, **options):
+    with capture_attention(module, **options) as trace:
+        module(*inputs)
+    return trace
+
+
+@pytest.mark.parametrize("defect", NAMED)
+def test_a_defect_inside_a_block_is_found_and_named_with_its_layer(defect, hidden):
+    report = check_attention(AttentionSpec(model("", defect), inputs=hidden))
+    failed = {result.name: result.message for result in report.failed}
+    assert report.diagnosis.defects == (NAMED[defect],)
+    assert report.diagnosis.subject == "attention in 1"
+    assert str(report.diagnosis) in str(report)
+    says = "1 of 2 attentions that were captured are not what their queries, keys and values make"
+    assert failed["attention_inside"].startswith(says)
+    assert report.diagnosis.sentence in failed["attention_inside"]
+
+
+@pytest.mark.parametrize("defect", ["no_scale", "scale_from_embedding", "softmax_over_queries"])
+def test_a_defect_in_a_record_of_a_trace_is_named(defect, hidden):
+    trace = captured(model("", defect), hidden)
+    assert diagnose(trace).defects == (NAMED[defect],)
+    assert diagnose(trace[1]).defects == (NAMED[defect],)
+    assert diagnose(trace[0]).healthy
+
+
+def test_a_trace_that_is_declared_causal_is_held_to_it(hidden):
+    trace = captured(model("one_key_too_many"), hidden)
+    assert diagnose(trace).healthy
+    diagnosis = diagnose(AttentionSpec(trace, window=(None, 0)))
+    assert not diagnosis.healthy
+    assert diagnosis.defects == ("window_right_too_wide",)
+
+
+def test_the_diagnosis_of_a_block_shows_expected_and_captured_weights(hidden):
+    block = model("no_scale")
+    diagnosis = diagnose(AttentionSpec(block, inputs=hidden))
+    (record,) = captured(block, hidden)
+    assert torch.equal(diagnosis.inferred_weights.float(), record.weights)
+    assert "|difference|" in str(diagnosis)
+
+
+def test_sound_blocks_and_traces_pass(hidden):
+    block = model("", "")
+    report = check_attention(AttentionSpec(block, inputs=hidden))
+    assert report.passed
+    assert [r.status for r in report.results if r.name == "attention_inside"] == ["passed"]
+    report = check_attention(captured(block, hidden))
+    assert report.passed
+    assert [(r.name, r.status) for r in report.results] == [
+        ("rows", "passed"),
+        ("masks", "passed"),
+        ("output", "passed"),
+        ("attention_inside", "passed"),
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_fused_attention_passes_with_masks_groups_and_lost_rows(dtype):
+    query, key = torch.randn(2, 4, 7, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
+    mask = torch.rand(2, 1, 7, 9) > 0.3
+    mask[0, 0, 3] = False
+    with capture_attention() as trace:
+        scaled_dot_product_attention(query, key, key, attn_mask=mask, enable_gqa=True)
+        scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
+        scaled_dot_product_attention(query, query, query)
+    report = check_attention(trace)
+    assert report.passed, report
+
+
+def test_padded_encoders_pass(hidden):
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2, enable_nested_tensor=False
+    ).eval()
+    padding = torch.arange(9) >= torch.tensor([[9], [6]])
+    with capture_attention(encoder) as trace:
+        encoder(hidden, src_key_padding_mask=padding)
+    assert check_attention(trace).passed
+
+
+def test_another_scale_is_a_defect_unless_it_is_declared(hidden):
+    with capture_attention() as trace:
+        scaled_dot_product_attention(*(hidden.unsqueeze(1),) * 3, scale=1.0)
+    assert diagnose(trace).defects == ("scale_missing",)
+    assert check_attention(AttentionSpec(trace, scale=1.0)).passed
+
+
+def test_an_error_outside_of_attention_is_said_to_be_outside(hidden):
+    report = check_attention(AttentionSpec(model("merged_without_transpose"), inputs=hidden))
+    assert [r.status for r in report.results if r.name == "attention_inside"] == ["passed"]
+    assert "no_leakage" in [result.name for result in report.failed]
+    assert "what is wrong happens outside of it, where heads are split or merged" in str(report)
+
+
+def test_a_wrong_softmax_is_not_called_a_wrong_declaration_and_a_missing_mask_is(hidden):
+    wrong = check_attention(AttentionSpec(model("softmax_over_queries"), inputs=hidden))
+    assert "wrong declaration" not in str(wrong)
+    encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
+    assert "wrong declaration: causal='top_left'" in str(
+        check_attention(AttentionSpec(encoder, inputs=hidden))
+    )
+
+
+def test_what_cannot_be_judged_is_not_asked_and_says_why(hidden):
+    bias = torch.randn(9, 9)
+    with capture_attention() as trace:
+        scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=bias)
+    (inside,) = [r for r in check_attention(trace).results if r.name == "attention_inside"]
+    assert (inside.status, inside.message) == (
+        "skipped",
+        "attention: a bias is added to its scores",
+    )
+    with pytest.raises(ValueError, match=r"no attention to judge \(attention: a bias is added"):
+        diagnose(trace)
+    light = captured(model(""), hidden, keep="weights")
+    (inside,) = [r for r in check_attention(light).results if r.name == "attention_inside"]
+    assert inside.message == "attention in 0: its queries and keys are not known"
+
+
+def test_a_block_without_attention_is_not_asked_about_it(hidden):
+    report = check_attention(AttentionSpec(nn.Linear(32, 32).eval(), inputs=hidden, causal=None))
+    (inside,) = [r for r in report.results if r.name == "attention_inside"]
+    assert inside.status == "skipped"
+    assert "no attention was seen in Linear" in inside.message
+
+
+def test_large_attention_is_judged_by_some_of_its_heads_and_entries():
+    inputs = torch.randn(4, 12, 300, 8)
+    with capture_attention() as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs, scale=1.0)
+    assert diagnose(trace).defects == ("scale_missing",)
+
+
+def test_a_captured_subject_cannot_be_called(hidden):
+    spec = AttentionSpec(captured(model(""), hidden))
+    assert spec.name == "the trace"
+    with pytest.raises(TypeError, match="the trace was captured, and cannot be called"):
+        spec(hidden, hidden, hidden)
+
+
+def test_examining_a_block_leaves_it_as_it_was(hidden):
+    block = model("", "").train()
+    block[1].eval()
+    check_attention(AttentionSpec(block, inputs=hidden))
+    assert [part.training for part in block] == [True, False]
+    assert not block._forward_hooks
+    assert not block[0]._forward_pre_hooks
