@@ -279,8 +279,9 @@ def test_a_block_with_a_cache_that_nobody_can_use_is_not_asked_to_decode():
 
 def test_a_defect_of_a_block_is_found():
     report = check_attention(AttentionSpec(encoder_layer(), inputs=randn(2, 9, WIDTH)))
-    assert set(failed(report)) == {"no_leakage", "decoding"}  # it was declared causal
-    assert report.diagnosis is None
+    # It was declared causal.
+    assert set(failed(report)) == {"no_leakage", "decoding", "attention_inside"}
+    assert report.diagnosis.defects == ("causal_ignored",)
 
 
 # --- the report
