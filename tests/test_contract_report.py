@@ -468,7 +468,7 @@ def test_a_block_that_is_declared_causal_and_is_not_is_a_wrong_declaration():
     model = of_transformers("bert", "sdpa")
     report = check_attention(AttentionSpec(model, inputs=tokens(2, 9)), quick=True)
     wrong = "wrong declaration: causal='top_left' is the default, but the code means None: each "
-    assert [r.name for r in report.failed] == ["no_leakage", "decoding"]
+    assert [r.name for r in report.failed] == ["no_leakage", "decoding", "attention_inside"]
     assert all(result.message.startswith(wrong) for result in report.failed)
     model = of_transformers("gpt2", "sdpa")
     report = check_attention(AttentionSpec(model, inputs=tokens(2, 9), causal=None), quick=True)

@@ -261,6 +261,7 @@ _OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
 _OF_BLOCKS: dict[str, tuple[dict[str, Any], ...]] = {
     "no_leakage": ({"causal": None}, {"causal": "top_left"}),
     "decoding": ({"causal": None},),
+    "attention_inside": ({"causal": None},),
 }
 # What the other declaration says, in words; of causality only where a block is judged.
 _WORDS = {
