@@ -191,6 +191,8 @@ def test_a_defect_besides_a_constant_is_named():
         ("scale_missing", "mask_inverted", "causal_sees_next"),
         ("softmax_over_queries", "mask_ignored_when_causal", "last_block_of_queries_zero"),
         ("groups_tiled", "causal_misses_own", "temperature"),
+        # Two of them at once from the first case on, and what others do as well by the way.
+        ("keys_as_queries", "keys_as_values", "fully_masked_nan"),
     ],
 )
 def test_three_defects_at_once_are_named(names):

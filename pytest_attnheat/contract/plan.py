@@ -423,6 +423,8 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
     dims = {"keys": (-1,), "queries": (-2,), "heads": (1,), "batch": (0,), "map": (-2, -1)}
     dim = dims[plan.dim]
     kind = plan.normaliser
+    if plan.online_block and (kind != "softmax" or plan.dim != "keys"):
+        raise NotApplicable("only a softmax over the keys is taken block by block")
     if kind == "scores":
         return scores
     if kind == "sigmoid":
@@ -464,8 +466,6 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _online(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
     """Softmax block by block: what is stale has the maximum of its own block's time subtracted."""
-    if plan.dim != "keys" or plan.normaliser != "softmax":
-        raise NotApplicable("only a softmax over the keys is taken block by block")
     blocks = torch.split(scores, plan.online_block, -1)
     largest = torch.stack([block.amax(-1) for block in blocks], -1).cummax(-1).values
     so_far = largest.repeat_interleave(plan.online_block, -1)[..., : scores.shape[-1]]

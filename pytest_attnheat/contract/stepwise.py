@@ -83,8 +83,15 @@ def _extended(
         tried = way()
         alone.compared += len(tried)
         if found := _those_that_reproduce(tried, explained):
-            return found
+            return _simplest(found, bases)
     return []
+
+
+def _simplest(found: list[Explanation], bases: Sequence[Explanation]) -> list[Explanation]:
+    """Without what only says in another way what becomes of rows that have no keys."""
+    known = {replace(base.plan, lost=None) for base in bases}
+    only_lost = [one for one in found if replace(one.plan, lost=None) in known]
+    return only_lost or found
 
 
 def _with_one_more(bases: Sequence[Explanation], alone: Search) -> list[Explanation]:
