@@ -51,10 +51,10 @@ def residual_of(record: AttentionRecord) -> float:
     weights = weights_of(record, precise) if given is None else given
     with apart(output.device):
         weights = weights.to(precise)
-        value = _for_each_head(value, weights.shape[1]).to(precise)
-        made, size = weights @ value, weights.abs() @ value.abs()
-        off = (made - output.to(precise)).square().mean(-1).sqrt()
-        size = size.square().mean(-1).sqrt()
+        value, output = _for_each_head(value, weights.shape[1]).to(precise), output.to(precise)
+        # Norms over as many channels: their ratio is that of the rms.
+        off = torch.linalg.vector_norm(weights @ value - output, dim=-1)
+        size = torch.linalg.vector_norm(weights.abs() @ value.abs(), dim=-1)
         # Zero by zero, a row without keys, is no error. NaN is one.
         relative = torch.where(off == 0, 0.0, off / size)
         return float(relative.nan_to_num(nan=torch.inf).max()) if relative.numel() else 0.0
