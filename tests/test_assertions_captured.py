@@ -169,3 +169,31 @@ def test_grouped_heads_reproduce_their_output():
     with capture_attention() as trace:
         scaled_dot_product_attention(query, key, key, enable_gqa=True)
     assert_reproduces_output(trace)
+
+
+@pytest.mark.parametrize("queries", [slice(0, 3), [1, 4], -2])
+def test_selected_queries_keep_their_positions(queries, hidden):
+    sound, leaking = trace_of(Layer(), hidden), trace_of(Layer(future=1), hidden)
+    assert_causal(sound.select(queries=queries), alignment="bottom_right")
+    assert_causal(sound.select(queries=queries))
+    with pytest.raises(AssertionError, match=r"query \d of 6 gives \S+ to key \d \(allowed 0\)"):
+        assert_causal(leaking.select(queries=queries))
+
+
+def test_selected_queries_that_may_see_everything_are_nothing_to_check(hidden):
+    trace = trace_of(Layer(), hidden).select(queries=-1)
+    with pytest.raises(
+        ValueError, match=r"queries \[5\] of 6: causal attention permits them every"
+    ):
+        assert_causal(trace)
+
+
+def test_weights_that_are_too_many_at_once_are_asserted_head_by_head():
+    inputs = torch.randn(1, 4, 64, 8)
+    with capture_attention(max_bytes=40_000) as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
+    assert trace[0].shape == (1, 4, 64, 64)
+    assert_row_stochastic(trace)
+    assert_causal(trace)
+    with pytest.raises(AssertionError, match="64 of 64 rows are not uniform"):
+        assert_uniform(trace, mask=torch.ones(64, 64, dtype=torch.bool))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Sequence
-from functools import wraps
+from functools import partial, wraps
 from typing import Any, ParamSpec, TypeAlias
 
 import numpy as np
@@ -43,7 +44,21 @@ def takes_masked_records(assertion: Callable[P, None]) -> Callable[P, None]:
     return _taking_records(assertion, needs_mask=True)
 
 
-def _taking_records(assertion: Callable[P, None], *, needs_mask: bool) -> Callable[P, None]:
+def takes_positioned_records(
+    of_some: Callable[..., None],
+) -> Callable[[Callable[P, None]], Callable[P, None]]:
+    """The same for an assertion about the positions of queries.
+
+    Args:
+        of_some: Asserts it of some queries: called with the arguments of the assertion, `queries`
+            (their positions) and `query_len` (how many there were).
+    """
+    return partial(_taking_records, needs_mask=False, of_some=of_some)
+
+
+def _taking_records(
+    assertion: Callable[P, None], *, needs_mask: bool, of_some: Callable[..., None] | None = None
+) -> Callable[P, None]:
     accepted = tuple(inspect.signature(assertion).parameters)
 
     @wraps(assertion)
@@ -55,13 +70,17 @@ def _taking_records(assertion: Callable[P, None], *, needs_mask: bool) -> Callab
             return
         named: dict[str, Any] = {**dict(zip(accepted, args, strict=False)), **kwargs}
         records = [given] if isinstance(given, AttentionRecord) else list(given)
+        parts = [part for record in records for part in _parts(record, named)]
         asked, nothing = 0, None
-        for record in records:
+        for record in parts:
             arguments = {**_known(record, accepted, named), **named}
             if needs_mask and arguments["mask"] is None:
                 continue
+            ask: Callable[..., None] = assertion
+            if of_some is not None and record.queries is not None:
+                ask = partial(of_some, queries=record.queries, query_len=record.shape[2])
             try:
-                _assert_one(assertion, record, {**arguments, "weights": record.weights})
+                _assert_one(ask, record, {**arguments, "weights": record.weights})
                 asked += 1
             except NothingForbiddenError as error:
                 nothing = error
@@ -69,6 +88,17 @@ def _taking_records(assertion: Callable[P, None], *, needs_mask: bool) -> Callab
             raise nothing or ValueError(_nothing_to_ask(assertion.__name__, records))
 
     return on_each
+
+
+def _parts(record: AttentionRecord, named: dict[str, Any]) -> list[AttentionRecord]:
+    """The record, or each of its heads where the weights of all are too many to compute at once."""
+    mask = named.get("mask")
+    of_heads = mask is not None and mask.ndim > 2 and mask.shape[-3] > 1
+    needed = math.prod(record.shape_here) * record.weights_dtype.itemsize
+    if record.kept_weights is not None or needed <= record.most_bytes or of_heads:
+        return [record]
+    heads = range(record.shape[1]) if record.heads is None else record.heads.tolist()
+    return [record.select(heads=[head]) for head in heads]
 
 
 def _known(

@@ -14,6 +14,7 @@ from pytest_attnheat.assertions.captured import (
     NothingForbiddenError,
     Weights,
     takes_masked_records,
+    takes_positioned_records,
     takes_records,
 )
 from pytest_attnheat.assertions.causal import CausalRule, causal_cause
@@ -94,7 +95,41 @@ def assert_masked(
         )
 
 
-@takes_records
+def _assert_causal_of_some(
+    weights: Weights,
+    queries: torch.Tensor,
+    query_len: int,
+    alignment: Alignment | None = None,
+    window: int | tuple[int, int] | None = None,
+    fully_masked: FullyMasked = "zero",
+) -> None:
+    """`assert_causal` of some queries of a record, at the positions that they had."""
+    __tracebackhide__ = True
+    operand = _read_weights(weights)
+    declared = check_fully_masked(fully_masked)
+    key_len = operand.shape[-1]
+    rule = CausalRule(
+        query_len, key_len, _check_alignment(alignment, query_len, key_len), _check_window(window)
+    )
+    rows = rule.rows(queries.to(operand.device))
+    if bool(rows.all()):
+        raise NothingForbiddenError(
+            f"queries {queries.tolist()} of {query_len}: {rule} permits them every key, so there "
+            "is nothing to check"
+        )
+
+    def describe(place: tuple[int, ...], weight: float) -> str:
+        query = int(queries[place[-2]])
+        return (
+            f"weights[{_commas(place)}]: query {query} of {query_len} gives {weight:.3g} to key "
+            f"{place[-1]} (allowed 0)"
+        )
+
+    permitted = cast("Operand", as_mask(rows, operand))
+    _check(_Subject("assert_causal", operand, permitted, declared), describe, mask_cause)
+
+
+@takes_positioned_records(_assert_causal_of_some)
 def assert_causal(
     weights: Weights,
     *,
