@@ -21,6 +21,7 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.capture.unseen import find_unseen
 from pytest_attnheat.capture.verification import Repetition
 
+_FAST_PATH = "{}: PyTorch's fast path was off while it was watched"
 _KEPT = ("inputs", "weights", "statistics")
 
 
@@ -135,8 +136,11 @@ def _watched(recording: Recording) -> Iterator[None]:
 def _note_fast_path(
     running: Layers, trace: Trace, module: nn.Module, name: str, args: Any, kwargs: Any
 ) -> None:
-    if would_take_fast_path(module, args, kwargs, running.hooked):
-        trace._change(f"{name}: PyTorch's fast path was off while it was watched")
+    if not would_take_fast_path(module, args, kwargs, running.hooked):
+        return
+    # A layer's fast path does not call its attention: only the layer ran differently.
+    if not any(_FAST_PATH.format(outer) in trace.changes for outer in running.running[:-1]):
+        trace._change(_FAST_PATH.format(name))
 
 
 @contextmanager

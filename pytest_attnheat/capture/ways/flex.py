@@ -23,26 +23,28 @@ def see(
     pair whether it may attend), scale, and options of the kernel.
     """
     result = func(*args, **kwargs)
+    watcher.tell(WAY, lambda: (_record(args, result[0]), None))
+    return result
+
+
+def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     query, key, value, score_mod, block_mask, scale = args[:6]
     mask_mod, blocks = block_mask[-1], block_mask[2]
     batch, heads, query_len, _ = query.shape
     shape = (batch, heads, query_len, key.shape[-2])
-    watcher.tell(
-        AttentionRecord(
-            layer="",
-            way=WAY,
-            shape=shape,
-            dtype=query.dtype,
-            query=query,
-            key=key,
-            value=value,
-            output=result[0],
-            given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
-            scale=float(scale),
-            score_change=None if _changes_nothing(score_mod) else _change(score_mod, query.device),
-        )
+    return AttentionRecord(
+        layer="",
+        way=WAY,
+        shape=shape,
+        dtype=query.dtype,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
+        scale=float(scale),
+        score_change=None if _changes_nothing(score_mod) else _change(score_mod, query.device),
     )
-    return result
 
 
 def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:

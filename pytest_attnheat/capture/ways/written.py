@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pytest_attnheat.capture.record import HIDDEN_BELOW
 from pytest_attnheat.capture.tags import Scores, Tag
@@ -49,6 +50,8 @@ def way_of(name: str, func: Callable[..., Any]) -> Way | None:
         return _dropped
     if name in _MOVES:
         return _moved
+    if name == "__setitem__":
+        return _overwritten
     return None if name in _SILENT else _anything
 
 
@@ -56,7 +59,10 @@ def way_of(name: str, func: Callable[..., Any]) -> Way | None:
 _SILENT = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "item",
     "tolist", "data_ptr", "is_contiguous", "layer_norm", "embedding", "__set__", "__bool__",
-    "__repr__", "__format__", "element_size", "get_device", "__setitem__", "nelement", "_is_view",
+    "__repr__", "__format__", "element_size", "get_device", "nelement", "_is_view",
+    # The result has but the shape of the argument.
+    "full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like",
+    "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
 }  # fmt: skip
 
 
@@ -68,6 +74,11 @@ def _multiplied(
     if product is None:
         return output
     turned = product.turned()
+    left, right = (watcher.tags[t] for t in (product.left_source, product.right_source))
+    if left is not None and right is not None and left.weights and right.weights:
+        # Somebody follows attention through layers: weights again, and no value.
+        watcher.tags[output] = Tag(weights=True, way=left.way)
+        return output
     for candidate in (product, turned):
         if _is_attention(watcher, candidate):
             tell(watcher, candidate)
@@ -96,9 +107,6 @@ def _is_attention(watcher: Watcher, product: Product) -> bool:
     tag = watcher.tags[product.left_source]
     if tag is None or _is_parameter(product.right_source):
         return False
-    other = watcher.tags[product.right_source]
-    if other is not None and other.weights:
-        return False  # Weights by weights: somebody follows attention through layers.
     if tag.weights:
         return True
     if tag.scores is None:
@@ -112,7 +120,9 @@ def _is_attention(watcher: Watcher, product: Product) -> bool:
 
 def rows_are_distributions(tensor: Tensor) -> bool:
     """Whether nothing is negative and each row sums to one, or to zero."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return False
+    if is_functorch_wrapped_tensor(tensor):
         return False
     with torch.no_grad():
         first = tensor[(0,) * (tensor.ndim - 1)]
@@ -171,12 +181,15 @@ def _dropped(
         assert isinstance(source, Tensor)
         if rows_are_distributions(source):
             tag = replace(tag, weights=True, way="rows that sum to 1")
+    clean = None if tag is None else tag.clean
+    if clean is None and tag is not None and tag.weights and dropping:
+        in_place = kwargs.get("inplace", args[3] if len(args) > 3 else _is_in_place(func))
+        clean = source.detach().clone() if in_place else source  # type: ignore[union-attr]
     output = func(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) else output
-    if tag is None or result is source:
+    if tag is None or (result is source and not dropping):
         return output
     if tag.weights and dropping:
-        clean = source if tag.clean is None else tag.clean
         tag = replace(tag, clean=clean, dropout=probability)
     watcher.tags[result] = tag
     return output
@@ -242,7 +255,8 @@ def _anything(
         return output
     if tag.weights:
         # What the model makes of its weights is what it uses.
-        watcher.tags[output] = replace(tag, clean=None)
+        clean = None if tag.clean is None else _again(func, args, kwargs, place, tag.clean)
+        watcher.tags[output] = replace(tag, clean=clean)
     elif tag.scores is not None:
         name = getattr(func, "__name__", "").split(".")[0]
         scores = _changed(tag.scores, name, args, kwargs, place)
@@ -252,12 +266,53 @@ def _anything(
     return output
 
 
+def _overwritten(
+    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`tensor[index] = value`."""
+    output = func(*args, **kwargs)
+    source, index, value = args
+    tag = watcher.tags[source]
+    if tag is None:
+        return output
+    if tag.clean is not None:
+        clean = tag.clean.detach().clone()
+        clean[index] = value
+        watcher.tags[source] = replace(tag, clean=clean)
+    elif tag.scores is not None and not tag.weights:
+        scores, fill = replace(tag.scores, exact=False), _number(value)
+        if fill is not None and fill <= HIDDEN_BELOW:
+            seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
+            seen[index] = False
+            scores = _seen(tag.scores, seen)
+        watcher.tags[source] = replace(tag, scores=scores)
+    return output
+
+
+def _again(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: int,
+    clean: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """What a function makes of the weights before dropout, as it did of those after it."""
+    given: list[Any] = list(args)
+    given[place] = clean.detach().clone() if _is_in_place(func) else clean
+    with torch.no_grad():
+        result = func(*given, **{name: given for name, given in kwargs.items() if name != "out"})
+    return result if isinstance(result, Tensor) else None
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "").split(".")[0]
+    dunder = name.startswith("__")
+    return name.startswith("__i") and name != "__invert__" if dunder else name.endswith("_")
+
+
 def _first_tagged(watcher: Watcher, args: tuple[Any, ...]) -> tuple[int, Tag | None]:
-    for place, argument in enumerate(args[:3]):
-        tag = watcher.tags[argument]
+    tags = [watcher.tags[argument] for argument in args[:3]]
+    for place, tag in enumerate(tags):
         if tag is not None and (tag.scores is not None or tag.weights):
             return place, tag
-    return 0, watcher.tags[args[0]] if args else None
+    return next(((place, tag) for place, tag in enumerate(tags) if tag is not None), (0, None))
 
 
 def _changed(
@@ -301,11 +356,21 @@ def _hidden(
         condition, fill = args[0], args[3 - place] if len(args) > 2 else None
         bools = isinstance(condition, Tensor) and condition.dtype == torch.bool
         seen = (condition if place == 1 else ~condition) if bools else None
-    value = _number(fill)
-    if seen is None or value is None or value > HIDDEN_BELOW:
+    if seen is None or not _hides(fill):
         return replace(scores, exact=False)
-    mask = seen if scores.mask is None else scores.mask & seen
-    return replace(scores, mask=mask)
+    return _seen(scores, seen)
+
+
+def _seen(scores: Scores, seen: Tensor) -> Scores:
+    return replace(scores, mask=seen if scores.mask is None else scores.mask & seen)
+
+
+def _hides(fill: object) -> bool:
+    """Whether scores that are overwritten by this get no weight."""
+    if isinstance(fill, Tensor):
+        return fill.numel() > 0 and not fill.is_meta and bool((fill <= HIDDEN_BELOW).all())
+    value = _number(fill)
+    return value is not None and value <= HIDDEN_BELOW
 
 
 def _number(value: object) -> float | None:
