@@ -52,6 +52,10 @@ def statistics_of(record: AttentionRecord) -> Statistics:
         for batch, heads in _parts(record):
             given = record.kept_weights
             weights = _part(record, batch, heads) if given is None else given[batch, heads].float()
+            if weights.shape[-1] == 0:
+                for part, nothing in zip(vars(found).values(), (0.0, 0.0, 0.0, -1), strict=True):
+                    part.fill_(nothing)
+                break
             maximum, place = weights.max(-1)
             found.row_sum[batch, heads] = weights.sum(-1).float().cpu()
             found.entropy[batch, heads] = (
@@ -66,7 +70,7 @@ def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice]]:
     """Whole batch entries as long as they are small, else groups of heads that share keys."""
     batch, heads, query_len, key_len = record.shape_here
     one_head = max(query_len * key_len * 4, 1)
-    entries = _PART_BYTES // (one_head * heads)
+    entries = _PART_BYTES // (one_head * max(heads, 1))
     if entries >= 1:
         for first in range(0, batch, entries):
             yield slice(first, min(first + entries, batch)), slice(0, heads)
@@ -89,7 +93,7 @@ def _part(record: AttentionRecord, batch: slice, heads: slice) -> Tensor:
     entries, count, query_len, head_dim = part.shape
     # Heads that share keys are one taller matrix: no key is repeated.
     rows = (part * record.scale).reshape(entries, count // group, group * query_len, head_dim)
-    scores = (rows @ keys.mT).reshape(entries, count, query_len, -1)
+    scores = (rows @ keys.mT).reshape(entries, count, query_len, keys.shape[2])
     if record.score_change is not None:
         scores = record.score_change(scores, *_numbers(record, batch, heads))
     if record.bias is not None:

@@ -31,7 +31,7 @@ class Statistics:
         row_sum: (batch, heads, query_len)
         entropy: (batch, heads, query_len), in nats.
         maximum: (batch, heads, query_len): the largest weight.
-        most_attended: (batch, heads, query_len): the key that has it, int64.
+        most_attended: (batch, heads, query_len): the key that has it, int64; -1 without keys.
     """
 
     row_sum: Tensor
@@ -132,7 +132,7 @@ class AttentionRecord:
     @property
     def group(self) -> int:
         """How many query heads share one key head."""
-        return 1 if self.key is None else self.shape_here[1] // self.key.shape[1]
+        return 1 if self.key is None else _group(self.shape_here[1], self.key)
 
     @property
     def shape_here(self) -> tuple[int, int, int, int]:
@@ -149,7 +149,7 @@ class AttentionRecord:
         if not dtype.is_floating_point:
             raise TypeError(f"got dtype={dtype}; accepted are torch.float32, torch.float64 ...")
         if self.kept_weights is not None:
-            return self.kept_weights.to(dtype)
+            return self.kept_weights.to(dtype, copy=True)
         if self.query is None or self.key is None:
             raise ValueError(
                 f"{self.layer}: weights cannot be computed any more: keep="
@@ -202,7 +202,7 @@ class AttentionRecord:
     def _with_heads(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
         numbers, places = positions
         keys = places // self.group
-        group = None if self.value is None else self.shape_here[1] // self.value.shape[1]
+        group = None if self.value is None else _group(self.shape_here[1], self.value)
         values = None if group is None else places // group
         return replace(
             self,
@@ -270,6 +270,10 @@ def readable(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
+
+
+def _group(heads: int, keys: Tensor) -> int:
+    return heads // max(keys.shape[1], 1) or 1
 
 
 def _count(shape: Sequence[int]) -> int:

@@ -61,5 +61,5 @@ def residual_of(record: AttentionRecord) -> float:
 
 
 def _for_each_head(value: Tensor, heads: int) -> Tensor:
-    group = heads // value.shape[1]
+    group = heads // max(value.shape[1], 1) or 1
     return value if group == 1 else value.repeat_interleave(group, 1)

@@ -35,6 +35,8 @@ def see(
 def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> AttentionRecord:
     query, key, value = given["query"], given["key"], given["value"]
     tag = watcher.tags[query]
+    if query.dtype != output.dtype:  # Autocast, within the function.
+        query, key, value = (t.to(output.dtype) for t in (query, key, value))
     if query.ndim == 3 and given.get("enable_gqa"):  # Its first axis is one of heads.
         query, key, value, output = (t.unsqueeze(0) for t in (query, key, value, output))
     if query.shape[:-2] != output.shape[:-2]:  # One query for several keys.
