@@ -3,6 +3,7 @@
 import contextlib
 
 import torch
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pytest_attnheat import scoring
@@ -79,6 +80,26 @@ class Operators(TorchDispatchMode):
     def fused(self):
         names = ("aten::_native_multi_head_attention", "aten::_transformer_encoder_layer_fwd")
         return [name for name in self.ran if name in names]
+
+
+class Memory(TorchDispatchMode):
+    """The most bytes that tensors made within it took at once."""
+
+    def __init__(self):
+        super().__init__()
+        self._alive, self.peak = {}, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        before = {t.untyped_storage()._cdata for t in args if isinstance(t, torch.Tensor)}
+        for one in result if isinstance(result, list | tuple) else [result]:
+            if isinstance(one, torch.Tensor) and not one.is_meta:
+                storage = one.untyped_storage()
+                if storage._cdata not in before:
+                    self._alive[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
+        self._alive = {k: v for k, v in self._alive.items() if not v[0].expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
 
 
 @contextlib.contextmanager

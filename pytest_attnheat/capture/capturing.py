@@ -15,9 +15,9 @@ from pytest_attnheat.capture import watching
 from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
 from pytest_attnheat.capture.fast_path import would_take_fast_path
 from pytest_attnheat.capture.layers import Layers
-from pytest_attnheat.capture.record import Selection
+from pytest_attnheat.capture.record import Selection, selection
 from pytest_attnheat.capture.recording import Keep, Recording, Wanted
-from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.capture.trace import Trace, checked_patterns
 from pytest_attnheat.capture.unseen import find_unseen
 from pytest_attnheat.capture.verification import Repetition
 
@@ -34,7 +34,7 @@ def capture_attention(
     heads: Selection | None = None,
     queries: Selection | None = None,
     dtype: torch.dtype = torch.float32,
-    max_bytes: int = 2**30,
+    max_bytes: float = 2**30,
     verify: bool = False,
     allow_empty: bool = False,
     allow_unseen: bool = False,
@@ -69,7 +69,8 @@ def capture_attention(
             cannot be set aside.
         CaptureMemoryError: The next record would take more than `max_bytes`.
         TypeError: The model is no module, or an argument is of another type than above.
-        ValueError: `keep` is another word, or a selection is of heads or queries that are absent.
+        ValueError: `keep` is another word, or a selection is of nothing, or of heads or queries
+            that are absent: that shows when the layer runs.
 
     Warns:
         CaptureWarning: Weights times value do not reproduce the output of a record, or something
@@ -110,10 +111,18 @@ def _checked(
         raise ValueError(f"capture_attention: got keep={keep!r}; accepted are {', '.join(_KEPT)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"capture_attention: got dtype={dtype!r}; accepted is torch.float32 ...")
-    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool):
+    if not isinstance(max_bytes, int | float) or isinstance(max_bytes, bool):
         raise TypeError(f"capture_attention: got max_bytes={max_bytes!r}; accepted are numbers")
-    patterns = [layers] if isinstance(layers, str) else layers
-    return Wanted(keep, patterns, heads, queries, max_bytes, dtype)
+    if not 0 <= max_bytes < float("inf"):
+        raise ValueError(f"capture_attention: got max_bytes={max_bytes!r}; accepted is 0 or more")
+    return Wanted(
+        keep,
+        checked_patterns(layers),
+        None if heads is None else selection("heads", heads),
+        None if queries is None else selection("queries", queries),
+        int(max_bytes),
+        dtype,
+    )
 
 
 @contextmanager
