@@ -83,14 +83,15 @@ def capture_attention(
     repetition = Repetition(model) if verify else None
     with ExitStack() as stack:
         stack.enter_context(_compiled_code_set_aside(model, trace))
-        running.start()
         stack.callback(running.stop)
+        running.start()
         if repetition is not None:
             stack.enter_context(repetition.remembering())
         stack.enter_context(_watched(recording))
         yield trace
     if repetition is not None:
-        trace.difference = repetition.difference()
+        with watching.paused():
+            trace.difference = repetition.difference()
     for unseen in find_unseen(running, trace):
         trace._miss(unseen)
     if not len(trace) and not allow_empty:
@@ -221,11 +222,13 @@ def _nothing(model: nn.Module | None, wanted: Wanted, trace: Trace) -> str:
 
 def _warn(trace: Trace, *, allow_unseen: bool) -> None:
     # The `with` statement of the user: this function, the generator, contextlib.
-    for record in trace.untrusted:
+    if trace.untrusted:
+        record, *others = trace.untrusted
+        more = f" (so are those of {len(others)} more: trace.untrusted)" if others else ""
         warnings.warn(
-            f"capture_attention: {record.layer}: weights times value are not the output "
-            f"(residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the weights are "
-            "not to be trusted",
+            f"capture_attention: {record.layer or 'the block'}: weights times value are not the "
+            f"output (residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the "
+            f"weights are not to be trusted{more}",
             CaptureWarning,
             stacklevel=4,
         )

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from pytest_attnheat.capture import watching
+
 # (module, its name, positional arguments, keywords)
 Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 
@@ -22,7 +24,7 @@ class Layers:
 
     Attributes:
         ran: The modules that ran in the thread of the capture, by name, in order.
-        elsewhere: Those that ran in other threads.
+        elsewhere: Those that ran in other threads, in which nobody watched.
         hooked: Those that had hooks before.
     """
 
@@ -87,7 +89,8 @@ class Layers:
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() != self._thread:
-                self.elsewhere.setdefault(name, module)
+                if watching.current() is None:  # Else a capture of that thread sees it.
+                    self.elsewhere.setdefault(name, module)
                 return
             self._running.append(name)
             self.ran.setdefault(name, module)

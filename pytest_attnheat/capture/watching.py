@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +99,20 @@ def current() -> Watcher | None:
         if isinstance(mode, Watcher):
             return mode
     return None
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let the captures around this one not hear of what happens within."""
+    watcher = current()
+    recorders = [] if watcher is None else watcher.recorders[:]
+    if watcher is not None:
+        watcher.recorders.clear()
+    try:
+        yield
+    finally:
+        if watcher is not None:
+            watcher.recorders[:] = recorders
 
 
 def _is_tensor(value: object) -> bool:
