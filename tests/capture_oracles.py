@@ -3,6 +3,11 @@
 import contextlib
 
 import torch
+
+# A capture loads these where a model needs them. An in-process pytester run would unload them
+# again, and a second import crashes: import them here, once, first.
+import torch._dynamo
+import torch.nn.attention.flex_attention
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -121,17 +126,14 @@ def _state(model):
 
 
 def _surroundings():
-    import torch.nn.attention.flex_attention as flex
-    from torch._dynamo import eval_frame
-
     return {
         "modes": len(torch.overrides._get_current_function_mode_stack()),
         "grad": torch.is_grad_enabled(),
         "inference": torch.is_inference_mode_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
         "random": torch.get_rng_state().tolist(),
-        "stance": eval_frame._stance,
-        "advice": set(flex._WARNINGS_SHOWN),
+        "stance": torch._dynamo.eval_frame._stance,
+        "advice": set(torch.nn.attention.flex_attention._WARNINGS_SHOWN),
         "hooks": len(torch.nn.modules.module._global_forward_hooks),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
     }

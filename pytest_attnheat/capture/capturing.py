@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,6 +11,7 @@ import torch
 from torch import nn
 
 from pytest_attnheat.capture import watching
+from pytest_attnheat.capture.compiled import compiled_code_set_aside
 from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
 from pytest_attnheat.capture.fast_path import would_take_fast_path
 from pytest_attnheat.capture.layers import Layers
@@ -82,7 +82,7 @@ def capture_attention(
     recording = Recording(wanted, running, trace)
     repetition = Repetition(model) if verify else None
     with ExitStack() as stack:
-        stack.enter_context(_compiled_code_set_aside(model, trace))
+        stack.enter_context(compiled_code_set_aside(model, trace))
         stack.callback(running.stop)
         running.start()
         if repetition is not None:
@@ -151,57 +151,6 @@ def _note_fast_path(
     # A layer's fast path does not call its attention: only the layer ran differently.
     if not any(_FAST_PATH.format(outer) in trace.changes for outer in running.running[:-1]):
         trace._change(_FAST_PATH.format(name))
-
-
-@contextmanager
-def _compiled_code_set_aside(model: nn.Module | None, trace: Trace) -> Iterator[None]:
-    """Run what was compiled as it was written: nothing can be seen inside compiled code.
-
-    flex_attention compiles a part of itself at each call, even where nobody asked for it.
-    """
-    compiled = "torch._dynamo" in sys.modules
-    if not compiled and "torch.nn.attention.flex_attention" not in sys.modules:
-        yield
-        return
-    names = _compiled_modules(model)
-    if not hasattr(torch.compiler, "set_stance"):
-        if names:
-            raise CaptureError(
-                f"capture_attention: {', '.join(names)} is compiled, and torch {torch.__version__} "
-                "cannot set that aside (2.6 can); capture the module that was compiled"
-            )
-        yield
-        return
-    for name in names:
-        trace._change(f"{name}: compiled code was set aside, its Python code ran")
-    with torch.compiler.set_stance("force_eager"), _no_advice_to_compile():
-        yield
-
-
-def _compiled_modules(model: nn.Module | None) -> list[str]:
-    if model is None:
-        return []
-    return [
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    ]
-
-
-@contextmanager
-def _no_advice_to_compile() -> Iterator[None]:
-    """Keep flex_attention from advising to compile what was compiled until we set it aside."""
-    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
-    given: set[str] | None = getattr(flex, "_WARNINGS_SHOWN", None)
-    advice = "flex_attention_performance"
-    if given is None or advice in given:
-        yield
-        return
-    given.add(advice)
-    try:
-        yield
-    finally:
-        given.discard(advice)
 
 
 def _nothing(model: nn.Module | None, wanted: Wanted, trace: Trace) -> str:

@@ -35,7 +35,7 @@ class Layers:
         self._modules: dict[str, nn.Module] = {}
         self._top: nn.Module | None = None
         if model is not None:
-            self._top = top = _original(model)
+            self._top = top = original(model)
             named = top.named_modules()
             self._modules = {name or type(top).__name__: module for name, module in named}
         self._entered = entered
@@ -106,7 +106,7 @@ class Layers:
         return enter, leave
 
 
-def _original(model: nn.Module) -> nn.Module:
+def original(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` wrapped, or the module itself."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model
