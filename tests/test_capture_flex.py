@@ -116,6 +116,12 @@ def test_block_masks_of_batch_entries_and_heads(mask_mod, of):
     assert torch.equal(record.mask.expand(2, 3, 5, 7), expected)
 
 
+def test_a_block_mask_that_hides_nothing_is_none():
+    blocks = create_block_mask(lambda b, h, q, k: k < 9, None, None, 5, 7, device="cpu")
+    record, _ = captured(*three(2, 3), block_mask=blocks)
+    assert record.mask is None
+
+
 def test_a_score_mod_and_a_block_mask_together():
     query, key, value = three(2, 3)
     blocks = create_block_mask(padded, 2, None, 5, 7, device="cpu")

@@ -157,6 +157,14 @@ def test_capture_changes_no_number_and_no_gradient():
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+def test_the_number_of_its_heads_is_nobody_elses():
+    module, x = attention(num_heads=2), draw("x", 2, 5, 8)
+    with torch.no_grad(), capture_attention() as trace:
+        module(x, x, x)
+        F.scaled_dot_product_attention(x, x, x)
+    assert [record.shape for record in trace] == [(2, 2, 5, 5), (2, 1, 5, 5)]
+
+
 # --- encoders and decoders
 
 

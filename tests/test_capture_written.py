@@ -324,6 +324,37 @@ def test_a_cap_of_scores():
     assert record.scale is None
 
 
+MOVES = {
+    "flip": lambda scores: scores.flip(2),
+    "index": lambda scores: scores[:, :, [4, 2, 0, 1, 3]],
+    "roll": lambda scores: scores.roll(1, -1),
+    "index_select": lambda scores: scores.index_select(1, torch.tensor([2, 0, 1])),
+}
+
+
+@pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
+def test_scores_that_were_moved_do_not_tell_wrong_queries_and_masks(move):
+    def attend(q, k, v):
+        return move((q @ k.mT / 2).masked_fill(~MASK, -torch.inf)).softmax(-1) @ v
+
+    record, _ = captured(attend, QUERY, KEY, VALUE)
+    scores = (QUERY @ KEY.mT / 2).masked_fill(~MASK, -torch.inf)
+    assert_weights(record, plain_softmax(move(scores)))
+    assert record.query is record.key is record.given_mask is record.scale is None
+
+
+def test_a_mask_in_a_layout_of_windows_leaves_weights_right_and_the_scale_unknown():
+    windows = MASK[:, :1].view(1, 2, 1, 5, 7)
+
+    def attend(q, k, v):
+        scores = (q @ k.mT / 2).view(1, 2, 3, 5, 7).masked_fill(~windows, -torch.inf)
+        return scores.view(2, 3, 5, 7).softmax(-1) @ v
+
+    record, _ = captured(attend, QUERY, KEY, VALUE)
+    assert_weights(record, plain_weights(QUERY, KEY, allowed=MASK))
+    assert record.scale is None
+
+
 # --- what people get wrong is recorded as it is
 
 

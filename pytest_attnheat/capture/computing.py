@@ -55,8 +55,11 @@ def statistics_of(record: AttentionRecord) -> Statistics:
     source = record.kept_weights if record.query is None else record.query
     assert source is not None
     shape = record.shape_here[:3]
-    row_sum, entropy, maximum = (torch.empty(shape) for _ in range(3))
-    found = Statistics(row_sum, entropy, maximum, torch.empty(shape, dtype=torch.int64))
+    row_sum, entropy, maximum = (
+        torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(3)
+    )
+    places = torch.empty(shape, dtype=torch.int64, device="cpu")
+    found = Statistics(row_sum, entropy, maximum, places)
     with apart(source.device):
         for batch, heads in parts_of(record):
             given = record.kept_weights

@@ -89,7 +89,8 @@ class Layers:
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() != self._thread:
-                if watching.current() is None:  # Else a capture of that thread sees it.
+                # Else a capture of that thread sees it, or a backward pass runs it again.
+                if watching.current() is None and not watching.in_backward():
                     self.elsewhere.setdefault(name, module)
                 return
             self._running.append(name)

@@ -217,7 +217,8 @@ class AttentionRecord:
             raise ValueError(
                 f"{self.layer}: {what} {absent} were not kept; kept are {kept.tolist()}"
             )
-        return numbers, torch.tensor([places[int(number)] for number in numbers])
+        here = [places[int(number)] for number in numbers]
+        return numbers, torch.tensor(here, device="cpu")
 
     def _with_heads(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
         numbers, places = positions
@@ -295,7 +296,7 @@ def chosen(what: str, wanted: Selection, count: int, where: str) -> Tensor:
             f"{where}: got {what}={wanted!r}; "
             f"accepted are numbers from 0 to {count - 1}, or a slice of them"
         )
-    return torch.tensor([number % count for number in numbers])
+    return torch.tensor([number % count for number in numbers], device="cpu")
 
 
 def readable(count: int) -> str:

@@ -29,7 +29,7 @@ def sampled(record: AttentionRecord) -> AttentionRecord:
     query_len = record.shape_here[2]
     if query_len <= SAMPLED:
         return record
-    places = torch.linspace(0, query_len - 1, SAMPLED).round().long()
+    places = torch.linspace(0, query_len - 1, SAMPLED, device="cpu").round().long()
     numbers = places if record.queries is None else record.queries[places]
     return record.select(queries=numbers.tolist())
 

@@ -64,7 +64,7 @@ class Watcher(TorchFunctionMode):
     @property
     def idle(self) -> bool:
         """Whether nothing is to be told: a backward pass calls the model's code again."""
-        return torch._C._current_graph_task_id() != -1
+        return in_backward()
 
     def tell(self, what: str, read: Read) -> None:
         """Hand an attention to all recorders; what fails to be read is missed, and the model runs.
@@ -91,6 +91,11 @@ class Watcher(TorchFunctionMode):
         if not self.idle:
             for recorder in self.recorders:
                 recorder.miss(what, why)
+
+
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def current() -> Watcher | None:

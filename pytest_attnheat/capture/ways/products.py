@@ -174,7 +174,12 @@ def _record(
     query = key = None
     if scores is not None and scores.kept and product.left_as_it_is:
         query, key = _operands(scores, shaping, used)
-    exact = scores is not None and scores.exact and query is not None
+    mask, bias = (_masking(scores, shaping, used, what) for what in ("mask", "bias"))
+    # Told in a layout of which nothing is known here: windows, for instance.
+    lost = scores is not None and (
+        (scores.mask is not None and mask is None) or (scores.bias is not None and bias is None)
+    )
+    exact = scores is not None and scores.exact and query is not None and not lost
     record = AttentionRecord(
         layer="",
         way=tag.way,
@@ -184,8 +189,8 @@ def _record(
         key=key,
         value=shaping.keys(product.right),
         output=shaping.queries(product.output),
-        given_mask=_masking(scores, shaping, used, "mask"),
-        bias=_masking(scores, shaping, used, "bias"),
+        given_mask=mask,
+        bias=bias,
         scale=scores.scale if exact and scores is not None else None,
         dropout=tag.dropout,
         kept_weights=shaping.queries(clean),

@@ -338,9 +338,16 @@ def _changed(
         return replace(scores, bias=bias.detach())
     if base in ("masked_fill", "where"):
         return _hidden(scores, base, args, kwargs, place)
+    if base in _SHUFFLES:
+        return replace(scores, exact=False, kept=False)
     return scores if base in _HARMLESS else replace(scores, exact=False)
 
 
+# What moves scores to other places, though their number stays.
+_SHUFFLES = {
+    "getitem", "flip", "fliplr", "flipud", "roll", "rot90", "gather", "index_select", "sort",
+    "take_along_dim", "narrow", "slice",
+}  # fmt: skip
 # What changes no softmax.
 _HARMLESS = {"nan_to_num", "detach", "contiguous"}
 
