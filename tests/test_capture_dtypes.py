@@ -139,14 +139,18 @@ def test_gradients_are_identical(function, keep):
     assert all(torch.equal(t.grad, e) for t, e in zip(inputs, expected, strict=True))
 
 
+BACKWARDS = {"of the tensor": lambda loss: loss.backward(), "of autograd": torch.autograd.backward}
+
+
+@pytest.mark.parametrize("backward", BACKWARDS.values(), ids=BACKWARDS)
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpointing_is_one_record(reentrant):
+def test_checkpointing_is_one_record(reentrant, backward):
     query, key, value = (t.requires_grad_() for t in three(2, 3))
     written(query, key, value).sum().backward()
     expected = query.grad.clone()
     query.grad = None
     with capture_attention() as trace:
-        checkpoint(written, query, key, value, use_reentrant=reentrant).sum().backward()
+        backward(checkpoint(written, query, key, value, use_reentrant=reentrant).sum())
     assert len(trace) == 1
     assert torch.equal(query.grad, expected)
 
@@ -194,7 +198,8 @@ def test_what_is_overwritten_afterwards_does_not_change_a_record(function, keep)
     assert trace[0].mask.all()
 
 
-def test_weights_that_are_overwritten_afterwards_do_not_change_a_record():
+@pytest.mark.parametrize("keep", ["inputs", "weights"])
+def test_weights_that_are_overwritten_afterwards_do_not_change_a_record(keep):
     query, key, value = three(2, 3)
 
     def attend():
@@ -203,7 +208,7 @@ def test_weights_that_are_overwritten_afterwards_do_not_change_a_record():
         weights.zero_()
         return output
 
-    assert_weights(captured(attend), plain_weights(query, key))
+    assert_weights(captured(attend, keep=keep), plain_weights(query, key))
 
 
 def test_what_a_record_hands_out_does_not_change_it():

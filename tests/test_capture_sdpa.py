@@ -175,6 +175,20 @@ def test_batch_and_heads_that_were_joined_are_read_apart():
     assert captured(*joined).shape == (6, 1, 5, 7)
 
 
+@pytest.mark.parametrize("shape", [(3, 7), (1, 7), (2, 1, 1, 7), (2, 2, 3, 7), (2, 1, 3, 7)])
+def test_grouped_heads_of_one_query_that_were_written_as_queries(shape):
+    query, key, value = three(2, 6, queries=1, key_heads=2)
+    mask = draw("mask", *shape) > -0.5
+    with capture_attention() as trace:
+        F.scaled_dot_product_attention(query.view(2, 2, 3, 4), key, value, mask)
+    (record,) = trace
+    assert record.trusted
+    assert record.shape == (2, 6, 1, 7)
+    allowed = mask.expand(2, 2, 3, 7).reshape(2, 6, 1, 7)
+    assert_weights(record, plain_weights(query, key, allowed=allowed))
+    assert torch.equal(record.mask.expand(2, 6, 1, 7), allowed)
+
+
 @pytest.mark.parametrize("broadcast", ["keys", "heads of keys", "queries", "heads of queries"])
 def test_leading_axes_that_broadcast(broadcast):
     query, key, value = three(2, 3)
@@ -224,19 +238,16 @@ def test_a_function_that_was_imported_by_name_is_seen():
         assert_weights(record, plain_weights(query, key))
 
 
-def test_dropout_is_told_and_weights_are_those_before_it():
+@pytest.mark.parametrize("keep", ["inputs", "weights"])
+def test_dropout_is_told_and_weights_are_those_before_it(keep):
     query, key, value = three(2, 3)
-    record = captured_with_dropout(query, key, value)
+    with capture_attention(keep=keep) as trace:
+        F.scaled_dot_product_attention(query, key, value, dropout_p=0.4)
+    (record,) = trace
     assert record.dropout == 0.4
     assert_weights(record, plain_weights(query, key))
     assert record.unverified == "dropout of 0.4 was applied within"
     assert record.trusted
-
-
-def captured_with_dropout(query, key, value):
-    with capture_attention() as trace:
-        F.scaled_dot_product_attention(query, key, value, dropout_p=0.4)
-    return trace[0]
 
 
 def test_values_may_have_another_width_than_keys():

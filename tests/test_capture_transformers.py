@@ -77,10 +77,22 @@ def gpt_neox(**options):
     return config, transformers.GPTNeoXModel
 
 
-TEXT = [bert, roberta, distilbert, albert, gpt2, llama, mistral_with_a_window, qwen2, gemma2, opt,
-        gpt_neox]  # fmt: skip
-NO_SDPA = [gemma2]
-NO_FLEX = [gpt2, albert, roberta, distilbert, opt, gpt_neox, qwen2]
+def gpt_oss_with_sinks(**options):
+    config = transformers.GptOssConfig(
+        **LLAMA, head_dim=8, sliding_window=3, num_local_experts=2, num_experts_per_tok=1,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    return config, transformers.GptOssModel
+
+
+TEXT = [
+    bert, roberta, distilbert, albert, gpt2, llama, mistral_with_a_window, qwen2, gemma2, opt,
+    gpt_neox, gpt_oss_with_sinks,
+]  # fmt: skip
+NO_SDPA = [gemma2, gpt_oss_with_sinks]
+NO_FLEX = [
+    gpt2, albert, roberta, distilbert, opt, gpt_neox, qwen2, gpt_oss_with_sinks,
+]  # fmt: skip
 IDS = torch.tensor([[3, 7, 11, 19, 4, 23, 8], [5, 9, 2, 31, 6, 12, 40]])
 RIGHT = torch.tensor([[1] * 7, [1] * 5 + [0] * 2])
 LEFT = torch.tensor([[1] * 7, [0] * 2 + [1] * 5])

@@ -463,6 +463,70 @@ def test_weights_that_were_joined_for_the_product():
     assert torch.equal(record.query, QUERY)
 
 
+def test_a_sink_that_is_cut_off_leaves_rows_below_one():
+    def attend(q, k, v):
+        scores = torch.cat([q @ k.mT / 2, torch.ones(2, 3, 5, 1)], -1)
+        return F.dropout(scores.softmax(-1)[..., :-1], 0.3) @ v
+
+    record, _ = captured(attend, QUERY, KEY, VALUE)
+    scores = torch.cat([QUERY @ KEY.mT / 2, torch.ones(2, 3, 5, 1)], -1)
+    assert_weights(record, plain_softmax(scores)[..., :-1])
+    assert record.shape == (2, 3, 5, 7)
+    assert record.query is None
+
+
+def test_dropout_before_the_sink_is_cut_off():
+    def attend(q, k, v):
+        scores = torch.cat([q @ k.mT / 2, torch.ones(2, 3, 5, 1)], -1)
+        return F.dropout(scores.softmax(-1), 0.3)[..., :-1] @ v
+
+    record, _ = captured(attend, QUERY, KEY, VALUE)
+    scores = torch.cat([QUERY @ KEY.mT / 2, torch.ones(2, 3, 5, 1)], -1)
+    assert record.dropout == 0.3
+    assert_weights(record, plain_softmax(scores)[..., :-1])
+
+
+@pytest.mark.parametrize("dropping", [0.0, 0.3])
+def test_heads_that_were_computed_apart_and_stacked(dropping):
+    def attend(q, k, v):
+        each = [(q[:, h] @ k[:, h].mT / 2).softmax(-1) for h in range(3)]
+        return torch.stack([F.dropout(one, dropping) for one in each], 1) @ v
+
+    record, _ = captured(attend, QUERY, KEY, VALUE)
+    assert record.dropout == dropping
+    assert_weights(record, plain_weights(QUERY, KEY))
+
+
+MIXING = nn.Parameter(draw("mixing", 3, 3))
+MIXINGS = {
+    "einsum": lambda w: torch.einsum("hg,bgij->bhij", MIXING, w),
+    "einsum, weights first": lambda w: torch.einsum("bgij,hg->bhij", w, MIXING),
+    "linear": lambda w: F.linear(w.permute(0, 2, 3, 1), MIXING).permute(0, 3, 1, 2),
+    "convolution": lambda w: F.conv2d(w, MIXING[:, :, None, None]),
+}
+
+
+@pytest.mark.parametrize("mix", MIXINGS.values(), ids=MIXINGS)
+def test_heads_that_talk_to_one_another_after_the_softmax(mix):
+    def attend(q, k, v):
+        return mix((q @ k.mT / 2).softmax(-1)) @ v
+
+    record, _ = captured(attend, QUERY, KEY, VALUE)
+    expected = torch.einsum("hg,bgij->bhij", MIXING.double(), plain_weights(QUERY, KEY))
+    assert_weights(record, expected.detach(), atol=3e-6, rtol=0)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_query_and_nothing_else(side):
+    def attend(q, k, v):
+        weights = (k @ q / 2).softmax(-1)
+        return weights @ v if side == "left" else v.mT @ weights
+
+    record, _ = captured(attend, QUERY[0, 0, 0], KEY[0, 0], VALUE[0, 0])
+    assert record.shape == (1, 1, 1, 7)
+    assert_weights(record, plain_weights(QUERY[0, 0, :1], KEY[0, 0])[None, None])
+
+
 # --- other ways to weights
 
 

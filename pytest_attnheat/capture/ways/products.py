@@ -82,11 +82,16 @@ def read_product(
             return None
         added, *operands = operands
         scale = float(kwargs.get("alpha", 1))
-    if len(operands) < 2 or not all(isinstance(t, Tensor) and t.ndim >= 2 for t in operands[:2]):
+    if len(operands) < 2 or not all(isinstance(t, Tensor) and t.ndim >= 1 for t in operands[:2]):
         return None
     left, right = operands[:2]
-    if not left.is_floating_point():
+    if not left.is_floating_point() or left.ndim == right.ndim == 1:
         return None
+    if left.ndim == 1:  # One row, which has no axis of its own.
+        made = output.unsqueeze(-2)
+        return Product(left.unsqueeze(-2), right, made, left, right, row_added=True)
+    if right.ndim == 1:
+        return Product(left, right.unsqueeze(-1), output.unsqueeze(-1), left, right)
     return Product(left, right, output, left, right, scale, added)
 
 

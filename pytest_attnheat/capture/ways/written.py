@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Number
 from typing import Any
 
 import torch
@@ -20,6 +19,7 @@ from pytest_attnheat.capture.record import HIDDEN_BELOW
 from pytest_attnheat.capture.tags import Scores, Tag
 from pytest_attnheat.capture.watching import Watcher, Way
 from pytest_attnheat.capture.ways.products import Product, read_product, tell
+from pytest_attnheat.capture.ways.scores import also_masked, changed, number_of
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -79,6 +79,11 @@ def _multiplied(
         # Somebody follows attention through layers: weights again, and no value.
         watcher.tags[output] = Tag(weights=True, way=left.way)
         return output
+    mixed = left if right is None or not right.weights else right
+    source = product.left_source if mixed is left else product.right_source
+    if mixed is not None and mixed.weights and _mixes_heads(product, source, output):
+        watcher.tags[output] = Tag(weights=True, way=mixed.way)
+        return output
     for candidate in (product, turned):
         if _is_attention(watcher, candidate):
             tell(watcher, candidate)
@@ -96,6 +101,12 @@ def _multiplied(
 def _is_parameter(tensor: Tensor) -> bool:
     """Whether a tensor is a parameter, or a view of one."""
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
+
+
+def _mixes_heads(product: Product, weights: Tensor, output: Tensor) -> bool:
+    """Whether weights are multiplied by a parameter, heads by heads."""
+    other = product.right_source if weights is product.left_source else product.left_source
+    return _is_parameter(other) and output.shape == weights.shape and weights.ndim > 2
 
 
 def _same_axes(a: Tensor, b: Tensor) -> bool:
@@ -139,7 +150,11 @@ def _projected(
 ) -> Any:
     output = func(*args, **kwargs)
     weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
+    source: Any = args[0] if args else kwargs.get("input")
+    tag = watcher.tags[source]
+    if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
+        watcher.tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
+    elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
         watcher.tags[output] = Tag(parametric=True)
     return output
 
@@ -214,9 +229,10 @@ def _moved(
     scores = tag.scores
     if scores is not None and _turns(func):
         scores = replace(scores, kept=False)
+    turned = tag.turned or (tag.weights and _turns(func))
     parametric = tag.parametric and output.ndim > 0 and output.shape[-1] == source.shape[-1]
     watcher.tags[output] = replace(
-        tag, clean=clean, scores=scores, parametric=parametric and not _turns(func),
+        tag, clean=clean, scores=scores, parametric=parametric and not _turns(func), turned=turned,
         before=before or (tag.before if output.shape == source.shape else None),
     )  # fmt: skip
     return output
@@ -244,11 +260,17 @@ def _anything(
     watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
+    if args and isinstance(args[0], list | tuple):
+        return _joined(watcher, func, args, kwargs)
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
     if tag is None or not isinstance(output, Tensor):
         return output
     source = args[place]
+    if tag.weights and _is_part(func, output, source):
+        clean = None if tag.clean is None else func(tag.clean, *args[1:], **kwargs)
+        watcher.tags[output] = replace(tag, clean=clean, scores=None, before=None)
+        return output
     if output.ndim < source.ndim or output.shape[-2:] != source.shape[-2:]:
         return output
     if not output.is_floating_point():
@@ -259,10 +281,33 @@ def _anything(
         watcher.tags[output] = replace(tag, clean=clean)
     elif tag.scores is not None:
         name = getattr(func, "__name__", "").split(".")[0]
-        scores = _changed(tag.scores, name, args, kwargs, place)
+        scores = changed(tag.scores, name, args, kwargs, place)
         watcher.tags[output] = replace(tag, scores=scores)
     else:
         watcher.tags[output] = tag
+    return output
+
+
+def _is_part(func: Callable[..., Any], output: Tensor, source: Tensor) -> bool:
+    """Whether a part of weights is taken: without a sink, of some heads, of some queries."""
+    name = getattr(func, "__name__", "").split(".")[0].strip("_")
+    parts = name in ("getitem", "narrow", "select", "slice", "index_select")
+    return parts and output.is_floating_point() and output.shape != source.shape
+
+
+def _joined(
+    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`stack` and `cat`: weights of several heads side by side are weights."""
+    output = func(*args, **kwargs)
+    tags = [watcher.tags[one] for one in args[0]]
+    if tags and isinstance(output, Tensor) and all(t is not None and t.weights for t in tags):
+        assert tags[0] is not None
+        cleans = [one if t is None or t.clean is None else t.clean
+                  for one, t in zip(args[0], tags, strict=True)]  # fmt: skip
+        dropout = tags[0].dropout
+        clean = func(cleans, *args[1:], **kwargs) if dropout else None
+        watcher.tags[output] = Tag(weights=True, way=tags[0].way, dropout=dropout, clean=clean)
     return output
 
 
@@ -280,11 +325,11 @@ def _overwritten(
         clean[index] = value
         watcher.tags[source] = replace(tag, clean=clean)
     elif tag.scores is not None and not tag.weights:
-        scores, fill = replace(tag.scores, exact=False), _number(value)
+        scores, fill = replace(tag.scores, exact=False), number_of(value)
         if fill is not None and fill <= HIDDEN_BELOW:
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
-            scores = _seen(tag.scores, seen)
+            scores = also_masked(tag.scores, seen)
         watcher.tags[source] = replace(tag, scores=scores)
     return output
 
@@ -313,77 +358,3 @@ def _first_tagged(watcher: Watcher, args: tuple[Any, ...]) -> tuple[int, Tag | N
         if tag is not None and (tag.scores is not None or tag.weights):
             return place, tag
     return next(((place, tag) for place, tag in enumerate(tags) if tag is not None), (0, None))
-
-
-def _changed(
-    scores: Scores, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
-) -> Scores:
-    """What scores are after one more step; not exact after a step that is not understood."""
-    base = name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
-    other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
-    if base in ("mul", "div", "truediv", "multiply", "divide", "rmul"):
-        factor = _number(other)
-        if factor is None or (base in ("div", "truediv", "divide") and place == 1):
-            return replace(scores, exact=False)
-        factor = 1 / factor if "div" in base and factor else factor
-        bias = None if scores.bias is None else scores.bias * factor
-        return replace(scores, scale=scores.scale * factor, bias=bias)
-    if base in ("add", "radd", "sub") and not kwargs:
-        if not isinstance(other, Tensor) or other.shape[-1:] == (1,) or other.ndim == 0:
-            return scores if place == 0 or base != "sub" else replace(scores, exact=False)
-        if base == "sub" and place == 1:
-            return replace(scores, exact=False)
-        more = other if base != "sub" else -other
-        bias = more if scores.bias is None else scores.bias + more
-        return replace(scores, bias=bias.detach())
-    if base in ("masked_fill", "where"):
-        return _hidden(scores, base, args, kwargs, place)
-    if base in _SHUFFLES:
-        return replace(scores, exact=False, kept=False)
-    return scores if base in _HARMLESS else replace(scores, exact=False)
-
-
-# What moves scores to other places, though their number stays.
-_SHUFFLES = {
-    "getitem", "flip", "fliplr", "flipud", "roll", "rot90", "gather", "index_select", "sort",
-    "take_along_dim", "narrow", "slice",
-}  # fmt: skip
-# What changes no softmax.
-_HARMLESS = {"nan_to_num", "detach", "contiguous"}
-
-
-def _hidden(
-    scores: Scores, base: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
-) -> Scores:
-    if base == "masked_fill":
-        mask, fill = kwargs.get("mask", args[1] if len(args) > 1 else None), None
-        fill = kwargs.get("value", args[2] if len(args) > 2 else None)
-        seen = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
-    else:
-        condition, fill = args[0], args[3 - place] if len(args) > 2 else None
-        bools = isinstance(condition, Tensor) and condition.dtype == torch.bool
-        seen = (condition if place == 1 else ~condition) if bools else None
-    if seen is None or not _hides(fill):
-        return replace(scores, exact=False)
-    return _seen(scores, seen)
-
-
-def _seen(scores: Scores, seen: Tensor) -> Scores:
-    return replace(scores, mask=seen if scores.mask is None else scores.mask & seen)
-
-
-def _hides(fill: object) -> bool:
-    """Whether scores that are overwritten by this get no weight."""
-    if isinstance(fill, Tensor):
-        return fill.numel() > 0 and not fill.is_meta and bool((fill <= HIDDEN_BELOW).all())
-    value = _number(fill)
-    return value is not None and value <= HIDDEN_BELOW
-
-
-def _number(value: object) -> float | None:
-    """A Python number, or a tensor of one that is on the CPU."""
-    if isinstance(value, Number) and not isinstance(value, complex):
-        return float(value)  # type: ignore[arg-type]
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        return float(value.detach())
-    return None
