@@ -131,13 +131,15 @@ def test_hooks_that_change_what_a_module_gets_and_gives_still_do():
 
 def test_an_error_that_the_block_handles_does_not_mix_up_layers():
     model = Model(ValueError("mine"))
-    with capture_attention(model) as trace:
+    with capture_attention(model, allow_unseen=True) as trace:
         for _ in range(2):
             with pytest.raises(ValueError, match="mine"):
                 model(X)
+        F.scaled_dot_product_attention(X, X, X)
         model.error = None
         model(X)
     assert [record.layer for record in trace] == ["first", "first", "first", "second"]
+    assert [u.why for u in trace.unseen] == ["it happened outside of the model that is captured"]
 
 
 def test_other_modes_go_on():
