@@ -186,6 +186,7 @@ def test_captures_of_the_same_model_have_each_all_within():
         model(X)
     assert len(outer) == 6
     assert len(inner) == 2
+    assert inner.unseen == ()
     assert inner[0].shape_here == (2, 1, 5, 5)
     assert torch.equal(outer[2].weights[:, [1]], inner[0].weights)
     assert [record.call for record in outer] == [0, 0, 1, 1, 2, 2]
