@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,15 +11,17 @@ import torch
 from torch import nn
 
 from pytest_attnheat.capture import watching
+from pytest_attnheat.capture.compiled import compiled_code_set_aside
 from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
 from pytest_attnheat.capture.fast_path import would_take_fast_path
 from pytest_attnheat.capture.layers import Layers
-from pytest_attnheat.capture.record import Selection
+from pytest_attnheat.capture.record import Selection, selection
 from pytest_attnheat.capture.recording import Keep, Recording, Wanted
-from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.capture.trace import Trace, checked_patterns
 from pytest_attnheat.capture.unseen import find_unseen
 from pytest_attnheat.capture.verification import Repetition
 
+_FAST_PATH = "{}: PyTorch's fast path was off while it was watched"
 _KEPT = ("inputs", "weights", "statistics")
 
 
@@ -33,7 +34,7 @@ def capture_attention(
     heads: Selection | None = None,
     queries: Selection | None = None,
     dtype: torch.dtype = torch.float32,
-    max_bytes: int = 2**30,
+    max_bytes: float = 2**30,
     verify: bool = False,
     allow_empty: bool = False,
     allow_unseen: bool = False,
@@ -68,7 +69,8 @@ def capture_attention(
             cannot be set aside.
         CaptureMemoryError: The next record would take more than `max_bytes`.
         TypeError: The model is no module, or an argument is of another type than above.
-        ValueError: `keep` is another word, or a selection is of heads or queries that are absent.
+        ValueError: `keep` is another word, or a selection is of nothing, or of heads or queries
+            that are absent: that shows when the layer runs.
 
     Warns:
         CaptureWarning: Weights times value do not reproduce the output of a record, or something
@@ -80,15 +82,16 @@ def capture_attention(
     recording = Recording(wanted, running, trace)
     repetition = Repetition(model) if verify else None
     with ExitStack() as stack:
-        stack.enter_context(_compiled_code_set_aside(model, trace))
-        running.start()
+        stack.enter_context(compiled_code_set_aside(model, trace))
         stack.callback(running.stop)
+        running.start()
         if repetition is not None:
             stack.enter_context(repetition.remembering())
         stack.enter_context(_watched(recording))
         yield trace
     if repetition is not None:
-        trace.difference = repetition.difference()
+        with watching.paused():
+            trace.difference = repetition.difference()
     for unseen in find_unseen(running, trace):
         trace._miss(unseen)
     if not len(trace) and not allow_empty:
@@ -109,10 +112,18 @@ def _checked(
         raise ValueError(f"capture_attention: got keep={keep!r}; accepted are {', '.join(_KEPT)}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"capture_attention: got dtype={dtype!r}; accepted is torch.float32 ...")
-    if not isinstance(max_bytes, int) or isinstance(max_bytes, bool):
+    if not isinstance(max_bytes, int | float) or isinstance(max_bytes, bool):
         raise TypeError(f"capture_attention: got max_bytes={max_bytes!r}; accepted are numbers")
-    patterns = [layers] if isinstance(layers, str) else layers
-    return Wanted(keep, patterns, heads, queries, max_bytes, dtype)
+    if not 0 <= max_bytes < float("inf"):
+        raise ValueError(f"capture_attention: got max_bytes={max_bytes!r}; accepted is 0 or more")
+    return Wanted(
+        keep,
+        checked_patterns(layers),
+        None if heads is None else selection("heads", heads),
+        None if queries is None else selection("queries", queries),
+        int(max_bytes),
+        dtype,
+    )
 
 
 @contextmanager
@@ -135,59 +146,11 @@ def _watched(recording: Recording) -> Iterator[None]:
 def _note_fast_path(
     running: Layers, trace: Trace, module: nn.Module, name: str, args: Any, kwargs: Any
 ) -> None:
-    if would_take_fast_path(module, args, kwargs, running.hooked):
-        trace._change(f"{name}: PyTorch's fast path was off while it was watched")
-
-
-@contextmanager
-def _compiled_code_set_aside(model: nn.Module | None, trace: Trace) -> Iterator[None]:
-    """Run what was compiled as it was written: nothing can be seen inside compiled code.
-
-    flex_attention compiles a part of itself at each call, even where nobody asked for it.
-    """
-    compiled = "torch._dynamo" in sys.modules
-    if not compiled and "torch.nn.attention.flex_attention" not in sys.modules:
-        yield
+    if not would_take_fast_path(module, args, kwargs, running.hooked):
         return
-    names = _compiled_modules(model)
-    if not hasattr(torch.compiler, "set_stance"):
-        if names:
-            raise CaptureError(
-                f"capture_attention: {', '.join(names)} is compiled, and torch {torch.__version__} "
-                "cannot set that aside (2.6 can); capture the module that was compiled"
-            )
-        yield
-        return
-    for name in names:
-        trace._change(f"{name}: compiled code was set aside, its Python code ran")
-    with torch.compiler.set_stance("force_eager"), _no_advice_to_compile():
-        yield
-
-
-def _compiled_modules(model: nn.Module | None) -> list[str]:
-    if model is None:
-        return []
-    return [
-        name or type(model).__name__
-        for name, module in model.named_modules()
-        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
-    ]
-
-
-@contextmanager
-def _no_advice_to_compile() -> Iterator[None]:
-    """Keep flex_attention from advising to compile what was compiled until we set it aside."""
-    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
-    given: set[str] | None = getattr(flex, "_WARNINGS_SHOWN", None)
-    advice = "flex_attention_performance"
-    if given is None or advice in given:
-        yield
-        return
-    given.add(advice)
-    try:
-        yield
-    finally:
-        given.discard(advice)
+    # A layer's fast path does not call its attention: only the layer ran differently.
+    if not any(_FAST_PATH.format(outer) in trace.changes for outer in running.running[:-1]):
+        trace._change(_FAST_PATH.format(name))
 
 
 def _nothing(model: nn.Module | None, wanted: Wanted, trace: Trace) -> str:
@@ -208,11 +171,13 @@ def _nothing(model: nn.Module | None, wanted: Wanted, trace: Trace) -> str:
 
 def _warn(trace: Trace, *, allow_unseen: bool) -> None:
     # The `with` statement of the user: this function, the generator, contextlib.
-    for record in trace.untrusted:
+    if trace.untrusted:
+        record, *others = trace.untrusted
+        more = f" (so are those of {len(others)} more: trace.untrusted)" if others else ""
         warnings.warn(
-            f"capture_attention: {record.layer}: weights times value are not the output "
-            f"(residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the weights are "
-            "not to be trusted",
+            f"capture_attention: {record.layer or 'the block'}: weights times value are not the "
+            f"output (residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the "
+            f"weights are not to be trusted{more}",
             CaptureWarning,
             stacklevel=4,
         )

@@ -29,13 +29,22 @@ def apart(device: torch.device) -> Iterator[None]:
         yield
 
 
-def weights_of(record: AttentionRecord, dtype: torch.dtype) -> Tensor:
-    """Return the weights (batch, heads, query_len, key_len) of a record with query and key."""
+def weights_of(record: AttentionRecord, dtype: torch.dtype, entry: int | None = None) -> Tensor:
+    """Return the weights (batch, heads, query_len, key_len) of a record with query and key.
+
+    Args:
+        record: Of which weights are computed.
+        dtype: Theirs.
+        entry: The only batch entry that is wanted; None for all.
+    """
     assert record.query is not None
+    entries, first = (record.shape_here[0], 0) if entry is None else (1, entry)
     with apart(record.query.device):
-        weights = torch.empty(record.shape_here, dtype=dtype, device=record.query.device)
-        for batch, heads in _parts(record):
-            weights[batch, heads] = _part(record, batch, heads)
+        shape = (entries, *record.shape_here[1:])
+        weights = torch.empty(shape, dtype=dtype, device=record.query.device)
+        for batch, heads in parts_of(record, entry):
+            here = slice(batch.start - first, batch.stop - first)
+            weights[here, heads] = part_of(record, batch, heads)
         return weights
 
 
@@ -46,12 +55,21 @@ def statistics_of(record: AttentionRecord) -> Statistics:
     source = record.kept_weights if record.query is None else record.query
     assert source is not None
     shape = record.shape_here[:3]
-    row_sum, entropy, maximum = (torch.empty(shape) for _ in range(3))
-    found = Statistics(row_sum, entropy, maximum, torch.empty(shape, dtype=torch.int64))
+    row_sum, entropy, maximum = (
+        torch.empty(shape, dtype=torch.float32, device="cpu") for _ in range(3)
+    )
+    places = torch.empty(shape, dtype=torch.int64, device="cpu")
+    found = Statistics(row_sum, entropy, maximum, places)
     with apart(source.device):
-        for batch, heads in _parts(record):
+        for batch, heads in parts_of(record):
             given = record.kept_weights
-            weights = _part(record, batch, heads) if given is None else given[batch, heads].float()
+            weights = (
+                part_of(record, batch, heads) if given is None else given[batch, heads].float()
+            )
+            if weights.shape[-1] == 0:
+                for part, nothing in zip(vars(found).values(), (0.0, 0.0, 0.0, -1), strict=True):
+                    part.fill_(nothing)
+                break
             maximum, place = weights.max(-1)
             found.row_sum[batch, heads] = weights.sum(-1).float().cpu()
             found.entropy[batch, heads] = (
@@ -62,22 +80,23 @@ def statistics_of(record: AttentionRecord) -> Statistics:
     return found
 
 
-def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice]]:
+def parts_of(record: AttentionRecord, entry: int | None = None) -> Iterator[tuple[slice, slice]]:
     """Whole batch entries as long as they are small, else groups of heads that share keys."""
     batch, heads, query_len, key_len = record.shape_here
+    start, stop = (0, batch) if entry is None else (entry, entry + 1)
     one_head = max(query_len * key_len * 4, 1)
-    entries = _PART_BYTES // (one_head * heads)
+    entries = _PART_BYTES // (one_head * max(heads, 1))
     if entries >= 1:
-        for first in range(0, batch, entries):
-            yield slice(first, min(first + entries, batch)), slice(0, heads)
+        for first in range(start, stop, entries):
+            yield slice(first, min(first + entries, stop)), slice(0, heads)
         return
     step = max(_PART_BYTES // one_head // record.group, 1) * record.group
-    for entry in range(batch):
+    for number in range(start, stop):
         for first in range(0, heads, step):
-            yield slice(entry, entry + 1), slice(first, min(first + step, heads))
+            yield slice(number, number + 1), slice(first, min(first + step, heads))
 
 
-def _part(record: AttentionRecord, batch: slice, heads: slice) -> Tensor:
+def part_of(record: AttentionRecord, batch: slice, heads: slice) -> Tensor:
     """Weights of some batch entries and heads, in float32 or, where the model was, float64."""
     query, key, group = record.query, record.key, record.group
     assert query is not None
@@ -89,7 +108,7 @@ def _part(record: AttentionRecord, batch: slice, heads: slice) -> Tensor:
     entries, count, query_len, head_dim = part.shape
     # Heads that share keys are one taller matrix: no key is repeated.
     rows = (part * record.scale).reshape(entries, count // group, group * query_len, head_dim)
-    scores = (rows @ keys.mT).reshape(entries, count, query_len, -1)
+    scores = (rows @ keys.mT).reshape(entries, count, query_len, keys.shape[2])
     if record.score_change is not None:
         scores = record.score_change(scores, *_numbers(record, batch, heads))
     if record.bias is not None:

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from pytest_attnheat.capture import watching
+
 # (module, its name, positional arguments, keywords)
 Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 
@@ -22,7 +24,7 @@ class Layers:
 
     Attributes:
         ran: The modules that ran in the thread of the capture, by name, in order.
-        elsewhere: Those that ran in other threads.
+        elsewhere: Those that ran in other threads, in which nobody watched.
         hooked: Those that had hooks before.
     """
 
@@ -33,7 +35,7 @@ class Layers:
         self._modules: dict[str, nn.Module] = {}
         self._top: nn.Module | None = None
         if model is not None:
-            self._top = top = _original(model)
+            self._top = top = original(model)
             named = top.named_modules()
             self._modules = {name or type(top).__name__: module for name, module in named}
         self._entered = entered
@@ -87,7 +89,9 @@ class Layers:
     def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if threading.get_ident() != self._thread:
-                self.elsewhere.setdefault(name, module)
+                # Else a capture of that thread sees it, or a backward pass runs it again.
+                if watching.current() is None and not watching.in_backward():
+                    self.elsewhere.setdefault(name, module)
                 return
             self._running.append(name)
             self.ran.setdefault(name, module)
@@ -103,7 +107,7 @@ class Layers:
         return enter, leave
 
 
-def _original(model: nn.Module) -> nn.Module:
+def original(model: nn.Module) -> nn.Module:
     """Return the module that `torch.compile` wrapped, or the module itself."""
     inner = getattr(model, "_orig_mod", model)
     return inner if isinstance(inner, nn.Module) else model

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class Statistics:
         row_sum: (batch, heads, query_len)
         entropy: (batch, heads, query_len), in nats.
         maximum: (batch, heads, query_len): the largest weight.
-        most_attended: (batch, heads, query_len): the key that has it, int64.
+        most_attended: (batch, heads, query_len): the key that has it, int64; -1 without keys.
     """
 
     row_sum: Tensor
@@ -111,7 +113,14 @@ class AttentionRecord:
         """Boolean, True where a query may attend, broadcastable to the weights; None for all.
 
         The mask that was given, causality and biases that hide a key (-inf, -1e9 ...) together.
+
+        Raises:
+            ValueError: Only statistics were kept.
         """
+        if self.statistics is not None:
+            raise ValueError(
+                f'{self.layer}: the mask is not known any more: keep="statistics" keeps none'
+            )
         parts = [self.given_mask]
         if self.causal is not None:
             parts.append(self._causal(self.causal))
@@ -132,7 +141,7 @@ class AttentionRecord:
     @property
     def group(self) -> int:
         """How many query heads share one key head."""
-        return 1 if self.key is None else self.shape_here[1] // self.key.shape[1]
+        return 1 if self.key is None else _group(self.shape_here[1], self.key)
 
     @property
     def shape_here(self) -> tuple[int, int, int, int]:
@@ -142,27 +151,38 @@ class AttentionRecord:
         query_len = query_len if self.queries is None else len(self.queries)
         return batch, heads, query_len, key_len
 
-    def compute_weights(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the weights in a dtype of your choice; see `weights`."""
+    def compute_weights(
+        self, dtype: torch.dtype = torch.float32, *, batch: int | None = None
+    ) -> Tensor:
+        """Return the weights in a dtype of your choice; see `weights`.
+
+        Args:
+            dtype: Any of floating point.
+            batch: The only batch entry that is computed, (1, heads, query_len, key_len); None
+                for all.
+        """
         from pytest_attnheat.capture.computing import weights_of
 
         if not dtype.is_floating_point:
             raise TypeError(f"got dtype={dtype}; accepted are torch.float32, torch.float64 ...")
+        entry = None if batch is None else int(chosen("batch", [batch], self.shape[0], self.layer))
         if self.kept_weights is not None:
-            return self.kept_weights.to(dtype)
+            kept = self.kept_weights
+            return (kept if entry is None else kept[entry : entry + 1]).to(dtype, copy=True)
         if self.query is None or self.key is None:
             raise ValueError(
                 f"{self.layer}: weights cannot be computed any more: keep="
                 '"statistics" keeps neither them nor query and key'
             )
-        needed = _count(self.shape_here) * dtype.itemsize
+        shape = self.shape_here if entry is None else (1, *self.shape_here[1:])
+        needed = math.prod(shape) * dtype.itemsize
         if needed > self.most_bytes:
             raise CaptureMemoryError(
-                f"{self.layer}: weights {self.shape_here} in {dtype} take {readable(needed)}; "
-                f"allowed are {readable(self.most_bytes)}. Accepted: "
+                f"{self.layer or 'the block'}: weights {shape} in {dtype} take "
+                f"{readable(needed)}; allowed are {readable(self.most_bytes)}. Accepted: "
                 "record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
             )
-        return weights_of(self, dtype)
+        return weights_of(self, dtype, entry)
 
     def select(
         self, *, heads: Selection | None = None, queries: Selection | None = None
@@ -197,12 +217,13 @@ class AttentionRecord:
             raise ValueError(
                 f"{self.layer}: {what} {absent} were not kept; kept are {kept.tolist()}"
             )
-        return numbers, torch.tensor([places[int(number)] for number in numbers])
+        here = [places[int(number)] for number in numbers]
+        return numbers, torch.tensor(here, device="cpu")
 
     def _with_heads(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
         numbers, places = positions
         keys = places // self.group
-        group = None if self.value is None else self.shape_here[1] // self.value.shape[1]
+        group = None if self.value is None else _group(self.shape_here[1], self.value)
         values = None if group is None else places // group
         return replace(
             self,
@@ -245,21 +266,37 @@ class AttentionRecord:
         return mask if self.queries is None else mask[self.queries.to(mask.device)]
 
 
+def selection(what: str, wanted: Any, where: str = "capture_attention") -> slice | list[int]:
+    """Return a selection as a slice or whole numbers.
+
+    Raises:
+        TypeError: It is neither a number, nor several, nor a slice.
+    """
+    if isinstance(wanted, slice):
+        return wanted
+    several = isinstance(wanted, Iterable) and not isinstance(wanted, str | bytes | Mapping)
+    if isinstance(wanted, Tensor):
+        wanted = wanted.tolist()
+        several = isinstance(wanted, list)
+    numbers = list(wanted) if several else [wanted]
+    if any(isinstance(number, bool) or not hasattr(number, "__index__") for number in numbers):
+        raise TypeError(
+            f"{where}: got {what}={wanted!r}; accepted are a number, several, or a slice"
+        )
+    return [operator.index(number) for number in numbers]
+
+
 def chosen(what: str, wanted: Selection, count: int, where: str) -> Tensor:
     """Return the numbers that a selection means, of `count`."""
-    if isinstance(wanted, slice):
-        numbers = list(range(count))[wanted]
-    elif isinstance(wanted, int):
-        numbers = [wanted]
-    else:
-        numbers = [int(number) for number in wanted]
-    beyond = [number for number in numbers if not -count <= number < count]
-    if beyond or not numbers:
+    where = where or "capture_attention"
+    asked = selection(what, wanted, where)
+    numbers = list(range(count))[asked] if isinstance(asked, slice) else asked
+    if not numbers or not all(-count <= number < count for number in numbers):
         raise ValueError(
-            f"{where or 'capture_attention'}: got {what}={wanted!r}; "
+            f"{where}: got {what}={wanted!r}; "
             f"accepted are numbers from 0 to {count - 1}, or a slice of them"
         )
-    return torch.tensor([number % count for number in numbers])
+    return torch.tensor([number % count for number in numbers], device="cpu")
 
 
 def readable(count: int) -> str:
@@ -272,11 +309,8 @@ def readable(count: int) -> str:
     return f"{size:.3g} GB"
 
 
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
+def _group(heads: int, keys: Tensor) -> int:
+    return heads // max(keys.shape[1], 1) or 1
 
 
 def _taken(

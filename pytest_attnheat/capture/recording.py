@@ -139,7 +139,14 @@ class Recording:
             if given is None
             else given.detach().to(self._wanted.dtype, copy=True)
         )
-        record = _verified(replace(record, kept_weights=weights), used, whole=True)
+        # Weights that were rounded for keeping would be blamed for that.
+        least = torch.float64 if record.dtype == torch.float64 else torch.float32
+        precise = weights.dtype.itemsize >= least.itemsize
+        if used is None and precise and record.dropout == 0:
+            record = _verified(record, weights, whole=True)
+        else:
+            record = _verified(record, used, whole=used is not None)
+        record = replace(record, kept_weights=weights)
         kept = _mapped(record, ("given_mask", "bias"), copied)
         inputs = ("query", "key", "value", "output")
         return replace(_mapped(kept, inputs, lambda tensor: None), score_change=None)
@@ -149,8 +156,15 @@ def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> A
     """The record with its residual."""
     if record.dropout > 0 and used is None:
         return replace(record, unverified=f"dropout of {record.dropout:g} was applied within")
+    output = record.output
+    assert output is not None
+    if output.shape[-1] == 0:
+        return replace(record, unverified="its values have no channels")
     asked = record if used is None else replace(record, kept_weights=used)
-    return replace(record, residual=residual_of(asked if whole else sampled(asked)))
+    residual = residual_of(asked if whole else sampled(asked))
+    if not whole and not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
+        residual = torch.inf  # NaN, perhaps in a row that was not compared.
+    return replace(record, residual=residual)
 
 
 def _selected_weights(used: Tensor, record: AttentionRecord) -> Tensor:

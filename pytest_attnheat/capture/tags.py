@@ -46,6 +46,7 @@ class Tag:
         way: How the weights were recognised.
         dropout: The probability of the dropout that was applied.
         parametric: Whether its last axis is one of a parameter: the classes of a classifier.
+        turned: Whether axes were exchanged since it became weights.
     """
 
     before: tuple[int, ...] | None = None
@@ -55,6 +56,7 @@ class Tag:
     way: str = ""
     dropout: float = 0.0
     parametric: bool = False
+    turned: bool = False
 
 
 class Tags:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import Tensor
 
-from pytest_attnheat.capture.record import AttentionRecord, Selection
+from pytest_attnheat.capture.record import AttentionRecord, Selection, chosen
 
 if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -126,8 +126,9 @@ class Trace(Sequence[AttentionRecord]):
 
         Raises:
             ValueError: Nothing is selected.
+            TypeError: Layers are no names, or heads or queries no numbers.
         """
-        patterns = [layers] if isinstance(layers, str) else layers
+        patterns = checked_patterns(layers, "trace.select")
         records = [
             record.select(heads=heads, queries=queries)
             for record in self._records
@@ -156,6 +157,8 @@ class Trace(Sequence[AttentionRecord]):
         """
         from pytest_attnheat.heatmaps.figure import show_heatmaps
 
+        if not self._records:
+            raise ValueError("trace.show: there is no record")
         shapes = {record.shape_here[1:] for record in self._records}
         if len(shapes) != 1:
             raise ValueError(
@@ -163,7 +166,9 @@ class Trace(Sequence[AttentionRecord]):
                 "accepted is one shape: trace.select(layers=..., call=...)"
             )
         (heads, _query_len, _key_len) = shapes.pop()
-        maps = torch.stack([record.weights[batch].cpu() for record in self._records])
+        entries = min(record.shape[0] for record in self._records)
+        chosen("batch", [batch], entries, "trace.show")
+        maps = torch.cat([r.compute_weights(batch=batch).cpu() for r in self._records])
         if tokens is not None:
             options, maps = _labelled(list(tokens), options, maps, self._records[0])
         numbers = self._records[0].heads
@@ -219,6 +224,24 @@ def matches(layer: str, patterns: Sequence[str] | None) -> bool:
     return any(fnmatchcase(layer, p) or fnmatchcase(layer, f"{p}.*") for p in patterns)
 
 
+def checked_patterns(layers: Any, where: str = "capture_attention") -> Sequence[str] | None:
+    """Return names and patterns of layers as a sequence; None for all.
+
+    Raises:
+        TypeError: They are no names.
+        ValueError: There are none.
+    """
+    if layers is None:
+        return None
+    patterns = [layers] if isinstance(layers, str) else layers
+    names = isinstance(patterns, list | tuple | set | frozenset)
+    if not names or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(f"{where}: got layers={layers!r}; accepted are names or patterns")
+    if not patterns:
+        raise ValueError(f"{where}: got layers={layers!r}; accepted are one or more names")
+    return sorted(patterns) if isinstance(patterns, set | frozenset) else list(patterns)
+
+
 def _listed(layers: Sequence[str]) -> str:
     shown = ", ".join(layers[:8])
     return f"{shown} and {len(layers) - 8} more" if len(layers) > 8 else shown or "none"
@@ -250,6 +273,10 @@ def _labelled(
     first = len(tokens) - query_len if query_len < key_len else 0
     numbers = range(query_len) if record.queries is None else record.queries.tolist()
     kept = [place for place, number in enumerate(numbers) if 0 <= number + first < len(tokens)]
+    if not kept:
+        raise ValueError(
+            f"trace.show: got {len(tokens)} tokens, which are none of the queries {list(numbers)}"
+        )
     labels = [tokens[numbers[place] + first] for place in kept]
     maps = maps[:, :, kept, : len(tokens)]
     return {"key_labels": tokens, "query_labels": labels, **options}, maps

@@ -24,7 +24,7 @@ def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
     module around it or within it.
     """
     for name, module in layers.elsewhere.items():
-        if _is_attention(module) and not _within(name, layers.elsewhere, trace):
+        if _is_attention(module) and not _lies_in_one(name, layers.elsewhere):
             yield Unseen(name, _kind(module), "it ran in another thread")
     for name, scripted in layers.scripted.items():
         found = _OPERATORS.search(_graph(scripted))
@@ -50,9 +50,9 @@ def _accounted_for(name: str, layers: Layers, trace: Trace) -> bool:
     return any(_is_attention(layers.ran[inner]) for inner in inside)
 
 
-def _within(name: str, others: dict[str, nn.Module], trace: Trace) -> bool:
-    inside = [other for other in others if other.startswith(f"{name}.")]
-    return name in trace._within or any(_is_attention(others[other]) for other in inside)
+def _lies_in_one(name: str, others: dict[str, nn.Module]) -> bool:
+    around = [module for outer, module in others.items() if name.startswith(f"{outer}.")]
+    return any(_is_attention(module) for module in around)
 
 
 def _graph(module: torch.jit.ScriptModule) -> str:

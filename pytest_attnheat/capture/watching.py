@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.tags import Tags
 
+# Makes a record, and the weights that were multiplied, if they are known.
+Read = Callable[[], tuple[AttentionRecord, torch.Tensor | None]]
 # (watcher, function, arguments, keywords) -> what the function returns.
 Way = Callable[["Watcher", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
@@ -60,13 +64,27 @@ class Watcher(TorchFunctionMode):
     @property
     def idle(self) -> bool:
         """Whether nothing is to be told: a backward pass calls the model's code again."""
-        return torch._C._current_graph_task_id() != -1
+        return in_backward()
 
-    def tell(self, record: AttentionRecord, used: torch.Tensor | None = None) -> None:
-        """Hand an attention to all recorders."""
-        if not self.idle:
-            for recorder in self.recorders:
-                recorder.take(record, used)
+    def tell(self, what: str, read: Read) -> None:
+        """Hand an attention to all recorders; what fails to be read is missed, and the model runs.
+
+        Args:
+            what: What happened, should it not be readable.
+            read: Makes the record.
+        """
+        if self.idle:
+            return
+        try:
+            record, used = read()
+        except Exception as error:
+            self.miss(what, f"its layout is not understood ({error})")
+            return
+        if any(is_functorch_wrapped_tensor(t) for t in vars(record).values() if _is_tensor(t)):
+            self.miss(what, "it ran inside of torch.func (vmap, grad ...)")
+            return
+        for recorder in self.recorders:
+            recorder.take(record, used)
 
     def miss(self, what: str, why: str) -> None:
         """Tell all recorders of what cannot be read."""
@@ -75,12 +93,35 @@ class Watcher(TorchFunctionMode):
                 recorder.miss(what, why)
 
 
+def in_backward() -> bool:
+    """Whether a backward pass runs in this thread."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def current() -> Watcher | None:
     """Return the watcher of this thread, if there is one."""
     for mode in reversed(_get_current_function_mode_stack()):  # type: ignore[no-untyped-call]
         if isinstance(mode, Watcher):
             return mode
     return None
+
+
+@contextmanager
+def paused() -> Iterator[None]:
+    """Let the captures around this one not hear of what happens within."""
+    watcher = current()
+    recorders = [] if watcher is None else watcher.recorders[:]
+    if watcher is not None:
+        watcher.recorders.clear()
+    try:
+        yield
+    finally:
+        if watcher is not None:
+            watcher.recorders[:] = recorders
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor)
 
 
 def _way_of(func: Callable[..., Any]) -> Way | None:

@@ -22,7 +22,8 @@ def way_of(func: Callable[..., Any]) -> Way | None:
         return _way_of_operator(func)
     if isinstance(func, torch._ops.HigherOrderOperator):
         return flex.see if func._name == "flex_attention" else None
-    return written.way_of(getattr(func, "__name__", ""), func)
+    name = getattr(func, "__name__", "")
+    return fused.see if fused.is_attention(name) else written.way_of(name, func)
 
 
 def _way_of_operator(func: Any) -> Way | None:

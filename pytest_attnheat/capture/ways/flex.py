@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from pytest_attnheat.capture.record import AttentionRecord, ScoreChange
 from pytest_attnheat.capture.watching import Watcher
@@ -23,26 +24,28 @@ def see(
     pair whether it may attend), scale, and options of the kernel.
     """
     result = func(*args, **kwargs)
+    watcher.tell(WAY, lambda: (_record(args, result[0]), None))
+    return result
+
+
+def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     query, key, value, score_mod, block_mask, scale = args[:6]
     mask_mod, blocks = block_mask[-1], block_mask[2]
     batch, heads, query_len, _ = query.shape
     shape = (batch, heads, query_len, key.shape[-2])
-    watcher.tell(
-        AttentionRecord(
-            layer="",
-            way=WAY,
-            shape=shape,
-            dtype=query.dtype,
-            query=query,
-            key=key,
-            value=value,
-            output=result[0],
-            given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
-            scale=float(scale),
-            score_change=None if _changes_nothing(score_mod) else _change(score_mod, query.device),
-        )
+    return AttentionRecord(
+        layer="",
+        way=WAY,
+        shape=shape,
+        dtype=query.dtype,
+        query=query,
+        key=key,
+        value=value,
+        output=output,
+        given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
+        scale=float(scale),
+        score_change=None if _changes_nothing(score_mod) else _change(_frozen(score_mod, query)),
     )
-    return result
 
 
 def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:
@@ -65,7 +68,27 @@ def _dense(
     return None if bool(mask.all()) else mask
 
 
-def _change(score_mod: Callable[..., Tensor], device: torch.device) -> ScoreChange:
+def _frozen(score_mod: Callable[..., Tensor], query: Tensor) -> Callable[..., Tensor]:
+    """The operations of a score_mod, with copies of the tensors that it reads."""
+    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
+    score = torch.zeros((), dtype=precise, device=query.device)
+    places = [torch.zeros((), dtype=torch.int32, device=query.device) for _ in range(4)]
+    try:
+        from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
+
+        with torch.no_grad(), TransformGetItemToIndex():  # As flex_attention itself traces it.
+            graph = make_fx(score_mod)(score, *places)
+    except Exception:  # It does what cannot be traced, as nothing that can be compiled does.
+        return score_mod
+    stores: tuple[dict[str, Any], ...] = (graph._parameters, graph._buffers, vars(graph))
+    for held in stores:
+        for name, value in held.items():
+            if isinstance(value, Tensor):
+                held[name] = value.detach().clone()
+    return graph
+
+
+def _change(score_mod: Callable[..., Tensor]) -> ScoreChange:
     """Let a score_mod, which takes one score, take all of them."""
 
     def change(scores: Tensor, batch: Tensor, heads: Tensor, queries: Tensor) -> Tensor:
@@ -74,6 +97,6 @@ def _change(score_mod: Callable[..., Tensor], device: torch.device) -> ScoreChan
         for axis in reversed(range(4)):
             index = [0 if axis == other else None for other in range(4)]
             function = torch.vmap(function, in_dims=(0, *index))
-        return function(scores, *(place.to(device, torch.int32) for place in places))
+        return function(scores, *(place.to(scores.device, torch.int32) for place in places))
 
     return change

@@ -6,6 +6,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from pytest_attnheat.capture.watching import Watcher
 
 _ATTENTION = re.compile(r"attention|attn|sdpa|flash|mha(_|$)", re.IGNORECASE)
@@ -20,5 +22,9 @@ def see(
     watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Call it, and tell that it happened."""
-    watcher.miss(str(func), "a fused operator, which does not tell its mask, scale and causality")
+    operator = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    watcher.miss(
+        str(func) if operator else func.__name__,
+        "a fused operator, which does not tell its mask, scale and causality",
+    )
     return func(*args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +82,16 @@ def read_product(
             return None
         added, *operands = operands
         scale = float(kwargs.get("alpha", 1))
-    if len(operands) < 2 or not all(isinstance(t, Tensor) and t.ndim >= 2 for t in operands[:2]):
+    if len(operands) < 2 or not all(isinstance(t, Tensor) and t.ndim >= 1 for t in operands[:2]):
         return None
     left, right = operands[:2]
-    if not left.is_floating_point():
+    if not left.is_floating_point() or left.ndim == right.ndim == 1:
         return None
+    if left.ndim == 1:  # One row, which has no axis of its own.
+        made = output.unsqueeze(-2)
+        return Product(left.unsqueeze(-2), right, made, left, right, row_added=True)
+    if right.ndim == 1:
+        return Product(left, right.unsqueeze(-1), output.unsqueeze(-1), left, right)
     return Product(left, right, output, left, right, scale, added)
 
 
@@ -107,19 +113,27 @@ def _einsum(args: tuple[Any, ...], output: Tensor) -> Product | None:
     batch = [c for c in out if c in left and c in right]
     rows = [c for c in out if c in left and c not in right]
     columns = [c for c in out if c in right and c not in left]
-    if len(inner) != 1 or len(rows) > 1 or len(columns) != 1:
+    if len(columns) > 1 and len(rows) == 1:
+        swapped = ",".join(reversed(args[0].partition("->")[0].split(",")))
+        return _einsum((f"{swapped}->{args[0].partition('->')[2]}", *reversed(operands)), output)
+    if len(inner) != 1 or len(columns) != 1:
         return None
     if len(left) != len(batch) + len(rows) + 1 or len(right) != len(batch) + 2:
         return None
-    left_axes = tuple(left.index(c) for c in [*batch, *rows, *inner])
+    # Groups of queries that share keys: the right operand has no axis for them.
+    groups, rows = rows[:-1], rows[-1:]
+    lead = [c for c in out if c in batch or c in groups]
+    left_axes = tuple(left.index(c) for c in [*lead, *rows, *inner])
     right_axes = tuple(right.index(c) for c in [*batch, *inner, *columns])
     a, b = operands
-    made = output.permute(tuple(out.index(c) for c in [*batch, *rows, *columns]))
-    left_view, row_added = a.permute(left_axes), not rows
+    made = output.permute(tuple(out.index(c) for c in [*lead, *rows, *columns]))
+    left_view, right_view, row_added = a.permute(left_axes), b.permute(right_axes), not rows
+    for place in (lead.index(c) for c in lead if c in groups):
+        right_view = right_view.unsqueeze(place)
     if row_added:  # One query, which has no axis of its own.
         left_view, made = left_view.unsqueeze(-2), made.unsqueeze(-2)
     return Product(
-        left_view, b.permute(right_axes), made, a, b,
+        left_view, right_view, made, a, b,
         left_axes=left_axes, right_axes=right_axes, row_added=row_added,
     )  # fmt: skip
 
@@ -149,18 +163,28 @@ def tell(watcher: Watcher, product: Product) -> None:
     """Tell the recorders of a product of weights and values."""
     tag = watcher.tags[product.left_source]
     assert tag is not None
-    used = product.left
-    clean = used if tag.clean is None else product.like_left(tag.clean)
-    if not clean.is_floating_point() or clean.shape != used.shape or used.is_meta:
+    clean = product.left if tag.clean is None else product.like_left(tag.clean)
+    if not clean.is_floating_point() or clean.shape != product.left.shape or clean.is_meta:
         watcher.miss(tag.way, "its weights were changed in a way that is not understood")
         return
-    scores = tag.scores
+    watcher.tell(tag.way, lambda: _record(watcher, tag, product, clean))
+
+
+def _record(
+    watcher: Watcher, tag: Tag, product: Product, clean: Tensor
+) -> tuple[AttentionRecord, Tensor]:
+    scores, used = tag.scores, product.left
     shaping = Shaping.of_weights(used, _before(watcher, tag, product), watcher.heads)
     key_len = used.shape[-1]
     query = key = None
     if scores is not None and scores.kept and product.left_as_it_is:
         query, key = _operands(scores, shaping, used)
-    exact = scores is not None and scores.exact and query is not None
+    mask, bias = (_masking(scores, shaping, used, what) for what in ("mask", "bias"))
+    # Told in a layout of which nothing is known here: windows, for instance.
+    lost = scores is not None and (
+        (scores.mask is not None and mask is None) or (scores.bias is not None and bias is None)
+    )
+    exact = scores is not None and scores.exact and query is not None and not lost
     record = AttentionRecord(
         layer="",
         way=tag.way,
@@ -170,13 +194,13 @@ def tell(watcher: Watcher, product: Product) -> None:
         key=key,
         value=shaping.keys(product.right),
         output=shaping.queries(product.output),
-        given_mask=_masking(scores, shaping, used, "mask"),
-        bias=_masking(scores, shaping, used, "bias"),
+        given_mask=mask,
+        bias=bias,
         scale=scores.scale if exact and scores is not None else None,
         dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
     )
-    watcher.tell(record, shaping.queries(used))
+    return record, shaping.queries(used)
 
 
 def _before(watcher: Watcher, tag: Tag, product: Product) -> tuple[int, ...] | None:
@@ -193,8 +217,11 @@ def _operands(
     left, right = scores.left, scores.right
     if left.shape[-2] != used.shape[-2] or right.shape[-2] != used.shape[-1]:
         return None, None
-    if left.shape[:-2].numel() != used.shape[:-2].numel():
+    lead = used.shape[:-2]
+    if left.shape[:-2].numel() != lead.numel():
         return None, None
+    if right.shape[:-2].numel() == lead.numel():
+        right = right.reshape(*lead, *right.shape[-2:])
     return shaping.queries(left), shaping.keys(right)
 
 
@@ -204,7 +231,11 @@ def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -
     tensor: Tensor | None = getattr(scores, what)
     if tensor is None:
         return None
-    fits = tensor.ndim <= used.ndim and all(
-        a in (1, b) for a, b in zip(reversed(tensor.shape), reversed(used.shape), strict=False)
-    )
+    joined = shaping.weights_shape(used.shape[-2], used.shape[-1])
+    fits = _broadcasts(tensor, used.shape) or _broadcasts(tensor, joined)
     return shaping.mask(tensor) if fits else None
+
+
+def _broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
+    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    return tensor.ndim <= len(shape) and all(a in (1, b) for a, b in sizes)

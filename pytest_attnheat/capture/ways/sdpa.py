@@ -28,13 +28,20 @@ def see(
         kind = "nested" if strange is not None and strange.is_nested else "unusual"
         watcher.miss(WAY, f"it was given {kind} tensors")
         return output
-    watcher.tell(_record(watcher, given, output))
+    watcher.tell(WAY, lambda: (_record(watcher, given, output), None))
     return output
 
 
 def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> AttentionRecord:
     query, key, value = given["query"], given["key"], given["value"]
-    shaping = Shaping.of(query, watcher.tags[query], watcher.heads, key)
+    tag = watcher.tags[query]
+    if query.dtype != output.dtype:  # Autocast, within the function.
+        query, key, value = (t.to(output.dtype) for t in (query, key, value))
+    if query.ndim == 3 and given.get("enable_gqa"):  # Its first axis is one of heads.
+        query, key, value, output = (t.unsqueeze(0) for t in (query, key, value, output))
+    if query.shape[:-2] != output.shape[:-2]:  # One query for several keys.
+        query = query.expand(*output.shape[:-2], *query.shape[-2:])
+    shaping = Shaping.of(query, tag, watcher.heads, key)
     mask, bias, causal = _mask(given)
     scale = given.get("scale")
     return AttentionRecord(

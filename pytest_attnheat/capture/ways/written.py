@@ -9,16 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from numbers import Number
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pytest_attnheat.capture.record import HIDDEN_BELOW
 from pytest_attnheat.capture.tags import Scores, Tag
 from pytest_attnheat.capture.watching import Watcher, Way
 from pytest_attnheat.capture.ways.products import Product, read_product, tell
+from pytest_attnheat.capture.ways.scores import also_masked, changed, number_of
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -49,6 +50,8 @@ def way_of(name: str, func: Callable[..., Any]) -> Way | None:
         return _dropped
     if name in _MOVES:
         return _moved
+    if name == "__setitem__":
+        return _overwritten
     return None if name in _SILENT else _anything
 
 
@@ -56,7 +59,10 @@ def way_of(name: str, func: Callable[..., Any]) -> Way | None:
 _SILENT = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "item",
     "tolist", "data_ptr", "is_contiguous", "layer_norm", "embedding", "__set__", "__bool__",
-    "__repr__", "__format__", "element_size", "get_device", "__setitem__", "nelement", "_is_view",
+    "__repr__", "__format__", "element_size", "get_device", "nelement", "_is_view",
+    # The result has but the shape of the argument.
+    "full_like", "zeros_like", "ones_like", "empty_like", "rand_like", "randn_like",
+    "randint_like", "new_zeros", "new_ones", "new_full", "new_empty", "new_tensor",
 }  # fmt: skip
 
 
@@ -68,6 +74,16 @@ def _multiplied(
     if product is None:
         return output
     turned = product.turned()
+    left, right = (watcher.tags[t] for t in (product.left_source, product.right_source))
+    if left is not None and right is not None and left.weights and right.weights:
+        # Somebody follows attention through layers: weights again, and no value.
+        watcher.tags[output] = Tag(weights=True, way=left.way)
+        return output
+    mixed = left if right is None or not right.weights else right
+    source = product.left_source if mixed is left else product.right_source
+    if mixed is not None and mixed.weights and _mixes_heads(product, source, output):
+        watcher.tags[output] = Tag(weights=True, way=mixed.way)
+        return output
     for candidate in (product, turned):
         if _is_attention(watcher, candidate):
             tell(watcher, candidate)
@@ -87,6 +103,12 @@ def _is_parameter(tensor: Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter)
 
 
+def _mixes_heads(product: Product, weights: Tensor, output: Tensor) -> bool:
+    """Whether weights are multiplied by a parameter, heads by heads."""
+    other = product.right_source if weights is product.left_source else product.left_source
+    return _is_parameter(other) and output.shape == weights.shape and weights.ndim > 2
+
+
 def _same_axes(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and a.stride() == b.stride()
 
@@ -96,9 +118,6 @@ def _is_attention(watcher: Watcher, product: Product) -> bool:
     tag = watcher.tags[product.left_source]
     if tag is None or _is_parameter(product.right_source):
         return False
-    other = watcher.tags[product.right_source]
-    if other is not None and other.weights:
-        return False  # Weights by weights: somebody follows attention through layers.
     if tag.weights:
         return True
     if tag.scores is None:
@@ -112,7 +131,9 @@ def _is_attention(watcher: Watcher, product: Product) -> bool:
 
 def rows_are_distributions(tensor: Tensor) -> bool:
     """Whether nothing is negative and each row sums to one, or to zero."""
-    if not tensor.is_floating_point() or tensor.numel() == 0:
+    if not tensor.is_floating_point() or tensor.numel() == 0 or tensor.is_meta:
+        return False
+    if is_functorch_wrapped_tensor(tensor):
         return False
     with torch.no_grad():
         first = tensor[(0,) * (tensor.ndim - 1)]
@@ -129,7 +150,11 @@ def _projected(
 ) -> Any:
     output = func(*args, **kwargs)
     weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    if isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
+    source: Any = args[0] if args else kwargs.get("input")
+    tag = watcher.tags[source]
+    if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
+        watcher.tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
+    elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
         watcher.tags[output] = Tag(parametric=True)
     return output
 
@@ -171,12 +196,15 @@ def _dropped(
         assert isinstance(source, Tensor)
         if rows_are_distributions(source):
             tag = replace(tag, weights=True, way="rows that sum to 1")
+    clean = None if tag is None else tag.clean
+    if clean is None and tag is not None and tag.weights and dropping:
+        in_place = kwargs.get("inplace", args[3] if len(args) > 3 else _is_in_place(func))
+        clean = source.detach().clone() if in_place else source  # type: ignore[union-attr]
     output = func(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) else output
-    if tag is None or result is source:
+    if tag is None or (result is source and not dropping):
         return output
     if tag.weights and dropping:
-        clean = source if tag.clean is None else tag.clean
         tag = replace(tag, clean=clean, dropout=probability)
     watcher.tags[result] = tag
     return output
@@ -201,9 +229,10 @@ def _moved(
     scores = tag.scores
     if scores is not None and _turns(func):
         scores = replace(scores, kept=False)
+    turned = tag.turned or (tag.weights and _turns(func))
     parametric = tag.parametric and output.ndim > 0 and output.shape[-1] == source.shape[-1]
     watcher.tags[output] = replace(
-        tag, clean=clean, scores=scores, parametric=parametric and not _turns(func),
+        tag, clean=clean, scores=scores, parametric=parametric and not _turns(func), turned=turned,
         before=before or (tag.before if output.shape == source.shape else None),
     )  # fmt: skip
     return output
@@ -231,87 +260,101 @@ def _anything(
     watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Any:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
+    if args and isinstance(args[0], list | tuple):
+        return _joined(watcher, func, args, kwargs)
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
     if tag is None or not isinstance(output, Tensor):
         return output
     source = args[place]
+    if tag.weights and _is_part(func, output, source):
+        clean = None if tag.clean is None else func(tag.clean, *args[1:], **kwargs)
+        watcher.tags[output] = replace(tag, clean=clean, scores=None, before=None)
+        return output
     if output.ndim < source.ndim or output.shape[-2:] != source.shape[-2:]:
         return output
     if not output.is_floating_point():
         return output
     if tag.weights:
         # What the model makes of its weights is what it uses.
-        watcher.tags[output] = replace(tag, clean=None)
+        clean = None if tag.clean is None else _again(func, args, kwargs, place, tag.clean)
+        watcher.tags[output] = replace(tag, clean=clean)
     elif tag.scores is not None:
         name = getattr(func, "__name__", "").split(".")[0]
-        scores = _changed(tag.scores, name, args, kwargs, place)
+        scores = changed(tag.scores, name, args, kwargs, place)
         watcher.tags[output] = replace(tag, scores=scores)
     else:
         watcher.tags[output] = tag
     return output
 
 
+def _is_part(func: Callable[..., Any], output: Tensor, source: Tensor) -> bool:
+    """Whether a part of weights is taken: without a sink, of some heads, of some queries."""
+    name = getattr(func, "__name__", "").split(".")[0].strip("_")
+    parts = name in ("getitem", "narrow", "select", "slice", "index_select")
+    return parts and output.is_floating_point() and output.shape != source.shape
+
+
+def _joined(
+    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`stack` and `cat`: weights of several heads side by side are weights."""
+    output = func(*args, **kwargs)
+    tags = [watcher.tags[one] for one in args[0]]
+    if tags and isinstance(output, Tensor) and all(t is not None and t.weights for t in tags):
+        assert tags[0] is not None
+        cleans = [one if t is None or t.clean is None else t.clean
+                  for one, t in zip(args[0], tags, strict=True)]  # fmt: skip
+        dropout = tags[0].dropout
+        clean = func(cleans, *args[1:], **kwargs) if dropout else None
+        watcher.tags[output] = Tag(weights=True, way=tags[0].way, dropout=dropout, clean=clean)
+    return output
+
+
+def _overwritten(
+    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """`tensor[index] = value`."""
+    output = func(*args, **kwargs)
+    source, index, value = args
+    tag = watcher.tags[source]
+    if tag is None:
+        return output
+    if tag.clean is not None:
+        clean = tag.clean.detach().clone()
+        clean[index] = value
+        watcher.tags[source] = replace(tag, clean=clean)
+    elif tag.scores is not None and not tag.weights:
+        scores, fill = replace(tag.scores, exact=False), number_of(value)
+        if fill is not None and fill <= HIDDEN_BELOW:
+            seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
+            seen[index] = False
+            scores = also_masked(tag.scores, seen)
+        watcher.tags[source] = replace(tag, scores=scores)
+    return output
+
+
+def _again(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: int,
+    clean: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """What a function makes of the weights before dropout, as it did of those after it."""
+    given: list[Any] = list(args)
+    given[place] = clean.detach().clone() if _is_in_place(func) else clean
+    with torch.no_grad():
+        result = func(*given, **{name: given for name, given in kwargs.items() if name != "out"})
+    return result if isinstance(result, Tensor) else None
+
+
+def _is_in_place(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "").split(".")[0]
+    dunder = name.startswith("__")
+    return name.startswith("__i") and name != "__invert__" if dunder else name.endswith("_")
+
+
 def _first_tagged(watcher: Watcher, args: tuple[Any, ...]) -> tuple[int, Tag | None]:
-    for place, argument in enumerate(args[:3]):
-        tag = watcher.tags[argument]
+    tags = [watcher.tags[argument] for argument in args[:3]]
+    for place, tag in enumerate(tags):
         if tag is not None and (tag.scores is not None or tag.weights):
             return place, tag
-    return 0, watcher.tags[args[0]] if args else None
-
-
-def _changed(
-    scores: Scores, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
-) -> Scores:
-    """What scores are after one more step; not exact after a step that is not understood."""
-    base = name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
-    other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
-    if base in ("mul", "div", "truediv", "multiply", "divide", "rmul"):
-        factor = _number(other)
-        if factor is None or (base in ("div", "truediv", "divide") and place == 1):
-            return replace(scores, exact=False)
-        factor = 1 / factor if "div" in base and factor else factor
-        bias = None if scores.bias is None else scores.bias * factor
-        return replace(scores, scale=scores.scale * factor, bias=bias)
-    if base in ("add", "radd", "sub") and not kwargs:
-        if not isinstance(other, Tensor) or other.shape[-1:] == (1,) or other.ndim == 0:
-            return scores if place == 0 or base != "sub" else replace(scores, exact=False)
-        if base == "sub" and place == 1:
-            return replace(scores, exact=False)
-        more = other if base != "sub" else -other
-        bias = more if scores.bias is None else scores.bias + more
-        return replace(scores, bias=bias.detach())
-    if base in ("masked_fill", "where"):
-        return _hidden(scores, base, args, kwargs, place)
-    return scores if base in _HARMLESS else replace(scores, exact=False)
-
-
-# What changes no softmax.
-_HARMLESS = {"nan_to_num", "detach", "contiguous"}
-
-
-def _hidden(
-    scores: Scores, base: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
-) -> Scores:
-    if base == "masked_fill":
-        mask, fill = kwargs.get("mask", args[1] if len(args) > 1 else None), None
-        fill = kwargs.get("value", args[2] if len(args) > 2 else None)
-        seen = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
-    else:
-        condition, fill = args[0], args[3 - place] if len(args) > 2 else None
-        bools = isinstance(condition, Tensor) and condition.dtype == torch.bool
-        seen = (condition if place == 1 else ~condition) if bools else None
-    value = _number(fill)
-    if seen is None or value is None or value > HIDDEN_BELOW:
-        return replace(scores, exact=False)
-    mask = seen if scores.mask is None else scores.mask & seen
-    return replace(scores, mask=mask)
-
-
-def _number(value: object) -> float | None:
-    """A Python number, or a tensor of one that is on the CPU."""
-    if isinstance(value, Number) and not isinstance(value, complex):
-        return float(value)  # type: ignore[arg-type]
-    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
-        return float(value.detach())
-    return None
+    return next(((place, tag) for place, tag in enumerate(tags) if tag is not None), (0, None))

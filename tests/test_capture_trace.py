@@ -1,0 +1,298 @@
+"""`Trace`: indexing, selecting, the table, and the picture."""
+
+import matplotlib.pyplot as plt
+import pytest
+import torch
+from capture_oracles import draw, plain_weights
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+
+from pytest_attnheat import capture_attention
+from pytest_attnheat.capture.errors import CaptureError
+from pytest_attnheat.capture.trace import Trace, Unseen
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+class Model(nn.Module):
+    def __init__(self, layers=3):
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Identity(), Attention()) for _ in range(layers)
+        )
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+X = draw("x", 2, 4, 5, 3)
+
+
+@pytest.fixture
+def trace():
+    model = Model()
+    with capture_attention(model) as found:
+        model(X)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_figure_is_left():
+    yield
+    plt.close("all")
+
+
+def test_it_is_a_sequence_of_records(trace):
+    assert len(trace) == 3
+    assert [record.layer for record in trace] == ["layers.0.1", "layers.1.1", "layers.2.1"]
+    assert trace[0] is next(iter(trace))
+    assert trace[-1] is trace[2]
+    assert trace[-1] in trace
+    assert isinstance(trace[1:], Trace)
+    assert trace[1:].layers == ("layers.1.1", "layers.2.1")
+    assert trace.layers == ("layers.0.1", "layers.1.1", "layers.2.1")
+    assert repr(trace) == "<Trace: 3 records of 3 layers>"
+    with pytest.raises(IndexError):
+        trace[3]
+
+
+def test_a_layer_by_its_name(trace):
+    assert trace["layers.1.1"] is trace[1]
+    with pytest.raises(KeyError, match=r"there is no layer 'layers\.1'; there are layers\.0\.1, "):
+        trace["layers.1"]
+
+
+def test_a_layer_that_ran_twice_has_no_only_record():
+    model = Model(1)
+    with capture_attention(model) as trace:
+        model(X)
+        model(X)
+    with pytest.raises(KeyError, match=r"'layers\.0\.1' has 2 records; use trace\.select\(layers="):
+        trace["layers.0.1"]
+    assert trace.select(call=1)[0] is trace[1]
+    assert [record.call for record in trace] == [0, 1]
+
+
+def test_many_layers_are_not_all_listed():
+    model = Model(11)
+    with capture_attention(model) as trace:
+        model(X)
+    with pytest.raises(KeyError, match=r"layers\.7\.1 and 3 more"):
+        trace["nothing"]
+
+
+def test_selecting_layers_heads_queries_and_calls(trace):
+    some = trace.select(layers="layers.[12]", heads=[3, 1], queries=-1)
+    assert len(some) == 2
+    assert some[0].shape_here == (2, 2, 1, 5)
+    x = X + F.scaled_dot_product_attention(X, X, X)
+    expected = plain_weights(x, x)[:, [3, 1]][:, :, [4]]
+    torch.testing.assert_close(some[0].weights.double(), expected, atol=1e-6, rtol=0)
+    assert len(trace) == 3
+
+
+def test_selecting_nothing_says_what_there_is(trace):
+    with pytest.raises(
+        ValueError, match=r"got layers='head', call=None, which is no record; .*0\.1"
+    ):
+        trace.select(layers="head")
+    with pytest.raises(ValueError, match=r"call=7, which is no record"):
+        trace.select(call=7)
+
+
+def test_a_selection_keeps_what_is_known_of_the_whole():
+    unseen, changes = Unseen("a", "b", "c"), "d"
+    trace = Trace([], [unseen], [changes], 0.5)
+    assert trace[:0].unseen == (unseen,)
+    assert trace[:0].changes == (changes,)
+    assert trace[:0].difference == 0.5
+
+
+def test_the_table():
+    model = Model(2)
+    with capture_attention(model) as trace:
+        model(X)
+    unseen = [
+        Unseen("head", "a scripted module", "softmax happens in compiled code"),
+        Unseen("", "flash", "a fused operator"),
+    ]
+    ends = [f"{record.residual:.1e}" for record in trace]
+    text = str(Trace(trace, unseen, ["layers.0: the fast path was off"], 1.5e-7))
+    assert text == (
+        "layer       way                           shape         residual\n"
+        f"layers.0.1  scaled_dot_product_attention  (2, 4, 5, 5)  {ends[0]}\n"
+        f"layers.1.1  scaled_dot_product_attention  (2, 4, 5, 5)  {ends[1]}\n"
+        "unseen   head: a scripted module: softmax happens in compiled code\n"
+        "unseen   (no layer): flash: a fused operator\n"
+        "changed  layers.0: the fast path was off\n"
+        "output   differs by 1.5e-07 from that without capture"
+    )
+
+
+def test_the_table_says_what_was_not_compared_and_what_is_off():
+    with capture_attention() as trace:
+        F.scaled_dot_product_attention(X, X, X, dropout_p=0.1)
+    assert "dropout of 0.1 was applied within" in str(trace)
+    x = X.clone()
+    x[0, 0, 0, 0] = torch.nan
+    with pytest.warns(match="not to be trusted"), capture_attention() as trace:
+        F.scaled_dot_product_attention(x, x, x)
+    assert str(trace).endswith("inf  > 1e-05!")
+    assert trace.untrusted == (trace[0],)
+
+
+def test_an_empty_trace_has_a_table():
+    assert str(Trace()) == "layer  way  shape  residual"
+    assert repr(Trace()) == "<Trace: 0 records of 0 layers>"
+
+
+# --- the picture
+
+
+def drawn(figure):
+    return torch.as_tensor(figure.picture.shown.cells.values).float()
+
+
+def test_a_row_per_layer_and_a_column_per_head(trace):
+    maps = drawn(trace.show())
+    assert maps.shape == (3, 4, 5, 5)
+    expected = torch.stack([record.weights[0] for record in trace])
+    torch.testing.assert_close(maps, expected, atol=1e-6, rtol=0)
+
+
+def test_another_batch_entry(trace):
+    maps = drawn(trace.show(batch=1))
+    torch.testing.assert_close(maps[0], trace[0].weights[1])
+
+
+@pytest.mark.parametrize("batch", [2, -3])
+def test_a_batch_entry_that_is_absent_is_refused(trace, batch):
+    with pytest.raises(
+        ValueError, match=rf"got batch=\[{batch}\]; accepted are numbers from 0 to 1"
+    ):
+        trace.show(batch=batch)
+
+
+def labels(figure):
+    return {text.get_text() for text in figure.findobj(plt.Text)}
+
+
+def test_labels_are_what_the_layers_do_not_share(trace):
+    found = labels(trace.select(heads=[2, 0]).show())
+    assert {"Head 2", "Head 0", "layers.0", "layers.1", "layers.2", "Keys", "Queries"} <= found
+    assert "Head 1" not in found
+
+
+def test_tokens_are_labels_of_keys_and_queries(trace):
+    found = labels(trace.select(layers="layers.0", heads=0).show(tokens=["a", "b", "c", "d", "e"]))
+    assert {"a", "b", "c", "d", "e"} <= found
+
+
+def test_with_fewer_tokens_only_these_are_drawn(trace):
+    maps = drawn(trace.show(tokens=["a", "b", "c"]))
+    assert maps.shape == (3, 4, 3, 3)
+    expected = trace[0].weights[0, :, :3, :3]
+    torch.testing.assert_close(maps[0], expected)
+
+
+def test_tokens_of_a_step_of_decoding():
+    query, key = draw("q", 1, 2, 1, 4), draw("k", 1, 2, 4, 4)
+    with capture_attention() as trace:
+        F.scaled_dot_product_attention(query, key, key)
+    figure = trace.show(tokens=["a", "b", "c", "last"])
+    assert drawn(figure).shape == (1, 2, 1, 4)
+    assert "last" in labels(figure)
+
+
+def test_tokens_of_selected_queries(trace):
+    figure = trace.select(queries=[3, 1]).show(tokens=["a", "b", "c", "d", "e"])
+    maps = drawn(figure)
+    assert maps.shape == (3, 4, 2, 5)
+    torch.testing.assert_close(maps[0], trace[0].weights[0][:, [3, 1]])
+
+
+@pytest.mark.parametrize("tokens", [[], list("abcdef")])
+def test_more_tokens_than_keys_are_refused(trace, tokens):
+    with pytest.raises(ValueError, match=rf"got {len(tokens)} tokens; accepted are 1 to 5"):
+        trace.show(tokens=tokens)
+
+
+def test_tokens_that_leave_no_query_are_refused(trace):
+    with pytest.raises(ValueError, match=r"got 2 tokens, which are none of the queries \[4\]"):
+        trace.select(queries=4).show(tokens=["a", "b"])
+
+
+def test_options_are_those_of_show_heatmaps(trace):
+    found = labels(trace.show(xlabel="What is looked at", titles=list("WXYZ")))
+    assert {"What is looked at", "W", "Z"} <= found
+
+
+def test_maps_of_several_shapes_are_refused():
+    with capture_attention() as trace:
+        F.scaled_dot_product_attention(X, X, X)
+        F.scaled_dot_product_attention(X, X[:, :, :3], X[:, :, :3])
+    with pytest.raises(
+        ValueError, match=r"of shapes \[\(4, 5, 3\), \(4, 5, 5\)\]; accepted is one"
+    ):
+        trace.show()
+    assert drawn(trace[:1].show()).shape == (1, 4, 5, 5)
+
+
+def test_an_empty_trace_is_not_drawn():
+    with pytest.raises(ValueError, match=r"trace\.show: there is no record"):
+        Trace().show()
+
+
+def test_statistics_are_not_drawn():
+    with capture_attention(keep="statistics") as trace:
+        F.scaled_dot_product_attention(X, X, X)
+    with pytest.raises(ValueError, match='keep="statistics" keeps neither'):
+        trace.show()
+
+
+def test_kept_weights_are_drawn():
+    with capture_attention(keep="weights") as trace:
+        F.scaled_dot_product_attention(X, X, X)
+    maps = drawn(trace.show())[0]
+    torch.testing.assert_close(maps, trace[0].weights[0])
+
+
+def test_only_the_batch_entry_that_is_drawn_counts_for_the_cap():
+    x = draw("x", 64, 2, 16, 4)
+    with capture_attention(max_bytes=4 * x.numel() * 4) as trace:
+        F.scaled_dot_product_attention(x, x, x)
+    assert drawn(trace.show(batch=3)).shape == (1, 2, 16, 16)
+
+
+# --- errors
+
+
+def test_an_empty_trace_is_an_error_that_asks_what_was_forgotten():
+    with pytest.raises(CaptureError) as caught, capture_attention(nn.Linear(2, 2)):
+        pass
+    assert str(caught.value) == (
+        "capture_attention: no attention was seen in Linear.\n"
+        "  Was the model called inside the `with` block, as model(...)?\n"
+        "  If there is none, allow_empty=True accepts that."
+    )
+
+
+def test_an_empty_trace_names_what_was_unseen():
+    with pytest.raises(CaptureError) as caught, capture_attention():
+        F.scaled_dot_product_attention(*[X.to("meta")] * 3)
+    assert str(caught.value) == (
+        "capture_attention: no attention was seen in the block.\n"
+        "  unseen  (no layer): scaled_dot_product_attention: it was given unusual tensors\n"
+        "  If there is none, allow_empty=True accepts that."
+    )
+
+
+def test_an_empty_trace_may_be_allowed():
+    with capture_attention(allow_empty=True) as trace:
+        pass
+    assert len(trace) == 0
