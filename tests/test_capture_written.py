@@ -626,3 +626,22 @@ def test_an_attention_made_of_products_without_a_softmax_is_none():
     with capture_attention(allow_empty=True) as trace:
         QUERY @ KEY.mT @ VALUE
     assert len(trace) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("fused", [False, True], ids=["written", "fused"])
+def test_a_factor_of_query_and_key_is_one_of_the_scores(fused, dtype):
+    query, key, value = (torch.randn(2, 4, 5, 12, dtype=dtype) for _ in range(3))
+    with capture_attention() as trace:
+        scaled, small = 12**-0.25 * query.transpose(1, 2).transpose(1, 2), key / 12**0.25
+        if fused:
+            torch.nn.functional.scaled_dot_product_attention(scaled, small, value, scale=1.0)
+        else:
+            (scaled @ small.mT).softmax(-1) @ value
+    (record,) = trace
+    assert record.scale == pytest.approx(12**-0.5)
+    torch.testing.assert_close(record.query, query, check_dtype=False)
+    torch.testing.assert_close(record.key, key, check_dtype=False)
+    expected = (query.double() @ key.double().mT * 12**-0.5).softmax(-1)
+    bound = 1e-6 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(record.weights.double(), expected, rtol=0, atol=bound)

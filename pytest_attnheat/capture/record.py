@@ -59,7 +59,8 @@ class AttentionRecord:
             the attention was given besides `causal`; None for none.
         bias: Added to the scores, broadcastable to the weights; None for none.
         causal: The alignment, if the attention was told to be causal.
-        scale: What scores were multiplied by; None if it is not known.
+        scale: What scores were multiplied by; None if it is not known. A number that query or
+            key were multiplied by themselves is counted in, and taken out of them.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
         queries: Which queries these are; None for all.

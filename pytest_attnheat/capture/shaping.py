@@ -10,6 +10,14 @@ from torch import Tensor
 from pytest_attnheat.capture.tags import Tag
 
 
+def without_factor(tensor: Tensor, factor: float) -> Tensor:
+    """A tensor before it was multiplied by a number: in float32 where its dtype would round it."""
+    if factor == 1:
+        return tensor
+    exact = math.frexp(factor)[0] in (0.5, -0.5) or tensor.element_size() >= 4
+    return (tensor if exact else tensor.float()) / factor
+
+
 @dataclass(frozen=True)
 class Shaping:
     """How the leading axes of an attention are batch entries and heads.

@@ -17,11 +17,12 @@ class Scores:
     Attributes:
         left: (..., query_len, head_dim)
         right: (..., key_len, head_dim)
-        scale: What it was multiplied by since.
+        scale: What it was multiplied by since, times the factors of left and right.
         bias: What was added since.
         mask: Boolean, False where it was overwritten by something hugely negative.
         exact: Whether these tell all: softmax(scale * left @ right.mT + bias), masked.
         kept: Whether its axes still are those of the product.
+        factors: What left and right had been multiplied by before.
     """
 
     left: Tensor
@@ -31,6 +32,7 @@ class Scores:
     mask: Tensor | None = None
     exact: bool = True
     kept: bool = True
+    factors: tuple[float, float] = (1.0, 1.0)
 
 
 @dataclass
@@ -47,6 +49,7 @@ class Tag:
         dropout: The probability of the dropout that was applied.
         parametric: Whether its last axis is one of a parameter: the classes of a classifier.
         turned: Whether axes were exchanged since it became weights.
+        factor: The number it was multiplied by: queries may be scaled in place of scores.
     """
 
     before: tuple[int, ...] | None = None
@@ -57,6 +60,7 @@ class Tag:
     dropout: float = 0.0
     parametric: bool = False
     turned: bool = False
+    factor: float = 1.0
 
 
 class Tags:
@@ -70,6 +74,11 @@ class Tags:
             return None
         found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
         return found
+
+    def factor(self, tensor: object) -> float:
+        """The number that a tensor was multiplied by; 1 if none is known."""
+        tag = self[tensor]
+        return 1.0 if tag is None else tag.factor
 
     def __setitem__(self, tensor: Any, tag: Tag) -> None:
         if isinstance(tensor, torch.Tensor):

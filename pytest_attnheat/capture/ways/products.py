@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping
+from pytest_attnheat.capture.shaping import Shaping, without_factor
 from pytest_attnheat.capture.tags import Scores, Tag
 from pytest_attnheat.capture.watching import Watcher
 
@@ -222,7 +222,9 @@ def _operands(
         return None, None
     if right.shape[:-2].numel() == lead.numel():
         right = right.reshape(*lead, *right.shape[-2:])
-    return shaping.queries(left), shaping.keys(right)
+    of_left, of_right = scores.factors
+    query = without_factor(shaping.queries(left), of_left)
+    return query, without_factor(shaping.keys(right), of_right)
 
 
 def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -> Tensor | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from numbers import Number
 from typing import Any
@@ -17,13 +18,12 @@ def changed(
     scores: Scores, name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: int
 ) -> Scores:
     """What scores are after one more step; not exact after a step that is not understood."""
-    base = name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
+    base = _base(name)
     other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
-    if base in ("mul", "div", "truediv", "multiply", "divide", "rmul"):
-        factor = number_of(other)
-        if factor is None or (base in ("div", "truediv", "divide") and place == 1):
+    if base in _FACTORS:
+        factor = factor_of(name, args, kwargs, place)
+        if factor is None:
             return replace(scores, exact=False)
-        factor = 1 / factor if "div" in base and factor else factor
         bias = None if scores.bias is None else scores.bias * factor
         return replace(scores, scale=scores.scale * factor, bias=bias)
     if base in ("add", "radd", "sub") and not kwargs:
@@ -39,6 +39,26 @@ def changed(
     if base in _SHUFFLES:
         return replace(scores, exact=False, kept=False)
     return scores if base in _HARMLESS else replace(scores, exact=False)
+
+
+_FACTORS = ("mul", "div", "truediv", "multiply", "divide", "rmul")
+
+
+def factor_of(name: str, args: tuple[Any, ...], kwargs: dict[str, Any], place: int) -> float | None:
+    """The number that a function multiplies its tensor by; None if it does something else."""
+    base = _base(name)
+    if base not in _FACTORS or ("div" in base and place == 1):
+        return None
+    other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
+    factor = number_of(other)
+    if factor is None or factor == 0 or not math.isfinite(factor):
+        return None
+    return 1 / factor if "div" in base else factor
+
+
+def _base(name: str) -> str:
+    """The name of a function without what marks operators and what works in place."""
+    return name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
 
 
 # What moves scores to other places, though their number stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.capture.record import AttentionRecord, CausalAlignment
-from pytest_attnheat.capture.shaping import Shaping
+from pytest_attnheat.capture.shaping import Shaping, without_factor
 from pytest_attnheat.capture.watching import Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -34,7 +35,7 @@ def see(
 
 def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> AttentionRecord:
     query, key, value = given["query"], given["key"], given["value"]
-    tag = watcher.tags[query]
+    tag, factors = watcher.tags[query], (watcher.tags.factor(query), watcher.tags.factor(key))
     if query.dtype != output.dtype:  # Autocast, within the function.
         query, key, value = (t.to(output.dtype) for t in (query, key, value))
     if query.ndim == 3 and given.get("enable_gqa"):  # Its first axis is one of heads.
@@ -44,11 +45,14 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     shaping = Shaping.of(query, tag, watcher.heads, key)
     mask, bias, causal = _mask(given)
     scale = given.get("scale")
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    # Some models scale queries in place of scores.
+    query, key = (without_factor(t, f) for t, f in zip((query, key), factors, strict=True))
     return AttentionRecord(
         layer="",
         way=WAY,
         shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
-        dtype=query.dtype,
+        dtype=output.dtype,
         query=shaping.queries(query),
         key=shaping.keys(key),
         value=shaping.keys(value),
@@ -56,7 +60,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
         given_mask=None if mask is None else shaping.mask(mask),
         bias=None if bias is None else shaping.mask(bias),
         causal=causal,
-        scale=query.shape[-1] ** -0.5 if scale is None else float(scale),
+        scale=scale * math.prod(factors),
         dropout=float(given.get("dropout_p", 0.0)),
     )
 

@@ -7,6 +7,7 @@ nothing, and that of a router runs over an axis of a parameter.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -19,7 +20,7 @@ from pytest_attnheat.capture.record import HIDDEN_BELOW
 from pytest_attnheat.capture.tags import Scores, Tag
 from pytest_attnheat.capture.watching import Watcher, Way
 from pytest_attnheat.capture.ways.products import Product, read_product, tell
-from pytest_attnheat.capture.ways.scores import also_masked, changed, number_of
+from pytest_attnheat.capture.ways.scores import also_masked, changed, factor_of, number_of
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -93,7 +94,11 @@ def _multiplied(
     elif not _is_parameter(product.left_source):
         kept = next((one for one in (product, turned) if _same_axes(one.output, output)), None)
         made = kept or product
-        scores = Scores(made.left, made.right.mT, made.scale, product.added, kept=kept is not None)
+        factors = watcher.tags.factor(made.left_source), watcher.tags.factor(made.right_source)
+        scores = Scores(
+            made.left, made.right.mT, made.scale * math.prod(factors), product.added,
+            kept=kept is not None, factors=factors,
+        )  # fmt: skip
         watcher.tags[output] = Tag(scores=scores)
     return output
 
@@ -264,7 +269,13 @@ def _anything(
         return _joined(watcher, func, args, kwargs)
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
-    if tag is None or not isinstance(output, Tensor):
+    name = getattr(func, "__name__", "").split(".")[0]
+    if not isinstance(output, Tensor):
+        return output
+    if tag is None:
+        factor = factor_of(name, args, kwargs, 0)
+        if factor is not None:
+            watcher.tags[output] = Tag(factor=factor)
         return output
     source = args[place]
     if tag.weights and _is_part(func, output, source):
@@ -280,11 +291,11 @@ def _anything(
         clean = None if tag.clean is None else _again(func, args, kwargs, place, tag.clean)
         watcher.tags[output] = replace(tag, clean=clean)
     elif tag.scores is not None:
-        name = getattr(func, "__name__", "").split(".")[0]
         scores = changed(tag.scores, name, args, kwargs, place)
         watcher.tags[output] = replace(tag, scores=scores)
     else:
-        watcher.tags[output] = tag
+        factor = factor_of(name, args, kwargs, place)
+        watcher.tags[output] = replace(tag, factor=1.0 if factor is None else tag.factor * factor)
     return output
 
 
