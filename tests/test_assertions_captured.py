@@ -197,3 +197,20 @@ def test_weights_that_are_too_many_at_once_are_asserted_head_by_head():
     assert_causal(trace)
     with pytest.raises(AssertionError, match="64 of 64 rows are not uniform"):
         assert_uniform(trace, mask=torch.ones(64, 64, dtype=torch.bool))
+
+
+def test_rows_that_the_model_rounded_are_held_to_its_own_dtype():
+    query = torch.randn(2, 4, 33, 8, dtype=torch.bfloat16)
+    with capture_attention() as trace:
+        (query @ query.mT).softmax(-1) @ query
+    assert trace[0].weights.dtype == torch.float32
+    assert_row_stochastic(trace)
+    with pytest.raises(AssertionError, match="bfloat16"):
+        assert_row_stochastic(trace, tolerance=1e-9)
+
+
+def test_an_output_of_the_caller_is_held_against_the_value_of_the_record(hidden):
+    trace = trace_of(Layer(), hidden)
+    assert_reproduces_output(trace, output=trace[0].output)
+    with pytest.raises(AssertionError, match="layer    Layer, call 0"):
+        assert_reproduces_output(trace, output=trace[0].output + 1)

@@ -7,9 +7,9 @@ from capture_oracles import draw, plain_weights
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat import capture_attention
+from pytest_attnheat import capture_attention, read_heatmaps
 from pytest_attnheat.capture.errors import CaptureError
-from pytest_attnheat.capture.trace import Trace, Unseen
+from pytest_attnheat.capture.trace import Trace, Unseen, _titles
 
 
 class Attention(nn.Module):
@@ -296,3 +296,37 @@ def test_an_empty_trace_may_be_allowed():
     with capture_attention(allow_empty=True) as trace:
         pass
     assert len(trace) == 0
+
+
+def test_a_picture_of_one_layer_has_its_whole_name_and_calls_are_numbered():
+    model = nn.ModuleDict({"encoder": nn.MultiheadAttention(8, 2, batch_first=True)})
+    inputs = torch.randn(1, 3, 8)
+    with capture_attention(model) as trace:
+        model["encoder"](inputs, inputs, inputs)
+    assert _titles(list(trace)) == ["encoder"]
+    with capture_attention(model) as trace:
+        model["encoder"](inputs, inputs, inputs)
+        model["encoder"](inputs, inputs, inputs)
+    assert _titles(list(trace)) == ["encoder, call 0", "encoder, call 1"]
+
+
+def test_what_a_query_may_not_attend_to_is_striped_in_the_picture(tmp_path):
+    inputs = torch.randn(2, 2, 4, 8)
+    with capture_attention() as trace:
+        F.scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
+    trace.show().savefig(tmp_path / "whole.png")
+    causal = torch.ones(4, 4, dtype=torch.bool).tril().expand(1, 2, 4, 4).numpy()
+    assert (read_heatmaps(tmp_path / "whole.png").masked == ~causal).all()
+    trace.show(tokens=["a", "b", "c"]).savefig(tmp_path / "part.png")
+    assert (read_heatmaps(tmp_path / "part.png").masked == ~causal[..., :3, :3]).all()
+    trace.show(mask=None).savefig(tmp_path / "plain.png")
+    assert not read_heatmaps(tmp_path / "plain.png").masked.any()
+
+
+def test_a_record_knows_whether_its_module_was_training():
+    layer = nn.MultiheadAttention(8, 2, dropout=0.5, batch_first=True)
+    inputs = torch.randn(1, 3, 8)
+    for mode in (True, False):
+        with capture_attention(layer.train(mode)) as trace:
+            layer(inputs, inputs, inputs)
+        assert trace[0].training is mode

@@ -80,7 +80,7 @@ def _taking_records(
             if of_some is not None and record.queries is not None:
                 ask = partial(of_some, queries=record.queries, query_len=record.shape[2])
             try:
-                _assert_one(ask, record, {**arguments, "weights": record.weights})
+                _assert_one(ask, record, {**arguments, "weights": _weights(record)})
                 asked += 1
             except NothingForbiddenError as error:
                 nothing = error
@@ -108,14 +108,22 @@ def _known(
     known: dict[str, Any] = {}
     if "mask" in accepted and "mask" not in named:
         known["mask"] = record.mask
-    if "output" in accepted and "output" not in named:
-        if record.output is None or record.value is None:
+    for name in {"value", "output"} & {*accepted} - {*named}:
+        known[name] = getattr(record, name)
+        if known[name] is None:
             raise ValueError(
-                f"{record.layer}: value and output were not kept; accepted is a capture with "
-                'keep="inputs"'
+                f'{record.layer}: its {name} was not kept; accepted is a capture with keep="inputs"'
             )
-        known |= {"output": record.output, "value": record.value}
     return known
+
+
+def _weights(record: AttentionRecord) -> torch.Tensor:
+    """The weights, in the model's own dtype where it made them: that is what it rounded to."""
+    weights = record.weights
+    if record.kept_weights is None:
+        return weights
+    coarse = torch.finfo(record.dtype).eps > torch.finfo(weights.dtype).eps
+    return weights.to(record.dtype) if coarse else weights
 
 
 def _assert_one(

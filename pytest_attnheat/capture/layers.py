@@ -69,6 +69,11 @@ class Layers:
         return self._running[-1] if self._running else None
 
     @property
+    def training(self) -> bool:
+        """Whether that module is in training mode."""
+        return bool(self._running) and self.ran[self._running[-1]].training
+
+    @property
     def running(self) -> tuple[str, ...]:
         """All that are running, outermost first."""
         return tuple(self._running)

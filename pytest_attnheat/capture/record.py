@@ -36,10 +36,10 @@ class Statistics:
         most_attended: (batch, heads, query_len): the key that has it, int64; -1 without keys.
     """
 
-    row_sum: Tensor
-    entropy: Tensor
-    maximum: Tensor
-    most_attended: Tensor
+    row_sum: Tensor = field(repr=False)
+    entropy: Tensor = field(repr=False)
+    maximum: Tensor = field(repr=False)
+    most_attended: Tensor = field(repr=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +64,7 @@ class AttentionRecord:
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
         queries: Which queries these are; None for all.
+        training: Whether that module was in training mode.
         call: How many attentions this layer had performed before, in this capture.
         residual: How far weights times value are from the output, in rows that were compared
             when it was captured: the worst row, relative to what its weights and the sizes of
@@ -90,6 +91,7 @@ class AttentionRecord:
     heads: Tensor | None = None
     queries: Tensor | None = None
     call: int = 0
+    training: bool = False
     residual: float = float("nan")
     tolerance: float = 0.0
     unverified: str = ""

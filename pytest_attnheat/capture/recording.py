@@ -68,6 +68,7 @@ class Recording:
             record,
             layer=layer,
             call=self._calls[layer],
+            training=self._layers.training,
             tolerance=tolerance_of(record.dtype),
             weights_dtype=self._wanted.dtype,
             most_bytes=self._wanted.max_bytes,

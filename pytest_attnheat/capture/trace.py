@@ -146,6 +146,8 @@ class Trace(Sequence[AttentionRecord]):
     ) -> HeatmapFigure:
         """Draw a row of heatmaps per record and a column per head, with `show_heatmaps`.
 
+        What a query may not attend to is striped.
+
         Args:
             tokens: A label for each token; with fewer tokens than positions, as without
                 padding, only these are drawn.
@@ -167,8 +169,10 @@ class Trace(Sequence[AttentionRecord]):
             )
         (heads, _query_len, _key_len) = shapes.pop()
         entries = min(record.shape[0] for record in self._records)
-        chosen("batch", [batch], entries, "trace.show")
+        batch = int(chosen("batch", [batch], entries, "trace.show"))
         maps = torch.cat([r.compute_weights(batch=batch).cpu() for r in self._records])
+        if "mask" not in options:
+            options["mask"] = _masks(self._records, batch)
         if tokens is not None:
             options, maps = _labelled(list(tokens), options, maps, self._records[0])
         numbers = self._records[0].heads
@@ -177,7 +181,7 @@ class Trace(Sequence[AttentionRecord]):
             "xlabel": "Keys",
             "ylabel": "Queries",
             "titles": [f"Head {head}" for head in columns],
-            "row_titles": _short([record.layer for record in self._records]),
+            "row_titles": _titles(self._records),
             "figsize": None,
         }
         return show_heatmaps(maps, **{**defaults, **options})
@@ -253,6 +257,31 @@ def _residual(record: AttentionRecord) -> str:
     return f"{record.residual:.1e}" + ("" if record.trusted else f"  > {record.tolerance:.0e}!")
 
 
+def _titles(records: Sequence[AttentionRecord]) -> list[str]:
+    """The layer of each record, as short as tells it, and the call where there are several."""
+    layers = [record.layer for record in records]
+    names = _short(layers) if len(set(layers)) > 1 else layers
+    several = len(set(layers)) < len(layers)
+    return [
+        f"{name}, call {record.call}".lstrip(", ") if several else name
+        for name, record in zip(names, records, strict=True)
+    ]
+
+
+def _masks(records: Sequence[AttentionRecord], batch: int) -> Tensor | None:
+    """What each query may attend to, (records, heads, query_len, key_len); None for everything."""
+    masks = [record.mask for record in records]
+    if all(mask is None for mask in masks):
+        return None
+    whole = []
+    for record, mask in zip(records, masks, strict=True):
+        seen = torch.ones(1, 1, 1, 1, dtype=torch.bool) if mask is None else mask.cpu()
+        seen = seen[(None,) * (4 - seen.ndim)]
+        seen = seen[batch : batch + 1] if seen.shape[0] > 1 else seen
+        whole.append(seen.expand(1, *record.shape_here[1:]))
+    return torch.cat(whole)
+
+
 def _short(names: Sequence[str]) -> list[str]:
     """Names without the parts that all of them share at either end."""
     parts = [name.split(".") for name in names]
@@ -279,4 +308,7 @@ def _labelled(
         )
     labels = [tokens[numbers[place] + first] for place in kept]
     maps = maps[:, :, kept, : len(tokens)]
+    mask = options.get("mask")
+    if mask is not None and mask.shape[-2:] == (query_len, key_len):
+        options = {**options, "mask": mask[..., kept, : len(tokens)]}
     return {"key_labels": tokens, "query_labels": labels, **options}, maps
