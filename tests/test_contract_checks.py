@@ -44,6 +44,20 @@ def tail_dropped(query, key, value):
     return sdpa(query, key[..., :full, :], value[..., :full, :])
 
 
+def causal_in_the_first_block(query, key, value, attn_mask=None, is_causal=False):
+    mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+    if is_causal:
+        mask = mask.tril()
+        mask[16:] = True
+    return sdpa(query, key, value, mask if attn_mask is None else mask & attn_mask)
+
+
+def masked_in_the_first_block(query, key, value, attn_mask=None):
+    if attn_mask is not None:
+        attn_mask = attn_mask | (torch.arange(key.shape[-2]) >= 16)
+    return sdpa(query, key, value, attn_mask)
+
+
 def wrong_gradient(query, key, value):
     return sdpa(Hidden.apply(query, 1.1), key, value)
 
@@ -138,6 +152,12 @@ def test_some_defect_is_found_by_a_check_and_few_others(name):
     found = {result.name for result in check_attention(subject).failed}
     assert name in found
     assert len(found) <= FEW, found
+
+
+@pytest.mark.parametrize("subject", [causal_in_the_first_block, masked_in_the_first_block])
+def test_masks_are_asked_of_long_inputs_too(subject):
+    report = check_attention(AttentionSpec(subject, dtypes=("float32",)))
+    assert [result.name for result in report.failed] == ["block_lengths"]
 
 
 def test_every_check_is_needed():

@@ -146,9 +146,13 @@ def large_scores(exam: Exam) -> None:
 
 
 def block_lengths(exam: Exam) -> None:
-    """Around multiples of 32, 64 and 128."""
+    """Around multiples of 32, 64 and 128: without a mask, with one, and causal."""
     for length in (33, 65) if exam.quick else (31, 33, 63, 65, 127, 129):
         _matches(exam, exam.inputs(query_len=length))
+        if exam.spec.mask is not None:
+            _matches(exam, exam.inputs(query_len=length, mask=scattered))
+        if exam.spec.causal is not None:
+            _matches(exam, exam.inputs(query_len=length, causal=True))
 
 
 def gradients(exam: Exam) -> None:
