@@ -88,7 +88,35 @@ def test_a_trace_that_is_declared_causal_is_held_to_it(hidden):
     assert diagnose(trace).healthy
     diagnosis = diagnose(AttentionSpec(trace, window=(None, 0)))
     assert not diagnosis.healthy
-    assert diagnosis.defects == ("window_right_too_wide",)
+    assert diagnosis.defects == ("causal_sees_next",)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("window", [(None, 0), (3, 0), (2, 1)])
+def test_a_chunk_of_a_cached_decoder_is_held_to_the_declared_alignment(query_len, window):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, length, 8) for length in (query_len, 7, 7))
+    left = 7 if window[0] is None else window[0]
+
+    def diagnosed(too_far):
+        steps = torch.arange(7) - (torch.arange(query_len) + 7 - query_len).unsqueeze(-1)
+        seen = (steps <= window[1] + too_far) & (steps >= -left)
+        with capture_attention() as trace:
+            scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        return diagnose(AttentionSpec(trace, window=window, causal="bottom_right"))
+
+    assert diagnosed(0).healthy, diagnosed(0)
+    if query_len > 1:  # the last query sees all there is
+        wrong = "causal_sees_next" if window[0] is None else "window_right_too_wide"
+        assert wrong in {*diagnosed(1).defects, *sum(diagnosed(1).alternatives, ())}
+
+
+def test_a_chunk_that_is_aligned_to_the_other_corner_is_named():
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 7, 8)
+    with capture_attention() as trace:
+        scaled_dot_product_attention(query, key, key, is_causal=True)
+    diagnosis = diagnose(AttentionSpec(trace, window=(None, 0), causal="bottom_right"))
+    assert diagnosis.defects == ("causal_other_corner",)
 
 
 def test_the_diagnosis_of_a_block_shows_expected_and_captured_weights(hidden):
