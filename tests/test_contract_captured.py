@@ -57,6 +57,21 @@ NAMED = {
 }
 
 
+class Windowed(nn.Module):
+    """Causal attention to the last four tokens, or to all, twice."""
+
+    def __init__(self, left=3):
+        super().__init__()
+        self.left = left
+
+    def forward(self, hidden):
+        steps = torch.arange(hidden.shape[1]) - torch.arange(hidden.shape[1]).unsqueeze(-1)
+        for _ in range(2):
+            seen = (steps <= 0) & (steps >= -self.left)
+            hidden = scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=seen)
+        return hidden
+
+
 def captured(module, *inputs, **options):
     with capture_attention(module, **options) as trace:
         module(*inputs)
@@ -125,6 +140,18 @@ def test_the_diagnosis_of_a_block_shows_expected_and_captured_weights(hidden):
     (record,) = captured(block, hidden)
     assert torch.equal(diagnosis.inferred_weights.float(), record.weights)
     assert "|difference|" in str(diagnosis)
+
+
+def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(hidden):
+    windowed = Windowed().eval()
+    report = check_attention(AttentionSpec(windowed, inputs=hidden, window=(3, 0)))
+    assert report.passed, report
+    report = check_attention(AttentionSpec(Windowed(6).eval(), inputs=hidden, window=(3, 0)))
+    assert [result.name for result in report.failed] == ["attention_inside"]
+    report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
+    assert "no_leakage" in [result.name for result in report.failed]
+    report = check_attention(AttentionSpec(windowed, inputs=hidden))
+    assert "a sliding window? Declare window=\n" in report.failed[0].message
 
 
 def test_sound_blocks_and_traces_pass(hidden):

@@ -304,7 +304,20 @@ CHECKS: tuple[Check, ...] = (
 def block_no_leakage(exam: Exam) -> None:
     """The future of a causal block; other sequences of the batch in any case."""
     model, inputs = exam.block()
-    assert_no_leakage(model, inputs, causal=exam.spec.causal is not None, seed=exam.seed)
+    sides = exam.spec.sides
+    # Through each further layer a window sees further: what must be seen depends on the depth.
+    # What is inside is held to the window itself.
+    windowed = sides is not None and exam.spec.window != (None, 0)
+    causal = exam.spec.causal is not None or (sides is not None and sides[1] == 0)
+    try:
+        assert_no_leakage(model, inputs, causal=causal, must_see=not windowed, seed=exam.seed)
+    except AssertionError as error:
+        error.args = (str(error).replace(_SAY_SO, "Declare window="),)
+        raise
+
+
+# What the assertion advises has another name in a specification.
+_SAY_SO = "Say so with may_see=, or must_see=False"
 
 
 def block_padding(exam: Exam) -> None:
