@@ -231,6 +231,53 @@ def test_what_cannot_be_judged_is_not_asked_and_says_why(hidden):
     assert inside.message == "attention in 0: its queries and keys are not known"
 
 
+def statuses(trace):
+    return {result.name: result.status for result in check_attention(trace).results}
+
+
+def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
+    nothing_else = {"masks": "skipped", "output": "skipped", "attention_inside": "skipped"}
+    light = captured(model(""), hidden, keep="statistics")
+    assert statuses(light) == {"rows": "passed", **nothing_else}
+    wrong = captured(model("", "mask_after_softmax"), hidden, keep="statistics")
+    (rows,) = check_attention(wrong).failed
+    claim, layer, worst = rows.message.splitlines()
+    assert claim == "64 of 72 rows do not sum to 1"
+    assert layer.split() == ["layer", "1,", "call", "0"]
+    assert worst.startswith("  worst    weights[")
+    inputs = torch.randn(1, 1, 5, 8)
+    lost = torch.ones(5, 5, dtype=torch.bool)
+    lost[2] = False
+    with capture_attention(keep="statistics") as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=lost)
+    assert statuses(trace)["rows"] == "passed"
+
+
+def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
+    inputs = torch.randn(1, 2, 60, 4)
+    with capture_attention(max_bytes=9000) as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
+    report = check_attention(trace)
+    assert report.passed, report
+    skipped = [result for result in report.results if result.status == "skipped"]
+    assert [result.name for result in skipped] == ["rows", "masks", "output"]
+    assert all("allowed are 9 kB" in result.message for result in skipped)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
+def test_rows_that_the_model_rounded_are_judged_by_its_dtype(keep, hidden):
+    block = model("").bfloat16()
+    assert statuses(captured(block, hidden.bfloat16(), keep=keep))["rows"] == "passed"
+
+
+def test_a_step_whose_mask_hides_nothing_leaves_the_others_to_be_asked():
+    inputs, hiding = torch.randn(1, 1, 5, 8), torch.ones(5, 5, dtype=torch.bool).tril()
+    with capture_attention() as trace:
+        scaled_dot_product_attention(inputs[:, :, :1], inputs, inputs, attn_mask=hiding[4:])
+        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=hiding)
+    assert statuses(trace)["masks"] == "passed"
+
+
 def test_a_block_without_attention_is_not_asked_about_it(hidden):
     report = check_attention(AttentionSpec(nn.Linear(32, 32).eval(), inputs=hidden, causal=None))
     (inside,) = [r for r in report.results if r.name == "attention_inside"]

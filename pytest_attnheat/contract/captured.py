@@ -110,7 +110,9 @@ def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
         fully_masked="zero" if spec.fully_masked == "undefined" else spec.fully_masked,
         name=_place(record),
     )
-    return replace(diagnosis, inferred_weights=record.compute_weights(torch.float64).cpu())
+    # Small by now, whatever the capture allows.
+    weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)
+    return replace(diagnosis, inferred_weights=weights.cpu())
 
 
 @dataclass(frozen=True)
