@@ -57,6 +57,21 @@ NAMED = {
 }
 
 
+class Windowed(nn.Module):
+    """Causal attention to the last four tokens, or to all, twice."""
+
+    def __init__(self, left=3):
+        super().__init__()
+        self.left = left
+
+    def forward(self, hidden):
+        steps = torch.arange(hidden.shape[1]) - torch.arange(hidden.shape[1]).unsqueeze(-1)
+        for _ in range(2):
+            seen = (steps <= 0) & (steps >= -self.left)
+            hidden = scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=seen)
+        return hidden
+
+
 def captured(module, *inputs, **options):
     with capture_attention(module, **options) as trace:
         module(*inputs)
@@ -88,7 +103,35 @@ def test_a_trace_that_is_declared_causal_is_held_to_it(hidden):
     assert diagnose(trace).healthy
     diagnosis = diagnose(AttentionSpec(trace, window=(None, 0)))
     assert not diagnosis.healthy
-    assert diagnosis.defects == ("window_right_too_wide",)
+    assert diagnosis.defects == ("causal_sees_next",)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+@pytest.mark.parametrize("window", [(None, 0), (3, 0), (2, 1)])
+def test_a_chunk_of_a_cached_decoder_is_held_to_the_declared_alignment(query_len, window):
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(2, 4, length, 8) for length in (query_len, 7, 7))
+    left = 7 if window[0] is None else window[0]
+
+    def diagnosed(too_far):
+        steps = torch.arange(7) - (torch.arange(query_len) + 7 - query_len).unsqueeze(-1)
+        seen = (steps <= window[1] + too_far) & (steps >= -left)
+        with capture_attention() as trace:
+            scaled_dot_product_attention(query, key, value, attn_mask=seen)
+        return diagnose(AttentionSpec(trace, window=window, causal="bottom_right"))
+
+    assert diagnosed(0).healthy, diagnosed(0)
+    if query_len > 1:  # the last query sees all there is
+        wrong = "causal_sees_next" if window[0] is None else "window_right_too_wide"
+        assert wrong in {*diagnosed(1).defects, *sum(diagnosed(1).alternatives, ())}
+
+
+def test_a_chunk_that_is_aligned_to_the_other_corner_is_named():
+    query, key = torch.randn(2, 4, 3, 8), torch.randn(2, 4, 7, 8)
+    with capture_attention() as trace:
+        scaled_dot_product_attention(query, key, key, is_causal=True)
+    diagnosis = diagnose(AttentionSpec(trace, window=(None, 0), causal="bottom_right"))
+    assert diagnosis.defects == ("causal_other_corner",)
 
 
 def test_the_diagnosis_of_a_block_shows_expected_and_captured_weights(hidden):
@@ -97,6 +140,18 @@ def test_the_diagnosis_of_a_block_shows_expected_and_captured_weights(hidden):
     (record,) = captured(block, hidden)
     assert torch.equal(diagnosis.inferred_weights.float(), record.weights)
     assert "|difference|" in str(diagnosis)
+
+
+def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(hidden):
+    windowed = Windowed().eval()
+    report = check_attention(AttentionSpec(windowed, inputs=hidden, window=(3, 0)))
+    assert report.passed, report
+    report = check_attention(AttentionSpec(Windowed(6).eval(), inputs=hidden, window=(3, 0)))
+    assert [result.name for result in report.failed] == ["attention_inside"]
+    report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
+    assert "no_leakage" in [result.name for result in report.failed]
+    report = check_attention(AttentionSpec(windowed, inputs=hidden))
+    assert "a sliding window? Declare window=\n" in report.failed[0].message
 
 
 def test_sound_blocks_and_traces_pass(hidden):
@@ -174,6 +229,53 @@ def test_what_cannot_be_judged_is_not_asked_and_says_why(hidden):
     light = captured(model(""), hidden, keep="weights")
     (inside,) = [r for r in check_attention(light).results if r.name == "attention_inside"]
     assert inside.message == "attention in 0: its queries and keys are not known"
+
+
+def statuses(trace):
+    return {result.name: result.status for result in check_attention(trace).results}
+
+
+def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
+    nothing_else = {"masks": "skipped", "output": "skipped", "attention_inside": "skipped"}
+    light = captured(model(""), hidden, keep="statistics")
+    assert statuses(light) == {"rows": "passed", **nothing_else}
+    wrong = captured(model("", "mask_after_softmax"), hidden, keep="statistics")
+    (rows,) = check_attention(wrong).failed
+    claim, layer, worst = rows.message.splitlines()
+    assert claim == "64 of 72 rows do not sum to 1"
+    assert layer.split() == ["layer", "1,", "call", "0"]
+    assert worst.startswith("  worst    weights[")
+    inputs = torch.randn(1, 1, 5, 8)
+    lost = torch.ones(5, 5, dtype=torch.bool)
+    lost[2] = False
+    with capture_attention(keep="statistics") as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=lost)
+    assert statuses(trace)["rows"] == "passed"
+
+
+def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
+    inputs = torch.randn(1, 2, 60, 4)
+    with capture_attention(max_bytes=9000) as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
+    report = check_attention(trace)
+    assert report.passed, report
+    skipped = [result for result in report.results if result.status == "skipped"]
+    assert [result.name for result in skipped] == ["rows", "masks", "output"]
+    assert all("allowed are 9 kB" in result.message for result in skipped)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
+def test_rows_that_the_model_rounded_are_judged_by_its_dtype(keep, hidden):
+    block = model("").bfloat16()
+    assert statuses(captured(block, hidden.bfloat16(), keep=keep))["rows"] == "passed"
+
+
+def test_a_step_whose_mask_hides_nothing_leaves_the_others_to_be_asked():
+    inputs, hiding = torch.randn(1, 1, 5, 8), torch.ones(5, 5, dtype=torch.bool).tril()
+    with capture_attention() as trace:
+        scaled_dot_product_attention(inputs[:, :, :1], inputs, inputs, attn_mask=hiding[4:])
+        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=hiding)
+    assert statuses(trace)["masks"] == "passed"
 
 
 def test_a_block_without_attention_is_not_asked_about_it(hidden):

@@ -511,3 +511,21 @@ def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
     assert failed(report) == ["decoding"]
     assert report.diagnosis.healthy
     assert "is attention as declared" not in str(report)
+
+
+def test_a_subject_that_raises_whatever_it_is_asked_is_still_reported():
+    class Broken(torch.nn.Module):
+        def forward(self, hidden):
+            raise KeyError("no such layer")
+
+    report = check_attention(AttentionSpec(Broken().eval(), inputs=randn(2, 9, WIDTH)))
+    assert report.diagnosis is None
+    assert "it raised KeyError: 'no such layer'" in str(report)
+
+    def refusing_causality(query, key, value, **others):
+        if "is_causal" in others:
+            raise KeyError("is_causal")
+        return sdpa(query, key, value)
+
+    report = check_attention(AttentionSpec(refusing_causality, mask=None, dtypes=ONE_DTYPE))
+    assert "it raised KeyError: 'is_causal'" in str(report)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -91,36 +91,63 @@ def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
     assert record.key is not None
     assert record.value is not None
     assert record.output is not None
-    mask, causal = record.given_mask, record.causal
+    mask = record.given_mask
     if record.bias is not None:
         seen = record.bias > HIDDEN_BELOW
         mask = seen if mask is None else mask & seen
-    query_len, key_len = record.shape[2:]
-    # The claim of a block is about its own sequence, not about one that it looks things up in.
-    if spec.is_block and spec.causal is not None and query_len == key_len:
-        causal = spec.causal
-    mask = _beyond_claims(mask, record, causal, spec.sides)
+    claims = _claimed(record, spec)
+    mask = _beyond_claims(mask, record, claims)
     diagnosis = diagnose_output(
         record.output,
         record.query,
         record.key,
         record.value,
         mask=mask,
-        causal=causal,
-        window=spec.sides,
+        causal=claims.causal,
+        window=claims.window,
+        alignment=claims.alignment,
         scale=spec.scale,
         fully_masked="zero" if spec.fully_masked == "undefined" else spec.fully_masked,
         name=_place(record),
     )
-    return replace(diagnosis, inferred_weights=record.compute_weights(torch.float64).cpu())
+    # Small by now, whatever the capture allows.
+    weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)
+    return replace(diagnosis, inferred_weights=weights.cpu())
 
 
-def _beyond_claims(
-    mask: Tensor | None,
-    record: AttentionRecord,
-    causal: CausalAlignment | None,
-    window: tuple[int, int] | None,
-) -> Tensor | None:
+@dataclass(frozen=True)
+class _Claims:
+    """What a query may see by what is declared and what attention was told.
+
+    Attributes:
+        causal: The alignment of causality; None where nothing says that it is causal.
+        window: Keys before and after the own position; None for all.
+        alignment: Where the window is counted from.
+    """
+
+    causal: CausalAlignment | None
+    window: tuple[int, int] | None
+    alignment: CausalAlignment
+
+
+def _claimed(record: AttentionRecord, spec: AttentionSpec) -> _Claims:
+    query_len, key_len = record.shape[2:]
+    causal, window = record.causal, spec.sides
+    # The claim of a block is about its own sequence, not about one that it looks things up in.
+    if spec.is_block:
+        causal = (spec.causal or causal) if query_len == key_len else causal
+        window = window if query_len == key_len else None
+    alignment: CausalAlignment = causal or "top_left"
+    # By default the top left is declared, which what was captured may have been told otherwise.
+    if window is not None and spec.causal == "bottom_right":
+        alignment = spec.causal
+    # A window that ends at the own position and begins nowhere is causality.
+    if spec.window == (None, 0) and window is not None:
+        return _Claims(alignment, None, alignment)
+    return _Claims(causal and alignment, window, alignment)
+
+
+def _beyond_claims(mask: Tensor | None, record: AttentionRecord, claims: _Claims) -> Tensor | None:
     """What a mask hides besides what causality and the window hide; None if that is nothing.
 
     A mask that was to make attention causal, and is wrong, would else be taken as told.
@@ -128,12 +155,11 @@ def _beyond_claims(
     if mask is None:
         return None
     lengths = record.shape[2:]
-    if causal is not None:
-        mask = mask | ~causal_mask(*lengths, alignment=causal, device=mask.device)
-    if window is not None:
-        alignment = causal or "top_left"
+    if claims.causal is not None:
+        mask = mask | ~causal_mask(*lengths, alignment=claims.causal, device=mask.device)
+    if claims.window is not None:
         inside = sliding_window_mask(
-            *lengths, window=window, alignment=alignment, device=mask.device
+            *lengths, window=claims.window, alignment=claims.alignment, device=mask.device
         )
         mask = mask | ~inside
     return None if bool(mask.all()) else mask

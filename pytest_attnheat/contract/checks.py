@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ from pytest_attnheat.assertions.numerics.precision import (
 )
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
+from pytest_attnheat.assertions.tolerance import row_tolerance
+from pytest_attnheat.capture.errors import CaptureMemoryError
+from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.contract.captured import diagnoses, records_of
 from pytest_attnheat.contract.exam import (
     VALUE_DIM,
@@ -32,7 +35,7 @@ from pytest_attnheat.contract.exam import (
     scattered,
     with_a_lost_row,
 )
-from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.contract.spec import AttentionSpec, LostRows
 
 
 @dataclass(frozen=True)
@@ -308,7 +311,20 @@ CHECKS: tuple[Check, ...] = (
 def block_no_leakage(exam: Exam) -> None:
     """The future of a causal block; other sequences of the batch in any case."""
     model, inputs = exam.block()
-    assert_no_leakage(model, inputs, causal=exam.spec.causal is not None, seed=exam.seed)
+    sides = exam.spec.sides
+    # Through each further layer a window sees further: what must be seen depends on the depth.
+    # What is inside is held to the window itself.
+    windowed = sides is not None and exam.spec.window != (None, 0)
+    causal = exam.spec.causal is not None or (sides is not None and sides[1] == 0)
+    try:
+        assert_no_leakage(model, inputs, causal=causal, must_see=not windowed, seed=exam.seed)
+    except AssertionError as error:
+        error.args = (str(error).replace(_SAY_SO, "Declare window="),)
+        raise
+
+
+# What the assertion advises has another name in a specification.
+_SAY_SO = "Say so with may_see=, or must_see=False"
 
 
 def block_padding(exam: Exam) -> None:
@@ -373,24 +389,15 @@ def attention_inside(exam: Exam) -> None:
 
 def captured_rows(exam: Exam) -> None:
     """Rows that may attend to nothing are what is declared."""
-    lost = exam.spec.fully_masked
-    for record in records_of(exam.spec):
-        if lost != "undefined":
-            assert_row_stochastic(record, fully_masked=lost)
-        elif record.mask is None or bool(record.mask.any(-1).all()):
-            assert_row_stochastic(record)
+    _ask_each(records_of(exam.spec), lambda record: _rows(record, exam.spec.fully_masked))
 
 
 def captured_masks(exam: Exam) -> None:
     """Masked keys get no weight, in attention that was given a mask."""
     masked = [record for record in records_of(exam.spec) if record.mask is not None]
-    for record in masked:
-        try:
-            assert_masked(record)
-        except ValueError as nothing:
-            raise NotAskedError(str(nothing)) from None
     if not masked:
         raise NotAskedError("no attention was given a mask")
+    _ask_each(masked, assert_masked)
 
 
 def captured_output(exam: Exam) -> None:
@@ -398,8 +405,52 @@ def captured_output(exam: Exam) -> None:
     whole = [r for r in records_of(exam.spec) if r.output is not None and r.dropout == 0]
     if not whole:
         raise NotAskedError("no output was kept, or dropout was applied")
-    for record in whole:
-        assert_reproduces_output(record)
+    _ask_each(whole, assert_reproduces_output)
+
+
+def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord], None]) -> None:
+    """Ask each record; of one that keeps too little, or is too large, nothing can be asked."""
+    reasons = []
+    for record in records:
+        try:
+            ask(record)
+        except (ValueError, CaptureMemoryError) as reason:
+            reasons.append(str(reason))
+    if len(reasons) == len(records):
+        raise NotAskedError("; ".join(dict.fromkeys(reasons)) or "no attention was captured")
+
+
+def _rows(record: AttentionRecord, lost: LostRows) -> None:
+    # Weights are kept in a dtype of the reader's choice; what rounded them is the model's.
+    coarser = max(record.dtype, record.weights_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    tolerance = row_tolerance(coarser, record.shape[3])
+    if record.statistics is not None:
+        _sums(record, record.statistics, lost, tolerance)
+    elif lost != "undefined":
+        assert_row_stochastic(record, fully_masked=lost, tolerance=tolerance)
+    elif record.mask is None or bool(record.mask.any(-1).all()):
+        assert_row_stochastic(record, tolerance=tolerance)
+
+
+def _sums(
+    record: AttentionRecord, statistics: Statistics, lost: LostRows, tolerance: float
+) -> None:
+    """Judge rows by their sums. Which may attend to nothing, statistics do not tell."""
+    sums, largest = statistics.row_sum, statistics.maximum
+    right = (sums - 1).abs() <= tolerance
+    if lost in ("zero", "undefined"):
+        right |= (sums == 0) & (largest == 0)
+    if lost in ("nan", "undefined"):
+        right |= sums.isnan()
+    if bool(right.all()):
+        return
+    off = (sums - 1).abs().nan_to_num(nan=torch.inf).masked_fill(right, -1.0)
+    worst = tuple(int(place) for place in torch.unravel_index(off.argmax(), off.shape))
+    raise AssertionError(
+        f"{int((~right).sum())} of {right.numel()} rows do not sum to 1\n"
+        f"  layer    {record.layer or '(no module)'}, call {record.call}\n"
+        f"  worst    weights{[*worst]} sums to {float(sums[worst]):.6g} (allowed {tolerance:.1e})"
+    )
 
 
 _INSIDE = Check(

@@ -105,6 +105,7 @@ def diagnose_output(
     mask: Tensor | None = None,
     causal: CausalAlignment | None = None,
     window: tuple[int, int] | None = None,
+    alignment: CausalAlignment = "top_left",
     scale: float | None = None,
     fully_masked: LostRows = "zero",
     name: str = "output",
@@ -122,6 +123,7 @@ def diagnose_output(
         mask: Boolean, True where a query may attend, broadcastable to the weights.
         causal: What it should be: `"top_left"` or `"bottom_right"`; None for not causal.
         window: How many keys before and after its own position a query should attend to.
+        alignment: Where a window is counted from if it should not be causal.
         scale: What scores should be multiplied by; head_dim ** -0.5 by default.
         fully_masked: What rows without permitted keys should be.
         name: What the output is called.
@@ -141,7 +143,7 @@ def diagnose_output(
         value=value.detach().double().cpu(),
         mask=None if mask is None else mask.detach().cpu(),
         causal=causal is not None,
-        alignment=causal or "top_left",
+        alignment=causal or alignment,
         window=window,
         scale=scale,
         fully_masked=fully_masked,

@@ -169,7 +169,7 @@ def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
 
     try:
         return diagnose(spec, seed=seed)
-    except (ValueError, NotAskedError):  # the checks tell why
+    except Exception:  # a subject may raise anything; the checks tell what
         return None
 
 
@@ -328,5 +328,8 @@ def _leaves_causal_aside(check: Check, exam: Exam) -> bool:
     if check.name != "causal" or spec.is_block or spec.names(spec.causal_argument):
         return False
     tensors = exam.inputs().tensors
-    outputs = [spec.call(*tensors, causal=causal).output for causal in (False, True)]
+    try:
+        outputs = [spec.call(*tensors, causal=causal).output for causal in (False, True)]
+    except Exception:  # then that is what is wrong
+        return False
     return torch.equal(*outputs)

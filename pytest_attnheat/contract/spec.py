@@ -48,11 +48,13 @@ class AttentionSpec:
             (True where not), `"additive"` (floats, 0 and -inf), or None: it takes no mask.
         mask_argument: The keyword of the mask. A subject whose signature lacks it takes none.
         causal: What its `is_causal=True` means: `"top_left"`, `"bottom_right"`, or None: it does
-            not take it. Of a block: whether it is causal, always.
+            not take it. Of a block: whether it is causal, always. Of what was captured: what its
+            window is counted from.
         causal_argument: The keyword of it. A subject whose signature lacks it does not take it.
         window: How many keys before and after its own position a query attends to, always;
             None for all, also as one of the two: `(None, 0)` is always causal. Counted from the
-            alignment, or the top left.
+            alignment, or the top left. Through several layers more is seen: of a block, each
+            attention inside is held to it.
         grouped: Whether it takes fewer heads of keys than of queries (`enable_gqa=True` is
             passed if it takes that). By default, if its signature has `enable_gqa`.
         scale: What scores are multiplied by: a number, or None for head_dim ** -0.5.
