@@ -165,6 +165,7 @@ def test_sound_blocks_and_traces_pass(hidden):
         ("rows", "passed"),
         ("masks", "passed"),
         ("output", "passed"),
+        ("dropout", "passed"),
         ("attention_inside", "passed"),
     ]
 
@@ -236,7 +237,12 @@ def statuses(trace):
 
 
 def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
-    nothing_else = {"masks": "skipped", "output": "skipped", "attention_inside": "skipped"}
+    nothing_else = {
+        "masks": "skipped",
+        "output": "skipped",
+        "dropout": "passed",
+        "attention_inside": "skipped",
+    }
     light = captured(model(""), hidden, keep="statistics")
     assert statuses(light) == {"rows": "passed", **nothing_else}
     wrong = captured(model("", "mask_after_softmax"), hidden, keep="statistics")
@@ -260,8 +266,8 @@ def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
     report = check_attention(trace)
     assert report.passed, report
     skipped = [result for result in report.results if result.status == "skipped"]
-    assert [result.name for result in skipped] == ["rows", "masks", "output"]
-    assert all("allowed are 9 kB" in result.message for result in skipped)
+    assert [result.name for result in skipped] == ["rows", "masks", "output", "dropout"]
+    assert all("allowed are 9 kB" in result.message for result in skipped[:3])
 
 
 @pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
@@ -306,3 +312,80 @@ def test_examining_a_block_leaves_it_as_it_was(hidden):
     assert [part.training for part in block] == [True, False]
     assert not block._forward_hooks
     assert not block[0]._forward_pre_hooks
+
+
+class Dropping(nn.Module):
+    def forward(self, hidden):
+        weights = (hidden @ hidden.mT / 32**0.5).softmax(-1)
+        return torch.nn.functional.dropout(weights, 0.1) @ hidden
+
+
+def test_dropout_in_evaluation_mode_is_found_in_a_trace(hidden):
+    trace = captured(nn.Sequential(nn.Identity(), Dropping()).eval(), hidden)
+    (dropout,) = [r for r in check_attention(trace).results if r.name == "dropout"]
+    assert dropout.message.splitlines()[:2] == [
+        "1 of 1 attentions drop weights in evaluation mode",
+        "  layer    1, call 0, rate 0.1",
+    ]
+    report = check_attention(captured(Dropping().train(), hidden))
+    assert [r.status for r in report.results if r.name == "dropout"] == ["passed"]
+
+
+def test_the_outside_is_blamed_only_if_everything_inside_was_judged(hidden):
+    class Biased(nn.Module):
+        def forward(self, hidden):
+            scores = hidden @ hidden.mT / 32**0.5 + torch.ones(9, 9).tril()
+            return scores.softmax(-1) @ hidden
+
+    report = check_attention(AttentionSpec(nn.Sequential(Layer(), Biased()).eval(), inputs=hidden))
+    assert "no_leakage" in [result.name for result in report.failed]
+    assert "outside" not in str(report)
+    assert report.diagnosis.refused == {"attention in 1": "a bias is added to its scores"}
+
+
+def test_a_causal_block_may_look_up_a_memory_that_is_as_long_as_its_input(hidden):
+    class Decoder(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)
+            self.memory = nn.Parameter(torch.randn(1, 9, 32))
+
+        def forward(self, hidden):
+            mask = nn.Transformer.generate_square_subsequent_mask(hidden.shape[1])
+            memory = self.memory.expand(len(hidden), -1, -1)
+            return self.layer(hidden, memory, tgt_mask=mask, tgt_is_causal=True)
+
+    report = check_attention(AttentionSpec(Decoder().eval(), inputs=hidden))
+    assert [r.status for r in report.results if r.name == "attention_inside"] == ["passed"]
+
+
+def test_a_mask_that_hides_each_token_from_itself_is_not_taken_as_told(hidden):
+    class Strict(nn.Module):
+        def forward(self, hidden):
+            mask = torch.ones(9, 9, dtype=torch.bool).tril(-1)
+            return scaled_dot_product_attention(hidden, hidden, hidden, attn_mask=mask)
+
+    diagnosis = diagnose(AttentionSpec(Strict().eval(), inputs=hidden))
+    assert diagnosis.defects == ("causal_misses_own",)
+
+
+def test_numbers_that_are_not_finite_are_not_judged(hidden):
+    trace = captured(nn.MultiheadAttention(32, 4, batch_first=True).eval(), hidden, hidden, hidden)
+    assert diagnose(trace).healthy
+    with pytest.warns(Warning, match="not to be trusted"):
+        trace = captured(Layer().eval(), hidden * torch.nan)
+    with pytest.raises(ValueError, match="its queries, keys or values are not finite"):
+        diagnose(trace)
+
+
+@pytest.mark.parametrize("factor", [8**-0.5, 0.25])
+def test_queries_that_are_scaled_in_place_of_scores_are_no_defect(factor):
+    inputs = torch.randn(2, 4, 7, 8)
+    with capture_attention() as trace:
+        ((inputs * factor) @ inputs.mT).softmax(-1) @ inputs
+        scaled_dot_product_attention(inputs * factor, inputs, inputs, scale=1.0)
+    if factor == 0.25:
+        assert [diagnose(record).healthy for record in trace] == [False, False]
+    else:
+        assert check_attention(trace).passed

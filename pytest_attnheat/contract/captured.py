@@ -37,7 +37,11 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
         return list(spec.subject)
     subject = spec.implementation
     model = subject if isinstance(subject, SequenceModel) else recognise(subject)
-    module, inputs = model.module, spec.inputs
+    return _captured(model, spec.inputs)
+
+
+def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
+    module = model.module
     if not isinstance(module, nn.Module) or inputs is None:
         raise NotAskedError("attention inside is captured of modules alone")
     with borrowed(module, inputs), torch.no_grad():
@@ -67,14 +71,17 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     return replace(
         last,
         subject=spec.name,
+        refused=dict(reason.partition(": ")[::2] for reason in reasons),
         sentence=f"attention in {spec.name}, as it was captured, is what its queries, keys and "
-        "values make",
+        "values make" + (", where it can be judged" if reasons else ""),
     )
 
 
 def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
     """Diagnose one record after the other; add the reasons why some cannot be."""
-    for record in records_of(spec):
+    records = records_of(spec)
+    looked_up = _looked_up(spec, records)
+    for record in records:
         reason = _not_told(record)
         if reason:
             reasons.append(f"{_place(record)}: {reason}")
@@ -83,10 +90,28 @@ def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
         if small is None:
             reasons.append(f"{_place(record)}: {record.shape} is too large to diagnose")
             continue
-        yield _diagnosed(small, spec)
+        yield _diagnosed(small, spec, own=(record.layer, record.call) not in looked_up)
 
 
-def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
+def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[tuple[str, int]]:
+    """The attention of a causal block that looks things up elsewhere than in its own sequence.
+
+    Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
+    about them.
+    """
+    inputs = spec.inputs
+    if inputs is None or spec.causal is None or torch.equal(inputs, inputs.flip(1)):
+        return set()
+    others = {(r.layer, r.call): r.key for r in records_of(replace(spec, inputs=inputs.flip(1)))}
+    found = set()
+    for record in records:
+        key, other = record.key, others.get((record.layer, record.call))
+        if key is not None and other is not None and torch.equal(key, other):
+            found.add((record.layer, record.call))
+    return found
+
+
+def _diagnosed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> Diagnosis:
     assert record.query is not None
     assert record.key is not None
     assert record.value is not None
@@ -95,7 +120,7 @@ def _diagnosed(record: AttentionRecord, spec: AttentionSpec) -> Diagnosis:
     if record.bias is not None:
         seen = record.bias > HIDDEN_BELOW
         mask = seen if mask is None else mask & seen
-    claims = _claimed(record, spec)
+    claims = _claimed(record, spec, own=own)
     mask = _beyond_claims(mask, record, claims)
     diagnosis = diagnose_output(
         record.output,
@@ -130,13 +155,14 @@ class _Claims:
     alignment: CausalAlignment
 
 
-def _claimed(record: AttentionRecord, spec: AttentionSpec) -> _Claims:
+def _claimed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> _Claims:
     query_len, key_len = record.shape[2:]
     causal, window = record.causal, spec.sides
     # The claim of a block is about its own sequence, not about one that it looks things up in.
     if spec.is_block:
-        causal = (spec.causal or causal) if query_len == key_len else causal
-        window = window if query_len == key_len else None
+        claimed = own and query_len == key_len
+        causal = (spec.causal or causal) if claimed else causal
+        window = window if claimed else None
     alignment: CausalAlignment = causal or "top_left"
     # By default the top left is declared, which what was captured may have been told otherwise.
     if window is not None and spec.causal == "bottom_right":
@@ -162,6 +188,10 @@ def _beyond_claims(mask: Tensor | None, record: AttentionRecord, claims: _Claims
             *lengths, window=claims.window, alignment=claims.alignment, device=mask.device
         )
         mask = mask | ~inside
+    # Nobody hides all tokens from themselves on purpose: then the mask is one place off.
+    square = claims.causal is not None and lengths[0] == lengths[1]
+    if square and not bool(mask.expand(record.shape).diagonal(dim1=-2, dim2=-1).any()):
+        return None
     return None if bool(mask.all()) else mask
 
 
@@ -171,7 +201,8 @@ def _not_told(record: AttentionRecord) -> str:
     if any(part is None for part in parts):
         return "its queries and keys are not known"
     if record.dropout > 0:
-        return "dropout was applied"
+        mode = "training" if record.training else "evaluation"
+        return f"dropout of {record.dropout:g} was applied in {mode} mode"
     if record.queries is not None:
         return "some queries were left out"
     if record.score_change is not None:
@@ -180,6 +211,8 @@ def _not_told(record: AttentionRecord) -> str:
         return "a bias is added to its scores"
     if 0 in record.shape_here:
         return "it is empty"
+    if not all(bool(part.isfinite().all()) for part in parts[:3] if part is not None):
+        return "its queries, keys or values are not finite"
     return ""
 
 

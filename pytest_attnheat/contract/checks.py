@@ -394,10 +394,13 @@ def captured_rows(exam: Exam) -> None:
 
 def captured_masks(exam: Exam) -> None:
     """Masked keys get no weight, in attention that was given a mask."""
-    masked = [record for record in records_of(exam.spec) if record.mask is not None]
-    if not masked:
-        raise NotAskedError("no attention was given a mask")
-    _ask_each(masked, assert_masked)
+    _ask_each(records_of(exam.spec), _masked_keys)
+
+
+def _masked_keys(record: AttentionRecord) -> None:
+    if record.mask is None:
+        raise ValueError("no attention was given a mask")
+    assert_masked(record)
 
 
 def captured_output(exam: Exam) -> None:
@@ -406,6 +409,22 @@ def captured_output(exam: Exam) -> None:
     if not whole:
         raise NotAskedError("no output was kept, or dropout was applied")
     _ask_each(whole, assert_reproduces_output)
+
+
+def captured_dropout(exam: Exam) -> None:
+    """Whatever its rate: only a module in training mode drops weights."""
+    records = records_of(exam.spec)
+    wrong = [record for record in records if record.dropout > 0 and not record.training]
+    if wrong:
+        first = wrong[0]
+        place = f"{first.layer or '(no module)'}, call {first.call}, rate {first.dropout:g}"
+        raise AssertionError(
+            f"{len(wrong)} of {len(records)} attentions drop weights in evaluation mode\n"
+            f"  layer    {place}\n"
+            "  cause    dropout that does not ask for self.training"
+        )
+    if not any(record.layer for record in records):
+        raise NotAskedError("no module was captured, so none is in evaluation mode")
 
 
 def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord], None]) -> None:
@@ -465,6 +484,8 @@ CAPTURED_CHECKS: tuple[Check, ...] = (
           issue="huggingface/pytorch-image-models#2236"),
     Check("output", "weights times value are the output", captured_output, quick=True,
           issue="pytorch/pytorch#27968"),
+    Check("dropout", "nothing is dropped in evaluation mode", captured_dropout, quick=True,
+          issue="pytorch/pytorch#124464"),
     _INSIDE,
 )  # fmt: skip
 

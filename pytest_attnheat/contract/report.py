@@ -85,7 +85,7 @@ class Report:
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
-        elif self.diagnosis is not None and self.spec.is_block:
+        elif self.diagnosis is not None and self.spec.is_block and not self.diagnosis.refused:
             lines += ["", f"{self.diagnosis.sentence}: {_OUTSIDE}"]
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
