@@ -645,3 +645,16 @@ def test_a_factor_of_query_and_key_is_one_of_the_scores(fused, dtype):
     expected = (query.double() @ key.double().mT * 12**-0.5).softmax(-1)
     bound = 1e-6 if dtype == torch.float32 else 2e-2
     torch.testing.assert_close(record.weights.double(), expected, rtol=0, atol=bound)
+
+
+def test_a_bias_that_was_added_while_batch_and_heads_were_one_axis_is_told():
+    query, key, value = (torch.randn(2, 4, 5, 8) for _ in range(3))
+    bias = torch.randn(8, 1, 5)
+    with capture_attention() as trace:
+        scores = bias.baddbmm(
+            batch1=query.flatten(0, 1), batch2=key.flatten(0, 1).mT, beta=1.0, alpha=0.5
+        )
+        scores.view(2, 4, 5, 5).softmax(-1) @ value
+    (record,) = trace
+    assert record.scale == 0.5
+    assert torch.equal(record.bias, bias.view(2, 4, 1, 5))

@@ -184,7 +184,9 @@ def _record(
     lost = scores is not None and (
         (scores.mask is not None and mask is None) or (scores.bias is not None and bias is None)
     )
-    exact = scores is not None and scores.exact and query is not None and not lost
+    if lost:
+        query = key = None
+    exact = scores is not None and scores.exact and query is not None
     record = AttentionRecord(
         layer="",
         way=tag.way,
@@ -234,6 +236,10 @@ def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -
     if tensor is None:
         return None
     joined = shaping.weights_shape(used.shape[-2], used.shape[-1])
+    if tensor.ndim == 3 and used.ndim == 4 and tensor.shape[0] == used.shape[0] * used.shape[1]:
+        tensor = tensor.view(
+            *used.shape[:2], *tensor.shape[1:]
+        )  # Told while batch and heads were one axis.
     fits = _broadcasts(tensor, used.shape) or _broadcasts(tensor, joined)
     return shaping.mask(tensor) if fits else None
 
