@@ -160,9 +160,12 @@ class Question:
             "declaration": result.declaration,
             "diagnosis": told.sentence,
             "named": told.named,
+            "outside": told.outside,
         }
         claim = result.declaration or f"not so: {self._check.sentence}"
-        text = "\n\n".join(part for part in (told.text, message) if part)
+        # A wrong declaration says where to look itself.
+        outside = "" if result.declaration else told.outside
+        text = "\n\n".join(part for part in (told.text, outside, message) if part)
         return FailedCheckError(claim, text, told.draw)
 
     def __repr__(self) -> str:
@@ -203,6 +206,7 @@ class _Told(NamedTuple):
     sentence: str = ""
     text: str = ""
     named: bool = False
+    outside: str = ""
     draw: Callable[[], HeatmapFigure] | None = None
 
 
@@ -217,11 +221,11 @@ class _Diagnosed:
         """The diagnosis and what draws it, the first time; then its sentence alone."""
         if self._before is not None:
             return self._before
-        from pytest_attnheat.contract.report import diagnosis_of
+        from pytest_attnheat.contract.report import diagnosis_of, outside_of
 
         diagnosis = diagnosis_of(self._spec)
         if diagnosis is None or diagnosis.healthy:
-            self._before = _Told()
+            self._before = _Told(outside=outside_of(diagnosis, self._spec))
             return self._before
         named = bool(diagnosis.defects)
         self._before = _Told(diagnosis.sentence, f"diagnose: {diagnosis.sentence}", named)

@@ -107,6 +107,8 @@ def _entries(found: Sequence[Verdict]) -> Iterator[tuple[str, str]]:
     if diagnoses and (not declarations or any(verdict["named"] for verdict in failed)):
         yield "diagnosis", diagnoses[0]
     if failed and not diagnoses:
+        for outside in _unique(failed, "outside") if not declarations else ():
+            yield "diagnosis", outside
         yield from _by_reason(failed)
     for picture in _unique(failed, "picture")[:1]:
         yield "picture", picture

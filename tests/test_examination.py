@@ -255,3 +255,36 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
     for line, pattern in zip(told, expected, strict=False):
         assert fnmatch(line, pattern), line
     assert len(told) == len(expected) + 1
+
+
+def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pytester):
+    pytester.makepyfile(
+        subjects="""
+        import torch
+        from torch import nn
+        from torch.nn.functional import scaled_dot_product_attention
+        from pytest_attnheat import AttentionSpec
+
+        class Merging(nn.Module):
+            def forward(self, hidden):
+                heads = hidden.unflatten(-1, (4, 4)).transpose(1, 2)
+                return scaled_dot_product_attention(heads, heads, heads, is_causal=True).reshape(
+                    hidden.shape
+                )
+
+        torch.manual_seed(0)
+        block = AttentionSpec(Merging().eval(), inputs=torch.randn(2, 9, 16), name="block")
+        """
+    )
+    result = pytester.runpytest_subprocess("--attn-check=subjects:block", "--attn-check-quick")
+    result.stdout.fnmatch_lines(
+        [
+            "not so: no output depends on what it must not see*",
+            "*what is wrong happens outside of it: in the mask it was given,*",
+            "assert_no_leakage: *",
+            "block (subjects:block): 2 of 5 checks failed, 1 not asked",
+            "  diagnosis  attention in block, as it was captured, is what its queries, keys and *"
+            "what is wrong happens outside of it: *",
+            "  because    no_leakage: assert_no_leakage: *",
+        ]
+    )

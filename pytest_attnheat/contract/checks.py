@@ -383,7 +383,7 @@ def attention_inside(exam: Exam) -> None:
     if wrong:
         raise AssertionError(
             f"{len(wrong)} of {judged} attentions that were captured are not what their queries, "
-            f"keys and values make\n{wrong[0]}"
+            f"keys and values make\n{wrong[0].sentence}"
         )
 
 

@@ -85,8 +85,9 @@ class Report:
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
-        elif self.diagnosis is not None and self.spec.is_block and not self.diagnosis.refused:
-            lines += ["", f"{self.diagnosis.sentence}: {_OUTSIDE}"]
+        elif not any(result.declaration for result in self.failed):
+            outside = outside_of(self.diagnosis, self.spec)
+            lines += ["", outside] if outside else []
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
@@ -173,6 +174,16 @@ def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
         return None
 
 
+def outside_of(diagnosis: Diagnosis | None, spec: AttentionSpec) -> str:
+    """Say of a block that failed where to look, if all attention inside of it is right."""
+    if diagnosis is None or not diagnosis.healthy or not spec.is_block or diagnosis.refused:
+        return ""
+    return (
+        f"{diagnosis.sentence}: what is wrong happens outside of it: in the mask it was given, "
+        "where heads are split or merged, or before or after attention"
+    )
+
+
 def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:
     """Return the checks that a specification is asked."""
     known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
@@ -241,10 +252,6 @@ def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
     return tuple(text for text in found if text)
 
 
-_OUTSIDE = (
-    "what is wrong happens outside of it, where heads are split or merged, or before or after "
-    "attention"
-)
 # What else may have been meant, by the check that fails where the declaration is wrong.
 _OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "shape_and_dtype": ({"layout": "bhld"}, {"layout": "blhd"}),
