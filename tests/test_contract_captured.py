@@ -391,3 +391,9 @@ def test_queries_that_are_scaled_in_place_of_scores_are_no_defect(factor):
         assert [diagnose(record).healthy for record in trace] == [False, False]
     else:
         assert check_attention(trace).passed
+
+
+def test_attention_in_multihead_attention_is_judged_as_a_block(hidden):
+    attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
+    report = check_attention(AttentionSpec(attention, inputs=hidden, causal=None))
+    assert [r.status for r in report.results if r.name == "attention_inside"] == ["passed"]

@@ -529,3 +529,33 @@ def test_a_subject_that_raises_whatever_it_is_asked_is_still_reported():
 
     report = check_attention(AttentionSpec(refusing_causality, mask=None, dtypes=ONE_DTYPE))
     assert "it raised KeyError: 'is_causal'" in str(report)
+
+
+def test_what_a_subject_raises_is_told_with_its_place():
+    def raising(query, key, value):
+        return query.view(1, 2, 3)
+
+    report = check_attention(AttentionSpec(raising, dtypes=ONE_DTYPE), quick=True)
+    line = raising.__code__.co_firstlineno + 1
+    assert f"(test_contract_report.py:{line})" in report.failed[0].message
+
+
+def test_a_mix_of_dtypes_is_no_refusal():
+    def mixing(query, key, value, attn_mask=None, is_causal=False):
+        if attn_mask is not None and is_causal:
+            return query @ key.mT.double() @ value
+        return sdpa(query, key, value, attn_mask, is_causal=is_causal)
+
+    report = check_attention(AttentionSpec(mixing, dtypes=ONE_DTYPE), quick=True)
+    assert failed(report) == ["masked_and_causal"]
+
+
+@pytest.mark.parametrize("field", ["mask_argument", "causal_argument"])
+def test_a_keyword_that_the_subject_does_not_have_is_refused(field):
+    def own(query, key, value, hidden=None):
+        return sdpa(query, key, value)
+
+    with pytest.raises(
+        ValueError, match=f"{field}: got 'nope'; accepted is a parameter of the subject: q"
+    ):
+        AttentionSpec(own, **{field: "nope"})

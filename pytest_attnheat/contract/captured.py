@@ -41,7 +41,8 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
 
 
 def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
-    module = model.module
+    # nn.MultiheadAttention is wrapped to attend to one sequence.
+    module = getattr(model.module, "module", model.module)
     if not isinstance(module, nn.Module) or inputs is None:
         raise NotAskedError("attention inside is captured of modules alone")
     with borrowed(module, inputs), torch.no_grad():

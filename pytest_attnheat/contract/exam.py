@@ -32,6 +32,12 @@ def is_refusal(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or no_kernel
 
 
+def is_about_dtypes(error: BaseException) -> bool:
+    """Whether PyTorch refused to mix dtypes, or a number that a dtype cannot hold: a defect."""
+    words = ("expected scalar type", "same dtype", "without overflow", "dtypes")
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
+
+
 @dataclass(frozen=True)
 class Inputs:
     """Query, key and value, and what each query may see.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
+import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import torch
@@ -235,7 +238,19 @@ def _raised(error: Exception, exam: Exam) -> str:
             "that is always on?"
         )
     hints = hints_of(exam.spec) if isinstance(error, TypeError) else ()
-    return "; ".join([f"it raised {type(error).__name__}: {error}", *hints])
+    place = _place(error, exam.spec)
+    return "; ".join([f"it raised {type(error).__name__}: {error}{place}", *hints])
+
+
+def _place(error: Exception, spec: AttentionSpec) -> str:
+    """The innermost line of the subject's own file that the error came from."""
+    subject = spec.subject if spec.is_captured else getattr(spec.subject, "module", spec.subject)
+    try:
+        file = inspect.getfile(subject if inspect.isfunction(subject) else type(subject))
+    except TypeError:  # it was written in another language
+        return ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f" ({Path(file).name}:{frames[-1].lineno})" if frames else ""
 
 
 def _is_random(exam: Exam) -> bool:

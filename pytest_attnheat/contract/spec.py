@@ -124,12 +124,23 @@ class AttentionSpec:
         if self.inputs is None and not self.is_captured:
             found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
+            self._check_named("mask_argument", "attn_mask")
+            self._check_named("causal_argument", "is_causal")
             if self._lacks(self.mask_argument, "mask"):
                 found["mask"] = None
             if self._lacks(self.causal_argument, "causal"):
                 found["causal"] = None
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    def _check_named(self, field: str, default: str) -> None:
+        """Refuse a keyword that was given and that the subject has no parameter for."""
+        keyword = getattr(self, field)
+        if keyword != default and not self.takes(keyword):
+            raise ValueError(
+                f"{field}: got {keyword!r}; accepted is a parameter of the subject: "
+                f"{', '.join(self.parameters or {})}"
+            )
 
     @property
     def sides(self) -> tuple[int, int] | None:
