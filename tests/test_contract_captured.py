@@ -6,6 +6,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import AttentionSpec, capture_attention, check_attention, diagnose
+from pytest_attnheat.contract.captured import diagnoses
 
 
 class Layer(nn.Module):
@@ -397,3 +398,14 @@ def test_attention_in_multihead_attention_is_judged_as_a_block(hidden):
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     report = check_attention(AttentionSpec(attention, inputs=hidden, causal=None))
     assert [r.status for r in report.results if r.name == "attention_inside"] == ["passed"]
+
+
+def test_only_the_first_wrong_layer_is_searched_and_all_are_counted(hidden):
+    reasons = []
+    spec = AttentionSpec(model("no_scale", "", "softmax_over_queries"), inputs=hidden)
+    found = list(diagnoses(spec, reasons))
+    assert [diagnosis.healthy for diagnosis in found] == [False, True, False]
+    assert [diagnosis.defects for diagnosis in found] == [("scale_missing",), (), ()]
+    assert found[2].sentence == "attention in 2 is not attention as declared"
+    (inside,) = [r for r in check_attention(spec).failed if r.name == "attention_inside"]
+    assert inside.message.startswith("2 of 3 attentions that were captured are not")

@@ -79,8 +79,11 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
 
 
 def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
-    """Diagnose one record after the other; add the reasons why some cannot be."""
-    records = records_of(spec)
+    """Diagnose one record after the other; add the reasons why some cannot be.
+
+    What made a wrong output is only searched for in the first that is wrong: it takes seconds.
+    """
+    records, search = records_of(spec), True
     looked_up = _looked_up(spec, records)
     for record in records:
         reason = _not_told(record)
@@ -91,7 +94,10 @@ def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
         if small is None:
             reasons.append(f"{_place(record)}: {record.shape} is too large to diagnose")
             continue
-        yield _diagnosed(small, spec, own=(record.layer, record.call) not in looked_up)
+        own = (record.layer, record.call) not in looked_up
+        diagnosis = _diagnosed(small, spec, own=own, search=search)
+        search = search and diagnosis.healthy
+        yield diagnosis
 
 
 def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[tuple[str, int]]:
@@ -112,7 +118,9 @@ def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[t
     return found
 
 
-def _diagnosed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> Diagnosis:
+def _diagnosed(
+    record: AttentionRecord, spec: AttentionSpec, *, own: bool, search: bool
+) -> Diagnosis:
     assert record.query is not None
     assert record.key is not None
     assert record.value is not None
@@ -135,6 +143,7 @@ def _diagnosed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> Di
         scale=spec.scale,
         fully_masked="zero" if spec.fully_masked == "undefined" else spec.fully_masked,
         name=_place(record),
+        search=search,
     )
     # Small by now, whatever the capture allows.
     weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)

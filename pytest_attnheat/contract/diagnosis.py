@@ -109,6 +109,7 @@ def diagnose_output(
     scale: float | None = None,
     fully_masked: LostRows = "zero",
     name: str = "output",
+    search: bool = True,
 ) -> Diagnosis:
     """Tell what made a given output, from its own inputs.
 
@@ -127,6 +128,8 @@ def diagnose_output(
         scale: What scores should be multiplied by; head_dim ** -0.5 by default.
         fully_masked: What rows without permitted keys should be.
         name: What the output is called.
+        search: Whether to look for what made an output that is wrong; else only whether it is
+            wrong is said.
 
     Returns:
         The diagnosis. There are no inferred weights.
@@ -152,7 +155,7 @@ def diagnose_output(
     given = output.detach().double().cpu()
     probes = [Probe(case, given, output.dtype, rounding(output.dtype))]
     with _one_thread():
-        return explained(name, probes, {})
+        return explained(name, probes, {}, search=search)
 
 
 @contextmanager

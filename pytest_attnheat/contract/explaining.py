@@ -36,6 +36,8 @@ def explained(
     probes: Sequence[Probe],
     refused: dict[str, str],
     spec: AttentionSpec | None = None,
+    *,
+    search: bool = True,
 ) -> Diagnosis:
     """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
     dtype = str(probes[0].dtype).removeprefix("torch.")
@@ -44,12 +46,14 @@ def explained(
     if correct.reproduces:
         sentence = f"{name} is attention as declared; residual {number_text(base.residual)}"
         return replace(base, sentence=sentence, refused=refused)
+    if not search:
+        return replace(base, sentence=f"{name} is not attention as declared", refused=refused)
     diagnosis = replace(base, refused=refused, where=whereabouts(probes), **shown(spec, probes))
     if correct.fit.excess <= nearly(probes):
         return _almost(diagnosis, correct)
-    search, explanations = _search(probes, keep=spec is not None)
+    searched, explanations = _search(probes, keep=spec is not None)
     fitting, near, others = _sorted(explanations, nearly(probes))
-    diagnosis = replace(diagnosis, compared=search.compared, unseen=tuple(search.unseen))
+    diagnosis = replace(diagnosis, compared=searched.compared, unseen=tuple(searched.unseen))
     if not fitting:
         return _unexplained(diagnosis, correct, [*near, *others])
     best, *rest = fitting
