@@ -309,3 +309,25 @@ def test_a_warning_points_at_the_with_statement():
     with pytest.warns(CaptureWarning) as caught, capture_attention(model):
         model(X)
     assert caught[0].filename == __file__
+
+
+def test_weights_that_go_into_something_else_than_a_product_are_named():
+    class Summing(nn.Module):
+        def forward(self, x):
+            weights = (x @ x.mT).softmax(-1)
+            return (weights.unsqueeze(-1) * x.unsqueeze(1)).sum(-2)
+
+    model = nn.Sequential(nn.Identity(), Summing())
+    with capture_attention(model, allow_empty=True, allow_unseen=True) as trace:
+        model(torch.randn(2, 3, 4))
+    assert [str(unseen) for unseen in trace.unseen] == [
+        "1: softmax of queries times keys: its result went into something that is not understood"
+    ]
+
+
+@pytest.mark.parametrize("last", [torch.sigmoid, lambda logits: logits.softmax(-1)])
+def test_logits_of_pairs_are_not_taken_for_attention(last):
+    images, texts = torch.randn(3, 4), torch.randn(5, 4)
+    with capture_attention(allow_empty=True) as trace:
+        last(images @ texts.mT)
+    assert not trace.unseen

@@ -92,7 +92,7 @@ def capture_attention(
     if repetition is not None:
         with watching.paused():
             trace.difference = repetition.difference()
-    for unseen in find_unseen(running, trace):
+    for unseen in (*recording.unread(), *find_unseen(running, trace)):
         trace._miss(unseen)
     if not len(trace) and not allow_empty:
         raise CaptureError(_nothing(model, wanted, trace))

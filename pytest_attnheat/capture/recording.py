@@ -54,6 +54,7 @@ class Recording:
         self._wanted, self._layers, self._trace = wanted, layers, trace
         self._calls: Counter[str] = Counter()
         self._bytes = 0
+        self._expected: dict[int, str] = {}
 
     def take(self, record: AttentionRecord, used: Tensor | None) -> None:
         """Keep what is wanted of an attention that happened."""
@@ -83,6 +84,23 @@ class Recording:
     def miss(self, what: str, why: str) -> None:
         """Note what cannot be read."""
         self._trace._miss(Unseen(self._layers.current or "", what, why))
+
+    def expect(self, number: int) -> None:
+        """Remember where a softmax happened that should become attention."""
+        layer = self._layers.current
+        if layer is not None:
+            self._expected[number] = layer
+
+    def found(self, numbers: tuple[int, ...]) -> None:
+        """Forget those that did."""
+        for number in numbers:
+            self._expected.pop(number, None)
+
+    def unread(self) -> list[Unseen]:
+        """The softmaxes of which no attention was seen to come."""
+        why = "its result went into something that is not understood"
+        return [Unseen(layer, "softmax of queries times keys", why)
+                for layer in dict.fromkeys(self._expected.values())]  # fmt: skip
 
     def _selected(self, record: AttentionRecord) -> AttentionRecord:
         if self._wanted.heads is None and self._wanted.queries is None:

@@ -49,6 +49,7 @@ class Tag:
         dropout: The probability of the dropout that was applied.
         parametric: Whether its last axis is one of a parameter: the classes of a classifier.
         turned: Whether axes were exchanged since it became weights.
+        births: The numbers of the softmaxes that it comes from.
         factor: The number it was multiplied by: queries may be scaled in place of scores.
     """
 
@@ -60,6 +61,7 @@ class Tag:
     dropout: float = 0.0
     parametric: bool = False
     turned: bool = False
+    births: tuple[int, ...] = ()
     factor: float = 1.0
 
 

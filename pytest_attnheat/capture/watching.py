@@ -28,6 +28,12 @@ class Recorder(Protocol):
     def miss(self, what: str, why: str) -> None:
         """Something that looks like attention happened, and cannot be read."""
 
+    def expect(self, number: int) -> None:
+        """Queries times keys went through a softmax: it should become attention."""
+
+    def found(self, numbers: tuple[int, ...]) -> None:
+        """These did."""
+
 
 class Watcher(TorchFunctionMode):
     """Sees each function of torch that is called in its thread; nested captures share one.
@@ -44,6 +50,7 @@ class Watcher(TorchFunctionMode):
         self.tags = Tags()
         self.heads: int | None = None
         self._ways: dict[Any, Way | None] = {}
+        self._softmaxes = 0
 
     def __torch_function__(
         self,
@@ -65,6 +72,20 @@ class Watcher(TorchFunctionMode):
     def idle(self) -> bool:
         """Whether nothing is to be told: a backward pass calls the model's code again."""
         return in_backward()
+
+    def expect(self) -> tuple[int, ...]:
+        """Tell all recorders of a softmax that should become attention; return its number."""
+        if self.idle:
+            return ()
+        self._softmaxes += 1
+        for recorder in self.recorders:
+            recorder.expect(self._softmaxes)
+        return (self._softmaxes,)
+
+    def found(self, numbers: tuple[int, ...]) -> None:
+        """Tell all recorders that softmaxes became attention, or were seen not to."""
+        for recorder in self.recorders:
+            recorder.found(numbers)
 
     def tell(self, what: str, read: Read) -> None:
         """Hand an attention to all recorders; what fails to be read is missed, and the model runs.

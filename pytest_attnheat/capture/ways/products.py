@@ -165,8 +165,10 @@ def tell(watcher: Watcher, product: Product) -> None:
     assert tag is not None
     clean = product.left if tag.clean is None else product.like_left(tag.clean)
     if not clean.is_floating_point() or clean.shape != product.left.shape or clean.is_meta:
+        watcher.found(tag.births)
         watcher.miss(tag.way, "its weights were changed in a way that is not understood")
         return
+    watcher.found(tag.births)
     watcher.tell(tag.way, lambda: _record(watcher, tag, product, clean))
 
 

@@ -79,11 +79,12 @@ def _multiplied(
     if left is not None and right is not None and left.weights and right.weights:
         # Somebody follows attention through layers: weights again, and no value.
         watcher.tags[output] = Tag(weights=True, way=left.way)
+        watcher.found(left.births + right.births)
         return output
     mixed = left if right is None or not right.weights else right
     source = product.left_source if mixed is left else product.right_source
     if mixed is not None and mixed.weights and _mixes_heads(product, source, output):
-        watcher.tags[output] = Tag(weights=True, way=mixed.way)
+        watcher.tags[output] = Tag(weights=True, way=mixed.way, births=mixed.births)
         return output
     for candidate in (product, turned):
         if _is_attention(watcher, candidate):
@@ -178,9 +179,12 @@ def _shared(
         return output  # A gate.
     if tag.parametric and _is_last(args, kwargs, source.ndim, always=sigmoid):
         return output  # A classifier or a router.
+    # Logits of pairs, as of images and texts, have no batch axis: they are not waited for.
+    waits = tag.scores is not None and not tag.weights and source.ndim > 2
     watcher.tags[output] = Tag(
-        before=tag.before, scores=tag.scores, weights=True, way="sigmoid" if sigmoid else "softmax"
-    )
+        before=tag.before, scores=tag.scores, weights=True,
+        way="sigmoid" if sigmoid else "softmax", births=watcher.expect() if waits else tag.births,
+    )  # fmt: skip
     return output
 
 
@@ -318,7 +322,10 @@ def _joined(
                   for one, t in zip(args[0], tags, strict=True)]  # fmt: skip
         dropout = tags[0].dropout
         clean = func(cleans, *args[1:], **kwargs) if dropout else None
-        watcher.tags[output] = Tag(weights=True, way=tags[0].way, dropout=dropout, clean=clean)
+        births = tuple(number for tag in tags if tag is not None for number in tag.births)
+        watcher.tags[output] = Tag(
+            weights=True, way=tags[0].way, dropout=dropout, clean=clean, births=births
+        )
     return output
 
 
