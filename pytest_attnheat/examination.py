@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
@@ -56,7 +58,7 @@ def parametrize_with_checks(
 
     if not specs:
         raise ValueError("parametrize_with_checks: got no specifications")
-    claimed = [as_spec(spec) for spec in specs]
+    claimed = _told_apart([as_spec(spec) for spec in specs])
     names = {
         name
         for spec in claimed
@@ -70,6 +72,17 @@ def parametrize_with_checks(
         )
     mark: pytest.MarkDecorator = getattr(pytest.mark, CHECKS_MARKER)
     return mark(claimed, dict(expected_failures or {}), checks, quick)
+
+
+def _told_apart(specs: Sequence[AttentionSpec]) -> list[AttentionSpec]:
+    """Number the specifications that share a name, as two modules of one class do."""
+    seen: Counter[str] = Counter()
+    apart = []
+    for spec in specs:
+        seen[spec.name] += 1
+        number = seen[spec.name]
+        apart.append(spec if number == 1 else replace(spec, name=f"{spec.name}-{number}"))
+    return apart
 
 
 def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
@@ -93,7 +106,7 @@ def examine(session: pytest.Session, target: str, *, quick: bool) -> list[pytest
         CheckItem.from_parent(
             examined, name=question.name, question=question, place=_place(target, spec)
         )
-        for spec in _load(config, target)
+        for spec in _told_apart(_load(config, target))
         for question in _questions(config, spec, {}, None, quick=quick)
     ]
 

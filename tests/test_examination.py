@@ -288,3 +288,26 @@ def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pyt
             "  because    no_leakage: assert_no_leakage: *",
         ]
     )
+
+
+def test_subjects_of_one_name_are_numbered(pytester):
+    pytester.makepyfile(
+        subjects="""
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+        from pytest_attnheat import AttentionSpec
+
+        def sound(query, key, value):
+            return sdpa(query, key, value)
+
+        def wrong(query, key, value):
+            return sdpa(query, key, value, scale=1.0)
+
+        both = [AttentionSpec(one, name="mine") for one in (sound, wrong)]
+        """
+    )
+    result = pytester.runpytest_subprocess("--attn-check=subjects:both", "--attn-check-quick", "-v")
+    result.stdout.fnmatch_lines(
+        ["*::mine-plain-float32 PASSED*", "*::mine-2-plain-float32 FAILED*"]
+    )
+    result.stdout.fnmatch_lines(["mine-2 (subjects:both): * checks failed, *"])
+    assert "mine (subjects:both)" not in result.stdout.str()
