@@ -155,16 +155,17 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter,
 ) -> Generator[None, None, None]:
     """Repeat what the examination found, once for each implementation."""
-    yield
     reports = [report for some in terminalreporter.stats.values() for report in some]
     verdicts = [found for r in reports if (found := getattr(r, "attnheat_verdict", None))]
     if verdicts:
-        from pytest_attnheat.verdicts import summarise
+        from pytest_attnheat.verdicts import shorten, summarise
 
-        if lines := list(summarise(verdicts)):
-            terminalreporter.section("attention examination")
-            for line in lines:
-                terminalreporter.line(line)
+        shorten(reports)
+    yield
+    if verdicts and (lines := list(summarise(verdicts))):
+        terminalreporter.section("attention examination")
+        for line in lines:
+            terminalreporter.line(line)
 
 
 def _setting(config: pytest.Config, name: str, parse: Callable[[str], _Setting]) -> _Setting:

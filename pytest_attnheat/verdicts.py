@@ -61,6 +61,34 @@ def question_of(item: pytest.Item) -> Any:
     return given if isinstance(given, Question) else None
 
 
+def shorten(reports: Sequence[pytest.TestReport]) -> None:
+    """Of a check that failed alike in several dtypes, print the first failure in full alone.
+
+    What JUnit writes was taken from each report before, as it was.
+    """
+    places: dict[tuple[str, ...], str] = {}
+    for report in reports:
+        verdict = getattr(report, VERDICT, None)
+        if verdict is None or verdict["outcome"] != "failed":
+            continue
+        alike = tuple(verdict[key] for key in ("subject", "where", "check", "reason"))
+        place = places.setdefault(alike, verdict["place"])
+        if place != verdict["place"]:
+            _say_alone(report.longrepr, f"as in {place}: {verdict['reason']}")
+
+
+def _say_alone(longrepr: Any, text: str) -> None:
+    """Let a failure print one line; pytest's own summary still has its claim."""
+    traceback = getattr(longrepr, "reprtraceback", None)
+    if traceback is None:  # as with --tb=line
+        return
+    *_, last = traceback.reprentries
+    last.lines = [f"{text}\n"] if last.style == "native" else [f"E   {text}"]
+    traceback.reprentries = [last]
+    if hasattr(longrepr, "chain"):
+        longrepr.chain = longrepr.chain[-1:]
+
+
 def summarise(verdicts: Sequence[Verdict]) -> Iterator[str]:
     """Yield what to print of the verdicts of a run: each subject that failed, or has a hint.
 

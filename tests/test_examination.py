@@ -1,5 +1,6 @@
 """The examination under pytest, as a user sees it."""
 
+import re
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -311,3 +312,29 @@ def test_subjects_of_one_name_are_numbered(pytester):
     )
     result.stdout.fnmatch_lines(["mine-2 (subjects:both): * checks failed, *"])
     assert "mine (subjects:both)" not in result.stdout.str()
+
+
+@pytest.mark.parametrize("options", [(), ("-n", "2"), ("--tb=short",)])
+def test_a_further_dtype_that_fails_alike_takes_one_line_but_in_junit(contract, options):
+    contract.makepyfile(
+        """
+        from pytest_attnheat import parametrize_with_checks
+        from pytest_attnheat.contract.checks import Check
+        from right import attention
+
+        def claims(exam):
+            raise AssertionError("never so\\n  detail")
+
+        check = Check("own", "it is so", claims)
+
+        @parametrize_with_checks([attention], checks=[check])
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest_subprocess("--junitxml=junit.xml", *options)
+    result.assert_outcomes(failed=4)
+    text = result.stdout.str()
+    junit = (contract.path / "junit.xml").read_text(encoding="utf-8")
+    assert [text.count("  detail"), len(re.findall(r"as in \w+: never so", text))] == [1, 3]
+    assert [junit.count("  detail"), junit.count("as in ")] == [4, 0]

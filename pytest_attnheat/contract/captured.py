@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
-from pytest_attnheat.assertions.behaviour.subjects import borrowed
+from pytest_attnheat.assertions.behaviour.subjects import borrowed, modules_in
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.errors import CaptureError
 from pytest_attnheat.capture.record import HIDDEN_BELOW, AttentionRecord, CausalAlignment
@@ -41,10 +41,9 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
 
 
 def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
-    # nn.MultiheadAttention is wrapped to attend to one sequence.
-    module = getattr(model.module, "module", model.module)
-    if not isinstance(module, nn.Module) or inputs is None:
-        raise NotAskedError("attention inside is captured of modules alone")
+    module = _module_of(model.module)
+    if module is None or inputs is None:
+        raise NotAskedError("attention inside is captured of one module, or of what calls one")
     with borrowed(module, inputs), torch.no_grad():
         module.eval()
         try:
@@ -53,6 +52,14 @@ def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionReco
         except CaptureError as error:
             raise NotAskedError(str(error)) from None
     return list(trace)
+
+
+def _module_of(subject: object) -> nn.Module | None:
+    """The module that a subject is, or else calls: a function around it, for instance."""
+    if isinstance(subject, nn.Module):
+        return subject
+    found = modules_in(subject)
+    return found[0] if len(found) == 1 else None
 
 
 def diagnose_records(spec: AttentionSpec) -> Diagnosis:
