@@ -139,7 +139,11 @@ def _allowed(has, mask, is_causal, shape, window, bottom_right, block):
     if both and "causal_ignored_with_mask" in has:
         causal = False
     if causal:
-        if "causal_sees_next" in has:
+        if "causal_sees_next_with_cache" in has and columns > rows:
+            seen = to <= at + 1
+        elif "causal_misses_own_with_cache" in has and columns > rows:
+            seen = to < at
+        elif "causal_sees_next" in has:
             seen = to <= at + 1
         elif "causal_misses_own" in has:
             seen = to < at

@@ -338,6 +338,18 @@ _CAUSAL = (
         _ways(causal_shift=-1, lost=_LOST),
     ),
     Defect(
+        "causal_sees_next_with_cache",
+        "whose queries see one key too many, the next one, but only where there are not as many "
+        "keys as queries, as with a cache",
+        _ways(causal_shift=1, causal_shift_where=["more_keys", "differ"]),
+    ),
+    Defect(
+        "causal_misses_own_with_cache",
+        "whose queries do not see their own key, but only where there are not as many keys as "
+        "queries, as with a cache",
+        _ways(causal_shift=-1, causal_shift_where=["more_keys", "differ"], lost=_LOST),
+    ),
+    Defect(
         "causal_reversed",
         "whose queries see the future in place of the past",
         _ways(causal="reversed", causal_shift=[0, 1], lost=_LOST),

@@ -84,6 +84,7 @@ class Plan:
             first sample, or of sample (batch * heads + head) % batches ("tiled").
         causal: "declared", the "other_corner", "ignored", "always", or "reversed" (the future).
         causal_shift: How many keys more a causal query sees.
+        causal_shift_where: In "all" cases, where lengths "differ", or there are "more_keys".
         together: Given a mask and causal: "both" count, or "mask_only", "causal_only".
         window_shift: How many keys more a window has on the left and on the right.
         window: "declared", "ignored" or "swapped" (left is right).
@@ -137,6 +138,7 @@ class Plan:
     ] = "keep"
     causal: Literal["declared", "other_corner", "ignored", "always", "reversed"] = "declared"
     causal_shift: int = 0
+    causal_shift_where: Literal["all", "differ", "more_keys"] = "all"
     together: Literal["both", "mask_only", "causal_only"] = "both"
     window: Literal["declared", "ignored", "swapped"] = "declared"
     window_shift: tuple[int, int] = (0, 0)
@@ -344,9 +346,11 @@ def _causal(plan: Plan, case: Case) -> Tensor:
         return torch.ones(query_len, key_len, dtype=torch.bool)
     first = key_len - query_len if _alignment(plan, case) == "bottom_right" else 0
     everything = torch.ones(query_len, key_len, dtype=torch.bool)
-    if plan.causal == "reversed":
-        return everything.triu(first + plan.causal_shift)
-    return everything.tril(first + plan.causal_shift)
+    shifted = {
+        "all": True, "differ": query_len != key_len, "more_keys": query_len < key_len
+    }[plan.causal_shift_where]  # fmt: skip
+    last = first + plan.causal_shift * shifted
+    return everything.triu(last) if plan.causal == "reversed" else everything.tril(last)
 
 
 def _window(plan: Plan, case: Case) -> Tensor:
