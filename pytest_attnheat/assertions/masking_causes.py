@@ -177,15 +177,23 @@ def _rows_of(
     return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool, device="cpu")
 
 
-def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
-    """Only queries that are padding themselves attend to padding."""
+def _real_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> torch.Tensor | None:
+    """Which queries are no padding, if they are the tokens that the keys are, and some are."""
     query_len, key_len = evidence.weights.shape[-2:]
     length = lengths[evidence.finding.worst[0]]
     if query_len != key_len or not 0 < length < query_len:
         return None
-    real = evidence.queries < length
     if side == "left":
-        real = evidence.queries >= query_len - length
+        return evidence.queries >= query_len - length
+    return evidence.queries < length
+
+
+def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
+    """Only queries that are padding themselves attend to padding."""
+    key_len = evidence.weights.shape[-1]
+    real = _real_queries(evidence, lengths, side)
+    if real is None:
+        return None
     leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
     if not bool(real.any()) or bool(leaks[real].any()) or not bool(leaks[~real].all()):
         return None
@@ -203,13 +211,9 @@ def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> st
 
 def queries_masked(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
     """Rows of padded queries are empty, and real queries attend to padded keys."""
-    query_len, key_len = evidence.weights.shape[-2:]
-    length = lengths[evidence.finding.worst[0]]
-    if query_len != key_len or not 0 < length < query_len:
+    real = _real_queries(evidence, lengths, side)
+    if real is None:
         return None
-    real = evidence.queries < length
-    if side == "left":
-        real = evidence.queries >= query_len - length
     rows = evidence.rows.nan_to_num(nan=0.0)
     padded = rows[real][~evidence.permitted[real]]
     if not bool(real.any()) or bool(real.all()) or bool((rows[~real] != 0).any()):
