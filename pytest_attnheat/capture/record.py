@@ -72,7 +72,7 @@ class AttentionRecord:
         tolerance: The residual up to which it is trusted.
         unverified: Why there is no residual.
         statistics: With `keep="statistics"`.
-        changed_scores: Whether something else was done to the scores (a `score_mod`).
+        score_change: What else was done to the scores (a `score_mod`); None for nothing.
     """
 
     layer: str
@@ -124,17 +124,16 @@ class AttentionRecord:
             raise ValueError(
                 f'{self.layer}: the mask is not known any more: keep="statistics" keeps none'
             )
-        parts = [self.given_mask]
-        if self.causal is not None:
-            parts.append(self._causal(self.causal))
-        if self.bias is not None:
-            seen = self.bias > HIDDEN_BELOW
-            parts.append(None if bool(seen.all()) else seen)
-        mask: Tensor | None = None
-        for part in parts:
-            if part is not None:
-                mask = part if mask is None else mask & part
-        return mask
+        causal = None if self.causal is None else self._causal(self.causal)
+        return _both(self.mask_besides_causality, causal)
+
+    @property
+    def mask_besides_causality(self) -> Tensor | None:
+        """The mask that was given, and biases that hide a key, together; None for everything."""
+        if self.bias is None:
+            return self.given_mask
+        seen = self.bias > HIDDEN_BELOW
+        return self.given_mask if bool(seen.all()) else _both(self.given_mask, seen)
 
     @property
     def trusted(self) -> bool:
@@ -310,6 +309,13 @@ def readable(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
+
+
+def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """What two masks permit; None is one that permits everything."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
 
 
 def _group(heads: int, keys: Tensor) -> int:

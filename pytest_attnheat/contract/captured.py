@@ -132,12 +132,8 @@ def _diagnosed(
     assert record.key is not None
     assert record.value is not None
     assert record.output is not None
-    mask = record.given_mask
-    if record.bias is not None:
-        seen = record.bias > HIDDEN_BELOW
-        mask = seen if mask is None else mask & seen
     claims = _claimed(record, spec, own=own)
-    mask = _beyond_claims(mask, record, claims)
+    mask = _beyond_claims(record.mask_besides_causality, record, claims)
     diagnosis = diagnose_output(
         record.output,
         record.query,
