@@ -22,7 +22,8 @@ import numpy.typing as npt
 from environments import VERSIONS, make, run
 from matplotlib.testing.compare import compare_images
 
-from pytest_attnheat import baselines, show_heatmaps
+from pytest_attnheat import show_heatmaps
+from pytest_attnheat.baselines import verdict as baselines
 
 Weights = npt.NDArray[np.float32]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 from pytest_attnheat import AttentionSpec, check_attention, diagnose
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import CHECKS
-from pytest_attnheat.contract.defects import DEFECTS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from wrong_attention import attention_with

@@ -47,14 +47,29 @@ if TYPE_CHECKING:
     from pytest_attnheat.assertions.rows import assert_one_hot as assert_one_hot
     from pytest_attnheat.assertions.rows import assert_row_stochastic as assert_row_stochastic
     from pytest_attnheat.assertions.rows import assert_uniform as assert_uniform
+    from pytest_attnheat.attention.cases import AttentionCase as AttentionCase
+    from pytest_attnheat.attention.cases import make_attention as make_attention
+    from pytest_attnheat.attention.hard_cases import HARD_CASES as HARD_CASES
+    from pytest_attnheat.attention.hard_cases import HardCase as HardCase
+    from pytest_attnheat.attention.hard_cases import hard_case as hard_case
+    from pytest_attnheat.attention.reference import attend as attend
+    from pytest_attnheat.attention.reference import causal_mask as causal_mask
+    from pytest_attnheat.attention.reference import masked_softmax as masked_softmax
+    from pytest_attnheat.attention.reference import padding_mask as padding_mask
+    from pytest_attnheat.attention.reference import sliding_window_mask as sliding_window_mask
+    from pytest_attnheat.attention.scoring import AdditiveScore as AdditiveScore
+    from pytest_attnheat.attention.scoring import BilinearScore as BilinearScore
+    from pytest_attnheat.attention.scoring import DotProductScore as DotProductScore
+    from pytest_attnheat.attention.scoring import ScaledDotProductScore as ScaledDotProductScore
+    from pytest_attnheat.attention.scoring import (
+        register_scoring_function as register_scoring_function,
+    )
     from pytest_attnheat.capture.capturing import capture_attention as capture_attention
     from pytest_attnheat.capture.errors import CaptureError as CaptureError
     from pytest_attnheat.capture.errors import CaptureMemoryError as CaptureMemoryError
     from pytest_attnheat.capture.errors import CaptureWarning as CaptureWarning
     from pytest_attnheat.capture.record import AttentionRecord as AttentionRecord
     from pytest_attnheat.capture.trace import Trace as Trace
-    from pytest_attnheat.cases import AttentionCase as AttentionCase
-    from pytest_attnheat.cases import make_attention as make_attention
     from pytest_attnheat.contract.checks import Check as Check
     from pytest_attnheat.contract.diagnosis import Diagnosis as Diagnosis
     from pytest_attnheat.contract.diagnosis import diagnose as diagnose
@@ -62,46 +77,35 @@ if TYPE_CHECKING:
     from pytest_attnheat.contract.report import Report as Report
     from pytest_attnheat.contract.report import check_attention as check_attention
     from pytest_attnheat.contract.spec import AttentionSpec as AttentionSpec
-    from pytest_attnheat.examination import parametrize_with_checks as parametrize_with_checks
-    from pytest_attnheat.hard_cases import HARD_CASES as HARD_CASES
-    from pytest_attnheat.hard_cases import HardCase as HardCase
-    from pytest_attnheat.hard_cases import hard_case as hard_case
     from pytest_attnheat.heatmaps.figure import HeatmapFigure as HeatmapFigure
     from pytest_attnheat.heatmaps.figure import show_heatmaps as show_heatmaps
     from pytest_attnheat.heatmaps.record import Heatmaps as Heatmaps
     from pytest_attnheat.heatmaps.record import read_heatmaps as read_heatmaps
     from pytest_attnheat.heatmaps.terminal import format_heatmap as format_heatmap
-    from pytest_attnheat.reference import attend as attend
-    from pytest_attnheat.reference import causal_mask as causal_mask
-    from pytest_attnheat.reference import masked_softmax as masked_softmax
-    from pytest_attnheat.reference import padding_mask as padding_mask
-    from pytest_attnheat.reference import sliding_window_mask as sliding_window_mask
-    from pytest_attnheat.scoring import AdditiveScore as AdditiveScore
-    from pytest_attnheat.scoring import BilinearScore as BilinearScore
-    from pytest_attnheat.scoring import DotProductScore as DotProductScore
-    from pytest_attnheat.scoring import ScaledDotProductScore as ScaledDotProductScore
-    from pytest_attnheat.scoring import register_scoring_function as register_scoring_function
+    from pytest_attnheat.plugin.examination import (
+        parametrize_with_checks as parametrize_with_checks,
+    )
 
 __version__ = "0.1.0"
 
 _ROOM_OF = {
-    "AdditiveScore": "scoring",
-    "AttentionCase": "cases",
+    "AdditiveScore": "attention.scoring",
+    "AttentionCase": "attention.cases",
     "AttentionRecord": "capture.record",
     "AttentionSpec": "contract.spec",
-    "BilinearScore": "scoring",
+    "BilinearScore": "attention.scoring",
     "CaptureError": "capture.errors",
     "CaptureMemoryError": "capture.errors",
     "CaptureWarning": "capture.errors",
     "Check": "contract.checks",
     "Diagnosis": "contract.diagnosis",
-    "DotProductScore": "scoring",
-    "HARD_CASES": "hard_cases",
-    "HardCase": "hard_cases",
+    "DotProductScore": "attention.scoring",
+    "HARD_CASES": "attention.hard_cases",
+    "HardCase": "attention.hard_cases",
     "HeatmapFigure": "heatmaps.figure",
     "Heatmaps": "heatmaps.record",
     "Report": "contract.report",
-    "ScaledDotProductScore": "scoring",
+    "ScaledDotProductScore": "attention.scoring",
     "SequenceModel": "assertions.behaviour.sequences",
     "Trace": "capture.trace",
     "assert_batch_independent": "assertions.behaviour.invariance",
@@ -124,21 +128,21 @@ _ROOM_OF = {
     "assert_row_stochastic": "assertions.rows",
     "assert_support": "assertions.masking",
     "assert_uniform": "assertions.rows",
-    "attend": "reference",
+    "attend": "attention.reference",
     "capture_attention": "capture.capturing",
-    "causal_mask": "reference",
+    "causal_mask": "attention.reference",
     "check_attention": "contract.report",
     "diagnose": "contract.diagnosis",
     "format_heatmap": "heatmaps.terminal",
-    "hard_case": "hard_cases",
-    "make_attention": "cases",
-    "masked_softmax": "reference",
-    "padding_mask": "reference",
-    "parametrize_with_checks": "examination",
+    "hard_case": "attention.hard_cases",
+    "make_attention": "attention.cases",
+    "masked_softmax": "attention.reference",
+    "padding_mask": "attention.reference",
+    "parametrize_with_checks": "plugin.examination",
     "read_heatmaps": "heatmaps.record",
-    "register_scoring_function": "scoring",
+    "register_scoring_function": "attention.scoring",
     "show_heatmaps": "heatmaps.figure",
-    "sliding_window_mask": "reference",
+    "sliding_window_mask": "attention.reference",
     "transformers_attention": "contract.ready",
 }
 

@@ -11,7 +11,7 @@ import torch.nn.attention.flex_attention
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pytest_attnheat import scoring
+from pytest_attnheat.attention import scoring
 
 # float32 weights against float64 ones: a dozen roundings.
 CLOSE = {"atol": 1e-6, "rtol": 0.0}

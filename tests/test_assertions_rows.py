@@ -604,7 +604,7 @@ def test_the_first_of_equally_bad_rows_is_named():
 
 
 def test_default_tolerances_grow_with_the_row():
-    from pytest_attnheat.assertions.tolerance import row_tolerance
+    from pytest_attnheat.attention.tolerance import row_tolerance
 
     for dtype in FLOATS:
         allowed = [row_tolerance(dtype, n) for n in (1, 64, 4096, 2**20)]

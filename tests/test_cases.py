@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import AttentionCase, causal_mask, make_attention, padding_mask
-from pytest_attnheat.scoring import DotProductScore
+from pytest_attnheat.attention.scoring import DotProductScore
 
 FIELDS = ("query", "key", "value", "scores", "weights", "output")
 

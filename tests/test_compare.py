@@ -13,9 +13,10 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from pytest_attnheat import baselines, read_heatmaps, show_heatmaps
+from pytest_attnheat import read_heatmaps, show_heatmaps
+from pytest_attnheat.baselines import verdict as baselines
+from pytest_attnheat.baselines.compare import compare_data
 from pytest_attnheat.heatmaps import record
-from pytest_attnheat.heatmaps.compare import compare_data
 
 GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (12, 12, 64, 64), (1, 1, 512, 512)]
 

@@ -15,11 +15,11 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from wrong_attention import FACTOR, RATE, TEMPERATURE, attention_with
 
-from pytest_attnheat.contract.defects import DEFECTS
+from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, compute
+from pytest_attnheat.attention.reference import attend, causal_mask
 from pytest_attnheat.contract.diagnosis import diagnose, diagnose_output
-from pytest_attnheat.contract.plan import Case, NotApplicable, Plan, compute
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.reference import attend, causal_mask
 
 NAMES = [defect.name for defect in DEFECTS]
 ALL = [defect.name for defect in DEFECTS if defect.seen != "garbage"]

@@ -29,8 +29,8 @@ from pytest_attnheat import (
     check_attention,
     transformers_attention,
 )
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.defects import DEFECTS
 
 ONE_DTYPE = ("float32",)
 # PyTorch's own kernels let NaN through masked keys: the diagnosis notes it, no check asks it.

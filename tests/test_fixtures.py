@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pytest_attnheat import fixtures
+from pytest_attnheat.plugin import fixtures
 
 
 @pytest.fixture
@@ -123,7 +123,7 @@ def test_a_device_fixture_equals_the_device_of_a_tensor_on_it(pytester, devices)
 
 
 SHARED_GPUS = """
-    from pytest_attnheat import fixtures
+    from pytest_attnheat.plugin import fixtures
 
     fixtures.visible_devices = lambda: {"cpu": 1, "cuda": 2}
 """

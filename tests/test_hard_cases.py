@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from pytest_attnheat import assert_matches_reference
-from pytest_attnheat.hard_cases import HARD_CASES, HardCase, hard_case
+from pytest_attnheat.attention.hard_cases import HARD_CASES, HardCase, hard_case
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 # What exp of each dtype can still hold, written out: the oracle of "large_magnitudes".

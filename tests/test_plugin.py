@@ -5,7 +5,8 @@ import re
 
 import pytest
 
-from pytest_attnheat import cases, plugin, scoring
+from pytest_attnheat import plugin
+from pytest_attnheat.attention import cases, scoring
 
 
 @pytest.fixture
@@ -264,7 +265,7 @@ HEAVY = """
     @pytest.hookimpl(trylast=True)
     def pytest_unconfigure(config):
         heavy = {"torch", "numpy", "matplotlib"} & set(sys.modules)
-        print("HEAVY", sorted(heavy), "pytest_attnheat.fixtures" in sys.modules)
+        print("HEAVY", sorted(heavy), "pytest_attnheat.plugin.fixtures" in sys.modules)
 """
 
 

@@ -14,7 +14,7 @@ from pytest_attnheat.assertions.masking_causes import (
     uniform_rows,
 )
 from pytest_attnheat.assertions.masking_evidence import Evidence, named
-from pytest_attnheat.reference import Alignment, causal_mask, sliding_window_mask
+from pytest_attnheat.attention.reference import Alignment, causal_mask, sliding_window_mask
 
 Candidate = tuple[torch.Tensor, str]
 

@@ -18,7 +18,7 @@ import torch
 
 from pytest_attnheat.assertions.findings import Finding, Lines
 from pytest_attnheat.assertions.scan import Block, index_of, mask_at
-from pytest_attnheat.assertions.tolerance import rounding
+from pytest_attnheat.attention.tolerance import rounding
 from pytest_attnheat.inputs import Operand, dtype_name
 
 # The most weights that a sample holds: 1 MB in float64.

@@ -23,7 +23,6 @@ from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import ROWS, Claim, find, first_broken
 from pytest_attnheat.assertions.masking_causes import mask_cause, padding_cause, support_cause
 from pytest_attnheat.assertions.masking_evidence import Evidence
-from pytest_attnheat.assertions.message import broken_claim
 from pytest_attnheat.assertions.places import (
     PlaceClaim,
     broken_weights,
@@ -33,7 +32,9 @@ from pytest_attnheat.assertions.places import (
     place_message,
 )
 from pytest_attnheat.assertions.scan import Block, any_key
-from pytest_attnheat.assertions.tolerance import row_tolerance
+from pytest_attnheat.attention.reference import ALIGNMENTS, Alignment, padding_mask
+from pytest_attnheat.attention.tolerance import row_tolerance
+from pytest_attnheat.failure import broken_claim
 from pytest_attnheat.inputs import (
     FullyMasked,
     Operand,
@@ -41,7 +42,6 @@ from pytest_attnheat.inputs import (
     as_weights,
     check_fully_masked,
 )
-from pytest_attnheat.reference import ALIGNMENTS, Alignment, padding_mask
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"

@@ -25,9 +25,9 @@ from pytest_attnheat.assertions.masking_evidence import (
     share,
 )
 from pytest_attnheat.assertions.scan import mask_at
-from pytest_attnheat.assertions.tolerance import rounding
+from pytest_attnheat.attention.reference import padding_mask
+from pytest_attnheat.attention.tolerance import rounding
 from pytest_attnheat.inputs import Operand, dtype_name
-from pytest_attnheat.reference import padding_mask
 
 Side = Literal["right", "left"]
 

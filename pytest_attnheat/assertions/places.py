@@ -15,7 +15,6 @@ import torch
 
 from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import Claim, Finding
-from pytest_attnheat.assertions.message import build_message, picture_of
 from pytest_attnheat.assertions.scan import (
     Block,
     accumulator,
@@ -25,6 +24,7 @@ from pytest_attnheat.assertions.scan import (
     piece_elements,
     pieces,
 )
+from pytest_attnheat.failure import build_message, picture_of
 from pytest_attnheat.inputs import Operand
 
 Measure = Callable[[torch.Tensor], torch.Tensor]

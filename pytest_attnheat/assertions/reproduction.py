@@ -48,10 +48,10 @@ import numpy as np
 import torch
 
 from pytest_attnheat.assertions.captured import Weights, takes_records
-from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.reproduction_causes import Subject, likely_cause
 from pytest_attnheat.assertions.scan import index_within, mask_at, pieces
-from pytest_attnheat.assertions.tolerance import rounding
+from pytest_attnheat.attention.tolerance import rounding
+from pytest_attnheat.failure import build_message
 from pytest_attnheat.inputs import Operand, as_weights, check_tolerance
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"

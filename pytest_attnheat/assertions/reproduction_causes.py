@@ -18,8 +18,8 @@ from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import sum_to_one
 from pytest_attnheat.assertions.findings import Finding
 from pytest_attnheat.assertions.scan import mask_at, pieces
+from pytest_attnheat.attention.reference import Alignment, causal_mask
 from pytest_attnheat.inputs import Operand
-from pytest_attnheat.reference import Alignment, causal_mask
 
 # The most numbers of one operand that a sample holds: 8 MB in float64.
 _SAMPLE = 2**20

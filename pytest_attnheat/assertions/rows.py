@@ -21,9 +21,9 @@ from pytest_attnheat.assertions.claims import (
 )
 from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
-from pytest_attnheat.assertions.message import broken_claim
 from pytest_attnheat.assertions.scan import rows_sum_to_one
-from pytest_attnheat.assertions.tolerance import row_tolerance
+from pytest_attnheat.attention.tolerance import row_tolerance
+from pytest_attnheat.failure import broken_claim
 from pytest_attnheat.inputs import (
     FullyMasked,
     Operand,
@@ -59,7 +59,7 @@ def assert_row_stochastic(
             1 / key_len) or ``"nan"`` (every weight is NaN).
         tolerance: The largest accepted |row sum - 1|. By default it follows
             the dtype and the row length, see
-            `pytest_attnheat.assertions.tolerance`. A weight below zero is
+            `pytest_attnheat.attention.tolerance`. A weight below zero is
             never accepted.
 
     Raises:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pytest_attnheat.reference import causal_mask
+from pytest_attnheat.attention.reference import causal_mask
 
 if TYPE_CHECKING:
     from pytest_attnheat.capture.record import AttentionRecord, Statistics

@@ -11,8 +11,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.capture.errors import CaptureMemoryError
-from pytest_attnheat.reference import causal_mask
 
 CausalAlignment = Literal["top_left", "bottom_right"]
 # (scores, batch, heads, queries) -> scores: scores (batch, heads, query_len, key_len) of the

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
 from pytest_attnheat.assertions.behaviour.subjects import borrowed, modules_in
+from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.errors import CaptureError
 from pytest_attnheat.capture.record import HIDDEN_BELOW, AttentionRecord, CausalAlignment
@@ -19,7 +20,6 @@ from pytest_attnheat.contract.diagnosis import diagnose_output
 from pytest_attnheat.contract.exam import NotAskedError
 from pytest_attnheat.contract.findings import Diagnosis
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.reference import causal_mask, sliding_window_mask
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000

@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.contract.defects import DEFECTS, Defect
+from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.contract.explaining import filled
 from pytest_attnheat.contract.findings import Diagnosis, number_text
 from pytest_attnheat.contract.matching import (
@@ -25,7 +26,6 @@ from pytest_attnheat.contract.matching import (
     measure,
     rounding,
 )
-from pytest_attnheat.contract.plan import Plan, carry_out
 from pytest_attnheat.contract.probing import Probe, ask, in_dtype, with_identity
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.whereabouts import inferred_weights

@@ -22,7 +22,7 @@ from pytest_attnheat.assertions.numerics.precision import (
 )
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
-from pytest_attnheat.assertions.tolerance import row_tolerance
+from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.capture.errors import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.contract.captured import diagnoses, records_of

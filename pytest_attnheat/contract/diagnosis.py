@@ -15,19 +15,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.plan import Case
+from pytest_attnheat.attention.scoring import seed_number
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.chance import by_chance
-from pytest_attnheat.contract.defects import DEFECTS
 from pytest_attnheat.contract.explaining import explained
 from pytest_attnheat.contract.findings import Diagnosis as Diagnosis
 from pytest_attnheat.contract.findings import number_text
 from pytest_attnheat.contract.matching import rounding
-from pytest_attnheat.contract.plan import Case
 from pytest_attnheat.contract.probing import Blueprint, Probe, ask, blueprints, probe
 from pytest_attnheat.contract.returned import with_returned
 from pytest_attnheat.contract.spec import AttentionSpec, CausalAlignment, LostRows, as_spec
-from pytest_attnheat.scoring import seed_number
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.
 _DTYPES = ("float32", "float64", "float16", "bfloat16")

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
 from pytest_attnheat.assertions.behaviour.subjects import modules_in
+from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
+from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
-from pytest_attnheat.reference import causal_mask, sliding_window_mask
-from pytest_attnheat.scoring import draw
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 7, 8
 VALUE_DIM = 6

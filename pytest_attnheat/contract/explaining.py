@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from pytest_attnheat.contract.defects import Defect
+from pytest_attnheat.attention.defects import Defect
+from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.contract.findings import EXPLAINS, Diagnosis, number_text
 from pytest_attnheat.contract.matching import (
     NOWHERE,
@@ -20,7 +21,6 @@ from pytest_attnheat.contract.matching import (
     measure,
     nearly,
 )
-from pytest_attnheat.contract.plan import Plan
 from pytest_attnheat.contract.probing import Probe
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.stepwise import explain_step_by_step

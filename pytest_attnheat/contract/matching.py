@@ -19,8 +19,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.contract.defects import DEFECTS, Defect
-from pytest_attnheat.contract.plan import Case, NotApplicable, Plan, carry_out
+from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 from pytest_attnheat.contract.probing import Probe
 
 _FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5}

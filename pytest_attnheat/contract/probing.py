@@ -17,9 +17,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.contract.plan import Case
+from pytest_attnheat.attention.plan import Case
+from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.spec import Answer, AttentionSpec, CausalAlignment, LostRows
-from pytest_attnheat.scoring import draw
 
 # The longest case of a window.
 _WIDEST = 300

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.scoring import draw
 
 _BATCH, _LENGTH = 2, 9
 

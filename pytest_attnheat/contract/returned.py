@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.contract.defects import DEFECTS
+from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, Result, carry_out
 from pytest_attnheat.contract.findings import Diagnosis, number_text
-from pytest_attnheat.contract.plan import Case, NotApplicable, Plan, Result, carry_out
 from pytest_attnheat.contract.probing import Probe, answer_to
 from pytest_attnheat.contract.spec import AttentionSpec
 

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning, as_meant
+from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.reference import causal_mask
 
 CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]

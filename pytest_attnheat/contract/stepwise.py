@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.contract.matching import (
     NOWHERE,
     Explanation,
@@ -20,7 +21,6 @@ from pytest_attnheat.contract.matching import (
     pairs_of,
     roughly_off,
 )
-from pytest_attnheat.contract.plan import Plan
 from pytest_attnheat.contract.probing import Probe
 
 # So many explanations of the cases so far are kept.

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.plan import Case, Plan, carry_out
 from pytest_attnheat.contract.matching import errors
-from pytest_attnheat.contract.plan import Case, Plan, carry_out
 from pytest_attnheat.contract.probing import Probe, ask, in_dtype, with_identity
 from pytest_attnheat.contract.spec import AttentionSpec
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, Subject, as_sequence
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function
-from pytest_attnheat.reference import padding_mask
+from pytest_attnheat.attention.reference import padding_mask
 
 
 @dataclass(frozen=True)

@@ -26,10 +26,10 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     borrowed,
     settled,
 )
-from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.assertions.tolerance import rounding
-from pytest_attnheat.scoring import query_chunks
+from pytest_attnheat.attention.scoring import query_chunks
+from pytest_attnheat.attention.tolerance import rounding
+from pytest_attnheat.failure import build_message
 
 _NAME = "assert_convex"
 # Of so many queries it is asked on which keys their weight is.

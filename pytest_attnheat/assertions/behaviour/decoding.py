@@ -19,8 +19,8 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     check_count,
     settled,
 )
-from pytest_attnheat.reference import Alignment
-from pytest_attnheat.scoring import positive
+from pytest_attnheat.attention.reference import Alignment
+from pytest_attnheat.attention.scoring import positive
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.

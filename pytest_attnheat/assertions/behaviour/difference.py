@@ -13,8 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.scan import index_of
+from pytest_attnheat.failure import build_message
 from pytest_attnheat.inputs import check_number
 
 # Two runs of the same kernels on the same shapes: one rounding at the end may differ.

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows, tolerance_of
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
-from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.scan import index_of
+from pytest_attnheat.failure import build_message
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6

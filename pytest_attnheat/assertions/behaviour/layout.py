@@ -30,8 +30,8 @@ from pytest_attnheat.assertions.behaviour.memory_layouts import (
     trials,
 )
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
-from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.scan import index_of
+from pytest_attnheat.failure import build_message
 
 _NAME = "assert_layout_invariant"
 # In float32 and float64 the backward of large scores rounds more than the forward pass.

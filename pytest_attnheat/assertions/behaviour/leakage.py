@@ -22,7 +22,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     permitted,
     settled,
 )
-from pytest_attnheat.reference import Alignment, causal_mask, padding_mask
+from pytest_attnheat.attention.reference import Alignment, causal_mask, padding_mask
 
 Way: TypeAlias = Literal["perturbation", "gradient", "nan"]
 

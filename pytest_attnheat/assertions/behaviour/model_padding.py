@@ -13,7 +13,7 @@ from pytest_attnheat.assertions.behaviour.calls import SequenceCall, answers, di
 from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.padded import Filling, Side, Told
 from pytest_attnheat.assertions.behaviour.sequences import Subject
-from pytest_attnheat.reference import padding_mask
+from pytest_attnheat.attention.reference import padding_mask
 
 
 class Alone:

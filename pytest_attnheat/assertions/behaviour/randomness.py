@@ -28,9 +28,9 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     check_count,
     modules_in,
 )
-from pytest_attnheat.assertions.message import build_message
+from pytest_attnheat.attention.scoring import positive, seed_number
+from pytest_attnheat.failure import build_message
 from pytest_attnheat.inputs import check_number
-from pytest_attnheat.scoring import positive, seed_number
 
 _NAME = "assert_deterministic"
 _STANDARD_ERRORS = 5

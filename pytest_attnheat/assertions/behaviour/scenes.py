@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from pytest_attnheat.assertions.behaviour.heads import of_the_first
 from pytest_attnheat.assertions.behaviour.sequences import Subject
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
-from pytest_attnheat.scoring import draw
+from pytest_attnheat.attention.scoring import draw
 
 # What is looked at together of `may_see`, in bytes.
 _BYTES = 2**26

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
-from pytest_attnheat.reference import Alignment, causal_mask
-from pytest_attnheat.scoring import leading_shape
+from pytest_attnheat.attention.reference import Alignment, causal_mask
+from pytest_attnheat.attention.scoring import leading_shape
 
 # A float mask that is added to the scores forbids with -inf, finfo.min, -1e9 or -1e4; the
 # steepest ALiBi slope reaches -1e4 only beyond ten thousand keys.

@@ -3,7 +3,7 @@
 The rule is that of the best kernel suites (FlashAttention's tests): the error of the subject,
 measured against float64, may be `factor` times the error of a plain computation in the same
 dtype. They take the largest error of a whole tensor, behind which a small row hides. Here each
-element is judged by its own natural scale (see `pytest_attnheat.assertions.numerics.oracle`)::
+element is judged by its own natural scale (see `pytest_attnheat.attention.oracle`)::
 
     |subject - reference|  <=  factor * max(plain * scale, least)
 
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.message import build_message
 from pytest_attnheat.assertions.scan import index_of
+from pytest_attnheat.failure import build_message
 from pytest_attnheat.heatmaps.terminal import map_name
 
 _BLOCKS = (128, 64, 32, 16)

@@ -19,9 +19,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     as_input,
     borrowed,
 )
-from pytest_attnheat.assertions.numerics import oracle
 from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
-from pytest_attnheat.assertions.numerics.mistakes import likely_mistake
 from pytest_attnheat.assertions.numerics.running import copies, gradients, handed, run_once
 from pytest_attnheat.assertions.numerics.terms import (
     Function,
@@ -33,7 +31,9 @@ from pytest_attnheat.assertions.numerics.terms import (
     differentiable,
     permitted_keys,
 )
-from pytest_attnheat.scoring import draw
+from pytest_attnheat.attention import oracle
+from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.scoring import draw
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0

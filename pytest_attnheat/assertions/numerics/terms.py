@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_input
-from pytest_attnheat.cases import DTYPES
+from pytest_attnheat.attention.cases import DTYPES
+from pytest_attnheat.attention.scoring import broadcast, seed_number
 from pytest_attnheat.inputs import check_number
-from pytest_attnheat.scoring import broadcast, seed_number
 
 LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
 Function: TypeAlias = Callable[..., Any]

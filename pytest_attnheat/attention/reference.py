@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.scoring import (
+from pytest_attnheat.attention.scoring import (
     Scoring,
     broadcast,
     leading_shape,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from pytest_attnheat.scoring import ScoringFactory
+    from pytest_attnheat.attention.scoring import ScoringFactory
 
 
 @pytest.hookspec

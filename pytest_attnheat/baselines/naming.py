@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pytest_attnheat.summary import SUFFIXES
+from pytest_attnheat.plugin.summary import SUFFIXES
 
 _ARGUMENTS = ("filename", "baseline_dir", "tolerance")
 _LONGEST_NAME = 150

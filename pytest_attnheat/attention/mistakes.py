@@ -13,8 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.numerics.oracle import Problem, reference
-from pytest_attnheat.reference import causal_mask
+from pytest_attnheat.attention.oracle import Problem, reference
+from pytest_attnheat.attention.reference import causal_mask
 
 # Above so many scores the attempts would take longer than the assertion itself.
 _MOST_SCORES = 2**22

@@ -41,7 +41,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from pytest_attnheat.reference import causal_mask, masked_softmax
+from pytest_attnheat.attention.reference import causal_mask, masked_softmax
 
 # What one chunk may allocate, and how many float64 matrices (queries x keys) it may make.
 _CHUNK_BYTES = 64 * 2**20
@@ -92,7 +92,7 @@ class Problem:
     def unit(self) -> float:
         """The unit roundoff of the dtype, with what a long sum adds to it.
 
-        Sums are kept in float32 or wider, as in `pytest_attnheat.assertions.tolerance`.
+        Sums are kept in float32 or wider, as in `pytest_attnheat.attention.tolerance`.
         """
         steps = max(*self.query.shape[-2:], *self.key.shape[-2:], self.value.shape[-1])
         return torch.finfo(self.query.dtype).eps / 2 + math.sqrt(steps) * self.sum_unit

@@ -18,9 +18,9 @@ from pytest_attnheat.plugin import SETTINGS, check_device
 if TYPE_CHECKING:
     import torch
 
+    from pytest_attnheat.attention.cases import AttentionCase
+    from pytest_attnheat.attention.scoring import Scoring, ScoringFactory
     from pytest_attnheat.capture.trace import Trace
-    from pytest_attnheat.cases import AttentionCase
-    from pytest_attnheat.scoring import Scoring, ScoringFactory
 
 _PROJECT_SCORING = pytest.StashKey[Mapping[str, "ScoringFactory"]]()
 _NAMED_SCORING = pytest.StashKey[tuple["Scoring", str]]()
@@ -63,7 +63,7 @@ def make_attention(
     Takes the keywords of `pytest_attnheat.make_attention`. What is not given comes from the
     marker `attention`, the device and dtype of the test, and `--attn-seed`.
     """
-    from pytest_attnheat import cases
+    from pytest_attnheat.attention import cases
 
     marked = _marked(request.node)
     defaults = {
@@ -94,7 +94,7 @@ def scoring_function(
     """
     import torch
 
-    from pytest_attnheat import cases, scoring
+    from pytest_attnheat.attention import cases, scoring
 
     marked = _marked(request.node)
     name = getattr(request, "param", None)
@@ -139,7 +139,7 @@ def attn_device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture
 def attn_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     """The torch.dtype of the test: one test per dtype of the marker or `--attn-dtype`."""
-    from pytest_attnheat import cases
+    from pytest_attnheat.attention import cases
 
     name = getattr(request, "param", None)
     if name is None:
@@ -213,7 +213,7 @@ def project_scoring_functions(config: pytest.Config) -> Mapping[str, ScoringFact
         pytest.UsageError: A name is taken.
     """
     if _PROJECT_SCORING not in config.stash:
-        from pytest_attnheat import scoring
+        from pytest_attnheat.attention import scoring
 
         found: dict[str, ScoringFactory] = {}
         for factories in config.hook.pytest_attnheat_scoring_functions(config=config):
@@ -252,7 +252,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
     """What a test runs over, by fixture."""
-    from pytest_attnheat import cases, scoring
+    from pytest_attnheat.attention import cases, scoring
 
     settings = metafunc.config.stash[SETTINGS]
     known = scoring.scoring_names(project_scoring_functions(metafunc.config))

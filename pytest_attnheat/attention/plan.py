@@ -13,8 +13,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.reference import sliding_window_mask
 from pytest_attnheat.contract.spec import CausalAlignment, LostRows
-from pytest_attnheat.reference import sliding_window_mask
 
 Source: TypeAlias = Literal["query", "key", "value"]
 Natural: TypeAlias = Literal["natural", "zero", "uniform", "nan"]

@@ -17,9 +17,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pytest_attnheat.heatmaps.compare import compare_data
+from pytest_attnheat.baselines.compare import compare_data
+from pytest_attnheat.baselines.pixels import compare_pixels
 from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
-from pytest_attnheat.heatmaps.pixels import compare_pixels
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
 
 Status = Literal["equal", "text", "missing", "unreadable", "data", "panels", "pixels"]

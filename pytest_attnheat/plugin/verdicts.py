@@ -52,7 +52,7 @@ class Verdicts:
 
 def question_of(item: pytest.Item) -> Any:
     """Return the check that a test asks, None where it is no test of an examination."""
-    from pytest_attnheat.examination import CheckItem, Question
+    from pytest_attnheat.plugin.examination import CheckItem, Question
 
     if isinstance(item, CheckItem):
         return item.question

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.reference import (
+from pytest_attnheat.attention.reference import (
     FULLY_MASKED,
     KINDS,
     FullyMasked,
@@ -18,7 +18,7 @@ from pytest_attnheat.reference import (
     sliding_window_mask,
     weigh,
 )
-from pytest_attnheat.scoring import (
+from pytest_attnheat.attention.scoring import (
     Scoring,
     ScoringFactory,
     draw,

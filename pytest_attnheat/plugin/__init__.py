@@ -106,12 +106,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_addhooks(pluginmanager: pytest.PytestPluginManager) -> None:
     """Add the hooks that a project can implement, and the rooms that pytest calls."""
-    from pytest_attnheat import fixtures, hooks, regression, summary
+    from pytest_attnheat.plugin import fixtures, hookspecs, pictures, summary
 
-    pluginmanager.add_hookspecs(hooks)
+    pluginmanager.add_hookspecs(hookspecs)
     # Not by `pytest_plugins`: for each name there, pytest reads the metadata of all installed
     # distributions once more.
-    for room in (fixtures, regression, summary):
+    for room in (fixtures, pictures, summary):
         pluginmanager.register(room, room.__name__)
 
 
@@ -134,7 +134,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Parametrise the tests that `parametrize_with_checks` marked."""
     marker = metafunc.definition.get_closest_marker(CHECKS_MARKER)
     if marker is not None and "check" in metafunc.fixturenames:
-        from pytest_attnheat.examination import parametrize
+        from pytest_attnheat.plugin.examination import parametrize
 
         parametrize(metafunc, marker)
 
@@ -144,7 +144,7 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Add the checks of `--attn-check`."""
     for target in config.getoption("attn_check"):
-        from pytest_attnheat.examination import examine
+        from pytest_attnheat.plugin.examination import examine
 
         items.extend(examine(session, target, quick=config.getoption("attn_check_quick")))
 
@@ -158,7 +158,7 @@ def pytest_terminal_summary(
     reports = [report for some in terminalreporter.stats.values() for report in some]
     verdicts = [found for r in reports if (found := getattr(r, "attnheat_verdict", None))]
     if verdicts:
-        from pytest_attnheat.verdicts import shorten, summarise
+        from pytest_attnheat.plugin.verdicts import shorten, summarise
 
         shorten(reports)
     yield

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import pytest
 
 from pytest_attnheat.plugin import CHECKS_MARKER
-from pytest_attnheat.verdicts import Verdicts
+from pytest_attnheat.plugin.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check

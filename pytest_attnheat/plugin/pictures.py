@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from pytest_attnheat.naming import (
+from pytest_attnheat.baselines.naming import (
     Expected,
     checked_tolerance,
     default_folder,
@@ -25,10 +25,10 @@ from pytest_attnheat.naming import (
     parts_for_all_devices,
     safe_name,
 )
-from pytest_attnheat.summary import OUTCOMES, USED, Outcome, Summary, add_to_html, shown
+from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, Summary, add_to_html, shown
 
 if TYPE_CHECKING:
-    from pytest_attnheat.baselines import Verdict
+    from pytest_attnheat.baselines.verdict import Verdict
 
 _MARKER = (
     "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
@@ -203,7 +203,7 @@ def pytest_runtest_makereport(
     draw = getattr(error, "draw_heatmap", None)
     if draw is None or not report.failed:
         return report
-    from pytest_attnheat import baselines
+    from pytest_attnheat.baselines import verdict as baselines
 
     title = getattr(error, "heatmap_title", "heatmap of the broken rows")
     path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
@@ -289,7 +289,7 @@ def _fail(reason: str) -> None:
 
 def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | None:
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
-    from pytest_attnheat import baselines
+    from pytest_attnheat.baselines import verdict as baselines
 
     with tempfile.TemporaryDirectory(prefix="attnheat-") as work:
         verdict = baselines.check(figure, expected.path, Path(work), expected.tolerance)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.cases import as_dtype
-from pytest_attnheat.reference import causal_mask, padding_mask, sliding_window_mask
-from pytest_attnheat.scoring import draw, one_of, positive, seed_number
+from pytest_attnheat.attention.cases import as_dtype
+from pytest_attnheat.attention.reference import causal_mask, padding_mask, sliding_window_mask
+from pytest_attnheat.attention.scoring import draw, one_of, positive, seed_number
 
 # Where a case does not say otherwise. Twelve is no power of two, and no block size.
 _LENGTH, _WIDTH = 12, 16

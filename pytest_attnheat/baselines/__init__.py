@@ -1,0 +1,1 @@
+"""A picture against its baseline: as data, then as pixels."""
