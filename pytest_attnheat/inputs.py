@@ -1,20 +1,76 @@
-"""What the assertions accept, and the errors for what they do not.
+"""Reading what users pass, and the one manner of saying what was wrong with it.
 
-Every assertion reads its arguments through this module, so that all of them
-accept the same tensors and refuse the others in the same words.
+Everything that a user passes is read through this module, so that all rooms accept the same
+tensors, masks, numbers and names, and refuse the others in the same words: what was given, and
+what is accepted (`misuse`).
+
+Importing it loads neither torch nor numpy: the rooms that draw pictures, and what pytest loads in
+every run, read names and numbers through it too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from numbers import Real
-from typing import Any, Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
-import numpy as np
-import torch
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
 
-FullyMasked: TypeAlias = Literal["zero", "uniform", "nan"]
 Index: TypeAlias = tuple["slice | int", ...]
+
+
+def misuse(name: str, got: object, accepted: str) -> str:
+    """Return the text of an error about an argument: what was given, and what is accepted.
+
+    Args:
+        name: What the argument is called.
+        got: What was given: its value, its type, its shape, whatever tells what is wrong.
+        accepted: What would be accepted, without "accepted is".
+    """
+    return f"{name}: got {got}; accepted is {accepted}"
+
+
+def one_of(name: str, given: object, known: Sequence[str]) -> None:
+    """Raise ValueError unless `given` is among the `known` names."""
+    if not isinstance(given, str) or given not in known:
+        raise ValueError(misuse(name, repr(given), f"one of {', '.join(map(repr, known))}"))
+
+
+def whole_number(name: str, given: object, *, least: int) -> int:
+    """Return a whole number of Python, NumPy or torch.
+
+    Raises:
+        TypeError: No whole number; a boolean is none.
+        ValueError: Below `least`.
+    """
+    accepted = f"a whole number from {least}"
+    if _is_boolean(given) or not hasattr(given, "__index__"):
+        raise TypeError(misuse(name, repr(given), accepted))
+    try:
+        number = int(given.__index__())
+    except TypeError:  # a tensor or array of floats, or of several numbers
+        raise TypeError(misuse(name, repr(given), accepted)) from None
+    if number < least:
+        raise ValueError(misuse(name, number, accepted))
+    return number
+
+
+def _is_boolean(given: object) -> bool:
+    return isinstance(given, bool) or str(getattr(given, "dtype", "")) in ("bool", "torch.bool")
+
+
+def positive(name: str, given: object) -> int:
+    """Return `given` as a size; TypeError if it is no whole number, ValueError below 1."""
+    return whole_number(name, given, least=1)
+
+
+def seed_number(given: object) -> int:
+    """Return `given` as a seed; TypeError if it is no whole number, ValueError below 0."""
+    return whole_number("seed", given, least=0)
+
 
 _ACCEPTED = (
     "a dense torch.Tensor or numpy.ndarray of float64, float32, float16, bfloat16 or float8, "
@@ -31,6 +87,9 @@ class ArrayPieces:
 
     def __init__(self, array: np.ndarray[Any, Any]) -> None:
         """Keep the array; nothing is copied before a piece is asked for."""
+        import numpy as np
+        import torch
+
         self._array = array
         self._native = array.dtype.newbyteorder("=")
         self.dtype = torch.from_numpy(np.empty(0, self._native)).dtype
@@ -53,6 +112,9 @@ class ArrayPieces:
 
     def __getitem__(self, index: Index) -> torch.Tensor:
         """Copy one piece into a tensor."""
+        import numpy as np
+        import torch
+
         return torch.from_numpy(np.array(self._array[index], dtype=self._native, order="C"))
 
 
@@ -122,6 +184,8 @@ def as_mask(mask: object, weights: Operand) -> Operand | None:
         TypeError: Not boolean.
         ValueError: Does not broadcast to the shape of the weights.
     """
+    import torch
+
     if mask is None:
         return None
     accepted = "a boolean torch.Tensor or numpy.ndarray, True where a query may attend"
@@ -139,17 +203,6 @@ def as_mask(mask: object, weights: Operand) -> Operand | None:
     if missing == 0:
         return operand
     return as_mask(_with_leading_ones(operand, missing), weights)
-
-
-def check_fully_masked(value: object) -> FullyMasked:
-    """Return the declared meaning of a fully masked row.
-
-    Raises:
-        ValueError: Not "zero", "uniform" or "nan".
-    """
-    if value not in get_args(FullyMasked):
-        raise ValueError(f"fully_masked: got {value!r}; accepted are 'zero', 'uniform' and 'nan'")
-    return cast("FullyMasked", value)
 
 
 def check_tolerance(value: object) -> float:
@@ -183,12 +236,21 @@ def check_number(value: object, name: str) -> float:
     return number
 
 
-def dtype_name(operand: Operand) -> str:
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which numbers of a dtype are added up: float64, or else float32."""
+    import torch
+
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def dtype_name(operand: Operand | torch.dtype) -> str:
     """Return the dtype as users write it, without the prefix."""
-    return str(operand.dtype).removeprefix("torch.")
+    return str(getattr(operand, "dtype", operand)).removeprefix("torch.")
 
 
 def _is_known_float(dtype: torch.dtype) -> bool:
+    import torch
+
     # Packed formats (float4_e2m1fn_x2) hold two numbers per element and convert to nothing.
     wide = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
     return dtype in wide or str(dtype).startswith("torch.float8_")
@@ -200,6 +262,9 @@ def _with_leading_ones(operand: Operand, count: int) -> Operand:
 
 
 def _as_operand(value: object, name: str, accepted: str) -> Operand:
+    import numpy as np
+    import torch
+
     if isinstance(value, ArrayPieces):
         return value
     if isinstance(value, torch.Tensor):
@@ -210,6 +275,8 @@ def _as_operand(value: object, name: str, accepted: str) -> Operand:
 
 
 def _from_torch(tensor: torch.Tensor, name: str, accepted: str) -> torch.Tensor:
+    import torch
+
     if tensor.is_nested:
         raise TypeError(f"{name}: got a nested tensor; accepted is {accepted}")
     if tensor.layout != torch.strided:
@@ -223,6 +290,9 @@ def _from_torch(tensor: torch.Tensor, name: str, accepted: str) -> torch.Tensor:
 
 
 def _from_numpy(array: np.ndarray[Any, Any], name: str, accepted: str) -> Operand:
+    import numpy as np
+    import torch
+
     if isinstance(array, np.ma.MaskedArray):
         raise TypeError(
             f"{name}: got a numpy masked array, whose True means masked; accepted is {accepted}. "

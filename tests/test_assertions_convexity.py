@@ -94,9 +94,7 @@ def test_any_number_of_leading_dimensions_will_do(leading):
     ids=["none", "mask", "one row", "per batch entry"],
 )
 def test_the_visible_range_is_that_of_a_loop_over_keys(mask, causal, group, monkeypatch):
-    monkeypatch.setattr(
-        "pytest_attnheat.attention.scoring.CHUNK_BYTES", 1000
-    )  # chunks of 2 queries
+    monkeypatch.setattr("pytest_attnheat.attention.chunks.CHUNK_BYTES", 1000)  # chunks of 2 queries
     query, key, value = qkv(2, 4)
     key, value = key[:, ::group], value[:, ::group]
     arguments = {"attn_mask": mask, "is_causal": causal, "enable_gqa": group > 1}

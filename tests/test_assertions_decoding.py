@@ -537,7 +537,9 @@ def test_misuse_is_refused():
         assert_decode_matches_prefill(plain, *qkv()[:2])
     with pytest.raises(ValueError, match="alignment: got 'bottom_right'"):
         assert_decode_matches_prefill(causal_encoder(), tokens(2, 5), alignment="bottom_right")
-    with pytest.raises(ValueError, match="alignment must be one of top_left, bottom_right"):
+    with pytest.raises(
+        ValueError, match=r"alignment: got .*; accepted is one of 'top_left', 'bottom_right'"
+    ):
         assert_decode_matches_prefill(plain, *qkv(), alignment="left")
     with pytest.raises(ValueError, match="alignment says what is_causal=True means"):
         assert_decode_matches_prefill(plain, *qkv(), attn_mask=causal(6), alignment="bottom_right")

@@ -19,6 +19,7 @@ from pytest_attnheat import (
     assert_uniform,
 )
 from pytest_attnheat.assertions import scan
+from pytest_attnheat.attention.chunks import pieces
 
 KB_PER_MB = 1024
 
@@ -27,19 +28,19 @@ KB_PER_MB = 1024
 @pytest.mark.parametrize("shape", [(1,), (13,), (4, 6), (2, 3, 5, 7), (1, 1, 1), (9, 1, 2)])
 def test_pieces_cover_every_element_once_and_stay_small(shape, limit):
     seen = np.zeros(shape, dtype=int)
-    for index in scan.pieces(shape, limit):
+    for index in pieces(shape, limit):
         assert seen[index].size <= limit
         seen[index] += 1
     assert (seen == 1).all()
 
 
 def test_pieces_are_of_even_size():
-    sizes = [piece.stop - piece.start for piece, _ in scan.pieces((1025, 1024), 1024 * 1024)]
+    sizes = [piece.stop - piece.start for piece, _ in pieces((1025, 1024), 1024 * 1024)]
     assert sizes == [513, 512]
 
 
 def test_many_tiny_maps_make_few_pieces():
-    assert len(list(scan.pieces((1000, 1000, 2, 2), 2**20))) == 4
+    assert len(list(pieces((1000, 1000, 2, 2), 2**20))) == 4
 
 
 @pytest.fixture(params=[(4, 3), (40, 7), (64, 64)], ids=str)

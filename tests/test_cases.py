@@ -153,30 +153,50 @@ def test_a_case_cannot_be_changed_but_can_be_compared_and_hashed():
 )
 def test_sizes_are_whole_numbers_from_one(size):
     for given in (0, -3):
-        with pytest.raises(ValueError, match=f"{size} must be at least 1; got {given}"):
+        with pytest.raises(
+            ValueError, match=f"{size}: got {given}; accepted is a whole number from 1"
+        ):
             make_attention(**{size: given})
     for given in (2.0, "2", True):
-        with pytest.raises(TypeError, match=f"{size} must be a whole number from 1; got {given!r}"):
+        with pytest.raises(
+            TypeError, match=f"{size}: got {given!r}; accepted is a whole number from 1"
+        ):
             make_attention(**{size: given})
 
 
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"scoring": "cosine"}, ValueError, r"scoring must be one of additive, .*got 'cosine'"),
-        ({"mask": "causal"}, ValueError, r"mask must be one of causal_top_left.*got 'causal'"),
-        ({"mask": ("padding", "x")}, ValueError, r"sliding_window; got 'x'"),
+        (
+            {"scoring": "cosine"},
+            ValueError,
+            "scoring: got 'cosine'; accepted is one of 'additive', ",
+        ),
+        (
+            {"mask": "causal"},
+            ValueError,
+            "mask: got 'causal'; accepted is one of 'causal_top_left'",
+        ),
+        ({"mask": ("padding", "x")}, ValueError, "got 'x'; accepted is one of .*'sliding_window'"),
         ({"mask": torch.zeros(6, 8)}, TypeError, r"boolean.*got torch\.float32"),
         ({"mask": lambda q, k: [True]}, TypeError, r"boolean.*got list"),
         ({"mask": torch.ones(6, 7, dtype=torch.bool)}, ValueError, r"\(6, 7\) does not broadcast"),
-        ({"mask": torch.ones(3, dtype=torch.bool).numpy()}, ValueError, "mask must be one of"),
-        ({"dtype": "float8"}, ValueError, r"float16, bfloat16, float32, float64; got 'float8'"),
-        ({"dtype": torch.int64}, ValueError, r"dtype must be one of.*got 'int64'"),
-        ({"dtype": float}, ValueError, r"dtype must be one of.*float"),
-        ({"kind": "max"}, ValueError, "kind must be one of soft, hard"),
-        ({"fully_masked": None}, ValueError, "fully_masked must be one of zero"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
-        ({"seed": 1.5}, TypeError, "seed must be a whole number from 0; got 1.5"),
+        (
+            {"mask": torch.ones(3, dtype=torch.bool).numpy()},
+            ValueError,
+            "mask: got .*; accepted is one of",
+        ),
+        (
+            {"dtype": "float8"},
+            ValueError,
+            "got 'float8'; accepted is one of 'float16', 'bfloat16', 'float32', 'float64'",
+        ),
+        ({"dtype": torch.int64}, ValueError, "dtype: got 'int64'; accepted is one of"),
+        ({"dtype": float}, ValueError, "dtype: got <class 'float'>; accepted is one of"),
+        ({"kind": "max"}, ValueError, "kind: got 'max'; accepted is one of 'soft', 'hard'"),
+        ({"fully_masked": None}, ValueError, "fully_masked: got None; accepted is one of 'zero'"),
+        ({"seed": -1}, ValueError, "seed: got .*; accepted is a whole number from 0"),
+        ({"seed": 1.5}, TypeError, "seed: got 1.5; accepted is a whole number from 0"),
         ({"scoring": lambda q, k: q}, ValueError, r"must return scores \(2, 4, 6, 8\)"),
     ],
 )

@@ -246,11 +246,15 @@ def test_heads_last_in_memory_are_not_contiguous():
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"name": "gausian"}, ValueError, "name must be one of gaussian, large_magnitudes"),
-        ({"dtype": "int8"}, ValueError, "dtype must be one of"),
-        ({"batch": 0}, ValueError, "batch must be at least 1"),
-        ({"heads": 1.5}, TypeError, "heads must be a whole number"),
-        ({"seed": -1}, ValueError, "seed must be at least 0"),
+        (
+            {"name": "gausian"},
+            ValueError,
+            "name: got 'gausian'; accepted is one of 'gaussian', 'large_magnitudes'",
+        ),
+        ({"dtype": "int8"}, ValueError, "dtype: got 'int8'; accepted is one of"),
+        ({"batch": 0}, ValueError, "batch: got .*; accepted is a whole number from 1"),
+        ({"heads": 1.5}, TypeError, "heads: got .*; accepted is a whole number"),
+        ({"seed": -1}, ValueError, "seed: got .*; accepted is a whole number from 0"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, error, words):

@@ -104,5 +104,5 @@ def test_a_tolerance_that_asserts_nothing_is_refused(check, tolerance, error):
 @pytest.mark.parametrize("check", ASSERTIONS)
 @pytest.mark.parametrize("declared", ["zeros", None, 0, ["zero"]])
 def test_an_unknown_declaration_is_refused(check, declared):
-    with pytest.raises(ValueError, match="accepted are 'zero', 'uniform' and 'nan'"):
+    with pytest.raises(ValueError, match="accepted is one of 'zero', 'uniform', 'nan'"):
         check(EYE, fully_masked=declared)

@@ -89,20 +89,23 @@ def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("dtyp='float32'", "option must be one of scoring, batch, *seed; got 'dtyp'"),
+        ("dtyp='float32'", "option: got 'dtyp'; accepted is one of 'scoring', 'batch', *'seed'"),
         ("'additive'", "the attention marker takes keywords only: scoring, *; got ('additive',)"),
-        ("scoring='cosine'", "scoring must be one of additive, *bilinear; got 'cosine'"),
-        ("scoring=['additive', 'x']", "scoring must be one of additive, *bilinear; got 'x'"),
+        ("scoring='cosine'", "scoring: got 'cosine'; accepted is one of 'additive', *'bilinear'"),
+        (
+            "scoring=['additive', 'x']",
+            "scoring: got 'x'; accepted is one of 'additive', *'bilinear'",
+        ),
         ("scoring=[]", "scoring is an empty list*"),
         ("dtype=()", "dtype is an empty list*"),
-        ("dtype='float8'", "dtype must be one of float16, *; got 'float8'"),
-        ("mask='causal'", "mask must be one of causal_top_left, *; got 'causal'"),
-        ("mask=('padding', 3)", "mask must be one of causal_top_left, *; got 3"),
-        ("batch=0", "batch must be at least 1; got 0"),
-        ("key_len='8'", "key_len must be a whole number from 1; got '8'"),
-        ("kind='max'", "kind must be one of soft, *; got 'max'"),
-        ("fully_masked='mean'", "fully_masked must be one of zero, *; got 'mean'"),
-        ("seed=-1", "seed must be at least 0; got -1"),
+        ("dtype='float8'", "dtype: got 'float8'; accepted is one of 'float16', *"),
+        ("mask='causal'", "mask: got 'causal'; accepted is one of 'causal_top_left', *"),
+        ("mask=('padding', 3)", "mask: got 3; accepted is one of 'causal_top_left', *"),
+        ("batch=0", "batch: got 0; accepted is a whole number from 1"),
+        ("key_len='8'", "key_len: got '8'; accepted is a whole number from 1"),
+        ("kind='max'", "kind: got 'max'; accepted is one of 'soft', *"),
+        ("fully_masked='mean'", "fully_masked: got 'mean'; accepted is one of 'zero', *"),
+        ("seed=-1", "seed: got -1; accepted is a whole number from 0"),
     ],
 )
 @pytest.mark.parametrize("argument", ["", "attention", "make_attention"])
@@ -181,7 +184,7 @@ def test_a_name_from_the_hook_is_known_to_every_fixture_and_marker(pytester):
             case = make_attention(scoring="cosine", query_len=2)
             assert case.scoring == "cosine"
             assert case.scores.abs().max() <= 1
-            with pytest.raises(ValueError, match="bilinear, cosine; got 'sine'"):
+            with pytest.raises(ValueError, match="got 'sine'; .*'bilinear', 'cosine'"):
                 make_attention(scoring="sine")
 
         @pytest.mark.parametrize("scoring_function", ["cosine"])

@@ -11,9 +11,9 @@ from pytest_attnheat import (
     causal_mask,
     masked_softmax,
     padding_mask,
-    scoring,
     sliding_window_mask,
 )
+from pytest_attnheat.attention import chunks, scoring
 
 NAN, INF = math.nan, math.inf
 KINDS = ("soft", "hard", "max_pooling", "gating")
@@ -63,7 +63,9 @@ def test_bottom_right_is_the_end_of_the_square_mask():
 def test_the_alignment_has_no_default():
     with pytest.raises(TypeError, match="alignment"):
         causal_mask(3)
-    with pytest.raises(ValueError, match=r"one of top_left, bottom_right; got 'top'"):
+    with pytest.raises(
+        ValueError, match="got 'top'; accepted is one of 'top_left', 'bottom_right'"
+    ):
         causal_mask(3, alignment="top")
 
 
@@ -126,17 +128,19 @@ def test_lengths_are_checked(lengths, error, said):
 
 
 def test_an_unknown_padding_side_lists_the_known_ones():
-    with pytest.raises(ValueError, match="side must be one of right, left; got 'top'"):
+    with pytest.raises(ValueError, match="side: got 'top'; accepted is one of 'right', 'left'"):
         padding_mask([1], 3, side="top")
 
 
 @pytest.mark.parametrize("size", [0, -1])
 def test_masks_of_no_size_are_refused(size):
-    with pytest.raises(ValueError, match=f"query_len must be at least 1; got {size}"):
+    with pytest.raises(
+        ValueError, match=f"query_len: got {size}; accepted is a whole number from 1"
+    ):
         causal_mask(size, alignment="top_left")
-    with pytest.raises(ValueError, match=f"key_len must be at least 1; got {size}"):
+    with pytest.raises(ValueError, match=f"key_len: got {size}; accepted is a whole number from 1"):
         sliding_window_mask(2, size, window=(1, 1), alignment="top_left")
-    with pytest.raises(ValueError, match=f"key_len must be at least 1; got {size}"):
+    with pytest.raises(ValueError, match=f"key_len: got {size}; accepted is a whole number from 1"):
         padding_mask([1], size)
 
 
@@ -286,7 +290,9 @@ def test_scores_without_keys_and_scores_of_integers_are_refused():
         masked_softmax(torch.zeros(3, 0))
     with pytest.raises(TypeError, match=r"floating point.*int64"):
         masked_softmax(torch.zeros(3, 2, dtype=torch.int64))
-    with pytest.raises(ValueError, match="fully_masked must be one of zero, uniform, nan; got 0"):
+    with pytest.raises(
+        ValueError, match="fully_masked: got 0; accepted is one of 'zero', 'uniform', 'nan'"
+    ):
         masked_softmax(torch.zeros(3, 2), fully_masked=0)
 
 
@@ -395,7 +401,7 @@ def test_max_pooling_in_chunks_equals_max_pooling_at_once(monkeypatch):
     query, key, value = draw("q", 2, 7, 3), draw("k", 2, 5, 3), draw("v", 2, 5, 3)
     mask = causal_mask(7, 5, alignment="bottom_right")
     at_once = attend(query, key, value, mask=mask, kind="max_pooling")
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 1)
     in_chunks = attend(query, key, value, mask=mask, kind="max_pooling")
     assert torch.equal(torch.cat(at_once, -1), torch.cat(in_chunks, -1))
 
@@ -509,9 +515,9 @@ ONES = torch.ones(4, 3)
         ((ONES, ONES, ONES.long()), {}, TypeError, r"value must hold floating.*int64"),
         ((ONES, ONES, torch.ones(4, 0)), {}, ValueError, r"one channel; got \(4, 0\)"),
         ((ONES, ONES[:0], ONES[:0]), {}, ValueError, "no key to attend to"),
-        ((ONES,) * 3, {"score": "cosine"}, ValueError, r"one of additive.*got 'cosine'"),
-        ((ONES,) * 3, {"kind": "max"}, ValueError, r"soft, hard, max_pooling.*got 'max'"),
-        ((ONES,) * 3, {"fully_masked": "mean"}, ValueError, r"zero, uniform, nan; got 'mean'"),
+        ((ONES,) * 3, {"score": "cosine"}, ValueError, "got 'cosine'; accepted"),
+        ((ONES,) * 3, {"kind": "max"}, ValueError, "got 'max'; .*'hard', 'max_pool"),
+        ((ONES,) * 3, {"fully_masked": "mean"}, ValueError, "got 'mean'; .*'zero'"),
         ((ONES,) * 3, {"score": lambda q, k: q}, ValueError, r"\(4, 4\).*got \(4, 3\)"),
         ((ONES,) * 3, {"score": lambda q, k: 1}, ValueError, r"scores \(4, 4\).*got int"),
         ((ONES,) * 3, {"mask": torch.ones(4, 4)}, TypeError, "boolean"),

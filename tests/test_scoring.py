@@ -14,8 +14,8 @@ from pytest_attnheat import (
     attend,
     make_attention,
     register_scoring_function,
-    scoring,
 )
+from pytest_attnheat.attention import chunks, scoring
 
 NAMES = ("additive", "dot_product", "scaled_dot_product", "bilinear")
 
@@ -186,7 +186,7 @@ def test_additive_in_chunks_equals_additive_at_once_with_its_gradients(monkeypat
         return [scores.detach(), *grads]
 
     at_once = run()
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", chunk_bytes)
     for expected, given in zip(at_once, run(), strict=True):
         torch.testing.assert_close(given, expected, atol=1e-12, rtol=1e-12)
 
@@ -201,7 +201,7 @@ def test_additive_never_holds_the_whole_hidden_layer(monkeypatch, grad):
         return combine(self, from_query, from_key)
 
     monkeypatch.setattr(AdditiveScore, "_combine", watched)
-    monkeypatch.setattr(scoring, "CHUNK_BYTES", 2**20)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2**20)
     module = AdditiveScore(32).requires_grad_(grad)
     query, key = tensors((1, 500, 32), (1, 300, 32), torch.float32)
     saved = []
@@ -246,12 +246,24 @@ def test_integers_and_arrays_are_no_queries(name):
 @pytest.mark.parametrize(
     ("options", "error", "said"),
     [
-        ({"query_dim": 0}, ValueError, "query_dim must be at least 1; got 0"),
-        ({"query_dim": 3, "key_dim": -2}, ValueError, "key_dim must be at least 1; got -2"),
-        ({"query_dim": 3.0}, TypeError, "query_dim must be a whole number from 1; got 3.0"),
-        ({"query_dim": True}, TypeError, "query_dim must be a whole number"),
-        ({"query_dim": 3, "seed": -1}, ValueError, "seed must be at least 0; got -1"),
-        ({"query_dim": 3, "seed": "1"}, TypeError, "seed must be a whole number from 0; got '1'"),
+        ({"query_dim": 0}, ValueError, "query_dim: got 0; accepted is a whole number from 1"),
+        (
+            {"query_dim": 3, "key_dim": -2},
+            ValueError,
+            "key_dim: got -2; accepted is a whole number from 1",
+        ),
+        ({"query_dim": 3.0}, TypeError, "query_dim: got 3.0; accepted is a whole number from 1"),
+        ({"query_dim": True}, TypeError, "query_dim: got .*; accepted is a whole number"),
+        (
+            {"query_dim": 3, "seed": -1},
+            ValueError,
+            "seed: got -1; accepted is a whole number from 0",
+        ),
+        (
+            {"query_dim": 3, "seed": "1"},
+            TypeError,
+            "seed: got '1'; accepted is a whole number from 0",
+        ),
     ],
 )
 @pytest.mark.parametrize("make", [AdditiveScore, BilinearScore])
@@ -330,7 +342,9 @@ def test_a_factory_that_returns_no_function_is_named():
 
 
 def test_an_unknown_name_lists_the_known_ones():
-    with pytest.raises(ValueError, match=r"one of additive, dot_product, .*bilinear; got 'dot'"):
+    with pytest.raises(
+        ValueError, match=r"got 'dot'; accepted is one of 'additive', 'dot_product', .*'bilinear'"
+    ):
         scoring.make_scoring("dot", 3)
 
 

@@ -21,13 +21,11 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import SequenceModel
-from pytest_attnheat.assertions.behaviour.difference import (
-    check_rows,
-    relative_change,
-    tolerance_of,
-)
+from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import as_function, borrowed, modules_in, settled
+from pytest_attnheat.assertions.behaviour.subjects import as_function, settled
+from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.callables import borrowed, modules_in
 
 MODULE = nn.Linear(2, 2)
 
@@ -271,8 +269,8 @@ def test_what_is_not_finite_is_off_also_where_both_are():
     ],
 )
 def test_the_tolerance_follows_the_dtype(dtype, strict, loose):
-    assert tolerance_of(dtype, strict=True) == pytest.approx(strict, rel=0.05)
-    assert tolerance_of(dtype) == pytest.approx(loose, rel=0.05)
+    assert output_tolerance(dtype, strict=True) == pytest.approx(strict, rel=0.05)
+    assert output_tolerance(dtype) == pytest.approx(loose, rel=0.05)
 
 
 def test_the_message_names_the_worst_and_the_first_row():

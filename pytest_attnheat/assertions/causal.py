@@ -14,7 +14,8 @@ from pytest_attnheat.assertions.masking_causes import (
     uniform_rows,
 )
 from pytest_attnheat.assertions.masking_evidence import Evidence, named
-from pytest_attnheat.attention.reference import Alignment, causal_mask, sliding_window_mask
+from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
+from pytest_attnheat.attention.vocabulary import Alignment
 
 Candidate = tuple[torch.Tensor, str]
 

@@ -17,8 +17,9 @@ from dataclasses import dataclass
 import torch
 
 from pytest_attnheat.assertions.findings import Finding, Lines
-from pytest_attnheat.assertions.scan import Block, index_of, mask_at
-from pytest_attnheat.attention.tolerance import rounding
+from pytest_attnheat.assertions.scan import Block, mask_at
+from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.inputs import Operand, dtype_name
 
 # The most weights that a sample holds: 1 MB in float64.
@@ -48,7 +49,7 @@ class Evidence:
     @property
     def slack(self) -> float:
         """What rounding may do to the sum of a row."""
-        return rounding(self.weights.dtype, self.weights.shape[-1])
+        return row_rounding(self.weights.dtype, self.weights.shape[-1])
 
     @property
     def widespread(self) -> bool:
@@ -221,7 +222,7 @@ def low_precision(evidence: Evidence) -> str | None:
     if rows is None or torch.unique(rows).numel() < 8:
         return None  # a few round numbers fit into every dtype
     for narrow in (torch.bfloat16, torch.float16, torch.float32):
-        allowed = rounding(narrow, rows.shape[-1])
+        allowed = row_rounding(narrow, rows.shape[-1])
         wider = torch.finfo(evidence.weights.dtype).eps < torch.finfo(narrow).eps
         fits = bool((rows.to(narrow).double() == rows).all())
         if wider and fits and evidence.finding.deviation <= allowed:
@@ -318,7 +319,7 @@ def declared_otherwise(evidence: Evidence) -> str | None:
         return 'NaN at every key: a softmax of -inf? If that is meant, fully_masked="nan"'
     if float(row.low) == 0 and float(row.high) == 0:
         return 'zero at every key. If that is meant, fully_masked="zero"'
-    if float(row.misfit(masked=False)) <= rounding(evidence.weights.dtype, key_len):
+    if float(row.misfit(masked=False)) <= row_rounding(evidence.weights.dtype, key_len):
         return (
             "1 / key_len at every key: masked with a finite number? "
             'If that is meant, fully_masked="uniform"'
@@ -410,7 +411,7 @@ def _sums_to_one_along(evidence: Evidence, dim: int) -> bool:
         return False
     full = sums[~empty]
     enough = full.numel() >= (2 if bool(empty.any()) else 1)
-    good = (full - 1).abs() <= rounding(weights.dtype, size)
+    good = (full - 1).abs() <= row_rounding(weights.dtype, size)
     return enough and bool((values >= 0).all()) and bool(good.all())
 
 

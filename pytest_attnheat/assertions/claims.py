@@ -8,7 +8,8 @@ import torch
 
 from pytest_attnheat.assertions.findings import Claim
 from pytest_attnheat.assertions.scan import Block
-from pytest_attnheat.inputs import FullyMasked, Operand
+from pytest_attnheat.attention.vocabulary import FullyMasked
+from pytest_attnheat.inputs import Operand
 
 
 def sum_to_one(allowed: float, lines: str = "rows") -> Claim:

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pytest_attnheat.assertions.scan import Block, index_within, piece_elements, pieces
+from pytest_attnheat.assertions.scan import Block, piece_elements
+from pytest_attnheat.attention.chunks import index_within, pieces
 from pytest_attnheat.inputs import Operand
 
 # A failing reading holds a dozen numbers per row; rows of few keys would make many of them.

@@ -5,11 +5,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, SupportsIndex, TypeAlias, cast
+from typing import Any, SupportsIndex, TypeAlias, cast
 
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.broken_rows import broken_claim
 from pytest_attnheat.assertions.captured import (
     NothingForbiddenError,
     Weights,
@@ -32,16 +33,16 @@ from pytest_attnheat.assertions.places import (
     place_message,
 )
 from pytest_attnheat.assertions.scan import Block, any_key
-from pytest_attnheat.attention.reference import ALIGNMENTS, Alignment, padding_mask
+from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.tolerance import row_tolerance
-from pytest_attnheat.failure import broken_claim
-from pytest_attnheat.inputs import (
+from pytest_attnheat.attention.vocabulary import (
+    ALIGNMENTS,
+    Alignment,
     FullyMasked,
-    Operand,
-    as_mask,
-    as_weights,
+    Side,
     check_fully_masked,
 )
+from pytest_attnheat.inputs import Operand, as_mask, as_weights
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
@@ -236,7 +237,7 @@ def assert_padding_masked(
     weights: Weights,
     lengths: Lengths,
     *,
-    side: Literal["right", "left"] = "right",
+    side: Side = "right",
     fully_masked: FullyMasked = "zero",
 ) -> None:
     """Assert that keys which are padding get exactly zero weight.

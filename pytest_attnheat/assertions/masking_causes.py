@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import torch
 
@@ -26,10 +25,9 @@ from pytest_attnheat.assertions.masking_evidence import (
 )
 from pytest_attnheat.assertions.scan import mask_at
 from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.tolerance import rounding
+from pytest_attnheat.attention.tolerance import row_rounding
+from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.inputs import Operand, dtype_name
-
-Side = Literal["right", "left"]
 
 # The most batch entries that a sample holds.
 _SAMPLE_ENTRIES = 64
@@ -340,7 +338,7 @@ def whole_after_dropout(evidence: Evidence) -> str | None:
     whole = sums[~gone.any(-1)[attending]]
     if whole.numel() < 2:
         return None
-    slack = rounding(evidence.weights.dtype, evidence.weights.shape[-1])
+    slack = row_rounding(evidence.weights.dtype, evidence.weights.shape[-1])
     factor = float(whole.median())
     p = 1 - 1 / factor if factor > 1 else 0.0
     alike = bool(((whole - factor).abs() <= slack * factor).all())

@@ -13,19 +13,12 @@ from typing import cast
 
 import torch
 
+from pytest_attnheat.assertions.broken_rows import build_message, picture_of
 from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import Claim, Finding
-from pytest_attnheat.assertions.scan import (
-    Block,
-    accumulator,
-    any_key,
-    index_within,
-    mask_at,
-    piece_elements,
-    pieces,
-)
-from pytest_attnheat.failure import build_message, picture_of
-from pytest_attnheat.inputs import Operand
+from pytest_attnheat.assertions.scan import Block, any_key, mask_at, piece_elements
+from pytest_attnheat.attention.chunks import index_within, pieces
+from pytest_attnheat.inputs import Operand, wide_dtype
 
 Measure = Callable[[torch.Tensor], torch.Tensor]
 
@@ -133,7 +126,7 @@ def find_places(weights: Operand, mask: Operand, claim: PlaceClaim) -> PlaceFind
 
 def _add(finding: PlaceFinding, weights: Operand, mask: Operand, index: tuple[slice, ...]) -> None:
     claim = finding.claim
-    values = weights[index].to(accumulator(weights.dtype))
+    values = weights[index].to(wide_dtype(weights.dtype))
     every_key = (*index[:-1], slice(0, weights.shape[-1]))
     attends = any_key(mask_at(mask, every_key).to(values.device)).unsqueeze(-1)
     regards = claim.regards(mask_at(mask, index).to(values.device)).expand(values.shape)

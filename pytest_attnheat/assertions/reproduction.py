@@ -2,7 +2,7 @@
 
 An element of the output may be off by::
 
-    rounding(dtype, key_len) * (sum |w||v| + clamp(log_range, 4, 32) / 4 * spread)
+    row_rounding(dtype, key_len) * (sum |w||v| + clamp(log_range, 4, 32) / 4 * spread)
 
 - ``rounding`` is the rule for the sum of a row, see `tolerance`, in the
   coarsest of the three dtypes: about 2 eps, and the sum in float32. Of the
@@ -47,11 +47,12 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.reproduction_causes import Subject, likely_cause
-from pytest_attnheat.assertions.scan import index_within, mask_at, pieces
-from pytest_attnheat.attention.tolerance import rounding
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.attention.chunks import index_within, pieces
+from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.inputs import Operand, as_weights, check_tolerance
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
@@ -270,7 +271,7 @@ def _split(array: Any, dim: int, inner: int) -> Any:
 
 def _check_meaning(trio: _Trio) -> None:
     dtype, key_len = trio.coarsest, trio.weights.shape[-1]
-    most = rounding(dtype, key_len) * (1 + _MOST_RANGE / 4)
+    most = row_rounding(dtype, key_len) * (1 + _MOST_RANGE / 4)
     if most >= _MEANINGLESS:
         name = str(dtype).removeprefix("torch.")
         raise ValueError(
@@ -384,9 +385,9 @@ def _part(
         if -math.log(torch.finfo(trio.weights.dtype).smallest_normal) < _MOST_RANGE:
             # A zero may be a weight that was too small: the range does not show.
             log_range = log_range.masked_fill(zero, _MOST_RANGE)
-        spread = _spread(sums, mean, square, size, rounding(trio.coarsest, key_len))
+        spread = _spread(sums, mean, square, size, row_rounding(trio.coarsest, key_len))
         relative = size + log_range / 4 * spread
-        allowed = rounding(trio.coarsest, key_len) * relative
+        allowed = row_rounding(trio.coarsest, key_len) * relative
     else:
         allowed = tolerance * size
     # An output below the normal numbers of its dtype is off by up to half a step.
@@ -445,7 +446,7 @@ def _message(trio: _Trio, finding: _Finding) -> str:
         finding.worst_at,
         merged=trio.merged,
         grouped=trio.grouped,
-        slack=_SLACK * rounding(trio.coarsest, trio.weights.shape[-1]),
+        slack=_SLACK * row_rounding(trio.coarsest, trio.weights.shape[-1]),
     )
     return build_message(
         "assert_reproduces_output",

@@ -17,8 +17,10 @@ import torch
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import sum_to_one
 from pytest_attnheat.assertions.findings import Finding
-from pytest_attnheat.assertions.scan import mask_at, pieces
-from pytest_attnheat.attention.reference import Alignment, causal_mask
+from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.attention.chunks import pieces
+from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.inputs import Operand
 
 # The most numbers of one operand that a sample holds: 8 MB in float64.

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from pytest_attnheat.assertions.broken_rows import broken_claim
 from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.claims import (
     entropy_within,
@@ -23,16 +24,8 @@ from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
 from pytest_attnheat.assertions.scan import rows_sum_to_one
 from pytest_attnheat.attention.tolerance import row_tolerance
-from pytest_attnheat.failure import broken_claim
-from pytest_attnheat.inputs import (
-    FullyMasked,
-    Operand,
-    as_mask,
-    as_weights,
-    check_fully_masked,
-    check_number,
-    check_tolerance,
-)
+from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
+from pytest_attnheat.inputs import Operand, as_mask, as_weights, check_number, check_tolerance
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
 

@@ -7,13 +7,13 @@ extra memory does not depend on the size or on the strides of the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import cached_property
-from itertools import product
 
 import torch
 
-from pytest_attnheat.inputs import ArrayPieces, Operand
+from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.inputs import ArrayPieces, Operand, wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20
@@ -27,65 +27,9 @@ _BYTES_ON_ACCELERATOR = 2**25
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Cut a shape into boxes of at most `limit` elements, in order.
-
-    Leading dimensions are cut first, trailing ones stay whole as long as they
-    fit, so that many tiny matrices make few boxes and one huge row several.
-
-    Args:
-        shape: Sizes, none of them zero.
-        limit: The most elements in a box, at least 1.
-
-    Yields:
-        One slice per dimension.
-    """
-    inner = 1
-    cut = len(shape)
-    while cut > 0 and inner * shape[cut - 1] <= limit:
-        cut -= 1
-        inner *= shape[cut]
-    whole = tuple(slice(0, size) for size in shape[cut:])
-    if cut == 0:
-        yield whole
-        return
-    steps = [*(range(size) for size in shape[: cut - 1])]
-    spans = _spans(shape[cut - 1], max(1, limit // inner))
-    for outer in product(*steps):
-        for span in spans:
-            yield (*(slice(i, i + 1) for i in outer), span, *whole)
-
-
-def _spans(size: int, step: int) -> list[slice]:
-    # Of even length: 1025 rows by 1024 make 513 and 512, not 1024 and 1.
-    step = -(-size // -(-size // step))
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
-
-
-def index_of(flat: torch.Tensor | int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Return the index of an element counted through a whole shape."""
-    left = int(flat)
-    index: list[int] = []
-    for size in reversed(shape):
-        left, within = divmod(left, size)
-        index.insert(0, within)
-    return tuple(index)
-
-
-def index_within(box: Sequence[slice], flat: torch.Tensor | int) -> tuple[int, ...]:
-    """Return the index, in the whole tensor, of an element counted within a box."""
-    own = index_of(flat, [span.stop - span.start for span in box])
-    return tuple(span.start + i for span, i in zip(box, own, strict=True))
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype in which weights of this dtype are added up."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def piece_elements(weights: Operand) -> int:
     """Return how many weights the thorough reading looks at together."""
-    return _BYTES // accumulator(weights.dtype).itemsize
+    return _BYTES // wide_dtype(weights.dtype).itemsize
 
 
 def mask_at(mask: Operand, index: tuple[slice, ...]) -> torch.Tensor:
@@ -123,7 +67,7 @@ def rows_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> b
     # Allocated once: small results kept from each round would split the freed memory of the last.
     limit, buffer = _plan(weights)
     most = min(_ROWS, math.prod(lead))
-    sums = torch.empty(most, dtype=accumulator(weights.dtype), device=weights.device)
+    sums = torch.empty(most, dtype=wide_dtype(weights.dtype), device=weights.device)
     sound = torch.ones((), dtype=torch.bool, device=weights.device)
     for rows in pieces(lead, _ROWS):
         block = weights[rows]
@@ -200,12 +144,12 @@ class Block:
         height = 1
         for size, span in zip(weights.shape, rows, strict=False):
             height *= len(range(size)[span])
-        self._key_spans = _spans(self.key_len, max(1, piece_elements(weights) // height))
+        self._key_spans = spans(self.key_len, max(1, piece_elements(weights) // height))
 
     def part(self, keys: slice) -> torch.Tensor:
         """Return the weights of some keys, in the dtype in which they are added up."""
         index = (*self.rows, keys)
-        return self._weights[index].to(accumulator(self._weights.dtype))
+        return self._weights[index].to(wide_dtype(self._weights.dtype))
 
     def permitted(self, keys: slice) -> torch.Tensor | None:
         """Return the mask of some keys, not expanded, or None."""

@@ -8,9 +8,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.reference import (
-    FULLY_MASKED,
     KINDS,
-    FullyMasked,
     Kind,
     causal_mask,
     checked_scores,
@@ -23,11 +21,10 @@ from pytest_attnheat.attention.scoring import (
     ScoringFactory,
     draw,
     make_scoring,
-    one_of,
-    positive,
     scoring_names,
-    seed_number,
 )
+from pytest_attnheat.attention.vocabulary import FULLY_MASKED, FullyMasked
+from pytest_attnheat.inputs import one_of, positive, seed_number
 
 MaskBuilder = Callable[[int, int], Tensor]
 MaskChoice = str | Tensor | MaskBuilder

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.reference import causal_mask, padding_mask, sliding_window_mask
-from pytest_attnheat.attention.scoring import draw, one_of, positive, seed_number
+from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.inputs import one_of, positive, seed_number
 
 # Where a case does not say otherwise. Twelve is no power of two, and no block size.
 _LENGTH, _WIDTH = 12, 16

@@ -41,10 +41,10 @@ from itertools import product
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention import chunks
 from pytest_attnheat.attention.reference import causal_mask, masked_softmax
 
-# What one chunk may allocate, and how many float64 matrices (queries x keys) it may make.
-_CHUNK_BYTES = 64 * 2**20
+# How many float64 matrices (queries x keys) one chunk may make.
 _MATRICES = 16
 # A score that is off by more than this says no more.
 _LARGEST_EXPONENT = 600.0
@@ -327,16 +327,15 @@ def _chunks(problem: Problem, dtype: torch.dtype) -> Iterator[_Chunk]:
     query_len, key_len = problem.query.shape[-2], problem.key.shape[-2]
     maps = problem.query.shape[:-2].numel()
     row_bytes = _MATRICES * 8 * key_len
-    rows = max(1, min(query_len, _CHUNK_BYTES // row_bytes))
-    together = max(1, _CHUNK_BYTES // (row_bytes * rows))
+    rows = max(1, min(query_len, chunks.CHUNK_BYTES // row_bytes))
+    together = max(1, chunks.CHUNK_BYTES // (row_bytes * rows))
     causal = None
     if problem.is_causal:
         device = problem.query.device
         causal = causal_mask(query_len, key_len, alignment="top_left", device=device)
     flat, own = _flattened(problem)
-    for first, top in product(range(0, maps, together), range(0, query_len, rows)):
-        span = slice(top, min(top + rows, query_len))
-        mine = {name: index[first : first + together] for name, index in own.items()}
+    for some, span in product(chunks.spans(maps, together), chunks.spans(query_len, rows)):
+        mine = {name: index[some] for name, index in own.items()}
         part = {
             name: tensor[mine[name]][:, _own_rows(tensor, span)]
             for name, tensor in flat.items()
@@ -344,7 +343,7 @@ def _chunks(problem: Problem, dtype: torch.dtype) -> Iterator[_Chunk]:
         }
         bias = part.get("bias")
         permitted = torch.ones(
-            (len(mine["query"]), span.stop - top, key_len),
+            (len(mine["query"]), span.stop - span.start, key_len),
             dtype=torch.bool,
             device=problem.query.device,
         )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.reference import sliding_window_mask
-from pytest_attnheat.contract.spec import CausalAlignment, LostRows
+from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 
 Source: TypeAlias = Literal["query", "key", "value"]
 Natural: TypeAlias = Literal["natural", "zero", "uniform", "nan"]
@@ -49,11 +49,11 @@ class Case:
     value: Tensor
     mask: Tensor | None = None
     causal: bool = False
-    alignment: CausalAlignment = "top_left"
+    alignment: Alignment = "top_left"
     window: tuple[int, int] | None = None
     scale: float | None = None
     scale_given: bool = False
-    fully_masked: LostRows = "zero"
+    fully_masked: DeclaredFullyMasked = "zero"
     dtype: torch.dtype = torch.float64
 
     @property
@@ -333,7 +333,7 @@ def _mask(plan: Plan, case: Case) -> Tensor:
     return mask.roll(shift, 0) if shift else mask
 
 
-def _alignment(plan: Plan, case: Case) -> CausalAlignment:
+def _alignment(plan: Plan, case: Case) -> Alignment:
     if plan.causal != "other_corner":
         return case.alignment
     return "bottom_right" if case.alignment == "top_left" else "top_left"

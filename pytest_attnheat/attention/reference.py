@@ -10,22 +10,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.scoring import (
-    Scoring,
-    broadcast,
-    leading_shape,
-    make_scoring,
-    one_of,
-    positive,
-    query_chunks,
+from pytest_attnheat.attention.chunks import query_chunks
+from pytest_attnheat.attention.scoring import Scoring, broadcast, leading_shape, make_scoring
+from pytest_attnheat.attention.vocabulary import (
+    ALIGNMENTS,
+    FULLY_MASKED,
+    SIDES,
+    Alignment,
+    FullyMasked,
+    Side,
 )
+from pytest_attnheat.inputs import one_of, positive
 
-Alignment = Literal["top_left", "bottom_right"]
-FullyMasked = Literal["zero", "uniform", "nan"]
 Kind = Literal["soft", "hard", "max_pooling", "gating"]
 
-ALIGNMENTS = ("top_left", "bottom_right")
-FULLY_MASKED = ("zero", "uniform", "nan")
 KINDS = ("soft", "hard", "max_pooling", "gating")
 
 
@@ -108,7 +106,7 @@ def padding_mask(
     lengths: Sequence[int] | Tensor,
     key_len: int,
     *,
-    side: Literal["right", "left"] = "right",
+    side: Side = "right",
     device: torch.device | str | None = None,
 ) -> Tensor:
     """Hide the padding of a batch of sequences of different lengths.
@@ -129,7 +127,7 @@ def padding_mask(
             or the side is unknown.
     """
     key_len = positive("key_len", key_len)
-    one_of("side", side, ("right", "left"))
+    one_of("side", side, SIDES)
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
     real = torch.as_tensor(lengths, device=device)

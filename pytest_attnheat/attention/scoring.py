@@ -15,7 +15,7 @@ A scoring function says how well each key answers each query: it takes queries
 import inspect
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 from zlib import crc32
 
@@ -23,38 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from pytest_attnheat.attention.chunks import query_chunks
+from pytest_attnheat.inputs import one_of, positive, seed_number
+
 Scoring = Callable[[Tensor, Tensor], Tensor]
 ScoringFactory = Callable[[int, int, int], Scoring]
 _Factory = TypeVar("_Factory", bound=ScoringFactory)
-
-# The most that one step over a few queries may allocate.
-CHUNK_BYTES = 64 * 2**20
-
-
-def one_of(what: str, given: object, known: Sequence[str]) -> None:
-    """Raise ValueError unless `given` is among the `known` names."""
-    if not isinstance(given, str) or given not in known:
-        raise ValueError(f"{what} must be one of {', '.join(known)}; got {given!r}")
-
-
-def positive(what: str, given: object) -> int:
-    """Return `given` as a size; TypeError if it is no whole number, ValueError below 1."""
-    if isinstance(given, bool) or not hasattr(given, "__index__"):
-        raise TypeError(f"{what} must be a whole number from 1; got {given!r}")
-    size = given.__index__()
-    if size < 1:
-        raise ValueError(f"{what} must be at least 1; got {size}")
-    return int(size)
-
-
-def seed_number(given: object) -> int:
-    """Return `given` as a seed; TypeError if it is no whole number, ValueError below 0."""
-    if isinstance(given, bool) or not hasattr(given, "__index__"):
-        raise TypeError(f"seed must be a whole number from 0; got {given!r}")
-    seed = given.__index__()
-    if seed < 0:
-        raise ValueError(f"seed must be at least 0; got {seed}")
-    return int(seed)
 
 
 def draw(stream: str, seed: int, *shape: int) -> Tensor:
@@ -69,16 +43,6 @@ def draw(stream: str, seed: int, *shape: int) -> Tensor:
     # The CPU generator reads only 32 bits of its seed: hash stream and seed into them.
     generator = torch.Generator("cpu").manual_seed(crc32(f"{stream} {seed_number(seed)}".encode()))
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-
-
-def query_chunks(query_len: int, bytes_per_query: int) -> Iterator[slice]:
-    """Split the queries so that one chunk needs at most CHUNK_BYTES, or holds one query.
-
-    No queries are one empty chunk, so that there is always something to concatenate.
-    """
-    step = max(1, CHUNK_BYTES // max(1, bytes_per_query))
-    for start in range(0, max(1, query_len), step):
-        yield slice(start, min(start + step, query_len))
 
 
 def broadcast(*shapes: Sequence[int]) -> torch.Size:
@@ -198,7 +162,7 @@ class AdditiveScore(_ParametricScore):
         from_key = key @ self.key_weight.mT
         hidden_bytes = math.prod(leading) * from_key.shape[-2] * self.hidden_dim
         hidden_bytes *= from_key.element_size()
-        chunks = list(query_chunks(query.shape[-2], hidden_bytes))
+        chunks = query_chunks(query.shape[-2], hidden_bytes)
         if len(chunks) < 2:
             return self._combine(from_query, from_key)
         scores = [

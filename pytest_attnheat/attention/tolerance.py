@@ -1,6 +1,7 @@
-"""How far a row may be from its sum, by dtype and row length.
+"""How far numbers may be off by rounding: every tolerance of the package that follows a dtype.
 
-The rule adds three errors that a correct softmax makes, and nothing else::
+**Rows** (`row_tolerance`). The rule adds three errors that a correct softmax makes, and nothing
+else::
 
     2 * eps(dtype)  +  sqrt(key_len) * eps(accumulator)  +  key_len * smallest_subnormal / 2
 
@@ -17,16 +18,47 @@ The rule adds three errors that a correct softmax makes, and nothing else::
 
 float32 and float64 have a floor besides, because approximate `exp`
 instructions are allowed to be a few units off: 1e-5 and 1e-12.
+
+**Outputs** (`output_tolerance`), of one implementation called twice, as a part of the size of a
+row. Of the same shapes, the same kernels run, and one rounding at the end may differ: 2 eps. Of
+other shapes, sums are in another order: 8 eps. Six layers were measured to take 1.6 eps; the
+errors of layers are independent, so that a hundred take four times as much. Approximations of
+`exp` in float32 and float64 are many units off, in both calls: 2e-5 and 1e-11.
+
+**Answers** (`answer_tolerance`), of an implementation against a computation in float64. An error e
+of a score makes a relative error e of its weight, and a score of size s is rounded by about
+s * eps: a row is off by `units * eps * (2 + the largest of its scores)`, `units` being 8 in
+float32 and float64, for approximate instructions in several steps, and 2 in half precision: a
+wrong implementation is off by much more, and theirs is most of the error already. The floor is
+that of rows.
+
+**Records** (`residual_tolerance`), weights times value against the output of a fused kernel, which
+rounds the weights, the sums and the output to the dtype of the model: four eps in half precision
+(4e-3, 3e-2). Sums in float32 and float64 are in another order: the floor of rows.
+
+**Pictures** (`picture_tolerance`), the same computation on two devices, each cell relative to
+itself and to what is typical of its panel: 2 eps, and the floor of rows in float32 and wider.
 """
 
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
-import torch
+from pytest_attnheat.inputs import dtype_name, wide_dtype
+
+if TYPE_CHECKING:  # pictures are compared without torch
+    import torch
 
 # Where the rule would let a row sum to half of what it should, it asserts nothing.
 _MEANINGLESS = 0.5
+# Approximate instructions; dtypes that are not here have none.
+_FLOORS = {"float64": 1e-12, "float32": 1e-5}
+_STRICT_UNITS, _LOOSE_UNITS = 2.0, 8.0
+_LOOSE_FLOORS = {"float64": 1e-11, "float32": 2e-5}
+_RESIDUALS = {"float16": 4e-3, "bfloat16": 3e-2}
+_COARSEST_RESIDUAL = 0.1
+_PICTURES = {"bfloat16": 1.6e-2, "float16": 2e-3}
 
 
 def row_tolerance(dtype: torch.dtype, key_len: int) -> float:
@@ -43,9 +75,9 @@ def row_tolerance(dtype: torch.dtype, key_len: int) -> float:
     Raises:
         ValueError: The dtype is too coarse for rows of this length.
     """
-    tolerance = rounding(dtype, key_len)
+    tolerance = row_rounding(dtype, key_len)
     if tolerance >= _MEANINGLESS:
-        name = str(dtype).removeprefix("torch.")
+        name = dtype_name(dtype)
         raise ValueError(
             f"{name} is too coarse to tell whether a row of {key_len} weights sums to 1 (rounding "
             f"alone may be off by {tolerance:.2g}); check the weights before they are cast to "
@@ -54,11 +86,60 @@ def row_tolerance(dtype: torch.dtype, key_len: int) -> float:
     return tolerance
 
 
-def rounding(dtype: torch.dtype, key_len: int) -> float:
-    """Return what the rule above gives, whether or not it still asserts anything."""
-    info = torch.finfo(dtype)
-    accumulator = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+def row_rounding(dtype: torch.dtype, key_len: int) -> float:
+    """Return what the rule for rows gives, whether or not it still asserts anything."""
+    import torch
+
+    info, accumulator = torch.finfo(dtype), torch.finfo(wide_dtype(dtype))
     smallest_subnormal = info.smallest_normal * info.eps
     allowed = 2 * info.eps + math.sqrt(key_len) * accumulator.eps + key_len * smallest_subnormal / 2
-    floor = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.0)
-    return max(floor, allowed)
+    return max(_FLOORS.get(dtype_name(dtype), 0.0), allowed)
+
+
+def output_tolerance(dtype: torch.dtype, *, strict: bool = False) -> float:
+    """Return by what part of its size a row of an output may differ from that of another call.
+
+    Args:
+        dtype: The dtype of the output.
+        strict: Whether both outputs are of the same shapes, so that nothing is
+            added up in another order.
+
+    Returns:
+        2 eps if strict: 4e-16, 2e-7, 2e-3, 1.6e-2 in float64, float32,
+        float16, bfloat16. Otherwise 1e-11, 2e-5, 7.8e-3, 6.2e-2.
+    """
+    if strict:
+        return _STRICT_UNITS * _eps(dtype)
+    return max(_LOOSE_UNITS * _eps(dtype), _LOOSE_FLOORS.get(dtype_name(dtype), 0.0))
+
+
+def answer_tolerance(dtype: torch.dtype) -> float:
+    """Return the least part by which a row of an answer may differ from that in float64."""
+    return max(_FLOORS.get(dtype_name(dtype), 0.0), 2 * _eps(dtype))
+
+
+def answer_units(dtype: torch.dtype) -> float:
+    """Return by how many units of rounding each unit of the scores may move an answer."""
+    return 8.0 if is_fine(dtype) else 2.0
+
+
+def is_fine(dtype: torch.dtype) -> bool:
+    """Tell whether a dtype is fine enough that approximate instructions show: float32, float64."""
+    return dtype_name(dtype) in _FLOORS
+
+
+def residual_tolerance(dtype: torch.dtype) -> float:
+    """Return by what part a model's own output may differ from its weights times its values."""
+    name = dtype_name(dtype)
+    return _FLOORS.get(name, _RESIDUALS.get(name, _COARSEST_RESIDUAL))
+
+
+def picture_tolerance(dtype: str) -> float:
+    """Return by what part a cell of a picture may differ; the dtype is a name."""
+    return _PICTURES.get(dtype, _FLOORS["float32"])
+
+
+def _eps(dtype: torch.dtype) -> float:
+    import torch
+
+    return torch.finfo(dtype).eps

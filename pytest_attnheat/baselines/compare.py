@@ -12,12 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from pytest_attnheat.attention.tolerance import picture_tolerance
 from pytest_attnheat.heatmaps.record import Heatmaps
 
-# What the same computation may differ by on another device, relative to the cell and to what is
-# typical of its panel. A change that anybody would call one is larger by orders of magnitude.
-_TOLERANCES = {"bfloat16": 1.6e-2, "float16": 2e-3}
-_TOLERANCE = 1e-5
 # A relation is named where it explains the values to this part of their range.
 _CLOSE = 1e-3
 
@@ -41,7 +38,7 @@ class DataDifference:
 
 def tolerance_for(expected: Heatmaps, actual: Heatmaps) -> float:
     """Return the tolerance that follows from the coarser dtype of two pictures."""
-    return max(_TOLERANCES.get(data.dtype, _TOLERANCE) for data in (expected, actual))
+    return max(picture_tolerance(data.dtype) for data in (expected, actual))
 
 
 def compare_data(

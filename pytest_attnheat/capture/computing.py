@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.reference import causal_mask
 
 if TYPE_CHECKING:
@@ -83,17 +84,15 @@ def statistics_of(record: AttentionRecord) -> Statistics:
 def parts_of(record: AttentionRecord, entry: int | None = None) -> Iterator[tuple[slice, slice]]:
     """Whole batch entries as long as they are small, else groups of heads that share keys."""
     batch, heads, query_len, key_len = record.shape_here
-    start, stop = (0, batch) if entry is None else (entry, entry + 1)
-    one_head = max(query_len * key_len * 4, 1)
-    entries = _PART_BYTES // (one_head * max(heads, 1))
-    if entries >= 1:
-        for first in range(start, stop, entries):
-            yield slice(first, min(first + entries, stop)), slice(0, heads)
-        return
-    step = max(_PART_BYTES // one_head // record.group, 1) * record.group
-    for number in range(start, stop):
-        for first in range(0, heads, step):
-            yield slice(number, number + 1), slice(first, min(first + step, heads))
+    first, entries = (0, batch) if entry is None else (entry, 1)
+    group_bytes = max(query_len * key_len * 4 * record.group, 1)
+    for some, groups in pieces(
+        (entries, heads // record.group), max(_PART_BYTES // group_bytes, 1)
+    ):
+        yield (
+            slice(first + some.start, first + some.stop),
+            slice(groups.start * record.group, groups.stop * record.group),
+        )
 
 
 def part_of(record: AttentionRecord, batch: slice, heads: slice) -> Tensor:

@@ -6,23 +6,20 @@ import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.vocabulary import Alignment, permits
 from pytest_attnheat.capture.errors import CaptureMemoryError
 
-CausalAlignment = Literal["top_left", "bottom_right"]
 # (scores, batch, heads, queries) -> scores: scores (batch, heads, query_len, key_len) of the
 # batch entries, heads and queries whose numbers in the whole attention the others are.
 ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # What may be selected: a number, several, or a slice.
 Selection = int | slice | Sequence[int]
-
-# An added bias below this hides a key: -inf, the smallest number of a dtype, -1e9, -10000 ...
-HIDDEN_BELOW = -9e3
 
 
 @dataclass(frozen=True)
@@ -85,7 +82,7 @@ class AttentionRecord:
     output: Tensor | None = field(default=None, repr=False)
     given_mask: Tensor | None = field(default=None, repr=False)
     bias: Tensor | None = field(default=None, repr=False)
-    causal: CausalAlignment | None = None
+    causal: Alignment | None = None
     scale: float | None = None
     dropout: float = 0.0
     heads: Tensor | None = None
@@ -132,7 +129,7 @@ class AttentionRecord:
         """The mask that was given, and biases that hide a key, together; None for everything."""
         if self.bias is None:
             return self.given_mask
-        seen = self.bias > HIDDEN_BELOW
+        seen = permits(self.bias)
         return self.given_mask if bool(seen.all()) else _both(self.given_mask, seen)
 
     @property
@@ -260,7 +257,7 @@ class AttentionRecord:
             *(part.index_select(dim, places) for part in vars(self.statistics).values())
         )
 
-    def _causal(self, alignment: CausalAlignment) -> Tensor:
+    def _causal(self, alignment: Alignment) -> Tensor:
         device = next(
             (t.device for t in (self.query, self.kept_weights, self.output) if t is not None), None
         )

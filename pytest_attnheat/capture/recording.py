@@ -10,13 +10,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import copied
+from pytest_attnheat.attention.tolerance import residual_tolerance
+from pytest_attnheat.callables import copied
 from pytest_attnheat.capture.computing import apart, statistics_of, weights_of
 from pytest_attnheat.capture.errors import CaptureMemoryError
 from pytest_attnheat.capture.layers import Layers
 from pytest_attnheat.capture.record import AttentionRecord, Selection, readable
 from pytest_attnheat.capture.trace import Trace, Unseen, matches
-from pytest_attnheat.capture.verifying import residual_of, sampled, tolerance_of
+from pytest_attnheat.capture.verifying import residual_of, sampled
 
 Keep = Literal["inputs", "weights", "statistics"]
 _TENSORS = ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
@@ -70,7 +71,7 @@ class Recording:
             layer=layer,
             call=self._calls[layer],
             training=self._layers.training,
-            tolerance=tolerance_of(record.dtype),
+            tolerance=residual_tolerance(record.dtype),
             weights_dtype=self._wanted.dtype,
             most_bytes=self._wanted.max_bytes,
         )

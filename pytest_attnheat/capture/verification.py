@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.subjects import borrowed
+from pytest_attnheat.callables import borrowed
 from pytest_attnheat.capture.errors import CaptureError
 
 

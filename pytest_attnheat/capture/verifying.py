@@ -14,14 +14,6 @@ if TYPE_CHECKING:
 
 # So many queries of each head are compared while the model runs.
 SAMPLED = 8
-# Roundings of the model's own dtype that its output may be off by: fused kernels round the
-# weights, the sums and the output. Sums in float32 and float64 are in another order besides.
-_TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-
-
-def tolerance_of(dtype: torch.dtype) -> float:
-    """Return the residual up to which a record of this dtype is trusted."""
-    return _TOLERANCE.get(dtype, 0.1)
 
 
 def sampled(record: AttentionRecord) -> AttentionRecord:

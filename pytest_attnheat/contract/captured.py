@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
-from pytest_attnheat.assertions.behaviour.subjects import borrowed, modules_in
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment
+from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.errors import CaptureError
-from pytest_attnheat.capture.record import HIDDEN_BELOW, AttentionRecord, CausalAlignment
+from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.diagnosis import diagnose_output
 from pytest_attnheat.contract.exam import NotAskedError
@@ -163,9 +164,9 @@ class _Claims:
         alignment: Where the window is counted from.
     """
 
-    causal: CausalAlignment | None
+    causal: Alignment | None
     window: tuple[int, int] | None
-    alignment: CausalAlignment
+    alignment: Alignment
 
 
 def _claimed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> _Claims:
@@ -176,7 +177,7 @@ def _claimed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> _Cla
         claimed = own and query_len == key_len
         causal = (spec.causal or causal) if claimed else causal
         window = window if claimed else None
-    alignment: CausalAlignment = causal or "top_left"
+    alignment: Alignment = causal or "top_left"
     # By default the top left is declared, which what was captured may have been told otherwise.
     if window is not None and spec.causal == "bottom_right":
         alignment = spec.causal
@@ -220,7 +221,7 @@ def _not_told(record: AttentionRecord) -> str:
         return "some queries were left out"
     if record.score_change is not None:
         return "a score_mod changed its scores"
-    if record.bias is not None and bool(((record.bias != 0) & (record.bias > HIDDEN_BELOW)).any()):
+    if record.bias is not None and bool(((record.bias != 0) & (record.bias > HIDDEN_FROM)).any()):
         return "a bias is added to its scores"
     if 0 in record.shape_here:
         return "it is empty"

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.plan import Plan, carry_out
+from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.contract.explaining import filled
 from pytest_attnheat.contract.findings import Diagnosis, number_text
 from pytest_attnheat.contract.matching import (
@@ -24,7 +25,6 @@ from pytest_attnheat.contract.matching import (
     explain_alone,
     explain_by_constant,
     measure,
-    rounding,
 )
 from pytest_attnheat.contract.probing import Probe, ask, in_dtype, with_identity
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -164,7 +164,7 @@ def _together(spec: AttentionSpec, one: Probe) -> tuple[float, Tensor] | None:
     numbers = _numbers(runs)
     chosen = numbers.abs().argmax(0, keepdim=True)
     largest = numbers.gather(0, chosen)[0]
-    off = (numbers - largest).abs() > rounding(one.dtype) * largest.abs()
+    off = (numbers - largest).abs() > answer_tolerance(one.dtype) * largest.abs()
     if bool((off & (numbers != 0)).any()):
         return None
     return _dropped(numbers), torch.where(finite[0], largest, runs[0])

@@ -23,6 +23,7 @@ from pytest_attnheat.assertions.numerics.precision import (
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.tolerance import row_tolerance
+from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.capture.errors import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.contract.captured import diagnoses, records_of
@@ -36,7 +37,7 @@ from pytest_attnheat.contract.exam import (
     scattered,
     with_a_lost_row,
 )
-from pytest_attnheat.contract.spec import AttentionSpec, LostRows
+from pytest_attnheat.contract.spec import AttentionSpec
 
 
 @dataclass(frozen=True)
@@ -443,7 +444,7 @@ def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord
         raise NotAskedError("; ".join(dict.fromkeys(reasons)) or "no attention was captured")
 
 
-def _rows(record: AttentionRecord, lost: LostRows) -> None:
+def _rows(record: AttentionRecord, lost: DeclaredFullyMasked) -> None:
     # Weights are kept in a dtype of the reader's choice; what rounded them is the model's.
     coarser = max(record.dtype, record.weights_dtype, key=lambda dtype: torch.finfo(dtype).eps)
     tolerance = row_tolerance(coarser, record.shape[3])
@@ -456,7 +457,7 @@ def _rows(record: AttentionRecord, lost: LostRows) -> None:
 
 
 def _sums(
-    record: AttentionRecord, statistics: Statistics, lost: LostRows, tolerance: float
+    record: AttentionRecord, statistics: Statistics, lost: DeclaredFullyMasked, tolerance: float
 ) -> None:
     """Judge rows by their sums. Which may attend to nothing, statistics do not tell."""
     sums, largest = statistics.row_sum, statistics.maximum

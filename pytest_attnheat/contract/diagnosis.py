@@ -17,17 +17,18 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.scoring import seed_number
+from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.chance import by_chance
 from pytest_attnheat.contract.explaining import explained
 from pytest_attnheat.contract.findings import Diagnosis as Diagnosis
 from pytest_attnheat.contract.findings import number_text
-from pytest_attnheat.contract.matching import rounding
 from pytest_attnheat.contract.probing import Blueprint, Probe, ask, blueprints, probe
 from pytest_attnheat.contract.returned import with_returned
-from pytest_attnheat.contract.spec import AttentionSpec, CausalAlignment, LostRows, as_spec
+from pytest_attnheat.contract.spec import AttentionSpec, as_spec
+from pytest_attnheat.inputs import seed_number
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -103,11 +104,11 @@ def diagnose_output(
     value: Tensor,
     *,
     mask: Tensor | None = None,
-    causal: CausalAlignment | None = None,
+    causal: Alignment | None = None,
     window: tuple[int, int] | None = None,
-    alignment: CausalAlignment = "top_left",
+    alignment: Alignment = "top_left",
     scale: float | None = None,
-    fully_masked: LostRows = "zero",
+    fully_masked: DeclaredFullyMasked = "zero",
     name: str = "output",
     search: bool = True,
 ) -> Diagnosis:
@@ -153,7 +154,7 @@ def diagnose_output(
         dtype=output.dtype,
     )
     given = output.detach().double().cpu()
-    probes = [Probe(case, given, output.dtype, rounding(output.dtype))]
+    probes = [Probe(case, given, output.dtype, answer_tolerance(output.dtype))]
     with _one_thread():
         return explained(name, probes, {}, search=search)
 
@@ -224,7 +225,7 @@ def _answers(
 def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
     own = spec.tolerance or 0.0
     coarser = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    return max(rounding(dtype), own * max(coarser, 1.0))
+    return max(answer_tolerance(dtype), own * max(coarser, 1.0))
 
 
 def _worth_a_word(spec: AttentionSpec, blueprint: Blueprint) -> bool:

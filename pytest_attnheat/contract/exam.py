@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
-from pytest_attnheat.assertions.behaviour.subjects import modules_in
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.callables import modules_in
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 7, 8

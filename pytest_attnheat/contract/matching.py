@@ -1,10 +1,6 @@
 """How well a plan reproduces what a subject answered, and the search for plans that do.
 
-What counts as rounding, for each row: an error e of a score makes a relative error e of its
-weight, and a score of size s is rounded by about s * eps(dtype). So a row may be off by
-`8 * eps * (2 + the largest of its scores)` of its size, with a floor of 1e-5 in float32 and 1e-12
-in float64 for approximate instructions, as in `assert_row_stochastic`. float16 and bfloat16 get 2
-in place of 8: a wrong implementation is off by much more, and theirs is most of the error already.
+What counts as rounding is said in `pytest_attnheat.attention.tolerance`.
 """
 
 from __future__ import annotations
@@ -21,10 +17,9 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
+from pytest_attnheat.attention.tolerance import answer_units, is_fine
 from pytest_attnheat.contract.probing import Probe
 
-_FLOORS = {torch.float64: 1e-12, torch.float32: 1e-5}
-_UNITS = {torch.float64: 8.0, torch.float32: 8.0}
 _MOST_ALLOWED = 0.5
 # Where a step is rounded to a coarse dtype, another order of the same operations may round
 # a number the other way: so many rows may be off by that.
@@ -36,7 +31,7 @@ _STEPS = 4.0
 # So many pairs are compared on all cases.
 _FINALISTS = 300
 # Explanations that are off by less than so many times what is allowed are not excluded.
-_NEARLY = {torch.float64: 10.0, torch.float32: 10.0}
+_NEARLY, _NEARLY_IN_HALF = 10.0, 2.0
 
 
 @dataclass(frozen=True)
@@ -85,11 +80,6 @@ class Explanation:
 
 
 NOWHERE = Fit(math.inf, math.inf)
-
-
-def rounding(dtype: torch.dtype) -> float:
-    """Return the least part by which an output in a dtype may be off."""
-    return max(_FLOORS.get(dtype, 0.0), 2 * torch.finfo(dtype).eps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,7 +153,7 @@ def _errors(outcome: Expected, probe: Probe) -> tuple[Tensor, Tensor]:
 
 def _allowed(outcome: Expected, probe: Probe) -> Tensor:
     eps = torch.finfo(probe.dtype).eps
-    allowed = _UNITS.get(probe.dtype, 2.0) * eps * (2.0 + outcome.loudness)
+    allowed = answer_units(probe.dtype) * eps * (2.0 + outcome.loudness)
     return allowed.clamp_(min=probe.tolerance, max=max(_MOST_ALLOWED, probe.tolerance))
 
 
@@ -206,7 +196,7 @@ def nearly(probes: Sequence[Probe]) -> float:
 
     What float16 and bfloat16 allow is large beside any defect: there it is 2, not 10.
     """
-    return _NEARLY.get(probes[0].dtype, 2.0)
+    return _NEARLY if is_fine(probes[0].dtype) else _NEARLY_IN_HALF
 
 
 def is_tolerant(defects: Sequence[Defect]) -> bool:
@@ -260,7 +250,7 @@ def explain_alone(
     for defect in catalogue:
         coarse = defect.seen == "rounding"
         # Coarse steps do not show in answers that are as coarse.
-        skipped = coarse and probes[0].dtype not in _FLOORS
+        skipped = coarse and not is_fine(probes[0].dtype)
         ways = () if skipped else (_ways_kept if keep else _ways_seen)(defect, cases)
         for way in ways:
             fit = _fit_all(way.plan, way.outcomes, probes, tolerant=coarse)

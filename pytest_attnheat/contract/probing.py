@@ -19,7 +19,8 @@ from torch import Tensor
 
 from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.contract.spec import Answer, AttentionSpec, CausalAlignment, LostRows
+from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
+from pytest_attnheat.contract.spec import Answer, AttentionSpec
 
 # The longest case of a window.
 _WIDEST = 300
@@ -46,10 +47,10 @@ class Sizes:
 class Declared:
     """What of a specification the cases depend on."""
 
-    causal: CausalAlignment | None
+    causal: Alignment | None
     window: tuple[int, int] | None
     scale: float | None
-    fully_masked: LostRows
+    fully_masked: DeclaredFullyMasked
 
 
 Build: TypeAlias = Callable[[Declared, Sizes, int, str], Case]

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, Result, carry_out
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.contract.findings import Diagnosis, number_text
 from pytest_attnheat.contract.probing import Probe, answer_to
 from pytest_attnheat.contract.spec import AttentionSpec
 
 # Not compared: cases whose weights are 0 and 1, or many.
 _LEFT_OUT = ("large scores", "long")
-# Masked scores are -inf or some very low number.
-_LOWEST = -1e4
 # The share that is dropped when it is asked what is returned then.
 _SHARE = 0.5
 
@@ -149,8 +148,8 @@ def _off(spec: AttentionSpec, kind: _Kind, one: Probe, weights: object) -> float
         wanted = wanted.unsqueeze(1).expand(-1, weights.shape[1], -1, -1)
     if weights.shape != wanted.shape:
         return math.inf
-    difference = weights.clamp(min=_LOWEST) - wanted.clamp(min=_LOWEST)
-    size = max(1.0, float(wanted.clamp(min=_LOWEST).abs().max()))
+    difference = weights.clamp(min=HIDDEN_FROM) - wanted.clamp(min=HIDDEN_FROM)
+    size = max(1.0, float(wanted.clamp(min=HIDDEN_FROM).abs().max()))
     allowed = max(one.tolerance, 8 * torch.finfo(one.dtype).eps * (2.0 + _loudest(one.case)))
     far = float(difference.abs().max()) / (size * allowed)
     return math.inf if math.isnan(far) else far

@@ -10,14 +10,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import MaskMeaning, as_meant
+from pytest_attnheat.assertions.behaviour.sequences import as_meant
 from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 
-CausalAlignment: TypeAlias = Literal["top_left", "bottom_right"]
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
-LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
 Sound: TypeAlias = Literal["mask", "causal"]
 
 # Looked up in this order: a causal_mask is a mask.
@@ -75,14 +74,14 @@ class AttentionSpec:
     layout: str = "bhld"
     mask: MaskMeaning | None = "keep"
     mask_argument: str = "attn_mask"
-    causal: CausalAlignment | None = "top_left"
+    causal: Alignment | None = "top_left"
     causal_argument: str = "is_causal"
     window: tuple[int | None, int | None] | None = None
     grouped: bool | None = None
     scale: float | None = None
     dropout: bool | None = None
     returns: Returns = "output"
-    fully_masked: LostRows = "zero"
+    fully_masked: DeclaredFullyMasked = "zero"
     dtypes: Sequence[str] = ("float32", "float16", "bfloat16", "float64")
     devices: Sequence[str] | None = None
     tolerance: float | None = None
@@ -368,9 +367,9 @@ class Answer:
 
 _CHOICES: dict[str, tuple[Any, ...]] = {
     "mask": (*get_args(MaskMeaning), None),
-    "causal": (*get_args(CausalAlignment), None),
+    "causal": (*get_args(Alignment), None),
     "returns": get_args(Returns),
-    "fully_masked": get_args(LostRows),
+    "fully_masked": get_args(DeclaredFullyMasked),
 }
 
 

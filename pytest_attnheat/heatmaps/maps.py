@@ -8,12 +8,14 @@ tensor can only be given by somebody who has.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+
+from pytest_attnheat.attention.chunks import spans
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -236,11 +238,10 @@ def _pool_row(row: Array, mask: Array | None, block: tuple[int, int]) -> tuple[A
     return _concatenate(values), _concatenate(permitted) if permitted else None
 
 
-def _query_chunks(row: Array, multiple_of: int) -> Iterator[slice]:
+def _query_chunks(row: Array, multiple_of: int) -> list[slice]:
     """Cut the queries of a row of maps so that a part has at most _CHUNK elements."""
-    step = max(1, _CHUNK // (row.shape[0] * row.shape[2] * multiple_of)) * multiple_of
-    for start in range(0, row.shape[1], step):
-        yield slice(start, start + step)
+    step = _CHUNK // (row.shape[0] * row.shape[2])
+    return spans(row.shape[1], step, multiple_of=multiple_of)
 
 
 def _ordered(array: Array) -> Array:

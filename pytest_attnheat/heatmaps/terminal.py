@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from pytest_attnheat.inputs import Index, Operand, as_mask, as_weights
+from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.inputs import Index, Operand, as_mask, as_weights, wide_dtype
 
 _GLYPHS = "▁▂▃▄▅▆▇█"
 _NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
@@ -94,7 +95,7 @@ def format_heatmap(
         raise ValueError(
             f"notes: got {len(notes)}; accepted is one for each row: {operand.shape[-2]}"
         )
-    rows, columns = _spans(operand.shape[-2], max_rows), _spans(operand.shape[-1], max_columns)
+    rows, columns = _at_most(operand.shape[-2], max_rows), _at_most(operand.shape[-1], max_columns)
     caption = _caption(column_name, first_column, operand.shape[-1], columns)
     labels = [row_name + _label(span, first_row) for span in rows]
     arrows = [
@@ -121,9 +122,8 @@ def _check_limits(limits: dict[str, int]) -> None:
             raise ValueError(f"{name}: got {limit}; accepted is 1 or more")
 
 
-def _spans(size: int, most: int) -> list[slice]:
-    step = math.ceil(size / most)
-    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+def _at_most(size: int, most: int) -> list[slice]:
+    return spans(size, math.ceil(size / most))
 
 
 def _label(span: slice, first: int) -> str:
@@ -198,15 +198,17 @@ def _parts(
     operand: Operand, place: tuple[int, ...], rows: slice, keys: slice
 ) -> Iterator[torch.Tensor]:
     """Yield some weights as float32 or float64, no more than `_PART` of them at a time."""
-    wide = torch.float64 if operand.dtype == torch.float64 else torch.float32
-    key_step = min(keys.stop - keys.start, _PART)
-    row_step = max(1, _PART // key_step)
-    for row in range(rows.start, rows.stop, row_step):
-        for key in range(keys.start, keys.stop, key_step):
-            some_rows = slice(row, min(row + row_step, rows.stop))
-            some_keys = slice(key, min(key + key_step, keys.stop))
-            index: Index = (*place, some_rows, some_keys)
-            yield operand[index].to(wide)
+    wide = wide_dtype(operand.dtype)
+    for box in pieces((rows.stop - rows.start, keys.stop - keys.start), _PART):
+        index: Index = (
+            *place,
+            *(_moved(span, by) for span, by in zip(box, (rows, keys), strict=True)),
+        )
+        yield operand[index].to(wide)
+
+
+def _moved(span: slice, by: slice) -> slice:
+    return slice(span.start + by.start, span.stop + by.start)
 
 
 def _any_permitted(mask: Operand, place: tuple[int, ...], rows: slice, keys: slice) -> bool:

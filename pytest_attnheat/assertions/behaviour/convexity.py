@@ -16,20 +16,14 @@ from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     output_place,
     relative_change,
-    tolerance_of,
 )
 from pytest_attnheat.assertions.behaviour.heads import as_of_keys, for_each_query_head
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subjects import (
-    AttentionFunction,
-    as_function,
-    borrowed,
-    settled,
-)
-from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.attention.scoring import query_chunks
-from pytest_attnheat.attention.tolerance import rounding
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, settled
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.chunks import index_of, query_chunks
+from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
+from pytest_attnheat.callables import borrowed
 
 _NAME = "assert_convex"
 # Of so many queries it is asked on which keys their weight is.
@@ -124,7 +118,7 @@ def _allowed(tolerance: object, dtype: torch.dtype, key_len: int) -> float:
     """What the caller allows, or what rounding to a dtype does to weights and outputs."""
     if tolerance is not None:
         return check_relative(tolerance, dtype)
-    return rounding(dtype, key_len) + torch.finfo(dtype).eps
+    return row_rounding(dtype, key_len) + torch.finfo(dtype).eps
 
 
 @dataclass(frozen=True)
@@ -271,7 +265,7 @@ class _Probe:
         off = {"attn_mask": None, "is_causal": False}
         given = {name: value for name, value in off.items() if name in self.subject.arguments}
         change = relative_change(self.run(**given), self.run())
-        return bool((change <= tolerance_of(self.subject.value.dtype)).all())
+        return bool((change <= output_tolerance(self.subject.value.dtype)).all())
 
 
 @dataclass(frozen=True)

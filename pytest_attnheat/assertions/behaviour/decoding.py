@@ -13,14 +13,10 @@ from pytest_attnheat.assertions.behaviour.difference import check_relative, chec
 from pytest_attnheat.assertions.behaviour.function_decoding import function_decoder
 from pytest_attnheat.assertions.behaviour.model_decoding import model_decoder
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import (
-    as_function,
-    borrowed,
-    check_count,
-    settled,
-)
-from pytest_attnheat.attention.reference import Alignment
-from pytest_attnheat.attention.scoring import positive
+from pytest_attnheat.assertions.behaviour.subjects import as_function, check_count, settled
+from pytest_attnheat.attention.vocabulary import Alignment
+from pytest_attnheat.callables import borrowed
+from pytest_attnheat.inputs import positive
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.

@@ -13,35 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.inputs import check_number
-
-# Two runs of the same kernels on the same shapes: one rounding at the end may differ.
-_STRICT = 2.0
-# Two runs that add up in another order. Six layers were measured to take 1.6 eps; the errors of
-# layers are independent, so that a hundred take four times as much.
-_LOOSE = 8.0
-# Kernels in float32 and float64 use approximations of exp that are many units off.
-_LOOSE_FLOOR = {torch.float32: 2e-5, torch.float64: 1e-11}
-
-
-def tolerance_of(dtype: torch.dtype, *, strict: bool = False) -> float:
-    """Return by what part of its size a row of the output may be off.
-
-    Args:
-        dtype: The dtype of the output.
-        strict: Whether both outputs are of the same shapes, so that nothing is
-            added up in another order.
-
-    Returns:
-        2 eps if strict: 4e-16, 2e-7, 2e-3, 1.6e-2 in float64, float32,
-        float16, bfloat16. Otherwise 1e-11, 2e-5, 7.8e-3, 6.2e-2.
-    """
-    eps = torch.finfo(dtype).eps
-    if strict:
-        return _STRICT * eps
-    return max(_LOOSE * eps, _LOOSE_FLOOR.get(dtype, 0.0))
 
 
 def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = False) -> float:
@@ -52,7 +27,7 @@ def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = Fals
         ValueError: Not in 0 <= tolerance < 1.
     """
     if tolerance is None:
-        return tolerance_of(dtype, strict=strict)
+        return output_tolerance(dtype, strict=strict)
     given = check_number(tolerance, "tolerance")
     if not 0 <= given < 1:
         raise ValueError(f"tolerance: got {given!r}; accepted is 0 <= tolerance < 1, or None")

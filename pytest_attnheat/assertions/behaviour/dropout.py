@@ -9,10 +9,11 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_rows, tolerance_of
+from pytest_attnheat.assertions.behaviour.difference import check_rows
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
-from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.tolerance import output_tolerance
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6
@@ -68,14 +69,14 @@ def check_dropout_of_weights(
         run(identity, 0.0),
         weights,
         claim="rows of weights differ between dropout_p=0.0 and no dropout_p",
-        allowed=tolerance_of(weights.dtype),
+        allowed=output_tolerance(weights.dtype),
     )
     check_rows(
         assertion,
         run(identity, share, seeded=True),
         run(identity, share, seeded=True),
         claim=f"rows of weights with dropout_p={share:g} are not repeated by torch.manual_seed",
-        allowed=tolerance_of(weights.dtype, strict=True),
+        allowed=output_tolerance(weights.dtype, strict=True),
         repeat=f"seed={seed}",
     )
     twice = run(torch.cat([identity, identity], -1), share, seeded=True)
@@ -84,7 +85,7 @@ def check_dropout_of_weights(
         twice[..., :key_len],
         twice[..., key_len:],
         claim=f"outputs with dropout_p={share:g} differ between equal channels of the value",
-        allowed=tolerance_of(weights.dtype),
+        allowed=output_tolerance(weights.dtype),
         cause=lambda _: "dropout falls on the outputs, not on the weights",
         repeat=f"seed={seed}",
     )
@@ -267,7 +268,7 @@ class _Count:
             return
         unchanged = float((self.first.double() - self.wide).abs().max())
         cause = "dropout is never applied"
-        if unchanged > tolerance_of(self.weights.dtype):
+        if unchanged > output_tolerance(self.weights.dtype):
             cause = "the weights change, but none becomes 0: dropout of scores, before the softmax?"
         self._fail(
             f"dropout={self.share:g} was declared, but no weight is ever dropped",
@@ -336,7 +337,7 @@ class _Count:
         # The weight, the factor and their product are rounded, in either of two runs.
         allowed = 4 * eps
         if self.weights.dtype in (torch.float32, torch.float64):
-            allowed = tolerance_of(self.weights.dtype)
+            allowed = output_tolerance(self.weights.dtype)
         broken = int((self.off > allowed).sum())
         if not broken:
             return

@@ -17,8 +17,9 @@ from pytest_attnheat.assertions.behaviour.decoders import (
     tokens_off,
 )
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, permitted
-from pytest_attnheat.attention.reference import ALIGNMENTS, Alignment, causal_mask
-from pytest_attnheat.attention.scoring import one_of
+from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
+from pytest_attnheat.inputs import one_of
 
 
 def function_decoder(subject: AttentionFunction, alignment: Alignment | None) -> _FunctionDecoder:

@@ -12,7 +12,8 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.calls import FunctionCall
 from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.heads import of_the_first
-from pytest_attnheat.assertions.behaviour.padded import Filling, Side, Told
+from pytest_attnheat.assertions.behaviour.padded import Filling, Told
+from pytest_attnheat.attention.vocabulary import Side
 
 # By how much the score of a padding key that is aimed at a query is above that of any real key,
 # and the length that such a key has at most.

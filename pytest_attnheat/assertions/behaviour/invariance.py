@@ -25,7 +25,8 @@ from pytest_attnheat.assertions.behaviour.difference import (
     output_place,
     relative_change,
 )
-from pytest_attnheat.assertions.behaviour.subjects import borrowed, modules_in, settled
+from pytest_attnheat.assertions.behaviour.subjects import settled
+from pytest_attnheat.callables import borrowed, modules_in
 
 # Samples that are run alone, and others that are asked which of them has an influence.
 _ALONE = 4

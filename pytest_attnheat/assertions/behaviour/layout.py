@@ -29,9 +29,10 @@ from pytest_attnheat.assertions.behaviour.memory_layouts import (
     read_at,
     trials,
 )
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
-from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, settled
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.callables import borrowed
 
 _NAME = "assert_layout_invariant"
 # In float32 and float64 the backward of large scores rounds more than the forward pass.

@@ -21,8 +21,8 @@ from pytest_attnheat.assertions.behaviour.leak_picture import (
 )
 from pytest_attnheat.assertions.behaviour.leak_search import Finding, Search
 from pytest_attnheat.assertions.behaviour.scenes import Replacement
-from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.chunks import index_of
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.

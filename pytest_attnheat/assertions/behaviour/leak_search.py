@@ -17,7 +17,7 @@ from pytest_attnheat.assertions.behaviour.heads import (
     of_the_first,
 )
 from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
-from pytest_attnheat.assertions.scan import index_of
+from pytest_attnheat.attention.chunks import index_of
 
 # How many sets of places are tried before an output is believed to depend on all of them.
 _TRIALS = 12

@@ -17,12 +17,13 @@ from pytest_attnheat.assertions.behaviour.scenes import FunctionScene, Rule, Sce
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
 from pytest_attnheat.assertions.behaviour.subjects import (
     as_function,
-    borrowed,
     check_count,
     permitted,
     settled,
 )
-from pytest_attnheat.attention.reference import Alignment, causal_mask, padding_mask
+from pytest_attnheat.attention.reference import causal_mask, padding_mask
+from pytest_attnheat.attention.vocabulary import Alignment, Side
+from pytest_attnheat.callables import borrowed
 
 Way: TypeAlias = Literal["perturbation", "gradient", "nan"]
 
@@ -35,7 +36,7 @@ def assert_no_leakage(
     causal: bool | None = None,
     alignment: Alignment = "top_left",
     lengths: Sequence[int] | Tensor | None = None,
-    side: Literal["right", "left"] = "right",
+    side: Side = "right",
     documents: Tensor | None = None,
     may_see: Tensor | None = None,
     must_see: bool = True,
@@ -169,7 +170,7 @@ class _Stated:
 
     causal: bool | None
     lengths: Sequence[int] | Tensor | None
-    side: Literal["right", "left"]
+    side: Side
     documents: Tensor | None
     may_see: Tensor | None
 

@@ -20,7 +20,7 @@ from pytest_attnheat.assertions.behaviour.decoders import (
 )
 from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, Subject
-from pytest_attnheat.attention.reference import Alignment
+from pytest_attnheat.attention.vocabulary import Alignment
 
 
 def model_decoder(subject: Subject, alignment: Alignment | None) -> _ModelDecoder:

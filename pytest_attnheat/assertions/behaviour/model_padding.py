@@ -11,9 +11,10 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.calls import SequenceCall, answers, differ
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.padded import Filling, Side, Told
+from pytest_attnheat.assertions.behaviour.padded import Filling, Told
 from pytest_attnheat.assertions.behaviour.sequences import Subject
 from pytest_attnheat.attention.reference import padding_mask
+from pytest_attnheat.attention.vocabulary import Side
 
 
 class Alone:

@@ -9,7 +9,8 @@ from typing import Literal, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
-Side: TypeAlias = Literal["right", "left"]
+from pytest_attnheat.attention.vocabulary import Side
+
 # What the subject is told of the padding: the truth, that all is real, or the opposite.
 Told: TypeAlias = Literal["truth", "all real", "opposite"]
 

@@ -24,8 +24,10 @@ from pytest_attnheat.assertions.behaviour.difference import check_relative, chec
 from pytest_attnheat.assertions.behaviour.function_padding import PaddedFunction
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.model_padding import Alone, PaddedSequence
-from pytest_attnheat.assertions.behaviour.padded import Filling, Padded, Side
-from pytest_attnheat.assertions.behaviour.subjects import borrowed, settled
+from pytest_attnheat.assertions.behaviour.padded import Filling, Padded
+from pytest_attnheat.assertions.behaviour.subjects import settled
+from pytest_attnheat.attention.vocabulary import Side
+from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import check_number
 
 _NAME = "assert_padding_invariant"

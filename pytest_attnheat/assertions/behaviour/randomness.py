@@ -14,23 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import (
-    check_rows,
-    relative_change,
-    tolerance_of,
-)
+from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights
 from pytest_attnheat.assertions.behaviour.sequences import as_sequence
 from pytest_attnheat.assertions.behaviour.subjects import (
     AttentionFunction,
     as_function,
-    borrowed,
     check_count,
-    modules_in,
 )
-from pytest_attnheat.attention.scoring import positive, seed_number
-from pytest_attnheat.failure import build_message
-from pytest_attnheat.inputs import check_number
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.inputs import check_number, positive, seed_number
 
 _NAME = "assert_deterministic"
 _STANDARD_ERRORS = 5
@@ -323,7 +318,7 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
     if any(not _identical(call.run(), first) for _ in range(runs)):
         return
     cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
-    if bool((relative_change(first, evaluated) <= tolerance_of(first.dtype)).all()):
+    if bool((relative_change(first, evaluated) <= output_tolerance(first.dtype)).all()):
         cause = f"dropout is never applied{_dropouts_in(call.modules)}"
     raise AssertionError(
         build_message(
@@ -417,7 +412,7 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
             f"runs: {runs} runs are too few to tell whether the mean is right to within dropout="
             f"{share:g} (5 standard errors are {error:.2g}); pass more, or a larger input"
         )
-    allowed = error + tolerance_of(evaluated.dtype)
+    allowed = error + output_tolerance(evaluated.dtype)
     if abs(mean - 1) <= allowed:
         return
     raise AssertionError(

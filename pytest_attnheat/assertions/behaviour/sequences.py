@@ -6,14 +6,15 @@ import inspect
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.subjects import as_input, copied
+from pytest_attnheat.assertions.behaviour.subjects import as_input
+from pytest_attnheat.attention.vocabulary import MaskMeaning
+from pytest_attnheat.callables import copied
 
-MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")

@@ -8,114 +8,21 @@ value. A *sequence model* is given one sequence and returns one, see
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
-import random
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import relative_change, tolerance_of
-from pytest_attnheat.attention.reference import Alignment, causal_mask
+from pytest_attnheat.assertions.behaviour.difference import relative_change
+from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.scoring import leading_shape
-
-# A float mask that is added to the scores forbids with -inf, finfo.min, -1e9 or -1e4; the
-# steepest ALiBi slope reaches -1e4 only beyond ten thousand keys.
-_FORBIDS = -1e4
-_DEPTH = 3
-
-
-def modules_in(subject: object) -> list[nn.Module]:
-    """Return the modules that a callable is or holds, as far as they can be found.
-
-    Looked into are partials, bound methods, the variables that a function
-    refers to, and the attributes of an object.
-    """
-    found: dict[int, nn.Module] = {}
-    _collect(subject, found, _DEPTH)
-    return list(found.values())
-
-
-def _collect(subject: object, found: dict[int, nn.Module], depth: int) -> None:
-    if isinstance(subject, nn.Module):
-        found[id(subject)] = subject
-    elif depth > 0 and not isinstance(subject, (type, types.ModuleType, Tensor)):
-        for part in _parts(subject):
-            _collect(part, found, depth - 1)
-
-
-def _parts(subject: object) -> Sequence[object]:
-    if isinstance(subject, functools.partial):
-        return [subject.func, *subject.args, *subject.keywords.values()]
-    if isinstance(subject, types.MethodType):
-        return [subject.__self__]
-    if isinstance(subject, types.FunctionType):
-        variables = inspect.getclosurevars(subject)
-        return [*variables.nonlocals.values(), *variables.globals.values()]
-    if isinstance(subject, Mapping):
-        return list(subject.values())
-    if isinstance(subject, (list, tuple)):
-        return subject
-    return (
-        list(vars(subject).values()) if callable(subject) and hasattr(subject, "__dict__") else []
-    )
-
-
-@contextmanager
-def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]:
-    """Use a subject and leave it as it was found.
-
-    Restored afterwards, also after an exception: training or evaluation mode
-    and the buffers of its modules, and the random state of Python, NumPy, the
-    CPU and the devices of `tensors`. Random numbers within are drawn from `seed`.
-    """
-    modules = [part for module in modules_in(subject) for part in module.modules()]
-    modes = [(module, module.training) for module in modules]
-    buffers = [_Buffer(module, name) for module in modules for name in module._buffers]
-    devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
-    python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=sorted(devices)):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)
-            for module, mode in modes:
-                module.training = mode
-            for buffer in buffers:
-                buffer.restore()
-
-
-class _Buffer:
-    """A buffer of a module, for instance the running mean of a batch norm."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
-        self._tensor = module._buffers[name]
-        self._copy = None if self._tensor is None else self._tensor.detach().clone()
-
-    def restore(self) -> None:
-        self._module._buffers[self._name] = self._tensor
-        if self._tensor is not None and self._copy is not None:
-            with torch.no_grad():
-                if not _identical(self._tensor, self._copy):
-                    self._tensor.copy_(self._copy)
-
-
-def _identical(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are equal, NaN being equal to NaN."""
-    same = a == b
-    if a.is_floating_point():
-        same = same | (a.isnan() & b.isnan())
-    return bool(same.all())
+from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.attention.vocabulary import Alignment, permits
+from pytest_attnheat.callables import copied, identical, modules_in
 
 
 def settled(
@@ -144,9 +51,9 @@ def settled(
     first = call()
     start()
     second = call()
-    if not _identical(first, second):
+    if not identical(first, second):
         change = relative_change(second, first)
-        if bool((change > tolerance_of(first.dtype, strict=True)).any()):
+        if bool((change > output_tolerance(first.dtype, strict=True)).any()):
             raise ValueError(_random_subject(subject))
     return first, start
 
@@ -254,7 +161,7 @@ class AttentionFunction:
             seen = permitted(mask, shape)
         if self.arguments.get("is_causal"):
             causal = causal_mask(*shape[-2:], alignment=alignment, device=seen.device)
-            seen = causal if mask is None else _unexpanded(mask) & causal
+            seen = causal if mask is None else permits(mask) & causal
         return seen.expand(shape)
 
     def explicit(self) -> AttentionFunction:
@@ -285,24 +192,12 @@ def _called(
         ) from error
 
 
-def copied(argument: Any) -> Any:
-    """Return a copy of a tensor, numbers that stand for several once; anything else itself."""
-    if not isinstance(argument, Tensor):
-        return argument
-    once = tuple(slice(0, 1) if step == 0 else slice(None) for step in argument.stride())
-    return argument.detach()[once].clone().expand(argument.shape)
-
-
-def _unexpanded(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > _FORBIDS
-
-
 def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
     """Where an attn_mask permits, expanded to `shape`.
 
     Args:
         mask: Boolean, True where a query may attend, or floats that are added
-            to the scores: those of -1e4 or less forbid.
+            to the scores, see `permits`.
         shape: (..., query_len, key_len)
 
     Raises:
@@ -316,7 +211,7 @@ def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
             "attend, or a tensor of floats that is added to the scores"
         )
     try:
-        return _unexpanded(mask).expand(shape)
+        return permits(mask).expand(shape)
     except RuntimeError:
         raise ValueError(
             f"attn_mask: shape {tuple(mask.shape)} does not broadcast to the scores {shape}"

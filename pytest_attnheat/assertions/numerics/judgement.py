@@ -23,8 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.scan import index_of
-from pytest_attnheat.failure import build_message
+from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.heatmaps.terminal import map_name
 
 _BLOCKS = (128, 64, 32, 16)

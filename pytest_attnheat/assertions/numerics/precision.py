@@ -13,17 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import (
-    AttentionFunction,
-    as_function,
-    as_input,
-    borrowed,
-)
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, as_input
 from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
 from pytest_attnheat.assertions.numerics.running import copies, gradients, handed, run_once
 from pytest_attnheat.assertions.numerics.terms import (
     Function,
-    LostRows,
     Options,
     Terms,
     check_inputs,
@@ -34,11 +28,11 @@ from pytest_attnheat.assertions.numerics.terms import (
 from pytest_attnheat.attention import oracle
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, permits
+from pytest_attnheat.callables import borrowed
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
-# What a float mask adds where it means to forbid, but is finite: -1e4, -1e9, finfo.min.
-_FORBIDS = -1e4
 
 
 def assert_matches_reference(
@@ -51,7 +45,7 @@ def assert_matches_reference(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    fully_masked: LostRows = "zero",
+    fully_masked: DeclaredFullyMasked = "zero",
     reference: Function | None = None,
     factor: float = 2.0,
     gradients: bool = True,
@@ -132,7 +126,7 @@ def assert_gradients_match(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-    fully_masked: LostRows = "zero",
+    fully_masked: DeclaredFullyMasked = "zero",
     reference: Function | None = None,
     factor: float = 2.0,
     training: bool = False,
@@ -237,7 +231,7 @@ def _noise(subject: AttentionFunction, options: Options) -> Tensor:
     mask = options.attn_mask
     if mask is None or not mask.is_floating_point():
         return torch.zeros((), dtype=torch.bool, device=subject.query.device)
-    return ~(permitted_keys(subject, options) & (mask > _FORBIDS)).any(-1)
+    return ~(permitted_keys(subject, options) & permits(mask)).any(-1)
 
 
 def _expected(

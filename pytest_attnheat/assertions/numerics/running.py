@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, borrowed, settled
+from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, settled
+from pytest_attnheat.callables import borrowed
 
 
 def run_once(

@@ -6,17 +6,17 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_input
 from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.scoring import broadcast, seed_number
-from pytest_attnheat.inputs import check_number
+from pytest_attnheat.attention.scoring import broadcast
+from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
+from pytest_attnheat.inputs import check_number, seed_number
 
-LostRows: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
 Function: TypeAlias = Callable[..., Any]
 
 
@@ -48,7 +48,7 @@ class Options:
 class Terms:
     """How it is judged."""
 
-    fully_masked: LostRows
+    fully_masked: DeclaredFullyMasked
     reference: Function | None
     factor: float
     gradients: bool
@@ -58,7 +58,7 @@ class Terms:
 
 def check_terms(options: Options, terms: Terms) -> None:
     """Refuse what is unknown, out of range or leaves nothing to compare with."""
-    if terms.fully_masked not in get_args(LostRows):
+    if terms.fully_masked not in get_args(DeclaredFullyMasked):
         raise ValueError(
             f"fully_masked: got {terms.fully_masked!r}; accepted are 'zero', 'uniform', 'nan' and "
             "'undefined'"

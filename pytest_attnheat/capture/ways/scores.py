@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.capture.record import HIDDEN_BELOW
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.capture.tags import Scores
 
 
@@ -94,9 +94,9 @@ def also_masked(scores: Scores, seen: Tensor) -> Scores:
 def _hides(fill: object) -> bool:
     """Whether scores that are overwritten by this get no weight."""
     if isinstance(fill, Tensor):
-        return fill.numel() > 0 and not fill.is_meta and bool((fill <= HIDDEN_BELOW).all())
+        return fill.numel() > 0 and not fill.is_meta and bool((fill <= HIDDEN_FROM).all())
     value = number_of(fill)
-    return value is not None and value <= HIDDEN_BELOW
+    return value is not None and value <= HIDDEN_FROM
 
 
 def number_of(value: object) -> float | None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.capture.record import AttentionRecord, CausalAlignment
+from pytest_attnheat.attention.vocabulary import Alignment
+from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping, without_factor
 from pytest_attnheat.capture.watching import Watcher
 
@@ -65,10 +66,10 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     )
 
 
-def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, CausalAlignment | None]:
+def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignment | None]:
     """What was given as a mask: permitted keys, something added, an alignment."""
     mask = given.get("attn_mask")
-    causal: CausalAlignment | None = "top_left" if given.get("is_causal") else None
+    causal: Alignment | None = "top_left" if given.get("is_causal") else None
     if mask is None:
         return None, None, causal
     variant = getattr(mask, "variant", None)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from pytest_attnheat.capture.record import HIDDEN_BELOW
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.capture.tags import Scores, Tag
 from pytest_attnheat.capture.watching import Watcher, Way
 from pytest_attnheat.capture.ways.products import Product, read_product, tell
@@ -344,7 +344,7 @@ def _overwritten(
         watcher.tags[source] = replace(tag, clean=clean)
     elif tag.scores is not None and not tag.weights:
         scores, fill = replace(tag.scores, exact=False), number_of(value)
-        if fill is not None and fill <= HIDDEN_BELOW:
+        if fill is not None and fill <= HIDDEN_FROM:
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
             scores = also_masked(tag.scores, seen)

@@ -1,0 +1,84 @@
+"""Going through tensors of any size in pieces of bounded size, and finding the way back.
+
+Pictures of NumPy arrays are cut here too, so that nothing imports torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import product
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+# The most that one step over a few queries may allocate.
+CHUNK_BYTES = 64 * 2**20
+
+
+def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
+    """Cut a shape into boxes of at most `limit` elements, in order.
+
+    Leading dimensions are cut first, trailing ones stay whole as long as they
+    fit, so that many tiny matrices make few boxes and one huge row several.
+
+    Args:
+        shape: Sizes, none of them zero.
+        limit: The most elements in a box, at least 1.
+
+    Yields:
+        One slice per dimension.
+    """
+    inner = 1
+    cut = len(shape)
+    while cut > 0 and inner * shape[cut - 1] <= limit:
+        cut -= 1
+        inner *= shape[cut]
+    whole = tuple(slice(0, size) for size in shape[cut:])
+    if cut == 0:
+        yield whole
+        return
+    steps = [*(range(size) for size in shape[: cut - 1])]
+    last = spans(shape[cut - 1], max(1, limit // inner))
+    for outer in product(*steps):
+        for span in last:
+            yield (*(slice(i, i + 1) for i in outer), span, *whole)
+
+
+def spans(size: int, step: int, *, multiple_of: int = 1) -> list[slice]:
+    """Cut a length into spans of at most `step`, of even length.
+
+    A length of 1025 in steps of 1024 makes 513 and 512, not 1024 and 1. No length at all is one
+    empty span, so that there is always something to concatenate.
+
+    Args:
+        size: The length.
+        step: The most in a span, at least 1.
+        multiple_of: What the length of each span but the last is a multiple of, even where that
+            is more than `step`.
+    """
+    units = -(-size // multiple_of)
+    most = max(1, step // multiple_of)
+    step = max(1, -(-units // max(1, -(-units // most)))) * multiple_of
+    return [slice(start, min(start + step, size)) for start in range(0, max(1, size), step)]
+
+
+def query_chunks(query_len: int, bytes_per_query: int) -> list[slice]:
+    """Split the queries so that one chunk needs at most CHUNK_BYTES, or holds one query."""
+    return spans(query_len, max(1, CHUNK_BYTES // max(1, bytes_per_query)))
+
+
+def index_of(flat: torch.Tensor | int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Return the index of an element counted through a whole shape."""
+    left = int(flat)
+    index: list[int] = []
+    for size in reversed(shape):
+        left, within = divmod(left, size)
+        index.insert(0, within)
+    return tuple(index)
+
+
+def index_within(box: Sequence[slice], flat: torch.Tensor | int) -> tuple[int, ...]:
+    """Return the index, in the whole tensor, of an element counted within a box."""
+    own = index_of(flat, [span.stop - span.start for span in box])
+    return tuple(span.start + i for span, i in zip(box, own, strict=True))

@@ -1,0 +1,50 @@
+"""Words that have one meaning everywhere, and the rule for when a mask of floats hides a key."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeAlias, cast, get_args
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.inputs import one_of
+
+# Where query 0 stands if lengths differ: at key 0, or so that the last query is at the last key.
+Alignment: TypeAlias = Literal["top_left", "bottom_right"]
+# What the weights of a query that may attend to no key are. `FullyMasked` is what one asserts;
+# code under test may also leave it open.
+FullyMasked: TypeAlias = Literal["zero", "uniform", "nan"]
+DeclaredFullyMasked: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
+# The side of a sequence that its padding is on.
+Side: TypeAlias = Literal["right", "left"]
+# What a mask means to the code that takes it: True where a query may attend, True where it may
+# not, or floats that are added to the scores.
+MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
+
+ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
+FULLY_MASKED: tuple[str, ...] = get_args(FullyMasked)
+DECLARED_FULLY_MASKED: tuple[str, ...] = get_args(DeclaredFullyMasked)
+SIDES: tuple[str, ...] = get_args(Side)
+MASK_MEANINGS: tuple[str, ...] = get_args(MaskMeaning)
+
+# A number this low in a mask of floats hides its key: -inf, finfo.min, -1e9, and -1e4, which
+# bfloat16 rounds to -9984. It is far below any score or bias that is meant to be felt: exp of it
+# is 0 in every dtype, and the steepest slope of ALiBi (0.5 for 8 heads) reaches it 18,000 keys
+# away.
+HIDDEN_FROM = -9e3
+
+
+def permits(mask: Tensor) -> Tensor:
+    """Return where a mask lets a query attend, boolean, of the shape of the mask.
+
+    Args:
+        mask: Boolean, True where a query may attend; or floats that are added to the scores, of
+            which `HIDDEN_FROM` and less hide. NaN hides nothing: it is felt.
+    """
+    return mask if mask.dtype == torch.bool else ~(mask <= HIDDEN_FROM)
+
+
+def check_fully_masked(value: object) -> FullyMasked:
+    """Return the declared meaning of a fully masked row; ValueError for any other."""
+    one_of("fully_masked", value, FULLY_MASKED)
+    return cast("FullyMasked", value)
