@@ -136,7 +136,7 @@ def test_a_wrong_marker_is_found_wherever_it_stands(pytester, where):
             def test_a(self): pass
     """)
     result = pytester.runpytest()
-    said = {"module": "batch must", "class": "heads must", "outer": "the attention marker takes"}
+    said = {"module": "batch: got", "class": "heads: got", "outer": "the attention marker takes"}
     result.stdout.fnmatch_lines(f"*::TestA::test_a: {said[where]}*")
     result.assert_outcomes(errors=1)
 
