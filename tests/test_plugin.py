@@ -96,8 +96,8 @@ def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
             "scoring=['additive', 'x']",
             "scoring: got 'x'; accepted is one of 'additive', *'bilinear'",
         ),
-        ("scoring=[]", "scoring is an empty list*"),
-        ("dtype=()", "dtype is an empty list*"),
+        ("scoring=[]", "*scoring: got []; accepted is one or more*"),
+        ("dtype=()", "*dtype: got (); accepted is one or more*"),
         ("dtype='float8'", "dtype: got 'float8'; accepted is one of 'float16', *"),
         ("mask='causal'", "mask: got 'causal'; accepted is one of 'causal_top_left', *"),
         ("mask=('padding', 3)", "mask: got 3; accepted is one of 'causal_top_left', *"),
@@ -209,9 +209,12 @@ def test_hooks_of_one_session_are_not_known_in_the_next(pytester):
     ("returned", "said"),
     [
         ('{"additive": lambda a, b, c: None}', "*the name 'additive' is taken (known: additive, *"),
-        ('{"a-b": lambda a, b, c: None}', "*must be letters, digits and underscores*'a-b'"),
-        ('{"cosine": lambda q, k: q}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
-        ('{"cosine": "cosine"}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
+        (
+            '{"a-b": lambda a, b, c: None}',
+            "*'a-b'; accepted is a str of letters, digits and underscores*",
+        ),
+        ('{"cosine": lambda q, k: q}', "*'cosine': got *factory(query_dim, key_dim, seed)*"),
+        ('{"cosine": "cosine"}', "*'cosine': got *factory(query_dim, key_dim, seed)*"),
     ],
 )
 def test_a_wrong_hook_is_an_error_at_collection(pytester, returned, said):

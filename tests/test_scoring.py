@@ -1,6 +1,9 @@
 """The scoring functions against plain Python loops, and the registry."""
 
 import math
+import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,7 +20,11 @@ from pytest_attnheat import (
 )
 from pytest_attnheat.attention import chunks, scoring
 
-NAMES = ("additive", "dot_product", "scaled_dot_product", "bilinear")
+NAMES = scoring.scoring_names()
+
+
+def test_the_names_of_the_four_scoring_functions_are_public():
+    assert {"additive", "dot_product", "scaled_dot_product", "bilinear"} <= set(NAMES)
 
 
 @pytest.fixture
@@ -30,6 +37,46 @@ def tensors(query_shape, key_shape, dtype=torch.float64):
     return (
         scoring.draw("test query", 1, *query_shape).to(dtype),
         scoring.draw("test key", 1, *key_shape).to(dtype),
+    )
+
+
+def random_shapes(draws):
+    """A few shapes, most of which broadcast."""
+    sizes = [draws.choice([1, 2, 3, 0]) for _ in range(4)]
+    return [
+        tuple(1 if draws.random() < 0.3 else size for size in sizes[draws.randrange(5) :])
+        if draws.random() < 0.8
+        else tuple(draws.choices([1, 2, 3], k=draws.randrange(4)))
+        for _ in range(draws.randrange(4))
+    ]
+
+
+def test_shapes_broadcast_as_those_of_pytorch():
+    draws, outcomes = random.Random(0), set()
+    for _ in range(2000):
+        shapes = random_shapes(draws)
+        try:
+            expected = torch.broadcast_shapes(*shapes)
+        except RuntimeError:
+            expected = None
+        outcomes.add(expected)
+        if expected is None:
+            with pytest.raises(RuntimeError):
+                scoring.broadcast(*shapes)
+        else:
+            assert scoring.broadcast(*shapes) == expected, shapes
+    assert None in outcomes
+    assert len(outcomes) > 50
+
+
+def test_a_case_is_made_without_what_torch_needs_for_symbols():
+    script = "import sys, pytest_attnheat as a; a.make_attention(kind='max_pooling')"
+    names = "{'sympy', 'torch._dynamo', 'torch._inductor'}"
+    # What `import torch` loads by itself is none of our business.
+    subprocess.run(
+        [sys.executable, "-c", f"import torch; {script}; assert not {names} & set(sys.modules)"],
+        check=True,
+        timeout=120,
     )
 
 
@@ -220,12 +267,22 @@ def test_additive_never_holds_the_whole_hidden_layer(monkeypatch, grad):
 @pytest.mark.parametrize(
     ("module", "query_shape", "key_shape", "said"),
     [
-        (DotProductScore(), (4, 3), (5, 2), r"one width.*\(4, 3\).*\(5, 2\)"),
-        (ScaledDotProductScore(), (4, 0), (5, 0), r"1 or more.*\(4, 0\)"),
-        (AdditiveScore(3), (4, 3), (5, 2), r"query_dim 3 and key_dim 3.*\(5, 2\)"),
-        (BilinearScore(3, 2), (4, 2), (5, 3), r"query_dim 3 and key_dim 2.*\(4, 2\).*\(5, 3\)"),
-        (DotProductScore(), (3,), (5, 3), r"query must be \(\.\.\., length, width\).*\(3,\)"),
-        (BilinearScore(3), (2, 4, 3), (5, 4, 3), r"leading dimensions.*\(2, 4, 3\).*\(5, 4, 3\)"),
+        (DotProductScore(), (4, 3), (5, 2), r"\(4, 3\) and \(5, 2\); .*one width"),
+        (ScaledDotProductScore(), (4, 0), (5, 0), r"\(4, 0\).*1 or more"),
+        (AdditiveScore(3), (4, 3), (5, 2), r"\(5, 2\); .*query_dim 3 and key_dim 3"),
+        (
+            BilinearScore(3, 2),
+            (4, 2),
+            (5, 3),
+            r"\(4, 2\) and \(5, 3\); .*query_dim 3 and key_dim 2",
+        ),
+        (DotProductScore(), (3,), (5, 3), r"query: got shape \(3,\).*\(\.\.\., length, width\)"),
+        (
+            BilinearScore(3),
+            (2, 4, 3),
+            (5, 4, 3),
+            r"query, key: got shapes \(2, 4, 3\) and \(5, 4, 3\); .*leading dimensions",
+        ),
     ],
     ids=str,
 )
@@ -237,9 +294,9 @@ def test_shapes_that_do_not_fit_are_named(module, query_shape, key_shape, said):
 @pytest.mark.parametrize("name", NAMES)
 def test_integers_and_arrays_are_no_queries(name):
     module = scoring.make_scoring(name, 3)
-    with pytest.raises(TypeError, match=r"query must hold floating point.*int64"):
+    with pytest.raises(TypeError, match=r"query: got dtype int64; .*floating point"):
         module(torch.ones(4, 3, dtype=torch.int64), torch.ones(4, 3))
-    with pytest.raises(TypeError, match=r"key must be a torch\.Tensor; got ndarray"):
+    with pytest.raises(TypeError, match=r"key: got ndarray; accepted is a torch\.Tensor"):
         module(torch.ones(4, 3), torch.ones(4, 3).numpy())
 
 
@@ -304,7 +361,7 @@ def test_register_is_a_decorator_too_and_hands_the_factory_its_sizes():
 
 @pytest.mark.usefixtures("registry")
 def test_a_taken_name_is_an_error_unless_replaced():
-    with pytest.raises(ValueError, match=r"'additive' is already.*bilinear.*replace=True"):
+    with pytest.raises(ValueError, match=r"'additive', which is taken; .*bilinear.*replace=True"):
         register_scoring_function("additive", lambda *sizes: halves)
     register_scoring_function("additive", lambda *sizes: halves, replace=True)
     assert scoring.make_scoring("additive", 3) is halves
@@ -327,7 +384,9 @@ def test_a_scoring_function_in_place_of_its_factory_is_refused(factory):
 
 
 def test_a_decorator_without_a_name_says_what_is_missing():
-    with pytest.raises(TypeError, match="registered under a name"):
+    with pytest.raises(
+        TypeError, match=r"name of a scoring function: got <function .* accepted is a str"
+    ):
 
         @register_scoring_function
         def mine(query_dim, key_dim, seed):
@@ -337,7 +396,7 @@ def test_a_decorator_without_a_name_says_what_is_missing():
 @pytest.mark.usefixtures("registry")
 def test_a_factory_that_returns_no_function_is_named():
     register_scoring_function("wrong", lambda query_dim, key_dim, seed: None)
-    with pytest.raises(TypeError, match="factory of scoring function 'wrong' must return"):
+    with pytest.raises(TypeError, match="factory of scoring function 'wrong' returns: got None"):
         scoring.make_scoring("wrong", 3)
 
 

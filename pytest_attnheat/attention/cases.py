@@ -10,6 +10,7 @@ from torch import Tensor
 from pytest_attnheat.attention.reference import (
     KINDS,
     Kind,
+    boolean_mask,
     causal_mask,
     checked_scores,
     padding_mask,
@@ -24,7 +25,7 @@ from pytest_attnheat.attention.scoring import (
     scoring_names,
 )
 from pytest_attnheat.attention.vocabulary import FULLY_MASKED, FullyMasked
-from pytest_attnheat.inputs import one_of, positive, seed_number
+from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
 
 MaskBuilder = Callable[[int, int], Tensor]
 MaskChoice = str | Tensor | MaskBuilder
@@ -79,8 +80,8 @@ class AttentionCase:
                 ("mask", self.mask),
             )
         )
-        dtype = str(self.dtype).removeprefix("torch.")
-        return f"<AttentionCase {self.scoring} {dtype} {self.device} seed {self.seed}: {shapes}>"
+        made = f"{self.scoring} {dtype_name(self.dtype)} {self.device} seed {self.seed}"
+        return f"<AttentionCase {made}: {shapes}>"
 
 
 def make_attention(
@@ -178,7 +179,7 @@ def make_attention(
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """Return a supported dtype, given itself or its name; ValueError lists the known ones."""
-    name = str(dtype).removeprefix("torch.") if isinstance(dtype, torch.dtype) else dtype
+    name = dtype_name(dtype) if isinstance(dtype, torch.dtype) else dtype
     one_of("dtype", name, DTYPES)
     return getattr(torch, name)  # type: ignore[no-any-return]
 
@@ -204,7 +205,7 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
         if name in SIZES and not (name == "value_dim" and given is None):
             positive(name, given)
         if name in ("scoring", "dtype") and not several(given):
-            raise ValueError(f"{name} is an empty list: there would be nothing to test")
+            raise ValueError(misuse(name, repr(given), "one or more"))
     for scoring in several(options.get("scoring", [])):
         one_of("scoring", scoring, scorings)
     for dtype in several(options.get("dtype", [])):
@@ -247,10 +248,4 @@ def _one_mask(choice: Any, batch: int, query_len: int, key_len: int) -> Tensor:
             return sliding_window_mask(
                 query_len, key_len, window=(2, 2), alignment="top_left", device="cpu"
             )
-    built = choice if isinstance(choice, Tensor) else choice(query_len, key_len)
-    if not isinstance(built, Tensor) or built.dtype != torch.bool:
-        given = built.dtype if isinstance(built, Tensor) else type(built).__name__
-        raise TypeError(
-            f"mask must be a boolean torch.Tensor, True where a query may attend; got {given}"
-        )
-    return built
+    return boolean_mask(choice if isinstance(choice, Tensor) else choice(query_len, key_len))

@@ -24,7 +24,7 @@ from torch import Tensor
 from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.reference import causal_mask, padding_mask, sliding_window_mask
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.inputs import one_of, positive, seed_number
+from pytest_attnheat.inputs import dtype_name, one_of, positive, seed_number
 
 # Where a case does not say otherwise. Twelve is no power of two, and no block size.
 _LENGTH, _WIDTH = 12, 16
@@ -65,7 +65,7 @@ class HardCase:
     def __repr__(self) -> str:
         """Name the case, its dtype and its shapes."""
         shapes = ", ".join(str(tuple(t.shape)) for t in (self.query, self.key, self.value))
-        return f"<HardCase {self.name} {self.query.dtype} {shapes}: {self.why}>"
+        return f"<HardCase {self.name} {dtype_name(self.query)} {shapes}: {self.why}>"
 
 
 @dataclass

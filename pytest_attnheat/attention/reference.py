@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.attention.scoring import Scoring, broadcast, leading_shape, make_scoring
+from pytest_attnheat.attention.scoring import (
+    Scoring,
+    broadcast,
+    leading_shape,
+    make_scoring,
+    mismatch,
+)
 from pytest_attnheat.attention.vocabulary import (
     ALIGNMENTS,
     FULLY_MASKED,
@@ -20,7 +26,7 @@ from pytest_attnheat.attention.vocabulary import (
     FullyMasked,
     Side,
 )
-from pytest_attnheat.inputs import one_of, positive
+from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive
 
 Kind = Literal["soft", "hard", "max_pooling", "gating"]
 
@@ -81,11 +87,12 @@ def sliding_window_mask(
         TypeError: A length is not a whole number, or `window` is not a pair of them.
         ValueError: A length is below 1, a side of the window below 0, or the alignment unknown.
     """
+    wrong = misuse("window", repr(window), "a pair (left, right) of whole numbers from 0")
     if not (isinstance(window, (tuple, list)) and [type(side) for side in window] == [int, int]):
-        raise TypeError(f"window must be a pair of whole numbers (left, right); got {window!r}")
+        raise TypeError(wrong)
     left, right = window
     if left < 0 or right < 0:
-        raise ValueError(f"both sides of window must be at least 0; got {window!r}")
+        raise ValueError(wrong)
     query_at, key_at = _positions(query_len, key_len, alignment, device)
     return (key_at >= query_at - left) & (key_at <= query_at + right)
 
@@ -131,12 +138,13 @@ def padding_mask(
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
     real = torch.as_tensor(lengths, device=device)
+    accepted = f"whole numbers from 0 to key_len {key_len}, (batch,), one or more"
     if real.ndim != 1 or real.numel() == 0:
-        raise ValueError(f"lengths must be (batch,), one or more; got shape {tuple(real.shape)}")
+        raise ValueError(misuse("lengths", f"shape {tuple(real.shape)}", accepted))
     if real.is_floating_point() or real.is_complex() or real.dtype == torch.bool:
-        raise TypeError(f"lengths must be whole numbers; got {real.dtype}")
+        raise TypeError(misuse("lengths", f"dtype {dtype_name(real)}", accepted))
     if bool(((real < 0) | (real > key_len)).any()):
-        raise ValueError(f"lengths must be from 0 to key_len {key_len}; got {real.tolist()}")
+        raise ValueError(misuse("lengths", real.tolist(), accepted))
     key_at = torch.arange(key_len, device=device)
     real = real.unsqueeze(-1)
     mask = key_at < real if side == "right" else key_at >= key_len - real
@@ -221,15 +229,10 @@ def attend(
     """
     leading_shape(query=query, key=key, value=value)
     if key.shape[-2] != value.shape[-2]:
-        raise ValueError(
-            f"key and value must have the same length; got key {tuple(key.shape)} and value "
-            f"{tuple(value.shape)}"
-        )
+        raise ValueError(mismatch("one length for both", key=key, value=value))
     if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(
-            f"query, key and value must have one dtype; got {query.dtype}, {key.dtype} and "
-            f"{value.dtype}"
-        )
+        dtypes = " and ".join(map(dtype_name, (query, key, value)))
+        raise TypeError(misuse("query, key, value", f"dtypes {dtypes}", "one dtype for all"))
     if isinstance(score, str):
         widths = query.shape[-1], key.shape[-1]
         score = make_scoring(score, *widths, device=query.device, dtype=query.dtype)
@@ -243,11 +246,11 @@ def checked_scores(score: Scoring, query: Tensor, key: Tensor) -> Tensor:
     expected = (*leading, query.shape[-2], key.shape[-2])
     scores = score(query, key)
     if not isinstance(scores, Tensor) or scores.shape != expected:
-        given = tuple(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        raise ValueError(
-            f"the scoring function must return scores {expected} for query "
-            f"{tuple(query.shape)} and key {tuple(key.shape)}; got {given}"
+        given = (
+            f"shape {tuple(scores.shape)}" if isinstance(scores, Tensor) else type(scores).__name__
         )
+        accepted = f"scores {expected} for query {tuple(query.shape)} and key {tuple(key.shape)}"
+        raise ValueError(misuse("what the scoring function returns", given, accepted))
     return scores
 
 
@@ -264,7 +267,7 @@ def weigh(
     one_of("kind", kind, KINDS)
     one_of("fully_masked", fully_masked, FULLY_MASKED)
     if value.shape[-1] == 0:
-        raise ValueError(f"value must have at least one channel; got {tuple(value.shape)}")
+        raise ValueError(misuse("value", f"shape {tuple(value.shape)}", "one channel or more"))
     if kind == "max_pooling":
         return _max_pooling(value, permitted, fully_masked)
     if kind == "soft":
@@ -280,21 +283,25 @@ def _permitted(scores: Tensor, mask: Tensor | None) -> Tensor:
     """The mask in the shape of the scores, after checking both."""
     leading_shape(scores=scores)
     if scores.shape[-1] == 0:
-        raise ValueError(f"there is no key to attend to: scores are {tuple(scores.shape)}")
+        raise ValueError(misuse("scores", f"shape {tuple(scores.shape)}", "one key or more"))
     if mask is None:
         mask = torch.ones((), dtype=torch.bool, device=scores.device)
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(
-            f"mask must be a boolean torch.Tensor, True where a query may attend; got {given}. "
-            f"A mask that is added to the scores becomes one by `mask == 0`"
-        )
+    mask = boolean_mask(mask)
     try:
         return mask.expand(scores.shape)
     except RuntimeError:
-        raise ValueError(
-            f"mask {tuple(mask.shape)} does not broadcast to scores {tuple(scores.shape)}"
-        ) from None
+        accepted = f"one that broadcasts to the scores {tuple(scores.shape)}"
+        raise ValueError(misuse("mask", f"shape {tuple(mask.shape)}", accepted)) from None
+
+
+def boolean_mask(mask: object) -> Tensor:
+    """Return a mask as it is; TypeError unless it is a boolean tensor."""
+    if isinstance(mask, Tensor) and mask.dtype == torch.bool:
+        return mask
+    given = f"dtype {dtype_name(mask)}" if isinstance(mask, Tensor) else type(mask).__name__
+    accepted = "a boolean torch.Tensor, True where a query may attend"
+    advice = "A mask that is added to the scores becomes one by `mask == 0`"
+    raise TypeError(f"{misuse('mask', given, accepted)}. {advice}")
 
 
 def _fill_fully_masked(weights: Tensor, permitted: Tensor, fully_masked: str) -> Tensor:

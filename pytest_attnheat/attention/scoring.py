@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pytest_attnheat.attention.chunks import query_chunks
-from pytest_attnheat.inputs import one_of, positive, seed_number
+from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
 
 Scoring = Callable[[Tensor, Tensor], Tensor]
 ScoringFactory = Callable[[int, int, int], Scoring]
@@ -46,8 +46,20 @@ def draw(stream: str, seed: int, *shape: int) -> Tensor:
 
 
 def broadcast(*shapes: Sequence[int]) -> torch.Size:
-    """Return `torch.broadcast_shapes(*shapes)`, typed."""
-    return torch.Size(torch.broadcast_shapes(*shapes))  # type: ignore[no-untyped-call]
+    """Return the shape that shapes broadcast to; RuntimeError where they do not.
+
+    `torch.broadcast_shapes` imports sympy on its first call, which takes a third of a second.
+    """
+    scalar = torch.empty((), device="cpu")  # expanded to any shape, it takes no memory
+    expanded = [scalar.expand(tuple(shape)) for shape in shapes]
+    together = torch.broadcast_tensors(scalar, *expanded)  # type: ignore[no-untyped-call]
+    return torch.Size(together[0].shape)
+
+
+def mismatch(accepted: str, **tensors: Tensor) -> str:
+    """Return the text of an error about the shapes of named tensors, taken together."""
+    shapes = " and ".join(str(tuple(tensor.shape)) for tensor in tensors.values())
+    return misuse(", ".join(tensors), f"shapes {shapes}", accepted)
 
 
 def leading_shape(**tensors: Tensor) -> torch.Size:
@@ -57,18 +69,18 @@ def leading_shape(**tensors: Tensor) -> torch.Size:
         TypeError: An argument is not a tensor of floating point numbers.
         ValueError: A tensor has fewer than two dimensions, or they do not broadcast.
     """
+    accepted = "a torch.Tensor of floating point numbers, (..., length, width)"
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor; got {type(tensor).__name__}")
+            raise TypeError(misuse(name, type(tensor).__name__, accepted))
         if not tensor.is_floating_point():
-            raise TypeError(f"{name} must hold floating point numbers; got {tensor.dtype}")
+            raise TypeError(misuse(name, f"dtype {dtype_name(tensor)}", accepted))
         if tensor.ndim < 2:
-            raise ValueError(f"{name} must be (..., length, width); got {tuple(tensor.shape)}")
+            raise ValueError(misuse(name, f"shape {tuple(tensor.shape)}", accepted))
     try:
         return broadcast(*(tensor.shape[:-2] for tensor in tensors.values()))
     except RuntimeError:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(f"leading dimensions do not broadcast: {shapes}") from None
+        raise ValueError(mismatch("leading dimensions that broadcast", **tensors)) from None
 
 
 class _ParametricScore(nn.Module):
@@ -86,10 +98,9 @@ class _ParametricScore(nn.Module):
     def _check(self, query: Tensor, key: Tensor) -> torch.Size:
         leading = leading_shape(query=query, key=key)
         if (query.shape[-1], key.shape[-1]) != (self.query_dim, self.key_dim):
-            raise ValueError(
-                f"{type(self).__name__} was made for query_dim {self.query_dim} and key_dim "
-                f"{self.key_dim}; got query {tuple(query.shape)} and key {tuple(key.shape)}"
-            )
+            made_for = f"query_dim {self.query_dim} and key_dim {self.key_dim}"
+            accepted = f"{made_for}, which this {type(self).__name__} was made for"
+            raise ValueError(mismatch(accepted, query=query, key=key))
         return leading
 
 
@@ -229,10 +240,8 @@ class ScaledDotProductScore(nn.Module):
 def _same_width(module: nn.Module, query: Tensor, key: Tensor) -> None:
     leading_shape(query=query, key=key)
     if query.shape[-1] != key.shape[-1] or query.shape[-1] == 0:
-        raise ValueError(
-            f"{type(module).__name__} needs queries and keys of one width, 1 or more; "
-            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
-        )
+        accepted = f"one width, 1 or more, for both in {type(module).__name__}"
+        raise ValueError(mismatch(accepted, query=query, key=key))
 
 
 class BilinearScore(_ParametricScore):
@@ -315,9 +324,9 @@ def register_scoring_function(name: str, factory: Any = None, *, replace: bool =
     """
     check_scoring_name(name)
     if not replace and name in _factories:
+        known = ", ".join(map(repr, _factories))
         raise ValueError(
-            f"scoring function {name!r} is already registered (known: "
-            f"{', '.join(_factories)}); pass replace=True to replace it"
+            misuse("name", f"{name!r}, which is taken", f"none of {known}; or replace=True")
         )
 
     def register(factory: _Factory) -> _Factory:
@@ -330,20 +339,20 @@ def register_scoring_function(name: str, factory: Any = None, *, replace: bool =
 
 def check_scoring_name(name: object) -> None:
     """Raise TypeError or ValueError unless `name` is an ASCII identifier."""
+    accepted = "a str of letters, digits and underscores that does not start with a digit"
+    text = misuse("name of a scoring function", repr(name), accepted)
     if not isinstance(name, str):
-        raise TypeError(f"a scoring function is registered under a name (str); got {name!r}")
+        raise TypeError(text)
     if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
-        raise ValueError(
-            f"the name of a scoring function must be letters, digits and underscores, "
-            f"not starting with a digit; got {name!r}"
-        )
+        raise ValueError(text)
 
 
 def check_factory(name: str, factory: object) -> None:
     """Raise TypeError unless `factory(query_dim, key_dim, seed)` is a possible call."""
-    wanted = f"scoring function {name!r} needs a factory(query_dim, key_dim, seed)"
+    what = f"factory of scoring function {name!r}"
+    accepted = "a callable factory(query_dim, key_dim, seed) that returns the scoring function"
     if not callable(factory) or isinstance(factory, nn.Module):
-        raise TypeError(f"{wanted}; got {factory!r}")
+        raise TypeError(misuse(what, repr(factory), accepted))
     try:
         signature = inspect.signature(factory)
     except ValueError:  # some callables written in C have none to check
@@ -351,9 +360,8 @@ def check_factory(name: str, factory: object) -> None:
     try:
         signature.bind(1, 1, 0)
     except TypeError:
-        raise TypeError(
-            f"{wanted} that returns the scoring function; got {factory!r}, which takes {signature}"
-        ) from None
+        got = f"{factory!r}, which takes {signature}"
+        raise TypeError(misuse(what, got, accepted)) from None
 
 
 def scoring_names(extra: Mapping[str, ScoringFactory] | None = None) -> tuple[str, ...]:
@@ -391,7 +399,10 @@ def make_scoring(
     scoring = factory(query_dim, query_dim if key_dim is None else key_dim, seed)
     if not callable(scoring):
         raise TypeError(
-            f"the factory of scoring function {name!r} must return an nn.Module or a function "
-            f"(query, key) -> scores; got {scoring!r}"
+            misuse(
+                f"what the factory of scoring function {name!r} returns",
+                repr(scoring),
+                "an nn.Module or a function (query, key) -> scores",
+            )
         )
     return scoring.to(device, dtype) if isinstance(scoring, nn.Module) else scoring

@@ -45,7 +45,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pytest_attnheat.inputs import dtype_name, wide_dtype
+from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
 
 if TYPE_CHECKING:  # pictures are compared without torch
     import torch
@@ -78,11 +78,12 @@ def row_tolerance(dtype: torch.dtype, key_len: int) -> float:
     tolerance = row_rounding(dtype, key_len)
     if tolerance >= _MEANINGLESS:
         name = dtype_name(dtype)
-        raise ValueError(
-            f"{name} is too coarse to tell whether a row of {key_len} weights sums to 1 (rounding "
-            f"alone may be off by {tolerance:.2g}); check the weights before they are cast to "
-            f"{name}, or pass tolerance="
+        got = (
+            f"{name}, which is too coarse to tell whether a row of {key_len} weights sums to 1 "
+            f"(rounding alone may be off by {tolerance:.2g})"
         )
+        advice = f"Check the weights before they are cast to {name}, or pass tolerance="
+        raise ValueError(f"{misuse('weights', got, 'a finer dtype')}. {advice}")
     return tolerance
 
 
