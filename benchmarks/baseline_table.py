@@ -23,7 +23,7 @@ from environments import VERSIONS, make, run
 from matplotlib.testing.compare import compare_images
 
 from pytest_attnheat import show_heatmaps
-from pytest_attnheat.baselines import verdict as baselines
+from pytest_attnheat.baselines import judging
 
 Weights = npt.NDArray[np.float32]
 
@@ -108,11 +108,11 @@ def defects_table(folder: Path) -> bool:
             broken = weights.copy()
             defect(broken)
             baseline, other = folder / "baseline.png", folder / "other.png"
-            baselines.save(draw(weights), baseline)
+            judging.save(draw(weights), baseline)
             figure = draw(broken)
-            baselines.save(figure, other)
+            judging.save(figure, other)
             by_mpl = seen_by_mpl(baseline, other)
-            by_us = not baselines.check(figure, baseline, folder / "work").passed
+            by_us = not judging.check(figure, baseline, folder / "work").passed
             complete &= by_us
             cells.append(f"{_word(by_mpl)} / {_word(by_us)}")
         print(f"| {name} | " + " | ".join(cells) + " |")
@@ -131,7 +131,7 @@ def compare_with_others(folder: Path, own: str) -> dict[str, dict[str, list[bool
     for version in VERSIONS:
         for name, figure in figures().items():
             baseline = folder / version / f"{name}.png"
-            alarm = not baselines.check(figure, baseline, folder / "work" / own).passed
+            alarm = not judging.check(figure, baseline, folder / "work" / own).passed
             by_mpl = seen_by_mpl(baseline, folder / own / f"{name}.png")
             found.setdefault(version, {})[name] = [by_mpl, alarm]
     return found
@@ -142,7 +142,7 @@ def draw_all(folder: Path, own: str) -> None:
     from panel_figures import figures
 
     for name, figure in figures().items():
-        baselines.save(figure, folder / own / f"{name}.png")
+        judging.save(figure, folder / own / f"{name}.png")
 
 
 def versions_table(folder: Path) -> bool:

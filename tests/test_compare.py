@@ -14,7 +14,7 @@ import torch
 from matplotlib.figure import Figure
 
 from pytest_attnheat import read_heatmaps, show_heatmaps
-from pytest_attnheat.baselines import verdict as baselines
+from pytest_attnheat.baselines import judging
 from pytest_attnheat.baselines.compare import compare_data
 from pytest_attnheat.heatmaps import record
 
@@ -33,9 +33,9 @@ def draw(weights, **options):
 
 def verdict(tmp_path, before, after, kind="png", tolerance=None):
     baseline = tmp_path / f"baseline.{kind}"
-    baselines.save(before, baseline)
+    judging.save(before, baseline)
     (tmp_path / "work").mkdir(exist_ok=True)
-    return baselines.check(after, baseline, tmp_path / "work", tolerance)
+    return judging.check(after, baseline, tmp_path / "work", tolerance)
 
 
 def last(weights):
@@ -257,8 +257,8 @@ def test_other_text_passes_where_another_matplotlib_drew_it_and_fails_where_not(
     assert verdict(tmp_path, other, figure(), kind).status == "panels"
     with monkeypatch.context() as patch:
         patch.setattr(record.matplotlib, "__version__", "3.8.4")
-        baselines.save(other, tmp_path / f"baseline.{kind}")
-    found = baselines.check(figure(), tmp_path / f"baseline.{kind}", tmp_path / "work")
+        judging.save(other, tmp_path / f"baseline.{kind}")
+    found = judging.check(figure(), tmp_path / f"baseline.{kind}", tmp_path / "work")
     assert (found.status, found.drawn_by) == ("text", "3.8.4")
     assert found.passed
 
@@ -292,14 +292,14 @@ def test_a_failure_leaves_expected_actual_and_difference_in_one_picture(tmp_path
 @pytest.mark.parametrize("content", [b"", b"\x89PNG\r\n\x1a\nxx", b"GIF89a"])
 def test_a_damaged_baseline_is_an_error_that_says_so(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)
-    found = baselines.check(draw(softmax(1, 1, 4, 4)), tmp_path / "a.png", tmp_path)
+    found = judging.check(draw(softmax(1, 1, 4, 4)), tmp_path / "a.png", tmp_path)
     assert found.status == "unreadable"
     assert found.reason
 
 
 def test_a_baseline_is_never_half_written(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
-    baselines.save(draw(softmax(1, 1, 4, 4)), path)
+    judging.save(draw(softmax(1, 1, 4, 4)), path)
     whole = path.read_bytes()
 
     def fails(self, name, **options):
@@ -308,7 +308,7 @@ def test_a_baseline_is_never_half_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, "savefig", fails)
     with pytest.raises(KeyboardInterrupt):
-        baselines.save(draw(softmax(1, 1, 4, 4)), path)
+        judging.save(draw(softmax(1, 1, 4, 4)), path)
     assert path.read_bytes() == whole
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
 
@@ -368,25 +368,27 @@ def test_another_image_of_an_svg_is_held_too(tmp_path):
 
 def test_a_baseline_that_pretends_to_be_enormous_is_unreadable(tmp_path):
     baseline = tmp_path / "a.png"
-    baselines.save(draw(softmax(1, 1, 4, 4)), baseline)
+    judging.save(draw(softmax(1, 1, 4, 4)), baseline)
     data = bytearray(baseline.read_bytes())
     data[16:24] = (20_000).to_bytes(4, "big") * 2
     data[29:33] = zlib.crc32(data[12:29]).to_bytes(4, "big")
     baseline.write_bytes(data)
-    assert baselines.check(draw(softmax(1, 1, 4, 4)), baseline, tmp_path).status == "unreadable"
+    assert judging.check(draw(softmax(1, 1, 4, 4)), baseline, tmp_path).status == "unreadable"
 
 
 def test_a_process_that_is_killed_while_it_writes_leaves_a_whole_baseline(tmp_path):
     path = tmp_path / "a.png"
     program = (
-        "import sys, pathlib, numpy as np; from pytest_attnheat import baselines, show_heatmaps\n"
+        "import sys, pathlib, numpy as np; from pytest_attnheat import show_heatmaps\n"
+        "from pytest_attnheat.baselines import judging\n"
         "while True:\n"
         "    for size in (3, 4):\n"
         "        figure = show_heatmaps(np.eye(size), 'k', 'q')\n"
-        "        baselines.save(figure, pathlib.Path(sys.argv[1]))\n"
+        "        judging.save(figure, pathlib.Path(sys.argv[1]))\n"
     )
     with subprocess.Popen([sys.executable, "-c", program, str(path)]) as process:
         while not path.exists():
+            assert process.poll() is None
             time.sleep(0.01)
         for _ in range(200):
             assert read_heatmaps(path).values.sum() in (3, 4)

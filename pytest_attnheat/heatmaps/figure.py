@@ -15,9 +15,8 @@ from matplotlib.figure import Figure
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest
-from pytest_attnheat.heatmaps.picture import Picture
+from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import encode, metadata_of
-from pytest_attnheat.heatmaps.sheet import Shown
 from pytest_attnheat.heatmaps.writing import Design, Words
 
 # Attention compresses well at any level; a higher one mostly takes time.

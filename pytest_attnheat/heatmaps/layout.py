@@ -2,7 +2,7 @@
 
 A cell that is a whole number of pixels, placed at a whole pixel, is drawn alike by every
 version of matplotlib. So the layout is plain integer arithmetic: it knows how wide texts are
-only through numbers that do not depend on how they are rasterised (see `labels`).
+only through numbers that do not depend on how they are rasterised (see `writing`).
 
 Positions count pixels from the left and from the top of the figure.
 """

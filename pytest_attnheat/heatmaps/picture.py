@@ -1,16 +1,67 @@
-"""One artist that draws the whole picture, composed anew for every size and resolution."""
+"""A picture: what it shows, composed anew for every size and resolution, and drawn.
+
+Everything is one artist, so that its pixels and its texts move together.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
 from matplotlib.artist import Artist
 from matplotlib.backend_bases import RendererBase
+from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
 
-from pytest_attnheat.heatmaps.sheet import Sheet, Shown, compose
+from pytest_attnheat.heatmaps import colors
+from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
+from pytest_attnheat.heatmaps.maps import Cells, pool_cells
+from pytest_attnheat.heatmaps.writing import (
+    BAR_TICKS,
+    Design,
+    Label,
+    Lettering,
+    Pen,
+    round_up,
+)
 
 # What tells the image of a picture from others in an SVG.
 IMAGE_ID = "attnheat-panels"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Everything that a picture shows, independent of its size.
+
+    Attributes:
+        design: what it consists of.
+        cells: the values.
+        scale: the range of the colours.
+        cmap: the colours.
+        highlight: outlined places (row, column, query) or (row, column, query, key).
+        dtype: the dtype that the values were given in, by name.
+    """
+
+    design: Design
+    cells: Cells
+    scale: colors.Scale
+    cmap: str | Colormap
+    highlight: Sequence[tuple[int, ...]]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A picture for one size: pixels, and texts placed in pixels from the top left."""
+
+    layout: Layout
+    image: colors.Image
+    texts: list[Text]
 
 
 class Picture(Artist):
@@ -76,3 +127,207 @@ class Picture(Artist):
     def get_tightbbox(self, renderer: RendererBase | None = None) -> Bbox:
         """Return the whole figure."""
         return self.get_window_extent(renderer)
+
+
+def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
+    """Compose a picture of `size` pixels.
+
+    Raises:
+        ValueError: The size has no room for what must be shown.
+    """
+    design = shown.design
+    grid = (shown.cells.values.shape[2], shown.cells.values.shape[3])
+    notes = len(_notes(shown.cells, shown.scale))
+    layout, turned = design.plan(grid, size, dpi, notes=notes)
+    if layout.block != (1, 1) and shown.cells.block == (1, 1):
+        layout, turned = design.plan(grid, size, dpi, notes=notes + 1)
+    # A figure drawn smaller than it was made for is pooled once more.
+    cells = pool_cells(shown.cells, layout.block)
+    boxes = [_box(place, cells.block, layout) for place in shown.highlight]
+    image = colors.paint(cells, shown.scale, shown.cmap, layout, boxes)
+    pen = Pen(layout.em, dpi, design.words.lettering)
+    _write_names(pen, design, layout, _notes(cells, shown.scale))
+    _write_ticks(pen, image, design, layout, turned=turned)
+    if layout.bar is not None:
+        _write_bar(pen, image, layout.bar, shown.scale, layout.em)
+    if not shown.scale.shared:
+        _write_ranges(pen, shown.scale, layout)
+    if design.words.number_format is not None:
+        _write_numbers(pen, shown, cells, layout)
+    return Sheet(layout, image, pen.texts)
+
+
+def _notes(cells: Cells, scale: colors.Scale) -> list[str]:
+    """Say what the colours do not: pooling, what is not a number, weight where none may be."""
+    notes = []
+    if cells.block != (1, 1):
+        queries, keys = cells.block
+        notes.append(f"cell = max of {queries}\N{MULTIPLICATION SIGN}{keys} weights")
+    missing = int((np.isnan(cells.values) & ~cells.masked).sum())
+    if missing:
+        notes.append(f"NaN in {missing} cell{'s' * (missing > 1)} (blue)")
+    leaks = int(colors.leaking(cells, scale).sum())
+    if leaks:
+        notes.append(f"{leaks} masked cell{'s hold' if leaks > 1 else ' holds'} weight")
+    return notes
+
+
+def _box(place: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
+    """Return where a cell (row, column, query, key) or a whole query of them is drawn."""
+    row, column, query = place[:3]
+    top = layout.tops[row] + query // block[0] * layout.cell[1]
+    if len(place) == 3:
+        return Box(layout.lefts[column], top, layout.panel[0], layout.cell[1])
+    left = layout.lefts[column] + place[3] // block[1] * layout.cell[0]
+    return Box(left, top, *layout.cell)
+
+
+def _write_names(pen: Pen, design: Design, layout: Layout, notes: list[str]) -> None:
+    words, area, (width, height) = design.words, layout.area, layout.size
+    middle, centre = area.left + area.width / 2, area.top + area.height / 2
+    pen.across(words.xlabel, middle, layout.xlabel, width, width)
+    # The query axis' name ends above the line that has the key axis' name.
+    above = layout.xlabel - LINE / 2 * layout.em
+    pen.down(words.ylabel, layout.ylabel, centre, above, above)
+    pen.across(words.title or "", middle, layout.title, width, width)
+    for line, note in enumerate(notes):
+        y = layout.notes + line * SMALL * LINE * layout.em
+        pen.across(note, middle, y, width, width, SMALL)
+    # A title alone in its line may be wider than its panel.
+    room = width if len(layout.lefts) == 1 else _pitch(layout.lefts, layout.panel[0])
+    for left, text in zip(layout.lefts, words.column_titles or (), strict=False):
+        pen.across(text, left + layout.panel[0] / 2, layout.column_titles, room, width)
+    room = height if len(layout.tops) == 1 else _pitch(layout.tops, layout.panel[1])
+    for top, text in zip(layout.tops, words.row_titles or (), strict=False):
+        pen.down(text, layout.row_titles, top + layout.panel[1] / 2, room, height)
+
+
+def _pitch(edges: tuple[int, ...], side: int) -> int:
+    return edges[1] - edges[0] if len(edges) > 1 else side
+
+
+def _write_ticks(
+    pen: Pen, image: colors.Image, design: Design, layout: Layout, *, turned: bool
+) -> None:
+    length, pad = max(2, round(TICK * layout.em)), PAD * layout.em
+    lettering, words = design.words.lettering, design.words
+    line = SMALL * LINE * layout.em
+
+    def width(label: Label) -> float:
+        return line if turned else SMALL * (label.width + 2 * PAD) * layout.em
+
+    def height(label: Label) -> float:
+        return line
+
+    bottom = layout.area.top + layout.area.height
+    keys = _Axis(layout.lefts, layout.panel[0], design.shape[3], words.keys, lettering)
+    for label, x in keys.ticks(width):
+        colors.tick(image, int(x), bottom + 1, 1, length)
+        pen.tick(label, x, bottom + length + pad, "below", turned=turned)
+    left = layout.area.left
+    queries = _Axis(layout.tops, layout.panel[1], design.shape[2], words.queries, lettering)
+    for label, y in queries.ticks(height):
+        colors.tick(image, left - 1 - length, int(y), length, 1)
+        pen.tick(label, left - length - pad, y, "left")
+
+
+@dataclass(frozen=True)
+class _Axis:
+    """One axis of all panels side by side, and the labels along it.
+
+    Attributes:
+        edges: where each panel begins.
+        side: pixels along one panel.
+        count: keys or queries of one panel.
+        given: their labels, if the user gave any.
+    """
+
+    edges: tuple[int, ...]
+    side: int
+    count: int
+    given: list[Label] | None
+    lettering: Lettering
+
+    def ticks(self, extent: Callable[[Label], float]) -> list[tuple[Label, float]]:
+        """Choose labels that do not overlap, the same ones for every panel that has any."""
+        step = self.side / self.count
+        widest = max(map(extent, self.given or [self._label(self.count - 1)]))
+        every = max(1, math.ceil(widest / step))
+        if self.given is None:
+            every = round_up(every)
+        indices = list(range(0, self.count, every))
+        pitch = _pitch(self.edges, self.side)
+        first = self._label(0)
+        # The last label of a panel must keep clear of the first one of the next.
+        while len(self.edges) > 1 and len(indices) > 1:
+            clear = (extent(self._label(indices[-1])) + extent(first)) / 2
+            if pitch - (indices[-1] - indices[0]) * step >= clear:
+                break
+            indices.pop()
+        skip = max(1, math.ceil(extent(first) / pitch))
+        return [
+            (self._label(index), edge + (index + 0.5) * step)
+            for edge in self.edges[::skip]
+            for index in indices
+        ]
+
+    def _label(self, index: int) -> Label:
+        if self.given is not None:
+            return self.given[index]
+        text = str(index)
+        return Label(text, self.lettering.family, self.lettering.width(text))
+
+
+def _write_bar(pen: Pen, image: colors.Image, bar: Box, scale: colors.Scale, em: float) -> None:
+    length, right = max(2, round(TICK * em)), bar.left + bar.width
+    most = int(bar.height / (2 * SMALL * LINE * em))
+    for share, text in _bar_ticks(scale, most):
+        y = bar.top + (bar.height - 1) * (1 - share)
+        colors.tick(image, right + 1, round(y), length, 1)
+        pen.beside(text, right + length + PAD * em, y + 0.5, SMALL * BAR_TICKS * em)
+
+
+def _bar_ticks(scale: colors.Scale, most: int) -> list[tuple[float, str]]:
+    """Return the ticks of the colorbar: share of its height and text."""
+    if not scale.shared:
+        return [(0.0, "min"), (1.0, "max")]
+    low, high = scale.range
+    slack = 1e-6 * (high - low)
+    ticks = MaxNLocator(max(1, min(most, 4)), steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    inside = [tick for tick in ticks if low - slack <= tick <= high + slack]
+    if len(inside) < 2:
+        inside = [low, high]
+    return [((tick - low) / (high - low), f"{tick:.4g}") for tick in inside]
+
+
+def _write_ranges(pen: Pen, scale: colors.Scale, layout: Layout) -> None:
+    air = (0.5 if len(layout.lefts) > 1 else 2) * layout.em
+    room = layout.panel[0] + air
+    for row, top in enumerate(layout.tops):
+        for column, left in enumerate(layout.lefts):
+            text = f"{scale.low[row, column]:.3g} \N{EN DASH} {scale.high[row, column]:.3g}"
+            if not pen.fits(text, room):
+                raise ValueError(
+                    f"show_heatmaps: a panel of {layout.panel[0]} pixels has no room for its "
+                    f"range {text!r}; give a larger figsize, or figsize=None"
+                )
+            y = top - SMALL * LINE / 2 * layout.em
+            pen.across(text, left + layout.panel[0] / 2, y, room, layout.size[0], SMALL)
+
+
+def _write_numbers(pen: Pen, shown: Shown, cells: Cells, layout: Layout) -> None:
+    words, (wide, high) = shown.design.words, layout.cell
+    places = np.argwhere(~cells.masked)
+    texts = [words.number(float(cells.values[tuple(place)])) for place in places]
+    widest = max(map(words.lettering.width, texts), default=0.0) + PAD
+    size = min(SMALL, wide / layout.em / widest, high / layout.em / LINE)
+    if cells.block != (1, 1) or pen.points(size) < SMALLEST_FONT:
+        raise ValueError(
+            f"show_heatmaps: cells of {wide} x {high} pixels have no room for numbers; give a "
+            "larger figsize, or figsize=None for one that has"
+        )
+    dark = colors.is_dark(shown.cmap, cells, shown.scale)
+    for (row, column, query, key), text in zip(places, texts, strict=True):
+        x = layout.lefts[column] + (key + 0.5) * wide
+        y = layout.tops[row] + (query + 0.5) * high
+        pen.write(text, x, y, size, color="white" if dark[row, column, query, key] else "black")

@@ -23,7 +23,7 @@ import numpy.typing as npt
 from matplotlib import ft2font
 
 from pytest_attnheat.heatmaps.maps import Bools, Floats
-from pytest_attnheat.heatmaps.sheet import Shown
+from pytest_attnheat.heatmaps.picture import Shown
 
 # The text chunk of a PNG, and the marker in the `dc:source` of an SVG.
 KEYWORD = "attnheat"

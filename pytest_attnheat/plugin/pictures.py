@@ -1,7 +1,7 @@
 """Pictures held against baselines in pytest: `heatmap_compare` and `heatmap_regression`.
 
 A marked test never passes without a comparison, with or without `--mpl`. The comparison is that of
-`baselines`; under `--mpl` pytest-mpl repeats it for its own reports.
+`baselines.judging`; under `--mpl` pytest-mpl repeats it for its own reports.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pytest_attnheat.baselines.naming import (
 from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, Summary, add_to_html, shown
 
 if TYPE_CHECKING:
-    from pytest_attnheat.baselines.verdict import Verdict
+    from pytest_attnheat.baselines.judging import Verdict
 
 _MARKER = (
     "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
@@ -203,12 +203,12 @@ def pytest_runtest_makereport(
     draw = getattr(error, "draw_heatmap", None)
     if draw is None or not report.failed:
         return report
-    from pytest_attnheat.baselines import verdict as baselines
+    from pytest_attnheat.baselines import judging
 
     title = getattr(error, "heatmap_title", "heatmap of the broken rows")
     path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
     try:
-        baselines.save(draw(), path)
+        judging.save(draw(), path)
     except (OSError, ValueError) as reason:  # the message must not be lost with its picture
         report.sections.append((title, f"not drawn: {reason}"))
         return report
@@ -289,13 +289,13 @@ def _fail(reason: str) -> None:
 
 def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | None:
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
-    from pytest_attnheat.baselines import verdict as baselines
+    from pytest_attnheat.baselines import judging
 
     with tempfile.TemporaryDirectory(prefix="attnheat-") as work:
-        verdict = baselines.check(figure, expected.path, Path(work), expected.tolerance)
+        verdict = judging.check(figure, expected.path, Path(work), expected.tolerance)
         if _is_to_write(item.config, verdict):
             try:
-                baselines.save(figure, expected.path)
+                judging.save(figure, expected.path)
             except OSError as error:
                 return f"heatmap_compare: {expected.path} cannot be written: {error}"
             _note(item, expected, verdict, "written")
@@ -303,7 +303,7 @@ def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | No
         if verdict.passed:
             _note(item, expected, verdict, verdict.status)
             return None
-        kept = baselines.keep(verdict, _artifacts(item.config) / expected.path.stem)
+        kept = judging.keep(verdict, _artifacts(item.config) / expected.path.stem)
     _note(item, expected, verdict, verdict.status, kept)
     return _message(item, expected, verdict, kept)
 

@@ -17,8 +17,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pytest_attnheat.baselines.compare import compare_data
-from pytest_attnheat.baselines.pixels import compare_pixels
+from pytest_attnheat.baselines.compare import compare_data, compare_pixels
 from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
 

@@ -5,8 +5,9 @@ import pytest
 from matplotlib.font_manager import FontProperties
 from matplotlib.textpath import TextPath
 
-from pytest_attnheat.heatmaps import labels
-from pytest_attnheat.heatmaps.labels import ELLIPSIS, Lettering, make_labels, round_up, shorten
+from pytest_attnheat.heatmaps import writing
+from pytest_attnheat.heatmaps.picture import _Axis
+from pytest_attnheat.heatmaps.writing import ELLIPSIS, Lettering, make_labels, round_up, shorten
 
 LETTERING = Lettering.default()
 
@@ -27,13 +28,13 @@ def test_a_long_label_is_cut_to_the_room_with_an_ellipsis():
 
 
 def test_what_no_font_can_draw_is_written_as_an_escape(monkeypatch):
-    monkeypatch.setattr(labels, "_font_with", lambda character: None)
+    monkeypatch.setattr(writing, "_font_with", lambda character: None)
     (label,) = make_labels(["a\u4e2d"], LETTERING, 99)
     assert label.text == r"a\u4e2d"
 
 
 def test_what_another_installed_font_can_draw_is_drawn_with_it(monkeypatch):
-    monkeypatch.setattr(labels, "_font_with", lambda character: "Noto Sans CJK")
+    monkeypatch.setattr(writing, "_font_with", lambda character: "Noto Sans CJK")
     (label,) = make_labels(["a\u4e2d\u6587"], LETTERING, 99)
     assert label.text == "a\u4e2d\u6587"
     assert label.family == (*LETTERING.family, "Noto Sans CJK")
@@ -42,7 +43,7 @@ def test_what_another_installed_font_can_draw_is_drawn_with_it(monkeypatch):
 def test_labels_reserve_the_same_room_whichever_fonts_are_installed(monkeypatch):
     widths = []
     for font in (None, "Noto Sans CJK"):
-        monkeypatch.setattr(labels, "_font_with", lambda character, font=font: font)
+        monkeypatch.setattr(writing, "_font_with", lambda character, font=font: font)
         widths.append(make_labels(["\u4e2d"], LETTERING, 8)[0].width)
     assert widths == [8, 8]
 
@@ -52,7 +53,7 @@ def test_an_installed_font_is_found_by_its_glyphs():
     character = "\N{MATHEMATICAL SANS-SERIF BOLD CAPITAL ALPHA}"
     if LETTERING.has(character):
         pytest.skip("the default font has every character that another one has")
-    name = labels._font_with(character)
+    name = writing._font_with(character)
     assert name in {entry.name for entry in matplotlib.font_manager.fontManager.ttflist}
 
 
@@ -72,3 +73,20 @@ def test_dollar_signs_and_backslashes_are_left_alone():
 )
 def test_numbers_are_thinned_to_round_steps(number, rounded):
     assert round_up(number) == rounded
+
+
+def ticks(edges, side, count, extent):
+    axis = _Axis(edges, side, count, None, LETTERING)
+    return [(label.text, round(at, 1)) for label, at in axis.ticks(lambda label: extent)]
+
+
+def test_a_panel_alone_has_all_labels_that_fit():
+    assert ticks((0,), 36, 11, 13) == [("0", 1.6), ("5", 18.0), ("10", 34.4)]
+
+
+def test_the_last_label_of_a_panel_keeps_clear_of_the_next_panel():
+    assert ticks((0, 38), 36, 11, 13) == [("0", 1.6), ("5", 18.0), ("0", 39.6), ("5", 56.0)]
+
+
+def test_panels_narrower_than_a_label_have_one_in_every_few():
+    assert ticks((0, 16, 32, 48), 14, 4, 30) == [("0", 1.8), ("0", 33.8)]
