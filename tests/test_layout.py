@@ -97,9 +97,9 @@ def test_texts_shrink_no_more_than_they_must():
 
 
 def test_a_figure_without_room_says_which_size_would_do():
-    with pytest.raises(ValueError, match=r"figsize \(0.3, 0.3\).*2 x 3 panels.*figsize=None") as e:
+    with pytest.raises(ValueError, match=r"figsize: got \(0.3, 0.3\).*2 x 3 panels.*None") as e:
         plan(Content((2, 3, 4, 4)), (30, 30), 100)
-    wide, high = eval(str(e.value).split("give at least ")[1].split(", or")[0])
+    wide, high = eval(str(e.value).split("at least ")[1].split(", or")[0])
     plan(Content((2, 3, 4, 4)), (int(wide * 100) + 1, int(high * 100) + 1), 100)
 
 

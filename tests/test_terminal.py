@@ -112,7 +112,7 @@ def test_any_dtype_stride_and_gradient_state_gives_the_same_text(dtype):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"max_columns": 0}, "max_columns: got 0"),
+        ({"max_columns": 0}, "max_columns: got 0; accepted is a whole number from 1"),
         ({"max_rows": 0}, "max_rows: got 0"),
         ({"max_maps": 0}, "max_maps: got 0"),
         ({"notes": ["one"]}, "notes: got 1; accepted is one for each row: 2"),

@@ -142,15 +142,15 @@ def make_attention(
         },
         scoring_names(extra),
     )
-    place, number = torch.device(device), as_dtype(dtype)
+    target, number = torch.device(device), as_dtype(dtype)
     value_dim = head_dim if value_dim is None else value_dim
-    query = draw("query", seed, batch, heads, query_len, head_dim).to(place, number)
-    key = draw("key", seed, batch, heads, key_len, head_dim).to(place, number)
-    value = draw("value", seed, batch, heads, key_len, value_dim).to(place, number)
+    query = draw("query", seed, batch, heads, query_len, head_dim).to(target, number)
+    key = draw("key", seed, batch, heads, key_len, head_dim).to(target, number)
+    value = draw("value", seed, batch, heads, key_len, value_dim).to(target, number)
     built_mask = _build_mask(mask, batch, query_len, key_len, query.device)
     if isinstance(scoring, str):
         function = make_scoring(
-            scoring, head_dim, seed=seed, device=place, dtype=number, extra=extra
+            scoring, head_dim, seed=seed, device=target, dtype=number, extra=extra
         )
         name = scoring
     else:

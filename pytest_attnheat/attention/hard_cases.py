@@ -131,7 +131,7 @@ def hard_case(
     """
     one_of("name", name, HARD_CASES)
     number, leading = as_dtype(dtype), (positive("batch", batch), positive("heads", heads))
-    recipe, place, seed = _RECIPES[name], torch.device(device), seed_number(seed)
+    recipe, target, seed = _RECIPES[name], torch.device(device), seed_number(seed)
     draft = _Draft(
         number,
         draw(f"{name} query", seed, *leading, recipe.query_len, recipe.head_dim),
@@ -142,10 +142,10 @@ def hard_case(
     return HardCase(
         name=name,
         why=recipe.why,
-        query=draft.query.to(place, number),
-        key=draft.key.to(place, number),
-        value=draft.value.to(place, number),
-        attn_mask=None if draft.attn_mask is None else draft.attn_mask.to(place),
+        query=draft.query.to(target, number),
+        key=draft.key.to(target, number),
+        value=draft.value.to(target, number),
+        attn_mask=None if draft.attn_mask is None else draft.attn_mask.to(target),
         is_causal=draft.is_causal,
     )
 
@@ -326,7 +326,7 @@ _RECIPES: dict[str, _Recipe] = {
         f"length_{length}": _at_length(length) for length in (31, 32, 33, 63, 64, 65, 127, 128, 129)
     },
     "many_keys": _Recipe(
-        "A sum of a thousand terms of one sign, kept in low precision, stops growing.",
+        "A sum of a thousand numbers of one sign, kept in low precision, stops growing.",
         query_len=3,
         key_len=1000,
         change=_many_keys,

@@ -313,9 +313,9 @@ def _fill_fully_masked(weights: Tensor, permitted: Tensor, fully_masked: str) ->
 
 
 def _first_largest(numbers: Tensor, permitted: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest permitted number along `dim`, and True at the first place that holds it.
+    """The largest permitted number along `dim`, and True at the first element that holds it.
 
-    `argmax` would not do: it may land on a masked place where all permitted ones are -inf.
+    `argmax` would not do: it may land on a masked element where all permitted ones are -inf.
     """
     filled = numbers.masked_fill(~permitted, -math.inf)
     largest = filled.amax(dim, keepdim=True)
@@ -335,7 +335,7 @@ def _gating(scores: Tensor, permitted: Tensor) -> Tensor:
 
 def _max_pooling(value: Tensor, permitted: Tensor, fully_masked: str) -> tuple[Tensor, Tensor]:
     leading = broadcast(permitted.shape[:-2], value.shape[:-2])
-    # The largest temporary is the running count of places, in int64.
+    # The largest temporary is the running count of elements, in int64.
     bytes_per_query = math.prod(leading) * value.shape[-2] * value.shape[-1] * 8
     outputs, shares = [], []
     for chunk in query_chunks(permitted.shape[-2], bytes_per_query):

@@ -24,6 +24,7 @@ from matplotlib import ft2font
 from PIL import Image
 
 from pytest_attnheat.attention.tolerance import picture_tolerance
+from pytest_attnheat.failure import number_text
 from pytest_attnheat.heatmaps.colors import Scale
 from pytest_attnheat.heatmaps.layout import Layout
 from pytest_attnheat.heatmaps.maps import Cells
@@ -111,12 +112,12 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
         return None
     worst = np.unravel_index(int(np.argmax(np.where(broken, off, -1))), off.shape)
     row, column, query, key = (int(index) for index in worst)
-    place = (row, column, query, key)
+    index = (row, column, query, key)
     panels = [(int(r), int(c)) for r, c in np.argwhere(broken.any(axis=(2, 3)))]
     details = [
         f"worst           panel [{row}, {column}], query {query}, key {key}: expected "
-        f"{_cell(expected, place)}, got {_cell(actual, place)} "
-        f"(allowed difference {allowed[place]:.1e})",
+        f"{_cell(expected, index, off[index])}, got {_cell(actual, index, off[index])} "
+        f"(allowed difference {allowed[index]:.1e})",
         f"panels          {_listed(panels)} of {expected.values.shape[0]} x "
         f"{expected.values.shape[1]}",
     ]
@@ -124,7 +125,7 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
     if relation is not None:
         details.append(f"relation        {relation}")
     reason = f"{int(broken.sum())} of {broken.size} cells differ"
-    return DataDifference(reason, details, place)
+    return DataDifference(reason, details, index)
 
 
 def _typical(data: Heatmaps) -> npt.NDArray[np.float64]:
@@ -153,9 +154,9 @@ def _distance(expected: Heatmaps, actual: Heatmaps) -> npt.NDArray[np.float64]:
     return off
 
 
-def _cell(data: Heatmaps, place: tuple[int, int, int, int]) -> str:
-    value = f"{data.values[place]:.6g}"
-    return f"{value} (masked)" if data.masked[place] else value
+def _cell(data: Heatmaps, index: tuple[int, int, int, int], off: float) -> str:
+    value = number_text(float(data.values[index]), beside=float(off))
+    return f"{value} (masked)" if data.masked[index] else value
 
 
 def _listed(panels: list[tuple[int, int]]) -> str:

@@ -95,10 +95,10 @@ def keep(verdict: Verdict, folder: Path) -> dict[str, Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure as a baseline: beside its place first, so that no file is ever half written.
+    """Save a figure as a baseline: in another file first, so that no file is ever half written.
 
     Raises:
-        OSError: The place cannot be written to.
+        OSError: The folder or the file cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(

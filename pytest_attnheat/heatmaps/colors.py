@@ -12,6 +12,7 @@ from matplotlib.colors import Colormap
 
 from pytest_attnheat.heatmaps.layout import Box, Layout
 from pytest_attnheat.heatmaps.maps import Cells, Floats
+from pytest_attnheat.inputs import misuse
 
 Levels = npt.NDArray[np.uint16]
 Image = npt.NDArray[np.uint8]
@@ -67,10 +68,7 @@ def shared_scale(cells: Cells, smallest: float, vmin: float | None, vmax: float 
     if low == high and vmin is None and vmax is None:
         low, high = low - 0.5, high + 0.5
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
-        raise ValueError(
-            f"show_heatmaps: a colour scale needs finite vmin < vmax, got vmin={low:g}, "
-            f"vmax={high:g}"
-        )
+        raise ValueError(misuse("vmin, vmax", f"{low:g} and {high:g}", "finite vmin < vmax"))
     grid = np.ones(cells.values.shape[:2])
     return Scale(low * grid, high * grid, shared=True)
 

@@ -18,6 +18,7 @@ from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
+from pytest_attnheat.inputs import misuse, one_of
 
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1
@@ -127,7 +128,7 @@ def show_heatmaps(
         colorbar: Whether to draw the colour scale.
         numbers: True to write each weight into its cell, or a format such as ".1f" (the default
             is ".2f").
-        highlight: Places to outline: (row, column, query, key) for a cell, without the key for
+        highlight: What to outline: (row, column, query, key) for a cell, without the key for
             a whole query; row and column are 0 where the maps have fewer dimensions.
         dpi: Pixels per inch; matplotlib's `figure.dpi` by default.
 
@@ -150,20 +151,16 @@ def show_heatmaps(
         query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
         number_format=_number_format(numbers),
     )
-    if scale not in ("shared", "panel"):
-        raise ValueError(f"show_heatmaps: scale is {scale!r}; accepted are 'shared' and 'panel'")
+    one_of("scale", scale, ("shared", "panel"))
     if scale == "panel" and not (vmin is None and vmax is None):
-        raise ValueError("show_heatmaps: vmin and vmax belong to scale='shared', not to 'panel'")
+        got = f"{vmin!r} and {vmax!r} with scale='panel'"
+        raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
     if cmap not in matplotlib.colormaps and not isinstance(cmap, Colormap):
-        raise ValueError(
-            f"show_heatmaps: cmap is {cmap!r}; accepted are a Colormap and the name of one"
-        )
+        raise ValueError(misuse("cmap", repr(cmap), "a Colormap, or the name of one"))
     if words.number_format and math.prod(maps.shape) > _MOST_NUMBERS:
-        raise ValueError(
-            f"show_heatmaps: numbers are written into {_MOST_NUMBERS} cells at most; there are "
-            f"{math.prod(maps.shape)}"
-        )
-    places = [_place(place, maps.shape) for place in highlight]
+        got = f"{numbers!r} for {math.prod(maps.shape)} cells"
+        raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
+    outlined = [_checked_index(index, maps.shape) for index in highlight]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
     figure = HeatmapFigure(dpi=_resolution(dpi), facecolor="white")
@@ -177,7 +174,7 @@ def show_heatmaps(
     else:
         known = vmin is not None and vmax is not None
         scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
-    figure.picture = Picture(Shown(design, cells, scales, cmap, places, maps.dtype), figure)
+    figure.picture = Picture(Shown(design, cells, scales, cmap, outlined, maps.dtype), figure)
     figure.add_artist(figure.picture)
     figure.picture.prepare(size, figure.dpi)
     return figure
@@ -188,9 +185,8 @@ def _texts(name: str, texts: Sequence[str] | None, count: int, what: str) -> Seq
         return None
     given = [texts] if isinstance(texts, str) else [str(text) for text in texts]
     if len(given) != count:
-        raise ValueError(
-            f"show_heatmaps: {name} has {len(given)} text(s), but there are {count} {what}"
-        )
+        accepted = f"as many as there are {what}: {count}"
+        raise ValueError(misuse(name, f"{len(given)} text(s)", accepted))
     return given
 
 
@@ -201,25 +197,24 @@ def _number_format(numbers: bool | str) -> str | None:
     try:
         format(0.5, spec)
     except (TypeError, ValueError):
-        raise ValueError(
-            f"show_heatmaps: numbers is {numbers!r}; accepted are True, False and a format "
-            "of floats such as '.1f'"
-        ) from None
+        accepted = "True, False or a format of floats such as '.1f'"
+        raise ValueError(misuse("numbers", repr(numbers), accepted)) from None
     return spec
 
 
-def _place(place: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """Check a place (row, column, query, key) or (row, column, query)."""
+def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Check an index (row, column, query, key) or (row, column, query)."""
     try:
-        indices = tuple(operator.index(index) for index in place)
+        indices = tuple(operator.index(index) for index in given)
     except TypeError:
         indices = ()
     inside = all(-side <= index < side for index, side in zip(indices, shape, strict=False))
     if len(indices) not in (3, 4) or not inside:
-        raise ValueError(
-            f"show_heatmaps: highlight holds {place!r}; accepted are (row, column, query, key) for "
-            f"a cell and (row, column, query) for a whole query, within the shape {shape}"
+        accepted = (
+            "(row, column, query, key) for a cell or (row, column, query) for a whole query, "
+            f"within the shape {shape}"
         )
+        raise ValueError(misuse("highlight", repr(given), accepted))
     return tuple(index % side for index, side in zip(indices, shape, strict=False))
 
 
@@ -231,23 +226,19 @@ def _size(
         return design.natural_size(dpi, _number_width(design.words, maps))
     inches = tuple(float(side) for side in figsize)
     if len(inches) != 2 or not all(0 < side < float("inf") for side in inches):
-        raise ValueError(
-            f"show_heatmaps: figsize is {figsize!r}; accepted is (width, height) in inches, or "
-            "None for a size that fits"
-        )
+        accepted = "(width, height) in inches, or None for a size that fits"
+        raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.
     size = int(inches[0] * dpi + 1e-6), int(inches[1] * dpi + 1e-6)
     if max(size) >= _LONGEST_SIDE:
-        raise ValueError(
-            f"show_heatmaps: figsize {figsize} at {dpi:g} dots per inch has {size[0]} x {size[1]} "
-            f"pixels; accepted are sides of less than {_LONGEST_SIDE}"
-        )
+        got = f"{figsize} at {dpi:g} dots per inch, which is {size[0]} x {size[1]} pixels"
+        raise ValueError(misuse("figsize", got, f"less than {_LONGEST_SIDE} pixels a side"))
     return size
 
 
 def _resolution(dpi: float | None) -> float | None:
     if dpi is not None and not 0 < dpi < math.inf:
-        raise ValueError(f"show_heatmaps: dpi is {dpi!r}; accepted is a number above 0")
+        raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
     return dpi
 
 

@@ -13,6 +13,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from pytest_attnheat.inputs import misuse
+
 # Sizes in units of the label font size (em).
 LINE = 1.4  # height of a line of text
 SMALL = 0.8  # font size of ticks, ranges and notes
@@ -248,8 +250,9 @@ def _too_small(content: Content, size: tuple[int, int], dpi: float, margins: _Ma
         (margins.left + margins.right + 2 * columns) / dpi,
         (margins.top + margins.bottom + 2 * rows) / dpi,
     )
-    return (
-        f"show_heatmaps: figsize ({size[0] / dpi:.3g}, {size[1] / dpi:.3g}) inches at {dpi:g} "
-        f"dots per inch has no room for {rows} x {columns} panels with their labels; "
-        f"give at least ({need[0]:.2f}, {need[1]:.2f}), or figsize=None for a size that fits"
+    return misuse(
+        "figsize",
+        f"({size[0] / dpi:.3g}, {size[1] / dpi:.3g}) at {dpi:g} dots per inch, which has no room "
+        f"for {rows} x {columns} panels with their labels",
+        f"at least ({need[0]:.2f}, {need[1]:.2f}), or None for a size that fits",
     )

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
+from pytest_attnheat.inputs import dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Floats: TypeAlias = npt.NDArray[np.float32]
 Bools: TypeAlias = npt.NDArray[np.bool_]
 
-ACCEPTED = (
+_ACCEPTED = (
     "a tensor or array of real numbers with 2 dimensions (queries, keys), 3 (columns, queries, "
     "keys) or 4 (rows, columns, queries, keys), or nested lists of equal maps"
 )
@@ -74,15 +75,16 @@ def read_maps(matrices: object, mask: object = None) -> Maps:
     rows = _rows(matrices)
     shapes = {tuple(row.shape) for row in rows}
     if len(shapes) > 1:
-        raise ValueError(
-            "show_heatmaps: the maps have different shapes "
-            f"{sorted(shape[1:] for shape in shapes)}; accepted is {ACCEPTED}"
-        )
+        got = f"maps of different shapes {sorted(shape[1:] for shape in shapes)}"
+        raise ValueError(_refused(got))
     shape = (len(rows), *shapes.pop())
     if 0 in shape:
-        raise ValueError(f"show_heatmaps: there is nothing to show in maps of shape {shape}")
-    dtype = str(rows[0].dtype).removeprefix("torch.")
-    return Maps(rows, _read_mask(mask, shape, is_tensor(rows[0])), shape, dtype)
+        raise ValueError(_refused(f"shape {shape}, in which there is nothing to show"))
+    return Maps(rows, _read_mask(mask, shape, is_tensor(rows[0])), shape, dtype_name(rows[0]))
+
+
+def _refused(got: str) -> str:
+    return misuse("matrices", got, _ACCEPTED)
 
 
 def _rows(matrices: object) -> list[Array]:
@@ -90,14 +92,10 @@ def _rows(matrices: object) -> list[Array]:
         return _rows_of_list(matrices)
     array = _number_array(matrices)
     if array.ndim not in (2, 3, 4):
-        raise ValueError(
-            f"show_heatmaps: got {array.ndim} dimension(s), shape {tuple(array.shape)}; "
-            f"accepted is {ACCEPTED}"
-        )
+        raise ValueError(_refused(f"{array.ndim} dimension(s), shape {tuple(array.shape)}"))
     if 0 in array.shape:
-        raise ValueError(
-            f"show_heatmaps: there is nothing to show in maps of shape {tuple(array.shape)}"
-        )
+        got = f"shape {tuple(array.shape)}, in which there is nothing to show"
+        raise ValueError(_refused(got))
     if array.ndim == 4:
         return [array[index] for index in range(array.shape[0])]
     return [array if array.ndim == 3 else array[None]]
@@ -105,17 +103,14 @@ def _rows(matrices: object) -> list[Array]:
 
 def _rows_of_list(matrices: Sequence[object]) -> list[Array]:
     if not matrices:
-        raise ValueError(f"show_heatmaps: got an empty list; accepted is {ACCEPTED}")
+        raise ValueError(_refused("an empty list"))
     if not _holds_arrays(matrices):
         try:
-            return _rows(np.array(matrices, dtype=np.float32))
+            array = np.array(matrices, dtype=np.float32)
         except (TypeError, ValueError) as error:
-            if "show_heatmaps" in str(error):
-                raise
-            raise ValueError(
-                f"show_heatmaps: these nested lists are not equal maps of numbers ({error}); "
-                f"accepted is {ACCEPTED}"
-            ) from None
+            got = f"nested lists that are not equal maps of numbers ({error})"
+            raise ValueError(_refused(got)) from None
+        return _rows(array)
     entries = [entry if _holds_arrays(entry) else np.array(entry) for entry in matrices]
     if any(isinstance(row, (list, tuple)) for row in entries):
         return [_stack(row if isinstance(row, (list, tuple)) else [row]) for row in entries]
@@ -135,10 +130,8 @@ def _stack(maps: Sequence[object]) -> Array:
     arrays = [_number_array(np.array(m) if isinstance(m, (list, tuple)) else m) for m in maps]
     shapes = [tuple(array.shape) for array in arrays]
     if any(len(shape) != 2 for shape in shapes) or len(set(shapes)) > 1:
-        raise ValueError(
-            f"show_heatmaps: a row of a list holds maps of shapes {shapes}, where equal "
-            f"two-dimensional ones are needed; accepted is {ACCEPTED}"
-        )
+        got = f"a list with a row of maps of shapes {shapes}, not equal two-dimensional ones"
+        raise ValueError(_refused(got))
     if all(is_tensor(array) for array in arrays):
         return sys.modules["torch"].stack(arrays)
     return np.stack([_to_numpy(array) for array in arrays])
@@ -149,28 +142,25 @@ def _number_array(value: object) -> Array:
     if is_tensor(value):
         return _number_tensor(value)
     if isinstance(value, np.ma.MaskedArray):
-        raise TypeError(
-            "show_heatmaps: got a masked array, whose mask is True where values are hidden; give "
-            "array.data, and mask=~numpy.ma.getmaskarray(array)"
-        )
+        text = _refused("a masked array, whose mask is True where values are hidden")
+        advice = "Pass array.data, with mask=~numpy.ma.getmaskarray(array)"
+        raise TypeError(f"{text}. {advice}")
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"show_heatmaps: got {type(value).__name__}; accepted is {ACCEPTED}")
+        raise TypeError(_refused(type(value).__name__))
     # ml_dtypes registers bfloat16 and the 8-bit floats with NumPy as kind "V".
     if value.dtype.kind not in "fiub" and "float" not in value.dtype.name:
-        raise TypeError(f"show_heatmaps: got an array of {value.dtype}; accepted is {ACCEPTED}")
+        raise TypeError(_refused(f"dtype {value.dtype}"))
     return value
 
 
 def _number_tensor(tensor: Array) -> Array:
     torch = sys.modules["torch"]
     if tensor.is_complex() or tensor.is_quantized:
-        raise TypeError(f"show_heatmaps: got a tensor of {tensor.dtype}; accepted is {ACCEPTED}")
+        raise TypeError(_refused(f"dtype {dtype_name(tensor)}"))
     if tensor.is_nested or tensor.layout != torch.strided or tensor.device.type == "meta":
         kind = "nested" if tensor.is_nested else tensor.layout
-        raise TypeError(
-            f"show_heatmaps: got a tensor without dense values (layout {kind}, device "
-            f"{tensor.device}); give a dense one, for example tensor.to_dense()"
-        )
+        got = f"a tensor without dense values (layout {kind}, device {tensor.device})"
+        raise TypeError(f"{_refused(got)}. Pass a dense one, for example tensor.to_dense()")
     return tensor.detach()
 
 
@@ -182,21 +172,19 @@ def _read_mask(mask: Any, shape: tuple[int, ...], as_tensor: bool) -> Array | No
     if isinstance(mask, np.ndarray) and as_tensor:
         # A copy, because torch warns of arrays that may not be written to.
         mask = sys.modules["torch"].from_numpy(np.array(mask))
+    accepted = "a boolean tensor or array, True where a query may attend"
     if not (is_tensor(mask) or isinstance(mask, np.ndarray)):
-        raise TypeError(f"show_heatmaps: mask is a {type(mask).__name__}, not a boolean tensor")
+        raise TypeError(misuse("mask", type(mask).__name__, accepted))
     array: Array = mask.detach() if is_tensor(mask) else mask
-    if str(array.dtype).removeprefix("torch.") != "bool":
-        raise TypeError(
-            f"show_heatmaps: mask has dtype {array.dtype}; a boolean mask is needed, True where a "
-            "query may attend (mask.bool() for ones and zeros, mask == 0 for an additive mask)"
-        )
+    if dtype_name(array) != "bool":
+        text = misuse("mask", f"dtype {dtype_name(array)}", accepted)
+        advice = "Pass mask.bool() for ones and zeros, mask == 0 for an additive mask"
+        raise TypeError(f"{text}. {advice}")
     try:
         return array.expand(shape) if is_tensor(array) else np.broadcast_to(array, shape)
     except (RuntimeError, ValueError):
-        raise ValueError(
-            f"show_heatmaps: mask of shape {tuple(array.shape)} does not broadcast to the maps' "
-            f"shape {shape}"
-        ) from None
+        accepted = f"one that broadcasts to the shape {shape} of the maps"
+        raise ValueError(misuse("mask", f"shape {tuple(array.shape)}", accepted)) from None
 
 
 def pool(maps: Maps, block: tuple[int, int]) -> Cells:

@@ -29,9 +29,11 @@ from pytest_attnheat.heatmaps.writing import (
     Pen,
     round_up,
 )
+from pytest_attnheat.inputs import misuse
 
 # What tells the image of a picture from others in an SVG.
 IMAGE_ID = "attnheat-panels"
+_LARGER = "a larger one, or None for a size that fits"
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Shown:
         cells: the values.
         scale: the range of the colours.
         cmap: the colours.
-        highlight: outlined places (row, column, query) or (row, column, query, key).
+        highlight: outlined cells and queries (row, column, query) or (row, column, query, key).
         dtype: the dtype that the values were given in, by name.
     """
 
@@ -111,9 +113,9 @@ class Picture(Artist):
         else:
             renderer.draw_image(graphics, round(left), round(bottom), image)
         graphics.restore()
-        place = Affine2D().scale(zoom, -zoom).translate(left, bottom + height)
+        to_figure = Affine2D().scale(zoom, -zoom).translate(left, bottom + height)
         for text in sheet.texts:
-            text.set_transform(place)
+            text.set_transform(to_figure)
             text.draw(renderer)
 
     def get_children(self) -> list[Artist]:
@@ -143,7 +145,7 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
         layout, turned = design.plan(grid, size, dpi, notes=notes + 1)
     # A figure drawn smaller than it was made for is pooled once more.
     cells = pool_cells(shown.cells, layout.block)
-    boxes = [_box(place, cells.block, layout) for place in shown.highlight]
+    boxes = [_box(index, cells.block, layout) for index in shown.highlight]
     image = colors.paint(cells, shown.scale, shown.cmap, layout, boxes)
     pen = Pen(layout.em, dpi, design.words.lettering)
     _write_names(pen, design, layout, _notes(cells, shown.scale))
@@ -172,13 +174,13 @@ def _notes(cells: Cells, scale: colors.Scale) -> list[str]:
     return notes
 
 
-def _box(place: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
+def _box(index: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
     """Return where a cell (row, column, query, key) or a whole query of them is drawn."""
-    row, column, query = place[:3]
+    row, column, query = index[:3]
     top = layout.tops[row] + query // block[0] * layout.cell[1]
-    if len(place) == 3:
+    if len(index) == 3:
         return Box(layout.lefts[column], top, layout.panel[0], layout.cell[1])
-    left = layout.lefts[column] + place[3] // block[1] * layout.cell[0]
+    left = layout.lefts[column] + index[3] // block[1] * layout.cell[0]
     return Box(left, top, *layout.cell)
 
 
@@ -307,27 +309,23 @@ def _write_ranges(pen: Pen, scale: colors.Scale, layout: Layout) -> None:
         for column, left in enumerate(layout.lefts):
             text = f"{scale.low[row, column]:.3g} \N{EN DASH} {scale.high[row, column]:.3g}"
             if not pen.fits(text, room):
-                raise ValueError(
-                    f"show_heatmaps: a panel of {layout.panel[0]} pixels has no room for its "
-                    f"range {text!r}; give a larger figsize, or figsize=None"
-                )
+                got = f"panels of {layout.panel[0]} pixels, which have no room for a range {text!r}"
+                raise ValueError(misuse("figsize", got, _LARGER))
             y = top - SMALL * LINE / 2 * layout.em
             pen.across(text, left + layout.panel[0] / 2, y, room, layout.size[0], SMALL)
 
 
 def _write_numbers(pen: Pen, shown: Shown, cells: Cells, layout: Layout) -> None:
     words, (wide, high) = shown.design.words, layout.cell
-    places = np.argwhere(~cells.masked)
-    texts = [words.number(float(cells.values[tuple(place)])) for place in places]
+    shown_at = np.argwhere(~cells.masked)
+    texts = [words.number(float(cells.values[tuple(index)])) for index in shown_at]
     widest = max(map(words.lettering.width, texts), default=0.0) + PAD
     size = min(SMALL, wide / layout.em / widest, high / layout.em / LINE)
     if cells.block != (1, 1) or pen.points(size) < SMALLEST_FONT:
-        raise ValueError(
-            f"show_heatmaps: cells of {wide} x {high} pixels have no room for numbers; give a "
-            "larger figsize, or figsize=None for one that has"
-        )
+        got = f"cells of {wide} x {high} pixels, which have no room for numbers"
+        raise ValueError(misuse("figsize", got, _LARGER))
     dark = colors.is_dark(shown.cmap, cells, shown.scale)
-    for (row, column, query, key), text in zip(places, texts, strict=True):
+    for (row, column, query, key), text in zip(shown_at, texts, strict=True):
         x = layout.lefts[column] + (key + 0.5) * wide
         y = layout.tops[row] + (query + 0.5) * high
         pen.write(text, x, y, size, color="white" if dark[row, column, query, key] else "black")

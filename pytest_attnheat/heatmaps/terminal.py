@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.inputs import Index, Operand, as_mask, as_weights, wide_dtype
+from pytest_attnheat.inputs import Index, Operand, as_mask, as_weights, misuse, positive, wide_dtype
 
 _GLYPHS = "▁▂▃▄▅▆▇█"
 _NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
@@ -62,19 +62,19 @@ def format_heatmap(
         first_column: The number of the first column, likewise.
         marked: Rows to point at with ``<-``, counted from `first_row` on.
             Where rows are pooled, the line that holds a marked row is marked.
-        notes: What stands on the right of each row in place of its sum, one
+        notes: What stands on the right of each row instead of its sum, one
             text per row, the same in every map.
         row_name: What comes before a row's number.
         column_name: What the columns are called in the line above a map.
-        title: What comes before that line; by default the place of the map
+        title: What comes before that line; by default the index of the map
             within `weights`, for instance ``head [0, 2]``.
 
     Returns:
         The text, without a newline at its end.
 
     Raises:
-        TypeError: Not a dense tensor or array of a float dtype, or the mask is
-            not boolean.
+        TypeError: Not a dense tensor or array of a float dtype, the mask is
+            not boolean, or a limit is not a whole number.
         ValueError: Fewer than two dimensions, no elements, a mask that does
             not broadcast, a limit below 1, a scale that does not rise, or a number
             of notes that is not the number of rows.
@@ -88,13 +88,14 @@ def format_heatmap(
     """
     operand = as_weights(weights)
     permitted = as_mask(mask, operand)
-    _check_limits({"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps})
+    limits = {"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps}
+    for name, limit in limits.items():
+        positive(name, limit)
     if not vmin < vmax:
-        raise ValueError(f"vmin, vmax: got {vmin} and {vmax}; accepted is vmin < vmax")
+        raise ValueError(misuse("vmin, vmax", f"{vmin} and {vmax}", "vmin < vmax"))
     if notes is not None and len(notes) != operand.shape[-2]:
-        raise ValueError(
-            f"notes: got {len(notes)}; accepted is one for each row: {operand.shape[-2]}"
-        )
+        accepted = f"one for each row: {operand.shape[-2]}"
+        raise ValueError(misuse("notes", len(notes), accepted))
     rows, columns = _at_most(operand.shape[-2], max_rows), _at_most(operand.shape[-1], max_columns)
     caption = _caption(column_name, first_column, operand.shape[-1], columns)
     labels = [row_name + _label(span, first_row) for span in rows]
@@ -102,24 +103,18 @@ def format_heatmap(
         "  <-" if any(first_row + i in marked for i in range(s.start, s.stop)) else "" for s in rows
     ]
     lines: list[str] = []
-    for place in islice(product(*map(range, operand.shape[:-2])), max_maps):
-        head = map_name(place) if title is None else title
+    for outer in islice(product(*map(range, operand.shape[:-2])), max_maps):
+        head = map_name(outer) if title is None else title
         lines.append(f"{head}    {caption}" if head else caption)
         width = max(map(len, labels))
-        texts = _beside(notes if notes is not None else _sums(operand, place, rows), rows)
+        texts = _beside(notes if notes is not None else _sums(operand, outer, rows), rows)
         for span, label, text, arrow in zip(rows, labels, texts, arrows, strict=True):
-            cells = (_cell(operand, permitted, place, span, keys, vmin, vmax) for keys in columns)
+            cells = (_cell(operand, permitted, outer, span, keys, vmin, vmax) for keys in columns)
             lines.append(f"  {label:<{width}}  {''.join(cells)}{text}{arrow}")
     left_out = math.prod(operand.shape[:-2]) - max_maps
     if left_out > 0:
         lines.append(f"({left_out} more not drawn)")
     return "\n".join(lines)
-
-
-def _check_limits(limits: dict[str, int]) -> None:
-    for name, limit in limits.items():
-        if limit < 1:
-            raise ValueError(f"{name}: got {limit}; accepted is 1 or more")
 
 
 def _at_most(size: int, most: int) -> list[slice]:
@@ -139,19 +134,19 @@ def _caption(name: str, first: int, size: int, columns: list[slice]) -> str:
     return f"{name} {first}..{first + size - 1}{pooled}"
 
 
-def map_name(place: tuple[int, ...]) -> str:
-    """Return what the map at `place` is called: a head, where there are batch and heads."""
-    if not place:
+def map_name(outer: tuple[int, ...]) -> str:
+    """Return what the map at an index is called: a head, where there are batch and heads."""
+    if not outer:
         return ""
-    return f"{'head' if len(place) == 2 else 'map'} {list(place)}"
+    return f"{'head' if len(outer) == 2 else 'map'} {list(outer)}"
 
 
-def _sums(operand: Operand, place: tuple[int, ...], rows: list[slice]) -> list[str]:
+def _sums(operand: Operand, outer: tuple[int, ...], rows: list[slice]) -> list[str]:
     if _pooled(rows):
         return []
     every_key = slice(0, operand.shape[-1])
     totals = [
-        torch.stack([part.sum() for part in _parts(operand, place, row, every_key)]).sum()
+        torch.stack([part.sum() for part in _parts(operand, outer, row, every_key)]).sum()
         for row in rows
     ]
     return [f"{total:.3f}" for total in torch.stack(totals).tolist()]
@@ -172,14 +167,14 @@ def _beside(texts: Sequence[str], rows: list[slice]) -> list[str]:
 def _cell(
     operand: Operand,
     mask: Operand | None,
-    place: tuple[int, ...],
+    outer: tuple[int, ...],
     rows: slice,
     keys: slice,
     vmin: float,
     vmax: float,
 ) -> str:
     """Return the character for one cell, pooled from all weights of `rows` and `keys`."""
-    parts = [torch.stack(part.aminmax()) for part in _parts(operand, place, rows, keys)]
+    parts = [torch.stack(part.aminmax()) for part in _parts(operand, outer, rows, keys)]
     extremes = torch.stack(parts)
     low, high = torch.stack([extremes[:, 0].amin(), extremes[:, 1].amax()]).tolist()
     if math.isnan(high):
@@ -188,20 +183,20 @@ def _cell(
         return _BELOW
     if high > vmax + _SLACK * (vmax - vmin):
         return _ABOVE
-    if mask is not None and low == high == 0 and not _any_permitted(mask, place, rows, keys):
+    if mask is not None and low == high == 0 and not _any_permitted(mask, outer, rows, keys):
         return _MASKED
     share = (high - vmin) / (vmax - vmin)
     return _GLYPHS[min(int(share * len(_GLYPHS)), len(_GLYPHS) - 1)]
 
 
 def _parts(
-    operand: Operand, place: tuple[int, ...], rows: slice, keys: slice
+    operand: Operand, outer: tuple[int, ...], rows: slice, keys: slice
 ) -> Iterator[torch.Tensor]:
     """Yield some weights as float32 or float64, no more than `_PART` of them at a time."""
     wide = wide_dtype(operand.dtype)
     for box in pieces((rows.stop - rows.start, keys.stop - keys.start), _PART):
         index: Index = (
-            *place,
+            *outer,
             *(_moved(span, by) for span, by in zip(box, (rows, keys), strict=True)),
         )
         yield operand[index].to(wide)
@@ -211,9 +206,9 @@ def _moved(span: slice, by: slice) -> slice:
     return slice(span.start + by.start, span.stop + by.start)
 
 
-def _any_permitted(mask: Operand, place: tuple[int, ...], rows: slice, keys: slice) -> bool:
-    own_place = tuple(0 if size == 1 else i for size, i in zip(mask.shape, place, strict=False))
+def _any_permitted(mask: Operand, outer: tuple[int, ...], rows: slice, keys: slice) -> bool:
+    own_outer = tuple(0 if size == 1 else i for size, i in zip(mask.shape, outer, strict=False))
     own_rows = slice(0, 1) if mask.shape[-2] == 1 else rows
     own_keys = slice(0, 1) if mask.shape[-1] == 1 else keys
-    index: Index = (*own_place, own_rows, own_keys)
+    index: Index = (*own_outer, own_rows, own_keys)
     return bool(mask[index].any())

@@ -234,7 +234,7 @@ class Design:
 
 
 class Pen:
-    """Writes texts, each as large as its place allows."""
+    """Writes texts, each as large as its room allows."""
 
     def __init__(self, em: float, dpi: float, lettering: Lettering) -> None:
         self.texts: list[Text] = []
@@ -290,7 +290,7 @@ class Pen:
         rotation: float = 0,
         color: str = "black",
     ) -> None:
-        """Write a text at a place in pixels."""
+        """Write a text at a position in pixels."""
         label = self._label(text) if isinstance(text, str) else text
         if label.text in ("", ELLIPSIS):
             return  # nothing to read
