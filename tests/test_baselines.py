@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pytest_attnheat.attention.scoring import scoring_names
+
 PICTURE = """
 import numpy as np, pytest
 from pytest_attnheat import show_heatmaps
@@ -173,17 +175,18 @@ DEVICES = """
     def test_picture(attention, size):
         return show_heatmaps(attention.weights, "Keys", "Queries", figsize=(6, 4))
 """
+PICTURES = 3 * len(scoring_names())
 
 
 def test_file_names_are_safe_and_unique_and_the_same_for_all_devices(pytester, generate):
     pytester.makepyfile(test_a=DEVICES)
-    generate("--attn-device=cpu").assert_outcomes(skipped=12)
+    generate("--attn-device=cpu").assert_outcomes(skipped=PICTURES)
     names = sorted(path.name for path in (pytester.path / "baseline_images").iterdir())
-    assert len({name.casefold() for name in names}) == 12
+    assert len({name.casefold() for name in names}) == PICTURES
     assert not any("cpu" in name for name in names)
     assert all(set(name) <= set("abcdefghijklmnopqrstuvwxyzB0123456789._-") for name in names)
-    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=12)
-    pytester.runpytest("--attn-device=cpu", "--mpl").assert_outcomes(passed=12)
+    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=PICTURES)
+    pytester.runpytest("--attn-device=cpu", "--mpl").assert_outcomes(passed=PICTURES)
 
 
 def test_two_tests_of_one_name_in_two_folders_have_two_baselines(pytester, generate):
@@ -343,9 +346,9 @@ def test_pytest_mpls_full_names_do_not_change_ours(pytester, mode):
     pytester.makepyfile(DEVICES)
     pytester.makeini("[pytest]\nmpl-use-full-test-name = true")
     update = ["--attn-update=missing", "--attn-device=cpu"]
-    pytester.runpytest(*update).assert_outcomes(passed=12)
+    pytester.runpytest(*update).assert_outcomes(passed=PICTURES)
     if "no:pytest_mpl" not in mode:
-        pytester.runpytest(*mode, "--attn-device=cpu").assert_outcomes(passed=12)
+        pytester.runpytest(*mode, "--attn-device=cpu").assert_outcomes(passed=PICTURES)
 
 
 def test_every_figure_of_a_test_that_runs_twice_is_compared(pytester, generate):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import AttentionCase, causal_mask, make_attention, padding_mask
-from pytest_attnheat.attention.scoring import DotProductScore
+from pytest_attnheat.attention.scoring import DotProductScore, scoring_names
 
 FIELDS = ("query", "key", "value", "scores", "weights", "output")
 
@@ -38,7 +38,7 @@ def test_output_and_weights_are_what_pytorch_computes():
     torch.testing.assert_close(case.weights @ case.value, expected)
 
 
-@pytest.mark.parametrize("scoring", ["additive", "dot_product", "scaled_dot_product", "bilinear"])
+@pytest.mark.parametrize("scoring", scoring_names())
 def test_no_tensor_requires_a_gradient_and_the_scores_are_those_of_the_function(scoring):
     case = make_attention(scoring=scoring, dtype="float64")
     assert not any(getattr(case, name).requires_grad for name in FIELDS)

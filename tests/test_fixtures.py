@@ -3,7 +3,10 @@
 import pytest
 import torch
 
+from pytest_attnheat.attention.scoring import scoring_names
 from pytest_attnheat.plugin import fixtures
+
+NAMES = scoring_names()
 
 
 @pytest.fixture
@@ -32,9 +35,7 @@ def test_attention_runs_over_every_scoring_function_and_device(pytester, devices
     pytester.makepyfile(ATTENTION)
     devices(cuda=2, mps=0, xpu=0)
     assert ids(pytester) == [
-        f"test_a[{scoring}-{device}]"
-        for device in ("cpu", "cuda")
-        for scoring in ("additive", "dot_product", "scaled_dot_product", "bilinear")
+        f"test_a[{scoring}-{device}]" for device in ("cpu", "cuda") for scoring in NAMES
     ]
 
 
@@ -57,7 +58,7 @@ def test_attention_holds_what_it_says(pytester):
                 assert torch.equal(getattr(a, name), getattr(same, name))
                 assert not getattr(a, name).requires_grad
     """)
-    pytester.runpytest().assert_outcomes(passed=8)
+    pytester.runpytest().assert_outcomes(passed=2 * len(NAMES))
 
 
 def test_all_stands_for_the_cpu_and_every_gpu(pytester, devices):
@@ -99,7 +100,7 @@ def test_a_required_device_that_is_absent_fails(pytester, devices, ini):
         result = pytester.runpytest()
     else:
         result = pytester.runpytest("--attn-require-device", "--attn-device=cuda")
-    result.assert_outcomes(errors=4)
+    result.assert_outcomes(errors=len(NAMES))
     result.stdout.fnmatch_lines("*'cuda' is absent (present: cpu), and --attn-require-device*")
 
 
@@ -270,9 +271,9 @@ def test_the_seed_comes_from_marker_then_option_then_ini(pytester, monkeypatch):
     """)
     pytester.makeini("[pytest]\nattn_seed = 5")
     monkeypatch.setenv("EXPECTED", "5")
-    pytester.runpytest().assert_outcomes(passed=8)
+    pytester.runpytest().assert_outcomes(passed=2 * len(NAMES))
     monkeypatch.setenv("EXPECTED", "6")
-    pytester.runpytest("--attn-seed=6").assert_outcomes(passed=8)
+    pytester.runpytest("--attn-seed=6").assert_outcomes(passed=2 * len(NAMES))
 
 
 def test_several_scoring_functions_are_not_silently_cut_to_one(pytester):
@@ -325,7 +326,7 @@ def test_usefixtures_and_fixtures_of_ones_own_parametrise_too(pytester):
         @pytest.mark.usefixtures("attention")
         def test_b(): pass
     """)
-    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=8)
+    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=2 * len(NAMES))
 
 
 def test_a_fixture_of_module_scope_can_use_the_device(pytester):
@@ -343,7 +344,9 @@ def test_a_fixture_of_module_scope_can_use_the_device(pytester):
         def test_b(model, attn_device): assert model == attn_device
         def test_c(): assert made == ["cpu"]
     """)
-    pytester.runpytest("--attn-device=cpu,cuda:9").assert_outcomes(passed=6, skipped=5)
+    count = len(NAMES)
+    result = pytester.runpytest("--attn-device=cpu,cuda:9")
+    result.assert_outcomes(passed=count + 2, skipped=count + 1)
 
 
 @pytest.mark.parametrize("indirect", [False, True])
@@ -426,13 +429,9 @@ def test_a_users_own_fixture_replaces_ours_and_may_give_a_name(pytester):
         """,
     )
     expected = ["test_a[1.0-cpu]", "test_a[2.0-cpu]", "test_a[cpu]"]
-    wrapped = [f"test_a[{name}-cpu]" for name in sorted(fixtures_names())]
+    wrapped = [f"test_a[{name}-cpu]" for name in NAMES]
     assert sorted(ids(pytester, "--attn-device=cpu")) == sorted([*expected, *wrapped])
-    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=7)
-
-
-def fixtures_names():
-    return ("additive", "dot_product", "scaled_dot_product", "bilinear")
+    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=3 + len(NAMES))
 
 
 def test_a_test_that_asks_for_nothing_is_left_alone(pytester):
@@ -470,4 +469,6 @@ def test_attention_reaches_the_gpu_with_the_numbers_of_the_cpu(pytester):
             assert torch.equal(attention.key.cpu(), make().key)
             assert torch.equal(scoring_function(attention.query, attention.key), attention.scores)
     """)
-    pytester.runpytest("--attn-device=cuda", "--attn-require-device").assert_outcomes(passed=4)
+    pytester.runpytest("--attn-device=cuda", "--attn-require-device").assert_outcomes(
+        passed=len(NAMES)
+    )

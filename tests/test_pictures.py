@@ -8,6 +8,7 @@ from pytest_attnheat import causal_mask, show_heatmaps
 pytestmark = pytest.mark.heatmap_compare
 SENTENCE = "[CLS] The cat , said $x$ , sat on an antidisestablishmentarian mat . [SEP]"
 TOKENS = SENTENCE.split()
+SCORINGS = ("additive", "dot_product", "scaled_dot_product", "bilinear")
 
 
 def uniform(*shape):
@@ -26,7 +27,8 @@ def test_textbook_uniform_random():
     return show_heatmaps(uniform(1, 1, 10, 10), xlabel="Keys", ylabel="Queries")
 
 
-@pytest.mark.attention(batch=1, heads=4, query_len=10, key_len=10)
+# These four have baselines; a scoring function that is added needs none.
+@pytest.mark.attention(scoring=SCORINGS, batch=1, heads=4, query_len=10, key_len=10)
 def test_scoring_function(attention):
     titles = [f"Head {head}" for head in range(4)]
     return show_heatmaps(attention.weights, "Keys", "Queries", titles, (8, 2.5))

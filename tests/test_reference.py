@@ -319,7 +319,7 @@ def test_soft_attention_is_what_pytorch_computes(masked, leading, query_len, key
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("score", ["additive", "dot_product", "scaled_dot_product", "bilinear"])
+@pytest.mark.parametrize("score", scoring.scoring_names())
 def test_every_dtype_is_kept_by_every_kind_and_score(dtype, kind, score):
     query, key, value = (draw(name, 2, 4, 6, dtype=dtype) for name in "qkv")
     mask = causal_mask(4, alignment="top_left")
