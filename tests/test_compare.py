@@ -222,6 +222,16 @@ def test_another_shape_is_said_so():
     )
 
 
+def test_numbers_that_differ_are_printed_with_the_digits_that_differ(tmp_path):
+    before, after = torch.full((1, 1, 3, 3), 0.5), torch.full((1, 1, 3, 3), 0.5)
+    after[0, 0, 1, 2] += 2**-22
+    found = verdict(tmp_path, draw(before), draw(after), tolerance=1e-9)
+    assert "query 1, key 2: expected 0.5, got 0.50000024" in found.details[0]
+    scales = [draw(before, vmax=end) for end in (0.9, 0.9 + 1e-7)]
+    found = verdict(tmp_path, *scales, tolerance=1e-9)
+    assert found.reason == "the colour scale changed from 0..0.9 to 0..0.9000001"
+
+
 # -- pixels ------------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from pytest_attnheat.attention.scoring import (
     make_scoring,
     scoring_names,
 )
-from pytest_attnheat.attention.vocabulary import FULLY_MASKED, FullyMasked
+from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
 from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
 
 MaskBuilder = Callable[[int, int], Tensor]
@@ -214,7 +214,7 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
         if not isinstance(mask, Tensor) and not callable(mask):
             one_of("mask", mask, MASKS)
     one_of("kind", options.get("kind", "soft"), KINDS)
-    one_of("fully_masked", options.get("fully_masked", "zero"), FULLY_MASKED)
+    check_fully_masked(options.get("fully_masked", "zero"))
     seed_number(options.get("seed", 0))
 
 

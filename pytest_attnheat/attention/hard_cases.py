@@ -24,6 +24,7 @@ from torch import Tensor
 from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.reference import causal_mask, padding_mask, sliding_window_mask
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.inputs import dtype_name, one_of, positive, seed_number
 
 # Where a case does not say otherwise. Twelve is no power of two, and no block size.
@@ -216,14 +217,11 @@ def _fully_masked(draft: _Draft) -> None:
     draft.attn_mask = mask
 
 
-def _padding(side: str) -> _Change:
+def _padding(side: Side) -> _Change:
     def pad(draft: _Draft) -> None:
         key_len = draft.lengths[1]
         real = [max(1, key_len - 4 - entry) for entry in range(draft.batch)]
-        left = side == "left"
-        draft.attn_mask = padding_mask(
-            real, key_len, side="left" if left else "right", device="cpu"
-        )
+        draft.attn_mask = padding_mask(real, key_len, side=side, device="cpu")
 
     return pad
 

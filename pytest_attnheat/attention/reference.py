@@ -20,11 +20,11 @@ from pytest_attnheat.attention.scoring import (
 )
 from pytest_attnheat.attention.vocabulary import (
     ALIGNMENTS,
-    FULLY_MASKED,
     SIDES,
     Alignment,
     FullyMasked,
     Side,
+    check_fully_masked,
 )
 from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive
 
@@ -175,7 +175,7 @@ def masked_softmax(
         ValueError: There are no keys, the mask does not fit, or `fully_masked` is unknown.
     """
     permitted = _permitted(scores, mask)
-    one_of("fully_masked", fully_masked, FULLY_MASKED)
+    check_fully_masked(fully_masked)
     # A row of -inf alone has no softmax: such a row is computed from zeros, so that no NaN is
     # made on the way, and gets its declared meaning afterwards.
     some = permitted.any(-1, keepdim=True)
@@ -265,7 +265,7 @@ def weigh(
     """The second half of `attend`: from scores and values to output and weights."""
     permitted = _permitted(scores, mask)
     one_of("kind", kind, KINDS)
-    one_of("fully_masked", fully_masked, FULLY_MASKED)
+    check_fully_masked(fully_masked)
     if value.shape[-1] == 0:
         raise ValueError(misuse("value", f"shape {tuple(value.shape)}", "one channel or more"))
     if kind == "max_pooling":

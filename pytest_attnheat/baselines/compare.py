@@ -93,11 +93,13 @@ def compare_data(
     moved = np.abs(expected.limits - actual.limits)
     typical = _typical(expected)[..., None]
     if difference is None and (moved > tolerance * (np.abs(expected.limits) + typical)).any():
-        panel = np.unravel_index(
-            int(np.abs(expected.limits - actual.limits).max(-1).argmax()), expected.limits.shape[:2]
-        )
+        panel = np.unravel_index(int(moved.max(-1).argmax()), moved.shape[:2])
         old, new = (
-            f"{data.limits[panel][0]:g}..{data.limits[panel][1]:g}" for data in (expected, actual)
+            "..".join(
+                number_text(float(end), beside=float(by))
+                for end, by in zip(data.limits[panel], moved[panel], strict=True)
+            )
+            for data in (expected, actual)
         )
         return DataDifference(f"the colour scale changed from {old} to {new}", [])
     return difference

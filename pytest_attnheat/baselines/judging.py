@@ -149,6 +149,7 @@ def _check_heatmaps(
 
 def _check_images(baseline: Path, actual: Path, folder: Path, tolerance: float | None) -> Verdict:
     """Compare all pixels, where a picture or its baseline carries no data."""
+    # It takes most of a second to import, and pictures that carry data do not need it.
     from matplotlib.testing.compare import compare_images
 
     if baseline.suffix != ".png":

@@ -82,10 +82,10 @@ def encode(shown: Shown) -> str | None:
             "xlabel": words.xlabel,
             "ylabel": words.ylabel,
             "title": words.title,
-            "titles": _plain(words.column_titles),
-            "row_titles": _plain(words.row_titles),
-            "key_labels": _plain(words.key_labels),
-            "query_labels": _plain(words.query_labels),
+            "titles": words.column_titles,
+            "row_titles": words.row_titles,
+            "key_labels": words.key_labels,
+            "query_labels": words.query_labels,
             "numbers": words.number_format,
         },
         "scale": "shared" if shown.scale.shared else "panel",
@@ -102,10 +102,6 @@ def encode(shown: Shown) -> str | None:
 def metadata_of(record: str, kind: str) -> dict[str, str]:
     """Return a record as the metadata that matplotlib writes into a "png" or an "svg"."""
     return {KEYWORD: record} if kind == "png" else {"Source": f"{KEYWORD}:{record}"}
-
-
-def _plain(texts: Any) -> list[str] | None:
-    return None if texts is None else list(texts)
 
 
 def _narrow(values: Floats, dtype: str) -> npt.NDArray[Any]:
