@@ -27,7 +27,7 @@ from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.inputs import dtype_name, one_of, positive, seed_number
 
-# Where a case does not say otherwise. Twelve is no power of two, and no block size.
+# Where a case does not say otherwise. Twelve is neither a power of two nor a block size.
 _LENGTH, _WIDTH = 12, 16
 
 

@@ -171,7 +171,8 @@ def masked_softmax(
         Weights of the shape and dtype of the scores.
 
     Raises:
-        TypeError: The scores are no tensor of floating point numbers, or the mask is not boolean.
+        TypeError: The scores are not a tensor of floating point numbers, or the mask is not
+            boolean.
         ValueError: There are no keys, the mask does not fit, or `fully_masked` is unknown.
     """
     permitted = _permitted(scores, mask)
@@ -223,7 +224,7 @@ def attend(
         dtype of the value.
 
     Raises:
-        TypeError: An input is no tensor of floating point numbers, the dtypes differ, or the
+        TypeError: An input is not a tensor of floating point numbers, the dtypes differ, or the
             mask is not boolean.
         ValueError: Shapes do not fit, or a name is unknown.
     """

@@ -320,7 +320,7 @@ def register_scoring_function(name: str, factory: Any = None, *, replace: bool =
 
     Raises:
         TypeError: The factory cannot be called with three arguments.
-        ValueError: The name is no identifier, or taken.
+        ValueError: The name is not an identifier, or it is taken.
     """
     check_scoring_name(name)
     if not replace and name in _factories:

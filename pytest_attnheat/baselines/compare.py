@@ -200,7 +200,7 @@ def _explanations(
     yield f"every value has {constant:.4g} added", one + constant
     for axis, name in ((2, "key"), (1, "query")):
         for step, direction in ((1, "higher"), (-1, "lower")):
-            # What came in at the edge is anybody's guess.
+            # What came in at the edge is not known.
             moved, edge = np.roll(one, step, axis), 0 if step == 1 else -1
             inside = tuple(edge if number == axis else slice(None) for number in range(3))
             moved[inside] = other[inside]
@@ -268,7 +268,7 @@ def compare_pixels(
         seen &= _edges(sheet.layout, painted.shape)
     if not np.array_equal(images[0][seen], sheet.image[seen][:, :channels]):
         return "panels"
-    # Numbers in cells are no such overlay: they change with the data, and with the text.
+    # Numbers in cells are not such an overlay: they change with the data, and with the text.
     overlay = painted & ~seen & (not has_numbers)
     # Where even the data are equal to the bit, nothing at all may differ.
     exact = np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)

@@ -26,7 +26,7 @@ Status = Literal["equal", "text", "missing", "unreadable", "data", "panels", "pi
 # For figures without data: pytest-mpl's own default, 2, does not see a changed head.
 PIXEL_TOLERANCE = 0.1
 _ROWS_SHOWN = 5
-# What Pillow raises for images that may be meant to fill the memory.
+# What Pillow raises for images so large that they could fill the memory.
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 

@@ -245,7 +245,7 @@ def _ordered(array: Array) -> Array:
 def _block_amax(array: Array, block: tuple[int, int]) -> Array:
     fewer = _block_max(array, -2, block[0])
     if is_tensor(fewer) and fewer.device.type == "cpu":
-        # torch is slow along a last axis that is no multiple of the vector width.
+        # torch is slow along a last axis that is not a multiple of the vector width.
         return _block_max(fewer.mT.contiguous(), -2, block[1]).mT
     return _block_max(fewer, -1, block[1])
 

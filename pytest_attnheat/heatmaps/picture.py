@@ -45,7 +45,7 @@ class Shown:
         cells: the values.
         scale: the range of the colours.
         cmap: the colours.
-        highlight: outlined cells and queries (row, column, query) or (row, column, query, key).
+        highlight: what is outlined: cells (row, column, query, key), queries (row, column, query).
         dtype: the dtype that the values were given in, by name.
     """
 
@@ -135,7 +135,7 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
     """Compose a picture of `size` pixels.
 
     Raises:
-        ValueError: The size has no room for what must be shown.
+        ValueError: The size has no room for all that the picture shows.
     """
     design = shown.design
     grid = (shown.cells.values.shape[2], shown.cells.values.shape[3])

@@ -208,7 +208,7 @@ def read_heatmaps(path: str | Path) -> Heatmaps:
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no such picture, it carries no data, or it is damaged.
+        ValueError: It is not such a picture, it carries no data, or it is damaged.
     """
     file = Path(path)
     try:

@@ -31,7 +31,7 @@ ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
 # Small letters are moved to whole pixels when they are drawn, which may make a text wider.
 _HINTING = 1.1
 # Where a label holds characters that the default font lacks, it may be this wide (in em).
-LONGEST = 8.0
+_LONGEST_LABEL = 8.0
 # The ticks of the colorbar get this width (em of the small font) whatever they say, so that
 # panels do not move with the values they show.
 BAR_TICKS = 2.6
@@ -144,7 +144,7 @@ class Words:
         return self._labels(self.query_labels)
 
     def _labels(self, texts: Sequence[str] | None) -> list[Label] | None:
-        return None if texts is None else make_labels(texts, self.lettering, LONGEST)
+        return None if texts is None else make_labels(texts, self.lettering, _LONGEST_LABEL)
 
     def number(self, value: float) -> str:
         """Return what is written into a cell."""
