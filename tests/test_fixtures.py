@@ -247,7 +247,7 @@ def test_make_attention_follows_marker_device_dtype_and_seed(pytester):
             assert case.scoring == request.node.callspec.params["scoring_function"]
             assert make_attention().scoring == "scaled_dot_product"
     """)
-    pytester.runpytest("--attn-seed=4", "--attn-device=cpu").assert_outcomes(passed=5)
+    pytester.runpytest("--attn-seed=4", "--attn-device=cpu").assert_outcomes(passed=1 + len(NAMES))
 
 
 def test_the_seed_comes_from_marker_then_option_then_ini(pytester, monkeypatch):
