@@ -263,7 +263,7 @@ def compare_pixels(
     # What the user has drawn over the panels hides them: there the pictures must agree as they are.
     own = picture.prepare((width, height), dpi).image[..., :channels]
     seen = painted & (images[1] == own).all(-1)
-    has_numbers = picture.shown.design.words.number_format is not None
+    has_numbers = picture.shown.design.words.numbers is not None
     if has_numbers:
         seen &= _edges(sheet.layout, painted.shape)
     if not np.array_equal(images[0][seen], sheet.image[seen][:, :channels]):

@@ -145,11 +145,11 @@ def show_heatmaps(
         xlabel=xlabel,
         ylabel=ylabel,
         title=title,
-        column_titles=_texts("titles", titles, maps.shape[1], "columns"),
+        titles=_texts("titles", titles, maps.shape[1], "columns"),
         row_titles=_texts("row_titles", row_titles, maps.shape[0], "rows"),
         key_labels=_texts("key_labels", key_labels, maps.shape[3], "keys"),
         query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
-        number_format=_number_format(numbers),
+        numbers=_number_format(numbers),
     )
     one_of("scale", scale, ("shared", "panel"))
     if scale == "panel" and not (vmin is None and vmax is None):
@@ -157,7 +157,7 @@ def show_heatmaps(
         raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
     if cmap not in matplotlib.colormaps and not isinstance(cmap, Colormap):
         raise ValueError(misuse("cmap", repr(cmap), "a Colormap, or the name of one"))
-    if words.number_format and math.prod(maps.shape) > _MOST_NUMBERS:
+    if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
         got = f"{numbers!r} for {math.prod(maps.shape)} cells"
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
     outlined = [_checked_index(index, maps.shape) for index in highlight]
@@ -252,7 +252,7 @@ def _inches(pixels: int, dpi: float) -> float:
 
 def _number_width(words: Words, maps: Maps) -> float:
     """Return the width in em of the widest number that would be written."""
-    if words.number_format is None:
+    if words.numbers is None:
         return 0.0
     values = pool(maps, (1, 1)).values
     return max(words.lettering.width(words.number(float(value))) for value in values.ravel())

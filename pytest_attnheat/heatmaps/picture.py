@@ -154,7 +154,7 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
         _write_bar(pen, image, layout.bar, shown.scale, layout.em)
     if not shown.scale.shared:
         _write_ranges(pen, shown.scale, layout)
-    if design.words.number_format is not None:
+    if design.words.numbers is not None:
         _write_numbers(pen, shown, cells, layout)
     return Sheet(layout, image, pen.texts)
 
@@ -197,7 +197,7 @@ def _write_names(pen: Pen, design: Design, layout: Layout, notes: list[str]) -> 
         pen.across(note, middle, y, width, width, SMALL)
     # A title alone in its line may be wider than its panel.
     room = width if len(layout.lefts) == 1 else _pitch(layout.lefts, layout.panel[0])
-    for left, text in zip(layout.lefts, words.column_titles or (), strict=False):
+    for left, text in zip(layout.lefts, words.titles or (), strict=False):
         pen.across(text, left + layout.panel[0] / 2, layout.column_titles, room, width)
     room = height if len(layout.tops) == 1 else _pitch(layout.tops, layout.panel[1])
     for top, text in zip(layout.tops, words.row_titles or (), strict=False):

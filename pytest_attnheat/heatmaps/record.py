@@ -24,6 +24,7 @@ from matplotlib import ft2font
 
 from pytest_attnheat.heatmaps.maps import Bools, Floats
 from pytest_attnheat.heatmaps.picture import Shown
+from pytest_attnheat.heatmaps.writing import LABELS
 
 # The text chunk of a PNG, and the marker in the `dc:source` of an SVG.
 KEYWORD = "attnheat"
@@ -78,16 +79,7 @@ def encode(shown: Shown) -> str | None:
         "block": list(shown.cells.block),
         "shape": list(shown.design.shape),
         "dtype": shown.dtype,
-        "labels": {
-            "xlabel": words.xlabel,
-            "ylabel": words.ylabel,
-            "title": words.title,
-            "titles": words.column_titles,
-            "row_titles": words.row_titles,
-            "key_labels": words.key_labels,
-            "query_labels": words.query_labels,
-            "numbers": words.number_format,
-        },
+        "labels": {name: getattr(words, name) for name in LABELS},
         "scale": "shared" if shown.scale.shared else "panel",
         "limits": limits.tolist(),
         "matplotlib": matplotlib.__version__,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property, lru_cache
 
 from matplotlib import font_manager
@@ -121,16 +121,16 @@ def round_up(number: int) -> int:
 
 @dataclass(frozen=True)
 class Words:
-    """All that is written on a picture, as it was given."""
+    """All that is written on a picture, as it was given; `numbers` is a format."""
 
     xlabel: str
     ylabel: str
     title: str | None = None
-    column_titles: Sequence[str] | None = None
+    titles: Sequence[str] | None = None
     row_titles: Sequence[str] | None = None
     key_labels: Sequence[str] | None = None
     query_labels: Sequence[str] | None = None
-    number_format: str | None = None
+    numbers: str | None = None
     lettering: Lettering = field(default_factory=Lettering.default)
 
     @cached_property
@@ -148,7 +148,11 @@ class Words:
 
     def number(self, value: float) -> str:
         """Return what is written into a cell."""
-        return format(value, self.number_format or "")
+        return format(value, self.numbers or "")
+
+
+# What a picture says of itself: the arguments of `show_heatmaps` that are written on it.
+LABELS = tuple(entry.name for entry in fields(Words) if entry.name != "lettering")
 
 
 @dataclass(frozen=True)
@@ -199,7 +203,7 @@ class Design:
         rows, columns, queries, keys = self.shape
         em = LARGEST_FONT * dpi / 72
         cell = min(_LARGEST_CELL, max(1, _NATURAL_PANEL // max(queries, keys)))
-        if self.words.number_format:
+        if self.words.numbers:
             cell = max(cell, int((number_width + PAD) * SMALL * em) + 1)
         if self.words.keys or self.words.queries:
             cell = max(cell, int(SMALL * LINE * em) + 1)
@@ -220,7 +224,7 @@ class Design:
         return Content(
             grid=(*self.shape[:2], *grid),
             title=words.title is not None,
-            column_titles=words.column_titles is not None,
+            column_titles=words.titles is not None,
             row_titles=words.row_titles is not None,
             xlabel=bool(words.xlabel),
             ylabel=bool(words.ylabel),
