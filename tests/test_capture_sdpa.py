@@ -22,7 +22,7 @@ def captured(*args, **kwargs):
     with capture_attention(keep="inputs") as trace:
         F.scaled_dot_product_attention(*args, **kwargs)
     (record,) = trace
-    assert record.way == "scaled_dot_product_attention"
+    assert record.source == "scaled_dot_product_attention"
     assert record.trusted
     assert record.residual <= record.tolerance
     return record

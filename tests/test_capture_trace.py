@@ -124,7 +124,7 @@ def test_the_table():
     ends = [f"{record.residual:.1e}" for record in trace]
     text = str(Trace(trace, unseen, ["layers.0: the fast path was off"], 1.5e-7))
     assert text == (
-        "layer       way                           shape         residual\n"
+        "layer       source                        shape         residual\n"
         f"layers.0.1  scaled_dot_product_attention  (2, 4, 5, 5)  {ends[0]}\n"
         f"layers.1.1  scaled_dot_product_attention  (2, 4, 5, 5)  {ends[1]}\n"
         "unseen   head: a scripted module: softmax happens in compiled code\n"
@@ -147,7 +147,7 @@ def test_the_table_says_what_was_not_compared_and_what_is_off():
 
 
 def test_an_empty_trace_has_a_table():
-    assert str(Trace()) == "layer  way  shape  residual"
+    assert str(Trace()) == "layer  source  shape  residual"
     assert repr(Trace()) == "<Trace: 0 records of 0 layers>"
 
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 from pytest_attnheat import capture_attention
 from pytest_attnheat.capture import computing
 from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
-from pytest_attnheat.capture.ways import sdpa
+from pytest_attnheat.capture.sources import sdpa
 
 X = draw("x", 2, 5, 8)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])

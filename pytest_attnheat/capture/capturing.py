@@ -17,6 +17,7 @@ from pytest_attnheat.capture.fast_path import would_take_fast_path
 from pytest_attnheat.capture.layers import Layers
 from pytest_attnheat.capture.record import Selection, selection
 from pytest_attnheat.capture.recording import Keep, Recording, Wanted
+from pytest_attnheat.capture.sources import source_of
 from pytest_attnheat.capture.trace import Trace, checked_patterns
 from pytest_attnheat.capture.unseen import find_unseen
 from pytest_attnheat.capture.verification import Repetition
@@ -131,7 +132,7 @@ def _watched(recording: Recording) -> Iterator[None]:
     """Let the watcher of this thread tell a recording too; begin to watch if nobody does."""
     outer = watching.current()
     if outer is None:
-        watcher = watching.Watcher()
+        watcher = watching.Watcher(source_of)
         watcher.recorders.append(recording)
         with watcher:
             yield

@@ -45,7 +45,7 @@ class AttentionRecord:
 
     Attributes:
         layer: The name of the innermost module in which it happened.
-        way: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
+        source: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
         shape: (batch, heads, query_len, key_len) of the whole attention, before any selection.
         dtype: The dtype in which the model computed it.
         query: (batch, heads, query_len, head_dim); None if it is not kept or not known.
@@ -73,7 +73,7 @@ class AttentionRecord:
     """
 
     layer: str
-    way: str
+    source: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     query: Tensor | None = field(default=None, repr=False)

@@ -61,7 +61,7 @@ class Recording:
         """Keep what is wanted of an attention that happened."""
         layer = self._layers.current
         if layer is None:
-            self.miss(record.way, "it happened outside of the model that is captured")
+            self.miss(record.source, "it happened outside of the model that is captured")
             return
         self._trace._saw(self._layers.running)
         if not self._wanted.wants(layer):

@@ -45,11 +45,11 @@ class Tag:
         scores: Set if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
         clean: Those before dropout, in the same layout; None where that is the tensor itself.
-        way: How the weights were recognised.
+        source: How the weights were recognised.
         dropout: The probability of the dropout that was applied.
         parametric: Whether its last axis is one of a parameter: the classes of a classifier.
         turned: Whether axes were exchanged since it became weights.
-        births: The numbers of the softmaxes that it comes from.
+        softmaxes: The numbers of the softmaxes that it comes from.
         factor: The number it was multiplied by: queries may be scaled in place of scores.
     """
 
@@ -57,11 +57,11 @@ class Tag:
     scores: Scores | None = None
     weights: bool = False
     clean: Tensor | None = None
-    way: str = ""
+    source: str = ""
     dropout: float = 0.0
     parametric: bool = False
     turned: bool = False
-    births: tuple[int, ...] = ()
+    softmaxes: tuple[int, ...] = ()
     factor: float = 1.0
 
 

@@ -187,9 +187,9 @@ class Trace(Sequence[AttentionRecord]):
         return show_heatmaps(maps, **{**defaults, **options})
 
     def __str__(self) -> str:
-        """A table: layer, way, shape, residual; and what was not seen or ran differently."""
-        rows = [("layer", "way", "shape", "residual")]
-        rows += [(r.layer, r.way, str(r.shape_here), _residual(r)) for r in self._records]
+        """A table: layer, source, shape, residual; and what was not seen or ran differently."""
+        rows = [("layer", "source", "shape", "residual")]
+        rows += [(r.layer, r.source, str(r.shape_here), _residual(r)) for r in self._records]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()

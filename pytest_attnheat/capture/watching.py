@@ -16,7 +16,7 @@ from pytest_attnheat.capture.tags import Tags
 # Makes a record, and the weights that were multiplied, if they are known.
 Read = Callable[[], tuple[AttentionRecord, torch.Tensor | None]]
 # (watcher, function, arguments, keywords) -> what the function returns.
-Way = Callable[["Watcher", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Source = Callable[["Watcher", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
 
 
 class Recorder(Protocol):
@@ -38,18 +38,22 @@ class Recorder(Protocol):
 class Watcher(TorchFunctionMode):
     """Sees each function of torch that is called in its thread; nested captures share one.
 
+    Args:
+        source_of: Returns the source that knows a function; None for one that tells nothing.
+
     Attributes:
         recorders: Who is told.
         tags: What is known of tensors.
         heads: How many heads the batch axis of 3-D tensors holds, within multi-head attention.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source_of: Callable[[Callable[..., Any]], Source | None]) -> None:
         super().__init__()
         self.recorders: list[Recorder] = []
         self.tags = Tags()
         self.heads: int | None = None
-        self._ways: dict[Any, Way | None] = {}
+        self._source_of = source_of
+        self._sources: dict[Any, Source | None] = {}
         self._softmaxes = 0
 
     def __torch_function__(
@@ -59,14 +63,14 @@ class Watcher(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function; what might be attention by the way that knows it."""
+        """Call the function; what might be attention through the source that knows it."""
         try:
-            way = self._ways[func]
+            source = self._sources[func]
         except KeyError:
-            way = self._ways[func] = _way_of(func)
-        if way is None:
+            source = self._sources[func] = self._source_of(func)
+        if source is None:
             return func(*args, **(kwargs or {}))
-        return way(self, func, args, dict(kwargs or {}))
+        return source(self, func, args, dict(kwargs or {}))
 
     @property
     def idle(self) -> bool:
@@ -143,9 +147,3 @@ def paused() -> Iterator[None]:
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, torch.Tensor)
-
-
-def _way_of(func: Callable[..., Any]) -> Way | None:
-    from pytest_attnheat.capture.ways import way_of
-
-    return way_of(func)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from pytest_attnheat.capture.record import AttentionRecord, ScoreChange
 from pytest_attnheat.capture.watching import Watcher
 
-WAY = "flex_attention"
+SOURCE = "flex_attention"
 
 
 def see(
@@ -24,7 +24,7 @@ def see(
     pair whether it may attend), scale, and options of the kernel.
     """
     result = func(*args, **kwargs)
-    watcher.tell(WAY, lambda: (_record(args, result[0]), None))
+    watcher.tell(SOURCE, lambda: (_record(args, result[0]), None))
     return result
 
 
@@ -35,7 +35,7 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     shape = (batch, heads, query_len, key.shape[-2])
     return AttentionRecord(
         layer="",
-        way=WAY,
+        source=SOURCE,
         shape=shape,
         dtype=query.dtype,
         query=query,

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
+from pytest_attnheat.capture.sources.products import Product, read_product, tell
+from pytest_attnheat.capture.sources.scores import also_masked, changed, factor_of, number_of
 from pytest_attnheat.capture.tags import Scores, Tag
-from pytest_attnheat.capture.watching import Watcher, Way
-from pytest_attnheat.capture.ways.products import Product, read_product, tell
-from pytest_attnheat.capture.ways.scores import also_masked, changed, factor_of, number_of
+from pytest_attnheat.capture.watching import Source, Watcher
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -36,8 +36,8 @@ _MOVES = {
 _TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "mT", "T"}
 
 
-def way_of(name: str, func: Callable[..., Any]) -> Way | None:
-    """Return the way for a function of a name."""
+def source_of(name: str, func: Callable[..., Any]) -> Source | None:
+    """Return the source for a function of a name."""
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
         return _moved if name in _MOVES else None
@@ -78,13 +78,13 @@ def _multiplied(
     left, right = (watcher.tags[t] for t in (product.left_source, product.right_source))
     if left is not None and right is not None and left.weights and right.weights:
         # Somebody follows attention through layers: weights again, and no value.
-        watcher.tags[output] = Tag(weights=True, way=left.way)
-        watcher.found(left.births + right.births)
+        watcher.tags[output] = Tag(weights=True, source=left.source)
+        watcher.found(left.softmaxes + right.softmaxes)
         return output
     mixed = left if right is None or not right.weights else right
     source = product.left_source if mixed is left else product.right_source
     if mixed is not None and mixed.weights and _mixes_heads(product, source, output):
-        watcher.tags[output] = Tag(weights=True, way=mixed.way, births=mixed.births)
+        watcher.tags[output] = Tag(weights=True, source=mixed.source, softmaxes=mixed.softmaxes)
         return output
     for candidate in (product, turned):
         if _is_attention(watcher, candidate):
@@ -131,7 +131,7 @@ def _is_attention(watcher: Watcher, product: Product) -> bool:
     # Neither softmax nor sigmoid, but made of a product, and each row is a distribution.
     if not rows_are_distributions(product.left):
         return False
-    watcher.tags[product.left_source] = replace(tag, weights=True, way="rows that sum to 1")
+    watcher.tags[product.left_source] = replace(tag, weights=True, source="rows that sum to 1")
     return True
 
 
@@ -183,7 +183,8 @@ def _shared(
     waits = tag.scores is not None and not tag.weights and source.ndim > 2
     watcher.tags[output] = Tag(
         before=tag.before, scores=tag.scores, weights=True,
-        way="sigmoid" if sigmoid else "softmax", births=watcher.expect() if waits else tag.births,
+        source="sigmoid" if sigmoid else "softmax",
+        softmaxes=watcher.expect() if waits else tag.softmaxes,
     )  # fmt: skip
     return output
 
@@ -204,7 +205,7 @@ def _dropped(
     if tag is not None and not tag.weights and tag.scores is not None and dropping:
         assert isinstance(source, Tensor)
         if rows_are_distributions(source):
-            tag = replace(tag, weights=True, way="rows that sum to 1")
+            tag = replace(tag, weights=True, source="rows that sum to 1")
     clean = None if tag is None else tag.clean
     if clean is None and tag is not None and tag.weights and dropping:
         in_place = kwargs.get("inplace", args[3] if len(args) > 3 else _is_in_place(func))
@@ -322,9 +323,9 @@ def _joined(
                   for one, t in zip(args[0], tags, strict=True)]  # fmt: skip
         dropout = tags[0].dropout
         clean = func(cleans, *args[1:], **kwargs) if dropout else None
-        births = tuple(number for tag in tags if tag is not None for number in tag.births)
+        softmaxes = tuple(number for tag in tags if tag is not None for number in tag.softmaxes)
         watcher.tags[output] = Tag(
-            weights=True, way=tags[0].way, dropout=dropout, clean=clean, births=births
+            weights=True, source=tags[0].source, dropout=dropout, clean=clean, softmaxes=softmaxes
         )
     return output
 

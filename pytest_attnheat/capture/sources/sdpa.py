@@ -15,7 +15,7 @@ from pytest_attnheat.capture.shaping import Shaping, without_factor
 from pytest_attnheat.capture.watching import Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-WAY = "scaled_dot_product_attention"
+SOURCE = "scaled_dot_product_attention"
 
 
 def see(
@@ -28,9 +28,9 @@ def see(
     strange = next((t for t in (query, key, value) if t.is_nested or t.is_sparse), None)
     if strange is not None or not isinstance(output, Tensor) or output.is_meta:
         kind = "nested" if strange is not None and strange.is_nested else "unusual"
-        watcher.miss(WAY, f"it was given {kind} tensors")
+        watcher.miss(SOURCE, f"it was given {kind} tensors")
         return output
-    watcher.tell(WAY, lambda: (_record(watcher, given, output), None))
+    watcher.tell(SOURCE, lambda: (_record(watcher, given, output), None))
     return output
 
 
@@ -51,7 +51,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     query, key = (without_factor(t, f) for t, f in zip((query, key), factors, strict=True))
     return AttentionRecord(
         layer="",
-        way=WAY,
+        source=SOURCE,
         shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
         dtype=output.dtype,
         query=shaping.queries(query),

@@ -165,11 +165,11 @@ def tell(watcher: Watcher, product: Product) -> None:
     assert tag is not None
     clean = product.left if tag.clean is None else product.like_left(tag.clean)
     if not clean.is_floating_point() or clean.shape != product.left.shape or clean.is_meta:
-        watcher.found(tag.births)
-        watcher.miss(tag.way, "its weights were changed in a way that is not understood")
+        watcher.found(tag.softmaxes)
+        watcher.miss(tag.source, "its weights were changed in a way that is not understood")
         return
-    watcher.found(tag.births)
-    watcher.tell(tag.way, lambda: _record(watcher, tag, product, clean))
+    watcher.found(tag.softmaxes)
+    watcher.tell(tag.source, lambda: _record(watcher, tag, product, clean))
 
 
 def _record(
@@ -191,7 +191,7 @@ def _record(
     exact = scores is not None and scores.exact and query is not None
     record = AttentionRecord(
         layer="",
-        way=tag.way,
+        source=tag.source,
         shape=shaping.weights_shape(used.shape[-2], key_len),
         dtype=used.dtype,
         query=query,
