@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture import computing
-from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
+from pytest_attnheat.capture import CaptureError, CaptureWarning, recording
 from pytest_attnheat.capture.sources import sdpa
 
 X = draw("x", 2, 5, 8)
@@ -105,10 +104,12 @@ def test_a_wrong_reading_of_one_head_shows(monkeypatch):
 
 
 def test_wrong_weights_show(monkeypatch):
-    part = computing.part_of
-    monkeypatch.setattr(
-        "pytest_attnheat.capture.verifying.part_of", lambda *given: part(*given).roll(1, -1)
-    )
+    parts_of = recording.parts_of
+
+    def wrong(record):
+        return ((*where, part.roll(1, -1)) for *where, part in parts_of(record))
+
+    monkeypatch.setattr(recording, "parts_of", wrong)
     with pytest.warns(CaptureWarning), capture_attention() as trace:
         F.scaled_dot_product_attention(*three(2, 3))
     assert not trace[0].trusted
@@ -304,7 +305,7 @@ def test_a_model_that_returns_something_else_without_capture_is_an_error():
 
 def test_verification_needs_a_model_that_is_called():
     with (
-        pytest.raises(ValueError, match="verify=True needs a model"),
+        pytest.raises(ValueError, match="verify: got True without a model"),
         capture_attention(verify=True),
     ):
         raise AssertionError("ran")

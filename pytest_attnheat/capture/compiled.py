@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_attnheat.capture.errors import CaptureError
+from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.layers import original
 from pytest_attnheat.capture.trace import Trace
 

@@ -5,21 +5,30 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.tolerance import residual_tolerance
 from pytest_attnheat.callables import copied
-from pytest_attnheat.capture.computing import apart, statistics_of, weights_of
-from pytest_attnheat.capture.errors import CaptureMemoryError
+from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.layers import Layers
-from pytest_attnheat.capture.record import AttentionRecord, Selection, readable
-from pytest_attnheat.capture.trace import Trace, Unseen, matches
-from pytest_attnheat.capture.verifying import residual_of, sampled
+from pytest_attnheat.capture.record import (
+    AttentionRecord,
+    apart,
+    parts_of,
+    readable,
+    statistics_of,
+)
+from pytest_attnheat.capture.selection import Selection, matches
+from pytest_attnheat.capture.trace import Trace, Unseen
+from pytest_attnheat.inputs import wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]
+KEPT: tuple[Keep, ...] = get_args(Keep)
+# So many queries of each head are compared while the model runs.
+_SAMPLED = 8
 _TENSORS = ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
 
 
@@ -135,8 +144,7 @@ class Recording:
             f"{readable(self._bytes)} of the {readable(self._wanted.max_bytes)} allowed.",
             "  accepted: layers=['...'], heads=[0], queries=slice(0, 64), max_bytes=...",
         ]
-        others: list[Keep] = [k for k in ("inputs", "weights", "statistics") if k != keep]
-        less = {k: self._needed(record, k) for k in others}
+        less = {k: self._needed(record, k) for k in KEPT if k != keep}
         lines += [
             f"  or keep={k!r}, which takes {readable(size)} of it"
             for k, size in less.items()
@@ -153,15 +161,9 @@ class Recording:
             record = _verified(record, used, whole=False)
             kept = replace(record, statistics=statistics_of(record), score_change=None)
             return _mapped(kept, _TENSORS, lambda tensor: None)
-        given = record.kept_weights
-        weights = (
-            weights_of(record, self._wanted.dtype)
-            if given is None
-            else given.detach().to(self._wanted.dtype, copy=True)
-        )
+        weights = record.weights.detach()
         # Weights that were rounded for keeping would be blamed for that.
-        least = torch.float64 if record.dtype == torch.float64 else torch.float32
-        precise = weights.dtype.itemsize >= least.itemsize
+        precise = weights.dtype.itemsize >= wide_dtype(record.dtype).itemsize
         if used is None and precise and record.dropout == 0:
             record = _verified(record, weights, whole=True)
         else:
@@ -181,10 +183,50 @@ def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> A
     if output.shape[-1] == 0:
         return replace(record, unverified="its values have no channels")
     asked = record if used is None else replace(record, kept_weights=used)
-    residual = residual_of(asked if whole else sampled(asked))
+    residual = _residual(asked if whole else _sampled(asked))
     if not whole and not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
         residual = torch.inf  # NaN, perhaps in a row that was not compared.
     return replace(record, residual=residual)
+
+
+def _sampled(record: AttentionRecord) -> AttentionRecord:
+    """The record of a few queries: the first, the last, and some between."""
+    query_len = record.shape_here[2]
+    if query_len <= _SAMPLED:
+        return record
+    here = torch.linspace(0, query_len - 1, _SAMPLED, device="cpu").round().long()
+    numbers = here if record.queries is None else record.queries[here]
+    return record.select(queries=numbers.tolist())
+
+
+def _residual(record: AttentionRecord) -> float:
+    """How far weights times value are from the output, in the worst row.
+
+    Each row of the difference (its rms over the channels) is divided by that of the weights
+    times the sizes of the values: values that cancel do not make a rounding error large.
+    """
+    value, output = record.value, record.output
+    assert value is not None
+    assert output is not None
+    group = record.sharing(value)
+    worst = 0.0
+    with apart(output.device):
+        for batch, heads, weights in parts_of(record):
+            of_heads = torch.arange(heads.start, heads.stop, device=value.device) // group
+            values = value[batch][:, of_heads] if group > 1 else value[batch, heads]
+            worst = max(worst, _worst_row(weights, values, output[batch, heads]))
+    return worst
+
+
+def _worst_row(weights: Tensor, value: Tensor, output: Tensor) -> float:
+    wide = wide_dtype(output.dtype)
+    weights, value = weights.to(wide), value.to(wide)
+    # Norms over as many channels: their ratio is that of the rms.
+    off = torch.linalg.vector_norm(weights @ value - output.to(wide), dim=-1)
+    size = torch.linalg.vector_norm(weights.abs() @ value.abs(), dim=-1)
+    # Zero by zero, a row without keys, is no error. NaN is one.
+    relative = torch.where(off == 0, 0.0, off / size)
+    return float(relative.nan_to_num(nan=torch.inf).max()) if relative.numel() else 0.0
 
 
 def _selected_weights(used: Tensor, record: AttentionRecord) -> Tensor:
