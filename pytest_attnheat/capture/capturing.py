@@ -11,15 +11,17 @@ import torch
 from torch import nn
 
 from pytest_attnheat.capture import CaptureError, CaptureWarning, watching
-from pytest_attnheat.capture.compiled import compiled_code_set_aside
-from pytest_attnheat.capture.fast_path import would_take_fast_path
-from pytest_attnheat.capture.layers import Layers
+from pytest_attnheat.capture.changes import (
+    compiled_code_set_aside,
+    find_unseen,
+    would_take_fast_path,
+)
 from pytest_attnheat.capture.recording import KEPT, Keep, Recording, Wanted
 from pytest_attnheat.capture.selection import Selection, checked_patterns, float_dtype, selection
 from pytest_attnheat.capture.sources import source_of
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.capture.unseen import find_unseen
 from pytest_attnheat.capture.verification import Repetition
+from pytest_attnheat.capture.watching import Layers
 from pytest_attnheat.inputs import misuse, one_of
 
 _FAST_PATH = "{}: PyTorch's fast path was off while it was watched"

@@ -13,7 +13,6 @@ from torch import Tensor
 from pytest_attnheat.attention.tolerance import residual_tolerance
 from pytest_attnheat.callables import copied
 from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.layers import Layers
 from pytest_attnheat.capture.record import (
     AttentionRecord,
     apart,
@@ -23,6 +22,7 @@ from pytest_attnheat.capture.record import (
 )
 from pytest_attnheat.capture.selection import Selection, matches
 from pytest_attnheat.capture.trace import Trace, Unseen
+from pytest_attnheat.capture.watching import Layers
 from pytest_attnheat.inputs import wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]

@@ -10,14 +10,12 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pytest_attnheat.capture.record import AttentionRecord, ScoreChange
-from pytest_attnheat.capture.watching import Watcher
+from pytest_attnheat.capture.watching import Args, Function, Keywords, Watcher
 
 SOURCE = "flex_attention"
 
 
-def see(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """Call the operator behind `flex_attention`, and tell what it was given.
 
     It has: query, key, value, score_mod, the parts of the block mask (its last part says of each

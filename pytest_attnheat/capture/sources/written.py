@@ -8,7 +8,6 @@ nothing, and that of a router runs over an axis of a parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.capture.sources.products import Product, read_product, tell
-from pytest_attnheat.capture.sources.scores import also_masked, changed, factor_of, number_of
+from pytest_attnheat.attention.vocabulary import hides
+from pytest_attnheat.capture.sources.products import (
+    Product,
+    also_masked,
+    changed,
+    factor_of,
+    number_of,
+    read_product,
+    tell,
+)
 from pytest_attnheat.capture.tags import Scores, Tag
-from pytest_attnheat.capture.watching import Source, Watcher
+from pytest_attnheat.capture.watching import Args, Function, Keywords, Source, Watcher, argument
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -36,7 +42,7 @@ _MOVES = {
 _TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "mT", "T"}
 
 
-def source_of(name: str, func: Callable[..., Any]) -> Source | None:
+def source_of(name: str, func: Function) -> Source | None:
     """Return the source for a function of a name."""
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -67,9 +73,7 @@ _SILENT = {
 }  # fmt: skip
 
 
-def _multiplied(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _multiplied(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
     product = read_product(getattr(func, "__name__", ""), args, kwargs, output)
     if product is None:
@@ -151,12 +155,9 @@ def rows_are_distributions(tensor: Tensor) -> bool:
     return bool((sums != 0).any())
 
 
-def _projected(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _projected(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
-    weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    source: Any = args[0] if args else kwargs.get("input")
+    weight, source = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 0, "input")
     tag = watcher.tags[source]
     if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
         watcher.tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
@@ -165,11 +166,9 @@ def _projected(
     return output
 
 
-def _shared(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _shared(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
-    source = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    source = argument(args, kwargs, 0, "input", kwargs.get("self"))
     if not isinstance(source, Tensor) or not isinstance(output, Tensor):
         return output
     tag = watcher.tags[source] or Tag()
@@ -189,18 +188,16 @@ def _shared(
     return output
 
 
-def _is_last(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, *, always: bool) -> bool:
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+def _is_last(args: Args, kwargs: Keywords, ndim: int, *, always: bool) -> bool:
+    dim = argument(args, kwargs, 1, "dim", -1)
     return always or dim is None or dim % ndim == ndim - 1
 
 
-def _dropped(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    source = args[0] if args else kwargs.get("input")
+def _dropped(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
+    source = argument(args, kwargs, 0, "input")
     tag = watcher.tags[source]
-    probability = float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
-    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    probability = float(argument(args, kwargs, 1, "p", 0.5))
+    training = argument(args, kwargs, 2, "training", True)
     dropping = bool(training) and probability > 0
     if tag is not None and not tag.weights and tag.scores is not None and dropping:
         assert isinstance(source, Tensor)
@@ -208,8 +205,8 @@ def _dropped(
             tag = replace(tag, weights=True, source="rows that sum to 1")
     clean = None if tag is None else tag.clean
     if clean is None and tag is not None and tag.weights and dropping:
-        in_place = kwargs.get("inplace", args[3] if len(args) > 3 else _is_in_place(func))
-        clean = source.detach().clone() if in_place else source  # type: ignore[union-attr]
+        in_place = argument(args, kwargs, 3, "inplace", _is_in_place(func))
+        clean = source.detach().clone() if in_place else source
     output = func(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) else output
     if tag is None or (result is source and not dropping):
@@ -220,9 +217,7 @@ def _dropped(
     return output
 
 
-def _moved(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _moved(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
     source = args[0] if args else None
     if not isinstance(source, Tensor) or not isinstance(output, Tensor) or output is source:
@@ -248,7 +243,7 @@ def _moved(
     return output
 
 
-def _turns(func: Callable[..., Any]) -> bool:
+def _turns(func: Function) -> bool:
     name = getattr(func, "__name__", "")
     if name == "__get__":
         name = getattr(getattr(func, "__self__", None), "__name__", "")
@@ -266,9 +261,7 @@ def _before(source: Tensor, output: Tensor) -> tuple[int, ...] | None:
     return shape if packs and output.shape[1] * output.shape[2] == shape[1] else None
 
 
-def _anything(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
     if args and isinstance(args[0], list | tuple):
         return _joined(watcher, func, args, kwargs)
@@ -304,16 +297,14 @@ def _anything(
     return output
 
 
-def _is_part(func: Callable[..., Any], output: Tensor, source: Tensor) -> bool:
+def _is_part(func: Function, output: Tensor, source: Tensor) -> bool:
     """Whether a part of weights is taken: without a sink, of some heads, of some queries."""
     name = getattr(func, "__name__", "").split(".")[0].strip("_")
     parts = name in ("getitem", "narrow", "select", "slice", "index_select")
     return parts and output.is_floating_point() and output.shape != source.shape
 
 
-def _joined(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _joined(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """`stack` and `cat`: weights of several heads side by side are weights."""
     output = func(*args, **kwargs)
     tags = [watcher.tags[one] for one in args[0]]
@@ -330,9 +321,7 @@ def _joined(
     return output
 
 
-def _overwritten(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _overwritten(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """`tensor[index] = value`."""
     output = func(*args, **kwargs)
     source, index, value = args
@@ -345,7 +334,7 @@ def _overwritten(
         watcher.tags[source] = replace(tag, clean=clean)
     elif tag.scores is not None and not tag.weights:
         scores, fill = replace(tag.scores, exact=False), number_of(value)
-        if fill is not None and fill <= HIDDEN_FROM:
+        if fill is not None and hides(fill):
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
             scores = also_masked(tag.scores, seen)
@@ -354,7 +343,7 @@ def _overwritten(
 
 
 def _again(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: int,
+    func: Function, args: Args, kwargs: Keywords, place: int,
     clean: Tensor,
 ) -> Tensor | None:  # fmt: skip
     """What a function makes of the weights before dropout, as it did of those after it."""
@@ -365,13 +354,13 @@ def _again(
     return result if isinstance(result, Tensor) else None
 
 
-def _is_in_place(func: Callable[..., Any]) -> bool:
+def _is_in_place(func: Function) -> bool:
     name = getattr(func, "__name__", "").split(".")[0]
     dunder = name.startswith("__")
     return name.startswith("__i") and name != "__invert__" if dunder else name.endswith("_")
 
 
-def _first_tagged(watcher: Watcher, args: tuple[Any, ...]) -> tuple[int, Tag | None]:
+def _first_tagged(watcher: Watcher, args: Args) -> tuple[int, Tag | None]:
     tags = [watcher.tags[argument] for argument in args[:3]]
     for place, tag in enumerate(tags):
         if tag is not None and (tag.scores is not None or tag.weights):
