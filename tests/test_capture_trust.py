@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from capture_oracles import draw, three
+from device_waits import Waits
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -122,6 +123,18 @@ def test_values_that_cancel_do_not_make_a_record_wrong():
     with capture_attention() as trace:
         F.scaled_dot_product_attention(query * 0, key, value)
     assert trace[0].trusted
+
+
+@pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
+@pytest.mark.parametrize("parts", [1, 2**24])
+def test_a_record_waits_once_for_the_device(monkeypatch, keep, parts):
+    monkeypatch.setattr("pytest_attnheat.capture.record._PART_BYTES", parts)
+    query, key, value = three(2, 3, queries=20)
+    with Waits() as waits, capture_attention(keep=keep) as trace:
+        F.scaled_dot_product_attention(query, key, value)
+        (query @ key.mT / 2).softmax(-1) @ value
+    assert len(trace) == 2
+    assert waits.count == 2
 
 
 def test_many_keys_do_not_make_a_record_wrong():

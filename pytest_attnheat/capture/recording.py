@@ -183,9 +183,13 @@ def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> A
     if output.shape[-1] == 0:
         return replace(record, unverified="its values have no channels")
     asked = record if used is None else replace(record, kept_weights=used)
-    residual = _residual(asked if whole else _sampled(asked))
-    if not whole and not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
-        residual = torch.inf  # NaN, perhaps in a row that was not compared.
+    worst = _worst_row(asked if whole else _sampled(asked))
+    if whole:
+        return replace(record, residual=float(worst))
+    # NaN, perhaps in a row that was not compared. The sum tells with one read, if it is finite.
+    residual = float(torch.where(output.sum().isfinite(), worst, torch.inf))
+    if residual == torch.inf:
+        residual = float(torch.where(output.isfinite().all(), worst, torch.inf))
     return replace(record, residual=residual)
 
 
@@ -199,8 +203,8 @@ def _sampled(record: AttentionRecord) -> AttentionRecord:
     return record.select(queries=numbers.tolist())
 
 
-def _residual(record: AttentionRecord) -> float:
-    """How far weights times value are from the output, in the worst row.
+def _worst_row(record: AttentionRecord) -> Tensor:
+    """How far weights times value are from the output, in the worst row: a number on the device.
 
     Each row of the difference (its rms over the channels) is divided by that of the weights
     times the sizes of the values: values that cancel do not make a rounding error large.
@@ -208,25 +212,21 @@ def _residual(record: AttentionRecord) -> float:
     value, output = record.value, record.output
     assert value is not None
     assert output is not None
-    group = record.sharing(value)
-    worst = 0.0
+    group, wide = record.sharing(value), wide_dtype(output.dtype)
+    worst = torch.zeros((), dtype=wide, device=output.device)
     with apart(output.device):
-        for batch, heads, weights in parts_of(record):
+        for batch, heads, part in parts_of(record):
             of_heads = torch.arange(heads.start, heads.stop, device=value.device) // group
             values = value[batch][:, of_heads] if group > 1 else value[batch, heads]
-            worst = max(worst, _worst_row(weights, values, output[batch, heads]))
+            weights, values = part.to(wide), values.to(wide)
+            # Norms over as many channels: their ratio is that of the rms.
+            off = torch.linalg.vector_norm(weights @ values - output[batch, heads].to(wide), dim=-1)
+            size = torch.linalg.vector_norm(weights.abs() @ values.abs(), dim=-1)
+            # Zero by zero, a row without keys, is no error. NaN is one.
+            relative = torch.where(off == 0, 0.0, off / size).nan_to_num(nan=torch.inf)
+            if relative.numel():
+                worst = worst.maximum(relative.max())
     return worst
-
-
-def _worst_row(weights: Tensor, value: Tensor, output: Tensor) -> float:
-    wide = wide_dtype(output.dtype)
-    weights, value = weights.to(wide), value.to(wide)
-    # Norms over as many channels: their ratio is that of the rms.
-    off = torch.linalg.vector_norm(weights @ value - output.to(wide), dim=-1)
-    size = torch.linalg.vector_norm(weights.abs() @ value.abs(), dim=-1)
-    # Zero by zero, a row without keys, is no error. NaN is one.
-    relative = torch.where(off == 0, 0.0, off / size)
-    return float(relative.nan_to_num(nan=torch.inf).max()) if relative.numel() else 0.0
 
 
 def _selected_weights(used: Tensor, record: AttentionRecord) -> Tensor:
