@@ -230,6 +230,15 @@ def test_nan_is_marked_and_warned_about():
     assert record.residual == torch.inf
 
 
+def test_an_output_whose_sum_is_too_large_for_its_dtype_is_no_error():
+    query, key, _ = three(2, 3, dtype=torch.float16, queries=40)
+    with capture_attention() as trace:
+        output = F.scaled_dot_product_attention(query, key, torch.full_like(key, 6e4))
+    assert output.isfinite().all()
+    assert output.sum().isinf()
+    assert trace[0].trusted
+
+
 def test_nan_in_a_row_that_is_not_sampled_is_marked():
     query, key, value = three(1, 1, queries=100)
     query[0, 0, 3] = torch.nan

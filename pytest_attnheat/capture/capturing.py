@@ -16,6 +16,7 @@ from pytest_attnheat.capture.changes import (
     find_unseen,
     would_take_fast_path,
 )
+from pytest_attnheat.capture.record import name_of
 from pytest_attnheat.capture.recording import KEPT, Keep, Recording, Wanted
 from pytest_attnheat.capture.selection import Selection, checked_patterns, float_dtype, selection
 from pytest_attnheat.capture.sources import source_of
@@ -173,7 +174,7 @@ def _warn(trace: Trace, *, allow_unseen: bool) -> None:
         record, *others = trace.untrusted
         more = f" (so are those of {len(others)} more: trace.untrusted)" if others else ""
         warnings.warn(
-            f"capture_attention: {record.layer or 'the block'}: weights times value are not the "
+            f"capture_attention: {name_of(record)}: weights times value are not the "
             f"output (residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the "
             f"weights are not to be trusted{more}",
             CaptureWarning,

@@ -121,7 +121,7 @@ class AttentionRecord:
         """
         if self.statistics is not None:
             raise ValueError(
-                f'{self.name}: the mask is not known any more: keep="statistics" keeps none'
+                f'{name_of(self)}: the mask is not known any more: keep="statistics" keeps none'
             )
         return _both(self.mask_besides_causality, _causal(self))
 
@@ -139,18 +139,9 @@ class AttentionRecord:
         return not self.residual > self.tolerance
 
     @property
-    def name(self) -> str:
-        """What it is called in messages: its layer, if it has one."""
-        return self.layer or "the block"
-
-    @property
     def group(self) -> int:
         """How many query heads share one key head."""
-        return self.sharing(self.key)
-
-    def sharing(self, keys: Tensor | None) -> int:
-        """How many query heads share one head of keys, or of values; 1 where there are none."""
-        return 1 if keys is None else self.shape_here[1] // max(keys.shape[1], 1) or 1
+        return sharing(self, self.key)
 
     @property
     def shape_here(self) -> tuple[int, int, int, int]:
@@ -177,14 +168,14 @@ class AttentionRecord:
             return (kept if entry is None else kept[entry : entry + 1]).to(dtype, copy=True)
         if self.query is None or self.key is None:
             raise ValueError(
-                f"{self.name}: weights cannot be computed any more: keep="
+                f"{name_of(self)}: weights cannot be computed any more: keep="
                 '"statistics" keeps neither them nor query and key'
             )
         shape = self.shape_here if entry is None else (1, *self.shape_here[1:])
         needed = math.prod(shape) * dtype.itemsize
         if needed > self.most_bytes:
             raise CaptureMemoryError(
-                f"{self.name}: weights {shape} in {dtype_name(dtype)} take {readable(needed)}; "
+                f"{name_of(self)}: weights {shape} in {dtype_name(dtype)} take {readable(needed)}; "
                 f"accepted is {readable(self.most_bytes)}. "
                 "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
             )
@@ -234,7 +225,7 @@ class AttentionRecord:
             self._with_rows(1, here),
             heads=numbers,
             key=_taken(self.key, 1, here // self.group),
-            value=_taken(self.value, 1, here // self.sharing(self.value)),
+            value=_taken(self.value, 1, here // sharing(self, self.value)),
         )
 
     def _with_queries(self, numbers: Tensor, here: Tensor) -> AttentionRecord:
@@ -367,6 +358,16 @@ def _share(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
     if tensor.shape[0] > 1:
         tensor = tensor[batch]
     return tensor[:, heads] if tensor.shape[1] > 1 else tensor
+
+
+def name_of(record: AttentionRecord) -> str:
+    """Return what a record is called in messages: its layer, if it has one."""
+    return record.layer or "the block"
+
+
+def sharing(record: AttentionRecord, keys: Tensor | None) -> int:
+    """Return how many query heads share one head of keys, or of values; 1 where there are none."""
+    return 1 if keys is None else record.shape_here[1] // max(keys.shape[1], 1) or 1
 
 
 def readable(count: int) -> str:

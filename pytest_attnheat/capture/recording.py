@@ -16,8 +16,10 @@ from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import (
     AttentionRecord,
     apart,
+    name_of,
     parts_of,
     readable,
+    sharing,
     statistics_of,
 )
 from pytest_attnheat.capture.selection import Selection, matches
@@ -139,7 +141,7 @@ class Recording:
     def _too_much(self, record: AttentionRecord, asked: int) -> str:
         keep = self._wanted.keep
         lines = [
-            f"capture_attention: attention {record.shape} in {record.layer or 'the block'} "
+            f"capture_attention: attention {record.shape} in {name_of(record)} "
             f"takes {readable(asked)} with keep={keep!r}; {len(self._trace)} records hold "
             f"{readable(self._bytes)} of the {readable(self._wanted.max_bytes)} allowed.",
             "  accepted: layers=['...'], heads=[0], queries=slice(0, 64), max_bytes=...",
@@ -212,7 +214,7 @@ def _worst_row(record: AttentionRecord) -> Tensor:
     value, output = record.value, record.output
     assert value is not None
     assert output is not None
-    group, wide = record.sharing(value), wide_dtype(output.dtype)
+    group, wide = sharing(record, value), wide_dtype(output.dtype)
     worst = torch.zeros((), dtype=wide, device=output.device)
     with apart(output.device):
         for batch, heads, part in parts_of(record):

@@ -62,7 +62,7 @@ def _base(name: str) -> str:
     return name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
 
 
-# What moves scores to other places, though their number stays.
+# What moves scores about, though their number stays.
 _SHUFFLES = {
     "getitem", "flip", "fliplr", "flipud", "roll", "rot90", "gather", "index_select", "sort",
     "take_along_dim", "narrow", "slice",
@@ -255,11 +255,10 @@ def tell(watcher: Watcher, product: Product) -> None:
     tag = watcher.tags[product.left_source]
     assert tag is not None
     clean = product.left if tag.clean is None else product.like_left(tag.clean)
+    watcher.found(tag.softmaxes)
     if not clean.is_floating_point() or clean.shape != product.left.shape or clean.is_meta:
-        watcher.found(tag.softmaxes)
         watcher.miss(tag.source, "its weights were changed in a way that is not understood")
         return
-    watcher.found(tag.softmaxes)
     watcher.tell(tag.source, lambda: _record(watcher, tag, product, clean))
 
 
@@ -273,13 +272,13 @@ def _record(
     if scores is not None and scores.kept and product.left_as_it_is:
         query, key = _operands(scores, shaping, used)
     mask, bias = (_masking(scores, shaping, used, what) for what in ("mask", "bias"))
-    # Told in a layout of which nothing is known here: windows, for instance.
-    lost = scores is not None and (
-        (scores.mask is not None and mask is None) or (scores.bias is not None and bias is None)
-    )
-    if lost:
-        query = key = None
-    exact = scores is not None and scores.exact and query is not None
+    scale = None
+    if scores is not None:
+        # Told in a layout of which nothing is known here: windows, for instance.
+        if (scores.mask is None) != (mask is None) or (scores.bias is None) != (bias is None):
+            query = key = None
+        if scores.exact and query is not None:
+            scale = scores.scale
     record = AttentionRecord(
         layer="",
         source=tag.source,
@@ -291,7 +290,7 @@ def _record(
         output=shaping.queries(product.output),
         given_mask=mask,
         bias=bias,
-        scale=scores.scale if exact and scores is not None else None,
+        scale=scale,
         dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
     )
@@ -330,9 +329,8 @@ def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -
         return None
     joined = shaping.weights_shape(used.shape[-2], used.shape[-1])
     if tensor.ndim == 3 and used.ndim == 4 and tensor.shape[0] == used.shape[0] * used.shape[1]:
-        tensor = tensor.view(
-            *used.shape[:2], *tensor.shape[1:]
-        )  # Told while batch and heads were one axis.
+        # Told while batch and heads were one axis.
+        tensor = tensor.view(*used.shape[:2], *tensor.shape[1:])
     fits = _broadcasts(tensor, used.shape) or _broadcasts(tensor, joined)
     return shaping.mask(tensor) if fits else None
 
