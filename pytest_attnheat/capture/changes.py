@@ -48,16 +48,15 @@ def _accounted_for(name: str, layers: Layers, trace: Trace) -> bool:
     if name in trace._within or any(unseen.layer == name for unseen in trace.unseen):
         return True
     # What an attention is made of may be called so too: a projection, an output with dropout.
-    around = [outer for outer in trace._within if name.startswith(f"{outer}.")]
-    inside = [inner for inner in layers.ran if inner.startswith(f"{name}.")]
-    if any(_is_attention(layers.ran[outer]) for outer in around if outer in layers.ran):
+    if _lies_in_one(name, {n: module for n, module in layers.ran.items() if n in trace._within}):
         return True
-    return any(_is_attention(layers.ran[inner]) for inner in inside)
+    inside = [module for inner, module in layers.ran.items() if inner.startswith(f"{name}.")]
+    return any(map(_is_attention, inside))
 
 
 def _lies_in_one(name: str, others: dict[str, nn.Module]) -> bool:
     around = [module for outer, module in others.items() if name.startswith(f"{outer}.")]
-    return any(_is_attention(module) for module in around)
+    return any(map(_is_attention, around))
 
 
 def _graph(module: torch.jit.ScriptModule) -> str:

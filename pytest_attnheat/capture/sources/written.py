@@ -45,8 +45,7 @@ _TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "mT", 
 def source_of(name: str, func: Function) -> Source | None:
     """Return the source for a function of a name."""
     if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return _moved if name in _MOVES else None
+        return _moved if _name(func) in _MOVES else None
     if name in _PRODUCTS:
         return _multiplied
     if name in ("linear",):
@@ -60,6 +59,14 @@ def source_of(name: str, func: Function) -> Source | None:
     if name == "__setitem__":
         return _overwritten
     return None if name in _SILENT else _anything
+
+
+def _name(func: Function) -> str:
+    """The name of a function, of a property that is read, or of an operator without overload."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return str(name).split(".")[0]
 
 
 # Called often, and nothing comes of them.
@@ -174,8 +181,7 @@ def _shared(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> A
     if not isinstance(source, Tensor) or not isinstance(output, Tensor):
         return output
     tag = watcher.tags[source] or Tag()
-    name = getattr(func, "__name__", "").split(".")[0].lstrip("_")
-    sigmoid = name == "sigmoid"
+    sigmoid = _name(func).lstrip("_") == "sigmoid"
     if sigmoid and tag.scores is None:
         return output  # A gate.
     if tag.parametric and _is_last(args, kwargs, source.ndim, always=sigmoid):
@@ -246,10 +252,7 @@ def _moved(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> An
 
 
 def _turns(func: Function) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return name.split(".")[0] in _TURNS
+    return _name(func) in _TURNS
 
 
 def _before(source: Tensor, output: Tensor) -> tuple[int, ...] | None:
@@ -269,7 +272,7 @@ def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) ->
         return _joined(watcher, func, args, kwargs)
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
-    name = getattr(func, "__name__", "").split(".")[0]
+    name = _name(func)
     if not isinstance(output, Tensor):
         return output
     if tag is None:
@@ -301,8 +304,7 @@ def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) ->
 
 def _is_part(func: Function, output: Tensor, source: Tensor) -> bool:
     """Whether a part of weights is taken: without a sink, of some heads, of some queries."""
-    name = getattr(func, "__name__", "").split(".")[0].strip("_")
-    parts = name in ("getitem", "narrow", "select", "slice", "index_select")
+    parts = _name(func).strip("_") in ("getitem", "narrow", "select", "slice", "index_select")
     return parts and output.is_floating_point() and output.shape != source.shape
 
 
@@ -357,7 +359,7 @@ def _again(
 
 
 def _is_in_place(func: Function) -> bool:
-    name = getattr(func, "__name__", "").split(".")[0]
+    name = _name(func)
     dunder = name.startswith("__")
     return name.startswith("__i") and name != "__invert__" if dunder else name.endswith("_")
 
