@@ -64,10 +64,10 @@ if TYPE_CHECKING:
     from pytest_attnheat.attention.scoring import (
         register_scoring_function as register_scoring_function,
     )
+    from pytest_attnheat.capture import CaptureError as CaptureError
+    from pytest_attnheat.capture import CaptureMemoryError as CaptureMemoryError
+    from pytest_attnheat.capture import CaptureWarning as CaptureWarning
     from pytest_attnheat.capture.capturing import capture_attention as capture_attention
-    from pytest_attnheat.capture.errors import CaptureError as CaptureError
-    from pytest_attnheat.capture.errors import CaptureMemoryError as CaptureMemoryError
-    from pytest_attnheat.capture.errors import CaptureWarning as CaptureWarning
     from pytest_attnheat.capture.record import AttentionRecord as AttentionRecord
     from pytest_attnheat.capture.trace import Trace as Trace
     from pytest_attnheat.contract.checks import Check as Check
@@ -94,9 +94,9 @@ _ROOM_OF = {
     "AttentionRecord": "capture.record",
     "AttentionSpec": "contract.spec",
     "BilinearScore": "attention.scoring",
-    "CaptureError": "capture.errors",
-    "CaptureMemoryError": "capture.errors",
-    "CaptureWarning": "capture.errors",
+    "CaptureError": "capture",
+    "CaptureMemoryError": "capture",
+    "CaptureWarning": "capture",
     "Check": "contract.checks",
     "Diagnosis": "contract.diagnosis",
     "DotProductScore": "attention.scoring",

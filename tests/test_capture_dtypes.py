@@ -8,7 +8,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture.errors import CaptureWarning
+from pytest_attnheat.capture import CaptureWarning
 
 # The roundings of inputs that the oracle has too are not among these: weights are computed in
 # float32 from the very queries and keys that the model had, and float64 from float64.
@@ -67,7 +67,7 @@ def test_weights_that_are_rounded_for_keeping_are_not_distrusted():
 
 def test_weights_in_whole_numbers_are_refused():
     record = captured(fused, *three(2, 3))
-    with pytest.raises(TypeError, match=r"got dtype=torch\.int64; accepted are torch\.float32"):
+    with pytest.raises(TypeError, match=r"^dtype: got torch\.int64; accepted is a dtype such as"):
         record.compute_weights(torch.int64)
 
 
@@ -228,6 +228,15 @@ def test_nan_is_marked_and_warned_about():
         record = captured(fused, query, key, value)
     assert not record.trusted
     assert record.residual == torch.inf
+
+
+def test_an_output_whose_sum_is_too_large_for_its_dtype_is_no_error():
+    query, key, _ = three(2, 3, dtype=torch.float16, queries=40)
+    with capture_attention() as trace:
+        output = F.scaled_dot_product_attention(query, key, torch.full_like(key, 6e4))
+    assert output.isfinite().all()
+    assert output.sum().isinf()
+    assert trace[0].trusted
 
 
 def test_nan_in_a_row_that_is_not_sampled_is_marked():

@@ -24,7 +24,7 @@ def captured(*args, **kwargs):
     with capture_attention() as trace:
         output = flex_attention(*args, **kwargs)
     (record,) = trace
-    assert record.way == "flex_attention"
+    assert record.source == "flex_attention"
     assert record.trusted
     assert record.residual <= record.tolerance
     return record, output

@@ -11,7 +11,7 @@ from torch.nn.attention import flex_attention as flex
 from torch.overrides import TorchFunctionMode
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture.errors import CaptureError, CaptureMemoryError
+from pytest_attnheat.capture import CaptureError, CaptureMemoryError
 
 X = draw("x", 2, 3, 5, 4)
 

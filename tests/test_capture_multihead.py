@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture.fast_path import would_take_fast_path
+from pytest_attnheat.capture.changes import would_take_fast_path
 
 NARROW = {"embed_dim": 8, "num_heads": 2}
 

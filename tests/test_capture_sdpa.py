@@ -16,13 +16,14 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import capture_attention
+from pytest_attnheat.attention.vocabulary import permits
 
 
 def captured(*args, **kwargs):
     with capture_attention(keep="inputs") as trace:
         F.scaled_dot_product_attention(*args, **kwargs)
     (record,) = trace
-    assert record.way == "scaled_dot_product_attention"
+    assert record.source == "scaled_dot_product_attention"
     assert record.trusted
     assert record.residual <= record.tolerance
     return record
@@ -271,6 +272,46 @@ def test_the_way_tensors_lie_in_memory_does_not_matter():
     record = captured(query, expanded, value)
     assert record.key.stride(1) == 0
     assert_weights(record, plain_weights(query, expanded))
+
+
+def by_sdpa(query, key, value, bias):
+    F.scaled_dot_product_attention(query, key, value, attn_mask=bias)
+
+
+def by_adding(query, key, value, bias):
+    (query @ key.mT + bias).softmax(-1) @ value
+
+
+def by_filling(query, key, value, bias):
+    (query @ key.mT).masked_fill(bias != 0, bias.amin().item()).softmax(-1) @ value
+
+
+def by_where(query, key, value, bias):
+    torch.where(bias != 0, bias.amin(), query @ key.mT).softmax(-1) @ value
+
+
+def by_setting(query, key, value, bias):
+    scores = query @ key.mT
+    scores[(bias != 0).expand_as(scores)] = bias.amin().item()
+    scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize("attend", [by_sdpa, by_adding, by_filling, by_where, by_setting])
+@pytest.mark.parametrize(
+    ("number", "hidden"), [(-9500.0, True), (-9000.0, True), (-8999.0, False), (-8000.0, False)]
+)
+def test_one_rule_says_which_numbers_hide_a_key(attend, number, hidden):
+    bias = torch.zeros(2, 1, 5, 7)
+    bias[0, :, 1, 2:4] = bias[1, :, :, 6] = number
+    with capture_attention() as trace:
+        attend(*three(2, 3), bias)
+    mask = trace[0].mask
+    if hidden:
+        assert torch.equal(mask.expand(2, 3, 5, 7), permits(bias).expand(2, 3, 5, 7))
+        assert not mask.all()
+    else:
+        assert mask is None
+        assert permits(bias).all()
 
 
 def test_a_module_is_named_by_its_path():

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture.errors import CaptureError, CaptureMemoryError
+from pytest_attnheat.capture import CaptureError, CaptureMemoryError
 from pytest_attnheat.capture.trace import Trace
 
 QUERY, KEY, VALUE = three(2, 6, key_heads=2)
@@ -93,14 +93,14 @@ def test_layers_that_match_nothing_are_an_error_that_lists_what_there_is():
 
 @pytest.mark.parametrize("layers", [[], ()])
 def test_no_layers_are_refused(layers):
-    message = r"got layers=.*; accepted are one or more names"
+    message = r"^layers: got .*; accepted is one or more names"
     with pytest.raises(ValueError, match=message), capture_attention(layers=layers):
         raise AssertionError("ran")
 
 
 @pytest.mark.parametrize("layers", [3, [3], {"decoder": 1}, b"decoder"])
 def test_layers_that_are_no_names_are_refused(layers):
-    message = r"got layers=.*; accepted are names or patterns"
+    message = r"^layers: got .*; accepted is one or more names of layers, or patterns"
     with pytest.raises(TypeError, match=message), capture_attention(layers=layers):
         raise AssertionError("ran")
     with pytest.raises(TypeError, match=message):
@@ -180,7 +180,7 @@ def test_causality_of_selected_queries():
 @pytest.mark.parametrize("wanted", [9, -9, [0, 9], [], slice(9, 12)])
 def test_what_is_absent_is_refused_with_what_there_is(what, wanted):
     last = {"heads": 5, "queries": 4}[what]
-    message = rf"got {what}=.*; accepted are numbers from 0 to {last}, or a slice of them"
+    message = rf"^{what}: got .*; accepted is numbers from 0 to {last}, or a slice of them"
     with pytest.raises(ValueError, match=message):
         captured(**{what: wanted})
     with pytest.raises(ValueError, match=message):
@@ -190,7 +190,7 @@ def test_what_is_absent_is_refused_with_what_there_is(what, wanted):
 @pytest.mark.parametrize("what", ["heads", "queries"])
 @pytest.mark.parametrize("wanted", ["0", 1.5, [1.5], True, [True], {"a": 1}, torch.tensor([1.0])])
 def test_what_is_no_number_is_refused_before_the_model_runs(what, wanted):
-    message = rf"got {what}=.*; accepted are a number, several, or a slice"
+    message = rf"^{what}: got .*; accepted is a number, several, or a slice"
     with pytest.raises(TypeError, match=message), capture_attention(**{what: wanted}):
         raise AssertionError("ran")
     with pytest.raises(TypeError, match=message):
@@ -199,7 +199,9 @@ def test_what_is_no_number_is_refused_before_the_model_runs(what, wanted):
 
 def test_what_was_not_kept_cannot_be_selected():
     record = captured(heads=[1, 2])
-    with pytest.raises(ValueError, match=r"heads \[0\] were not kept; kept are \[1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"^heads: got \[0, 1\]; accepted is numbers that were kept: \[1, 2\]"
+    ):
         record.select(heads=[0, 1])
 
 
@@ -246,11 +248,11 @@ def test_statistics_may_be_selected_from():
 
 
 def test_statistics_of_many_parts_are_those_of_the_whole(monkeypatch):
-    monkeypatch.setattr("pytest_attnheat.capture.computing._PART_BYTES", 2 * 5 * 7 * 4)
+    monkeypatch.setattr("pytest_attnheat.capture.record._PART_BYTES", 2 * 5 * 7 * 4)
     record = captured(keep="statistics")
     torch.testing.assert_close(record.statistics.maximum.double(), EXPECTED.amax(-1), **CLOSE)
     assert_weights(captured(), EXPECTED)
-    monkeypatch.setattr("pytest_attnheat.capture.computing._PART_BYTES", 1)
+    monkeypatch.setattr("pytest_attnheat.capture.record._PART_BYTES", 1)
     assert_weights(captured(), EXPECTED)
 
 
@@ -265,14 +267,14 @@ def test_statistics_alone_have_no_weights_and_no_mask():
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"keep": "all"}, ValueError, "got keep='all'; accepted are inputs, weights, statistics"),
-        ({"keep": None}, ValueError, "got keep=None"),
-        ({"dtype": torch.int32}, TypeError, r"got dtype=torch\.int32; accepted is torch\.float32"),
-        ({"dtype": "float32"}, TypeError, "got dtype='float32'"),
-        ({"max_bytes": "1 GB"}, TypeError, "got max_bytes='1 GB'; accepted are numbers"),
-        ({"max_bytes": -1}, ValueError, "got max_bytes=-1"),
-        ({"model": Layer}, TypeError, "got model of type type; accepted are a module, and None"),
-        ({"model": lambda x: x}, TypeError, "got model of type function"),
+        ({"keep": "all"}, ValueError, "keep: got 'all'; accepted is one of 'inputs', "),
+        ({"keep": None}, ValueError, "keep: got None"),
+        ({"dtype": torch.int32}, TypeError, r"dtype: got torch\.int32; accepted is a dtype"),
+        ({"dtype": "float32"}, TypeError, "dtype: got 'float32'"),
+        ({"max_bytes": "1 GB"}, TypeError, "max_bytes: got '1 GB'; accepted is a number of"),
+        ({"max_bytes": -1}, ValueError, "max_bytes: got -1"),
+        ({"model": Layer}, TypeError, "model: got type; accepted is a torch.nn.Module, or None"),
+        ({"model": lambda x: x}, TypeError, "model: got function"),
     ],
 )
 def test_misuse_is_refused_before_the_model_runs(options, error, message):
@@ -345,8 +347,8 @@ def test_weights_asked_for_later_are_within_the_cap():
         trace[0].weights  # noqa: B018
     assert memory.peak < MIB
     assert str(caught.value) == (
-        "the block: weights (1, 8, 2048, 2048) in torch.float32 take 134 MB; allowed are 10.5 MB. "
-        "Accepted: record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
+        "the block: weights (1, 8, 2048, 2048) in float32 take 134 MB; accepted is 10.5 MB. "
+        "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
     )
     assert trace[0].select(heads=[0], queries=range(64)).weights.shape == (1, 1, 64, 2048)
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention, read_heatmaps
-from pytest_attnheat.capture.errors import CaptureError
+from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.trace import Trace, Unseen, _titles
 
 
@@ -63,7 +63,9 @@ def test_it_is_a_sequence_of_records(trace):
 
 def test_a_layer_by_its_name(trace):
     assert trace["layers.1.1"] is trace[1]
-    with pytest.raises(KeyError, match=r"there is no layer 'layers\.1'; there are layers\.0\.1, "):
+    with pytest.raises(
+        KeyError, match=r"layer: got 'layers\.1'; accepted is one of layers\.0\.1, "
+    ):
         trace["layers.1"]
 
 
@@ -72,7 +74,9 @@ def test_a_layer_that_ran_twice_has_no_only_record():
     with capture_attention(model) as trace:
         model(X)
         model(X)
-    with pytest.raises(KeyError, match=r"'layers\.0\.1' has 2 records; use trace\.select\(layers="):
+    with pytest.raises(
+        KeyError, match=r"got 'layers\.0\.1', which has 2 records; .* trace\.select\(layers="
+    ):
         trace["layers.0.1"]
     assert trace.select(call=1)[0] is trace[1]
     assert [record.call for record in trace] == [0, 1]
@@ -98,10 +102,10 @@ def test_selecting_layers_heads_queries_and_calls(trace):
 
 def test_selecting_nothing_says_what_there_is(trace):
     with pytest.raises(
-        ValueError, match=r"got layers='head', call=None, which is no record; .*0\.1"
+        ValueError, match=r"got 'head' and None, of which there is no record; .*0\.1"
     ):
         trace.select(layers="head")
-    with pytest.raises(ValueError, match=r"call=7, which is no record"):
+    with pytest.raises(ValueError, match=r"and 7, of which there is no record"):
         trace.select(call=7)
 
 
@@ -124,7 +128,7 @@ def test_the_table():
     ends = [f"{record.residual:.1e}" for record in trace]
     text = str(Trace(trace, unseen, ["layers.0: the fast path was off"], 1.5e-7))
     assert text == (
-        "layer       way                           shape         residual\n"
+        "layer       source                        shape         residual\n"
         f"layers.0.1  scaled_dot_product_attention  (2, 4, 5, 5)  {ends[0]}\n"
         f"layers.1.1  scaled_dot_product_attention  (2, 4, 5, 5)  {ends[1]}\n"
         "unseen   head: a scripted module: softmax happens in compiled code\n"
@@ -147,7 +151,7 @@ def test_the_table_says_what_was_not_compared_and_what_is_off():
 
 
 def test_an_empty_trace_has_a_table():
-    assert str(Trace()) == "layer  way  shape  residual"
+    assert str(Trace()) == "layer  source  shape  residual"
     assert repr(Trace()) == "<Trace: 0 records of 0 layers>"
 
 
@@ -173,7 +177,7 @@ def test_another_batch_entry(trace):
 @pytest.mark.parametrize("batch", [2, -3])
 def test_a_batch_entry_that_is_absent_is_refused(trace, batch):
     with pytest.raises(
-        ValueError, match=rf"got batch=\[{batch}\]; accepted are numbers from 0 to 1"
+        ValueError, match=rf"^batch: got {batch}; accepted is a whole number from -2"
     ):
         trace.show(batch=batch)
 
@@ -218,12 +222,12 @@ def test_tokens_of_selected_queries(trace):
 
 @pytest.mark.parametrize("tokens", [[], list("abcdef")])
 def test_more_tokens_than_keys_are_refused(trace, tokens):
-    with pytest.raises(ValueError, match=rf"got {len(tokens)} tokens; accepted are 1 to 5"):
+    with pytest.raises(ValueError, match=rf"got {len(tokens)} tokens; accepted is 1 to 5"):
         trace.show(tokens=tokens)
 
 
 def test_tokens_that_leave_no_query_are_refused(trace):
-    with pytest.raises(ValueError, match=r"got 2 tokens, which are none of the queries \[4\]"):
+    with pytest.raises(ValueError, match=r"got 2 tokens, which end before the queries \[4\]"):
         trace.select(queries=4).show(tokens=["a", "b"])
 
 

@@ -154,8 +154,8 @@ def test_weights_are_those_of_eager_attention(make, implementation):
     _, expected = of_eager(make, IDS)
     trace, _ = recorded(built(make, implementation), IDS)
     assert_same(trace, expected.attentions)
-    way = {"eager": "softmax", "sdpa": "scaled_dot_product_attention"}
-    assert {record.way for record in trace} == {way.get(implementation, implementation)}
+    sources = {"eager": "softmax", "sdpa": "scaled_dot_product_attention"}
+    assert {record.source for record in trace} == {sources.get(implementation, implementation)}
 
 
 @pytest.mark.parametrize("padding", [RIGHT, LEFT], ids=["right", "left"])

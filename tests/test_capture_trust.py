@@ -6,13 +6,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from capture_oracles import draw, three
+from device_waits import Waits
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture import computing
-from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
-from pytest_attnheat.capture.ways import sdpa
+from pytest_attnheat.capture import CaptureError, CaptureWarning, recording
+from pytest_attnheat.capture.sources import sdpa
 
 X = draw("x", 2, 5, 8)
 PADDED = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
@@ -105,10 +105,12 @@ def test_a_wrong_reading_of_one_head_shows(monkeypatch):
 
 
 def test_wrong_weights_show(monkeypatch):
-    part = computing.part_of
-    monkeypatch.setattr(
-        "pytest_attnheat.capture.verifying.part_of", lambda *given: part(*given).roll(1, -1)
-    )
+    parts_of = recording.parts_of
+
+    def wrong(record):
+        return ((*where, part.roll(1, -1)) for *where, part in parts_of(record))
+
+    monkeypatch.setattr(recording, "parts_of", wrong)
     with pytest.warns(CaptureWarning), capture_attention() as trace:
         F.scaled_dot_product_attention(*three(2, 3))
     assert not trace[0].trusted
@@ -121,6 +123,18 @@ def test_values_that_cancel_do_not_make_a_record_wrong():
     with capture_attention() as trace:
         F.scaled_dot_product_attention(query * 0, key, value)
     assert trace[0].trusted
+
+
+@pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
+@pytest.mark.parametrize("parts", [1, 2**24])
+def test_a_record_waits_once_for_the_device(monkeypatch, keep, parts):
+    monkeypatch.setattr("pytest_attnheat.capture.record._PART_BYTES", parts)
+    query, key, value = three(2, 3, queries=20)
+    with Waits() as waits, capture_attention(keep=keep) as trace:
+        F.scaled_dot_product_attention(query, key, value)
+        (query @ key.mT / 2).softmax(-1) @ value
+    assert len(trace) == 2
+    assert waits.count == 2
 
 
 def test_many_keys_do_not_make_a_record_wrong():
@@ -304,7 +318,7 @@ def test_a_model_that_returns_something_else_without_capture_is_an_error():
 
 def test_verification_needs_a_model_that_is_called():
     with (
-        pytest.raises(ValueError, match="verify=True needs a model"),
+        pytest.raises(ValueError, match="verify: got True without a model"),
         capture_attention(verify=True),
     ):
         raise AssertionError("ran")

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.capture.errors import CaptureWarning
+from pytest_attnheat.capture import CaptureWarning
 from pytest_attnheat.capture.trace import Unseen
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

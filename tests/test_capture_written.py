@@ -527,7 +527,7 @@ def test_one_query_and_nothing_else(side):
     assert_weights(record, plain_weights(QUERY[0, 0, :1], KEY[0, 0])[None, None])
 
 
-# --- other ways to weights
+# --- weights by other means
 
 
 def test_sigmoid_attention():
@@ -535,7 +535,7 @@ def test_sigmoid_attention():
         return torch.sigmoid(q @ k.mT / 2 - math.log(7)) @ v
 
     record, _ = captured(attend, QUERY, KEY, VALUE)
-    assert record.way == "sigmoid"
+    assert record.source == "sigmoid"
     assert_weights(record, torch.sigmoid(QUERY.double() @ KEY.double().mT / 2 - math.log(7)))
 
 
@@ -579,7 +579,7 @@ def test_sparse_attention(function, dropping):
 
     torch.manual_seed(5)
     record, _ = captured(attend, QUERY, KEY, VALUE)
-    assert record.way == "rows that sum to 1"
+    assert record.source == "rows that sum to 1"
     assert_weights(record, sparse_by_loops(QUERY.double() @ KEY.double().mT / 2))
 
 

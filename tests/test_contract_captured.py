@@ -270,7 +270,7 @@ def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
     assert report.passed, report
     skipped = [result for result in report.results if result.status == "skipped"]
     assert [result.name for result in skipped] == ["rows", "masks", "output", "dropout"]
-    assert all("allowed are 9 kB" in result.message for result in skipped[:3])
+    assert all("accepted is 9 kB" in result.message for result in skipped[:3])
 
 
 @pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])

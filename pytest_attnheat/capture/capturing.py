@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from pytest_attnheat.capture import watching
-from pytest_attnheat.capture.compiled import compiled_code_set_aside
-from pytest_attnheat.capture.errors import CaptureError, CaptureWarning
-from pytest_attnheat.capture.fast_path import would_take_fast_path
-from pytest_attnheat.capture.layers import Layers
-from pytest_attnheat.capture.record import Selection, selection
-from pytest_attnheat.capture.recording import Keep, Recording, Wanted
-from pytest_attnheat.capture.trace import Trace, checked_patterns
-from pytest_attnheat.capture.unseen import find_unseen
+from pytest_attnheat.capture import CaptureError, CaptureWarning, watching
+from pytest_attnheat.capture.changes import (
+    compiled_code_set_aside,
+    find_unseen,
+    would_take_fast_path,
+)
+from pytest_attnheat.capture.record import name_of
+from pytest_attnheat.capture.recording import KEPT, Keep, Recording, Wanted
+from pytest_attnheat.capture.selection import Selection, checked_patterns, float_dtype, selection
+from pytest_attnheat.capture.sources import source_of
+from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.capture.verification import Repetition
+from pytest_attnheat.capture.watching import Layers
+from pytest_attnheat.inputs import misuse, one_of
 
 _FAST_PATH = "{}: PyTorch's fast path was off while it was watched"
-_KEPT = ("inputs", "weights", "statistics")
 
 
 @contextmanager
@@ -104,25 +107,21 @@ def _checked(
     queries: Selection | None, dtype: object, max_bytes: object,
 ) -> Wanted:  # fmt: skip
     if model is not None and not isinstance(model, nn.Module):
-        raise TypeError(
-            f"capture_attention: got model of type {type(model).__name__}; accepted are a module, "
-            "and None for whatever happens in the block"
-        )
-    if keep not in _KEPT:
-        raise ValueError(f"capture_attention: got keep={keep!r}; accepted are {', '.join(_KEPT)}")
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise TypeError(f"capture_attention: got dtype={dtype!r}; accepted is torch.float32 ...")
+        accepted = "a torch.nn.Module, or None for whatever happens in the block"
+        raise TypeError(misuse("model", type(model).__name__, accepted))
+    one_of("keep", keep, KEPT)
+    refusal = misuse("max_bytes", repr(max_bytes), "a number of bytes from 0")
     if not isinstance(max_bytes, int | float) or isinstance(max_bytes, bool):
-        raise TypeError(f"capture_attention: got max_bytes={max_bytes!r}; accepted are numbers")
+        raise TypeError(refusal)
     if not 0 <= max_bytes < float("inf"):
-        raise ValueError(f"capture_attention: got max_bytes={max_bytes!r}; accepted is 0 or more")
+        raise ValueError(refusal)
     return Wanted(
         keep,
         checked_patterns(layers),
         None if heads is None else selection("heads", heads),
         None if queries is None else selection("queries", queries),
         int(max_bytes),
-        dtype,
+        float_dtype(dtype),
     )
 
 
@@ -131,7 +130,7 @@ def _watched(recording: Recording) -> Iterator[None]:
     """Let the watcher of this thread tell a recording too; begin to watch if nobody does."""
     outer = watching.current()
     if outer is None:
-        watcher = watching.Watcher()
+        watcher = watching.Watcher(source_of)
         watcher.recorders.append(recording)
         with watcher:
             yield
@@ -175,7 +174,7 @@ def _warn(trace: Trace, *, allow_unseen: bool) -> None:
         record, *others = trace.untrusted
         more = f" (so are those of {len(others)} more: trace.untrusted)" if others else ""
         warnings.warn(
-            f"capture_attention: {record.layer or 'the block'}: weights times value are not the "
+            f"capture_attention: {name_of(record)}: weights times value are not the "
             f"output (residual {record.residual:.1e}, allowed {record.tolerance:.1e}): the "
             f"weights are not to be trusted{more}",
             CaptureWarning,

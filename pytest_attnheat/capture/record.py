@@ -1,25 +1,27 @@
-"""`AttentionRecord`: one attention that happened inside a model."""
+"""`AttentionRecord`: one attention that happened inside a model, and its weights in parts."""
 
 from __future__ import annotations
 
 import math
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, permits
-from pytest_attnheat.capture.errors import CaptureMemoryError
+from pytest_attnheat.capture import CaptureMemoryError
+from pytest_attnheat.capture.selection import Selection, batch_entry, chosen, float_dtype, within
+from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
 
 # (scores, batch, heads, queries) -> scores: scores (batch, heads, query_len, key_len) of the
 # batch entries, heads and queries whose numbers in the whole attention the others are.
 ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# What may be selected: a number, several, or a slice.
-Selection = int | slice | Sequence[int]
+# Scores are computed for so many bytes at a time: a few batch entries, or heads of one.
+_PART_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class AttentionRecord:
 
     Attributes:
         layer: The name of the innermost module in which it happened.
-        way: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
+        source: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
         shape: (batch, heads, query_len, key_len) of the whole attention, before any selection.
         dtype: The dtype in which the model computed it.
         query: (batch, heads, query_len, head_dim); None if it is not kept or not known.
@@ -73,7 +75,7 @@ class AttentionRecord:
     """
 
     layer: str
-    way: str
+    source: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
     query: Tensor | None = field(default=None, repr=False)
@@ -119,10 +121,9 @@ class AttentionRecord:
         """
         if self.statistics is not None:
             raise ValueError(
-                f'{self.layer}: the mask is not known any more: keep="statistics" keeps none'
+                f'{name_of(self)}: the mask is not known any more: keep="statistics" keeps none'
             )
-        causal = None if self.causal is None else self._causal(self.causal)
-        return _both(self.mask_besides_causality, causal)
+        return _both(self.mask_besides_causality, _causal(self))
 
     @property
     def mask_besides_causality(self) -> Tensor | None:
@@ -140,7 +141,7 @@ class AttentionRecord:
     @property
     def group(self) -> int:
         """How many query heads share one key head."""
-        return 1 if self.key is None else _group(self.shape_here[1], self.key)
+        return sharing(self, self.key)
 
     @property
     def shape_here(self) -> tuple[int, int, int, int]:
@@ -160,28 +161,30 @@ class AttentionRecord:
             batch: The only batch entry that is computed, (1, heads, query_len, key_len); None
                 for all.
         """
-        from pytest_attnheat.capture.computing import weights_of
-
-        if not dtype.is_floating_point:
-            raise TypeError(f"got dtype={dtype}; accepted are torch.float32, torch.float64 ...")
-        entry = None if batch is None else int(chosen("batch", [batch], self.shape[0], self.layer))
+        dtype = float_dtype(dtype)
+        entry = None if batch is None else batch_entry(batch, self.shape[0])
         if self.kept_weights is not None:
             kept = self.kept_weights
             return (kept if entry is None else kept[entry : entry + 1]).to(dtype, copy=True)
         if self.query is None or self.key is None:
             raise ValueError(
-                f"{self.layer}: weights cannot be computed any more: keep="
+                f"{name_of(self)}: weights cannot be computed any more: keep="
                 '"statistics" keeps neither them nor query and key'
             )
         shape = self.shape_here if entry is None else (1, *self.shape_here[1:])
         needed = math.prod(shape) * dtype.itemsize
         if needed > self.most_bytes:
             raise CaptureMemoryError(
-                f"{self.layer or 'the block'}: weights {shape} in {dtype} take "
-                f"{readable(needed)}; allowed are {readable(self.most_bytes)}. Accepted: "
-                "record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
+                f"{name_of(self)}: weights {shape} in {dtype_name(dtype)} take {readable(needed)}; "
+                f"accepted is {readable(self.most_bytes)}. "
+                "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
             )
-        return weights_of(self, dtype, entry)
+        first = entry or 0
+        with apart(self.query.device):
+            weights = torch.empty(shape, dtype=dtype, device=self.query.device)
+            for entries, heads, part in parts_of(self, entry):
+                weights[entries.start - first : entries.stop - first, heads] = part
+            return weights
 
     def select(
         self, *, heads: Selection | None = None, queries: Selection | None = None
@@ -197,105 +200,174 @@ class AttentionRecord:
         """
         record = self
         if heads is not None:
-            record = record._with_heads(self._positions("heads", heads, self.shape[1], self.heads))
+            record = record._with_heads(*self._found("heads", heads, self.shape[1], self.heads))
         if queries is not None:
-            rows = self._positions("queries", queries, self.shape[2], self.queries)
-            record = record._with_queries(rows)
+            found = self._found("queries", queries, self.shape[2], self.queries)
+            record = record._with_queries(*found)
         return record
 
-    def _positions(
-        self, what: str, wanted: Selection, count: int, kept: Tensor | None
+    def _found(
+        self, name: str, wanted: Selection, count: int, kept: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """Numbers in the whole attention, and where they are in what is kept."""
-        numbers = chosen(what, wanted, count, self.layer)
-        if kept is None:
-            return numbers, numbers
-        places = {int(number): place for place, number in enumerate(kept)}
-        absent = [int(number) for number in numbers if int(number) not in places]
-        if absent:
-            raise ValueError(
-                f"{self.layer}: {what} {absent} were not kept; kept are {kept.tolist()}"
-            )
-        here = [places[int(number)] for number in numbers]
-        return numbers, torch.tensor(here, device="cpu")
+        numbers = chosen(name, wanted, count, self.layer)
+        here = numbers
+        if kept is not None:
+            known = {number: place for place, number in enumerate(kept.tolist())}
+            if not known.keys() >= set(numbers):
+                accepted = f"numbers that were kept: {list(known)}{within(self.layer)}"
+                raise ValueError(misuse(name, repr(wanted), accepted))
+            here = [known[number] for number in numbers]
+        return torch.tensor(numbers, device="cpu"), torch.tensor(here, device="cpu")
 
-    def _with_heads(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
-        numbers, places = positions
-        keys = places // self.group
-        group = None if self.value is None else _group(self.shape_here[1], self.value)
-        values = None if group is None else places // group
+    def _with_heads(self, numbers: Tensor, here: Tensor) -> AttentionRecord:
         return replace(
-            self,
+            self._with_rows(1, here),
             heads=numbers,
-            query=_taken(self.query, 1, places),
-            key=_taken(self.key, 1, keys),
-            value=_taken(self.value, 1, values),
-            output=_taken(self.output, 1, places),
-            given_mask=_taken(self.given_mask, 1, places, broadcast=True),
-            bias=_taken(self.bias, 1, places, broadcast=True),
-            kept_weights=_taken(self.kept_weights, 1, places),
-            statistics=self._statistics(1, places),
+            key=_taken(self.key, 1, here // self.group),
+            value=_taken(self.value, 1, here // sharing(self, self.value)),
         )
 
-    def _with_queries(self, positions: tuple[Tensor, Tensor]) -> AttentionRecord:
-        numbers, places = positions
+    def _with_queries(self, numbers: Tensor, here: Tensor) -> AttentionRecord:
+        return replace(self._with_rows(2, here), queries=numbers)
+
+    def _with_rows(self, dim: int, here: Tensor) -> AttentionRecord:
+        """Take some of what there is per query head (`dim` 1) or per query (2)."""
+        statistics = None
+        if self.statistics is not None:
+            parts = vars(self.statistics).values()
+            statistics = Statistics(*(part.index_select(dim, here) for part in parts))
         return replace(
             self,
-            queries=numbers,
-            query=_taken(self.query, 2, places),
-            output=_taken(self.output, 2, places),
-            given_mask=_taken(self.given_mask, 2, places, broadcast=True),
-            bias=_taken(self.bias, 2, places, broadcast=True),
-            kept_weights=_taken(self.kept_weights, 2, places),
-            statistics=self._statistics(2, places),
+            query=_taken(self.query, dim, here),
+            output=_taken(self.output, dim, here),
+            given_mask=_taken(self.given_mask, dim, here, broadcast=True),
+            bias=_taken(self.bias, dim, here, broadcast=True),
+            kept_weights=_taken(self.kept_weights, dim, here),
+            statistics=statistics,
         )
 
-    def _statistics(self, dim: int, places: Tensor) -> Statistics | None:
-        if self.statistics is None:
-            return None
-        return Statistics(
-            *(part.index_select(dim, places) for part in vars(self.statistics).values())
-        )
 
-    def _causal(self, alignment: Alignment) -> Tensor:
-        device = next(
-            (t.device for t in (self.query, self.kept_weights, self.output) if t is not None), None
-        )
-        mask = causal_mask(self.shape[2], self.shape[3], alignment=alignment, device=device)
-        return mask if self.queries is None else mask[self.queries.to(mask.device)]
+@contextmanager
+def apart(device: torch.device) -> Iterator[None]:
+    """Compute without gradients, autocast, and the functions of modes: it is not the model's."""
+    with (
+        torch.no_grad(),
+        torch.autocast(device.type, enabled=False),
+        torch._C.DisableTorchFunction(),
+    ):
+        yield
 
 
-def selection(what: str, wanted: Any, where: str = "capture_attention") -> slice | list[int]:
-    """Return a selection as a slice or whole numbers.
+def parts_of(
+    record: AttentionRecord, entry: int | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Go through the weights of a record in parts that fit a cache; see `apart`.
 
-    Raises:
-        TypeError: It is neither a number, nor several, nor a slice.
+    A part is whole batch entries as long as they are small, else groups of heads that share keys.
+
+    Args:
+        record: Has weights, or query and key; then they are computed in float32 or, where the
+            model was in it, float64.
+        entry: The only batch entry that is wanted; None for all.
+
+    Yields:
+        Batch entries, heads, and their weights.
     """
-    if isinstance(wanted, slice):
-        return wanted
-    several = isinstance(wanted, Iterable) and not isinstance(wanted, str | bytes | Mapping)
-    if isinstance(wanted, Tensor):
-        wanted = wanted.tolist()
-        several = isinstance(wanted, list)
-    numbers = list(wanted) if several else [wanted]
-    if any(isinstance(number, bool) or not hasattr(number, "__index__") for number in numbers):
-        raise TypeError(
-            f"{where}: got {what}={wanted!r}; accepted are a number, several, or a slice"
-        )
-    return [operator.index(number) for number in numbers]
+    batch, heads, query_len, key_len = record.shape_here
+    first, entries = (0, batch) if entry is None else (entry, 1)
+    group, kept = record.group, record.kept_weights
+    causal = _causal(record) if kept is None else None
+    most = max(_PART_BYTES // max(query_len * key_len * 4 * group, 1), 1)
+    for some, groups in pieces((entries, heads // group), most):
+        batch_slice = slice(first + some.start, first + some.stop)
+        head_slice = slice(groups.start * group, groups.stop * group)
+        if kept is None:
+            part = _computed(record, batch_slice, head_slice, causal)
+        else:
+            part = kept[batch_slice, head_slice]
+        yield batch_slice, head_slice, part
 
 
-def chosen(what: str, wanted: Selection, count: int, where: str) -> Tensor:
-    """Return the numbers that a selection means, of `count`."""
-    where = where or "capture_attention"
-    asked = selection(what, wanted, where)
-    numbers = list(range(count))[asked] if isinstance(asked, slice) else asked
-    if not numbers or not all(-count <= number < count for number in numbers):
-        raise ValueError(
-            f"{where}: got {what}={wanted!r}; "
-            f"accepted are numbers from 0 to {count - 1}, or a slice of them"
-        )
-    return torch.tensor([number % count for number in numbers], device="cpu")
+def statistics_of(record: AttentionRecord) -> Statistics:
+    """Return what the rows of a record are like; its weights are never held at once."""
+    source = record.kept_weights if record.query is None else record.query
+    assert source is not None
+    shape = record.shape_here[:3]
+    sums, entropy, maximum = (torch.zeros(shape, device="cpu").float() for _ in range(3))
+    found = Statistics(sums, entropy, maximum, torch.full(shape, -1, device="cpu"))
+    if record.shape_here[3] == 0:
+        return found
+    with apart(source.device):
+        for batch, heads, part in parts_of(record):
+            weights = part.to(wide_dtype(part.dtype))
+            largest, key = weights.max(-1)
+            sums[batch, heads] = weights.sum(-1).float().cpu()
+            entropy[batch, heads] = -torch.special.xlogy(weights, weights).sum(-1).float().cpu()
+            maximum[batch, heads] = largest.float().cpu()
+            found.most_attended[batch, heads] = key.cpu()
+    return found
+
+
+def _computed(record: AttentionRecord, batch: slice, heads: slice, causal: Tensor | None) -> Tensor:
+    query, key, group = record.query, record.key, record.group
+    assert query is not None
+    assert key is not None
+    assert record.scale is not None
+    wide = wide_dtype(query.dtype)
+    part = query[batch, heads].to(wide)
+    keys = key[batch, heads.start // group : -(-heads.stop // group)].to(wide)
+    entries, count, query_len, head_dim = part.shape
+    # Heads that share keys are one taller matrix: no key is repeated.
+    rows = (part * record.scale).reshape(entries, count // group, group * query_len, head_dim)
+    scores = (rows @ keys.mT).reshape(entries, count, query_len, keys.shape[2])
+    if record.score_change is not None:
+        scores = record.score_change(scores, *_numbers(record, batch, heads))
+    if record.bias is not None:
+        scores += _share(record.bias, batch, heads).to(wide)
+    given = None if record.given_mask is None else _share(record.given_mask, batch, heads)
+    seen = _both(given, causal)
+    if seen is not None:
+        scores.masked_fill_(~seen, -torch.inf)
+    weights = scores.softmax(-1)
+    # A row without keys is NaN after the softmax; fused attention makes it zero.
+    if record.bias is not None or record.score_change is not None:
+        return weights.masked_fill_(scores.isneginf().all(-1, keepdim=True), 0.0)
+    return weights if seen is None else weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
+
+
+def _causal(record: AttentionRecord) -> Tensor | None:
+    """What causality permits the queries of a record, (query_len, key_len); None for all."""
+    if record.causal is None:
+        return None
+    tensors = (record.query, record.kept_weights, record.output)
+    device = next((tensor.device for tensor in tensors if tensor is not None), None)
+    mask = causal_mask(*record.shape[2:], alignment=record.causal, device=device)
+    return mask if record.queries is None else mask[record.queries.to(mask.device)]
+
+
+def _numbers(record: AttentionRecord, batch: slice, heads: slice) -> tuple[Tensor, ...]:
+    """The numbers that batch entries, heads and queries have in the whole attention."""
+    entries = torch.arange(batch.start, batch.stop)
+    of_heads = torch.arange(record.shape[1]) if record.heads is None else record.heads
+    queries = torch.arange(record.shape[2]) if record.queries is None else record.queries
+    return entries, of_heads[heads], queries
+
+
+def _share(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
+    if tensor.shape[0] > 1:
+        tensor = tensor[batch]
+    return tensor[:, heads] if tensor.shape[1] > 1 else tensor
+
+
+def name_of(record: AttentionRecord) -> str:
+    """Return what a record is called in messages: its layer, if it has one."""
+    return record.layer or "the block"
+
+
+def sharing(record: AttentionRecord, keys: Tensor | None) -> int:
+    """Return how many query heads share one head of keys, or of values; 1 where there are none."""
+    return 1 if keys is None else record.shape_here[1] // max(keys.shape[1], 1) or 1
 
 
 def readable(count: int) -> str:
@@ -315,13 +387,9 @@ def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     return one & other
 
 
-def _group(heads: int, keys: Tensor) -> int:
-    return heads // max(keys.shape[1], 1) or 1
-
-
 def _taken(
-    tensor: Tensor | None, dim: int, places: Tensor | None, *, broadcast: bool = False
+    tensor: Tensor | None, dim: int, numbers: Tensor, *, broadcast: bool = False
 ) -> Tensor | None:
-    if tensor is None or places is None or (broadcast and tensor.shape[dim] == 1):
+    if tensor is None or (broadcast and tensor.shape[dim] == 1):
         return tensor
-    return tensor.index_select(dim, places.to(tensor.device))
+    return tensor.index_select(dim, numbers.to(tensor.device))

@@ -5,21 +5,32 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.tolerance import residual_tolerance
 from pytest_attnheat.callables import copied
-from pytest_attnheat.capture.computing import apart, statistics_of, weights_of
-from pytest_attnheat.capture.errors import CaptureMemoryError
-from pytest_attnheat.capture.layers import Layers
-from pytest_attnheat.capture.record import AttentionRecord, Selection, readable
-from pytest_attnheat.capture.trace import Trace, Unseen, matches
-from pytest_attnheat.capture.verifying import residual_of, sampled
+from pytest_attnheat.capture import CaptureMemoryError
+from pytest_attnheat.capture.record import (
+    AttentionRecord,
+    apart,
+    name_of,
+    parts_of,
+    readable,
+    sharing,
+    statistics_of,
+)
+from pytest_attnheat.capture.selection import Selection, matches
+from pytest_attnheat.capture.trace import Trace, Unseen
+from pytest_attnheat.capture.watching import Layers
+from pytest_attnheat.inputs import wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]
+KEPT: tuple[Keep, ...] = get_args(Keep)
+# So many queries of each head are compared while the model runs.
+_SAMPLED = 8
 _TENSORS = ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
 
 
@@ -61,7 +72,7 @@ class Recording:
         """Keep what is wanted of an attention that happened."""
         layer = self._layers.current
         if layer is None:
-            self.miss(record.way, "it happened outside of the model that is captured")
+            self.miss(record.source, "it happened outside of the model that is captured")
             return
         self._trace._saw(self._layers.running)
         if not self._wanted.wants(layer):
@@ -130,13 +141,12 @@ class Recording:
     def _too_much(self, record: AttentionRecord, asked: int) -> str:
         keep = self._wanted.keep
         lines = [
-            f"capture_attention: attention {record.shape} in {record.layer or 'the block'} "
+            f"capture_attention: attention {record.shape} in {name_of(record)} "
             f"takes {readable(asked)} with keep={keep!r}; {len(self._trace)} records hold "
             f"{readable(self._bytes)} of the {readable(self._wanted.max_bytes)} allowed.",
             "  accepted: layers=['...'], heads=[0], queries=slice(0, 64), max_bytes=...",
         ]
-        others: list[Keep] = [k for k in ("inputs", "weights", "statistics") if k != keep]
-        less = {k: self._needed(record, k) for k in others}
+        less = {k: self._needed(record, k) for k in KEPT if k != keep}
         lines += [
             f"  or keep={k!r}, which takes {readable(size)} of it"
             for k, size in less.items()
@@ -153,15 +163,9 @@ class Recording:
             record = _verified(record, used, whole=False)
             kept = replace(record, statistics=statistics_of(record), score_change=None)
             return _mapped(kept, _TENSORS, lambda tensor: None)
-        given = record.kept_weights
-        weights = (
-            weights_of(record, self._wanted.dtype)
-            if given is None
-            else given.detach().to(self._wanted.dtype, copy=True)
-        )
+        weights = record.weights.detach()
         # Weights that were rounded for keeping would be blamed for that.
-        least = torch.float64 if record.dtype == torch.float64 else torch.float32
-        precise = weights.dtype.itemsize >= least.itemsize
+        precise = weights.dtype.itemsize >= wide_dtype(record.dtype).itemsize
         if used is None and precise and record.dropout == 0:
             record = _verified(record, weights, whole=True)
         else:
@@ -181,10 +185,50 @@ def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> A
     if output.shape[-1] == 0:
         return replace(record, unverified="its values have no channels")
     asked = record if used is None else replace(record, kept_weights=used)
-    residual = residual_of(asked if whole else sampled(asked))
-    if not whole and not bool(output.sum().isfinite()) and not bool(output.isfinite().all()):
-        residual = torch.inf  # NaN, perhaps in a row that was not compared.
+    worst = _worst_row(asked if whole else _sampled(asked))
+    if whole:
+        return replace(record, residual=float(worst))
+    # NaN, perhaps in a row that was not compared. The sum tells with one read, if it is finite.
+    residual = float(torch.where(output.sum().isfinite(), worst, torch.inf))
+    if residual == torch.inf:
+        residual = float(torch.where(output.isfinite().all(), worst, torch.inf))
     return replace(record, residual=residual)
+
+
+def _sampled(record: AttentionRecord) -> AttentionRecord:
+    """The record of a few queries: the first, the last, and some between."""
+    query_len = record.shape_here[2]
+    if query_len <= _SAMPLED:
+        return record
+    here = torch.linspace(0, query_len - 1, _SAMPLED, device="cpu").round().long()
+    numbers = here if record.queries is None else record.queries[here]
+    return record.select(queries=numbers.tolist())
+
+
+def _worst_row(record: AttentionRecord) -> Tensor:
+    """How far weights times value are from the output, in the worst row: a number on the device.
+
+    Each row of the difference (its rms over the channels) is divided by that of the weights
+    times the sizes of the values: values that cancel do not make a rounding error large.
+    """
+    value, output = record.value, record.output
+    assert value is not None
+    assert output is not None
+    group, wide = sharing(record, value), wide_dtype(output.dtype)
+    worst = torch.zeros((), dtype=wide, device=output.device)
+    with apart(output.device):
+        for batch, heads, part in parts_of(record):
+            of_heads = torch.arange(heads.start, heads.stop, device=value.device) // group
+            values = value[batch][:, of_heads] if group > 1 else value[batch, heads]
+            weights, values = part.to(wide), values.to(wide)
+            # Norms over as many channels: their ratio is that of the rms.
+            off = torch.linalg.vector_norm(weights @ values - output[batch, heads].to(wide), dim=-1)
+            size = torch.linalg.vector_norm(weights.abs() @ values.abs(), dim=-1)
+            # Zero by zero, a row without keys, is no error. NaN is one.
+            relative = torch.where(off == 0, 0.0, off / size).nan_to_num(nan=torch.inf)
+            if relative.numel():
+                worst = worst.maximum(relative.max())
+    return worst
 
 
 def _selected_weights(used: Tensor, record: AttentionRecord) -> Tensor:

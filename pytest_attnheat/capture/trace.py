@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.capture.record import AttentionRecord, Selection, chosen
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.selection import Selection, batch_entry, checked_patterns, matches
+from pytest_attnheat.inputs import misuse
 
 if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -103,10 +104,10 @@ class Trace(Sequence[AttentionRecord]):
         if len(found) == 1:
             return found[0]
         if found:
-            raise KeyError(
-                f"{wanted!r} has {len(found)} records; use trace.select(layers={wanted!r})"
-            )
-        raise KeyError(f"there is no layer {wanted!r}; there are {_listed(self.layers)}")
+            several = f"{wanted!r}, which has {len(found)} records"
+            accepted = f"a layer with one record; trace.select(layers={wanted!r}) takes all"
+            raise KeyError(misuse("layer", several, accepted))
+        raise KeyError(misuse("layer", repr(wanted), f"one of {_listed(self.layers)}"))
 
     def select(
         self,
@@ -128,17 +129,16 @@ class Trace(Sequence[AttentionRecord]):
             ValueError: Nothing is selected.
             TypeError: Layers are no names, or heads or queries no numbers.
         """
-        patterns = checked_patterns(layers, "trace.select")
+        patterns = checked_patterns(layers)
         records = [
             record.select(heads=heads, queries=queries)
             for record in self._records
             if matches(record.layer, patterns) and call in (None, record.call)
         ]
         if not records:
-            raise ValueError(
-                f"trace.select: got layers={layers!r}, call={call!r}, which is no record; "
-                f"there are {_listed(self.layers)}"
-            )
+            asked = f"{layers!r} and {call!r}, of which there is no record"
+            accepted = f"one or more of {_listed(self.layers)}, and a call of them"
+            raise ValueError(misuse("layers and call", asked, accepted))
         return self._with(records)
 
     def show(
@@ -163,13 +163,12 @@ class Trace(Sequence[AttentionRecord]):
             raise ValueError("trace.show: there is no record")
         shapes = {record.shape_here[1:] for record in self._records}
         if len(shapes) != 1:
-            raise ValueError(
-                f"trace.show: got maps (heads, query_len, key_len) of shapes {sorted(shapes)}; "
-                "accepted is one shape: trace.select(layers=..., call=...)"
-            )
+            several = f"maps (heads, query_len, key_len) of shapes {sorted(shapes)}"
+            accepted = "one shape: trace.select(layers=..., call=...)"
+            raise ValueError(misuse("trace.show", several, accepted))
         (heads, _query_len, _key_len) = shapes.pop()
         entries = min(record.shape[0] for record in self._records)
-        batch = int(chosen("batch", [batch], entries, "trace.show"))
+        batch = batch_entry(batch, entries)
         maps = torch.cat([r.compute_weights(batch=batch).cpu() for r in self._records])
         if "mask" not in options:
             options["mask"] = _masks(self._records, batch)
@@ -187,9 +186,9 @@ class Trace(Sequence[AttentionRecord]):
         return show_heatmaps(maps, **{**defaults, **options})
 
     def __str__(self) -> str:
-        """A table: layer, way, shape, residual; and what was not seen or ran differently."""
-        rows = [("layer", "way", "shape", "residual")]
-        rows += [(r.layer, r.way, str(r.shape_here), _residual(r)) for r in self._records]
+        """A table: layer, source, shape, residual; and what was not seen or ran differently."""
+        rows = [("layer", "source", "shape", "residual")]
+        rows += [(r.layer, r.source, str(r.shape_here), _residual(r)) for r in self._records]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
@@ -219,31 +218,6 @@ class Trace(Sequence[AttentionRecord]):
 
     def _change(self, change: str) -> None:
         self._changes[change] = None
-
-
-def matches(layer: str, patterns: Sequence[str] | None) -> bool:
-    """Whether a layer, or a module around it, is matched by one of the patterns."""
-    if patterns is None:
-        return True
-    return any(fnmatchcase(layer, p) or fnmatchcase(layer, f"{p}.*") for p in patterns)
-
-
-def checked_patterns(layers: Any, where: str = "capture_attention") -> Sequence[str] | None:
-    """Return names and patterns of layers as a sequence; None for all.
-
-    Raises:
-        TypeError: They are no names.
-        ValueError: There are none.
-    """
-    if layers is None:
-        return None
-    patterns = [layers] if isinstance(layers, str) else layers
-    names = isinstance(patterns, list | tuple | set | frozenset)
-    if not names or not all(isinstance(pattern, str) for pattern in patterns):
-        raise TypeError(f"{where}: got layers={layers!r}; accepted are names or patterns")
-    if not patterns:
-        raise ValueError(f"{where}: got layers={layers!r}; accepted are one or more names")
-    return sorted(patterns) if isinstance(patterns, set | frozenset) else list(patterns)
 
 
 def _listed(layers: Sequence[str]) -> str:
@@ -297,15 +271,14 @@ def _labelled(
 ) -> tuple[dict[str, Any], Tensor]:
     query_len, key_len = record.shape[2:]
     if not tokens or len(tokens) > key_len:
-        raise ValueError(f"trace.show: got {len(tokens)} tokens; accepted are 1 to {key_len}")
+        raise ValueError(misuse("tokens", f"{len(tokens)} tokens", f"1 to {key_len} of them"))
     # The queries of a decoding step are the last of the tokens.
     first = len(tokens) - query_len if query_len < key_len else 0
     numbers = range(query_len) if record.queries is None else record.queries.tolist()
     kept = [place for place, number in enumerate(numbers) if 0 <= number + first < len(tokens)]
     if not kept:
-        raise ValueError(
-            f"trace.show: got {len(tokens)} tokens, which are none of the queries {list(numbers)}"
-        )
+        none = f"{len(tokens)} tokens, which end before the queries {list(numbers)}"
+        raise ValueError(misuse("tokens", none, "tokens up to one of the queries"))
     labels = [tokens[numbers[place] + first] for place in kept]
     maps = maps[:, :, kept, : len(tokens)]
     mask = options.get("mask")

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.capture.errors import CaptureError
+from pytest_attnheat.capture import CaptureError
+from pytest_attnheat.inputs import misuse
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Repetition:
 
     def __init__(self, model: nn.Module | None) -> None:
         if model is None:
-            raise ValueError("capture_attention: verify=True needs a model to run once more")
+            accepted = "True with a model, which runs once more"
+            raise ValueError(misuse("verify", "True without a model", accepted))
         self._model = model
         self._calls: list[_Call] = []
         self._depth = 0

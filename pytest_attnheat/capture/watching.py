@@ -1,28 +1,36 @@
-"""`Watcher`: sees the functions of torch that a model calls, and hands attention to recorders."""
+"""What is watched while a capture runs: the functions of torch, and the modules of a model."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils.hooks import RemovableHandle
 
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.tags import Tags
 
 # Makes a record, and the weights that were multiplied, if they are known.
-Read = Callable[[], tuple[AttentionRecord, torch.Tensor | None]]
+Read = Callable[[], tuple[AttentionRecord, Tensor | None]]
+# (module, its name, positional arguments, keywords)
+Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 # (watcher, function, arguments, keywords) -> what the function returns.
-Way = Callable[["Watcher", Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any]
+Function = Callable[..., Any]
+Args = tuple[Any, ...]
+Keywords = dict[str, Any]
+Source = Callable[["Watcher", Function, Args, Keywords], Any]
 
 
 class Recorder(Protocol):
     """Who wants to know of attention."""
 
-    def take(self, record: AttentionRecord, used: torch.Tensor | None) -> None:
+    def take(self, record: AttentionRecord, used: Tensor | None) -> None:
         """An attention happened; `used` are the weights that were multiplied, if known."""
 
     def miss(self, what: str, why: str) -> None:
@@ -38,35 +46,39 @@ class Recorder(Protocol):
 class Watcher(TorchFunctionMode):
     """Sees each function of torch that is called in its thread; nested captures share one.
 
+    Args:
+        source_of: Returns the source that knows a function; None for one that tells nothing.
+
     Attributes:
         recorders: Who is told.
         tags: What is known of tensors.
         heads: How many heads the batch axis of 3-D tensors holds, within multi-head attention.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, source_of: Callable[[Function], Source | None]) -> None:
         super().__init__()
         self.recorders: list[Recorder] = []
         self.tags = Tags()
         self.heads: int | None = None
-        self._ways: dict[Any, Way | None] = {}
+        self._source_of = source_of
+        self._sources: dict[Any, Source | None] = {}
         self._softmaxes = 0
 
     def __torch_function__(
         self,
-        func: Callable[..., Any],
+        func: Function,
         types: object,
-        args: tuple[Any, ...] = (),
+        args: Args = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function; what might be attention by the way that knows it."""
+        """Call the function; what might be attention through the source that knows it."""
         try:
-            way = self._ways[func]
+            source = self._sources[func]
         except KeyError:
-            way = self._ways[func] = _way_of(func)
-        if way is None:
+            source = self._sources[func] = self._source_of(func)
+        if source is None:
             return func(*args, **(kwargs or {}))
-        return way(self, func, args, dict(kwargs or {}))
+        return source(self, func, args, dict(kwargs or {}))
 
     @property
     def idle(self) -> bool:
@@ -101,7 +113,8 @@ class Watcher(TorchFunctionMode):
         except Exception as error:
             self.miss(what, f"its layout is not understood ({error})")
             return
-        if any(is_functorch_wrapped_tensor(t) for t in vars(record).values() if _is_tensor(t)):
+        tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
+        if any(map(is_functorch_wrapped_tensor, tensors)):
             self.miss(what, "it ran inside of torch.func (vmap, grad ...)")
             return
         for recorder in self.recorders:
@@ -112,6 +125,11 @@ class Watcher(TorchFunctionMode):
         if not self.idle:
             for recorder in self.recorders:
                 recorder.miss(what, why)
+
+
+def argument(args: Args, kwargs: Keywords, place: int, name: str, default: Any = None) -> Any:
+    """Return an argument that a function was called with, by its place or by its name."""
+    return args[place] if len(args) > place else kwargs.get(name, default)
 
 
 def in_backward() -> bool:
@@ -141,11 +159,103 @@ def paused() -> Iterator[None]:
             watcher.recorders[:] = recorders
 
 
-def _is_tensor(value: object) -> bool:
-    return isinstance(value, torch.Tensor)
+class Layers:
+    """The modules of one model that are running, innermost last.
+
+    It listens with hooks on each module. Scripted modules take none: they are taken to have run
+    where the module around them ran.
+
+    Attributes:
+        ran: The modules that ran in the thread of the capture, by name, in order.
+        elsewhere: Those that ran in other threads, in which nobody watched.
+        hooked: Those that had hooks before.
+    """
+
+    def __init__(self, model: nn.Module | None, entered: Entered) -> None:
+        self.ran: dict[str, nn.Module] = {}
+        self.elsewhere: dict[str, nn.Module] = {}
+        self.hooked: set[nn.Module] = set()
+        self._modules: dict[str, nn.Module] = {}
+        self._top: nn.Module | None = None
+        if model is not None:
+            self._top = top = original(model)
+            named = top.named_modules()
+            self._modules = {name or type(top).__name__: module for name, module in named}
+        self._entered = entered
+        self._thread = threading.get_ident()
+        self._running: list[str] = []
+        self._handles: list[RemovableHandle] = []
+
+    def start(self) -> None:
+        """Begin to listen."""
+        for name, module in self._modules.items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            if module._forward_hooks or module._forward_pre_hooks:
+                self.hooked.add(module)
+            enter, leave = self._hooks(name)
+            self._handles += [
+                module.register_forward_pre_hook(enter, with_kwargs=True),
+                module.register_forward_hook(leave, always_call=True),
+            ]
+
+    def stop(self) -> None:
+        """Stop listening."""
+        while self._handles:
+            self._handles.pop().remove()
+
+    @property
+    def current(self) -> str | None:
+        """The innermost module that is running; None outside of the model."""
+        if not self._modules:
+            return ""
+        return self._running[-1] if self._running else None
+
+    @property
+    def training(self) -> bool:
+        """Whether that module is in training mode."""
+        return bool(self._running) and self.ran[self._running[-1]].training
+
+    @property
+    def running(self) -> tuple[str, ...]:
+        """All that are running, outermost first."""
+        return tuple(self._running)
+
+    @property
+    def scripted(self) -> dict[str, torch.jit.ScriptModule]:
+        """The scripted modules that lie in a module that ran, or are the model itself."""
+        found = {}
+        for name, module in self._modules.items():
+            outer = self._modules.get(name.rpartition(".")[0], self._top)
+            if not isinstance(module, torch.jit.ScriptModule):
+                continue
+            inside_another = isinstance(outer, torch.jit.ScriptModule) and outer is not module
+            if not inside_another and (module is self._top or outer in self.ran.values()):
+                found[name] = module
+        return found
+
+    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if threading.get_ident() != self._thread:
+                # Else a capture of that thread sees it, or a backward pass runs it again.
+                if current() is None and not in_backward():
+                    self.elsewhere.setdefault(name, module)
+                return
+            self._running.append(name)
+            self.ran.setdefault(name, module)
+            self._entered(module, name, args, kwargs)
+
+        def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
+            if threading.get_ident() != self._thread or name not in self._running:
+                return
+            # An exception in another pre-hook leaves modules on the stack that are never left.
+            while self._running.pop() != name:
+                pass
+
+        return enter, leave
 
 
-def _way_of(func: Callable[..., Any]) -> Way | None:
-    from pytest_attnheat.capture.ways import way_of
-
-    return way_of(func)
+def original(model: nn.Module) -> nn.Module:
+    """Return the module that `torch.compile` wrapped, or the module itself."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner if isinstance(inner, nn.Module) else model

@@ -13,8 +13,8 @@ from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recogn
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment
 from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.errors import CaptureError
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.diagnosis import diagnose_output

@@ -24,7 +24,7 @@ from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
-from pytest_attnheat.capture.errors import CaptureMemoryError
+from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.contract.captured import diagnoses, records_of
 from pytest_attnheat.contract.exam import (

@@ -1,17 +1,110 @@
-"""Products of tensors in any spelling, and the record of one that is attention."""
+"""Products of tensors in any spelling, what is done to scores, and the record of attention."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from numbers import Number
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.vocabulary import hides, permits
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping, without_factor
-from pytest_attnheat.capture.tags import Scores, Tag
-from pytest_attnheat.capture.watching import Watcher
+from pytest_attnheat.capture.tags import Scores, Shaping, Tag, without_factor
+from pytest_attnheat.capture.watching import Args, Keywords, Watcher, argument
+
+
+def changed(scores: Scores, name: str, args: Args, kwargs: Keywords, place: int) -> Scores:
+    """What scores are after one more step; not exact after a step that is not understood."""
+    base = _base(name)
+    other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
+    if base in _FACTORS:
+        factor = factor_of(name, args, kwargs, place)
+        if factor is None:
+            return replace(scores, exact=False)
+        bias = None if scores.bias is None else scores.bias * factor
+        return replace(scores, scale=scores.scale * factor, bias=bias)
+    if base in ("add", "radd", "sub") and not kwargs:
+        if not isinstance(other, Tensor) or other.shape[-1:] == (1,) or other.ndim == 0:
+            return scores if place == 0 or base != "sub" else replace(scores, exact=False)
+        if base == "sub" and place == 1:
+            return replace(scores, exact=False)
+        more = other if base != "sub" else -other
+        bias = more if scores.bias is None else scores.bias + more
+        return replace(scores, bias=bias.detach())
+    if base in ("masked_fill", "where"):
+        return _hidden(scores, base, args, kwargs, place)
+    if base in _SHUFFLES:
+        return replace(scores, exact=False, kept=False)
+    return scores if base in _HARMLESS else replace(scores, exact=False)
+
+
+_FACTORS = ("mul", "div", "truediv", "multiply", "divide", "rmul")
+
+
+def factor_of(name: str, args: Args, kwargs: Keywords, place: int) -> float | None:
+    """The number that a function multiplies its tensor by; None if it does something else."""
+    base = _base(name)
+    if base not in _FACTORS or ("div" in base and place == 1):
+        return None
+    other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
+    factor = number_of(other)
+    if factor is None or factor == 0 or not math.isfinite(factor):
+        return None
+    return 1 / factor if "div" in base else factor
+
+
+def _base(name: str) -> str:
+    """The name of a function without what marks operators and what works in place."""
+    return name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
+
+
+# What moves scores about, though their number stays.
+_SHUFFLES = {
+    "getitem", "flip", "fliplr", "flipud", "roll", "rot90", "gather", "index_select", "sort",
+    "take_along_dim", "narrow", "slice",
+}  # fmt: skip
+# What changes no softmax.
+_HARMLESS = {"nan_to_num", "detach", "contiguous"}
+
+
+def _hidden(scores: Scores, base: str, args: Args, kwargs: Keywords, place: int) -> Scores:
+    if base == "masked_fill":
+        mask, fill = argument(args, kwargs, 1, "mask"), argument(args, kwargs, 2, "value")
+        seen = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
+    else:
+        condition, fill = args[0], args[3 - place] if len(args) > 2 else None
+        bools = isinstance(condition, Tensor) and condition.dtype == torch.bool
+        seen = (condition if place == 1 else ~condition) if bools else None
+    if seen is None or not _hides(fill):
+        return replace(scores, exact=False)
+    return also_masked(scores, seen)
+
+
+def also_masked(scores: Scores, seen: Tensor) -> Scores:
+    """Scores of which some more are hidden."""
+    return replace(scores, mask=seen if scores.mask is None else scores.mask & seen)
+
+
+def _hides(fill: object) -> bool:
+    """Whether scores that are overwritten by this get no weight."""
+    if isinstance(fill, Tensor):
+        known = fill.numel() > 0 and fill.dtype != torch.bool and not fill.is_meta
+        return known and not bool(permits(fill).any())
+    value = number_of(fill)
+    return value is not None and hides(value)
+
+
+def number_of(value: object) -> float | None:
+    """A Python number, or a tensor of one that is on the CPU."""
+    if isinstance(value, Number) and not isinstance(value, complex):
+        return float(value)  # type: ignore[arg-type]
+    if isinstance(value, Tensor) and value.numel() == 1 and value.device.type == "cpu":
+        return float(value.detach())
+    return None
 
 
 @dataclass(frozen=True)
@@ -66,9 +159,7 @@ def _swapped(axes: tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
     return (*axes[:-2], axes[-1], axes[-2])
 
 
-def read_product(
-    name: str, args: tuple[Any, ...], kwargs: dict[str, Any], output: object
-) -> Product | None:
+def read_product(name: str, args: Args, kwargs: Keywords, output: object) -> Product | None:
     """Read a call of matmul, bmm, baddbmm or einsum; None if it is no product of matrices."""
     name = name.split(".")[0]
     if not isinstance(output, Tensor):
@@ -164,12 +255,11 @@ def tell(watcher: Watcher, product: Product) -> None:
     tag = watcher.tags[product.left_source]
     assert tag is not None
     clean = product.left if tag.clean is None else product.like_left(tag.clean)
+    watcher.found(tag.softmaxes)
     if not clean.is_floating_point() or clean.shape != product.left.shape or clean.is_meta:
-        watcher.found(tag.births)
-        watcher.miss(tag.way, "its weights were changed in a way that is not understood")
+        watcher.miss(tag.source, "its weights were changed in a way that is not understood")
         return
-    watcher.found(tag.births)
-    watcher.tell(tag.way, lambda: _record(watcher, tag, product, clean))
+    watcher.tell(tag.source, lambda: _record(watcher, tag, product, clean))
 
 
 def _record(
@@ -182,16 +272,16 @@ def _record(
     if scores is not None and scores.kept and product.left_as_it_is:
         query, key = _operands(scores, shaping, used)
     mask, bias = (_masking(scores, shaping, used, what) for what in ("mask", "bias"))
-    # Told in a layout of which nothing is known here: windows, for instance.
-    lost = scores is not None and (
-        (scores.mask is not None and mask is None) or (scores.bias is not None and bias is None)
-    )
-    if lost:
-        query = key = None
-    exact = scores is not None and scores.exact and query is not None
+    scale = None
+    if scores is not None:
+        # Told in a layout of which nothing is known here: windows, for instance.
+        if (scores.mask is None) != (mask is None) or (scores.bias is None) != (bias is None):
+            query = key = None
+        if scores.exact and query is not None:
+            scale = scores.scale
     record = AttentionRecord(
         layer="",
-        way=tag.way,
+        source=tag.source,
         shape=shaping.weights_shape(used.shape[-2], key_len),
         dtype=used.dtype,
         query=query,
@@ -200,7 +290,7 @@ def _record(
         output=shaping.queries(product.output),
         given_mask=mask,
         bias=bias,
-        scale=scores.scale if exact and scores is not None else None,
+        scale=scale,
         dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
     )
@@ -239,9 +329,8 @@ def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -
         return None
     joined = shaping.weights_shape(used.shape[-2], used.shape[-1])
     if tensor.ndim == 3 and used.ndim == 4 and tensor.shape[0] == used.shape[0] * used.shape[1]:
-        tensor = tensor.view(
-            *used.shape[:2], *tensor.shape[1:]
-        )  # Told while batch and heads were one axis.
+        # Told while batch and heads were one axis.
+        tensor = tensor.view(*used.shape[:2], *tensor.shape[1:])
     fits = _broadcasts(tensor, used.shape) or _broadcasts(tensor, joined)
     return shaping.mask(tensor) if fits else None
 

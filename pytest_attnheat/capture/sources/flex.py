@@ -10,21 +10,20 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pytest_attnheat.capture.record import AttentionRecord, ScoreChange
-from pytest_attnheat.capture.watching import Watcher
+from pytest_attnheat.capture.watching import Args, Function, Keywords, Watcher
+from pytest_attnheat.inputs import wide_dtype
 
-WAY = "flex_attention"
+SOURCE = "flex_attention"
 
 
-def see(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """Call the operator behind `flex_attention`, and tell what it was given.
 
     It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
     pair whether it may attend), scale, and options of the kernel.
     """
     result = func(*args, **kwargs)
-    watcher.tell(WAY, lambda: (_record(args, result[0]), None))
+    watcher.tell(SOURCE, lambda: (_record(args, result[0]), None))
     return result
 
 
@@ -35,7 +34,7 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     shape = (batch, heads, query_len, key.shape[-2])
     return AttentionRecord(
         layer="",
-        way=WAY,
+        source=SOURCE,
         shape=shape,
         dtype=query.dtype,
         query=query,
@@ -70,14 +69,13 @@ def _dense(
 
 def _frozen(score_mod: Callable[..., Tensor], query: Tensor) -> Callable[..., Tensor]:
     """The operations of a score_mod, with copies of the tensors that it reads."""
-    precise = torch.float64 if query.dtype == torch.float64 else torch.float32
-    score = torch.zeros((), dtype=precise, device=query.device)
-    places = [torch.zeros((), dtype=torch.int32, device=query.device) for _ in range(4)]
+    score = torch.zeros((), dtype=wide_dtype(query.dtype), device=query.device)
+    numbers = [torch.zeros((), dtype=torch.int32, device=query.device) for _ in range(4)]
     try:
         from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
         with torch.no_grad(), TransformGetItemToIndex():  # As flex_attention itself traces it.
-            graph = make_fx(score_mod)(score, *places)
+            graph = make_fx(score_mod)(score, *numbers)
     except Exception:  # It does what cannot be traced, as nothing that can be compiled does.
         return score_mod
     stores: tuple[dict[str, Any], ...] = (graph._parameters, graph._buffers, vars(graph))
@@ -92,11 +90,11 @@ def _change(score_mod: Callable[..., Tensor]) -> ScoreChange:
     """Let a score_mod, which takes one score, take all of them."""
 
     def change(scores: Tensor, batch: Tensor, heads: Tensor, queries: Tensor) -> Tensor:
-        places = [batch, heads, queries, torch.arange(scores.shape[-1])]
+        numbers = [batch, heads, queries, torch.arange(scores.shape[-1])]
         function = score_mod
         for axis in reversed(range(4)):
             index = [0 if axis == other else None for other in range(4)]
             function = torch.vmap(function, in_dims=(0, *index))
-        return function(scores, *(place.to(scores.device, torch.int32) for place in places))
+        return function(scores, *(of.to(scores.device, torch.int32) for of in numbers))
 
     return change

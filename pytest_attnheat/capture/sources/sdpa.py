@@ -1,26 +1,27 @@
-"""`scaled_dot_product_attention`, whoever calls it and whatever kernel runs."""
+"""`scaled_dot_product_attention`, and `multi_head_attention_forward`, in which it happens."""
 
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping, without_factor
-from pytest_attnheat.capture.watching import Watcher
+from pytest_attnheat.capture.tags import Shaping, without_factor
+from pytest_attnheat.capture.watching import Args, Function, Keywords, Watcher, argument
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-WAY = "scaled_dot_product_attention"
+SOURCE = "scaled_dot_product_attention"
 
 
-def see(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """Call it, and tell what it was given."""
     output = func(*args, **kwargs)
     given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
@@ -28,9 +29,9 @@ def see(
     strange = next((t for t in (query, key, value) if t.is_nested or t.is_sparse), None)
     if strange is not None or not isinstance(output, Tensor) or output.is_meta:
         kind = "nested" if strange is not None and strange.is_nested else "unusual"
-        watcher.miss(WAY, f"it was given {kind} tensors")
+        watcher.miss(SOURCE, f"it was given {kind} tensors")
         return output
-    watcher.tell(WAY, lambda: (_record(watcher, given, output), None))
+    watcher.tell(SOURCE, lambda: (_record(watcher, given, output), None))
     return output
 
 
@@ -51,7 +52,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     query, key = (without_factor(t, f) for t, f in zip((query, key), factors, strict=True))
     return AttentionRecord(
         layer="",
-        way=WAY,
+        source=SOURCE,
         shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
         dtype=output.dtype,
         query=shaping.queries(query),
@@ -79,3 +80,30 @@ def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignmen
     if mask.dtype == torch.bool:
         return mask, None, causal
     return None, mask, causal
+
+
+def see_within(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
+    """Run `multi_head_attention_forward` under the watcher: what happens within is seen.
+
+    A mode is set aside while it handles a function, and the function would hand itself to the
+    mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
+    """
+    before = watcher.heads
+    watcher.heads = argument(args, kwargs, 4, "num_heads")
+    try:
+        with watcher:
+            return _unasking()(*args, **kwargs)
+    finally:
+        watcher.heads = before
+
+
+@lru_cache(maxsize=1)
+def _unasking() -> Callable[..., Any]:
+    """The function's own code, with globals in which no argument is special."""
+    original = functional.multi_head_attention_forward
+    names = {**original.__globals__, "has_torch_function": lambda tensors: False}
+    copy = types.FunctionType(
+        original.__code__, names, original.__name__, original.__defaults__, original.__closure__
+    )
+    copy.__kwdefaults__ = original.__kwdefaults__
+    return copy

@@ -8,7 +8,6 @@ nothing, and that of a router runs over an axis of a parameter.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,11 +15,18 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
+from pytest_attnheat.attention.vocabulary import hides
+from pytest_attnheat.capture.sources.products import (
+    Product,
+    also_masked,
+    changed,
+    factor_of,
+    number_of,
+    read_product,
+    tell,
+)
 from pytest_attnheat.capture.tags import Scores, Tag
-from pytest_attnheat.capture.watching import Watcher, Way
-from pytest_attnheat.capture.ways.products import Product, read_product, tell
-from pytest_attnheat.capture.ways.scores import also_masked, changed, factor_of, number_of
+from pytest_attnheat.capture.watching import Args, Function, Keywords, Source, Watcher, argument
 
 _PRODUCTS = {"matmul", "__matmul__", "bmm", "baddbmm", "einsum", "mm"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}
@@ -36,11 +42,10 @@ _MOVES = {
 _TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "mT", "T"}
 
 
-def way_of(name: str, func: Callable[..., Any]) -> Way | None:
-    """Return the way for a function of a name."""
+def source_of(name: str, func: Function) -> Source | None:
+    """Return the source for a function of a name."""
     if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-        return _moved if name in _MOVES else None
+        return _moved if _name(func) in _MOVES else None
     if name in _PRODUCTS:
         return _multiplied
     if name in ("linear",):
@@ -56,6 +61,14 @@ def way_of(name: str, func: Callable[..., Any]) -> Way | None:
     return None if name in _SILENT else _anything
 
 
+def _name(func: Function) -> str:
+    """The name of a function, of a property that is read, or of an operator without overload."""
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        name = getattr(getattr(func, "__self__", None), "__name__", "")
+    return str(name).split(".")[0]
+
+
 # Called often, and nothing comes of them.
 _SILENT = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "__len__", "item",
@@ -67,9 +80,7 @@ _SILENT = {
 }  # fmt: skip
 
 
-def _multiplied(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _multiplied(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
     product = read_product(getattr(func, "__name__", ""), args, kwargs, output)
     if product is None:
@@ -78,13 +89,13 @@ def _multiplied(
     left, right = (watcher.tags[t] for t in (product.left_source, product.right_source))
     if left is not None and right is not None and left.weights and right.weights:
         # Somebody follows attention through layers: weights again, and no value.
-        watcher.tags[output] = Tag(weights=True, way=left.way)
-        watcher.found(left.births + right.births)
+        watcher.tags[output] = Tag(weights=True, source=left.source)
+        watcher.found(left.softmaxes + right.softmaxes)
         return output
     mixed = left if right is None or not right.weights else right
     source = product.left_source if mixed is left else product.right_source
     if mixed is not None and mixed.weights and _mixes_heads(product, source, output):
-        watcher.tags[output] = Tag(weights=True, way=mixed.way, births=mixed.births)
+        watcher.tags[output] = Tag(weights=True, source=mixed.source, softmaxes=mixed.softmaxes)
         return output
     for candidate in (product, turned):
         if _is_attention(watcher, candidate):
@@ -131,7 +142,7 @@ def _is_attention(watcher: Watcher, product: Product) -> bool:
     # Neither softmax nor sigmoid, but made of a product, and each row is a distribution.
     if not rows_are_distributions(product.left):
         return False
-    watcher.tags[product.left_source] = replace(tag, weights=True, way="rows that sum to 1")
+    watcher.tags[product.left_source] = replace(tag, weights=True, source="rows that sum to 1")
     return True
 
 
@@ -142,21 +153,20 @@ def rows_are_distributions(tensor: Tensor) -> bool:
     if is_functorch_wrapped_tensor(tensor):
         return False
     with torch.no_grad():
+        # What is none shows in the first row, as a rule, and each look waits for the device.
         first = tensor[(0,) * (tensor.ndim - 1)]
-        for part in (first, tensor):
-            sums = part.sum(-1, dtype=torch.float32)
-            near = ((sums - 1).abs() < 1e-2) | (sums == 0)
-            if not bool((near & (part.amin(-1) >= 0)).all()):
-                return False
-    return bool((sums != 0).any())
+        return bool(_like_shares(first).all()) and bool(_like_shares(tensor).all() & tensor.any())
 
 
-def _projected(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _like_shares(rows: Tensor) -> Tensor:
+    sums = rows.sum(-1, dtype=torch.float32)
+    near = ((sums - 1).abs() < 1e-2) | (sums == 0)
+    return near & (rows.amin(-1) >= 0)
+
+
+def _projected(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
-    weight = args[1] if len(args) > 1 else kwargs.get("weight")
-    source: Any = args[0] if args else kwargs.get("input")
+    weight, source = argument(args, kwargs, 1, "weight"), argument(args, kwargs, 0, "input")
     tag = watcher.tags[source]
     if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
         watcher.tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
@@ -165,16 +175,13 @@ def _projected(
     return output
 
 
-def _shared(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _shared(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
-    source = args[0] if args else kwargs.get("input", kwargs.get("self"))
+    source = argument(args, kwargs, 0, "input", kwargs.get("self"))
     if not isinstance(source, Tensor) or not isinstance(output, Tensor):
         return output
     tag = watcher.tags[source] or Tag()
-    name = getattr(func, "__name__", "").split(".")[0].lstrip("_")
-    sigmoid = name == "sigmoid"
+    sigmoid = _name(func).lstrip("_") == "sigmoid"
     if sigmoid and tag.scores is None:
         return output  # A gate.
     if tag.parametric and _is_last(args, kwargs, source.ndim, always=sigmoid):
@@ -183,32 +190,31 @@ def _shared(
     waits = tag.scores is not None and not tag.weights and source.ndim > 2
     watcher.tags[output] = Tag(
         before=tag.before, scores=tag.scores, weights=True,
-        way="sigmoid" if sigmoid else "softmax", births=watcher.expect() if waits else tag.births,
+        source="sigmoid" if sigmoid else "softmax",
+        softmaxes=watcher.expect() if waits else tag.softmaxes,
     )  # fmt: skip
     return output
 
 
-def _is_last(args: tuple[Any, ...], kwargs: dict[str, Any], ndim: int, *, always: bool) -> bool:
-    dim = kwargs.get("dim", args[1] if len(args) > 1 else -1)
+def _is_last(args: Args, kwargs: Keywords, ndim: int, *, always: bool) -> bool:
+    dim = argument(args, kwargs, 1, "dim", -1)
     return always or dim is None or dim % ndim == ndim - 1
 
 
-def _dropped(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    source = args[0] if args else kwargs.get("input")
+def _dropped(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
+    source = argument(args, kwargs, 0, "input")
     tag = watcher.tags[source]
-    probability = float(kwargs.get("p", args[1] if len(args) > 1 else 0.5))
-    training = kwargs.get("training", args[2] if len(args) > 2 else True)
+    probability = float(argument(args, kwargs, 1, "p", 0.5))
+    training = argument(args, kwargs, 2, "training", True)
     dropping = bool(training) and probability > 0
     if tag is not None and not tag.weights and tag.scores is not None and dropping:
         assert isinstance(source, Tensor)
         if rows_are_distributions(source):
-            tag = replace(tag, weights=True, way="rows that sum to 1")
+            tag = replace(tag, weights=True, source="rows that sum to 1")
     clean = None if tag is None else tag.clean
     if clean is None and tag is not None and tag.weights and dropping:
-        in_place = kwargs.get("inplace", args[3] if len(args) > 3 else _is_in_place(func))
-        clean = source.detach().clone() if in_place else source  # type: ignore[union-attr]
+        in_place = argument(args, kwargs, 3, "inplace", _is_in_place(func))
+        clean = source.detach().clone() if in_place else source
     output = func(*args, **kwargs)
     result = output[0] if isinstance(output, tuple) else output
     if tag is None or (result is source and not dropping):
@@ -219,9 +225,7 @@ def _dropped(
     return output
 
 
-def _moved(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _moved(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     output = func(*args, **kwargs)
     source = args[0] if args else None
     if not isinstance(source, Tensor) or not isinstance(output, Tensor) or output is source:
@@ -247,11 +251,8 @@ def _moved(
     return output
 
 
-def _turns(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "")
-    if name == "__get__":
-        name = getattr(getattr(func, "__self__", None), "__name__", "")
-    return name.split(".")[0] in _TURNS
+def _turns(func: Function) -> bool:
+    return _name(func) in _TURNS
 
 
 def _before(source: Tensor, output: Tensor) -> tuple[int, ...] | None:
@@ -265,15 +266,13 @@ def _before(source: Tensor, output: Tensor) -> tuple[int, ...] | None:
     return shape if packs and output.shape[1] * output.shape[2] == shape[1] else None
 
 
-def _anything(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
     if args and isinstance(args[0], list | tuple):
         return _joined(watcher, func, args, kwargs)
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
-    name = getattr(func, "__name__", "").split(".")[0]
+    name = _name(func)
     if not isinstance(output, Tensor):
         return output
     if tag is None:
@@ -303,16 +302,13 @@ def _anything(
     return output
 
 
-def _is_part(func: Callable[..., Any], output: Tensor, source: Tensor) -> bool:
+def _is_part(func: Function, output: Tensor, source: Tensor) -> bool:
     """Whether a part of weights is taken: without a sink, of some heads, of some queries."""
-    name = getattr(func, "__name__", "").split(".")[0].strip("_")
-    parts = name in ("getitem", "narrow", "select", "slice", "index_select")
+    parts = _name(func).strip("_") in ("getitem", "narrow", "select", "slice", "index_select")
     return parts and output.is_floating_point() and output.shape != source.shape
 
 
-def _joined(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _joined(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """`stack` and `cat`: weights of several heads side by side are weights."""
     output = func(*args, **kwargs)
     tags = [watcher.tags[one] for one in args[0]]
@@ -322,16 +318,14 @@ def _joined(
                   for one, t in zip(args[0], tags, strict=True)]  # fmt: skip
         dropout = tags[0].dropout
         clean = func(cleans, *args[1:], **kwargs) if dropout else None
-        births = tuple(number for tag in tags if tag is not None for number in tag.births)
+        softmaxes = tuple(number for tag in tags if tag is not None for number in tag.softmaxes)
         watcher.tags[output] = Tag(
-            weights=True, way=tags[0].way, dropout=dropout, clean=clean, births=births
+            weights=True, source=tags[0].source, dropout=dropout, clean=clean, softmaxes=softmaxes
         )
     return output
 
 
-def _overwritten(
-    watcher: Watcher, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
+def _overwritten(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """`tensor[index] = value`."""
     output = func(*args, **kwargs)
     source, index, value = args
@@ -344,7 +338,7 @@ def _overwritten(
         watcher.tags[source] = replace(tag, clean=clean)
     elif tag.scores is not None and not tag.weights:
         scores, fill = replace(tag.scores, exact=False), number_of(value)
-        if fill is not None and fill <= HIDDEN_FROM:
+        if fill is not None and hides(fill):
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
             scores = also_masked(tag.scores, seen)
@@ -353,7 +347,7 @@ def _overwritten(
 
 
 def _again(
-    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], place: int,
+    func: Function, args: Args, kwargs: Keywords, place: int,
     clean: Tensor,
 ) -> Tensor | None:  # fmt: skip
     """What a function makes of the weights before dropout, as it did of those after it."""
@@ -364,13 +358,13 @@ def _again(
     return result if isinstance(result, Tensor) else None
 
 
-def _is_in_place(func: Callable[..., Any]) -> bool:
-    name = getattr(func, "__name__", "").split(".")[0]
+def _is_in_place(func: Function) -> bool:
+    name = _name(func)
     dunder = name.startswith("__")
     return name.startswith("__i") and name != "__invert__" if dunder else name.endswith("_")
 
 
-def _first_tagged(watcher: Watcher, args: tuple[Any, ...]) -> tuple[int, Tag | None]:
+def _first_tagged(watcher: Watcher, args: Args) -> tuple[int, Tag | None]:
     tags = [watcher.tags[argument] for argument in args[:3]]
     for place, tag in enumerate(tags):
         if tag is not None and (tag.scores is not None or tag.weights):

@@ -1,0 +1,217 @@
+"""What a trace tells besides its records: what was not seen, and what ran differently."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.capture import CaptureError
+from pytest_attnheat.capture.trace import Trace, Unseen
+from pytest_attnheat.capture.watching import Layers, original
+
+_NAMED = re.compile(r"attention|attn|mha(?![a-z])", re.IGNORECASE)
+_OPERATORS = re.compile(
+    r"aten::(scaled_dot_product_attention|softmax|_native_multi_head_attention)"
+)
+
+
+def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
+    """Name modules that ran in another thread, scripted code, and attention without a record.
+
+    A module whose class is called attention is taken to do attention, unless some is seen in a
+    module around it or within it.
+    """
+    for name, module in layers.elsewhere.items():
+        if _is_attention(module) and not _lies_in_one(name, layers.elsewhere):
+            yield Unseen(name, _kind(module), "it ran in another thread")
+    for name, scripted in layers.scripted.items():
+        found = _OPERATORS.search(_graph(scripted))
+        if found is not None:
+            yield Unseen(name, "a scripted module", f"{found[1]} happens in compiled code")
+    for name, module in layers.ran.items():
+        if _is_attention(module) and not _accounted_for(name, layers, trace):
+            yield Unseen(name, _kind(module), "it ran, and no attention was seen in it")
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return _NAMED.search(type(module).__name__) is not None
+
+
+def _accounted_for(name: str, layers: Layers, trace: Trace) -> bool:
+    if name in trace._within or any(unseen.layer == name for unseen in trace.unseen):
+        return True
+    # What an attention is made of may be called so too: a projection, an output with dropout.
+    if _lies_in_one(name, {n: module for n, module in layers.ran.items() if n in trace._within}):
+        return True
+    inside = [module for inner, module in layers.ran.items() if inner.startswith(f"{name}.")]
+    return any(map(_is_attention, inside))
+
+
+def _lies_in_one(name: str, others: dict[str, nn.Module]) -> bool:
+    around = [module for outer, module in others.items() if name.startswith(f"{outer}.")]
+    return any(map(_is_attention, around))
+
+
+def _graph(module: torch.jit.ScriptModule) -> str:
+    try:
+        return str(module.inlined_graph)
+    except (AttributeError, RuntimeError):  # A module without a forward of its own.
+        return ""
+
+
+def _kind(module: nn.Module) -> str:
+    return type(module).__name__
+
+
+@contextmanager
+def compiled_code_set_aside(model: nn.Module | None, trace: Trace) -> Iterator[None]:
+    """Run what was compiled as it was written, and note in the trace what that is.
+
+    flex_attention compiles a part of itself at each call, even where nobody asked for it.
+
+    Raises:
+        CaptureError: A module is compiled, and this PyTorch cannot set that aside.
+    """
+    compiled = "torch._dynamo" in sys.modules
+    if not compiled and "torch.nn.attention.flex_attention" not in sys.modules:
+        yield
+        return
+    names = _compiled_modules(model)
+    if not hasattr(torch.compiler, "set_stance"):
+        if names:
+            raise CaptureError(
+                f"capture_attention: {', '.join(names)} is compiled, and torch {torch.__version__} "
+                "cannot set that aside (2.6 can); capture the module that was compiled"
+            )
+        yield
+        return
+    for name in names:
+        trace._change(f"{name}: compiled code was set aside, its Python code ran")
+    _ASIDE.enter()
+    try:
+        yield
+    finally:
+        _ASIDE.leave()
+
+
+class _Aside:
+    """What is set aside for all threads: by the first capture, until the last one ends."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._captures = 0
+        self._stack = ExitStack()
+
+    def enter(self) -> None:
+        with self._lock:
+            if self._captures == 0:
+                self._stack.enter_context(torch.compiler.set_stance("force_eager"))
+                self._stack.enter_context(_no_advice_to_compile())
+            self._captures += 1
+
+    def leave(self) -> None:
+        with self._lock:
+            self._captures -= 1
+            if self._captures == 0:
+                self._stack.close()
+
+
+_ASIDE = _Aside()
+
+
+def _compiled_modules(model: nn.Module | None) -> list[str]:
+    if model is None:
+        return []
+    return [
+        name or type(original(module)).__name__
+        for name, module in model.named_modules()
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+    ]
+
+
+@contextmanager
+def _no_advice_to_compile() -> Iterator[None]:
+    """Keep flex_attention from advising to compile what was compiled until we set it aside."""
+    flex: Any = sys.modules.get("torch.nn.attention.flex_attention")
+    given: set[str] | None = getattr(flex, "_WARNINGS_SHOWN", None)
+    advice = "flex_attention_performance"
+    if given is None or advice in given:
+        yield
+        return
+    given.add(advice)
+    try:
+        yield
+    finally:
+        given.discard(advice)
+
+
+_LAYER = ("src", "src_mask", "src_key_padding_mask", "is_causal")
+_ATTENTION = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask")
+
+
+def would_take_fast_path(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hooked: set[nn.Module]
+) -> bool:
+    """Whether a module, called like this, would run fused code if nobody watched.
+
+    Follows the conditions in `nn.MultiheadAttention.forward` and
+    `nn.TransformerEncoderLayer.forward`.
+
+    Args:
+        module: Any module.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        hooked: The modules that had hooks of the user.
+    """
+    if not isinstance(module, nn.TransformerEncoderLayer | nn.MultiheadAttention):
+        return False
+    if module.training or not torch.backends.mha.get_fastpath_enabled():
+        return False
+    if torch.is_autocast_enabled():
+        return False
+    if isinstance(module, nn.TransformerEncoderLayer):
+        given = {**dict(zip(_LAYER, args, strict=False)), **kwargs}
+        return _encoder_layer(module, hooked) and _fit(module, given.get("src"))
+    given = {**dict(zip(_ATTENTION, args, strict=False)), **kwargs}
+    masks = [given.get("attn_mask"), given.get("key_padding_mask")]
+    if any(mask is not None and mask.is_floating_point() for mask in masks):
+        return False
+    same = given.get("query") is given.get("key") is given.get("value")
+    return same and _attention(module) and _fit(module, given.get("query"))
+
+
+def _attention(module: nn.MultiheadAttention) -> bool:
+    return (
+        module.num_heads % 2 == 0
+        and module.batch_first
+        and module.bias_k is None
+        and not module.add_zero_attn
+        and module._qkv_same_embed_dim
+        and module.in_proj_bias is not None
+    )
+
+
+def _encoder_layer(module: nn.TransformerEncoderLayer, hooked: set[nn.Module]) -> bool:
+    return (
+        _attention(module.self_attn)
+        and bool(module.activation_relu_or_gelu)
+        and module.norm1.eps == module.norm2.eps
+        and not any(part in hooked for part in module.modules())
+    )
+
+
+def _fit(module: nn.Module, given: Any) -> bool:
+    """Whether the input is batched and of the module's dtype, and no gradient is wanted."""
+    if not isinstance(given, Tensor) or given.ndim != 3:
+        return False
+    tensors = [given, *module.parameters()]
+    if any(tensor.dtype != given.dtype for tensor in tensors):
+        return False
+    return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))

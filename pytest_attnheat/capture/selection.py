@@ -1,0 +1,99 @@
+"""What may be asked for of a capture, a trace or a record: layers, heads, queries, a dtype."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.inputs import misuse, whole_number
+
+# What may be selected: a number, several, or a slice.
+Selection = int | slice | Sequence[int]
+
+
+def matches(layer: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a layer, or a module around it, is matched by one of the patterns; None for all."""
+    if patterns is None:
+        return True
+    return any(fnmatchcase(layer, p) or fnmatchcase(layer, f"{p}.*") for p in patterns)
+
+
+def checked_patterns(layers: Any) -> Sequence[str] | None:
+    """Return names and patterns of layers as a sequence; None for all.
+
+    Raises:
+        TypeError: They are no names.
+        ValueError: There are none.
+    """
+    if layers is None:
+        return None
+    refusal = misuse("layers", repr(layers), "one or more names of layers, or patterns of them")
+    patterns = [layers] if isinstance(layers, str) else layers
+    names = isinstance(patterns, list | tuple | set | frozenset)
+    if not names or not all(isinstance(pattern, str) for pattern in patterns):
+        raise TypeError(refusal)
+    if not patterns:
+        raise ValueError(refusal)
+    return sorted(patterns) if isinstance(patterns, set | frozenset) else list(patterns)
+
+
+def selection(name: str, wanted: Any) -> slice | list[int]:
+    """Return a selection of heads or queries as a slice or whole numbers.
+
+    Raises:
+        TypeError: It is neither a number, nor several, nor a slice.
+    """
+    if isinstance(wanted, slice):
+        return wanted
+    numbers = wanted.tolist() if isinstance(wanted, Tensor) else wanted
+    if not isinstance(numbers, Iterable) or isinstance(numbers, str | bytes | Mapping):
+        numbers = [numbers]
+    numbers = list(numbers)
+    if any(isinstance(number, bool) or not hasattr(number, "__index__") for number in numbers):
+        raise TypeError(misuse(name, repr(wanted), "a number, several, or a slice"))
+    return [operator.index(number) for number in numbers]
+
+
+def chosen(name: str, wanted: Selection, count: int, layer: str) -> list[int]:
+    """Return the numbers that a selection means, of `count` in a layer.
+
+    Raises:
+        TypeError: It is no selection.
+        ValueError: It is of nothing, or of numbers that are absent.
+    """
+    asked = selection(name, wanted)
+    numbers = list(range(count))[asked] if isinstance(asked, slice) else asked
+    if not numbers or not all(-count <= number < count for number in numbers):
+        accepted = f"numbers from 0 to {count - 1}, or a slice of them{within(layer)}"
+        raise ValueError(misuse(name, repr(wanted), accepted))
+    return [number % count for number in numbers]
+
+
+def within(layer: str) -> str:
+    """Return " in layer ...", to be added to what is accepted there; nothing without a name."""
+    return f" in layer {layer}" if layer else ""
+
+
+def batch_entry(wanted: object, count: int) -> int:
+    """Return the number of a batch entry, of `count`; negative ones count from the end.
+
+    Raises:
+        TypeError: It is no whole number.
+        ValueError: There is none of that number.
+    """
+    number = whole_number("batch", wanted, least=-count)
+    if number >= count:
+        raise ValueError(misuse("batch", number, f"a whole number from {-count} to {count - 1}"))
+    return number % count
+
+
+def float_dtype(dtype: object) -> torch.dtype:
+    """Return a dtype for weights; TypeError if it is none of floating point."""
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(misuse("dtype", repr(dtype), "a dtype such as torch.float32"))
+    return dtype
