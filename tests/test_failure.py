@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from pytest_attnheat import (
+    Failure,
     assert_doubly_stochastic,
     assert_row_stochastic,
     read_heatmaps,
 )
-from pytest_attnheat.assertions.failure import BrokenRowsError
 
 
 def weights_with_broken_rows(*rows):
@@ -20,7 +20,7 @@ def weights_with_broken_rows(*rows):
 
 
 def raised_by(assertion, *args, **kwargs):
-    with pytest.raises(BrokenRowsError) as caught:
+    with pytest.raises(Failure) as caught:
         assertion(*args, **kwargs)
     return caught.value
 
@@ -38,7 +38,7 @@ def test_the_picture_shows_the_worst_map_with_its_broken_rows_outlined(kind):
         oracle = weights[1, 2].float().numpy()
     elif kind == "requires_grad":
         weights.requires_grad_()
-    figure = raised_by(assert_row_stochastic, weights).draw_heatmap()
+    figure = raised_by(assert_row_stochastic, weights).draw()
     shown = figure.picture.shown
     np.testing.assert_array_equal(shown.cells.values[0, 0], oracle)
     assert set(shown.highlight) == {(0, 0, 2), (0, 0, 4)}
@@ -49,19 +49,19 @@ def test_the_mask_is_in_the_picture():
     mask = torch.ones(1, 1, 6, 4, dtype=torch.bool)
     mask[..., 3] = False
     error = raised_by(assert_row_stochastic, weights_with_broken_rows(1), mask=mask)
-    masked = error.draw_heatmap().picture.shown.cells.masked[0, 0]
+    masked = error.draw().picture.shown.cells.masked[0, 0]
     np.testing.assert_array_equal(masked, ~mask[0, 0].numpy())
 
 
 def test_broken_columns_are_drawn_as_rows_of_keys():
     weights = torch.eye(4)
     weights[0] = torch.tensor([0.5, 0.5, 0, 0])
-    words = raised_by(assert_doubly_stochastic, weights).draw_heatmap().picture.shown.design.words
+    words = raised_by(assert_doubly_stochastic, weights).draw().picture.shown.design.words
     assert (words.xlabel, words.ylabel) == ("Queries", "Keys")
 
 
 def test_many_broken_rows_of_a_large_map_are_drawn_in_bounded_number():
-    figure = raised_by(assert_row_stochastic, torch.rand(1, 1, 3000, 3000)).draw_heatmap()
+    figure = raised_by(assert_row_stochastic, torch.rand(1, 1, 3000, 3000)).draw()
     assert len(figure.picture.shown.highlight) == 32
 
 
