@@ -81,7 +81,7 @@ def seed_number(given: object) -> int:
 
 _ACCEPTED = (
     "a dense torch.Tensor or numpy.ndarray of float64, float32, float16, bfloat16 or float8, "
-    "with two or more dimensions: (..., queries, keys)"
+    "with two or more dimensions: "
 )
 ACCEPTED_MASK = "a boolean torch.Tensor or numpy.ndarray, True where a query may attend"
 
@@ -147,12 +147,15 @@ class _Writable:
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
-def as_weights(value: object, name: str = "weights") -> Operand:
+def as_weights(
+    value: object, name: str = "weights", dimensions: str = "(..., queries, keys)"
+) -> Operand:
     """Return attention weights ready to be read, sharing memory wherever possible.
 
     Args:
         value: What the caller passed.
         name: What the argument is called, for the errors.
+        dimensions: What its dimensions are, for the errors.
 
     Returns:
         A detached tensor of shape ``(..., queries, keys)``, or an
@@ -162,16 +165,17 @@ def as_weights(value: object, name: str = "weights") -> Operand:
         TypeError: Not a dense tensor or array of a real float dtype.
         ValueError: Fewer than two dimensions, or no elements.
     """
-    operand = _as_operand(value, name, _ACCEPTED)
+    accepted = _ACCEPTED + dimensions
+    operand = _as_operand(value, name, accepted)
     if not (operand.dtype.is_floating_point and _is_known_float(operand.dtype)):
-        raise TypeError(misuse(name, f"dtype {dtype_name(operand)}", _ACCEPTED))
+        raise TypeError(misuse(name, f"dtype {dtype_name(operand)}", accepted))
     shape = tuple(operand.shape)
     if operand.ndim < 2:
         got = f"{operand.ndim} dimension(s), shape {shape}"
-        raise ValueError(misuse(name, got, _ACCEPTED))
+        raise ValueError(misuse(name, got, accepted))
     if 0 in shape:
         got = f"shape {shape}, which has no elements, so that there is nothing to check"
-        raise ValueError(misuse(name, got, _ACCEPTED))
+        raise ValueError(misuse(name, got, accepted))
     return operand
 
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 
 from pytest_attnheat.assertions.claims import Finding
-from pytest_attnheat.assertions.scan import Block, row_of
+from pytest_attnheat.assertions.scan import Block, evenly, row_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.inputs import Operand, dtype_name
@@ -358,10 +358,9 @@ def _sample(
     if key_len > _SAMPLE:
         return None, None
     count = math.prod(lead)
-    wanted = min(count, _SAMPLE_ROWS, max(1, _SAMPLE // key_len))
     rows, masks = [], []
-    for i in range(wanted):
-        index = index_of(i * count // wanted, lead)
+    for number in evenly(count, min(_SAMPLE_ROWS, max(1, _SAMPLE // key_len))):
+        index = index_of(number, lead)
         permitted = None if mask is None else row_of(mask, index).expand(key_len)
         if permitted is None or bool(permitted.any()):
             rows.append(row_of(weights, index).double())

@@ -15,7 +15,7 @@ import torch
 
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import Finding, Index, by_row
-from pytest_attnheat.assertions.scan import Elements, blocks, row_of
+from pytest_attnheat.assertions.scan import Elements, blocks, evenly, row_of
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.attention.vocabulary import Side
@@ -58,8 +58,8 @@ class Evidence:
         """Take a bounded sample of the map with the worst weight."""
         *place, worst, _ = finding.worst.index
         query_len, key_len = weights.shape[-2:]
-        count = min(query_len, _SAMPLE_ROWS, max(1, _SAMPLE // key_len))
-        queries = sorted({i * query_len // count for i in range(count)} | {worst})
+        some = evenly(query_len, min(_SAMPLE_ROWS, max(1, _SAMPLE // key_len)))
+        queries = sorted({*some, worst})
         rows = [row_of(weights, (*place, query)).double() for query in queries]
         numbers = torch.tensor(queries, device="cpu")
         permitted = _mask_rows(mask, place, numbers, key_len)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from pytest_attnheat.assertions.claims import Index
-from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.assertions.scan import evenly, mask_at
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.inputs import Operand, as_weights, misuse
 
@@ -63,7 +63,7 @@ class Product:
             ValueError: An argument is empty, or the shapes do not fit.
         """
         operands = {
-            name: _as_operand(given, name)
+            name: as_weights(given, name, _DIMENSIONS[name])
             for name, given in (("weights", weights), ("value", value), ("output", output))
         }
         devices = {name: operand.device for name, operand in operands.items()}
@@ -118,10 +118,11 @@ class Product:
 
     def take(self, leading: Index, queries: torch.Tensor, channels: int = CHANNELS) -> Sample:
         """Return one map in float64: some queries, all keys, at most so many channels."""
-        some = evenly(self.output.shape[-1], channels)
+        value_dim = self.output.shape[-1]
+        some = torch.tensor(evenly(value_dim, channels), device="cpu")
         place = tuple(slice(i, i + 1) for i in leading)
         every_query, every_key = (slice(0, size) for size in self.weights.shape[-2:])
-        every_channel = slice(0, self.output.shape[-1])
+        every_channel = slice(0, value_dim)
         weights = gather(self.weights, (*place, every_query, every_key), queries, -2)
         value = gather(self.value, (*place, every_key, every_channel), some, -1)
         output = gather(self.output, (*place, every_query, every_channel), queries, -2)
@@ -145,15 +146,6 @@ class Sample:
         size = abs(factor) * (weights.abs() @ value.abs())
         enough = self.output.numel() >= ENOUGH and bool((expected != 0).any())
         return enough and bool(((self.output - expected).abs() <= self.slack * size).all())
-
-
-def _as_operand(given: object, name: str) -> Operand:
-    """Read an argument; an error names the dimensions that this one has."""
-    try:
-        return as_weights(given, name)
-    except (TypeError, ValueError) as error:
-        words = str(error).replace("(..., queries, keys)", _DIMENSIONS[name])
-        raise type(error)(words) from None
 
 
 class _MisfitError(Exception):
@@ -193,12 +185,6 @@ def _split(array: Any, dim: int, inner: int) -> Any:
     if shape[at] % inner:
         raise _MisfitError
     return array.reshape(*shape[:at], shape[at] // inner, inner, *shape[at + 1 :])
-
-
-def evenly(size: int, most: int) -> torch.Tensor:
-    """Return the numbers of some queries or channels, evenly spaced."""
-    count = min(size, most)
-    return torch.tensor([i * size // count for i in range(count)], device="cpu")
 
 
 def gather(

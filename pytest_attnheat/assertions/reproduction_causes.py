@@ -14,8 +14,8 @@ import torch
 
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import Index
-from pytest_attnheat.assertions.product import CHANNELS, ENOUGH, Product, Sample, evenly, gather
-from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.assertions.product import CHANNELS, ENOUGH, Product, Sample, gather
+from pytest_attnheat.assertions.scan import evenly, mask_at
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment
@@ -327,7 +327,8 @@ def _worst_map(product: Product) -> Sample:
 
 def _queries(product: Product, maps: int) -> torch.Tensor:
     query_len, key_len = product.weights.shape[-2:]
-    return evenly(query_len, min(_QUERIES, max(1, _SAMPLE // (key_len * maps))))
+    most = min(_QUERIES, max(1, _SAMPLE // (key_len * maps)))
+    return torch.tensor(evenly(query_len, most), device="cpu")
 
 
 def _indices(sizes: torch.Size | tuple[int, ...]) -> list[Index]:

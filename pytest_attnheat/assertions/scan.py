@@ -49,6 +49,12 @@ def row_of(operand: Operand, index: tuple[int, ...]) -> torch.Tensor:
     return mask_at(operand, spans).cpu().flatten()
 
 
+def evenly(size: int, most: int) -> list[int]:
+    """Return at most so many of the numbers below `size`, evenly spaced, 0 among them."""
+    count = min(size, most)
+    return [i * size // count for i in range(count)]
+
+
 def any_key(mask: torch.Tensor) -> torch.Tensor:
     """Return `mask.any(-1)`, as a maximum: on a CPU that is ten times faster."""
     return mask.view(torch.uint8).amax(-1) > 0
