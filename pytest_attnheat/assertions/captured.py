@@ -110,7 +110,9 @@ def _known(
     known: dict[str, Any] = {}
     if "mask" in accepted and "mask" not in named:
         known["mask"] = record.mask
-    for name in {"value", "output"} & {*accepted} - {*named}:
+    for name in ("value", "output"):
+        if name not in accepted or name in named:
+            continue
         known[name] = getattr(record, name)
         if known[name] is None:
             got = f"a record of {record.layer or '(no module)'} that did not keep it"

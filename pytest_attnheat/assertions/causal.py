@@ -14,13 +14,15 @@ from pytest_attnheat.assertions.masking_causes import (
     finite_mask,
     named,
     not_a_number,
-    uniform_rows,
 )
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.inputs import misuse, one_of, whole_number
 
 Candidate = tuple[torch.Tensor, str]
+
+# How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
+_UNIFORM = 2**-8
 
 
 @dataclass(frozen=True)
@@ -134,10 +136,25 @@ def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
         constant(telling),
         finite_mask(telling),
         candidates,
-        uniform_rows(telling),
+        _uniform_rows(telling),
         not_a_number(evidence),
     )
     return named(evidence, causes)
+
+
+def _uniform_rows(evidence: Evidence) -> str | None:
+    """Rows that break the mask hold one number throughout, as fully masked rows may."""
+    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
+    broken = evidence.rows[leaks]
+    key_len = broken.shape[-1]
+    if key_len < 2 or not bool(leaks.any()) or bool(leaks.all()):
+        return None
+    if bool(((broken * key_len - 1).abs() > _UNIFORM).any()):
+        return None
+    return (
+        "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
+        'assert_masked with fully_masked="uniform"'
+    )
 
 
 def _causal_candidates(queries: torch.Tensor, rule: CausalRule) -> Iterator[Candidate]:

@@ -21,6 +21,7 @@ from pytest_attnheat.assertions.causes import likely_cause
 from pytest_attnheat.assertions.claims import (
     Claim,
     Index,
+    Says,
     by_row,
     find,
     first_broken,
@@ -58,7 +59,6 @@ from pytest_attnheat.inputs import (
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
-Says: TypeAlias = Callable[[Index, float], str]
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -85,7 +85,7 @@ def assert_masked(
             1 / key_len) or ``"nan"`` (every weight is NaN).
 
     Raises:
-        AssertionError: Some masked key holds something else than zero. The
+        Failure: Some masked key holds something else than zero. The
             message tells how many, which is worst, and a likely cause.
         TypeError: `weights` is not a dense float tensor or array, or `mask`
             is not boolean.
@@ -174,7 +174,7 @@ def assert_causal(
             where all keys lie before their window.
 
     Raises:
-        AssertionError: Some query gives weight to its future, or to a key
+        Failure: Some query gives weight to its future, or to a key
             before its window.
         TypeError: `weights` is not a dense float tensor or array, or `window`
             is neither a whole number nor a pair of them.
@@ -235,7 +235,7 @@ def assert_support(
         fully_masked: As there.
 
     Raises:
-        AssertionError: Some masked key holds something else than zero, or
+        Failure: Some masked key holds something else than zero, or
             some permitted key something that is not positive.
         TypeError: As in `assert_masked`.
         ValueError: As there, but for a mask that permits every key.
@@ -274,7 +274,7 @@ def assert_padding_masked(
             `assert_masked`.
 
     Raises:
-        AssertionError: Some padded key gets weight.
+        Failure: Some padded key gets weight.
         TypeError: `weights` is not a dense float tensor or array, or the
             lengths are not whole numbers.
         ValueError: As in `assert_masked`; or `weights` has fewer than three

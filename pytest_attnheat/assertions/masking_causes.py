@@ -27,8 +27,6 @@ _SAMPLE_ROWS = 256
 _SAMPLE_ENTRIES = 64
 # Weights may underflow: this much of what another mask permits must hold weight.
 _NEARLY_ALL = 0.98
-# How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
-_UNIFORM = 2**-8
 # The heads that a sentence names.
 _HEADS_NAMED = 4
 
@@ -174,21 +172,6 @@ def strewn_nan(evidence: Evidence) -> str | None:
     if bool(evidence.worst_row.isnan().all()):
         return None
     return "all that masked keys hold is NaN: a product of 0 and infinity, or NaN made elsewhere?"
-
-
-def uniform_rows(evidence: Evidence) -> str | None:
-    """Rows that break the mask hold one number throughout, as fully masked rows may."""
-    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
-    broken = evidence.rows[leaks]
-    key_len = broken.shape[-1]
-    if key_len < 2 or not bool(leaks.any()) or bool(leaks.all()):
-        return None
-    if bool(((broken * key_len - 1).abs() > _UNIFORM).any()):
-        return None
-    return (
-        "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
-        'assert_masked with fully_masked="uniform"'
-    )
 
 
 def constant(evidence: Evidence) -> str | None:

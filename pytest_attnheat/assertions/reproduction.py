@@ -106,7 +106,7 @@ def assert_reproduces_output(
             `pytest_attnheat.assertions.reproduction`.
 
     Raises:
-        AssertionError: Some element of the output is not what the weights
+        Failure: Some element of the output is not what the weights
             make of the value.
         TypeError: An argument is not a dense float tensor or array, or they
             lie on different devices.

@@ -64,7 +64,7 @@ def assert_row_stochastic(
             never accepted.
 
     Raises:
-        AssertionError: Some row is not a distribution. The message tells how
+        Failure: Some row is not a distribution. The message tells how
             many, which is worst, and a likely cause.
         TypeError: `weights` is not a dense float tensor or array, or `mask`
             is not boolean.
@@ -103,7 +103,7 @@ def assert_doubly_stochastic(
             `assert_row_stochastic`.
 
     Raises:
-        AssertionError: Some row or column is not a distribution.
+        Failure: Some row or column is not a distribution.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As there; or the maps are not square, or `fully_masked` is
             not ``"zero"``.
@@ -143,7 +143,7 @@ def assert_one_hot(
             1. By default both follow the dtype, and the sum the row length.
 
     Raises:
-        AssertionError: Some row is not a distribution, or its largest weight
+        Failure: Some row is not a distribution, or its largest weight
             is not 1.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As in `assert_row_stochastic`.
@@ -176,7 +176,7 @@ def assert_uniform(
             By default that of `assert_row_stochastic`.
 
     Raises:
-        AssertionError: Some weight is not what it should be.
+        Failure: Some weight is not what it should be.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As in `assert_row_stochastic`.
     """
@@ -221,7 +221,7 @@ def assert_entropy(
             do to the entropy.
 
     Raises:
-        AssertionError: Some row is not a distribution, or its entropy is out
+        Failure: Some row is not a distribution, or its entropy is out
             of bounds.
         TypeError: As in `assert_row_stochastic`; or a bound is not a number.
         ValueError: As there; or no bound is given, the unit is unknown, or
