@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     from pytest_attnheat.contract.report import Report as Report
     from pytest_attnheat.contract.report import check_attention as check_attention
     from pytest_attnheat.contract.spec import AttentionSpec as AttentionSpec
+    from pytest_attnheat.failure import Failure as Failure
     from pytest_attnheat.heatmaps.figure import HeatmapFigure as HeatmapFigure
     from pytest_attnheat.heatmaps.figure import show_heatmaps as show_heatmaps
     from pytest_attnheat.heatmaps.record import Heatmaps as Heatmaps
@@ -100,6 +101,7 @@ _ROOM_OF = {
     "Check": "contract.checks",
     "Diagnosis": "contract.diagnosis",
     "DotProductScore": "attention.scoring",
+    "Failure": "failure",
     "HARD_CASES": "attention.hard_cases",
     "HardCase": "attention.hard_cases",
     "HeatmapFigure": "heatmaps.figure",

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pytest_attnheat.inputs import dtype_name
 
@@ -65,6 +65,9 @@ class Checked:
 class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     """A property that does not hold. Its text is made of its fields, whenever it is asked for.
 
+    Where more is known on its way up, set a field and raise it again. It can be copied and
+    pickled, without `draw`.
+
     Attributes:
         assertion: The name of the assertion.
         claim: What broken places do: "rows do not sum to 1"; or what does not hold, in a sentence.
@@ -83,6 +86,9 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
             plugin asks it, and leaves the picture beside the report.
         drawn: What that picture shows.
     """
+
+    # Where it is public, and hence how pytest prints it.
+    __module__ = "pytest_attnheat"
 
     def __init__(
         self,
@@ -117,6 +123,10 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         self.layer = layer
         self.draw, self.drawn = draw, drawn
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Keep the fields; what draws the picture holds tensors."""
+        return type(self), (self.assertion, self.claim), {**self.__dict__, "draw": None}
+
     @property
     def headline(self) -> str:
         """The first line: the assertion, what does not hold, and how often."""
@@ -140,18 +150,19 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         return "\n".join(lines)
 
 
-def number_text(value: float, *, beside: float | None = None) -> str:
+def number_text(value: float, *, beside: float | None = None, least: int = _LEAST_DIGITS) -> str:
     """Return a number with as many digits as it takes.
 
     Args:
         value: The number.
-        beside: A difference that has to be seen in it; six significant digits by default.
+        beside: A difference that has to be seen in it; the least digits by default.
+        least: The least significant digits.
     """
     if beside is None or not (math.isfinite(value) and math.isfinite(beside)) or beside == 0:
-        return f"{value:.{_LEAST_DIGITS}g}"
+        return f"{value:.{least}g}"
     largest = max(abs(value), abs(beside))
     digits = 2 + exponent(largest) - exponent(beside)
-    return f"{value:.{min(max(digits, _LEAST_DIGITS), _MOST_DIGITS)}g}"
+    return f"{value:.{min(max(digits, least), _MOST_DIGITS)}g}"
 
 
 def exponent(number: float) -> int:

@@ -47,15 +47,22 @@ def whole_number(name: str, given: object, *, least: int) -> int:
         ValueError: Below `least`.
     """
     accepted = f"a whole number from {least}"
-    if _is_boolean(given) or not hasattr(given, "__index__"):
+    number = as_whole(given)
+    if number is None:
         raise TypeError(misuse(name, repr(given), accepted))
-    try:
-        number = int(given.__index__())
-    except TypeError:  # a tensor or array of floats, or of several numbers
-        raise TypeError(misuse(name, repr(given), accepted)) from None
     if number < least:
         raise ValueError(misuse(name, number, accepted))
     return number
+
+
+def as_whole(given: object) -> int | None:
+    """Return a whole number of Python, NumPy or torch as an int, and None for anything else."""
+    if _is_boolean(given) or not hasattr(given, "__index__"):
+        return None
+    try:
+        return int(given.__index__())
+    except TypeError:  # a tensor or array of floats, or of several numbers
+        return None
 
 
 def _is_boolean(given: object) -> bool:
@@ -74,8 +81,9 @@ def seed_number(given: object) -> int:
 
 _ACCEPTED = (
     "a dense torch.Tensor or numpy.ndarray of float64, float32, float16, bfloat16 or float8, "
-    "with two or more dimensions: (..., queries, keys)"
+    "with two or more dimensions: "
 )
+ACCEPTED_MASK = "a boolean torch.Tensor or numpy.ndarray, True where a query may attend"
 
 
 class ArrayPieces:
@@ -139,12 +147,15 @@ class _Writable:
         self.__array_interface__ = {**array.__array_interface__, "data": (address, False)}
 
 
-def as_weights(value: object, name: str = "weights") -> Operand:
+def as_weights(
+    value: object, name: str = "weights", dimensions: str = "(..., queries, keys)"
+) -> Operand:
     """Return attention weights ready to be read, sharing memory wherever possible.
 
     Args:
         value: What the caller passed.
         name: What the argument is called, for the errors.
+        dimensions: What its dimensions are, for the errors.
 
     Returns:
         A detached tensor of shape ``(..., queries, keys)``, or an
@@ -154,19 +165,17 @@ def as_weights(value: object, name: str = "weights") -> Operand:
         TypeError: Not a dense tensor or array of a real float dtype.
         ValueError: Fewer than two dimensions, or no elements.
     """
-    operand = _as_operand(value, name, _ACCEPTED)
+    accepted = _ACCEPTED + dimensions
+    operand = _as_operand(value, name, accepted)
     if not (operand.dtype.is_floating_point and _is_known_float(operand.dtype)):
-        raise TypeError(f"{name}: got dtype {dtype_name(operand)}; accepted is {_ACCEPTED}")
+        raise TypeError(misuse(name, f"dtype {dtype_name(operand)}", accepted))
+    shape = tuple(operand.shape)
     if operand.ndim < 2:
-        raise ValueError(
-            f"{name}: got {operand.ndim} dimension(s), shape {tuple(operand.shape)}; "
-            f"accepted is {_ACCEPTED}"
-        )
-    if 0 in operand.shape:
-        raise ValueError(
-            f"{name}: shape {tuple(operand.shape)} has no elements, so there is nothing to "
-            f"check; accepted is {_ACCEPTED}"
-        )
+        got = f"{operand.ndim} dimension(s), shape {shape}"
+        raise ValueError(misuse(name, got, accepted))
+    if 0 in shape:
+        got = f"shape {shape}, which has no elements, so that there is nothing to check"
+        raise ValueError(misuse(name, got, accepted))
     return operand
 
 
@@ -188,17 +197,17 @@ def as_mask(mask: object, weights: Operand) -> Operand | None:
 
     if mask is None:
         return None
-    accepted = "a boolean torch.Tensor or numpy.ndarray, True where a query may attend"
-    operand = _as_operand(mask, "mask", accepted)
+    operand = _as_operand(mask, "mask", ACCEPTED_MASK)
     if operand.dtype != torch.bool:
         raise TypeError(
-            f"mask: got dtype {dtype_name(operand)}; accepted is {accepted}. For a mask of 0 and "
-            "1 pass mask.bool(); for an additive mask of 0 and -inf pass mask == 0; where True "
-            "means masked pass ~mask"
+            f"{misuse('mask', f'dtype {dtype_name(operand)}', ACCEPTED_MASK)}. For a mask of 0 "
+            "and 1 pass mask.bool(); for an additive mask of 0 and -inf pass mask == 0; where "
+            "True means masked pass ~mask"
         )
     given, wanted = tuple(operand.shape), tuple(weights.shape)
     if not _broadcasts(given, wanted):
-        raise ValueError(f"mask: shape {given} does not broadcast to the weights' shape {wanted}")
+        accepted = f"a shape that broadcasts to that of the weights, {wanted}"
+        raise ValueError(misuse("mask", f"shape {given}", accepted))
     missing = len(wanted) - len(given)
     if missing == 0:
         return operand
@@ -214,7 +223,7 @@ def check_tolerance(value: object) -> float:
     """
     tolerance = check_number(value, "tolerance")
     if not 0 <= tolerance < 1:
-        raise ValueError(f"tolerance: got {tolerance!r}; accepted is 0 <= tolerance < 1, or None")
+        raise ValueError(misuse("tolerance", repr(tolerance), "0 <= tolerance < 1, or None"))
     return tolerance
 
 
@@ -226,13 +235,13 @@ def check_number(value: object, name: str) -> float:
         ValueError: NaN or infinite.
     """
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name}: got {type(value).__name__}; accepted is a number, or None")
+        raise TypeError(misuse(name, type(value).__name__, "a number, or None"))
     try:
         number = float(value)
     except OverflowError:  # an int beyond any float
         number = math.inf
     if not math.isfinite(number):
-        raise ValueError(f"{name}: got {number!r}; accepted is a finite number, or None")
+        raise ValueError(misuse(name, repr(number), "a finite number, or None"))
     return number
 
 
@@ -271,21 +280,19 @@ def _as_operand(value: object, name: str, accepted: str) -> Operand:
         return _from_torch(value, name, accepted)
     if isinstance(value, np.ndarray):
         return _from_numpy(value, name, accepted)
-    raise TypeError(f"{name}: got {type(value).__name__}; accepted is {accepted}")
+    raise TypeError(misuse(name, type(value).__name__, accepted))
 
 
 def _from_torch(tensor: torch.Tensor, name: str, accepted: str) -> torch.Tensor:
     import torch
 
     if tensor.is_nested:
-        raise TypeError(f"{name}: got a nested tensor; accepted is {accepted}")
+        raise TypeError(misuse(name, "a nested tensor", accepted))
     if tensor.layout != torch.strided:
         layout = str(tensor.layout).removeprefix("torch.")
-        raise TypeError(f"{name}: got a tensor of layout {layout}; accepted is {accepted}")
+        raise TypeError(misuse(name, f"a tensor of layout {layout}", accepted))
     if tensor.device.type == "meta":
-        raise TypeError(
-            f"{name}: got a meta tensor, which holds no numbers; accepted is {accepted}"
-        )
+        raise TypeError(misuse(name, "a meta tensor, which holds no numbers", accepted))
     return tensor.detach()
 
 
@@ -294,12 +301,10 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str, accepted: str) -> Operan
     import torch
 
     if isinstance(array, np.ma.MaskedArray):
-        raise TypeError(
-            f"{name}: got a numpy masked array, whose True means masked; accepted is {accepted}. "
-            "Pass array.data, with mask=~array.mask"
-        )
+        got = "a numpy masked array, whose True means masked"
+        raise TypeError(f"{misuse(name, got, accepted)}. Pass array.data, with mask=~array.mask")
     if array.dtype.newbyteorder("=") not in (np.bool_, np.float16, np.float32, np.float64):
-        raise TypeError(f"{name}: got dtype {array.dtype}; accepted is {accepted}")
+        raise TypeError(misuse(name, f"dtype {array.dtype}", accepted))
     if not _torch_can_share(array):
         return ArrayPieces(array)
     if not array.flags.writeable:

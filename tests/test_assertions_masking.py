@@ -9,6 +9,7 @@ import torch
 from device_waits import Waits
 
 from pytest_attnheat import (
+    Failure,
     assert_causal,
     assert_masked,
     assert_padding_masked,
@@ -16,7 +17,6 @@ from pytest_attnheat import (
     read_heatmaps,
 )
 from pytest_attnheat.assertions import scan
-from pytest_attnheat.assertions.failure import BrokenRowsError
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 TRIL = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -143,7 +143,7 @@ def test_what_is_not_attention_weights_is_refused(name):
         check(torch.ones(2, 4, 6, 6, dtype=torch.long))
     with pytest.raises(TypeError, match=r"weights: got list"):
         check([[1.0]])
-    with pytest.raises(ValueError, match=r"weights: shape \(0, 4, 6, 6\) has no elements"):
+    with pytest.raises(ValueError, match=r"weights: got shape \(0, 4, 6, 6\), which has no"):
         check(torch.ones(0, 4, 6, 6))
     with pytest.raises(ValueError, match=r"weights: got 1 dimension"):
         check(torch.ones(6))
@@ -286,7 +286,7 @@ def test_a_mask_broadcasts(shape):
 
 def test_a_mask_that_permits_every_key_is_refused():
     weights = scores(2, 6, 6).softmax(-1)
-    with pytest.raises(ValueError, match=r"mask: shape \(6, 6\) permits every key, so there is n"):
+    with pytest.raises(ValueError, match=r"mask: got shape \(6, 6\) that permits every key, so th"):
         assert_masked(weights, torch.ones(6, 6, dtype=torch.bool))
     assert_support(weights, torch.ones(6, 6, dtype=torch.bool))
 
@@ -296,7 +296,7 @@ def test_a_mask_that_permits_every_key_is_refused():
     [
         (None, TypeError, "mask: got None; accepted is a boolean"),
         (TRIL.float(), TypeError, "mask: got dtype float32"),
-        (TRIL[:5], ValueError, r"mask: shape \(5, 6\) does not broadcast"),
+        (TRIL[:5], ValueError, r"mask: got shape \(5, 6\); .* broadcasts .*\(2, 6, 6\)"),
     ],
 )
 @pytest.mark.parametrize("check", [assert_masked, assert_support])
@@ -452,14 +452,14 @@ def test_the_alignment_must_be_named_where_it_matters_and_only_there():
     with pytest.raises(ValueError) as error:
         assert_causal(torch.ones(2, 3))
     assert str(error.value) == (
-        "alignment: 2 queries and 3 keys need one; accepted are 'top_left' (query 0 stands at key "
-        "0: what is_causal=True means in PyTorch) and 'bottom_right' (the last query stands at "
+        "alignment: got None for 2 queries and 3 keys; accepted is 'top_left' (query 0 stands at "
+        "key 0: what is_causal=True means in PyTorch) or 'bottom_right' (the last query stands at "
         "the last key: decoding with a cache)"
     )
     weights = softmax(TRIL, 6, 6)
     for alignment in (None, "top_left", "bottom_right"):
         assert_causal(weights, alignment=alignment)
-    with pytest.raises(ValueError, match="alignment: got 'left'; accepted are 'top_left' and"):
+    with pytest.raises(ValueError, match="alignment: got 'left'; accepted is one of 'top_l"):
         assert_causal(weights, alignment="left")
 
 
@@ -593,9 +593,9 @@ def test_whole_heads_without_a_mask_are_named():
 def test_a_broken_assertion_leaves_a_picture_with_its_rows_outlined(pytester):
     weights = softmax(TRIL, 2, 4, 6, 6)
     weights[1, 2, 3, 5] = weights[1, 2, 0, 1] = 0.31
-    with pytest.raises(BrokenRowsError) as caught:
+    with pytest.raises(Failure) as caught:
         assert_causal(weights)
-    shown = caught.value.draw_heatmap().picture.shown
+    shown = caught.value.draw().picture.shown
     np.testing.assert_array_equal(shown.cells.values[0, 0], weights[1, 2].numpy())
     np.testing.assert_array_equal(shown.cells.masked[0, 0], ~TRIL.numpy())
     assert set(shown.highlight) == {(0, 0, 0), (0, 0, 3)}
@@ -888,9 +888,9 @@ def test_lengths_that_make_no_sense_are_refused(lengths, error, words):
 
 
 def test_a_batch_and_a_known_side_are_needed():
-    with pytest.raises(ValueError, match=r"got 2 dimensions, .*accepted are three or more: \(batc"):
+    with pytest.raises(ValueError, match=r"got 2 dimensions, .*accepted is three or more: \(batch"):
         assert_padding_masked(softmax(TRIL, 6, 6), [3] * 6)
-    with pytest.raises(ValueError, match="side: got 'top'; accepted are 'right' and 'left'"):
+    with pytest.raises(ValueError, match="side: got 'top'; accepted is one of 'right', 'l"):
         assert_padding_masked(softmax(TRIL, 2, 6, 6), [3, 3], side="top")
 
 

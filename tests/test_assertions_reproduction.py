@@ -126,7 +126,7 @@ def test_shapes_that_do_not_fit_are_refused_with_those_that_would(name):
         assert_reproduces_output(*REFUSED[name])
     shapes = [tuple(x.shape) for x in REFUSED[name]]
     text = str(error.value)
-    given = "weights {}, value {} and output {} do not fit together; accepted are\n"
+    given = "weights, value, output: got {}, {}, {}; accepted is one of\n"
     assert text.startswith(given.format(*shapes))
     assert "output merged: (batch, queries, heads * value_dim)" in text
 
@@ -140,7 +140,7 @@ def test_what_is_no_float_tensor_is_refused_by_its_name(at):
 
     with pytest.raises(TypeError, match=f"{name}: got dtype int64"):
         assert_reproduces_output(*replaced(torch.ones(2, 4, 6, 8, dtype=torch.long)))
-    with pytest.raises(ValueError, match=f"{name}: shape .* has no elements"):
+    with pytest.raises(ValueError, match=f"{name}: got shape .* has no elements"):
         assert_reproduces_output(*replaced(torch.ones(0, 4, 6, 8)))
     with pytest.raises(TypeError, match=f"{name}: got NoneType"):
         assert_reproduces_output(*replaced(None))

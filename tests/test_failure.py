@@ -1,15 +1,24 @@
-"""A failed row assertion brings a picture of its rows, and pytest leaves it behind."""
+"""What a failure carries: its fields, its text, and a picture that pytest leaves behind."""
+
+import copy
+import math
+import pickle
 
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import (
+    Failure,
+    assert_causal,
     assert_doubly_stochastic,
+    assert_masked,
+    assert_reproduces_output,
     assert_row_stochastic,
+    capture_attention,
     read_heatmaps,
 )
-from pytest_attnheat.assertions.failure import BrokenRowsError
 
 
 def weights_with_broken_rows(*rows):
@@ -20,7 +29,7 @@ def weights_with_broken_rows(*rows):
 
 
 def raised_by(assertion, *args, **kwargs):
-    with pytest.raises(BrokenRowsError) as caught:
+    with pytest.raises(Failure) as caught:
         assertion(*args, **kwargs)
     return caught.value
 
@@ -38,7 +47,7 @@ def test_the_picture_shows_the_worst_map_with_its_broken_rows_outlined(kind):
         oracle = weights[1, 2].float().numpy()
     elif kind == "requires_grad":
         weights.requires_grad_()
-    figure = raised_by(assert_row_stochastic, weights).draw_heatmap()
+    figure = raised_by(assert_row_stochastic, weights).draw()
     shown = figure.picture.shown
     np.testing.assert_array_equal(shown.cells.values[0, 0], oracle)
     assert set(shown.highlight) == {(0, 0, 2), (0, 0, 4)}
@@ -49,20 +58,126 @@ def test_the_mask_is_in_the_picture():
     mask = torch.ones(1, 1, 6, 4, dtype=torch.bool)
     mask[..., 3] = False
     error = raised_by(assert_row_stochastic, weights_with_broken_rows(1), mask=mask)
-    masked = error.draw_heatmap().picture.shown.cells.masked[0, 0]
+    masked = error.draw().picture.shown.cells.masked[0, 0]
     np.testing.assert_array_equal(masked, ~mask[0, 0].numpy())
 
 
 def test_broken_columns_are_drawn_as_rows_of_keys():
     weights = torch.eye(4)
     weights[0] = torch.tensor([0.5, 0.5, 0, 0])
-    words = raised_by(assert_doubly_stochastic, weights).draw_heatmap().picture.shown.design.words
+    words = raised_by(assert_doubly_stochastic, weights).draw().picture.shown.design.words
     assert (words.xlabel, words.ylabel) == ("Queries", "Keys")
 
 
 def test_many_broken_rows_of_a_large_map_are_drawn_in_bounded_number():
-    figure = raised_by(assert_row_stochastic, torch.rand(1, 1, 3000, 3000)).draw_heatmap()
+    figure = raised_by(assert_row_stochastic, torch.rand(1, 1, 3000, 3000)).draw()
     assert len(figure.picture.shown.highlight) == 32
+
+
+def test_the_fields_of_a_claim_about_rows():
+    weights = torch.full((1, 2, 5, 5), 0.2)
+    weights[0, 1, 2], weights[0, 1, 4] = 0.25, 0.3
+    error = raised_by(assert_row_stochastic, weights)
+    assert (error.assertion, error.claim) == ("assert_row_stochastic", "rows do not sum to 1")
+    assert (error.broken, error.of) == (2, 10)
+    assert error.worst.index == (0, 1, 4)
+    assert error.worst.value == pytest.approx(1.5)
+    assert error.worst.text == "weights[0, 1, 4, :] sums to 1.5 (off by 5.0e-01; allowed 1.0e-05)"
+    assert error.first is None  # a claim about rows names the worst alone
+    assert error.tolerance == 1e-5
+    tensor = error.tensor
+    assert (tensor.dtype, tensor.shape, tensor.device) == ("float32", (1, 2, 5, 5), "cpu")
+    assert error.picture.splitlines()[0].startswith("head [0, 1]")
+    assert error.drawn == "heatmap of the broken rows"
+    assert (error.layer, error.repeat, error.assumed) == (None, None, None)
+
+
+def test_the_cause_is_a_field():
+    error = raised_by(assert_row_stochastic, torch.randn(1, 2, 5, 5).softmax(-2))
+    assert error.cause == "every column sums to 1: softmax over the query axis (dim=-2)?"
+    assert f"  cause    {error.cause}\n" in str(error)
+
+
+def test_a_column_is_named_by_its_own_number():
+    weights = torch.eye(4).repeat(2, 1, 1)
+    weights[1, 2] = torch.tensor([0.0, 0.0, 0.4, 0.6])
+    error = raised_by(assert_doubly_stochastic, weights)
+    assert (error.broken, error.of, error.tensor.shape) == (2, 8, (2, 4, 4))
+    assert error.worst.index == (1, 2)
+    assert error.worst.value == pytest.approx(0.4)
+
+
+def test_the_fields_of_a_claim_about_elements():
+    weights = torch.eye(4).repeat(1, 2, 1, 1)
+    weights[0, 0, 1, 3], weights[0, 1, 0, 2] = 0.125, 0.5
+    error = raised_by(assert_causal, weights)
+    assert error.claim == "masked weights are not zero"
+    assert (error.broken, error.of) == (2, 12)
+    assert (error.worst.index, error.worst.value) == ((0, 1, 0, 2), 0.5)
+    assert (error.first.index, error.first.value) == ((0, 0, 1, 3), 0.125)
+    assert error.tolerance is None
+    assert "only in" not in str(error)
+    weights[0, 0, 1, 3] = 0
+    error = raised_by(assert_causal, weights)
+    assert error.first is None
+
+
+def test_nan_is_a_value():
+    weights = torch.eye(3)
+    weights[1, 2] = math.nan
+    assert math.isnan(raised_by(assert_row_stochastic, weights).worst.value)
+    assert math.isnan(raised_by(assert_masked, weights, torch.eye(3) > 0).worst.value)
+
+
+def test_the_fields_of_a_claim_about_an_output():
+    weights, value = torch.eye(4).repeat(1, 3, 1, 1), torch.arange(24.0).reshape(1, 3, 4, 2)
+    output = value.clone()
+    output[0, 2, 1, 0], output[0, 0, 3, 1] = 0.5, 7.5
+    merged = output.transpose(1, 2).reshape(1, 4, 6)
+    error = raised_by(assert_reproduces_output, weights, value, merged)
+    assert error.claim == "output elements are not weights @ value"
+    assert (error.broken, error.of) == (2, 24)
+    assert (error.worst.index, error.worst.value) == ((0, 1, 4), 0.5)
+    assert (error.first.index, error.first.value) == ((0, 3, 1), 7.5)
+    assert "every head has the same weights" in error.cause
+    assert error.tensor.shape == (1, 4, 6)
+    assert 0 < error.tolerance < 1e-3
+    assert (error.picture, error.draw) == ("", None)
+
+
+def test_a_trace_names_the_layer_and_the_text_follows_the_fields():
+    inputs = torch.randn(1, 2, 4, 4)
+    with capture_attention() as trace:
+        scaled_dot_product_attention(inputs, inputs, inputs)
+    error = raised_by(assert_causal, trace)
+    assert error.layer == "(no module), call 0"
+    assert str(error).splitlines()[1] == "  layer    (no module), call 0"
+    error.layer, error.repeat = "decoder.3, call 7", "seed=5"
+    lines = str(error).splitlines()
+    assert lines[1] == "  layer    decoder.3, call 7"
+    assert "  repeat   seed=5" in lines
+    assert lines[0] == "assert_causal: 12 of 12 masked weights are not zero"
+
+
+def pickled(error):
+    return pickle.loads(pickle.dumps(error))
+
+
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+def test_a_failure_is_copied_and_pickled_with_all_but_what_draws_it(again):
+    error = raised_by(assert_row_stochastic, weights_with_broken_rows(2, 4))
+    error.layer = "0, call 0"
+    error.__notes__ = ["noted"]
+    same = again(error)
+    assert type(same) is Failure
+    assert str(same) == str(error)
+    assert same.draw is None
+    assert {**vars(same), "draw": error.draw} == vars(error)
+
+
+def test_it_is_named_as_users_import_it():
+    assert f"{Failure.__module__}.{Failure.__qualname__}" == "pytest_attnheat.Failure"
+    assert issubclass(Failure, AssertionError)
 
 
 FAILING = """
@@ -83,7 +198,13 @@ def test_pytest_leaves_the_picture_and_says_where(pytester, workers):
     result = pytester.runpytest("-W", "error", *workers)
     result.assert_outcomes(passed=1, failed=1)
     path = next((pytester.path / "attn-artifacts").rglob("rows.png"))
-    result.stdout.fnmatch_lines(["*- heatmap of the broken rows -*", str(path)])
+    result.stdout.fnmatch_lines(
+        [
+            "E*pytest_attnheat.Failure: assert_row_stochastic: * rows do not sum to 1",
+            "*- heatmap of the broken rows -*",
+            str(path),
+        ]
+    )
     assert read_heatmaps(path).shape == (1, 1, 6, 6)
     assert len(list((pytester.path / "attn-artifacts").rglob("*.png"))) == 1
 

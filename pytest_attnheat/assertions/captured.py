@@ -13,6 +13,8 @@ import torch
 
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import misuse
 
 P = ParamSpec("P")
 
@@ -108,12 +110,13 @@ def _known(
     known: dict[str, Any] = {}
     if "mask" in accepted and "mask" not in named:
         known["mask"] = record.mask
-    for name in {"value", "output"} & {*accepted} - {*named}:
+    for name in ("value", "output"):
+        if name not in accepted or name in named:
+            continue
         known[name] = getattr(record, name)
         if known[name] is None:
-            raise ValueError(
-                f'{record.layer}: its {name} was not kept; accepted is a capture with keep="inputs"'
-            )
+            got = f"a record of {record.layer or '(no module)'} that did not keep it"
+            raise ValueError(misuse(name, got, f'a capture with keep="inputs", or {name}='))
     return known
 
 
@@ -132,17 +135,13 @@ def _assert_one(
     __tracebackhide__ = True
     try:
         assertion(**arguments)
-    except AssertionError as error:
-        claim, line, rest = str(error).partition("\n")
-        place = f"{record.layer or '(no module)'}, call {record.call}"
-        error.args = (f"{claim}\n  layer    {place}{line}{rest}",)
+    except Failure as failure:
+        failure.layer = f"{record.layer or '(no module)'}, call {record.call}"
         raise
 
 
 def _nothing_to_ask(name: str, records: Sequence[AttentionRecord]) -> str:
     if not records:
-        return f"{name}: got a trace without records; accepted is one with at least one"
-    return (
-        f"{name}: got records of attention that was given no mask, so there is nothing to check; "
-        "accepted is mask=..., True where a query may attend"
-    )
+        return misuse(name, "a trace without records", "one with at least one")
+    got = "records of attention that was given no mask, so there is nothing to check"
+    return misuse(name, got, "mask=..., True where a query may attend")

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 
 from pytest_attnheat.assertions.masking_causes import (
+    Evidence,
     constant,
     finite_mask,
+    named,
     not_a_number,
-    uniform_rows,
 )
-from pytest_attnheat.assertions.masking_evidence import Evidence, named
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
-from pytest_attnheat.attention.vocabulary import Alignment
+from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
+from pytest_attnheat.inputs import misuse, one_of, whole_number
 
 Candidate = tuple[torch.Tensor, str]
+
+# How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
+_UNIFORM = 2**-8
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,31 @@ class CausalRule:
     key_len: int
     alignment: Alignment
     window: int | None
+
+    @classmethod
+    def read(cls, query_len: int, key_len: int, alignment: object, window: object) -> CausalRule:
+        """Read the arguments of `assert_causal`.
+
+        Raises:
+            TypeError: The window is neither a whole number nor a pair of them.
+            ValueError: The alignment is unknown, or missing where it matters; or the window is
+                below 0 or reaches into the future.
+        """
+        if alignment is None and query_len != key_len:
+            got = f"None for {query_len} queries and {key_len} keys"
+            raise ValueError(
+                misuse(
+                    "alignment",
+                    got,
+                    "'top_left' (query 0 stands at key 0: what is_causal=True means in PyTorch) "
+                    "or 'bottom_right' (the last query stands at the last key: decoding with a "
+                    "cache)",
+                )
+            )
+        if alignment is not None:
+            one_of("alignment", alignment, ALIGNMENTS)
+        named = cast("Alignment", alignment or "top_left")
+        return cls(query_len, key_len, named, _keys_before(window))
 
     @property
     def offset(self) -> int:
@@ -74,6 +104,30 @@ class CausalRule:
         return queries.unsqueeze(-1) + self.offset - keys
 
 
+def _keys_before(window: object) -> int | None:
+    """Return how many keys before its own position a query may attend to, None for all."""
+    if window is None:
+        return None
+    accepted = (
+        "None, a whole number from 0 (how many keys before its own position a query may attend "
+        "to) or a pair (left, 0)"
+    )
+    sides = window if isinstance(window, (tuple, list)) else (window, 0)
+    try:
+        if len(sides) != 2:
+            raise TypeError
+        left, right = (whole_number("window", side, least=0) for side in sides)
+    except (TypeError, ValueError) as error:
+        raise type(error)(misuse("window", repr(window), accepted)) from None
+    if right != 0:
+        got = f"{window!r}, which reaches into the future"
+        raise ValueError(
+            f"{misuse('window', got, accepted)}. For a window on both sides there is "
+            "assert_masked with sliding_window_mask"
+        )
+    return left
+
+
 def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
     """Return a likely cause of weight in the future, or before the window, or None."""
     telling = evidence.telling()
@@ -82,10 +136,25 @@ def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
         constant(telling),
         finite_mask(telling),
         candidates,
-        uniform_rows(telling),
+        _uniform_rows(telling),
         not_a_number(evidence),
     )
     return named(evidence, causes)
+
+
+def _uniform_rows(evidence: Evidence) -> str | None:
+    """Rows that break the mask hold one number throughout, as fully masked rows may."""
+    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
+    broken = evidence.rows[leaks]
+    key_len = broken.shape[-1]
+    if key_len < 2 or not bool(leaks.any()) or bool(leaks.all()):
+        return None
+    if bool(((broken * key_len - 1).abs() > _UNIFORM).any()):
+        return None
+    return (
+        "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
+        'assert_masked with fully_masked="uniform"'
+    )
 
 
 def _causal_candidates(queries: torch.Tensor, rule: CausalRule) -> Iterator[Candidate]:

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pytest_attnheat.assertions.findings import Finding, Lines
-from pytest_attnheat.assertions.scan import Block, mask_at
+from pytest_attnheat.assertions.claims import Finding
+from pytest_attnheat.assertions.scan import Block, evenly, row_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.inputs import Operand, dtype_name
@@ -42,7 +42,7 @@ class Evidence:
 
     weights: Operand
     mask: Operand | None
-    finding: Finding
+    finding: Finding[Block]
     rows: torch.Tensor | None
     permitted: torch.Tensor | None
 
@@ -54,17 +54,15 @@ class Evidence:
     @property
     def widespread(self) -> bool:
         """Whether nearly all rows are broken, as a structural defect leaves them."""
-        return self.finding.broken >= 0.9 * self.finding.regarded
+        return self.finding.broken >= 0.9 * self.finding.of
 
 
 Cause = Callable[[Evidence], "str | None"]
 
 
-def likely_cause(
-    weights: Operand, mask: Operand | None, finding: Finding, lines: Lines
-) -> str | None:
+def likely_cause(weights: Operand, mask: Operand | None, finding: Finding[Block]) -> str | None:
     """Return the first cause that the numbers show, or None."""
-    if lines.transposed and finding.claim.kind == "sum" and not finding.nans:
+    if finding.claim.lines.transposed and finding.claim.kind == "sum" and not finding.nans:
         return "the rows do sum to 1: a plain softmax, or too few Sinkhorn iterations?"
     rows, permitted = _sample(weights, mask)
     evidence = Evidence(weights, mask, finding, rows, permitted)
@@ -100,7 +98,7 @@ def not_a_number(evidence: Evidence) -> str | None:
     block = _row(evidence, finding.first_nan)
     count = key_len - int(block.numbers)
     rows = "1 row is" if finding.nans == 1 else f"{finding.nans} rows are"
-    where = f"{rows} NaN, from weights[{_commas(finding.first_nan)}, :] on"
+    where = f"{rows} NaN, from {finding.claim.lines.name(finding.first_nan)} on"
     if count == 0:
         return f"{where}; it holds both inf and -inf: scores before the softmax?"
     if count < key_len:
@@ -115,7 +113,7 @@ def not_a_number(evidence: Evidence) -> str | None:
 
 def infinite(evidence: Evidence) -> str | None:
     """Infinity in the worst row."""
-    if evidence.finding.value != math.inf:
+    if evidence.finding.worst.value != math.inf:
         return None
     return "the row holds inf: exp overflowed (the row maximum was not subtracted)?"
 
@@ -123,9 +121,9 @@ def infinite(evidence: Evidence) -> str | None:
 def zero_rows(evidence: Evidence) -> str | None:
     """Rows of zeros, which a fully masked row becomes in many implementations."""
     finding = evidence.finding
-    if finding.value != 0:
+    if finding.worst.value != 0:
         return None
-    worst = _row(evidence, finding.worst)
+    worst = _row(evidence, finding.worst.index)
     if float(worst.high) != 0 or float(worst.low) != 0:
         return None
     rows = "this row holds" if finding.zeros == 1 else f"{finding.zeros} of these rows hold"
@@ -168,7 +166,7 @@ def all_ones(evidence: Evidence) -> str | None:
 def same_sum(evidence: Evidence) -> str | None:
     """All rows sum to the same constant."""
     rows = evidence.rows
-    if rows is None or rows.shape[0] < 2 or evidence.finding.broken < evidence.finding.regarded:
+    if rows is None or rows.shape[0] < 2 or evidence.finding.broken < evidence.finding.of:
         return None
     sums = rows.sum(-1)
     constant = float(sums.mean())
@@ -225,8 +223,8 @@ def low_precision(evidence: Evidence) -> str | None:
         allowed = row_rounding(narrow, rows.shape[-1])
         wider = torch.finfo(evidence.weights.dtype).eps < torch.finfo(narrow).eps
         fits = bool((rows.to(narrow).double() == rows).all())
-        if wider and fits and evidence.finding.deviation <= allowed:
-            name = str(narrow).removeprefix("torch.")
+        if wider and fits and evidence.finding.worst.deviation <= allowed:
+            name = dtype_name(narrow)
             return (
                 f"every weight is a {name} number: computed in {name} and cast to "
                 f"{dtype_name(evidence.weights)}? Check before the cast, or pass "
@@ -235,20 +233,17 @@ def low_precision(evidence: Evidence) -> str | None:
     return None
 
 
-def dropout(evidence: Evidence) -> str | None:
+def dropout(rows: torch.Tensor, permitted: torch.Tensor | None) -> str | None:
     """Zeros strewn at random, and sums that vary around one as those zeros make them.
 
     Dropout with probability p keeps a weight as w / (1 - p). The variance of
     a row sum is then p times the sum of the squared kept weights: the zeros
     and the sums must tell of the same p.
     """
-    rows = evidence.rows
-    if rows is None or rows.shape[0] < 8 or bool((rows < 0).any()):
+    if rows.shape[0] < 8 or bool((rows < 0).any()):
         return None
-    places = _before_the_last_weight(rows)
-    if evidence.permitted is not None:
-        places = evidence.permitted
-    share = float(((rows == 0) & places).sum() / places.sum().clamp(min=1))
+    looked_at = _before_the_last_weight(rows) if permitted is None else permitted
+    share = float(((rows == 0) & looked_at).sum() / looked_at.sum().clamp(min=1))
     sums = rows.sum(-1)
     expected = share * float(rows.square().sum(-1).mean())
     if not 0.02 < share < 0.95 or expected == 0:
@@ -261,6 +256,10 @@ def dropout(evidence: Evidence) -> str | None:
         f"{share:.0%} of the weights are zero and rows sum to {float(sums.mean()):.2f} on "
         f"average: weights after dropout (p about {share:.2g})?"
     )
+
+
+def _dropout(evidence: Evidence) -> str | None:
+    return None if evidence.rows is None else dropout(evidence.rows, evidence.permitted)
 
 
 def scores(evidence: Evidence) -> str | None:
@@ -293,10 +292,10 @@ def gate(evidence: Evidence) -> str | None:
 
 def changed_afterwards(evidence: Evidence) -> str | None:
     """Negative weights in a row that does sum to one."""
-    worst = _row(evidence, evidence.finding.worst)
+    worst = _row(evidence, evidence.finding.worst.index)
     if not abs(float(worst.total) - 1) <= evidence.slack:
         return None  # a large tolerance= accepts other sums
-    low = evidence.finding.value
+    low = evidence.finding.worst.value
     return (
         f"the rows do sum to 1, with weights down to {low:.3g}: changed after the softmax "
         "(a difference, an interpolation)?"
@@ -313,7 +312,7 @@ def mask_not_applied(evidence: Evidence) -> str | None:
 
 def declared_otherwise(evidence: Evidence) -> str | None:
     """A fully masked row holds one of the other contents that can be declared."""
-    row = _row(evidence, evidence.finding.worst)
+    row = _row(evidence, evidence.finding.worst.index)
     key_len = evidence.weights.shape[-1]
     if int(row.numbers) == 0:
         return 'NaN at every key: a softmax of -inf? If that is meant, fully_masked="nan"'
@@ -335,7 +334,7 @@ _CAUSES_OF: dict[str, tuple[Cause, ...]] = {
         not_a_number,
         infinite,
         other_axis,  # before dropout: a masked map, transposed, has zeros and sums around 1 too
-        dropout,  # before the next: it may zero a whole short row
+        _dropout,  # before the next: it may zero a whole short row
         zero_rows,
         log_probabilities,
         all_ones,
@@ -359,24 +358,16 @@ def _sample(
     if key_len > _SAMPLE:
         return None, None
     count = math.prod(lead)
-    wanted = min(count, _SAMPLE_ROWS, max(1, _SAMPLE // key_len))
     rows, masks = [], []
-    for i in range(wanted):
-        index = index_of(i * count // wanted, lead)
-        row = weights[index].double().cpu()
-        spans = (*(slice(j, j + 1) for j in index), slice(0, key_len))
-        permitted = (
-            None
-            if mask is None
-            else mask_at(mask, spans).cpu().expand((*[1] * len(lead), key_len)).flatten()
-        )
+    for number in evenly(count, min(_SAMPLE_ROWS, max(1, _SAMPLE // key_len))):
+        index = index_of(number, lead)
+        permitted = None if mask is None else row_of(mask, index).expand(key_len)
         if permitted is None or bool(permitted.any()):
-            rows.append(row)
-            masks.append(permitted)
+            rows.append(row_of(weights, index).double())
+            masks += [] if permitted is None else [permitted]
     if not rows:
         return None, None
-    known = [m for m in masks if m is not None]
-    return torch.stack(rows), torch.stack(known) if known else None
+    return torch.stack(rows), torch.stack(masks) if masks else None
 
 
 def _row(evidence: Evidence, index: tuple[int, ...]) -> Block:
@@ -384,12 +375,8 @@ def _row(evidence: Evidence, index: tuple[int, ...]) -> Block:
     return Block(evidence.weights, evidence.mask, spans)
 
 
-def _commas(index: tuple[int, ...]) -> str:
-    return ", ".join(map(str, index))
-
-
 def _sums_to_one_along(evidence: Evidence, dim: int) -> bool:
-    weights, worst = evidence.weights, evidence.finding.worst
+    weights, worst = evidence.weights, evidence.finding.worst.index
     shape, queries = weights.shape, len(weights.shape) - 2
     size, key_len = shape[dim], shape[-1]
     if size > _SAMPLE:

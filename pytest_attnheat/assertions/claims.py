@@ -1,172 +1,389 @@
-"""What the assertions about rows claim, one small function per claim."""
+"""What is claimed of weights, and the one way in which a claim is read.
+
+A claim is made of every row, or of every element. It says which of them it is about, what is
+measured there, how far that is from what is claimed, and how far it may be.
+
+A passing assertion asks only whether anything breaks a claim, which makes one wait for the device
+(`first_broken`). A failing one reads again, counts what breaks the claim and finds the worst and
+the first (`find`), and says so (`Finding.failure`). All of it reads parts of bounded size: rows
+as `Block`, weights as `Elements`, and whatever else has an index.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 
-from pytest_attnheat.assertions.findings import Claim
-from pytest_attnheat.assertions.scan import Block
+from pytest_attnheat.assertions.scan import Block, Elements, any_key
+from pytest_attnheat.attention.chunks import index_within
 from pytest_attnheat.attention.vocabulary import FullyMasked
+from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.inputs import Operand
 
+if TYPE_CHECKING:
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
 
-def sum_to_one(allowed: float, lines: str = "rows") -> Claim:
-    """Claim that rows with a permitted key sum to one."""
-    return Claim(
-        statement=f"{lines} do not sum to 1",
-        kind="sum",
-        regards=_attends,
-        value=lambda block: block.total,
-        deviation=lambda block: (block.total - 1).abs(),
-        allowed=allowed,
-        verb="sums to",
-    )
+Index: TypeAlias = tuple[int, ...]
 
 
-def nonnegative(lines: str = "rows") -> Claim:
-    """Claim that rows with a permitted key hold no negative weight, however small."""
-    return Claim(
-        statement=f"{lines} hold a negative weight",
-        kind="negative",
-        regards=_attends,
-        value=lambda block: block.low,
-        deviation=lambda block: block.low.neg().clamp(min=0),
-        allowed=0.0,
-        verb="holds",
-    )
+class Part(Protocol):
+    """Some of what a claim is made of."""
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where it is, in the tensor that is checked."""
 
 
-def fully_masked_rows(
-    mask: Operand | None, declared: FullyMasked, allowed: float, lines: str = "rows"
-) -> list[Claim]:
-    """Claim that rows without a permitted key hold what was declared."""
-    if mask is None:
-        return []
-    if declared == "zero":
-        return [_masked_is_zero(lines)]
-    if declared == "uniform":
-        return [_masked_is_uniform(allowed)]
-    return [_masked_is_nan()]
+P = TypeVar("P", bound=Part)
 
 
-def _masked_is_zero(lines: str) -> Claim:
-    return Claim(
-        statement=f'fully masked {lines} are not zero (fully_masked="zero")',
-        kind="masked",
-        regards=_fully_masked,
-        value=_farthest_from_zero,
-        deviation=lambda block: _farthest_from_zero(block).abs(),
-        allowed=0.0,
-        verb="holds",
-    )
+@dataclass(frozen=True)
+class Lines:
+    """What the rows that are read are, in the caller's tensor.
 
-
-def _masked_is_uniform(allowed: float) -> Claim:
-    return Claim(
-        statement='fully masked rows are not uniform (fully_masked="uniform")',
-        kind="masked",
-        regards=_fully_masked,
-        value=lambda block: block.misfit(masked=False),
-        deviation=lambda block: block.misfit(masked=False),
-        allowed=allowed,
-        verb="strays, relative to 1 / key_len, by",
-    )
-
-
-def _masked_is_nan() -> Claim:
-    return Claim(
-        statement='fully masked rows hold numbers (fully_masked="nan")',
-        kind="masked",
-        regards=_fully_masked,
-        value=lambda block: block.numbers,
-        deviation=lambda block: block.numbers,
-        allowed=0.0,
-        verb="holds numbers, not NaN, at this many keys:",
-    )
-
-
-def largest_is_one(allowed: float) -> Claim:
-    """Claim that the largest weight of rows with a permitted key is one."""
-    return Claim(
-        statement="rows do not put all weight on one key",
-        kind="one-hot",
-        regards=_attends,
-        value=lambda block: block.high,
-        deviation=lambda block: (block.high - 1).abs(),
-        allowed=allowed,
-        verb="has as its largest weight",
-    )
-
-
-def uniform(allowed: float) -> Claim:
-    """Claim that rows are uniform over their permitted keys, and zero elsewhere."""
-    return Claim(
-        statement="rows are not uniform",
-        kind="uniform",
-        regards=_attends,
-        value=lambda block: block.misfit(masked=True),
-        deviation=lambda block: block.misfit(masked=True),
-        allowed=allowed,
-        verb="strays, relative to 1 / (permitted keys), by",
-    )
-
-
-def nothing_on_masked_keys(mask: Operand | None) -> list[Claim]:
-    """Claim that masked keys hold exactly zero in rows with a permitted key.
-
-    No rounding makes weight where there is none, so there is no tolerance.
+    Attributes:
+        transposed: Whether they are its columns.
+        noun: What they are called.
+        letter: What comes before the number of one of them.
+        across: What they run over.
     """
-    if mask is None:
-        return []
-    return [
-        Claim(
-            statement="rows are not uniform: masked keys hold weight",
-            kind="leak",
-            regards=_attends,
-            value=lambda block: block.leaked,
-            deviation=lambda block: block.leaked,
-            allowed=0.0,
-            verb="holds, at a masked key,",
+
+    transposed: bool
+    noun: str
+    letter: str
+    across: str
+
+    def name(self, index: Index) -> str:
+        """Return one of them as an index into the caller's tensor."""
+        *place, number = map(str, index)
+        inner = [":", number] if self.transposed else [number, ":"]
+        return f"weights[{', '.join([*place, *inner])}]"
+
+
+ROWS = Lines(transposed=False, noun="rows", letter="q", across="keys")
+COLUMNS = Lines(transposed=True, noun="columns", letter="k", across="queries")
+
+
+@dataclass(frozen=True)
+class Spot:
+    """A row or an element that breaks a claim, and the numbers there."""
+
+    index: Index
+    value: float
+    deviation: float
+    allowed: float
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Claim(Generic[P]):
+    """Something that an assertion says of every row, or of every element.
+
+    The functions take a part, and return one number or boolean for each row or element of it.
+
+    Attributes:
+        statement: What broken ones do, for instance "rows do not sum to 1".
+        kind: One word that tells which likely causes to look for.
+        regards: Which the claim is about.
+        value: What is measured.
+        deviation: How far each is from what is claimed; NaN breaks it.
+        allowed: The largest deviation that is accepted, of all or of each.
+        says: What is said of one that breaks it, in this part.
+        given: What its index is in the tensor as the caller has it.
+        lines: What the rows are, of a claim about rows.
+        unit: What comes after a value in a picture, for instance "nats".
+    """
+
+    statement: str
+    kind: str
+    regards: Callable[[P], torch.Tensor]
+    value: Callable[[P], torch.Tensor]
+    deviation: Callable[[P], torch.Tensor]
+    allowed: float | Callable[[P], torch.Tensor]
+    says: Callable[[P, Spot], str]
+    given: Callable[[Index], Index] = tuple
+    lines: Lines = ROWS
+    unit: str = ""
+
+    def limit(self, part: P) -> float | torch.Tensor:
+        """Return what is allowed in a part."""
+        return self.allowed(part) if callable(self.allowed) else self.allowed
+
+    def breaks(self, part: P) -> torch.Tensor:
+        """Return which of a part break the claim."""
+        return self.regards(part) & ~(self.deviation(part) <= self.limit(part))
+
+    def excess(self, part: P, breaks: torch.Tensor) -> torch.Tensor:
+        """Return by how much each is further off than allowed, below 0 where it is not.
+
+        NaN is worst, and infinity is worse than any number.
+        """
+        over = self.deviation(part) - self.limit(part)
+        over = over.nan_to_num(nan=math.inf, posinf=torch.finfo(over.dtype).max)
+        return over.masked_fill_(~breaks, -1)
+
+
+def first_broken(parts: Iterable[P], claims: Sequence[Claim[P]]) -> Claim[P] | None:
+    """Return the first claim that is broken anywhere, waiting for the device once."""
+    found: torch.Tensor | None = None
+    for part in parts:
+        broken = torch.stack([claim.breaks(part).any() for claim in claims])
+        found = broken if found is None else found.logical_or_(broken)
+    if found is None:
+        return None
+    at = int(torch.cat([found, found.new_ones(1)]).int().argmax())
+    return claims[at] if at < len(claims) else None
+
+
+@dataclass(frozen=True)
+class Finding(Generic[P]):
+    """What the thorough reading found about a broken claim.
+
+    Attributes:
+        claim: The claim.
+        of: How many rows or elements it is about.
+        broken: How many of them break it.
+        zeros: How many broken ones have the value 0.
+        nans: How many broken ones have the value NaN.
+        first_nan: The first of those.
+        worst: The one that is farthest off, the first with NaN if there is one.
+        first: The first one that is broken.
+    """
+
+    claim: Claim[P]
+    of: int
+    broken: int
+    zeros: int
+    nans: int
+    first_nan: Index | None
+    worst: Spot
+    first: Spot
+
+    def failure(
+        self,
+        assertion: str,
+        checked: Operand,
+        cause: str | None,
+        *,
+        names_first: bool = True,
+        picture: str = "",
+        draw: Callable[[], HeatmapFigure] | None = None,
+    ) -> Failure:
+        """Return the failure to raise.
+
+        Args:
+            assertion: The name of the assertion.
+            checked: What was checked, as the caller passed it.
+            cause: A likely cause, None where the numbers show none.
+            names_first: Whether to name the first beside the worst.
+            picture: The small picture.
+            draw: Draws the full one.
+        """
+        elsewhere = names_first and self.first.index != self.worst.index
+        return Failure(
+            assertion,
+            self.claim.statement,
+            broken=self.broken,
+            of=self.of,
+            worst=self._place(self.worst),
+            first=self._place(self.first) if elsewhere else None,
+            cause=cause,
+            tensor=Checked.of(checked),
+            tolerance=self.worst.allowed or None,
+            picture=picture,
+            draw=draw,
         )
-    ]
+
+    def _place(self, spot: Spot) -> Place:
+        return Place(spot.text, self.claim.given(spot.index), spot.value)
 
 
-def entropy_within(
-    minimum: float | None, maximum: float | None, unit: str, slack: float
-) -> list[Claim]:
-    """Claim that the entropy of rows with a permitted key is within bounds."""
-    per_nat = 1 / math.log(2) if unit == "bits" else 1.0
-    claims = []
-    for bound, sign, word in ((minimum, 1.0, "below"), (maximum, -1.0, "above")):
-        if bound is not None:
-            claims.append(_entropy_bound(bound, sign, word, unit, per_nat, slack))
-    return claims
+def find(claim: Claim[P], parts: Iterable[P]) -> Finding[P] | None:
+    """Read everything again: count what breaks a claim, find the worst and the first.
+
+    Returns:
+        What was found, None where the claim holds.
+    """
+    of = broken = zeros = nans = 0
+    first_nan: Index | None = None
+    worst = first = None
+    most = -math.inf
+    for part in parts:
+        of += int(claim.regards(part).sum())
+        breaks = claim.breaks(part)
+        if not bool(breaks.any()):
+            continue
+        value = claim.value(part)
+        nan = breaks & value.isnan()
+        broken += int(breaks.sum())
+        zeros += int((breaks & (value == 0)).sum())
+        nans += int(nan.sum())
+        if first_nan is None and bool(nan.any()):
+            first_nan = index_within(part.index, nan.flatten().int().argmax())
+        if first is None:
+            first = _spot(claim, part, int(breaks.flatten().int().argmax()))
+        excess = claim.excess(part, breaks).flatten()
+        at = int(excess.argmax())
+        if float(excess[at]) > most:
+            most = float(excess[at])
+            worst = _spot(claim, part, at)
+    if worst is None or first is None:
+        return None
+    return Finding(claim, of, broken, zeros, nans, first_nan, worst, first)
 
 
-def _entropy_bound(
-    bound: float, sign: float, word: str, unit: str, per_nat: float, slack: float
-) -> Claim:
+def _spot(claim: Claim[P], part: P, at: int) -> Spot:
+    value = claim.value(part)
+    found, deviation, allowed = (
+        numbers if isinstance(numbers, float) else float(numbers.expand(value.shape).flatten()[at])
+        for numbers in (value, claim.deviation(part), claim.limit(part))
+    )
+    spot = Spot(index_within(part.index, at), found, deviation, allowed)
+    return replace(spot, text=claim.says(part, spot))
+
+
+# --- claims about rows
+
+
+def of_rows(
+    statement: str,
+    kind: str,
+    value: Callable[[Block], torch.Tensor],
+    verb: str,
+    *,
+    deviation: Callable[[Block], torch.Tensor] | None = None,
+    regards: Callable[[Block], torch.Tensor] = lambda block: block.attends,
+    allowed: float = 0.0,
+    lines: Lines = ROWS,
+    unit: str = "",
+) -> Claim[Block]:
+    """Make a claim about rows.
+
+    Without more, it is about those with a permitted key, and what is measured is the deviation.
+    """
     return Claim(
-        statement=f"rows have an entropy {word} {bound:.6g} {unit}",
-        kind="entropy",
-        regards=_attends,
-        value=lambda block: block.entropy * per_nat,
-        deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
-        allowed=slack,
-        verb=f"has an entropy ({unit}) of",
+        statement,
+        kind,
+        regards,
+        value,
+        deviation or value,
+        allowed,
+        lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
+        lines=lines,
         unit=unit,
     )
 
 
-def _attends(block: Block) -> torch.Tensor:
-    return block.attends
+def _measured(spot: Spot) -> str:
+    limit = f"allowed {spot.allowed:.1e}" if spot.allowed else "allowed 0"
+    if math.isnan(spot.value):
+        return f"nan ({limit})"
+    if spot.value == spot.deviation or not math.isfinite(spot.deviation):
+        return f"{spot.value:.6g} ({limit})"
+    value = number_text(spot.value, beside=spot.deviation)
+    return f"{value} (off by {spot.deviation:.1e}; {limit})"
 
 
-def _fully_masked(block: Block) -> torch.Tensor:
-    return ~block.attends
+def fully_masked_rows(
+    mask: Operand | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
+) -> list[Claim[Block]]:
+    """Claim that rows without a permitted key hold what was declared."""
+    if mask is None:
+        return []
+    value, verb = {
+        "zero": (_farthest_from_zero, "holds"),
+        "uniform": (
+            lambda block: block.misfit(masked=False),
+            "strays, relative to 1 / key_len, by",
+        ),
+        "nan": (lambda block: block.numbers, "holds numbers, not NaN, at this many keys:"),
+    }[declared]
+    broken = {"zero": "are not zero", "uniform": "are not uniform", "nan": "hold numbers"}[declared]
+    return [
+        of_rows(
+            f'fully masked {lines.noun} {broken} (fully_masked="{declared}")',
+            "masked",
+            value,
+            verb,
+            regards=lambda block: ~block.attends,
+            deviation=lambda block: value(block).abs(),
+            allowed=allowed if declared == "uniform" else 0.0,
+            lines=lines,
+        )
+    ]
 
 
 def _farthest_from_zero(block: Block) -> torch.Tensor:
     return torch.where(block.high > block.low.neg(), block.high, block.low)
+
+
+# --- claims about single weights
+
+# Says of an index and the weight there what is wrong with it.
+Says: TypeAlias = Callable[[Index, float], str]
+
+
+def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
+    """Claim that masked keys hold exactly zero: no rounding makes weight where there is none.
+
+    Args:
+        says: What is said of one that does not.
+        every_row: Whether it is also about fully masked rows.
+    """
+
+    def regards(part: Elements) -> torch.Tensor:
+        masked = ~part.permitted
+        if not every_row:
+            masked = masked & part.block.attends.unsqueeze(-1)
+        return masked.expand(part.values.shape)
+
+    return Claim(
+        "masked weights are not zero",
+        "outside",
+        regards,
+        lambda part: part.values,
+        lambda part: part.values.abs(),
+        0.0,
+        lambda _, spot: says(spot.index, spot.value),
+    )
+
+
+def permitted_is_positive(says: Says) -> Claim[Elements]:
+    """Claim that permitted keys hold weight; a negative one is worse than none."""
+    return Claim(
+        "permitted weights are not positive",
+        "inside",
+        lambda part: part.permitted.expand(part.values.shape),
+        lambda part: part.values,
+        lambda part: (1 - part.values).masked_fill_(part.values > 0, 0),
+        0.0,
+        lambda _, spot: says(spot.index, spot.value),
+    )
+
+
+def by_row(claim: Claim[Elements]) -> Claim[Block]:
+    """Claim that a row holds no element that breaks a claim."""
+
+    def broken(block: Block) -> torch.Tensor:
+        return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or)
+
+    return Claim(claim.statement, claim.kind, _every, broken, broken, 0.0, lambda *_: "")
+
+
+def masks_nothing() -> Claim[Block]:
+    """Claim that rows have no masked key."""
+
+    def masks(block: Block) -> torch.Tensor:
+        return block.reduce(
+            lambda part: any_key(~part.permitted).expand(part.values.shape[:-1]), torch.logical_or
+        )
+
+    return Claim("rows have a masked key", "permits", _every, masks, masks, 0.0, lambda *_: "")
+
+
+def _every(block: Block) -> torch.Tensor:
+    return torch.ones((), dtype=torch.bool, device=block.device)

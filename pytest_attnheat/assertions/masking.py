@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, SupportsIndex, TypeAlias, cast
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.broken_rows import broken_claim
 from pytest_attnheat.assertions.captured import (
     NothingForbiddenError,
     Weights,
@@ -19,30 +17,45 @@ from pytest_attnheat.assertions.captured import (
     takes_records,
 )
 from pytest_attnheat.assertions.causal import CausalRule, causal_cause
-from pytest_attnheat.assertions.claims import fully_masked_rows
-from pytest_attnheat.assertions.failure import BrokenRowsError
-from pytest_attnheat.assertions.findings import ROWS, Claim, find, first_broken
-from pytest_attnheat.assertions.masking_causes import mask_cause, padding_cause, support_cause
-from pytest_attnheat.assertions.masking_evidence import Evidence
-from pytest_attnheat.assertions.places import (
-    PlaceClaim,
-    broken_weights,
-    find_places,
+from pytest_attnheat.assertions.causes import likely_cause
+from pytest_attnheat.assertions.claims import (
+    Claim,
+    Index,
+    Says,
+    by_row,
+    find,
+    first_broken,
+    fully_masked_rows,
     masked_is_zero,
+    masks_nothing,
     permitted_is_positive,
-    place_message,
 )
-from pytest_attnheat.assertions.scan import Block, any_key
+from pytest_attnheat.assertions.masking_causes import (
+    Evidence,
+    mask_cause,
+    padding_cause,
+    support_cause,
+)
+from pytest_attnheat.assertions.pictures import failure
+from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
-    ALIGNMENTS,
+    SIDES,
     Alignment,
     FullyMasked,
     Side,
     check_fully_masked,
 )
-from pytest_attnheat.inputs import Operand, as_mask, as_weights
+from pytest_attnheat.inputs import (
+    ACCEPTED_MASK,
+    Operand,
+    as_mask,
+    as_weights,
+    as_whole,
+    misuse,
+    one_of,
+)
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
@@ -72,7 +85,7 @@ def assert_masked(
             1 / key_len) or ``"nan"`` (every weight is NaN).
 
     Raises:
-        AssertionError: Some masked key holds something else than zero. The
+        Failure: Some masked key holds something else than zero. The
             message tells how many, which is worst, and a likely cause.
         TypeError: `weights` is not a dense float tensor or array, or `mask`
             is not boolean.
@@ -88,11 +101,15 @@ def assert_masked(
     __tracebackhide__ = True
     operand = _read_weights(weights)
     permitted = _required_mask(mask, operand)
-    subject = _Subject("assert_masked", operand, permitted, check_fully_masked(fully_masked))
-    if not _check(subject, _describe_masked, mask_cause):
+    masked = _Masked("assert_masked", operand, permitted, check_fully_masked(fully_masked))
+    if not masked.check(_says_masked, mask_cause):
+        shape = tuple(permitted.shape if mask is None else mask.shape)
         raise NothingForbiddenError(
-            f"mask: shape {_shape(mask)} permits every key, so there is nothing to check; "
-            "accepted is a boolean mask that is False where a query may not attend"
+            misuse(
+                "mask",
+                f"shape {shape} that permits every key, so there is nothing to check",
+                "a boolean mask that is False where a query may not attend",
+            )
         )
 
 
@@ -108,26 +125,27 @@ def _assert_causal_of_some(
     __tracebackhide__ = True
     operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
-    key_len = operand.shape[-1]
-    rule = CausalRule(
-        query_len, key_len, _check_alignment(alignment, query_len, key_len), _check_window(window)
-    )
+    rule = CausalRule.read(query_len, operand.shape[-1], alignment, window)
     rows = rule.rows(queries.to(operand.device))
     if bool(rows.all()):
         raise NothingForbiddenError(
-            f"queries {queries.tolist()} of {query_len}: {rule} permits them every key, so there "
-            "is nothing to check"
+            misuse(
+                "queries",
+                f"{queries.tolist()} of {query_len}, and {rule} permits them every key, so there "
+                "is nothing to check",
+                "a selection with a query that may not attend to every key",
+            )
         )
 
-    def describe(place: tuple[int, ...], weight: float) -> str:
-        query = int(queries[place[-2]])
+    def says(index: Index, weight: float) -> str:
+        query = int(queries[index[-2]])
         return (
-            f"weights[{_commas(place)}]: query {query} of {query_len} gives {weight:.3g} to key "
-            f"{place[-1]} (allowed 0)"
+            f"weights[{_commas(index)}]: query {query} of {query_len} gives {weight:.3g} to key "
+            f"{index[-1]} (allowed 0)"
         )
 
     permitted = cast("Operand", as_mask(rows, operand))
-    _check(_Subject("assert_causal", operand, permitted, declared), describe, mask_cause)
+    _Masked("assert_causal", operand, permitted, declared).check(says, mask_cause)
 
 
 @takes_positioned_records(_assert_causal_of_some)
@@ -156,7 +174,7 @@ def assert_causal(
             where all keys lie before their window.
 
     Raises:
-        AssertionError: Some query gives weight to its future, or to a key
+        Failure: Some query gives weight to its future, or to a key
             before its window.
         TypeError: `weights` is not a dense float tensor or array, or `window`
             is neither a whole number nor a pair of them.
@@ -173,27 +191,29 @@ def assert_causal(
     operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
     query_len, key_len = operand.shape[-2:]
-    rule = CausalRule(
-        query_len, key_len, _check_alignment(alignment, query_len, key_len), _check_window(window)
-    )
+    rule = CausalRule.read(query_len, key_len, alignment, window)
     if not rule.forbids_something:
         raise NothingForbiddenError(
-            f"weights: shape {tuple(operand.shape)}: {rule} permits every query every key, so "
-            "there is nothing to check"
+            misuse(
+                "weights",
+                f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
+                "there is nothing to check",
+                "weights with a query that may not attend to every key",
+            )
         )
     permitted = cast("Operand", as_mask(rule.mask(operand.device), operand))
-    subject = _Subject("assert_causal", operand, permitted, declared)
+    masked = _Masked("assert_causal", operand, permitted, declared)
 
-    def describe(place: tuple[int, ...], weight: float) -> str:
-        query, key = place[-2:]
+    def says(index: Index, weight: float) -> str:
+        query, key = index[-2:]
         position = query + rule.offset
-        where = f"weights[{_commas(place)}]: query {query} gives {weight:.3g} to key {key}"
+        where = f"weights[{_commas(index)}]: query {query} gives {weight:.3g} to key {key}"
         if key > position:
             return f"{where}, {_steps(key - position)} in its future (allowed 0)"
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    _check(subject, describe, lambda evidence: causal_cause(evidence, rule))
+    masked.check(says, lambda evidence: causal_cause(evidence, rule))
 
 
 @takes_masked_records
@@ -215,7 +235,7 @@ def assert_support(
         fully_masked: As there.
 
     Raises:
-        AssertionError: Some masked key holds something else than zero, or
+        Failure: Some masked key holds something else than zero, or
             some permitted key something that is not positive.
         TypeError: As in `assert_masked`.
         ValueError: As there, but for a mask that permits every key.
@@ -228,8 +248,8 @@ def assert_support(
     __tracebackhide__ = True
     operand = _read_weights(weights)
     permitted = _required_mask(mask, operand)
-    subject = _Subject("assert_support", operand, permitted, check_fully_masked(fully_masked))
-    _check(subject, _describe_support(permitted), support_cause, [permitted_is_positive()])
+    masked = _Masked("assert_support", operand, permitted, check_fully_masked(fully_masked))
+    masked.check(_says_masked, support_cause, permitted_is_positive(_says_permitted))
 
 
 @takes_records
@@ -254,7 +274,7 @@ def assert_padding_masked(
             `assert_masked`.
 
     Raises:
-        AssertionError: Some padded key gets weight.
+        Failure: Some padded key gets weight.
         TypeError: `weights` is not a dense float tensor or array, or the
             lengths are not whole numbers.
         ValueError: As in `assert_masked`; or `weights` has fewer than three
@@ -269,25 +289,26 @@ def assert_padding_masked(
     __tracebackhide__ = True
     operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
-    real = _check_lengths(lengths, operand, side)
+    one_of("side", side, SIDES)
+    real = _read_lengths(lengths, operand)
     mask = padding_mask(real, operand.shape[-1], side=side, device=operand.device).view(
         -1, *[1] * (operand.ndim - 2), operand.shape[-1]
     )
     permitted = cast("Operand", as_mask(mask, operand))
-    subject = _Subject("assert_padding_masked", operand, permitted, declared)
+    masked = _Masked("assert_padding_masked", operand, permitted, declared)
 
-    def describe(place: tuple[int, ...], weight: float) -> str:
-        entry, key = place[0], place[-1]
+    def says(index: Index, weight: float) -> str:
+        entry, key = index[0], index[-1]
         return (
-            f"weights[{_commas(place)}] gives {weight:.3g} to key {key}, padding of batch entry "
+            f"weights[{_commas(index)}] gives {weight:.3g} to key {key}, padding of batch entry "
             f"{entry} (its length is {real[entry]}; allowed 0)"
         )
 
-    _check(subject, describe, lambda evidence: padding_cause(evidence, real, side))
+    masked.check(says, lambda evidence: padding_cause(evidence, real, side))
 
 
 @dataclass(frozen=True)
-class _Subject:
+class _Masked:
     """What is checked, under which name and mask."""
 
     assertion: str
@@ -295,69 +316,55 @@ class _Subject:
     mask: Operand
     declared: FullyMasked
 
+    def check(
+        self, says: Says, cause: Callable[[Evidence], str | None], *more: Claim[Elements]
+    ) -> bool:
+        """Raise a Failure about the first claim that does not hold.
 
-def _check(
-    subject: _Subject,
-    describe: Callable[[tuple[int, ...], float], str],
-    cause: Callable[[Evidence], str | None],
-    more: Sequence[PlaceClaim] = (),
-) -> bool:
-    """Raise an AssertionError about the first claim that does not hold.
+        Args:
+            says: What is said of a masked weight that is not zero.
+            cause: Looks for a likely cause where a claim about weights is broken.
+            more: What is claimed of weights besides.
 
-    Returns:
-        Whether the mask forbids anything, so that something was compared.
-    """
-    __tracebackhide__ = True
-    weights, mask, declared = subject.weights, subject.mask, subject.declared
-    places = {claim.kind: claim for claim in (masked_is_zero(every_row=declared == "zero"), *more)}
-    # The quick reading tells in the same wait whether there was anything to read.
-    claims = [claim.by_row() for claim in places.values()]
-    broken = first_broken(weights, mask, [*claims, *_full_rows(subject), _FORBIDS_NOTHING])
-    if broken is None or broken is _FORBIDS_NOTHING:
-        return broken is not None
-    if broken.kind in places:
-        finding = find_places(weights, mask, places[broken.kind])
-        if finding.attending:
-            likely = cause(Evidence.of(weights, mask, finding))
-            message = place_message(
-                subject.assertion, weights, mask, finding, describe=describe, cause=likely
-            )
-            raise broken_weights(message, weights, mask, finding)
-        # Nothing but fully masked rows: what is said of those is said of whole rows.
-        (broken,) = fully_masked_rows(mask, declared, 0.0)
-    rows = find(weights, mask, broken)
-    message = broken_claim(subject.assertion, weights, mask, rows, ROWS)
-    raise BrokenRowsError(message, weights, mask, rows)
+        Returns:
+            Whether the mask forbids anything, so that something was compared.
+        """
+        __tracebackhide__ = True
+        zeros_declared = self.declared == "zero"
+        zero = masked_is_zero(says, every_row=zeros_declared)
+        of_weights = {claim.kind: claim for claim in (zero, *more)}
+        # Rows are left out as rows: to leave out their weights one by one is slow.
+        anywhere = by_row(masked_is_zero(says, every_row=True))
+        elsewhere = replace(anywhere, regards=lambda block: block.attends)
+        claims = [anywhere if zeros_declared else elsewhere, *map(by_row, more)]
+        full_rows = [] if zeros_declared else self._full_rows()
+        # The quick reading tells in the same wait whether there was anything to read.
+        broken = first_broken(self._blocks(), [*claims, *full_rows, masks_nothing()])
+        if broken is None or broken.kind == "permits":
+            return broken is not None
+        if broken is anywhere and first_broken(self._blocks(), [elsewhere]) is None:
+            # Nothing but fully masked rows: what is said of those is said of whole rows.
+            (broken,) = self._full_rows()
+        if broken.kind in of_weights:
+            of_weight = find(of_weights[broken.kind], elements(self.weights, self.mask))
+            if of_weight is not None:
+                likely = cause(Evidence.of(self.weights, self.mask, of_weight))
+                raise failure(self.assertion, self.weights, self.mask, of_weight, likely)
+        of_row = find(broken, self._blocks())
+        if of_row is not None:
+            likely = likely_cause(self.weights, self.mask, of_row)
+            raise failure(self.assertion, self.weights, self.mask, of_row, likely)
+        return True
 
+    def _blocks(self) -> Iterator[Block]:
+        return blocks(self.weights, self.mask)
 
-def _full_rows(subject: _Subject) -> list[Claim]:
-    """Return what fully masked rows hold, where that is something else than zeros."""
-    weights, declared = subject.weights, subject.declared
-    if declared == "zero":
-        return []
-    allowed = 0.0
-    if declared == "uniform":
-        allowed = row_tolerance(weights.dtype, weights.shape[-1])
-    return fully_masked_rows(subject.mask, declared, allowed)
-
-
-def _forbids(block: Block) -> torch.Tensor:
-    def forbids(values: torch.Tensor, keys: slice) -> torch.Tensor:
-        permitted = cast("torch.Tensor", block.permitted(keys))
-        return any_key(~permitted).expand(values.shape[:-1])
-
-    return block.reduce(forbids, torch.logical_or)
-
-
-_FORBIDS_NOTHING = Claim(
-    statement="rows have a masked key",
-    kind="permits",
-    regards=_forbids,
-    value=_forbids,
-    deviation=_forbids,
-    allowed=0.0,
-    verb="",
-)
+    def _full_rows(self) -> list[Claim[Block]]:
+        """What fully masked rows hold."""
+        allowed = 0.0
+        if self.declared == "uniform":
+            allowed = row_tolerance(self.weights.dtype, self.weights.shape[-1])
+        return fully_masked_rows(self.mask, self.declared, allowed)
 
 
 def _read_weights(weights: object) -> Operand:
@@ -370,121 +377,53 @@ def _read_weights(weights: object) -> Operand:
     return operand
 
 
-def _shape(mask: Mask | None) -> tuple[int, ...]:
-    return () if mask is None else tuple(mask.shape)
-
-
 def _required_mask(mask: object, weights: Operand) -> Operand:
     permitted = as_mask(mask, weights)
     if permitted is None:
-        raise TypeError(
-            "mask: got None; accepted is a boolean torch.Tensor or numpy.ndarray, True where a "
-            "query may attend"
-        )
+        raise TypeError(misuse("mask", "None", ACCEPTED_MASK))
     return permitted
 
 
-def _check_alignment(alignment: object, query_len: int, key_len: int) -> Alignment:
-    if alignment is not None and alignment not in ALIGNMENTS:
-        raise ValueError(
-            f"alignment: got {alignment!r}; accepted are 'top_left' and 'bottom_right'"
-        )
-    if alignment is None and query_len != key_len:
-        raise ValueError(
-            f"alignment: {query_len} queries and {key_len} keys need one; accepted are 'top_left' "
-            "(query 0 stands at key 0: what is_causal=True means in PyTorch) and 'bottom_right' "
-            "(the last query stands at the last key: decoding with a cache)"
-        )
-    return cast("Alignment", alignment or "top_left")
-
-
-def _check_window(window: object) -> int | None:
-    """Return how many keys before its own position a query may attend to."""
-    if window is None:
-        return None
-    accepted = (
-        "accepted is None, a whole number from 0 (how many keys before its own position a query "
-        "may attend to) or a pair (left, 0)"
-    )
-    sides = window if isinstance(window, (tuple, list)) else (window, 0)
-    if len(sides) != 2 or not all(_is_whole(side) for side in sides):
-        raise TypeError(f"window: got {window!r}; {accepted}")
-    left, right = map(operator.index, sides)
-    if right != 0:
-        raise ValueError(
-            f"window: got {window!r}, which reaches into the future; {accepted}. For a window on "
-            "both sides there is assert_masked with sliding_window_mask"
-        )
-    if left < 0:
-        raise ValueError(f"window: got {window!r}; {accepted}")
-    return left
-
-
-def _is_whole(number: object) -> bool:
-    """Tell whether it is a whole number, of Python, NumPy or torch; a boolean is none."""
-    if isinstance(number, (bool, np.bool_)) or getattr(number, "dtype", None) == torch.bool:
-        return False
-    try:
-        operator.index(cast("SupportsIndex", number))
-    except TypeError:
-        return False
-    return True
-
-
-def _check_lengths(lengths: object, weights: Operand, side: object) -> list[int]:
+def _read_lengths(lengths: object, weights: Operand) -> list[int]:
     """Return the lengths as plain numbers."""
+    batch, key_len = weights.shape[0], weights.shape[-1]
     if weights.ndim < 3:
-        raise ValueError(
-            f"weights: got {weights.ndim} dimensions, shape {tuple(weights.shape)}; accepted are "
-            "three or more: (batch, ..., queries, keys)"
-        )
-    if side not in ("right", "left"):
-        raise ValueError(f"side: got {side!r}; accepted are 'right' and 'left'")
-    accepted = f"accepted is one whole number from 0 to {weights.shape[-1]} for each batch entry"
-    given = lengths.detach().cpu() if isinstance(lengths, torch.Tensor) else lengths
+        got = f"{weights.ndim} dimensions, shape {tuple(weights.shape)}"
+        raise ValueError(misuse("weights", got, "three or more: (batch, ..., queries, keys)"))
+    accepted = f"one whole number from 0 to {key_len} for each batch entry"
     try:
         # NumPy knows all byte orders, strides and lists.
-        array = np.asarray(given)
+        array = np.asarray(lengths.detach().cpu() if isinstance(lengths, torch.Tensor) else lengths)
     except (TypeError, ValueError, RuntimeError):
-        raise TypeError(f"lengths: got {lengths!r}; {accepted}") from None
+        raise TypeError(misuse("lengths", repr(lengths), accepted)) from None
     numbers = array.flatten().tolist()
-    if not all(_is_whole(number) for number in numbers):
-        if array.dtype.kind in "biufc":
-            raise TypeError(f"lengths: got dtype {array.dtype}; {accepted}")
-        raise TypeError(f"lengths: got {lengths!r}; {accepted}")
-    if array.shape != (weights.shape[0],):
-        raise ValueError(
-            f"lengths: got shape {array.shape} for {weights.shape[0]} batch entries; {accepted}"
-        )
-    real = [operator.index(number) for number in numbers]
-    if min(real) < 0 or max(real) > weights.shape[-1]:
-        raise ValueError(f"lengths: got {real}; {accepted}")
-    if min(real) == weights.shape[-1]:
-        raise NothingForbiddenError(
-            f"lengths: got {real} for {weights.shape[-1]} keys: no batch entry has padding, so "
-            "there is nothing to check"
-        )
+    real = [number for number in map(as_whole, numbers) if number is not None]
+    if len(real) < len(numbers):
+        got = f"dtype {array.dtype}" if array.dtype.kind in "biufc" else repr(lengths)
+        raise TypeError(misuse("lengths", got, accepted))
+    if array.shape != (batch,):
+        got = f"shape {array.shape} for {batch} batch entries"
+        raise ValueError(misuse("lengths", got, accepted))
+    if min(real) < 0 or max(real) > key_len:
+        raise ValueError(misuse("lengths", real, accepted))
+    if min(real) == key_len:
+        got = f"{real} for {key_len} keys: no batch entry has padding, so there is nothing to check"
+        raise NothingForbiddenError(misuse("lengths", got, "a length below the number of keys"))
     return real
 
 
-def _describe_masked(place: tuple[int, ...], weight: float) -> str:
+def _says_masked(index: Index, weight: float) -> str:
     return (
-        f"weights[{_commas(place)}] gives {weight:.3g} to key {place[-1]}, which the mask forbids "
+        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask forbids "
         "(allowed 0)"
     )
 
 
-def _describe_support(mask: Operand) -> Callable[[tuple[int, ...], float], str]:
-    def describe(place: tuple[int, ...], weight: float) -> str:
-        own = tuple(0 if size == 1 else i for size, i in zip(mask.shape, place, strict=True))
-        if not bool(mask[tuple(slice(i, i + 1) for i in own)]):
-            return _describe_masked(place, weight)
-        return (
-            f"weights[{_commas(place)}] gives {weight:.3g} to key {place[-1]}, which the mask "
-            "permits (allowed: more than 0)"
-        )
-
-    return describe
+def _says_permitted(index: Index, weight: float) -> str:
+    return (
+        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask "
+        "permits (allowed: more than 0)"
+    )
 
 
 def _steps(count: int) -> str:
@@ -492,5 +431,5 @@ def _steps(count: int) -> str:
     return f"{number} step{'' if count == 1 else 's'}"
 
 
-def _commas(place: tuple[int, ...]) -> str:
-    return ", ".join(map(str, place))
+def _commas(index: Index) -> str:
+    return ", ".join(map(str, index))

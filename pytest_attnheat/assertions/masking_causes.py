@@ -8,31 +8,124 @@ on nearly all that it permits and the claimed one does not.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from pytest_attnheat.assertions import causes
-from pytest_attnheat.assertions.claims import sum_to_one
-from pytest_attnheat.assertions.findings import Finding
-from pytest_attnheat.assertions.masking_evidence import (
-    NEARLY_ALL,
-    SAMPLE,
-    Evidence,
-    named,
-    share,
-)
-from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.assertions.claims import Finding, Index, by_row
+from pytest_attnheat.assertions.scan import Elements, blocks, evenly, row_of
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.inputs import Operand, dtype_name
 
-# The most batch entries that a sample holds.
+# The most weights, rows and batch entries that a sample holds.
+_SAMPLE = 2**17
+_SAMPLE_ROWS = 256
 _SAMPLE_ENTRIES = 64
-# How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
-_UNIFORM = 2**-8
+# Weights may underflow: this much of what another mask permits must hold weight.
+_NEARLY_ALL = 0.98
+# The heads that a sentence names.
+_HEADS_NAMED = 4
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a cause may look at.
+
+    Attributes:
+        weights: The weights, ``(..., queries, keys)``.
+        mask: The mask that was claimed, with as many dimensions.
+        finding: What the thorough reading found.
+        queries: Some queries of the map with the worst weight, ``(n,)``, evenly spaced.
+        rows: Their weights, ``(n, keys)`` in float64.
+        permitted: Their mask, ``(n, keys)``.
+    """
+
+    weights: Operand
+    mask: Operand
+    finding: Finding[Elements]
+    queries: torch.Tensor
+    rows: torch.Tensor
+    permitted: torch.Tensor
+
+    @classmethod
+    def of(cls, weights: Operand, mask: Operand, finding: Finding[Elements]) -> Evidence:
+        """Take a bounded sample of the map with the worst weight."""
+        *place, worst, _ = finding.worst.index
+        query_len, key_len = weights.shape[-2:]
+        some = evenly(query_len, min(_SAMPLE_ROWS, max(1, _SAMPLE // key_len)))
+        queries = sorted({*some, worst})
+        rows = [row_of(weights, (*place, query)).double() for query in queries]
+        numbers = torch.tensor(queries, device="cpu")
+        permitted = _mask_rows(mask, place, numbers, key_len)
+        return cls(weights, mask, finding, numbers, torch.stack(rows), permitted)
+
+    @property
+    def place(self) -> Index:
+        """Which map it is."""
+        return self.finding.worst.index[:-2]
+
+    @property
+    def worst_row(self) -> torch.Tensor:
+        """The row with the worst weight."""
+        return self.rows[self.queries == self.finding.worst.index[-2]][0]
+
+    def telling(self) -> Evidence:
+        """Leave out rows with NaN and rows of zeros, which say nothing about a mask."""
+        telling = self.rows.isfinite().all(-1) & (self.rows != 0).any(-1)
+        rows, permitted = self.rows[telling], self.permitted[telling]
+        return replace(self, queries=self.queries[telling], rows=rows, permitted=permitted)
+
+    def explained_by(self, other: torch.Tensor) -> bool:
+        """Tell whether the weights are those of another mask, ``(n, keys)``."""
+        extra, common = other & ~self.permitted, other & self.permitted
+        if int(extra.sum()) < 2 or bool((self.rows[~other] != 0).any()):
+            return False
+        permitted = (extra, common) if bool(common.any()) else (extra,)
+        return all(share(self.rows[some] > 0) >= _NEARLY_ALL for some in permitted)
+
+    def lacks_exactly(self, missing: torch.Tensor) -> bool:
+        """Tell whether these permitted weights, and hardly any others, are zero."""
+        missing = missing & self.permitted
+        kept = self.permitted & ~missing
+        if int(missing.sum()) < 2 or bool((self.rows[missing] != 0).any()):
+            return False
+        return bool(kept.any()) and share(self.rows[kept] > 0) >= _NEARLY_ALL
+
+
+def named(evidence: Evidence, causes: Iterable[str | None]) -> str | None:
+    """Return the first cause, and to which maps alone it applies."""
+    sentence = next((cause for cause in causes if cause is not None), None)
+    where = _only_in(evidence)
+    # In a batch of one, an index says as much.
+    if sentence is None and evidence.weights.shape[0] == 1:
+        return None
+    return "; ".join(part for part in (sentence, where) if part) or None
+
+
+def _only_in(evidence: Evidence) -> str | None:
+    """Name the broken heads where whole heads are broken in every batch entry."""
+    weights, claim = evidence.weights, by_row(evidence.finding.claim)
+    if weights.ndim != 4:
+        return None
+    maps = torch.zeros(weights.shape[:2], dtype=torch.bool, device=weights.device)
+    for block in blocks(weights, evidence.mask):
+        maps[block.index[:2]] |= claim.breaks(block).any(-1)
+    heads = maps.any(0)
+    if bool(heads.all()) or not torch.equal(maps, heads.expand_as(maps)):
+        return None
+    named = heads.nonzero().flatten().tolist()
+    if len(named) > _HEADS_NAMED:
+        return f"only in {len(named)} of {heads.numel()} heads"
+    return f"only in head{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
+
+
+def share(of: torch.Tensor) -> float:
+    """Return the share of True, 0 of nothing."""
+    return float(of.double().mean()) if of.numel() else 0.0
 
 
 def mask_cause(evidence: Evidence) -> str | None:
@@ -81,21 +174,6 @@ def strewn_nan(evidence: Evidence) -> str | None:
     return "all that masked keys hold is NaN: a product of 0 and infinity, or NaN made elsewhere?"
 
 
-def uniform_rows(evidence: Evidence) -> str | None:
-    """Rows that break the mask hold one number throughout, as fully masked rows may."""
-    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
-    broken = evidence.rows[leaks]
-    key_len = broken.shape[-1]
-    if key_len < 2 or not bool(leaks.any()) or bool(leaks.all()):
-        return None
-    if bool(((broken * key_len - 1).abs() > _UNIFORM).any()):
-        return None
-    return (
-        "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
-        'assert_masked with fully_masked="uniform"'
-    )
-
-
 def constant(evidence: Evidence) -> str | None:
     """All masked keys hold one number, and the others do not."""
     masked = evidence.rows[~evidence.permitted]
@@ -112,7 +190,7 @@ def finite_mask(evidence: Evidence) -> str | None:
     """Masked keys hold a little weight, far less than permitted ones."""
     rows, permitted = evidence.rows, evidence.permitted
     both = permitted.any(-1) & ~permitted.all(-1)
-    if int(both.sum()) < 3 or share(rows[~permitted] > 0) < NEARLY_ALL:
+    if int(both.sum()) < 3 or share(rows[~permitted] > 0) < _NEARLY_ALL:
         return None
     masked = rows.masked_fill(permitted, 0).amax(-1)[both]
     largest = rows.masked_fill(~permitted, 0).amax(-1)[both]
@@ -146,16 +224,16 @@ def _mask_causes(evidence: Evidence) -> Iterator[str | None]:
 
 def _other_maps_mask(evidence: Evidence) -> str | None:
     """The weights are those of the mask transposed, or of that of another batch entry."""
-    place, mask = evidence.finding.worst[:-2], evidence.mask
+    place, mask = evidence.place, evidence.mask
     query_len, key_len = evidence.weights.shape[-2:]
     if query_len == key_len == mask.shape[-1] == mask.shape[-2]:
-        transposed = _rows_of(mask.mT, place, evidence.queries, key_len)
+        transposed = _mask_rows(mask.mT, place, evidence.queries, key_len)
         if evidence.explained_by(transposed):
             return "weight lies where the transposed mask permits it: mask.mT?"
     if not place or mask.shape[0] == 1:
         return None
     for entry in range(min(mask.shape[0], _SAMPLE_ENTRIES)):
-        other = _rows_of(mask, (entry, *place[1:]), evidence.queries, key_len)
+        other = _mask_rows(mask, (entry, *place[1:]), evidence.queries, key_len)
         # One that permits every key would be no mask at all.
         if not bool(other.all()) and evidence.explained_by(other):
             return (
@@ -165,20 +243,17 @@ def _other_maps_mask(evidence: Evidence) -> str | None:
     return None
 
 
-def _rows_of(
-    mask: Operand, place: tuple[int, ...], queries: torch.Tensor, key_len: int
+def _mask_rows(
+    mask: Operand, place: Sequence[int], queries: torch.Tensor, key_len: int
 ) -> torch.Tensor:
-    rows = []
-    for query in queries.tolist():
-        spans = (*(slice(i, i + 1) for i in (*place, query)), slice(0, key_len))
-        rows.append(mask_at(mask, spans).cpu().flatten().expand(key_len))
+    rows = [row_of(mask, (*place, query)).expand(key_len) for query in queries.tolist()]
     return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool, device="cpu")
 
 
 def _real_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> torch.Tensor | None:
     """Which queries are no padding, if they are the tokens that the keys are, and some are."""
     query_len, key_len = evidence.weights.shape[-2:]
-    length = lengths[evidence.finding.worst[0]]
+    length = lengths[evidence.place[0]]
     if query_len != key_len or not 0 < length < query_len:
         return None
     if side == "left":
@@ -216,7 +291,7 @@ def queries_masked(evidence: Evidence, lengths: Sequence[int], side: Side) -> st
     padded = rows[real][~evidence.permitted[real]]
     if not bool(real.any()) or bool(real.all()) or bool((rows[~real] != 0).any()):
         return None
-    if share(padded > 0) < NEARLY_ALL:
+    if share(padded > 0) < _NEARLY_ALL:
         return None
     return (
         "the padded queries hold no weight, the padded keys do: the mask is applied to queries, "
@@ -258,24 +333,24 @@ def _real(lengths: Sequence[int], key_len: int, side: Side) -> torch.Tensor:
 
 def _seen_keys(evidence: Evidence) -> torch.Tensor:
     """Return which keys of each batch entry get weight from any query, ``(batch, keys)``."""
-    weights, place = evidence.weights, evidence.finding.worst[1:-2]
+    weights, place = evidence.weights, evidence.place[1:]
     query_len, key_len = weights.shape[-2:]
     entries = min(weights.shape[0], _SAMPLE_ENTRIES)
-    count = min(query_len, max(2, SAMPLE // (entries * key_len)))
+    count = min(query_len, max(2, _SAMPLE // (entries * key_len)))
     # Causal queries see all real keys only at the end, so the last one must be among them.
     queries = [query_len - 1 - i * query_len // count for i in range(count)]
     seen = torch.zeros(entries, key_len, dtype=torch.bool, device="cpu")
     for entry in range(entries):
         for query in queries:
-            spans = (*(slice(i, i + 1) for i in (entry, *place, query)), slice(0, key_len))
             # NaN tells nothing about the mask.
-            seen[entry] |= (weights[spans].double().nan_to_num(nan=0.0) != 0).cpu().flatten()
+            row = row_of(weights, (entry, *place, query)).double().nan_to_num(nan=0.0)
+            seen[entry] |= row != 0
     return seen
 
 
 def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
-    """Yield causes of permitted places without weight."""
-    if evidence.finding.value < 0:
+    """Yield causes of permitted keys without weight."""
+    if evidence.finding.worst.value < 0:
         yield "negative weights: scores that no softmax has seen, or a difference of weights?"
         return
     query_len, key_len = evidence.weights.shape[-2:]
@@ -316,10 +391,7 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
         rows = int(empty.any(-1).sum())
         these = "1 row holds" if rows == 1 else f"{rows} rows hold"
         yield f"{these} only zeros although the mask permits keys"
-    sums = Finding(sum_to_one(0.0))
-    yield causes.dropout(
-        causes.Evidence(evidence.weights, evidence.mask, sums, finite.rows, permitted)
-    )
+    yield causes.dropout(finite.rows, permitted)
     yield whole_after_dropout(finite)
     yield underflow(finite)
     yield not_a_number(evidence)

@@ -9,23 +9,31 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.broken_rows import broken_claim
 from pytest_attnheat.assertions.captured import Weights, takes_records
+from pytest_attnheat.assertions.causes import likely_cause
 from pytest_attnheat.assertions.claims import (
-    entropy_within,
+    COLUMNS,
+    ROWS,
+    Claim,
+    Lines,
+    find,
+    first_broken,
     fully_masked_rows,
-    largest_is_one,
-    nonnegative,
-    nothing_on_masked_keys,
-    sum_to_one,
-    uniform,
+    of_rows,
 )
-from pytest_attnheat.assertions.failure import BrokenRowsError
-from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
-from pytest_attnheat.assertions.scan import rows_sum_to_one
+from pytest_attnheat.assertions.pictures import failure
+from pytest_attnheat.assertions.scan import Block, blocks, rows_sum_to_one
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
-from pytest_attnheat.inputs import Operand, as_mask, as_weights, check_number, check_tolerance
+from pytest_attnheat.inputs import (
+    Operand,
+    as_mask,
+    as_weights,
+    check_number,
+    check_tolerance,
+    misuse,
+    one_of,
+)
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
 
@@ -56,7 +64,7 @@ def assert_row_stochastic(
             never accepted.
 
     Raises:
-        AssertionError: Some row is not a distribution. The message tells how
+        Failure: Some row is not a distribution. The message tells how
             many, which is worst, and a likely cause.
         TypeError: `weights` is not a dense float tensor or array, or `mask`
             is not boolean.
@@ -95,7 +103,7 @@ def assert_doubly_stochastic(
             `assert_row_stochastic`.
 
     Raises:
-        AssertionError: Some row or column is not a distribution.
+        Failure: Some row or column is not a distribution.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As there; or the maps are not square, or `fully_masked` is
             not ``"zero"``.
@@ -103,22 +111,18 @@ def assert_doubly_stochastic(
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     if operand.shape[-2] != operand.shape[-1]:
-        raise ValueError(
-            f"weights: shape {tuple(operand.shape)} cannot be doubly stochastic; accepted is "
-            "(..., n, n): rows and columns can only all sum to 1 where there are as many of them"
-        )
+        accepted = "(..., n, n): only as many rows as columns can all sum to 1"
+        raise ValueError(misuse("weights", f"shape {tuple(operand.shape)}", accepted))
     if declared != "zero":
-        raise ValueError(
-            f"fully_masked: got {declared!r}; accepted is 'zero': any other content of a fully "
-            "masked row would count in every column"
-        )
+        accepted = "'zero': whatever else a fully masked row held would count in every column"
+        raise ValueError(misuse("fully_masked", repr(declared), accepted))
     name = "assert_doubly_stochastic"
     if not rows_sum_to_one(operand, permitted, allowed):
         _check(name, operand, permitted, _distribution(permitted, declared, allowed))
     columns, by_column = operand.mT, None if permitted is None else permitted.mT
     if not rows_sum_to_one(columns, by_column, allowed):
-        claims = _distribution(by_column, declared, allowed, "columns")
-        _check(name, columns, by_column, claims, COLUMNS)
+        claims = _distribution(by_column, declared, allowed, COLUMNS)
+        _check(name, columns, by_column, claims)
 
 
 @takes_records
@@ -139,7 +143,7 @@ def assert_one_hot(
             1. By default both follow the dtype, and the sum the row length.
 
     Raises:
-        AssertionError: Some row is not a distribution, or its largest weight
+        Failure: Some row is not a distribution, or its largest weight
             is not 1.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As in `assert_row_stochastic`.
@@ -147,7 +151,7 @@ def assert_one_hot(
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     one_weight = row_tolerance(operand.dtype, 1) if tolerance is None else allowed
-    claims = [*_distribution(permitted, declared, allowed), largest_is_one(one_weight)]
+    claims = [*_distribution(permitted, declared, allowed), _largest_is_one(one_weight)]
     _check("assert_one_hot", operand, permitted, claims)
 
 
@@ -172,15 +176,15 @@ def assert_uniform(
             By default that of `assert_row_stochastic`.
 
     Raises:
-        AssertionError: Some weight is not what it should be.
+        Failure: Some weight is not what it should be.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As in `assert_row_stochastic`.
     """
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     claims = [
-        *nothing_on_masked_keys(permitted),
-        uniform(allowed),
+        *_nothing_on_masked_keys(permitted),
+        _uniform(allowed),
         *fully_masked_rows(permitted, declared, allowed),
     ]
     _check("assert_uniform", operand, permitted, claims)
@@ -217,7 +221,7 @@ def assert_entropy(
             do to the entropy.
 
     Raises:
-        AssertionError: Some row is not a distribution, or its entropy is out
+        Failure: Some row is not a distribution, or its entropy is out
             of bounds.
         TypeError: As in `assert_row_stochastic`; or a bound is not a number.
         ValueError: As there; or no bound is given, the unit is unknown, or
@@ -229,7 +233,7 @@ def assert_entropy(
     slack = allowed * (1 + math.log(operand.shape[-1])) / (math.log(2) if unit == "bits" else 1)
     claims = [
         *_distribution(permitted, declared, allowed),
-        *entropy_within(least, most, unit, slack),
+        *_entropy_within(least, most, unit, slack),
     ]
     _check("assert_entropy", operand, permitted, claims)
 
@@ -249,33 +253,119 @@ def _read(
 def _bounds(minimum: object, maximum: object, unit: str) -> tuple[float | None, float | None]:
     """Check the bounds of an entropy and return them as plain numbers."""
     if minimum is None and maximum is None:
-        raise ValueError("assert_entropy: got no bound; pass minimum=, maximum= or both")
-    if unit not in ("nats", "bits"):
-        raise ValueError(f"unit: got {unit!r}; accepted are 'nats' and 'bits'")
+        accepted = "a number for one of them, or for both"
+        raise ValueError(misuse("minimum, maximum", "None and None", accepted))
+    one_of("unit", unit, ("nats", "bits"))
     least = None if minimum is None else check_number(minimum, "minimum")
     most = None if maximum is None else check_number(maximum, "maximum")
     if least is not None and most is not None and least > most:
-        raise ValueError(f"minimum, maximum: got {least} and {most}; nothing lies between them")
+        accepted = "a minimum that is not above the maximum"
+        got = f"{least} and {most}, and nothing lies between"
+        raise ValueError(misuse("minimum, maximum", got, accepted))
     return least, most
 
 
+def _check(
+    name: str, weights: Operand, mask: Operand | None, claims: Sequence[Claim[Block]]
+) -> None:
+    """Raise a Failure about the first claim that does not hold."""
+    __tracebackhide__ = True
+    broken = first_broken(blocks(weights, mask), claims)
+    finding = None if broken is None else find(broken, blocks(weights, mask))
+    if finding is not None:
+        cause = likely_cause(weights, mask, finding)
+        raise failure(name, weights, mask, finding, cause)
+
+
 def _distribution(
-    mask: Operand | None, declared: FullyMasked, allowed: float, lines: str = "rows"
-) -> list[Claim]:
+    mask: Operand | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
+) -> list[Claim[Block]]:
     return [
-        sum_to_one(allowed, lines),
-        nonnegative(lines),
+        _sum_to_one(allowed, lines),
+        _nonnegative(lines),
         *fully_masked_rows(mask, declared, allowed, lines),
     ]
 
 
-def _check(
-    name: str, weights: Operand, mask: Operand | None, claims: Sequence[Claim], lines: Lines = ROWS
-) -> None:
-    """Raise an AssertionError about the first claim that does not hold."""
-    __tracebackhide__ = True
-    broken = first_broken(weights, mask, claims)
-    if broken is not None:
-        finding = find(weights, mask, broken)
-        message = broken_claim(name, weights, mask, finding, lines)
-        raise BrokenRowsError(message, weights, mask, finding, lines)
+def _sum_to_one(allowed: float, lines: Lines = ROWS) -> Claim[Block]:
+    """Claim that rows with a permitted key sum to one."""
+    return of_rows(
+        f"{lines.noun} do not sum to 1",
+        "sum",
+        lambda block: block.total,
+        "sums to",
+        deviation=lambda block: (block.total - 1).abs(),
+        allowed=allowed,
+        lines=lines,
+    )
+
+
+def _nonnegative(lines: Lines = ROWS) -> Claim[Block]:
+    """Claim that rows with a permitted key hold no negative weight, however small."""
+    return of_rows(
+        f"{lines.noun} hold a negative weight",
+        "negative",
+        lambda block: block.low,
+        "holds",
+        deviation=lambda block: block.low.neg().clamp(min=0),
+        lines=lines,
+    )
+
+
+def _largest_is_one(allowed: float) -> Claim[Block]:
+    """Claim that the largest weight of rows with a permitted key is one."""
+    return of_rows(
+        "rows do not put all weight on one key",
+        "one-hot",
+        lambda block: block.high,
+        "has as its largest weight",
+        deviation=lambda block: (block.high - 1).abs(),
+        allowed=allowed,
+    )
+
+
+def _uniform(allowed: float) -> Claim[Block]:
+    """Claim that rows are uniform over their permitted keys, and zero elsewhere."""
+    return of_rows(
+        "rows are not uniform",
+        "uniform",
+        lambda block: block.misfit(masked=True),
+        "strays, relative to 1 / (permitted keys), by",
+        allowed=allowed,
+    )
+
+
+def _nothing_on_masked_keys(mask: Operand | None) -> list[Claim[Block]]:
+    """Claim that masked keys hold exactly zero in rows with a permitted key.
+
+    No rounding makes weight where there is none, so there is no tolerance.
+    """
+    if mask is None:
+        return []
+    statement = "rows are not uniform: masked keys hold weight"
+    return [of_rows(statement, "leak", lambda block: block.leaked, "holds, at a masked key,")]
+
+
+def _entropy_within(
+    minimum: float | None, maximum: float | None, unit: str, slack: float
+) -> list[Claim[Block]]:
+    """Claim that the entropy of rows with a permitted key is within bounds."""
+    bounds = ((minimum, 1.0, "below"), (maximum, -1.0, "above"))
+    return [
+        _entropy_bound(bound, sign, word, unit, slack)
+        for bound, sign, word in bounds
+        if bound is not None
+    ]
+
+
+def _entropy_bound(bound: float, sign: float, word: str, unit: str, slack: float) -> Claim[Block]:
+    per_nat = 1 / math.log(2) if unit == "bits" else 1.0
+    return of_rows(
+        f"rows have an entropy {word} {bound:.6g} {unit}",
+        "entropy",
+        lambda block: block.entropy * per_nat,
+        f"has an entropy ({unit}) of",
+        deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
+        allowed=slack,
+        unit=unit,
+    )

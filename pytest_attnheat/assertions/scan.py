@@ -7,8 +7,9 @@ extra memory does not depend on the size or on the strides of the tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, reduce
 
 import torch
 
@@ -17,8 +18,10 @@ from pytest_attnheat.inputs import ArrayPieces, Operand, wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20
-# The quick reading holds one number per row, for this many rows at most.
+# The quick reading holds one number per row, for this many rows at most; the thorough reading
+# holds a dozen per row, and rows of few keys would make many of them.
 _ROWS = 2**18
+_BLOCK_ROWS = 2**17
 # A piece is summed and then searched for signs: the second reading should come from a cache.
 # On a GPU that is the second-level cache, and fewer launches count for more.
 _BYTES_ON_CPU = 2**22
@@ -27,17 +30,29 @@ _BYTES_ON_ACCELERATOR = 2**25
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def piece_elements(weights: Operand) -> int:
+def _piece_elements(weights: Operand) -> int:
     """Return how many weights the thorough reading looks at together."""
     return _BYTES // wide_dtype(weights.dtype).itemsize
 
 
 def mask_at(mask: Operand, index: tuple[slice, ...]) -> torch.Tensor:
-    """Return the part of a mask that belongs to a box, not expanded, on its own device."""
+    """Return the part of a mask, or weights, that belongs to a box: not expanded, not moved."""
     own = tuple(
         slice(0, 1) if size == 1 else span for size, span in zip(mask.shape, index, strict=True)
     )
     return mask[own]
+
+
+def row_of(operand: Operand, index: tuple[int, ...]) -> torch.Tensor:
+    """Return one row of weights or of a mask, ``(keys,)`` or ``(1,)``, on the CPU."""
+    spans = (*(slice(i, i + 1) for i in index), slice(0, operand.shape[-1]))
+    return mask_at(operand, spans).cpu().flatten()
+
+
+def evenly(size: int, most: int) -> list[int]:
+    """Return at most so many of the numbers below `size`, evenly spaced, 0 among them."""
+    count = min(size, most)
+    return [i * size // count for i in range(count)]
 
 
 def any_key(mask: torch.Tensor) -> torch.Tensor:
@@ -132,84 +147,85 @@ class Block:
     """Some rows of the weights, and what can be measured on them.
 
     Every measure returns a tensor with one number per row, shape
-    ``weights[rows].shape[:-1]``. Rows longer than a piece are read in parts.
+    ``weights[index].shape[:-1]``. Rows longer than a piece are read in parts.
     """
 
-    def __init__(self, weights: Operand, mask: Operand | None, rows: tuple[slice, ...]) -> None:
-        """Look at `weights[rows]`; nothing is read yet."""
-        self.rows = rows
+    def __init__(self, weights: Operand, mask: Operand | None, index: tuple[slice, ...]) -> None:
+        """Look at `weights[index]`; nothing is read yet."""
+        self.index = index
         self.key_len = weights.shape[-1]
+        self.device = weights.device
         self._weights = weights
         self._mask = mask
         height = 1
-        for size, span in zip(weights.shape, rows, strict=False):
+        for size, span in zip(weights.shape, index, strict=False):
             height *= len(range(size)[span])
-        self._key_spans = spans(self.key_len, max(1, piece_elements(weights) // height))
+        self._key_spans = spans(self.key_len, max(1, _piece_elements(weights) // height))
 
-    def part(self, keys: slice) -> torch.Tensor:
-        """Return the weights of some keys, in the dtype in which they are added up."""
-        index = (*self.rows, keys)
-        return self._weights[index].to(wide_dtype(self._weights.dtype))
+    def elements(self) -> Iterator[Elements]:
+        """Yield the weights, in parts of bounded size."""
+        for keys in self._key_spans:
+            whole = len(self._key_spans) == 1
+            yield Elements(self, keys, self._whole if whole else self._values(keys))
 
-    def permitted(self, keys: slice) -> torch.Tensor | None:
-        """Return the mask of some keys, not expanded, or None."""
+    def permitted(self, keys: slice) -> torch.Tensor:
+        """Return the mask of some keys, not expanded; without a mask, every key is permitted."""
         if self._mask is None:
-            return None
-        return mask_at(self._mask, (*self.rows, keys)).to(self._weights.device)
+            ones = (1,) * (len(self.index) + 1)
+            return torch.ones(ones, dtype=torch.bool, device=self.device)
+        return mask_at(self._mask, (*self.index, keys)).to(self.device)
 
     def reduce(
         self,
-        measure: Callable[[torch.Tensor, slice], torch.Tensor],
+        measure: Callable[[Elements], torch.Tensor],
         combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     ) -> torch.Tensor:
         """Measure each part and combine the results."""
-        first, *others = self._key_spans
-        result = measure(self._values(first), first)
-        for keys in others:
-            result = combine(result, measure(self._values(keys), keys))
-        return result
+        return reduce(combine, map(measure, self.elements()))
 
     def _values(self, keys: slice) -> torch.Tensor:
-        return self._whole if len(self._key_spans) == 1 else self.part(keys)
+        index = (*self.index, keys)
+        return self._weights[index].to(wide_dtype(self._weights.dtype))
 
+    # The numbers alone: a block that kept its elements would be kept by them.
     @cached_property
     def _whole(self) -> torch.Tensor:
-        return self.part(self._key_spans[0])
+        return self._values(self._key_spans[0])
 
     @cached_property
     def total(self) -> torch.Tensor:
         """The sum of each row."""
-        return self.reduce(lambda values, _: values.sum(-1), torch.add)
+        return self.reduce(lambda part: part.values.sum(-1), torch.add)
 
     @cached_property
     def low(self) -> torch.Tensor:
         """The smallest weight of each row."""
-        return self.reduce(lambda values, _: values.amin(-1), torch.minimum)
+        return self.reduce(lambda part: part.values.amin(-1), torch.minimum)
 
     @cached_property
     def high(self) -> torch.Tensor:
         """The largest weight of each row."""
-        return self.reduce(lambda values, _: values.amax(-1), torch.maximum)
+        return self.reduce(lambda part: part.values.amax(-1), torch.maximum)
 
     @cached_property
     def numbers(self) -> torch.Tensor:
         """How many weights of each row are not NaN."""
-        return self.reduce(lambda values, _: (values == values).sum(-1), torch.add)
+        return self.reduce(lambda part: (part.values == part.values).sum(-1), torch.add)
 
     @cached_property
     def entropy(self) -> torch.Tensor:
         """The entropy of each row in nats, 0 log 0 being 0."""
-        negative = self.reduce(lambda values, _: torch.xlogy(values, values).sum(-1), torch.add)
+        negative = self.reduce(
+            lambda part: torch.xlogy(part.values, part.values).sum(-1), torch.add
+        )
         return 0 - negative  # not neg(), which makes -0 of the 0 of a one-hot row
 
     @cached_property
     def permitted_keys(self) -> torch.Tensor:
         """The number of keys to which each row may attend."""
 
-        def count(values: torch.Tensor, keys: slice) -> torch.Tensor:
-            permitted = self.permitted(keys)
-            if permitted is None:
-                return torch.full_like(values[..., 0], values.shape[-1])
+        def count(part: Elements) -> torch.Tensor:
+            permitted, values = part.permitted, part.values
             # A mask of one key stands for all of them; counting before expanding is cheaper.
             copies = values.shape[-1] // permitted.shape[-1]
             return (permitted.sum(-1) * copies).to(values.dtype).expand(values.shape[:-1])
@@ -219,25 +235,17 @@ class Block:
     @cached_property
     def attends(self) -> torch.Tensor:
         """Whether each row may attend to any key."""
-
-        def attends(values: torch.Tensor, keys: slice) -> torch.Tensor:
-            permitted = self.permitted(keys)
-            if permitted is None:
-                return torch.ones_like(values[..., 0], dtype=torch.bool)
-            return any_key(permitted).expand(values.shape[:-1])
-
-        return self.reduce(attends, torch.logical_or)
+        return self.reduce(
+            lambda part: any_key(part.permitted).expand(part.values.shape[:-1]), torch.logical_or
+        )
 
     @cached_property
     def leaked(self) -> torch.Tensor:
         """The largest magnitude at a masked key of each row; NaN counts as none."""
 
-        def largest(values: torch.Tensor, keys: slice) -> torch.Tensor:
-            permitted = self.permitted(keys)
-            if permitted is None:
-                return torch.zeros_like(values[..., 0])
-            nothing = permitted | values.isnan()
-            return values.abs().masked_fill_(nothing, 0).amax(-1)
+        def largest(part: Elements) -> torch.Tensor:
+            nothing = part.permitted | part.values.isnan()
+            return part.values.abs().masked_fill_(nothing, 0).amax(-1)
 
         return self.reduce(largest, torch.maximum)
 
@@ -250,10 +258,42 @@ class Block:
         """
         count = self.permitted_keys if masked else torch.full_like(self.low, self.key_len)
 
-        def farthest(values: torch.Tensor, keys: slice) -> torch.Tensor:
-            permitted = self.permitted(keys) if masked else None
-            relative = values * count.unsqueeze(-1)
-            relative -= 1 if permitted is None else permitted.to(relative.dtype)
+        def farthest(part: Elements) -> torch.Tensor:
+            relative = part.values * count.unsqueeze(-1)
+            everywhere = not masked or self._mask is None
+            relative -= 1 if everywhere else part.permitted.to(relative.dtype)
             return relative.abs_().amax(-1)
 
         return self.reduce(farthest, torch.maximum)
+
+
+@dataclass(frozen=True)
+class Elements:
+    """The weights of some keys of a block, in the dtype in which they are added up."""
+
+    block: Block
+    keys: slice
+    values: torch.Tensor
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """Where they are in the weights."""
+        return (*self.block.index, self.keys)
+
+    @property
+    def permitted(self) -> torch.Tensor:
+        """Where the mask permits, not expanded."""
+        return self.block.permitted(self.keys)
+
+
+def blocks(weights: Operand, mask: Operand | None) -> Iterator[Block]:
+    """Yield all rows, in blocks of bounded size."""
+    limit = max(1, min(_BLOCK_ROWS, _piece_elements(weights) // weights.shape[-1]))
+    for rows in pieces(weights.shape[:-1], limit):
+        yield Block(weights, mask, rows)
+
+
+def elements(weights: Operand, mask: Operand | None) -> Iterator[Elements]:
+    """Yield all weights, in parts of bounded size."""
+    for block in blocks(weights, mask):
+        yield from block.elements()

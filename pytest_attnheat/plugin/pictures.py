@@ -25,6 +25,7 @@ from pytest_attnheat.baselines.naming import (
     parts_for_all_devices,
     safe_name,
 )
+from pytest_attnheat.failure import Failure
 from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, Summary, add_to_html, shown
 
 if TYPE_CHECKING:
@@ -200,12 +201,14 @@ def pytest_runtest_makereport(
     """Leave the picture of an error that can draw itself, and say where."""
     report = yield
     error = None if call.excinfo is None else call.excinfo.value
-    draw = getattr(error, "draw_heatmap", None)
+    if isinstance(error, Failure):
+        draw, title = error.draw, error.drawn
+    else:
+        draw, title = getattr(error, "draw_heatmap", None), getattr(error, "heatmap_title", "")
     if draw is None or not report.failed:
         return report
     from pytest_attnheat.baselines import judging
 
-    title = getattr(error, "heatmap_title", "heatmap of the broken rows")
     path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
     try:
         judging.save(draw(), path)

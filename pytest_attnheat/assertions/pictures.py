@@ -1,0 +1,146 @@
+"""The failure of a claim about rows or weights, with a small picture and a full one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
+from pytest_attnheat.assertions.scan import Block, blocks, mask_at
+from pytest_attnheat.failure import Failure, exponent
+from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from pytest_attnheat.inputs import Operand, view
+
+if TYPE_CHECKING:
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+
+# A small picture shows the worst row and its neighbours.
+_ROWS_SHOWN = 6
+# Of the numbers beside it.
+_LEAST_DECIMALS, _MOST_DECIMALS = 3, 6
+# More outlines would cover the map that they are to explain.
+_MOST_MARKED = 32
+
+
+def failure(
+    assertion: str,
+    weights: Operand,
+    mask: Operand | None,
+    finding: Finding[Any],
+    cause: str | None,
+) -> Failure:
+    """Return the failure of a claim about rows or weights, with its pictures.
+
+    Args:
+        assertion: The name of the assertion.
+        weights: The weights as they were read: transposed where the claim is about columns.
+        mask: Their mask.
+        finding: What the thorough reading found.
+        cause: A likely cause, or None.
+    """
+    of_rows = len(finding.worst.index) < weights.ndim
+    claim: Claim[Block] = finding.claim if of_rows else by_row(finding.claim)
+    row = finding.worst.index[: weights.ndim - 1]
+    draw = partial(
+        _draw,
+        # Of the map alone, so that a kept failure does not keep more than it needs.
+        _map_at(weights, row),
+        None if mask is None else _map_at(mask, row),
+        claim,
+        row[-1],
+        f"{finding.broken} of {finding.of} {claim.statement}",
+    )
+    return finding.failure(
+        assertion,
+        weights.mT if claim.lines.transposed else weights,
+        cause,
+        names_first=not of_rows,
+        picture=_small_picture(weights, mask, claim, row),
+        draw=draw,
+    )
+
+
+def _small_picture(weights: Operand, mask: Operand | None, claim: Claim[Block], row: Index) -> str:
+    """Return a small heatmap of a row and its neighbours, the broken ones pointed at."""
+    *place, number = row
+    size = weights.shape[-2]
+    first = max(0, min(number - _ROWS_SHOWN // 2, size - _ROWS_SHOWN))
+    window = slice(first, min(first + _ROWS_SHOWN, size))
+    block = Block(weights, mask, (*(slice(i, i + 1) for i in place), window))
+    breaks = claim.breaks(block).flatten().tolist()
+    # The text view takes what the public function takes, and whatever an assertion reads.
+    part, permitted = (
+        None if operand is None else cast("torch.Tensor", _rows_at(operand, place, window))
+        for operand in (weights, mask)
+    )
+    return format_heatmap(
+        cast("torch.Tensor", part),
+        mask=permitted,
+        first_row=first,
+        marked=[first + i for i, broken in enumerate(breaks) if broken],
+        notes=_notes(claim, block),
+        row_name=claim.lines.letter,
+        column_name=claim.lines.across,
+        title=map_name(tuple(place)),
+    )
+
+
+def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
+    """Return what stands beside the rows of a picture, None for the plain sums.
+
+    With as many decimals as it takes to see that the broken rows are broken.
+    """
+    if claim.kind not in ("sum", "entropy"):
+        return None
+    off = claim.deviation(block)[claim.breaks(block)]
+    differences = [number for number in off.tolist() if math.isfinite(number)]
+    decimals = max((-exponent(number) for number in differences), default=0)
+    decimals = min(max(decimals, _LEAST_DECIMALS), _MOST_DECIMALS)
+    values = claim.value(block).flatten().tolist()
+    return [f"{value:.{decimals}f} {claim.unit}".rstrip() for value in values]
+
+
+def _draw(
+    weights: torch.Tensor, mask: torch.Tensor | None, claim: Claim[Block], worst: int, title: str
+) -> HeatmapFigure:
+    """Draw a map with its broken rows outlined, the worst among them."""
+    from pytest_attnheat.heatmaps.figure import show_heatmaps
+
+    across, down = ("Keys", "Queries")[:: -1 if claim.lines.transposed else 1]
+    marked = [worst, *(row for row in _broken(weights, mask, claim) if row != worst)]
+    return show_heatmaps(
+        weights,
+        xlabel=across,
+        ylabel=down,
+        figsize=None,
+        mask=mask,
+        title=title,
+        highlight=[(0, 0, row) for row in marked[:_MOST_MARKED]],
+    )
+
+
+def _broken(weights: torch.Tensor, mask: torch.Tensor | None, claim: Claim[Block]) -> list[int]:
+    broken: list[int] = []
+    for block in blocks(weights, mask):
+        breaks = claim.breaks(block).nonzero().flatten().tolist()
+        broken += [block.index[0].start + row for row in breaks]
+        if len(broken) >= _MOST_MARKED:
+            break
+    return broken
+
+
+def _rows_at(operand: Operand, place: Sequence[int], rows: slice) -> Operand:
+    """Look at some rows of one map of the weights, or of their mask; nothing is copied."""
+    own = (0 if size == 1 else i for size, i in zip(operand.shape, place, strict=False))
+    return view(operand, (*own, rows if operand.shape[-2] > 1 else slice(0, 1)))
+
+
+def _map_at(operand: Operand, row: Index) -> torch.Tensor:
+    """Return the map that holds a row."""
+    box = (slice(i, i + 1) for i in row[:-1])
+    part = mask_at(operand, (*box, slice(None), slice(None)))
+    return part.detach().reshape(part.shape[-2:])
