@@ -1,5 +1,7 @@
 """The examination finds every planted defect, and finds nothing in correct implementations."""
 
+import dataclasses
+import re
 import warnings
 
 import pytest
@@ -27,6 +29,8 @@ from pytest_attnheat import (
     AttentionSpec,
     SequenceModel,
     check_attention,
+    diagnose,
+    sliding_window_mask,
     transformers_attention,
 )
 from pytest_attnheat.attention.defects import DEFECTS
@@ -143,7 +147,7 @@ def test_the_attention_functions_of_transformers_pass(name):
     report = check_attention(transformers_attention(name))
     assert report.passed, str(report)
     assert statuses(report, "masked") == statuses(report, "grouped") == {"passed"}
-    with pytest.raises(ValueError, match="name: got 'flasher'; accepted are 'eager' and"):
+    with pytest.raises(ValueError, match="name: got 'flasher'; accepted is one of 'eager', "):
         transformers_attention("flasher")
 
 
@@ -343,17 +347,113 @@ def test_a_specification_reads_what_the_signature_says():
     assert spec.name == "scaled_dot_product_attention"
 
 
-def test_a_bad_specification_is_refused():
-    with pytest.raises(TypeError, match="subject: got int; accepted is a callable"):
-        AttentionSpec(3)
-    with pytest.raises(ValueError, match="mask: got 'hide'; accepted are"):
-        AttentionSpec(sdpa, mask="hide")
-    with pytest.raises(ValueError, match="layout: got 'bhqd'; accepted are the letters"):
-        AttentionSpec(sdpa, layout="bhqd")
+REFUSED = [
+    ({"subject": 3}, TypeError, "subject: got int; accepted is a callable, called as"),
+    ({"name": 3}, TypeError, "name: got 3; accepted is a text"),
+    ({"mask_argument": 3}, TypeError, "mask_argument: got 3; accepted is a text"),
+    ({"causal_argument": None}, TypeError, "causal_argument: got None; accepted is a text"),
+    ({"layout": "bhqd"}, ValueError, "layout: got 'bhqd'; accepted is the letters b (batch), h"),
+    ({"layout": 4}, ValueError, "layout: got 4; accepted is the letters b (batch), h"),
+    ({"mask": "hide"}, ValueError, "mask: got 'hide'; accepted is one of 'keep', 'drop', "
+     "'additive', or None"),
+    ({"causal": True}, ValueError, "causal: got True; accepted is one of 'top_left', "
+     "'bottom_right', or None"),
+    ({"returns": None}, ValueError, "returns: got None; accepted is one of 'output', "),
+    ({"fully_masked": 0.0}, ValueError, "fully_masked: got 0.0; accepted is one of 'zero', "),
+    ({"window": 3}, TypeError, "window: got 3; accepted is a pair of whole numbers from 0, with "),
+    ({"window": (1, 2, 3)}, ValueError, "window: got (1, 2, 3); accepted is a pair of whole "),
+    ({"window": (1, 2.5)}, TypeError, "window: got 2.5; accepted is a whole number from 0"),
+    ({"window": (-1, 0)}, ValueError, "window: got -1; accepted is a whole number from 0"),
+    ({"grouped": "yes"}, TypeError, "grouped: got 'yes'; accepted is True, False, or None"),
+    ({"dropout": 1}, TypeError, "dropout: got 1; accepted is True, False, or None"),
+    ({"scale": True}, TypeError, "scale: got bool; accepted is a number, or None"),
+    ({"scale": "softmax_scale"}, TypeError, "scale: got str; accepted is a number, or None"),
+    ({"scale": float("nan")}, ValueError, "scale: got nan; accepted is a finite number, or None"),
+    ({"tolerance": -1}, ValueError, "tolerance: got -1.0; accepted is 0 <= tolerance < 1, or "),
+    ({"dtypes": "float32"}, TypeError, "dtypes: got 'float32'; accepted is a sequence of one or "),
+    ({"dtypes": ("flaot32",)}, ValueError, "dtypes: got ('flaot32',); accepted is a sequence of "
+     "one or more of 'float16', 'bfloat16', 'float32', 'float64'"),
+    ({"dtypes": ()}, ValueError, "dtypes: got (); accepted is a sequence of one or more of "),
+    ({"devices": "cpu"}, TypeError, "devices: got 'cpu'; accepted is a sequence of one or more "),
+    ({"devices": ("gpu",)}, ValueError, "got 'gpu'; accepted is "),
+    ({"devices": ()}, ValueError, "devices: got (); accepted is a sequence of one or more names"),
+    ({"inputs": [[1, 2]]}, TypeError, "inputs: got list; accepted is floats (batch, length, "),
+    ({"inputs": randn(2, 9)}, ValueError, "inputs: got float32 (2, 9); accepted is floats "),
+    ({"inputs": randn(1, 9, 4)}, ValueError, "inputs: got float32 (1, 9, 4); accepted is floats "),
+    ({"inputs": tokens(2, 9).bool()}, ValueError, "inputs: got bool (2, 9); accepted is floats "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "error", "says"), REFUSED)
+def test_a_bad_specification_is_refused_when_it_is_made(fields, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        AttentionSpec(**{"subject": sdpa, **fields})
+
+
+def test_every_field_of_a_specification_is_checked():
+    checked = {name for fields, _, _ in REFUSED for name in fields}
+    assert checked == {field.name for field in dataclasses.fields(AttentionSpec)}
+
+
+def test_an_output_in_another_layout_than_declared_is_refused():
     with pytest.raises(ValueError, match=r"must return \(batch, length, heads, width\), here"):
         AttentionSpec(lambda query, key, value: query.mT, layout="blhd").call(
             torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4)
         )
+
+
+def windowed(alignment):
+    def attention(query, key, value):
+        sizes = query.shape[-2], key.shape[-2]
+        mask = sliding_window_mask(*sizes, window=(2, 1), alignment=alignment)
+        return plain(query, key, value, mask)
+
+    return attention
+
+
+def test_a_window_is_counted_from_the_declared_corner_without_a_keyword_for_causality():
+    def examined(code, declared):
+        return AttentionSpec(
+            windowed(code), window=(2, 1), causal=declared, fully_masked="undefined",
+            dtypes=ONE_DTYPE,
+        )  # fmt: skip
+
+    spec = examined("bottom_right", "bottom_right")
+    assert (spec.causal, spec.takes_causal) == ("bottom_right", False)
+    report = check_attention(spec)
+    assert report.passed, str(report)
+    assert statuses(report, "plain") == {"passed"}
+    assert statuses(report, "causal") == statuses(report, "decoding") == {"skipped"}
+    assert diagnose(spec).healthy
+    assert check_attention(examined("top_left", "top_left")).passed
+    assert examined("top_left", "top_left").causal is None
+    for code, declared in (("bottom_right", "top_left"), ("top_left", "bottom_right")):
+        spec = examined(code, declared)
+        assert "plain" in failed(check_attention(spec, quick=True))
+        assert not diagnose(spec).healthy
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        (
+            {"causal": "bottom_right"},
+            "causal: got 'bottom_right' for a subject that has neither a parameter is_causal nor "
+            "a window; accepted is None, or with causal_argument= the name of its parameter, or",
+        ),
+        (
+            {"mask": "drop"},
+            "mask: got 'drop' for a subject that has no parameter attn_mask; accepted is None, or "
+            "with mask_argument= the name of its parameter",
+        ),
+    ],
+)
+def test_a_declaration_that_can_have_no_effect_is_refused(declared, says):
+    def plain_alone(query, key, value):
+        return sdpa(query, key, value)
+
+    with pytest.raises(ValueError, match=re.escape(says)):
+        AttentionSpec(plain_alone, **declared)
 
 
 # --- what a stranger stumbled over

@@ -144,7 +144,7 @@ def fully_masked(exam: Exam) -> None:
 
 def grouped(exam: Exam) -> None:
     """Two heads of keys for four of queries."""
-    _matches(exam, exam.inputs(key_heads=2, causal=exam.spec.causal is not None))
+    _matches(exam, exam.inputs(key_heads=2, causal=exam.spec.takes_causal))
 
 
 def large_scores(exam: Exam) -> None:
@@ -158,7 +158,7 @@ def block_lengths(exam: Exam) -> None:
         _matches(exam, exam.inputs(query_len=length))
         if exam.spec.mask is not None:
             _matches(exam, exam.inputs(query_len=length, mask=scattered))
-        if exam.spec.causal is not None:
+        if exam.spec.takes_causal:
             _matches(exam, exam.inputs(query_len=length, causal=True))
 
 
@@ -174,7 +174,7 @@ def gradients_masked(exam: Exam) -> None:
 
 def no_leakage(exam: Exam) -> None:
     """Future keys, other queries, heads and batch entries."""
-    inputs = exam.inputs(causal=exam.spec.causal is not None)
+    inputs = exam.inputs(causal=exam.spec.takes_causal)
     assert_no_leakage(exam.function(inputs), *inputs.tensors, may_see=inputs.may_see)
 
 

@@ -26,8 +26,9 @@ from pytest_attnheat.contract.explaining import explained
 from pytest_attnheat.contract.findings import Diagnosis as Diagnosis
 from pytest_attnheat.contract.findings import number_text
 from pytest_attnheat.contract.probing import Blueprint, Probe, ask, blueprints, probe
+from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.returned import with_returned
-from pytest_attnheat.contract.spec import AttentionSpec, as_spec
+from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import seed_number
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.

@@ -118,7 +118,7 @@ class Exam:
         Raises:
             NotAskedError: The specification does not claim to take these inputs.
         """
-        if causal and self.spec.causal is None:
+        if causal and not self.spec.takes_causal:
             raise NotAskedError(undeclared(self.spec, "causal") or "it does not take is_causal")
         if mask is not None and self.spec.mask is None:
             raise NotAskedError(undeclared(self.spec, "mask") or "it does not take a mask")
@@ -133,7 +133,7 @@ class Exam:
         value = self._draw("value", key_heads, key_len, width)
         given = None if mask is None else mask(query_len, key_len).to(self.device)
         seen = torch.ones(query_len, key_len, dtype=torch.bool, device=self.device)
-        alignment = self.spec.causal or "top_left"
+        alignment = self.spec.alignment
         if causal:
             seen = seen & causal_mask(query_len, key_len, alignment=alignment, device=self.device)
         if self.spec.sides is not None:
@@ -217,7 +217,8 @@ _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'b
 
 def undeclared(spec: AttentionSpec, field: Sound) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
-    if spec.is_block or spec.is_captured or getattr(spec, field) is not None:
+    is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
+    if spec.is_block or spec.is_captured or is_declared:
         return ""
     names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:

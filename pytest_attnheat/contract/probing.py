@@ -47,7 +47,7 @@ class Sizes:
 class Declared:
     """What of a specification the cases depend on."""
 
-    causal: Alignment | None
+    alignment: Alignment
     window: tuple[int, int] | None
     scale: float | None
     fully_masked: DeclaredFullyMasked
@@ -95,13 +95,13 @@ class Probe:
 def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
     """Return the cases for what a specification declares."""
     cases = list(_CASES)
-    if spec.causal is not None:
+    if spec.takes_causal:
         cases += _CAUSAL_CASES
     if spec.mask is not None:
         cases += _MASK_CASES
         if spec.fully_masked != "undefined":
             cases.append(Blueprint("fully masked row", _lost, _RECTANGLE))
-    if spec.mask is not None and spec.causal is not None:
+    if spec.mask is not None and spec.takes_causal:
         cases += _TOGETHER_CASES
     if spec.has_heads and spec.grouped is not False:
         cases.append(Blueprint("grouped heads", _plain, _GROUPED))
@@ -187,7 +187,7 @@ def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
 def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[Case]:
     """The case in all sizes, and where it has a mask also with the mask in full shape."""
     window = spec.sides
-    declared = Declared(spec.causal, window, spec.scale, spec.fully_masked)
+    declared = Declared(spec.alignment, window, spec.scale, spec.fully_masked)
     for sizes in blueprint.sizes:
         heads = sizes.heads if spec.has_heads else 1
         key_heads = (sizes.key_heads or heads) if spec.has_heads else 1
@@ -262,7 +262,7 @@ def _plain(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
         query=draw(f"{name} query", seed, batch, heads, sizes.query_len, sizes.head_dim),
         key=draw(f"{name} key", seed, batch, sizes.key_heads, sizes.key_len, sizes.head_dim),
         value=draw(f"{name} value", seed, batch, sizes.key_heads, sizes.key_len, sizes.value_dim),
-        alignment=declared.causal or "top_left",
+        alignment=declared.alignment,
         window=declared.window,
         scale=declared.scale,
         fully_masked=declared.fully_masked,

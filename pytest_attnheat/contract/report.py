@@ -17,7 +17,8 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.exam import Exam, NotAskedError, is_refusal, undeclared
-from pytest_attnheat.contract.spec import AttentionSpec, as_spec
+from pytest_attnheat.contract.ready import as_spec
+from pytest_attnheat.contract.spec import AttentionSpec
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.diagnosis import Diagnosis

@@ -11,10 +11,26 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import as_meant
+from pytest_attnheat.attention.cases import DTYPES
+from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
+from pytest_attnheat.attention.vocabulary import (
+    ALIGNMENTS,
+    DECLARED_FULLY_MASKED,
+    MASK_MEANINGS,
+    Alignment,
+    DeclaredFullyMasked,
+    MaskMeaning,
+)
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.inputs import (
+    check_number,
+    check_tolerance,
+    dtype_name,
+    misuse,
+    whole_number,
+)
 
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
 Sound: TypeAlias = Literal["mask", "causal"]
@@ -47,8 +63,8 @@ class AttentionSpec:
             (True where not), `"additive"` (floats, 0 and -inf), or None: it takes no mask.
         mask_argument: The keyword of the mask. A subject whose signature lacks it takes none.
         causal: What its `is_causal=True` means: `"top_left"`, `"bottom_right"`, or None: it does
-            not take it. Of a block: whether it is causal, always. Of what was captured: what its
-            window is counted from.
+            not take it. Of a block: whether it is causal, always. Of what was captured, or does
+            not take it: what its window is counted from.
         causal_argument: The keyword of it. A subject whose signature lacks it does not take it.
         window: How many keys before and after its own position a query attends to, always;
             None for all, also as one of the two: `(None, 0)` is always causal. Counted from the
@@ -87,29 +103,22 @@ class AttentionSpec:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.subject) and not self.is_captured:
-            raise TypeError(
-                f"subject: got {type(self.subject).__name__}; accepted is a callable, called as "
-                "subject(query, key, value), or what capture_attention recorded"
-            )
-        for name, accepted in _CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {accepted}")
-        if isinstance(self.subject, type):
-            raise TypeError(
-                f"subject: got the class {self.subject.__name__}; accepted is an instance"
-            )
-        if self.inputs is None and _is_block(self.subject):
-            raise ValueError(
-                f"subject: {type(self.subject).__name__} is a module that is not called with "
-                "query, key and value; AttentionSpec(module, inputs=...) examines it as a block"
-            )
-        letters = sorted(self.layout)
-        if letters not in (sorted("bhld"), sorted("bld")):
-            raise ValueError(
-                f"layout: got {self.layout!r}; accepted are the letters b (batch), h (heads), "
-                "l (length) and d (width) in any order, h or not: 'bhld', 'blhd', 'bld'"
-            )
+        _check_subject(self.subject, self.inputs)
+        _check_texts(self)
+        _check_layout(self.layout)
+        _check_inputs(self.inputs)
+        for name, known in _CHOICES.items():
+            _check_choice(name, getattr(self, name), known)
+        for name in ("grouped", "dropout"):
+            if not isinstance(getattr(self, name), bool | None):
+                raise TypeError(misuse(name, repr(getattr(self, name)), "True, False, or None"))
+        if self.scale is not None:
+            check_number(self.scale, "scale")
+        if self.tolerance is not None:
+            check_tolerance(self.tolerance)
+        _check_dtypes(self.dtypes)
+        _check_devices(self.devices)
+        _check_window(self.window)
         self._complete()
 
     def _complete(self) -> None:
@@ -120,17 +129,47 @@ class AttentionSpec:
             found["name"] = getattr(whole, "__name__", type(whole).__name__)
         if self.is_captured and not self.name:
             found["name"] = getattr(self.subject, "layer", "") or "the trace"
+        if self.is_captured and self.causal == "bottom_right" and self.window is None:
+            accepted = "with window= what is counted from there; else it is as it was captured"
+            raise ValueError(misuse("causal", "'bottom_right' without a window", accepted))
         if self.inputs is None and not self.is_captured:
             found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
             self._check_named("mask_argument", "attn_mask")
             self._check_named("causal_argument", "is_causal")
-            if self._lacks(self.mask_argument, "mask"):
-                found["mask"] = None
-            if self._lacks(self.causal_argument, "causal"):
-                found["causal"] = None
+            found |= self._without_keywords()
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    def _without_keywords(self) -> dict[str, Any]:
+        """What is left of the mask and of causality if the subject has no keyword for them.
+
+        Only a default is dropped. What was declared is kept if it has an effect, else refused.
+        """
+        left: dict[str, Any] = {}
+        if self._lacks(self.mask_argument, "mask"):
+            if self.mask not in ("keep", None):
+                raise ValueError(
+                    misuse(
+                        "mask",
+                        f"{self.mask!r} for a subject that has no parameter {self.mask_argument}",
+                        "None, or with mask_argument= the name of its parameter",
+                    )
+                )
+            left["mask"] = None
+        if self._lacks(self.causal_argument, "causal"):
+            if self.causal == "bottom_right" and self.window is None:
+                raise ValueError(
+                    misuse(
+                        "causal",
+                        "'bottom_right' for a subject that has neither a parameter "
+                        f"{self.causal_argument} nor a window",
+                        "None, or with causal_argument= the name of its parameter, or with "
+                        "window= what is counted from there",
+                    )
+                )
+            left["causal"] = None if self.causal == "top_left" else self.causal
+        return left
 
     def _check_named(self, field: str, default: str) -> None:
         """Refuse a keyword that was given and that the subject has no parameter for."""
@@ -148,6 +187,16 @@ class AttentionSpec:
             return None
         left, right = (_ENDLESS if side is None else side for side in self.window)
         return left, right
+
+    @property
+    def alignment(self) -> Alignment:
+        """What causal means, and where the window is counted from."""
+        return self.causal or "top_left"
+
+    @property
+    def takes_causal(self) -> bool:
+        """Whether the subject can be asked to be causal, by `causal_argument`."""
+        return self.causal is not None and not self._lacks(self.causal_argument, "causal")
 
     @property
     def is_block(self) -> bool:
@@ -365,20 +414,95 @@ class Answer:
     weights: Any
 
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "mask": (*get_args(MaskMeaning), None),
-    "causal": (*get_args(Alignment), None),
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "mask": (*MASK_MEANINGS, None),
+    "causal": (*ALIGNMENTS, None),
     "returns": get_args(Returns),
-    "fully_masked": get_args(DeclaredFullyMasked),
+    "fully_masked": DECLARED_FULLY_MASKED,
 }
 
 
-def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
-    """Return a specification: as it is, ready-made, or of a callable with nothing declared."""
-    if isinstance(subject, AttentionSpec):
-        return subject
-    if isinstance(subject, Trace | AttentionRecord):
-        return AttentionSpec(subject)
-    from pytest_attnheat.contract.ready import known_spec
+def _check_subject(subject: object, inputs: object) -> None:
+    if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
+        accepted = (
+            "a callable, called as subject(query, key, value), or what capture_attention recorded"
+        )
+        raise TypeError(misuse("subject", type(subject).__name__, accepted))
+    if isinstance(subject, type):
+        raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
+    if inputs is None and _is_block(subject):
+        raise ValueError(
+            f"subject: {type(subject).__name__} is a module that is not called with "
+            "query, key and value; AttentionSpec(module, inputs=...) examines it as a block"
+        )
 
-    return known_spec(subject) or AttentionSpec(subject)
+
+def _check_texts(spec: AttentionSpec) -> None:
+    for name in ("name", "mask_argument", "causal_argument"):
+        if not isinstance(getattr(spec, name), str):
+            raise TypeError(misuse(name, repr(getattr(spec, name)), "a text"))
+
+
+def _check_layout(layout: object) -> None:
+    if not isinstance(layout, str) or sorted(layout) not in (sorted("bhld"), sorted("bld")):
+        accepted = (
+            "the letters b (batch), h (heads), l (length) and d (width) in any order, h or not: "
+            "'bhld', 'blhd', 'bld'"
+        )
+        raise ValueError(misuse("layout", repr(layout), accepted))
+
+
+def _check_inputs(inputs: object) -> None:
+    if inputs is None:
+        return
+    accepted = (
+        "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of two or "
+        "more sequences, or None"
+    )
+    if not isinstance(inputs, Tensor):
+        raise TypeError(misuse("inputs", type(inputs).__name__, accepted))
+    is_known = inputs.is_floating_point() or inputs.dtype in (torch.int64, torch.int32)
+    dimensions = 3 if inputs.is_floating_point() else 2
+    if not is_known or inputs.ndim != dimensions or len(inputs) < 2 or 0 in inputs.shape:
+        shown = f"{dtype_name(inputs)} {tuple(inputs.shape)}"
+        raise ValueError(misuse("inputs", shown, accepted))
+
+
+def _check_choice(name: str, given: object, known: Sequence[str | None]) -> None:
+    if not isinstance(given, str | None) or given not in known:
+        texts = ", ".join(repr(one) for one in known if one is not None)
+        accepted = f"one of {texts}" + (", or None" if None in known else "")
+        raise ValueError(misuse(name, repr(given), accepted))
+
+
+def _check_dtypes(dtypes: object) -> None:
+    accepted = f"a sequence of one or more of {', '.join(map(repr, DTYPES))}"
+    if isinstance(dtypes, str) or not isinstance(dtypes, Sequence):
+        raise TypeError(misuse("dtypes", repr(dtypes), accepted))
+    if not dtypes or any(name not in DTYPES for name in dtypes):
+        raise ValueError(misuse("dtypes", repr(dtypes), accepted))
+
+
+def _check_devices(devices: object) -> None:
+    if devices is None:
+        return
+    accepted = "a sequence of one or more names of devices, or None for all that are present"
+    if isinstance(devices, str) or not isinstance(devices, Sequence):
+        raise TypeError(misuse("devices", repr(devices), accepted))
+    if not devices:
+        raise ValueError(misuse("devices", repr(devices), accepted))
+    for name in devices:
+        check_device(name)
+
+
+def _check_window(window: object) -> None:
+    if window is None:
+        return
+    accepted = "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"
+    if not isinstance(window, tuple):
+        raise TypeError(misuse("window", repr(window), accepted))
+    if len(window) != 2:
+        raise ValueError(misuse("window", repr(window), accepted))
+    for side in window:
+        if side is not None:
+            whole_number("window", side, least=0)

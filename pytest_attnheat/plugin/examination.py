@@ -53,8 +53,8 @@ def parametrize_with_checks(
         ValueError: There are no specifications, or the name of an expected failure is not that
             of a check.
     """
+    from pytest_attnheat.contract.ready import as_spec
     from pytest_attnheat.contract.report import checks_of
-    from pytest_attnheat.contract.spec import as_spec
 
     if not specs:
         raise ValueError("parametrize_with_checks: got no specifications")
@@ -317,7 +317,7 @@ def _selected(config: pytest.Config, exam: Exam) -> bool:
 
 def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
     """Import what `--attn-check` names."""
-    from pytest_attnheat.contract.spec import as_spec
+    from pytest_attnheat.contract.ready import as_spec
 
     module, separator, name = target.partition(":")
     if not (module and separator and name):
