@@ -88,7 +88,9 @@ def test_a_defect_inside_a_block_is_found_and_named_with_its_layer(defect, hidde
     assert str(report.diagnosis) in str(report)
     says = "1 of 2 attentions that were captured are not what their queries, keys and values make"
     assert failed["attention_inside"].startswith(says)
-    assert failed["attention_inside"].splitlines()[1:] == [report.diagnosis.sentence]
+    assert failed["attention_inside"].splitlines()[1:] == [
+        f"  cause    {report.diagnosis.sentence}"
+    ]
     assert str(report).count("|difference|") == 1  # the picture is that of the diagnosis
 
 
@@ -153,7 +155,8 @@ def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(
     report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
     assert "no_leakage" in [result.name for result in report.failed]
     report = check_attention(AttentionSpec(windowed, inputs=hidden))
-    assert "a sliding window? Declare window=\n" in report.failed[0].message
+    assert "a sliding window? Say so with " in report.failed[0].message
+    assert "(with window= of an AttentionSpec)\n" in report.failed[0].message
 
 
 def test_sound_blocks_and_traces_pass(hidden):
@@ -173,7 +176,7 @@ def test_sound_blocks_and_traces_pass(hidden):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_fused_attention_passes_with_masks_groups_and_lost_rows(dtype):
+def test_fused_attention_passes_with_masks_groups_and_fully_masked_rows(dtype):
     query, key = torch.randn(2, 4, 7, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
     mask = torch.rand(2, 1, 7, 9) > 0.3
     mask[0, 0, 3] = False

@@ -10,17 +10,21 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.rows import assert_row_stochastic
+from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment
+from pytest_attnheat.attention.tolerance import row_tolerance
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.errors import CaptureError
-from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.diagnosis import diagnose_output
-from pytest_attnheat.contract.exam import NotAskedError
+from pytest_attnheat.contract.examination import Skipped
 from pytest_attnheat.contract.findings import Diagnosis
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure, Place, number_text
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
@@ -30,7 +34,7 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
     """Return the records of a specification: those of its trace, or of its block at work.
 
     Raises:
-        NotAskedError: Nothing could be captured in the block.
+        Skipped: Nothing could be captured in the block.
     """
     if isinstance(spec.subject, AttentionRecord):
         return [spec.subject]
@@ -44,14 +48,14 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
 def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
     module = _module_of(model.module)
     if module is None or inputs is None:
-        raise NotAskedError("attention inside is captured of one module, or of what calls one")
+        raise Skipped("attention inside is captured of one module, or of what calls one")
     with borrowed(module, inputs), torch.no_grad():
         module.eval()
         try:
             with capture_attention(module, allow_unseen=True) as trace:
                 model(inputs)
         except CaptureError as error:
-            raise NotAskedError(str(error)) from None
+            raise Skipped(str(error)) from None
     return list(trace)
 
 
@@ -261,3 +265,54 @@ def _place(record: AttentionRecord) -> str:
 
 def _listed(reasons: Sequence[str]) -> str:
     return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") or "nothing was captured"
+
+
+def assert_rows(record: AttentionRecord, fully_masked: DeclaredFullyMasked) -> None:
+    """Assert that the rows of a record are distributions, or what is declared if fully masked."""
+    # Weights are kept in a dtype of the reader's choice; what rounded them is the model's.
+    coarser = max(record.dtype, record.weights_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    tolerance = row_tolerance(coarser, record.shape[3])
+    if record.statistics is not None:
+        _sums(record, record.statistics, fully_masked, tolerance)
+    elif fully_masked != "undefined":
+        assert_row_stochastic(record, fully_masked=fully_masked, tolerance=tolerance)
+    elif record.mask is None or bool(record.mask.any(-1).all()):
+        assert_row_stochastic(record, tolerance=tolerance)
+
+
+def _sums(
+    record: AttentionRecord,
+    statistics: Statistics,
+    fully_masked: DeclaredFullyMasked,
+    tolerance: float,
+) -> None:
+    """Judge rows by their sums. Which may attend to nothing, statistics do not tell."""
+    sums, largest = statistics.row_sum, statistics.maximum
+    right = (sums - 1).abs() <= tolerance
+    if fully_masked in ("zero", "undefined"):
+        right |= (sums == 0) & (largest == 0)
+    if fully_masked in ("nan", "undefined"):
+        right |= sums.isnan()
+    if bool(right.all()):
+        return
+    off = (sums - 1).abs().nan_to_num(nan=torch.inf).masked_fill(right, -1.0)
+    worst = index_of(off.argmax(), off.shape)
+    found = float(sums[worst])
+    raise Failure(
+        "",
+        "rows do not sum to 1",
+        broken=int((~right).sum()),
+        of=right.numel(),
+        layer=layer_of(record),
+        worst=Place(
+            f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})",
+            worst,
+            found,
+        ),
+        tolerance=tolerance,
+    )
+
+
+def layer_of(record: AttentionRecord) -> str:
+    """Return where a record was captured, as failures name it."""
+    return f"{record.layer or '(no module)'}, call {record.call}"

@@ -24,13 +24,7 @@ from pytest_attnheat.attention.vocabulary import (
 )
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.inputs import (
-    check_number,
-    check_tolerance,
-    dtype_name,
-    misuse,
-    whole_number,
-)
+from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
 Sound: TypeAlias = Literal["mask", "causal"]
@@ -104,21 +98,18 @@ class AttentionSpec:
 
     def __post_init__(self) -> None:
         _check_subject(self.subject, self.inputs)
-        _check_texts(self)
-        _check_layout(self.layout)
-        _check_inputs(self.inputs)
-        for name, known in _CHOICES.items():
-            _check_choice(name, getattr(self, name), known)
-        for name in ("grouped", "dropout"):
-            if not isinstance(getattr(self, name), bool | None):
-                raise TypeError(misuse(name, repr(getattr(self, name)), "True, False, or None"))
+        for name, (types, is_accepted, accepted) in _ACCEPTED.items():
+            given = getattr(self, name)
+            if not isinstance(given, types):
+                raise TypeError(misuse(name, _shown(given), accepted))
+            if given is not None and not is_accepted(given):
+                raise ValueError(misuse(name, _shown(given), accepted))
+        for device in self.devices or ():
+            check_device(device)
         if self.scale is not None:
             check_number(self.scale, "scale")
         if self.tolerance is not None:
             check_tolerance(self.tolerance)
-        _check_dtypes(self.dtypes)
-        _check_devices(self.devices)
-        _check_window(self.window)
         self._complete()
 
     def _complete(self) -> None:
@@ -130,7 +121,7 @@ class AttentionSpec:
         if self.is_captured and not self.name:
             found["name"] = getattr(self.subject, "layer", "") or "the trace"
         if self.is_captured and self.causal == "bottom_right" and self.window is None:
-            accepted = "with window= what is counted from there; else it is as it was captured"
+            accepted = "'bottom_right' with window= what is counted from it, or None"
             raise ValueError(misuse("causal", "'bottom_right' without a window", accepted))
         if self.inputs is None and not self.is_captured:
             found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
@@ -147,27 +138,20 @@ class AttentionSpec:
         Only a default is dropped. What was declared is kept if it has an effect, else refused.
         """
         left: dict[str, Any] = {}
+        accepted = "None, or with {}_argument= the name of its parameter"
         if self._lacks(self.mask_argument, "mask"):
             if self.mask not in ("keep", None):
-                raise ValueError(
-                    misuse(
-                        "mask",
-                        f"{self.mask!r} for a subject that has no parameter {self.mask_argument}",
-                        "None, or with mask_argument= the name of its parameter",
-                    )
-                )
+                got = f"{self.mask!r} for a subject that has no parameter {self.mask_argument}"
+                raise ValueError(misuse("mask", got, accepted.format("mask")))
             left["mask"] = None
         if self._lacks(self.causal_argument, "causal"):
             if self.causal == "bottom_right" and self.window is None:
-                raise ValueError(
-                    misuse(
-                        "causal",
-                        "'bottom_right' for a subject that has neither a parameter "
-                        f"{self.causal_argument} nor a window",
-                        "None, or with causal_argument= the name of its parameter, or with "
-                        "window= what is counted from there",
-                    )
+                got = (
+                    "'bottom_right' for a subject that has neither a parameter "
+                    f"{self.causal_argument} nor a window"
                 )
+                accepted = f"{accepted.format('causal')}, or with window= what is counted from it"
+                raise ValueError(misuse("causal", got, accepted))
             left["causal"] = None if self.causal == "top_left" else self.causal
         return left
 
@@ -414,14 +398,6 @@ class Answer:
     weights: Any
 
 
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "mask": (*MASK_MEANINGS, None),
-    "causal": (*ALIGNMENTS, None),
-    "returns": get_args(Returns),
-    "fully_masked": DECLARED_FULLY_MASKED,
-}
-
-
 def _check_subject(subject: object, inputs: object) -> None:
     if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
         accepted = (
@@ -437,72 +413,67 @@ def _check_subject(subject: object, inputs: object) -> None:
         )
 
 
-def _check_texts(spec: AttentionSpec) -> None:
-    for name in ("name", "mask_argument", "causal_argument"):
-        if not isinstance(getattr(spec, name), str):
-            raise TypeError(misuse(name, repr(getattr(spec, name)), "a text"))
+def _is_input(inputs: Tensor) -> bool:
+    floats = inputs.is_floating_point() and inputs.ndim == 3
+    tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
+    return (floats or tokens) and len(inputs) >= 2 and inputs.numel() > 0
 
 
-def _check_layout(layout: object) -> None:
-    if not isinstance(layout, str) or sorted(layout) not in (sorted("bhld"), sorted("bld")):
-        accepted = (
-            "the letters b (batch), h (heads), l (length) and d (width) in any order, h or not: "
-            "'bhld', 'blhd', 'bld'"
-        )
-        raise ValueError(misuse("layout", repr(layout), accepted))
+def _is_window(window: tuple[Any, ...]) -> bool:
+    sides = [side for side in window if side is not None]
+    return len(window) == 2 and all(type(side) is int and side >= 0 for side in sides)
 
 
-def _check_inputs(inputs: object) -> None:
-    if inputs is None:
-        return
-    accepted = (
+def _shown(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"{dtype_name(given)} {tuple(given.shape)}"
+    return repr(given)
+
+
+def _one_of(known: Sequence[str], *, or_none: bool = False) -> tuple[Any, Any, str]:
+    names = ", ".join(map(repr, known))
+    types, ending = (str | None, ", or None") if or_none else (str, "")
+    return types, known.__contains__, f"one of {names}{ending}"
+
+
+_TEXT = (str, lambda _: True, "a text")
+_FLAG = (bool | None, lambda _: True, "True, False, or None")
+# What each field accepts: its types, what else is true of it, and both in words.
+_ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "name": _TEXT,
+    "inputs": (
+        Tensor | None,
+        _is_input,
         "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of two or "
-        "more sequences, or None"
-    )
-    if not isinstance(inputs, Tensor):
-        raise TypeError(misuse("inputs", type(inputs).__name__, accepted))
-    is_known = inputs.is_floating_point() or inputs.dtype in (torch.int64, torch.int32)
-    dimensions = 3 if inputs.is_floating_point() else 2
-    if not is_known or inputs.ndim != dimensions or len(inputs) < 2 or 0 in inputs.shape:
-        shown = f"{dtype_name(inputs)} {tuple(inputs.shape)}"
-        raise ValueError(misuse("inputs", shown, accepted))
-
-
-def _check_choice(name: str, given: object, known: Sequence[str | None]) -> None:
-    if not isinstance(given, str | None) or given not in known:
-        texts = ", ".join(repr(one) for one in known if one is not None)
-        accepted = f"one of {texts}" + (", or None" if None in known else "")
-        raise ValueError(misuse(name, repr(given), accepted))
-
-
-def _check_dtypes(dtypes: object) -> None:
-    accepted = f"a sequence of one or more of {', '.join(map(repr, DTYPES))}"
-    if isinstance(dtypes, str) or not isinstance(dtypes, Sequence):
-        raise TypeError(misuse("dtypes", repr(dtypes), accepted))
-    if not dtypes or any(name not in DTYPES for name in dtypes):
-        raise ValueError(misuse("dtypes", repr(dtypes), accepted))
-
-
-def _check_devices(devices: object) -> None:
-    if devices is None:
-        return
-    accepted = "a sequence of one or more names of devices, or None for all that are present"
-    if isinstance(devices, str) or not isinstance(devices, Sequence):
-        raise TypeError(misuse("devices", repr(devices), accepted))
-    if not devices:
-        raise ValueError(misuse("devices", repr(devices), accepted))
-    for name in devices:
-        check_device(name)
-
-
-def _check_window(window: object) -> None:
-    if window is None:
-        return
-    accepted = "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"
-    if not isinstance(window, tuple):
-        raise TypeError(misuse("window", repr(window), accepted))
-    if len(window) != 2:
-        raise ValueError(misuse("window", repr(window), accepted))
-    for side in window:
-        if side is not None:
-            whole_number("window", side, least=0)
+        "more sequences, or None",
+    ),
+    "layout": (
+        str,
+        lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
+        "the letters b (batch), h (heads), l (length) and d (width) in any order, h or not: "
+        "'bhld', 'blhd', 'bld'",
+    ),
+    "mask": _one_of(MASK_MEANINGS, or_none=True),
+    "mask_argument": _TEXT,
+    "causal": _one_of(ALIGNMENTS, or_none=True),
+    "causal_argument": _TEXT,
+    "window": (
+        tuple | None,
+        _is_window,
+        "a pair of whole numbers from 0, with None for a side that ends nowhere, or None",
+    ),
+    "grouped": _FLAG,
+    "dropout": _FLAG,
+    "returns": _one_of(get_args(Returns)),
+    "fully_masked": _one_of(DECLARED_FULLY_MASKED),
+    "dtypes": (
+        tuple | list,
+        lambda names: names and all(name in DTYPES for name in names),
+        f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}",
+    ),
+    "devices": (
+        tuple | list | None,
+        bool,
+        "a tuple or list of one or more names of devices, or None for all that are present",
+    ),
+}
