@@ -258,10 +258,10 @@ def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
     assert layer.split() == ["layer", "1,", "call", "0"]
     assert worst.startswith("  worst    weights[")
     inputs = torch.randn(1, 1, 5, 8)
-    lost = torch.ones(5, 5, dtype=torch.bool)
-    lost[2] = False
+    fully_masked = torch.ones(5, 5, dtype=torch.bool)
+    fully_masked[2] = False
     with capture_attention(keep="statistics") as trace:
-        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=lost)
+        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=fully_masked)
     assert statuses(trace)["rows"] == "passed"
 
 

@@ -23,7 +23,7 @@ from attention_subjects import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from wrong_attention import attention_with
+from wrong_attention import attention_with, declared_for
 
 from pytest_attnheat import (
     AttentionSpec,
@@ -200,16 +200,20 @@ def test_returned_weights_are_checked():
 
 @pytest.mark.parametrize("name", FOUND)
 def test_every_defect_of_the_catalogue_is_found(name):
-    window = (2, 1) if "window" in name else None
+    declared = declared_for(name)
     grouped = True if name in ("groups_tiled", "first_key_head_only") else None
-    lost = "uniform" if name == "fully_masked_zero" else "zero"
-    subject = attention_with(name, window=window, lost=lost)
-    spec = AttentionSpec(
-        subject, window=window, grouped=grouped, fully_masked=lost, dtypes=ONE_DTYPE
-    )
-    assert not check_attention(spec).passed
-    sound = attention_with(window=window, lost=lost)
-    sound = AttentionSpec(sound, window=window, fully_masked=lost, dtypes=ONE_DTYPE)
+    subject = attention_with(name, **declared)
+    assert not check_attention(
+        AttentionSpec(subject, grouped=grouped, dtypes=ONE_DTYPE, **declared)
+    ).passed
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("window_ignored",), ("fully_masked_zero",)], ids=["plain", "window", "uniform"]
+)
+def test_what_the_planted_defects_are_planted_in_is_right(names):
+    declared = declared_for(*names)
+    sound = AttentionSpec(attention_with(**declared), dtypes=ONE_DTYPE, **declared)
     assert check_attention(sound).passed
 
 

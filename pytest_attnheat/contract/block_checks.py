@@ -27,13 +27,8 @@ from pytest_attnheat.contract.examination import (
 from pytest_attnheat.failure import Failure
 
 
-@check(
-    "no_leakage",
-    "no output depends on what it must not see, and each on what it must",
-    "block",
-    quick=True,
-    issue="pytorch/pytorch#103082",
-)
+@check("no_leakage", "no output depends on what it must not see, and each on what it must", "block",
+       quick=True, issue="pytorch/pytorch#103082")  # fmt: skip
 def block_no_leakage(examination: Examination) -> None:
     """The future of a causal block; other sequences of the batch in any case."""
     model, inputs = examination.block()
@@ -45,38 +40,22 @@ def block_no_leakage(examination: Examination) -> None:
     assert_no_leakage(model, inputs, causal=causal, must_see=not windowed, seed=examination.seed)
 
 
-@check(
-    "padding",
-    "padding that the mask hides changes nothing",
-    "block",
-    needs=takes_padding_mask,
-    quick=True,
-    issue="TransformerLensOrg/TransformerLens#1005",
-)
+@check("padding", "padding that the mask hides changes nothing", "block", needs=takes_padding_mask,
+       quick=True, issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def block_padding(examination: Examination) -> None:
     """On the right and on the left, of any content."""
     assert_padding_invariant(*examination.block(), seed=examination.seed)
 
 
-@check(
-    "batch",
-    "a sequence gives the same output alone and in a batch",
-    "block",
-    quick=True,
-    issue="PetrochukM/PyTorch-NLP#2",
-)
+@check("batch", "a sequence gives the same output alone and in a batch", "block", quick=True,
+       issue="PetrochukM/PyTorch-NLP#2")  # fmt: skip
 def block_batch(examination: Examination) -> None:
     """Up to four sequences alone, and all in another order."""
     assert_batch_independent(*examination.block(), seed=examination.seed)
 
 
-@check(
-    "decoding",
-    "decoded in chunks it gives what it gives at once",
-    "block",
-    needs=is_causal_block,
-    quick=True,
-)
+@check("decoding", "decoded in chunks it gives what it gives at once", "block",
+       needs=is_causal_block, quick=True)  # fmt: skip
 def block_decoding(examination: Examination) -> None:
     """With its cache, if it has one, else by prefixes."""
     assert_decode_matches_prefill(*examination.block(), seed=examination.seed)
@@ -88,26 +67,16 @@ def block_layout(examination: Examination) -> None:
     assert_layout_invariant(*examination.block(), seed=examination.seed)
 
 
-@check(
-    "repeats",
-    "the same input gives the same output",
-    "block",
-    quick=True,
-    issue="pytorch/pytorch#124464",
-)
+@check("repeats", "the same input gives the same output", "block", quick=True,
+       issue="pytorch/pytorch#124464")  # fmt: skip
 def block_repeats(examination: Examination) -> None:
     """In evaluation mode, whatever the random state."""
     examination.refuse_training()
     assert_deterministic(*examination.block(), seed=examination.seed)
 
 
-@check(
-    "rows",
-    "every row is a distribution",
-    "captured",
-    quick=True,
-    issue="labmlai/annotated_deep_learning_paper_implementations#146",
-)
+@check("rows", "every row is a distribution", "captured", quick=True,
+       issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
 def captured_rows(examination: Examination) -> None:
     """Rows that may attend to nothing are what is declared."""
     _ask_each(
@@ -116,13 +85,8 @@ def captured_rows(examination: Examination) -> None:
     )
 
 
-@check(
-    "masks",
-    "masked keys get no weight",
-    "captured",
-    quick=True,
-    issue="huggingface/pytorch-image-models#2236",
-)
+@check("masks", "masked keys get no weight", "captured", quick=True,
+       issue="huggingface/pytorch-image-models#2236")  # fmt: skip
 def captured_masks(examination: Examination) -> None:
     """Masked keys get no weight, in attention that was given a mask."""
     _ask_each(records_of(examination.spec), _masked_keys)
@@ -134,13 +98,8 @@ def _masked_keys(record: AttentionRecord) -> None:
     assert_masked(record)
 
 
-@check(
-    "output",
-    "weights times value are the output",
-    "captured",
-    quick=True,
-    issue="pytorch/pytorch#27968",
-)
+@check("output", "weights times value are the output", "captured", quick=True,
+       issue="pytorch/pytorch#27968")  # fmt: skip
 def captured_output(examination: Examination) -> None:
     """Weights times value are the output, where dropout leaves that to be asked."""
     whole = [r for r in records_of(examination.spec) if r.output is not None and r.dropout == 0]
@@ -149,13 +108,8 @@ def captured_output(examination: Examination) -> None:
     _ask_each(whole, assert_reproduces_output)
 
 
-@check(
-    "dropout",
-    "nothing is dropped in evaluation mode",
-    "captured",
-    quick=True,
-    issue="pytorch/pytorch#124464",
-)
+@check("dropout", "nothing is dropped in evaluation mode", "captured", quick=True,
+       issue="pytorch/pytorch#124464")  # fmt: skip
 def captured_dropout(examination: Examination) -> None:
     """Whatever its rate: only a module in training mode drops weights."""
     records = records_of(examination.spec)
@@ -186,14 +140,8 @@ def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord
         raise Skipped("; ".join(dict.fromkeys(reasons)) or "no attention was captured")
 
 
-@check(
-    "attention_inside",
-    "what was captured is what its own queries, keys and values make",
-    "block",
-    "captured",
-    quick=True,
-    issue="Graylab/DL4Proteins-notebooks#12",
-)
+@check("attention_inside", "what was captured is what its own queries, keys and values make",
+       "block", "captured", quick=True, issue="Graylab/DL4Proteins-notebooks#12")  # fmt: skip
 def attention_inside(examination: Examination) -> None:
     """Of what was captured: of a block, while it runs on its inputs."""
     judged, wrong, reasons = 0, [], list[str]()

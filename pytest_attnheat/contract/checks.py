@@ -69,9 +69,8 @@ def _output_matches(function: Callable[..., Tensor], *inputs: Tensor, **options:
     assert_matches_reference(function, *inputs, gradients=False, **options)  # type: ignore[arg-type]
 
 
-@check(
-    "shape_and_dtype", "the output has the shape, dtype and device that it must have", quick=True
-)
+@check("shape_and_dtype", "the output has the shape, dtype and device that it must have",
+       quick=True)  # fmt: skip
 def shape_and_dtype(examination: Examination) -> None:
     """The output has the shape of the query with the width of the value, its dtype and device."""
     inputs = examination.inputs(key_len=9, value_dim=VALUE_DIM)
@@ -89,48 +88,29 @@ def shape_and_dtype(examination: Examination) -> None:
         raise Failure("", claim)
 
 
-@check(
-    "plain",
-    "without a mask it is attention, as exactly as its dtype allows",
-    quick=True,
-    issue="labmlai/annotated_deep_learning_paper_implementations#146",
-)
+@check("plain", "without a mask it is attention, as exactly as its dtype allows", quick=True,
+       issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
 def plain(examination: Examination) -> None:
     """Query_len and key_len differ, so that neither is taken for the other."""
     _matches(examination, examination.inputs(key_len=9))
 
 
-@check(
-    "masked",
-    "under a mask it is attention",
-    needs=takes_mask,
-    quick=True,
-    issue="huggingface/pytorch-image-models#2236",
-)
+@check("masked", "under a mask it is attention", needs=takes_mask, quick=True,
+       issue="huggingface/pytorch-image-models#2236")  # fmt: skip
 def masked(examination: Examination) -> None:
     """Each batch entry has its own mask."""
     _matches(examination, examination.inputs(key_len=9, mask=scattered))
 
 
-@check(
-    "causal",
-    "with is_causal it is causal attention",
-    needs=takes_causal,
-    quick=True,
-    issue="keras-team/keras#23038",
-)
+@check("causal", "with is_causal it is causal attention", needs=takes_causal, quick=True,
+       issue="keras-team/keras#23038")  # fmt: skip
 def causal(examination: Examination) -> None:
     """As many queries as keys: the alignment does not matter."""
     _matches(examination, examination.inputs(causal=True))
 
 
-@check(
-    "causal_rectangular",
-    "is_causal is aligned as declared where lengths differ",
-    needs=takes_causal,
-    quick=True,
-    issue="pytorch/pytorch#103082",
-)
+@check("causal_rectangular", "is_causal is aligned as declared where lengths differ",
+       needs=takes_causal, quick=True, issue="pytorch/pytorch#103082")  # fmt: skip
 def causal_rectangular(examination: Examination) -> None:
     """More keys than queries, and the other way round where both are usual."""
     _matches(examination, examination.inputs(query_len=5, key_len=9, causal=True))
@@ -138,12 +118,8 @@ def causal_rectangular(examination: Examination) -> None:
         _matches(examination, examination.inputs(query_len=9, key_len=5, causal=True))
 
 
-@check(
-    "masked_and_causal",
-    "a mask and is_causal at once hide what either hides",
-    needs=all_of(takes_causal, takes_mask),
-    quick=True,
-)
+@check("masked_and_causal", "a mask and is_causal at once hide what either hides",
+       needs=all_of(takes_causal, takes_mask), quick=True)  # fmt: skip
 def masked_and_causal(examination: Examination) -> None:
     """Both at once, where they are not refused."""
     inputs = examination.inputs(mask=scattered, causal=True)
@@ -162,36 +138,23 @@ def scale_argument(examination: Examination) -> None:
     _matches(examination, examination.inputs(key_len=9), scale=0.7)
 
 
-@check(
-    "fully_masked",
-    "a query that may attend to nothing gives what is declared",
-    needs=all_of(declares_fully_masked, takes_mask),
-    quick=True,
-    issue="pytorch/pytorch#103963",
-)
+@check("fully_masked", "a query that may attend to nothing gives what is declared",
+       needs=all_of(declares_fully_masked, takes_mask), quick=True,
+       issue="pytorch/pytorch#103963")  # fmt: skip
 def fully_masked(examination: Examination) -> None:
     """One query of several may attend to nothing."""
     _matches(examination, examination.inputs(mask=with_a_fully_masked_row))
 
 
-@check(
-    "grouped",
-    "grouped heads share keys in the order of repeat_interleave",
-    needs=takes_groups,
-    quick=True,
-    issue="fkodom/grouped-query-attention-pytorch#5",
-)
+@check("grouped", "grouped heads share keys in the order of repeat_interleave", needs=takes_groups,
+       quick=True, issue="fkodom/grouped-query-attention-pytorch#5")  # fmt: skip
 def grouped(examination: Examination) -> None:
     """Two heads of keys for four of queries."""
     _matches(examination, examination.inputs(key_heads=2, causal=examination.spec.takes_causal))
 
 
-@check(
-    "large_scores",
-    "large scores do not overflow",
-    quick=True,
-    issue="huggingface/transformers#17306",
-)
+@check("large_scores", "large scores do not overflow", quick=True,
+       issue="huggingface/transformers#17306")  # fmt: skip
 def large_scores(examination: Examination) -> None:
     """Scores of a few hundred: exp of them overflows in every dtype but float64."""
     _matches(examination, examination.inputs(size=40.0))
@@ -214,66 +177,48 @@ def gradients(examination: Examination) -> None:
     _matches(examination, examination.inputs(key_len=9), gradients=True)
 
 
-@check(
-    "gradients_masked",
-    "gradients are right under a mask, and finite where it hides all",
-    needs=takes_mask,
-    issue="pytorch/pytorch#103963",
-)
+@check("gradients_masked", "gradients are right under a mask, and finite where it hides all",
+       needs=takes_mask, issue="pytorch/pytorch#103963")  # fmt: skip
 def gradients_masked(examination: Examination) -> None:
     """With a query that may attend to nothing."""
     _matches(examination, examination.inputs(mask=with_a_fully_masked_row), gradients=True)
 
 
-@check(
-    "no_leakage",
-    "no output depends on what it must not see, and each on what it must",
-    issue="ml-explore/mlx#2835",
-)
+@check("no_leakage", "no output depends on what it must not see, and each on what it must",
+       issue="ml-explore/mlx#2835")  # fmt: skip
 def no_leakage(examination: Examination) -> None:
     """Future keys, other queries, heads and batch entries."""
     inputs = examination.inputs(causal=examination.spec.takes_causal)
     assert_no_leakage(examination.function(inputs), *inputs.tensors, may_see=inputs.may_see)
 
 
-@check(
-    "no_leakage_through_mask",
-    "no output depends on a key that the mask hides",
-    needs=takes_mask,
-    issue="TransformerLensOrg/TransformerLens#1005",
-)
+@check("no_leakage_through_mask", "no output depends on a key that the mask hides",
+       needs=takes_mask, issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def no_leakage_through_mask(examination: Examination) -> None:
     """Each batch entry has its own mask."""
     inputs = examination.inputs(mask=scattered)
     assert_no_leakage(examination.function(inputs), *inputs.tensors, may_see=inputs.may_see)
 
 
-@check(
-    "padding",
-    "padding that the mask hides changes nothing",
-    needs=all_of(takes_mask, has_no_window),
-    issue="TransformerLensOrg/TransformerLens#1005",
-)
+@check("padding", "padding that the mask hides changes nothing",
+       needs=all_of(takes_mask, has_no_window),
+       issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def padding(examination: Examination) -> None:
     """On the right and on the left, of any content."""
     inputs = examination.inputs(mask=scattered)
     assert_padding_invariant(examination.spec, *inputs.tensors, attn_mask=inputs.mask)
 
 
-@check(
-    "batch", "a sample gives the same output alone and in a batch", issue="PetrochukM/PyTorch-NLP#2"
-)
+@check("batch", "a sample gives the same output alone and in a batch",
+       issue="PetrochukM/PyTorch-NLP#2")  # fmt: skip
 def batch(examination: Examination) -> None:
     """Up to four samples alone, and all in another order."""
     inputs = examination.inputs(key_len=9)
     assert_batch_independent(examination.spec, *inputs.tensors)
 
 
-@check(
-    "decoding",
-    "decoded in chunks it gives what it gives at once",
-    needs=all_of(takes_causal, decodes_in_chunks),
-)
+@check("decoding", "decoded in chunks it gives what it gives at once",
+       needs=all_of(takes_causal, decodes_in_chunks))  # fmt: skip
 def decoding(examination: Examination) -> None:
     """Token by token, and in chunks."""
     inputs = examination.inputs(causal=True)
@@ -300,20 +245,16 @@ def layout(examination: Examination) -> None:
     assert_layout_invariant(examination.spec, *examination.inputs(key_len=9).tensors)
 
 
-@check(
-    "repeats", "the same input gives the same output", quick=True, issue="pytorch/pytorch#124464"
-)
+@check("repeats", "the same input gives the same output", quick=True,
+       issue="pytorch/pytorch#124464")  # fmt: skip
 def repeats(examination: Examination) -> None:
     """In evaluation mode, whatever the random state."""
     examination.refuse_training()
     assert_deterministic(examination.spec, *examination.inputs(key_len=9).tensors)
 
 
-@check(
-    "dropout",
-    "dropout drops the declared share of weights, and rescales the others",
-    needs=takes_dropout,
-)
+@check("dropout", "dropout drops the declared share of weights, and rescales the others",
+       needs=takes_dropout)  # fmt: skip
 def dropout(examination: Examination) -> None:
     """Its share, its independence, its scale."""
     runs = 40 if examination.quick else 200
@@ -321,12 +262,8 @@ def dropout(examination: Examination) -> None:
     assert_deterministic(examination.spec, *inputs.tensors, dropout=0.25, runs=runs)
 
 
-@check(
-    "returned_weights",
-    "the weights it returns are those that made the output",
-    needs=returns_weights,
-    issue="pytorch/pytorch#27968",
-)
+@check("returned_weights", "the weights it returns are those that made the output",
+       needs=returns_weights, issue="pytorch/pytorch#27968")  # fmt: skip
 def returned_weights(examination: Examination) -> None:
     """They are distributions, and times the value they give the output."""
     inputs = examination.inputs(key_len=9)

@@ -189,7 +189,7 @@ class Examination:
             raise Failure("", advice)
 
     def function(self, inputs: Inputs, scale: float | None = None) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value)`, told what it may see its own way.
+        """Return the subject as `function(query, key, value)` that is told what it may see.
 
         Further keywords are accepted and left aside: they tell an assertion what may be seen.
         """
@@ -235,57 +235,36 @@ def all_of(*needs: Need) -> Need:
     return lambda spec: next((reason for need in needs if (reason := need(spec))), None)
 
 
-def takes_mask(spec: AttentionSpec) -> str | None:
-    """Need a mask."""
-    if spec.mask is not None:
-        return None
-    return undeclared(spec, "mask") or "it does not take a mask"
+def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | None = None) -> Need:
+    """Return the need for what holds; the reason names a parameter that sounds like the field."""
+
+    def need(spec: AttentionSpec) -> str | None:
+        if holds(spec):
+            return None
+        return (undeclared(spec, field) if field else "") or reason
+
+    return need
 
 
-def takes_causal(spec: AttentionSpec) -> str | None:
-    """Need a keyword that asks for causality."""
-    if spec.takes_causal:
-        return None
-    return undeclared(spec, "causal") or "it does not take is_causal"
-
-
-def takes_groups(spec: AttentionSpec) -> str | None:
-    """Need fewer heads of keys than of queries."""
-    is_grouped = spec.grouped and spec.has_heads
-    return None if is_grouped else "it is not declared to take grouped heads"
-
-
-def takes_scale(spec: AttentionSpec) -> str | None:
-    """Need a scale as an argument."""
-    return None if spec.names("scale") else "its signature has no scale"
-
-
-def takes_dropout(spec: AttentionSpec) -> str | None:
-    """Need dropout as an argument."""
-    return None if spec.dropout else "it is not declared to take dropout_p"
-
-
-def declares_fully_masked(spec: AttentionSpec) -> str | None:
-    """Need a meaning of rows that may attend to nothing."""
-    declared = spec.fully_masked != "undefined"
-    return None if declared else 'fully_masked="undefined" declares nothing'
-
-
-def returns_weights(spec: AttentionSpec) -> str | None:
-    """Need weights beside the output."""
-    return None if spec.returns != "output" else "it is declared to return no weights"
-
-
-def has_no_window(spec: AttentionSpec) -> str | None:
-    """Need all keys in reach, wherever padding moves them."""
-    return None if spec.window is None else "padding on the left would move the window"
-
-
-def decodes_in_chunks(spec: AttentionSpec) -> str | None:
-    """Need a way to tell a chunk what it may see: its alignment, or a mask."""
-    if spec.causal == "bottom_right" or (spec.mask is not None and spec.window is None):
-        return None
-    return "a chunk cannot be told what it may see"
+takes_mask = _need(lambda spec: spec.mask is not None, "it does not take a mask", "mask")
+takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal", "causal")
+takes_groups = _need(
+    lambda spec: spec.grouped and spec.has_heads, "it is not declared to take grouped heads"
+)
+takes_scale = _need(lambda spec: spec.names("scale"), "its signature has no scale")
+takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
+declares_fully_masked = _need(
+    lambda spec: spec.fully_masked != "undefined", 'fully_masked="undefined" declares nothing'
+)
+returns_weights = _need(
+    lambda spec: spec.returns != "output", "it is declared to return no weights"
+)
+has_no_window = _need(lambda spec: spec.window is None, "padding on the left would move the window")
+# By its alignment, or by a mask.
+decodes_in_chunks = _need(
+    lambda spec: spec.causal == "bottom_right" or (spec.mask is not None and spec.window is None),
+    "a chunk cannot be told what it may see",
+)
 
 
 def is_causal_block(spec: AttentionSpec) -> str | None:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -16,14 +16,13 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
+from pytest_attnheat.contract.diagnosing import diagnose
+from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal, undeclared
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import dtype_name
-
-if TYPE_CHECKING:
-    from pytest_attnheat.contract.diagnosis import Diagnosis
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 ExpectedFailures: TypeAlias = Mapping[str, str]
@@ -144,7 +143,7 @@ def check_attention(
         subject: What is claimed of it; or a callable with the signature of
             `torch.nn.functional.scaled_dot_product_attention`; or what `capture_attention`
             recorded.
-        quick: Ask fewer questions, in the first of the dtypes alone.
+        quick: Run fewer checks, in the first of the dtypes alone.
         checks: The checks; by default all that are known: `CHECKS`, `BLOCK_CHECKS` or
             `CAPTURED_CHECKS`.
         expected_failures: Names of checks that are known to fail, with the reason.
@@ -176,9 +175,7 @@ def check_attention(
 
 
 def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
-    """Diagnose what failed; None of what answers no question at all."""
-    from pytest_attnheat.contract.diagnosis import diagnose
-
+    """Diagnose what failed; None of what answers nothing at all."""
     try:
         return diagnose(spec, seed=seed)
     except Exception:  # a subject may raise anything; the checks tell what
