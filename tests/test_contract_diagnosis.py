@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from wrong_attention import FACTOR, RATE, TEMPERATURE, attention_with, declared_for
 
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, compute
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 from pytest_attnheat.attention.reference import attend, causal_mask
 from pytest_attnheat.contract.captured import diagnose_output
 from pytest_attnheat.contract.diagnosing import diagnose
@@ -672,13 +672,13 @@ def test_the_picture_shows_three_maps(tmp_path):
 def test_the_plan_without_a_change_is_attend():
     query, key, value = (tensor.double() for tensor in qkv())
     mask = randn(5, 7, seed=3) > -0.5
-    output, weights = compute(Plan(), Case("case", query, key, value, mask=mask))
+    found = carry_out(Plan(), Case("case", query, key, value, mask=mask))
     expected, expected_weights = attend(query, key, value, mask=mask)
-    torch.testing.assert_close(output, expected)
-    torch.testing.assert_close(weights, expected_weights)
+    torch.testing.assert_close(found.output, expected)
+    torch.testing.assert_close(found.weights, expected_weights)
 
 
 def test_a_plan_that_does_not_fit_the_shapes_says_so():
     query, key, value = qkv()
     with pytest.raises(NotApplicable, match="other sizes"):
-        compute(Plan(value_from="key"), Case("case", query, key, value))
+        carry_out(Plan(value_from="key"), Case("case", query, key, value))

@@ -59,7 +59,7 @@ def _setting(fields: dict[str, Any]) -> Change:
 
 
 # Rows that the defect leaves without keys: as declared, or what the numbers then give.
-_MASKED_ROWS: list[str | None] = [None, "natural"]
+_ROWS: list[str | None] = [None, "natural"]
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
 _BLOCKS = [2, 3, 4, 8, 16, 32, 64, 128]
@@ -70,59 +70,59 @@ _SOFTMAX = (
     Defect(
         "softmax_over_queries",
         "whose softmax runs over the queries (dim=-2)",
-        _changes(dim="queries", fully_masked=_MASKED_ROWS, empty_slices=_SLICES),
+        _changes(dim="queries", fully_masked=_ROWS, empty_slices=_SLICES),
         "labmlai/annotated_deep_learning_paper_implementations#146",
     ),
     Defect(
         "softmax_over_heads",
         "whose softmax runs over the heads (dim=1)",
-        _changes(dim="heads", fully_masked=_MASKED_ROWS, empty_slices=_SLICES),
+        _changes(dim="heads", fully_masked=_ROWS, empty_slices=_SLICES),
     ),
     Defect(
         "softmax_over_batch",
         "whose softmax runs over the batch (dim=0)",
-        _changes(dim="batch", fully_masked=_MASKED_ROWS, empty_slices=_SLICES),
+        _changes(dim="batch", fully_masked=_ROWS, empty_slices=_SLICES),
         "PetrochukM/PyTorch-NLP#2",
     ),
     Defect(
         "softmax_over_map",
         "whose softmax runs over queries and keys at once: a whole map sums to 1",
-        _changes(dim="map", fully_masked=_MASKED_ROWS),
+        _changes(dim="map", fully_masked=_ROWS),
     ),
     Defect(
         "softmax_twice",
         "whose softmax is applied twice",
-        _changes(normaliser=["twice", "twice_masked"], fully_masked=_MASKED_ROWS),
+        _changes(normaliser=["twice", "twice_masked"], fully_masked=_ROWS),
     ),
     Defect(
         "sigmoid",
         "whose scores go through a sigmoid in place of a softmax",
-        _changes(normaliser="sigmoid", fully_masked=_MASKED_ROWS),
+        _changes(normaliser="sigmoid", fully_masked=_ROWS),
     ),
     Defect(
         "no_normaliser",
         "whose weights are exp(score), not divided by their sum",
-        _changes(normaliser=["unnormalised", "unnormalised_shifted"], fully_masked=_MASKED_ROWS),
+        _changes(normaliser=["unnormalised", "unnormalised_shifted"], fully_masked=_ROWS),
     ),
     Defect(
         "softmax_plus_one",
         "whose softmax divides by 1 more than the sum (softmax-off-by-one, an attention sink)",
-        _changes(normaliser=["plus_one", "plus_one_shifted"], fully_masked=_MASKED_ROWS),
+        _changes(normaliser=["plus_one", "plus_one_shifted"], fully_masked=_ROWS),
     ),
     Defect(
         "relu_normalised",
         "whose weights are relu(score) divided by their sum, not a softmax",
-        _changes(normaliser="relu", fully_masked=_MASKED_ROWS, empty_slices=["nan", "zero"]),
+        _changes(normaliser="relu", fully_masked=_ROWS, empty_slices=["nan", "zero"]),
     ),
     Defect(
         "no_softmax",
         "whose weights are the scores themselves: there is no softmax",
-        _changes(normaliser="scores", masking=["fill", "after"], fully_masked=_MASKED_ROWS),
+        _changes(normaliser="scores", masking=["fill", "after"], fully_masked=_ROWS),
     ),
     Defect(
         "log_softmax",
         "whose weights are the logarithm of the softmax",
-        _changes(normaliser="log_softmax", masking=["fill", "after"], fully_masked=_MASKED_ROWS),
+        _changes(normaliser="log_softmax", masking=["fill", "after"], fully_masked=_ROWS),
     ),
     Defect(
         "no_maximum_subtracted",
@@ -133,24 +133,24 @@ _SOFTMAX = (
         "online_output_not_rescaled",
         "whose softmax takes keys block by block and does not rescale the output so far when a "
         "later block raises the maximum",
-        _changes(online_block=_BLOCKS, stale="output", fully_masked=_MASKED_ROWS),
+        _changes(online_block=_BLOCKS, stale="output", fully_masked=_ROWS),
     ),
     Defect(
         "online_sum_not_rescaled",
         "whose softmax takes keys block by block and does not rescale the sum so far when a "
         "later block raises the maximum",
-        _changes(online_block=_BLOCKS, stale="sum", fully_masked=_MASKED_ROWS),
+        _changes(online_block=_BLOCKS, stale="sum", fully_masked=_ROWS),
     ),
     Defect(
         "online_never_rescaled",
         "whose softmax takes keys block by block and rescales neither the output nor the sum so "
         "far when a later block raises the maximum",
-        _changes(online_block=_BLOCKS, stale="both", fully_masked=_MASKED_ROWS),
+        _changes(online_block=_BLOCKS, stale="both", fully_masked=_ROWS),
     ),
     Defect(
         "hard_maximum",
         "whose weights are 1 at the largest score and 0 elsewhere",
-        _changes(normaliser="hard", fully_masked=_MASKED_ROWS),
+        _changes(normaliser="hard", fully_masked=_ROWS),
     ),
     Defect(
         "base_two",
@@ -215,7 +215,7 @@ _MASK = (
     Defect(
         "mask_inverted",
         "whose mask is inverted: it attends exactly where it may not",
-        _changes(mask="inverted", fully_masked=_MASKED_ROWS),
+        _changes(mask="inverted", fully_masked=_ROWS),
         "lucidrains/x-transformers#160",
     ),
     Defect(
@@ -227,27 +227,27 @@ _MASK = (
     Defect(
         "mask_transposed",
         "whose mask is transposed",
-        _changes(mask="transposed", fully_masked=_MASKED_ROWS),
+        _changes(mask="transposed", fully_masked=_ROWS),
     ),
     Defect(
         "mask_of_another_sample",
         "whose samples use the mask of the sample before or after them",
-        _changes(mask=["rolled", "rolled_back"], fully_masked=_MASKED_ROWS),
+        _changes(mask=["rolled", "rolled_back"], fully_masked=_ROWS),
     ),
     Defect(
         "mask_of_first_sample",
         "whose samples all use the mask of the first one",
-        _changes(mask="first", fully_masked=_MASKED_ROWS),
+        _changes(mask="first", fully_masked=_ROWS),
     ),
     Defect(
         "mask_tiled_over_heads",
         "whose mask is repeated over heads in the order of samples (repeat, not repeat_interleave)",
-        _changes(mask="tiled", fully_masked=_MASKED_ROWS),
+        _changes(mask="tiled", fully_masked=_ROWS),
     ),
     Defect(
         "mask_after_softmax",
         "whose mask is applied after the softmax: rows do not sum to 1",
-        _changes(masking="after", covers=_COVERS, fully_masked=_MASKED_ROWS),
+        _changes(masking="after", covers=_COVERS, fully_masked=_ROWS),
         "huggingface/pytorch-image-models#2236",
     ),
     Defect(
@@ -257,29 +257,29 @@ _MASK = (
         _changes(
             masking="after_renormalised",
             covers=_COVERS,
-            fully_masked=_MASKED_ROWS,
+            fully_masked=_ROWS,
             empty_slices=["nan", "zero"],
         ),
     ),
     Defect(
         "mask_added_as_number",
         "whose boolean mask is added to the scores as 0 and 1",
-        _changes(masking=["ones", "ones_masked"], covers=_COVERS, fully_masked=_MASKED_ROWS),
+        _changes(masking=["ones", "ones_masked"], covers=_COVERS, fully_masked=_ROWS),
     ),
     Defect(
         "mask_fill_minus_10",
         "whose masked scores get -10, which is too near to other scores",
-        _changes(masking=["fill", "added"], fill=-10.0, covers=_COVERS, fully_masked=_MASKED_ROWS),
+        _changes(masking=["fill", "added"], fill=-10.0, covers=_COVERS, fully_masked=_ROWS),
     ),
     Defect(
         "mask_fill_minus_1",
         "whose masked scores get -1, which is too near to other scores",
-        _changes(fill=-1.0, covers=_COVERS, fully_masked=_MASKED_ROWS),
+        _changes(fill=-1.0, covers=_COVERS, fully_masked=_ROWS),
     ),
     Defect(
         "mask_multiplied",
         "whose scores are multiplied by the mask: a masked score becomes 0, not -inf",
-        _changes(fill=0.0, covers=_COVERS, fully_masked=_MASKED_ROWS),
+        _changes(fill=0.0, covers=_COVERS, fully_masked=_ROWS),
     ),
     Defect(
         "mask_ignored_when_causal",
@@ -299,7 +299,7 @@ _WINDOW = (
     Defect(
         "window_swapped",
         "whose window has its left and right sides exchanged",
-        _changes(window="swapped", fully_masked=_MASKED_ROWS),
+        _changes(window="swapped", fully_masked=_ROWS),
     ),
     Defect(
         "window_left_too_wide",
@@ -310,7 +310,7 @@ _WINDOW = (
     Defect(
         "window_left_too_narrow",
         "whose window misses its last key on the left",
-        _changes(window_shift=(-1, 0), fully_masked=_MASKED_ROWS),
+        _changes(window_shift=(-1, 0), fully_masked=_ROWS),
     ),
     Defect(
         "window_right_too_wide",
@@ -320,7 +320,7 @@ _WINDOW = (
     Defect(
         "window_right_too_narrow",
         "whose window misses its last key on the right",
-        _changes(window_shift=(0, -1), fully_masked=_MASKED_ROWS),
+        _changes(window_shift=(0, -1), fully_masked=_ROWS),
     ),
 )
 
@@ -330,7 +330,7 @@ _CAUSAL = (
     Defect(
         "causal_other_corner",
         "whose causal mask is aligned to the other corner (top left, bottom right)",
-        _changes(causal="other_corner", fully_masked=_MASKED_ROWS),
+        _changes(causal="other_corner", fully_masked=_ROWS),
         "pytorch/pytorch#103082",
     ),
     Defect(
@@ -341,7 +341,7 @@ _CAUSAL = (
     Defect(
         "causal_misses_own",
         "whose queries do not see their own key, only those before",
-        _changes(causal_shift=-1, fully_masked=_MASKED_ROWS),
+        _changes(causal_shift=-1, fully_masked=_ROWS),
     ),
     Defect(
         "causal_sees_next_with_cache",
@@ -353,14 +353,12 @@ _CAUSAL = (
         "causal_misses_own_with_cache",
         "whose queries do not see their own key, but only where there are not as many keys as "
         "queries, as with a cache",
-        _changes(
-            causal_shift=-1, causal_shift_where=["more_keys", "differ"], fully_masked=_MASKED_ROWS
-        ),
+        _changes(causal_shift=-1, causal_shift_where=["more_keys", "differ"], fully_masked=_ROWS),
     ),
     Defect(
         "causal_reversed",
         "whose queries see the future in place of the past",
-        _changes(causal="reversed", causal_shift=[0, 1], fully_masked=_MASKED_ROWS),
+        _changes(causal="reversed", causal_shift=[0, 1], fully_masked=_ROWS),
     ),
 )
 
@@ -409,12 +407,12 @@ _TENSORS = (
     Defect(
         "last_key_ignored",
         "that never sees the last key",
-        _changes(dropped_key="last", fully_masked=_MASKED_ROWS),
+        _changes(dropped_key="last", fully_masked=_ROWS),
     ),
     Defect(
         "first_key_ignored",
         "that never sees the first key",
-        _changes(dropped_key="first", fully_masked=_MASKED_ROWS),
+        _changes(dropped_key="first", fully_masked=_ROWS),
     ),
     Defect(
         "last_block_of_queries_zero",
@@ -424,7 +422,7 @@ _TENSORS = (
     Defect(
         "last_block_of_keys_ignored",
         "that ignores the last keys, those after the last whole block",
-        _changes(key_block=_BLOCKS, short_block=_SHORT, fully_masked=_MASKED_ROWS),
+        _changes(key_block=_BLOCKS, short_block=_SHORT, fully_masked=_ROWS),
     ),
 )
 

@@ -192,27 +192,17 @@ class Outcome:
     value: Tensor
 
 
-def compute(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
-    """Carry out a plan in float64.
+def carry_out(plan: Plan, case: Case) -> Outcome:
+    """Carry out a plan in float64, and keep what there was on the way.
 
     Args:
         plan: How attention is computed; `Plan()` is correct.
         case: Inputs, on the CPU.
 
-    Returns:
-        The output (batch, heads, query_len, value_dim) and the weights (batch, heads, query_len,
-        key_len), both float64.
-
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    result = carry_out(plan, case)
-    return result.output, result.weights
-
-
-def carry_out(plan: Plan, case: Case) -> Outcome:
-    """Carry out a plan as `compute` does, and keep what there was on the way."""
     query, key, value = _operands(plan, case)
     scores = _scores(plan, case, query, key)
     hard, soft = _permitted(plan, case)

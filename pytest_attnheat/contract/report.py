@@ -22,7 +22,7 @@ from pytest_attnheat.contract.examination import Examination, Skipped, is_refusa
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import dtype_name
+from pytest_attnheat.inputs import dtype_name, misuse
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 ExpectedFailures: TypeAlias = Mapping[str, str]
@@ -162,10 +162,8 @@ def check_attention(
     known = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS, *asked)
     unknown = set(expected) - {check.name for check in known}
     if unknown:
-        raise ValueError(
-            f"expected_failures: there is no check {sorted(unknown)}; accepted are "
-            f"{[check.name for check in asked]}"
-        )
+        names = ", ".join(repr(check.name) for check in asked)
+        raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
     results = [
         run_check(check, examination, expected.get(check.name))
         for examination in examinations_of(spec, quick=quick, seed=seed)

@@ -400,17 +400,14 @@ class Answer:
 
 def _check_subject(subject: object, inputs: object) -> None:
     if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
-        accepted = (
-            "a callable, called as subject(query, key, value), or what capture_attention recorded"
-        )
+        accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
         raise TypeError(misuse("subject", type(subject).__name__, accepted))
     if isinstance(subject, type):
         raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
     if inputs is None and _is_block(subject):
-        raise ValueError(
-            f"subject: {type(subject).__name__} is a module that is not called with "
-            "query, key and value; AttentionSpec(module, inputs=...) examines it as a block"
-        )
+        got = f"{type(subject).__name__}, which is not called with query, key and value"
+        accepted = "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
+        raise ValueError(misuse("subject", got, accepted))
 
 
 def _is_input(inputs: Tensor) -> bool:
@@ -441,39 +438,24 @@ _FLAG = (bool | None, lambda _: True, "True, False, or None")
 # What each field accepts: its types, what else is true of it, and both in words.
 _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "name": _TEXT,
-    "inputs": (
-        Tensor | None,
-        _is_input,
-        "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of two or "
-        "more sequences, or None",
-    ),
-    "layout": (
-        str,
-        lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
-        "the letters b (batch), h (heads), l (length) and d (width) in any order, h or not: "
-        "'bhld', 'blhd', 'bld'",
-    ),
+    "inputs": (Tensor | None, _is_input,
+               "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of "
+               "two or more sequences, or None"),
+    "layout": (str, lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
+               "the letters b (batch), h (heads), l (length) and d (width) in any order, h or "
+               "not: 'bhld', 'blhd', 'bld'"),
     "mask": _one_of(MASK_MEANINGS, or_none=True),
     "mask_argument": _TEXT,
     "causal": _one_of(ALIGNMENTS, or_none=True),
     "causal_argument": _TEXT,
-    "window": (
-        tuple | None,
-        _is_window,
-        "a pair of whole numbers from 0, with None for a side that ends nowhere, or None",
-    ),
+    "window": (tuple | None, _is_window,
+               "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"),
     "grouped": _FLAG,
     "dropout": _FLAG,
     "returns": _one_of(get_args(Returns)),
     "fully_masked": _one_of(DECLARED_FULLY_MASKED),
-    "dtypes": (
-        tuple | list,
-        lambda names: names and all(name in DTYPES for name in names),
-        f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}",
-    ),
-    "devices": (
-        tuple | list | None,
-        bool,
-        "a tuple or list of one or more names of devices, or None for all that are present",
-    ),
-}
+    "dtypes": (tuple | list, lambda names: names and all(name in DTYPES for name in names),
+               f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
+    "devices": (tuple | list | None, bool,
+                "a tuple or list of one or more names of devices, or None for all that are there"),
+}  # fmt: skip

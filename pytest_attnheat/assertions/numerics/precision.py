@@ -139,29 +139,9 @@ def assert_gradients_match(
 ) -> None:
     """Assert that the gradients of a function are those of scaled dot-product attention.
 
-    As `assert_matches_reference`, without a word about the output. An input that no gradient
-    reaches breaks it, unless its gradient is zero.
-
-    Args:
-        function: As in `assert_matches_reference`, and so are the others.
-        query: As there.
-        key: As there.
-        value: As there.
-        attn_mask: As there. Its gradient is compared if it is of floats and requires one.
-        is_causal: As there.
-        scale: As there.
-        enable_gqa: As there.
-        fully_masked: As there.
-        reference: As there.
-        factor: As there.
-        training: As there.
-        seed: As there.
-        arguments: As there.
-
-    Raises:
-        AssertionError: Some element of some gradient is off by more than is allowed.
-        TypeError: As in `assert_matches_reference`.
-        ValueError: As in `assert_matches_reference`.
+    As `assert_matches_reference`, without a word about the output: its arguments and what it
+    raises are the same. The gradient of `attn_mask` is compared if it is of floats and requires
+    one. An input that no gradient reaches breaks it, unless its gradient is zero.
     """
     __tracebackhide__ = True
     _compare(
