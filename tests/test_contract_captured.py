@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import AttentionSpec, capture_attention, check_attention, diagnose
 from pytest_attnheat.contract.captured import diagnoses
+from pytest_attnheat.contract.checks import CAPTURED_CHECKS
 
 
 class Layer(nn.Module):
@@ -167,11 +168,7 @@ def test_sound_blocks_and_traces_pass(hidden):
     report = check_attention(captured(block, hidden))
     assert report.passed
     assert [(r.name, r.status) for r in report.results] == [
-        ("rows", "passed"),
-        ("masks", "passed"),
-        ("output", "passed"),
-        ("dropout", "passed"),
-        ("attention_inside", "passed"),
+        (check.name, "passed") for check in CAPTURED_CHECKS
     ]
 
 
@@ -250,7 +247,7 @@ def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
         "attention_inside": "skipped",
     }
     light = captured(model(""), hidden, keep="statistics")
-    assert statuses(light) == {"rows": "passed", **nothing_else}
+    assert statuses(light).items() >= {"rows": "passed", **nothing_else}.items()
     wrong = captured(model("", "mask_after_softmax"), hidden, keep="statistics")
     (rows,) = check_attention(wrong).failed
     claim, layer, worst = rows.message.splitlines()
@@ -272,8 +269,9 @@ def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
     report = check_attention(trace)
     assert report.passed, report
     skipped = [result for result in report.results if result.status == "skipped"]
-    assert [result.name for result in skipped] == ["rows", "masks", "output", "dropout"]
-    assert all("allowed are 9 kB" in result.message for result in skipped[:3])
+    large = {result.name for result in skipped if "allowed are 9 kB" in result.message}
+    assert large >= {"rows", "masks", "output"}
+    assert "dropout" in {result.name for result in skipped}
 
 
 @pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
