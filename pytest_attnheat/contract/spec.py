@@ -410,6 +410,10 @@ def _check_subject(subject: object, inputs: object) -> None:
         raise ValueError(misuse("subject", got, accepted))
 
 
+def _is_text(given: object) -> bool:
+    return isinstance(given, str)
+
+
 def _is_input(inputs: Tensor) -> bool:
     floats = inputs.is_floating_point() and inputs.ndim == 3
     tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
@@ -456,6 +460,6 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "fully_masked": _one_of(DECLARED_FULLY_MASKED),
     "dtypes": (tuple | list, lambda names: names and all(name in DTYPES for name in names),
                f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
-    "devices": (tuple | list | None, bool,
+    "devices": (tuple | list | None, lambda names: names and all(map(_is_text, names)),
                 "a tuple or list of one or more names of devices, or None for all that are there"),
 }  # fmt: skip
