@@ -11,23 +11,20 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import CHECKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from wrong_attention import attention_with
+from wrong_attention import attention_with, declared_for
 
 GROUPED = ("groups_tiled", "first_key_head_only")
 
 
 def planted(name: str) -> AttentionSpec:
     """Return an implementation with one defect, and what it should have been."""
-    window = (3, 2) if "window" in name else None
-    lost = "uniform" if name == "fully_masked_zero" else "zero"
-    subject = attention_with(name, window=window, lost=lost)
+    declared = declared_for(name)
     return AttentionSpec(
-        subject,
+        attention_with(name, **declared),
         name=name,
-        window=window,
         grouped=True if name in GROUPED else None,
-        fully_masked=lost,
         dtypes=("float32",),
+        **declared,
     )
 
 

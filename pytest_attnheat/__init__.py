@@ -71,8 +71,8 @@ if TYPE_CHECKING:
     from pytest_attnheat.capture.record import AttentionRecord as AttentionRecord
     from pytest_attnheat.capture.trace import Trace as Trace
     from pytest_attnheat.contract.checks import Check as Check
+    from pytest_attnheat.contract.diagnosing import diagnose as diagnose
     from pytest_attnheat.contract.diagnosis import Diagnosis as Diagnosis
-    from pytest_attnheat.contract.diagnosis import diagnose as diagnose
     from pytest_attnheat.contract.ready import transformers_attention as transformers_attention
     from pytest_attnheat.contract.report import Report as Report
     from pytest_attnheat.contract.report import check_attention as check_attention
@@ -134,7 +134,7 @@ _ROOM_OF = {
     "capture_attention": "capture.capturing",
     "causal_mask": "attention.reference",
     "check_attention": "contract.report",
-    "diagnose": "contract.diagnosis",
+    "diagnose": "contract.diagnosing",
     "format_heatmap": "heatmaps.terminal",
     "hard_case": "attention.hard_cases",
     "make_attention": "attention.cases",

@@ -69,7 +69,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     pickled, without `draw`.
 
     Attributes:
-        assertion: The name of the assertion.
+        assertion: The name of the assertion; empty where something else says what was asked.
         claim: What broken places do: "rows do not sum to 1"; or what does not hold, in a sentence.
         broken: How many places break it; None where nothing was counted.
         of: Of how many that were judged.
@@ -131,7 +131,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     def headline(self) -> str:
         """The first line: the assertion, what does not hold, and how often."""
         counted = "" if self.broken is None else f"{self.broken} of {self.of} "
-        return f"{self.assertion}: {counted}{self.claim}"
+        return f"{self.assertion and f'{self.assertion}: '}{counted}{self.claim}"
 
     def __str__(self) -> str:
         """Say all of it, in several lines."""
@@ -145,7 +145,10 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
             "repeat": self.repeat,
         }
         lines = [self.headline]
-        lines += [f"  {name:<9}{said}" for name, said in entries.items() if said is not None]
+        for name, said in entries.items():
+            if said is not None:
+                first, *others = str(said).split("\n")
+                lines += [f"  {name:<9}{first}", *(f"{'':<11}{line}" for line in others)]
         lines += [f"  {line}".rstrip() for line in self.picture.splitlines()]
         return "\n".join(lines)
 

@@ -7,6 +7,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import AttentionSpec, capture_attention, check_attention, diagnose
 from pytest_attnheat.contract.captured import diagnoses
+from pytest_attnheat.contract.checks import CAPTURED_CHECKS
 
 
 class Layer(nn.Module):
@@ -88,7 +89,9 @@ def test_a_defect_inside_a_block_is_found_and_named_with_its_layer(defect, hidde
     assert str(report.diagnosis) in str(report)
     says = "1 of 2 attentions that were captured are not what their queries, keys and values make"
     assert failed["attention_inside"].startswith(says)
-    assert failed["attention_inside"].splitlines()[1:] == [report.diagnosis.sentence]
+    assert failed["attention_inside"].splitlines()[1:] == [
+        f"  cause    {report.diagnosis.sentence}"
+    ]
     assert str(report).count("|difference|") == 1  # the picture is that of the diagnosis
 
 
@@ -153,7 +156,8 @@ def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(
     report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
     assert "no_leakage" in [result.name for result in report.failed]
     report = check_attention(AttentionSpec(windowed, inputs=hidden))
-    assert "a sliding window? Declare window=\n" in report.failed[0].message
+    assert "a sliding window? Say so with " in report.failed[0].message
+    assert "(with window= of an AttentionSpec)\n" in report.failed[0].message
 
 
 def test_sound_blocks_and_traces_pass(hidden):
@@ -164,16 +168,12 @@ def test_sound_blocks_and_traces_pass(hidden):
     report = check_attention(captured(block, hidden))
     assert report.passed
     assert [(r.name, r.status) for r in report.results] == [
-        ("rows", "passed"),
-        ("masks", "passed"),
-        ("output", "passed"),
-        ("dropout", "passed"),
-        ("attention_inside", "passed"),
+        (check.name, "passed") for check in CAPTURED_CHECKS
     ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_fused_attention_passes_with_masks_groups_and_lost_rows(dtype):
+def test_fused_attention_passes_with_masks_groups_and_fully_masked_rows(dtype):
     query, key = torch.randn(2, 4, 7, 8, dtype=dtype), torch.randn(2, 2, 9, 8, dtype=dtype)
     mask = torch.rand(2, 1, 7, 9) > 0.3
     mask[0, 0, 3] = False
@@ -247,7 +247,7 @@ def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
         "attention_inside": "skipped",
     }
     light = captured(model(""), hidden, keep="statistics")
-    assert statuses(light) == {"rows": "passed", **nothing_else}
+    assert statuses(light).items() >= {"rows": "passed", **nothing_else}.items()
     wrong = captured(model("", "mask_after_softmax"), hidden, keep="statistics")
     (rows,) = check_attention(wrong).failed
     claim, layer, worst = rows.message.splitlines()
@@ -255,10 +255,10 @@ def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
     assert layer.split() == ["layer", "1,", "call", "0"]
     assert worst.startswith("  worst    weights[")
     inputs = torch.randn(1, 1, 5, 8)
-    lost = torch.ones(5, 5, dtype=torch.bool)
-    lost[2] = False
+    fully_masked = torch.ones(5, 5, dtype=torch.bool)
+    fully_masked[2] = False
     with capture_attention(keep="statistics") as trace:
-        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=lost)
+        scaled_dot_product_attention(inputs, inputs, inputs, attn_mask=fully_masked)
     assert statuses(trace)["rows"] == "passed"
 
 
@@ -269,8 +269,9 @@ def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
     report = check_attention(trace)
     assert report.passed, report
     skipped = [result for result in report.results if result.status == "skipped"]
-    assert [result.name for result in skipped] == ["rows", "masks", "output", "dropout"]
-    assert all("accepted is 9 kB" in result.message for result in skipped[:3])
+    large = {result.name for result in skipped if "accepted is 9 kB" in result.message}
+    assert large >= {"rows", "masks", "output"}
+    assert "dropout" in {result.name for result in skipped}
 
 
 @pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])

@@ -7,6 +7,8 @@ from wrong_attention import attention_with
 
 from pytest_attnheat import AttentionSpec, check_attention
 from pytest_attnheat.contract.checks import CHECKS
+from pytest_attnheat.contract.examination import check, registered
+from pytest_attnheat.contract.report import examinations_of, run_check
 
 # A defect is found by few others if no more than this many checks find it.
 FEW = 4
@@ -161,10 +163,36 @@ def test_masks_are_asked_of_long_inputs_too(subject):
 
 
 def test_every_check_is_needed():
-    assert {check.name for check in CHECKS} == {*NEEDED, *COMMON}
+    names = {one.name for one in CHECKS}
+    assert names == {*NEEDED, *COMMON}, "a defect that a new check finds goes into NEEDED"
+
+
+def test_what_a_check_needs_is_looked_at_before_the_subject_is_called():
+    def never(query, key, value):
+        raise AssertionError("it was called")
+
+    spec = AttentionSpec(never, dtypes=("float32",))
+    (examination,) = examinations_of(spec)
+    needing = [one for one in CHECKS if one.needs is not None]
+    names = {one.name for one in needing}
+    assert {"masked", "causal", "grouped", "dropout", "returned_weights"} <= names
+    for one in needing:
+        result = run_check(one, examination)
+        assert (result.status, result.message) == ("skipped", one.needs(spec))
+
+
+def test_a_check_is_registered_where_it_is_written_for_each_kind_of_subject():
+    @check("own", "it is so", "block", "captured", needs=lambda spec: "never", issue="a/b#1")
+    def own(examination):
+        """Nothing."""
+
+    for kind in ("block", "captured"):
+        *_, last = registered(kind)
+        assert (last.name, last.run, last.quick, last.issue) == ("own", own, False, "a/b#1")
+    assert "own" not in {one.name for one in registered("function")}
 
 
 def test_every_check_has_a_sentence_and_a_docstring():
-    for check in CHECKS:
-        assert check.sentence
-        assert check.run.__doc__
+    for one in CHECKS:
+        assert one.sentence
+        assert one.run.__doc__

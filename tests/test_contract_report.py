@@ -1,5 +1,7 @@
 """The examination finds every planted defect, and finds nothing in correct implementations."""
 
+import dataclasses
+import re
 import warnings
 
 import pytest
@@ -21,16 +23,19 @@ from attention_subjects import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from wrong_attention import attention_with
+from wrong_attention import attention_with, declared_for
 
 from pytest_attnheat import (
     AttentionSpec,
     SequenceModel,
     check_attention,
+    diagnose,
+    sliding_window_mask,
     transformers_attention,
 )
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
+from pytest_attnheat.failure import Failure
 
 ONE_DTYPE = ("float32",)
 # PyTorch's own kernels let NaN through masked keys: the diagnosis notes it, no check asks it.
@@ -143,7 +148,7 @@ def test_the_attention_functions_of_transformers_pass(name):
     report = check_attention(transformers_attention(name))
     assert report.passed, str(report)
     assert statuses(report, "masked") == statuses(report, "grouped") == {"passed"}
-    with pytest.raises(ValueError, match="name: got 'flasher'; accepted are 'eager' and"):
+    with pytest.raises(ValueError, match="name: got 'flasher'; accepted is one of 'eager', "):
         transformers_attention("flasher")
 
 
@@ -195,16 +200,20 @@ def test_returned_weights_are_checked():
 
 @pytest.mark.parametrize("name", FOUND)
 def test_every_defect_of_the_catalogue_is_found(name):
-    window = (2, 1) if "window" in name else None
+    declared = declared_for(name)
     grouped = True if name in ("groups_tiled", "first_key_head_only") else None
-    lost = "uniform" if name == "fully_masked_zero" else "zero"
-    subject = attention_with(name, window=window, lost=lost)
-    spec = AttentionSpec(
-        subject, window=window, grouped=grouped, fully_masked=lost, dtypes=ONE_DTYPE
-    )
-    assert not check_attention(spec).passed
-    sound = attention_with(window=window, lost=lost)
-    sound = AttentionSpec(sound, window=window, fully_masked=lost, dtypes=ONE_DTYPE)
+    subject = attention_with(name, **declared)
+    assert not check_attention(
+        AttentionSpec(subject, grouped=grouped, dtypes=ONE_DTYPE, **declared)
+    ).passed
+
+
+@pytest.mark.parametrize(
+    "names", [(), ("window_ignored",), ("fully_masked_zero",)], ids=["plain", "window", "uniform"]
+)
+def test_what_the_planted_defects_are_planted_in_is_right(names):
+    declared = declared_for(*names)
+    sound = AttentionSpec(attention_with(**declared), dtypes=ONE_DTYPE, **declared)
     assert check_attention(sound).passed
 
 
@@ -231,8 +240,8 @@ def test_every_defect_of_the_catalogue_is_found(name):
 def test_a_wrong_declaration_is_called_one(declared, check, message):
     report = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE, **declared))
     found = next(result for result in report.failed if result.name == check)
-    assert found.message.startswith(f"wrong declaration: {message}\n")
     assert str(report).splitlines()[1] == found.declaration == f"wrong declaration: {message}"
+    assert f"{found.declaration}\n{found.message}" in str(report)
 
 
 def test_what_the_subject_raises_is_a_failure_with_its_words():
@@ -295,7 +304,7 @@ def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     lines = str(report).splitlines()
     skipped = sum(result.status == "skipped" for result in report.results)
     asked = len(report.results) - skipped
-    assert lines[0] == f"mine: {len(report.failed)} of {asked} checks failed, {skipped} not asked"
+    assert lines[0] == f"mine: {len(report.failed)} of {asked} checks failed, {skipped} skipped"
     assert "softmax runs over the queries (dim=-2)" in lines[2]
     assert any(line.split() == ["float32", "float64"] for line in lines)
     assert any(line.split() == ["plain", "failed", "failed"] for line in lines)
@@ -317,14 +326,23 @@ def test_expected_failures_are_said_so_with_their_reason():
     assert report.passed
     result = next(r for r in report.results if r.name == "causal_rectangular")
     assert (result.status, result.message) == ("xfailed", "see issue 7")
-    with pytest.raises(ValueError, match=r"expected_failures: there is no check \['causl'\]"):
+    with pytest.raises(ValueError, match=r"expected_failures: got \['causl'\]; accepted is names"):
         check_attention(sdpa, expected_failures={"causl": "typo"})
 
 
+def test_a_failed_check_keeps_its_failure_and_says_it_in_one_line():
+    report = check_attention(AttentionSpec(attention_with("scale_missing"), dtypes=ONE_DTYPE))
+    result = next(result for result in report.failed if result.name == "plain")
+    assert isinstance(result.failure, Failure)
+    assert result.message == str(result.failure)
+    assert result.reason == f"{result.failure.headline}; {result.failure.cause}"
+    assert "that of attention without a scale" in result.reason
+
+
 def test_own_checks_may_be_added():
-    def never_negative(exam):
-        inputs = exam.inputs()
-        if bool((exam.spec.call(*inputs.tensors).output < 0).any()):
+    def never_negative(examination):
+        inputs = examination.inputs()
+        if bool((examination.spec.call(*inputs.tensors).output < 0).any()):
             raise AssertionError("an output is negative")
 
     own = Check("never_negative", "no output is negative", never_negative)
@@ -343,17 +361,113 @@ def test_a_specification_reads_what_the_signature_says():
     assert spec.name == "scaled_dot_product_attention"
 
 
-def test_a_bad_specification_is_refused():
-    with pytest.raises(TypeError, match="subject: got int; accepted is a callable"):
-        AttentionSpec(3)
-    with pytest.raises(ValueError, match="mask: got 'hide'; accepted are"):
-        AttentionSpec(sdpa, mask="hide")
-    with pytest.raises(ValueError, match="layout: got 'bhqd'; accepted are the letters"):
-        AttentionSpec(sdpa, layout="bhqd")
+REFUSED = [
+    ({"subject": 3}, TypeError, "subject: got int; accepted is a callable, as subject("),
+    ({"name": 3}, TypeError, "name: got 3; accepted is a text"),
+    ({"mask_argument": 3}, TypeError, "mask_argument: got 3; accepted is a text"),
+    ({"causal_argument": None}, TypeError, "causal_argument: got None; accepted is a text"),
+    ({"layout": "bhqd"}, ValueError, "layout: got 'bhqd'; accepted is the letters b (batch), h"),
+    ({"layout": 4}, TypeError, "layout: got 4; accepted is the letters b (batch), h"),
+    ({"mask": "hide"}, ValueError, "mask: got 'hide'; accepted is one of 'keep', 'drop', "
+     "'additive', or None"),
+    ({"causal": True}, TypeError, "causal: got True; accepted is one of 'top_left', "
+     "'bottom_right', or None"),
+    ({"returns": None}, TypeError, "returns: got None; accepted is one of 'output', "),
+    ({"fully_masked": 0.0}, TypeError, "fully_masked: got 0.0; accepted is one of 'zero', "),
+    ({"window": 3}, TypeError, "window: got 3; accepted is a pair of whole numbers from 0, with "),
+    ({"window": (1, 2, 3)}, ValueError, "window: got (1, 2, 3); accepted is a pair of whole "),
+    ({"window": (1, 2.5)}, ValueError, "window: got (1, 2.5); accepted is a pair of whole "),
+    ({"window": (-1, 0)}, ValueError, "window: got (-1, 0); accepted is a pair of whole "),
+    ({"grouped": "yes"}, TypeError, "grouped: got 'yes'; accepted is True, False, or None"),
+    ({"dropout": 1}, TypeError, "dropout: got 1; accepted is True, False, or None"),
+    ({"scale": True}, TypeError, "scale: got bool; accepted is a number, or None"),
+    ({"scale": "softmax_scale"}, TypeError, "scale: got str; accepted is a number, or None"),
+    ({"scale": float("nan")}, ValueError, "scale: got nan; accepted is a finite number, or None"),
+    ({"tolerance": -1}, ValueError, "tolerance: got -1.0; accepted is 0 <= tolerance < 1, or "),
+    ({"dtypes": "float32"}, TypeError, "dtypes: got 'float32'; accepted is a tuple or list of "),
+    ({"dtypes": ("flaot32",)}, ValueError, "dtypes: got ('flaot32',); accepted is a tuple or "
+     "list of one or more of 'float16', 'bfloat16', 'float32', 'float64'"),
+    ({"dtypes": ()}, ValueError, "dtypes: got (); accepted is a tuple or list of one or more of "),
+    ({"devices": "cpu"}, TypeError, "devices: got 'cpu'; accepted is a tuple or list of "),
+    ({"devices": ("gpu",)}, ValueError, "got 'gpu'; accepted is "),
+    ({"devices": ()}, ValueError, "devices: got (); accepted is a tuple or list of one or "),
+    ({"inputs": [[1, 2]]}, TypeError, "inputs: got [[1, 2]]; accepted is floats (batch, length, "),
+    ({"inputs": randn(2, 9)}, ValueError, "inputs: got float32 (2, 9); accepted is floats "),
+    ({"inputs": randn(1, 9, 4)}, ValueError, "inputs: got float32 (1, 9, 4); accepted is floats "),
+    ({"inputs": tokens(2, 9).bool()}, ValueError, "inputs: got bool (2, 9); accepted is floats "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("fields", "error", "says"), REFUSED)
+def test_a_bad_specification_is_refused_when_it_is_made(fields, error, says):
+    with pytest.raises(error, match=re.escape(says)):
+        AttentionSpec(**{"subject": sdpa, **fields})
+
+
+def test_every_field_of_a_specification_is_checked():
+    checked = {name for fields, _, _ in REFUSED for name in fields}
+    assert checked == {field.name for field in dataclasses.fields(AttentionSpec)}
+
+
+def test_an_output_in_another_layout_than_declared_is_refused():
     with pytest.raises(ValueError, match=r"must return \(batch, length, heads, width\), here"):
         AttentionSpec(lambda query, key, value: query.mT, layout="blhd").call(
             torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4)
         )
+
+
+def windowed(alignment):
+    def attention(query, key, value):
+        sizes = query.shape[-2], key.shape[-2]
+        mask = sliding_window_mask(*sizes, window=(2, 1), alignment=alignment)
+        return plain(query, key, value, mask)
+
+    return attention
+
+
+def test_a_window_is_counted_from_the_declared_corner_without_a_keyword_for_causality():
+    def examined(code, declared):
+        return AttentionSpec(
+            windowed(code), window=(2, 1), causal=declared, fully_masked="undefined",
+            dtypes=ONE_DTYPE,
+        )  # fmt: skip
+
+    spec = examined("bottom_right", "bottom_right")
+    assert (spec.causal, spec.takes_causal) == ("bottom_right", False)
+    report = check_attention(spec)
+    assert report.passed, str(report)
+    assert statuses(report, "plain") == {"passed"}
+    assert statuses(report, "causal") == statuses(report, "decoding") == {"skipped"}
+    assert diagnose(spec).healthy
+    assert check_attention(examined("top_left", "top_left")).passed
+    assert examined("top_left", "top_left").causal is None
+    for code, declared in (("bottom_right", "top_left"), ("top_left", "bottom_right")):
+        spec = examined(code, declared)
+        assert "plain" in failed(check_attention(spec, quick=True))
+        assert not diagnose(spec).healthy
+
+
+@pytest.mark.parametrize(
+    ("declared", "says"),
+    [
+        (
+            {"causal": "bottom_right"},
+            "causal: got 'bottom_right' for a subject that has neither a parameter is_causal nor "
+            "a window; accepted is None, or with causal_argument= the name of its parameter, or",
+        ),
+        (
+            {"mask": "drop"},
+            "mask: got 'drop' for a subject that has no parameter attn_mask; accepted is None, or "
+            "with mask_argument= the name of its parameter",
+        ),
+    ],
+)
+def test_a_declaration_that_can_have_no_effect_is_refused(declared, says):
+    def plain_alone(query, key, value):
+        return sdpa(query, key, value)
+
+    with pytest.raises(ValueError, match=re.escape(says)):
+        AttentionSpec(plain_alone, **declared)
 
 
 # --- what a stranger stumbled over
@@ -400,8 +514,8 @@ def test_another_layout_is_recognised():
         return sdpa(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
 
     report = check_attention(AttentionSpec(turned, dtypes=ONE_DTYPE))
-    wrong = "wrong declaration: layout='bhld' is the default, but the code means 'blhd'\n"
-    assert report.failed[0].message.startswith(wrong)
+    wrong = "wrong declaration: layout='bhld' is the default, but the code means 'blhd'"
+    assert report.failed[0].declaration == wrong
 
 
 def test_a_module_that_is_no_attention_function_is_called_a_block():
@@ -427,6 +541,8 @@ def test_a_parameter_that_sounds_like_a_mask_or_causality_gets_a_hint():
     by_name = {result.name: result.message for result in report.results}
     assert (by_name["masked"], by_name["causal"]) == (masks, causality)
     assert by_name["plain"].endswith(f"positional argument: 'mask'; {masks}; {causality}")
+    (reason,) = {result.reason for result in report.failed}
+    assert reason.endswith("positional argument: 'mask'")
     assert [f"hint: {masks}", f"hint: {causality}"] == str(report).splitlines()[1:3]
 
     # That it takes anything does not make it take a mask under another name.
@@ -461,7 +577,7 @@ def test_causality_that_nobody_takes_is_a_wrong_declaration():
 
     report = check_attention(AttentionSpec(own, grouped=False, dropout=False, dtypes=ONE_DTYPE))
     wrong = "wrong declaration: causal='top_left' is declared, but is_causal=True changes nothing,"
-    assert next(r for r in report.failed if r.name == "causal").message.startswith(wrong)
+    assert next(r for r in report.failed if r.name == "causal").declaration.startswith(wrong)
 
 
 def test_a_block_that_is_declared_causal_and_is_not_is_a_wrong_declaration():
@@ -469,11 +585,11 @@ def test_a_block_that_is_declared_causal_and_is_not_is_a_wrong_declaration():
     report = check_attention(AttentionSpec(model, inputs=tokens(2, 9)), quick=True)
     wrong = "wrong declaration: causal='top_left' is the default, but the code means None: each "
     assert [r.name for r in report.failed] == ["no_leakage", "decoding", "attention_inside"]
-    assert all(result.message.startswith(wrong) for result in report.failed)
+    assert all(result.declaration.startswith(wrong) for result in report.failed)
     model = of_transformers("gpt2", "sdpa")
     report = check_attention(AttentionSpec(model, inputs=tokens(2, 9), causal=None), quick=True)
     wrong = "wrong declaration: causal=None is declared, but the code means 'top_left': no output "
-    assert report.failed[0].message.startswith(wrong)
+    assert report.failed[0].declaration.startswith(wrong)
 
 
 def test_a_block_is_not_asked_of_padding_that_nobody_explained_and_says_so():

@@ -73,7 +73,7 @@ def test_a_failure_leads_with_the_diagnosis(contract):
             "*assert_matches_reference: *",
             "SKIPPED* test_a_failure_leads_with_the_diagnosis.py:6: it is not declared to take *",
             "*= attention examination =*",
-            "attention (test_a_failure_leads_with_the_diagnosis.py): 7 of 9 checks failed, 1 not *",
+            "attention (test_a_failure_leads_with_the_diagnosis.py): 7 of 9 checks failed, 1 ski*",
             DIAGNOSIS,
         ]
     )
@@ -135,7 +135,7 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch, 
     *_, failed, title, name, diagnosis, picture, _ = result.stdout.lines
     assert failed.startswith("FAILED wrong:attention::")
     assert title.strip("= ") == "attention examination"
-    assert name == "attention (wrong:attention): 7 of 9 checks failed, 1 not asked"
+    assert name == "attention (wrong:attention): 7 of 9 checks failed, 1 skipped"
     assert fnmatch(diagnosis, DIAGNOSIS)
     assert Path(picture.removeprefix("  picture ").strip()).name == "rows.png"
     text = result.stdout.str()
@@ -237,19 +237,19 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
     lines = result.stdout.lines
     told = lines[next(i for i, line in enumerate(lines) if "attention examination" in line) + 1 :]
     expected = [
-        "hinting (subjects:every): 0 of 4 checks failed, 6 not asked",
+        "hinting (subjects:every): 0 of 4 checks failed, 6 skipped",
         "  hint       it takes causal=, and the specification does not say what that means: *",
-        "refusing (subjects:every): 0 of 0 checks failed, 10 not asked",
+        "refusing (subjects:every): 0 of 0 checks failed, 10 skipped",
         "  nothing    was examined; most often, the subject refuses: not here",
-        "block (subjects:every): 2 of 4 checks failed, 2 not asked",
+        "block (subjects:every): 2 of 4 checks failed, 2 skipped",
         "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
         "  because    no_leakage: assert_no_leakage: 12 of 18 outputs depend on what they must *",
         "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
-        "raising (subjects:every): 4 of 4 checks failed, 6 not asked",
+        "raising (subjects:every): 4 of 4 checks failed, 6 skipped",
         "  because    shape_and_dtype, plain, large_scores and 1 more: it raised TypeError: "
         "raising() missing 1 required positional argument: 'mask'",
         "  hint       it takes mask=, *",
-        "turned (subjects:every): 4 of 4 checks failed, 6 not asked",
+        "turned (subjects:every): 4 of 4 checks failed, 6 skipped",
         "  declared   wrong declaration: layout='bhld' is the default, but the code means 'blhd'",
         "  picture    *",
     ]
@@ -283,7 +283,7 @@ def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pyt
             "not so: no output depends on what it must not see*",
             "*what is wrong happens outside of it: in the mask it was given,*",
             "assert_no_leakage: *",
-            "block (subjects:block): 2 of 5 checks failed, 1 not asked",
+            "block (subjects:block): 2 of 5 checks failed, 1 skipped",
             "  diagnosis  attention in block, as it was captured, is what its queries, keys and *"
             "what is wrong happens outside of it: *",
             "  because    no_leakage: assert_no_leakage: *",
@@ -322,7 +322,7 @@ def test_a_further_dtype_that_fails_alike_takes_one_line_but_in_junit(contract, 
         from pytest_attnheat.contract.checks import Check
         from right import attention
 
-        def claims(exam):
+        def claims(examination):
             raise AssertionError("never so\\n  detail")
 
         check = Check("own", "it is so", claims)

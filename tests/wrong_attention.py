@@ -14,8 +14,18 @@ TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25
 BLOCK = 4
 
 
+def declared_for(*names):
+    """What must be declared of attention that is right, for these defects to show in it."""
+    declared = {}
+    if any("window" in name for name in names):
+        declared["window"] = (3, 2)
+    if "fully_masked_zero" in names:
+        declared["fully_masked"] = "uniform"
+    return declared
+
+
 def attention_with(
-    *defects, window=None, bottom_right=False, lost="zero", block=BLOCK, short_kept=False
+    *defects, window=None, bottom_right=False, fully_masked="zero", block=BLOCK, short_kept=False
 ):
     """An implementation of attention with defects, of the signature of PyTorch."""
     planted = frozenset({*defects, "short_kept"} if short_kept else defects)
@@ -31,14 +41,16 @@ def attention_with(
             scale,
             window,
             bottom_right,
-            lost,
+            fully_masked,
             block,
         )
 
     return attention
 
 
-def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_right, lost, block):
+def _attention(
+    has, query, key, value, mask, is_causal, scale, window, bottom_right, fully_masked, block
+):
     q, k, v = _tensors(has, query, key, value)
     heads, width = q.shape[2:]
     columns = k.shape[1]
@@ -62,7 +74,9 @@ def _attention(has, query, key, value, mask, is_causal, scale, window, bottom_ri
     if "weights_averaged" in has:
         weights = sum(weights[:, h] for h in range(heads))[:, None] / heads
         weights = weights.repeat(1, heads, 1, 1)
-    meaning = next((w for w in ("nan", "uniform", "zero") if f"fully_masked_{w}" in has), lost)
+    meaning = next(
+        (w for w in ("nan", "uniform", "zero") if f"fully_masked_{w}" in has), fully_masked
+    )
     filler = {"zero": 0.0, "nan": float("nan"), "uniform": 1 / columns}[meaning]
     weights = torch.where(allowed.sum(-1, keepdim=True) == 0, filler, weights)
     for name in ("bfloat16", "float16"):

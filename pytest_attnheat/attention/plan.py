@@ -104,9 +104,9 @@ class Plan:
         fill: The number that is filled in or added.
         dim: What the softmax runs over: "keys", "queries", "heads", "batch" or the whole "map".
         normaliser: How scores become weights.
-        lost: What rows without permitted keys become: None for what is declared, or "natural" for
-            what the numbers give.
-        lost_slices: What softmax over nothing but -inf gives where it does not run over keys, and
+        fully_masked: What rows without permitted keys become: None for what is declared, or
+            "natural" for what the numbers give.
+        empty_slices: What softmax over nothing but -inf gives where it does not run over keys, and
             0 / 0 elsewhere.
         output_factor: A factor of the output.
         masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
@@ -167,15 +167,15 @@ class Plan:
         "twice_masked",
         "hard",
     ] = "softmax"
-    lost: Natural | None = None
-    lost_slices: Literal["nan", "zero", "uniform"] = "nan"
+    fully_masked: Natural | None = None
+    empty_slices: Literal["nan", "zero", "uniform"] = "nan"
     output_factor: float = 1.0
     masked_nan: Literal["unfelt", "felt"] = "unfelt"
 
 
 @dataclass(frozen=True, eq=False)
-class Result:
-    """What a plan gives.
+class Outcome:
+    """What a plan gives on a case.
 
     Attributes:
         output: (batch, heads, query_len, value_dim), float64
@@ -192,33 +192,23 @@ class Result:
     value: Tensor
 
 
-def compute(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
-    """Carry out a plan in float64.
+def carry_out(plan: Plan, case: Case) -> Outcome:
+    """Carry out a plan in float64, and keep what there was on the way.
 
     Args:
         plan: How attention is computed; `Plan()` is correct.
         case: Inputs, on the CPU.
 
-    Returns:
-        The output (batch, heads, query_len, value_dim) and the weights (batch, heads, query_len,
-        key_len), both float64.
-
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    result = carry_out(plan, case)
-    return result.output, result.weights
-
-
-def carry_out(plan: Plan, case: Case) -> Result:
-    """Carry out a plan as `compute` does, and keep what there was on the way."""
     query, key, value = _operands(plan, case)
     scores = _scores(plan, case, query, key)
     hard, soft = _permitted(plan, case)
     weights = _weights(plan, case, scores, hard, soft)
     output = _output(plan, case, weights, value)
-    return Result(output, weights, scores, hard & soft, value)
+    return Outcome(output, weights, scores, hard & soft, value)
 
 
 # --- queries, keys and values
@@ -393,7 +383,7 @@ def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor)
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
         weights = _divided(plan, weights, weights.sum(-1, keepdim=True))
-    weights = _lost_rows(plan, case, weights, hard & soft)
+    weights = _fully_masked_rows(plan, case, weights, hard & soft)
     if plan.scale_after:
         weights = weights * scale_of(plan, case)
     if plan.weights_of_heads == "averaged":
@@ -481,23 +471,23 @@ def _online(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
 
 def _divided(plan: Plan, numbers: Tensor, total: Tensor) -> Tensor:
     quotient = numbers / total
-    return quotient if plan.lost_slices == "nan" else quotient.masked_fill(total == 0, 0.0)
+    return quotient if plan.empty_slices == "nan" else quotient.masked_fill(total == 0, 0.0)
 
 
 def _slices(plan: Plan, weights: Tensor, scores: Tensor, dim: tuple[int, ...]) -> Tensor:
     """Give what the softmax made of nothing but -inf its meaning, where it is not a row."""
-    if plan.dim == "keys" or plan.lost_slices == "nan":
+    if plan.dim == "keys" or plan.empty_slices == "nan":
         return weights
     size = math.prod(scores.shape[d] for d in dim)
-    meaning = 0.0 if plan.lost_slices == "zero" else 1.0 / size
+    meaning = 0.0 if plan.empty_slices == "zero" else 1.0 / size
     empty = scores.isneginf().all(dim[-1], keepdim=True)
     for other in dim[:-1]:
         empty = empty.all(other, keepdim=True)
     return weights.masked_fill(empty, meaning)
 
 
-def _lost_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tensor) -> Tensor:
-    meaning = plan.lost or case.fully_masked
+def _fully_masked_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tensor) -> Tensor:
+    meaning = plan.fully_masked or case.fully_masked
     if meaning in ("natural", "undefined"):
         return weights
     number = {"zero": 0.0, "nan": math.nan, "uniform": 1.0 / case.shape[3]}[meaning]

@@ -10,17 +10,24 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.rows import assert_row_stochastic
+from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment
+from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.diagnosis import diagnose_output
-from pytest_attnheat.contract.exam import NotAskedError
-from pytest_attnheat.contract.findings import Diagnosis
+from pytest_attnheat.contract.diagnosis import Diagnosis
+from pytest_attnheat.contract.examination import Skipped
+from pytest_attnheat.contract.explaining import explained
+from pytest_attnheat.contract.probing import Probe, one_thread
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure, Place, number_text
+from pytest_attnheat.inputs import dtype_name, misuse
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
@@ -30,7 +37,7 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
     """Return the records of a specification: those of its trace, or of its block at work.
 
     Raises:
-        NotAskedError: Nothing could be captured in the block.
+        Skipped: Nothing could be captured in the block.
     """
     if isinstance(spec.subject, AttentionRecord):
         return [spec.subject]
@@ -44,14 +51,14 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
 def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
     module = _module_of(model.module)
     if module is None or inputs is None:
-        raise NotAskedError("attention inside is captured of one module, or of what calls one")
+        raise Skipped("attention inside is captured of one module, or of what calls one")
     with borrowed(module, inputs), torch.no_grad():
         module.eval()
         try:
             with capture_attention(module, allow_unseen=True) as trace:
                 model(inputs)
         except CaptureError as error:
-            raise NotAskedError(str(error)) from None
+            raise Skipped(str(error)) from None
     return list(trace)
 
 
@@ -152,6 +159,96 @@ def _diagnosed(
     # Small by now, whatever the capture allows.
     weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)
     return replace(diagnosis, inferred_weights=weights.cpu())
+
+
+def diagnose_output(
+    output: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mask: Tensor | None = None,
+    causal: Alignment | None = None,
+    window: tuple[int, int] | None = None,
+    alignment: Alignment = "top_left",
+    scale: float | None = None,
+    fully_masked: DeclaredFullyMasked = "zero",
+    name: str = "output",
+    search: bool = True,
+) -> Diagnosis:
+    """Tell what made a given output, from its own inputs.
+
+    Fewer defects can be told apart than by `diagnose`, which chooses its inputs: those that
+    reproduce the output equally well are all named.
+
+    Args:
+        output: (batch, heads, query_len, value_dim)
+        query: (batch, heads, query_len, head_dim)
+        key: (batch, key_heads, key_len, head_dim); heads are a multiple of key_heads.
+        value: (batch, key_heads, key_len, value_dim)
+        mask: Boolean, True where a query may attend, broadcastable to the weights.
+        causal: What it should be: `"top_left"` or `"bottom_right"`; None for not causal.
+        window: How many keys before and after its own position a query should attend to.
+        alignment: Where a window is counted from if it should not be causal.
+        scale: What scores should be multiplied by; head_dim ** -0.5 by default.
+        fully_masked: What rows without permitted keys should be.
+        name: What the output is called.
+        search: Whether to look for what made an output that is wrong; else only whether it is
+            wrong is said.
+
+    Returns:
+        The diagnosis. There are no inferred weights.
+
+    Raises:
+        TypeError: A tensor is not one of floating point numbers, or the mask is not boolean.
+        ValueError: Shapes do not fit.
+    """
+    _check_tensors(output, query, key, value, mask)
+    case = Case(
+        name=name,
+        query=query.detach().double().cpu(),
+        key=key.detach().double().cpu(),
+        value=value.detach().double().cpu(),
+        mask=None if mask is None else mask.detach().cpu(),
+        causal=causal is not None,
+        alignment=causal or alignment,
+        window=window,
+        scale=scale,
+        fully_masked=fully_masked,
+        dtype=output.dtype,
+    )
+    given = output.detach().double().cpu()
+    probes = [Probe(case, given, output.dtype, answer_tolerance(output.dtype))]
+    with one_thread():
+        return explained(name, probes, {}, search=search)
+
+
+def _check_tensors(
+    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
+) -> None:
+    tensors = {"output": output, "query": query, "key": key, "value": value}
+    accepted = "a tensor of floating point numbers, (batch, heads, length, width)"
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            raise TypeError(misuse(name, getattr(tensor, "dtype", type(tensor).__name__), accepted))
+        if tensor.ndim != 4:
+            raise ValueError(misuse(name, tuple(tensor.shape), accepted))
+    wanted = (*query.shape[:3], value.shape[3])
+    fits = (
+        output.shape == wanted
+        and query.shape[3] == key.shape[3]
+        and key.shape[:3] == value.shape[:3]
+        and query.shape[0] == key.shape[0]
+        and query.shape[1] % key.shape[1] == 0
+    )
+    if not fits or output.numel() == 0:
+        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+        raise ValueError(misuse("shapes", shapes, "those of one attention and its output"))
+    if mask is not None and mask.dtype != torch.bool:
+        accepted = "a boolean tensor, True where a query may attend"
+        raise TypeError(misuse("mask", dtype_name(mask), accepted))
+    if mask is not None:
+        torch.broadcast_to(mask, (*query.shape[:3], key.shape[2]))
 
 
 @dataclass(frozen=True)
@@ -261,3 +358,54 @@ def _place(record: AttentionRecord) -> str:
 
 def _listed(reasons: Sequence[str]) -> str:
     return "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "") or "nothing was captured"
+
+
+def assert_rows(record: AttentionRecord, fully_masked: DeclaredFullyMasked) -> None:
+    """Assert that the rows of a record are distributions, or what is declared if fully masked."""
+    # Weights are kept in a dtype of the reader's choice; what rounded them is the model's.
+    coarser = max(record.dtype, record.weights_dtype, key=lambda dtype: torch.finfo(dtype).eps)
+    tolerance = row_tolerance(coarser, record.shape[3])
+    if record.statistics is not None:
+        _sums(record, record.statistics, fully_masked, tolerance)
+    elif fully_masked != "undefined":
+        assert_row_stochastic(record, fully_masked=fully_masked, tolerance=tolerance)
+    elif record.mask is None or bool(record.mask.any(-1).all()):
+        assert_row_stochastic(record, tolerance=tolerance)
+
+
+def _sums(
+    record: AttentionRecord,
+    statistics: Statistics,
+    fully_masked: DeclaredFullyMasked,
+    tolerance: float,
+) -> None:
+    """Judge rows by their sums. Which may attend to nothing, statistics do not tell."""
+    sums, largest = statistics.row_sum, statistics.maximum
+    right = (sums - 1).abs() <= tolerance
+    if fully_masked in ("zero", "undefined"):
+        right |= (sums == 0) & (largest == 0)
+    if fully_masked in ("nan", "undefined"):
+        right |= sums.isnan()
+    if bool(right.all()):
+        return
+    off = (sums - 1).abs().nan_to_num(nan=torch.inf).masked_fill(right, -1.0)
+    worst = index_of(off.argmax(), off.shape)
+    found = float(sums[worst])
+    raise Failure(
+        "",
+        "rows do not sum to 1",
+        broken=int((~right).sum()),
+        of=right.numel(),
+        layer=layer_of(record),
+        worst=Place(
+            f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})",
+            worst,
+            found,
+        ),
+        tolerance=tolerance,
+    )
+
+
+def layer_of(record: AttentionRecord) -> str:
+    """Return where a record was captured, as failures name it."""
+    return f"{record.layer or '(no module)'}, call {record.call}"

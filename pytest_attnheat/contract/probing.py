@@ -10,6 +10,7 @@ import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TypeAlias
@@ -24,8 +25,8 @@ from pytest_attnheat.contract.spec import Answer, AttentionSpec
 
 # The longest case of a window.
 _WIDEST = 300
-# How far apart the scores of a loud row are: exp overflows and vanishes in float64 too.
-_LOUD = 900.0
+# How far apart large scores of a row are: exp overflows and vanishes in float64 too.
+_FAR_APART = 900.0
 # What is added to all scores of a low row; a correct softmax does not feel it.
 _LOW = 30.0
 
@@ -47,7 +48,7 @@ class Sizes:
 class Declared:
     """What of a specification the cases depend on."""
 
-    causal: Alignment | None
+    alignment: Alignment
     window: tuple[int, int] | None
     scale: float | None
     fully_masked: DeclaredFullyMasked
@@ -95,13 +96,13 @@ class Probe:
 def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
     """Return the cases for what a specification declares."""
     cases = list(_CASES)
-    if spec.causal is not None:
+    if spec.takes_causal:
         cases += _CAUSAL_CASES
     if spec.mask is not None:
         cases += _MASK_CASES
         if spec.fully_masked != "undefined":
-            cases.append(Blueprint("fully masked row", _lost, _RECTANGLE))
-    if spec.mask is not None and spec.causal is not None:
+            cases.append(Blueprint("fully masked row", _fully_masked, _RECTANGLE))
+    if spec.mask is not None and spec.takes_causal:
         cases += _TOGETHER_CASES
     if spec.has_heads and spec.grouped is not False:
         cases.append(Blueprint("grouped heads", _plain, _GROUPED))
@@ -143,6 +144,17 @@ def answer_to(
         return spec.call(
             query, key, value, mask=mask, causal=case.causal, scale=scale, dropout=dropout
         )
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Compute in one thread: for small tensors, more cost several times what they save."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def probe(
@@ -187,7 +199,7 @@ def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
 def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[Case]:
     """The case in all sizes, and where it has a mask also with the mask in full shape."""
     window = spec.sides
-    declared = Declared(spec.causal, window, spec.scale, spec.fully_masked)
+    declared = Declared(spec.alignment, window, spec.scale, spec.fully_masked)
     for sizes in blueprint.sizes:
         heads = sizes.heads if spec.has_heads else 1
         key_heads = (sizes.key_heads or heads) if spec.has_heads else 1
@@ -262,7 +274,7 @@ def _plain(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
         query=draw(f"{name} query", seed, batch, heads, sizes.query_len, sizes.head_dim),
         key=draw(f"{name} key", seed, batch, sizes.key_heads, sizes.key_len, sizes.head_dim),
         value=draw(f"{name} value", seed, batch, sizes.key_heads, sizes.key_len, sizes.value_dim),
-        alignment=declared.causal or "top_left",
+        alignment=declared.alignment,
         window=declared.window,
         scale=declared.scale,
         fully_masked=declared.fully_masked,
@@ -305,39 +317,39 @@ def _scaled(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
     return replace(_plain(declared, sizes, seed, name), scale=0.3, scale_given=True)
 
 
-def _loud(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _large_scores(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
     """The first two rows have scores that differ by hundreds, the next two very low ones.
 
     Keys stand on a line in their first channel, far apart, so that rounding never decides which
-    one a loud query chooses.
+    one such a query chooses.
     """
     case = _plain(declared, sizes, seed, name)
     query, key = case.query, case.key
     scale = abs(case.scale) if case.scale else sizes.head_dim**-0.5
-    places = torch.linspace(-3, 3, sizes.key_len, dtype=torch.float64)
+    line = torch.linspace(-3, 3, sizes.key_len, dtype=torch.float64)
     order = draw(f"{name} order", seed, sizes.key_len).argsort()
-    key[..., 0], key[..., 1] = places[order], 1.0
+    key[..., 0], key[..., 1] = line[order], 1.0
     query[..., 0], query[..., 1] = query[..., 0] * 0.3, 0.0
     # float16 holds the products up to 65504.
     query[..., :2, :] = 0.0
-    query[..., :2, 0] = torch.tensor([1.0, -1.0]) * min(_LOUD / scale, 6000.0)
+    query[..., :2, 0] = torch.tensor([1.0, -1.0]) * min(_FAR_APART / scale, 6000.0)
     query[..., 2:4, 1] = -min(_LOW / scale, 6000.0)
     return case
 
 
-def _loud_masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _large_scores_masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
     case = _masked(declared, sizes, seed, name)
-    loud = replace(_loud(declared, sizes, seed, name), mask=case.mask)
-    if loud.mask is not None:
-        # The key that a loud query would choose is masked.
-        place = loud.key[0, 0, :, 0]
+    large = replace(_large_scores(declared, sizes, seed, name), mask=case.mask)
+    if large.mask is not None:
+        # The key that such a query would choose is masked.
+        place = large.key[0, 0, :, 0]
         for row, best, worst in ((0, place.argmax(), place.argmin()),
                                  (1, place.argmin(), place.argmax())):  # fmt: skip
-            loud.mask[row, best], loud.mask[row, worst] = False, True
-    return loud
+            large.mask[row, best], large.mask[row, worst] = False, True
+    return large
 
 
-def _lost(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _fully_masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
     """Some rows of some samples have no permitted key."""
     case = _masked(declared, sizes, seed, name)
     assert case.mask is not None
@@ -356,7 +368,7 @@ def _garbage(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
 _CASES = (
     Blueprint("plain", _plain, _RECTANGLE),
     Blueprint("square", _plain, _SQUARE),
-    Blueprint("large scores", _loud, _RECTANGLE),
+    Blueprint("large scores", _large_scores, _RECTANGLE),
 )
 _CAUSAL_CASES = (
     Blueprint("causal", _causal, _WIDE),
@@ -367,7 +379,7 @@ _MASK_CASES = (
     Blueprint("mask", _masked, _RECTANGLE),
     Blueprint("square mask", _masked, _SQUARE),
     Blueprint("padding", _padded, _PADDED),
-    Blueprint("large scores, masked", _loud_masked, _RECTANGLE),
+    Blueprint("large scores, masked", _large_scores_masked, _RECTANGLE),
 )
 _TOGETHER_CASES = (
     Blueprint("mask and causal", _masked_causal, _WIDE),

@@ -11,25 +11,30 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.inputs import misuse
 
 _BATCH, _LENGTH = 2, 9
 
 
-def known_spec(subject: object) -> AttentionSpec | None:
-    """Return the specification of a subject that needs no words, or None.
+def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
+    """Return a specification: as it is, ready-made, or of a callable with nothing declared.
 
-    Known are `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and `nn.TransformerEncoder`,
-    as blocks in evaluation mode, and the function `flex_attention`.
+    Ready-made are those of `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and
+    `nn.TransformerEncoder`, as blocks in evaluation mode, and of the function `flex_attention`.
     """
+    if isinstance(subject, AttentionSpec):
+        return subject
     width = _width_of(subject)
-    if width is not None and callable(subject):
+    if width is not None:
         dtype = next(p.dtype for p in _parameters(subject))
         inputs = draw("block", 0, _BATCH, _LENGTH, width).to(dtype)
         return AttentionSpec(subject, inputs=inputs, causal=None)
     if getattr(subject, "__module__", "") == "torch.nn.attention.flex_attention":
         return AttentionSpec(_flex, name="flex_attention")
-    return None
+    return AttentionSpec(subject)
 
 
 def _width_of(subject: object) -> int | None:
@@ -107,7 +112,8 @@ def transformers_attention(name: str = "sdpa") -> AttentionSpec:
 
     registered = AttentionInterface()  # type: ignore[no-untyped-call]
     if name != "eager" and name not in registered:
-        raise ValueError(f"name: got {name!r}; accepted are 'eager' and {sorted(registered)}")
+        known = ", ".join(map(repr, ["eager", *sorted(registered)]))
+        raise ValueError(misuse("name", repr(name), f"one of {known}"))
     forward = eager_attention_forward if name == "eager" else registered[name]
     dtypes = ("float32", "float16", "bfloat16") + (() if name == "eager" else ("float64",))
     return AttentionSpec(

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -16,11 +16,13 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.exam import Exam, NotAskedError, is_refusal, undeclared
-from pytest_attnheat.contract.spec import AttentionSpec, as_spec
-
-if TYPE_CHECKING:
-    from pytest_attnheat.contract.diagnosis import Diagnosis
+from pytest_attnheat.contract.diagnosing import diagnose
+from pytest_attnheat.contract.diagnosis import Diagnosis
+from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal, undeclared
+from pytest_attnheat.contract.ready import as_spec
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import dtype_name, misuse
 
 Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
 ExpectedFailures: TypeAlias = Mapping[str, str]
@@ -37,6 +39,8 @@ class Result:
         status: `"passed"`, `"failed"`, `"skipped"` or `"xfailed"`.
         message: Why it failed, or the reason why it was skipped or expected to fail.
         declaration: What is wrongly declared, where that is why it failed.
+        reason: The message in one line: what does not hold, and the likely cause.
+        failure: What the check raised, where that is a failure with fields.
     """
 
     name: str
@@ -45,6 +49,8 @@ class Result:
     status: Status
     message: str = ""
     declaration: str = ""
+    reason: str = ""
+    failure: Failure | None = None
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class Report:
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
-            lines += ["", f"{name} ({first.dtype}, {first.device})", first.message]
+            said = [first.declaration] if first.declaration else []
+            lines += ["", f"{name} ({first.dtype}, {first.device})", *said, first.message]
         return "\n".join(lines)
 
     def _head(self) -> str:
@@ -104,7 +111,7 @@ class Report:
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
         if not self.failed:
             head = "all checks passed"
-        return head + (f", {skipped} not asked" if skipped else "")
+        return head + (f", {skipped} skipped" if skipped else "")
 
     def _table(self) -> Iterator[str]:
         columns = list(dict.fromkeys((r.dtype, r.device) for r in self.results))
@@ -136,7 +143,7 @@ def check_attention(
         subject: What is claimed of it; or a callable with the signature of
             `torch.nn.functional.scaled_dot_product_attention`; or what `capture_attention`
             recorded.
-        quick: Ask fewer questions, in the first of the dtypes alone.
+        quick: Run fewer checks, in the first of the dtypes alone.
         checks: The checks; by default all that are known: `CHECKS`, `BLOCK_CHECKS` or
             `CAPTURED_CHECKS`.
         expected_failures: Names of checks that are known to fail, with the reason.
@@ -155,22 +162,18 @@ def check_attention(
     known = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS, *asked)
     unknown = set(expected) - {check.name for check in known}
     if unknown:
-        raise ValueError(
-            f"expected_failures: there is no check {sorted(unknown)}; accepted are "
-            f"{[check.name for check in asked]}"
-        )
+        names = ", ".join(repr(check.name) for check in asked)
+        raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
     results = [
-        run_check(check, exam, expected.get(check.name))
-        for exam in exams_of(spec, quick=quick, seed=seed)
+        run_check(check, examination, expected.get(check.name))
+        for examination in examinations_of(spec, quick=quick, seed=seed)
         for check in asked
     ]
     return Report(spec, tuple(results), seed)
 
 
 def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
-    """Diagnose what failed; None of what answers no question at all."""
-    from pytest_attnheat.contract.diagnosis import diagnose
-
+    """Diagnose what failed; None of what answers nothing at all."""
     try:
         return diagnose(spec, seed=seed)
     except Exception:  # a subject may raise anything; the checks tell what
@@ -193,53 +196,67 @@ def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:
     return tuple(check for check in known if check.quick or not quick)
 
 
-def exams_of(spec: AttentionSpec, *, quick: bool = False, seed: int = 0) -> list[Exam]:
-    """Return an exam for each dtype and device of a specification."""
+def examinations_of(
+    spec: AttentionSpec, *, quick: bool = False, seed: int = 0
+) -> list[Examination]:
+    """Return an examination for each dtype and device of a specification."""
     devices = [torch.device(name) for name in spec.devices or _present()]
     if spec.inputs is not None:
         dtype = spec.inputs.dtype if spec.inputs.is_floating_point() else torch.float32
-        return [Exam(spec, dtype, device, seed, quick) for device in devices]
+        return [Examination(spec, dtype, device, seed, quick) for device in devices]
     if spec.is_captured:
         first = next((record.dtype for record in records_of(spec)), torch.float32)
-        return [Exam(spec, first, torch.device("cpu"), seed, quick)]
+        return [Examination(spec, first, torch.device("cpu"), seed, quick)]
     dtypes = [getattr(torch, name) for name in spec.dtypes][: 1 if quick else None]
-    return [Exam(spec, dtype, device, seed, quick) for device in devices for dtype in dtypes]
+    return [Examination(spec, dtype, device, seed, quick) for device in devices for dtype in dtypes]
 
 
 def _present() -> list[str]:
     return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
-def run_check(check: Check, exam: Exam, expected: str | None = None) -> Result:
-    """Ask one question; whatever the subject raises is an answer."""
-    place = {"name": check.name, "dtype": exam.dtype_name, "device": str(exam.device)}
+def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
+    """Run one check; whatever the subject raises is an answer."""
+    dtype, device = dtype_name(examination.dtype), str(examination.device)
+    result = Result(check.name, dtype, device, "passed")
     try:
-        check.run(exam)
-    except NotAskedError as reason:
-        return Result(**place, status="skipped", message=str(reason))
+        check.examine(examination)
+    except Skipped as reason:
+        return _with_message(result, "skipped", str(reason))
     except Exception as error:  # the code under test may raise anything
         if is_refusal(error):
-            return Result(**place, status="skipped", message=f"the subject refuses: {error}")
+            return _with_message(result, "skipped", f"the subject refuses: {error}")
         if expected is not None:
-            return Result(**place, status="xfailed", message=expected)
-        message = str(error) if isinstance(error, AssertionError) else _raised(error, exam)
-        declaration = _wrong_declaration(check, exam)
-        if declaration:
-            message = f"{declaration}\n{message}"
-        return Result(**place, status="failed", message=message, declaration=declaration)
-    return Result(**place, status="passed")
+            return _with_message(result, "xfailed", expected)
+        declaration = _wrong_declaration(check, examination)
+        return replace(_failed(result, error, examination), declaration=declaration)
+    return result
 
 
-def _raised(error: Exception, exam: Exam) -> str:
+def _with_message(result: Result, status: Status, message: str) -> Result:
+    return replace(result, status=status, message=message, reason=message.partition("\n")[0])
+
+
+def _failed(result: Result, error: Exception, examination: Examination) -> Result:
+    if isinstance(error, Failure):
+        reason = "; ".join(part for part in (error.headline, error.cause) if part)
+        return replace(result, status="failed", message=str(error), reason=reason, failure=error)
+    if isinstance(error, AssertionError):
+        return _with_message(result, "failed", str(error))
+    raised = _with_message(result, "failed", _raised(error, examination))
+    # What a specification leaves unsaid may be why a call went wrong.
+    hints = hints_of(examination.spec) if isinstance(error, TypeError) else ()
+    return replace(raised, message="; ".join([raised.message, *hints]))
+
+
+def _raised(error: Exception, examination: Examination) -> str:
     """Say what was raised in the place of an answer, in words of a specification."""
-    if isinstance(error, ValueError) and _is_random(exam):
-        return exam.in_training() or (
+    if isinstance(error, ValueError) and _is_random(examination):
+        return examination.in_training() or (
             "it gives another output at each call, so that no comparison means anything: dropout "
             "that is always on?"
         )
-    hints = hints_of(exam.spec) if isinstance(error, TypeError) else ()
-    place = _place(error, exam.spec)
-    return "; ".join([f"it raised {type(error).__name__}: {error}{place}", *hints])
+    return f"it raised {type(error).__name__}: {error}{_place(error, examination.spec)}"
 
 
 def _place(error: Exception, spec: AttentionSpec) -> str:
@@ -253,9 +270,9 @@ def _place(error: Exception, spec: AttentionSpec) -> str:
     return f" ({Path(file).name}:{frames[-1].lineno})" if frames else ""
 
 
-def _is_random(exam: Exam) -> bool:
+def _is_random(examination: Examination) -> bool:
     try:
-        first, second = exam.answer(), exam.answer()
+        first, second = examination.answer(), examination.answer()
     except Exception:  # then that is what is wrong
         return False
     return not torch.equal(first.nan_to_num(), second.nan_to_num())
@@ -299,19 +316,19 @@ _DECODER = (
 )
 
 
-def _wrong_declaration(check: Check, exam: Exam) -> str:
+def _wrong_declaration(check: Check, examination: Examination) -> str:
     """Say which other declaration would be right, if there is one."""
-    if _leaves_causal_aside(check, exam):
-        argument = exam.spec.causal_argument
+    if _leaves_causal_aside(check, examination):
+        argument = examination.spec.causal_argument
         return (
-            f"wrong declaration: causal={exam.spec.causal!r} is declared, but {argument}=True "
-            f"changes nothing, and no parameter is called {argument}: declare causal=None, or its "
-            "causal_argument"
+            f"wrong declaration: causal={examination.spec.causal!r} is declared, but "
+            f"{argument}=True changes nothing, and no parameter is called {argument}: declare "
+            "causal=None, or its causal_argument"
         )
-    for changes in (_OF_BLOCKS if exam.spec.is_block else _OTHERWISE).get(check.name, ()):
+    for changes in (_OF_BLOCKS if examination.spec.is_block else _OTHERWISE).get(check.name, ()):
         ((field, other),) = changes.items()
-        declared = getattr(exam.spec, field)
-        if declared == other or not _passes(check, exam, changes):
+        declared = getattr(examination.spec, field)
+        if declared == other or not _passes(check, examination, changes):
             continue
         source = "the default" if declared == _default(field) else "declared"
         words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
@@ -327,16 +344,16 @@ def _default(field: str) -> Any:
     return default
 
 
-def _passes(check: Check, exam: Exam, changes: dict[str, Any]) -> bool:
+def _passes(check: Check, examination: Examination, changes: dict[str, Any]) -> bool:
     """Whether a check passes with another declaration."""
-    spec = replace(exam.spec, **changes)
-    # A block that is no decoder is not asked to decode: whether it is one, leaks tell, and
-    # whether its attention is right for that, what is captured inside.
-    asked = (BLOCK_CHECKS[0], BLOCK_CHECKS[-1]) if spec.is_block else (check,)
-    for ask in asked:
+    spec = replace(examination.spec, **changes)
+    # A block that is no decoder does not decode: whether it is one, leaks tell, and whether its
+    # attention is right for that, what is captured inside.
+    telling = [one for one in BLOCK_CHECKS if one.name in ("no_leakage", "attention_inside")]
+    for one in telling if spec.is_block else [check]:
         try:
-            ask.run(replace(exam, spec=spec))
-        except NotAskedError:
+            one.examine(replace(examination, spec=spec))
+        except Skipped:
             if not spec.is_block:
                 return False
         except Exception:  # neither is right
@@ -344,12 +361,12 @@ def _passes(check: Check, exam: Exam, changes: dict[str, Any]) -> bool:
     return True
 
 
-def _leaves_causal_aside(check: Check, exam: Exam) -> bool:
+def _leaves_causal_aside(check: Check, examination: Examination) -> bool:
     """Whether the subject takes any keyword, and is_causal is one of those it does not know."""
-    spec = exam.spec
+    spec = examination.spec
     if check.name != "causal" or spec.is_block or spec.names(spec.causal_argument):
         return False
-    tensors = exam.inputs().tensors
+    tensors = examination.inputs().tensors
     try:
         outputs = [spec.call(*tensors, causal=causal).output for causal in (False, True)]
     except Exception:  # then that is what is wrong

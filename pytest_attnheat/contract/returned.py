@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, Result, carry_out
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
-from pytest_attnheat.contract.findings import Diagnosis, number_text
+from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.probing import Probe, answer_to
 from pytest_attnheat.contract.spec import AttentionSpec
 
@@ -31,7 +31,7 @@ class _Kind:
 
     name: str
     sentence: str
-    make: Callable[[Result], Tensor]
+    make: Callable[[Outcome], Tensor]
     plan: Plan = _CORRECT
     averaged: bool | None = None  # None: as declared
 
@@ -39,11 +39,11 @@ class _Kind:
 _BEFORE_MASK = Plan(mask="ignored", causal="ignored", window="ignored")
 
 
-def _masked_scores(result: Result) -> Tensor:
+def _masked_scores(result: Outcome) -> Tensor:
     return result.scores.masked_fill(~result.permitted, -math.inf)
 
 
-def _shifted(result: Result) -> Tensor:
+def _shifted(result: Outcome) -> Tensor:
     scores = _masked_scores(result)
     return scores - scores.amax(-1, keepdim=True)
 
@@ -124,10 +124,8 @@ def _described(weights: object) -> str:
     if not isinstance(weights, Tensor):
         return f"they are a {type(weights).__name__}"
     sums = torch.nan_to_num(weights.sum(-1), nan=math.inf)
-    return (
-        f"their shape is {tuple(weights.shape)}, their rows sum to {number_text(float(sums.min()))}"
-        f" to {number_text(float(sums.max()))}"
-    )
+    least, most = residual_text(float(sums.min())), residual_text(float(sums.max()))
+    return f"their shape is {tuple(weights.shape)}, their rows sum to {least} to {most}"
 
 
 def _off(spec: AttentionSpec, kind: _Kind, one: Probe, weights: object) -> float:
@@ -150,12 +148,12 @@ def _off(spec: AttentionSpec, kind: _Kind, one: Probe, weights: object) -> float
         return math.inf
     difference = weights.clamp(min=HIDDEN_FROM) - wanted.clamp(min=HIDDEN_FROM)
     size = max(1.0, float(wanted.clamp(min=HIDDEN_FROM).abs().max()))
-    allowed = max(one.tolerance, 8 * torch.finfo(one.dtype).eps * (2.0 + _loudest(one.case)))
+    allowed = max(one.tolerance, 8 * torch.finfo(one.dtype).eps * (2.0 + _largest_score(one.case)))
     far = float(difference.abs().max()) / (size * allowed)
     return math.inf if math.isnan(far) else far
 
 
-def _loudest(case: Case) -> float:
+def _largest_score(case: Case) -> float:
     return float(carry_out(_CORRECT, case).scores.abs().max())
 
 

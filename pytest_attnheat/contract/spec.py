@@ -11,10 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import as_meant
+from pytest_attnheat.attention.cases import DTYPES
+from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
+from pytest_attnheat.attention.vocabulary import (
+    ALIGNMENTS,
+    DECLARED_FULLY_MASKED,
+    MASK_MEANINGS,
+    Alignment,
+    DeclaredFullyMasked,
+    MaskMeaning,
+)
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
 Sound: TypeAlias = Literal["mask", "causal"]
@@ -47,8 +57,8 @@ class AttentionSpec:
             (True where not), `"additive"` (floats, 0 and -inf), or None: it takes no mask.
         mask_argument: The keyword of the mask. A subject whose signature lacks it takes none.
         causal: What its `is_causal=True` means: `"top_left"`, `"bottom_right"`, or None: it does
-            not take it. Of a block: whether it is causal, always. Of what was captured: what its
-            window is counted from.
+            not take it. Of a block: whether it is causal, always. Of what was captured, or does
+            not take it: what its window is counted from.
         causal_argument: The keyword of it. A subject whose signature lacks it does not take it.
         window: How many keys before and after its own position a query attends to, always;
             None for all, also as one of the two: `(None, 0)` is always causal. Counted from the
@@ -87,29 +97,19 @@ class AttentionSpec:
     tolerance: float | None = None
 
     def __post_init__(self) -> None:
-        if not callable(self.subject) and not self.is_captured:
-            raise TypeError(
-                f"subject: got {type(self.subject).__name__}; accepted is a callable, called as "
-                "subject(query, key, value), or what capture_attention recorded"
-            )
-        for name, accepted in _CHOICES.items():
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name}: got {getattr(self, name)!r}; accepted are {accepted}")
-        if isinstance(self.subject, type):
-            raise TypeError(
-                f"subject: got the class {self.subject.__name__}; accepted is an instance"
-            )
-        if self.inputs is None and _is_block(self.subject):
-            raise ValueError(
-                f"subject: {type(self.subject).__name__} is a module that is not called with "
-                "query, key and value; AttentionSpec(module, inputs=...) examines it as a block"
-            )
-        letters = sorted(self.layout)
-        if letters not in (sorted("bhld"), sorted("bld")):
-            raise ValueError(
-                f"layout: got {self.layout!r}; accepted are the letters b (batch), h (heads), "
-                "l (length) and d (width) in any order, h or not: 'bhld', 'blhd', 'bld'"
-            )
+        _check_subject(self.subject, self.inputs)
+        for name, (types, is_accepted, accepted) in _ACCEPTED.items():
+            given = getattr(self, name)
+            if not isinstance(given, types):
+                raise TypeError(misuse(name, _shown(given), accepted))
+            if given is not None and not is_accepted(given):
+                raise ValueError(misuse(name, _shown(given), accepted))
+        for device in self.devices or ():
+            check_device(device)
+        if self.scale is not None:
+            check_number(self.scale, "scale")
+        if self.tolerance is not None:
+            check_tolerance(self.tolerance)
         self._complete()
 
     def _complete(self) -> None:
@@ -120,17 +120,40 @@ class AttentionSpec:
             found["name"] = getattr(whole, "__name__", type(whole).__name__)
         if self.is_captured and not self.name:
             found["name"] = getattr(self.subject, "layer", "") or "the trace"
+        if self.is_captured and self.causal == "bottom_right" and self.window is None:
+            accepted = "'bottom_right' with window= what is counted from it, or None"
+            raise ValueError(misuse("causal", "'bottom_right' without a window", accepted))
         if self.inputs is None and not self.is_captured:
             found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
             self._check_named("mask_argument", "attn_mask")
             self._check_named("causal_argument", "is_causal")
-            if self._lacks(self.mask_argument, "mask"):
-                found["mask"] = None
-            if self._lacks(self.causal_argument, "causal"):
-                found["causal"] = None
+            found |= self._without_keywords()
         for name, value in found.items():
             object.__setattr__(self, name, value)
+
+    def _without_keywords(self) -> dict[str, Any]:
+        """What is left of the mask and of causality if the subject has no keyword for them.
+
+        Only a default is dropped. What was declared is kept if it has an effect, else refused.
+        """
+        left: dict[str, Any] = {}
+        accepted = "None, or with {}_argument= the name of its parameter"
+        if self._lacks(self.mask_argument, "mask"):
+            if self.mask not in ("keep", None):
+                got = f"{self.mask!r} for a subject that has no parameter {self.mask_argument}"
+                raise ValueError(misuse("mask", got, accepted.format("mask")))
+            left["mask"] = None
+        if self._lacks(self.causal_argument, "causal"):
+            if self.causal == "bottom_right" and self.window is None:
+                got = (
+                    "'bottom_right' for a subject that has neither a parameter "
+                    f"{self.causal_argument} nor a window"
+                )
+                accepted = f"{accepted.format('causal')}, or with window= what is counted from it"
+                raise ValueError(misuse("causal", got, accepted))
+            left["causal"] = None if self.causal == "top_left" else self.causal
+        return left
 
     def _check_named(self, field: str, default: str) -> None:
         """Refuse a keyword that was given and that the subject has no parameter for."""
@@ -148,6 +171,16 @@ class AttentionSpec:
             return None
         left, right = (_ENDLESS if side is None else side for side in self.window)
         return left, right
+
+    @property
+    def alignment(self) -> Alignment:
+        """What causal means, and where the window is counted from."""
+        return self.causal or "top_left"
+
+    @property
+    def takes_causal(self) -> bool:
+        """Whether the subject can be asked to be causal, by `causal_argument`."""
+        return self.causal is not None and not self._lacks(self.causal_argument, "causal")
 
     @property
     def is_block(self) -> bool:
@@ -365,20 +398,68 @@ class Answer:
     weights: Any
 
 
-_CHOICES: dict[str, tuple[Any, ...]] = {
-    "mask": (*get_args(MaskMeaning), None),
-    "causal": (*get_args(Alignment), None),
-    "returns": get_args(Returns),
-    "fully_masked": get_args(DeclaredFullyMasked),
-}
+def _check_subject(subject: object, inputs: object) -> None:
+    if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
+        accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
+        raise TypeError(misuse("subject", type(subject).__name__, accepted))
+    if isinstance(subject, type):
+        raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
+    if inputs is None and _is_block(subject):
+        got = f"{type(subject).__name__}, which is not called with query, key and value"
+        accepted = "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
+        raise ValueError(misuse("subject", got, accepted))
 
 
-def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
-    """Return a specification: as it is, ready-made, or of a callable with nothing declared."""
-    if isinstance(subject, AttentionSpec):
-        return subject
-    if isinstance(subject, Trace | AttentionRecord):
-        return AttentionSpec(subject)
-    from pytest_attnheat.contract.ready import known_spec
+def _is_text(given: object) -> bool:
+    return isinstance(given, str)
 
-    return known_spec(subject) or AttentionSpec(subject)
+
+def _is_input(inputs: Tensor) -> bool:
+    floats = inputs.is_floating_point() and inputs.ndim == 3
+    tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
+    return (floats or tokens) and len(inputs) >= 2 and inputs.numel() > 0
+
+
+def _is_window(window: tuple[Any, ...]) -> bool:
+    sides = [side for side in window if side is not None]
+    return len(window) == 2 and all(type(side) is int and side >= 0 for side in sides)
+
+
+def _shown(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"{dtype_name(given)} {tuple(given.shape)}"
+    return repr(given)
+
+
+def _one_of(known: Sequence[str], *, or_none: bool = False) -> tuple[Any, Any, str]:
+    names = ", ".join(map(repr, known))
+    types, ending = (str | None, ", or None") if or_none else (str, "")
+    return types, known.__contains__, f"one of {names}{ending}"
+
+
+_TEXT = (str, lambda _: True, "a text")
+_FLAG = (bool | None, lambda _: True, "True, False, or None")
+# What each field accepts: its types, what else is true of it, and both in words.
+_ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "name": _TEXT,
+    "inputs": (Tensor | None, _is_input,
+               "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of "
+               "two or more sequences, or None"),
+    "layout": (str, lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
+               "the letters b (batch), h (heads), l (length) and d (width) in any order, h or "
+               "not: 'bhld', 'blhd', 'bld'"),
+    "mask": _one_of(MASK_MEANINGS, or_none=True),
+    "mask_argument": _TEXT,
+    "causal": _one_of(ALIGNMENTS, or_none=True),
+    "causal_argument": _TEXT,
+    "window": (tuple | None, _is_window,
+               "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"),
+    "grouped": _FLAG,
+    "dropout": _FLAG,
+    "returns": _one_of(get_args(Returns)),
+    "fully_masked": _one_of(DECLARED_FULLY_MASKED),
+    "dtypes": (tuple | list, lambda names: names and all(name in DTYPES for name in names),
+               f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
+    "devices": (tuple | list | None, lambda names: names and all(map(_is_text, names)),
+                "a tuple or list of one or more names of devices, or None for all that are there"),
+}  # fmt: skip

@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pytest
 
+from pytest_attnheat.inputs import dtype_name
 from pytest_attnheat.plugin import CHECKS_MARKER
 from pytest_attnheat.plugin.verdicts import Verdicts
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check
-    from pytest_attnheat.contract.exam import Exam
+    from pytest_attnheat.contract.examination import Examination as Examined
     from pytest_attnheat.contract.report import Result
     from pytest_attnheat.contract.spec import AttentionSpec
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -53,8 +54,8 @@ def parametrize_with_checks(
         ValueError: There are no specifications, or the name of an expected failure is not that
             of a check.
     """
+    from pytest_attnheat.contract.ready import as_spec
     from pytest_attnheat.contract.report import checks_of
-    from pytest_attnheat.contract.spec import as_spec
 
     if not specs:
         raise ValueError("parametrize_with_checks: got no specifications")
@@ -135,17 +136,17 @@ class Question:
     def __init__(
         self,
         check: Check,
-        exam: Exam,
+        exam: Examined,
         expected: str | None,
         diagnosed: _Diagnosed,
         hints: list[str],
     ) -> None:
         device = "" if exam.device.type == "cpu" else f"-{exam.device}"
-        self.name = f"{exam.spec.name}-{check.name}-{exam.dtype_name}{device}"
+        self.name = f"{exam.spec.name}-{check.name}-{dtype_name(exam.dtype)}{device}"
         self.verdict: dict[str, Any] = {
             "subject": exam.spec.name,
             "check": check.name,
-            "place": f"{exam.dtype_name}{device}",
+            "place": f"{dtype_name(exam.dtype)}{device}",
             "hints": hints,
         }
         self._check, self._exam, self._expected = check, exam, expected
@@ -157,7 +158,7 @@ class Question:
         from pytest_attnheat.contract.report import run_check
 
         result = run_check(self._check, self._exam, self._expected)
-        self.verdict["reason"] = _reason(result, self.verdict["hints"])
+        self.verdict["reason"] = result.reason
         if result.status == "skipped":
             pytest.skip(result.message)
         if result.status == "xfailed":
@@ -168,7 +169,6 @@ class Question:
     def _failure(self, result: Result) -> FailedCheckError:
         """The error: what does not hold, the diagnosis, and the check's own message."""
         told = self._diagnosed.told()
-        message = result.message.removeprefix(f"{result.declaration}\n")
         self.verdict |= {
             "declaration": result.declaration,
             "diagnosis": told.sentence,
@@ -178,21 +178,12 @@ class Question:
         claim = result.declaration or f"not so: {self._check.sentence}"
         # A wrong declaration says where to look itself.
         outside = "" if result.declaration else told.outside
-        text = "\n\n".join(part for part in (told.text, outside, message) if part)
+        text = "\n\n".join(part for part in (told.text, outside, result.message) if part)
         return FailedCheckError(claim, text, told.draw)
 
     def __repr__(self) -> str:
         """Name the question, as a test id does."""
         return f"<check {self.name}>"
-
-
-def _reason(result: Result, hints: Sequence[str]) -> str:
-    """The first line of a message without hints, and the likely cause that a later one names."""
-    first, *others = result.message.removeprefix(f"{result.declaration}\n").splitlines() or [""]
-    causes = [line.split(maxsplit=1)[1] for line in others if line.startswith("  cause ")]
-    for hint in hints:
-        first = first.replace(f"; {hint}", "")
-    return "; ".join([first, *causes])
 
 
 class FailedCheckError(AssertionError):
@@ -292,11 +283,11 @@ def _questions(
     *,
     quick: bool,
 ) -> Iterator[Question]:
-    from pytest_attnheat.contract.report import checks_of, exams_of, hints_of
+    from pytest_attnheat.contract.report import checks_of, examinations_of, hints_of
 
     hints = list(hints_of(spec))
     diagnosed = _Diagnosed(spec)
-    for exam in exams_of(spec, quick=quick):
+    for exam in examinations_of(spec, quick=quick):
         if not _selected(config, exam):
             continue
         for check in checks_of(spec, quick=quick) if checks is None else checks:
@@ -304,7 +295,7 @@ def _questions(
             yield Question(check, exam, reason, diagnosed, hints)
 
 
-def _selected(config: pytest.Config, exam: Exam) -> bool:
+def _selected(config: pytest.Config, exam: Examined) -> bool:
     """Whether `--attn-device` and `--attn-dtype`, if they are given, choose an exam."""
     from pytest_attnheat.plugin import SETTINGS
 
@@ -312,12 +303,12 @@ def _selected(config: pytest.Config, exam: Exam) -> bool:
     kinds = {name.partition(":")[0] for name in settings.devices}
     device = kinds & {"auto", "all"} or exam.device.type in kinds
     given = config.getoption("attn_dtype") is not None and not exam.spec.is_block
-    return bool(device) and (not given or exam.dtype_name in settings.dtypes)
+    return bool(device) and (not given or dtype_name(exam.dtype) in settings.dtypes)
 
 
 def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
     """Import what `--attn-check` names."""
-    from pytest_attnheat.contract.spec import as_spec
+    from pytest_attnheat.contract.ready import as_spec
 
     module, separator, name = target.partition(":")
     if not (module and separator and name):

@@ -116,7 +116,7 @@ def _counts(found: Sequence[Verdict]) -> str:
     text = f"{outcomes['failed']} of {asked} checks failed"
     if outcomes["xfailed"]:
         text += f", {outcomes['xfailed']} as expected"
-    return text + (f", {outcomes['skipped']} not asked" if outcomes["skipped"] else "")
+    return text + (f", {outcomes['skipped']} skipped" if outcomes["skipped"] else "")
 
 
 def _entries(found: Sequence[Verdict]) -> Iterator[tuple[str, str]]:

@@ -119,7 +119,10 @@ def _cause_of_blindness(
         own = ", its own place" if numbers[-1] == observer[-1] else ""
         return f"the last that it may see{own}: a mask that closes one place too early?"
     if list(missed) == numbers[: len(missed)]:
-        return "those farthest back: a sliding window? Say so with may_see=, or must_see=False"
+        return (
+            "those farthest back: a sliding window? Say so with may_see=, or must_see=False "
+            "(with window= of an AttentionSpec)"
+        )
     return None
 
 

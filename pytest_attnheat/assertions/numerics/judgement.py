@@ -23,14 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.heatmaps.terminal import map_name
+from pytest_attnheat.inputs import dtype_name
 
 _BLOCKS = (128, 64, 32, 16)
 _NARROWER = (torch.float32, torch.float16, torch.bfloat16)
-# Of a number in a sentence; 17 tell any two float64 apart.
-_LEAST_DIGITS, _MOST_DIGITS = 6, 17
 # A constant factor needs some places that bear witness to it.
 _WITNESSES = 8
 
@@ -81,13 +80,13 @@ class Judgement:
 
 
 @dataclass(frozen=True)
-class Circumstances:
+class Context:
     """What a cause may look at besides the tensor.
 
     Attributes:
         dtype: That of the inputs.
         unit: The unit roundoff that the scale was computed with.
-        lost: (..., query_len), True where a query may attend to no key.
+        fully_masked: (..., query_len), True where a query may attend to no key.
         declared: What the output is for such a query, as given by the caller.
         top_score: The largest permitted score; None if unknown.
         key_heads: The number of heads of the keys, where they are grouped; else None.
@@ -98,7 +97,7 @@ class Circumstances:
 
     dtype: torch.dtype
     unit: float
-    lost: Tensor
+    fully_masked: Tensor
     declared: str
     top_score: float | None
     key_heads: int | None
@@ -149,34 +148,44 @@ def _as_matrices(tensor: Tensor) -> Tensor:
     return tensor.reshape((1,) * max(0, 2 - tensor.ndim) + tuple(tensor.shape))
 
 
-def check(assertion: str, judgements: Sequence[Judgement], around: Circumstances) -> None:
-    """Raise an AssertionError about the first tensor that breaks the rule.
+def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> None:
+    """Raise a failure about the first tensor that breaks the rule.
 
     Raises:
-        AssertionError: Some element of some tensor is off by more than is allowed.
+        Failure: Some element of some tensor is off by more than is allowed.
     """
     __tracebackhide__ = True
     broken = [judgement for judgement in judgements if bool(judgement.broken.any())]
     if broken:
         others = [judgement for judgement in judgements if judgement not in broken]
-        raise AssertionError(_message(assertion, broken, others, around))
+        raise _failure(assertion, broken, others, context)
 
 
-def _message(
-    assertion: str, broken: list[Judgement], sound: list[Judgement], around: Circumstances
-) -> str:
+def _failure(
+    assertion: str, broken: list[Judgement], sound: list[Judgement], context: Context
+) -> Failure:
     one = broken[0]
     worst, first = _worst(one), index_of(one.broken.flatten().int().argmax(), one.broken.shape)
-    shown_first = None if one.missing or first == worst else _value_at(one, first, around)
-    return build_message(
+    return Failure(
         assertion,
         _claim(one, broken, sound),
-        one.found.to(one.dtype).reshape(one.shape),
-        worst=_compared(one, worst, around),
-        first=shown_first,
-        cause=_cause(one, around),
-        repeat=around.repeat,
+        broken=None if one.missing else int(one.broken.sum()),
+        of=None if one.missing else int(one.judged.sum()),
+        worst=_place(one, worst, _compared(one, worst, context)),
+        first=(
+            None
+            if one.missing or first == worst
+            else _place(one, first, _value_at(one, first, context))
+        ),
+        cause=_cause(one, context),
+        tensor=Checked.of(one.found.to(one.dtype).reshape(one.shape)),
+        tolerance=float(one.allowed[worst]),
+        repeat=context.repeat,
     )
+
+
+def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:
+    return Place(text, _own_index(one, at), float(one.found[at]))
 
 
 def _claim(one: Judgement, broken: list[Judgement], sound: list[Judgement]) -> str:
@@ -186,8 +195,7 @@ def _claim(one: Judgement, broken: list[Judgement], sound: list[Judgement]) -> s
         claim = f"no gradient reaches {_names(missing)}, where attention in float64 has one"
         rest = [other for other in broken if not other.missing]
     else:
-        count = f"{int(one.broken.sum())} of {int(one.judged.sum())}"
-        claim = f"{count} places of {_titles([one])} are not those of attention in float64"
+        claim = f"places of {_titles([one])} are not those of attention in float64"
         rest = broken[1:]
     if rest:
         claim += f", nor {'is' if len(rest) == 1 else 'are'} {_titles(rest)}"
@@ -213,24 +221,25 @@ def _worst(one: Judgement) -> tuple[int, ...]:
     return index_of(excess.argmax(), excess.shape)
 
 
-def _value_at(one: Judgement, place: tuple[int, ...], around: Circumstances) -> str:
+def _value_at(one: Judgement, place: tuple[int, ...], context: Context) -> str:
     """The value of the subject at a place, and what it should be."""
-    lost = one.name == "output" and bool(around.lost[place[:-1]])
-    wanted = "declared is" if lost and around.declared != "uniform" else "the reference"
-    found, exact, error = one.found[place], one.exact[place], float(one.error[place])
-    return f"{_index(one, place)} is {_number(found, error)}, {wanted} {_number(exact, error)}"
+    masked = one.name == "output" and bool(context.fully_masked[place[:-1]])
+    wanted = "declared is" if masked and context.declared != "uniform" else "the reference"
+    found, exact, error = (float(of[place]) for of in (one.found, one.exact, one.error))
+    found_text, exact_text = number_text(found, beside=error), number_text(exact, beside=error)
+    return f"{_index(one, place)} is {found_text}, {wanted} {exact_text}"
 
 
-def _compared(one: Judgement, place: tuple[int, ...], around: Circumstances) -> str:
+def _compared(one: Judgement, place: tuple[int, ...], context: Context) -> str:
     """The same with both errors: that of the subject and that of a plain computation."""
     error, allowed = float(one.error[place]), float(one.allowed[place])
     limit = f"allowed {allowed:.1e}" if allowed else "allowed 0"
     off = f"off by {error:.1e}; {limit}" if math.isfinite(error) else limit
-    line = f"{_value_at(one, place, around)} ({off})"
+    line = f"{_value_at(one, place, context)} ({off})"
     if not bool(one.exact[place].isfinite()) or not allowed:
         return line
     plain = float((one.plain[place] - one.exact[place]).abs())
-    text = f"a plain {_name(around.dtype)} computation is"
+    text = f"a plain {dtype_name(context.dtype)} computation is"
     if not math.isfinite(plain):
         text += " NaN or infinite there too, which excuses nothing"
     elif plain == 0:
@@ -239,49 +248,42 @@ def _compared(one: Judgement, place: tuple[int, ...], around: Circumstances) -> 
         text += f" off by {plain:.1e} there"
         if math.isfinite(error):
             text += f", the subject {error / plain:.2g} times as much"
-    rule = f"factor={around.factor:g} on what rounding may come to"
-    return f"{line}\n{'':11}{text} ({rule})"
+    rule = f"factor={context.factor:g} on what rounding may come to"
+    return f"{line}\n{text} ({rule})"
 
 
-def _number(number: Tensor, error: float = math.inf) -> str:
-    """A number with as many digits as it takes to see the error, and no more than float64 has."""
-    value, digits = float(number), _LEAST_DIGITS
-    if value and error and math.isfinite(value) and math.isfinite(error):
-        digits = 2 + math.floor(math.log10(abs(value))) - math.floor(math.log10(error))
-    return f"{value:.{min(max(digits, _LEAST_DIGITS), _MOST_DIGITS)}g}"
+def _own_index(one: Judgement, place: tuple[int, ...]) -> tuple[int, ...]:
+    """A place in the tensor as the subject has it, which may have fewer than two dimensions."""
+    return place[len(place) - len(one.shape) :]
 
 
 def _index(one: Judgement, place: tuple[int, ...]) -> str:
     name = one.name if one.name == "output" else f"{one.name}.grad"
-    own = place[len(place) - len(one.shape) :]
+    own = _own_index(one, place)
     return f"{name}[{', '.join(map(str, own))}]" if own else name
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 # --- likely causes: each returns a sentence, or None where the numbers do not show it
 
 
-def _cause(one: Judgement, around: Circumstances) -> str | None:
-    found = (cause(one, around) for cause in (*_CAUSES, _usual_mistake, *_VAGUE_CAUSES))
+def _cause(one: Judgement, context: Context) -> str | None:
+    found = (cause(one, context) for cause in (*_CAUSES, _usual_mistake, *_VAGUE_CAUSES))
     return next((sentence for sentence in found if sentence is not None), None)
 
 
-def _no_gradient(one: Judgement, around: Circumstances) -> str | None:
+def _no_gradient(one: Judgement, context: Context) -> str | None:
     """Autograd gave None."""
     if not one.missing:
         return None
     return "detached on the way, computed under no_grad, or a backward that leaves it out?"
 
 
-def _lost_rows(one: Judgement, around: Circumstances) -> str | None:
+def _fully_masked_rows(one: Judgement, context: Context) -> str | None:
     """Only rows without any permitted key are broken, or only the maps that hold such rows."""
     if one.name not in ("output", "query"):
         return None
-    where, lost = one.broken.any(-1), around.lost
-    if bool((where & ~lost).any()):
+    where = one.broken.any(-1)
+    if bool((where & ~context.fully_masked).any()):
         return None
     here = one.found[where]
     text = "only rows without any permitted key are broken: each "
@@ -298,12 +300,12 @@ def _lost_rows(one: Judgement, around: Circumstances) -> str | None:
     )
 
 
-def _overflow(one: Judgement, around: Circumstances) -> str | None:
+def _overflow(one: Judgement, context: Context) -> str | None:
     """NaN or inf: whether scores are beyond the range of exp, and where it begins."""
     bad = one.broken & ~one.found.isfinite()
     if not bool(bad.any()):
         return None
-    limit = math.log(torch.finfo(around.dtype).max)
+    limit = math.log(torch.finfo(context.dtype).max)
     rows = bad.any(-1)
     first = index_of(rows.flatten().int().argmax(), rows.shape)
     text = (
@@ -311,18 +313,18 @@ def _overflow(one: Judgement, around: Circumstances) -> str | None:
         f"{rows.numel()} rows, from {one.name}{'.grad' * (one.name != 'output')}"
         f"[{', '.join(map(str, first))}, :] on"
     )
-    maps = around.lost.any(-1)
+    maps = context.fully_masked.any(-1)
     if one.name != "output" and bool(maps.any()):
         return f"{text}: the gradient of a softmax of -inf, from rows without any permitted key?"
-    if around.top_score is not None and around.top_score > limit:
+    if context.top_score is not None and context.top_score > limit:
         return (
-            f"{text}; scores reach {around.top_score:.3g} and exp of {_name(around.dtype)} "
+            f"{text}; scores reach {context.top_score:.3g} and exp of {dtype_name(context.dtype)} "
             f"overflows from {limit:.3g} on: the row maximum was not subtracted?"
         )
     return text
 
 
-def _constant_factor(one: Judgement, around: Circumstances) -> str | None:
+def _constant_factor(one: Judgement, context: Context) -> str | None:
     """All of it is the reference times one number."""
     clear = one.judged & (one.exact.abs() > 20 * one.allowed) & one.found.isfinite()
     # Any factor would fit references that are all alike.
@@ -341,16 +343,16 @@ def _constant_factor(one: Judgement, around: Circumstances) -> str | None:
     return f"{_titles([one])} is {constant:.6g} times the reference"
 
 
-def _some_maps(one: Judgement, around: Circumstances) -> str | None:
+def _some_maps(one: Judgement, context: Context) -> str | None:
     """Only some heads are broken, and perhaps those that another order of groups would break."""
     maps = one.broken.any(-1).any(-1)
     if maps.ndim == 0 or not bool((~maps).any()):
         return None
     places = [tuple(place) for place in maps.nonzero().tolist()]
     heads = maps.shape[-1]
-    if around.key_heads is not None and one.name in ("output", "query"):
+    if context.key_heads is not None and one.name in ("output", "query"):
         at = torch.arange(heads, device=maps.device)
-        other = at // (heads // around.key_heads) != at % around.key_heads
+        other = at // (heads // context.key_heads) != at % context.key_heads
         if bool((maps == other).all()):
             return (
                 "only heads are broken whose keys another order would change: keys repeated as a "
@@ -360,7 +362,7 @@ def _some_maps(one: Judgement, around: Circumstances) -> str | None:
     return f"only in {len(places)} of {maps.numel()} maps: {names}"
 
 
-def _tail(one: Judgement, around: Circumstances) -> str | None:
+def _tail(one: Judgement, context: Context) -> str | None:
     """Only the last rows are broken, those after the last full block."""
     rows = one.broken.any(-1).reshape(-1, one.broken.shape[-2]).any(0)
     count = len(rows)
@@ -375,36 +377,36 @@ def _tail(one: Judgement, around: Circumstances) -> str | None:
     return None
 
 
-def _narrower(one: Judgement, around: Circumstances) -> str | None:
+def _narrower(one: Judgement, context: Context) -> str | None:
     """The errors are everywhere, and as large as the rounding of a narrower dtype."""
     share = float(one.broken.sum()) / max(1, int(one.judged.sum()))
     if share < 0.5 or not bool(one.found[one.judged].isfinite().all()):
         return None
-    size = (one.error / one.scale)[one.judged & (one.scale > 0)] * around.unit
+    size = (one.error / one.scale)[one.judged & (one.scale > 0)] * context.unit
     for narrow in _NARROWER:
         unit = torch.finfo(narrow).eps / 2
-        wider = torch.finfo(around.dtype).eps < torch.finfo(narrow).eps
+        wider = torch.finfo(context.dtype).eps < torch.finfo(narrow).eps
         if wider and float(size.max()) <= unit and float(size.median()) > 0.01 * unit:
             return (
-                f"every error is within the rounding of {_name(narrow)}, although the inputs are "
-                f"{_name(around.dtype)}: a step in lower precision?"
+                f"every error is within the rounding of {dtype_name(narrow)}, although the inputs "
+                f"are {dtype_name(context.dtype)}: a step in lower precision?"
             )
     return None
 
 
-def _usual_mistake(one: Judgement, around: Circumstances) -> str | None:
+def _usual_mistake(one: Judgement, context: Context) -> str | None:
     """A wrong scale or mask that gives this very output."""
-    return around.mistake() if one.name == "output" else None
+    return context.mistake() if one.name == "output" else None
 
 
-_CAUSES: tuple[Callable[[Judgement, Circumstances], str | None], ...] = (
+_CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _no_gradient,
-    _lost_rows,
+    _fully_masked_rows,
     _overflow,
 )
 # A mask that is ignored may leave many rows right, and a wrong scale errors that look like those
 # of rounding: what follows is asked last.
-_VAGUE_CAUSES: tuple[Callable[[Judgement, Circumstances], str | None], ...] = (
+_VAGUE_CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _constant_factor,
     _tail,
     _some_maps,

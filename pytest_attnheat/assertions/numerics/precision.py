@@ -14,22 +14,26 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, as_input
-from pytest_attnheat.assertions.numerics.judgement import Circumstances, Judgement, check, judge
-from pytest_attnheat.assertions.numerics.running import copies, gradients, handed, run_once
-from pytest_attnheat.assertions.numerics.terms import (
+from pytest_attnheat.assertions.numerics.calling import (
+    Criteria,
     Function,
     Options,
-    Terms,
+    check_criteria,
     check_inputs,
-    check_terms,
+    copies,
     differentiable,
+    gradients,
+    handed,
     permitted_keys,
+    run_once,
 )
+from pytest_attnheat.assertions.numerics.judgement import Context, Judgement, check, judge
 from pytest_attnheat.attention import oracle
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, permits
 from pytest_attnheat.callables import borrowed
+from pytest_attnheat.inputs import misuse
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
@@ -112,7 +116,7 @@ def assert_matches_reference(
         function,
         (query, key, value),
         Options(attn_mask, is_causal, scale, enable_gqa, arguments),
-        Terms(fully_masked, reference, factor, gradients, training, seed),
+        Criteria(fully_masked, reference, factor, gradients, training, seed),
     )
 
 
@@ -135,29 +139,9 @@ def assert_gradients_match(
 ) -> None:
     """Assert that the gradients of a function are those of scaled dot-product attention.
 
-    As `assert_matches_reference`, without a word about the output. An input that no gradient
-    reaches breaks it, unless its gradient is zero.
-
-    Args:
-        function: As in `assert_matches_reference`, and so are the others.
-        query: As there.
-        key: As there.
-        value: As there.
-        attn_mask: As there. Its gradient is compared if it is of floats and requires one.
-        is_causal: As there.
-        scale: As there.
-        enable_gqa: As there.
-        fully_masked: As there.
-        reference: As there.
-        factor: As there.
-        training: As there.
-        seed: As there.
-        arguments: As there.
-
-    Raises:
-        AssertionError: Some element of some gradient is off by more than is allowed.
-        TypeError: As in `assert_matches_reference`.
-        ValueError: As in `assert_matches_reference`.
+    As `assert_matches_reference`, without a word about the output: its arguments and what it
+    raises are the same. The gradient of `attn_mask` is compared if it is of floats and requires
+    one. An input that no gradient reaches breaks it, unless its gradient is zero.
     """
     __tracebackhide__ = True
     _compare(
@@ -165,7 +149,7 @@ def assert_gradients_match(
         function,
         (query, key, value),
         Options(attn_mask, is_causal, scale, enable_gqa, arguments),
-        Terms(fully_masked, reference, factor, True, training, seed),
+        Criteria(fully_masked, reference, factor, True, training, seed),
         output=False,
     )
 
@@ -175,43 +159,45 @@ def _compare(
     function: Function,
     inputs: tuple[Tensor, Tensor, Tensor],
     options: Options,
-    terms: Terms,
+    criteria: Criteria,
     *,
     output: bool = True,
 ) -> None:
     __tracebackhide__ = True
     # The caller may be in inference mode or under no_grad; autograd needs neither.
     with torch.inference_mode(False), torch.enable_grad():
-        check_terms(options, terms)
+        check_criteria(options, criteria)
         subject = as_function(function, inputs, options.given())
         check_inputs(subject)
-        lost = ~permitted_keys(subject, options).any(-1)
-        names = differentiable(options) if terms.gradients else []
-        upstream = _upstream(subject, options, terms, lost) if names else None
-        found = run_once(subject, upstream, names, training=terms.training, seed=terms.seed)
-        expected, plain = _expected(subject, options, terms, upstream, names)
-        if terms.reference is not None:
-            _check_reference(expected, subject, terms, lost)
+        masked_rows = ~permitted_keys(subject, options).any(-1)
+        names = differentiable(options) if criteria.gradients else []
+        upstream = _upstream(subject, options, criteria, masked_rows) if names else None
+        found = run_once(subject, upstream, names, training=criteria.training, seed=criteria.seed)
+        expected, plain = _expected(subject, options, criteria, upstream, names)
+        if criteria.reference is not None:
+            _check_reference(expected, subject, criteria, masked_rows)
         judgements = [
-            _judge(name, found[name], expected, plain[name], subject, terms, lost)
+            _judge(name, found[name], expected, plain[name], subject, criteria, masked_rows)
             for name in ["output", *names]
             if output or name != "output"
         ]
-        around = Circumstances(
+        context = Context(
             dtype=subject.query.dtype,
             unit=expected.unit,
-            lost=lost,
-            declared=terms.fully_masked,
+            fully_masked=masked_rows,
+            declared=criteria.fully_masked,
             top_score=expected.top_score,
             key_heads=subject.key.shape[-3] if subject.group > 1 else None,
-            factor=terms.factor,
-            repeat=f"seed={terms.seed}",
-            mistake=lambda: _likely_mistake(subject, options, terms, found["output"]),
+            factor=criteria.factor,
+            repeat=f"seed={criteria.seed}",
+            mistake=lambda: _likely_mistake(subject, options, criteria, found["output"]),
         )
-        check(assertion, judgements, around)
+        check(assertion, judgements, context)
 
 
-def _upstream(subject: AttentionFunction, options: Options, terms: Terms, lost: Tensor) -> Tensor:
+def _upstream(
+    subject: AttentionFunction, options: Options, criteria: Criteria, masked_rows: Tensor
+) -> Tensor:
     """The gradient of the output: Gaussian, in the dtype of the inputs.
 
     Zero for a query without any key, unless its output is zero: what flows back from there
@@ -220,9 +206,9 @@ def _upstream(subject: AttentionFunction, options: Options, terms: Terms, lost: 
     any gradient of keys and values.
     """
     shape = (*subject.query.shape[:-1], subject.value.shape[-1])
-    drawn = draw("gradient of the output", terms.seed, *shape).to(subject.query)
-    without = _noise(subject, options) & ~lost
-    without = without if terms.fully_masked == "zero" else without | lost
+    drawn = draw("gradient of the output", criteria.seed, *shape).to(subject.query)
+    without = _noise(subject, options) & ~masked_rows
+    without = without if criteria.fully_masked == "zero" else without | masked_rows
     return drawn.masked_fill(without.unsqueeze(-1), 0.0)
 
 
@@ -237,19 +223,19 @@ def _noise(subject: AttentionFunction, options: Options) -> Tensor:
 def _expected(
     subject: AttentionFunction,
     options: Options,
-    terms: Terms,
+    criteria: Criteria,
     upstream: Tensor | None,
     names: list[str],
 ) -> tuple[oracle.Reference, dict[str, Tensor]]:
     """The reference in float64, and what a plain computation gives."""
-    if terms.reference is not None:
-        return _callers_reference(terms.reference, subject, upstream, names)
-    problem = _problem(subject, options, terms, upstream)
+    if criteria.reference is not None:
+        return _callers_reference(criteria.reference, subject, upstream, names)
+    problem = _problem(subject, options, criteria, upstream)
     return oracle.reference(problem), oracle.plain(problem)
 
 
 def _problem(
-    subject: AttentionFunction, options: Options, terms: Terms, upstream: Tensor | None
+    subject: AttentionFunction, options: Options, criteria: Criteria, upstream: Tensor | None
 ) -> oracle.Problem:
     """What the subject is to compute."""
     mask = options.attn_mask
@@ -266,18 +252,18 @@ def _problem(
         bias=mask if is_bias else None,
         is_causal=options.is_causal,
         scale=1 / math.sqrt(width) if options.scale is None else options.scale,
-        uniform=terms.fully_masked == "uniform",
+        uniform=criteria.fully_masked == "uniform",
         upstream=upstream,
     )
 
 
 def _likely_mistake(
-    subject: AttentionFunction, options: Options, terms: Terms, output: Tensor | None
+    subject: AttentionFunction, options: Options, criteria: Criteria, output: Tensor | None
 ) -> str | None:
     """A usual mistake that gives this output; none is known beside a reference of the caller's."""
-    if terms.reference is not None or output is None:
+    if criteria.reference is not None or output is None:
         return None
-    return likely_mistake(_problem(subject, options, terms, None), output)
+    return likely_mistake(_problem(subject, options, criteria, None), output)
 
 
 def _callers_reference(
@@ -311,31 +297,33 @@ def _callers_reference(
 
 
 def _check_reference(
-    expected: oracle.Reference, subject: AttentionFunction, terms: Terms, lost: Tensor
+    expected: oracle.Reference, subject: AttentionFunction, criteria: Criteria, masked_rows: Tensor
 ) -> None:
     """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
     for name, exact in expected.exact.items():
         bad = ~exact.isfinite()
-        if terms.fully_masked in ("nan", "undefined"):
-            bad = bad & ~_excused(name, exact, lost, subject)
+        if criteria.fully_masked in ("nan", "undefined"):
+            bad = bad & ~_excused(name, exact, masked_rows, subject)
         if bool(bad.any()):
             place = ", ".join(map(str, bad.nonzero()[0].tolist()))
             whose = "output" if name == "output" else f"gradient of {name}"
-            text = f"reference: its {whose} is {float(exact[bad][0])} at [{place}] in float64"
-            if name == "output" and not bool((bad & ~lost.unsqueeze(-1)).any()):
-                text += (
-                    f', where a query may attend to no key and fully_masked="{terms.fully_masked}"'
-                    ' is declared; if that is meant, fully_masked="nan"'
+            got = f"{float(exact[bad][0])} in its {whose} at [{place}] in float64"
+            accepted = "a function that gives finite numbers where they are compared with"
+            if name == "output" and not bool((bad & ~masked_rows.unsqueeze(-1)).any()):
+                accepted += (
+                    " (there, a query may attend to no key, and "
+                    f'fully_masked="{criteria.fully_masked}" is declared; if NaN is meant, '
+                    'fully_masked="nan")'
                 )
-            raise ValueError(text)
+            raise ValueError(misuse("reference", got, accepted))
 
 
-def _excused(name: str, exact: Tensor, lost: Tensor, subject: AttentionFunction) -> Tensor:
+def _excused(name: str, exact: Tensor, masked_rows: Tensor, subject: AttentionFunction) -> Tensor:
     """Where a query that may attend to nothing, and is not zero, may leave NaN."""
     if name in ("output", "query"):
-        return lost.unsqueeze(-1).expand(exact.shape)
+        return masked_rows.unsqueeze(-1).expand(exact.shape)
     # NaN of such a row spreads to all keys of its map, as 0 * NaN.
-    return _touched(exact, lost, subject)
+    return _touched(exact, masked_rows, subject)
 
 
 def _judge(
@@ -344,8 +332,8 @@ def _judge(
     expected: oracle.Reference,
     plain: Tensor,
     subject: AttentionFunction,
-    terms: Terms,
-    lost: Tensor,
+    criteria: Criteria,
+    masked_rows: Tensor,
 ) -> Judgement:
     """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""
     exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
@@ -353,16 +341,16 @@ def _judge(
         shape = subject.arguments["attn_mask"].shape
         exact, plain, scale, least = (t.reshape(shape) for t in (exact, plain, scale, least))
     judged = torch.ones_like(exact, dtype=torch.bool)
-    rows = lost.unsqueeze(-1)
-    if terms.fully_masked in ("nan", "undefined"):
+    rows = masked_rows.unsqueeze(-1)
+    if criteria.fully_masked in ("nan", "undefined"):
         if name in ("output", "query"):
-            keep = name == "output" and terms.fully_masked == "nan"
+            keep = name == "output" and criteria.fully_masked == "nan"
             judged = judged if keep else judged & ~rows
             exact = exact.masked_fill(rows, math.nan) if keep else exact
         else:
             unknown = exact.isnan() if found is None else found.isnan() | exact.isnan()
-            judged = ~(unknown & _excused(name, exact, lost, subject))
-    elif terms.fully_masked == "zero" and name == "output":
+            judged = ~(unknown & _excused(name, exact, masked_rows, subject))
+    elif criteria.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(
         name,
@@ -371,15 +359,15 @@ def _judge(
         plain,
         scale,
         least,
-        factor=terms.factor,
+        factor=criteria.factor,
         dtype=subject.query.dtype,
         judged=judged,
     )
 
 
-def _touched(gradient: Tensor, lost: Tensor, subject: AttentionFunction) -> Tensor:
+def _touched(gradient: Tensor, masked_rows: Tensor, subject: AttentionFunction) -> Tensor:
     """Which maps of a gradient of keys, values or mask have a query without any key."""
-    maps = lost.any(-1)
+    maps = masked_rows.any(-1)
     if gradient.shape[:-2] == maps.shape:
         return maps[..., None, None]
     if subject.group > 1 and gradient.shape[:-2] == subject.key.shape[:-2]:

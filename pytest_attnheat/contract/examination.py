@@ -1,27 +1,33 @@
-"""One implementation, in one dtype, on one device, and what it is asked."""
+"""One implementation, in one dtype, on one device, and the checks that it is examined by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
+from pytest_attnheat.failure import Failure
 
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 7, 8
 VALUE_DIM = 6
 
 
-class NotAskedError(Exception):
-    """The specification does not claim what a check asks; the reason is the message."""
+# What a check examines: a function, a block with projections of its own, or what was captured.
+Kind: TypeAlias = Literal["function", "block", "captured"]
+
+
+class Skipped(Exception):  # noqa: N818 (no error: a check that does not apply)
+    """A check does not apply, as the specification says or as it turns out; with the reason."""
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -70,7 +76,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Exam:
+class Examination:
     """What a check is given.
 
     Attributes:
@@ -78,7 +84,7 @@ class Exam:
         dtype: The dtype of all inputs.
         device: Where they are.
         seed: Where they are drawn from.
-        quick: Whether to ask little.
+        quick: Whether to examine little.
     """
 
     spec: AttentionSpec
@@ -86,11 +92,6 @@ class Exam:
     device: torch.device
     seed: int = 0
     quick: bool = False
-
-    @property
-    def dtype_name(self) -> str:
-        """The dtype as it is written in specifications, reports and test ids."""
-        return str(self.dtype).removeprefix("torch.")
 
     def inputs(
         self,
@@ -116,14 +117,13 @@ class Exam:
                 subject takes that.
 
         Raises:
-            NotAskedError: The specification does not claim to take these inputs.
+            Skipped: The specification does not claim to take these inputs.
         """
-        if causal and self.spec.causal is None:
-            raise NotAskedError(undeclared(self.spec, "causal") or "it does not take is_causal")
-        if mask is not None and self.spec.mask is None:
-            raise NotAskedError(undeclared(self.spec, "mask") or "it does not take a mask")
-        if key_heads is not None and not (self.spec.grouped and self.spec.has_heads):
-            raise NotAskedError("it is not declared to take grouped heads")
+        asked = {takes_causal: causal, takes_mask: mask is not None}
+        asked[takes_groups] = key_heads is not None
+        for need in (need for need, is_asked in asked.items() if is_asked):
+            if reason := need(self.spec):
+                raise Skipped(reason)
         heads = HEADS if self.spec.has_heads else 1
         key_len = query_len if key_len is None else key_len
         key_heads = heads if key_heads is None else key_heads
@@ -133,7 +133,7 @@ class Exam:
         value = self._draw("value", key_heads, key_len, width)
         given = None if mask is None else mask(query_len, key_len).to(self.device)
         seen = torch.ones(query_len, key_len, dtype=torch.bool, device=self.device)
-        alignment = self.spec.causal or "top_left"
+        alignment = self.spec.alignment
         if causal:
             seen = seen & causal_mask(query_len, key_len, alignment=alignment, device=self.device)
         if self.spec.sides is not None:
@@ -157,16 +157,10 @@ class Exam:
         return VALUE_DIM
 
     def block(self) -> tuple[SequenceModel, Tensor]:
-        """Return the block and its input on the device of this exam."""
-        spec = self.spec
-        if spec.inputs is None:
-            raise NotAskedError("it is no block")
-        model = (
-            spec.subject
-            if isinstance(spec.subject, SequenceModel)
-            else recognise(spec.implementation)
-        )
-        return model, spec.inputs.to(self.device)
+        """Return the block and its input on the device of this examination."""
+        if self.spec.inputs is None:
+            raise Skipped("it is no block")
+        return model_of(self.spec), self.spec.inputs.to(self.device)
 
     def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:
         drawn = draw(name, self.seed, BATCH, heads, length, width)
@@ -189,8 +183,13 @@ class Exam:
             "repeat itself: call .eval() on it before it is examined"
         )
 
+    def refuse_training(self) -> None:
+        """Advise as an examination can: the assertions speak of their own arguments."""
+        if advice := self.in_training():
+            raise Failure("", advice)
+
     def function(self, inputs: Inputs, scale: float | None = None) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value)`, told what it may see its own way.
+        """Return the subject as `function(query, key, value)` that is told what it may see.
 
         Further keywords are accepted and left aside: they tell an assertion what may be seen.
         """
@@ -212,12 +211,98 @@ class Exam:
         return arguments
 
 
+def scattered(query_len: int, key_len: int) -> Tensor:
+    """A mask per batch entry, in which each query may attend to some key."""
+    mask = draw("mask", 0, BATCH, 1, query_len, key_len) > 0
+    mask[..., 0] = True
+    return mask
+
+
+def with_a_fully_masked_row(query_len: int, key_len: int) -> Tensor:
+    """A mask under which the third query may attend to nothing."""
+    mask = scattered(query_len, key_len)
+    mask[:, :, 2] = False
+    return mask
+
+
+# --- what a check needs to be declared: the reason why it is skipped, or None
+
+Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
+
+
+def all_of(*needs: Need) -> Need:
+    """Return the need for all of some: the reason is the first."""
+    return lambda spec: next((reason for need in needs if (reason := need(spec))), None)
+
+
+def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | None = None) -> Need:
+    """Return the need for what holds; the reason names a parameter that sounds like the field."""
+
+    def need(spec: AttentionSpec) -> str | None:
+        if holds(spec):
+            return None
+        return (undeclared(spec, field) if field else "") or reason
+
+    return need
+
+
+takes_mask = _need(lambda spec: spec.mask is not None, "it does not take a mask", "mask")
+takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal", "causal")
+takes_groups = _need(
+    lambda spec: spec.grouped and spec.has_heads, "it is not declared to take grouped heads"
+)
+takes_scale = _need(lambda spec: spec.names("scale"), "its signature has no scale")
+takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
+declares_fully_masked = _need(
+    lambda spec: spec.fully_masked != "undefined", 'fully_masked="undefined" declares nothing'
+)
+returns_weights = _need(
+    lambda spec: spec.returns != "output", "it is declared to return no weights"
+)
+has_no_window = _need(lambda spec: spec.window is None, "padding on the left would move the window")
+# By its alignment, or by a mask.
+decodes_in_chunks = _need(
+    lambda spec: spec.causal == "bottom_right" or (spec.mask is not None and spec.window is None),
+    "a chunk cannot be told what it may see",
+)
+
+
+def is_causal_block(spec: AttentionSpec) -> str | None:
+    """Need a block that is causal, and whose cache can be used if it has one."""
+    if spec.causal is None:
+        return "it is not declared to be causal"
+    model = model_of(spec)
+    if model.decode is None and name_of_cache(model.module) is not None:
+        return "it has a cache, but SequenceModel(..., decode=) does not say how"
+    return None
+
+
+def takes_padding_mask(spec: AttentionSpec) -> str | None:
+    """Need a block that takes a mask."""
+    if model_of(spec).mask is not None:
+        return None
+    names = spec.sounding_like("mask")
+    if not names:
+        return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
+    return (
+        f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
+        f"mask_argument={names[0]!r})"
+    )
+
+
+def model_of(spec: AttentionSpec) -> SequenceModel:
+    """Return the block of a specification, and how it is called."""
+    subject = spec.implementation
+    return subject if isinstance(subject, SequenceModel) else recognise(subject)
+
+
 _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
 
 
 def undeclared(spec: AttentionSpec, field: Sound) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
-    if spec.is_block or spec.is_captured or getattr(spec, field) is not None:
+    is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
+    if spec.is_block or spec.is_captured or is_declared:
         return ""
     names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:
@@ -228,21 +313,64 @@ def undeclared(spec: AttentionSpec, field: Sound) -> str:
     )
 
 
-def scattered(query_len: int, key_len: int) -> Tensor:
-    """A mask per batch entry, in which each query may attend to some key."""
-    mask = draw("mask", 0, BATCH, 1, query_len, key_len) > 0
-    mask[..., 0] = True
-    return mask
+# --- the registry
 
 
-def padded(query_len: int, key_len: int) -> Tensor:
-    """The padding of two sequences, of which the second is shorter by two."""
-    real = torch.arange(key_len) < torch.tensor([key_len, key_len - 2]).unsqueeze(-1)
-    return real[:, None, None, :].expand(BATCH, 1, query_len, key_len)
+@dataclass(frozen=True)
+class Check:
+    """One check of the examination.
+
+    Attributes:
+        name: What it is called in reports and test ids.
+        sentence: What is true of an implementation that passes.
+        run: Makes it; raises AssertionError where the sentence is not true, `Skipped` where it
+            turns out not to apply.
+        quick: Whether the quick form of the examination has it.
+        issue: A public issue about a defect that it would have caught.
+        needs: What it needs to be declared: returns the reason why it is skipped, or None.
+    """
+
+    name: str
+    sentence: str
+    run: Callable[[Examination], None]
+    quick: bool = False
+    issue: str | None = None
+    needs: Need | None = None
+
+    def examine(self, examination: Examination) -> None:
+        """Run it where what it needs is declared.
+
+        Raises:
+            Skipped: It is not, or the check turns out not to apply.
+            Exception: Whatever the check, or the code under test, raises.
+        """
+        if self.needs is not None and (reason := self.needs(examination.spec)):
+            raise Skipped(reason)
+        self.run(examination)
 
 
-def with_a_lost_row(query_len: int, key_len: int) -> Tensor:
-    """A mask under which the third query may attend to nothing."""
-    mask = scattered(query_len, key_len)
-    mask[:, :, 2] = False
-    return mask
+_REGISTERED: dict[Kind, list[Check]] = {kind: [] for kind in get_args(Kind)}
+Run: TypeAlias = Callable[[Examination], None]
+
+
+def check(
+    name: str,
+    sentence: str,
+    *kinds: Kind,
+    needs: Need | None = None,
+    quick: bool = False,
+    issue: str | None = None,
+) -> Callable[[Run], Run]:
+    """Register a function as a check, of functions if no kinds of subjects are given."""
+
+    def register(run: Run) -> Run:
+        for kind in kinds or ("function",):
+            _REGISTERED[kind].append(Check(name, sentence, run, quick, issue, needs))
+        return run
+
+    return register
+
+
+def registered(kind: Kind) -> tuple[Check, ...]:
+    """Return the checks of one kind of subject that are known by now, in order."""
+    return tuple(_REGISTERED[kind])

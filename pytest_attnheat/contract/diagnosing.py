@@ -1,0 +1,337 @@
+"""`diagnose`: what a wrong implementation of attention computes instead.
+
+Its answers to small cases are compared with attention that carries each known defect, and then
+with two defects at once. What reproduces every answer to within rounding is named; where nothing
+does, it is said what was excluded, and where the error is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.plan import Plan, carry_out
+from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.captured import diagnose_records
+from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
+from pytest_attnheat.contract.explaining import explained, filled, inferred_weights
+from pytest_attnheat.contract.matching import Explanation, errors, measure
+from pytest_attnheat.contract.probing import (
+    Blueprint,
+    Probe,
+    ask,
+    blueprints,
+    in_dtype,
+    one_thread,
+    probe,
+    with_identity,
+)
+from pytest_attnheat.contract.ready import as_spec
+from pytest_attnheat.contract.returned import with_returned
+from pytest_attnheat.contract.searching import explain_alone, explain_by_constant
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.inputs import dtype_name, seed_number
+
+# Not float64 first: code that computes some steps in float32 is not wrong in float32.
+_DTYPES = ("float32", "float64", "float16", "bfloat16")
+# Calls of each case: at first, and at most where much is dropped.
+_FEWEST, _MOST = 30, 150
+# Of about 100 000 numbers that are dropped or not.
+_SHARE_KNOWN_TO = 0.01
+# Cases with more weights are left out.
+_LARGE = 2000
+_BY_NAME = {defect.name: defect for defect in DEFECTS}
+
+
+def diagnose(
+    subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord, *, seed: int = 0
+) -> Diagnosis:
+    """Tell what an implementation of attention computes instead.
+
+    It is called on about 20 small cases, in float64 where it takes that, else in the next finer
+    dtype it declares; where it is correct, in the other dtypes as well. Its answers are compared
+    with attention that carries each of the known defects, and if none reproduces them with pairs.
+    Cases that it refuses with an exception are noted. Nothing is compared more closely than
+    rounding allows (see `contract.matching`).
+
+    What was captured is not called: each attention in it is judged by its own queries, keys,
+    values, mask and output, and the first that is not what they make is diagnosed. A block is
+    called once, on its inputs, and what happens inside is captured. What was captured should be
+    scaled and windowed as the specification says, by default by head_dim ** -0.5 and not at all.
+
+    Args:
+        subject: A specification, or a callable with the signature of
+            `torch.nn.functional.scaled_dot_product_attention`; or what `capture_attention`
+            recorded, a trace or a record.
+        seed: The seed of the inputs, and of the subject's own randomness.
+
+    Returns:
+        The diagnosis; `print` it.
+
+    Raises:
+        TypeError: The subject cannot be called, or the seed is not a whole number.
+        ValueError: The subject answered no case at all; its first refusal is quoted. Nothing
+            that was captured can be judged.
+    """
+    spec = as_spec(subject)
+    if spec.is_captured or spec.is_block:
+        return diagnose_records(spec)
+    seed = seed_number(seed)
+    sound: dict[str, float] = {}
+    refused: dict[str, str] = {}
+    last: Diagnosis | None = None
+    for name in (name for name in _DTYPES if name in spec.dtypes):
+        with one_thread(), torch.random.fork_rng(devices=_cuda(spec)):
+            torch.manual_seed(seed)
+            probes, refused_here = _answers(spec, seed, getattr(torch, name))
+            if not probes:
+                refused[name] = next(iter(refused_here.values()), "")
+                continue
+            last = _diagnosed(spec, seed, probes, refused_here)
+        if not last.healthy:
+            return replace(last, notes=(*last.notes, *_sound_elsewhere(sound)))
+        sound[name] = last.residual
+    if last is None:
+        reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
+        raise ValueError(f"diagnose: {spec.name} answered no case ({reasons})")
+    residuals = ", ".join(
+        f"{residual_text(residual)} in {name}" for name, residual in sound.items()
+    )
+    return replace(
+        last,
+        dtype=", ".join(sound),
+        refused={**last.refused, **refused},
+        residual=max(sound.values()),
+        sentence=f"{spec.name} is attention as declared; residual {residuals}",
+    )
+
+
+# --- asking
+
+
+def _cuda(spec: AttentionSpec) -> list[torch.device]:
+    """The device whose generator the subject may use besides that of the CPU."""
+    devices = [torch.device(name) for name in (spec.devices or ())[:1]]
+    return [device for device in devices if device.type == "cuda"]
+
+
+def _answers(
+    spec: AttentionSpec, seed: int, dtype: torch.dtype
+) -> tuple[list[Probe], dict[str, str]]:
+    """Ask the subject all cases; return its answers, and why others were refused."""
+    probes, refused = [], {}
+    tolerance = _tolerance(spec, dtype)
+    for blueprint in blueprints(spec):
+        answer = probe(spec, blueprint, seed, dtype, tolerance)
+        if isinstance(answer, Probe):
+            probes.append(answer)
+        elif _worth_a_word(spec, blueprint):
+            refused[blueprint.name] = answer
+    return probes, refused
+
+
+def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
+    own = spec.tolerance or 0.0
+    coarser = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
+    return max(answer_tolerance(dtype), own * max(coarser, 1.0))
+
+
+def _worth_a_word(spec: AttentionSpec, blueprint: Blueprint) -> bool:
+    """Whether a refusal is worth a word: grouped heads are only where they are declared."""
+    return blueprint.judged and (blueprint.name != "grouped heads" or spec.grouped is True)
+
+
+def _diagnosed(
+    spec: AttentionSpec, seed: int, probes: Sequence[Probe], refused: dict[str, str]
+) -> Diagnosis:
+    first = probes[0]
+    again = ask(spec, first.case, first.dtype)
+    if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(first.output)):
+        random = at_random(spec, probes, again, refused)
+        if random is not None:
+            return random
+    judged = [one for one in probes if one.judged]
+    diagnosis = explained(spec.name, judged, refused, spec)
+    if diagnosis.healthy:
+        diagnosis = with_returned(diagnosis, spec, judged)
+    notes = [_garbage_note(one) for one in probes if not one.judged]
+    return replace(diagnosis, notes=tuple(note for note in notes if note))
+
+
+def _garbage_note(one: Probe) -> str:
+    """A word about NaN in masked keys, which no plan of a healthy subject needs to feel."""
+    if bool(one.output.isfinite().all()):
+        return ""
+    (defect,) = (defect for defect in DEFECTS if defect.seen == "garbage")
+    return f"{defect.name}: it {defect.sentence.removeprefix('that ')}"
+
+
+def _sound_elsewhere(sound: Iterable[str]) -> tuple[str, ...]:
+    names = ", ".join(sound)
+    return (f"correct in {names}",) if names else ()
+
+
+# --- a subject that gives another answer when asked again: dropout, beside a defect or not
+#
+# Values that are an identity matrix give single weights as outputs. With dropout each of them is,
+# in one call after another, either 0 or always the same number; so what it is without dropout, but
+# for one common factor, can be put together from a few calls and compared with the known defects.
+
+
+def at_random(
+    spec: AttentionSpec, probes: Sequence[Probe], again: Tensor, refused: dict[str, str]
+) -> Diagnosis | None:
+    """Return the diagnosis of a subject that answers differently, None where that is rounding.
+
+    Args:
+        spec: The subject.
+        probes: Its answers.
+        again: Its answer to the first case when asked a second time.
+        refused: Why other cases were not answered.
+    """
+    first = probes[0]
+    error, allowed = errors(Plan(), replace(first, output=again))
+    before, _ = errors(Plan(), first)
+    if bool((error <= allowed).all()) and bool((before <= allowed).all()):
+        return None
+    between = float((again - first.output).square().mean().sqrt())
+    diagnosis = Diagnosis(
+        spec.name,
+        dtype_name(first.dtype),
+        healthy=False,
+        residual=between,
+        sentence=f"{spec.name} gives another output when called again",
+        where={"wrong": f"two calls with the same inputs differ by {residual_text(between)} (rms)"},
+        refused=refused,
+        expected_weights=carry_out(Plan(), first.case).weights,
+        inferred_weights=inferred_weights(spec, first),
+        case=first.case.name,
+    )
+    if _drops_outputs(first.output):
+        sentence = f"{diagnosis.sentence}: single numbers of it are 0, as if it were dropped out"
+        return replace(diagnosis, sentence=sentence)
+    found = _without_dropout(spec, probes)
+    return diagnosis if found is None else _named(diagnosis, *found)
+
+
+def _named(diagnosis: Diagnosis, share: float, whole: Sequence[Probe]) -> Diagnosis:
+    """Name the dropout, and what else reproduces the answers without it."""
+    search = explain_alone(whole)
+    correct = Explanation((), Plan(), measure(Plan(), whole))
+    singles = [correct, *search.explanations]
+    factor = [_BY_NAME["output_factor"]]
+    fitted = explain_by_constant(whole, singles, factor)
+    fitting = [replace(one, constant=1.0) for one in singles if one.reproduces]
+    fitting += [replace(one, defects=one.defects[:-1]) for one in fitted if one.reproduces]
+    fitting = [one for one in fitting if _is_plausible(one.constant, share)]
+    if not fitting:
+        return replace(diagnosis, compared=search.compared)
+    fitting.sort(key=lambda one: len(one.defects))
+    best, *others = (_with_dropout(one) for one in fitting)
+    names = [one.names for one in others if len(one.names) == len(best.names)]
+    dropout, *beside = (filled(defect, best.constant) for defect in best.defects)
+    assert fitting[0].constant is not None
+    text = ", and ".join([f"attention {dropout}", *beside])
+    return replace(
+        diagnosis,
+        defects=best.names,
+        alternatives=tuple(dict.fromkeys(one for one in names if one != best.names)),
+        residual=best.fit.residual,
+        constant=best.constant,
+        compared=search.compared,
+        sentence=f"{diagnosis.sentence}: it equals {text}; every weight is 0 or "
+        f"{fitting[0].constant:.6g} times what it should be (is it in training mode?)",
+    )
+
+
+def _with_dropout(one: Explanation) -> Explanation:
+    """Name dropout first; the factor of the weights that are kept is 1 / (1 - p), or 1."""
+    assert one.constant is not None
+    name = "dropout_in_eval" if one.constant > 1.0 + 1e-3 else "dropout_not_rescaled"
+    defects: tuple[Defect, ...] = (_BY_NAME[name], *one.defects)
+    return replace(one, defects=defects, constant=1.0 - 1.0 / one.constant)
+
+
+def _is_plausible(factor: float | None, share: float) -> bool:
+    """Whether a factor is that of dropout: none, or the one that makes up for the share."""
+    if factor is None:
+        return False
+    return abs(factor - 1.0) <= 1e-3 or abs(1.0 - 1.0 / factor - share) <= _SHARE_KNOWN_TO
+
+
+def _drops_outputs(output: Tensor) -> bool:
+    """Whether single numbers of a row are 0: those of weights that are dropped never are."""
+    zero = output == 0
+    return bool((zero.any(-1) & ~zero.all(-1)).any())
+
+
+def _without_dropout(
+    spec: AttentionSpec, probes: Sequence[Probe]
+) -> tuple[float, list[Probe]] | None:
+    """Return the share that is dropped, and what the subject answers where nothing is."""
+    whole: list[Probe] = []
+    dropped = counted = 0.0
+    for one in probes:
+        if not one.judged or math.prod(one.case.shape) > _LARGE:
+            continue
+        for case, _ in with_identity(one.case):
+            rounded = replace(one, case=in_dtype(case, one.dtype))
+            together = _together(spec, rounded)
+            if together is None:
+                return None
+            share, output = together
+            numbers = int(((output != 0) & output.isfinite()).sum())
+            dropped, counted = dropped + share * numbers, counted + numbers
+            whole.append(replace(rounded, output=output))
+    return (dropped / counted, whole) if counted else None
+
+
+def _together(spec: AttentionSpec, one: Probe) -> tuple[float, Tensor] | None:
+    """Put an answer together from several calls; None where they differ by more than dropout."""
+    runs: list[Tensor] = []
+    wanted = _FEWEST
+    while len(runs) < wanted:
+        try:
+            runs.append(ask(spec, one.case, one.dtype))
+        except Exception:  # it takes no such values
+            return None
+        if len(runs) == _FEWEST:
+            wanted = _enough(_dropped(_numbers(runs)), runs[0].numel())
+    finite = torch.stack(runs).isfinite()
+    if not bool((finite == finite[0]).all()):
+        return None
+    numbers = _numbers(runs)
+    chosen = numbers.abs().argmax(0, keepdim=True)
+    largest = numbers.gather(0, chosen)[0]
+    off = (numbers - largest).abs() > answer_tolerance(one.dtype) * largest.abs()
+    if bool((off & (numbers != 0)).any()):
+        return None
+    return _dropped(numbers), torch.where(finite[0], largest, runs[0])
+
+
+def _numbers(runs: Sequence[Tensor]) -> Tensor:
+    return torch.nan_to_num(torch.stack(list(runs)), nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _dropped(runs: Tensor) -> float:
+    """The share of zeros among the numbers that are not always 0."""
+    kept = runs != 0
+    ever = kept.any(0)
+    return 1.0 - float(kept[:, ever].double().mean()) if bool(ever.any()) else 0.0
+
+
+def _enough(share: float, numbers: int) -> int:
+    """How many calls it takes until hardly any of some numbers was dropped in all of them."""
+    if share <= 0.0:
+        return _FEWEST
+    # The last factor: a hundred cases, and one in a thousand.
+    calls = math.log(1e-5 / numbers) / math.log(min(share, 0.999))
+    return max(_FEWEST, min(_MOST, math.ceil(calls)))
