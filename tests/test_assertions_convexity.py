@@ -163,7 +163,7 @@ def test_weights_that_do_not_sum_to_one_are_found_where_the_values_hide_it():
     small = lambda *qkv: 0.9 * plain(*qkv)  # noqa: E731 (shrinks towards the middle of the range)
     wide = value + 100 * torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0]).unsqueeze(-1)
     told = message(small, 0 * query, key, wide)
-    assert told.startswith("assert_convex: with every value 1, 360 of 360 outputs lie outside")
+    assert told.startswith("assert_convex: 360 of 360 outputs, with every value 1, lie outside")
     assert "the weights of every query sum to 0.9" in told
 
 
@@ -215,7 +215,7 @@ def test_a_leak_within_the_range_of_the_values_is_found():
 
     mask = torch.tensor([True, True, False])
     told = message(attention, query, key, value, attn_mask=mask)
-    assert told.startswith("assert_convex: with value[..., j, c] 1 where j % 10 == c and 0 else")
+    assert "outputs, with value[..., j, c] 1 where j % 10 == c and 0 elsewhere, lie" in told
     assert "has 0.02 of its weight on keys that it may not see" in told
 
 

@@ -20,10 +20,10 @@ from pytest_attnheat.assertions.behaviour.difference import (
 from pytest_attnheat.assertions.behaviour.heads import as_of_keys, for_each_query_head
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, settled
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of, query_chunks
 from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
 from pytest_attnheat.callables import borrowed
+from pytest_attnheat.failure import Checked, Failure, Place
 
 _NAME = "assert_convex"
 # Of so many queries it is asked on which keys their weight is.
@@ -68,7 +68,7 @@ def assert_convex(
             query that may see no key is not judged.
 
     Raises:
-        AssertionError: Some output is out of range, or not finite.
+        Failure: Some output is out of range, or not finite.
         TypeError: The subject is a sequence model, or an input is no tensor of floats.
         ValueError: Shapes do not fit, no query may see any key, a value that may be seen is not
             finite, or the function answers at random.
@@ -96,12 +96,12 @@ def assert_convex(
         probe = _Probe(subject, run, allowed)
         probe.check(subject.value, output, with_values="")
         ones = torch.ones_like(subject.value)
-        probe.check(ones, run(value=ones), with_values="with every value 1, ")
+        probe.check(ones, run(value=ones), with_values=", with every value 1,")
         spaced, step = _spaced(subject.value)
         probe.check(
             spaced,
             run(value=spaced),
-            with_values=f"with value[..., j, c] 1 where j % {step} == c and 0 elsewhere, ",
+            with_values=f", with value[..., j, c] 1 where j % {step} == c and 0 elsewhere,",
         )
 
 
@@ -136,7 +136,7 @@ class _Probe:
     allowed: float
 
     def check(self, value: Tensor, output: Tensor, *, with_values: str) -> None:
-        """Raise an AssertionError if some output is out of the range of these values.
+        """Raise a Failure if some output is out of the range of these values.
 
         Args:
             value: (..., key_len, value_dim)
@@ -163,17 +163,17 @@ class _Probe:
             return
         worst = index_of(excess.argmax(), excess.shape)
         first = index_of(broken.flatten().int().argmax(), broken.shape)
-        place = _Place(output, low, high, self.allowed)
-        raise AssertionError(
-            build_message(
-                _NAME,
-                f"{with_values}{int(broken.sum())} of {int(judged.sum())} outputs lie outside "
-                "the range of the values that their query may see",
-                output,
-                worst=place.describe(worst),
-                first=None if first == worst else place.describe(first),
-                cause=self._cause(output, worst, judged.any(-1)),
-            )
+        judge = _Bounds(output, low, high, self.allowed)
+        raise Failure(
+            _NAME,
+            f"outputs{with_values} lie outside the range of the values that their query may see",
+            broken=int(broken.sum()),
+            of=int(judged.sum()),
+            worst=judge.place(worst),
+            first=None if first == worst else judge.place(first),
+            cause=self._cause(output, worst, judged.any(-1)),
+            tensor=Checked.of(output),
+            tolerance=self.allowed,
         )
 
     def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
@@ -269,7 +269,7 @@ class _Probe:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Bounds:
     """Outputs and their range, for the sentence about one of them."""
 
     output: Tensor
@@ -277,9 +277,12 @@ class _Place:
     high: Tensor
     allowed: float
 
-    def describe(self, index: tuple[int, ...]) -> str:
+    def place(self, index: tuple[int, ...]) -> Place:
         """Say where an output is, and where it might be."""
         got, low, high = (float(t[index]) for t in (self.output, self.low, self.high))
+        return Place(self._sentence(index, got, low, high), index, got)
+
+    def _sentence(self, index: tuple[int, ...], got: float, low: float, high: float) -> str:
         query = f"query {index[-2]}"
         name = f"{output_place(index)} is {got:.6g}"
         if not math.isfinite(got):

@@ -68,7 +68,7 @@ def assert_decode_matches_prefill(
             (batch, length) and (..., length, length) are cut to the part that is there.
 
     Raises:
-        AssertionError: Some output differs. The message names the worst and the first, and
+        Failure: Some output differs. The message names the worst and the first, and
             says why if the numbers show it.
         TypeError: Not one or three inputs, no tensors of numbers, or `decode` does not return an
             output and a cache.

@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.inputs import check_number
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import check_number, misuse
 
 
 def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = False) -> float:
@@ -30,7 +30,7 @@ def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = Fals
         return output_tolerance(dtype, strict=strict)
     given = check_number(tolerance, "tolerance")
     if not 0 <= given < 1:
-        raise ValueError(f"tolerance: got {given!r}; accepted is 0 <= tolerance < 1, or None")
+        raise ValueError(misuse("tolerance", repr(given), "0 <= tolerance < 1, or None"))
     return given
 
 
@@ -72,7 +72,7 @@ def check_rows(
     cause: Callable[[Tensor], str | None] | None = None,
     repeat: str | None = None,
 ) -> None:
-    """Raise an AssertionError if any judged row of `got` is not what is expected.
+    """Raise a Failure if any judged row of `got` is not what is expected.
 
     Args:
         assertion: Its name.
@@ -87,7 +87,7 @@ def check_rows(
         repeat: What it takes to see the same again.
 
     Raises:
-        AssertionError: Some row is off.
+        Failure: Some row is off.
         ValueError: No row is judged.
     """
     __tracebackhide__ = True
@@ -105,16 +105,22 @@ def check_rows(
     worst = index_of(change.argmax(), change.shape)
     first = index_of(broken.flatten().int().argmax(), broken.shape)
     name = place or output_place
-    raise AssertionError(
-        build_message(
-            assertion,
-            f"{int(broken.sum())} of {counted} {claim}",
-            got.detach(),
-            worst=f"{name(worst)} {_off(got, expected, change, worst)} (allowed {allowed:.1e})",
-            first=None if first == worst else f"{name(first)} {_off(got, expected, change, first)}",
-            cause=cause(change) if cause is not None else None,
-            repeat=repeat,
-        )
+
+    def placed(index: tuple[int, ...], limit: str = "") -> Place:
+        said = f"{name(index)} {_off(got, expected, change, index)}{limit}"
+        return Place(said, index, float(change[index]))
+
+    raise Failure(
+        assertion,
+        claim,
+        broken=int(broken.sum()),
+        of=counted,
+        worst=placed(worst, f" (allowed {allowed:.1e})"),
+        first=None if first == worst else placed(first),
+        cause=cause(change) if cause is not None else None,
+        tensor=Checked.of(got),
+        tolerance=allowed,
+        repeat=repeat,
     )
 
 

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.failure import Checked, Failure, Place
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6
@@ -47,7 +47,7 @@ def check_dropout_of_weights(
         seed: Where the random numbers start.
 
     Raises:
-        AssertionError: The weights are not dropped one by one with this probability, or what is
+        Failure: The weights are not dropped one by one with this probability, or what is
             kept is not divided by `1 - share`.
         ValueError: There are too few weights to tell.
     """
@@ -234,10 +234,10 @@ class _Count:
                 self.mixed.add(axis)
 
     def check(self) -> None:
-        """Raise an AssertionError if this is not what dropout does.
+        """Check that this is what dropout does.
 
         Raises:
-            AssertionError: It is not.
+            Failure: It is not.
             ValueError: There were too few weights to tell.
         """
         __tracebackhide__ = True
@@ -253,13 +253,18 @@ class _Count:
         self._check_sum()
         self._check_pairs()
 
-    def _fail(self, claim: str, worst: str, cause: str | None) -> None:
+    def _fail(
+        self, claim: str, worst: str | Place, cause: str | None, **numbers: int | float
+    ) -> None:
         __tracebackhide__ = True
-        repeat = f"seed={self.seed}"
-        raise AssertionError(
-            build_message(
-                self.assertion, claim, self.weights, worst=worst, cause=cause, repeat=repeat
-            )
+        raise Failure(
+            self.assertion,
+            claim,
+            worst=worst if isinstance(worst, Place) else Place(worst),
+            cause=cause,
+            tensor=Checked.of(self.weights),
+            repeat=f"seed={self.seed}",
+            **numbers,  # type: ignore[arg-type]
         )
 
     def _check_that_some_are_dropped(self) -> None:
@@ -343,12 +348,19 @@ class _Count:
             return
         worst = index_of(self.off.argmax(), self.off.shape)
         factor = self.total / self.kept if self.kept else math.nan
-        self._fail(
-            f"{broken} of {int(self.judged.sum())} weights that are kept are not divided by 1 - p",
-            f"weights[{', '.join(map(str, worst))}] is off by {float(self.off[worst]):.2g} of its "
+        off = float(self.off[worst])
+        said = (
+            f"weights[{', '.join(map(str, worst))}] is off by {off:.2g} of its "
             f"size (allowed {allowed:.1e}); kept weights are multiplied by {factor:.4g} in the "
-            f"mean, expected {1 / (1 - self.share):.4g}",
+            f"mean, expected {1 / (1 - self.share):.4g}"
+        )
+        self._fail(
+            "weights that are kept are not divided by 1 - p",
+            Place(said, worst, off),
             self._why_factor(factor, allowed),
+            broken=broken,
+            of=int(self.judged.sum()),
+            tolerance=allowed,
         )
 
     def _why_factor(self, factor: float, allowed: float) -> str | None:

@@ -75,7 +75,7 @@ def assert_batch_independent(
             query; of a model every tensor whose first dimension is the batch.
 
     Raises:
-        AssertionError: Some sample gives another output. The message names the
+        Failure: Some sample gives another output. The message names the
             sample and on which others it depends.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, there is only one sample, or the subject
@@ -312,7 +312,7 @@ def assert_key_permutation_invariant(
             Pass the same as an `attn_mask`.
 
     Raises:
-        AssertionError: The order of keys changes the output.
+        Failure: The order of keys changes the output.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, there is only one key, `is_causal` is
             given, or the subject answers at random.

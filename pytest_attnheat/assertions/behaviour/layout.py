@@ -30,9 +30,9 @@ from pytest_attnheat.assertions.behaviour.memory_layouts import (
     trials,
 )
 from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, settled
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.callables import borrowed
+from pytest_attnheat.failure import Checked, Failure, Place
 
 _NAME = "assert_layout_invariant"
 # In float32 and float64 the backward of large scores rounds more than the forward pass.
@@ -80,7 +80,7 @@ def assert_layout_invariant(
             function is laid out in other ways too.
 
     Raises:
-        AssertionError: A layout changes the output or a gradient, the subject
+        Failure: A layout changes the output or a gradient, the subject
             raises for it, or writes into an input. The message names layout
             and input.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
@@ -201,17 +201,13 @@ class _Check:
             raise
         except Exception as error:
             text = (str(error).splitlines() or [""])[0]
-            raise AssertionError(
-                build_message(
-                    _NAME,
-                    f"the subject raises with {trial.what}",
-                    trial.laid[trial.names[0]],
-                    worst=f"{type(error).__name__}: {text}",
-                    cause=".view() needs memory of its own kind: .reshape(), or .contiguous() "
-                    "before it"
-                    if "view" in text
-                    else None,
-                )
+            cause = ".view() needs memory of its own kind: .reshape(), or .contiguous() before it"
+            raise Failure(
+                _NAME,
+                f"the subject raises with {trial.what}",
+                worst=Place(f"{type(error).__name__}: {text}"),
+                cause=cause if "view" in text else None,
+                tensor=Checked.of(trial.laid[trial.names[0]]),
             ) from error
 
     def _same_gradients(self, trial: Trial, plain: Tensors, output: Tensor) -> None:
@@ -370,7 +366,7 @@ def _versions(tensors: Tensors) -> dict[str, int]:
 def _check_unwritten(
     tensors: Tensors, before: Tensors, versions: Mapping[str, int], when: str
 ) -> None:
-    """Raise an AssertionError about an input that a call has written into."""
+    """Raise a Failure about an input that a call has written into."""
     __tracebackhide__ = True
     now = _versions(tensors)
     for name, tensor in tensors.items():
@@ -379,15 +375,15 @@ def _check_unwritten(
         if not bool(changed.any()) and now[name] == versions[name]:
             continue
         place = index_of(changed.flatten().int().argmax(), changed.shape)
-        at = _place(name, place)
-        told = f"{at} was {was[place].item():.6g} and is {tensor[place].item():.6g} after the call"
-        raise AssertionError(
-            build_message(
-                _NAME,
-                f"the subject writes into {name}{when}: {int(changed.sum())} of "
-                f"{changed.numel()} elements change",
-                was,
-                worst=told if bool(changed.any()) else f"{name} is written with what it held",
-                cause=f"an operation in place on {name}, for instance {name} *= scale",
-            )
+        then, after = was[place].item(), tensor[place].item()
+        told = f"{_place(name, place)} was {then:.6g} and is {after:.6g} after the call"
+        worst = Place(f"{name} is written with what it held")
+        raise Failure(
+            _NAME,
+            f"elements change: the subject writes into {name}{when}",
+            broken=int(changed.sum()),
+            of=changed.numel(),
+            worst=Place(told, place, after) if bool(changed.any()) else worst,
+            cause=f"an operation in place on {name}, for instance {name} *= scale",
+            tensor=Checked.of(was),
         )

@@ -21,16 +21,16 @@ from pytest_attnheat.assertions.behaviour.leak_picture import (
 )
 from pytest_attnheat.assertions.behaviour.leak_search import Finding, Search
 from pytest_attnheat.assertions.behaviour.scenes import Replacement
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.failure import Checked, Failure, Place
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
 _FAINT = 0.02
 
 
-def describe(finding: Finding, search: Search, *, repeat: str) -> str:
-    """Return the message. The subject is called some more times, to find the very places."""
+def describe(finding: Finding, search: Search, *, repeat: str) -> Failure:
+    """Return the failure. The subject is called some more times, to find the very places."""
     if finding.blind:
         return _blindness(finding, search, repeat)
     worst = _Culprit(search, finding.worst, finding.replacements[0])
@@ -40,16 +40,18 @@ def describe(finding: Finding, search: Search, *, repeat: str) -> str:
     crop = None
     if worst.place is not None:
         crop = Crop(search, worst.observer, worst.place, finding.replacements[0].content)
-    return build_message(
+    return Failure(
         _NAME,
-        f"{finding.broken} of {finding.judged} outputs depend on what they must not see"
-        f"{_only_in(finding, search)}",
-        search.base,
-        worst=worst.sentence(),
-        first=None if first is worst else first.sentence(),
+        f"outputs depend on what they must not see{_only_in(finding, search)}",
+        broken=finding.broken,
+        of=finding.judged,
+        worst=worst.told(),
+        first=None if first is worst else first.told(),
         cause=_cause(finding, worst, crop),
-        repeat=repeat,
         assumed=search.scene.advice.claimed,
+        tensor=Checked.of(search.base),
+        tolerance=search.allowed,
+        repeat=repeat,
         picture="" if crop is None else crop.draw(),
     )
 
@@ -67,19 +69,22 @@ def _cause(finding: Finding, worst: _Culprit, crop: Crop | None) -> str | None:
     return _cause_of_entries(worst) if crop is None else _cause_in(crop)
 
 
-def describe_not_finite(search: Search, broken: Tensor, *, repeat: str) -> str:
-    """Return the message about outputs that are NaN or inf with nothing replaced."""
+def describe_not_finite(search: Search, broken: Tensor, *, repeat: str) -> Failure:
+    """Return the failure about outputs that are NaN or inf with nothing replaced."""
     place = index_of(broken.flatten().int().argmax(), broken.shape)
-    return build_message(
+    held = search.base[place].sum().item()
+    return Failure(
         _NAME,
-        f"{int(broken.sum())} of {broken.numel()} outputs are not finite with nothing replaced",
-        search.base,
-        worst=f"{output_place(place)} holds {search.base[place].sum().item()}",
+        "outputs are not finite with nothing replaced",
+        broken=int(broken.sum()),
+        of=broken.numel(),
+        worst=Place(f"{output_place(place)} holds {held}", place, held),
+        tensor=Checked.of(search.base),
         repeat=repeat,
     )
 
 
-def _blindness(finding: Finding, search: Search, repeat: str) -> str:
+def _blindness(finding: Finding, search: Search, repeat: str) -> Failure:
     observer, replaced = finding.worst, finding.replacements[0]
     scene = search.scene
     seen = scene.may_see[observer]
@@ -90,18 +95,20 @@ def _blindness(finding: Finding, search: Search, repeat: str) -> str:
     )
     numbers = missed.nonzero().flatten().tolist()
     crop = Crop(search, observer, numbers[-1], "larger")
-    return build_message(
+    unseen = (
+        f"{scene.observer} {observer[-1]} does not see {_listed(scene.place, numbers)}: "
+        f"whatever is there, {output_place(observer)} stays the same"
+    )
+    return Failure(
         _NAME,
-        f"{finding.broken} of {finding.judged} outputs do not depend on what they must see"
-        f"{_only_in(finding, search)}",
-        search.base,
-        worst=(
-            f"{scene.observer} {observer[-1]} does not see {_listed(scene.place, numbers)}: "
-            f"whatever is there, {output_place(observer)} stays the same"
-        ),
+        f"outputs do not depend on what they must see{_only_in(finding, search)}",
+        broken=finding.broken,
+        of=finding.judged,
+        worst=Place(unseen, observer),
         cause=_cause_of_blindness(search, observer, numbers),
-        repeat=repeat,
         assumed=search.scene.advice.claimed,
+        tensor=Checked.of(search.base),
+        repeat=repeat,
         picture=crop.draw(),
     )
 
@@ -188,7 +195,11 @@ class _Culprit:
             places[entry] = True
         return replace(self._replaced, places=places, queries=None)
 
-    def sentence(self) -> str:
+    def told(self) -> Place:
+        """The output, with what moves it."""
+        return Place(self._sentence(), self.observer, self.change)
+
+    def _sentence(self) -> str:
         """Say what sees what, why that is wrong, and by how much the output changes."""
         scene = self.search.scene
         number = self.observer[-1]

@@ -87,7 +87,7 @@ def assert_no_leakage(
         **arguments: Further arguments of every call: `attn_mask`, `is_causal`, `src_mask` ...
 
     Raises:
-        AssertionError: An output depends on what it must not see, or on nothing that it must
+        Failure: An output depends on what it must not see, or on nothing that it must
             see. The message names both, the worst and the first, and draws the dependence.
         TypeError: The subject is not callable, or an input is not a tensor of numbers.
         ValueError: Shapes do not fit; nothing is forbidden; the subject answers at random; or
@@ -114,10 +114,10 @@ def assert_no_leakage(
         search = Search(scene, base, allowed=allowed, passes=passes, start=start)
         broken = search.not_finite()
         if bool(broken.any()):
-            raise AssertionError(describe_not_finite(search, broken, repeat=f"seed={seed}"))
+            raise describe_not_finite(search, broken, repeat=f"seed={seed}")
         finding = search.first_finding(ways, optional=by is None, must_see=must_see)
         if finding is not None:
-            raise AssertionError(describe(finding, search, repeat=f"seed={seed}"))
+            raise describe(finding, search, repeat=f"seed={seed}")
 
 
 def _ways(by: object) -> tuple[Way, ...]:

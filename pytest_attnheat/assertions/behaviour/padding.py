@@ -81,7 +81,7 @@ def assert_padding_invariant(
             argument that is as long as the sequence.
 
     Raises:
-        AssertionError: Padding changes the output. The message says on which
+        Failure: Padding changes the output. The message says on which
             side, and whether the mask is ignored or means the opposite.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, the model is not known to take a mask, an argument is out

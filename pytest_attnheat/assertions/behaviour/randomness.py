@@ -22,9 +22,9 @@ from pytest_attnheat.assertions.behaviour.subjects import (
     as_function,
     check_count,
 )
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, positive, seed_number
 
 _NAME = "assert_deterministic"
@@ -80,7 +80,7 @@ def assert_deterministic(
         **arguments: Further arguments of every call: attn_mask, is_causal, scale, enable_gqa.
 
     Raises:
-        AssertionError: Two calls differ in evaluation mode, or dropout is not what it declares.
+        Failure: Two calls differ in evaluation mode, or dropout is not what it declares.
             The message tells what was measured.
         TypeError: Not one or three inputs, or `dropout` for a function that takes no `dropout_p`.
         ValueError: A module is in training mode without `dropout`; an argument is out of range; or
@@ -320,14 +320,12 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
     cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
     if bool((relative_change(first, evaluated) <= output_tolerance(first.dtype)).all()):
         cause = f"dropout is never applied{_dropouts_in(call.modules)}"
-    raise AssertionError(
-        build_message(
-            _NAME,
-            f"dropout={share:g} was declared, but {runs} calls in training mode give equal outputs",
-            first,
-            worst="no output differs from one call to the next",
-            cause=cause,
-        )
+    raise Failure(
+        _NAME,
+        f"dropout={share:g} was declared, but {runs} calls in training mode give equal outputs",
+        worst=Place("no output differs from one call to the next"),
+        cause=cause,
+        tensor=Checked.of(first),
     )
 
 
@@ -341,14 +339,12 @@ def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
     found = " and ".join(f"p={p:g}" for p in sorted(set(layers.values())))
     places = list(layers)
     more = ", ..." * (len(places) > _MOST_NAMES)
-    raise AssertionError(
-        build_message(
-            _NAME,
-            f"dropout={share:g} was declared, but the module's own layers have {found} "
-            f"(at {', '.join(places[:_MOST_NAMES])}{more})",
-            evaluated,
-            worst=f"none of {len(places)} layers with dropout has p={share:g}",
-        )
+    raise Failure(
+        _NAME,
+        f"dropout={share:g} was declared, but the module's own layers have {found} "
+        f"(at {', '.join(places[:_MOST_NAMES])}{more})",
+        worst=Place(f"none of {len(places)} layers with dropout has p={share:g}"),
+        tensor=Checked.of(evaluated),
     )
 
 
@@ -415,15 +411,15 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
     allowed = error + output_tolerance(evaluated.dtype)
     if abs(mean - 1) <= allowed:
         return
-    raise AssertionError(
-        build_message(
-            _NAME,
-            f"the mean over {runs} calls in training mode is not the output in evaluation mode",
-            evaluated,
-            worst=f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})",
-            cause=_why_biased(mean, share, error),
-            repeat=f"seed={seed}",
-        )
+    off = f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})"
+    raise Failure(
+        _NAME,
+        f"the mean over {runs} calls in training mode is not the output in evaluation mode",
+        worst=Place(off, value=mean),
+        cause=_why_biased(mean, share, error),
+        tensor=Checked.of(evaluated),
+        tolerance=allowed,
+        repeat=f"seed={seed}",
     )
 
 
