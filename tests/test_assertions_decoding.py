@@ -533,7 +533,7 @@ def test_chunks_that_do_not_add_up_are_refused(chunks):
 
 
 def test_misuse_is_refused():
-    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+    with pytest.raises(TypeError, match="got 2 inputs; accepted is query, key and value"):
         assert_decode_matches_prefill(plain, *qkv()[:2])
     with pytest.raises(ValueError, match="alignment: got 'bottom_right'"):
         assert_decode_matches_prefill(causal_encoder(), tokens(2, 5), alignment="bottom_right")

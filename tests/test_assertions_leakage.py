@@ -351,7 +351,7 @@ def test_nothing_forbidden_is_an_error():
 
 def test_bad_arguments_are_refused():
     query, key, value = qkv()
-    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+    with pytest.raises(TypeError, match="got 2 inputs; accepted is query, key and value"):
         assert_no_leakage(sdpa, query, key)
     with pytest.raises(ValueError, match=r"by: got 'luck'; accepted are \('perturbation'"):
         assert_no_leakage(sdpa, query, key, value, by="luck")
@@ -359,9 +359,9 @@ def test_bad_arguments_are_refused():
         assert_no_leakage(sdpa, query, key, value, passes=0)
     with pytest.raises(ValueError, match="causal: an attention function is told what may be seen"):
         assert_no_leakage(sdpa, query, key, value, causal=True)
-    with pytest.raises(ValueError, match="same length; got key"):
+    with pytest.raises(ValueError, match=r"key and value: got key .*; accepted is the same length"):
         assert_no_leakage(sdpa, query, key, value[..., 1:, :])
-    with pytest.raises(TypeError, match="must have one dtype"):
+    with pytest.raises(TypeError, match=r"query, key and value: got .*; accepted is one dtype"):
         assert_no_leakage(sdpa, query, key, value.double())
     with pytest.raises(ValueError, match="has no elements"):
         assert_no_leakage(sdpa, query[:0], key[:0], value[:0])
@@ -584,7 +584,9 @@ def test_a_function_that_takes_other_arguments_is_told_how_to_be_wrapped():
     with pytest.raises(TypeError, match=r"cannot be called as function\(query.*AttentionSpec says"):
         assert_no_leakage(own, *qkv(), is_causal=True)
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
-    with pytest.raises(ValueError, match="mask: a mask under this name is passed on, but nobody"):
+    with pytest.raises(
+        ValueError, match="mask: got a boolean mask under this name; accepted is attn_mask"
+    ):
         assert_no_leakage(own, *qkv(), mask=mask)
     spec = AttentionSpec(own, mask_argument="mask")
     assert_no_leakage(spec, *qkv(), attn_mask=mask)

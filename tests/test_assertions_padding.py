@@ -496,7 +496,7 @@ def test_a_module_that_finds_padding_by_its_id_needs_no_mask():
 
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_any_other_number_of_inputs_is_refused(count):
-    with pytest.raises(TypeError, match=rf"got {count} inputs for .*accepted are three \(query"):
+    with pytest.raises(TypeError, match=rf"inputs: got {count} for .*; accepted is three \(query"):
         assert_padding_invariant(SDPA, *[randn(1, 2, 3)] * count)
 
 
@@ -514,7 +514,9 @@ def test_arguments_out_of_range_are_refused():
             assert_padding_invariant(layer, inputs, lengths=lengths)
     with pytest.raises(TypeError, match=r"lengths: got .*whole numbers"):
         assert_padding_invariant(layer, inputs, lengths=[1.0, 2.0])
-    with pytest.raises(ValueError, match="lengths: they are for a sequence model"):
+    with pytest.raises(
+        ValueError, match=r"lengths: got .*; accepted is None for an attention function"
+    ):
         assert_padding_invariant(SDPA, *qkv(), lengths=[3, 4])
     with pytest.raises(ValueError, match=r"tolerance: got 1\.5"):
         assert_padding_invariant(layer, inputs, tolerance=1.5)

@@ -634,7 +634,7 @@ def test_a_dropout_out_of_range_is_refused(wrong):
 
 
 def test_misuse_is_refused():
-    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+    with pytest.raises(TypeError, match="got 2 inputs; accepted is query, key and value"):
         assert_deterministic(plain, *qkv()[:2])
     with pytest.raises(TypeError, match="takes no dropout_p and holds no module"):
         assert_deterministic(flex, *qkv(), dropout=0.1)

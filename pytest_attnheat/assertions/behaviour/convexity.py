@@ -11,15 +11,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.calls import coarsest
 from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     output_place,
     relative_change,
 )
-from pytest_attnheat.assertions.behaviour.heads import as_of_keys, for_each_query_head
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, wrong_shape
+from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    as_of_keys,
+    coarsest,
+    for_each_query_head,
+    settled,
+)
 from pytest_attnheat.attention.chunks import index_of, query_chunks
 from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
 from pytest_attnheat.callables import borrowed
@@ -145,10 +150,7 @@ class _Probe:
         """
         __tracebackhide__ = True
         if output.shape[-1] != value.shape[-1]:
-            raise ValueError(
-                f"the attention function must return (..., query_len, value_dim), here "
-                f"{(*output.shape[:-1], value.shape[-1])}; got {tuple(output.shape)}"
-            )
+            raise ValueError(wrong_shape(output, (*output.shape[:-1], value.shape[-1])))
         low, high = (bound.expand(output.shape) for bound in visible_range(self.subject, value))
         judged = low <= high
         if not bool((judged | (low == math.inf)).all()):

@@ -12,8 +12,8 @@ from pytest_attnheat.assertions.behaviour.decoders import Decoder, Evidence, Pla
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.function_decoding import function_decoder
 from pytest_attnheat.assertions.behaviour.model_decoding import model_decoder
-from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import as_function, check_count, settled
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
+from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import positive

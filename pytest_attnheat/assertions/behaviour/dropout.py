@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.failure import Checked, Failure, Place

@@ -16,7 +16,7 @@ from pytest_attnheat.assertions.behaviour.decoders import (
     name_tokens,
     tokens_off,
 )
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, permitted
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.inputs import one_of

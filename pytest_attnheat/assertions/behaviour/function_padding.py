@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import FunctionCall
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.heads import of_the_first
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.padded import Filling, Told
+from pytest_attnheat.assertions.behaviour.subject import of_the_first
 from pytest_attnheat.attention.vocabulary import Side
 
 # By how much the score of a padding key that is aimed at a query is above that of any real key,
@@ -24,18 +24,17 @@ _AHEAD, _LONGEST = 100.0, 3e3
 class PaddedFunction:
     """An attention function with keys and values that its mask forbids."""
 
-    call: FunctionCall
+    call: AttentionFunction
     side: Side
     filling: Filling
     start: Callable[[], None]
     expected: Tensor
 
     @staticmethod
-    def without(call: FunctionCall, start: Callable[[], None]) -> Tensor:
+    def without(call: AttentionFunction, start: Callable[[], None]) -> Tensor:
         """The output without padding, with the mask as it is given if it is no flag."""
-        called = call.called
         start()
-        return (called.explicit() if called.arguments.get("is_causal") else called).run()
+        return (call.explicit() if call.arguments.get("is_causal") else call).run()
 
     @property
     def claim(self) -> str:
@@ -49,7 +48,7 @@ class PaddedFunction:
 
     def run(self, told: Told = "truth") -> Tensor:
         """Call the function with the padding and a mask."""
-        spelled = self.call.called.explicit()
+        spelled = self.call.explicit()
         mask = spelled.arguments["attn_mask"]
         padding = self._padding(spelled.key)
         if self.filling.aims:
@@ -101,23 +100,20 @@ class PaddedFunction:
         return False
 
 
-def _aimed(padding: Tensor, call: FunctionCall, judged: Tensor | None) -> Tensor:
+def _aimed(padding: Tensor, call: AttentionFunction, judged: Tensor | None) -> Tensor:
     """Turn the last padding key towards a query, so that it wins the softmax if it is not masked.
 
     Random keys get small scores from most queries, so that a fill of -10 in place of -inf would
     look right. The score of this one is above every real score by `_AHEAD`.
     """
-    called = call.called
-    query, key = called.query, called.key
+    query, key = call.query, call.key
     if query.shape[-1] != key.shape[-1]:  # the function projects them first
         return padding
     row = 0 if judged is None else int(judged.reshape(-1, query.shape[-2]).sum(0).argmax())
-    target = of_the_first(query[..., row, :].double(), called.group)
-    given = called.arguments.get("scale")
-    scale = query.shape[-1] ** -0.5 if given is None else float(given)
+    target = of_the_first(query[..., row, :].double(), call.group)
     size = target.norm(dim=-1, keepdim=True)
     longest = key.double().norm(dim=-1).nan_to_num(posinf=0.0).amax(-1, keepdim=True)
-    steepness = size * scale
+    steepness = size * call.scale
     wanted = (_AHEAD + steepness.abs() * longest) / steepness
     # No longer than a half can hold, also where a query is nearly nothing.
     direction = target / size * wanted.clamp(-_LONGEST, _LONGEST)

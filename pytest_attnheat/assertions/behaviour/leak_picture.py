@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.heads import as_of_keys
 from pytest_attnheat.assertions.behaviour.leak_search import Search
 from pytest_attnheat.assertions.behaviour.scenes import Replacement
+from pytest_attnheat.assertions.behaviour.subject import as_of_keys
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
 # A picture takes one call of the subject for each of its columns.

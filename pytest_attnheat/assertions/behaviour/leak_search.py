@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import relative_change
-from pytest_attnheat.assertions.behaviour.heads import (
+from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
+from pytest_attnheat.assertions.behaviour.subject import (
     for_each_query_head,
     of_any,
     of_the_first,
 )
-from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
 from pytest_attnheat.attention.chunks import index_of
 
 # How many sets of places are tried before an output is believed to depend on all of them.

@@ -9,18 +9,13 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import check_takes_mask
 from pytest_attnheat.assertions.behaviour.difference import check_relative
+from pytest_attnheat.assertions.behaviour.functions import permitted
 from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
 from pytest_attnheat.assertions.behaviour.leak_search import Search
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, check_takes_mask
 from pytest_attnheat.assertions.behaviour.scenes import FunctionScene, Rule, Scene, SequenceScene
-from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import (
-    as_function,
-    check_count,
-    permitted,
-    settled,
-)
+from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.attention.reference import causal_mask, padding_mask
 from pytest_attnheat.attention.vocabulary import Alignment, Side
 from pytest_attnheat.callables import borrowed

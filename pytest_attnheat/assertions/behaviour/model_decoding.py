@@ -19,11 +19,12 @@ from pytest_attnheat.assertions.behaviour.decoders import (
     tokens_off,
 )
 from pytest_attnheat.assertions.behaviour.difference import relative_change
-from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, Subject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding
 from pytest_attnheat.attention.vocabulary import Alignment
 
 
-def model_decoder(subject: Subject, alignment: Alignment | None) -> _ModelDecoder:
+def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> _ModelDecoder:
     """Return how a model is called in chunks; ValueError if it is given an alignment."""
     if alignment is not None:
         raise ValueError(
@@ -33,7 +34,7 @@ def model_decoder(subject: Subject, alignment: Alignment | None) -> _ModelDecode
     return _ModelDecoder(subject, has_cache=_has_cache(subject))
 
 
-def _has_cache(subject: Subject) -> bool:
+def _has_cache(subject: ModelSubject) -> bool:
     decode = subject.model.decode
     if isinstance(decode, CachedDecoding):
         # Only the model itself knows: BERT takes a cache, and returns none.
@@ -113,7 +114,7 @@ class _ModelDecoder:
         start: What to do before each call.
     """
 
-    subject: Subject
+    subject: ModelSubject
     has_cache: bool
     start: Callable[[], None] = lambda: None
 

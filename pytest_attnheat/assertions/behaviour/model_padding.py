@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import SequenceCall, answers, differ
 from pytest_attnheat.assertions.behaviour.difference import output_place
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.padded import Filling, Told
-from pytest_attnheat.assertions.behaviour.sequences import Subject
+from pytest_attnheat.assertions.behaviour.subject import answers, differ
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.vocabulary import Side
 
@@ -20,7 +20,9 @@ from pytest_attnheat.attention.vocabulary import Side
 class Alone:
     """Every sample of a sequence model alone, without padding and without a mask."""
 
-    def __init__(self, subject: Subject, lengths: list[int], start: Callable[[], None]) -> None:
+    def __init__(
+        self, subject: ModelSubject, lengths: list[int], start: Callable[[], None]
+    ) -> None:
         self.subject, self.lengths, self.start = subject, lengths, start
         self.real = self.mask(subject.inputs.shape[1], "right")
         self._outputs: dict[bool, Tensor] = {}
@@ -42,7 +44,7 @@ class Alone:
         return self._outputs[positions]
 
     def _run(self, sample: int, length: int, positions: bool) -> Tensor:
-        one = SequenceCall(self.subject).samples(torch.tensor([sample])).called
+        one = self.subject.samples(torch.tensor([sample]))
         inputs = one.inputs[:, :length]
         places = torch.arange(length, device=inputs.device)[None] if positions else None
         self.start()

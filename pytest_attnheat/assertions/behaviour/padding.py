@@ -9,23 +9,15 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import (
-    Call,
-    FunctionCall,
-    SequenceCall,
-    answers,
-    as_call,
-    as_lengths,
-    check_takes_mask,
-    coarsest,
-    differ,
-)
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.function_padding import PaddedFunction
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.model_padding import Alone, PaddedSequence
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.padded import Filling, Padded
-from pytest_attnheat.assertions.behaviour.subjects import settled
+from pytest_attnheat.assertions.behaviour.reading import as_lengths, as_subject, check_takes_mask
+from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import check_number
@@ -93,10 +85,10 @@ def assert_padding_invariant(
     """
     __tracebackhide__ = True
     asked, filling = _sides(sides), _filling(amount, padding_value, seed)
-    call = as_call(subject, inputs, arguments, lengths if len(inputs) == 3 else None)
-    if isinstance(call, SequenceCall):
+    call = as_subject(subject, inputs, arguments, lengths if len(inputs) == 3 else None)
+    if isinstance(call, ModelSubject):
         _check_model(call, asked, filling)
-    real = None if isinstance(call, FunctionCall) else as_lengths(lengths, call.called)
+    real = as_lengths(lengths, call.batch, call.length) if len(inputs) == 1 else None
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base, start = settled(subject, call.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
@@ -119,12 +111,12 @@ def _filling(amount: object, value: object, seed: int) -> Filling:
     return Filling(amount, held, seed)
 
 
-def _check_model(call: SequenceCall, sides: Sequence[Side], filling: Filling) -> None:
+def _check_model(call: ModelSubject, sides: Sequence[Side], filling: Filling) -> None:
     """Refuse a model that cannot be told of its padding."""
-    batch, length = call.called.inputs.shape[:2]
+    batch, length = call.inputs.shape[:2]
     if filling.value is None and list(sides) != ["right"]:
-        check_takes_mask(call.called.model)
-    for name, argument in call.called.arguments.items():
+        check_takes_mask(call.model)
+    for name, argument in call.arguments.items():
         if isinstance(argument, Tensor) and call.along(name):
             raise ValueError(
                 f"{name}: shape {tuple(argument.shape)} is made for sequences of {length}, and "
@@ -134,19 +126,20 @@ def _check_model(call: SequenceCall, sides: Sequence[Side], filling: Filling) ->
 
 
 def _padded(
-    call: Call,
+    call: Subject,
     lengths: list[int] | None,
     sides: Sequence[Side],
     filling: Filling,
     start: Callable[[], None],
 ) -> Iterator[list[Padded]]:
     """List the subject padded in every way that is tried, the sides of one way together."""
-    if isinstance(call, FunctionCall):
+    if isinstance(call, AttentionFunction):
         expected = PaddedFunction.without(call, start)
         for content in filling.each():
             yield [PaddedFunction(call, side, content, start, expected) for side in sides]
         return
     assert lengths is not None
+    assert isinstance(call, ModelSubject)
     length = max(lengths)
     ways = [(lengths, length + filling.amount)]
     if len(lengths) > 1 and length > 1:
@@ -154,7 +147,7 @@ def _padded(
         ragged = [max(1, n - i % length) for i, n in enumerate(lengths)]
         ways.append((ragged if min(lengths) == length else lengths, length))
     for real, total in ways:
-        alone = Alone(call.called, real, start)
+        alone = Alone(call, real, start)
         for content in filling.each():
             yield [PaddedSequence(alone, side, total, content) for side in sides]
 

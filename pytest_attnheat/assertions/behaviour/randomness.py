@@ -16,12 +16,9 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights
-from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import (
-    AttentionFunction,
-    as_function,
-    check_count,
-)
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
+from pytest_attnheat.assertions.behaviour.subject import check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.failure import Checked, Failure, Place

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.assertions.behaviour.heads import of_the_first
-from pytest_attnheat.assertions.behaviour.sequences import Subject
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.subject import of_the_first
 from pytest_attnheat.attention.scoring import draw
 
 # What is looked at together of `may_see`, in bytes.
@@ -176,7 +176,7 @@ class SequenceScene:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: ModelSubject,
         may_see: Tensor,
         judged: Tensor,
         rules: Sequence[Rule],

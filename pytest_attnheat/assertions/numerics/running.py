@@ -8,7 +8,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, settled
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.subject import settled
 from pytest_attnheat.callables import borrowed
 
 

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_input
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.subject import as_input
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
