@@ -11,7 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subject import answers, differ
+from pytest_attnheat.assertions.behaviour.subject import answers, differ, of_the_first
+from pytest_attnheat.assertions.behaviour.visibility import (
+    LARGER,
+    Claim,
+    Replacement,
+    Rule,
+    Stated,
+    gradients,
+    in_the_future,
+    noise,
+    since,
+    size_of,
+)
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, permits
 from pytest_attnheat.callables import copied
@@ -39,6 +51,9 @@ class AttentionFunction:
     arguments: Mapping[str, Any] = field(default_factory=dict)
 
     ordered = "keys and values are"
+    observer, element = "query", "key"
+    has_queries = True
+    through_embeddings = False
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -198,6 +213,65 @@ class AttentionFunction:
         value = self.value.clone()
         value[..., keys, :] += 10 * value.abs().amax().clamp(min=1)
         return differ(self.run(value=value)[..., rows, :], base[..., rows, :], allowed, seen)
+
+    def claim(self, stated: Stated) -> tuple[AttentionFunction, Claim]:
+        """What its queries may see: as its arguments say, or as `may_see` does."""
+        for name in ("causal", "lengths", "documents"):
+            given = getattr(stated, name)
+            if given is not None:
+                accepted = (
+                    "None for an attention function, which is told what may be seen by attn_mask= "
+                    "and is_causal=; or say may_see="
+                )
+                raise ValueError(misuse(name, repr(given), accepted))
+        shape = (*self.leading, self.query.shape[-2], self.length)
+        rules = []
+        if stated.may_see is not None:
+            seen = permitted(stated.may_see, shape)
+            rules = [Rule(seen, since("which may_see forbids"))]
+        elif self.arguments.get("is_causal"):
+            alignment = stated.alignment
+            causal = causal_mask(*shape[-2:], alignment=alignment, device=self.query.device)
+            first = shape[-1] - shape[-2] if alignment == "bottom_right" else 0
+            rules = [Rule(causal, in_the_future(first))]
+        if stated.may_see is None and self.mask is not None:
+            rules.append(Rule(permitted(self.mask, shape), since("which attn_mask forbids")))
+        may_be_causal = "if the function is always causal, say so with may_see="
+        return self, Claim.of(rules, shape, self.query, may_be_causal=may_be_causal)
+
+    def run_replaced(self, replaced: Replacement, *, seed: int) -> Tensor:
+        """The output with some keys (and their values) and queries replaced."""
+        inputs = {}
+        where = {"query": replaced.queries, "key": replaced.elements, "value": replaced.elements}
+        for name, chosen in where.items():
+            if chosen is None:
+                continue
+            given = getattr(self, name)
+            other = noise(given, name, replaced.content, seed=seed)
+            if name == "key" and replaced.like is not None:
+                other = given[..., replaced.like : replaced.like + 1, :]
+            elif name == "key" and replaced.towards is not None:
+                other = self._keys_towards(replaced.towards, seed)
+            inputs[name] = torch.where(chosen.unsqueeze(-1), other, given)
+        return self.run(**inputs)
+
+    def _keys_towards(self, observers: Tensor, seed: int) -> Tensor:
+        """Keys that point the way of the observers' queries, and are larger than the others."""
+        query, key = self.query, self.key
+        if query.shape[-1] != key.shape[-1]:
+            return noise(key, "key", "larger", seed=seed)
+        index = observers[..., None, None].expand(*observers.shape, 1, query.shape[-1])
+        wide = of_the_first(query.gather(-2, index), self.group, dim=-3).double()
+        direction = wide / wide.square().mean(-1, keepdim=True).sqrt().clamp(min=1e-30)
+        return (direction * key.double().square().mean().sqrt() * LARGER).to(key)
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """The largest gradient of each key and its value."""
+        sources = [tensor.clone().requires_grad_() for tensor in (self.key, self.value)]
+        with torch.enable_grad():
+            key, value = (source.clone() for source in sources)  # which it may write to
+            found = gradients(self.run(key=key, value=value), sources, observers)
+        return [size_of(key).maximum(size_of(value)) for key, value in found]
 
 
 def _called(

@@ -2,14 +2,34 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.functions import permitted
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
 from pytest_attnheat.assertions.behaviour.subject import answers, differ
+from pytest_attnheat.assertions.behaviour.visibility import (
+    Claim,
+    Embedded,
+    Replacement,
+    Rule,
+    Stated,
+    as_documents,
+    gradients,
+    in_the_future,
+    is_padding,
+    noise,
+    of_document,
+    other_tokens,
+    since,
+    size_of,
+)
+from pytest_attnheat.attention.reference import causal_mask, padding_mask
 from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import misuse
 
@@ -33,11 +53,18 @@ class ModelSubject:
     group = 1
     scale = None
     ordered = "the sequence is"
+    observer = element = "token"
+    has_queries = False
 
     @property
     def is_tokens(self) -> bool:
         """Whether the inputs are token ids."""
         return not self.inputs.is_floating_point()
+
+    @property
+    def through_embeddings(self) -> bool:
+        """Whether gradients are those of the embeddings of token ids."""
+        return self.is_tokens
 
     @property
     def batch(self) -> int:
@@ -150,6 +177,85 @@ class ModelSubject:
                 got = f"shape {tuple(value.shape)}, (batch, length) or (length, length)"
                 raise ValueError(misuse(name, got, "inputs whose batch and length differ"))
         return self.arguments
+
+    def claim(self, stated: Stated) -> tuple[ModelSubject, Claim]:
+        """What its tokens may see, and the same model with its mask, if there is padding."""
+        shape, device = (self.batch, self.length, self.length), self.inputs.device
+        rules: list[Rule] = []
+        subject = self
+        if stated.lengths is not None:
+            real = self._padded_as(stated)
+            subject = replace(self, real=real)
+            rules.append(Rule(real.unsqueeze(-2), is_padding(real.sum(-1).tolist())))
+        if stated.documents is not None:
+            documents = as_documents(stated.documents, shape[:2]).to(device)
+            same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+            rules.append(Rule(same, of_document(documents)))
+        others = (stated.lengths, stated.documents, stated.may_see)
+        assumed = stated.causal is None and all(other is None for other in others)
+        if stated.causal or assumed:
+            mask = causal_mask(self.length, alignment="top_left", device=device)
+            rules.append(Rule(mask, in_the_future(0)))
+        if stated.may_see is not None:
+            rules.append(Rule(permitted(stated.may_see, shape), since("which may_see forbids")))
+        claimed = (
+            "no token may see a later one: assumed, since nothing was said. For an encoder pass "
+            "causal=False, or lengths="
+        )
+        return subject, Claim.of(
+            rules,
+            shape,
+            self.inputs,
+            may_be_causal="if the model is causal, say so with causal=True",
+            judged=subject.real,
+            assumed=claimed if assumed else None,
+        )
+
+    def _padded_as(self, stated: Stated) -> Tensor:
+        """Which tokens are real, where the caller gave lengths."""
+        assert stated.lengths is not None
+        real = padding_mask(
+            stated.lengths, self.length, side=stated.side, device=self.inputs.device
+        )[:, 0, 0]
+        lengths = real.sum(-1).tolist()
+        if len(lengths) != self.batch or min(lengths) == self.length:
+            accepted = (
+                f"one for each of {self.batch} samples, at least one of them less than "
+                f"{self.length}, or there is no padding"
+            )
+            raise ValueError(misuse("lengths", lengths, accepted))
+        if not (stated.causal and stated.side == "right"):
+            check_takes_mask(self.model)
+        return real
+
+    def run_replaced(self, replaced: Replacement, *, seed: int) -> Tensor:
+        """The output with some tokens replaced."""
+        given, chosen, content = self.inputs, replaced.elements, replaced.content
+        if chosen is None:
+            return self.run()
+        seed += 0 if replaced.like is None else 1 + replaced.like
+        if not self.is_tokens:
+            other = noise(given, "inputs", content, seed=seed)
+            return self.run(torch.where(chosen.unsqueeze(-1), other, given))
+        if content == "nan":
+            with Embedded(given, lambda rows: rows.masked_fill(chosen.unsqueeze(-1), math.nan)):
+                return self.run()
+        return self.run(torch.where(chosen, other_tokens(given, content, seed), given))
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of each token's input, or of its embedding."""
+        with torch.enable_grad():
+            if self.is_tokens:
+                with Embedded(self.inputs, lambda rows: rows.detach().requires_grad_()) as embedded:
+                    output = self.run(self.inputs)
+                sources = embedded.changed
+                if not sources:
+                    raise RuntimeError("the token ids are not looked up by an embedding")
+            else:
+                sources = [self.inputs.clone().requires_grad_()]
+                output = self.run(sources[0].clone())  # which it may write to
+            found = gradients(output, sources, observers)
+        return [size_of(torch.stack(parts).sum(0)) for parts in found]
 
 
 def _reordered(argument: Tensor, dims: Sequence[int], order: Tensor) -> Tensor:

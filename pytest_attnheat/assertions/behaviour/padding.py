@@ -16,7 +16,8 @@ from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.model_padding import Alone, PaddedSequence
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.padded import Filling, Padded
-from pytest_attnheat.assertions.behaviour.reading import as_lengths, as_subject, check_takes_mask
+from pytest_attnheat.assertions.behaviour.reading import as_lengths, as_subject
+from pytest_attnheat.assertions.behaviour.sequences import check_takes_mask
 from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import borrowed

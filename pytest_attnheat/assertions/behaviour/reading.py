@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +11,12 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.sequences import Multihead, SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.sequences import (
+    Multihead,
+    SequenceModel,
+    check_takes_mask,
+    recognise,
+)
 from pytest_attnheat.assertions.behaviour.subject import Subject, as_input
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.scoring import leading_shape
@@ -164,21 +168,3 @@ def _as_list(lengths: object) -> object:
         return torch.as_tensor(lengths).tolist()
     except (TypeError, ValueError, RuntimeError):
         return lengths
-
-
-def check_takes_mask(model: SequenceModel) -> None:
-    """Raise a ValueError about a sequence model that is not said to take a mask."""
-    if model.mask is None:
-        raise ValueError(
-            f"{model.name} is not told which tokens are padding; say how it takes its mask: "
-            "SequenceModel(module, mask='keep' or 'drop' or 'additive', mask_argument=...), where "
-            f"mask_argument is one of its parameters: {_parameters(model)}"
-        )
-
-
-def _parameters(model: SequenceModel) -> str:
-    try:
-        taken = inspect.signature(getattr(model.module, "forward", model.module)).parameters
-    except (TypeError, ValueError):  # a callable made in C
-        return "unknown"
-    return ", ".join(taken)

@@ -135,6 +135,24 @@ class SequenceModel:
         return as_meant(real, self.mask, dtype)
 
 
+def check_takes_mask(model: SequenceModel) -> None:
+    """Raise a ValueError about a sequence model that is not said to take a mask."""
+    if model.mask is None:
+        raise ValueError(
+            f"{model.name} is not told which tokens are padding; say how it takes its mask: "
+            "SequenceModel(module, mask='keep' or 'drop' or 'additive', mask_argument=...), where "
+            f"mask_argument is one of its parameters: {_parameters(model)}"
+        )
+
+
+def _parameters(model: SequenceModel) -> str:
+    try:
+        taken = inspect.signature(getattr(model.module, "forward", model.module)).parameters
+    except (TypeError, ValueError):  # a callable made in C
+        return "unknown"
+    return ", ".join(taken)
+
+
 def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> Tensor:
     """Return a boolean mask, True where a query may attend, as a subject reads it.
 

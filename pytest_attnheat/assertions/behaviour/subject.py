@@ -11,7 +11,7 @@ many share one; with 1, everything stays as it is, also without any heads.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import identical, modules_in
 from pytest_attnheat.inputs import misuse
+
+if TYPE_CHECKING:
+    from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, Stated
 
 
 class Subject(Protocol):
@@ -52,6 +55,22 @@ class Subject(Protocol):
     def ordered(self) -> str:
         """What is put in another order by `reorder`, as the subject of a sentence."""
 
+    @property
+    def observer(self) -> str:
+        """What a row of its output is called."""
+
+    @property
+    def element(self) -> str:
+        """What an element is called."""
+
+    @property
+    def has_queries(self) -> bool:
+        """Whether queries are inputs of their own; else its elements are the rows of its output."""
+
+    @property
+    def through_embeddings(self) -> bool:
+        """Whether gradients are those of the embeddings of token ids."""
+
     # mypy takes this signature for any other.
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call it, with other tensors where they are given by name.
@@ -80,6 +99,27 @@ class Subject(Protocol):
         Args:
             base: Its output.
             allowed: By what part of its size a row may change.
+        """
+
+    def claim(self, stated: Stated) -> tuple[Subject, Claim]:
+        """Return what its rows may see, and the same subject, told of its padding.
+
+        Raises:
+            TypeError: Something stated is of the wrong type.
+            ValueError: Something stated does not fit, or is not for this kind of subject.
+        """
+
+    def run_replaced(self, replaced: Replacement, *, seed: int) -> Tensor:
+        """The output (*leading, query_len, width), with something replaced."""
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """How strongly the chosen observers depend on each element, (*leading of the keys, length).
+
+        Args:
+            observers: For each result, boolean (*leading, query_len).
+
+        Raises:
+            RuntimeError: The output is not differentiable.
         """
 
 
