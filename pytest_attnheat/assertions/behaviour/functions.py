@@ -11,13 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.subject import answers, differ, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import (
     LARGER,
     Claim,
+    Padding,
     Replacement,
     Rule,
     Stated,
+    Told,
     gradients,
     in_the_future,
     noise,
@@ -25,11 +28,14 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     size_of,
 )
 from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, permits
+from pytest_attnheat.attention.vocabulary import Alignment, Side, permits
 from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import misuse
 
 MASK = "attn_mask"
+# By how much the score of a padding key that attracts a query is above that of any real key,
+# and the length that such a key has at most.
+_AHEAD, _LONGEST = 100.0, 3e3
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,7 @@ class AttentionFunction:
     observer, element = "query", "key"
     has_queries = True
     through_embeddings = False
+    mask_argument = MASK
 
     @property
     def leading(self) -> tuple[int, ...]:
@@ -272,6 +279,86 @@ class AttentionFunction:
             key, value = (source.clone() for source in sources)  # which it may write to
             found = gradients(self.run(key=key, value=value), sources, observers)
         return [size_of(key).maximum(size_of(value)) for key, value in found]
+
+    def paddings(self, lengths: object, amount: int) -> list[tuple[Sequence[int], int]]:
+        """Once, with further keys."""
+        return [((), self.length + amount)]
+
+    def check_padding(self, *, needs_mask: bool) -> None:
+        """Any function is told of padding by its mask."""
+
+    def pad(self, padding: Padding, told: Told = "truth") -> AttentionFunction:
+        """Further keys and values, and a mask that forbids them."""
+        spelled, amount = self.explicit(), padding.total - self.length
+        mask = spelled.arguments[MASK]
+
+        def with_padding(tensor: Tensor, more: Tensor, dim: int = -2) -> Tensor:
+            parts = [more, tensor] if padding.side == "left" else [tensor, more]
+            return torch.cat(parts, dim)
+
+        more = {
+            name: padding.like(tensor, (*tensor.shape[:-2], amount, tensor.shape[-1]))
+            for name, tensor in (("key", self.key), ("value", self.value))
+        }
+        if padding.is_largest:
+            more["key"] = self._attracting(more["key"])
+        shown = told == "all real"
+        hidden = mask.new_full((*mask.shape[:-1], amount), shown)
+        if mask.dtype != torch.bool:
+            hidden = torch.zeros_like(hidden) if shown else torch.full_like(hidden, -math.inf)
+        mask = with_padding(mask, hidden, dim=-1)
+        if told == "opposite" and mask.dtype == torch.bool:  # a float mask has no opposite
+            mask = ~mask
+        tensors = {name: with_padding(getattr(self, name), more[name]) for name in more}
+        return spelled.given(**tensors, **{MASK: mask})
+
+    def _attracting(self, padding: Tensor) -> Tensor:
+        """Turn the last padding key towards a query, so that it wins the softmax if not masked.
+
+        Random keys get small scores from most queries, so that a fill of -10 in place of -inf would
+        look right. The score of this one is above every real score by `_AHEAD`.
+        """
+        query, key, judged = self.query, self.key, self.judged()
+        if query.shape[-1] != key.shape[-1]:  # the function projects them first
+            return padding
+        row = 0 if judged is None else int(judged.reshape(-1, query.shape[-2]).sum(0).argmax())
+        target = of_the_first(query[..., row, :].double(), self.group)
+        size = target.norm(dim=-1, keepdim=True)
+        longest = key.double().norm(dim=-1).nan_to_num(posinf=0.0).amax(-1, keepdim=True)
+        steepness = size * self.scale
+        wanted = (_AHEAD + steepness.abs() * longest) / steepness
+        # No longer than a half can hold, also where a query is nearly nothing.
+        direction = target / size * wanted.clamp(-_LONGEST, _LONGEST)
+        turned = padding.clone()
+        turned[..., -1, :] = direction.nan_to_num(posinf=0.0, neginf=0.0).to(padding)
+        return turned
+
+    def takes_positions(self, side: Side) -> bool:
+        """No: keys have no positions."""
+        return False
+
+    def alone(
+        self, lengths: Sequence[int], start: Callable[[], None], *, positions: bool
+    ) -> Tensor:
+        """The output without padding, with the mask as it is given if it is no flag."""
+        start()
+        return (self.explicit() if self.arguments.get("is_causal") else self).run()
+
+    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
+        """The output as it is: padding keys have no row."""
+        return alone
+
+    def name_padding(self, padding: Padding) -> str:
+        """Say how many keys were added."""
+        return f"rows change with {padding.total - self.length} masked keys on the {padding.side}"
+
+    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
+        """Name a row as without padding."""
+        return output_place(index)
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+        """Suggest that keys and mask part."""
+        return "does the mask follow its keys, or are keys found by their place?"
 
 
 def _called(

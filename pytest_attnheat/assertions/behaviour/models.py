@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
 from pytest_attnheat.assertions.behaviour.subject import answers, differ
 from pytest_attnheat.assertions.behaviour.visibility import (
     Claim,
     Embedded,
+    Padding,
     Replacement,
     Rule,
     Stated,
+    Told,
     as_documents,
     gradients,
     in_the_future,
@@ -30,6 +33,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     size_of,
 )
 from pytest_attnheat.attention.reference import causal_mask, padding_mask
+from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import misuse
 
@@ -43,12 +47,14 @@ class ModelSubject:
         inputs: (batch, length, width) floats or (batch, length) token ids.
         arguments: Further keyword arguments of every call.
         real: Boolean (batch, length), True where a token is no padding; None for no mask.
+        positions: (batch, length), of each token; None where the model finds them itself.
     """
 
     model: SequenceModel
     inputs: Tensor
     arguments: Mapping[str, Any] = field(default_factory=dict)
     real: Tensor | None = None
+    positions: Tensor | None = None
 
     group = 1
     scale = None
@@ -65,6 +71,11 @@ class ModelSubject:
     def through_embeddings(self) -> bool:
         """Whether gradients are those of the embeddings of token ids."""
         return self.is_tokens
+
+    @property
+    def mask_argument(self) -> str | None:
+        """That of the model."""
+        return self.model.mask_argument
 
     @property
     def batch(self) -> int:
@@ -91,8 +102,12 @@ class ModelSubject:
         """Call the model with other inputs, or with a copy of its own: it may write to them."""
         given = self.inputs.clone() if inputs is None else inputs
         arguments = {name: copied(argument) for name, argument in self.arguments.items()}
-        real = self.real if real is None else real
-        return self.model(given, real=real, positions=positions, **arguments)
+        return self.model(
+            given,
+            real=self.real if real is None else real,
+            positions=self.positions if positions is None else positions,
+            **arguments,
+        )
 
     def given(self, **tensors: Tensor) -> ModelSubject:
         """The same with other inputs."""
@@ -256,6 +271,128 @@ class ModelSubject:
                 output = self.run(sources[0].clone())  # which it may write to
             found = gradients(output, sources, observers)
         return [size_of(torch.stack(parts).sum(0)) for parts in found]
+
+    def as_lengths(self, lengths: object) -> list[int]:
+        """Return how many tokens of each sample are real; all for None.
+
+        Raises:
+            TypeError: The lengths are not whole numbers.
+            ValueError: There is not one for each sample, or one is not in 1 to the length.
+        """
+        given = [self.length] * self.batch if lengths is None else _as_list(lengths)
+        if not isinstance(given, list) or any(type(n) is not int for n in given):
+            raise TypeError(misuse("lengths", repr(given), "whole numbers, one for each sample"))
+        if len(given) != self.batch or min(given) < 1 or max(given) > self.length:
+            accepted = f"{self.batch} numbers from 1 to {self.length}, one for each sample"
+            raise ValueError(misuse("lengths", given, accepted))
+        return given
+
+    def paddings(self, lengths: object, amount: int) -> list[tuple[Sequence[int], int]]:
+        """All samples with padding; and as many batches are, the longest without."""
+        given = self.as_lengths(lengths)
+        longest = max(given)
+        found: list[tuple[Sequence[int], int]] = [(given, longest + amount)]
+        if len(given) > 1 and longest > 1:
+            ragged = [max(1, n - i % longest) for i, n in enumerate(given)]
+            found.append((ragged if min(given) == self.length else given, longest))
+        return found
+
+    def check_padding(self, *, needs_mask: bool) -> None:
+        """Refuse a model without a mask, or with arguments as long as the sequence."""
+        if needs_mask:
+            check_takes_mask(self.model)
+        for name, argument in self.arguments.items():
+            if isinstance(argument, Tensor) and self.along(name):
+                got = f"shape {tuple(argument.shape)}, made for sequences of {self.length}"
+                accepted = (
+                    "what the module makes itself from inputs of any length, as padding changes "
+                    f"it; for padding give lengths ({self.batch},)"
+                )
+                raise ValueError(misuse(name, got, accepted))
+
+    def pad(self, padding: Padding, told: Told = "truth") -> ModelSubject:
+        """The samples as one padded batch."""
+        real = padding.real(self.inputs.device)
+        masks = {"truth": real, "all real": torch.ones_like(real), "opposite": ~real}
+        own = _at(self.inputs, _rank(real))
+        filled = padding.like(own, own.shape)
+        chosen = real if self.is_tokens else real.unsqueeze(-1)
+        positions = _rank(real) if self.takes_positions(padding.side) else None
+        return replace(
+            self,
+            inputs=torch.where(chosen, own, filled),
+            real=masks.get(told),
+            positions=positions,
+        )
+
+    def takes_positions(self, side: Side) -> bool:
+        """On the right the positions follow from the inputs, and are those by default."""
+        return side == "left" and self.model.positions_argument is not None
+
+    def alone(
+        self, lengths: Sequence[int], start: Callable[[], None], *, positions: bool
+    ) -> Tensor:
+        """The outputs of samples alone, (batch, most tokens, width), NaN beyond their tokens."""
+        outputs = []
+        for sample, length in enumerate(lengths):
+            one = self.samples(torch.tensor([sample]))
+            inputs = one.inputs[:, :length]
+            numbers = torch.arange(length, device=inputs.device)[None] if positions else None
+            start()
+            outputs.append(one.run(inputs, positions=numbers)[0])
+        return nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=math.nan)
+
+    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
+        """The outputs of samples alone where their tokens are in the padded batch."""
+        real = padding.real(alone.device)
+        return _at(alone, _rank(real)).masked_fill(~real.unsqueeze(-1), math.nan)
+
+    def name_padding(self, padding: Padding) -> str:
+        """Say on which side the padding is."""
+        return f"rows of real tokens change with padding on the {padding.side}"
+
+    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
+        """Name a token of the output, counted without the padding."""
+        sample, number = index
+        count = padding.lengths[sample]
+        token = number if padding.side == "right" else number - (padding.total - count)
+        return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+        """Tell a mask that does not hide from positions."""
+        if felt:
+            return "real tokens feel what the padding holds: it is not masked there"
+        if side == "right":
+            return (
+                "real tokens do not feel what the padding holds, only that it is there: are "
+                "positions, or a scale, taken from the length of the batch?"
+            )
+        argument = self.model.positions_argument
+        if argument is None:
+            return (
+                "the module is not told the positions: if it has absolute positions, let it take "
+                "them, with SequenceModel(..., positions_argument=...)"
+            )
+        return f"are the positions in {argument} used?"
+
+
+def _rank(real: Tensor) -> Tensor:
+    """How many real tokens of its sample are before each, (batch, length)."""
+    return (real.cumsum(-1) - 1).clamp(min=0)
+
+
+def _at(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (batch, length, ...) at an index (batch, other length)."""
+    wide = index.reshape(*index.shape, *[1] * (rows.ndim - 2))
+    return rows.gather(1, wide.expand(*index.shape, *rows.shape[2:]))
+
+
+def _as_list(lengths: object) -> object:
+    """The numbers of a list or a tensor, or what is neither as it is."""
+    try:
+        return torch.as_tensor(lengths).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return lengths
 
 
 def _reordered(argument: Tensor, dims: Sequence[int], order: Tensor) -> Tensor:

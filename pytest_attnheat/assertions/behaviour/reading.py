@@ -62,7 +62,7 @@ def as_subject(
     if lengths is None:
         return model
     check_takes_mask(model.model)
-    given = as_lengths(lengths, model.batch, model.length)
+    given = model.as_lengths(lengths)
     mask = padding_mask(given, model.length, device=model.inputs.device)
     return replace(model, real=mask[:, 0, 0])
 
@@ -144,27 +144,3 @@ def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -
         given = f"{sequence.dtype} {tuple(sequence.shape)}"
         raise ValueError(misuse("inputs", given, accepted))
     return ModelSubject(model, sequence, dict(arguments))
-
-
-def as_lengths(lengths: object, batch: int, length: int) -> list[int]:
-    """Return how many tokens of each sample are real; all for None.
-
-    Raises:
-        TypeError: The lengths are not whole numbers.
-        ValueError: There is not one for each sample, or one is not in 1 to the length.
-    """
-    given = [length] * batch if lengths is None else _as_list(lengths)
-    if not isinstance(given, list) or any(type(n) is not int for n in given):
-        raise TypeError(misuse("lengths", repr(given), "whole numbers, one for each sample"))
-    if len(given) != batch or min(given) < 1 or max(given) > length:
-        accepted = f"{batch} numbers from 1 to {length}, one for each sample"
-        raise ValueError(misuse("lengths", given, accepted))
-    return given
-
-
-def _as_list(lengths: object) -> object:
-    """The numbers of a list or a tensor, or what is neither as it is."""
-    try:
-        return torch.as_tensor(lengths).tolist()
-    except (TypeError, ValueError, RuntimeError):
-        return lengths

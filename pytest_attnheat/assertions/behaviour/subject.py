@@ -18,11 +18,18 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import identical, modules_in
 from pytest_attnheat.inputs import misuse
 
 if TYPE_CHECKING:
-    from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, Stated
+    from pytest_attnheat.assertions.behaviour.visibility import (
+        Claim,
+        Padding,
+        Replacement,
+        Stated,
+        Told,
+    )
 
 
 class Subject(Protocol):
@@ -70,6 +77,10 @@ class Subject(Protocol):
     @property
     def through_embeddings(self) -> bool:
         """Whether gradients are those of the embeddings of token ids."""
+
+    @property
+    def mask_argument(self) -> str | None:
+        """The keyword under which it is told of padding."""
 
     # mypy takes this signature for any other.
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -120,6 +131,56 @@ class Subject(Protocol):
 
         Raises:
             RuntimeError: The output is not differentiable.
+        """
+
+    def paddings(self, lengths: object, amount: int) -> list[tuple[Sequence[int], int]]:
+        """How many elements of each sample are real, and how many there are with padding.
+
+        Args:
+            lengths: How many tokens of each sample are real, as the caller gave them.
+            amount: How many elements of padding are added to the longest.
+        """
+
+    def check_padding(self, *, needs_mask: bool) -> None:
+        """Refuse one that cannot be padded.
+
+        Raises:
+            ValueError: It has to be told of its padding and cannot be, or is given arguments that
+                are as long as its inputs.
+        """
+
+    def pad(self, padding: Padding, told: Told = "truth") -> Subject:
+        """The same with padding."""
+
+    def takes_positions(self, side: Side) -> bool:
+        """Whether it is told the positions of its elements, where padding is on this side."""
+
+    def alone(
+        self, lengths: Sequence[int], start: Callable[[], None], *, positions: bool
+    ) -> Tensor:
+        """The output without padding and what it is told of it: of a model of every sample alone.
+
+        Args:
+            lengths: How many tokens of each sample are real.
+            start: Called before each call.
+            positions: Whether it is told the positions of its elements.
+        """
+
+    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
+        """The same output in the shape of that with padding, NaN where it means nothing."""
+
+    def name_padding(self, padding: Padding) -> str:
+        """Say what rows do that change with padding."""
+
+    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
+        """Name a row of the output with padding."""
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+        """Say what to look at where padding on one side is wrong.
+
+        Args:
+            side: The side.
+            felt: Whether the output changes with what the padding holds; None for unknown.
         """
 
 

@@ -7,25 +7,30 @@ with its value, or a token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from pytest_attnheat.attention.chunks import query_chunks
+from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import Alignment, Side
 from pytest_attnheat.inputs import misuse
 
 # Replaced inputs are as large as the given ones, or larger by this factor.
 LARGER = 8.0
+# Padding is drawn at these multiples of the scale of the inputs: what is large is felt.
+_SCALES = (3.0, 10.0)
 
+# What a subject is told of its padding: the truth, that all is real, the opposite, or nothing.
+Told: TypeAlias = Literal["truth", "all real", "opposite", "nothing"]
 # Says why an observer may not see an element, by the index of one and the number of the other.
-Because = Callable[[tuple[int, ...], int], str]
+Because: TypeAlias = Callable[[tuple[int, ...], int], str]
 
 
 @dataclass(frozen=True)
@@ -161,6 +166,59 @@ class Replacement:
     content: str = "same"
     like: int | None = None
     towards: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Padding on one side, and what it holds.
+
+    Attributes:
+        side: The side.
+        total: How many elements there are with it.
+        lengths: How many tokens of each sample are real; nothing for an attention function.
+        value: What it holds; None for numbers drawn from the seed.
+        seed: That seed.
+        scale: How much larger than the inputs they are.
+    """
+
+    side: Side
+    total: int
+    lengths: Sequence[int]
+    value: float | None
+    seed: int
+    scale: float = _SCALES[0]
+
+    def each(self) -> Iterator[Padding]:
+        """The same at every scale, or once if it holds one value."""
+        for scale in _SCALES if self.value is None else _SCALES[:1]:
+            yield replace(self, scale=scale)
+
+    @property
+    def is_largest(self) -> bool:
+        """Whether it is of the last scale, at which the keys of a function attract a query."""
+        return self.scale == _SCALES[-1]
+
+    def other(self) -> Padding | None:
+        """The same with other numbers; None for one value, which may be how padding is known."""
+        return None if self.value is not None else replace(self, seed=self.seed + 1)
+
+    def like(self, inputs: Tensor, shape: Sequence[int]) -> Tensor:
+        """Fill a shape with padding for these inputs."""
+        if self.value is not None:
+            return torch.full(shape, self.value, dtype=inputs.dtype, device=inputs.device)
+        generator = torch.Generator().manual_seed(self.seed + int(self.scale))
+        if not inputs.is_floating_point():
+            ids = torch.randint(0, int(inputs.max()) + 1, tuple(shape), generator=generator)
+            return ids.to(inputs)
+        size = inputs.double().square().mean().sqrt()
+        drawn = torch.randn(*shape, generator=generator).to(inputs.device)
+        return (drawn * (self.scale * torch.where(size > 0, size, 1.0))).to(inputs)
+
+    def real(self, device: torch.device) -> Tensor:
+        """Which tokens are real, (batch, total)."""
+        # Made by the host, which knows the lengths.
+        mask = padding_mask(self.lengths, self.total, side=self.side, device="cpu")
+        return mask[:, 0, 0].to(device)
 
 
 def noise(given: Tensor, name: str, content: str, *, seed: int) -> Tensor:
