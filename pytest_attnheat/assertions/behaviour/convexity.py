@@ -89,23 +89,19 @@ def assert_convex(
             "nn.MultiheadAttention or of a sequence model is projected after the mean is taken, "
             "so it need not lie within the range of anything: pass the function that they call"
         )
-    subject = as_function(function, (query, key, value), arguments)
+    own = seed if training else None
+    subject = as_function(function, (query, key, value), arguments, seed=own)
     with borrowed(function, subject.query, subject.key, subject.value, seed=seed), torch.no_grad():
-        output, start = settled(function, subject.run, training=training, seed=seed)
+        output = settled(function, subject.run, training=training, seed=seed)
         allowed = _allowed(tolerance, coarsest(output, subject.query), subject.key.shape[-2])
-
-        def run(**changed: Any) -> Tensor:
-            start()
-            return subject.run(**changed)
-
-        probe = _Probe(subject, run, allowed)
+        probe = _Probe(subject, allowed)
         probe.check(subject.value, output, with_values="")
         ones = torch.ones_like(subject.value)
-        probe.check(ones, run(value=ones), with_values=", with every value 1,")
+        probe.check(ones, subject.run(value=ones), with_values=", with every value 1,")
         spaced, step = _spaced(subject.value)
         probe.check(
             spaced,
-            run(value=spaced),
+            subject.run(value=spaced),
             with_values=f", with value[..., j, c] 1 where j % {step} == c and 0 elsewhere,",
         )
 
@@ -132,12 +128,10 @@ class _Probe:
 
     Attributes:
         subject: The function and its inputs.
-        run: Calls it, with other inputs or arguments where they are given.
         allowed: By what part of the largest visible value an output may be out of range.
     """
 
     subject: AttentionFunction
-    run: Callable[..., Tensor]
     allowed: float
 
     def check(self, value: Tensor, output: Tensor, *, with_values: str) -> None:
@@ -189,17 +183,19 @@ class _Probe:
             if bool(subject.value.isfinite().all()):
                 return None
             return "a masked key holds nan or inf in its value, which 0 times it does not remove"
-        sums = self.run(value=torch.ones_like(subject.value))[..., 0].double()
+        sums = self.subject.run(value=torch.ones_like(subject.value))[..., 0].double()
         if bool(((sums - 1).abs()[judged] > self.allowed).any()):
             return self._cause_in_sums(sums, judged, seen)
         hidden = ~seen[worst[:-1]]
-        on_hidden = self.run(value=hidden.to(output.dtype).unsqueeze(-1).expand_as(subject.value))
+        on_hidden = self.subject.run(
+            value=hidden.to(output.dtype).unsqueeze(-1).expand_as(subject.value)
+        )
         share = float(on_hidden[worst])
         if abs(share) > self.allowed:
             if self._same_without_mask():
                 return "the output is the same without the mask: the mask is not applied"
             return f"query {worst[-2]} has {share:.3g} of its weight on keys that it may not see"
-        least = float(self.run(value=_spaced(subject.value)[0]).min())
+        least = float(self.subject.run(value=_spaced(subject.value)[0]).min())
         if least < -self.allowed:
             return f"some weights are negative: they add up to {least:.3g} on some keys"
         return None
@@ -216,7 +212,7 @@ class _Probe:
             value = torch.zeros_like(self.subject.value)
             head = as_of_keys(index[:-1], self.subject.group)
             value[head] = (~seen[index]).to(value).unsqueeze(-1)
-            share = self.run(value=value)[index].double()
+            share = self.subject.run(value=value)[index].double()
             if not bool(((share - 1).abs() <= 10 * self.allowed).all()):
                 return False
         return True
@@ -264,9 +260,9 @@ class _Probe:
         return None
 
     def _same_without_mask(self) -> bool:
-        off = {"attn_mask": None, "is_causal": False}
+        off: dict[str, Any] = {"attn_mask": None, "is_causal": False}
         given = {name: value for name, value in off.items() if name in self.subject.arguments}
-        change = relative_change(self.run(**given), self.run())
+        change = relative_change(self.subject.run(**given), self.subject.run())
         return bool((change <= output_tolerance(self.subject.value.dtype)).all())
 
 

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoders import Decoder, Evidence, Plan
+from pytest_attnheat.assertions.behaviour.decoders import Decoder, Evidence, Plan, function_decoder
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
-from pytest_attnheat.assertions.behaviour.function_decoding import function_decoder
 from pytest_attnheat.assertions.behaviour.model_decoding import model_decoder
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
 from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import positive
+from pytest_attnheat.inputs import misuse, positive
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.
@@ -83,11 +82,13 @@ def assert_decode_matches_prefill(
     __tracebackhide__ = True
     check_count(inputs, _NAME)
     with borrowed(subject, *(t for t in inputs if isinstance(t, Tensor)), seed=seed):
+        own = seed if training else None
         decoder: Decoder
         if len(inputs) == 3:
-            decoder = function_decoder(as_function(subject, inputs, arguments), alignment)
+            decoder = function_decoder(as_function(subject, inputs, arguments, seed=own), alignment)
         else:
-            decoder = model_decoder(as_sequence(subject, inputs[0], arguments), alignment)
+            model = as_sequence(subject, inputs[0], arguments, seed=own)
+            decoder = model_decoder(model, alignment)
         plans = list(_plans(decoder.length, decoder.most_single, chunks))
         with torch.no_grad():
             _check(subject, decoder, plans, tolerance=tolerance, seed=seed, training=training)
@@ -103,16 +104,14 @@ def _check(
     training: bool,
 ) -> None:
     __tracebackhide__ = True
-    whole, start = settled(subject, decoder.whole, training=training, seed=seed)
-    decoder = decoder.starting_with(start)
+    whole = settled(subject, decoder.subject.run, training=training, seed=seed)
     allowed = check_relative(tolerance, decoder.precision(whole.dtype))
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
         if decoded.shape != whole.shape:
-            raise ValueError(
-                f"{_NAME}: decoded outputs must have the shape of those of the whole sequence, "
-                f"{tuple(whole.shape)}; got {tuple(decoded.shape)}"
-            )
+            accepted = f"that of the outputs of the whole sequence, {tuple(whole.shape)}"
+            got = f"outputs of shape {tuple(decoded.shape)}"
+            raise ValueError(misuse("what is decoded", got, accepted))
         evidence = Evidence(plan, decoded, whole, allowed, singles_are_right=number > 0)
         told = f"chunks={plan.sizes}, seed={seed}"
         check_rows(
@@ -121,7 +120,7 @@ def _check(
             whole,
             claim=f"outputs decoded {plan.words}, {decoder.how}, differ from the prefill",
             allowed=allowed,
-            judged=decoder.judged(),
+            judged=decoder.subject.judged(),
             place=plan.place,
             cause=lambda change, of=evidence: decoder.cause(of, change > allowed),  # type: ignore[misc]
             repeat=told if len(plan.sizes) <= MOST_SIZES_TOLD else f"seed={seed}",
@@ -129,21 +128,19 @@ def _check(
 
 
 def _plans(length: int, most_single: int, chunks: Sequence[int] | None) -> Iterator[Plan]:
-    """Yield the ways in which a sequence is cut.
+    """Yield how a sequence is cut.
 
     Raises:
         TypeError: A size is not a whole number.
         ValueError: There is nothing to decode, or the sizes do not add up.
     """
     if length < 2:
-        raise ValueError(f"{_NAME}: a sequence of {length} token has no second one to decode")
+        raise ValueError(misuse(_NAME, f"a sequence of {length} token", "two or more"))
     if chunks is not None:
         sizes = [positive("chunks", size) for size in chunks]
         if sum(sizes) != length or len(sizes) < 2:
-            raise ValueError(
-                f"chunks: got {list(chunks)!r}; accepted are two or more sizes that add up to the "
-                f"length, {length}"
-            )
+            accepted = f"two or more sizes that add up to the length, {length}"
+            raise ValueError(misuse("chunks", list(chunks), accepted))
         yield Plan(sizes, _in_chunks(sizes))
         return
     single = min(length, most_single)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.subject import answers, differ, of_the_first
+from pytest_attnheat.assertions.behaviour.subject import answers, begin, differ, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import (
     LARGER,
     Claim,
@@ -48,6 +48,7 @@ class AttentionFunction:
         key: (..., key_len, head_dim)
         value: (..., key_len, value_dim)
         arguments: attn_mask, is_causal, scale, enable_gqa, whatever the caller gave.
+        seed: Where each call starts its random numbers; None: from where they are.
     """
 
     function: Callable[..., Any]
@@ -55,6 +56,7 @@ class AttentionFunction:
     key: Tensor
     value: Tensor
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    seed: int | None = None
 
     ordered = "keys and values are"
     observer, element = "query", "key"
@@ -121,6 +123,7 @@ class AttentionFunction:
         key = self.key.clone() if key is None else key
         value = self.value.clone() if value is None else value
         given = {name: copied(argument) for name, argument in self.arguments.items()}
+        begin(self.seed)
         result = _called(self.function, (query, key, value), {**given, **changed})
         output = result[0] if isinstance(result, (tuple, list)) and result else result
         if not isinstance(output, Tensor):
@@ -337,11 +340,8 @@ class AttentionFunction:
         """No: keys have no positions."""
         return False
 
-    def alone(
-        self, lengths: Sequence[int], start: Callable[[], None], *, positions: bool
-    ) -> Tensor:
+    def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
         """The output without padding, with the mask as it is given if it is no flag."""
-        start()
         return (self.explicit() if self.arguments.get("is_causal") else self).run()
 
     def beside(self, alone: Tensor, padding: Padding) -> Tensor:

@@ -77,15 +77,15 @@ def assert_batch_independent(
         >>> assert_batch_independent(my_attention, query, key, value)
     """
     __tracebackhide__ = True
-    called = as_subject(subject, inputs, arguments, lengths)
+    called = as_subject(subject, inputs, arguments, lengths, seed=seed if training else None)
     if called.batch < 2:
         name, first = next(iter(called.tensors.items()))
         accepted = "(batch, ...), two samples or more, to see whether they depend on one another"
         raise ValueError(misuse(name, f"shape {tuple(first.shape)}", accepted))
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, called.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
-        batch = _Batch(subject, called, base, start, allowed, training)
+        batch = _Batch(subject, called, base, allowed, training)
         generator = torch.Generator().manual_seed(seed)
         _check_alone(batch, _chosen(called.batch, generator), repeat=f"seed={seed}")
         _check_elsewhere(batch, _shuffle(called.batch, generator), repeat=f"seed={seed}")
@@ -98,13 +98,11 @@ class _Batch:
     subject: object
     called: Subject
     output: Tensor
-    start: Callable[[], None]
     allowed: float
     training: bool
 
     def run(self, samples: Tensor) -> Tensor:
         """Run some samples as a batch."""
-        self.start()
         return self.called.samples(samples.to(self.output.device)).run()
 
     def judged(self, samples: Tensor) -> Tensor | None:
@@ -303,7 +301,7 @@ def assert_key_permutation_invariant(
         >>> assert_key_permutation_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True
-    called = as_subject(subject, inputs, arguments, lengths)
+    called = as_subject(subject, inputs, arguments, lengths, seed=seed if training else None)
     if arguments.get("is_causal"):
         accepted = "attn_mask=causal_mask(...), which is put in the order of the keys"
         raise ValueError(misuse("is_causal", "True, under which their order matters", accepted))
@@ -311,10 +309,9 @@ def assert_key_permutation_invariant(
         name = "inputs" if len(inputs) == 1 else "key"
         raise ValueError(misuse(name, "one element, which has no other order", "two or more"))
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, called.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
         for name, order in _orders(called.length, seed):
-            start()
             turned = order.to(base.device)
             check_rows(
                 _KEYS,

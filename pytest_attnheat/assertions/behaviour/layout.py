@@ -84,13 +84,11 @@ def assert_layout_invariant(
         >>> assert_layout_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True
-    called = as_subject(subject, inputs, arguments)
+    called = as_subject(subject, inputs, arguments, seed=seed if training else None)
     given = called.tensors
     with borrowed(subject, *inputs, seed=seed):
-        _, start = settled(
-            subject, lambda: _run(called, contiguous(given)), training=training, seed=seed
-        )
-        check = _Check(called, start, gradients, tolerance, seed, training)
+        settled(subject, lambda: _run(called, contiguous(given)), training=training, seed=seed)
+        check = _Check(called, gradients, tolerance, seed, training)
         check.unwritten(given)
         for trial in trials(given):
             check.holds(trial)
@@ -112,7 +110,6 @@ class _Check:
 
     Attributes:
         subject: What is called.
-        start: Called before each call.
         gradients: Whether gradients are compared.
         tolerance: As the caller gave it.
         seed: What the gradient of the output is drawn from.
@@ -120,7 +117,6 @@ class _Check:
     """
 
     subject: Subject
-    start: Callable[[], None]
     gradients: bool
     tolerance: float | None
     seed: int
@@ -131,7 +127,6 @@ class _Check:
         __tracebackhide__ = True
         inputs = contiguous(given)
         before, versions = contiguous(inputs), _versions(inputs)
-        self.start()
         _run(self.subject, inputs)
         _check_unwritten(inputs, before, versions, "")
 
@@ -139,7 +134,6 @@ class _Check:
         """Check one layout."""
         __tracebackhide__ = True
         plain, versions = contiguous(trial.laid), _versions(trial.laid)
-        self.start()
         expected = _run(self.subject, contiguous(plain))
         got = self._tried(trial, lambda: _run(self.subject, trial.laid))
         _check_unwritten(trial.laid, plain, versions, f" with {trial.what}")
@@ -159,7 +153,6 @@ class _Check:
     def _tried(self, trial: Trial, run: Callable[[], Any]) -> Any:
         """Call the subject with a layout, which it must not refuse."""
         __tracebackhide__ = True
-        self.start()
         try:
             return run()
         except torch.cuda.OutOfMemoryError:
@@ -177,7 +170,6 @@ class _Check:
 
     def _same_gradients(self, trial: Trial, plain: Tensors, output: Tensor) -> None:
         __tracebackhide__ = True
-        self.start()
         try:
             expected = self._gradients(plain)
         except RuntimeError:  # there is no backward for this
@@ -267,7 +259,6 @@ class _Check:
 
     def _gives(self, output: Tensor, tensors: Tensors) -> bool:
         """Whether the output is the one for these tensors."""
-        self.start()
         return not differ(output, _run(self.subject, tensors), self._allowed(output, tensors))
 
     def _allowed(self, output: Tensor, tensors: Tensors) -> float | Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TypeAlias
@@ -71,7 +71,6 @@ class Search:
         *,
         allowed: float,
         passes: int,
-        start: Callable[[], None],
         seed: int,
     ) -> None:
         """Prepare the search; the subject is not called.
@@ -82,7 +81,6 @@ class Search:
             base: Its output with nothing replaced.
             allowed: By what part of its size an output may change.
             passes: How many observers are judged for each batch entry and head.
-            start: Called before each call of the subject.
             seed: What replacements are drawn from.
 
         Raises:
@@ -90,7 +88,7 @@ class Search:
         """
         self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
         self.may_see, self.claim = claim.may_see, claim
-        self._passes, self._start = passes, start
+        self._passes = passes
         # What a query gives that may see nothing is a matter of declaration, not of leaks.
         self._judged = claim.judged & base.isfinite().all(-1) & claim.may_see.any(-1)
         self._watched = self._judged & ~claim.may_see.all(-1)
@@ -115,7 +113,6 @@ class Search:
         return float(off.abs().nan_to_num(nan=torch.inf).max())
 
     def _output(self, replaced: Replacement) -> Tensor:
-        self._start()
         return self.subject.run_replaced(replaced, seed=self.seed)
 
     def first_fault(

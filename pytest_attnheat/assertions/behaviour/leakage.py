@@ -95,11 +95,13 @@ def assert_no_leakage(
     passes = positive("passes", passes)
     check_count(inputs, "assert_no_leakage")
     stated = Stated(causal, alignment, lengths, side, documents, may_see)
-    called, claim = as_subject(subject, inputs, arguments).claim(stated)
+    called, claim = as_subject(subject, inputs, arguments, seed=seed if training else None).claim(
+        stated
+    )
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, called.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, base.dtype, strict=True)
-        search = Search(called, claim, base, allowed=allowed, passes=passes, start=start, seed=seed)
+        search = Search(called, claim, base, allowed=allowed, passes=passes, seed=seed)
         broken = search.not_finite()
         if bool(broken.any()):
             raise describe_not_finite(search, broken)

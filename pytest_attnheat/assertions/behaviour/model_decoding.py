@@ -21,17 +21,19 @@ from pytest_attnheat.assertions.behaviour.decoders import (
 from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding
+from pytest_attnheat.assertions.behaviour.subject import begin
 from pytest_attnheat.attention.vocabulary import Alignment
+from pytest_attnheat.inputs import misuse
+
+_DECODES = "a function that returns (output, cache)"
 
 
 def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> _ModelDecoder:
     """Return how a model is called in chunks; ValueError if it is given an alignment."""
     if alignment is not None:
-        raise ValueError(
-            f"alignment: got {alignment!r}; it says what is_causal=True means to an attention "
-            "function, and a sequence model is not told that it is causal"
-        )
-    return _ModelDecoder(subject, has_cache=_has_cache(subject))
+        accepted = "None for a sequence model, which is not told that it is causal"
+        raise ValueError(misuse("alignment", repr(alignment), accepted))
+    return _ModelDecoder(subject, _has_cache(subject))
 
 
 def _has_cache(subject: ModelSubject) -> bool:
@@ -87,10 +89,9 @@ def _decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments:
     try:
         inspect.signature(decode).bind(chunk, cache, **arguments)
     except TypeError as error:
-        raise TypeError(
-            "decode must return (output, cache); got a decode that cannot be called as "
-            f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)}): {error}"
-        ) from None
+        called = f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)})"
+        got = f"one that cannot be called as {called}: {error}"
+        raise TypeError(misuse("decode", got, _DECODES)) from None
     except ValueError:  # A builtin, which does not say what it takes.
         pass
     result = decode(chunk, cache, **arguments)
@@ -100,7 +101,7 @@ def _decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments:
             got = f"a {got} of {len(result)}"
         elif isinstance(result, Tensor):
             got = f"a tensor {tuple(result.shape)}"
-        raise TypeError(f"decode must return (output, cache); got {got}")
+        raise TypeError(misuse("decode", f"{got} back", _DECODES))
     return result
 
 
@@ -111,12 +112,10 @@ class _ModelDecoder:
     Attributes:
         subject: The model, its inputs and further arguments.
         has_cache: Whether it decodes with a cache.
-        start: What to do before each call.
     """
 
     subject: ModelSubject
     has_cache: bool
-    start: Callable[[], None] = lambda: None
 
     @property
     def length(self) -> int:
@@ -129,12 +128,6 @@ class _ModelDecoder:
     @property
     def how(self) -> str:
         return "with the cache" if self.has_cache else "without a cache"
-
-    def starting_with(self, start: Callable[[], None]) -> _ModelDecoder:
-        return replace(self, start=start)
-
-    def whole(self) -> Tensor:
-        return self.subject.run()
 
     def decode(self, steps: Sequence[range]) -> Tensor:
         outputs: list[Tensor] = []
@@ -151,9 +144,6 @@ class _ModelDecoder:
         # Models of transformers do softmax, norms and rotations in float32 in any case.
         return torch.float32 if dtype == torch.float64 else dtype
 
-    def judged(self) -> Tensor | None:
-        return None
-
     def step(self, step: range, cache: Any) -> tuple[Tensor, Any]:
         """Decode one chunk with a cache; the output (batch, chunk, width) and the new cache."""
         model = self.subject.model
@@ -165,14 +155,13 @@ class _ModelDecoder:
             arguments[model.positions_argument] = arguments[model.positions_argument][
                 ..., step.start :
             ]
-        self.start()
+        begin(self.subject.seed)
         given = chunk if model.batch_first else chunk.transpose(0, 1)
         result, cache = _decoded(model.decode, given.clone(), cache, **arguments)
         return model.read(result, chunk), cache
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
         """Run the model on some tokens at once, without a cache."""
-        self.start()
         inputs = self.subject.inputs[:, list(tokens)]
         at = None
         if positions is not None:

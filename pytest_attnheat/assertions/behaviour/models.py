@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import answers, differ
+from pytest_attnheat.assertions.behaviour.subject import answers, begin, differ
 from pytest_attnheat.assertions.behaviour.visibility import (
     Claim,
     Embedded,
@@ -48,6 +48,7 @@ class ModelSubject:
         arguments: Further keyword arguments of every call.
         real: Boolean (batch, length), True where a token is no padding; None for no mask.
         positions: (batch, length), of each token; None where the model finds them itself.
+        seed: Where each call starts its random numbers; None: from where they are.
     """
 
     model: SequenceModel
@@ -55,6 +56,7 @@ class ModelSubject:
     arguments: Mapping[str, Any] = field(default_factory=dict)
     real: Tensor | None = None
     positions: Tensor | None = None
+    seed: int | None = None
 
     group = 1
     scale = None
@@ -102,6 +104,7 @@ class ModelSubject:
         """Call the model with other inputs, or with a copy of its own: it may write to them."""
         given = self.inputs.clone() if inputs is None else inputs
         arguments = {name: copied(argument) for name, argument in self.arguments.items()}
+        begin(self.seed)
         return self.model(
             given,
             real=self.real if real is None else real,
@@ -329,16 +332,13 @@ class ModelSubject:
         """On the right the positions follow from the inputs, and are those by default."""
         return side == "left" and self.model.positions_argument is not None
 
-    def alone(
-        self, lengths: Sequence[int], start: Callable[[], None], *, positions: bool
-    ) -> Tensor:
+    def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
         """The outputs of samples alone, (batch, most tokens, width), NaN beyond their tokens."""
         outputs = []
         for sample, length in enumerate(lengths):
             one = self.samples(torch.tensor([sample]))
             inputs = one.inputs[:, :length]
             numbers = torch.arange(length, device=inputs.device)[None] if positions else None
-            start()
             outputs.append(one.run(inputs, positions=numbers)[0])
         return nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=math.nan)
 

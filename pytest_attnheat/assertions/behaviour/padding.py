@@ -83,17 +83,23 @@ def assert_padding_invariant(
     __tracebackhide__ = True
     asked, amount = _sides(sides), positive("amount", amount)
     value = None if padding_value is None else check_number(padding_value, "padding_value")
-    called = as_subject(subject, inputs, arguments, lengths if len(inputs) == 3 else None)
+    called = as_subject(
+        subject,
+        inputs,
+        arguments,
+        lengths if len(inputs) == 3 else None,
+        seed=seed if training else None,
+    )
     called.check_padding(needs_mask=value is None and list(asked) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, called.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
         for real, total in paddings:
             alone: dict[bool, Tensor] = {}
             for content in Padding("right", total, real, value, seed).each():
                 sided = [replace(content, side=side) for side in asked]
-                both = [_Trial(called, padding, start, allowed, alone) for padding in sided]
+                both = [_Trial(called, padding, allowed, alone) for padding in sided]
                 for one in both:
                     one.check(both, training=training)
 
@@ -112,14 +118,12 @@ class _Trial:
     Attributes:
         subject: The subject without it.
         padding: The padding.
-        start: Called before each call.
         allowed: By what part of its size a row may change.
         alone: Outputs without padding, by whether positions are told.
     """
 
     subject: Subject
     padding: Padding
-    start: Callable[[], None]
     allowed: float
     alone: dict[bool, Tensor]
 
@@ -129,7 +133,7 @@ class _Trial:
         positions = self.subject.takes_positions(self.padding.side)
         if positions not in self.alone:
             lengths = self.padding.lengths
-            self.alone[positions] = self.subject.alone(lengths, self.start, positions=positions)
+            self.alone[positions] = self.subject.alone(lengths, positions=positions)
         return self.subject.beside(self.alone[positions], self.padding)
 
     @cached_property
@@ -139,7 +143,6 @@ class _Trial:
 
     def run(self, told: Told = "truth") -> Tensor:
         """Call the subject with the padding, and tell it of it."""
-        self.start()
         padded = self.padded if told == "truth" else self.subject.pad(self.padding, told)
         try:
             return padded.run()
@@ -240,7 +243,6 @@ class _Trial:
         others = real & ~first
         if not bool(others.any()):
             return False
-        self.start()
         replaced = Replacement(first, content="larger")
         output = self.padded.run_replaced(replaced, seed=self.padding.seed)
         return not differ(output, got, self.allowed, others)

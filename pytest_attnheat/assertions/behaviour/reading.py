@@ -32,6 +32,8 @@ def as_subject(
     inputs: Sequence[object],
     arguments: Mapping[str, Any],
     lengths: object = None,
+    *,
+    seed: int | None = None,
 ) -> Subject:
     """Return a subject with its inputs: three are query, key and value, one is a sequence.
 
@@ -41,6 +43,7 @@ def as_subject(
         arguments: Its keyword arguments.
         lengths: How many tokens of each sample are real, (batch,); the rest is padding on the
             right. None for no mask. For sequence models only.
+        seed: Where each call starts its random numbers; None: from where they are.
 
     Raises:
         TypeError: There are neither one nor three inputs, or what they are given to or they
@@ -51,14 +54,14 @@ def as_subject(
         if lengths is not None:
             accepted = "None for an attention function, which is told of padding by attn_mask"
             raise ValueError(misuse("lengths", repr(lengths), accepted))
-        return as_function(subject, inputs, arguments)
+        return as_function(subject, inputs, arguments, seed=seed)
     if len(inputs) != 1:
         accepted = (
             "three (query, key, value) for an attention function, or one for a sequence model: "
             "floats (batch, length, width) or token ids (batch, length)"
         )
         raise TypeError(misuse("inputs", f"{len(inputs)} for {type(subject).__name__}", accepted))
-    model = as_sequence(subject, inputs[0], arguments)
+    model = as_sequence(subject, inputs[0], arguments, seed=seed)
     if lengths is None:
         return model
     check_takes_mask(model.model)
@@ -68,7 +71,11 @@ def as_subject(
 
 
 def as_function(
-    function: object, inputs: Sequence[object], arguments: Mapping[str, Any]
+    function: object,
+    inputs: Sequence[object],
+    arguments: Mapping[str, Any],
+    *,
+    seed: int | None = None,
 ) -> AttentionFunction:
     """Return an attention function with its inputs, after checking them.
 
@@ -104,7 +111,7 @@ def as_function(
     if isinstance(function, nn.MultiheadAttention):
         function = Multihead(function)
     own = {name: copied(argument) for name, argument in arguments.items()}
-    return AttentionFunction(function, query, key, value, own)
+    return AttentionFunction(function, query, key, value, own, seed)
 
 
 def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
@@ -125,7 +132,9 @@ def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) 
         raise ValueError(misuse(_TOGETHER, given, accepted))
 
 
-def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -> ModelSubject:
+def as_sequence(
+    subject: object, inputs: object, arguments: Mapping[str, Any], *, seed: int | None = None
+) -> ModelSubject:
     """Return a sequence model with its inputs, after checking them.
 
     Raises:
@@ -143,4 +152,4 @@ def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -
         accepted = "floats (batch, length, width) or token ids (batch, length) in int64 or int32"
         given = f"{sequence.dtype} {tuple(sequence.shape)}"
         raise ValueError(misuse("inputs", given, accepted))
-    return ModelSubject(model, sequence, dict(arguments))
+    return ModelSubject(model, sequence, dict(arguments), seed=seed)

@@ -86,7 +86,8 @@ class Subject(Protocol):
     def run(self, *args: Any, **kwargs: Any) -> Tensor:
         """Call it, with other tensors where they are given by name.
 
-        It is given copies of its own inputs and arguments, since it may write to them.
+        It is given copies of its own inputs and arguments, since it may write to them. If it may
+        be random, each call starts from its seed.
         """
 
     def given(self, **tensors: Tensor) -> Subject:
@@ -155,14 +156,11 @@ class Subject(Protocol):
     def takes_positions(self, side: Side) -> bool:
         """Whether it is told the positions of its elements, where padding is on this side."""
 
-    def alone(
-        self, lengths: Sequence[int], start: Callable[[], None], *, positions: bool
-    ) -> Tensor:
+    def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
         """The output without padding and what it is told of it: of a model of every sample alone.
 
         Args:
             lengths: How many tokens of each sample are real.
-            start: Called before each call.
             positions: Whether it is told the positions of its elements.
         """
 
@@ -219,10 +217,14 @@ def as_input(tensor: object, name: str) -> Tensor:
     return tensor.detach().clone() if tensor.is_inference() else tensor.detach()
 
 
-def settled(
-    subject: object, call: Callable[[], Tensor], *, training: bool, seed: int
-) -> tuple[Tensor, Callable[[], None]]:
-    """Call a subject twice and refuse one that answers at random.
+def begin(seed: int | None) -> None:
+    """Start the random numbers of a call, if there is a seed for them."""
+    if seed is not None:
+        torch.manual_seed(seed)
+
+
+def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed: int) -> Tensor:
+    """Return what a call of a subject gives, but refuse one that answers at random.
 
     Args:
         subject: What is called, for the names in the error.
@@ -230,26 +232,18 @@ def settled(
         training: Whether the caller allows randomness: then every call starts from `seed`.
         seed: That seed.
 
-    Returns:
-        The first output, and what to call before each later call.
-
     Raises:
         ValueError: The two outputs differ by more than rounding, and `training` is False.
     """
-
-    def start() -> None:
-        if training:
-            torch.manual_seed(seed)
-
-    start()
+    begin(seed if training else None)
     first = call()
-    start()
+    begin(seed if training else None)
     second = call()
     if not identical(first, second) and differ(
         second, first, output_tolerance(first.dtype, strict=True)
     ):
         raise ValueError(_random_subject(subject))
-    return first, start
+    return first
 
 
 def _random_subject(subject: object) -> str:
