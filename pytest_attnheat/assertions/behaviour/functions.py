@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.subject import answers, begin, differ, of_the_first
@@ -359,6 +360,16 @@ class AttentionFunction:
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
         """Suggest that keys and mask part."""
         return "does the mask follow its keys, or are keys found by their place?"
+
+    def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
+        """Itself, if its signature has `dropout_p`, or anything where it holds no module."""
+        called = self.function.forward if isinstance(self.function, nn.Module) else self.function
+        try:
+            taken = inspect.signature(called).parameters
+        except ValueError:  # A builtin: F.scaled_dot_product_attention.
+            return self
+        takes_any = any(one.kind == one.VAR_KEYWORD for one in taken.values())
+        return self if "dropout_p" in taken or (takes_any and not has_module) else None
 
 
 def _called(

@@ -375,6 +375,9 @@ class ModelSubject:
             )
         return f"are the positions in {argument} used?"
 
+    def with_dropout(self, *, has_module: bool) -> None:
+        """Nothing: its dropout is its own."""
+
 
 def _rank(real: Tensor) -> Tensor:
     """How many real tokens of its sample are before each, (batch, length)."""

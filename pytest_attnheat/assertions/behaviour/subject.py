@@ -23,6 +23,7 @@ from pytest_attnheat.callables import identical, modules_in
 from pytest_attnheat.inputs import misuse
 
 if TYPE_CHECKING:
+    from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
     from pytest_attnheat.assertions.behaviour.visibility import (
         Claim,
         Padding,
@@ -179,6 +180,13 @@ class Subject(Protocol):
         Args:
             side: The side.
             felt: Whether the output changes with what the padding holds; None for unknown.
+        """
+
+    def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
+        """Return itself if it takes `dropout_p`, None if only a module may know of dropout.
+
+        Args:
+            has_module: Whether it is or holds a module.
         """
 
 
