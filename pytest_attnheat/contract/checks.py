@@ -12,9 +12,9 @@ from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_
 from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
-from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
+from pytest_attnheat.assertions.behaviour.sequences import name_of_cache
 from pytest_attnheat.assertions.masking import assert_masked
 from pytest_attnheat.assertions.numerics.precision import (
     assert_gradients_match,

@@ -18,6 +18,7 @@ from pytest_attnheat.inputs import misuse
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
+_DECODES = "a function that returns (output, cache)"
 
 
 @dataclass(frozen=True)
@@ -317,3 +318,60 @@ def _tensors(result: Any) -> list[Tensor]:
         return [t for t in result if isinstance(t, Tensor)]
     attributes = [getattr(result, name, None) for name in _NAMES]
     return [t for t in attributes if isinstance(t, Tensor)]
+
+
+def refuse_unused_cache(module: Callable[..., Any]) -> None:
+    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does.
+
+    Raises:
+        ValueError: It does.
+    """
+    cache = name_of_cache(module)
+    if cache is not None:
+        module = getattr(module, "_orig_mod", module)
+        name = getattr(module, "__name__", f"{type(module).__name__}.forward")
+        raise ValueError(
+            f"{name} takes {cache!r}, but nothing says how to decode with it: "
+            "SequenceModel(model, decode=...), where decode(chunk, cache) returns (output, cache); "
+            "or wrap the model in a lambda to compare prefixes alone"
+        )
+
+
+def name_of_cache(module: Callable[..., Any]) -> str | None:
+    """Return the parameter under which a module takes a cache, told by its name, or None."""
+    module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
+    called = module.forward if isinstance(module, nn.Module) else module
+    try:
+        taken = inspect.signature(called).parameters
+    except (TypeError, ValueError):  # A builtin.
+        return None
+    return next((name for name in taken if _is_name_of_cache(name)), None)
+
+
+def _is_name_of_cache(name: str) -> bool:
+    return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
+
+
+def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
+    """Call `decode` and return its output and cache.
+
+    Raises:
+        TypeError: It takes or returns something else.
+    """
+    try:
+        inspect.signature(decode).bind(chunk, cache, **arguments)
+    except TypeError as error:
+        called = f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)})"
+        got = f"one that cannot be called as {called}: {error}"
+        raise TypeError(misuse("decode", got, _DECODES)) from None
+    except ValueError:  # A builtin, which does not say what it takes.
+        pass
+    result = decode(chunk, cache, **arguments)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = type(result).__name__
+        if isinstance(result, (tuple, list)):
+            got = f"a {got} of {len(result)}"
+        elif isinstance(result, Tensor):
+            got = f"a tensor {tuple(result.shape)}"
+        raise TypeError(misuse("decode", f"{got} back", _DECODES))
+    return result
