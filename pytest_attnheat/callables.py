@@ -76,8 +76,7 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
             np.random.set_state(numpy)
             for module, mode in modes:
                 module.training = mode
-            for buffer in buffers:
-                buffer.restore()
+            _restore(buffers)
 
 
 class _Buffer:
@@ -88,20 +87,34 @@ class _Buffer:
         self._tensor = module._buffers[name]
         self._copy = None if self._tensor is None else self._tensor.detach().clone()
 
-    def restore(self) -> None:
+    def restore(self) -> tuple[Tensor, Tensor] | None:
+        """Put it back in its place; what it holds is left to the caller, with a copy of before."""
         self._module._buffers[self._name] = self._tensor
-        if self._tensor is not None and self._copy is not None:
-            with torch.no_grad():
-                if not identical(self._tensor, self._copy):
-                    self._tensor.copy_(self._copy)
+        if self._tensor is None or self._copy is None:
+            return None
+        return self._tensor, self._copy
+
+
+@torch.no_grad()
+def _restore(buffers: Sequence[_Buffer]) -> None:
+    """Restore buffers. Those that did not change are not written to: autograd would see it."""
+    pairs = [pair for buffer in buffers if (pair := buffer.restore()) is not None]
+    for device in {now.device for now, _ in pairs}:
+        own = [pair for pair in pairs if pair[0].device == device]
+        flags: list[bool] = torch.stack([changed(*pair).any() for pair in own]).tolist()
+        for (now, before), is_changed in zip(own, flags, strict=True):
+            if is_changed:
+                now.copy_(before)
+
+
+def changed(a: Tensor, b: Tensor) -> Tensor:
+    """Where two tensors differ, NaN being equal to NaN."""
+    return ~((a == b) | ((a != a) & (b != b)))
 
 
 def identical(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are equal, NaN being equal to NaN."""
-    same = a == b
-    if a.is_floating_point():
-        same = same | (a.isnan() & b.isnan())
-    return bool(same.all())
+    return not bool(changed(a, b).any())
 
 
 def copied(argument: Any) -> Any:

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import assert_convex
 from pytest_attnheat.assertions.behaviour.convexity import visible_range
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
 
 MASK = torch.tensor(
     [[1, 0, 0, 1, 0, 0], [0, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1],
@@ -163,7 +163,7 @@ def test_weights_that_do_not_sum_to_one_are_found_where_the_values_hide_it():
     small = lambda *qkv: 0.9 * plain(*qkv)  # noqa: E731 (shrinks towards the middle of the range)
     wide = value + 100 * torch.tensor([-1.0, 1.0, -1.0, 1.0, -1.0, 1.0]).unsqueeze(-1)
     told = message(small, 0 * query, key, wide)
-    assert told.startswith("assert_convex: with every value 1, 360 of 360 outputs lie outside")
+    assert told.startswith("assert_convex: 360 of 360 outputs, with every value 1, lie outside")
     assert "the weights of every query sum to 0.9" in told
 
 
@@ -215,7 +215,7 @@ def test_a_leak_within_the_range_of_the_values_is_found():
 
     mask = torch.tensor([True, True, False])
     told = message(attention, query, key, value, attn_mask=mask)
-    assert told.startswith("assert_convex: with value[..., j, c] 1 where j % 10 == c and 0 else")
+    assert "outputs, with value[..., j, c] 1 where j % 10 == c and 0 elsewhere, lie" in told
     assert "has 0.02 of its weight on keys that it may not see" in told
 
 
@@ -291,7 +291,9 @@ def test_what_projects_its_mean_is_refused_with_the_reason(subject):
 
 
 def test_an_output_of_another_width_is_refused():
-    with pytest.raises(ValueError, match=r"here \(2, 3, 6, 10\); got \(2, 3, 6, 9\)"):
+    with pytest.raises(
+        ValueError, match=r"got \(2, 3, 6, 9\); accepted is .*, here \(2, 3, 6, 10\)"
+    ):
         assert_convex(lambda *qkv: plain(*qkv)[..., :9], *qkv())
 
 

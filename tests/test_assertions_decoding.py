@@ -269,9 +269,11 @@ def test_a_mask_that_shows_later_keys_is_refused():
 
 def test_lengths_that_do_not_fit_are_refused():
     inputs = qkv(query_len=4, key_len=9)
-    with pytest.raises(ValueError, match=r"as many queries as keys .* 4 queries and 9 keys"):
+    with pytest.raises(
+        ValueError, match=r"got 4 queries and 9 keys; accepted is as many queries as keys"
+    ):
         assert_decode_matches_prefill(plain, *inputs)
-    with pytest.raises(ValueError, match="a sequence of 1 token has no second one"):
+    with pytest.raises(ValueError, match="got a sequence of 1 token; accepted is two or more"):
         assert_decode_matches_prefill(plain, *qkv(query_len=1, key_len=1))
 
 
@@ -371,15 +373,20 @@ def test_a_cache_that_nobody_says_how_to_use_is_refused(name):
 @pytest.mark.parametrize(
     ("decode", "got"),
     [
-        (lambda inputs, cache: inputs, r"got a tensor \(2, 5, 4\)"),
-        (lambda inputs, cache: (inputs,), "got a tuple of 1"),
-        (lambda inputs, cache: {"a": inputs, "b": cache}, "got dict"),
-        (lambda inputs: (inputs, None), "that cannot be called as decode.chunk, cache.: too many"),
+        (lambda inputs, cache: inputs, r"a tensor \(2, 5, 4\)"),
+        (lambda inputs, cache: (inputs,), "a tuple of 1"),
+        (lambda inputs, cache: {"a": inputs, "b": cache}, "dict"),
+        (
+            lambda inputs: (inputs, None),
+            "one that cannot be called as decode.chunk, cache.: too many",
+        ),
     ],
     ids=["output", "one", "mapping", "one argument"],
 )
 def test_a_decode_that_returns_no_output_and_cache_is_refused(decode, got):
-    with pytest.raises(TypeError, match=r"decode must return \(output, cache\); .*" + got):
+    with pytest.raises(
+        TypeError, match=rf"decode: got {got}.*; accepted is .* returns \(output, cache\)"
+    ):
         assert_decode_matches_prefill(
             SequenceModel(Taking(), decode=decode), randn(2, 10, 4), chunks=[5, 5]
         )
@@ -533,7 +540,7 @@ def test_chunks_that_do_not_add_up_are_refused(chunks):
 
 
 def test_misuse_is_refused():
-    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+    with pytest.raises(TypeError, match="got 2 inputs; accepted is query, key and value"):
         assert_decode_matches_prefill(plain, *qkv()[:2])
     with pytest.raises(ValueError, match="alignment: got 'bottom_right'"):
         assert_decode_matches_prefill(causal_encoder(), tokens(2, 5), alignment="bottom_right")
@@ -541,9 +548,11 @@ def test_misuse_is_refused():
         ValueError, match=r"alignment: got .*; accepted is one of 'top_left', 'bottom_right'"
     ):
         assert_decode_matches_prefill(plain, *qkv(), alignment="left")
-    with pytest.raises(ValueError, match="alignment says what is_causal=True means"):
+    with pytest.raises(
+        ValueError, match=r"alignment: got .*; accepted is None without is_causal=True"
+    ):
         assert_decode_matches_prefill(plain, *qkv(), attn_mask=causal(6), alignment="bottom_right")
-    with pytest.raises(ValueError, match="must have the shape of those of the whole"):
+    with pytest.raises(ValueError, match="accepted is that of the outputs of the whole"):
         assert_decode_matches_prefill(
             SequenceModel(nn.Identity(), decode=lambda inputs, cache: (inputs[..., :1], None)),
             randn(2, 5, 4),

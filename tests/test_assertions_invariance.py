@@ -386,24 +386,29 @@ def test_a_token_is_named_by_the_place_it_had():
 @BOTH
 @pytest.mark.parametrize("count", [0, 2, 4])
 def test_any_other_number_of_inputs_is_refused(assertion, count):
-    with pytest.raises(TypeError, match=rf"got {count} inputs for .*accepted are three \(query"):
+    with pytest.raises(TypeError, match=rf"inputs: got {count} for .*; accepted is three \(query"):
         assertion(SDPA, *[randn(2, 2, 3)] * count)
 
 
 @BOTH
 def test_a_sequence_model_is_given_one_input(assertion):
-    with pytest.raises(TypeError, match="got 3 inputs for SequenceModel; accepted are three"):
+    with pytest.raises(TypeError, match="inputs: got 3 for SequenceModel; accepted is three"):
         assertion(SequenceModel(multihead()), *[randn(2, 5, WIDTH)] * 3)
 
 
 def test_inputs_in_which_nothing_could_be_seen_are_refused():
-    with pytest.raises(ValueError, match="the inputs hold one sample; a batch of two or more"):
+    with pytest.raises(ValueError, match=r"query: got shape \(1, .*two samples or more"):
         assert_batch_independent(SDPA, *qkv(batch=1))
     with pytest.raises(ValueError, match=r"query: got shape \(6, 8\); accepted is \(batch, \.\.\."):
         assert_batch_independent(SDPA, *(t[0, 0] for t in qkv()))
-    with pytest.raises(ValueError, match="there is one key, which has no other order"):
+    with pytest.raises(
+        ValueError, match="key: got one element, which has no other order; accepted is two"
+    ):
         assert_key_permutation_invariant(SDPA, *qkv(key_len=1))
-    with pytest.raises(ValueError, match="is_causal=True: under a causal mask the order of keys"):
+    with pytest.raises(
+        ValueError,
+        match="is_causal: got True, under which their order matters; accepted is attn_mask=",
+    ):
         assert_key_permutation_invariant(SDPA, *qkv(), is_causal=True)
 
 
@@ -411,13 +416,15 @@ def test_inputs_in_which_nothing_could_be_seen_are_refused():
 def test_lengths_without_a_mask_are_refused(assertion):
     with pytest.raises(ValueError, match=r"Positions is not told which tokens are .*: ids$"):
         assertion(Positions(), tokens(2, 5), lengths=[5, 3])
-    with pytest.raises(ValueError, match="lengths: they are for a sequence model"):
+    with pytest.raises(
+        ValueError, match=r"lengths: got .*; accepted is None for an attention function"
+    ):
         assertion(SDPA, *qkv(), lengths=[5, 3])
 
 
 @BOTH
 def test_a_mask_that_can_be_read_in_two_ways_is_refused(assertion):
-    with pytest.raises(ValueError, match=r"src_mask: shape \(5, 5\) may be \(batch, length\) or"):
+    with pytest.raises(ValueError, match=r"src_mask: got shape \(5, 5\), \(batch, length\) or"):
         assertion(encoder_layer(), randn(5, 5, WIDTH), src_mask=torch.zeros(5, 5))
 
 
@@ -503,7 +510,7 @@ def test_features_of_a_memory_as_wide_as_the_sequence_is_long_stay_in_order():
 
 def test_a_memory_that_may_be_a_mask_is_refused():
     memory = randn(2, WIDTH, WIDTH)
-    with pytest.raises(ValueError, match=r"memory: the last dimension of \(2, 16, 16\) may be"):
+    with pytest.raises(ValueError, match=r"memory: got \(2, 16, 16\), whose last dimension may be"):
         assert_key_permutation_invariant(Decoder(), randn(2, WIDTH, WIDTH), memory=memory)
     drawn = randn(2, 5, 5) > 0
     keep = drawn | torch.eye(5, dtype=torch.bool)
@@ -514,5 +521,5 @@ def test_a_memory_that_may_be_a_mask_is_refused():
 
 @pytest.mark.parametrize("lengths", ["ab", object(), [None, 1]], ids=["text", "object", "none"])
 def test_lengths_that_are_no_numbers_are_refused_in_words(lengths):
-    with pytest.raises(TypeError, match=r"lengths: got .*accepted are whole numbers, one for each"):
+    with pytest.raises(TypeError, match=r"lengths: got .*accepted is whole numbers, one for each"):
         assert_batch_independent(encoder_layer(), randn(2, 5, WIDTH), lengths=lengths)

@@ -1131,8 +1131,12 @@ def test_a_wrong_backward_is_seen_though_the_output_is_right():
     ("change", "error", "words"),
     [
         ({"query": [1.0]}, TypeError, "query: got list"),
-        ({"query": torch.zeros(1, 2, 6, 16, dtype=torch.int64)}, TypeError, "must have one dtype"),
-        ({"key": torch.zeros(1, 2, 8, 16).half()}, TypeError, "must have one dtype"),
+        (
+            {"query": torch.zeros(1, 2, 6, 16, dtype=torch.int64)},
+            TypeError,
+            "accepted is one dtype",
+        ),
+        ({"key": torch.zeros(1, 2, 8, 16).half()}, TypeError, "accepted is one dtype"),
         ({"query": torch.zeros(1, 2, 0, 16)}, ValueError, "query: shape .* has no elements"),
         ({"value": torch.zeros(1, 2, 7, 16)}, ValueError, "the same length"),
         (
@@ -1162,7 +1166,7 @@ def test_a_wrong_backward_is_seen_though_the_output_is_right():
         ({"scale": math.inf}, ValueError, "scale: got inf"),
         ({"dropout_p": 0.1}, ValueError, "dropout_p: got 0.1; accepted is 0: dropout draws at"),
         ({"seed": -1}, ValueError, "seed: got .*; accepted is a whole number from 0"),
-        ({"function": 3}, TypeError, "must be callable"),
+        ({"function": 3}, TypeError, "accepted is a callable"),
         ({"function": lambda q, k, v: None}, TypeError, "got NoneType"),
         ({"function": lambda q, k, v: v}, ValueError, r"here \(1, 2, 6, 16\)"),
         ({"function": lambda q, k, v: q[..., :3]}, ValueError, "must return floats"),

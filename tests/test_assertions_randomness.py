@@ -484,7 +484,7 @@ def test_a_module_that_takes_dropout_p_is_asked_for_it_in_training_mode():
 
 
 def test_too_few_weights_are_refused():
-    with pytest.raises(ValueError, match="8 weights in 2 runs are too few to tell"):
+    with pytest.raises(ValueError, match="runs: got 2, in which 8 weights are too few to tell"):
         assert_deterministic(plain, *qkv(1, 1, 2, 2), dropout=0.1, runs=2)
 
 
@@ -620,7 +620,7 @@ def test_dropout_scaled_in_evaluation_alone_is_unbiased():
 
 def test_too_few_runs_for_a_mean_are_refused():
     for runs in (1, 29):
-        with pytest.raises(ValueError, match=f"{runs} runs are too few to tell whether the mean"):
+        with pytest.raises(ValueError, match=f"runs: got {runs}, too few to tell whether the mean"):
             assert_deterministic(multihead(dropout=0.1), randn(2, 6, WIDTH), dropout=0.1, runs=runs)
 
 
@@ -634,11 +634,11 @@ def test_a_dropout_out_of_range_is_refused(wrong):
 
 
 def test_misuse_is_refused():
-    with pytest.raises(TypeError, match="got 2 inputs; accepted are query, key and value"):
+    with pytest.raises(TypeError, match="got 2 inputs; accepted is query, key and value"):
         assert_deterministic(plain, *qkv()[:2])
     with pytest.raises(TypeError, match="takes no dropout_p and holds no module"):
         assert_deterministic(flex, *qkv(), dropout=0.1)
-    with pytest.raises(ValueError, match="pass dropout= in its place"):
+    with pytest.raises(ValueError, match=r"dropout_p: got 0\.1; accepted is dropout= in its place"):
         assert_deterministic(plain, *qkv(), dropout_p=0.1)
     with pytest.raises(ValueError, match=r"runs: got .*; accepted is a whole number from 1"):
         assert_deterministic(plain, *qkv(), runs=0)

@@ -22,8 +22,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import SequenceModel
 from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
-from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import as_function, settled
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
+from pytest_attnheat.assertions.behaviour.subject import settled
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import borrowed, modules_in
 
@@ -116,8 +116,8 @@ def test_a_module_in_training_mode_is_refused_only_if_it_answers_at_random():
     settled(quiet, lambda: quiet(x), training=False, seed=0)
     with pytest.raises(ValueError, match=r"Dropout is in training mode \(Dropout \(p=0\.25\)\)"):
         settled(random_, lambda: random_(x), training=False, seed=0)
-    output, start = settled(random_, lambda: random_(x), training=True, seed=0)
-    start()
+    output = settled(random_, lambda: random_(x), training=True, seed=0)
+    torch.manual_seed(0)
     assert torch.equal(random_(x), output)
 
 
@@ -160,9 +160,13 @@ def test_multihead_attention_is_called_with_its_own_meaning_of_a_mask(batch_firs
 
 
 def test_a_function_of_the_wrong_shape_is_refused():
-    with pytest.raises(ValueError, match=r"must return \(\.\.\., query_len, value_dim\), here"):
+    with pytest.raises(
+        ValueError, match=r"returns: got .*; accepted is \(\.\.\., query_len, value_dim\), here"
+    ):
         as_function(lambda q, k, v: sdpa(q, k, v).mT, qkv(), {}).run()
-    with pytest.raises(TypeError, match="must return its output, or a tuple that begins with it"):
+    with pytest.raises(
+        TypeError, match="got NoneType; accepted is its output, or a tuple that begins with it"
+    ):
         as_function(lambda q, k, v: None, qkv(), {}).run()
     with pytest.raises(ValueError, match="same leading dimensions, or with enable_gqa=True"):
         as_function(sdpa, [qkv(heads=4)[0], *qkv(heads=3)[1:]], {"enable_gqa": True})
@@ -212,9 +216,11 @@ def test_the_output_is_picked_from_what_a_module_returns():
     with_heads = out.reshape(2, 5, 2, 2)
     assert torch.equal(SequenceModel(lambda x: with_heads)(x), out)
     assert torch.equal(SequenceModel(lambda x: (x, out), output=lambda r: r[1])(x), out)
-    with pytest.raises(ValueError, match=r"must return floats of shape \(batch, length, \.\.\.\)"):
+    with pytest.raises(ValueError, match=r"accepted is floats of shape \(batch, length, \.\.\.\)"):
         SequenceModel(lambda x: randn(3, 4))(x)
-    with pytest.raises(TypeError, match="must return a tensor, or a tuple or mapping"):
+    with pytest.raises(
+        TypeError, match="got NoneType; accepted is a tensor, or a tuple or mapping"
+    ):
         SequenceModel(lambda x: None)(x)
 
 
@@ -227,15 +233,19 @@ def test_models_of_transformers_are_known_without_importing_it():
 
 
 def test_what_is_no_sequence_or_no_model_is_refused():
-    with pytest.raises(ValueError, match=r"inputs: got torch.float32 \(2, 5\); accepted are"):
+    with pytest.raises(ValueError, match=r"inputs: got torch.float32 \(2, 5\); accepted is"):
         as_sequence(encoder(), randn(2, 5), {})
-    with pytest.raises(TypeError, match="must be callable as module"):
+    with pytest.raises(
+        TypeError, match="the subject: got int; accepted is a callable, called as module"
+    ):
         as_sequence(3, randn(2, 5, 4), {})
     with pytest.raises(TypeError, match="inputs: got list"):
         as_sequence(encoder(), [1, 2], {})
-    with pytest.raises(ValueError, match="mask: got 'hide'; accepted are 'keep', 'drop'"):
+    with pytest.raises(ValueError, match="mask: got 'hide'; accepted is 'keep', 'drop'"):
         SequenceModel(encoder(), mask="hide", mask_argument="m")
-    with pytest.raises(ValueError, match="mask and mask_argument belong together"):
+    with pytest.raises(
+        ValueError, match=r"mask and mask_argument: got .*; accepted is both or neither"
+    ):
         SequenceModel(encoder(), mask="keep")
     with pytest.raises(TypeError, match="module: got int"):
         SequenceModel(3)

@@ -10,8 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.model_decoding import name_of_cache
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.callables import modules_in

@@ -11,19 +11,24 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.calls import coarsest
 from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     output_place,
     relative_change,
 )
-from pytest_attnheat.assertions.behaviour.heads import as_of_keys, for_each_query_head
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, wrong_shape
+from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, settled
-from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.assertions.behaviour.subject import (
+    as_of_keys,
+    coarsest,
+    for_each_query_head,
+    settled,
+)
 from pytest_attnheat.attention.chunks import index_of, query_chunks
 from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
 from pytest_attnheat.callables import borrowed
+from pytest_attnheat.failure import Checked, Failure, Place
 
 _NAME = "assert_convex"
 # Of so many queries it is asked on which keys their weight is.
@@ -68,7 +73,7 @@ def assert_convex(
             query that may see no key is not judged.
 
     Raises:
-        AssertionError: Some output is out of range, or not finite.
+        Failure: Some output is out of range, or not finite.
         TypeError: The subject is a sequence model, or an input is no tensor of floats.
         ValueError: Shapes do not fit, no query may see any key, a value that may be seen is not
             finite, or the function answers at random.
@@ -84,24 +89,20 @@ def assert_convex(
             "nn.MultiheadAttention or of a sequence model is projected after the mean is taken, "
             "so it need not lie within the range of anything: pass the function that they call"
         )
-    subject = as_function(function, (query, key, value), arguments)
+    own = seed if training else None
+    subject = as_function(function, (query, key, value), arguments, seed=own)
     with borrowed(function, subject.query, subject.key, subject.value, seed=seed), torch.no_grad():
-        output, start = settled(function, subject.run, training=training, seed=seed)
+        output = settled(function, subject.run, training=training, seed=seed)
         allowed = _allowed(tolerance, coarsest(output, subject.query), subject.key.shape[-2])
-
-        def run(**changed: Any) -> Tensor:
-            start()
-            return subject.run(**changed)
-
-        probe = _Probe(subject, run, allowed)
+        probe = _Probe(subject, allowed)
         probe.check(subject.value, output, with_values="")
         ones = torch.ones_like(subject.value)
-        probe.check(ones, run(value=ones), with_values="with every value 1, ")
+        probe.check(ones, subject.run(value=ones), with_values=", with every value 1,")
         spaced, step = _spaced(subject.value)
         probe.check(
             spaced,
-            run(value=spaced),
-            with_values=f"with value[..., j, c] 1 where j % {step} == c and 0 elsewhere, ",
+            subject.run(value=spaced),
+            with_values=f", with value[..., j, c] 1 where j % {step} == c and 0 elsewhere,",
         )
 
 
@@ -127,16 +128,14 @@ class _Probe:
 
     Attributes:
         subject: The function and its inputs.
-        run: Calls it, with other inputs or arguments where they are given.
         allowed: By what part of the largest visible value an output may be out of range.
     """
 
     subject: AttentionFunction
-    run: Callable[..., Tensor]
     allowed: float
 
     def check(self, value: Tensor, output: Tensor, *, with_values: str) -> None:
-        """Raise an AssertionError if some output is out of the range of these values.
+        """Raise a Failure if some output is out of the range of these values.
 
         Args:
             value: (..., key_len, value_dim)
@@ -145,10 +144,7 @@ class _Probe:
         """
         __tracebackhide__ = True
         if output.shape[-1] != value.shape[-1]:
-            raise ValueError(
-                f"the attention function must return (..., query_len, value_dim), here "
-                f"{(*output.shape[:-1], value.shape[-1])}; got {tuple(output.shape)}"
-            )
+            raise ValueError(wrong_shape(output, (*output.shape[:-1], value.shape[-1])))
         low, high = (bound.expand(output.shape) for bound in visible_range(self.subject, value))
         judged = low <= high
         if not bool((judged | (low == math.inf)).all()):
@@ -163,17 +159,17 @@ class _Probe:
             return
         worst = index_of(excess.argmax(), excess.shape)
         first = index_of(broken.flatten().int().argmax(), broken.shape)
-        place = _Place(output, low, high, self.allowed)
-        raise AssertionError(
-            build_message(
-                _NAME,
-                f"{with_values}{int(broken.sum())} of {int(judged.sum())} outputs lie outside "
-                "the range of the values that their query may see",
-                output,
-                worst=place.describe(worst),
-                first=None if first == worst else place.describe(first),
-                cause=self._cause(output, worst, judged.any(-1)),
-            )
+        judge = _Bounds(output, low, high, self.allowed)
+        raise Failure(
+            _NAME,
+            f"outputs{with_values} lie outside the range of the values that their query may see",
+            broken=int(broken.sum()),
+            of=int(judged.sum()),
+            worst=judge.place(worst),
+            first=None if first == worst else judge.place(first),
+            cause=self._cause(output, worst, judged.any(-1)),
+            tensor=Checked.of(output),
+            tolerance=self.allowed,
         )
 
     def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
@@ -187,17 +183,19 @@ class _Probe:
             if bool(subject.value.isfinite().all()):
                 return None
             return "a masked key holds nan or inf in its value, which 0 times it does not remove"
-        sums = self.run(value=torch.ones_like(subject.value))[..., 0].double()
+        sums = self.subject.run(value=torch.ones_like(subject.value))[..., 0].double()
         if bool(((sums - 1).abs()[judged] > self.allowed).any()):
             return self._cause_in_sums(sums, judged, seen)
         hidden = ~seen[worst[:-1]]
-        on_hidden = self.run(value=hidden.to(output.dtype).unsqueeze(-1).expand_as(subject.value))
+        on_hidden = self.subject.run(
+            value=hidden.to(output.dtype).unsqueeze(-1).expand_as(subject.value)
+        )
         share = float(on_hidden[worst])
         if abs(share) > self.allowed:
             if self._same_without_mask():
                 return "the output is the same without the mask: the mask is not applied"
             return f"query {worst[-2]} has {share:.3g} of its weight on keys that it may not see"
-        least = float(self.run(value=_spaced(subject.value)[0]).min())
+        least = float(self.subject.run(value=_spaced(subject.value)[0]).min())
         if least < -self.allowed:
             return f"some weights are negative: they add up to {least:.3g} on some keys"
         return None
@@ -214,7 +212,7 @@ class _Probe:
             value = torch.zeros_like(self.subject.value)
             head = as_of_keys(index[:-1], self.subject.group)
             value[head] = (~seen[index]).to(value).unsqueeze(-1)
-            share = self.run(value=value)[index].double()
+            share = self.subject.run(value=value)[index].double()
             if not bool(((share - 1).abs() <= 10 * self.allowed).all()):
                 return False
         return True
@@ -262,14 +260,14 @@ class _Probe:
         return None
 
     def _same_without_mask(self) -> bool:
-        off = {"attn_mask": None, "is_causal": False}
+        off: dict[str, Any] = {"attn_mask": None, "is_causal": False}
         given = {name: value for name, value in off.items() if name in self.subject.arguments}
-        change = relative_change(self.run(**given), self.run())
+        change = relative_change(self.subject.run(**given), self.subject.run())
         return bool((change <= output_tolerance(self.subject.value.dtype)).all())
 
 
 @dataclass(frozen=True)
-class _Place:
+class _Bounds:
     """Outputs and their range, for the sentence about one of them."""
 
     output: Tensor
@@ -277,9 +275,12 @@ class _Place:
     high: Tensor
     allowed: float
 
-    def describe(self, index: tuple[int, ...]) -> str:
+    def place(self, index: tuple[int, ...]) -> Place:
         """Say where an output is, and where it might be."""
         got, low, high = (float(t[index]) for t in (self.output, self.low, self.high))
+        return Place(self._sentence(index, got, low, high), index, got)
+
+    def _sentence(self, index: tuple[int, ...], got: float, low: float, high: float) -> str:
         query = f"query {index[-2]}"
         name = f"{output_place(index)} is {got:.6g}"
         if not math.isfinite(got):

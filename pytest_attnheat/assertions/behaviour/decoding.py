@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoders import Decoder, Evidence, Plan
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
-from pytest_attnheat.assertions.behaviour.function_decoding import function_decoder
-from pytest_attnheat.assertions.behaviour.model_decoding import model_decoder
-from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import as_function, check_count, settled
-from pytest_attnheat.attention.vocabulary import Alignment
+from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, permitted
+from pytest_attnheat.assertions.behaviour.model_decoding import (
+    MOST_SINGLE_TOKENS,
+    Decoder,
+    Evidence,
+    Plan,
+    model_decoder,
+    name_tokens,
+    tokens_off,
+)
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
+from pytest_attnheat.assertions.behaviour.subject import check_count, settled
+from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import positive
+from pytest_attnheat.inputs import misuse, one_of, positive
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.
-MOST_SIZES_TOLD = 16
+_MOST_SIZES_TOLD = 16
 
 
 def assert_decode_matches_prefill(
@@ -68,7 +79,7 @@ def assert_decode_matches_prefill(
             (batch, length) and (..., length, length) are cut to the part that is there.
 
     Raises:
-        AssertionError: Some output differs. The message names the worst and the first, and
+        Failure: Some output differs. The message names the worst and the first, and
             says why if the numbers show it.
         TypeError: Not one or three inputs, no tensors of numbers, or `decode` does not return an
             output and a cache.
@@ -83,11 +94,15 @@ def assert_decode_matches_prefill(
     __tracebackhide__ = True
     check_count(inputs, _NAME)
     with borrowed(subject, *(t for t in inputs if isinstance(t, Tensor)), seed=seed):
+        own = seed if training else None
         decoder: Decoder
         if len(inputs) == 3:
-            decoder = function_decoder(as_function(subject, inputs, arguments), alignment)
+            decoder = _function_decoder(
+                as_function(subject, inputs, arguments, seed=own), alignment
+            )
         else:
-            decoder = model_decoder(as_sequence(subject, inputs[0], arguments), alignment)
+            model = as_sequence(subject, inputs[0], arguments, seed=own)
+            decoder = model_decoder(model, alignment)
         plans = list(_plans(decoder.length, decoder.most_single, chunks))
         with torch.no_grad():
             _check(subject, decoder, plans, tolerance=tolerance, seed=seed, training=training)
@@ -103,16 +118,14 @@ def _check(
     training: bool,
 ) -> None:
     __tracebackhide__ = True
-    whole, start = settled(subject, decoder.whole, training=training, seed=seed)
-    decoder = decoder.starting_with(start)
+    whole = settled(subject, decoder.subject.run, training=training, seed=seed)
     allowed = check_relative(tolerance, decoder.precision(whole.dtype))
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
         if decoded.shape != whole.shape:
-            raise ValueError(
-                f"{_NAME}: decoded outputs must have the shape of those of the whole sequence, "
-                f"{tuple(whole.shape)}; got {tuple(decoded.shape)}"
-            )
+            accepted = f"that of the outputs of the whole sequence, {tuple(whole.shape)}"
+            got = f"outputs of shape {tuple(decoded.shape)}"
+            raise ValueError(misuse("what is decoded", got, accepted))
         evidence = Evidence(plan, decoded, whole, allowed, singles_are_right=number > 0)
         told = f"chunks={plan.sizes}, seed={seed}"
         check_rows(
@@ -121,29 +134,27 @@ def _check(
             whole,
             claim=f"outputs decoded {plan.words}, {decoder.how}, differ from the prefill",
             allowed=allowed,
-            judged=decoder.judged(),
+            judged=decoder.subject.judged(),
             place=plan.place,
             cause=lambda change, of=evidence: decoder.cause(of, change > allowed),  # type: ignore[misc]
-            repeat=told if len(plan.sizes) <= MOST_SIZES_TOLD else f"seed={seed}",
+            repeat=told if len(plan.sizes) <= _MOST_SIZES_TOLD else f"seed={seed}",
         )
 
 
 def _plans(length: int, most_single: int, chunks: Sequence[int] | None) -> Iterator[Plan]:
-    """Yield the ways in which a sequence is cut.
+    """Yield how a sequence is cut.
 
     Raises:
         TypeError: A size is not a whole number.
         ValueError: There is nothing to decode, or the sizes do not add up.
     """
     if length < 2:
-        raise ValueError(f"{_NAME}: a sequence of {length} token has no second one to decode")
+        raise ValueError(misuse(_NAME, f"a sequence of {length} token", "two or more"))
     if chunks is not None:
         sizes = [positive("chunks", size) for size in chunks]
         if sum(sizes) != length or len(sizes) < 2:
-            raise ValueError(
-                f"chunks: got {list(chunks)!r}; accepted are two or more sizes that add up to the "
-                f"length, {length}"
-            )
+            accepted = f"two or more sizes that add up to the length, {length}"
+            raise ValueError(misuse("chunks", list(chunks), accepted))
         yield Plan(sizes, _in_chunks(sizes))
         return
     single = min(length, most_single)
@@ -159,5 +170,173 @@ def _plans(length: int, most_single: int, chunks: Sequence[int] | None) -> Itera
 
 
 def _in_chunks(sizes: Sequence[int]) -> str:
-    told = ", ".join(map(str, sizes[:MOST_SIZES_TOLD]))
-    return f"in chunks of {told}{', ...' * (len(sizes) > MOST_SIZES_TOLD)}"
+    told = ", ".join(map(str, sizes[:_MOST_SIZES_TOLD]))
+    return f"in chunks of {told}{', ...' * (len(sizes) > _MOST_SIZES_TOLD)}"
+
+
+def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -> _FunctionDecoder:
+    """Return how an attention function is called in chunks.
+
+    Args:
+        subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
+        alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
+
+    Raises:
+        ValueError: It is not causal, or the lengths do not fit.
+    """
+    if alignment is not None:
+        one_of("alignment", alignment, ALIGNMENTS)
+    given = subject.mask
+    is_causal = bool(subject.arguments.get("is_causal", given is None))
+    lengths = subject.query.shape[-2], subject.key.shape[-2]
+    if given is None and not is_causal:
+        accepted = "True, or a mask: a query that may see later keys cannot be decoded without them"
+        raise ValueError(misuse("is_causal", "False, and no attn_mask", accepted))
+    if lengths[0] > lengths[1] or (is_causal and lengths[0] != lengths[1]):
+        accepted = "as many queries as keys, or with attn_mask= alone fewer: the last ones"
+        got = f"{lengths[0]} queries and {lengths[1]} keys"
+        raise ValueError(misuse("query and key", got, accepted))
+    if alignment == "bottom_right" and not is_causal:
+        accepted = "None without is_causal=True, whose meaning it says"
+        raise ValueError(misuse("alignment", repr(alignment), accepted))
+    causal = causal_mask(*lengths, alignment="bottom_right", device=subject.query.device)
+    mask = causal
+    if given is None:
+        subject = replace(subject, arguments={**subject.arguments, "is_causal": True})
+    else:
+        mask = given.expand(torch.broadcast_shapes(given.shape, lengths))  # type: ignore[no-untyped-call]
+        if is_causal:
+            mask = mask.masked_fill(~causal, False if mask.dtype == torch.bool else -math.inf)
+        else:
+            _refuse_later_keys(permitted(given, (*subject.leading, *lengths)) & ~causal)
+    return _FunctionDecoder(subject, mask, alignment == "bottom_right")
+
+
+def _refuse_later_keys(later: Tensor) -> None:
+    if bool(later.any()):
+        query, key = later.nonzero()[0, -2:].tolist()
+        raise ValueError(
+            misuse(
+                MASK,
+                f"one in which query {query} may see key {key}, which comes after it",
+                "a mask that is causal, aligned to the bottom right",
+            )
+        )
+
+
+@dataclass(frozen=True)
+class _FunctionDecoder:
+    """An attention function that is given some queries, and the keys up to the last of them.
+
+    Attributes:
+        subject: The function, all inputs, and the arguments for all of them.
+        mask: Who may see what, spelled out, (..., query_len, key_len).
+        own_causal: Whether chunks are called with `is_causal=True`.
+    """
+
+    subject: AttentionFunction
+    mask: Tensor
+    own_causal: bool
+
+    @property
+    def length(self) -> int:
+        return self.subject.query.shape[-2]
+
+    @property
+    def most_single(self) -> int:
+        return MOST_SINGLE_TOKENS
+
+    @property
+    def how(self) -> str:
+        if self.own_causal:
+            return "with is_causal=True, aligned to the bottom right"
+        return "with its rows of the mask"
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        return torch.cat([self._chunk(step) for step in steps], -2)
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def _chunk(self, step: range) -> Tensor:
+        last = self._key_of(step.stop)
+        own = {MASK: self.mask[..., step.start : step.stop, :last]}
+        if self.own_causal:
+            own = {} if self.subject.mask is None else own
+            return self._run(step, range(last), **own, is_causal=True)
+        needless = len(step) == 1 and self._sees_all_before[step.start]
+        return self._run(step, range(last), **({} if needless else own))
+
+    @cached_property
+    def _sees_all_before(self) -> list[bool]:
+        """For each query, whether it may see all keys up to its own, and none is biased."""
+        lengths = self.length, self.subject.length
+        later = ~causal_mask(*lengths, alignment="bottom_right", device=self.mask.device)
+        nothing_hidden = self.mask if self.mask.dtype == torch.bool else self.mask == 0
+        seen: list[bool] = (nothing_hidden | later).reshape(-1, *lengths).all(-1).all(0).tolist()
+        return seen
+
+    def _key_of(self, query: int) -> int:
+        return query + self.subject.key.shape[-2] - self.length
+
+    def _run(self, queries: range, keys: range, **masks: Any) -> Tensor:
+        """Call the function with some queries and keys, and with these masks alone.
+
+        All are copies: it may write to them.
+        """
+        rows, columns = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
+        others = {
+            name: value
+            for name, value in self.subject.arguments.items()
+            if name not in (MASK, "is_causal")
+        }
+        own = {name: m.clone() if isinstance(m, Tensor) else m for name, m in masks.items()}
+        return replace(self.subject, arguments={**others, **own}).run(
+            self.subject.query[..., rows, :].clone(),
+            self.subject.key[..., columns, :].clone(),
+            self.subject.value[..., columns, :].clone(),
+        )
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """Compare the last chunk that is off with what likely mistakes would give."""
+        step = evidence.plan.step_of(tokens_off(broken)[-1])
+        for words, candidate in self._mistakes(step):
+            if evidence.is_explained_by(candidate, step):
+                return f"{name_tokens(step)}: the output is that of attention {words}"
+        return None
+
+    def _mistakes(self, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield likely mistakes in a chunk, in words and as what they give.
+
+        A square call, as the prefill is one, is trusted: it is aligned in one way only.
+        """
+        size, last = len(step), self._key_of(step.stop)
+        if last > size:
+            yield (
+                "to the keys of this chunk alone: earlier keys are not seen",
+                lambda: self._square(step.stop, range(last - size, last)),
+            )
+            yield (
+                "with a causal mask aligned to the top left: decoding needs the bottom right",
+                lambda: self._square(step.stop, range(size)),
+            )
+        if size > 1:
+            yield (
+                "without a causal mask: later keys of the same chunk are seen",
+                lambda: self._run(step, range(last)),
+            )
+        elif last - 1 <= step.stop:
+            for words, keys in (("first", range(1, last)), ("last", range(last - 1))):
+                yield (
+                    f"without the {words} key",
+                    lambda keys=keys: self._square(step.stop, keys)[..., -1:, :],  # type: ignore[misc]
+                )
+
+    def _square(self, stop: int, keys: range) -> Tensor:
+        """Call the function with some keys and as many queries, causally."""
+        size = len(keys)
+        masks: dict[str, Any] = {"is_causal": True}
+        if not self.subject.arguments.get("is_causal"):
+            device = self.mask.device
+            masks = {MASK: causal_mask(size, alignment="top_left", device=device)}
+        return self._run(range(stop - size, stop), keys, **masks)

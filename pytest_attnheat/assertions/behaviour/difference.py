@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.inputs import check_number
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import check_number, misuse
 
 
 def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = False) -> float:
@@ -30,11 +30,11 @@ def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = Fals
         return output_tolerance(dtype, strict=strict)
     given = check_number(tolerance, "tolerance")
     if not 0 <= given < 1:
-        raise ValueError(f"tolerance: got {given!r}; accepted is 0 <= tolerance < 1, or None")
+        raise ValueError(misuse("tolerance", repr(given), "0 <= tolerance < 1, or None"))
     return given
 
 
-def relative_change(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> Tensor:
+def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.0) -> Tensor:
     """Return by what part of its size each row of `got` is off.
 
     Args:
@@ -47,8 +47,7 @@ def relative_change(got: Tensor, expected: Tensor, *, floor: float = 0.0) -> Ten
     """
     wanted = expected.detach().to(got.device, torch.float64)
     size = _rms(wanted)
-    finite = size[size.isfinite()]
-    usual = finite.median() if finite.numel() else size.new_zeros(())
+    usual = size.masked_fill(size.isinf(), torch.nan).nanmedian().nan_to_num(nan=0.0)
     off = _rms(got.detach().to(torch.float64) - wanted)
     relative = off / torch.maximum(size, usual).clamp(min=floor)
     relative = torch.where(off == 0, torch.zeros_like(off), relative)
@@ -64,57 +63,69 @@ def check_rows(
     got: Tensor,
     expected: Tensor,
     *,
-    claim: str,
-    allowed: float,
+    claim: str | Callable[[Tensor], str],
+    allowed: float | Tensor,
     judged: Tensor | None = None,
-    floor: float = 0.0,
+    may_be_none: bool = False,
+    floor: float | Tensor = 0.0,
     place: Callable[[tuple[int, ...]], str] | None = None,
     cause: Callable[[Tensor], str | None] | None = None,
     repeat: str | None = None,
 ) -> None:
-    """Raise an AssertionError if any judged row of `got` is not what is expected.
+    """Raise a Failure if any judged row of `got` is not what is expected.
+
+    As long as none is, the host reads once from the device.
 
     Args:
         assertion: Its name.
         got: (..., length, width)
         expected: The same shape.
-        claim: What broken rows do, for instance "outputs change with the padding".
+        claim: What broken rows do, for instance "outputs change with the padding"; or what says
+            so, from the relative changes (..., length), 0 where not judged.
         allowed: The largest relative change of a row.
         judged: Which rows are judged, boolean (..., length); all by default.
+        may_be_none: Whether it is right that no row is judged.
         floor: The size that a row has at least, see `relative_change`.
         place: Names a row by its index; "output[0, 3]" by default.
-        cause: Looks at the relative changes (..., length), 0 where not judged, for a likely cause.
+        cause: Looks at the same changes for a likely cause.
         repeat: What it takes to see the same again.
 
     Raises:
-        AssertionError: Some row is off.
+        Failure: Some row is off.
         ValueError: No row is judged.
     """
     __tracebackhide__ = True
     change = relative_change(got, expected, floor=floor)
-    counted = change.numel()
-    if judged is not None:
-        judged = judged.to(change.device).expand(change.shape)
-        change = torch.where(judged, change, torch.zeros_like(change))
-        counted = int(judged.sum())
-    if counted == 0:
-        raise ValueError(f"{assertion}: no row of the output is left to compare")
+    if judged is None:
+        judged = torch.ones_like(change, dtype=torch.bool)
+    judged = judged.to(change.device).expand(change.shape)
+    change = change.masked_fill(~judged, 0.0)
     broken = ~(change <= allowed)
-    if not bool(broken.any()):
+    counted, wrong = torch.stack([judged.sum(), broken.sum()]).tolist()
+    if counted == 0 and not may_be_none:
+        raise ValueError(f"{assertion}: no row of the output is left to compare")
+    if wrong == 0:
         return
+    limit = float(allowed)
     worst = index_of(change.argmax(), change.shape)
     first = index_of(broken.flatten().int().argmax(), broken.shape)
     name = place or output_place
-    raise AssertionError(
-        build_message(
-            assertion,
-            f"{int(broken.sum())} of {counted} {claim}",
-            got.detach(),
-            worst=f"{name(worst)} {_off(got, expected, change, worst)} (allowed {allowed:.1e})",
-            first=None if first == worst else f"{name(first)} {_off(got, expected, change, first)}",
-            cause=cause(change) if cause is not None else None,
-            repeat=repeat,
-        )
+
+    def placed(index: tuple[int, ...], beside: str = "") -> Place:
+        said = f"{name(index)} {_off(got, expected, change, index)}{beside}"
+        return Place(said, index, float(change[index]))
+
+    raise Failure(
+        assertion,
+        claim if isinstance(claim, str) else claim(change),
+        broken=wrong,
+        of=counted,
+        worst=placed(worst, f" (allowed {limit:.1e})"),
+        first=None if first == worst else placed(first),
+        cause=cause(change) if cause is not None else None,
+        tensor=Checked.of(got),
+        tolerance=limit,
+        repeat=repeat,
     )
 
 

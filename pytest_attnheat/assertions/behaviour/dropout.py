@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction
-from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import misuse
 
 # A correct subject is reported by chance in one of so many checks.
 _FALSE_ALARM = 1e-6
@@ -47,7 +48,7 @@ def check_dropout_of_weights(
         seed: Where the random numbers start.
 
     Raises:
-        AssertionError: The weights are not dropped one by one with this probability, or what is
+        Failure: The weights are not dropped one by one with this probability, or what is
             kept is not divided by `1 - share`.
         ValueError: There are too few weights to tell.
     """
@@ -168,7 +169,6 @@ def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
     return tensor.clone()
 
 
-@dataclass
 class _Count:
     """What happened to the weights in several calls with dropout.
 
@@ -177,75 +177,69 @@ class _Count:
         weights: Without dropout, (..., query_len, key_len).
         share: The probability that a weight is dropped.
         seed: Where the random numbers started.
-        runs: How many calls were counted.
-        regarded: How many weights in all calls: those that are not 0 without dropout.
-        dropped: How many of them were dropped.
-        total: What all weights after dropout add up to.
-        kept: What those that were kept add up to before dropout.
-        off: How far each weight that was kept is from its share at most, as a part of it.
-        mixed: Along which axes weights were dropped and kept in one line.
-        fixed: Whether the same weights were dropped in all calls.
         first: The weights after dropout in the first call.
+        judged: Which weights are not 0 without dropout.
+        off: How far each weight that was kept is from its share at most, as a part of it.
         masks: Which weights were dropped in each call.
     """
 
-    assertion: str
-    weights: Tensor
-    share: float
-    seed: int
-    runs: int = 0
-    regarded: int = 0
-    dropped: int = 0
-    total: float = 0.0
-    kept: float = 0.0
-    mixed: set[int] = field(default_factory=set)
-    fixed: bool = True
-    masks: list[Tensor] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.wide = self.weights.double()
+    def __init__(self, assertion: str, weights: Tensor, share: float, seed: int) -> None:
+        self.assertion, self.weights, self.share, self.seed = assertion, weights, share, seed
+        self.wide = weights.double()
         # Below, a weight that is kept is rounded too coarsely, or to the zero of a dropped one.
-        self.judged = self.weights > 2 * torch.finfo(self.weights.dtype).smallest_normal
+        self.judged = weights > 2 * torch.finfo(weights.dtype).smallest_normal
+        self.each = int(self.judged.sum())
         self.off = torch.zeros_like(self.wide)
-        self.first = self.weights
+        self.first = weights
+        self.masks: list[Tensor] = []
+        self._axes = range(-weights.ndim, 0)
+        self._sums = self.wide.new_zeros(2)
+        self._mixed = self.judged.new_zeros(weights.ndim)
+
+    @property
+    def runs(self) -> int:
+        """How many calls were counted."""
+        return len(self.masks)
+
+    @property
+    def regarded(self) -> int:
+        """How many weights are judged in all calls."""
+        return self.each * self.runs
 
     def add(self, observed: Tensor) -> None:
-        """Count one more call.
+        """Count one more call, without a read by the host.
 
         Args:
             observed: The weights after dropout, (..., query_len, key_len).
         """
         dropped = (observed == 0) & self.judged
         kept = self.judged & ~dropped
-        if self.runs == 0:
+        if not self.masks:
             self.first = observed
-        self.fixed &= torch.equal(dropped, (self.first == 0) & self.judged)
         self.masks.append(dropped)
-        self.runs += 1
-        self.regarded += int(self.judged.sum())
-        self.dropped += int(dropped.sum())
-        self.total += float(observed.double()[self.judged].sum())
-        self.kept += float(self.wide[kept].sum())
+        judged_sum = observed.double().masked_fill(~self.judged, 0.0).sum()
+        self._sums = self._sums + torch.stack([judged_sum, self.wide.masked_fill(~kept, 0.0).sum()])
         ratio = observed.double() * (1 - self.share) / self.wide
         off = (ratio - 1).abs().nan_to_num(nan=math.inf).masked_fill(~kept, 0.0)
         self.off = torch.maximum(self.off, off)
-        for axis in range(-self.weights.ndim, 0):
-            if axis not in self.mixed and bool((dropped.any(axis) & kept.any(axis)).any()):
-                self.mixed.add(axis)
+        mixed = [(dropped.any(axis) & kept.any(axis)).any() for axis in self._axes]
+        self._mixed = self._mixed | torch.stack(mixed)
 
     def check(self) -> None:
-        """Raise an AssertionError if this is not what dropout does.
+        """Check that this is what dropout does.
 
         Raises:
-            AssertionError: It is not.
+            Failure: It is not.
             ValueError: There were too few weights to tell.
         """
         __tracebackhide__ = True
         if self.regarded * -math.log1p(-self.share) < -math.log(_FALSE_ALARM):
-            raise ValueError(
-                f"{self.assertion}: {self.regarded} weights in {self.runs} runs are too few to "
-                f"tell whether dropout={self.share:g} drops any; pass more runs or a larger input"
+            got = (
+                f"{self.runs}, in which {self.regarded} weights are too few to tell whether "
+                f"dropout={self.share:g} drops any"
             )
+            raise ValueError(misuse("runs", got, "more of them, or a larger input"))
+        self._read()
         self._check_that_some_are_dropped()
         self._check_that_each_is_on_its_own()
         self._check_share()
@@ -253,13 +247,30 @@ class _Count:
         self._check_sum()
         self._check_pairs()
 
-    def _fail(self, claim: str, worst: str, cause: str | None) -> None:
+    def _read(self) -> None:
+        """Read what was counted."""
+        masks = torch.stack(self.masks)
+        counts = torch.stack([masks.sum(), (masks == masks[0]).all()])
+        dropped, fixed, *mixed = torch.cat([counts, self._mixed.to(counts)]).tolist()
+        # How many weights were dropped, and whether the same in all calls; along which axes
+        # weights were dropped and kept in one line; what weights after dropout add up to, and what
+        # those that were kept add up to before it.
+        self.dropped, self.fixed = int(dropped), bool(fixed)
+        self.mixed = {axis for axis, is_mixed in zip(self._axes, mixed, strict=True) if is_mixed}
+        self.total, self.kept = self._sums.tolist()
+
+    def _fail(
+        self, claim: str, worst: str | Place, cause: str | None, **numbers: int | float
+    ) -> None:
         __tracebackhide__ = True
-        repeat = f"seed={self.seed}"
-        raise AssertionError(
-            build_message(
-                self.assertion, claim, self.weights, worst=worst, cause=cause, repeat=repeat
-            )
+        raise Failure(
+            self.assertion,
+            claim,
+            worst=worst if isinstance(worst, Place) else Place(worst),
+            cause=cause,
+            tensor=Checked.of(self.weights),
+            repeat=f"seed={self.seed}",
+            **numbers,  # type: ignore[arg-type]
         )
 
     def _check_that_some_are_dropped(self) -> None:
@@ -280,14 +291,14 @@ class _Count:
     def _check_that_each_is_on_its_own(self) -> None:
         __tracebackhide__ = True
         p, q = self.share, 1 - self.share
-        chance = int(self.judged.sum()) * (self.runs - 1) * math.log(p * p + q * q)
-        if self.fixed and chance < math.log(_FALSE_ALARM):
+        likely = self.each * (self.runs - 1) * math.log(p * p + q * q)
+        if self.fixed and likely < math.log(_FALSE_ALARM):
             self._fail(
                 f"dropout={self.share:g} drops the same weights in each of {self.runs} calls",
                 f"{self.dropped // self.runs} weights are 0 in all of them",
                 "a fixed mask, or a seed that is set in each call",
             )
-        together = [axis for axis in range(-self.weights.ndim, 0) if self._is_dropped_along(axis)]
+        together = [axis for axis in self._axes if self._is_dropped_along(axis)]
         if together:
             self._fail(
                 f"dropout={self.share:g} does not drop each weight on its own",
@@ -302,8 +313,8 @@ class _Count:
             return False
         length = self.judged.sum(axis).double()
         uniform = self.share**length + (1 - self.share) ** length
-        chance = self.runs * float(uniform.clamp(max=1.0).log().sum())
-        return chance < math.log(_FALSE_ALARM)
+        likely = self.runs * float(uniform.clamp(max=1.0).log().sum())
+        return likely < math.log(_FALSE_ALARM)
 
     def _words(self, axis: int) -> str:
         if self.weights.ndim == 4 or axis >= -2:
@@ -343,12 +354,19 @@ class _Count:
             return
         worst = index_of(self.off.argmax(), self.off.shape)
         factor = self.total / self.kept if self.kept else math.nan
-        self._fail(
-            f"{broken} of {int(self.judged.sum())} weights that are kept are not divided by 1 - p",
-            f"weights[{', '.join(map(str, worst))}] is off by {float(self.off[worst]):.2g} of its "
+        off = float(self.off[worst])
+        said = (
+            f"weights[{', '.join(map(str, worst))}] is off by {off:.2g} of its "
             f"size (allowed {allowed:.1e}); kept weights are multiplied by {factor:.4g} in the "
-            f"mean, expected {1 / (1 - self.share):.4g}",
+            f"mean, expected {1 / (1 - self.share):.4g}"
+        )
+        self._fail(
+            "weights that are kept are not divided by 1 - p",
+            Place(said, worst, off),
             self._why_factor(factor, allowed),
+            broken=broken,
+            of=self.each,
+            tolerance=allowed,
         )
 
     def _why_factor(self, factor: float, allowed: float) -> str | None:
@@ -389,16 +407,18 @@ class _Count:
         Pairs of one test have no weight in common, so that they are independent of each other.
         """
         __tracebackhide__ = True
-        dropped, p = torch.stack(self.masks), self.share
-        tests = list(self._pairings())
-        for axis, lag, ones, others in tests:
-            both = self.judged.index_select(axis, ones) & self.judged.index_select(axis, others)
-            count = int(both.sum()) * self.runs
+        p, dropped, tests = self.share, torch.stack(self.masks), list(self._pairings())
+        counts: list[list[int]] = torch.stack(
+            [
+                torch.stack([_pairs(mask, axis, ones, others) for mask in (self.judged, dropped)])
+                for axis, _, ones, others in tests
+            ]
+        ).tolist()
+        for (axis, lag, *_), (judged, found) in zip(tests, counts, strict=True):
+            count = judged * self.runs
             if not count:
                 continue
-            together = dropped.index_select(axis, ones) & dropped.index_select(axis, others)
             low, high = together_by_chance(p, count, len(tests))
-            found = int(together.sum())
             if not low <= found / count <= high:
                 self._fail(
                     f"dropout={p:g} does not drop each weight on its own",
@@ -409,21 +429,26 @@ class _Count:
                 )
 
     def _pairings(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
-        """Yield an axis, a distance, and two lists of places along the axis that far apart."""
-        for axis in range(-self.weights.ndim, 0):
+        """Yield an axis, a distance, and two lists of numbers along the axis that far apart."""
+        for axis in self._axes:
             length = self.weights.shape[axis]
-            places = torch.arange(length, device=self.weights.device)
+            numbers = torch.arange(length, device=self.weights.device)
             powers = {2**n for n in range(length.bit_length())}
             for lag in sorted(lag for lag in powers | {length // 2} if 0 < lag < length):
                 for phase in (0, 1):
-                    ones = places[(places // lag % 2 == phase) & (places + lag < length)]
-                    if len(ones):
-                        yield axis, lag, ones, ones + lag
+                    starts = [n for n in range(length - lag) if n // lag % 2 == phase]
+                    if starts:
+                        yield axis, lag, numbers[starts], numbers[starts] + lag
 
     def _words_of_pairs(self, axis: int, lag: int) -> str:
         names = {-1: "keys", -2: "queries", -3: "heads", -4: "batch entries"}
         name = names[axis] if self.weights.ndim == 4 or axis >= -2 else f"entries of axis {axis}"
         return f"the random numbers of some {name} are those of others, {lag} apart?"
+
+
+def _pairs(mask: Tensor, axis: int, ones: Tensor, others: Tensor) -> Tensor:
+    """How many pairs of elements along an axis are both true."""
+    return (mask.index_select(axis, ones) & mask.index_select(axis, others)).sum()
 
 
 def share_by_chance(share: float, count: int) -> tuple[float, float]:

@@ -3,30 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.calls import (
-    Call,
-    FunctionCall,
-    SequenceCall,
-    answers,
-    as_call,
-    coarsest,
-    differ,
-)
 from pytest_attnheat.assertions.behaviour.difference import (
     check_relative,
     check_rows,
     output_place,
-    relative_change,
 )
-from pytest_attnheat.assertions.behaviour.subjects import settled
+from pytest_attnheat.assertions.behaviour.reading import as_subject
+from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
 from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.inputs import misuse
 
 # Samples that are run alone, and others that are asked which of them has an influence.
 _ALONE = 4
@@ -75,7 +67,7 @@ def assert_batch_independent(
             query; of a model every tensor whose first dimension is the batch.
 
     Raises:
-        AssertionError: Some sample gives another output. The message names the
+        Failure: Some sample gives another output. The message names the
             sample and on which others it depends.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, there is only one sample, or the subject
@@ -85,24 +77,18 @@ def assert_batch_independent(
         >>> assert_batch_independent(my_attention, query, key, value)
     """
     __tracebackhide__ = True
-    call = as_call(subject, inputs, arguments, lengths)
-    if isinstance(call, FunctionCall) and call.called.query.ndim < 3:
-        raise ValueError(
-            f"query: got shape {tuple(call.called.query.shape)}; accepted is "
-            "(batch, ..., length, width)"
-        )
-    if call.batch < 2:
-        raise ValueError(
-            "the inputs hold one sample; a batch of two or more is needed to see whether samples "
-            "depend on one another"
-        )
+    called = as_subject(subject, inputs, arguments, lengths, seed=seed if training else None)
+    if called.batch < 2:
+        name, first = next(iter(called.tensors.items()))
+        accepted = "(batch, ...), two samples or more, to see whether they depend on one another"
+        raise ValueError(misuse(name, f"shape {tuple(first.shape)}", accepted))
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, call.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
-        batch = _Batch(subject, call, base, start, allowed, training)
+        batch = _Batch(subject, called, base, allowed, training)
         generator = torch.Generator().manual_seed(seed)
-        _check_alone(batch, _chosen(call.batch, generator), repeat=f"seed={seed}")
-        _check_elsewhere(batch, _shuffle(call.batch, generator), repeat=f"seed={seed}")
+        _check_alone(batch, _chosen(called.batch, generator), repeat=f"seed={seed}")
+        _check_elsewhere(batch, _shuffle(called.batch, generator), repeat=f"seed={seed}")
 
 
 @dataclass(frozen=True)
@@ -110,20 +96,18 @@ class _Batch:
     """A batch, its output, and what it takes to call parts of it."""
 
     subject: object
-    call: Call
+    called: Subject
     output: Tensor
-    start: Callable[[], None]
     allowed: float
     training: bool
 
     def run(self, samples: Tensor) -> Tensor:
         """Run some samples as a batch."""
-        self.start()
-        return self.call.samples(samples.to(self.output.device)).run()
+        return self.called.samples(samples.to(self.output.device)).run()
 
     def judged(self, samples: Tensor) -> Tensor | None:
         """Which rows of the output of some samples are judged."""
-        judged = self.call.judged()
+        judged = self.called.judged()
         return None if judged is None else judged[samples.to(judged.device)]
 
 
@@ -144,27 +128,24 @@ def _check_alone(batch: _Batch, samples: Tensor, repeat: str) -> None:
     __tracebackhide__ = True
     chosen = samples.tolist()
     alone = torch.cat([batch.run(samples[i : i + 1]) for i in range(len(chosen))])
-    together = batch.output[samples]
-    judged = batch.judged(samples)
-    change = relative_change(together, alone)
-    if judged is not None:
-        change = change.masked_fill(~judged, 0.0)
-    off = [sample for sample, its in zip(chosen, change, strict=True) if _any_above(its, batch)]
+
+    def off(change: Tensor) -> list[int]:
+        flags = (change > batch.allowed).flatten(1).any(-1).tolist()
+        return [sample for sample, is_off in zip(chosen, flags, strict=True) if is_off]
+
     check_rows(
         _BATCH,
-        together,
+        batch.output[samples],
         alone,
-        claim=f"rows are not the same in the batch as alone, in {_samples(off)}",
+        claim=lambda change: (
+            f"rows are not the same in the batch as alone, in {_samples(off(change))}"
+        ),
         allowed=batch.allowed,
-        judged=judged,
+        judged=batch.judged(samples),
         place=lambda index: output_place((chosen[index[0]], *index[1:])),
-        cause=lambda _: _batch_cause(batch, off[0]),
+        cause=lambda change: _batch_cause(batch, off(change)[0]),
         repeat=repeat,
     )
-
-
-def _any_above(change: Tensor, batch: _Batch) -> bool:
-    return bool((change > batch.allowed).any())
 
 
 def _samples(which: list[int]) -> str:
@@ -216,12 +197,11 @@ def _batch_norm(subject: object) -> str | None:
 
 def _is_softmax_over_batch(batch: _Batch, sample: int) -> bool:
     """Whether copies of one sample share the weight of each key among them."""
-    call = batch.call
-    if isinstance(call, SequenceCall) or call.judged() is not None:
+    values, count = batch.called.tensors.get("value"), batch.called.batch
+    if values is None or batch.called.judged() is not None:
         return False
-    output = batch.run(torch.full((call.batch,), sample))[sample]
-    value = call.called.value[sample].double()
-    shared = (value.sum(-2, keepdim=True) / call.batch).to(output.dtype)
+    output = batch.run(torch.full((count,), sample))[sample]
+    shared = (values[sample].double().sum(-2, keepdim=True) / count).to(output.dtype)
     heads = output.shape[0] if output.ndim > 2 else 1
     if output.ndim > 2 and shared.shape[0] != heads:
         shared = shared.repeat_interleave(heads // shared.shape[0], 0)
@@ -232,10 +212,10 @@ def _is_softmax_over_batch(batch: _Batch, sample: int) -> bool:
 
 def _company(batch: _Batch, sample: int) -> str:
     """Say which other samples a sample depends on, as replacing them by a copy of it tells."""
-    others = [other for other in range(batch.call.batch) if other != sample][:_COMPANY]
+    others = [other for other in range(batch.called.batch) if other != sample][:_COMPANY]
     felt = []
     for other in others:
-        which = torch.arange(batch.call.batch)
+        which = torch.arange(batch.called.batch)
         which[other] = sample
         if answers(partial(_changes, batch, sample, which)):
             felt.append(other)
@@ -312,7 +292,7 @@ def assert_key_permutation_invariant(
             Pass the same as an `attn_mask`.
 
     Raises:
-        AssertionError: The order of keys changes the output.
+        Failure: The order of keys changes the output.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, there is only one key, `is_causal` is
             given, or the subject answers at random.
@@ -321,86 +301,34 @@ def assert_key_permutation_invariant(
         >>> assert_key_permutation_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True
-    call = as_call(subject, inputs, arguments, lengths)
+    called = as_subject(subject, inputs, arguments, lengths, seed=seed if training else None)
     if arguments.get("is_causal"):
-        raise ValueError(
-            "is_causal=True: under a causal mask the order of keys matters; pass the mask as "
-            "attn_mask=causal_mask(...), and it is put in the order of the keys"
-        )
-    if call.length < 2:
-        raise ValueError("there is one key, which has no other order; two or more are needed")
+        accepted = "attn_mask=causal_mask(...), which is put in the order of the keys"
+        raise ValueError(misuse("is_causal", "True, under which their order matters", accepted))
+    if called.length < 2:
+        name = "inputs" if len(inputs) == 1 else "key"
+        raise ValueError(misuse(name, "one element, which has no other order", "two or more"))
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, call.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
-        what = "keys and values are" if isinstance(call, FunctionCall) else "the sequence is"
-        for name, order in _orders(call.length, seed):
-            start()
+        for name, order in _orders(called.length, seed):
             turned = order.to(base.device)
             check_rows(
                 _KEYS,
-                call.restored(call.reordered(turned).run(), turned),
+                called.restore(called.reorder(turned).run(), turned),
                 base,
-                claim=f"rows change when {what} {name}",
+                claim=f"rows change when {called.ordered} {name}",
                 allowed=allowed,
-                judged=call.judged(),
-                cause=lambda _: (
-                    RANDOM_CAUSE if training else _order_cause(call, base, allowed, start)
-                ),
+                judged=called.judged(),
+                cause=lambda _: RANDOM_CAUSE if training else called.cause_of_order(base, allowed),
                 repeat=f"seed={seed}",
             )
 
 
 def _orders(length: int, seed: int) -> list[tuple[str, Tensor]]:
-    places = torch.arange(length)
+    numbers = torch.arange(length)
     return [
-        ("reversed", places.flip(0)),
-        ("rotated by one", places.roll(1)),
+        ("reversed", numbers.flip(0)),
+        ("rotated by one", numbers.roll(1)),
         ("shuffled", _shuffle(length, torch.Generator().manual_seed(seed))),
     ]
-
-
-def _order_cause(call: Call, base: Tensor, allowed: float, start: Callable[[], None]) -> str:
-    """Tell a causal mask, and a key that is left out, from anything else that knows the order."""
-    start()
-    if isinstance(call, SequenceCall):
-        if answers(lambda: _first_is_alone(call, base, allowed)):
-            return "the first token does not feel the others: a causal mask?"
-        return "the order of tokens is felt: position embeddings, or rotary or relative positions?"
-
-    def unfelt(keys: slice, query: int | None = None) -> bool:
-        return answers(lambda: not _feels(call, keys, base, allowed, query))
-
-    if unfelt(slice(1, None), query=0):
-        return "query 0 feels no key but the first: a causal mask inside?"
-    for number in (call.length - 1, 0):
-        if unfelt(slice(number, number + 1)):
-            return f"key {number} is felt by no query, whatever its value: is it left out?"
-    return (
-        "the places of keys are felt: positions (rotary, ALiBi) or a window inside, or a mask "
-        "that does not follow its keys?"
-    )
-
-
-def _first_is_alone(call: SequenceCall, base: Tensor, allowed: float) -> bool:
-    """Whether the first token's output stays where all others become copies of it."""
-    inputs = call.called.inputs
-    copies = inputs[:, :1].expand(inputs.shape).clone()
-    output = SequenceCall(replace(call.called, inputs=copies), call.real).run()
-    return not differ(output[:, :1], base[:, :1], allowed)
-
-
-def _feels(
-    call: FunctionCall, keys: slice, base: Tensor, allowed: float, query: int | None = None
-) -> bool:
-    """Whether another value of some keys changes the output, for one query or for any.
-
-    Said of keys too that the mask hides from all these queries: there is nothing to be told.
-    """
-    rows = slice(None) if query is None else slice(query, query + 1)
-    seen = call.called.may_see()[..., rows, keys].any(-1)
-    if not bool(seen.any()):
-        return True
-    value = call.called.value.clone()
-    value[..., keys, :] += 10 * value.abs().amax().clamp(min=1)
-    got = call.called.run(value=value)[..., rows, :]
-    return differ(got, base[..., rows, :], allowed, seen)

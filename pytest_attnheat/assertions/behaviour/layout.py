@@ -11,28 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import (
-    Call,
-    FunctionCall,
-    answers,
-    as_call,
-    coarsest,
-    differ,
-)
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
+from pytest_attnheat.assertions.behaviour.functions import MASK
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.memory_layouts import (
-    MASK,
     Tensors,
     Trial,
     contiguous,
     read_at,
     trials,
 )
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, settled
-from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.assertions.behaviour.reading import as_subject
+from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import borrowed, changed
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import wide_dtype
 
 _NAME = "assert_layout_invariant"
 # In float32 and float64 the backward of large scores rounds more than the forward pass.
@@ -80,7 +74,7 @@ def assert_layout_invariant(
             function is laid out in other ways too.
 
     Raises:
-        AssertionError: A layout changes the output or a gradient, the subject
+        Failure: A layout changes the output or a gradient, the subject
             raises for it, or writes into an input. The message names layout
             and input.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
@@ -90,33 +84,14 @@ def assert_layout_invariant(
         >>> assert_layout_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True
-    call = as_call(subject, inputs, arguments)
-    given = _tensors(call)
+    called = as_subject(subject, inputs, arguments, seed=seed if training else None)
+    given = called.tensors
     with borrowed(subject, *inputs, seed=seed):
-        _, start = settled(
-            subject, lambda: _run(call, contiguous(given)), training=training, seed=seed
-        )
-        check = _Check(call, start, gradients, tolerance, seed, training)
+        settled(subject, lambda: _run(called, contiguous(given)), training=training, seed=seed)
+        check = _Check(called, gradients, tolerance, seed, training)
         check.unwritten(given)
         for trial in trials(given):
             check.holds(trial)
-
-
-def _tensors(call: Call) -> dict[str, Tensor]:
-    if not isinstance(call, FunctionCall):
-        return {"inputs": call.called.inputs}
-    called, mask = call.called, call.called.arguments.get(MASK)
-    tensors = {"query": called.query, "key": called.key, "value": called.value}
-    if isinstance(mask, Tensor) and mask.ndim > 1:
-        tensors[MASK] = mask.detach()
-    return tensors
-
-
-def _call(call: Call, tensors: Tensors) -> Tensor:
-    """Call the subject with some tensors."""
-    if isinstance(call, FunctionCall):
-        return call.called.run(**tensors)
-    return call.called.run(tensors["inputs"])
 
 
 def _floats(tensors: Tensors) -> list[Tensor]:
@@ -124,21 +99,9 @@ def _floats(tensors: Tensors) -> list[Tensor]:
     return [tensor for tensor in given if tensor.is_floating_point()]
 
 
-def _run(call: Call, tensors: Tensors) -> Tensor:
+def _run(subject: Subject, tensors: Tensors) -> Tensor:
     with torch.no_grad():
-        return _call(call, tensors)
-
-
-def _judged(call: Call, tensors: Tensors) -> Tensor | None:
-    """Which rows of the output mean something: those that may see a key."""
-    if not isinstance(call, FunctionCall):
-        return None
-    mask = {MASK: tensors[MASK]} if MASK in tensors else {}
-    arguments = {**call.called.arguments, **mask}
-    query, key, value = (tensors[name] for name in ("query", "key", "value"))
-    return FunctionCall(
-        AttentionFunction(call.called.function, query, key, value, arguments)
-    ).judged()
+        return subject.run(**tensors)
 
 
 @dataclass(frozen=True)
@@ -146,16 +109,14 @@ class _Check:
     """Compares the subject for some layout with itself for contiguous inputs.
 
     Attributes:
-        call: The subject.
-        start: Called before each call.
+        subject: What is called.
         gradients: Whether gradients are compared.
         tolerance: As the caller gave it.
         seed: What the gradient of the output is drawn from.
         training: Whether the subject may be random.
     """
 
-    call: Call
-    start: Callable[[], None]
+    subject: Subject
     gradients: bool
     tolerance: float | None
     seed: int
@@ -166,17 +127,15 @@ class _Check:
         __tracebackhide__ = True
         inputs = contiguous(given)
         before, versions = contiguous(inputs), _versions(inputs)
-        self.start()
-        _run(self.call, inputs)
+        _run(self.subject, inputs)
         _check_unwritten(inputs, before, versions, "")
 
     def holds(self, trial: Trial) -> None:
         """Check one layout."""
         __tracebackhide__ = True
         plain, versions = contiguous(trial.laid), _versions(trial.laid)
-        self.start()
-        expected = _run(self.call, contiguous(plain))
-        got = self._tried(trial, lambda: _run(self.call, trial.laid))
+        expected = _run(self.subject, contiguous(plain))
+        got = self._tried(trial, lambda: _run(self.subject, trial.laid))
         _check_unwritten(trial.laid, plain, versions, f" with {trial.what}")
         check_rows(
             _NAME,
@@ -184,7 +143,7 @@ class _Check:
             expected,
             claim=f"rows change with {trial.what}",
             allowed=self._allowed(got, plain),
-            judged=_judged(self.call, plain),
+            judged=self.subject.given(**plain).judged(),
             cause=lambda _: self._cause(trial, got),
             repeat=f"seed={self.seed}",
         )
@@ -194,29 +153,23 @@ class _Check:
     def _tried(self, trial: Trial, run: Callable[[], Any]) -> Any:
         """Call the subject with a layout, which it must not refuse."""
         __tracebackhide__ = True
-        self.start()
         try:
             return run()
         except torch.cuda.OutOfMemoryError:
             raise
         except Exception as error:
             text = (str(error).splitlines() or [""])[0]
-            raise AssertionError(
-                build_message(
-                    _NAME,
-                    f"the subject raises with {trial.what}",
-                    trial.laid[trial.names[0]],
-                    worst=f"{type(error).__name__}: {text}",
-                    cause=".view() needs memory of its own kind: .reshape(), or .contiguous() "
-                    "before it"
-                    if "view" in text
-                    else None,
-                )
+            cause = ".view() needs memory of its own kind: .reshape(), or .contiguous() before it"
+            raise Failure(
+                _NAME,
+                f"the subject raises with {trial.what}",
+                worst=Place(f"{type(error).__name__}: {text}"),
+                cause=cause if "view" in text else None,
+                tensor=Checked.of(trial.laid[trial.names[0]]),
             ) from error
 
     def _same_gradients(self, trial: Trial, plain: Tensors, output: Tensor) -> None:
         __tracebackhide__ = True
-        self.start()
         try:
             expected = self._gradients(plain)
         except RuntimeError:  # there is no backward for this
@@ -224,23 +177,23 @@ class _Check:
         got = self._tried(trial, lambda: self._gradients(trial.laid)) if expected else {}
         for name, gradient in expected.items():
             dtype = coarsest(gradient, output)
-            finite = gradient.isfinite().all(-1)
-            if not bool(finite.any()):
-                continue
             check_rows(
                 _NAME,
                 got.get(name, torch.zeros_like(gradient)),
                 gradient,
                 claim=f"rows of the gradient of {name} change with {trial.what}",
                 allowed=_gradient_tolerance(self.tolerance, dtype),
-                judged=finite,
-                floor=max(_floor(name, expected, plain), self._subtracted(name, plain, dtype)),
+                judged=gradient.isfinite().all(-1),
+                may_be_none=True,
+                floor=torch.maximum(
+                    _floor(name, expected, plain), self._subtracted(name, plain, dtype)
+                ),
                 place=partial(_place, f"{name}.grad"),
                 cause=lambda _: RANDOM_CAUSE if self.training else None,
                 repeat=f"seed={self.seed}",
             )
 
-    def _subtracted(self, name: str, tensors: Tensors, dtype: torch.dtype) -> float:
+    def _subtracted(self, name: str, tensors: Tensors, dtype: torch.dtype) -> Tensor:
         """The size below which the gradient of query or key is what a subtraction leaves.
 
         The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight and
@@ -251,15 +204,15 @@ class _Check:
         kernels of PyTorch were seen to need. The price is that in saturated attention an error in
         the gradient of queries and keys, which is nearly all rounding there, may pass.
         """
-        if not isinstance(self.call, FunctionCall) or name not in ("query", "key"):
-            return 0.0
+        if self.subject.scale is None or name not in ("query", "key"):
+            return torch.zeros((), dtype=torch.float64, device=tensors[name].device)
         query, key, value = (tensors[n] for n in ("query", "key", "value"))
-        scale = _scale(self.call, query)
+        scale = abs(self.subject.scale)
         # The gradient of the output is drawn with a variance of 1.
         weight_gradient = _largest_row(value) * math.sqrt(value.shape[-1])
         other = _largest_row(key)
         if name == "key":
-            seen_by = query.shape[-2] * self.call.called.group
+            seen_by = query.shape[-2] * self.subject.group
             other = _largest_row(query) * math.sqrt(seen_by)
         wide = dtype in (torch.float32, torch.float64)
         rounded = (_ROUNDED_SCORE if wide else _ROUNDED) * torch.finfo(dtype).eps
@@ -274,12 +227,12 @@ class _Check:
         }
         wanted = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
         with torch.enable_grad():
-            output = _call(self.call, leaves)
+            output = self.subject.run(**leaves)
         if not wanted or not output.requires_grad:
             return {}
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(output.shape, generator=generator).to(output)
-        judged = _judged(self.call, tensors)
+        judged = self.subject.given(**tensors).judged()
         if judged is not None:
             drawn = drawn.masked_fill(~judged.expand(drawn.shape[:-1]).unsqueeze(-1), 0.0)
         found = torch.autograd.grad(
@@ -291,11 +244,11 @@ class _Check:
         """Try how else the memory could have been read."""
         if self.training:
             return RANDOM_CAUSE
-        ways = {
+        readings = {
             "strides are ignored: memory is read as if it were contiguous": None,
             "the storage offset is ignored: memory is read from its beginning": 0,
         }
-        for said, offset in ways.items():
+        for said, offset in readings.items():
             found = {name: read_at(trial.laid[name], offset) for name in trial.names}
             read = {name: tensor for name, tensor in found.items() if tensor is not None}
             if read:
@@ -306,10 +259,9 @@ class _Check:
 
     def _gives(self, output: Tensor, tensors: Tensors) -> bool:
         """Whether the output is the one for these tensors."""
-        self.start()
-        return not differ(output, _run(self.call, tensors), self._allowed(output, tensors))
+        return not differ(output, _run(self.subject, tensors), self._allowed(output, tensors))
 
-    def _allowed(self, output: Tensor, tensors: Tensors) -> float:
+    def _allowed(self, output: Tensor, tensors: Tensors) -> float | Tensor:
         """By what part of its size a row of the output may change.
 
         A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
@@ -317,19 +269,12 @@ class _Check:
         """
         dtype = coarsest(output, *_floats(tensors))
         allowed = check_relative(self.tolerance, dtype)
-        if self.tolerance is not None or not isinstance(self.call, FunctionCall):
+        if self.tolerance is not None or self.subject.scale is None:
             return allowed
         query, key = tensors["query"], tensors["key"]
-        scale = _scale(self.call, query)
-        size = _rms(query) * _rms(key) * math.sqrt(query.shape[-1]) * scale
-        wide = torch.float64 if dtype == torch.float64 else torch.float32
-        return max(allowed, min(size * torch.finfo(wide).eps, _MOST))
-
-
-def _scale(call: FunctionCall, query: Tensor) -> float:
-    """What scores are multiplied by."""
-    given = call.called.arguments.get("scale")
-    return float(query.shape[-1] ** -0.5) if given is None else abs(float(given))
+        scale = math.sqrt(query.shape[-1]) * abs(self.subject.scale)
+        rounded = _rms(query) * _rms(key) * (scale * torch.finfo(wide_dtype(dtype)).eps)
+        return rounded.clamp(min=allowed, max=max(allowed, _MOST))
 
 
 def _gradient_tolerance(tolerance: object, dtype: torch.dtype) -> float:
@@ -339,23 +284,27 @@ def _gradient_tolerance(tolerance: object, dtype: torch.dtype) -> float:
     return max(allowed, min(_GRADIENT_FACTOR * allowed, _GRADIENT_MOST))
 
 
-def _floor(name: str, gradients: Tensors, inputs: Tensors) -> float:
+def _floor(name: str, gradients: Tensors, inputs: Tensors) -> Tensor:
     """The size below which the gradient of an input may be nothing but rounding.
 
     Where all keys are the same the query has no gradient, but rounding leaves some. What counts is
     by how much an input changes the loss, next to the one that changes it most.
     """
     moved = [_rms(gradient) * _rms(inputs[other]) for other, gradient in gradients.items()]
-    return max(moved) / max(_rms(inputs[name]), torch.finfo(torch.float32).tiny)
+    own = _rms(inputs[name]).clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack(moved).amax() / own
 
 
-def _largest_row(tensor: Tensor) -> float:
-    rows = tensor.double().nan_to_num(posinf=0.0, neginf=0.0)
-    return float(rows.square().mean(-1).sqrt().max())
+def _largest_row(tensor: Tensor) -> Tensor:
+    return _finite(tensor).square().mean(-1).sqrt().amax()
 
 
-def _rms(tensor: Tensor) -> float:
-    return float(tensor.double().nan_to_num(posinf=0.0, neginf=0.0).square().mean().sqrt())
+def _rms(tensor: Tensor) -> Tensor:
+    return _finite(tensor).square().mean().sqrt()
+
+
+def _finite(tensor: Tensor) -> Tensor:
+    return tensor.detach().double().nan_to_num(posinf=0.0, neginf=0.0)
 
 
 def _place(name: str, index: tuple[int, ...]) -> str:
@@ -370,24 +319,25 @@ def _versions(tensors: Tensors) -> dict[str, int]:
 def _check_unwritten(
     tensors: Tensors, before: Tensors, versions: Mapping[str, int], when: str
 ) -> None:
-    """Raise an AssertionError about an input that a call has written into."""
+    """Raise a Failure about an input that a call has written into."""
     __tracebackhide__ = True
     now = _versions(tensors)
-    for name, tensor in tensors.items():
-        was = before[name]
-        changed = ~((tensor == was) | ((tensor != tensor) & (was != was)))
-        if not bool(changed.any()) and now[name] == versions[name]:
+    changes = {name: changed(tensor, before[name]) for name, tensor in tensors.items()}
+    flags: list[bool] = torch.stack([change.any() for change in changes.values()]).tolist()
+    for (name, tensor), differs in zip(tensors.items(), flags, strict=True):
+        if not differs and now[name] == versions[name]:
             continue
-        place = index_of(changed.flatten().int().argmax(), changed.shape)
-        at = _place(name, place)
-        told = f"{at} was {was[place].item():.6g} and is {tensor[place].item():.6g} after the call"
-        raise AssertionError(
-            build_message(
-                _NAME,
-                f"the subject writes into {name}{when}: {int(changed.sum())} of "
-                f"{changed.numel()} elements change",
-                was,
-                worst=told if bool(changed.any()) else f"{name} is written with what it held",
-                cause=f"an operation in place on {name}, for instance {name} *= scale",
-            )
+        change, was = changes[name], before[name]
+        place = index_of(change.flatten().int().argmax(), change.shape)
+        then, after = was[place].item(), tensor[place].item()
+        told = f"{_place(name, place)} was {then:.6g} and is {after:.6g} after the call"
+        worst = Place(f"{name} is written with what it held")
+        raise Failure(
+            _NAME,
+            f"elements change: the subject writes into {name}{when}",
+            broken=int(change.sum()),
+            of=change.numel(),
+            worst=Place(told, place, after) if differs else worst,
+            cause=f"an operation in place on {name}, for instance {name} *= scale",
+            tensor=Checked.of(was),
         )

@@ -1,4 +1,4 @@
-"""The message about an output that sees what it must not: which place, how far, and why perhaps."""
+"""The failure about an output that sees what it must not: where, how far, and why perhaps."""
 
 from __future__ import annotations
 
@@ -11,97 +11,100 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.leak_picture import (
-    Crop,
-    entry_name,
-    key_entry,
-    own_places,
-    places_shape,
-    spread,
-)
-from pytest_attnheat.assertions.behaviour.leak_search import Finding, Search
-from pytest_attnheat.assertions.behaviour.scenes import Replacement
-from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
+from pytest_attnheat.assertions.behaviour.subject import as_of_keys
+from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
 _FAINT = 0.02
+# A picture takes one call of the subject for each of its columns.
+_ROWS, _COLUMNS = 6, 16
 
 
-def describe(finding: Finding, search: Search, *, repeat: str) -> str:
-    """Return the message. The subject is called some more times, to find the very places."""
-    if finding.blind:
-        return _blindness(finding, search, repeat)
-    worst = _Culprit(search, finding.worst, finding.replacements[0])
+def describe(fault: Fault, search: Search) -> Failure:
+    """Return the failure. The subject is called some more times, to find the very elements."""
+    if fault.blind:
+        return _blindness(fault, search)
+    worst = _Mover(search, fault.worst, fault.replacements[0])
     first = worst
-    if finding.first != finding.worst:
-        first = _Culprit(search, finding.first, finding.replacements[1])
+    if fault.first != fault.worst:
+        first = _Mover(search, fault.first, fault.replacements[1])
     crop = None
-    if worst.place is not None:
-        crop = Crop(search, worst.observer, worst.place, finding.replacements[0].content)
-    return build_message(
+    if worst.element is not None:
+        crop = _Crop(search, worst.observer, worst.element, fault.replacements[0].content)
+    return Failure(
         _NAME,
-        f"{finding.broken} of {finding.judged} outputs depend on what they must not see"
-        f"{_only_in(finding, search)}",
-        search.base,
-        worst=worst.sentence(),
-        first=None if first is worst else first.sentence(),
-        cause=_cause(finding, worst, crop),
-        repeat=repeat,
-        assumed=search.scene.advice.claimed,
+        f"outputs depend on what they must not see{_only_in(fault, search)}",
+        broken=fault.broken,
+        of=fault.judged,
+        worst=worst.place(),
+        first=None if first is worst else first.place(),
+        cause=_cause(fault, worst, crop),
+        assumed=search.claim.assumed,
+        tensor=Checked.of(search.base),
+        tolerance=search.allowed,
+        repeat=f"seed={search.seed}",
         picture="" if crop is None else crop.draw(),
     )
 
 
-def _only_in(finding: Finding, search: Search) -> str:
+def _only_in(fault: Fault, search: Search) -> str:
     """Say where all of it is, if that is one of several batch entries or heads."""
-    if finding.entries != 1 or search.scene.judged[..., 0].numel() == 1:
+    if fault.entries != 1 or search.claim.judged[..., 0].numel() == 1:
         return ""
-    return f", all in {entry_name(finding.worst[:-1])}"
+    return f", all in {_entry_name(fault.worst[:-1])}"
 
 
-def _cause(finding: Finding, worst: _Culprit, crop: Crop | None) -> str | None:
-    if finding.way == "nan":
+def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
+    if fault.method == "nan":
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     return _cause_of_entries(worst) if crop is None else _cause_in(crop)
 
 
-def describe_not_finite(search: Search, broken: Tensor, *, repeat: str) -> str:
-    """Return the message about outputs that are NaN or inf with nothing replaced."""
+def describe_not_finite(search: Search, broken: Tensor) -> Failure:
+    """Return the failure about outputs that are NaN or inf with nothing replaced."""
     place = index_of(broken.flatten().int().argmax(), broken.shape)
-    return build_message(
+    held = search.base[place].sum().item()
+    return Failure(
         _NAME,
-        f"{int(broken.sum())} of {broken.numel()} outputs are not finite with nothing replaced",
-        search.base,
-        worst=f"{output_place(place)} holds {search.base[place].sum().item()}",
-        repeat=repeat,
+        "outputs are not finite with nothing replaced",
+        broken=int(broken.sum()),
+        of=broken.numel(),
+        worst=Place(f"{output_place(place)} holds {held}", place, held),
+        tensor=Checked.of(search.base),
+        repeat=f"seed={search.seed}",
     )
 
 
-def _blindness(finding: Finding, search: Search, repeat: str) -> str:
-    observer, replaced = finding.worst, finding.replacements[0]
-    scene = search.scene
-    seen = scene.may_see[observer]
+def _blindness(fault: Fault, search: Search) -> Failure:
+    observer, replaced = fault.worst, fault.replacements[0]
+    subject = search.subject
+    seen = search.may_see[observer]
     missed = (
-        seen & own_places(search, replaced.places, observer)
-        if replaced.places is not None
+        seen & _own_elements(search, replaced.elements, observer)
+        if replaced.elements is not None
         else seen
     )
     numbers = missed.nonzero().flatten().tolist()
-    crop = Crop(search, observer, numbers[-1], "larger")
-    return build_message(
+    crop = _Crop(search, observer, numbers[-1], "larger")
+    unseen = (
+        f"{subject.observer} {observer[-1]} does not see {_listed(subject.element, numbers)}: "
+        f"whatever is there, {output_place(observer)} stays the same"
+    )
+    return Failure(
         _NAME,
-        f"{finding.broken} of {finding.judged} outputs do not depend on what they must see"
-        f"{_only_in(finding, search)}",
-        search.base,
-        worst=(
-            f"{scene.observer} {observer[-1]} does not see {_listed(scene.place, numbers)}: "
-            f"whatever is there, {output_place(observer)} stays the same"
-        ),
+        f"outputs do not depend on what they must see{_only_in(fault, search)}",
+        broken=fault.broken,
+        of=fault.judged,
+        worst=Place(unseen, observer),
         cause=_cause_of_blindness(search, observer, numbers),
-        repeat=repeat,
-        assumed=search.scene.advice.claimed,
+        assumed=search.claim.assumed,
+        tensor=Checked.of(search.base),
+        repeat=f"seed={search.seed}",
         picture=crop.draw(),
     )
 
@@ -109,10 +112,10 @@ def _blindness(finding: Finding, search: Search, repeat: str) -> str:
 def _cause_of_blindness(
     search: Search, observer: tuple[int, ...], missed: Sequence[int]
 ) -> str | None:
-    numbers = search.scene.may_see[observer].nonzero().flatten().tolist()
+    numbers = search.may_see[observer].nonzero().flatten().tolist()
     future = [number for number in numbers if number > observer[-1]]
     if future and set(missed) <= set(future):
-        return f"all of them lie in its future: {search.scene.advice.may_be_causal}"
+        return f"all of them lie in its future: {search.claim.may_be_causal}"
     if len(missed) == len(numbers) > 1:
         return "it sees nothing at all: is the whole row masked?"
     if list(missed) == numbers[-1:]:
@@ -133,12 +136,12 @@ def _listed(name: str, numbers: Sequence[int]) -> str:
     return f"{name}s {shown}{', ...' * (len(numbers) > 4)}"
 
 
-class _Culprit:
-    """The single place, query or batch entry that moves an output."""
+class _Mover:
+    """The single element, query or batch entry that moves an output."""
 
     def __init__(self, search: Search, observer: tuple[int, ...], replaced: Replacement) -> None:
         self.observer, self.search = observer, search
-        self.place: int | None = None
+        self.element: int | None = None
         self.query: int | None = None
         self.entry: tuple[int, ...] | None = None
         self.change = search.change_at(replaced, observer)
@@ -146,67 +149,65 @@ class _Culprit:
         self._find()
 
     def _find(self) -> None:
-        own = None
-        if self._replaced.places is not None:
-            own = own_places(self.search, self._replaced.places, self.observer)
-            own = own & ~self.search.scene.may_see[self.observer]
-        if own is not None and bool(own.any()) and self._moves(self._places(own)):
-            numbers = _narrow(own.nonzero().flatten().tolist(), self._move_together)
-            self.place = numbers[0]
-            self.change = self.search.change_at(self._places(self._only(numbers)), self.observer)
-        elif self._replaced.places is None and self._replaced.queries is not None:
-            queries = self._replaced.queries[self.observer[:-1]].nonzero().flatten().tolist()
-            queries = _narrow(queries, lambda some: self._moves(self._queries(some)))
-            self.query = queries[0]
-        elif self._replaced.places is not None:
-            entries = [tuple(at) for at in self._replaced.places.any(-1).nonzero().tolist()]
-            entries = _narrow(entries, lambda some: self._moves(self._of_entries(some)))
-            self.entry = entries[0]
+        elements, queries = self._replaced.elements, self._replaced.queries
+        if elements is None:
+            assert queries is not None
+            own = queries[self.observer[:-1]].nonzero().flatten().tolist()
+            self.query = _narrow(own, lambda some: self._moves(self._queries(some)))[0]
+            return
+        forbidden = _own_elements(self.search, elements, self.observer)
+        forbidden = forbidden & ~self.search.may_see[self.observer]
+        if bool(forbidden.any()) and self._moves(self._elements(forbidden)):
+            numbers = forbidden.nonzero().flatten().tolist()
+            numbers = _narrow(numbers, lambda some: self._moves(self._numbered(some)))
+            self.element = numbers[0]
+            self.change = self.search.change_at(self._numbered(numbers), self.observer)
+        else:
+            entries = [tuple(at) for at in elements.any(-1).nonzero().tolist()]
+            self.entry = _narrow(entries, lambda some: self._moves(self._of_entries(some)))[0]
 
     def _moves(self, replaced: Replacement) -> bool:
         return self.search.change_at(replaced, self.observer) >= self.change * 1e-3
 
-    def _move_together(self, numbers: Sequence[int]) -> bool:
-        return self._moves(self._places(self._only(numbers)))
+    def _numbered(self, numbers: Sequence[int]) -> Replacement:
+        chosen = torch.zeros_like(self.search.may_see[self.observer])
+        chosen[list(numbers)] = True
+        return self._elements(chosen)
 
-    def _only(self, numbers: Sequence[int]) -> Tensor:
-        places = torch.zeros_like(self.search.scene.may_see[self.observer])
-        places[list(numbers)] = True
-        return places
-
-    def _places(self, own: Tensor) -> Replacement:
-        places = spread(self.search, own, self.observer)
-        return replace(self._replaced, places=places, queries=None)
+    def _elements(self, own: Tensor) -> Replacement:
+        elements = _spread(self.search, own, self.observer)
+        return replace(self._replaced, elements=elements, queries=None)
 
     def _queries(self, numbers: Sequence[int]) -> Replacement:
-        queries = torch.zeros_like(self.search.scene.judged)
+        queries = torch.zeros_like(self.search.claim.judged)
         queries[self.observer[:-1]][list(numbers)] = True
         return Replacement(None, queries)
 
     def _of_entries(self, entries: Sequence[tuple[int, ...]]) -> Replacement:
-        places = torch.zeros(
-            places_shape(self.search), dtype=torch.bool, device=self.search.base.device
-        )
+        elements = _no_elements(self.search)
         for entry in entries:
-            places[entry] = True
-        return replace(self._replaced, places=places, queries=None)
+            elements[entry] = True
+        return replace(self._replaced, elements=elements, queries=None)
 
-    def sentence(self) -> str:
-        """Say what sees what, why that is wrong, and by how much the output changes."""
-        scene = self.search.scene
-        number = self.observer[-1]
+    def place(self) -> Place:
+        """The output, with what moves it, why that is wrong, and by how much it changes."""
         moved = f"{output_place(self.observer)} {self._moved()}"
-        if self.place is not None:
-            reasons = (
-                rule.because(self.observer, self.place)
-                for rule in scene.rules
-                if not bool(rule.allowed.expand(scene.may_see.shape)[self.observer][self.place])
-            )
-            because = next(reasons, "which it must not see")
-            return f"{scene.observer} {number} sees {scene.place} {self.place}, {because}; {moved}"
+        return Place(f"{self._says()}; {moved}", self.observer, self.change)
+
+    def _says(self) -> str:
+        search, number = self.search, self.observer[-1]
+        observer, element = search.subject.observer, search.subject.element
         if self.query is not None:
-            return f"query {number} depends on query {self.query}; {moved}"
-        return f"{scene.observer} {number} depends on {self._other()}; {moved}"
+            return f"query {number} depends on query {self.query}"
+        if self.element is None:
+            return f"{observer} {number} depends on {self._other()}"
+        reasons = (
+            rule.because(self.observer, self.element)
+            for rule in search.claim.rules
+            if not bool(rule.allowed.expand(search.may_see.shape)[self.observer][self.element])
+        )
+        because = next(reasons, "which it must not see")
+        return f"{observer} {number} sees {element} {self.element}, {because}"
 
     def _moved(self) -> str:
         if self.change == 0:
@@ -220,16 +221,16 @@ class _Culprit:
     @property
     def is_grouped(self) -> bool:
         """Whether several heads share the keys of one."""
-        return self.search.scene.groups > 1
+        return self.search.subject.group > 1
 
     @property
     def is_another_head(self) -> bool:
         """Whether what moves the output is a head, of the output's own batch entry."""
-        own, entry = key_entry(self.search, self.observer), self.entry or ()
+        own, entry = _key_entry(self.search, self.observer), self.entry or ()
         return len(entry) == 2 and entry[0] == own[0]
 
     def _other(self) -> str:
-        own, entry = key_entry(self.search, self.observer), self.entry or ()
+        own, entry = _key_entry(self.search, self.observer), self.entry or ()
         if self.is_another_head:
             return f"{'key head' if self.is_grouped else 'head'} {entry[1]}, its own is {own[1]}"
         return f"batch entry {entry[0] if entry else '?'}, its own is {own[0]}"
@@ -246,7 +247,7 @@ def _narrow(items: list[Any], move: Callable[[list[Any]], bool]) -> list[Any]:
     return items
 
 
-def _cause_in(crop: Crop) -> str | None:
+def _cause_in(crop: _Crop) -> str | None:
     """Read a likely cause from what the observers around the worst one see."""
     sees, forbidden, rightly = crop.sees, crop.forbidden, crop.seen_rightly
     wrongly = sees & forbidden
@@ -255,7 +256,7 @@ def _cause_in(crop: Crop) -> str | None:
     others = rightly & crop.judged.unsqueeze(-1) & (crop.steps != 0)
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
-    extra = _places_too_many(crop, wrongly)
+    extra = _elements_too_many(crop, wrongly)
     if extra == 1:
         return "each sees one place too many: a causal mask that is off by one?"
     strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
@@ -269,8 +270,8 @@ def _cause_in(crop: Crop) -> str | None:
     return None if extra is None else _cause_of_several_too_many(crop, extra)
 
 
-def _places_too_many(crop: Crop, wrongly: Tensor) -> int | None:
-    """How many places each sees beyond the last that it may see; None if not all see as many."""
+def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
+    """How many elements each sees beyond the last that it may see; None if not all see as many."""
     ahead = _steps_ahead(crop)
     extra = int(ahead[wrongly].max())
     if extra < 1 or not bool((wrongly == (crop.forbidden & (ahead >= 1) & (ahead <= extra))).all()):
@@ -278,13 +279,13 @@ def _places_too_many(crop: Crop, wrongly: Tensor) -> int | None:
     return extra
 
 
-def _cause_of_several_too_many(crop: Crop, extra: int) -> str:
-    if crop.search.scene.place == "token":
+def _cause_of_several_too_many(crop: _Crop, extra: int) -> str:
+    if crop.search.subject.element == "token":
         return (
             f"each sees {extra} places too many: a causal mask that is off by one in each of "
             f"{extra} layers, or by {extra}?"
         )
-    query_len, key_len = crop.search.scene.may_see.shape[-2:]
+    query_len, key_len = crop.search.may_see.shape[-2:]
     if extra == key_len - query_len:
         return (
             f"each sees {extra} places too many, key_len - query_len: a causal mask aligned to "
@@ -293,19 +294,116 @@ def _cause_of_several_too_many(crop: Crop, extra: int) -> str:
     return f"each sees {extra} places too many"
 
 
-def _steps_ahead(crop: Crop) -> Tensor:
-    """How many places beyond the last that an observer may see each place is."""
+def _steps_ahead(crop: _Crop) -> Tensor:
+    """How many elements beyond the last that an observer may see each is."""
     numbers = torch.arange(crop.columns.start, crop.columns.stop)
-    whole = crop.search.scene.may_see[crop.observer[:-1]][crop.rows].cpu()
+    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
     last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
     return numbers - last
 
 
-def _cause_of_entries(culprit: _Culprit) -> str | None:
-    if culprit.query is not None:
+def _cause_of_entries(mover: _Mover) -> str | None:
+    if mover.query is not None:
         return "softmax over the query axis (dim=-2)?"
-    if culprit.is_another_head and culprit.is_grouped:
+    if mover.is_another_head and mover.is_grouped:
         return "grouped heads in another order (repeat in place of repeat_interleave)?"
-    if culprit.is_another_head:
+    if mover.is_another_head:
         return "heads split or merged without a transpose, or softmax over the heads?"
     return "softmax or a normalisation over the batch, or another entry's keys?"
+
+
+# --- The picture
+
+
+def _entry_name(lead: tuple[int, ...]) -> str:
+    """Name a batch entry, or a head where there are both."""
+    return f"batch entry {lead[0]}" if len(lead) == 1 else map_name(lead)
+
+
+def _key_entry(search: Search, observer: tuple[int, ...]) -> tuple[int, ...]:
+    """Return the batch entry and the head of the keys that an observer sees."""
+    return as_of_keys(observer[:-1], search.subject.group)
+
+
+def _own_elements(search: Search, elements: Tensor, observer: tuple[int, ...]) -> Tensor:
+    """Those of the keys that an observer shares, (key_len,)."""
+    return elements[_key_entry(search, observer)]
+
+
+def _no_elements(search: Search) -> Tensor:
+    """What a replacement takes as its elements, none of them chosen."""
+    *leading, _, key_len = search.may_see.shape
+    return search.may_see.new_zeros((*as_of_keys(leading, search.subject.group), key_len))
+
+
+def _spread(search: Search, own: Tensor, observer: tuple[int, ...]) -> Tensor:
+    """Elements of one batch entry and head among those of all."""
+    elements = _no_elements(search)
+    elements[_key_entry(search, observer)] = own
+    return elements
+
+
+class _Crop:
+    """How strongly a few observers depend on a few elements, each replaced alone."""
+
+    def __init__(
+        self, search: Search, observer: tuple[int, ...], element: int, content: str
+    ) -> None:
+        self.search, self.observer = search, observer
+        content = "nan" if content == "nan" else "larger"
+        query_len, key_len = search.may_see.shape[-2:]
+        self.rows = _window(observer[-1], query_len, _ROWS)
+        self.columns = _window(element, key_len, _COLUMNS)
+        lead = observer[:-1]
+        self.seen_rightly = search.may_see[lead][self.rows, self.columns].cpu()
+        self.judged = search.claim.judged[lead][self.rows].cpu()
+        changes = []
+        for column in range(self.columns.start, self.columns.stop):
+            own = torch.zeros(key_len, dtype=torch.bool, device=search.may_see.device)
+            own[column] = True
+            replaced = Replacement(_spread(search, own, observer), None, content)
+            changes.append(search.change(replaced)[lead][self.rows].cpu())
+        self.changes = torch.stack(changes, -1)
+        self.changes[~self.judged] = 0
+
+    @property
+    def sees(self) -> Tensor:
+        """Which observer depends on which element."""
+        return self.changes > self.search.allowed
+
+    @property
+    def steps(self) -> Tensor:
+        """How far ahead of an observer an element is."""
+        rows = torch.arange(self.rows.start, self.rows.stop).unsqueeze(-1)
+        return torch.arange(self.columns.start, self.columns.stop) - rows
+
+    @property
+    def forbidden(self) -> Tensor:
+        """What must not be seen, in rows that are judged."""
+        return ~self.seen_rightly & self.judged.unsqueeze(-1)
+
+    def draw(self) -> str:
+        """The dependence as a map: full where it is largest, a dot where nothing changes."""
+        subject = self.search.subject
+        largest = max(self.changes[self.changes.isfinite()].tolist(), default=0.0) or 1.0
+        drawn = self.changes.clamp(max=largest) / largest
+        wrong = (self.forbidden & self.sees).any(-1)
+        wrong |= (self.seen_rightly & (self.changes == 0)).any(-1)
+        wrong &= self.judged
+        lead = self.observer[:-1]
+        return format_heatmap(
+            drawn,
+            mask=self.changes != 0,
+            first_row=self.rows.start,
+            first_column=self.columns.start,
+            marked=[self.rows.start + i for i in wrong.nonzero().flatten().tolist()],
+            notes=[""] * len(drawn),
+            row_name=subject.observer[0],
+            column_name=f"{subject.element}s",
+            title=", ".join(filter(None, [_entry_name(lead), "change when each is replaced"])),
+        )
+
+
+def _window(center: int, size: int, most: int) -> slice:
+    first = max(0, min(center - most // 2, size - most))
+    return slice(first, min(first + most, size))

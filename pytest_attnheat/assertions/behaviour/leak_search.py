@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TypeAlias
@@ -11,15 +11,16 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import relative_change
-from pytest_attnheat.assertions.behaviour.heads import (
+from pytest_attnheat.assertions.behaviour.subject import (
+    Subject,
     for_each_query_head,
     of_any,
     of_the_first,
 )
-from pytest_attnheat.assertions.behaviour.scenes import Replacement, Scene, touched
+from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, touched
 from pytest_attnheat.attention.chunks import index_of
 
-# How many sets of places are tried before an output is believed to depend on all of them.
+# How many sets of elements are tried before an output is believed to depend on all of them.
 _TRIALS = 12
 # How many outputs that no pass moved are looked at.
 _MOST_BLIND = 8
@@ -30,13 +31,13 @@ _MOST_PASSES = 32
 
 
 @dataclass(frozen=True)
-class Finding:
+class Fault:
     """Outputs that break the claim.
 
     Attributes:
         blind: Whether they do not depend on what they must see; else they depend on what they
             must not see.
-        way: How it was found: "perturbation", "gradient" or "nan".
+        method: How it was found: "perturbation", "gradient" or "nan".
         broken: How many outputs.
         judged: Of how many.
         entries: In how many batch entries and heads.
@@ -46,7 +47,7 @@ class Finding:
     """
 
     blind: bool
-    way: str
+    method: str
     broken: int
     judged: int
     entries: int
@@ -60,34 +61,37 @@ _Pair: TypeAlias = tuple[tuple[int, ...], Replacement]
 
 
 class Search:
-    """Runs a scene a few times, each time with something else replaced."""
+    """Runs a subject a few times, each time with something else replaced."""
 
     def __init__(
         self,
-        scene: Scene,
+        subject: Subject,
+        claim: Claim,
         base: Tensor,
         *,
         allowed: float,
         passes: int,
-        start: Callable[[], None],
+        seed: int,
     ) -> None:
         """Prepare the search; the subject is not called.
 
         Args:
-            scene: The subject.
+            subject: The subject.
+            claim: What it may depend on.
             base: Its output with nothing replaced.
             allowed: By what part of its size an output may change.
             passes: How many observers are judged for each batch entry and head.
-            start: Called before each call of the subject.
+            seed: What replacements are drawn from.
 
         Raises:
             ValueError: Nothing is forbidden: any dependence would be right.
         """
-        self.scene, self.base, self.allowed = scene, base, allowed
-        self._passes, self._start = passes, start
+        self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
+        self.may_see, self.claim = claim.may_see, claim
+        self._passes = passes
         # What a query gives that may see nothing is a matter of declaration, not of leaks.
-        self._judged = scene.judged & base.isfinite().all(-1) & scene.may_see.any(-1)
-        self._watched = self._judged & ~scene.may_see.all(-1)
+        self._judged = claim.judged & base.isfinite().all(-1) & claim.may_see.any(-1)
+        self._watched = self._judged & ~claim.may_see.all(-1)
         if not bool(self._watched.any()) and next(self._others(), None) is None:
             raise ValueError(
                 "assert_no_leakage: every output may see every input, so there is nothing to "
@@ -96,8 +100,8 @@ class Search:
 
     def not_finite(self) -> Tensor:
         """Which judged outputs are NaN or inf with nothing replaced; those that see nothing may."""
-        sees = self.scene.may_see.any(-1)
-        return ~self.base.isfinite().all(-1) & self.scene.judged & sees
+        sees = self.may_see.any(-1)
+        return ~self.base.isfinite().all(-1) & self.claim.judged & sees
 
     def change(self, replaced: Replacement) -> Tensor:
         """By what part of its size each output changes, (*leading, query_len)."""
@@ -109,45 +113,44 @@ class Search:
         return float(off.abs().nan_to_num(nan=torch.inf).max())
 
     def _output(self, replaced: Replacement) -> Tensor:
-        self._start()
-        return self.scene.output(replaced)
+        return self.subject.run_replaced(replaced, seed=self.seed)
 
-    def first_finding(
-        self, ways: Sequence[str], *, optional: bool, must_see: bool
-    ) -> Finding | None:
+    def first_fault(
+        self, methods: Sequence[str], *, optional: bool, must_see: bool
+    ) -> Fault | None:
         """Return what is broken, leaks before blindness, or None.
 
         Args:
-            ways: "perturbation", "gradient", "nan".
+            methods: "perturbation", "gradient", "nan".
             optional: Whether a subject that is not differentiable may go without "gradient".
             must_see: Whether blindness counts.
 
         Raises:
             ValueError: It is not differentiable, and that is not optional.
         """
-        blind: Finding | None = None
-        if "perturbation" in ways:
+        blind: Fault | None = None
+        if "perturbation" in methods:
             replacements = [*self._others(), *self._hidden()]
             leak, blind = self._perturb(replacements, "perturbation")
             if leak is not None:
                 return leak
-        if "nan" in ways:
-            replacements = [Replacement(r.places, None, "nan") for r in self._hidden()]
+        if "nan" in methods:
+            replacements = [Replacement(r.elements, None, "nan") for r in self._hidden()]
             leak, _ = self._perturb(replacements, "nan")
             if leak is not None:
                 return leak
-        if "gradient" in ways:
+        if "gradient" in methods:
             leak, unseen = self._follow_gradients(optional=optional)
             if leak is not None:
                 return leak
-            blind = unseen or blind  # which names the places
+            blind = unseen or blind  # which names the elements
         return blind if must_see else None
 
     def _perturb(
-        self, replacements: Sequence[Replacement], way: str
-    ) -> tuple[Finding | None, Finding | None]:
+        self, replacements: Sequence[Replacement], method: str
+    ) -> tuple[Fault | None, Fault | None]:
         """Replace, and find outputs that change but must not, or that never change but must."""
-        zeros = torch.zeros(self.scene.judged.shape, dtype=torch.float64, device=self.base.device)
+        zeros = torch.zeros(self.claim.judged.shape, dtype=torch.float64, device=self.base.device)
         leak, found_by = zeros.clone(), zeros.long()
         judged, asked, felt = zeros.bool(), zeros.bool(), zeros.bool()
         for number, replaced in enumerate(replacements):
@@ -171,11 +174,11 @@ class Search:
             index_of(leak.argmax(), leak.shape),
             index_of(broken.flatten().int().argmax(), broken.shape),
         )
-        by = [replacements[int(found_by[place])] for place in at]
+        by = [replacements[int(found_by[one])] for one in at]
         counts = int(broken.sum()), int(judged.sum()), int(broken.any(-1).sum())
-        return Finding(False, way, *counts, *at, (by[0], by[1])), blind
+        return Fault(False, method, *counts, *at, (by[0], by[1])), blind
 
-    def _never_moved(self, unfelt: Tensor, asked: int) -> Finding | None:
+    def _never_moved(self, unfelt: Tensor, asked: int) -> Fault | None:
         """Outputs that stay the same even if all that they may see is replaced at once.
 
         That none of the passes moved one proves little: all its attention may be on a key that
@@ -184,27 +187,27 @@ class Search:
         pairs: list[_Pair] = []
         for at in unfelt.nonzero().tolist()[:_MOST_BLIND]:
             observer = tuple(at)
-            places = torch.zeros_like(self.scene.may_see[..., 0, :])
-            places[observer[:-1]] = self.scene.may_see[observer]
-            shared = of_any(places, self.scene.groups)
-            aim = torch.full_like(unfelt[..., 0], observer[-1], dtype=torch.long)
-            if self._stays(observer, shared, aim):
+            elements = torch.zeros_like(self.may_see[..., 0, :])
+            elements[observer[:-1]] = self.may_see[observer]
+            shared = of_any(elements, self.subject.group)
+            towards = torch.full_like(unfelt[..., 0], observer[-1], dtype=torch.long)
+            if self._stays(observer, shared, towards):
                 pairs.append((observer, Replacement(shared)))
         return _of_pairs(pairs, asked, blind=True)
 
-    def _stays(self, observer: tuple[int, ...], places: Tensor, aim: Tensor | None) -> bool:
+    def _stays(self, observer: tuple[int, ...], elements: Tensor, towards: Tensor | None) -> bool:
         contents = (
-            Replacement(places, content="same"),
-            Replacement(places, content="larger"),
-            Replacement(places, content="larger", aim=aim),
+            Replacement(elements, content="same"),
+            Replacement(elements, content="larger"),
+            Replacement(elements, content="larger", towards=towards),
         )
         return all(self.change_at(content, observer) == 0 for content in contents)
 
     def _reached(self, replaced: Replacement) -> Tensor:
         """Which outputs may see what is replaced."""
-        if replaced.places is None:
-            return torch.zeros_like(self.scene.judged)
-        return touched(self.scene.may_see, for_each_query_head(replaced.places, self.scene.groups))
+        if replaced.elements is None:
+            return torch.zeros_like(self.claim.judged)
+        return touched(self.may_see, for_each_query_head(replaced.elements, self.subject.group))
 
     def _hidden(self) -> Iterator[Replacement]:
         """In each pass, for each batch entry and head, all that one observer must not see."""
@@ -212,7 +215,7 @@ class Search:
             return
         entries = self._watched[..., 0].numel()
         passes = self._passes
-        if self.scene.place == "key":
+        if self.subject.has_queries:
             rows = self._watched.shape[-1]
             wanted = rows if rows <= _MOST_PASSES else -(-rows // entries)
             passes = min(max(passes, wanted), _MOST_PASSES)
@@ -221,15 +224,15 @@ class Search:
             forbidden = ~self._seen_by(observers)
             forbidden &= self._watched.any(-1, keepdim=True)
             content = "larger" if number % 2 else "same"
-            aim = observers if number % 2 else None
-            places = of_the_first(forbidden, self.scene.groups)
-            yield Replacement(places, content=content, aim=aim)
+            towards = observers if number % 2 else None
+            elements = of_the_first(forbidden, self.subject.group)
+            yield Replacement(elements, content=content, towards=towards)
 
     def _seen_by(self, observers: Tensor) -> Tensor:
         """What one observer (*leading) per batch entry and head may see, (*leading, key_len)."""
-        key_len = self.scene.may_see.shape[-1]
+        key_len = self.may_see.shape[-1]
         index = observers[..., None, None].expand(*observers.shape, 1, key_len)
-        return self.scene.may_see.gather(-2, index).squeeze(-2)
+        return self.may_see.gather(-2, index).squeeze(-2)
 
     def _observers(self, candidates: Tensor, number: int, of: int) -> Tensor:
         """Choose an observer per batch entry and head, so that all passes spread over the rows."""
@@ -245,11 +248,11 @@ class Search:
 
     def _others(self) -> Iterator[Replacement]:
         """Every second batch entry, head and query, and then the rest."""
-        shape = self.scene.judged.shape
-        takes_queries = self.scene.place == "key"
+        shape = self.claim.judged.shape
+        takes_queries = self.subject.has_queries
         for dim in range(len(shape) - (0 if takes_queries else 1)):
             is_query, is_head = dim == len(shape) - 1, dim == len(shape) - 2
-            groups = self.scene.groups if is_head else 1
+            groups = self.subject.group if is_head else 1
             # Any two numbers differ in some bit; for a whole model one must do.
             bits = (max(1, shape[dim] // groups) - 1).bit_length()
             bits = bits if takes_queries else min(bits, 1)
@@ -259,21 +262,21 @@ class Search:
                 size = [1] * len(shape)
                 size[dim] = shape[dim]
                 queries = chosen.reshape(size).expand(shape)
-                places = None
+                elements = None
                 if not is_query:
-                    key_len = self.scene.may_see.shape[-1]
+                    key_len = self.may_see.shape[-1]
                     whole = queries[..., :1].expand(*shape[:-1], key_len)
-                    places = of_the_first(whole, self.scene.groups)
-                yield Replacement(places, queries if takes_queries else None)
+                    elements = of_the_first(whole, self.subject.group)
+                yield Replacement(elements, queries if takes_queries else None)
 
-    def _follow_gradients(self, *, optional: bool) -> tuple[Finding | None, Finding | None]:
+    def _follow_gradients(self, *, optional: bool) -> tuple[Fault | None, Fault | None]:
         """Where the gradient of a few observers is 0, and where not."""
         # A whole model is dear: one backward pass, if its batch makes that several observers.
-        count = 1 if self.scene.place == "token" and len(self.scene.judged) > 1 else 2
+        count = 2 if self.subject.has_queries or len(self.claim.judged) == 1 else 1
         chosen = [self._observers(self._judged, number, count) for number in range(count)]
         rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
         try:
-            gradients = self.scene.gradient(rows)
+            gradients = self.subject.gradient(rows)
         except (RuntimeError, NotImplementedError) as error:
             if optional:
                 return None, None
@@ -284,7 +287,7 @@ class Search:
         unseen: list[_Pair] = []
         judged = 0
         for row, gradient in zip(rows, gradients, strict=True):
-            felt = for_each_query_head(gradient, self.scene.groups)
+            felt = for_each_query_head(gradient, self.subject.group)
             seen = self._seen_by(row.int().argmax(-1))
             active = row.any(-1, keepdim=True)
             judged += int(active.sum())
@@ -295,30 +298,30 @@ class Search:
                 if self._is_real(*pair)
             ]
             strongest = felt.masked_fill(~seen, 0).argmax(-1)
-            for observer, places in self._pairs(row, (felt == 0) & seen & active):
-                blind = self._blind(observer, places, int(strongest[observer[:-1]]))
+            for observer, elements in self._pairs(row, (felt == 0) & seen & active):
+                blind = self._blind(observer, elements, int(strongest[observer[:-1]]))
                 unseen += [] if blind is None else [(observer, blind)]
         return _of_pairs(leaks, judged, blind=False), _of_pairs(unseen, judged, blind=True)
 
     def _as_rows(self, observers: Tensor, number: int) -> Tensor:
         """Mark the observers, of the heads that share their keys only one."""
-        rows = torch.zeros_like(self.scene.judged)
+        rows = torch.zeros_like(self.claim.judged)
         rows.scatter_(-1, observers.unsqueeze(-1), True)
         rows &= self._judged
-        if self.scene.groups > 1:
+        if self.subject.group > 1:
             head = torch.arange(rows.shape[-2], device=rows.device)
-            mine = head % self.scene.groups == number % self.scene.groups
+            mine = head % self.subject.group == number % self.subject.group
             rows &= mine.unsqueeze(-1)
         return rows
 
-    def _pairs(self, row: Tensor, places: Tensor) -> list[_Pair]:
-        """Pair each observer with those places of its own."""
+    def _pairs(self, row: Tensor, elements: Tensor) -> list[_Pair]:
+        """Pair each observer with those elements of its own."""
         pairs = []
-        for at in places.any(-1).nonzero().tolist():
+        for at in elements.any(-1).nonzero().tolist():
             observer = (*at, int(row[tuple(at)].int().argmax()))
-            alone = torch.zeros_like(places)
-            alone[tuple(at)] = places[tuple(at)]
-            pairs.append((observer, Replacement(of_any(alone, self.scene.groups))))
+            alone = torch.zeros_like(elements)
+            alone[tuple(at)] = elements[tuple(at)]
+            pairs.append((observer, Replacement(of_any(alone, self.subject.group))))
         return pairs
 
     def _is_real(self, observer: tuple[int, ...], replaced: Replacement) -> bool:
@@ -327,30 +330,30 @@ class Search:
         The embedding of equal token ids may also be looked up for something else, such as the
         source of an encoder.
         """
-        if self.scene.place == "key" or not self.scene.through_embeddings:
+        if not self.subject.through_embeddings:
             return True
         return self.change_at(replaced, observer) > 0
 
     def _blind(
         self, observer: tuple[int, ...], replaced: Replacement, strongest: int
     ) -> Replacement | None:
-        """Some of the places that make no difference, whatever is there; None if all do.
+        """Some of the elements that make no difference, whatever is there; None if all do.
 
         A weight or a gradient may be rounded to 0 where the output does depend on a place; the
         key that gets most attention brings some to any place.
         """
-        assert replaced.places is not None
-        suspects = [replaced.places.nonzero()]
+        assert replaced.elements is not None
+        suspects = [replaced.elements.nonzero()]
         for _ in range(_TRIALS):
             if not suspects:
                 break
             some = suspects.pop(0)
-            places = torch.zeros_like(replaced.places)
-            places[tuple(some.T)] = True
-            aim = torch.full_like(self._judged[..., 0], observer[-1], dtype=torch.long)
-            like = Replacement(places, content="larger", like=strongest)
-            if self.change_at(like, observer) == 0 and self._stays(observer, places, aim):
-                return Replacement(places)
+            elements = torch.zeros_like(replaced.elements)
+            elements[tuple(some.T)] = True
+            towards = torch.full_like(self._judged[..., 0], observer[-1], dtype=torch.long)
+            like = Replacement(elements, content="larger", like=strongest)
+            if self.change_at(like, observer) == 0 and self._stays(observer, elements, towards):
+                return Replacement(elements)
             if len(some) > 1:
                 suspects += [some[: len(some) // 2], some[len(some) // 2 :]]
         return None
@@ -371,11 +374,11 @@ def _targets(length: int, entries: int, number: int, of: int) -> list[int]:
     return sorted(chosen)[number::of]
 
 
-def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Finding | None:
+def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | None:
     if not pairs:
         return None
     observer, replaced = pairs[0]
     entries = len({observer[:-1] for observer, _ in pairs})
-    return Finding(
+    return Fault(
         blind, "gradient", len(pairs), judged, entries, observer, observer, (replaced, replaced)
     )

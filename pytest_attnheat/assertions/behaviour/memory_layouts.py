@@ -1,4 +1,4 @@
-"""The ways in which inputs may lie in memory."""
+"""How inputs may lie in memory."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.functions import MASK
+
 Tensors: TypeAlias = Mapping[str, Tensor]
 _Layout: TypeAlias = Callable[[str, Tensor], Tensor | None]
 
-MASK = "attn_mask"
 _PERMUTED = {4: "(batch, length, heads, width)", 3: "(length, batch, width)"}
 
 

@@ -1,39 +1,141 @@
-"""A sequence model, called in chunks with its cache, and why that may differ."""
+"""What is called at once and in chunks, and why the two may differ: a model with its cache."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.decoders import (
-    MOST_PREFIXES,
-    MOST_SINGLE_TOKENS,
-    Evidence,
-    Plan,
-    name_tokens,
-    tokens_off,
+from pytest_attnheat.assertions.behaviour.difference import output_place, relative_change
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.sequences import (
+    CachedDecoding,
+    decoded,
+    refuse_unused_cache,
 )
-from pytest_attnheat.assertions.behaviour.difference import relative_change
-from pytest_attnheat.assertions.behaviour.sequences import CachedDecoding, Subject
+from pytest_attnheat.assertions.behaviour.subject import Subject, begin
 from pytest_attnheat.attention.vocabulary import Alignment
+from pytest_attnheat.inputs import misuse
+
+# How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
+MOST_SINGLE_TOKENS = 128
+MOST_PREFIXES = 64
 
 
-def model_decoder(subject: Subject, alignment: Alignment | None) -> _ModelDecoder:
+@dataclass(frozen=True)
+class Plan:
+    """How a sequence is cut into chunks.
+
+    Attributes:
+        sizes: The size of each chunk.
+        words: The same as part of a sentence.
+    """
+
+    sizes: list[int]
+    words: str
+
+    @property
+    def steps(self) -> list[range]:
+        """The tokens of each chunk."""
+        ends = [sum(self.sizes[: i + 1]) for i in range(len(self.sizes))]
+        return [range(end - size, end) for end, size in zip(ends, self.sizes, strict=True)]
+
+    def step_of(self, token: int) -> range:
+        """The tokens of the chunk that a token is in."""
+        return next(step for step in self.steps if token in step)
+
+    def place(self, index: tuple[int, ...]) -> str:
+        """Name a row of the output by its token and chunk."""
+        return f"{output_place(index)}, {name_tokens(self.step_of(index[-1]), index[-1])},"
+
+
+def name_tokens(step: range, token: int | None = None) -> str:
+    """Name a chunk, or one token in it."""
+    if len(step) == 1:
+        return f"token {step[0]} decoded alone"
+    chunk = f"tokens {step[0]} to {step[-1]} decoded together"
+    return chunk if token is None else f"token {token} of {chunk}"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known when an output differs.
+
+    Attributes:
+        plan: How the sequence was cut.
+        decoded: (..., length, width), in chunks.
+        whole: The same at once.
+        allowed: By what part of its size a row may differ.
+        singles_are_right: Whether decoding token by token gave the right outputs before.
+    """
+
+    plan: Plan
+    decoded: Tensor
+    whole: Tensor
+    allowed: float
+    singles_are_right: bool
+
+    def is_explained_by(self, candidate: Callable[[], Tensor], step: range) -> bool:
+        """Whether the outputs of a chunk are those of a candidate (..., chunk, width)."""
+        got = self.decoded[..., step.start : step.stop, :]
+        try:
+            expected = candidate()
+        except Exception:  # A subject that cannot be called so is no reason to hide the failure.
+            return False
+        return expected.shape == got.shape and self.alike(got, expected)
+
+    def alike(self, got: Tensor, expected: Tensor) -> bool:
+        """Whether two outputs of some rows are the same."""
+        return bool((relative_change(got, expected) <= self.allowed).all())
+
+
+class Decoder(Protocol):
+    """A subject that can be called at once and in chunks."""
+
+    @property
+    def subject(self) -> Subject:
+        """The subject, which is called at once."""
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are."""
+
+    @property
+    def most_single(self) -> int:
+        """How many of them are decoded one by one."""
+
+    @property
+    def how(self) -> str:
+        """What decoding is done with, as part of a sentence."""
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        """The output (..., length, width) in chunks."""
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """The dtype whose rounding is to be expected in outputs of a dtype."""
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """A likely cause, from which outputs (..., length) are off."""
+
+
+def tokens_off(broken: Tensor) -> list[int]:
+    """The tokens with an output that is off."""
+    tokens: list[int] = broken.reshape(-1, broken.shape[-1]).any(0).nonzero().flatten().tolist()
+    return tokens
+
+
+def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> _ModelDecoder:
     """Return how a model is called in chunks; ValueError if it is given an alignment."""
     if alignment is not None:
-        raise ValueError(
-            f"alignment: got {alignment!r}; it says what is_causal=True means to an attention "
-            "function, and a sequence model is not told that it is causal"
-        )
-    return _ModelDecoder(subject, has_cache=_has_cache(subject))
+        accepted = "None for a sequence model, which is not told that it is causal"
+        raise ValueError(misuse("alignment", repr(alignment), accepted))
+    return _ModelDecoder(subject, _has_cache(subject))
 
 
-def _has_cache(subject: Subject) -> bool:
+def _has_cache(subject: ModelSubject) -> bool:
     decode = subject.model.decode
     if isinstance(decode, CachedDecoding):
         # Only the model itself knows: BERT takes a cache, and returns none.
@@ -41,66 +143,8 @@ def _has_cache(subject: Subject) -> bool:
             _, cache = _ModelDecoder(subject, has_cache=True).step(range(1), None)
         return cache is not None
     if decode is None:
-        _refuse_unused_cache(subject.model.module)
+        refuse_unused_cache(subject.model.module)
     return decode is not None
-
-
-def _refuse_unused_cache(module: Callable[..., Any]) -> None:
-    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does.
-
-    Raises:
-        ValueError: It does.
-    """
-    cache = name_of_cache(module)
-    if cache is not None:
-        module = getattr(module, "_orig_mod", module)
-        name = getattr(module, "__name__", f"{type(module).__name__}.forward")
-        raise ValueError(
-            f"{name} takes {cache!r}, but nothing says how to decode with it: "
-            "SequenceModel(model, decode=...), where decode(chunk, cache) returns (output, cache); "
-            "or wrap the model in a lambda to compare prefixes alone"
-        )
-
-
-def name_of_cache(module: Callable[..., Any]) -> str | None:
-    """Return the parameter under which a module takes a cache, told by its name, or None."""
-    module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
-    called = module.forward if isinstance(module, nn.Module) else module
-    try:
-        taken = inspect.signature(called).parameters
-    except (TypeError, ValueError):  # A builtin.
-        return None
-    return next((name for name in taken if _is_name_of_cache(name)), None)
-
-
-def _is_name_of_cache(name: str) -> bool:
-    return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
-
-
-def _decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
-    """Call `decode` and return its output and cache.
-
-    Raises:
-        TypeError: It takes or returns something else.
-    """
-    try:
-        inspect.signature(decode).bind(chunk, cache, **arguments)
-    except TypeError as error:
-        raise TypeError(
-            "decode must return (output, cache); got a decode that cannot be called as "
-            f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)}): {error}"
-        ) from None
-    except ValueError:  # A builtin, which does not say what it takes.
-        pass
-    result = decode(chunk, cache, **arguments)
-    if not isinstance(result, (tuple, list)) or len(result) != 2:
-        got = type(result).__name__
-        if isinstance(result, (tuple, list)):
-            got = f"a {got} of {len(result)}"
-        elif isinstance(result, Tensor):
-            got = f"a tensor {tuple(result.shape)}"
-        raise TypeError(f"decode must return (output, cache); got {got}")
-    return result
 
 
 @dataclass(frozen=True)
@@ -110,12 +154,10 @@ class _ModelDecoder:
     Attributes:
         subject: The model, its inputs and further arguments.
         has_cache: Whether it decodes with a cache.
-        start: What to do before each call.
     """
 
-    subject: Subject
+    subject: ModelSubject
     has_cache: bool
-    start: Callable[[], None] = lambda: None
 
     @property
     def length(self) -> int:
@@ -128,12 +170,6 @@ class _ModelDecoder:
     @property
     def how(self) -> str:
         return "with the cache" if self.has_cache else "without a cache"
-
-    def starting_with(self, start: Callable[[], None]) -> _ModelDecoder:
-        return replace(self, start=start)
-
-    def whole(self) -> Tensor:
-        return self.subject.run()
 
     def decode(self, steps: Sequence[range]) -> Tensor:
         outputs: list[Tensor] = []
@@ -150,9 +186,6 @@ class _ModelDecoder:
         # Models of transformers do softmax, norms and rotations in float32 in any case.
         return torch.float32 if dtype == torch.float64 else dtype
 
-    def judged(self) -> Tensor | None:
-        return None
-
     def step(self, step: range, cache: Any) -> tuple[Tensor, Any]:
         """Decode one chunk with a cache; the output (batch, chunk, width) and the new cache."""
         model = self.subject.model
@@ -164,14 +197,13 @@ class _ModelDecoder:
             arguments[model.positions_argument] = arguments[model.positions_argument][
                 ..., step.start :
             ]
-        self.start()
+        begin(self.subject.seed)
         given = chunk if model.batch_first else chunk.transpose(0, 1)
-        result, cache = _decoded(model.decode, given.clone(), cache, **arguments)
+        result, cache = decoded(model.decode, given.clone(), cache, **arguments)
         return model.read(result, chunk), cache
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
         """Run the model on some tokens at once, without a cache."""
-        self.start()
         inputs = self.subject.inputs[:, list(tokens)]
         at = None
         if positions is not None:

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, get_args
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.calls import (
-    Call,
-    FunctionCall,
-    SequenceCall,
-    answers,
-    as_call,
-    as_lengths,
-    check_takes_mask,
-    coarsest,
-    differ,
-)
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
-from pytest_attnheat.assertions.behaviour.function_padding import PaddedFunction
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.behaviour.model_padding import Alone, PaddedSequence
-from pytest_attnheat.assertions.behaviour.padded import Filling, Padded
-from pytest_attnheat.assertions.behaviour.subjects import settled
-from pytest_attnheat.attention.vocabulary import Side
+from pytest_attnheat.assertions.behaviour.reading import as_subject
+from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
+from pytest_attnheat.assertions.behaviour.visibility import Padding, Replacement, Told
+from pytest_attnheat.attention.vocabulary import SIDES, Side
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import check_number
+from pytest_attnheat.inputs import check_number, misuse, positive
 
 _NAME = "assert_padding_invariant"
 
@@ -81,7 +70,7 @@ def assert_padding_invariant(
             argument that is as long as the sequence.
 
     Raises:
-        AssertionError: Padding changes the output. The message says on which
+        Failure: Padding changes the output. The message says on which
             side, and whether the mask is ignored or means the opposite.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, the model is not known to take a mask, an argument is out
@@ -92,122 +81,168 @@ def assert_padding_invariant(
         >>> assert_padding_invariant(model, torch.randn(2, 6, 16))
     """
     __tracebackhide__ = True
-    asked, filling = _sides(sides), _filling(amount, padding_value, seed)
-    call = as_call(subject, inputs, arguments, lengths if len(inputs) == 3 else None)
-    if isinstance(call, SequenceCall):
-        _check_model(call, asked, filling)
-    real = None if isinstance(call, FunctionCall) else as_lengths(lengths, call.called)
+    asked, amount = _sides(sides), positive("amount", amount)
+    value = None if padding_value is None else check_number(padding_value, "padding_value")
+    called = as_subject(
+        subject,
+        inputs,
+        arguments,
+        lengths if len(inputs) == 3 else None,
+        seed=seed if training else None,
+    )
+    called.check_padding(needs_mask=value is None and list(asked) != ["right"])
+    paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base, start = settled(subject, call.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed)
         allowed = check_relative(tolerance, coarsest(base))
-        for both in _padded(call, real, asked, filling, start):
-            for one in both:
-                _check(one, both, allowed, training=training, repeat=f"seed={seed}")
+        for real, total in paddings:
+            alone: dict[bool, Tensor] = {}
+            for content in Padding("right", total, real, value, seed).each():
+                sided = [replace(content, side=side) for side in asked]
+                both = [_Trial(called, padding, allowed, alone) for padding in sided]
+                for one in both:
+                    one.check(both, training=training)
 
 
 def _sides(sides: object) -> tuple[Side, ...]:
     given = (sides,) if isinstance(sides, str) else sides
-    if not isinstance(given, (tuple, list)) or not given or set(given) - set(get_args(Side)):
-        raise ValueError(f"sides: got {sides!r}; accepted are 'right', 'left' or both")
+    if not isinstance(given, (tuple, list)) or not given or set(given) - set(SIDES):
+        raise ValueError(misuse("sides", repr(sides), "'right', 'left' or both"))
     return tuple(given)
 
 
-def _filling(amount: object, value: object, seed: int) -> Filling:
-    if type(amount) is not int or amount < 1:
-        raise ValueError(f"amount: got {amount!r}; accepted is a whole number from 1")
-    held = None if value is None else check_number(value, "padding_value")
-    return Filling(amount, held, seed)
+@dataclass(frozen=True)
+class _Trial:
+    """A subject with padding on one side.
 
+    Attributes:
+        subject: The subject without it.
+        padding: The padding.
+        allowed: By what part of its size a row may change.
+        alone: Outputs without padding, by whether positions are told.
+    """
 
-def _check_model(call: SequenceCall, sides: Sequence[Side], filling: Filling) -> None:
-    """Refuse a model that cannot be told of its padding."""
-    batch, length = call.called.inputs.shape[:2]
-    if filling.value is None and list(sides) != ["right"]:
-        check_takes_mask(call.called.model)
-    for name, argument in call.called.arguments.items():
-        if isinstance(argument, Tensor) and call.along(name):
+    subject: Subject
+    padding: Padding
+    allowed: float
+    alone: dict[bool, Tensor]
+
+    @property
+    def expected(self) -> Tensor:
+        """The output without the padding, in the shape of that with it."""
+        positions = self.subject.takes_positions(self.padding.side)
+        if positions not in self.alone:
+            lengths = self.padding.lengths
+            self.alone[positions] = self.subject.alone(lengths, positions=positions)
+        return self.subject.beside(self.alone[positions], self.padding)
+
+    @cached_property
+    def padded(self) -> Subject:
+        """The subject with it, told the truth."""
+        return self.subject.pad(self.padding)
+
+    def run(self, told: Told = "truth") -> Tensor:
+        """Call the subject with the padding, and tell it of it."""
+        padded = self.padded if told == "truth" else self.subject.pad(self.padding, told)
+        try:
+            return padded.run()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:
+            given, total = self.subject.length, self.padding.total
+            if self.subject.has_queries or total <= given or answers(self._takes_as_many):
+                raise
+            told_of = (str(error).splitlines() or [""])[0]
             raise ValueError(
-                f"{name}: shape {tuple(argument.shape)} is made for sequences of {length}, and "
-                "padding changes their length; let the module make it from its inputs, and give "
-                f"lengths ({batch},) for padding"
-            )
+                f"the subject refuses {total} tokens ({given} were given, "
+                f"amount={total - given} of padding were added): {type(error).__name__}: "
+                f"{told_of}; pass a shorter sequence or a smaller amount="
+            ) from error
 
+    def _takes_as_many(self) -> bool:
+        """Whether the module runs on as many tokens if it is told of no padding."""
+        self.subject.pad(self.padding, "nothing").run()
+        return True
 
-def _padded(
-    call: Call,
-    lengths: list[int] | None,
-    sides: Sequence[Side],
-    filling: Filling,
-    start: Callable[[], None],
-) -> Iterator[list[Padded]]:
-    """List the subject padded in every way that is tried, the sides of one way together."""
-    if isinstance(call, FunctionCall):
-        expected = PaddedFunction.without(call, start)
-        for content in filling.each():
-            yield [PaddedFunction(call, side, content, start, expected) for side in sides]
-        return
-    assert lengths is not None
-    length = max(lengths)
-    ways = [(lengths, length + filling.amount)]
-    if len(lengths) > 1 and length > 1:
-        # As many batches are: the longest sample has no padding at all.
-        ragged = [max(1, n - i % length) for i, n in enumerate(lengths)]
-        ways.append((ragged if min(lengths) == length else lengths, length))
-    for real, total in ways:
-        alone = Alone(call.called, real, start)
-        for content in filling.each():
-            yield [PaddedSequence(alone, side, total, content) for side in sides]
-
-
-def _check(
-    padded: Padded, sides: Sequence[Padded], allowed: float, *, training: bool, repeat: str
-) -> None:
-    __tracebackhide__ = True
-    got = padded.run()
-    check_rows(
-        _NAME,
-        got,
-        padded.expected,
-        claim=padded.claim,
-        allowed=allowed,
-        judged=padded.judged,
-        place=padded.place,
-        cause=lambda _: RANDOM_CAUSE if training else _cause(padded, got, sides, allowed),
-        repeat=repeat,
-    )
-
-
-def _cause(padded: Padded, got: Tensor, sides: Sequence[Padded], allowed: float) -> str | None:
-    """Try what else the output could be: that without a mask, or that with the opposite mask."""
-
-    def agree(one: Tensor, other: Tensor) -> bool:
-        return not differ(one, other, allowed, padded.judged)
-
-    felt = _felt(padded, got, allowed)
-    # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
-    if felt is not False and answers(lambda: agree(got, padded.run("all real"))):
-        return padded.ignored
-    if answers(lambda: agree(padded.run("opposite"), padded.expected)):
-        return "the mask is read as its opposite: the output is right where True and False change"
-    if padded.spreads_nan(got):
-        return (
-            "nan spreads from the padding: under a causal mask padding on the left may see "
-            "nothing, and 0 * nan is nan"
+    def check(self, sides: Sequence[_Trial], *, training: bool) -> None:
+        """Raise a Failure if padding changes the output."""
+        __tracebackhide__ = True
+        got = self.run()
+        check_rows(
+            _NAME,
+            got,
+            self.expected,
+            claim=self.subject.name_padding(self.padding),
+            allowed=self.allowed,
+            judged=self.padded.judged(),
+            place=lambda index: self.subject.name_row(index, self.padding),
+            cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
+            repeat=f"seed={self.padding.seed}",
         )
-    if felt and answers(lambda: padded.sees_only_padding(got, allowed)):
-        return "the mask is read as its opposite: real tokens feel the padding and not one another"
-    if any(answers(partial(_holds, side, allowed)) for side in sides):
-        return f"only on the {padded.side}: {padded.advice(felt)}"
-    return padded.advice(felt) if felt is False else None
 
+    def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:
+        """Try what else the output could be: that without a mask, or that with the opposite."""
+        felt = self._felt(got)
+        # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
+        if felt is not False and answers(lambda: self._alike(got, self.run("all real"))):
+            return self._ignored()
+        if answers(lambda: self._alike(self.run("opposite"), self.expected)):
+            return (
+                "the mask is read as its opposite: the output is right where True and False change"
+            )
+        side = self.padding.side
+        has_rows = not self.subject.has_queries
+        if has_rows and side == "left" and bool(got.isnan().any()):
+            return (
+                "nan spreads from the padding: under a causal mask padding on the left may see "
+                "nothing, and 0 * nan is nan"
+            )
+        if has_rows and felt and answers(lambda: self._sees_only_padding(got)):
+            return (
+                "the mask is read as its opposite: real tokens feel the padding and not one another"
+            )
+        cause = self.subject.cause_of_padding(side, felt=felt)
+        if any(answers(other.holds) for other in sides):
+            return f"only on the {side}: {cause}"
+        return cause if felt is False else None
 
-def _felt(padded: Padded, got: Tensor, allowed: float) -> bool | None:
-    """Whether the output changes with what the padding holds; None where nothing else may be."""
-    other = padded.other()
-    if other is None:
-        return None
-    return answers(lambda: differ(other.run(), got, allowed, padded.judged))
+    def _alike(self, one: Tensor, other: Tensor) -> bool:
+        return not differ(one, other, self.allowed, self.padded.judged())
 
+    def _felt(self, got: Tensor) -> bool | None:
+        """Whether the output changes with what the padding holds; None if it may hold no other."""
+        other = self.padding.other()
+        if other is None:
+            return None
+        changed = replace(self, padding=other)
+        return answers(lambda: not self._alike(changed.run(), got))
 
-def _holds(padded: Padded, allowed: float) -> bool:
-    return not differ(padded.run(), padded.expected, allowed, padded.judged)
+    def holds(self) -> bool:
+        """Whether padding on this side changes nothing."""
+        return self._alike(self.run(), self.expected)
+
+    def _ignored(self) -> str:
+        argument = self.subject.mask_argument
+        if argument is not None:
+            return f"{argument} changes nothing: it is ignored"
+        where = "after them" if self.padding.side == "right" else "before them"
+        return (
+            f"real tokens feel the padding {where}: a causal mask that lets the future "
+            "through, or a module that needs a mask: SequenceModel(module, mask=..., "
+            "mask_argument=...)"
+        )
+
+    def _sees_only_padding(self, got: Tensor) -> bool:
+        """Whether real tokens do not feel the first of them.
+
+        A module that makes its positions from the mask is not right under the opposite mask
+        either; but under a mask that it reads as its opposite real tokens are masked.
+        """
+        real = self.padding.real(got.device)
+        first = real & (real.cumsum(-1) == 1)
+        others = real & ~first
+        if not bool(others.any()):
+            return False
+        replaced = Replacement(first, content="larger")
+        output = self.padded.run_replaced(replaced, seed=self.padding.seed)
+        return not differ(output, got, self.allowed, others)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
@@ -16,16 +15,12 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights
-from pytest_attnheat.assertions.behaviour.sequences import as_sequence
-from pytest_attnheat.assertions.behaviour.subjects import (
-    AttentionFunction,
-    as_function,
-    check_count,
-)
-from pytest_attnheat.assertions.broken_rows import build_message
+from pytest_attnheat.assertions.behaviour.reading import as_subject
+from pytest_attnheat.assertions.behaviour.subject import Subject, check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.inputs import check_number, positive, seed_number
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
 
 _NAME = "assert_deterministic"
 _STANDARD_ERRORS = 5
@@ -80,7 +75,7 @@ def assert_deterministic(
         **arguments: Further arguments of every call: attn_mask, is_causal, scale, enable_gqa.
 
     Raises:
-        AssertionError: Two calls differ in evaluation mode, or dropout is not what it declares.
+        Failure: Two calls differ in evaluation mode, or dropout is not what it declares.
             The message tells what was measured.
         TypeError: Not one or three inputs, or `dropout` for a function that takes no `dropout_p`.
         ValueError: A module is in training mode without `dropout`; an argument is out of range; or
@@ -94,7 +89,7 @@ def assert_deterministic(
     share = None if dropout is None else _probability(dropout)
     runs, seed = positive("runs", runs), seed_number(seed)
     call = _as_call(subject, inputs, arguments)
-    with borrowed(subject, *call.inputs, seed=seed), torch.no_grad():
+    with borrowed(subject, *call.called.tensors.values(), seed=seed), torch.no_grad():
         if share is None:
             _refuse_training(call.modules)
         call.train(False)
@@ -102,7 +97,11 @@ def assert_deterministic(
         if share is None:
             return
         call.train(True)
-        function = _taking_dropout(call)
+        function = call.called.with_dropout(has_module=bool(call.modules))
+        if function is None and not call.modules:
+            got = f"{share:g} for a subject that takes no dropout_p and holds no module"
+            accepted = "None, since nothing says where its dropout is"
+            raise TypeError(misuse("dropout", got, accepted))
         if function is not None:
             check_dropout_of_weights(_NAME, function, share, runs=runs, seed=seed)
         else:
@@ -115,27 +114,27 @@ def assert_deterministic(
 def _probability(dropout: object) -> float:
     given = check_number(dropout, "dropout")
     if not 0 < given < 1:
-        raise ValueError(f"dropout: got {given!r}; accepted is 0 < dropout < 1, or None")
+        raise ValueError(misuse("dropout", repr(given), "0 < dropout < 1, or None"))
     return given
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A subject with its inputs.
+    """A subject whose mode can be set.
 
     Attributes:
-        run: Calls it.
-        inputs: What it is called with.
+        called: The subject.
         modules: The modules that it is or holds.
-        function: What it is if it is an attention function.
         is_linear: Whether its output is linear in its weights after dropout.
     """
 
-    run: Callable[[], Tensor]
-    inputs: tuple[Tensor, ...]
+    called: Subject
     modules: list[nn.Module]
-    function: AttentionFunction | None
     is_linear: bool
+
+    def run(self) -> Tensor:
+        """Call it."""
+        return self.called.run()
 
     def train(self, mode: bool) -> None:
         """Set the mode of all modules."""
@@ -153,14 +152,9 @@ def _as_call(
 ) -> _Call:
     modules, is_linear = modules_in(subject), isinstance(subject, nn.MultiheadAttention)
     if "dropout_p" in arguments:
-        raise ValueError("dropout_p: pass dropout= in its place")
+        raise ValueError(misuse("dropout_p", arguments["dropout_p"], "dropout= in its place"))
     check_count(inputs, _NAME)
-    if len(inputs) == 3:
-        function = as_function(subject, inputs, arguments)
-        given = (function.query, function.key, function.value)
-        return _Call(function.run, given, modules, function, is_linear)
-    sequence = as_sequence(subject, inputs[0], arguments)
-    return _Call(sequence.run, (sequence.inputs,), modules, None, is_linear)
+    return _Call(as_subject(subject, inputs, arguments), modules, is_linear)
 
 
 def _refuse_training(modules: Sequence[nn.Module]) -> None:
@@ -170,30 +164,6 @@ def _refuse_training(modules: Sequence[nn.Module]) -> None:
             f"{', '.join(training[:_MOST_NAMES])} is in training mode, in which nothing promises "
             "to repeat itself; call .eval() on it, or pass dropout= for a check of both modes"
         )
-
-
-def _taking_dropout(call: _Call) -> AttentionFunction | None:
-    """Return the attention function that takes `dropout_p`, None for a module with its own.
-
-    Raises:
-        TypeError: There is neither.
-    """
-    if call.function is not None:
-        function = call.function.function
-        called = function.forward if isinstance(function, nn.Module) else function
-        try:
-            taken = inspect.signature(called).parameters
-        except ValueError:  # A builtin: F.scaled_dot_product_attention.
-            return call.function
-        takes_any = any(kind.kind == kind.VAR_KEYWORD for kind in taken.values())
-        if "dropout_p" in taken or (takes_any and not call.modules):
-            return call.function
-    if not call.modules:
-        raise TypeError(
-            "dropout: the subject takes no dropout_p and holds no module, so nothing says where "
-            "its dropout is; pass dropout=None"
-        )
-    return None
 
 
 # --- evaluation mode
@@ -320,14 +290,12 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
     cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
     if bool((relative_change(first, evaluated) <= output_tolerance(first.dtype)).all()):
         cause = f"dropout is never applied{_dropouts_in(call.modules)}"
-    raise AssertionError(
-        build_message(
-            _NAME,
-            f"dropout={share:g} was declared, but {runs} calls in training mode give equal outputs",
-            first,
-            worst="no output differs from one call to the next",
-            cause=cause,
-        )
+    raise Failure(
+        _NAME,
+        f"dropout={share:g} was declared, but {runs} calls in training mode give equal outputs",
+        worst=Place("no output differs from one call to the next"),
+        cause=cause,
+        tensor=Checked.of(first),
     )
 
 
@@ -339,16 +307,14 @@ def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
     if not layers or any(math.isclose(p, share, rel_tol=1e-6) for p in (*layers.values(), *others)):
         return
     found = " and ".join(f"p={p:g}" for p in sorted(set(layers.values())))
-    places = list(layers)
-    more = ", ..." * (len(places) > _MOST_NAMES)
-    raise AssertionError(
-        build_message(
-            _NAME,
-            f"dropout={share:g} was declared, but the module's own layers have {found} "
-            f"(at {', '.join(places[:_MOST_NAMES])}{more})",
-            evaluated,
-            worst=f"none of {len(places)} layers with dropout has p={share:g}",
-        )
+    paths = list(layers)
+    more = ", ..." * (len(paths) > _MOST_NAMES)
+    raise Failure(
+        _NAME,
+        f"dropout={share:g} was declared, but the module's own layers have {found} "
+        f"(at {', '.join(paths[:_MOST_NAMES])}{more})",
+        worst=Place(f"none of {len(paths)} layers with dropout has p={share:g}"),
+        tensor=Checked.of(evaluated),
     )
 
 
@@ -408,22 +374,23 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
     if runs >= _FEWEST_RUNS:
         error = _STANDARD_ERRORS * float(parts.std()) / math.sqrt(runs)
     if not error < share:
-        raise ValueError(
-            f"runs: {runs} runs are too few to tell whether the mean is right to within dropout="
-            f"{share:g} (5 standard errors are {error:.2g}); pass more, or a larger input"
+        got = (
+            f"{runs}, too few to tell whether the mean is right to within dropout={share:g} (5 "
+            f"standard errors are {error:.2g})"
         )
+        raise ValueError(misuse("runs", got, "more of them, or a larger input"))
     allowed = error + output_tolerance(evaluated.dtype)
     if abs(mean - 1) <= allowed:
         return
-    raise AssertionError(
-        build_message(
-            _NAME,
-            f"the mean over {runs} calls in training mode is not the output in evaluation mode",
-            evaluated,
-            worst=f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})",
-            cause=_why_biased(mean, share, error),
-            repeat=f"seed={seed}",
-        )
+    off = f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})"
+    raise Failure(
+        _NAME,
+        f"the mean over {runs} calls in training mode is not the output in evaluation mode",
+        worst=Place(off, value=mean),
+        cause=_why_biased(mean, share, error),
+        tensor=Checked.of(evaluated),
+        tolerance=allowed,
+        repeat=f"seed={seed}",
     )
 
 

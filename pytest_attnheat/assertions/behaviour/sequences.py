@@ -5,19 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeAlias, get_args
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.subjects import as_input
-from pytest_attnheat.attention.vocabulary import MaskMeaning
-from pytest_attnheat.callables import copied
+from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, MaskMeaning
+from pytest_attnheat.inputs import misuse
 
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
+_DECODES = "a function that returns (output, cache)"
 
 
 @dataclass(frozen=True)
@@ -58,17 +59,16 @@ class SequenceModel:
 
     def __post_init__(self) -> None:
         if not callable(self.module):
-            raise TypeError(f"module: got {type(self.module).__name__}; accepted is a callable")
-        if not callable(self.mask) and self.mask not in (None, *get_args(MaskMeaning)):
-            raise ValueError(
-                f"mask: got {self.mask!r}; accepted are 'keep', 'drop', 'additive', a function, "
-                "or None"
-            )
+            raise TypeError(misuse("module", type(self.module).__name__, "a callable"))
+        if not callable(self.mask) and self.mask not in (None, *MASK_MEANINGS):
+            accepted = f"{', '.join(map(repr, MASK_MEANINGS))}, a function, or None"
+            raise ValueError(misuse("mask", repr(self.mask), accepted))
         if (self.mask is None) != (self.mask_argument is None):
-            raise ValueError(
-                "mask and mask_argument belong together: what the mask means and the keyword under "
-                f"which it is taken; got mask={self.mask!r}, mask_argument={self.mask_argument!r}"
+            got = f"mask={self.mask!r}, mask_argument={self.mask_argument!r}"
+            accepted = (
+                "both or neither: what the mask means and the keyword under which it is taken"
             )
+            raise ValueError(misuse("mask and mask_argument", got, accepted))
 
     def __call__(
         self,
@@ -112,15 +112,17 @@ class SequenceModel:
             if tuple(turned.shape[:2]) == wanted and turned.is_floating_point():
                 return turned.reshape(*wanted, -1)
         if not found:
-            raise TypeError(
-                f"{self.name} must return a tensor, or a tuple or mapping with one in it; got "
-                f"{type(result).__name__}; SequenceModel(..., output=) can pick it"
+            accepted = (
+                "a tensor, or a tuple or mapping with one in it; SequenceModel(..., output=) can "
+                "pick it"
             )
-        raise ValueError(
-            f"{self.name} must return floats of shape (batch, length, ...), here "
-            f"({wanted[0]}, {wanted[1]}, ...); got {[tuple(t.shape) for t in found]}; "
+            raise TypeError(misuse(f"what {self.name} returns", type(result).__name__, accepted))
+        accepted = (
+            f"floats of shape (batch, length, ...), here ({wanted[0]}, {wanted[1]}, ...); "
             "SequenceModel(..., output=) can pick the output, batch_first=False turn it"
         )
+        shapes = [tuple(tensor.shape) for tensor in found]
+        raise ValueError(misuse(f"what {self.name} returns", shapes, accepted))
 
     @property
     def name(self) -> str:
@@ -132,6 +134,24 @@ class SequenceModel:
             return self.mask(real)
         dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
         return as_meant(real, self.mask, dtype)
+
+
+def check_takes_mask(model: SequenceModel) -> None:
+    """Raise a ValueError about a sequence model that is not said to take a mask."""
+    if model.mask is None:
+        raise ValueError(
+            f"{model.name} is not told which tokens are padding; say how it takes its mask: "
+            "SequenceModel(module, mask='keep' or 'drop' or 'additive', mask_argument=...), where "
+            f"mask_argument is one of its parameters: {_parameters(model)}"
+        )
+
+
+def _parameters(model: SequenceModel) -> str:
+    try:
+        taken = inspect.signature(getattr(model.module, "forward", model.module)).parameters
+    except (TypeError, ValueError):  # a callable made in C
+        return "unknown"
+    return ", ".join(taken)
 
 
 def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> Tensor:
@@ -148,62 +168,6 @@ def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> T
         zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
         return zeros.masked_fill(~mask, -math.inf)
     return mask
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A sequence model, its inputs and how it is called.
-
-    Attributes:
-        model: How the module is called.
-        inputs: (batch, length, width) floats or (batch, length) token ids.
-        arguments: Further keyword arguments of every call.
-    """
-
-    model: SequenceModel
-    inputs: Tensor
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_tokens(self) -> bool:
-        """Whether the inputs are token ids."""
-        return not self.inputs.is_floating_point()
-
-    def run(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        real: Tensor | None = None,
-        positions: Tensor | None = None,
-    ) -> Tensor:
-        """Call the model with other inputs, or with a copy of its own: it may write to them."""
-        given = self.inputs.clone() if inputs is None else inputs
-        arguments = {name: copied(argument) for name, argument in self.arguments.items()}
-        return self.model(given, real=real, positions=positions, **arguments)
-
-
-def as_sequence(subject: object, inputs: object, arguments: Mapping[str, Any]) -> Subject:
-    """Return a sequence model with its inputs, after checking them.
-
-    Raises:
-        TypeError: Not callable, or the inputs are no tensor of floats or token ids.
-        ValueError: The inputs are not (batch, length) or (batch, length, width), or have no
-            elements.
-    """
-    if not callable(subject):
-        raise TypeError(
-            f"the subject must be callable as module(inputs); got {type(subject).__name__}"
-        )
-    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
-    sequence = as_input(inputs, "inputs")
-    if sequence.is_floating_point() and sequence.ndim == 3:
-        return Subject(model, sequence, dict(arguments))
-    if sequence.dtype in (torch.int64, torch.int32) and sequence.ndim == 2:
-        return Subject(model, sequence, dict(arguments))
-    raise ValueError(
-        f"inputs: got {sequence.dtype} {tuple(sequence.shape)}; accepted are floats (batch, "
-        "length, width) or token ids (batch, length) in int64 or int32"
-    )
 
 
 def recognise(module: Callable[..., Any]) -> SequenceModel:
@@ -246,6 +210,49 @@ class _SelfAttention:
         arguments = {"need_weights": False, **arguments}
         output: Tensor = self.module(inputs, inputs, inputs, **arguments)[0]
         return output
+
+
+class Multihead:
+    """`nn.MultiheadAttention` with the arguments of an attention function.
+
+    Query, key and value are (batch, length, width), whatever `batch_first` says.
+    """
+
+    def __init__(self, module: nn.MultiheadAttention) -> None:
+        self.module = module
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        is_causal: bool = False,
+    ) -> Tensor:
+        """Attend; the weights are not asked for."""
+        if is_causal:
+            causal = causal_mask(
+                query.shape[-2], key.shape[-2], alignment="top_left", device=query.device
+            )
+            if attn_mask is None:
+                attn_mask = causal
+            elif attn_mask.dtype == torch.bool:
+                attn_mask = attn_mask & causal
+            else:
+                attn_mask = attn_mask.masked_fill(~causal, -math.inf)
+        if attn_mask is not None:
+            attn_mask = self._mask(attn_mask, batch=query.shape[0])
+        turned = query.ndim == 3 and not self.module.batch_first
+        inputs = [t.transpose(0, 1) if turned else t for t in (query, key, value)]
+        output: Tensor = self.module(*inputs, attn_mask=attn_mask, need_weights=False)[0]
+        return output.transpose(0, 1) if turned else output
+
+    def _mask(self, mask: Tensor, batch: int) -> Tensor:
+        # There True means masked, and a mask per batch entry is one per head as well.
+        drops = ~mask if mask.dtype == torch.bool else mask
+        if drops.ndim == 3:
+            drops = drops.expand(batch, -1, -1).repeat_interleave(self.module.num_heads, 0)
+        return drops
 
 
 def _is_of_transformers(module: object) -> bool:
@@ -311,3 +318,60 @@ def _tensors(result: Any) -> list[Tensor]:
         return [t for t in result if isinstance(t, Tensor)]
     attributes = [getattr(result, name, None) for name in _NAMES]
     return [t for t in attributes if isinstance(t, Tensor)]
+
+
+def refuse_unused_cache(module: Callable[..., Any]) -> None:
+    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does.
+
+    Raises:
+        ValueError: It does.
+    """
+    cache = name_of_cache(module)
+    if cache is not None:
+        module = getattr(module, "_orig_mod", module)
+        name = getattr(module, "__name__", f"{type(module).__name__}.forward")
+        raise ValueError(
+            f"{name} takes {cache!r}, but nothing says how to decode with it: "
+            "SequenceModel(model, decode=...), where decode(chunk, cache) returns (output, cache); "
+            "or wrap the model in a lambda to compare prefixes alone"
+        )
+
+
+def name_of_cache(module: Callable[..., Any]) -> str | None:
+    """Return the parameter under which a module takes a cache, told by its name, or None."""
+    module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
+    called = module.forward if isinstance(module, nn.Module) else module
+    try:
+        taken = inspect.signature(called).parameters
+    except (TypeError, ValueError):  # A builtin.
+        return None
+    return next((name for name in taken if _is_name_of_cache(name)), None)
+
+
+def _is_name_of_cache(name: str) -> bool:
+    return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
+
+
+def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
+    """Call `decode` and return its output and cache.
+
+    Raises:
+        TypeError: It takes or returns something else.
+    """
+    try:
+        inspect.signature(decode).bind(chunk, cache, **arguments)
+    except TypeError as error:
+        called = f"decode(chunk, cache{''.join(f', {name}=' for name in arguments)})"
+        got = f"one that cannot be called as {called}: {error}"
+        raise TypeError(misuse("decode", got, _DECODES)) from None
+    except ValueError:  # A builtin, which does not say what it takes.
+        pass
+    result = decode(chunk, cache, **arguments)
+    if not isinstance(result, (tuple, list)) or len(result) != 2:
+        got = type(result).__name__
+        if isinstance(result, (tuple, list)):
+            got = f"a {got} of {len(result)}"
+        elif isinstance(result, Tensor):
+            got = f"a tensor {tuple(result.shape)}"
+        raise TypeError(misuse("decode", f"{got} back", _DECODES))
+    return result

@@ -11,7 +11,8 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_input, settled
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.subject import as_input, settled
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subjects import AttentionFunction, as_function, as_input
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.reading import as_function
+from pytest_attnheat.assertions.behaviour.subject import as_input
 from pytest_attnheat.assertions.numerics.calling import (
     Criteria,
     Function,

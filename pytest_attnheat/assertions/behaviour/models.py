@@ -1,0 +1,404 @@
+"""Sequence models as subjects: what is called with one sequence."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.behaviour.difference import output_place
+from pytest_attnheat.assertions.behaviour.functions import permitted
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
+from pytest_attnheat.assertions.behaviour.subject import answers, begin, differ
+from pytest_attnheat.assertions.behaviour.visibility import (
+    Claim,
+    Embedded,
+    Padding,
+    Replacement,
+    Rule,
+    Stated,
+    Told,
+    as_documents,
+    gradients,
+    in_the_future,
+    is_padding,
+    noise,
+    of_document,
+    other_tokens,
+    since,
+    size_of,
+)
+from pytest_attnheat.attention.reference import causal_mask, padding_mask
+from pytest_attnheat.attention.vocabulary import Side
+from pytest_attnheat.callables import copied
+from pytest_attnheat.inputs import misuse
+
+
+@dataclass(frozen=True)
+class ModelSubject:
+    """A sequence model, its inputs and how it is called: a `Subject`.
+
+    Attributes:
+        model: How the module is called.
+        inputs: (batch, length, width) floats or (batch, length) token ids.
+        arguments: Further keyword arguments of every call.
+        real: Boolean (batch, length), True where a token is no padding; None for no mask.
+        positions: (batch, length), of each token; None where the model finds them itself.
+        seed: Where each call starts its random numbers; None: from where they are.
+    """
+
+    model: SequenceModel
+    inputs: Tensor
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    real: Tensor | None = None
+    positions: Tensor | None = None
+    seed: int | None = None
+
+    group = 1
+    scale = None
+    ordered = "the sequence is"
+    observer = element = "token"
+    has_queries = False
+
+    @property
+    def is_tokens(self) -> bool:
+        """Whether the inputs are token ids."""
+        return not self.inputs.is_floating_point()
+
+    @property
+    def through_embeddings(self) -> bool:
+        """Whether gradients are those of the embeddings of token ids."""
+        return self.is_tokens
+
+    @property
+    def mask_argument(self) -> str | None:
+        """That of the model."""
+        return self.model.mask_argument
+
+    @property
+    def batch(self) -> int:
+        """How many samples there are."""
+        return self.inputs.shape[0]
+
+    @property
+    def length(self) -> int:
+        """How many tokens there are."""
+        return self.inputs.shape[1]
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """The inputs."""
+        return {"inputs": self.inputs}
+
+    def run(
+        self,
+        inputs: Tensor | None = None,
+        *,
+        real: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """Call the model with other inputs, or with a copy of its own: it may write to them."""
+        given = self.inputs.clone() if inputs is None else inputs
+        arguments = {name: copied(argument) for name, argument in self.arguments.items()}
+        begin(self.seed)
+        return self.model(
+            given,
+            real=self.real if real is None else real,
+            positions=self.positions if positions is None else positions,
+            **arguments,
+        )
+
+    def given(self, **tensors: Tensor) -> ModelSubject:
+        """The same with other inputs."""
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+    def judged(self) -> Tensor | None:
+        """The real tokens, (batch, length)."""
+        return self.real
+
+    def samples(self, which: Tensor) -> ModelSubject:
+        """The inputs of some samples, and their part of every tensor argument."""
+        arguments = {
+            name: value[which]
+            if isinstance(value, Tensor) and value.ndim > 1 and value.shape[0] == self.batch
+            else value
+            for name, value in self._arguments().items()
+        }
+        real = None if self.real is None else self.real[which]
+        return replace(self, inputs=self.inputs[which], arguments=arguments, real=real)
+
+    def reorder(self, order: Tensor) -> ModelSubject:
+        """The tokens, and the rows and columns of masks, in another order."""
+        arguments = {
+            name: _reordered(value, self.along(name), order) if isinstance(value, Tensor) else value
+            for name, value in self._arguments().items()
+        }
+        real = None if self.real is None else self.real[:, order]
+        return replace(self, inputs=self.inputs[:, order], arguments=arguments, real=real)
+
+    def restore(self, output: Tensor, order: Tensor) -> Tensor:
+        """The output in the order that the tokens had."""
+        return output[:, order.argsort()]
+
+    def cause_of_order(self, base: Tensor, allowed: float) -> str:
+        """Tell a causal mask from anything else that knows the order."""
+        if answers(lambda: self._first_is_alone(base, allowed)):
+            return "the first token does not feel the others: a causal mask?"
+        return "the order of tokens is felt: position embeddings, or rotary or relative positions?"
+
+    def _first_is_alone(self, base: Tensor, allowed: float) -> bool:
+        """Whether the first token's output stays where all others become copies of it."""
+        copies = self.inputs[:, :1].expand(self.inputs.shape).clone()
+        return not differ(self.run(copies)[:, :1], base[:, :1], allowed)
+
+    def along(self, name: str) -> tuple[int, ...]:
+        """Which dimensions of a tensor argument are those of the sequence.
+
+        The second of (batch, length, ...), the last two of (..., length, length), the last of a
+        mask (length,), (batch, 1, length) or (batch, 1, 1, length). A width that happens to be as
+        large as the sequence is long, as that of a memory (batch, other length, width), is none.
+
+        Raises:
+            ValueError: The last dimension may be the length as well as a width.
+        """
+        argument: Tensor = self._arguments()[name]
+        shape, ndim, length = tuple(argument.shape), argument.ndim, self.length
+        if ndim == 0 or length not in shape:
+            return ()
+        second = ndim > 1 and shape[0] in (1, self.batch) and shape[1] == length
+        square = ndim > 1 and shape[-2:] == (length, length)
+        keys = shape[-1] == length and (ndim == 1 or (ndim > 2 and set(shape[1:-1]) == {1}))
+        if ndim == 3 and ((square and second) or keys) and self._may_be_width(argument):
+            got = f"{shape}, whose last dimension may be the length of the sequence or a width"
+            accepted = f"a boolean mask, or inputs whose length is not {length}"
+            raise ValueError(misuse(name, got, accepted))
+        if square:
+            return (ndim - 2, ndim - 1)
+        if second:
+            return (1,)
+        return (ndim - 1,) if keys else ()
+
+    def _may_be_width(self, argument: Tensor) -> bool:
+        """Whether floats may be features as wide as the sequence is long."""
+        width = self.inputs.shape[2] if self.inputs.ndim == 3 else self.length
+        return argument.is_floating_point() and width == self.length
+
+    def _arguments(self) -> Mapping[str, Any]:
+        """The arguments, none of which can be read in two ways."""
+        for name, value in self.arguments.items():
+            twice = isinstance(value, Tensor) and tuple(value.shape) == (self.batch, self.length)
+            if twice and self.batch == self.length:
+                got = f"shape {tuple(value.shape)}, (batch, length) or (length, length)"
+                raise ValueError(misuse(name, got, "inputs whose batch and length differ"))
+        return self.arguments
+
+    def claim(self, stated: Stated) -> tuple[ModelSubject, Claim]:
+        """What its tokens may see, and the same model with its mask, if there is padding."""
+        shape, device = (self.batch, self.length, self.length), self.inputs.device
+        rules: list[Rule] = []
+        subject = self
+        if stated.lengths is not None:
+            real = self._padded_as(stated)
+            subject = replace(self, real=real)
+            rules.append(Rule(real.unsqueeze(-2), is_padding(real.sum(-1).tolist())))
+        if stated.documents is not None:
+            documents = as_documents(stated.documents, shape[:2]).to(device)
+            same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+            rules.append(Rule(same, of_document(documents)))
+        others = (stated.lengths, stated.documents, stated.may_see)
+        assumed = stated.causal is None and all(other is None for other in others)
+        if stated.causal or assumed:
+            mask = causal_mask(self.length, alignment="top_left", device=device)
+            rules.append(Rule(mask, in_the_future(0)))
+        if stated.may_see is not None:
+            rules.append(Rule(permitted(stated.may_see, shape), since("which may_see forbids")))
+        claimed = (
+            "no token may see a later one: assumed, since nothing was said. For an encoder pass "
+            "causal=False, or lengths="
+        )
+        return subject, Claim.of(
+            rules,
+            shape,
+            self.inputs,
+            may_be_causal="if the model is causal, say so with causal=True",
+            judged=subject.real,
+            assumed=claimed if assumed else None,
+        )
+
+    def _padded_as(self, stated: Stated) -> Tensor:
+        """Which tokens are real, where the caller gave lengths."""
+        assert stated.lengths is not None
+        real = padding_mask(
+            stated.lengths, self.length, side=stated.side, device=self.inputs.device
+        )[:, 0, 0]
+        lengths = real.sum(-1).tolist()
+        if len(lengths) != self.batch or min(lengths) == self.length:
+            accepted = (
+                f"one for each of {self.batch} samples, at least one of them less than "
+                f"{self.length}, or there is no padding"
+            )
+            raise ValueError(misuse("lengths", lengths, accepted))
+        if not (stated.causal and stated.side == "right"):
+            check_takes_mask(self.model)
+        return real
+
+    def run_replaced(self, replaced: Replacement, *, seed: int) -> Tensor:
+        """The output with some tokens replaced."""
+        given, chosen, content = self.inputs, replaced.elements, replaced.content
+        if chosen is None:
+            return self.run()
+        seed += 0 if replaced.like is None else 1 + replaced.like
+        if not self.is_tokens:
+            other = noise(given, "inputs", content, seed=seed)
+            return self.run(torch.where(chosen.unsqueeze(-1), other, given))
+        if content == "nan":
+            with Embedded(given, lambda rows: rows.masked_fill(chosen.unsqueeze(-1), math.nan)):
+                return self.run()
+        return self.run(torch.where(chosen, other_tokens(given, content, seed), given))
+
+    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
+        """The gradient of each token's input, or of its embedding."""
+        with torch.enable_grad():
+            if self.is_tokens:
+                with Embedded(self.inputs, lambda rows: rows.detach().requires_grad_()) as embedded:
+                    output = self.run(self.inputs)
+                sources = embedded.changed
+                if not sources:
+                    raise RuntimeError("the token ids are not looked up by an embedding")
+            else:
+                sources = [self.inputs.clone().requires_grad_()]
+                output = self.run(sources[0].clone())  # which it may write to
+            found = gradients(output, sources, observers)
+        return [size_of(torch.stack(parts).sum(0)) for parts in found]
+
+    def as_lengths(self, lengths: object) -> list[int]:
+        """Return how many tokens of each sample are real; all for None.
+
+        Raises:
+            TypeError: The lengths are not whole numbers.
+            ValueError: There is not one for each sample, or one is not in 1 to the length.
+        """
+        given = [self.length] * self.batch if lengths is None else _as_list(lengths)
+        if not isinstance(given, list) or any(type(n) is not int for n in given):
+            raise TypeError(misuse("lengths", repr(given), "whole numbers, one for each sample"))
+        if len(given) != self.batch or min(given) < 1 or max(given) > self.length:
+            accepted = f"{self.batch} numbers from 1 to {self.length}, one for each sample"
+            raise ValueError(misuse("lengths", given, accepted))
+        return given
+
+    def paddings(self, lengths: object, amount: int) -> list[tuple[Sequence[int], int]]:
+        """All samples with padding; and as many batches are, the longest without."""
+        given = self.as_lengths(lengths)
+        longest = max(given)
+        found: list[tuple[Sequence[int], int]] = [(given, longest + amount)]
+        if len(given) > 1 and longest > 1:
+            ragged = [max(1, n - i % longest) for i, n in enumerate(given)]
+            found.append((ragged if min(given) == self.length else given, longest))
+        return found
+
+    def check_padding(self, *, needs_mask: bool) -> None:
+        """Refuse a model without a mask, or with arguments as long as the sequence."""
+        if needs_mask:
+            check_takes_mask(self.model)
+        for name, argument in self.arguments.items():
+            if isinstance(argument, Tensor) and self.along(name):
+                got = f"shape {tuple(argument.shape)}, made for sequences of {self.length}"
+                accepted = (
+                    "what the module makes itself from inputs of any length, as padding changes "
+                    f"it; for padding give lengths ({self.batch},)"
+                )
+                raise ValueError(misuse(name, got, accepted))
+
+    def pad(self, padding: Padding, told: Told = "truth") -> ModelSubject:
+        """The samples as one padded batch."""
+        real = padding.real(self.inputs.device)
+        masks = {"truth": real, "all real": torch.ones_like(real), "opposite": ~real}
+        own = _at(self.inputs, _rank(real))
+        filled = padding.like(own, own.shape)
+        chosen = real if self.is_tokens else real.unsqueeze(-1)
+        positions = _rank(real) if self.takes_positions(padding.side) else None
+        return replace(
+            self,
+            inputs=torch.where(chosen, own, filled),
+            real=masks.get(told),
+            positions=positions,
+        )
+
+    def takes_positions(self, side: Side) -> bool:
+        """On the right the positions follow from the inputs, and are those by default."""
+        return side == "left" and self.model.positions_argument is not None
+
+    def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
+        """The outputs of samples alone, (batch, most tokens, width), NaN beyond their tokens."""
+        outputs = []
+        for sample, length in enumerate(lengths):
+            one = self.samples(torch.tensor([sample]))
+            inputs = one.inputs[:, :length]
+            numbers = torch.arange(length, device=inputs.device)[None] if positions else None
+            outputs.append(one.run(inputs, positions=numbers)[0])
+        return nn.utils.rnn.pad_sequence(outputs, batch_first=True, padding_value=math.nan)
+
+    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
+        """The outputs of samples alone where their tokens are in the padded batch."""
+        real = padding.real(alone.device)
+        return _at(alone, _rank(real)).masked_fill(~real.unsqueeze(-1), math.nan)
+
+    def name_padding(self, padding: Padding) -> str:
+        """Say on which side the padding is."""
+        return f"rows of real tokens change with padding on the {padding.side}"
+
+    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
+        """Name a token of the output, counted without the padding."""
+        sample, number = index
+        count = padding.lengths[sample]
+        token = number if padding.side == "right" else number - (padding.total - count)
+        return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+        """Tell a mask that does not hide from positions."""
+        if felt:
+            return "real tokens feel what the padding holds: it is not masked there"
+        if side == "right":
+            return (
+                "real tokens do not feel what the padding holds, only that it is there: are "
+                "positions, or a scale, taken from the length of the batch?"
+            )
+        argument = self.model.positions_argument
+        if argument is None:
+            return (
+                "the module is not told the positions: if it has absolute positions, let it take "
+                "them, with SequenceModel(..., positions_argument=...)"
+            )
+        return f"are the positions in {argument} used?"
+
+    def with_dropout(self, *, has_module: bool) -> None:
+        """Nothing: its dropout is its own."""
+
+
+def _rank(real: Tensor) -> Tensor:
+    """How many real tokens of its sample are before each, (batch, length)."""
+    return (real.cumsum(-1) - 1).clamp(min=0)
+
+
+def _at(rows: Tensor, index: Tensor) -> Tensor:
+    """Rows (batch, length, ...) at an index (batch, other length)."""
+    wide = index.reshape(*index.shape, *[1] * (rows.ndim - 2))
+    return rows.gather(1, wide.expand(*index.shape, *rows.shape[2:]))
+
+
+def _as_list(lengths: object) -> object:
+    """The numbers of a list or a tensor, or what is neither as it is."""
+    try:
+        return torch.as_tensor(lengths).tolist()
+    except (TypeError, ValueError, RuntimeError):
+        return lengths
+
+
+def _reordered(argument: Tensor, dims: Sequence[int], order: Tensor) -> Tensor:
+    for dim in dims:
+        argument = argument.index_select(dim, order.to(argument.device))
+    return argument

@@ -1,0 +1,155 @@
+"""Reading the code under test and its inputs, as users pass them to the assertions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.sequences import (
+    Multihead,
+    SequenceModel,
+    check_takes_mask,
+    recognise,
+)
+from pytest_attnheat.assertions.behaviour.subject import Subject, as_input
+from pytest_attnheat.attention.reference import padding_mask
+from pytest_attnheat.attention.scoring import leading_shape
+from pytest_attnheat.callables import copied
+from pytest_attnheat.inputs import misuse
+
+_SUBJECT = "the subject"
+_TOGETHER = "query, key and value"
+
+
+def as_subject(
+    subject: object,
+    inputs: Sequence[object],
+    arguments: Mapping[str, Any],
+    lengths: object = None,
+    *,
+    seed: int | None = None,
+) -> Subject:
+    """Return a subject with its inputs: three are query, key and value, one is a sequence.
+
+    Args:
+        subject: An attention function or a sequence model.
+        inputs: Its positional inputs.
+        arguments: Its keyword arguments.
+        lengths: How many tokens of each sample are real, (batch,); the rest is padding on the
+            right. None for no mask. For sequence models only.
+        seed: Where each call starts its random numbers; None: from where they are.
+
+    Raises:
+        TypeError: There are neither one nor three inputs, or what they are given to or they
+            themselves are of the wrong type.
+        ValueError: Shapes do not fit, or lengths are given to a subject that takes no mask.
+    """
+    if len(inputs) == 3 and not isinstance(subject, SequenceModel):
+        if lengths is not None:
+            accepted = "None for an attention function, which is told of padding by attn_mask"
+            raise ValueError(misuse("lengths", repr(lengths), accepted))
+        return as_function(subject, inputs, arguments, seed=seed)
+    if len(inputs) != 1:
+        accepted = (
+            "three (query, key, value) for an attention function, or one for a sequence model: "
+            "floats (batch, length, width) or token ids (batch, length)"
+        )
+        raise TypeError(misuse("inputs", f"{len(inputs)} for {type(subject).__name__}", accepted))
+    model = as_sequence(subject, inputs[0], arguments, seed=seed)
+    if lengths is None:
+        return model
+    check_takes_mask(model.model)
+    given = model.as_lengths(lengths)
+    mask = padding_mask(given, model.length, device=model.inputs.device)
+    return replace(model, real=mask[:, 0, 0])
+
+
+def as_function(
+    function: object,
+    inputs: Sequence[object],
+    arguments: Mapping[str, Any],
+    *,
+    seed: int | None = None,
+) -> AttentionFunction:
+    """Return an attention function with its inputs, after checking them.
+
+    Raises:
+        TypeError: Not callable, or query, key and value are not float tensors of one dtype.
+        ValueError: Their shapes do not fit together, or one has no elements.
+    """
+    if not callable(function):
+        accepted = "a callable, called as function(query, key, value)"
+        raise TypeError(misuse(_SUBJECT, type(function).__name__, accepted))
+    query, key, value = (
+        as_input(tensor, name)
+        for tensor, name in zip(inputs, ("query", "key", "value"), strict=True)
+    )
+    if not query.dtype == key.dtype == value.dtype:
+        given = f"{query.dtype}, {key.dtype} and {value.dtype}"
+        raise TypeError(misuse(_TOGETHER, given, "one dtype"))
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.ndim < 2 or not tensor.is_floating_point():
+            given = f"{tensor.dtype} {tuple(tensor.shape)}"
+            raise ValueError(misuse(name, given, "floats of shape (..., length, width)"))
+    if key.shape[-2] != value.shape[-2]:
+        given = f"key {tuple(key.shape)} and value {tuple(value.shape)}"
+        raise ValueError(misuse("key and value", given, "the same length"))
+    _check_leading(query, key, value, grouped=bool(arguments.get("enable_gqa")))
+    for name, argument in arguments.items():
+        if name != "attn_mask" and isinstance(argument, Tensor) and argument.dtype == torch.bool:
+            accepted = (
+                "attn_mask, True where a query may attend; what another mask means says "
+                f"AttentionSpec(function, mask=..., mask_argument={name!r})"
+            )
+            raise ValueError(misuse(name, "a boolean mask under this name", accepted))
+    if isinstance(function, nn.MultiheadAttention):
+        function = Multihead(function)
+    own = {name: copied(argument) for name, argument in arguments.items()}
+    return AttentionFunction(function, query, key, value, own, seed)
+
+
+def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
+    if not grouped:
+        leading_shape(query=query, key=key, value=value)
+    shapes = [tensor.shape[:-2] for tensor in (query, key, value)]
+    same = shapes[0] == shapes[1] == shapes[2]
+    if grouped and query.ndim >= 3 and query.ndim == key.ndim == value.ndim:
+        heads, key_heads = query.shape[-3], key.shape[-3]
+        same = shapes[1] == shapes[2] and shapes[0][:-1] == shapes[1][:-1]
+        same = same and heads % key_heads == 0
+    if not same:
+        given = ", ".join(str(tuple(tensor.shape)) for tensor in (query, key, value))
+        accepted = (
+            "the same leading dimensions, or with enable_gqa=True a number of query heads that is "
+            "a multiple of the key and value heads"
+        )
+        raise ValueError(misuse(_TOGETHER, given, accepted))
+
+
+def as_sequence(
+    subject: object, inputs: object, arguments: Mapping[str, Any], *, seed: int | None = None
+) -> ModelSubject:
+    """Return a sequence model with its inputs, after checking them.
+
+    Raises:
+        TypeError: Not callable, or the inputs are not a tensor of floats or token ids.
+        ValueError: The inputs are not (batch, length) or (batch, length, width), or have no
+            elements.
+    """
+    if not callable(subject):
+        accepted = "a callable, called as module(inputs)"
+        raise TypeError(misuse(_SUBJECT, type(subject).__name__, accepted))
+    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
+    sequence = as_input(inputs, "inputs")
+    is_tokens = sequence.dtype in (torch.int64, torch.int32) and sequence.ndim == 2
+    if not is_tokens and not (sequence.is_floating_point() and sequence.ndim == 3):
+        accepted = "floats (batch, length, width) or token ids (batch, length) in int64 or int32"
+        given = f"{sequence.dtype} {tuple(sequence.shape)}"
+        raise ValueError(misuse("inputs", given, accepted))
+    return ModelSubject(model, sequence, dict(arguments), seed=seed)

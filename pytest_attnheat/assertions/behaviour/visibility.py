@@ -1,0 +1,320 @@
+"""What each row of an output may depend on, and other content for what it may not.
+
+An *observer* is one row of the output. An *element* is one position of what it may see: a key
+with its value, or a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pytest_attnheat.attention.chunks import query_chunks
+from pytest_attnheat.attention.reference import padding_mask
+from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.vocabulary import Alignment, Side
+from pytest_attnheat.inputs import misuse
+
+# Replaced inputs are as large as the given ones, or larger by this factor.
+LARGER = 8.0
+# Padding is drawn at these multiples of the scale of the inputs: what is large is felt.
+_SCALES = (3.0, 10.0)
+
+# What a subject is told of its padding: the truth, that all is real, the opposite, or nothing.
+Told: TypeAlias = Literal["truth", "all real", "opposite", "nothing"]
+# Says why an observer may not see an element, by the index of one and the number of the other.
+Because: TypeAlias = Callable[[tuple[int, ...], int], str]
+
+
+@dataclass(frozen=True)
+class Stated:
+    """What the caller says of what may be seen; see `assert_no_leakage`."""
+
+    causal: bool | None = None
+    alignment: Alignment = "top_left"
+    lengths: Sequence[int] | Tensor | None = None
+    side: Side = "right"
+    documents: Tensor | None = None
+    may_see: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """One reason why an observer may not see an element.
+
+    Attributes:
+        allowed: Boolean, broadcastable to `may_see`.
+        because: Says why not.
+    """
+
+    allowed: Tensor
+    because: Because
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What each observer may see.
+
+    Attributes:
+        may_see: (*leading, query_len, key_len), boolean.
+        judged: (*leading, query_len): the observers whose output means something.
+        rules: Why an observer may not see an element, in the order in which they are asked.
+        may_be_causal: What to say where outputs see nothing of their future, but may.
+        assumed: What is claimed where the caller said nothing; None where something was said.
+    """
+
+    may_see: Tensor
+    judged: Tensor
+    rules: Sequence[Rule]
+    may_be_causal: str
+    assumed: str | None = None
+
+    @classmethod
+    def of(
+        cls,
+        rules: Sequence[Rule],
+        shape: Sequence[int],
+        like: Tensor,
+        *,
+        may_be_causal: str,
+        judged: Tensor | None = None,
+        assumed: str | None = None,
+    ) -> Claim:
+        """Join the rules, for observers and elements of a shape, on the device of a tensor."""
+        seen = torch.ones((), dtype=torch.bool, device=like.device)
+        for rule in rules:
+            seen = seen & rule.allowed
+        if judged is None:
+            judged = seen.new_ones(tuple(shape[:-1]))
+        return cls(seen.expand(tuple(shape)), judged, rules, may_be_causal, assumed)
+
+
+def since(words: str) -> Because:
+    """Say the same of all elements."""
+    return lambda observer, element: words
+
+
+def in_the_future(first: int) -> Because:
+    """Say how far ahead an element is; the first is what observer 0 is at."""
+
+    def because(observer: tuple[int, ...], element: int) -> str:
+        steps = element - observer[-1] - first
+        word = {1: "one", 2: "two"}.get(steps, str(steps))
+        return f"{word} step{'s' * (steps != 1)} in its future"
+
+    return because
+
+
+def is_padding(lengths: list[int]) -> Because:
+    """Say how many tokens of its sequence are real."""
+    return lambda observer, element: (
+        f"padding (of its sequence {lengths[observer[0]]} tokens are real)"
+    )
+
+
+def of_document(documents: Tensor) -> Because:
+    """Say which document an element is of, and which its observer."""
+
+    def because(observer: tuple[int, ...], element: int) -> str:
+        own, other = documents[observer], documents[observer[0], element]
+        return f"of document {int(other)}, its own is {int(own)}"
+
+    return because
+
+
+def as_documents(documents: object, shape: tuple[int, int]) -> Tensor:
+    """Return the document of each token, (batch, length).
+
+    Raises:
+        TypeError: Not a tensor of whole numbers.
+        ValueError: It does not broadcast to the shape.
+    """
+    accepted = f"a tensor of whole numbers that broadcasts to (batch, length) {shape}"
+    if not isinstance(documents, Tensor) or documents.is_floating_point():
+        given = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
+        raise TypeError(misuse("documents", given, accepted))
+    try:
+        return documents.expand(shape)
+    except RuntimeError:
+        given = f"shape {tuple(documents.shape)}"
+        raise ValueError(misuse("documents", given, accepted)) from None
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Other content for some inputs of a subject.
+
+    Attributes:
+        elements: Which, boolean (*leading of the keys, key_len), or None.
+        queries: Boolean (*leading, query_len), or None; a sequence model has none.
+        content: By what: `"same"` or `"larger"` size, or `"nan"`.
+        like: An element that gets the attention. The keys are replaced by its key, so that they get
+            as much; what a sequence model gets is only drawn anew.
+        towards: An observer per batch entry and head, (*leading): the keys are made such that its
+            query gives them all attention. For a sequence model as without.
+    """
+
+    elements: Tensor | None
+    queries: Tensor | None = None
+    content: str = "same"
+    like: int | None = None
+    towards: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Padding on one side, and what it holds.
+
+    Attributes:
+        side: The side.
+        total: How many elements there are with it.
+        lengths: How many tokens of each sample are real; nothing for an attention function.
+        value: What it holds; None for numbers drawn from the seed.
+        seed: That seed.
+        scale: How much larger than the inputs they are.
+    """
+
+    side: Side
+    total: int
+    lengths: Sequence[int]
+    value: float | None
+    seed: int
+    scale: float = _SCALES[0]
+
+    def each(self) -> Iterator[Padding]:
+        """The same at every scale, or once if it holds one value."""
+        for scale in _SCALES if self.value is None else _SCALES[:1]:
+            yield replace(self, scale=scale)
+
+    @property
+    def is_largest(self) -> bool:
+        """Whether it is of the last scale, at which the keys of a function attract a query."""
+        return self.scale == _SCALES[-1]
+
+    def other(self) -> Padding | None:
+        """The same with other numbers; None for one value, which may be how padding is known."""
+        return None if self.value is not None else replace(self, seed=self.seed + 1)
+
+    def like(self, inputs: Tensor, shape: Sequence[int]) -> Tensor:
+        """Fill a shape with padding for these inputs."""
+        if self.value is not None:
+            return torch.full(shape, self.value, dtype=inputs.dtype, device=inputs.device)
+        generator = torch.Generator().manual_seed(self.seed + int(self.scale))
+        if not inputs.is_floating_point():
+            ids = torch.randint(0, int(inputs.max()) + 1, tuple(shape), generator=generator)
+            return ids.to(inputs)
+        size = inputs.double().square().mean().sqrt()
+        drawn = torch.randn(*shape, generator=generator).to(inputs.device)
+        return (drawn * (self.scale * torch.where(size > 0, size, 1.0))).to(inputs)
+
+    def real(self, device: torch.device) -> Tensor:
+        """Which tokens are real, (batch, total)."""
+        # Made by the host, which knows the lengths.
+        mask = padding_mask(self.lengths, self.total, side=self.side, device="cpu")
+        return mask[:, 0, 0].to(device)
+
+
+def noise(given: Tensor, name: str, content: str, *, seed: int) -> Tensor:
+    """Other content for an input: as large as the given one, or larger, or NaN."""
+    if content == "nan":
+        return torch.full_like(given, math.nan)
+    drawn = draw(f"{content} {name}", seed, *given.shape).to(given.device)
+    size = given.double().square().mean().sqrt()
+    size = torch.where(size.isfinite() & (size > 0), size, 1.0)
+    return (drawn * size * (LARGER if content == "larger" else 1.0)).to(given)
+
+
+def other_tokens(given: Tensor, content: str, seed: int) -> Tensor:
+    """For each token id another one that the inputs hold too, so that the module knows it."""
+    known, which = torch.unique(given, return_inverse=True)
+    if len(known) == 1:
+        raise ValueError(
+            misuse("inputs", f"the one token id {int(known)} throughout", "several token ids")
+        )
+    steps = draw(f"{content} tokens", seed, *given.shape).abs().mul(1e6).long().to(given.device)
+    others: Tensor = known[(which + 1 + steps % (len(known) - 1)) % len(known)]
+    return others
+
+
+class Embedded(TorchFunctionMode):
+    """Changes the embeddings of some token ids wherever they are looked up."""
+
+    def __init__(self, ids: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._ids, self._change = ids, change
+        self.changed: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is not torch.nn.functional.embedding:
+            return result
+        ids = args[0] if args else kwargs["input"]
+        turned = _same(ids, self._ids.transpose(0, 1))  # the batch comes second
+        if not turned and not _same(ids, self._ids):
+            return result
+        changed = self._change(result.transpose(0, 1) if turned else result)
+        self.changed.append(changed)
+        return changed.transpose(0, 1) if turned else changed
+
+
+def _same(ids: Tensor, given: Tensor) -> bool:
+    return ids.shape == given.shape and torch.equal(ids, given)
+
+
+def gradients(
+    output: Tensor, sources: Sequence[Tensor], observers: Iterable[Tensor]
+) -> list[list[Tensor]]:
+    """The gradients of the chosen rows of the output, channels added up with random signs.
+
+    Equal signs would not do: a layer norm at the end adds up to a constant.
+    """
+    if not output.requires_grad:
+        raise RuntimeError("the output has no gradient")
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randint(0, 2, (output.shape[-1],), generator=generator) * 2 - 1
+    # Small gradients of float16 would be rounded to zero.
+    signs = signs.to(output) * (64.0 if output.dtype == torch.float16 else 1.0)
+    return [
+        list(
+            torch.autograd.grad(
+                output,
+                list(sources),
+                chosen.unsqueeze(-1).to(output.dtype) * signs,
+                retain_graph=True,
+                materialize_grads=True,
+            )
+        )
+        for chosen in observers
+    ]
+
+
+def size_of(gradient: Tensor) -> Tensor:
+    """The largest channel of each row of a gradient."""
+    return gradient.detach().abs().amax(-1)
+
+
+def touched(may_see: Tensor, elements: Tensor) -> Tensor:
+    """Tell which observers may see any of the elements.
+
+    Args:
+        may_see: (*leading, query_len, key_len)
+        elements: (*leading, key_len)
+
+    Returns:
+        (*leading, query_len)
+    """
+    query_len, key_len = may_see.shape[-2:]
+    result = torch.empty(may_see.shape[:-1], dtype=torch.bool, device=may_see.device)
+    for at in product(*map(range, may_see.shape[:-2])):
+        for rows in query_chunks(query_len, key_len):
+            result[at][rows] = (may_see[at][rows] & elements[at]).any(-1)
+    return result
