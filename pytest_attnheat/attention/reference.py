@@ -130,7 +130,7 @@ def padding_mask(
     one_of("side", side, SIDES)
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
-    real = torch.as_tensor(lengths, device=device)
+    real = torch.as_tensor(lengths)  # judged where it is: numbers of the host need no device
     if real.ndim != 1 or real.numel() == 0:
         raise ValueError(f"lengths must be (batch,), one or more; got shape {tuple(real.shape)}")
     if real.is_floating_point() or real.is_complex() or real.dtype == torch.bool:
@@ -138,7 +138,7 @@ def padding_mask(
     if bool(((real < 0) | (real > key_len)).any()):
         raise ValueError(f"lengths must be from 0 to key_len {key_len}; got {real.tolist()}")
     key_at = torch.arange(key_len, device=device)
-    real = real.unsqueeze(-1)
+    real = real.to(key_at.device).unsqueeze(-1)
     mask = key_at < real if side == "right" else key_at >= key_len - real
     return mask[:, None, None, :]
 
