@@ -22,7 +22,7 @@ from pytest_attnheat.assertions.claims import (
 )
 from pytest_attnheat.assertions.failure import BrokenRowsError
 from pytest_attnheat.assertions.findings import COLUMNS, ROWS, Claim, Lines, find, first_broken
-from pytest_attnheat.assertions.scan import rows_sum_to_one
+from pytest_attnheat.assertions.scan import rows_and_columns_sum_to_one, rows_sum_to_one
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
 from pytest_attnheat.inputs import Operand, as_mask, as_weights, check_number, check_tolerance
@@ -113,10 +113,9 @@ def assert_doubly_stochastic(
             "masked row would count in every column"
         )
     name = "assert_doubly_stochastic"
-    if not rows_sum_to_one(operand, permitted, allowed):
+    if not rows_and_columns_sum_to_one(operand, permitted, allowed):
         _check(name, operand, permitted, _distribution(permitted, declared, allowed))
-    columns, by_column = operand.mT, None if permitted is None else permitted.mT
-    if not rows_sum_to_one(columns, by_column, allowed):
+        columns, by_column = operand.mT, None if permitted is None else permitted.mT
         claims = _distribution(by_column, declared, allowed, "columns")
         _check(name, columns, by_column, claims, COLUMNS)
 
