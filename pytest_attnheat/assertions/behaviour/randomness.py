@@ -24,7 +24,7 @@ from pytest_attnheat.assertions.behaviour.subjects import (
 )
 from pytest_attnheat.assertions.broken_rows import build_message
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, modules_in, random_states
 from pytest_attnheat.inputs import check_number, positive, seed_number
 
 _NAME = "assert_deterministic"
@@ -262,10 +262,9 @@ def _why_random(call: _Call, seed: int) -> str:
 
 
 def _random_state() -> tuple[object, ...]:
-    # Without a device there is nothing to ask; of a device that nobody used, nothing changes.
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    tensors = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
-    return (*tensors, random.getstate(), str(np.random.get_state()))
+    tensors = [state for states in random_states().values() for state in states]
+    drawn = [state.numpy().tobytes() for state in tensors]
+    return (*drawn, random.getstate(), str(np.random.get_state()))
 
 
 @contextmanager
