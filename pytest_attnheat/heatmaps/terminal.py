@@ -19,6 +19,8 @@ _NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
 _SLACK = 0.02
 # The most weights converted at once: 2 MB as float32.
 _PART = 2**19
+# Maps of a device with at most as many weights are fetched whole: each cell would wait for it.
+_FETCHED = 2**22
 
 
 def format_heatmap(
@@ -88,6 +90,9 @@ def format_heatmap(
     """
     operand = as_weights(weights)
     permitted = as_mask(mask, operand)
+    if isinstance(operand, torch.Tensor) and operand.numel() <= _FETCHED:
+        operand = operand.cpu()
+        permitted = permitted.cpu() if isinstance(permitted, torch.Tensor) else permitted
     _check_limits({"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps})
     if not vmin < vmax:
         raise ValueError(f"vmin, vmax: got {vmin} and {vmax}; accepted is vmin < vmax")
