@@ -14,6 +14,20 @@ ACCELERATORS = [
 ]
 
 
+def on_accelerators(dtypes):
+    """Run a test on the accelerators: on a GPU in every dtype, on the pretend one in two.
+
+    What is computed there is computed by the CPU, whose dtypes have tests of their own.
+    """
+    pairs = [
+        pytest.param(device.values[0], dtype, marks=device.marks, id=f"{device.values[0]}-{dtype}")
+        for device in ACCELERATORS
+        for dtype in dtypes
+        if device.values[0] == "cuda" or str(dtype).endswith(("float32", "bfloat16"))
+    ]
+    return pytest.mark.parametrize(("accelerator", "dtype"), pairs, indirect=["accelerator"])
+
+
 @pytest.fixture
 def pretend():
     """Make the pretend accelerator present for a test."""

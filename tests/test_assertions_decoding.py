@@ -25,6 +25,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -599,7 +600,7 @@ def test_a_model_that_answers_at_random_is_refused():
         model.eval()
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_accelerators(DTYPES)
 def test_attention_on_an_accelerator_passes(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(2, 4, 70, 70, 32, dtype=dtype)]
     assert_decode_matches_prefill(sdpa, *inputs)

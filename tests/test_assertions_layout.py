@@ -19,6 +19,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn import functional
 
@@ -549,7 +550,7 @@ def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_accelerators(DTYPES)
 def test_everything_works_on_an_accelerator(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(dtype=dtype)]
     assert_layout_invariant(SDPA, *inputs)

@@ -17,6 +17,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -433,7 +434,7 @@ def test_the_subject_is_called_no_more_than_promised():
     assert len(calls) == 2 + 2 + 4 + 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_accelerators(DTYPES)
 def test_it_judges_on_an_accelerator(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(query_len=33, key_len=33, dtype=dtype)]
     assert_no_leakage(sdpa, *inputs, is_causal=True)

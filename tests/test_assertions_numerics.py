@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -1181,7 +1182,7 @@ def test_the_function_itself_is_left_out_of_the_traceback(pytester):
     result.stdout.no_fnmatch_line("*numerics.py*")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@on_accelerators(DTYPES)
 def test_sdpa_on_an_accelerator_raises_no_alarm(dtype, accelerator):
     module = torch.get_device_module(accelerator)
     for name in HARD_CASES:

@@ -19,6 +19,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -671,7 +672,7 @@ def test_everything_is_left_as_it_was_found(training, fails):
     assert (random.getstate(), str(np.random.get_state())) == states[1:]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@on_accelerators(DTYPES)
 def test_attention_on_an_accelerator_passes(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(2, 4, 64, 64, 64, dtype=dtype)]
     assert_deterministic(sdpa, *inputs)

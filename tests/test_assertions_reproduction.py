@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from device_waits import Waits
+from devices import on_accelerators
+from pretend_device import reads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytest_attnheat import assert_reproduces_output
@@ -261,12 +262,13 @@ def test_long_rows_and_many_heads_are_compared():
     assert_reproduces_output(weights, value, weights @ value)
 
 
-def test_a_passing_assertion_waits_for_the_device_once():
-    weights, value = softmax(2, 8, 64, 512), normal(2, 8, 512, 32, seed=1)
+def test_a_passing_assertion_waits_for_the_device_once(pretend):
+    weights = softmax(2, 8, 64, 512).to(pretend)
+    value = normal(2, 8, 512, 32, seed=1).to(pretend)
     output = weights @ value
-    with Waits() as waits:
+    with reads() as seen:
         assert_reproduces_output(weights, value, output)
-    assert waits.count == 1
+    assert seen.count == 1
 
 
 # --- the tolerance
@@ -629,7 +631,7 @@ def test_eager_attention_of_transformers_returns_the_weights_that_made_its_outpu
                 assert_reproduces_output(weights.flip(1), value, output.flatten(2))
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@on_accelerators(FLOATS)
 def test_everything_works_on_an_accelerator(dtype, accelerator):
     query, key, value = (normal(2, 4, 64, 32, seed=i).to(accelerator, dtype) for i in range(3))
     output = F.scaled_dot_product_attention(query, key, value)

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 
 from pytest_attnheat import (
     assert_doubly_stochastic,
@@ -580,7 +581,7 @@ def test_an_index_into_a_reversed_array_is_the_callers():
         assert_row_stochastic(weights)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@on_accelerators(FLOATS)
 def test_everything_works_on_an_accelerator(dtype, accelerator):
     weights = softmax(2, 4, 6, 8).to(accelerator, dtype)
     assert_row_stochastic(weights)
