@@ -4,7 +4,7 @@ VENV_TEST ?= .venv-test
 VENV_DEMO ?= .venv-demo
 REPORT := demo-report
 
-.PHONY: test demo bench baselines clean
+.PHONY: test demo bench gpu baselines clean
 
 test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
@@ -22,6 +22,10 @@ demo: $(VENV_DEMO)/ready
 bench: $(VENV_TEST)/ready
 	for file in benchmarks/bench_*.py; do $(VENV_TEST)/bin/python $$file || exit 1; done
 
+# What only a GPU can show, in eight minutes at most, written to docs/gpu.md. PYTHON has torch.
+gpu:
+	$(PYTHON) benchmarks/gpu.py
+
 # Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready
 	$(VENV_TEST)/bin/pytest -q tests/test_pictures.py --attn-update=all
@@ -38,4 +42,4 @@ $(VENV_DEMO)/ready: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV_TEST) $(VENV_DEMO) $(REPORT) build dist *.egg-info
+	rm -rf $(VENV_TEST) $(VENV_DEMO) .venv-gpu $(REPORT) build dist *.egg-info

@@ -1,6 +1,6 @@
 """How fast pictures are drawn, each beside another thing measured in the same run.
 
-    python benchmarks/bench_heatmaps.py
+    python benchmarks/bench_heatmaps.py [--device cuda]
 
 Every line prints a ratio and the promise about it. The textbook's function is the one that
 teaching material uses: one Axes for each panel, with shared axes.
@@ -17,7 +17,7 @@ import torch
 from matplotlib import pyplot
 from matplotlib.figure import Figure
 from PIL import Image
-from timing import alternate, report
+from timing import alternate, options, report
 
 from pytest_attnheat import show_heatmaps
 
@@ -32,7 +32,7 @@ def textbook(weights: torch.Tensor, figsize: tuple[float, float]) -> Figure:
     )
     for row in range(rows):
         for column in range(columns):
-            image = axes[row, column].imshow(weights[row, column].numpy(), cmap="Reds")
+            image = axes[row, column].imshow(weights[row, column].cpu().numpy(), cmap="Reds")
             if row == rows - 1:
                 axes[row, column].set_xlabel("Keys")
             if column == 0:
@@ -52,7 +52,7 @@ def png(draw: Callable[[], Figure]) -> bytes:
 def floor(weights: torch.Tensor) -> bytes:
     """Colour-map the cells of all maps with NumPy and write a palette PNG with Pillow."""
     rows, columns, queries, keys = weights.shape
-    levels = (weights.numpy() * 255).astype(np.uint8)
+    levels = (weights.cpu().numpy() * 255).astype(np.uint8)
     mosaic = levels.transpose(0, 2, 1, 3).reshape(rows * queries, columns * keys)
     image = Image.fromarray(mosaic)
     image.putpalette(matplotlib.colormaps["Reds"](range(256), bytes=True)[:, :3].tobytes())
@@ -69,8 +69,12 @@ def softmax(*shape: int) -> torch.Tensor:
 
 def main() -> None:
     """Print the ratios."""
-    small, heads, many = softmax(1, 1, 10, 10), softmax(12, 12, 128, 128), softmax(32, 32, 64, 64)
-    large = softmax(4096, 4096)
+    given = options(__doc__)
+    device, panel, side = given.device, *((16, 64) if given.quick else (128, 4096))
+    small = softmax(1, 1, 10, 10).to(device)
+    heads = softmax(12, 12, panel, panel).to(device)
+    many = softmax(32, 32, panel // 2, panel // 2).to(device)
+    large = softmax(side, side).to(device)
 
     def ours(weights: torch.Tensor, size: float) -> Callable[[], bytes]:
         return lambda: png(lambda: show_heatmaps(weights, "Keys", "Queries", figsize=(size, size)))
@@ -78,15 +82,20 @@ def main() -> None:
     def theirs(weights: torch.Tensor, size: float) -> Callable[[], bytes]:
         return lambda: png(lambda: textbook(weights, (size, size)))
 
-    times = alternate([theirs(heads, 18), ours(heads, 18)], runs=3)
-    report("12 x 12 heads of 128 x 128: textbook / ours", times[0] / times[1], ">=", 25)
-    times = alternate([ours(small, 2.5), theirs(small, 2.5)], runs=15)
-    report("one map of 10 x 10: ours / textbook", times[0] / times[1], "<=", 1)
-    times = alternate([ours(many, 24), lambda: floor(many)], runs=5)
-    report("32 x 32 maps of 64 x 64: ours / palette PNG", times[0] / times[1], "<=", 8)
-    times = alternate([ours(large, 2.5), large.amax, ours(small, 2.5)], runs=15)
-    ratio = times[0] / (times[1] + times[2])
-    report("4096 x 4096: ours / (amax + one map of 10 x 10)", ratio, "<=", 1.5)
+    def times(actions: list[Callable[[], object]], runs: int) -> list[float]:
+        return alternate(actions, 1 if given.quick else runs, device)
+
+    print(f"on {device}")
+    if not given.quick:  # a second and more for each of the textbook's
+        textbooks, own = times([theirs(heads, 18), ours(heads, 18)], 3)
+        report(f"12 x 12 heads of {panel} x {panel}: textbook / ours", textbooks / own, ">=", 25)
+    own, textbooks = times([ours(small, 2.5), theirs(small, 2.5)], 15)
+    report("one map of 10 x 10: ours / textbook", own / textbooks, "<=", 1)
+    own, plain = times([ours(many, 24), lambda: floor(many)], 5)
+    report(f"32 x 32 maps of {panel // 2} x {panel // 2}: ours / palette PNG", own / plain, "<=", 8)
+    own, read, one = times([ours(large, 2.5), large.amax, ours(small, 2.5)], 15)
+    name = f"{side} x {side}: ours / (amax + one map of 10 x 10)"
+    report(name, own / (read + one), "<=", 1.5)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What `assert_row_stochastic` costs, beside what was promised: python benchmarks/bench_rows.py.
+"""What `assert_row_stochastic` costs, beside what was promised.
+
+    python benchmarks/bench_rows.py [--device cuda]
 
 Every figure is a ratio of two things measured in turns in this run, the median
 of several rounds, so that a busy machine slows both.
@@ -8,11 +10,11 @@ import ctypes
 import re
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from timing import copy_bandwidth, options, seconds
 
 from pytest_attnheat import assert_row_stochastic
 
@@ -27,17 +29,6 @@ def usual_trio(weights: torch.Tensor) -> None:
     if not (weights.isfinite().all() and (weights >= 0).all() and (weights <= 1).all()):
         raise AssertionError
     torch.testing.assert_close(weights.sum(-1), torch.ones(weights.shape[:-1]).to(weights))
-
-
-def seconds(action: Action, device: str) -> float:
-    """Return how long an action takes, the device's work included."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    action()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def ratio(action: Action, reference: Action, device: str, rounds: int = ROUNDS) -> float:
@@ -106,29 +97,35 @@ def on_cpu(weights: torch.Tensor) -> None:
         report("float32, extra memory", megabytes, 16, " MB", at_most=True)
 
 
-def on_gpu(weights: torch.Tensor) -> None:
-    """Print the bandwidth on a GPU beside that of a copy, which reads and writes."""
+def on_accelerator(weights: torch.Tensor, device: str) -> None:
+    """Print the bandwidth on a device beside that of a copy, which reads and writes."""
     target = torch.empty_like(weights)
-    times = ratio(lambda: assert_row_stochastic(weights), lambda: target.copy_(weights), "cuda")
+    times = ratio(lambda: assert_row_stochastic(weights), lambda: target.copy_(weights), device)
+    bandwidth = copy_bandwidth(device)
+    print(f"{device}, a copy on the device reads and writes {bandwidth / 1e9:.3g} GB/s")
     share = 100 / (2 * times)
-    report("cuda, float32, bandwidth against a device copy", share, 60, "%", at_most=False)
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    assert_row_stochastic(weights)
-    extra = (torch.cuda.max_memory_allocated() - before) / 2**20
-    report("cuda, float32, extra memory", extra, 16, " MB", at_most=True)
+    name = f"{device}, float32, bandwidth against a device copy"
+    report(name, share, 60, "%", at_most=False)
+    module = torch.get_device_module(device)
+    if hasattr(module, "max_memory_allocated"):
+        module.reset_peak_memory_stats()
+        before = module.memory_allocated()
+        assert_row_stochastic(weights)
+        extra = (module.max_memory_allocated() - before) / 2**20
+        report(f"{device}, float32, extra memory", extra, 16, " MB", at_most=True)
 
 
 def main() -> None:
     """Print every figure."""
+    given = options(__doc__)
+    shape = (2, 64, 64) if given.quick else SHAPE
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version[:6]}")
-    weights = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).softmax(-1)
-    print(f"{tuple(SHAPE)}, {weights.nbytes // 2**20} MB in float32, {ROUNDS} rounds")
-    on_cpu(weights)
-    if torch.cuda.is_available():
-        on_gpu(weights.cuda())
+    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    print(f"{shape}, {weights.nbytes / 2**20:.3g} MB in float32, {ROUNDS} rounds")
+    if given.device == "cpu":
+        on_cpu(weights)
     else:
-        print("cuda: not present, not measured")
+        on_accelerator(weights.to(given.device), given.device)
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import functools
 import inspect
 import random
 import types
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,8 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
     modules = [part for module in modules_in(subject) for part in module.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [_Buffer(module, name) for module in modules for name in module._buffers]
-    devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with random_kept(t.device for t in tensors):
         torch.manual_seed(seed)
         try:
             yield
@@ -77,6 +76,48 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
             for module, mode in modes:
                 module.training = mode
             _restore(buffers)
+
+
+@contextmanager
+def random_kept(devices: Iterable[torch.device]) -> Iterator[None]:
+    """Leave the random state of the CPU and of some devices as it was found."""
+    with ExitStack() as kept:
+        kept.enter_context(torch.random.fork_rng(devices=[]))  # that of the CPU
+        for device in set(devices):
+            if device.type != "cpu" and hasattr(_module(device.type), "get_rng_state"):
+                index = [device.index or 0]
+                kept.enter_context(torch.random.fork_rng(index, device_type=device.type))
+        yield
+
+
+def random_states() -> dict[str, list[Tensor]]:
+    """Return the random state of the CPU and of every accelerator that is here, by kind."""
+    states = {"cpu": [torch.get_rng_state()]}
+    for kind in accelerators():
+        module = _module(kind)
+        if hasattr(module, "get_rng_state"):
+            states[kind] = [module.get_rng_state(i) for i in range(module.device_count())]
+    return states
+
+
+def set_random_states(states: Mapping[str, Sequence[Tensor]]) -> None:
+    """Set what `random_states` returned."""
+    torch.set_rng_state(states["cpu"][0])
+    for kind, of_devices in states.items():
+        if kind != "cpu":
+            for index, state in enumerate(of_devices):
+                _module(kind).set_rng_state(state, index)
+
+
+def accelerators() -> list[str]:
+    """Return the kinds of numbered accelerators that are here."""
+    kinds = ("cuda", "xpu", torch._C._get_privateuse1_backend_name())
+    return [kind for kind in kinds if _module(kind) and _module(kind).is_available()]
+
+
+def _module(kind: str) -> Any:
+    """What torch has for a kind of device, or None."""
+    return getattr(torch, kind, None)
 
 
 class _Buffer:

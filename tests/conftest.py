@@ -7,6 +7,7 @@ import matplotlib.pyplot
 import matplotlib.style
 import matplotlib.testing.compare
 import torch
+from devices import accelerator, pretend  # noqa: F401
 
 import pytest_attnheat.heatmaps.figure  # noqa: F401
 

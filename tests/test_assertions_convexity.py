@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from attention_subjects import DTYPES, encoder_layer, flex, multihead, plain, qkv, randn
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -330,14 +331,14 @@ def test_a_function_that_answers_at_random_is_refused_unless_that_is_wanted():
     assert "sum to" in message(attention, *qkv(), training=True)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_on_a_gpu_passes(dtype):
-    query, key, value = (t.to("cuda") for t in qkv(2, 4, 64, 300, 32, dtype=dtype))
+@on_accelerators(DTYPES)
+def test_attention_on_an_accelerator_passes(dtype, accelerator):
+    query, key, value = (t.to(accelerator) for t in qkv(2, 4, 64, 300, 32, dtype=dtype))
     assert_convex(sdpa, query, key, value)
     assert_convex(sdpa, query, key, value, is_causal=True)
-    assert_convex(sdpa, query, key, value, attn_mask=torch.ones(64, 300).tril(9).bool().cuda())
+    assert_convex(
+        sdpa, query, key, value, attn_mask=torch.ones(64, 300).tril(9).bool().to(accelerator)
+    )
 
 
 def test_weights_that_are_rounded_to_bfloat16_are_said_to_be():

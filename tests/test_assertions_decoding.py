@@ -25,6 +25,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -608,10 +609,8 @@ def test_a_model_that_answers_at_random_is_refused():
         model.eval()
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_on_a_gpu_passes(dtype):
-    inputs = [t.to("cuda") for t in qkv(2, 4, 70, 70, 32, dtype=dtype)]
+@on_accelerators(DTYPES)
+def test_attention_on_an_accelerator_passes(dtype, accelerator):
+    inputs = [t.to(accelerator) for t in qkv(2, 4, 70, 70, 32, dtype=dtype)]
     assert_decode_matches_prefill(sdpa, *inputs)
-    assert_decode_matches_prefill(sdpa, *inputs, attn_mask=causal(70).triu(-9).cuda())
+    assert_decode_matches_prefill(sdpa, *inputs, attn_mask=causal(70).triu(-9).to(accelerator))

@@ -19,6 +19,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn import functional
 
@@ -474,20 +475,18 @@ def test_mode_gradients_inputs_and_random_state_are_left_as_they_were(assertion)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @BOTH
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_everything_works_on_a_gpu(assertion, dtype):
-    inputs = [t.to("cuda") for t in qkv(dtype=dtype)]
+@on_accelerators(DTYPES)
+def test_everything_works_on_an_accelerator(assertion, dtype, accelerator):
+    inputs = [t.to(accelerator) for t in qkv(dtype=dtype)]
     assertion(SDPA, *inputs)
-    assertion(SDPA, *inputs, attn_mask=RAGGED.to("cuda"))
-    bias = torch.arange(6, device="cuda", dtype=dtype)
+    assertion(SDPA, *inputs, attn_mask=RAGGED.to(accelerator))
 
     def wrong(query, key, value):
-        return SDPA(query, key, value, bias) + query.mean(0)
+        bias = torch.arange(key.shape[-2], device=accelerator, dtype=dtype)
+        return SDPA(query, key, value, bias) + query.mean((0, -1)).unsqueeze(-1)
 
-    assert "on cuda:0" in message_of(assertion, wrong, *inputs)
+    assert f"on {accelerator}:0" in message_of(assertion, wrong, *inputs)
 
 
 # --- Arguments of a model beside its inputs

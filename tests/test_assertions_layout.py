@@ -19,6 +19,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn import functional
 
@@ -554,13 +555,11 @@ def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_everything_works_on_a_gpu(dtype):
-    inputs = [t.to("cuda") for t in qkv(dtype=dtype)]
+@on_accelerators(DTYPES)
+def test_everything_works_on_an_accelerator(dtype, accelerator):
+    inputs = [t.to(accelerator) for t in qkv(dtype=dtype)]
     assert_layout_invariant(SDPA, *inputs)
-    assert_layout_invariant(SDPA, *inputs, attn_mask=DROP.to("cuda"))
+    assert_layout_invariant(SDPA, *inputs, attn_mask=DROP.to(accelerator))
     assert_layout_invariant(plain, *inputs)
     message = message_of(lambda q, k, v: SDPA(q, packed(k), v), *inputs)
-    assert "on cuda:0" in message
+    assert f"on {accelerator}:0" in message

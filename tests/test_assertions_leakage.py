@@ -17,6 +17,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -446,14 +447,14 @@ def test_the_subject_is_called_no_more_than_promised():
     assert len(calls) == 2 + 2 + 4 + 1
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_it_judges_on_a_gpu(dtype):
-    inputs = [t.cuda() for t in qkv(query_len=33, key_len=33, dtype=dtype)]
+@on_accelerators(DTYPES)
+def test_it_judges_on_an_accelerator(dtype, accelerator):
+    inputs = [t.to(accelerator) for t in qkv(query_len=33, key_len=33, dtype=dtype)]
     assert_no_leakage(sdpa, *inputs, is_causal=True)
-    with pytest.raises(AssertionError, match="on cuda"):
-        assert_no_leakage(sdpa, *inputs, may_see=torch.ones(33, 33, dtype=torch.bool).tril().cuda())
+    with pytest.raises(AssertionError, match=f"on {accelerator}:0"):
+        assert_no_leakage(
+            sdpa, *inputs, may_see=torch.ones(33, 33, dtype=torch.bool).tril().to(accelerator)
+        )
 
 
 # --- what strangers found

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -1195,16 +1196,15 @@ def test_the_function_itself_is_left_out_of_the_traceback(pytester):
     result.stdout.no_fnmatch_line("*numerics.py*")
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_sdpa_on_a_gpu_raises_no_alarm(dtype):
+@on_accelerators(DTYPES)
+def test_sdpa_on_an_accelerator_raises_no_alarm(dtype, accelerator):
+    module = torch.get_device_module(accelerator)
     for name in HARD_CASES:
-        case = hard_case(name, dtype=dtype, device="cuda")
-        state = torch.cuda.get_rng_state()
+        case = hard_case(name, dtype=dtype, device=accelerator)
+        state = module.get_rng_state()
         assert_matches_reference(sdpa, case.query, case.key, case.value, **case.arguments)
-        assert torch.equal(state, torch.cuda.get_rng_state())
-    with pytest.raises(AssertionError, match="on cuda:0"):
+        assert torch.equal(state, module.get_rng_state())
+    with pytest.raises(AssertionError, match=f"on {accelerator}:0"):
         assert_matches_reference(
             lambda q, k, v: sdpa(q, k, v) * 1.1, case.query, case.key, case.value
         )

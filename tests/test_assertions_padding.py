@@ -21,6 +21,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn import functional
 
@@ -553,17 +554,15 @@ def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_everything_works_on_a_gpu(dtype):
-    inputs = [t.to("cuda") for t in qkv(dtype=dtype)]
+@on_accelerators(DTYPES)
+def test_everything_works_on_an_accelerator(dtype, accelerator):
+    inputs = [t.to(accelerator) for t in qkv(dtype=dtype)]
     assert_padding_invariant(SDPA, *inputs)
     assert_padding_invariant(SDPA, *inputs, is_causal=True)
-    model = of_transformers("bert", "sdpa", dtype).to("cuda")
+    model = of_transformers("bert", "sdpa", dtype).to(accelerator)
     try:
-        assert_padding_invariant(model, tokens(3, 5).to("cuda"))
+        assert_padding_invariant(model, tokens(3, 5).to(accelerator))
     finally:
         model.to("cpu")
     message = message_of(lambda q, k, v, attn_mask=None: SDPA(q, k, v), *inputs)
-    assert "on cuda:0" in message
+    assert f"on {accelerator}:0" in message

@@ -19,6 +19,7 @@ from attention_subjects import (
     randn,
     tokens,
 )
+from devices import on_accelerators
 from torch import nn
 from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -671,10 +672,8 @@ def test_everything_is_left_as_it_was_found(training, fails):
     assert (random.getstate(), str(np.random.get_state())) == states[1:]
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_attention_on_a_gpu_passes(dtype):
-    inputs = [t.to("cuda") for t in qkv(2, 4, 64, 64, 64, dtype=dtype)]
+@on_accelerators(DTYPES)
+def test_attention_on_an_accelerator_passes(dtype, accelerator):
+    inputs = [t.to(accelerator) for t in qkv(2, 4, 64, 64, 64, dtype=dtype)]
     assert_deterministic(sdpa, *inputs)
     assert_deterministic(sdpa, *inputs, dropout=0.1, is_causal=True)

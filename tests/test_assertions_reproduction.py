@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from device_waits import Waits
+from devices import on_accelerators
+from pretend_device import reads
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytest_attnheat import assert_reproduces_output
@@ -261,12 +262,13 @@ def test_long_rows_and_many_heads_are_compared():
     assert_reproduces_output(weights, value, weights @ value)
 
 
-def test_a_passing_assertion_waits_for_the_device_once():
-    weights, value = softmax(2, 8, 64, 512), normal(2, 8, 512, 32, seed=1)
+def test_a_passing_assertion_waits_for_the_device_once(pretend):
+    weights = softmax(2, 8, 64, 512).to(pretend)
+    value = normal(2, 8, 512, 32, seed=1).to(pretend)
     output = weights @ value
-    with Waits() as waits:
+    with reads() as seen:
         assert_reproduces_output(weights, value, output)
-    assert waits.count == 1
+    assert seen.count == 1
 
 
 # --- the tolerance
@@ -629,18 +631,18 @@ def test_eager_attention_of_transformers_returns_the_weights_that_made_its_outpu
                 assert_reproduces_output(weights.flip(1), value, output.flatten(2))
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_everything_works_on_a_gpu(dtype):
-    query, key, value = (normal(2, 4, 64, 32, seed=i).to("cuda", dtype) for i in range(3))
+@on_accelerators(FLOATS)
+def test_everything_works_on_an_accelerator(dtype, accelerator):
+    query, key, value = (normal(2, 4, 64, 32, seed=i).to(accelerator, dtype) for i in range(3))
     output = F.scaled_dot_product_attention(query, key, value)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     for precision in (dtype, wide):
         weights = (query.to(precision) @ key.to(precision).mT * 32**-0.5).softmax(-1).to(dtype)
         assert_reproduces_output(weights, value, output)
     text = message(weights, value, output[:, ORDER])
-    assert "on cuda:0" in text
+    assert f"on {accelerator}:0" in text
     assert "output of head 0 is that of weights head 2" in text
-    with pytest.raises(TypeError, match="got weights on cuda:0, value on cpu, output on cuda:0;"):
+    there = f"{accelerator}:0"
+    refused = f"got weights on {there}, value on cpu, output on {there};"
+    with pytest.raises(TypeError, match=refused):
         assert_reproduces_output(weights, value.cpu(), output)

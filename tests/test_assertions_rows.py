@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 
 from pytest_attnheat import (
     assert_doubly_stochastic,
@@ -580,16 +581,14 @@ def test_an_index_into_a_reversed_array_is_the_callers():
         assert_row_stochastic(weights)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-def test_everything_works_on_a_gpu(dtype):
-    weights = softmax(2, 4, 6, 8).to("cuda", dtype)
+@on_accelerators(FLOATS)
+def test_everything_works_on_an_accelerator(dtype, accelerator):
+    weights = softmax(2, 4, 6, 8).to(accelerator, dtype)
     assert_row_stochastic(weights)
     assert_row_stochastic(weights, mask=torch.ones(6, 8, dtype=torch.bool))
     assert_entropy(weights, minimum=0)
     assert_uniform(torch.zeros_like(weights).softmax(-1))
-    with pytest.raises(AssertionError, match="on cuda:0"):
+    with pytest.raises(AssertionError, match=f"on {accelerator}:0"):
         assert_one_hot(weights)
     weights[1, 1, 1] *= 0.5
     with pytest.raises(AssertionError, match=r"weights\[1, 1, 1, :\] sums to 0\.5"):

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from devices import on_accelerators
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import AttentionCase, causal_mask, make_attention, padding_mask
@@ -215,12 +216,10 @@ def test_masks_can_be_written_by_hand_instead():
     assert torch.equal(by_name.weights, make_attention(mask=mask).weights)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_a_gpu_holds_the_same_numbers_as_the_cpu(dtype):
+@on_accelerators(["float16", "bfloat16", "float32", "float64"])
+def test_an_accelerator_holds_the_same_numbers_as_the_cpu(dtype, accelerator):
     here = make_attention(scoring="additive", mask="padding", dtype=dtype)
-    there = make_attention(scoring="additive", mask="padding", dtype=dtype, device="cuda")
+    there = make_attention(scoring="additive", mask="padding", dtype=dtype, device=accelerator)
     for name in ("query", "key", "value", "mask"):
         assert torch.equal(getattr(here, name), getattr(there, name).cpu())
     assert there.device == there.weights.device

@@ -512,15 +512,17 @@ def test_misuse_says_what_was_given_and_what_is_accepted(options, message):
         show_heatmaps(softmax_maps(4, 4), "Keys", "Queries", **options)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("shape", [(2, 2, 8, 8), (1, 1, 3000, 3000)])
-def test_a_gpu_tensor_gives_the_same_pixels_as_on_the_cpu(shape):
+def test_an_accelerator_tensor_gives_the_same_pixels_as_on_the_cpu(shape, accelerator):
     weights = softmax_maps(*shape)
     mask = torch.ones(shape[-2:]).tril().bool()
     figures = [
         show_heatmaps(w, "K", "Q", mask=m)
-        for w, m in ((weights, mask), (weights.cuda(), mask.cuda()), (weights.cuda(), mask))
+        for w, m in (
+            (weights, mask),
+            (weights.to(accelerator), mask.to(accelerator)),
+            (weights.to(accelerator), mask),
+        )
     ]
     for figure in figures[1:]:
         np.testing.assert_array_equal(pixels(figure), pixels(figures[0]))

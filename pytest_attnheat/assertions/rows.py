@@ -22,7 +22,12 @@ from pytest_attnheat.assertions.claims import (
     of_rows,
 )
 from pytest_attnheat.assertions.pictures import failure
-from pytest_attnheat.assertions.scan import Block, blocks, rows_sum_to_one
+from pytest_attnheat.assertions.scan import (
+    Block,
+    blocks,
+    rows_and_columns_sum_to_one,
+    rows_sum_to_one,
+)
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
 from pytest_attnheat.inputs import (
@@ -117,10 +122,9 @@ def assert_doubly_stochastic(
         accepted = "'zero': whatever else a fully masked row held would count in every column"
         raise ValueError(misuse("fully_masked", repr(declared), accepted))
     name = "assert_doubly_stochastic"
-    if not rows_sum_to_one(operand, permitted, allowed):
+    if not rows_and_columns_sum_to_one(operand, permitted, allowed):
         _check(name, operand, permitted, _distribution(permitted, declared, allowed))
-    columns, by_column = operand.mT, None if permitted is None else permitted.mT
-    if not rows_sum_to_one(columns, by_column, allowed):
+        columns, by_column = operand.mT, None if permitted is None else permitted.mT
         claims = _distribution(by_column, declared, allowed, COLUMNS)
         _check(name, columns, by_column, claims)
 

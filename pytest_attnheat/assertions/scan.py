@@ -74,10 +74,23 @@ def rows_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> b
     Returns:
         Whether every row passes.
     """
+    sound = _sound(weights, mask, allowed)
+    return sound is not None and bool(sound)
+
+
+def rows_and_columns_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> bool:
+    """Tell the same of rows and columns, and wait for the device once."""
+    rows = _sound(weights, mask, allowed)
+    columns = _sound(weights.mT, None if mask is None else mask.mT, allowed)
+    return rows is not None and columns is not None and bool(rows & columns)
+
+
+def _sound(weights: Operand, mask: Operand | None, allowed: float) -> torch.Tensor | None:
+    """Return whether all rows pass, as a scalar on their device; None if they must be read."""
     if isinstance(weights, ArrayPieces) or isinstance(mask, ArrayPieces):
-        return False  # these are copied, so only small pieces of them may be asked for
+        return None  # these are copied, so only small pieces of them may be asked for
     if weights.is_neg() or weights.shape[-1] > _BYTES_ON_CPU // 8:
-        return False  # the sign is kept apart from the bits; a row must fit into a piece
+        return None  # the sign is kept apart from the bits; a row must fit into a piece
     *lead, key_len = weights.shape
     # Allocated once: small results kept from each round would split the freed memory of the last.
     limit, buffer = _plan(weights)
@@ -94,7 +107,7 @@ def rows_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> b
             attends = any_key(mask_at(mask, (*rows, slice(0, key_len)))).to(weights.device)
             good = torch.where(attends, good, is_zero)
         sound &= good.all()
-    return bool(sound)
+    return sound
 
 
 def _add_up(

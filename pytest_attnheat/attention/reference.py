@@ -137,7 +137,7 @@ def padding_mask(
     one_of("side", side, SIDES)
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
-    real = torch.as_tensor(lengths, device=device)
+    real = torch.as_tensor(lengths)  # judged where it is: numbers of the host need no device
     accepted = f"whole numbers from 0 to key_len {key_len}, (batch,), one or more"
     if real.ndim != 1 or real.numel() == 0:
         raise ValueError(misuse("lengths", f"shape {tuple(real.shape)}", accepted))
@@ -146,7 +146,7 @@ def padding_mask(
     if bool(((real < 0) | (real > key_len)).any()):
         raise ValueError(misuse("lengths", real.tolist(), accepted))
     key_at = torch.arange(key_len, device=device)
-    real = real.unsqueeze(-1)
+    real = real.to(key_at.device).unsqueeze(-1)
     mask = key_at < real if side == "right" else key_at >= key_len - real
     return mask[:, None, None, :]
 

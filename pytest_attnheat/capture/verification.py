@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import accelerators, borrowed, random_states, set_random_states
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.inputs import misuse
 
@@ -37,7 +37,7 @@ class _Call:
     versions: dict[str, int]
     training: list[bool]
     around: _Around
-    random: tuple[Tensor, list[Tensor]]
+    random: dict[str, list[Tensor]]
     output: list[Tensor] | None = None
 
 
@@ -47,10 +47,9 @@ class _Around:
     def __init__(self) -> None:
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
-        kinds = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
         self._casts = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-            for kind in kinds
+            for kind in ("cpu", *accelerators())
         ]
 
     @contextmanager
@@ -60,7 +59,8 @@ class _Around:
             stack.enter_context(torch.inference_mode(self._inference))
             stack.enter_context(torch.set_grad_enabled(self._grad))
             for kind, dtype, enabled in self._casts:
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+                if enabled or torch.is_autocast_enabled(kind):  # not every device can cast
+                    stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
             yield
 
 
@@ -119,12 +119,9 @@ class Repetition:
                 f"({error})"
             ) from error
         buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-        devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         training = [module.training for module in model.modules()]
-        random = torch.get_rng_state(), devices
-        self._calls.append(
-            _Call(args, kwargs, buffers, _versions(model), training, _Around(), random)
-        )
+        versions, states = _versions(model), random_states()
+        self._calls.append(_Call(args, kwargs, buffers, versions, training, _Around(), states))
 
     def _returned(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if self._depth == 1:
@@ -160,10 +157,7 @@ class Repetition:
                     buffer.copy_(call.buffers[name])
         for module, training in zip(self._model.modules(), call.training, strict=True):
             module.training = training
-        of_cpu, of_devices = call.random
-        torch.set_rng_state(of_cpu)
-        if of_devices:
-            torch.cuda.set_rng_state_all(of_devices)
+        set_random_states(call.random)
 
 
 def _versions(model: nn.Module) -> dict[str, int]:

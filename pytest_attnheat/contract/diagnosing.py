@@ -18,6 +18,7 @@ from torch import Tensor
 from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.callables import random_kept
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import diagnose_records
@@ -89,7 +90,7 @@ def diagnose(
     refused: dict[str, str] = {}
     last: Diagnosis | None = None
     for name in (name for name in _DTYPES if name in spec.dtypes):
-        with one_thread(), torch.random.fork_rng(devices=_cuda(spec)):
+        with one_thread(), random_kept(_devices(spec)):
             torch.manual_seed(seed)
             probes, refused_here = _answers(spec, seed, getattr(torch, name))
             if not probes:
@@ -117,10 +118,9 @@ def diagnose(
 # --- asking
 
 
-def _cuda(spec: AttentionSpec) -> list[torch.device]:
+def _devices(spec: AttentionSpec) -> list[torch.device]:
     """The device whose generator the subject may use besides that of the CPU."""
-    devices = [torch.device(name) for name in (spec.devices or ())[:1]]
-    return [device for device in devices if device.type == "cuda"]
+    return [torch.device(name) for name in (spec.devices or ())[:1]]
 
 
 def _answers(

@@ -19,6 +19,8 @@ _NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
 _SLACK = 0.02
 # The most weights converted at once: 2 MB as float32.
 _PART = 2**19
+# Maps of a device with at most as many weights are fetched whole: each cell would wait for it.
+_FETCHED = 2**22
 
 
 def format_heatmap(
@@ -91,6 +93,9 @@ def format_heatmap(
     limits = {"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps}
     for name, limit in limits.items():
         positive(name, limit)
+    if isinstance(operand, torch.Tensor) and operand.numel() <= _FETCHED:
+        operand = operand.cpu()
+        permitted = permitted.cpu() if isinstance(permitted, torch.Tensor) else permitted
     if not vmin < vmax:
         raise ValueError(misuse("vmin, vmax", f"{vmin} and {vmax}", "vmin < vmax"))
     if notes is not None and len(notes) != operand.shape[-2]:

@@ -18,7 +18,7 @@ from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weight
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, modules_in, random_states
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
 
@@ -232,10 +232,9 @@ def _why_random(call: _Call, seed: int) -> str:
 
 
 def _random_state() -> tuple[object, ...]:
-    # Without a device there is nothing to ask; of a device that nobody used, nothing changes.
-    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    tensors = [state.numpy().tobytes() for state in (torch.get_rng_state(), *devices)]
-    return (*tensors, random.getstate(), str(np.random.get_state()))
+    tensors = [state for states in random_states().values() for state in states]
+    drawn = [state.numpy().tobytes() for state in tensors]
+    return (*drawn, random.getstate(), str(np.random.get_state()))
 
 
 @contextmanager
