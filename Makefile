@@ -4,7 +4,7 @@ VENV_TEST ?= .venv-test
 VENV_DEMO ?= .venv-demo
 REPORT := demo-report
 
-.PHONY: test demo bench baselines clean
+.PHONY: test demo bench baselines docs clean
 
 test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
@@ -21,6 +21,10 @@ demo: $(VENV_DEMO)/ready
 # Figures that the README and the docs quote, as ratios of things measured in one run.
 bench: $(VENV_TEST)/ready
 	for file in benchmarks/bench_*.py; do $(VENV_TEST)/bin/python $$file || exit 1; done
+
+# Write what the docs list and show: tables from the registries, and what the examples print.
+docs: $(VENV_TEST)/ready
+	$(VENV_TEST)/bin/python -W ignore docs/generate.py
 
 # Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready
