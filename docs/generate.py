@@ -95,6 +95,16 @@ def public_names() -> Rows:
             yield f"`{name}`", f"A tuple of {len(value)} names, from `{value[0]}` to `{value[-1]}`."
 
 
+def fields_of_failure() -> Rows:
+    """What a failure knows: field, and what it holds."""
+    from pytest_attnheat import Failure
+
+    listed = (inspect.getdoc(Failure) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    for entry in re.split(r"\n(?=    \w)", listed):
+        name, _, text = " ".join(entry.split()).partition(": ")
+        yield f"`{name}`", text
+
+
 CHECK_HEAD = (
     "check",
     "an implementation that passes",
@@ -110,6 +120,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "scoring functions": (("name", "class", "what it is", "source"), scoring_functions),
     "options": (("option", "ini", "meaning"), options),
     "fixtures": (("fixture", "what it is"), fixtures),
+    "fields of a failure": (("field", "what it holds"), fields_of_failure),
     "public names": (("name", "what it is"), public_names),
 }
 
