@@ -4,7 +4,7 @@ VENV_TEST ?= .venv-test
 VENV_DEMO ?= .venv-demo
 REPORT := demo-report
 
-.PHONY: test demo bench gpu baselines clean
+.PHONY: test demo bench docs gpu baselines clean
 
 test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
@@ -25,6 +25,10 @@ bench: $(VENV_TEST)/ready
 # What only a GPU can show, in eight minutes at most, written to docs/gpu.md. PYTHON has torch.
 gpu:
 	$(PYTHON) benchmarks/gpu.py
+
+# Write what the docs list and show: tables from the registries, and what the examples print.
+docs: $(VENV_TEST)/ready
+	$(VENV_TEST)/bin/python -W ignore docs/generate.py
 
 # Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready

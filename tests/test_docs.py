@@ -1,32 +1,7 @@
-"""Every example in the README and the docs runs."""
-
-import re
-from pathlib import Path
+"""Every example in the README and the docs runs, and prints what is shown below it."""
 
 import pytest
-
-ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-
-
-def blocks(page):
-    """List a page's python blocks with the line at which each begins."""
-    text = page.read_text(encoding="utf-8")
-    matches = re.finditer(r"^```python\n(.*?)^```$", text, re.M | re.S)
-    return [(text[: match.start()].count("\n") + 1, match[1]) for match in matches]
-
-
-def is_conftest(block):
-    return block.startswith("# conftest.py")
-
-
-def holds_tests(block):
-    return "def test_" in block
-
-
-def plain_blocks(page):
-    """List the blocks of a page that are scripts."""
-    return [(n, text) for n, text in blocks(page) if not (is_conftest(text) or holds_tests(text))]
+from pages import PAGES, alike, blocks, run, shown_of, unexplained
 
 
 def name_of(page):
@@ -34,12 +9,12 @@ def name_of(page):
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if any(holds_tests(text) for _, text in blocks(p))], ids=name_of
+    "page", [page for page in PAGES if any(b.holds_tests for b in blocks(page))], ids=name_of
 )
 def test_examples_that_hold_tests_pass(pytester, page):
     """All of a page at once, each a file, with all that the page puts into a conftest.py."""
-    pytester.makeconftest("\n".join(text for _, text in blocks(page) if is_conftest(text)))
-    files = {f"test_{line}": text for line, text in blocks(page) if holds_tests(text)}
+    pytester.makeconftest("\n".join(b.text for b in blocks(page) if b.is_conftest))
+    files = {f"test_{b.line}": b.text for b in blocks(page) if b.holds_tests}
     pytester.makepyfile(**files)
     # In a process of its own: torch imports more of itself when that is first used.
     if any("heatmap_" in text for text in files.values()):
@@ -54,10 +29,96 @@ def test_examples_that_hold_tests_pass(pytester, page):
         result.stdout.fnmatch_lines(f"*{name}.py*")
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if plain_blocks(p)], ids=name_of)
-def test_the_other_examples_of_a_page_run_one_after_the_other(page, monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(b.is_script for b in blocks(page))], ids=name_of
+)
+def test_the_other_examples_of_a_page_run_and_print_what_is_shown(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    names = {"__name__": "example"}
-    for line, block in plain_blocks(page):
-        exec(compile("\n" * line + block, str(page), "exec"), names)
-    assert len(names) > 1
+    for block, printed in run(page):
+        if not alike(block.text, printed):
+            raise AssertionError(
+                f"{page.name}:{block.line} shows what is not printed any more; "
+                f"`make docs` writes what is:\n{printed}"
+            )
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_every_output_is_compared_or_says_why_not(page):
+    assert unexplained(page) == []
+
+
+PAGE = """\
+```python
+print("a 1.5e-07")
+```
+
+Prose.
+
+```text
+a 2.5e-07
+```
+
+<!-- not run: it is not ours -->
+```text
+anything
+```
+
+```console
+make test
+```
+
+```text
+passed
+```
+
+```python
+def test_a(): ...
+```
+
+```text
+1 passed
+```
+"""
+
+
+@pytest.fixture
+def page(tmp_path):
+    path = tmp_path / "page.md"
+    path.write_text(PAGE, encoding="utf-8")
+    return path
+
+
+def test_an_output_belongs_to_the_script_above_it(page):
+    assert [(b.line, b.text, printed) for b, printed in run(page)] == [
+        (7, "a 2.5e-07\n", "a 1.5e-07\n")
+    ]
+
+
+def test_an_output_that_nothing_prints_must_say_why(page):
+    assert unexplained(page) == [20, 28]
+    assert [b.reason for b in blocks(page) if b.reason] == ["it is not ours"]
+
+
+@pytest.mark.parametrize(
+    ("shown", "printed", "same"),
+    [
+        ("off by 3.9e-03", "off by 3.9e-03", True),
+        ("off by 3.9e-03", "off by 3.9e-02", True),
+        ("off by 3.9e-02", "off by 3.9e-03", True),
+        ("off by 3.9e-03", "off by 4.0e-02", False),
+        ("off by 3.9e-03", "off by 3.8e-04", False),
+        ("3.3e+05 times", "1.2e+05 times", True),
+        ("off by 3.9e-03", "off by 0.0039", False),
+        ("0.39 and 1e-5", "0.38 and 1e-5", False),
+        ("1e-5, 2e-5", "1e-5", False),
+        ("layers.0 1e-5", "layers.1 1e-5", False),
+    ],
+)
+def test_numbers_with_an_exponent_may_differ_tenfold_and_nothing_else(shown, printed, same):
+    assert alike(shown, printed) is same
+
+
+def test_an_ellipsis_stands_for_the_paragraphs_that_are_not_shown():
+    printed = "a\nb\n\nc\n\nd\n"
+    assert shown_of(printed, "x\n\ny\n\n...\n") == "a\nb\n\nc\n\n...\n"
+    assert shown_of(printed, "x\n") == printed

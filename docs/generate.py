@@ -1,0 +1,225 @@
+"""Write what the docs list and show: tables from the registries, and what the examples print.
+
+    python docs/generate.py             # everything that is quick; `make docs`
+    python docs/generate.py NAME ...    # these tables of measured figures, in some minutes each
+
+A table of a registry stands between `<!-- generated: NAME -->` and `<!-- end -->`, a measured one
+between `<!-- measured: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from pages import PAGES, ROOT, alike, run
+
+Rows = Iterable[tuple[str, ...]]
+
+
+def checks(registry: str) -> Rows:
+    """The checks of one registry: name, what is true where it passes, issue, quick."""
+    for check in getattr(import_module("pytest_attnheat.contract.checks"), registry):
+        yield f"`{check.name}`", check.sentence, check.issue or "", "yes" if check.quick else ""
+
+
+def defects() -> Rows:
+    """The catalogue of defects: name, what attention with it does, issue."""
+    from pytest_attnheat.attention.defects import DEFECTS
+
+    for defect in DEFECTS:
+        sentence = re.sub(r"\{constant.*?\}", "c", defect.sentence)
+        yield f"`{defect.name}`", sentence, defect.issue or ""
+
+
+def hard_cases() -> Rows:
+    """The hard cases: name, and what breaks on it."""
+    from pytest_attnheat import HARD_CASES, hard_case
+
+    for name in HARD_CASES:
+        yield f"`{name}`", hard_case(name).why
+
+
+def scoring_functions() -> Rows:
+    """The scoring functions that the package registers: name, class, first and second sentence."""
+    from pytest_attnheat.attention.scoring import make_scoring, scoring_names
+
+    for name in scoring_names():
+        kind = type(make_scoring(name, 2))
+        arguments = [p for p in inspect.signature(kind).parameters if p not in ("args", "kwargs")]
+        source = re.search(r"Source: (.*?\d{4})", " ".join(inspect.getdoc(kind).split()))
+        call = f"`{kind.__name__}({', '.join(arguments)})`"
+        yield f"`{name}`", call, _first_paragraph(kind), source[1] if source else ""
+
+
+def options() -> Rows:
+    """The options and ini settings of the plugin: option, ini setting, help."""
+    taken = _Parser()
+    for module in _modules_of_plugin():
+        if hasattr(module, "pytest_addoption"):
+            module.pytest_addoption(taken)
+    for name, (value, text) in taken.options.items():
+        ini = name.lstrip("-").replace("-", "_")
+        setting = f"`{ini}`" if ini in taken.inis else ""
+        yield f"`{name}{value}`", setting, text[:1].upper() + text[1:] + "."
+
+
+def fixtures() -> Rows:
+    """The fixtures of the plugin: name, and the first paragraph about it."""
+    for module in _modules_of_plugin():
+        for node in ast.parse(inspect.getsource(module)).body:
+            if isinstance(node, ast.FunctionDef) and any(
+                "pytest.fixture" in ast.unparse(decorator) for decorator in node.decorator_list
+            ):
+                yield f"`{node.name}`", _paragraph(ast.get_docstring(node))
+
+
+def public_names() -> Rows:
+    """The public names: name, and the first paragraph about it."""
+    import pytest_attnheat
+
+    for name in dir(pytest_attnheat):
+        value = getattr(pytest_attnheat, name)
+        if callable(value):
+            yield f"`{name}`", _first_paragraph(value)
+        elif isinstance(value, tuple):
+            yield f"`{name}`", f"A tuple of {len(value)} names, from `{value[0]}` to `{value[-1]}`."
+
+
+def fields_of_failure() -> Rows:
+    """What a failure knows: field, and what it holds."""
+    from pytest_attnheat import Failure
+
+    listed = (inspect.getdoc(Failure) or "").partition("Attributes:\n")[2].partition("\n\n")[0]
+    for entry in re.split(r"\n(?=    \w)", listed):
+        name, _, text = " ".join(entry.split()).partition(": ")
+        yield f"`{name}`", text
+
+
+CHECK_HEAD = (
+    "check",
+    "an implementation that passes",
+    "a public issue it would have caught",
+    "quick",
+)
+TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
+    "checks": (CHECK_HEAD, lambda: checks("CHECKS")),
+    "checks of a block": (CHECK_HEAD, lambda: checks("BLOCK_CHECKS")),
+    "checks of a trace": (CHECK_HEAD, lambda: checks("CAPTURED_CHECKS")),
+    "defects": (("defect", "attention", "a public issue that reports it"), defects),
+    "hard cases": (("case", "what breaks on it"), hard_cases),
+    "scoring functions": (("name", "class", "what it is", "source"), scoring_functions),
+    "options": (("option", "ini", "meaning"), options),
+    "fixtures": (("fixture", "what it is"), fixtures),
+    "fields of a failure": (("field", "what it holds"), fields_of_failure),
+    "public names": (("name", "what it is"), public_names),
+}
+
+# The command of each measured table, and which of the tables that it prints is meant.
+MEASURED = {
+    "defects": (("benchmarks/defect_matrix.py", "--table"), 0),
+    "captures": (("benchmarks/capture_table.py",), 0),
+    "changed pictures": (("benchmarks/baseline_table.py",), 0),
+    "versions of matplotlib": (("benchmarks/baseline_table.py",), 1),
+}
+
+
+def listed(text: str) -> str:
+    """Return a page with its tables of registries as they are to be."""
+    return re.sub(
+        r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)",
+        lambda found: found[1] + "\n".join(_table(*TABLES[found[2]])) + "\n" + found[3],
+        text,
+        flags=re.S,
+    )
+
+
+def printed(page: Path) -> str:
+    """Return a page with the output of its examples as it is to be."""
+    text = page.read_text(encoding="utf-8")
+    for block, output in reversed(list(run(page))):
+        if not alike(block.text, output):
+            text = text[: block.start] + output + text[block.start + len(block.text) :]
+    return text
+
+
+def measured(text: str, name: str) -> str:
+    """Return a page with one measured table as it is to be."""
+    marked = re.compile(rf"(<!-- measured: {name} -->\n).*?(<!-- end -->)", re.S)
+    if not marked.search(text):
+        return text
+    command, number = MEASURED[name]
+    output = subprocess.run(
+        [sys.executable, *command], cwd=ROOT, capture_output=True, encoding="utf-8", check=True
+    ).stdout
+    table = re.findall(r"(?:^\|.*\n)+", output, re.M)[number]
+    return marked.sub(lambda found: found[1] + table + found[2], text)
+
+
+def _table(head: tuple[str, ...], rows: Callable[[], Rows]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows():
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+
+
+class _Parser:
+    """Stands in for pytest's parser: keeps what is added to it."""
+
+    def __init__(self) -> None:
+        self.options: dict[str, tuple[str, str]] = {}
+        self.inis: set[str] = set()
+
+    def getgroup(self, *_: str) -> _Parser:
+        return self
+
+    def addoption(self, name: str, **given: Any) -> None:
+        value = given.get("metavar") or "|".join(given.get("choices", ()))
+        self.options[name] = (f"={value}" if value else "", given["help"])
+
+    def addini(self, name: str, *_: Any, **__: Any) -> None:
+        self.inis.add(name)
+
+
+def _modules_of_plugin() -> list[Any]:
+    plugin = import_module("pytest_attnheat.plugin")
+    names = sorted(path.stem for path in Path(plugin.__file__ or "").parent.glob("*.py"))
+    return [plugin, *(import_module(f"{plugin.__name__}.{n}") for n in names if n[0] != "_")]
+
+
+def _first_paragraph(thing: object) -> str:
+    return _paragraph(inspect.getdoc(thing))
+
+
+def _paragraph(text: str | None) -> str:
+    return " ".join((text or "").split("\n\n")[0].split())
+
+
+def main() -> None:
+    """Write the pages that are stale, and say which."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        for page in PAGES:
+            before = page.read_text(encoding="utf-8")
+            text = before
+            for name in sys.argv[1:]:
+                text = measured(text, name)
+            if len(sys.argv) == 1:
+                text = listed(printed(page))
+            if text != before:
+                page.write_text(text, encoding="utf-8", newline="\n")
+                print(f"{page.relative_to(ROOT)}: written")
+        os.chdir(ROOT)
+
+
+if __name__ == "__main__":
+    main()

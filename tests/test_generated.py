@@ -1,0 +1,61 @@
+"""What the docs list is what the registries hold."""
+
+from dataclasses import replace
+
+import pytest
+from generate import MEASURED, TABLES, listed, measured
+from pages import PAGES, ROOT
+
+from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.contract import checks
+
+TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
+
+
+@pytest.mark.parametrize("page", [name for name in TEXTS if "<!-- generated:" in TEXTS[name]])
+def test_tables_are_those_of_the_registries(page):
+    if TEXTS[page] != listed(TEXTS[page]):
+        raise AssertionError(f"{page} is stale: `make docs` writes it anew")
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_every_registry_is_listed_once(name):
+    assert sum(text.count(f"<!-- generated: {name} -->\n") for text in TEXTS.values()) == 1
+
+
+@pytest.mark.parametrize("name", MEASURED)
+def test_every_measured_table_is_shown_once(name):
+    assert sum(text.count(f"<!-- measured: {name} -->\n") for text in TEXTS.values()) == 1
+
+
+def rows(name):
+    """The first cells of a measured table."""
+    text = next(text for text in TEXTS.values() if f"<!-- measured: {name} -->" in text)
+    table = text.partition(f"<!-- measured: {name} -->\n")[2].partition("<!-- end -->")[0]
+    return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+def test_every_defect_was_measured():
+    if rows("defects") != [f"`{defect.name}`" for defect in DEFECTS]:
+        raise AssertionError("docs/examination.md is stale: `python docs/generate.py defects`")
+
+
+def test_a_new_check_makes_its_page_stale_and_is_written(monkeypatch):
+    new = replace(checks.CHECKS[0], name="new", sentence="it is a | b", issue="a/b#1", quick=False)
+    monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, new))
+    before = TEXTS["docs/examination.md"]
+    after = listed(before)
+    added = set(after.splitlines()) - set(before.splitlines())
+    assert added == {r"| `new` | it is a \| b | a/b#1 |  |"}
+    assert len(after.splitlines()) == len(before.splitlines()) + 1
+
+
+def test_a_measured_table_takes_what_its_command_prints(monkeypatch, tmp_path):
+    script = tmp_path / "two_tables.py"
+    script.write_text("print('| a |\\n|---|\\n| 1 |\\n\\nand\\n| b |\\n|---|\\n| 2 |\\nended')")
+    monkeypatch.setitem(MEASURED, "captures", ((str(script),), 1))
+    page = "above\n<!-- measured: captures -->\n| old |\n<!-- end -->\nbelow\n"
+    assert measured(page, "captures") == (
+        "above\n<!-- measured: captures -->\n| b |\n|---|\n| 2 |\n<!-- end -->\nbelow\n"
+    )
+    assert measured("no table", "captures") == "no table"
