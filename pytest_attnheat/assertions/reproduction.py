@@ -123,14 +123,14 @@ def assert_reproduces_output(
     if limit is None:
         _check_meaning(product)
     claim = Claim(
-        "output elements are not weights @ value",
-        "output",
-        lambda part: torch.ones_like(part.output, dtype=torch.bool),
-        lambda part: part.output,
-        lambda part: part.off,
-        lambda part: part.allowed,
-        partial(_says, product),
-        product.index_given,
+        statement="output elements are not weights @ value",
+        kind="output",
+        regards=lambda part: torch.ones_like(part.output, dtype=torch.bool),
+        value=lambda part: part.output,
+        deviation=lambda part: part.off,
+        allowed=lambda part: part.allowed,
+        says=partial(_says, product),
+        given=product.index_given,
     )
     # To have passed is certain. Else the careful reading decides: the NaN in the value of a key
     # without weight, for instance, spreads in the quick one.
