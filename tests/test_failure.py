@@ -122,11 +122,14 @@ def test_the_fields_of_a_claim_about_elements():
     assert error.first is None
 
 
-def test_nan_is_a_value():
+def test_nan_is_a_value_and_the_worst_there_is():
     weights = torch.eye(3)
-    weights[1, 2] = math.nan
-    assert math.isnan(raised_by(assert_row_stochastic, weights).worst.value)
-    assert math.isnan(raised_by(assert_masked, weights, torch.eye(3) > 0).worst.value)
+    weights[0, 2], weights[1, 2] = math.inf, math.nan
+    of_rows = raised_by(assert_row_stochastic, weights)
+    of_elements = raised_by(assert_masked, weights, torch.eye(3) > 0)
+    assert (of_rows.worst.index, of_elements.worst.index) == ((1,), (1, 2))
+    assert math.isnan(of_rows.worst.value)
+    assert math.isnan(of_elements.worst.value)
 
 
 def test_the_fields_of_a_claim_about_an_output():

@@ -266,13 +266,13 @@ def of_rows(
     Without more, it is about those with a permitted key, and what is measured is the deviation.
     """
     return Claim(
-        statement,
-        kind,
-        regards,
-        value,
-        deviation or value,
-        allowed,
-        lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
+        statement=statement,
+        kind=kind,
+        regards=regards,
+        value=value,
+        deviation=deviation or value,
+        allowed=allowed,
+        says=lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
         lines=lines,
         unit=unit,
     )
@@ -294,15 +294,19 @@ def fully_masked_rows(
     """Claim that rows without a permitted key hold what was declared."""
     if mask is None:
         return []
-    value, verb = {
-        "zero": (_farthest_from_zero, "holds"),
+    broken, verb, value = {
+        "zero": ("are not zero", "holds", _farthest_from_zero),
         "uniform": (
-            lambda block: block.misfit(masked=False),
+            "are not uniform",
             "strays, relative to 1 / key_len, by",
+            lambda block: block.misfit(masked=False),
         ),
-        "nan": (lambda block: block.numbers, "holds numbers, not NaN, at this many keys:"),
+        "nan": (
+            "hold numbers",
+            "holds numbers, not NaN, at this many keys:",
+            lambda block: block.numbers,
+        ),
     }[declared]
-    broken = {"zero": "are not zero", "uniform": "are not uniform", "nan": "hold numbers"}[declared]
     return [
         of_rows(
             f'fully masked {lines.noun} {broken} (fully_masked="{declared}")',
@@ -342,26 +346,26 @@ def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
         return masked.expand(part.values.shape)
 
     return Claim(
-        "masked weights are not zero",
-        "outside",
-        regards,
-        lambda part: part.values,
-        lambda part: part.values.abs(),
-        0.0,
-        lambda _, spot: says(spot.index, spot.value),
+        statement="masked weights are not zero",
+        kind="outside",
+        regards=regards,
+        value=lambda part: part.values,
+        deviation=lambda part: part.values.abs(),
+        allowed=0.0,
+        says=lambda _, spot: says(spot.index, spot.value),
     )
 
 
 def permitted_is_positive(says: Says) -> Claim[Elements]:
     """Claim that permitted keys hold weight; a negative one is worse than none."""
     return Claim(
-        "permitted weights are not positive",
-        "inside",
-        lambda part: part.permitted.expand(part.values.shape),
-        lambda part: part.values,
-        lambda part: (1 - part.values).masked_fill_(part.values > 0, 0),
-        0.0,
-        lambda _, spot: says(spot.index, spot.value),
+        statement="permitted weights are not positive",
+        kind="inside",
+        regards=lambda part: part.permitted.expand(part.values.shape),
+        value=lambda part: part.values,
+        deviation=lambda part: (1 - part.values).masked_fill_(part.values > 0, 0),
+        allowed=0.0,
+        says=lambda _, spot: says(spot.index, spot.value),
     )
 
 
@@ -371,7 +375,7 @@ def by_row(claim: Claim[Elements]) -> Claim[Block]:
     def broken(block: Block) -> torch.Tensor:
         return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or)
 
-    return Claim(claim.statement, claim.kind, _every, broken, broken, 0.0, lambda *_: "")
+    return _quick(claim.statement, claim.kind, broken)
 
 
 def masks_nothing() -> Claim[Block]:
@@ -382,8 +386,17 @@ def masks_nothing() -> Claim[Block]:
             lambda part: any_key(~part.permitted).expand(part.values.shape[:-1]), torch.logical_or
         )
 
-    return Claim("rows have a masked key", "permits", _every, masks, masks, 0.0, lambda *_: "")
+    return _quick("rows have a masked key", "permits", masks)
 
 
-def _every(block: Block) -> torch.Tensor:
-    return torch.ones((), dtype=torch.bool, device=block.device)
+def _quick(statement: str, kind: str, broken: Callable[[Block], torch.Tensor]) -> Claim[Block]:
+    """Claim something that is asked, of every row, and never counted."""
+    return Claim(
+        statement=statement,
+        kind=kind,
+        regards=lambda block: torch.ones((), dtype=torch.bool, device=block.device),
+        value=broken,
+        deviation=broken,
+        allowed=0.0,
+        says=lambda *_: "",
+    )

@@ -370,10 +370,8 @@ class _Masked:
 def _read_weights(weights: object) -> Operand:
     operand = as_weights(weights)
     if str(operand.dtype) == "torch.float8_e8m0fnu":
-        raise ValueError(
-            "weights: got dtype float8_e8m0fnu, which has no zero: no key can be masked in it; "
-            "check before the cast"
-        )
+        got = "dtype float8_e8m0fnu, which has no zero, so that no key can be masked in it"
+        raise ValueError(misuse("weights", got, "what there was before the cast"))
     return operand
 
 

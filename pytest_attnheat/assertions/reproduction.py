@@ -55,7 +55,7 @@ from pytest_attnheat.assertions.reproduction_causes import likely_cause
 from pytest_attnheat.assertions.scan import mask_at
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.failure import number_text
-from pytest_attnheat.inputs import check_tolerance, dtype_name
+from pytest_attnheat.inputs import check_tolerance, dtype_name, misuse
 
 Array: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 
@@ -123,14 +123,14 @@ def assert_reproduces_output(
     if limit is None:
         _check_meaning(product)
     claim = Claim(
-        "output elements are not weights @ value",
-        "output",
-        lambda part: torch.ones_like(part.output, dtype=torch.bool),
-        lambda part: part.output,
-        lambda part: part.off,
-        lambda part: part.allowed,
-        partial(_says, product),
-        product.index_given,
+        statement="output elements are not weights @ value",
+        kind="output",
+        regards=lambda part: torch.ones_like(part.output, dtype=torch.bool),
+        value=lambda part: part.output,
+        deviation=lambda part: part.off,
+        allowed=lambda part: part.allowed,
+        says=partial(_says, product),
+        given=product.index_given,
     )
     # To have passed is certain. Else the careful reading decides: the NaN in the value of a key
     # without weight, for instance, spreads in the quick one.
@@ -146,11 +146,11 @@ def _check_meaning(product: Product) -> None:
     most = product.rounding * (1 + _MOST_RANGE / 4)
     if most >= _MEANINGLESS:
         name, key_len = dtype_name(product.coarsest), product.weights.shape[-1]
-        raise ValueError(
-            f"{name} is too coarse to tell whether weights over {key_len} keys made an output "
-            f"(rounding alone may be off by {most:.2g}); check before the cast to {name}, or "
-            "pass tolerance="
+        got = (
+            f"{name}, which is too coarse to tell whether weights over {key_len} keys made an "
+            f"output (rounding alone may be off by {most:.2g})"
         )
+        raise ValueError(misuse("dtype", got, "what there was before the cast, or tolerance="))
 
 
 @dataclass(frozen=True)
