@@ -301,7 +301,7 @@ _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'b
 def undeclared(spec: AttentionSpec, field: Sound) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
     is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
-    if spec.is_block or spec.is_captured or is_declared:
+    if is_declared or spec.is_block or spec.is_captured:
         return ""
     names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:
