@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from capture_oracles import draw, three
-from device_waits import Waits
+from pretend_device import reads
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
@@ -127,14 +127,14 @@ def test_values_that_cancel_do_not_make_a_record_wrong():
 
 @pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
 @pytest.mark.parametrize("parts", [1, 2**24])
-def test_a_record_waits_once_for_the_device(monkeypatch, keep, parts):
+def test_a_record_waits_once_for_the_device(monkeypatch, pretend, keep, parts):
     monkeypatch.setattr("pytest_attnheat.capture.record._PART_BYTES", parts)
-    query, key, value = three(2, 3, queries=20)
-    with Waits() as waits, capture_attention(keep=keep) as trace:
+    query, key, value = (tensor.to(pretend) for tensor in three(2, 3, queries=20))
+    with reads() as seen, capture_attention(keep=keep) as trace:
         F.scaled_dot_product_attention(query, key, value)
         (query @ key.mT / 2).softmax(-1) @ value
     assert len(trace) == 2
-    assert waits.count == 2
+    assert seen.names == []
 
 
 def test_many_keys_do_not_make_a_record_wrong():

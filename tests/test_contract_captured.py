@@ -249,7 +249,10 @@ def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
     light = captured(model(""), hidden, keep="statistics")
     assert statuses(light).items() >= {"rows": "passed", **nothing_else}.items()
     wrong = captured(model("", "mask_after_softmax"), hidden, keep="statistics")
-    (rows,) = check_attention(wrong).failed
+    report = check_attention(wrong)
+    (rows,) = report.failed
+    assert f"rows (float32, cpu)\n{rows.message}" in str(report)
+    assert (rows.failure.broken, rows.failure.of, len(rows.failure.worst.index)) == (64, 72, 3)
     claim, layer, worst = rows.message.splitlines()
     assert claim == "64 of 72 rows do not sum to 1"
     assert layer.split() == ["layer", "1,", "call", "0"]

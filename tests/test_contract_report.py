@@ -194,6 +194,14 @@ def test_returned_weights_are_checked():
     assert failed(report(right, "averaged")) == ["returned_weights"]
     assert failed(report(averaged, "weights")) == ["returned_weights"]
 
+    def of_one_head(query, key, value):
+        output, weights = right(query, key, value)
+        return output, weights[:, 0]
+
+    (result,) = report(of_one_head, "averaged").failed
+    assert result.failure.claim == "weights are not the mean of those of the heads"
+    assert result.failure.of == 2 * 7 * 9
+
 
 # --- planted defects
 

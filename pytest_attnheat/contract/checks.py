@@ -23,6 +23,7 @@ from pytest_attnheat.assertions.numerics.precision import (
 )
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
+from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
 from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
 from pytest_attnheat.contract.examination import (
@@ -48,7 +49,7 @@ from pytest_attnheat.contract.examination import (
     with_a_fully_masked_row,
 )
 from pytest_attnheat.contract.examination import Check as Check
-from pytest_attnheat.failure import Failure
+from pytest_attnheat.failure import Checked, Failure, Place
 
 
 def _matches(
@@ -273,15 +274,33 @@ def returned_weights(examination: Examination) -> None:
         raise Failure("", f"the weights are a {type(weights).__name__}, no tensor")
     assert_row_stochastic(weights)
     if examination.spec.returns == "averaged":
-        expected = torch.softmax(
-            inputs.query.double() @ inputs.key.double().mT
-            * (examination.spec.scale or inputs.query.shape[-1] ** -0.5), -1
-        ).mean(1)  # fmt: skip
-        torch.testing.assert_close(
-            weights.double(), expected, rtol=0, atol=4 * torch.finfo(examination.dtype).eps
-        )
+        _assert_averaged(weights, inputs, examination.spec.scale)
+    else:
+        assert_reproduces_output(weights, inputs.value, answer.output)
+
+
+def _assert_averaged(weights: Tensor, inputs: Inputs, scale: float | None) -> None:
+    scale = inputs.query.shape[-1] ** -0.5 if scale is None else scale
+    scores = inputs.query.double() @ inputs.key.double().mT * scale
+    mean = scores.softmax(-1).mean(1)
+    if weights.shape != mean.shape:
+        claim = f"the weights are {tuple(weights.shape)}, averaged over heads {tuple(mean.shape)}"
+        raise Failure("", claim)
+    off = (weights.double() - mean).abs().nan_to_num(nan=torch.inf)
+    allowed = 4 * torch.finfo(inputs.query.dtype).eps
+    if bool((off <= allowed).all()):
         return
-    assert_reproduces_output(weights, inputs.value, answer.output)
+    worst = index_of(off.argmax(), off.shape)
+    found, wanted = float(weights[worst]), float(mean[worst])
+    raise Failure(
+        "",
+        "weights are not the mean of those of the heads",
+        broken=int((off > allowed).sum()),
+        of=off.numel(),
+        worst=Place(f"weights{[*worst]} is {found:.6g}, the mean {wanted:.6g}", worst, found),
+        tensor=Checked.of(weights),
+        tolerance=allowed,
+    )
 
 
 CHECKS: tuple[Check, ...] = registered("function")

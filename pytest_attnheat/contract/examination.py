@@ -20,7 +20,6 @@ from pytest_attnheat.failure import Failure
 BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 7, 8
 VALUE_DIM = 6
 
-
 # What a check examines: a function, a block with projections of its own, or what was captured.
 Kind: TypeAlias = Literal["function", "block", "captured"]
 
@@ -118,10 +117,10 @@ class Examination:
         Raises:
             Skipped: The specification does not claim to take these inputs.
         """
-        asked = {takes_causal: causal, takes_mask: mask is not None}
-        asked[takes_groups] = key_heads is not None
-        for need in (need for need, is_asked in asked.items() if is_asked):
-            if reason := need(self.spec):
+        masked, grouped = mask is not None, key_heads is not None
+        asked = ((takes_causal, causal), (takes_mask, masked), (takes_groups, grouped))
+        for need, is_asked in asked:
+            if is_asked and (reason := need(self.spec)):
                 raise Skipped(reason)
         heads = HEADS if self.spec.has_heads else 1
         key_len = query_len if key_len is None else key_len
@@ -301,7 +300,7 @@ _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'b
 def undeclared(spec: AttentionSpec, field: Sound) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
     is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
-    if spec.is_block or spec.is_captured or is_declared:
+    if is_declared or spec.is_block or spec.is_captured:
         return ""
     names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:

@@ -240,7 +240,9 @@ def _with_message(result: Result, status: Status, message: str) -> Result:
 def _failed(result: Result, error: Exception, examination: Examination) -> Result:
     if isinstance(error, Failure):
         reason = "; ".join(part for part in (error.headline, error.cause) if part)
-        return replace(result, status="failed", message=str(error), reason=reason, failure=error)
+        # Its traceback would keep every tensor of the call.
+        kept = error.with_traceback(None)
+        return replace(result, status="failed", message=str(error), reason=reason, failure=kept)
     if isinstance(error, AssertionError):
         return _with_message(result, "failed", str(error))
     raised = _with_message(result, "failed", _raised(error, examination))

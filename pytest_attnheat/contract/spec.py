@@ -180,7 +180,9 @@ class AttentionSpec:
     @property
     def takes_causal(self) -> bool:
         """Whether the subject can be asked to be causal, by `causal_argument`."""
-        return self.causal is not None and not self._lacks(self.causal_argument, "causal")
+        if self.causal is None or self.is_block or self.is_captured:
+            return False
+        return not self._lacks(self.causal_argument, "causal")
 
     @property
     def is_block(self) -> bool:
