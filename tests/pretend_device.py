@@ -178,7 +178,7 @@ def _on_device(made: torch.Tensor) -> torch.Tensor:
     return moved
 
 
-def _storage_on_cpu(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+def _storage_on_cpu(storage: torch.UntypedStorage) -> Any:
     return torch._C._construct_storage_from_data_pointer(
         storage.data_ptr(), torch.device("cpu"), storage.nbytes()
     )
