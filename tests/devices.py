@@ -5,7 +5,9 @@ import pytest
 import torch
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-NO_PRETEND = pytest.mark.skipif(not pretend_device.SUPPORTED, reason=pretend_device.NEEDS_TORCH)
+NO_PRETEND = pytest.mark.skipif(
+    pretend_device.WHY_ABSENT is not None, reason=str(pretend_device.WHY_ABSENT)
+)
 
 # `-m cuda` selects what a GPU has to show.
 ACCELERATORS = [
@@ -31,8 +33,8 @@ def on_accelerators(dtypes):
 @pytest.fixture
 def pretend():
     """Make the pretend accelerator present for a test."""
-    if not pretend_device.SUPPORTED:
-        pytest.skip(pretend_device.NEEDS_TORCH)
+    if pretend_device.WHY_ABSENT is not None:
+        pytest.skip(pretend_device.WHY_ABSENT)
     with pretend_device.present() as device:
         yield device
 

@@ -8,7 +8,8 @@ autograd are torch's own. Every kernel runs on the CPU, on an alias of that memo
 - whatever makes the host wait for the device is counted: `with reads() as seen: ...`.
 
 torch cannot forget a device once it is registered. It is therefore absent (`device_count()` is 0)
-until a test turns it on: the fixture `pretend` does, and every entry of `DEVICES` that needs it.
+until a test turns it on: the fixtures `pretend` and `accelerator` of `devices.py` do. There is one,
+and no `torch.Generator` of it: torch asks C++ for those.
 """
 
 from __future__ import annotations
@@ -25,14 +26,22 @@ from torch.utils import backend_registration, dlpack
 NAME = "pretend"
 DEVICE = f"{NAME}:0"
 _SETUP = getattr(backend_registration, "_setup_privateuseone_for_python_backend", None)
-SUPPORTED = _SETUP is not None
-NEEDS_TORCH = "this torch cannot register a device from Python"
+
+
+def _why_absent() -> str | None:
+    if _SETUP is None:
+        return "this torch cannot register a device from Python"
+    if torch.accelerator.is_available():
+        return "there is an accelerator, and torch would take the pretend one for it"
+    return None
+
+
+WHY_ABSENT = _why_absent()
 
 aten = torch.ops.aten
 _CPU = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _DLPACK_EXTENSION = 12  # kDLExtDev, which torch reads as the registered device
-# What a GPU takes from the CPU beside its own tensors, scalars apart.
-_COPIES = {"aten::_copy_from", "aten::_copy_from_and_resize"}
+# Operations whose indices may be on the CPU.
 _INDEXING = {"aten::index", "aten::index_put_", "aten::_index_put_impl_", "aten::_unsafe_index"}
 # What makes the host wait on a GPU: a number or a shape that the device has to tell it.
 _WAITING = {
@@ -169,7 +178,7 @@ def _on_device(made: torch.Tensor) -> torch.Tensor:
     return moved
 
 
-def _storage_on_cpu(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+def _storage_on_cpu(storage: torch.UntypedStorage) -> Any:
     return torch._C._construct_storage_from_data_pointer(
         storage.data_ptr(), torch.device("cpu"), storage.nbytes()
     )
@@ -342,5 +351,5 @@ def _register() -> None:
 
 
 _KEPT: list[torch.library.Library] = []
-if SUPPORTED:
+if WHY_ABSENT is None:
     _register()
