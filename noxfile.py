@@ -89,4 +89,10 @@ def wheel(session: nox.Session) -> None:
     )
     session.chdir(project)
     session.run("pytest", "--strict-markers")
-    session.run("mypy", "--strict", "-c", "from pytest_attnheat import assert_row_stochastic")
+    session.run(
+        "mypy",
+        "--config-file=",
+        "--strict",
+        "-c",
+        "from pytest_attnheat import assert_row_stochastic",
+    )

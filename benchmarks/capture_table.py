@@ -377,7 +377,7 @@ def of_transformers() -> Iterator[Row]:
 
 def both(
     name: str,
-    kind: type,
+    kind: Any,
     config: Any,
     inputs: dict[str, Tensor],
     before: dict[str, Tensor] | None = None,

@@ -40,8 +40,8 @@ def main() -> None:
         failed = list(dict.fromkeys(r.name for r in check_attention(spec).failed))
         named = diagnose(spec).defects == (defect.name,)
         found.update(failed)
-        for check in failed if len(failed) <= 3 else ():
-            needed.setdefault(check, []).append(defect.name)
+        for name in failed if len(failed) <= 3 else ():
+            needed.setdefault(name, []).append(defect.name)
         by = ", ".join(failed) if len(failed) <= 3 else f"{len(failed)} checks"
         if table:
             print(f"| `{defect.name}` | {by or 'no check: noted'} | {'yes' if named else 'no'} |")

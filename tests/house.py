@@ -70,6 +70,8 @@ def _imports(name: str, modules: dict[str, Path], base: Path) -> list[Import]:
     }
     found = []
     for node in ast.walk(tree):
+        if not isinstance(node, ast.Import | ast.ImportFrom):
+            continue
         for target in _targets(node, name, path):
             if target.partition(".")[0] in (root, "pytest", "_pytest"):
                 place = f"{path.relative_to(base).as_posix()}:{node.lineno}"
@@ -78,12 +80,10 @@ def _imports(name: str, modules: dict[str, Path], base: Path) -> list[Import]:
     return list(dict.fromkeys(i for i in found if i.target != name))
 
 
-def _targets(node: ast.AST, name: str, path: Path) -> list[str]:
+def _targets(node: ast.Import | ast.ImportFrom, name: str, path: Path) -> list[str]:
     """List the names that a statement imports, in full."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
-    if not isinstance(node, ast.ImportFrom):
-        return []
     source = node.module or ""
     if node.level:
         package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
@@ -138,7 +138,7 @@ def _circles(imports: list[Import], kind: str) -> list[str]:
     uses: dict[str, list[Import]] = {}
     for found in imports:
         uses.setdefault(found.module, []).append(found)
-    circles = {}
+    circles: dict[frozenset[str], list[Import]] = {}
     for found in imports:
         back = _shortest(uses, found.target, found.module)
         if back is not None:

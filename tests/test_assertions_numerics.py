@@ -382,7 +382,7 @@ def by_hand(query, key, value, seen, scale, upstream, bias):
 @pytest.mark.parametrize("budget", [None, 1, 3000], ids=["whole", "row by row", "in parts"])
 def test_the_oracle_is_attention_by_hand_however_it_is_cut(budget, monkeypatch):
     if budget is not None:
-        monkeypatch.setattr(oracle.chunks, "CHUNK_BYTES", budget)
+        monkeypatch.setattr("pytest_attnheat.attention.chunks.CHUNK_BYTES", budget)
     query, key, value = inputs(2, 4, query_len=5, key_len=7, width=3, key_heads=2)
     query, key, value = query.double(), key.double(), value[..., :2].double()
     bias = torch.randn(4, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

@@ -1,5 +1,7 @@
 """Captured `nn.MultiheadAttention` and encoders, against their own weights, and without them."""
 
+from typing import Any
+
 import pytest
 import torch
 from capture_oracles import Operators, assert_weights, bottom_right, draw, plain_weights
@@ -299,7 +301,7 @@ def _made(kind, case):
     + [("attention", name) for name in ONLY_ATTENTION],
 )
 def test_the_fast_path_is_told_where_it_would_have_run(kind, name):
-    case = {**CONDITIONS, **ONLY_LAYERS, **ONLY_ATTENTION}[name]
+    case: dict[str, Any] = {**CONDITIONS, **ONLY_LAYERS, **ONLY_ATTENTION}[name]
     module = _made(kind, case).to(case.get("dtype", torch.float32))
     if case.get("frozen"):
         module.requires_grad_(False)

@@ -134,7 +134,8 @@ def test_a_record_waits_once_for_the_device(monkeypatch, pretend, keep, parts):
         F.scaled_dot_product_attention(query, key, value)
         (query @ key.mT / 2).softmax(-1) @ value
     assert len(trace) == 2
-    assert seen.names == []
+    waits = [name for name in seen.names if name == "aten::_local_scalar_dense"]
+    assert len(waits) == 2  # statistics are copied to the host besides
 
 
 def test_many_keys_do_not_make_a_record_wrong():

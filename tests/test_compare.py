@@ -72,7 +72,7 @@ def logits(weights):
 
 
 def small_change(weights):
-    weights[(*last(weights), 2, 3)] += 0.001
+    weights[last(weights)][2, 3] += 0.001
 
 
 DEFECTS = [transposed, swapped, one_row_one_hot, future_leak, half, logits, small_change]
@@ -266,7 +266,7 @@ def test_other_text_passes_where_another_matplotlib_drew_it_and_fails_where_not(
         text.set_fontstyle("italic")
     assert verdict(tmp_path, other, figure(), kind).status == "panels"
     with monkeypatch.context() as patch:
-        patch.setattr(record.matplotlib, "__version__", "3.8.4")
+        patch.setattr("matplotlib.__version__", "3.8.4")
         judging.save(other, tmp_path / f"baseline.{kind}")
     found = judging.check(figure(), tmp_path / f"baseline.{kind}", tmp_path / "work")
     assert (found.status, found.drawn_by) == ("text", "3.8.4")

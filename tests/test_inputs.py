@@ -37,7 +37,7 @@ def nested():
         (None, TypeError, "got NoneType"),
         (EYE.int(), TypeError, "dtype int32"),
         (EYE.bool(), TypeError, "dtype bool"),
-        (EYE.cfloat(), TypeError, "dtype complex64"),
+        (EYE.to(torch.complex64), TypeError, "dtype complex64"),
         (EYE.to_sparse(), TypeError, "layout sparse_coo"),
         (EYE.to("meta"), TypeError, "meta tensor"),
         (torch.tensor(1.0), ValueError, r"0 dimension\(s\)"),

@@ -204,7 +204,7 @@ def test_parameters_have_variance_one_over_what_they_sum_over():
 def test_parameters_do_not_repeat_the_inputs_of_the_same_seed():
     case = make_attention(scoring="bilinear", head_dim=16, seed=5)
     drawn = case.query.flatten()[:256] / 4
-    weight = case.scoring_function.weight.flatten()
+    weight = case.scoring_function.weight.flatten()  # type: ignore[attr-defined]
     assert abs(torch.corrcoef(torch.stack([drawn, weight]))[0, 1]) < 0.3
 
 
