@@ -7,7 +7,7 @@ import inspect
 import random
 import types
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -65,9 +65,13 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
     modules = [part for module in modules_in(subject) for part in module.modules()]
     modes = [(module, module.training) for module in modules]
     buffers = [_Buffer(module, name) for module in modules for name in module._buffers]
-    devices = {t.device.index or 0 for t in tensors if t.device.type == "cuda"}
     python, numpy = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=sorted(devices)):
+    with ExitStack() as forked:
+        forked.enter_context(torch.random.fork_rng(devices=[]))  # that of the CPU
+        for device in {t.device for t in tensors}:
+            if hasattr(getattr(torch, device.type, None), "get_rng_state"):
+                index = [device.index or 0]
+                forked.enter_context(torch.random.fork_rng(index, device_type=device.type))
         torch.manual_seed(seed)
         try:
             yield
