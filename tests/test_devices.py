@@ -36,6 +36,55 @@ def test_an_absent_device_is_told_from_a_wrong_name():
         resolve("cuda:99")
 
 
+REGISTERED = """
+    import torch
+
+    class Module:
+        @staticmethod
+        def device_count():
+            return 2
+
+    torch.utils.rename_privateuse1_backend("pretend")
+    torch._register_device_module("pretend", Module)
+"""
+
+
+def test_a_registered_device_type_is_one_like_the_others(pytester):
+    pytester.makeconftest(REGISTERED)
+    pytester.makepyfile(
+        """
+        def test_a(attn_device, request):
+            name = request.node.callspec.params["attn_device"]
+            expected = {"cpu": "cpu", "pretend": "pretend:0", "pretend:1": "pretend:1"}
+            assert str(attn_device) == expected[name]
+        """
+    )
+    result = pytester.runpytest_subprocess("-v")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*::test_a?pretend? PASSED*"])
+    result = pytester.runpytest_subprocess("--attn-device=pretend:1,pretend:7", "-rs")
+    result.assert_outcomes(passed=1, skipped=1)
+    result.stdout.fnmatch_lines(["*'pretend:7' is absent (present: cpu, pretend:0, pretend:1)*"])
+
+
+def test_a_type_that_torch_turns_out_not_to_know_is_an_error_at_collection(pytester):
+    pytester.makepyfile(
+        test_fixture="def test_a(attn_device): pass",
+        test_checks="""
+        from torch.nn.functional import scaled_dot_product_attention
+        from pytest_attnheat import parametrize_with_checks
+
+        @parametrize_with_checks([scaled_dot_product_attention])
+        def test_a(check): check()
+        """,
+    )
+    result = pytester.runpytest_subprocess("--attn-device=quantum")
+    result.assert_outcomes(errors=2)
+    said = "got 'quantum'; accepted is cpu, cuda, *"
+    result.stdout.fnmatch_lines([f"test_checks.py::test_a: attn_device: {said}"])
+    result.stdout.fnmatch_lines([f"test_fixture.py::test_a: attn_device: {said}"])
+
+
 def test_random_numbers_of_any_device_are_as_they_were(monkeypatch):
     states = {0: "zero", 1: "one"}
 
