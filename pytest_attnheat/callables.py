@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.attention.devices import visible_devices
+
 # How far modules are looked for in what a callable refers to.
 _DEPTH = 3
 
@@ -111,8 +113,8 @@ def set_random_states(states: Mapping[str, Sequence[Tensor]]) -> None:
 
 def accelerators() -> list[str]:
     """Return the kinds of numbered accelerators that are here."""
-    kinds = ("cuda", "xpu", torch._C._get_privateuse1_backend_name())
-    return [kind for kind in kinds if _module(kind) and _module(kind).is_available()]
+    present = visible_devices().items()
+    return [kind for kind, count in present if count and kind not in ("cpu", "mps")]
 
 
 def _module(kind: str) -> Any:

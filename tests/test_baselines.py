@@ -231,17 +231,17 @@ def test_two_files_of_one_name_do_not_share_a_baseline_unseen(pytester, mode):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("tolerence=3", "*got tolerence; accepted are * filename, baseline_dir, tolerance"),
-        ("'a.png'", "*got 'a.png'; accepted are the keyword arguments*"),
-        ("filename='a.jpg'", "*got filename='a.jpg'; accepted is a name of letters*"),
-        ("filename='a/b.png'", "*got filename='a/b.png'*for folders see baseline_dir=*"),
+        ("tolerence=3", "*got tolerence; accepted is * filename, baseline_dir, tolerance"),
+        ("'a.png'", "*got 'a.png'; accepted is the keyword arguments*"),
+        ("filename='a.jpg'", "*filename: got 'a.jpg'; accepted is a name of letters*"),
+        ("filename='a/b.png'", "*filename: got 'a/b.png'*for folders see baseline_dir=*"),
         ("filename='a_.png'", "*not ending in '_'*"),
         ("filename='a.png.png'", "*with one ending: .png or .svg*"),
-        ("filename=3", "*got filename=3*"),
-        ("baseline_dir=3", "*got baseline_dir=3; a folder is accepted"),
-        ("tolerance='x'", "*got tolerance='x'; accepted is a number from 0"),
-        ("tolerance=-1", "*got tolerance=-1*"),
-        ("tolerance=float('nan')", "*got tolerance=nan*"),
+        ("filename=3", "*filename: got 3*"),
+        ("baseline_dir=3", "*baseline_dir: got 3; accepted is a folder"),
+        ("tolerance='x'", "*tolerance: got 'x'; accepted is a number from 0"),
+        ("tolerance=-1", "*tolerance: got -1*"),
+        ("tolerance=float('nan')", "*tolerance: got nan*"),
     ],
 )
 def test_marker_arguments_that_are_not_known_fail_the_test(pytester, arguments, message):
@@ -257,7 +257,7 @@ def test_a_wrong_marker_is_said_by_a_worker_too(pytester):
     pytester.makepyfile(PICTURE.replace("@pytest.mark.heatmap_compare", marked))
     result = pytester.runpytest("-n", "1")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*got foo; accepted are the keyword arguments*"])
+    result.stdout.fnmatch_lines(["*got foo; accepted is the keyword arguments*"])
 
 
 def test_the_marker_of_pytest_mpl_beside_ours_is_refused(pytester, mode):

@@ -12,6 +12,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat import capture_attention
 from pytest_attnheat.capture import CaptureError, CaptureWarning, recording
+from pytest_attnheat.capture import record as records
 from pytest_attnheat.capture.sources import sdpa
 
 X = draw("x", 2, 5, 8)
@@ -105,7 +106,7 @@ def test_a_wrong_reading_of_one_head_shows(monkeypatch):
 
 
 def test_wrong_weights_show(monkeypatch):
-    parts_of = recording.parts_of
+    parts_of = records.parts_of
 
     def wrong(record):
         return ((*where, part.roll(1, -1)) for *where, part in parts_of(record))

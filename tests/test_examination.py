@@ -115,7 +115,9 @@ def test_an_unknown_expected_failure_is_an_error(contract):
         """
     )
     result = contract.runpytest_subprocess()
-    result.stdout.fnmatch_lines(["*expected_failures: there is no check ?'plane'?; accepted are*"])
+    result.stdout.fnmatch_lines(
+        ["*expected_failures: got ?'plane'?; accepted is names of checks, of *"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -176,6 +178,120 @@ def test_the_options_choose_dtypes_and_devices(contract):
     assert "plain-float32" in contract.runpytest_subprocess(*options).stdout.str()
 
 
+BOTH_MANNERS = """
+    from pytest_attnheat import AttentionSpec, parametrize_with_checks
+    from right import attention
+
+    spec = AttentionSpec(attention, name="mine", {declared})
+
+    @parametrize_with_checks([spec], quick=True)
+    def test_contract(check):
+        check()
+"""
+
+
+@pytest.fixture
+def in_both_manners(contract):
+    """Run the examination of one specification as a test, and by `--attn-check`."""
+
+    def run(*options, declared=""):
+        contract.makepyfile(test_both=BOTH_MANNERS.format(declared=declared))
+        return contract.runpytest_subprocess(
+            "test_both.py", "--attn-check=test_both:spec", "--attn-check-quick", "-v", *options
+        )
+
+    return run
+
+
+def test_an_absent_device_skips_the_examination_with_a_reason(in_both_manners):
+    result = in_both_manners("--attn-device=cuda:99", "-rs")
+    result.assert_outcomes(skipped=20)
+    result.stdout.fnmatch_lines(["*::test_contract?mine-plain-float32-cuda:99? SKIPPED*"])
+    result.stdout.fnmatch_lines(["*test_both:spec::mine-plain-float32-cuda:99 SKIPPED*"])
+    result.stdout.fnmatch_lines(["SKIPPED*attention device 'cuda:99' is absent (present: cpu*)"])
+    result.stdout.fnmatch_lines(["mine (test_both:spec): 0 of 0 checks failed, 10 skipped"])
+    result.stdout.fnmatch_lines(["  nothing    was examined; *, the device cuda:99 is absent"])
+
+
+def test_a_required_device_that_is_absent_fails_the_examination(in_both_manners):
+    result = in_both_manners("--attn-device=cuda:99", "--attn-require-device")
+    result.assert_outcomes(failed=20)
+    said = "attention device 'cuda:99' is absent (present: *), and --attn-require-device is set"
+    result.stdout.fnmatch_lines([said])
+    result.stdout.fnmatch_lines(["mine (test_both:spec): 10 of 10 checks failed"])
+
+
+def test_a_quick_examination_takes_the_first_of_the_selected_dtypes(in_both_manners):
+    result = in_both_manners("--attn-dtype=float64,float16", "--attn-device=cpu")
+    assert set(result.parseoutcomes()) == {"passed", "skipped"}
+    result.stdout.fnmatch_lines(["*::test_contract?mine-plain-float16? PASSED*"])
+    result.stdout.fnmatch_lines(["*test_both:spec::mine-plain-float16 PASSED*"])
+    assert "float64" not in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("declared", "option"),
+    [
+        ("dtypes=('float32',)", "dtype=float16"),
+        ("devices=('cpu',)", "device=cuda:99"),
+        ("devices=('mps',), dtypes=('float64',)", "device=all"),
+    ],
+)
+def test_what_is_declared_for_nothing_that_is_selected_is_skipped(
+    in_both_manners, declared, option
+):
+    result = in_both_manners(f"--attn-{option}", "-rs", declared=declared)
+    result.assert_outcomes(skipped=20)
+    result.stdout.fnmatch_lines(["SKIPPED*: selected are *, but it is declared for * and fl*"])
+
+
+def test_workers_share_the_devices_of_an_examination_and_agree_on_the_ids(contract):
+    contract.makeconftest(
+        """
+        from pytest_attnheat.attention import devices
+
+        devices.visible_devices = lambda: {"cpu": 1, "cuda": 2}
+        """
+    )
+    contract.makepyfile(
+        """
+        import os
+        from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from pytest_attnheat.contract.checks import Check
+        from right import attention
+
+        def claims(exam):
+            worker = int(os.environ["PYTEST_XDIST_WORKER"][2:])
+            assert str(exam.device) == f"cuda:{worker % 2}"
+
+        checks = [Check(f"own_{number}", "it is on its device", claims) for number in range(6)]
+
+        @parametrize_with_checks([AttentionSpec(attention, dtypes=("float32",))], checks=checks)
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest_subprocess("-n", "3", "--attn-device=cuda", "-v")
+    result.assert_outcomes(passed=6)
+    result.stdout.fnmatch_lines(["*-own_0-float32-cuda?*"])
+
+
+def test_a_test_that_fails_before_its_check_does_not_hide_what_the_others_found(contract):
+    contract.makepyfile(
+        """
+        from pytest_attnheat import parametrize_with_checks
+        from right import attention
+
+        @parametrize_with_checks([attention], quick=True)
+        def test_contract(check):
+            raise RuntimeError("mine")
+        """
+    )
+    result = contract.runpytest_subprocess()
+    result.assert_outcomes(failed=10)
+    result.stdout.fnmatch_lines(["  because    *: the test itself failed"])
+
+
 def test_junit_has_the_claim_and_the_whole_message_and_nothing_else(contract):
     contract.runpytest_subprocess(
         "--attn-check=wrong:attention", "--attn-check-quick", "--junitxml=junit.xml"
@@ -193,8 +309,10 @@ def test_a_run_without_an_examination_loads_nothing_of_it(pytester):
         import sys
 
         def test_loaded():
-            loaded = {name.partition(".")[2] for name in sys.modules if "attnheat" in name}
-            assert not loaded & {"examination", "verdicts", "contract"}
+            loaded = {name for name in sys.modules if name.startswith("pytest_attnheat")}
+            assert "pytest_attnheat.plugin.fixtures" in loaded
+            assert "pytest_attnheat.plugin.examination" not in loaded
+            assert not any(name.startswith("pytest_attnheat.contract") for name in loaded)
         """
     )
     result = pytester.runpytest_subprocess("-p", "no:mpl")

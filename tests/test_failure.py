@@ -218,3 +218,32 @@ def test_a_picture_that_cannot_be_left_does_not_hide_the_message(pytester):
     result = pytester.runpytest()
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*assert_row_stochastic: * rows do not sum to 1", "not drawn: *"])
+
+
+def test_any_failure_that_can_draw_is_drawn_and_nothing_else(pytester):
+    pytester.makepyfile(
+        """
+        import torch
+        from pytest_attnheat import show_heatmaps
+        from pytest_attnheat.failure import Failure
+
+        def draw():
+            return show_heatmaps(torch.eye(3), "Keys", "Queries")
+
+        def test_drawn():
+            raise Failure("mine", "it does not hold", draw=draw, drawn="a picture of mine")
+
+        def test_plain():
+            raise Failure("mine", "it does not hold")
+
+        def test_alike():
+            error = ValueError("no failure of ours")
+            error.draw = draw
+            raise error
+        """
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(failed=3)
+    (path,) = (pytester.path / "attn-artifacts").rglob("*.png")
+    assert "test_drawn" in str(path)
+    result.stdout.fnmatch_lines(["*- a picture of mine -*", str(path)])

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from pytest_attnheat.attention import devices as known_devices
 from pytest_attnheat.attention.scoring import scoring_names
-from pytest_attnheat.plugin import fixtures
 
 NAMES = scoring_names()
 
@@ -14,7 +14,7 @@ def devices(monkeypatch):
     """Pretend that other devices are present."""
 
     def pretend(**present):
-        monkeypatch.setattr(fixtures, "visible_devices", lambda: {"cpu": 1, **present})
+        monkeypatch.setattr(known_devices, "visible_devices", lambda: {"cpu": 1, **present})
 
     return pretend
 
@@ -124,9 +124,9 @@ def test_a_device_fixture_equals_the_device_of_a_tensor_on_it(pytester, devices)
 
 
 SHARED_GPUS = """
-    from pytest_attnheat.plugin import fixtures
+    from pytest_attnheat.attention import devices
 
-    fixtures.visible_devices = lambda: {"cpu": 1, "cuda": 2}
+    devices.visible_devices = lambda: {"cpu": 1, "cuda": 2}
 """
 
 
@@ -387,7 +387,7 @@ def test_a_wrong_device_parameter_lists_the_devices(pytester):
     """)
     result = pytester.runpytest()
     result.assert_outcomes(errors=3)
-    result.stdout.fnmatch_lines("*ValueError: 'gpu' is no device; accepted are cpu, cuda*")
+    result.stdout.fnmatch_lines("*ValueError: attn_device: got 'gpu'; accepted is cpu, cuda*")
 
 
 def test_a_users_own_fixture_replaces_ours_and_may_give_a_name(pytester):

@@ -1,12 +1,15 @@
 """Options, marker, hook and cost of the plugin, as a user meets them."""
 
+import importlib
 import os
+import pkgutil
 import re
 
 import pytest
 
 from pytest_attnheat import plugin
-from pytest_attnheat.attention import cases, scoring
+from pytest_attnheat.attention import cases, devices, scoring
+from pytest_attnheat.plugin import settings
 
 NAMES = scoring.scoring_names()
 
@@ -20,7 +23,7 @@ def registry(monkeypatch):
 # --- options
 
 
-DEVICES = "accepted are auto, all, or a comma-separated list of cpu, cuda, cuda:N, mps, xpu, xpu:N"
+DEVICES = f"accepted is auto, all, or a comma-separated list of {devices.ACCEPTED}"
 DTYPES = "accepted is a comma-separated list of float16, bfloat16, float32, float64"
 SEEDS = "accepted is a whole number from 0"
 
@@ -28,21 +31,23 @@ SEEDS = "accepted is a whole number from 0"
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("device", "gpu", f"'gpu' is no device; {DEVICES} (got 'gpu')"),
-        ("device", "cpu,auto", f"'auto' is no device; {DEVICES} (got 'cpu,auto')"),
-        ("device", "cuda:x", f"'cuda:x' is no device; {DEVICES}"),
-        ("device", "cuda:-1", f"'cuda:-1' is no device; {DEVICES}"),
-        ("device", "cpu:0", f"'cpu:0' is no device; {DEVICES}"),
-        ("device", "CPU", f"'CPU' is no device; {DEVICES}"),
-        ("device", "", f"'' is no device; {DEVICES}"),
-        ("device", "cpu,", f"'' is no device; {DEVICES}"),
-        ("dtype", "float8", f"'float8' is no dtype; {DTYPES} (got 'float8')"),
-        ("dtype", "float32;float64", f"'float32;float64' is no dtype; {DTYPES}"),
-        ("dtype", "", f"'' is no dtype; {DTYPES}"),
-        ("seed", "-1", f"'-1' is no seed; {SEEDS}"),
-        ("seed", "1.5", f"'1.5' is no seed; {SEEDS}"),
-        ("seed", "", f"'' is no seed; {SEEDS}"),
-        ("seed", "²", f"'²' is no seed; {SEEDS}"),
+        ("device", "gpu", f"got 'gpu'; {DEVICES}; a GPU is called cuda"),
+        ("device", "cpu,gpu:1", f"got 'gpu:1'; {DEVICES}; a GPU is called cuda"),
+        ("device", "cpu,auto", f"got 'auto'; {DEVICES}"),
+        ("device", "cuda:x", f"got 'cuda:x'; {DEVICES}"),
+        ("device", "cuda:-1", f"got 'cuda:-1'; {DEVICES}"),
+        ("device", "cpu:0", f"got 'cpu:0'; {DEVICES}"),
+        ("device", "meta", f"got 'meta'; {DEVICES}"),
+        ("device", "CPU", f"got 'CPU'; {DEVICES}"),
+        ("device", "", f"got ''; {DEVICES}"),
+        ("device", "cpu,", f"got ''; {DEVICES}"),
+        ("dtype", "float8", f"got 'float8'; {DTYPES}"),
+        ("dtype", "float32;float64", f"got 'float32;float64'; {DTYPES}"),
+        ("dtype", "", f"got ''; {DTYPES}"),
+        ("seed", "-1", f"got '-1'; {SEEDS}"),
+        ("seed", "1.5", f"got '1.5'; {SEEDS}"),
+        ("seed", "", f"got ''; {SEEDS}"),
+        ("seed", "²", f"got '²'; {SEEDS}"),
     ],
 )
 @pytest.mark.parametrize("ini", [False, True])
@@ -82,7 +87,7 @@ def test_help_markers_and_fixtures_read_like_documentation(pytester):
 
 
 def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
-    assert cases.DTYPES == plugin.DTYPE_NAMES
+    assert cases.DTYPES == settings.DTYPE_NAMES
 
 
 # --- marker
@@ -92,7 +97,7 @@ def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
     ("arguments", "said"),
     [
         ("dtyp='float32'", "option: got 'dtyp'; accepted is one of 'scoring', 'batch', *'seed'"),
-        ("'additive'", "the attention marker takes keywords only: scoring, *; got ('additive',)"),
+        ("'additive'", "the attention marker: got ('additive',); accepted is keywords only: sc*"),
         ("scoring='cosine'", "scoring: got 'cosine'; accepted is one of 'additive', *'bilinear'*"),
         (
             "scoring=['additive', 'x']",
@@ -138,7 +143,7 @@ def test_a_wrong_marker_is_found_wherever_it_stands(pytester, where):
             def test_a(self): pass
     """)
     result = pytester.runpytest()
-    said = {"module": "batch: got", "class": "heads: got", "outer": "the attention marker takes"}
+    said = {"module": "batch: got", "class": "heads: got", "outer": "the attention marker: got"}
     result.stdout.fnmatch_lines(f"*::TestA::test_a: {said[where]}*")
     result.assert_outcomes(errors=1)
 
@@ -211,13 +216,13 @@ def test_hooks_of_one_session_are_not_known_in_the_next(pytester):
 @pytest.mark.parametrize(
     ("returned", "said"),
     [
-        ('{"additive": lambda a, b, c: None}', "*the name 'additive' is taken (known: additive, *"),
         (
-            '{"a-b": lambda a, b, c: None}',
-            "*'a-b'; accepted is a str of letters, digits and underscores*",
+            '{"additive": lambda a, b, c: None}',
+            "*: got 'additive'; accepted is a name that is not taken, as additive, *",
         ),
-        ('{"cosine": lambda q, k: q}', "*'cosine': got *factory(query_dim, key_dim, seed)*"),
-        ('{"cosine": "cosine"}', "*'cosine': got *factory(query_dim, key_dim, seed)*"),
+        ('{"a-b": lambda a, b, c: None}', "*must be letters, digits and underscores*'a-b'"),
+        ('{"cosine": lambda q, k: q}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
+        ('{"cosine": "cosine"}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
     ],
 )
 def test_a_wrong_hook_is_an_error_at_collection(pytester, returned, said):
@@ -236,7 +241,9 @@ def test_two_hooks_with_one_name_clash(pytester):
     pytester.makepyfile(other=COSINE, test_a="def test_a(attention): pass")
     pytester.syspathinsert()
     result = pytester.runpytest("-p", "other")
-    result.stdout.fnmatch_lines("*the name 'cosine' is taken (known: additive, *, cosine)*")
+    result.stdout.fnmatch_lines(
+        "*got 'cosine'; accepted is a name that is not taken, as additive, *bilinear, cosine are*"
+    )
     assert result.ret == pytest.ExitCode.INTERRUPTED
 
 
@@ -262,6 +269,16 @@ def test_a_registered_name_is_known_to_every_fixture_and_marker(pytester):
     result = pytester.runpytest("-v")
     result.assert_outcomes(passed=len(NAMES) + 2)
     result.stdout.fnmatch_lines("*test_all[[]doubled-cpu]*")
+
+
+def test_all_hooks_stand_in_one_file():
+    elsewhere = [
+        f"{room.name}.{name}"
+        for room in pkgutil.iter_modules(plugin.__path__)
+        for name in vars(importlib.import_module(f"{plugin.__name__}.{room.name}"))
+        if name.startswith("pytest_")
+    ]
+    assert elsewhere == ["settings.pytest_attnheat_scoring_functions"]  # which is specified there
 
 
 # --- cost

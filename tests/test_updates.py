@@ -250,7 +250,9 @@ def test_a_name_that_is_taken_or_empty_is_refused(pytester, name):
     )
     result = pytester.runpytest("--attn-update=missing")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["E *ValueError: heatmap_regression.check: name is *"])
+    result.stdout.fnmatch_lines(
+        ["E *ValueError: name: got '*'; accepted is a name of its own for each *"]
+    )
 
 
 @pytest.mark.parametrize("tolerance", ["float('inf')", "float('nan')", "-1", "'x'"])
@@ -265,7 +267,7 @@ def test_a_tolerance_that_is_none_is_refused(pytester, tolerance):
     )
     result = pytester.runpytest("--attn-update=missing")
     result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["E *ValueError: got tolerance=*; accepted is a number from 0"])
+    result.stdout.fnmatch_lines(["E *ValueError: tolerance: got *; accepted is a number from 0"])
 
 
 def test_two_tests_whose_several_pictures_would_share_names_fail_both(pytester):

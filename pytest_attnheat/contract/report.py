@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from pytest_attnheat.attention.devices import names_of
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import records_of
@@ -197,22 +198,38 @@ def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:
 
 
 def examinations_of(
-    spec: AttentionSpec, *, quick: bool = False, seed: int = 0
+    spec: AttentionSpec,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    devices: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
 ) -> list[Examination]:
-    """Return an examination for each dtype and device of a specification."""
-    devices = [torch.device(name) for name in spec.devices or _present()]
+    """Return an examination for each dtype and device of a specification.
+
+    Args:
+        spec: What is claimed.
+        quick: Take the first of the dtypes alone.
+        seed: Where the inputs are drawn from.
+        devices: The names of devices, in place of those that are declared or else present.
+        dtypes: Which of the declared dtypes to take; all by default. What is examined as it was
+            captured, or with inputs of its own, has one dtype.
+    """
+    if devices is None:
+        devices = ["cpu"] if spec.is_captured else spec.devices or names_of(("auto",))
     if spec.inputs is not None:
-        dtype = spec.inputs.dtype if spec.inputs.is_floating_point() else torch.float32
-        return [Examination(spec, dtype, device, seed, quick) for device in devices]
-    if spec.is_captured:
-        first = next((record.dtype for record in records_of(spec)), torch.float32)
-        return [Examination(spec, first, torch.device("cpu"), seed, quick)]
-    dtypes = [getattr(torch, name) for name in spec.dtypes][: 1 if quick else None]
-    return [Examination(spec, dtype, device, seed, quick) for device in devices for dtype in dtypes]
-
-
-def _present() -> list[str]:
-    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+        own = [spec.inputs.dtype if spec.inputs.is_floating_point() else torch.float32]
+    elif spec.is_captured:
+        own = [next((record.dtype for record in records_of(spec)), torch.float32)]
+    else:
+        taken = [name for name in spec.dtypes if dtypes is None or name in dtypes]
+        own = [getattr(torch, name) for name in taken[: 1 if quick else None]]
+    return [
+        Examination(spec, dtype, torch.device(name), seed, quick)
+        for name in devices
+        for dtype in own
+        if not (name.startswith("mps") and dtype == torch.float64)  # there is none of it there
+    ]
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:

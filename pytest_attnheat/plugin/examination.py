@@ -7,17 +7,23 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_name
-from pytest_attnheat.plugin import CHECKS_MARKER
-from pytest_attnheat.plugin.verdicts import Verdicts
+from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import dtype_name, misuse
+from pytest_attnheat.plugin.settings import (
+    CHECKS_MARKER,
+    SETTINGS,
+    chosen_devices,
+    device_of_test,
+)
+from pytest_attnheat.plugin.summary import DIAGNOSIS_DRAWN, VERDICT
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check
-    from pytest_attnheat.contract.examination import Examination as Examined
+    from pytest_attnheat.contract.examination import Examination
     from pytest_attnheat.contract.report import Result
     from pytest_attnheat.contract.spec import AttentionSpec
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -45,7 +51,7 @@ def parametrize_with_checks(
         expected_failures: Names of checks (`"dropout"`), or of an implementation and a check
             (`"my_attention-dropout"`), that are known to fail, with the reason.
         checks: The checks, by default all that are known.
-        quick: Ask fewer questions, in the first dtype alone.
+        quick: Make fewer checks, in the first of the selected dtypes alone.
 
     Returns:
         A decorator for the test.
@@ -58,7 +64,7 @@ def parametrize_with_checks(
     from pytest_attnheat.contract.report import checks_of
 
     if not specs:
-        raise ValueError("parametrize_with_checks: got no specifications")
+        raise ValueError(misuse("specs", repr(specs), "one or more specifications or callables"))
     claimed = _told_apart([as_spec(spec) for spec in specs])
     names = {
         name
@@ -68,9 +74,8 @@ def parametrize_with_checks(
     }
     unknown = sorted(set(expected_failures or {}) - names)
     if unknown:
-        raise ValueError(
-            f"expected_failures: there is no check {unknown}; accepted are {sorted(names)}"
-        )
+        accepted = f"names of checks, of {sorted(names)}"
+        raise ValueError(misuse("expected_failures", unknown, accepted))
     mark: pytest.MarkDecorator = getattr(pytest.mark, CHECKS_MARKER)
     return mark(claimed, dict(expected_failures or {}), checks, quick)
 
@@ -89,33 +94,28 @@ def _told_apart(specs: Sequence[AttentionSpec]) -> list[AttentionSpec]:
 def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
     """Parametrise a test that `parametrize_with_checks` marked."""
     specs, expected, checks, quick = marker.args
-    _tell_verdicts(metafunc.config)
-    questions = [
-        question
-        for spec in specs
-        for question in _questions(metafunc.config, spec, expected, checks, quick=quick)
-    ]
-    metafunc.parametrize("check", questions, ids=[question.name for question in questions])
+    try:
+        calls = [
+            call
+            for spec in specs
+            for call in _calls(metafunc.config, spec, expected, checks, quick=quick)
+        ]
+    except pytest.UsageError as error:
+        message = f"{metafunc.definition.nodeid}: {error}"
+        raise pytest.Collector.CollectError(message) from None
+    metafunc.parametrize("check", calls, ids=[call.name for call in calls])
 
 
-def examine(session: pytest.Session, target: str, *, quick: bool) -> list[pytest.Item]:
+def examine(session: pytest.Session, target: str) -> list[pytest.Item]:
     """Make the checks of what `--attn-check` names."""
     config = session.config
-    _tell_verdicts(config)
-    examined = Examination.from_parent(session, name=target, nodeid=target)
+    quick = config.getoption("attn_check_quick")
+    target_node = CheckTarget.from_parent(session, name=target, nodeid=target)
     return [
-        CheckItem.from_parent(
-            examined, name=question.name, question=question, place=_place(target, spec)
-        )
+        CheckItem.from_parent(target_node, name=call.name, check=call, place=_place(target, spec))
         for spec in _told_apart(_load(config, target))
-        for question in _questions(config, spec, {}, None, quick=quick)
+        for call in _calls(config, spec, {}, None, quick=quick)
     ]
-
-
-def _tell_verdicts(config: pytest.Config) -> None:
-    """See that the reports of checks carry their verdicts, which a run without checks spares."""
-    if not config.pluginmanager.has_plugin("attnheat-verdicts"):
-        config.pluginmanager.register(Verdicts(), "attnheat-verdicts")
 
 
 def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
@@ -125,7 +125,7 @@ def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
     return file, code.co_firstlineno if code is not None and code.co_filename == file else 1
 
 
-class Question:
+class CheckCall:
     """One check of one implementation, in one dtype and on one device, to be called.
 
     Attributes:
@@ -135,29 +135,35 @@ class Question:
 
     def __init__(
         self,
+        examined: _Examined,
         check: Check,
-        exam: Examined,
+        examination: Examination,
         expected: str | None,
-        diagnosed: _Diagnosed,
-        hints: list[str],
+        unselected: str,
     ) -> None:
-        device = "" if exam.device.type == "cpu" else f"-{exam.device}"
-        self.name = f"{exam.spec.name}-{check.name}-{dtype_name(exam.dtype)}{device}"
+        device = "" if examination.device.type == "cpu" else f"-{examination.device}"
+        self.name = f"{examination.spec.name}-{check.name}-{dtype_name(examination.dtype)}{device}"
         self.verdict: dict[str, Any] = {
-            "subject": exam.spec.name,
+            "subject": examination.spec.name,
             "check": check.name,
-            "place": f"{dtype_name(exam.dtype)}{device}",
-            "hints": hints,
+            "place": f"{dtype_name(examination.dtype)}{device}",
+            "hints": examined.hints,
+            "reason": unselected,
         }
-        self._check, self._exam, self._expected = check, exam, expected
-        self._diagnosed = diagnosed
+        self._examined, self._check, self._examination = examined, check, examination
+        self._expected, self._unselected = expected, unselected
 
     def __call__(self) -> None:
-        """Ask; fails, skips or xfails the test."""
+        """Check it; fails, skips or xfails the test."""
         __tracebackhide__ = True
         from pytest_attnheat.contract.report import run_check
 
-        result = run_check(self._check, self._exam, self._expected)
+        if self._unselected:
+            pytest.skip(self._unselected)
+        name = str(self._examination.device)
+        self.verdict["reason"] = f"the device {name} is absent"
+        device = device_of_test(self._examined.config, name)
+        result = run_check(self._check, replace(self._examination, device=device), self._expected)
         self.verdict["reason"] = result.reason
         if result.status == "skipped":
             pytest.skip(result.message)
@@ -168,76 +174,100 @@ class Question:
 
     def _failure(self, result: Result) -> FailedCheckError:
         """The error: what does not hold, the diagnosis, and the check's own message."""
-        told = self._diagnosed.told()
-        self.verdict |= {
-            "declaration": result.declaration,
-            "diagnosis": told.sentence,
-            "named": told.named,
-            "outside": told.outside,
-        }
+        diagnosis, draw = self._examined.diagnosed()
+        self.verdict |= {**self._examined.found, "declaration": result.declaration}
         claim = result.declaration or f"not so: {self._check.sentence}"
         # A wrong declaration says where to look itself.
-        outside = "" if result.declaration else told.outside
-        text = "\n\n".join(part for part in (told.text, outside, result.message) if part)
-        return FailedCheckError(claim, text, told.draw)
+        outside = "" if result.declaration else self.verdict["outside"]
+        text = "\n\n".join(part for part in (diagnosis, outside, result.message) if part)
+        return FailedCheckError(self._check.name, claim, text, draw)
 
     def __repr__(self) -> str:
-        """Name the question, as a test id does."""
+        """Name the check, as a test id does."""
         return f"<check {self.name}>"
 
 
-class FailedCheckError(AssertionError):
-    """A check that failed; the first of an implementation has the diagnosis, and draws it.
-
-    Attributes:
-        claim: What does not hold, in one line.
-    """
+class FailedCheckError(Failure):
+    """A check that failed; the first of an implementation has the diagnosis, and draws it."""
 
     # Tests show it by its name alone, as they do pytest's own.
     __module__ = "builtins"
-    heatmap_title = "weights: expected, inferred from the output, difference"
 
-    def __init__(self, claim: str, message: str, draw: Callable[[], HeatmapFigure] | None) -> None:
-        super().__init__(f"{claim}\n\n{message}")
-        self.claim = claim
-        if draw is not None:
-            self.draw_heatmap = draw
+    def __init__(
+        self, check: str, claim: str, text: str, draw: Callable[[], HeatmapFigure] | None
+    ) -> None:
+        super().__init__(check, claim, draw=draw, drawn=DIAGNOSIS_DRAWN)
+        self._text = text
 
+    @property
+    def headline(self) -> str:
+        """What does not hold."""
+        return self.claim
 
-class _Told(NamedTuple):
-    """What is said of an implementation beside a check that failed."""
-
-    sentence: str = ""
-    text: str = ""
-    named: bool = False
-    outside: str = ""
-    draw: Callable[[], HeatmapFigure] | None = None
+    def __str__(self) -> str:
+        """Say all of it: the headline, the diagnosis, and the check's own message."""
+        return f"{self.headline}\n\n{self._text}"
 
 
-class _Diagnosed:
-    """The diagnosis of one implementation, made when first asked for and then told in full."""
+class _Examined:
+    """What all checks of one implementation share.
 
-    def __init__(self, spec: AttentionSpec) -> None:
-        self._spec = spec
-        self._before: _Told | None = None
+    Attributes:
+        config: The configuration of the run.
+        spec: What is claimed.
+        hints: What a specification leaves unsaid.
+        found: What the diagnosis found, once it was made.
+    """
 
-    def told(self) -> _Told:
+    def __init__(self, config: pytest.Config, spec: AttentionSpec) -> None:
+        from pytest_attnheat.contract.report import hints_of
+
+        self.config, self.spec = config, spec
+        self.hints = list(hints_of(spec))
+        self.found: dict[str, Any] = {}
+
+    def diagnosed(self) -> tuple[str, Callable[[], HeatmapFigure] | None]:
         """The diagnosis and what draws it, the first time; then its sentence alone."""
-        if self._before is not None:
-            return self._before
+        if self.found:
+            sentence = self.found["diagnosis"]
+            return sentence and f"diagnose: {sentence}", None
         from pytest_attnheat.contract.report import diagnosis_of, outside_of
 
-        diagnosis = diagnosis_of(self._spec)
+        diagnosis = diagnosis_of(self.spec)
+        outside = outside_of(diagnosis, self.spec)
+        self.found = {"diagnosis": "", "named": False, "outside": outside}
         if diagnosis is None or diagnosis.healthy:
-            self._before = _Told(outside=outside_of(diagnosis, self._spec))
-            return self._before
-        named = bool(diagnosis.defects)
-        self._before = _Told(diagnosis.sentence, f"diagnose: {diagnosis.sentence}", named)
-        draw = None if diagnosis.expected_weights is None else diagnosis.draw
-        return self._before._replace(text=str(diagnosis), draw=draw)
+            return "", None
+        self.found |= {"diagnosis": diagnosis.sentence, "named": bool(diagnosis.defects)}
+        return str(diagnosis), None if diagnosis.expected_weights is None else diagnosis.draw
+
+    def examinations(self, *, quick: bool) -> tuple[list[Examination], str]:
+        """Its examinations on the selected devices and in the selected dtypes.
+
+        If nothing that is declared is selected, one of the others, and why it is skipped: a test
+        without any checks would vanish.
+        """
+        from pytest_attnheat.contract.report import examinations_of
+
+        settings = self.config.stash[SETTINGS]
+        given = self.config.getoption("attn_dtype") is not None
+        devices = names = chosen_devices(self.config)
+        declared = ("cpu",) if self.spec.is_captured else self.spec.devices
+        if declared is not None:
+            kinds = {name.partition(":")[0] for name in names}
+            by_name = settings.devices not in (("auto",), ("all",))
+            devices = [d for d in declared if not by_name or d.partition(":")[0] in kinds]
+        dtypes = settings.dtypes if given else None
+        examinations = examinations_of(self.spec, quick=quick, devices=devices, dtypes=dtypes)
+        if examinations:
+            return examinations, ""
+        return examinations_of(self.spec, quick=True, devices=["cpu"]), (
+            f"selected are {', '.join(names)} and {', '.join(settings.dtypes)}, but it is declared "
+            f"for {', '.join(declared or names)} and {', '.join(self.spec.dtypes)}"
+        )
 
 
-class Examination(pytest.Collector):
+class CheckTarget(pytest.Collector):
     """What `--attn-check` names: the parent of its checks."""
 
     def collect(self) -> list[pytest.Item]:
@@ -249,18 +279,19 @@ class CheckItem(pytest.Item):
     """A check of `--attn-check`.
 
     Attributes:
-        question: What is asked.
-        place: The file and line of what it is asked of.
+        check: What is called.
+        place: The file and line of what is examined.
     """
 
-    def __init__(self, *, question: Question, place: tuple[str, int], **given: Any) -> None:
+    def __init__(self, *, check: CheckCall, place: tuple[str, int], **given: Any) -> None:
         super().__init__(**given)
-        self.question = question
+        self.add_marker(CHECKS_MARKER)
+        self.check = check
         self.place = place
 
     def runtest(self) -> None:
-        """Ask the question."""
-        self.question()
+        """Make the check."""
+        self.check()
 
     def repr_failure(self, excinfo: pytest.ExceptionInfo[BaseException], style: Any = None) -> Any:
         """Show the message alone: the traceback is that of the examination."""
@@ -275,35 +306,48 @@ class CheckItem(pytest.Item):
         return self.path, None, self.name
 
 
-def _questions(
+def attach_verdict(
+    item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
+) -> None:
+    """Give the report of a check its verdict, and say in one line what does not hold."""
+    check = _check_of(item)
+    if check is None or call.when != "call":
+        return
+    setattr(report, VERDICT, dict(check.verdict))
+    error = None if call.excinfo is None else call.excinfo.value
+    crash = getattr(report.longrepr, "reprcrash", None)
+    if crash is not None and isinstance(error, FailedCheckError):
+        crash.message = error.headline  # the rest is shown above; CI shows every line of this
+    if isinstance(item, CheckItem):  # no test calls it
+        if crash is not None:
+            crash.path, crash.lineno = item.place
+        if isinstance(report.longrepr, tuple):  # skipped
+            report.longrepr = (*item.place, report.longrepr[2])
+
+
+def _check_of(item: pytest.Item) -> CheckCall | None:
+    if isinstance(item, CheckItem):
+        return item.check
+    given = item.callspec.params.get("check") if hasattr(item, "callspec") else None
+    return given if isinstance(given, CheckCall) else None
+
+
+def _calls(
     config: pytest.Config,
     spec: AttentionSpec,
     expected: Mapping[str, str],
     checks: Sequence[Check] | None,
     *,
     quick: bool,
-) -> Iterator[Question]:
-    from pytest_attnheat.contract.report import checks_of, examinations_of, hints_of
+) -> Iterator[CheckCall]:
+    from pytest_attnheat.contract.report import checks_of
 
-    hints = list(hints_of(spec))
-    diagnosed = _Diagnosed(spec)
-    for exam in examinations_of(spec, quick=quick):
-        if not _selected(config, exam):
-            continue
+    examined = _Examined(config, spec)
+    examinations, unselected = examined.examinations(quick=quick)
+    for examination in examinations:
         for check in checks_of(spec, quick=quick) if checks is None else checks:
             reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
-            yield Question(check, exam, reason, diagnosed, hints)
-
-
-def _selected(config: pytest.Config, exam: Examined) -> bool:
-    """Whether `--attn-device` and `--attn-dtype`, if they are given, choose an exam."""
-    from pytest_attnheat.plugin import SETTINGS
-
-    settings = config.stash[SETTINGS]
-    kinds = {name.partition(":")[0] for name in settings.devices}
-    device = kinds & {"auto", "all"} or exam.device.type in kinds
-    given = config.getoption("attn_dtype") is not None and not exam.spec.is_block
-    return bool(device) and (not given or dtype_name(exam.dtype) in settings.dtypes)
+            yield CheckCall(examined, check, examination, reason, unselected)
 
 
 def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:

@@ -6,14 +6,16 @@ a test uses a fixture.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from pytest_attnheat.plugin import SETTINGS, check_device
+from pytest_attnheat.inputs import dtype_name, misuse
+from pytest_attnheat.plugin import pictures
+from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test
 
 if TYPE_CHECKING:
     import torch
@@ -119,21 +121,10 @@ def attn_device(request: pytest.FixtureRequest) -> torch.device:
 
     A named device that is absent skips the test, or fails it under `--attn-require-device`.
     """
-    import torch
-
-    settings = request.config.stash[SETTINGS]
-    name = check_device(str(getattr(request, "param", _device_names(settings.devices)[0])))
-    kind, _, index = name.partition(":")
-    present = visible_devices()
-    count = present.get(kind, 0)
-    number = int(index) if index else _worker_number(request.config) % max(count, 1)
-    if number >= count:
-        listed = ", ".join(_every_device(present))
-        reason = f"attention device {name!r} is absent (present: {listed})"
-        if settings.require_device:
-            pytest.fail(f"{reason}, and --attn-require-device is set", pytrace=False)
-        pytest.skip(reason)
-    return torch.device(kind) if kind == "cpu" else torch.device(kind, number)
+    name = getattr(request, "param", None)
+    if name is None:
+        name = chosen_devices(request.config)[0]
+    return device_of_test(request.config, str(name))
 
 
 @pytest.fixture
@@ -148,40 +139,17 @@ def attn_dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return cases.as_dtype(name)
 
 
-def visible_devices() -> dict[str, int]:
-    """Count the devices that torch can use here, by kind."""
-    import torch
+@pytest.fixture
+def heatmap_regression(
+    request: pytest.FixtureRequest,
+) -> Generator[pictures.HeatmapRegression, None, None]:
+    """Compare pictures with baselines: `heatmap_regression.check(weights, "layer 0")`.
 
-    return {
-        "cpu": 1,
-        "cuda": torch.cuda.device_count() if torch.cuda.is_available() else 0,
-        "mps": int(torch.backends.mps.is_available()),
-        "xpu": torch.xpu.device_count() if torch.xpu.is_available() else 0,
-    }
-
-
-def _every_device(present: Mapping[str, int]) -> list[str]:
-    """Name every device that is present; kinds of which there is only ever one have no number."""
-    return [
-        kind if kind in ("cpu", "mps") else f"{kind}:{number}"
-        for kind, count in present.items()
-        for number in range(count)
-    ]
-
-
-def _device_names(devices: tuple[str, ...]) -> list[str]:
-    """Say which devices `auto` and `all` stand for here."""
-    if devices == ("auto",):
-        return [kind for kind, count in visible_devices().items() if count]
-    if devices == ("all",):
-        return _every_device(visible_devices())
-    return list(devices)
-
-
-def _worker_number(config: pytest.Config) -> int:
-    """The number of this xdist worker, or 0."""
-    worker = getattr(config, "workerinput", {}).get("workerid", "gw0")
-    return int(worker.removeprefix("gw"))
+    Takes figures or weights, as often as the test likes; each needs a name. The comparison is
+    that of the marker heatmap_compare.
+    """
+    with pictures.regression_of(request.node) as regression:
+        yield regression
 
 
 def _marked(node: pytest.Item) -> dict[str, Any]:
@@ -222,18 +190,16 @@ def project_scoring_functions(config: pytest.Config) -> Mapping[str, ScoringFact
                 scoring.check_factory(name, factory)
                 known = scoring.scoring_names(found)
                 if name in known:
+                    accepted = f"a name that is not taken, as {', '.join(known)} are"
                     raise pytest.UsageError(
-                        f"pytest_attnheat_scoring_functions: the name {name!r} is taken "
-                        f"(known: {', '.join(known)})"
+                        misuse("pytest_attnheat_scoring_functions", repr(name), accepted)
                     )
                 found[name] = factory
         config.stash[_PROJECT_SCORING] = found
     return config.stash[_PROJECT_SCORING]
 
 
-# Last, so that what the user parametrised is known by now.
-@pytest.hookimpl(trylast=True)
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def parametrize(metafunc: pytest.Metafunc) -> None:
     """Check the marker, and run a test once per scoring function, device and dtype."""
     names = ("scoring_function", "attn_device", "attn_dtype")
     wanted = [name for name in names if _to_parametrise(metafunc, name)]
@@ -258,10 +224,8 @@ def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
     known = scoring.scoring_names(project_scoring_functions(metafunc.config))
     for marker in metafunc.definition.iter_markers("attention"):
         if marker.args:
-            raise TypeError(
-                f"the attention marker takes keywords only: {', '.join(cases.OPTIONS)}; "
-                f"got {marker.args!r}"
-            )
+            accepted = f"keywords only: {', '.join(cases.OPTIONS)}"
+            raise TypeError(misuse("the attention marker", repr(marker.args), accepted))
     marked = _marked(metafunc.definition)
     cases.check_options(marked, known)
     dtypes = [
@@ -269,8 +233,8 @@ def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
     ]
     return {
         "scoring_function": cases.several(marked.get("scoring", known)),
-        "attn_device": _device_names(settings.devices),
-        "attn_dtype": [str(dtype).removeprefix("torch.") for dtype in dict.fromkeys(dtypes)],
+        "attn_device": chosen_devices(metafunc.config),
+        "attn_dtype": [dtype_name(dtype) for dtype in dict.fromkeys(dtypes)],
     }
 
 

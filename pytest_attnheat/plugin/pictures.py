@@ -10,35 +10,28 @@ import functools
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from pytest_attnheat.baselines.naming import (
+from pytest_attnheat.inputs import misuse
+from pytest_attnheat.plugin.naming import (
     Expected,
     checked_tolerance,
     default_folder,
     expected_of,
-    name_for_all_devices,
     parts_for_all_devices,
     safe_name,
+    stem_of,
 )
-from pytest_attnheat.failure import Failure
-from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, Summary, add_to_html, shown
+from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, shown
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines.judging import Verdict
 
-_MARKER = (
-    "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
-    "returns with its baseline, with and without --mpl: first the data that both carry, then "
-    "their pixels. One baseline serves all devices; it lies in mpl-baseline-path (default: "
-    "baseline_images), named after the test; filename may end in .png or .svg. tolerance is "
-    "relative to cell and panel (default: that of the dtype). --attn-update writes baselines."
-)
-_UPDATES = ("missing", "changed", "all")
 # What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
 _MPL_PASSES, _MPL_FAILS = 256.0, -1.0
 
@@ -48,44 +41,7 @@ _EXPECTED = pytest.StashKey["Expected | str"]()
 _STEMS = pytest.StashKey[dict[str, set[str]]]()
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the options about baselines."""
-    group = parser.getgroup("attnheat", "attention (pytest-attnheat)")
-    group.addoption(
-        "--attn-update",
-        choices=_UPDATES,
-        help="write baselines of heatmap_compare tests. missing: those there are none of; "
-        "changed: also those whose data or panels changed; all: also those whose text another "
-        "matplotlib drew. Files that would stay as they are are not touched",
-    )
-    group.addoption(
-        "--attn-unused",
-        action="store_true",
-        help="list baselines that no collected test uses. Nothing is deleted",
-    )
-    group.addoption(
-        "--attn-artifacts",
-        metavar="FOLDER",
-        help="where failed comparisons leave their pictures. Default: the ini setting "
-        "attn_artifacts, or attn-artifacts",
-    )
-    parser.addini(
-        "attn_artifacts",
-        "where failed comparisons leave their pictures",
-        default="attn-artifacts",
-    )
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    """Register the marker and the summary."""
-    config.addinivalue_line("markers", _MARKER)
-    config.stash[USED] = set()
-    config.pluginmanager.register(Summary(config), "attnheat-summary")
-
-
-# First, so that tests that -k or --lf deselect count as users of their baselines.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Give every marked test its baseline, and hand it to pytest-mpl.
 
     A test with a wrong marker fails when it runs: an error here would end a run on workers
@@ -97,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "heatmap_regression" in getattr(item, "fixturenames", ()):
             # Which names it will check is not known before it runs.
-            stem = str(config.rootpath / default_folder(item) / _stem(item))
+            stem = str(config.rootpath / default_folder(item) / stem_of(item))
             config.stash[USED].add(f"{stem}.*")
             stems.setdefault(stem.casefold(), set()).add("::".join(parts_for_all_devices(item)))
         marker = item.get_closest_marker("heatmap_compare")
@@ -138,10 +94,12 @@ def _settle(sharers: list[tuple[pytest.Item, Expected]]) -> None:
 
 def _hand_to_mpl(item: pytest.Item, expected: Expected) -> None:
     """Mark a test for pytest-mpl, unless that would look for the baseline under another name."""
-    if not item.config.pluginmanager.hasplugin("pytest_mpl") or _mpl_renames(item.config):
+    config = item.config
+    # It skips what matplotlib cannot convert.
+    if not config.pluginmanager.hasplugin("pytest_mpl") or expected.path.suffix != ".png":
         return
-    if expected.path.suffix != ".png":
-        return  # pytest-mpl skips what matplotlib cannot convert
+    if config.getoption("--mpl-use-full-test-name") or config.getini("mpl-use-full-test-name"):
+        return
     item.add_marker(
         pytest.mark.mpl_image_compare(
             style="default",
@@ -149,14 +107,8 @@ def _hand_to_mpl(item: pytest.Item, expected: Expected) -> None:
             deterministic=True,
             filename=expected.path.name,
             baseline_dir=str(expected.path.parent),
-            savefig_kwargs={"format": expected.path.suffix[1:]},
+            savefig_kwargs={"format": "png"},
         )
-    )
-
-
-def _mpl_renames(config: pytest.Config) -> bool:
-    return bool(
-        config.getoption("--mpl-use-full-test-name") or config.getini("mpl-use-full-test-name")
     )
 
 
@@ -167,20 +119,19 @@ def _mpl_option(item: pytest.Item, *names: str) -> bool:
     return any(item.config.getoption(name) for name in names)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
-    """Make fixtures in the style of the test: they may make its figure."""
-    if item.stash.get(_EXPECTED, None) is None:
-        return (yield)
+def baseline_style() -> AbstractContextManager[None]:
+    """The style of all baselines, as with pytest-mpl: the user's own must not show in them."""
     from matplotlib import style
 
-    with style.context("default", after_reset=True):
-        return (yield)
+    return style.context("default", after_reset=True)
 
 
-# Outside of pytest-mpl's wrapper, which swallows what the test returns.
-@pytest.hookimpl(wrapper=True, tryfirst=True)
-def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+def style_of(item: pytest.Item) -> AbstractContextManager[None]:
+    """The style in which a test and its fixtures run."""
+    return nullcontext() if item.stash.get(_EXPECTED, None) is None else baseline_style()
+
+
+def compare_returned(item: pytest.Item) -> Generator[None, Any, Any]:
     """Run a test, and compare the figure that it returns with its baseline."""
     marker = item.get_closest_marker("heatmap_compare")
     if marker is None:
@@ -194,30 +145,27 @@ def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
     return (yield from _run(cast("pytest.Function", item), cast("Expected", expected)))
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Leave the picture of an error that can draw itself, and say where."""
-    report = yield
-    error = None if call.excinfo is None else call.excinfo.value
-    if isinstance(error, Failure):
-        draw, title = error.draw, error.drawn
-    else:
-        draw, title = getattr(error, "draw_heatmap", None), getattr(error, "heatmap_title", "")
-    if draw is None or not report.failed:
-        return report
+def leave_heatmap(
+    item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
+) -> None:
+    """Leave the picture of a failure that can draw one, and say where."""
+    if not report.failed or call.excinfo is None:
+        return
+    from pytest_attnheat.failure import Failure
+
+    error = call.excinfo.value
+    if not isinstance(error, Failure) or error.draw is None:
+        return
     from pytest_attnheat.baselines import judging
 
     path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
     try:
-        judging.save(draw(), path)
+        judging.save(error.draw(), path)
     except (OSError, ValueError) as reason:  # the message must not be lost with its picture
-        report.sections.append((title, f"not drawn: {reason}"))
-        return report
-    report.sections.append((title, str(path)))
+        report.sections.append((error.drawn, f"not drawn: {reason}"))
+        return
+    report.sections.append((error.drawn, str(path)))
     add_to_html(item.config, report, [("rows", str(path))])
-    return report
 
 
 def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]:
@@ -227,7 +175,7 @@ def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]
     by_mpl = _mpl_option(item, "--mpl")
 
     def judge(figure: Any) -> Any:
-        message = compare_with(item, figure, expected)
+        message = compare_with(item, figure, expected, "heatmap_compare")
         failures.extend([message] if message else [])
         if by_mpl:
             marker = item.get_closest_marker("mpl_image_compare")
@@ -239,10 +187,7 @@ def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]
     try:
         if by_mpl:
             return (yield from _caught(item, judge))
-        # As pytest-mpl does: the user's style must not show in a baseline.
-        from matplotlib import style
-
-        with style.context("default", after_reset=True):
+        with baseline_style():
             return (yield from _caught(item, judge))
     finally:
         if failures:
@@ -280,8 +225,8 @@ def _figure(returned: Any) -> Any:
 
     if not isinstance(returned, Figure):
         _fail(
-            f"the test returned {type(returned).__name__}, so there is nothing to compare; it must "
-            "return the figure: return show_heatmaps(...)"
+            f"the test returned {type(returned).__name__}, so there is nothing to compare; "
+            "accepted is the figure: return show_heatmaps(...)"
         )
     return returned
 
@@ -290,7 +235,7 @@ def _fail(reason: str) -> None:
     pytest.fail(f"heatmap_compare: {reason}", pytrace=False)
 
 
-def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | None:
+def compare_with(item: pytest.Item, figure: Any, expected: Expected, caller: str) -> str | None:
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
     from pytest_attnheat.baselines import judging
 
@@ -300,7 +245,7 @@ def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | No
             try:
                 judging.save(figure, expected.path)
             except OSError as error:
-                return f"heatmap_compare: {expected.path} cannot be written: {error}"
+                return f"{caller}: {expected.path} cannot be written: {error}"
             _note(item, expected, verdict, "written")
             return None
         if verdict.passed:
@@ -308,7 +253,7 @@ def compare_with(item: pytest.Item, figure: Any, expected: Expected) -> str | No
             return None
         kept = judging.keep(verdict, _artifacts(item.config) / expected.path.stem)
     _note(item, expected, verdict, verdict.status, kept)
-    return _message(item, expected, verdict, kept)
+    return f"{caller}: {_message(item, expected, verdict, kept)}"
 
 
 def _is_to_write(config: pytest.Config, verdict: Verdict) -> bool:
@@ -339,7 +284,7 @@ def _message(item: pytest.Item, expected: Expected, verdict: Verdict, kept: dict
     verb = "to keep it" if verdict.status == "missing" else "to accept it"
     if verdict.status == "unreadable":
         update = "all"
-    lines = [f"heatmap_compare: {what}", *verdict.details]
+    lines = [what, *verdict.details]
     lines += [f"{name:<15} {path}" for name, path in kept.items()]
     lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
     return "\n  ".join(lines)
@@ -360,7 +305,6 @@ def _note(
 ) -> None:
     item.stash.setdefault(OUTCOMES, []).append(
         Outcome(
-            test=item.nodeid,
             baseline=shown(item.config, expected.path),
             status=status,
             compared=verdict.compared,
@@ -369,10 +313,6 @@ def _note(
             pictures=tuple((name, str(path)) for name, path in (kept or {}).items()),
         )
     )
-
-
-def _stem(item: pytest.Item) -> str:
-    return safe_name(name_for_all_devices(item))
 
 
 class HeatmapRegression:
@@ -397,35 +337,27 @@ class HeatmapRegression:
         """
         __tracebackhide__ = True
         if not name or name in self._names:
-            raise ValueError(
-                f"heatmap_regression.check: name is {name!r}; each picture of a test needs a name "
-                f"of its own (taken: {', '.join(sorted(self._names)) or 'none'})"
-            )
+            taken = ", ".join(sorted(self._names)) or "none"
+            accepted = f"a name of its own for each picture of a test (taken: {taken})"
+            raise ValueError(misuse("name", repr(name), accepted))
         self._names.add(name)
         if not hasattr(figure, "savefig"):
             from pytest_attnheat import show_heatmaps
 
             figure = show_heatmaps(figure, xlabel="Keys", ylabel="Queries", figsize=None)
-        path = self._folder / f"{_stem(self._item)}.{safe_name(name)}.png"
+        path = self._folder / f"{stem_of(self._item)}.{safe_name(name)}.png"
         expected = Expected(path, checked_tolerance(tolerance))
-        message = compare_with(self._item, figure, expected)
+        message = compare_with(self._item, figure, expected, "heatmap_regression")
         if message is not None:
-            pytest.fail(message.replace("heatmap_compare", "heatmap_regression", 1), pytrace=False)
+            pytest.fail(message, pytrace=False)
 
 
-@pytest.fixture
-def heatmap_regression(request: pytest.FixtureRequest) -> Generator[HeatmapRegression, None, None]:
-    """Compare pictures with baselines: `heatmap_regression.check(weights, "layer 0")`.
-
-    Takes figures or weights, as often as the test likes; each needs a name. The comparison is
-    that of the marker heatmap_compare.
-    """
-    from matplotlib import style
-
-    folder = request.config.rootpath / default_folder(request.node)
-    stem = str(folder / _stem(request.node)).casefold()
-    sharers = sorted(request.config.stash[_STEMS].get(stem, ()))
+@contextmanager
+def regression_of(item: pytest.Item) -> Iterator[HeatmapRegression]:
+    """Compare pictures by name while a test runs, in the style of baselines."""
+    stem = str(item.config.rootpath / default_folder(item) / stem_of(item)).casefold()
+    sharers = sorted(item.config.stash[_STEMS].get(stem, ()))
     if len(sharers) > 1:
         pytest.fail(f"heatmap_regression: {' and '.join(sharers)} share baselines", pytrace=False)
-    with style.context("default", after_reset=True):
-        yield HeatmapRegression(request.node)
+    with baseline_style():
+        yield HeatmapRegression(item)

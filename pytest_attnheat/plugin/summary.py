@@ -1,24 +1,36 @@
-"""What became of the pictures of a run: in the summary, in reports, and across workers."""
+"""What reports carry beside pytest's own, and what is said of it at the end of a run.
+
+Comparisons of pictures and verdicts of the examination travel with the reports of their tests, so
+that workers need nothing else to hand them on.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-SUFFIXES = (".png", ".svg")
+from pytest_attnheat.plugin.naming import SUFFIXES
+
+# What a report carries its comparisons and its verdict as, and a worker the baselines it uses.
+COMPARED = "attnheat_compared"
+VERDICT = "attnheat_verdict"
+HANDED_ON = "attnheat_used"
+# The picture of a check that failed.
+DIAGNOSIS_DRAWN = "weights: expected, inferred from the output, difference"
+_MOST_KINDS = 6
+
+Found = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Outcome:
+class Outcome(NamedTuple):
     """One comparison, in plain words that a worker can send.
 
     Attributes:
-        test: node id.
         baseline: its path, as shown.
         status: that of the verdict, or "written".
         compared: "data", "pixels".
@@ -27,7 +39,6 @@ class Outcome:
         pictures: files left behind, by name.
     """
 
-    test: str
     baseline: str
     status: str
     compared: tuple[str, ...]
@@ -47,18 +58,15 @@ def shown(config: pytest.Config, path: Path) -> str:
     return os.path.relpath(path, here) if path.is_relative_to(config.rootpath) else str(path)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Send the comparisons of a test along with its report, which crosses from a worker."""
-    report = yield
+def attach_outcomes(
+    item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
+) -> None:
+    """Send the comparisons of a test along with its report."""
     if call.when == "call" and (outcomes := item.stash.get(OUTCOMES, [])):
-        report.attnheat = [vars(outcome) for outcome in outcomes]  # type: ignore[attr-defined]
+        setattr(report, COMPARED, [outcome._asdict() for outcome in outcomes])
         item.stash[OUTCOMES] = []
         for outcome in outcomes:
             add_to_html(item.config, report, outcome.pictures)
-    return report
 
 
 def add_to_html(
@@ -80,75 +88,191 @@ def add_to_html(
     report.extras = [*getattr(report, "extras", []), *shown]  # type: ignore[attr-defined]
 
 
-class Summary:
-    """Gathers the comparisons of all tests in the process that prints the summary."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self._config = config
-        self._outcomes: list[Outcome] = []
-        self._marked_without = 0
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Take the comparisons that a report brings along."""
-        found = getattr(report, "attnheat", [])
-        self._outcomes += [Outcome(**outcome) for outcome in found]
-        marked = "heatmap_compare" in report.keywords
-        ran = report.when == "call" and not report.skipped
-        self._marked_without += marked and ran and not found
-
-    def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Hand on, from a worker, which baselines are used."""
-        if hasattr(self._config, "workeroutput"):
-            used = self._config.stash[USED]
-            self._config.workeroutput["attnheat_used"] = sorted(used)
-
-    @pytest.hookimpl(optionalhook=True)
-    def pytest_testnodedown(self, node: Any, error: object) -> None:
-        """Take what a worker hands on."""
-        self._config.stash[USED].update(_used_by(node))
-
-    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        """Say what was compared, what was written, and what was not compared."""
-        lines = list(self._lines())
-        if lines:
-            terminalreporter.section("heatmaps")
-            for line in lines:
-                terminalreporter.line(line)
-
-    def _lines(self) -> Generator[str, None, None]:
-        compared = [outcome for outcome in self._outcomes if outcome.status != "written"]
-        if compared:
-            counts = (
-                sum(kind in outcome.compared for outcome in compared) for kind in ("data", "pixels")
-            )
-            yield "{} compared as data, {} as pixels".format(*counts)
-        without_data = [o.baseline for o in compared if o.compared == ("pixels",)]
-        if without_data:
-            yield f"compared by pixels alone, as they carry no data: {', '.join(without_data)}"
-        other_text = [outcome for outcome in compared if outcome.status == "text"]
-        if other_text:
-            versions = ", ".join(sorted({outcome.drawn_by for outcome in other_text}))
-            yield (
-                f"{len(other_text)} passed with other text, drawn by matplotlib {versions}; "
-                "to refresh them: pytest --attn-update=all"
-            )
-        for outcome in self._outcomes:
-            if outcome.status == "written":
-                yield f"wrote {outcome.baseline} ({outcome.reason})"
-        if self._marked_without:
-            yield f"WARNING: {self._marked_without} heatmap_compare tests compared nothing"
-        if self._config.getoption("--attn-unused"):
-            yield from self._unused()
-
-    def _unused(self) -> Generator[str, None, None]:
-        used = self._config.stash[USED]
-        folders = {Path(path).parent for path in used} | {self._config.rootpath / "baseline_images"}
-        for folder in sorted(folders):
-            for path in sorted(folder.glob("*")):
-                is_used = any(path.match(pattern) for pattern in used)
-                if path.suffix in SUFFIXES and not is_used and not path.name.startswith("."):
-                    yield f"unused {shown(self._config, path)}"
+def reports_of(terminalreporter: pytest.TerminalReporter) -> list[pytest.TestReport]:
+    """Return the reports of all tests of a run."""
+    return [
+        report
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        if isinstance(report, pytest.TestReport)
+    ]
 
 
-def _used_by(node: Any) -> list[str]:
-    return list(getattr(node, "workeroutput", {}).get("attnheat_used", []))
+def write(
+    terminalreporter: pytest.TerminalReporter,
+    config: pytest.Config,
+    reports: Sequence[pytest.TestReport],
+) -> None:
+    """Say what was compared and what was examined, each in a section if there is anything."""
+    sections = {
+        "heatmaps": _of_pictures(config, reports),
+        "attention examination": _of_examination(reports),
+    }
+    for title, lines in sections.items():
+        for number, line in enumerate(lines):
+            if number == 0:
+                terminalreporter.section(title)
+            terminalreporter.line(line)
+
+
+# -- pictures ----------------------------------------------------------------------------------
+
+
+def _of_pictures(config: pytest.Config, reports: Sequence[pytest.TestReport]) -> Iterator[str]:
+    """Yield what was compared, what was written, and what was not compared."""
+    outcomes = [Outcome(**one) for report in reports for one in getattr(report, COMPARED, ())]
+    compared = [outcome for outcome in outcomes if outcome.status != "written"]
+    if compared:
+        kinds = ("data", "pixels")
+        data, pixels = (sum(kind in outcome.compared for outcome in compared) for kind in kinds)
+        yield f"{data} compared as data, {pixels} as pixels"
+    without_data = [o.baseline for o in compared if o.compared == ("pixels",)]
+    if without_data:
+        yield f"compared by pixels alone, as they carry no data: {', '.join(without_data)}"
+    other_text = [outcome for outcome in compared if outcome.status == "text"]
+    if other_text:
+        versions = ", ".join(sorted({outcome.drawn_by for outcome in other_text}))
+        yield (
+            f"{len(other_text)} passed with other text, drawn by matplotlib {versions}; "
+            "to refresh them: pytest --attn-update=all"
+        )
+    for outcome in outcomes:
+        if outcome.status == "written":
+            yield f"wrote {outcome.baseline} ({outcome.reason})"
+    without = sum(
+        "heatmap_compare" in report.keywords and not hasattr(report, COMPARED)
+        for report in reports
+        if report.when == "call" and not report.skipped
+    )
+    if without:
+        yield f"WARNING: {without} heatmap_compare tests compared nothing"
+    if config.getoption("--attn-unused"):
+        yield from _unused(config)
+
+
+def _unused(config: pytest.Config) -> Iterator[str]:
+    used = config.stash[USED]
+    folders = {Path(path).parent for path in used} | {config.rootpath / "baseline_images"}
+    for folder in sorted(folders):
+        for path in sorted(folder.glob("*")):
+            is_used = any(path.match(pattern) for pattern in used)
+            if path.suffix in SUFFIXES and not is_used and not path.name.startswith("."):
+                yield f"unused {shown(config, path)}"
+
+
+# -- examination -------------------------------------------------------------------------------
+
+
+def shorten(reports: Sequence[pytest.TestReport]) -> None:
+    """Of a check that failed alike in several dtypes, print the first failure in full alone.
+
+    What JUnit writes was taken from each report before, as it was.
+    """
+    places: dict[tuple[str, ...], str] = {}
+    for report in reports:
+        verdict = _verdict_of(report)
+        if verdict is None or verdict["outcome"] != "failed" or not verdict["reason"]:
+            continue
+        alike = tuple(verdict[key] for key in ("subject", "where", "check", "reason"))
+        place = places.setdefault(alike, verdict["place"])
+        if place != verdict["place"]:
+            _say_alone(report.longrepr, f"as in {place}: {verdict['reason']}")
+
+
+def _say_alone(longrepr: Any, text: str) -> None:
+    """Let a failure print one line; pytest's own summary still has its claim."""
+    traceback = getattr(longrepr, "reprtraceback", None)
+    if traceback is None:  # as with --tb=line
+        return
+    *_, last = traceback.reprentries
+    last.lines = [f"{text}\n"] if last.style == "native" else [f"E   {text}"]
+    traceback.reprentries = [last]
+    if hasattr(longrepr, "chain"):
+        longrepr.chain = longrepr.chain[-1:]
+
+
+def _verdict_of(report: pytest.TestReport) -> Found | None:
+    """What a check found, with what became of it, and where its picture lies."""
+    found = getattr(report, VERDICT, None)
+    if found is None:
+        return None
+    return {
+        **found,
+        "outcome": "xfailed" if hasattr(report, "wasxfail") else report.outcome,
+        "where": report.nodeid.partition("[")[0].rpartition("::")[0],
+        "picture": dict(report.sections).get(DIAGNOSIS_DRAWN),
+    }
+
+
+def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
+    """Yield what the examination found, once for each subject that failed, or has a hint.
+
+    What failed comes last, where a log is read from; else in an order that workers do not change.
+    """
+    subjects: dict[tuple[str, str], list[Found]] = {}
+    for verdict in map(_verdict_of, reports):
+        if verdict is not None:
+            subjects.setdefault((verdict["subject"], verdict["where"]), []).append(verdict)
+
+    def place(subject: tuple[str, str]) -> tuple[bool, str, str]:
+        failed = any(verdict["outcome"] == "failed" for verdict in subjects[subject])
+        return failed, subject[1], subject[0]
+
+    for name, where in sorted(subjects, key=place):
+        found = subjects[name, where]
+        entries = list(_entries(found))
+        if entries:
+            yield f"{name} ({where}): {_counts(found)}"
+            yield from (f"  {title:<10} {text}" for title, text in entries)
+
+
+def _counts(found: Sequence[Found]) -> str:
+    outcomes = Counter(verdict["outcome"] for verdict in found)
+    made = len(found) - outcomes["skipped"]
+    text = f"{outcomes['failed']} of {made} checks failed"
+    if outcomes["xfailed"]:
+        text += f", {outcomes['xfailed']} as expected"
+    return text + (f", {outcomes['skipped']} skipped" if outcomes["skipped"] else "")
+
+
+def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
+    failed = [verdict for verdict in found if verdict["outcome"] == "failed"]
+    if all(verdict["outcome"] == "skipped" for verdict in found):
+        reasons = Counter(verdict["reason"] for verdict in found)
+        yield "nothing", f"was examined; most often, {reasons.most_common(1)[0][0]}"
+    if failed and len(_unique(found, "place")) > 1:
+        places = Counter(verdict["place"] for verdict in failed)
+        yield "failed", ", ".join(f"{count} in {place}" for place, count in places.items())
+    declarations = _unique(failed, "declaration")
+    for declaration in declarations:
+        yield "declared", declaration
+    diagnoses = _unique(failed, "diagnosis")
+    # Under a wrong declaration no defect may fit. Each worker made its own, of the same cases.
+    if diagnoses and (not declarations or any(verdict["named"] for verdict in failed)):
+        yield "diagnosis", diagnoses[0]
+    if failed and not diagnoses:
+        for outside in _unique(failed, "outside") if not declarations else ():
+            yield "diagnosis", outside
+        yield from _by_reason(failed)
+    for picture in _unique(failed, "picture")[:1]:
+        yield "picture", picture
+    for hint in dict.fromkeys(hint for verdict in found for hint in verdict["hints"]):
+        yield "hint", hint
+
+
+def _unique(found: Sequence[Found], key: str) -> list[str]:
+    return list(dict.fromkeys(verdict[key] for verdict in found if verdict.get(key)))
+
+
+def _by_reason(failed: Sequence[Found]) -> Iterator[tuple[str, str]]:
+    """Which checks failed for which reason, where no diagnosis says it for all."""
+    checks: dict[str, list[str]] = {}
+    for verdict in failed:
+        names = checks.setdefault(verdict["reason"], [])
+        if verdict["check"] not in names:
+            names.append(verdict["check"])
+    for reason, names in list(checks.items())[:_MOST_KINDS]:
+        others = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        yield "because", f"{', '.join(names[:3])}{others}: {reason or 'the test itself failed'}"
+    if len(checks) > _MOST_KINDS:
+        yield "because", f"... and {len(checks) - _MOST_KINDS} more reasons"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.plugin.summary import SUFFIXES
+from pytest_attnheat.inputs import misuse
 
+# What a baseline may be.
+SUFFIXES = (".png", ".svg")
 _ARGUMENTS = ("filename", "baseline_dir", "tolerance")
 _LONGEST_NAME = 150
 # What pytest-mpl would make another name of: brackets, further suffixes, a last underscore.
@@ -20,8 +21,7 @@ _FILENAME = re.compile(r"[A-Za-z0-9 .+=,@_-]*[A-Za-z0-9 .+=,@-]")
 _FURTHER_SUFFIX = re.compile(r"\.(png|svg|pdf|eps)", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """Where the baseline of a test lies, and how closely the picture must agree with it.
 
     Attributes:
@@ -42,13 +42,14 @@ def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
     unknown = sorted(set(marker.kwargs) - set(_ARGUMENTS))
     if unknown or marker.args:
         given = ", ".join([*map(repr, marker.args), *unknown])
-        raise ValueError(f"got {given}; accepted are the keyword arguments {', '.join(_ARGUMENTS)}")
+        accepted = f"the keyword arguments {', '.join(_ARGUMENTS)}"
+        raise ValueError(misuse("the marker", given, accepted))
     if any(True for _ in item.iter_markers("mpl_image_compare")):
         raise ValueError("the test is marked mpl_image_compare as well; one of them is enough")
-    filename = marker.kwargs.get("filename", safe_name(name_for_all_devices(item)) + ".png")
+    filename = marker.kwargs.get("filename", stem_of(item) + ".png")
     folder = marker.kwargs.get("baseline_dir", default_folder(item))
     if not isinstance(folder, (str, Path)):
-        raise ValueError(f"got baseline_dir={folder!r}; a folder is accepted")
+        raise ValueError(misuse("baseline_dir", repr(folder), "a folder"))
     path = item.config.rootpath / folder / _checked_filename(filename)
     return Expected(path, checked_tolerance(marker.kwargs.get("tolerance")))
 
@@ -61,11 +62,11 @@ def _checked_filename(filename: Any) -> str:
         or not _FILENAME.fullmatch(stem)
         or _FURTHER_SUFFIX.search(stem)
     ):
-        raise ValueError(
-            f"got filename={filename!r}; accepted is a name of letters, digits and any of "
-            "' .+=,@_-', not ending in '_', with one ending: .png or .svg (for folders see "
-            "baseline_dir=)"
+        accepted = (
+            "a name of letters, digits and any of ' .+=,@_-', not ending in '_', with one ending: "
+            ".png or .svg (for folders see baseline_dir=)"
         )
+        raise ValueError(misuse("filename", repr(filename), accepted))
     return filename
 
 
@@ -74,7 +75,7 @@ def checked_tolerance(tolerance: Any) -> float | None:
     if tolerance is None:
         return None
     if not isinstance(tolerance, (int, float)) or not 0 <= tolerance < math.inf:
-        raise ValueError(f"got tolerance={tolerance!r}; accepted is a number from 0")
+        raise ValueError(misuse("tolerance", repr(tolerance), "a number from 0"))
     return float(tolerance)
 
 
@@ -90,11 +91,11 @@ def default_folder(item: pytest.Item) -> Path:
     return Path("baseline_images")
 
 
-def name_for_all_devices(item: pytest.Item) -> str:
+def stem_of(item: pytest.Item) -> str:
     """Name a test by its module, class, function and parameters other than the device."""
     parts = parts_for_all_devices(item)
     names = [part for part in parts[0].removesuffix(".py").split("/") if part not in _ANYWHERE]
-    return "-".join([".".join([*names, *parts[1].split("::")]), *parts[2:]])
+    return safe_name("-".join([".".join([*names, *parts[1].split("::")]), *parts[2:]]))
 
 
 # Folders that most projects have their tests in.

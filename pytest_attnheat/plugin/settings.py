@@ -1,0 +1,224 @@
+"""What a project sets: options, ini settings, markers, and the hook that it can implement.
+
+The options are read in every run, and so without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
+
+import pytest
+
+from pytest_attnheat.attention import devices
+from pytest_attnheat.inputs import misuse
+
+if TYPE_CHECKING:
+    import torch
+
+    from pytest_attnheat.attention.scoring import ScoringFactory
+
+# Names are checked before torch is loaded, and so are listed here as well as in cases.py.
+DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
+_DEVICES = f"auto, all, or a comma-separated list of {devices.ACCEPTED}"
+_DTYPES = f"a comma-separated list of {', '.join(DTYPE_NAMES)}"
+_SEED = "a whole number from 0"
+
+CHECKS_MARKER = "attention_checks"
+MARKERS = (
+    "attention(scoring=, batch=, heads=, query_len=, key_len=, head_dim=, value_dim=, mask=, "
+    "fully_masked=, kind=, dtype=, seed=): what the attention fixtures of pytest-attnheat make "
+    "for this test. scoring and dtype also take lists, which parametrise the test; what is not "
+    "given comes from the marker of the class or module, then from the defaults of "
+    "pytest_attnheat.make_attention.",
+    f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "
+    "pytest-attnheat leaves on a test.",
+    "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
+    "returns with its baseline, with and without --mpl: first the data that both carry, then "
+    "their pixels. One baseline serves all devices; it lies in mpl-baseline-path (default: "
+    "baseline_images), named after the test; filename may end in .png or .svg. tolerance is "
+    "relative to cell and panel (default: that of the dtype). --attn-update writes baselines.",
+)
+
+_Setting = TypeVar("_Setting")
+
+
+class Settings(NamedTuple):
+    """The options of one run.
+
+    Attributes:
+        devices: Device names, or `("auto",)` or `("all",)`.
+        dtypes: Dtype names.
+        seed: The seed where the marker gives none.
+        require_device: Whether an absent device fails a test instead of skipping it.
+    """
+
+    devices: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    seed: int
+    require_device: bool
+
+
+SETTINGS = pytest.StashKey[Settings]()
+
+
+def add_options(parser: pytest.Parser) -> None:
+    """Add the `--attn-` options and `attn_` settings."""
+    group = parser.getgroup("attnheat", "attention (pytest-attnheat)")
+
+    def option_and_ini(name: str, default: str, metavar: str, text: str, more: str = "") -> None:
+        option = "--" + name.replace("_", "-")
+        more += f". Default: the ini setting {name}, or {default}"
+        group.addoption(option, metavar=metavar, help=text + more)
+        parser.addini(name, text, default=default)
+
+    option_and_ini(
+        "attn_device",
+        "auto",
+        "DEVICES",
+        "devices to run attention tests on",
+        f": {_DEVICES}. auto: the CPU and the accelerator present; all: the CPU and every GPU. "
+        "Under xdist, plain cuda is shared out by worker",
+    )
+    required = "fail a test whose named device is absent, instead of skipping it"
+    group.addoption(
+        "--attn-require-device",
+        action="store_true",
+        help=f"{required}. Default: the ini setting attn_require_device, or no",
+    )
+    parser.addini("attn_require_device", required, type="bool", default=False)
+    option_and_ini("attn_dtype", "float32", "DTYPES", "dtypes of attention tensors", f": {_DTYPES}")
+    option_and_ini(
+        "attn_seed", "0", "SEED", "seed of attention tensors and parameters", f": {_SEED}"
+    )
+    group.addoption(
+        "--attn-check",
+        action="append",
+        metavar="MODULE:OBJECT",
+        default=[],
+        help="examine an implementation of attention, with no test file: an AttentionSpec, a "
+        "callable, or a list of them, as package.module:object. May be given several times",
+    )
+    group.addoption(
+        "--attn-check-quick",
+        action="store_true",
+        help="make fewer checks, in the first dtype alone",
+    )
+    group.addoption(
+        "--attn-update",
+        choices=("missing", "changed", "all"),
+        help="write baselines of heatmap_compare tests. missing: those there are none of; "
+        "changed: also those whose data or panels changed; all: also those whose text another "
+        "matplotlib drew. Files that would stay as they are are not touched",
+    )
+    group.addoption(
+        "--attn-unused",
+        action="store_true",
+        help="list baselines that no collected test uses. Nothing is deleted",
+    )
+    option_and_ini(
+        "attn_artifacts",
+        "attn-artifacts",
+        "FOLDER",
+        "where failed comparisons leave their pictures",
+    )
+
+
+def read_settings(config: pytest.Config) -> Settings:
+    """Read options and ini settings; a usage error says what is accepted."""
+    return Settings(
+        devices=_setting(config, "attn_device", _read_devices),
+        dtypes=_setting(config, "attn_dtype", _read_dtypes),
+        seed=_setting(config, "attn_seed", _read_seed),
+        require_device=config.getoption("attn_require_device")
+        or config.getini("attn_require_device"),
+    )
+
+
+def _setting(config: pytest.Config, name: str, read: Callable[[str, str], _Setting]) -> _Setting:
+    """Read an option, or else the ini setting of the same name."""
+    option = config.getoption(name)
+    text, source = (
+        (config.getini(name), f"ini setting {name}")
+        if option is None
+        else (option, "--" + name.replace("_", "-"))
+    )
+    try:
+        return read(text, source)
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
+
+
+def _read_devices(text: str, source: str) -> tuple[str, ...]:
+    names = _split(text)
+    if names not in (("auto",), ("all",)):
+        for name in names:
+            devices.check_device(name, source, _DEVICES)
+    return names
+
+
+def _read_dtypes(text: str, source: str) -> tuple[str, ...]:
+    dtypes = _split(text)
+    for dtype in dtypes:
+        if dtype not in DTYPE_NAMES:
+            raise ValueError(misuse(source, repr(dtype), _DTYPES))
+    return dtypes
+
+
+def _read_seed(text: str, source: str) -> int:
+    if not (text.isascii() and text.isdigit()):
+        raise ValueError(misuse(source, repr(text), _SEED))
+    return int(text)
+
+
+def chosen_devices(config: pytest.Config) -> list[str]:
+    """Name the devices that are chosen, here or not; a usage error if torch knows one of none."""
+    try:
+        return devices.names_of(config.stash[SETTINGS].devices, "attn_device")
+    except ValueError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def device_of_test(config: pytest.Config, name: str) -> torch.device:
+    """Return a device by its name; skip the test if it is absent, or fail it if that is set."""
+    __tracebackhide__ = True
+    worker = getattr(config, "workerinput", {}).get("workerid", "gw0")
+    try:
+        number = int(worker.removeprefix("gw"))
+        return devices.resolve(name, worker=number, argument="attn_device")
+    except LookupError as error:
+        absent = str(error)
+    if config.stash[SETTINGS].require_device:
+        pytest.fail(f"{absent}, and --attn-require-device is set", pytrace=False)
+    pytest.skip(absent)
+
+
+@pytest.hookspec
+def pytest_attnheat_scoring_functions(  # type: ignore[empty-body]
+    config: pytest.Config,
+) -> Mapping[str, ScoringFactory]:
+    """Give a project's own scoring functions names that fixtures and markers know.
+
+    Called once per session, when the first test that uses attention is collected. Implement it
+    in the `conftest.py` next to the configuration file, or in a plugin::
+
+        def pytest_attnheat_scoring_functions(config):
+            from torch.nn.functional import normalize
+
+            def cosine(query, key):
+                return normalize(query, dim=-1) @ normalize(key, dim=-1).mT
+
+            return {"cosine": lambda query_dim, key_dim, seed: cosine}
+
+    Args:
+        config: The configuration of this run.
+
+    Returns:
+        Factories by name. A factory is called as `factory(query_dim, key_dim, seed)` and
+        returns an `nn.Module` or a function `(query, key) -> scores`. A name that is taken is
+        an error.
+    """
