@@ -12,7 +12,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_rows
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse
 
@@ -344,11 +344,9 @@ class _Count:
 
     def _check_rest(self) -> None:
         __tracebackhide__ = True
-        eps = torch.finfo(self.weights.dtype).eps
+        dtype = self.weights.dtype
         # The weight, the factor and their product are rounded, in either of two runs.
-        allowed = 4 * eps
-        if self.weights.dtype in (torch.float32, torch.float64):
-            allowed = output_tolerance(self.weights.dtype)
+        allowed = output_tolerance(dtype) if is_fine(dtype) else 4 * torch.finfo(dtype).eps
         broken = int((self.off > allowed).sum())
         if not broken:
             return

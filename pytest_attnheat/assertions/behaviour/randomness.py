@@ -18,7 +18,7 @@ from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weight
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, identical, modules_in
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
 
@@ -210,10 +210,6 @@ def _without_equal_nans(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.masked_fill(same, 0.0), b.masked_fill(same, 0.0)
 
 
-def _identical(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*_without_equal_nans(a, b))
-
-
 def _why_random(call: _Call, seed: int) -> str:
     states = [_random_state()]
     with _noting_who_draws(call.modules) as drawing:
@@ -285,7 +281,7 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
         allowed=0.0,
         repeat=f"seed={seed}",
     )
-    if any(not _identical(call.run(), first) for _ in range(runs)):
+    if any(not identical(call.run(), first) for _ in range(runs)):
         return
     cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
     if bool((relative_change(first, evaluated) <= output_tolerance(first.dtype)).all()):
