@@ -32,8 +32,8 @@ from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse
 
 _NAME = "assert_convex"
-# Of so many queries it is asked on which keys their weight is.
-_ASKED = 4
+# For so many queries it is measured on which keys their weight is.
+_MEASURED = 4
 # The axes of the sums of weights, (batch, heads, query_len).
 _AXES = {-1: "query", -2: "head", -3: "batch"}
 
@@ -53,7 +53,7 @@ def assert_convex(
 
     Soft attention is a mean: its weights are not negative and sum to one. So no channel of an
     output is above the largest value of this channel, or below the smallest, among the keys that
-    the query may see. Judged are three sets of values: the given ones; values that are all 1,
+    the query may see. It judges three sets of values: the given ones; values that are all 1,
     which must give 1; and values of one sign, 1 at every n-th key and 0 elsewhere, which show a
     negative weight, or weight on a masked key, that the given ones happen to hide.
 
@@ -211,7 +211,7 @@ class _Probe:
         if not bool(partly.any()) or seen.ndim != self.subject.value.ndim:
             return False
         # One query at a time: the keys that it may not see have the value 1, the others 0.
-        rows = partly.flatten().nonzero()[:_ASKED, 0].tolist()
+        rows = partly.flatten().nonzero()[:_MEASURED, 0].tolist()
         for row in rows:
             index = index_of(row, partly.shape)
             value = torch.zeros_like(self.subject.value)

@@ -15,7 +15,7 @@ from pytest_attnheat.assertions.behaviour.difference import check_relative, chec
 from pytest_attnheat.assertions.behaviour.functions import MASK
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
+from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.callables import borrowed, changed
@@ -47,7 +47,7 @@ def assert_layout_invariant(
 ) -> None:
     """Assert that the output does not depend on how the inputs lie in memory.
 
-    Every input alone, and all together, are laid out in other ways with the
+    Every input alone, and all together, are laid out differently with the
     same values: dimensions permuted, the last dimension not contiguous, every
     second row of a larger tensor, memory that begins one element later, parts of
     one packed projection, and each dimension but the last expanded with stride 0.
@@ -70,7 +70,7 @@ def assert_layout_invariant(
             from the seed. It must draw the same numbers for every layout:
             dropout may draw in the order of the memory.
         **arguments: Passed to the subject at every call. The `attn_mask` of a
-            function is laid out in other ways too.
+            function is laid out differently too.
 
     Raises:
         Failure: A layout changes the output or a gradient, the subject
@@ -247,7 +247,7 @@ class _Check:
             read = {name: tensor for name, tensor in found.items() if tensor is not None}
             if read:
                 as_read = _contiguous({**trial.laid, **read})
-                if answers(partial(self._gives, got, as_read)):
+                if holds(partial(self._gives, got, as_read)):
                     return said
         return None
 

@@ -66,7 +66,7 @@ def assert_deterministic(
             input of a module: floats (batch, length, width) or token ids (batch, length).
         dropout: The probability that a weight is dropped, 0 < dropout < 1. Of a module with its
             own dropout only its layers' declarations are compared with it. None: nothing is
-            asked of training, and the subject has to be in evaluation mode.
+            checked in training, and the subject has to be in evaluation mode.
         runs: How many calls with dropout are made at most; for the mean of a module at least 30.
         unbiased: Whether the mean of a module in training mode is its output in evaluation
             mode, within 5 standard errors. By default only of `nn.MultiheadAttention`: where a
@@ -355,7 +355,7 @@ def _dropouts_in(modules: Sequence[nn.Module]) -> str:
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
     """Check that the mean in training mode is the output in evaluation mode.
 
-    Compared is one number: how much of the output of evaluation mode there is in that of
+    It compares one number: how much of the output of evaluation mode there is in that of
     training mode. It is a sum over all outputs, and so close to normally distributed.
     """
     __tracebackhide__ = True
