@@ -24,7 +24,7 @@ from torch import nn
 from torch.nn import functional
 
 from pytest_attnheat import assert_layout_invariant
-from pytest_attnheat.assertions.behaviour.memory_layouts import packed_together
+from pytest_attnheat.assertions.behaviour.layout import packed_together
 
 SDPA = functional.scaled_dot_product_attention
 DROP = torch.tensor([[1, 0, 1, 1, 0, 1]] * 3 + [[1] * 6] * 2 + [[0] * 6], dtype=torch.bool)

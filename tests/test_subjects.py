@@ -13,6 +13,7 @@ from attention_subjects import (
     encoder_layer,
     multihead,
     of_transformers,
+    plain,
     qkv,
     randn,
     tokens,
@@ -20,7 +21,17 @@ from attention_subjects import (
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pytest_attnheat import SequenceModel
+from pytest_attnheat import (
+    SequenceModel,
+    assert_batch_independent,
+    assert_convex,
+    assert_decode_matches_prefill,
+    assert_deterministic,
+    assert_key_permutation_invariant,
+    assert_layout_invariant,
+    assert_no_leakage,
+    assert_padding_invariant,
+)
 from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
 from pytest_attnheat.assertions.behaviour.subject import settled
@@ -301,3 +312,45 @@ def test_the_message_names_the_worst_and_the_first_row():
     check_rows("assert_this", got, expected, claim="", allowed=0.1, judged=judged)
     with pytest.raises(ValueError, match="no row of the output is left to compare"):
         check_rows("a", got, expected, claim="", allowed=0.1, judged=torch.zeros(2, 3) > 0)
+
+
+# --- how often the host reads
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Where the host has read a number from a tensor."""
+    seen = []
+    for name in ("tolist", "item", "__bool__", "__int__", "__float__", "__index__"):
+        real = getattr(torch.Tensor, name)
+
+        def read(tensor, real=real, name=name):
+            seen.append(name)
+            return real(tensor)
+
+        monkeypatch.setattr(torch.Tensor, name, read)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("assertion", "arguments", "most"),
+    [
+        # Whether two calls give the same, each comparison, and orders drawn on the CPU.
+        (assert_batch_independent, {}, 1 + 2 + 2),
+        (assert_key_permutation_invariant, {}, 1 + 3 + 1),
+        (assert_padding_invariant, {}, 1 + 4),
+        # And which queries see all keys before them.
+        (assert_decode_matches_prefill, {}, 1 + 2 + 1),
+        (assert_convex, {}, 1 + 3),
+        # Of 29 layouts: outputs, what was written, and gradients of three inputs.
+        (assert_layout_invariant, {}, 1 + 1 + 29 * 5),
+        (assert_no_leakage, {"is_causal": True}, 20),
+        (assert_deterministic, {}, 2),
+        (assert_deterministic, {"dropout": 0.5}, 15),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)),
+)
+def test_a_passing_assertion_reads_once_for_each_comparison(assertion, arguments, most, reads):
+    inputs = qkv()
+    assertion(plain, *inputs, **arguments)
+    assert 0 < len(reads) <= most

@@ -29,10 +29,11 @@ from pytest_attnheat.attention.chunks import index_of, query_chunks
 from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import misuse
 
 _NAME = "assert_convex"
-# Of so many queries it is asked on which keys their weight is.
-_ASKED = 4
+# For so many queries it is measured on which keys their weight is.
+_MEASURED = 4
 # The axes of the sums of weights, (batch, heads, query_len).
 _AXES = {-1: "query", -2: "head", -3: "batch"}
 
@@ -52,7 +53,7 @@ def assert_convex(
 
     Soft attention is a mean: its weights are not negative and sum to one. So no channel of an
     output is above the largest value of this channel, or below the smallest, among the keys that
-    the query may see. Judged are three sets of values: the given ones; values that are all 1,
+    the query may see. It judges three sets of values: the given ones; values that are all 1,
     which must give 1; and values of one sign, 1 at every n-th key and 0 elsewhere, which show a
     negative weight, or weight on a masked key, that the given ones happen to hide.
 
@@ -147,15 +148,19 @@ class _Probe:
             raise ValueError(wrong_shape(output, (*output.shape[:-1], value.shape[-1])))
         low, high = (bound.expand(output.shape) for bound in visible_range(self.subject, value))
         judged = low <= high
-        if not bool((judged | (low == math.inf)).all()):
-            raise ValueError("value: a key that a query may see holds nan; accepted is finite")
-        if not bool((low.isfinite() & high.isfinite() | ~judged).all()):
-            raise ValueError("value: a key that a query may see holds inf; accepted is finite")
-        if not bool(judged.any()):
-            raise ValueError(f"{_NAME}: no query may see any key, so there is nothing to judge")
         excess = _excess(output, low, high).masked_fill(~judged, 0.0)
         broken = excess > self.allowed
-        if not bool(broken.any()):
+        is_nan = ~judged & (low != math.inf)
+        is_inf = judged & ~(low.isfinite() & high.isfinite())
+        told = torch.stack([mask.sum() for mask in (is_nan, is_inf, judged, broken)]).tolist()
+        nans, infs, counted, wrong = told
+        if nans or infs:
+            held = "nan" if nans else "inf"
+            got = f"{held} in a key that a query may see"
+            raise ValueError(misuse("value", got, "finite values"))
+        if counted == 0:
+            raise ValueError(f"{_NAME}: no query may see any key, so there is nothing to judge")
+        if wrong == 0:
             return
         worst = index_of(excess.argmax(), excess.shape)
         first = index_of(broken.flatten().int().argmax(), broken.shape)
@@ -163,8 +168,8 @@ class _Probe:
         raise Failure(
             _NAME,
             f"outputs{with_values} lie outside the range of the values that their query may see",
-            broken=int(broken.sum()),
-            of=int(judged.sum()),
+            broken=wrong,
+            of=counted,
             worst=judge.place(worst),
             first=None if first == worst else judge.place(first),
             cause=self._cause(output, worst, judged.any(-1)),
@@ -206,7 +211,7 @@ class _Probe:
         if not bool(partly.any()) or seen.ndim != self.subject.value.ndim:
             return False
         # One query at a time: the keys that it may not see have the value 1, the others 0.
-        rows = partly.flatten().nonzero()[:_ASKED, 0].tolist()
+        rows = partly.flatten().nonzero()[:_MEASURED, 0].tolist()
         for row in rows:
             index = index_of(row, partly.shape)
             value = torch.zeros_like(self.subject.value)

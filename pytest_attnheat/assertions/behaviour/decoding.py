@@ -280,22 +280,19 @@ class _FunctionDecoder:
         return query + self.subject.key.shape[-2] - self.length
 
     def _run(self, queries: range, keys: range, **masks: Any) -> Tensor:
-        """Call the function with some queries and keys, and with these masks alone.
-
-        All are copies: it may write to them.
-        """
+        """Call the function with some queries and keys, and with these masks alone."""
         rows, columns = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
         others = {
             name: value
             for name, value in self.subject.arguments.items()
             if name not in (MASK, "is_causal")
         }
-        own = {name: m.clone() if isinstance(m, Tensor) else m for name, m in masks.items()}
-        return replace(self.subject, arguments={**others, **own}).run(
-            self.subject.query[..., rows, :].clone(),
-            self.subject.key[..., columns, :].clone(),
-            self.subject.value[..., columns, :].clone(),
+        part = self.subject.given(
+            query=self.subject.query[..., rows, :],
+            key=self.subject.key[..., columns, :],
+            value=self.subject.value[..., columns, :],
         )
+        return replace(part, arguments={**others, **masks}).run()
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
         """Compare the last chunk that is off with what likely mistakes would give."""

@@ -129,9 +129,9 @@ def check_rows(
     )
 
 
-def output_place(index: tuple[int, ...]) -> str:
-    """Name a row of the output."""
-    return f"output[{', '.join(map(str, index))}]"
+def output_place(index: tuple[int, ...], name: str = "output") -> str:
+    """Name a row of the output, or of another tensor."""
+    return f"{name}[{', '.join(map(str, index))}]"
 
 
 def _off(got: Tensor, expected: Tensor, change: Tensor, index: tuple[int, ...]) -> str:

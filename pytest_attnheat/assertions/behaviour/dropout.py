@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.reading import part_of
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse
 
@@ -25,8 +25,6 @@ _STANDARD_ERRORS = 5
 _ENOUGH_WEIGHTS = 300_000
 # Of a larger input only a part is looked at: about so many weights in one call.
 _MOST_WEIGHTS = 36_864
-_MOST_HEADS = 8
-_MOST_KEYS = 256
 _TOGETHER = {
     -1: "all weights of a query are dropped together, or none",
     -2: "a key is dropped for all queries, or for none",
@@ -53,7 +51,7 @@ def check_dropout_of_weights(
         ValueError: There are too few weights to tell.
     """
     __tracebackhide__ = True
-    function = _part_of(function)
+    function = part_of(function, _MOST_WEIGHTS)
     key_len = function.key.shape[-2]
     identity = torch.eye(key_len, dtype=function.value.dtype, device=function.value.device)
     # Contiguous, and copied for each call: it may be written to, or read by its strides.
@@ -97,76 +95,6 @@ def check_dropout_of_weights(
         if count.regarded >= _ENOUGH_WEIGHTS and count.runs > 1:
             break
     count.check()
-
-
-def _part_of(function: AttentionFunction) -> AttentionFunction:
-    """Return a function with a part of its inputs, if all have more weights than needed.
-
-    All inputs are kept where it is not known how to cut them, or the function refuses a part.
-    """
-    query, key = function.query, function.key
-    others = [v for name, v in function.arguments.items() if name != "attn_mask"]
-    if query[..., 0].numel() * key.shape[-2] <= _MOST_WEIGHTS:
-        return function
-    if any(isinstance(value, Tensor) for value in others):
-        return function
-    try:
-        part = _cut(function)
-        part.run()
-    except Exception:  # Its length may be fixed, by a mask of its own or a compiled kernel.
-        return function
-    return part
-
-
-def _cut(function: AttentionFunction) -> AttentionFunction:
-    """Keep some batch entries, heads, queries and keys.
-
-    Keys are kept together if a mask is given: a query might be left without any.
-    """
-    query, key, value = function.query, function.key, function.value
-    mask = function.arguments.get("attn_mask")
-    keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)
-    group = function.group
-    most_heads = _MOST_HEADS if keys <= _MOST_KEYS else 2
-    kept = [min(size, 2) for size in query.shape[:-2]]
-    own = list(kept)
-    if kept:
-        own[-1] = min(key.shape[-3], max(2, most_heads // group))
-        kept[-1] = own[-1] * group
-    leading = math.prod(kept)
-    queries = min(query.shape[-2], max(4, _MOST_WEIGHTS // (leading * keys)))
-    if mask is None and function.arguments.get("is_causal"):
-        # As many queries as keys: then causal is the same, whichever corner it is aligned to.
-        square = max(4, math.isqrt(_MOST_WEIGHTS // leading))
-        queries, keys = min(query.shape[-2], square), min(key.shape[-2], square)
-    spaced = torch.linspace(0, query.shape[-2] - 1, queries, device=query.device).long()
-    arguments = dict(function.arguments)
-    rows = spaced if mask is not None else torch.arange(queries, device=query.device)
-    if arguments.get("is_causal"):
-        rows = torch.arange(queries, device=query.device)
-    if isinstance(mask, Tensor):
-        some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
-        arguments["attn_mask"] = _corner(some, kept)
-    return replace(
-        function,
-        query=_corner(query[..., rows, :], kept),
-        key=_corner(key[..., :keys, :], own),
-        value=_corner(value[..., :keys, :], own),
-        arguments=arguments,
-    )
-
-
-def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
-    """Keep the first entries along each leading dimension that the tensor is not broadcast along.
-
-    Args:
-        tensor: (..., length, width), maybe with fewer leading dimensions.
-        leading: How many entries to keep along each.
-    """
-    for dim, size in zip(range(-3, -tensor.ndim - 1, -1), reversed(leading), strict=False):
-        if tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, size)
-    return tensor.clone()
 
 
 class _Count:
@@ -344,11 +272,9 @@ class _Count:
 
     def _check_rest(self) -> None:
         __tracebackhide__ = True
-        eps = torch.finfo(self.weights.dtype).eps
+        dtype = self.weights.dtype
         # The weight, the factor and their product are rounded, in either of two runs.
-        allowed = 4 * eps
-        if self.weights.dtype in (torch.float32, torch.float64):
-            allowed = output_tolerance(self.weights.dtype)
+        allowed = output_tolerance(dtype) if is_fine(dtype) else 4 * torch.finfo(dtype).eps
         broken = int((self.off > allowed).sum())
         if not broken:
             return

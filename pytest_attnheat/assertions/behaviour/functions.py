@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.subject import answers, begin, differ, of_the_first
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import (
     LARGER,
     Claim,
@@ -200,7 +200,7 @@ class AttentionFunction:
         """Tell a causal mask, and a key that is left out, from all else that knows the order."""
 
         def unfelt(keys: slice, query: int | None = None) -> bool:
-            return answers(lambda: not self._feels(keys, base, allowed, query))
+            return holds(lambda: not self._feels(keys, base, allowed, query))
 
         if unfelt(slice(1, None), query=0):
             return "query 0 feels no key but the first: a causal mask inside?"

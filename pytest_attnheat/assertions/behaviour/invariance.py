@@ -16,11 +16,11 @@ from pytest_attnheat.assertions.behaviour.difference import (
     output_place,
 )
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
+from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.inputs import misuse
 
-# Samples that are run alone, and others that are asked which of them has an influence.
+# Samples that are run alone, and others of which each is tried for its influence.
 _ALONE = 4
 _COMPANY = 8
 _BATCH = "assert_batch_independent"
@@ -174,7 +174,7 @@ def _batch_cause(batch: _Batch, sample: int) -> str | None:
         return f"{norm} takes its mean and variance from the batch: call .eval()"
     if batch.training:
         return RANDOM_CAUSE
-    if answers(lambda: _is_softmax_over_batch(batch, sample)):
+    if holds(lambda: _is_softmax_over_batch(batch, sample)):
         return (
             "softmax over the batch (dim=0): in a batch of copies of one sample every key gets "
             "the weight 1 / batch"
@@ -217,7 +217,7 @@ def _company(batch: _Batch, sample: int) -> str:
     for other in others:
         which = torch.arange(batch.called.batch)
         which[other] = sample
-        if answers(partial(_changes, batch, sample, which)):
+        if holds(partial(_changes, batch, sample, which)):
             felt.append(other)
     if not felt:
         return (
@@ -229,7 +229,7 @@ def _company(batch: _Batch, sample: int) -> str:
             f"sample {sample} changes with sample 0: is the mask, or are the keys, of sample 0 "
             "taken for all?"
         )
-    if len(felt) == 1 and answers(lambda: _has_output_of(batch, sample, felt[0])):
+    if len(felt) == 1 and holds(lambda: _has_output_of(batch, sample, felt[0])):
         return f"sample {sample} changes with sample {felt[0]} alone: are they exchanged?"
     return (
         f"sample {sample} changes with {_samples(felt)}: a mean, a norm or a softmax over the "
@@ -265,8 +265,8 @@ def assert_key_permutation_invariant(
     Attention is an operation on a set of keys: if keys, values and the columns
     of the mask are put in another order together, the output of a function
     stays as it is. The output of a sequence model without positions follows
-    its tokens to their new places. Tried are the reverse order, a rotation by
-    one and an order drawn from the seed.
+    its tokens to where they go. It tries the reverse order, a rotation by one
+    and an order drawn from the seed.
 
     Args:
         subject: An attention function with the signature of

@@ -26,7 +26,7 @@ _TRIALS = 12
 _MOST_BLIND = 8
 # The sizes of the blocks that kernels work in: there masks break.
 _BLOCKS = (128, 64, 32, 16)
-# A function is cheap: it is asked about every observer, in no more passes than this.
+# A function is cheap: every observer is judged, in no more passes than this.
 _MOST_PASSES = 32
 
 
@@ -152,11 +152,11 @@ class Search:
         """Replace, and find outputs that change but must not, or that never change but must."""
         zeros = torch.zeros(self.claim.judged.shape, dtype=torch.float64, device=self.base.device)
         leak, found_by = zeros.clone(), zeros.long()
-        judged, asked, felt = zeros.bool(), zeros.bool(), zeros.bool()
+        judged, reached, felt = zeros.bool(), zeros.bool(), zeros.bool()
         for number, replaced in enumerate(replacements):
             change = self.change(replaced)
             may_change = self._reached(replaced)
-            asked |= self._judged & may_change
+            reached |= self._judged & may_change
             if replaced.queries is not None:
                 may_change = may_change | replaced.queries
             mine = self._judged & ~may_change
@@ -167,7 +167,7 @@ class Search:
             found_by = torch.where(worse, torch.full_like(found_by, number), found_by)
 
         broken = leak > self.allowed
-        blind = self._never_moved(asked & ~felt, int(asked.sum()))
+        blind = self._never_moved(reached & ~felt, int(reached.sum()))
         if not bool(broken.any()):
             return None, blind
         at = (
@@ -178,7 +178,7 @@ class Search:
         counts = int(broken.sum()), int(judged.sum()), int(broken.any(-1).sum())
         return Fault(False, method, *counts, *at, (by[0], by[1])), blind
 
-    def _never_moved(self, unfelt: Tensor, asked: int) -> Fault | None:
+    def _never_moved(self, unfelt: Tensor, of: int) -> Fault | None:
         """Outputs that stay the same even if all that they may see is replaced at once.
 
         That none of the passes moved one proves little: all its attention may be on a key that
@@ -193,7 +193,7 @@ class Search:
             towards = torch.full_like(unfelt[..., 0], observer[-1], dtype=torch.long)
             if self._stays(observer, shared, towards):
                 pairs.append((observer, Replacement(shared)))
-        return _of_pairs(pairs, asked, blind=True)
+        return _of_pairs(pairs, of, blind=True)
 
     def _stays(self, observer: tuple[int, ...], elements: Tensor, towards: Tensor | None) -> bool:
         contents = (
@@ -339,8 +339,8 @@ class Search:
     ) -> Replacement | None:
         """Some of the elements that make no difference, whatever is there; None if all do.
 
-        A weight or a gradient may be rounded to 0 where the output does depend on a place; the
-        key that gets most attention brings some to any place.
+        A weight or a gradient may be rounded to 0 where the output does depend on one; the
+        key that gets most attention brings some to any of them.
         """
         assert replaced.elements is not None
         suspects = [replaced.elements.nonzero()]

@@ -42,7 +42,7 @@ def assert_no_leakage(
 ) -> None:
     """Assert that no output depends on what it must not see, and each on what it must see.
 
-    Nothing is asked of the weights: the inputs that an output must not see are
+    It does not look at the weights: the inputs that an output must not see are
     replaced, and the output must stay what it was. In each pass every batch entry
     (and head) has another observer, from which all that it must not see is
     hidden, so that a few passes judge many of them: more with a larger batch. Half of the
@@ -84,7 +84,7 @@ def assert_no_leakage(
             see. The message names both, the worst and the first, and draws the dependence.
         TypeError: The subject is not callable, or an input is not a tensor of numbers.
         ValueError: Shapes do not fit; nothing is forbidden; the subject answers at random; or
-            `by="gradient"` is asked for and it is not differentiable.
+            `by="gradient"` is passed and it is not differentiable.
 
     Example:
         >>> assert_no_leakage(F.scaled_dot_product_attention, query, key, value, is_causal=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import answers, begin, differ
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
 from pytest_attnheat.assertions.behaviour.visibility import (
     Claim,
     Embedded,
@@ -146,7 +146,7 @@ class ModelSubject:
 
     def cause_of_order(self, base: Tensor, allowed: float) -> str:
         """Tell a causal mask from anything else that knows the order."""
-        if answers(lambda: self._first_is_alone(base, allowed)):
+        if holds(lambda: self._first_is_alone(base, allowed)):
             return "the first token does not feel the others: a causal mask?"
         return "the order of tokens is felt: position embeddings, or rotary or relative positions?"
 

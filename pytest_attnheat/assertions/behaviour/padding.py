@@ -13,7 +13,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, answers, coarsest, differ, settled
+from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
 from pytest_attnheat.assertions.behaviour.visibility import Padding, Replacement, Told
 from pytest_attnheat.attention.vocabulary import SIDES, Side
 from pytest_attnheat.callables import borrowed
@@ -81,7 +81,7 @@ def assert_padding_invariant(
         >>> assert_padding_invariant(model, torch.randn(2, 6, 16))
     """
     __tracebackhide__ = True
-    asked, amount = _sides(sides), positive("amount", amount)
+    given, amount = _sides(sides), positive("amount", amount)
     value = None if padding_value is None else check_number(padding_value, "padding_value")
     called = as_subject(
         subject,
@@ -90,7 +90,7 @@ def assert_padding_invariant(
         lengths if len(inputs) == 3 else None,
         seed=seed if training else None,
     )
-    called.check_padding(needs_mask=value is None and list(asked) != ["right"])
+    called.check_padding(needs_mask=value is None and list(given) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base = settled(subject, called.run, training=training, seed=seed)
@@ -98,7 +98,7 @@ def assert_padding_invariant(
         for real, total in paddings:
             alone: dict[bool, Tensor] = {}
             for content in Padding("right", total, real, value, seed).each():
-                sided = [replace(content, side=side) for side in asked]
+                sided = [replace(content, side=side) for side in given]
                 both = [_Trial(called, padding, allowed, alone) for padding in sided]
                 for one in both:
                     one.check(both, training=training)
@@ -150,7 +150,7 @@ class _Trial:
             raise
         except Exception as error:
             given, total = self.subject.length, self.padding.total
-            if self.subject.has_queries or total <= given or answers(self._takes_as_many):
+            if self.subject.has_queries or total <= given or holds(self._takes_as_many):
                 raise
             told_of = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -184,9 +184,9 @@ class _Trial:
         """Try what else the output could be: that without a mask, or that with the opposite."""
         felt = self._felt(got)
         # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
-        if felt is not False and answers(lambda: self._alike(got, self.run("all real"))):
+        if felt is not False and holds(lambda: self._alike(got, self.run("all real"))):
             return self._ignored()
-        if answers(lambda: self._alike(self.run("opposite"), self.expected)):
+        if holds(lambda: self._alike(self.run("opposite"), self.expected)):
             return (
                 "the mask is read as its opposite: the output is right where True and False change"
             )
@@ -197,12 +197,12 @@ class _Trial:
                 "nan spreads from the padding: under a causal mask padding on the left may see "
                 "nothing, and 0 * nan is nan"
             )
-        if has_rows and felt and answers(lambda: self._sees_only_padding(got)):
+        if has_rows and felt and holds(lambda: self._sees_only_padding(got)):
             return (
                 "the mask is read as its opposite: real tokens feel the padding and not one another"
             )
         cause = self.subject.cause_of_padding(side, felt=felt)
-        if any(answers(other.holds) for other in sides):
+        if any(holds(other.passes) for other in sides):
             return f"only on the {side}: {cause}"
         return cause if felt is False else None
 
@@ -215,9 +215,9 @@ class _Trial:
         if other is None:
             return None
         changed = replace(self, padding=other)
-        return answers(lambda: not self._alike(changed.run(), got))
+        return holds(lambda: not self._alike(changed.run(), got))
 
-    def holds(self) -> bool:
+    def passes(self) -> bool:
         """Whether padding on this side changes nothing."""
         return self._alike(self.run(), self.expected)
 

@@ -18,7 +18,7 @@ from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weight
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, modules_in, random_states
+from pytest_attnheat.callables import borrowed, identical, modules_in, random_states
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
 
@@ -66,7 +66,7 @@ def assert_deterministic(
             input of a module: floats (batch, length, width) or token ids (batch, length).
         dropout: The probability that a weight is dropped, 0 < dropout < 1. Of a module with its
             own dropout only its layers' declarations are compared with it. None: nothing is
-            asked of training, and the subject has to be in evaluation mode.
+            checked in training, and the subject has to be in evaluation mode.
         runs: How many calls with dropout are made at most; for the mean of a module at least 30.
         unbiased: Whether the mean of a module in training mode is its output in evaluation
             mode, within 5 standard errors. By default only of `nn.MultiheadAttention`: where a
@@ -210,10 +210,6 @@ def _without_equal_nans(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.masked_fill(same, 0.0), b.masked_fill(same, 0.0)
 
 
-def _identical(a: Tensor, b: Tensor) -> bool:
-    return torch.equal(*_without_equal_nans(a, b))
-
-
 def _why_random(call: _Call, seed: int) -> str:
     states = [_random_state()]
     with _noting_who_draws(call.modules) as drawing:
@@ -284,7 +280,7 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
         allowed=0.0,
         repeat=f"seed={seed}",
     )
-    if any(not _identical(call.run(), first) for _ in range(runs)):
+    if any(not identical(call.run(), first) for _ in range(runs)):
         return
     cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
     if bool((relative_change(first, evaluated) <= output_tolerance(first.dtype)).all()):
@@ -358,7 +354,7 @@ def _dropouts_in(modules: Sequence[nn.Module]) -> str:
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
     """Check that the mean in training mode is the output in evaluation mode.
 
-    Compared is one number: how much of the output of evaluation mode there is in that of
+    It compares one number: how much of the output of evaluation mode there is in that of
     training mode. It is a sum over all outputs, and so close to normally distributed.
     """
     __tracebackhide__ = True

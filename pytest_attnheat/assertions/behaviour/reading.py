@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.sequences import (
     Multihead,
@@ -23,6 +24,8 @@ from pytest_attnheat.attention.scoring import leading_shape
 from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import misuse
 
+# Of a function with too many weights, heads and keys are cut to so many.
+_MOST_HEADS, _MOST_KEYS = 8, 256
 _SUBJECT = "the subject"
 _TOGETHER = "query, key and value"
 
@@ -102,7 +105,7 @@ def as_function(
         raise ValueError(misuse("key and value", given, "the same length"))
     _check_leading(query, key, value, grouped=bool(arguments.get("enable_gqa")))
     for name, argument in arguments.items():
-        if name != "attn_mask" and isinstance(argument, Tensor) and argument.dtype == torch.bool:
+        if name != MASK and isinstance(argument, Tensor) and argument.dtype == torch.bool:
             accepted = (
                 "attn_mask, True where a query may attend; what another mask means says "
                 f"AttentionSpec(function, mask=..., mask_argument={name!r})"
@@ -153,3 +156,73 @@ def as_sequence(
         given = f"{sequence.dtype} {tuple(sequence.shape)}"
         raise ValueError(misuse("inputs", given, accepted))
     return ModelSubject(model, sequence, dict(arguments), seed=seed)
+
+
+def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
+    """Return a function with a part of its inputs, about so many weights, if all have more.
+
+    All inputs are kept where it is not known how to cut them, or the function refuses a part.
+    """
+    query, key = function.query, function.key
+    others = [v for name, v in function.arguments.items() if name != MASK]
+    if query[..., 0].numel() * key.shape[-2] <= most:
+        return function
+    if any(isinstance(value, Tensor) for value in others):
+        return function
+    try:
+        part = _cut(function, most)
+        part.run()
+    except Exception:  # Its length may be fixed, by a mask of its own or a compiled kernel.
+        return function
+    return part
+
+
+def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
+    """Keep some batch entries, heads, queries and keys.
+
+    Keys are kept together if a mask is given: a query might be left without any.
+    """
+    query, key, value = function.query, function.key, function.value
+    mask = function.mask
+    keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)
+    group = function.group
+    most_heads = _MOST_HEADS if keys <= _MOST_KEYS else 2
+    kept = [min(size, 2) for size in query.shape[:-2]]
+    own = list(kept)
+    if kept:
+        own[-1] = min(key.shape[-3], max(2, most_heads // group))
+        kept[-1] = own[-1] * group
+    leading = math.prod(kept)
+    queries = min(query.shape[-2], max(4, most // (leading * keys)))
+    if mask is None and function.arguments.get("is_causal"):
+        # As many queries as keys: then causal is the same, whichever corner it is aligned to.
+        square = max(4, math.isqrt(most // leading))
+        queries, keys = min(query.shape[-2], square), min(key.shape[-2], square)
+    spaced = torch.linspace(0, query.shape[-2] - 1, queries, device=query.device).long()
+    arguments = dict(function.arguments)
+    rows = spaced if mask is not None else torch.arange(queries, device=query.device)
+    if arguments.get("is_causal"):
+        rows = torch.arange(queries, device=query.device)
+    if mask is not None:
+        some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
+        arguments[MASK] = _corner(some, kept)
+    return replace(
+        function,
+        query=_corner(query[..., rows, :], kept),
+        key=_corner(key[..., :keys, :], own),
+        value=_corner(value[..., :keys, :], own),
+        arguments=arguments,
+    )
+
+
+def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
+    """Keep the first entries along each leading dimension that the tensor is not broadcast along.
+
+    Args:
+        tensor: (..., length, width), maybe with fewer leading dimensions.
+        leading: How many entries to keep along each.
+    """
+    for dim, size in zip(range(-3, -tensor.ndim - 1, -1), reversed(leading), strict=False):
+        if tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, size)
+    return tensor.clone()

@@ -200,7 +200,7 @@ def _wrapped(module: Callable[..., Any]) -> Callable[..., Any] | None:
 
 
 class _SelfAttention:
-    """`nn.MultiheadAttention` of a sequence with itself; the weights are not asked for."""
+    """`nn.MultiheadAttention` of a sequence with itself, without the weights."""
 
     def __init__(self, module: nn.MultiheadAttention) -> None:
         self.module = module
@@ -229,7 +229,7 @@ class Multihead:
         attn_mask: Tensor | None = None,
         is_causal: bool = False,
     ) -> Tensor:
-        """Attend; the weights are not asked for."""
+        """Attend, without the weights."""
         if is_causal:
             causal = causal_mask(
                 query.shape[-2], key.shape[-2], alignment="top_left", device=query.device

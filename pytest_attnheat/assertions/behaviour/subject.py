@@ -300,10 +300,10 @@ def differ(
     return bool(wrong.any())
 
 
-def answers(question: Callable[[], bool]) -> bool:
-    """Answer a question about a likely cause; no if the subject refuses the unusual inputs."""
+def holds(suspicion: Callable[[], bool]) -> bool:
+    """Tell whether a likely cause is the one; not if the subject refuses the unusual inputs."""
     try:
-        return question()
+        return suspicion()
     except Exception:  # whatever code under test raises: the failure itself is to be reported
         return False
 

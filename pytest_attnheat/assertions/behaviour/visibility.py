@@ -65,7 +65,7 @@ class Claim:
     Attributes:
         may_see: (*leading, query_len, key_len), boolean.
         judged: (*leading, query_len): the observers whose output means something.
-        rules: Why an observer may not see an element, in the order in which they are asked.
+        rules: Why an observer may not see an element, in the order in which they are named.
         may_be_causal: What to say where outputs see nothing of their future, but may.
         assumed: What is claimed where the caller said nothing; None where something was said.
     """
