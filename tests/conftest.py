@@ -1,5 +1,11 @@
 """Shared by all tests."""
 
+import os
+
+# Each xdist worker has a core to itself, and so has a process that a test starts: threads of
+# several would wait for one another. Before torch is imported, which reads it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # In-process pytester runs unload what they imported. A second import of torch in one
 # interpreter crashes it, and a second matplotlib would have a second class Figure: import
 # them here, once, first.
@@ -12,7 +18,6 @@ from devices import accelerator, pretend  # noqa: F401
 import pytest_attnheat.heatmaps.figure  # noqa: F401
 
 matplotlib.use("agg")
-# Each xdist worker has a core to itself: threads of several workers wait for one another.
 torch.set_num_threads(1)
 
 pytest_plugins = ["pytester"]

@@ -8,25 +8,36 @@ def name_of(page):
     return page.name
 
 
-@pytest.mark.parametrize(
-    "page", [page for page in PAGES if any(b.holds_tests for b in blocks(page))], ids=name_of
-)
-def test_examples_that_hold_tests_pass(pytester, page):
-    """All of a page at once, each a file, with all that the page puts into a conftest.py."""
-    pytester.makeconftest("\n".join(b.text for b in blocks(page) if b.is_conftest))
-    files = {f"test_{b.line}": b.text for b in blocks(page) if b.holds_tests}
-    pytester.makepyfile(**files)
+def with_tests():
+    """The pages whose examples hold tests: those with a conftest.py apart, all others at once."""
+    pages = [page for page in PAGES if any(b.holds_tests for b in blocks(page))]
+    alone = [page for page in pages if any(b.is_conftest for b in blocks(page))]
+    return [[page for page in pages if page not in alone], *([page] for page in alone)]
+
+
+@pytest.mark.parametrize("pages", with_tests(), ids=lambda pages: ", ".join(map(name_of, pages)))
+def test_examples_that_hold_tests_pass(pytester, pages):
+    """Each page a folder, each block a file, and all that the page puts into a conftest.py."""
+    files = {}
+    for page in pages:
+        folder = pytester.path if len(pages) == 1 else pytester.mkdir(page.stem)
+        conftest = "\n".join(b.text for b in blocks(page) if b.is_conftest)
+        (folder / "conftest.py").write_text(conftest, encoding="utf-8")
+        for block in blocks(page):
+            if block.holds_tests:
+                files[folder / f"test_{page.stem}_{block.line}.py"] = block.text
+    for path, text in files.items():
+        path.write_text(text, encoding="utf-8")
     # In a process of its own: torch imports more of itself when that is first used.
-    if any("heatmap_" in text for text in files.values()):
-        pytester.runpytest_subprocess("--attn-update=missing")
-    result = pytester.runpytest_subprocess("-W", "error", "--strict-markers")
-    outcomes = result.parseoutcomes()
+    pictures = [path for path, text in files.items() if "heatmap_" in text]
+    if pictures:
+        pytester.runpytest_subprocess("--attn-update=missing", *pictures)
+    result = pytester.runpytest_subprocess("-W", "error", "--strict-markers", "-rA")
     # An examination skips what an implementation does not claim.
     may_skip = any("parametrize_with_checks" in text for text in files.values())
-    assert set(outcomes) - ({"skipped"} if may_skip else set()) == {"passed"}
-    assert outcomes["passed"] >= len(files)
-    for name in files:
-        result.stdout.fnmatch_lines(f"*{name}.py*")
+    assert set(result.parseoutcomes()) - ({"skipped"} if may_skip else set()) == {"passed"}
+    for path in files:
+        assert any(line.startswith("PASSED") and path.name in line for line in result.outlines)
 
 
 @pytest.mark.parametrize(
