@@ -149,7 +149,7 @@ def _of_function(
     function = as_function(subject, inputs, arguments)
     shape = (*function.leading, function.query.shape[-2], function.key.shape[-2])
     if may_see is not None:
-        seen = permitted(may_see, shape)
+        seen = permitted(may_see, shape).to(function.query.device)
         rules = [Rule(seen, _because("which may_see forbids"))]
         return FunctionScene(function, seen, rules, seed)
     rules = []
@@ -206,7 +206,7 @@ def _of_sequence(
         mask = causal_mask(length, alignment="top_left", device=device)
         rules.append(Rule(mask, _in_the_future(0)))
     if stated.may_see is not None:
-        mask = permitted(stated.may_see, (batch, length, length))
+        mask = permitted(stated.may_see, (batch, length, length)).to(device)
         rules.append(Rule(mask, _because("which may_see forbids")))
     may_see = torch.ones((), dtype=torch.bool, device=device)
     for rule in rules:
