@@ -130,7 +130,8 @@ def padding_mask(
     one_of("side", side, SIDES)
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
-    real = torch.as_tensor(lengths)  # judged where it is: numbers of the host need no device
+    # Judged where they are: numbers of the host need no device.
+    real = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
     if real.ndim != 1 or real.numel() == 0:
         raise ValueError(f"lengths must be (batch,), one or more; got shape {tuple(real.shape)}")
     if real.is_floating_point() or real.is_complex() or real.dtype == torch.bool:
