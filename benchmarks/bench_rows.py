@@ -106,7 +106,7 @@ def on_accelerator(weights: torch.Tensor, device: str) -> None:
     share = 100 / (2 * times)
     name = f"{device}, float32, bandwidth against a device copy"
     report(name, share, 60, "%", at_most=False)
-    module = torch.get_device_module(device)
+    module = getattr(torch, torch.device(device).type)
     if hasattr(module, "max_memory_allocated"):
         module.reset_peak_memory_stats()
         before = module.memory_allocated()

@@ -121,7 +121,7 @@ def is_here(device: str) -> bool:
     import torch
 
     kind = torch.device(device).type
-    return kind == "cpu" or bool(torch.get_device_module(kind).is_available())
+    return kind == "cpu" or bool(getattr(torch, kind).is_available())
 
 
 def parts_of(device: str, *, dry_run: bool) -> list[Part]:

@@ -22,7 +22,7 @@ def options(description: str | None) -> argparse.Namespace:
 def wait_for(device: str) -> None:
     """Wait until a device has done what it was given."""
     if torch.device(device).type != "cpu":
-        torch.get_device_module(device).synchronize()
+        getattr(torch, torch.device(device).type).synchronize()
 
 
 def seconds(action: Callable[[], Any], device: str = "cpu") -> float:

@@ -230,6 +230,7 @@ class _Call:
     def __init__(self, known: _Signature) -> None:
         self.known = known
         self.written: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.lent: set[int] = set()
 
     def run(self, op: Any, given: dict[str, Any]) -> Any:
         """Call the operation on the CPU."""
@@ -266,7 +267,9 @@ class _Call:
                 "Expected all tensors to be on the same device, but found at least two devices, "
                 f"{DEVICE} and {tensor.device}! ({self.known.name})"
             )
-        return _on_cpu(tensor)
+        alias = _on_cpu(tensor)
+        self.lent.add(alias.untyped_storage().data_ptr())
+        return alias
 
     def to_write(self, tensor: torch.Tensor) -> torch.Tensor:
         """See a tensor that the call writes to."""
@@ -281,6 +284,8 @@ class _Call:
         for tensor, alias in self.written:
             if result is alias:
                 return tensor
+        if result.untyped_storage().data_ptr() in self.lent:
+            result = result.clone()  # an alias keeps nothing alive
         return _on_device(result)
 
 

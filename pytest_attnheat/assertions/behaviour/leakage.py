@@ -113,7 +113,142 @@ def assert_no_leakage(
 def _methods(by: object) -> tuple[Method, ...]:
     if by is None:
         return _BY_DEFAULT
+<<<<<<< HEAD
     given, known = (by,) if isinstance(by, str) else by, get_args(Method)
     if not isinstance(given, Sequence) or not given or any(one not in known for one in given):
         raise ValueError(misuse("by", repr(by), f"{known}, one or several"))
     return tuple(given)
+=======
+    ways = (by,) if isinstance(by, str) else by
+    if not isinstance(ways, Sequence) or not ways or any(w not in get_args(Way) for w in ways):
+        raise ValueError(f"by: got {by!r}; accepted are {get_args(Way)}, one or several")
+    return tuple(ways)
+
+
+def _refuse(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(
+                f"{name}: an attention function is told what may be seen by attn_mask= and "
+                "is_causal=, or say may_see="
+            )
+
+
+def _of_function(
+    subject: object,
+    inputs: Sequence[Tensor],
+    arguments: dict[str, Any],
+    alignment: Alignment,
+    may_see: Tensor | None,
+    seed: int,
+) -> FunctionScene:
+    function = as_function(subject, inputs, arguments)
+    shape = (*function.leading, function.query.shape[-2], function.key.shape[-2])
+    if may_see is not None:
+        seen = permitted(may_see, shape).to(function.query.device)
+        rules = [Rule(seen, _because("which may_see forbids"))]
+        return FunctionScene(function, seen, rules, seed)
+    rules = []
+    first = shape[-1] - shape[-2] if alignment == "bottom_right" else 0
+    if function.arguments.get("is_causal"):
+        mask = causal_mask(*shape[-2:], alignment=alignment, device=function.query.device)
+        rules.append(Rule(mask, _in_the_future(first)))
+    if function.arguments.get("attn_mask") is not None:
+        rules.append(
+            Rule(permitted(arguments["attn_mask"], shape), _because("which attn_mask forbids"))
+        )
+    return FunctionScene(function, function.may_see(alignment), rules, seed)
+
+
+@dataclass(frozen=True)
+class _Stated:
+    """What the caller says that a token of a sequence may see."""
+
+    causal: bool | None
+    lengths: Sequence[int] | Tensor | None
+    side: Side
+    documents: Tensor | None
+    may_see: Tensor | None
+
+
+def _of_sequence(
+    subject: object, inputs: Tensor, arguments: dict[str, Any], stated: _Stated, seed: int
+) -> SequenceScene:
+    sequence = as_sequence(subject, inputs, arguments)
+    batch, length = sequence.inputs.shape[:2]
+    device = sequence.inputs.device
+    rules: list[Rule] = []
+    real = judged = None
+    if stated.lengths is not None:
+        real = padding_mask(stated.lengths, length, side=stated.side, device=device)[:, 0, 0]
+        if len(real) != batch:
+            raise ValueError(f"lengths: got {len(real)} of them for a batch of {batch}")
+        if bool(real.all()):
+            raise ValueError(
+                f"lengths: got {real.sum(-1).tolist()}, which leaves no padding in sequences of "
+                f"{length} tokens; accepted are lengths of which one is smaller"
+            )
+        if not (stated.causal and stated.side == "right"):
+            check_takes_mask(sequence.model)
+        judged = real
+        rules.append(Rule(real.unsqueeze(-2), _padding(real.sum(-1).tolist())))
+    if stated.documents is not None:
+        documents = _documents(stated.documents, (batch, length)).to(device)
+        same = documents.unsqueeze(-1) == documents.unsqueeze(-2)
+        rules.append(Rule(same, _of_document(documents)))
+    others = (stated.lengths, stated.documents, stated.may_see)
+    assumed = stated.causal is None and all(other is None for other in others)
+    if stated.causal or assumed:
+        mask = causal_mask(length, alignment="top_left", device=device)
+        rules.append(Rule(mask, _in_the_future(0)))
+    if stated.may_see is not None:
+        mask = permitted(stated.may_see, (batch, length, length)).to(device)
+        rules.append(Rule(mask, _because("which may_see forbids")))
+    may_see = torch.ones((), dtype=torch.bool, device=device)
+    for rule in rules:
+        may_see = may_see & rule.allowed
+    may_see = may_see.expand(batch, length, length)
+    if judged is None:
+        judged = torch.ones(batch, length, dtype=torch.bool, device=device)
+    return SequenceScene(sequence, may_see, judged, rules, real=real, assumed=assumed, seed=seed)
+
+
+def _documents(documents: object, shape: tuple[int, int]) -> Tensor:
+    if not isinstance(documents, Tensor) or documents.is_floating_point():
+        given = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
+        raise TypeError(f"documents: got {given}; accepted is a tensor of whole numbers")
+    try:
+        return documents.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"documents: shape {tuple(documents.shape)} does not broadcast to (batch, length) "
+            f"{shape}"
+        ) from None
+
+
+def _because(words: str) -> Callable[[tuple[int, ...], int], str]:
+    return lambda observer, place: words
+
+
+def _in_the_future(first: int) -> Callable[[tuple[int, ...], int], str]:
+    def because(observer: tuple[int, ...], place: int) -> str:
+        steps = place - observer[-1] - first
+        word = {1: "one", 2: "two"}.get(steps, str(steps))
+        return f"{word} step{'s' * (steps != 1)} in its future"
+
+    return because
+
+
+def _padding(lengths: list[int]) -> Callable[[tuple[int, ...], int], str]:
+    return lambda observer, place: (
+        f"padding (of its sequence {lengths[observer[0]]} tokens are real)"
+    )
+
+
+def _of_document(documents: Tensor) -> Callable[[tuple[int, ...], int], str]:
+    def because(observer: tuple[int, ...], place: int) -> str:
+        own, other = documents[observer], documents[observer[0], place]
+        return f"of document {int(other)}, its own is {int(own)}"
+
+    return because
+>>>>>>> wip-device
