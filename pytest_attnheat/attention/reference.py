@@ -137,13 +137,9 @@ def padding_mask(
     one_of("side", side, SIDES)
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
-<<<<<<< HEAD
-    real = torch.as_tensor(lengths)  # judged where it is: numbers of the host need no device
-    accepted = f"whole numbers from 0 to key_len {key_len}, (batch,), one or more"
-=======
     # Judged where they are: numbers of the host need no device.
     real = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
->>>>>>> wip-device
+    accepted = f"whole numbers from 0 to key_len {key_len}, (batch,), one or more"
     if real.ndim != 1 or real.numel() == 0:
         raise ValueError(misuse("lengths", f"shape {tuple(real.shape)}", accepted))
     if real.is_floating_point() or real.is_complex() or real.dtype == torch.bool:
