@@ -20,7 +20,7 @@ from .assertions.masking import (
     assert_padding_masked as assert_padding_masked,
     assert_support as assert_support,
 )
-from .assertions.numerics.precision import (
+from .assertions.precision import (
     assert_gradients_match as assert_gradients_match,
     assert_matches_reference as assert_matches_reference,
 )

@@ -13,7 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytest_attnheat import HARD_CASES, assert_gradients_match, assert_matches_reference, hard_case
-from pytest_attnheat.assertions.numerics.judgement import judge
+from pytest_attnheat.assertions.precision_judgement import judge
 from pytest_attnheat.attention import oracle
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.subject import as_input
-from pytest_attnheat.assertions.numerics.calling import (
+from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
     Options,
@@ -29,7 +29,7 @@ from pytest_attnheat.assertions.numerics.calling import (
     permitted_keys,
     run_once,
 )
-from pytest_attnheat.assertions.numerics.judgement import Context, Judgement, check, judge
+from pytest_attnheat.assertions.precision_judgement import Context, Judgement, check, judge
 from pytest_attnheat.attention import oracle
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.scoring import draw
@@ -64,7 +64,7 @@ def assert_matches_reference(
     Its output and the gradients of query, key, value and a float mask that requires one are
     compared with attention in float64. Every element is judged: it may be off by `factor` times
     what the roundings of a plain computation in the same dtype may come to at that element, see
-    `pytest_attnheat.assertions.numerics.judgement`. NaN and inf never pass where the reference is
+    `pytest_attnheat.assertions.precision_judgement`. NaN and inf never pass where the reference is
     finite.
 
     Nothing of the caller's changes: gradients are taken of copies (with the same strides), and

@@ -1,1 +1,0 @@
-"""Assertions on the precision of attention, against float64."""
