@@ -38,6 +38,7 @@ from pytest_attnheat.contract.exam import (
     with_a_lost_row,
 )
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure
 
 
 @dataclass(frozen=True)
@@ -323,8 +324,9 @@ def block_no_leakage(exam: Exam) -> None:
     causal = exam.spec.causal is not None or (sides is not None and sides[1] == 0)
     try:
         assert_no_leakage(model, inputs, causal=causal, must_see=not windowed, seed=exam.seed)
-    except AssertionError as error:
-        error.args = (str(error).replace(_SAY_SO, "Declare window="),)
+    except Failure as error:
+        if error.cause is not None:
+            error.cause = error.cause.replace(_SAY_SO, "Declare window=")
         raise
 
 
