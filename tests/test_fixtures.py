@@ -1,7 +1,6 @@
 """The fixtures as a user's test suite sees them."""
 
 import pytest
-import torch
 
 from pytest_attnheat.attention import devices as known_devices
 from pytest_attnheat.attention.scoring import scoring_names
@@ -457,9 +456,7 @@ def test_unittest_and_doctest_items_are_left_alone(pytester):
     pytester.runpytest("--doctest-modules").assert_outcomes(passed=2)
 
 
-@pytest.mark.cuda
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
-def test_attention_reaches_the_gpu_with_the_numbers_of_the_cpu(pytester):
+def test_attention_reaches_an_accelerator_with_the_numbers_of_the_cpu(pytester, accelerator):
     pytester.makepyfile("""
         import torch
         from pytest_attnheat import make_attention as make

@@ -305,19 +305,16 @@ def packed(query, key, value):
 # The assertion, a subject that does not pass, its arguments, and how often the host waits while
 # attention passes. What is learnt by trying grows with the sizes: 2 batch entries, 3 heads, 6 keys.
 ON_CALLABLES = [
-    ("assert_no_leakage", leaking, {"is_causal": True}, 72),
-    ("assert_padding_invariant", by_position, {}, 17),
-    ("assert_batch_independent", mixing, {}, 8),
-    ("assert_key_permutation_invariant", by_position, {}, 7),
-    ("assert_decode_matches_prefill", leaking, {"is_causal": True}, 12),
-    ("assert_deterministic", Counting(), {}, 4),
-    ("assert_convex", mixing, {}, 13),
+    ("assert_no_leakage", leaking, {"is_causal": True}, 18),
+    ("assert_padding_invariant", by_position, {}, 5),
+    ("assert_batch_independent", mixing, {}, 3),
+    ("assert_key_permutation_invariant", by_position, {}, 4),
+    ("assert_decode_matches_prefill", leaking, {"is_causal": True}, 4),
+    ("assert_deterministic", Counting(), {}, 2),
+    ("assert_convex", mixing, {}, 4),
     ("assert_matches_reference", unscaled, {}, 9),
     ("assert_gradients_match", unscaled, {}, 8),
-    pytest.param(
-        "assert_layout_invariant", packed, {}, 150,
-        marks=pytest.mark.xfail(reason="it compares gradients element by element"),
-    ),
+    ("assert_layout_invariant", packed, {}, 147),
 ]  # fmt: skip
 
 

@@ -319,7 +319,7 @@ class ModelSubject:
         real = padding.real(self.inputs.device)
         masks = {"truth": real, "all real": torch.ones_like(real), "opposite": ~real}
         own = _at(self.inputs, _rank(real))
-        filled = padding.like(own, own.shape)
+        filled = padding.like(self.inputs, own.shape)
         chosen = real if self.is_tokens else real.unsqueeze(-1)
         positions = _rank(real) if self.takes_positions(padding.side) else None
         return replace(
