@@ -7,15 +7,15 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # In-process pytester runs unload what they imported. A second import of torch in one
-# interpreter crashes it, and a second matplotlib would have a second class Figure: import
-# them here, once, first.
+# interpreter crashes it, a second matplotlib would have a second class Figure, and a second room
+# of ours a second class of everything: import them here, once, first.
 import matplotlib.pyplot
 import matplotlib.style
 import matplotlib.testing.compare
 import torch
 from devices import accelerator, pretend  # noqa: F401
 
-import pytest_attnheat.heatmaps.figure  # noqa: F401
+from pytest_attnheat import *  # noqa: F403
 
 matplotlib.use("agg")
 torch.set_num_threads(1)
