@@ -23,7 +23,6 @@ def house(tmp_path):
     return build
 
 
-@pytest.mark.xfail(strict=False, reason="rooms are being moved")
 def test_the_package_keeps_its_floors():
     found = breaches(PACKAGE)
     if found:

@@ -352,6 +352,6 @@ def test_it_works_under_the_options_that_people_use(pytester, options):
         def test_a(attention, attention_weights, make_attention, attn_device):
             assert make_attention(seed=3).weights.shape == attention_weights.shape
     """)
-    result = pytester.runpytest_subprocess("--attn-device=cpu", *options)
+    result = pytester.runpytest("--attn-device=cpu", *options)
     result.assert_outcomes(passed=2 * len(NAMES))
     assert "warning" not in result.stdout.str().lower()

@@ -342,7 +342,7 @@ class HeatmapRegression:
             raise ValueError(misuse("name", repr(name), accepted))
         self._names.add(name)
         if not hasattr(figure, "savefig"):
-            from pytest_attnheat import show_heatmaps
+            from pytest_attnheat.heatmaps.figure import show_heatmaps
 
             figure = show_heatmaps(figure, xlabel="Keys", ylabel="Queries", figsize=None)
         path = self._folder / f"{stem_of(self._item)}.{safe_name(name)}.png"
