@@ -2,14 +2,7 @@
 
 import pytest
 import torch
-from capture_oracles import (
-    assert_weights,
-    bottom_right,
-    draw,
-    plain_weights,
-    three,
-    top_left,
-)
+from capture_oracles import assert_weights, bottom_right, draw, plain_weights, three, top_left
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.bias import causal_lower_right, causal_upper_left

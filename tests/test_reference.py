@@ -6,13 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat import (
-    attend,
-    causal_mask,
-    masked_softmax,
-    padding_mask,
-    sliding_window_mask,
-)
+from pytest_attnheat import attend, causal_mask, masked_softmax, padding_mask, sliding_window_mask
 from pytest_attnheat.attention import chunks, scoring
 
 NAN, INF = math.nan, math.inf

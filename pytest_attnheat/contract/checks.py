@@ -17,10 +17,7 @@ from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
-from pytest_attnheat.assertions.precision import (
-    assert_gradients_match,
-    assert_matches_reference,
-)
+from pytest_attnheat.assertions.precision import assert_gradients_match, assert_matches_reference
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of

@@ -13,12 +13,7 @@ import pytest
 
 from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import dtype_name, misuse
-from pytest_attnheat.plugin.settings import (
-    CHECKS_MARKER,
-    SETTINGS,
-    chosen_devices,
-    device_of_test,
-)
+from pytest_attnheat.plugin.settings import CHECKS_MARKER, SETTINGS, chosen_devices, device_of_test
 from pytest_attnheat.plugin.summary import DIAGNOSIS_DRAWN, VERDICT
 
 if TYPE_CHECKING:

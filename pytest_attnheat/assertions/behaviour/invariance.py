@@ -10,11 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import (
-    check_relative,
-    check_rows,
-    output_place,
-)
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
 from pytest_attnheat.callables import borrowed, modules_in
