@@ -238,7 +238,7 @@ class AttentionFunction:
         shape = (*self.leading, self.query.shape[-2], self.length)
         rules = []
         if stated.may_see is not None:
-            seen = permitted(stated.may_see, shape)
+            seen = permitted(stated.may_see, shape).to(self.query.device)
             rules = [Rule(seen, since("which may_see forbids"))]
         elif self.arguments.get("is_causal"):
             alignment = stated.alignment

@@ -210,7 +210,8 @@ class ModelSubject:
             mask = causal_mask(self.length, alignment="top_left", device=device)
             rules.append(Rule(mask, in_the_future(0)))
         if stated.may_see is not None:
-            rules.append(Rule(permitted(stated.may_see, shape), since("which may_see forbids")))
+            seen = permitted(stated.may_see, shape).to(device)
+            rules.append(Rule(seen, since("which may_see forbids")))
         claimed = (
             "no token may see a later one: assumed, since nothing was said. For an encoder pass "
             "causal=False, or lengths="
