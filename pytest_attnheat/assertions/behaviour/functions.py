@@ -62,7 +62,7 @@ class AttentionFunction:
     ordered = "keys and values are"
     observer, element = "query", "key"
     has_queries = True
-    through_embeddings = False
+    is_tokens = False
     mask_argument = MASK
 
     @property

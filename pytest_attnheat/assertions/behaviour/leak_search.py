@@ -330,7 +330,7 @@ class Search:
         The embedding of equal token ids may also be looked up for something else, such as the
         source of an encoder.
         """
-        if not self.subject.through_embeddings:
+        if not self.subject.is_tokens:
             return True
         return self.change_at(replaced, observer) > 0
 

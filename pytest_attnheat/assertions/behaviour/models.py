@@ -70,11 +70,6 @@ class ModelSubject:
         return not self.inputs.is_floating_point()
 
     @property
-    def through_embeddings(self) -> bool:
-        """Whether gradients are those of the embeddings of token ids."""
-        return self.is_tokens
-
-    @property
     def mask_argument(self) -> str | None:
         """That of the model."""
         return self.model.mask_argument

@@ -76,8 +76,8 @@ class Subject(Protocol):
         """Whether queries are inputs of their own; else its elements are the rows of its output."""
 
     @property
-    def through_embeddings(self) -> bool:
-        """Whether gradients are those of the embeddings of token ids."""
+    def is_tokens(self) -> bool:
+        """Whether its inputs are token ids, so that gradients are those of their embeddings."""
 
     @property
     def mask_argument(self) -> str | None:
