@@ -236,9 +236,8 @@ def low_precision(evidence: Evidence) -> str | None:
 def dropout(rows: torch.Tensor, permitted: torch.Tensor | None) -> str | None:
     """Zeros strewn at random, and sums that vary around one as those zeros make them.
 
-    Dropout with probability p keeps a weight as w / (1 - p). The variance of
-    a row sum is then p times the sum of the squared kept weights: the zeros
-    and the sums must tell of the same p.
+    Dropout with probability p keeps a weight as w / (1 - p). The variance of a row sum is then p
+    times the sum of the squared kept weights: the zeros and the sums must tell of the same p.
     """
     if rows.shape[0] < 8 or bool((rows < 0).any()):
         return None

@@ -75,9 +75,8 @@ def assert_masked(
     the CPU reads numbers below the normal ones, such as 1e-40, as zero.
 
     Args:
-        weights: Attention weights of shape ``(..., queries, keys)``, two or
-            more dimensions, any float dtype, device and strides, with or
-            without gradient. Nothing is modified.
+        weights: Attention weights of shape ``(..., queries, keys)``, two or more dimensions, any
+            float dtype, device and strides, with or without gradient. Nothing is modified.
         mask: Boolean, True where a query may attend, broadcastable to
             `weights`, with a False somewhere.
         fully_masked: What a row without any permitted key holds: ``"zero"``
@@ -87,11 +86,9 @@ def assert_masked(
     Raises:
         Failure: Some masked key holds something else than zero. The
             message tells how many, which is worst, and a likely cause.
-        TypeError: `weights` is not a dense float tensor or array, or `mask`
-            is not boolean.
-        ValueError: `weights` is empty or has fewer than two dimensions, the
-            mask does not broadcast or permits every key, or `fully_masked` is
-            unknown.
+        TypeError: `weights` is not a dense float tensor or array, or `mask` is not boolean.
+        ValueError: `weights` is empty or has fewer than two dimensions, the mask does not broadcast
+            or permits every key, or `fully_masked` is unknown.
 
     Example:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -104,13 +101,9 @@ def assert_masked(
     masked = _Masked("assert_masked", operand, permitted, check_fully_masked(fully_masked))
     if not masked.check(_says_masked, mask_cause):
         shape = tuple(permitted.shape if mask is None else mask.shape)
-        raise NothingForbiddenError(
-            misuse(
-                "mask",
-                f"shape {shape} that permits every key, so there is nothing to check",
-                "a boolean mask that is False where a query may not attend",
-            )
-        )
+        got = f"shape {shape} that permits every key, so there is nothing to check"
+        accepted = "a boolean mask that is False where a query may not attend"
+        raise NothingForbiddenError(misuse("mask", got, accepted))
 
 
 def _assert_causal_of_some(
@@ -128,14 +121,12 @@ def _assert_causal_of_some(
     rule = CausalRule.read(query_len, operand.shape[-1], alignment, window)
     rows = rule.rows(queries.to(operand.device))
     if bool(rows.all()):
-        raise NothingForbiddenError(
-            misuse(
-                "queries",
-                f"{queries.tolist()} of {query_len}, and {rule} permits them every key, so there "
-                "is nothing to check",
-                "a selection with a query that may not attend to every key",
-            )
+        got = (
+            f"{queries.tolist()} of {query_len}, and {rule} permits them every key, so there is "
+            "nothing to check"
         )
+        accepted = "a selection with a query that may not attend to every key"
+        raise NothingForbiddenError(misuse("queries", got, accepted))
 
     def says(index: Index, weight: float) -> str:
         query = int(queries[index[-2]])
@@ -164,18 +155,15 @@ def assert_causal(
             many queries as keys. ``"top_left"``: at key 0, which is what
             ``is_causal=True`` means in PyTorch. ``"bottom_right"``: so that
             the last query stands at the last key, as in decoding with a cache.
-        window: How many keys before its own position a query may attend to;
-            None for all of them. A pair ``(left, right)`` as
-            `sliding_window_mask` takes it is accepted where `right` is 0. Keys
-            before the window must get exactly zero too.
-        fully_masked: What a row without any permitted key holds, as in
-            `assert_masked`. There are such rows where queries stand before the
-            first key (``"bottom_right"`` with more queries than keys), or
-            where all keys lie before their window.
+        window: How many keys before its own position a query may attend to; None for all of them. A
+            pair ``(left, right)`` as `sliding_window_mask` takes it is accepted where `right` is 0.
+            Keys before the window must get exactly zero too.
+        fully_masked: What a row without any permitted key holds, as in `assert_masked`. There are
+            such rows where queries stand before the first key (``"bottom_right"`` with more queries
+            than keys), or where all keys lie before their window.
 
     Raises:
-        Failure: Some query gives weight to its future, or to a key
-            before its window.
+        Failure: Some query gives weight to its future, or to a key before its window.
         TypeError: `weights` is not a dense float tensor or array, or `window`
             is neither a whole number nor a pair of them.
         ValueError: As in `assert_masked`; or the alignment is unknown or
@@ -193,14 +181,12 @@ def assert_causal(
     query_len, key_len = operand.shape[-2:]
     rule = CausalRule.read(query_len, key_len, alignment, window)
     if not rule.forbids_something:
-        raise NothingForbiddenError(
-            misuse(
-                "weights",
-                f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
-                "there is nothing to check",
-                "weights with a query that may not attend to every key",
-            )
+        got = (
+            f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
+            "there is nothing to check"
         )
+        accepted = "weights with a query that may not attend to every key"
+        raise NothingForbiddenError(misuse("weights", got, accepted))
     permitted = cast("Operand", as_mask(rule.mask(operand.device), operand))
     masked = _Masked("assert_causal", operand, permitted, declared)
 
@@ -225,9 +211,8 @@ def assert_support(
     Masked keys get exactly zero, and permitted keys a positive weight: a mask
     that hides too much is a defect as well.
 
-    A permitted weight can be too small for its dtype and become zero, the
-    sooner the narrower the dtype. Compare such weights before the cast, or
-    ask only for `assert_masked`.
+    A permitted weight can be too small for its dtype and become zero, the sooner the narrower the
+    dtype. Compare such weights before the cast, or ask only for `assert_masked`.
 
     Args:
         weights: As in `assert_masked`.
@@ -270,8 +255,7 @@ def assert_padding_masked(
         lengths: How many keys of each batch entry are real, ``(batch,)``; 0
             to the number of keys, as in `padding_mask`.
         side: The side the padding is on, ``"right"`` or ``"left"``.
-        fully_masked: What the rows of a batch entry of length 0 hold, as in
-            `assert_masked`.
+        fully_masked: What the rows of a batch entry of length 0 hold, as in `assert_masked`.
 
     Raises:
         Failure: Some padded key gets weight.

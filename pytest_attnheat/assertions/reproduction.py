@@ -28,13 +28,12 @@ An element of the output may be off by::
   than 9 times ``rounding`` is ever allowed, where the spread is as large as
   what is added up: 14 % in bfloat16, 2 % in float16.
 
-Measured, the worst of 30 seeds, six sizes up to 2048 keys, values with and
-without a mean and two backends of `F.scaled_dot_product_attention` on a CPU:
-weights from a softmax in float32 that were cast to float16 or bfloat16 miss
-its output by 0.54 of ``rounding * sum |w||v|`` at most, whatever the scores.
-Weights from scores rounded to these dtypes miss it by 0.8, 2.0, 5.1 and 12.6
-of that where the scores have a standard deviation of 1, 2, 4 and 8: 0.4, 0.5,
-0.6 and 0.8 of what is allowed.
+Measured, the worst of 30 seeds, six sizes up to 2048 keys, values with and without a mean and two
+backends of `F.scaled_dot_product_attention` on a CPU: weights from a softmax in float32 that were
+cast to float16 or bfloat16 miss its output by 0.54 of ``rounding * sum |w||v|`` at most, whatever
+the scores. Weights from scores rounded to these dtypes miss it by 0.8, 2.0, 5.1 and 12.6 of that
+where the scores have a standard deviation of 1, 2, 4 and 8: 0.4, 0.5, 0.6 and 0.8 of what is
+allowed.
 """
 
 from __future__ import annotations
@@ -83,31 +82,26 @@ def assert_reproduces_output(
     that went through dropout (or did not, where the output did), and masks or
     scales that only one of the two has seen.
 
-    A key with zero weight is not felt, even if its value is NaN or inf, as in
-    `attend`. Elsewhere NaN and inf never pass, in both of output and product
-    neither.
+    A key with zero weight is not felt, even if its value is NaN or inf, as in `attend`. Elsewhere
+    NaN and inf never pass, in both of output and product neither.
 
     Args:
-        weights: ``(..., queries, keys)``, two or more dimensions, any float
-            dtype, device and strides, with or without gradient. Nothing is
-            modified. ``(batch, queries, keys)`` with `value` of four
-            dimensions means that all heads share them.
-        value: ``(..., keys, value_dim)``. With three or more dimensions it may
-            have fewer heads than the weights, a number that divides theirs:
-            grouped heads, head h of the weights uses head ``h // group`` of
-            the value, as `repeat_interleave` lays them out.
+        weights: ``(..., queries, keys)``, two or more dimensions, any float dtype, device and
+            strides, with or without gradient. Nothing is modified. ``(batch, queries, keys)`` with
+            `value` of four dimensions means that all heads share them.
+        value: ``(..., keys, value_dim)``. With three or more dimensions it may have fewer heads
+            than the weights, a number that divides theirs: grouped heads, head h of the weights
+            uses head ``h // group`` of the value, as `repeat_interleave` lays them out.
         output: ``(..., queries, value_dim)`` with all heads of the weights or
             of a value that shares them; or heads merged, ``(batch, queries,
             heads * value_dim)``, all channels of head 0 first.
-        tolerance: How far an output element may be off, as a part of
-            ``|weights| @ |value|``. By default it follows the coarsest of the
-            three dtypes, the number of keys, the range of the weights in the
-            row and how far apart the values lie that they weigh, see
+        tolerance: How far an output element may be off, as a part of ``|weights| @ |value|``. By
+            default it follows the coarsest of the three dtypes, the number of keys, the range of
+            the weights in the row and how far apart the values lie that they weigh, see
             `pytest_attnheat.assertions.reproduction`.
 
     Raises:
-        Failure: Some element of the output is not what the weights
-            make of the value.
+        Failure: Some element of the output is not what the weights make of the value.
         TypeError: An argument is not a dense float tensor or array, or they
             lie on different devices.
         ValueError: An argument is empty, the shapes do not fit, the tolerance

@@ -54,25 +54,21 @@ def assert_row_stochastic(
     """Assert that every row is a distribution: no negative weight, and a sum of one.
 
     Args:
-        weights: Attention weights of shape ``(..., queries, keys)``, two or
-            more dimensions, any float dtype, device and strides, with or
-            without gradient. Nothing is modified.
-        mask: Boolean, True where a query may attend, broadcastable to
-            `weights`. It only tells which rows are fully masked; whether
-            masked keys get no weight is not asked here.
+        weights: Attention weights of shape ``(..., queries, keys)``, two or more dimensions, any
+            float dtype, device and strides, with or without gradient. Nothing is modified.
+        mask: Boolean, True where a query may attend, broadcastable to `weights`. It only tells
+            which rows are fully masked; whether masked keys get no weight is not asked here.
         fully_masked: What a row without any permitted key holds: ``"zero"``
             (every weight is exactly 0), ``"uniform"`` (every weight is
             1 / key_len) or ``"nan"`` (every weight is NaN).
-        tolerance: The largest accepted |row sum - 1|. By default it follows
-            the dtype and the row length, see
-            `pytest_attnheat.attention.tolerance`. A weight below zero is
-            never accepted.
+        tolerance: The largest accepted |row sum - 1|. By default it follows the dtype and the row
+            length, see `pytest_attnheat.attention.tolerance`. A weight below zero is never
+            accepted.
 
     Raises:
         Failure: Some row is not a distribution. The message tells how
             many, which is worst, and a likely cause.
-        TypeError: `weights` is not a dense float tensor or array, or `mask`
-            is not boolean.
+        TypeError: `weights` is not a dense float tensor or array, or `mask` is not boolean.
         ValueError: `weights` is empty or has fewer than two dimensions, the
             mask does not broadcast, or an argument is out of range.
 
@@ -98,20 +94,17 @@ def assert_doubly_stochastic(
     """Assert that rows and columns are distributions, as after Sinkhorn normalisation.
 
     Args:
-        weights: Attention weights of shape ``(..., n, n)``, as in
-            `assert_row_stochastic`.
+        weights: Attention weights of shape ``(..., n, n)``, as in `assert_row_stochastic`.
         mask: Boolean, True where a query may attend, broadcastable to
             `weights`. A row or a column without any True is zero.
         fully_masked: Only ``"zero"``: whatever else a fully masked row held
             would count in every column.
-        tolerance: The largest accepted |sum - 1|, by default that of
-            `assert_row_stochastic`.
+        tolerance: The largest accepted |sum - 1|, by default that of `assert_row_stochastic`.
 
     Raises:
         Failure: Some row or column is not a distribution.
         TypeError: As in `assert_row_stochastic`.
-        ValueError: As there; or the maps are not square, or `fully_masked` is
-            not ``"zero"``.
+        ValueError: As there; or the maps are not square, or `fully_masked` is not ``"zero"``.
     """
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
@@ -147,8 +140,7 @@ def assert_one_hot(
             1. By default both follow the dtype, and the sum the row length.
 
     Raises:
-        Failure: Some row is not a distribution, or its largest weight
-            is not 1.
+        Failure: Some row is not a distribution, or its largest weight is not 1.
         TypeError: As in `assert_row_stochastic`.
         ValueError: As in `assert_row_stochastic`.
     """
@@ -171,9 +163,8 @@ def assert_uniform(
 
     Args:
         weights: As in `assert_row_stochastic`.
-        mask: Boolean, True where a query may attend, broadcastable to
-            `weights`. A permitted key holds 1 / (number of permitted keys),
-            any other holds exactly zero. None permits all.
+        mask: Boolean, True where a query may attend, broadcastable to `weights`. A permitted key
+            holds 1 / (number of permitted keys), any other holds exactly zero. None permits all.
         fully_masked: As in `assert_row_stochastic`.
         tolerance: How far a permitted weight may be off, as a part of the weight it
             should be: an absolute figure would accept anything in long rows.
@@ -207,10 +198,9 @@ def assert_entropy(
 ) -> None:
     """Assert that the entropy of every row lies within bounds.
 
-    A low entropy is a row that looks at few keys, a high one a row that looks
-    at many: 0 is one-hot, ``log(key_len)`` uniform. Rows must be
-    distributions; fully masked rows have no entropy and only need to hold
-    what was declared.
+    A low entropy is a row that looks at few keys, a high one a row that looks at many: 0 is
+    one-hot, ``log(key_len)`` uniform. Rows must be distributions; fully masked rows have no entropy
+    and only need to hold what was declared.
 
     Args:
         weights: As in `assert_row_stochastic`.
@@ -220,13 +210,11 @@ def assert_entropy(
         unit: The unit of the bounds, ``"nats"`` or ``"bits"``.
         mask: As in `assert_row_stochastic`.
         fully_masked: As there.
-        tolerance: As there. A bound may be missed by ``tolerance * (1 +
-            log(key_len))``, which is what errors of that size in the weights
-            do to the entropy.
+        tolerance: As there. A bound may be missed by ``tolerance * (1 + log(key_len))``, which is
+            what errors of that size in the weights do to the entropy.
 
     Raises:
-        Failure: Some row is not a distribution, or its entropy is out
-            of bounds.
+        Failure: Some row is not a distribution, or its entropy is out of bounds.
         TypeError: As in `assert_row_stochastic`; or a bound is not a number.
         ValueError: As there; or no bound is given, the unit is unknown, or
             the bounds leave nothing between them.

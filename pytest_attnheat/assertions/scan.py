@@ -115,9 +115,8 @@ def _add_up(
 ) -> torch.Tensor:
     """Write the sum of each row to `totals`; return a number below 0 if any weight is.
 
-    The sign bit makes an integer of the same width negative, and integers are
-    compared faster than floats. NaN and infinity need no look of their own:
-    they show in the sum.
+    The sign bit makes an integer of the same width negative, and integers are compared faster than
+    floats. NaN and infinity need no look of their own: they show in the sum.
     """
     flat, flat_totals = _flatten_rows(block, totals)
     signed = flat.view(_SIGNED[block.element_size()])

@@ -185,8 +185,7 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
     """Return cases whose outputs are the columns of the weights, and which columns.
 
-    Values are an identity matrix, in parts of value_dim columns: some subjects take no other
-    width.
+    Values are an identity matrix, in parts of value_dim columns: some subjects take no other width.
     """
     key_len, width = case.value.shape[-2:]
     for start in range(0, key_len, width):

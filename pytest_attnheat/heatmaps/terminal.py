@@ -42,19 +42,16 @@ def format_heatmap(
 ) -> str:
     """Draw attention weights with block characters, one line per query.
 
-    A map that is wider or taller than allowed is pooled by maximum, so that a
-    single large weight stays visible. On the right stands what each row sums
-    to, unless rows were pooled.
+    A map that is wider or taller than allowed is pooled by maximum, so that a single large weight
+    stays visible. On the right stands what each row sums to, unless rows were pooled.
 
-    Every character has one meaning: ``▁`` to ``█`` a value on the scale,
-    ``-`` a value below it (negative), ``+`` one above it, ``?`` NaN, and ``·``
-    a masked cell that holds no weight.
+    Every character has one meaning: ``▁`` to ``█`` a value on the scale, ``-`` a value below it
+    (negative), ``+`` one above it, ``?`` NaN, and ``·`` a masked cell that holds no weight.
 
     Args:
         weights: Shape ``(..., queries, keys)``, two or more dimensions, any
             float dtype and device. Nothing is modified.
-        mask: Boolean, True where a query may attend, broadcastable to
-            `weights`.
+        mask: Boolean, True where a query may attend, broadcastable to `weights`.
         max_columns: The most characters per row.
         max_rows: The most rows per map.
         max_maps: The most maps; how many were left out is said at the end.

@@ -218,7 +218,6 @@ def pytest_attnheat_scoring_functions(  # type: ignore[empty-body]
         config: The configuration of this run.
 
     Returns:
-        Factories by name. A factory is called as `factory(query_dim, key_dim, seed)` and
-        returns an `nn.Module` or a function `(query, key) -> scores`. A name that is taken is
-        an error.
+        Factories by name. A factory is called as `factory(query_dim, key_dim, seed)` and returns an
+        `nn.Module` or a function `(query, key) -> scores`. A name that is taken is an error.
     """

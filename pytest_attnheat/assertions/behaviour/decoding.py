@@ -50,11 +50,10 @@ def assert_decode_matches_prefill(
     is followed by chunks of 1, 2, 3, 5, 8, ... tokens. Of a long sequence only the last 128
     tokens (64 for a model without a cache) are decoded one by one, after a prompt of all others.
 
-    A model with a cache of keys and values (the models of transformers, or a `SequenceModel`
-    with `decode`) decodes with it. Any other model, also BERT, is given longer and longer
-    prefixes, and its last outputs are compared; but one whose `forward` takes a cache is refused
-    without `decode`, as its cache would not be tested. All sequences are taken to be of full
-    length.
+    A model with a cache of keys and values (the models of transformers, or a `SequenceModel` with
+    `decode`) decodes with it. Any other model, also BERT, is given longer and longer prefixes, and
+    its last outputs are compared; but one whose `forward` takes a cache is refused without
+    `decode`, as its cache would not be tested. All sequences are taken to be of full length.
 
     An attention function is called once with all queries, and then with some queries and all
     keys up to the last of them: with the rows of the mask that belong to them, or without any

@@ -45,19 +45,16 @@ def assert_batch_independent(
     Args:
         subject: An attention function with the signature of
             `torch.nn.functional.scaled_dot_product_attention`, or a sequence model.
-        *inputs: Query, key and value (batch, ..., length, width) for a
-            function; one sequence for a model: floats (batch, length, width)
-            or token ids (batch, length). Two samples or more.
+        *inputs: Query, key and value (batch, ..., length, width) for a function; one sequence for a
+            model: floats (batch, length, width) or token ids (batch, length). Two samples or more.
         lengths: For a model: how many tokens of each sample are real, (batch,).
             The rest is padding, which the model is told of by its mask and
             whose output is not judged. None for no mask.
-        tolerance: By what part of its size a row of the output may change. By
-            default it follows the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in
-            float64, float32, float16, bfloat16.
+        tolerance: By what part of its size a row of the output may change. By default it follows
+            the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16.
         seed: What the choice of samples and their other order are drawn from.
-        training: Accept a subject that answers at random, and start every call
-            from the seed. It must draw the same numbers for every batch size:
-            dropout does not.
+        training: Accept a subject that answers at random, and start every call from the seed. It
+            must draw the same numbers for every batch size: dropout does not.
         **arguments: Passed to the subject at every call. The `attn_mask` of a
             function is cut into samples if it has as many dimensions as the
             query; of a model every tensor whose first dimension is the batch.
@@ -66,8 +63,7 @@ def assert_batch_independent(
         Failure: Some sample gives another output. The message names the
             sample and on which others it depends.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
-        ValueError: Shapes do not fit, there is only one sample, or the subject
-            answers at random.
+        ValueError: Shapes do not fit, there is only one sample, or the subject answers at random.
 
     Example:
         >>> assert_batch_independent(my_attention, query, key, value)
@@ -258,28 +254,24 @@ def assert_key_permutation_invariant(
 ) -> None:
     """Assert that attention does not depend on the order of its keys.
 
-    Attention is an operation on a set of keys: if keys, values and the columns
-    of the mask are put in another order together, the output of a function
-    stays as it is. The output of a sequence model without positions follows
-    its tokens to where they go. It tries the reverse order, a rotation by one
-    and an order drawn from the seed.
+    Attention is an operation on a set of keys: if keys, values and the columns of the mask are put
+    in another order together, the output of a function stays as it is. The output of a sequence
+    model without positions follows its tokens to where they go. It tries the reverse order, a
+    rotation by one and an order drawn from the seed.
 
     Args:
         subject: An attention function with the signature of
             `torch.nn.functional.scaled_dot_product_attention`, or a sequence
             model without positions and without a causal mask.
-        *inputs: Query, key and value for a function; one sequence for a model.
-            Two keys or more.
+        *inputs: Query, key and value for a function; one sequence for a model. Two keys or more.
         lengths: For a model: how many tokens of each sample are real, (batch,).
             The rest is padding, which the model is told of by its mask, which
             is put in another order too. None for no mask.
-        tolerance: By what part of its size a row of the output may change. By
-            default it follows the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in
-            float64, float32, float16, bfloat16.
+        tolerance: By what part of its size a row of the output may change. By default it follows
+            the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16.
         seed: What the third order is drawn from.
-        training: Accept a subject that answers at random, and start every call
-            from the seed. It must draw the same numbers for every order of the
-            keys: dropout of weights does not.
+        training: Accept a subject that answers at random, and start every call from the seed. It
+            must draw the same numbers for every order of the keys: dropout of weights does not.
         **arguments: Passed to the subject at every call. The `attn_mask` of a
             function is put in the order of the keys; of a model the length in
             every tensor (batch, length, ...) or (..., length, length), and in a mask

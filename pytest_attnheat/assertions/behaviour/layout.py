@@ -47,12 +47,11 @@ def assert_layout_invariant(
 ) -> None:
     """Assert that the output does not depend on how the inputs lie in memory.
 
-    Every input alone, and all together, are laid out differently with the
-    same values: dimensions permuted, the last dimension not contiguous, every
-    second row of a larger tensor, memory that begins one element later, parts of
-    one packed projection, and each dimension but the last expanded with stride 0.
-    The output must be that for contiguous inputs. Nor may any call write into its
-    inputs.
+    Every input alone, and all together, are laid out differently with the same values: dimensions
+    permuted, the last dimension not contiguous, every second row of a larger tensor, memory that
+    begins one element later, parts of one packed projection, and each dimension but the last
+    expanded with stride 0. The output must be that for contiguous inputs. Nor may any call write
+    into its inputs.
 
     Args:
         subject: An attention function with the signature of
@@ -73,9 +72,8 @@ def assert_layout_invariant(
             function is laid out differently too.
 
     Raises:
-        Failure: A layout changes the output or a gradient, the subject
-            raises for it, or writes into an input. The message names layout
-            and input.
+        Failure: A layout changes the output or a gradient, the subject raises for it, or writes
+            into an input. The message names layout and input.
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, or the subject answers at random.
 

@@ -36,11 +36,10 @@ def assert_padding_invariant(
 ) -> None:
     """Assert that padding, told to the subject by its mask, does not change the output.
 
-    A sequence model runs every sample alone, without padding and without a
-    mask, then all of them as one padded batch with it. The outputs of real
-    tokens must agree. An attention function is given further keys and values
-    that its `attn_mask` forbids; its output must not change. Unless a value is
-    given, the padding is drawn from the seed, twice, several times as large as the inputs:
+    A sequence model runs every sample alone, without padding and without a mask, then all of them
+    as one padded batch with it. The outputs of real tokens must agree. An attention function is
+    given further keys and values that its `attn_mask` forbids; its output must not change. Unless a
+    value is given, the padding is drawn from the seed, twice, several times as large as the inputs:
     padding of zeros would hide that it is felt.
 
     Args:
@@ -58,16 +57,13 @@ def assert_padding_invariant(
         amount: How many tokens, or keys, of padding are added to the longest sample.
         padding_value: What the padding holds, for a model that finds its padding by a token id.
             Such a model needs no mask.
-        tolerance: By what part of its size a row of the output may change. By
-            default it follows the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in
-            float64, float32, float16, bfloat16.
+        tolerance: By what part of its size a row of the output may change. By default it follows
+            the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16.
         seed: What the padding is drawn from.
-        training: Accept a subject that answers at random, and start every call
-            from the seed. It must draw the same numbers for every length:
-            dropout does not.
-        **arguments: Passed to the subject at every call. A function's mask is
-            spelled out as an `attn_mask` with the padding. A model takes no
-            argument that is as long as the sequence.
+        training: Accept a subject that answers at random, and start every call from the seed. It
+            must draw the same numbers for every length: dropout does not.
+        **arguments: Passed to the subject at every call. A function's mask is spelled out as an
+            `attn_mask` with the padding. A model takes no argument that is as long as the sequence.
 
     Raises:
         Failure: Padding changes the output. The message says on which
