@@ -70,12 +70,12 @@ def _is_boolean(given: object) -> bool:
 
 
 def positive(name: str, given: object) -> int:
-    """Return `given` as a size; TypeError if it is no whole number, ValueError below 1."""
+    """Return `given` as a size; TypeError if it is not a whole number, ValueError below 1."""
     return whole_number(name, given, least=1)
 
 
 def seed_number(given: object) -> int:
-    """Return `given` as a seed; TypeError if it is no whole number, ValueError below 0."""
+    """Return `given` as a seed; TypeError if it is not a whole number, ValueError below 0."""
     return whole_number("seed", given, least=0)
 
 

@@ -31,7 +31,7 @@ def check_device(name: str, argument: str = "devices", accepted: str = ACCEPTED)
     Whether torch knows the type can only be told once torch is loaded.
 
     Raises:
-        ValueError: It is no such name.
+        ValueError: It is not such a name.
     """
     if re.fullmatch(_NAME, name, re.ASCII) and ("torch" not in sys.modules or _is_known(name)):
         return name
@@ -101,7 +101,7 @@ def resolve(name: str, *, worker: int = 0, argument: str = "devices") -> torch.d
         argument: What the name was given as.
 
     Raises:
-        ValueError: It is no such name.
+        ValueError: It is not such a name.
         LookupError: The device is absent.
     """
     import torch

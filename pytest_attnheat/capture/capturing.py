@@ -73,7 +73,7 @@ def capture_attention(
         CaptureError: Nothing was captured and that is not allowed, or code that was compiled
             cannot be set aside.
         CaptureMemoryError: The next record would take more than `max_bytes`.
-        TypeError: The model is no module, or an argument is of another type than above.
+        TypeError: The model is not a module, or an argument is of another type than above.
         ValueError: `keep` is another word, or a selection is of nothing, or of heads or queries
             that are absent: that shows when the layer runs.
 

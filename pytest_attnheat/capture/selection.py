@@ -63,7 +63,7 @@ def chosen(name: str, wanted: Selection, count: int, layer: str) -> list[int]:
     """Return the numbers that a selection means, of `count` in a layer.
 
     Raises:
-        TypeError: It is no selection.
+        TypeError: It is not a selection.
         ValueError: It is of nothing, or of numbers that are absent.
     """
     asked = selection(name, wanted)
@@ -83,7 +83,7 @@ def batch_entry(wanted: object, count: int) -> int:
     """Return the number of a batch entry, of `count`; negative ones count from the end.
 
     Raises:
-        TypeError: It is no whole number.
+        TypeError: It is not a whole number.
         ValueError: There is none of that number.
     """
     number = whole_number("batch", wanted, least=-count)

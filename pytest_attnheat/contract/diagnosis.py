@@ -47,7 +47,7 @@ class Diagnosis:
         excluded: The known defects that were compared and do not reproduce the answers.
         unseen: The known defects that would change nothing in these cases.
         refused: Why cases were not answered, by name.
-        notes: What was noticed besides, and is no defect.
+        notes: What was noticed besides, and is not a defect.
         compared: How many plans were compared.
         expected_weights: (batch, heads, query_len, key_len) of correct attention on the case that
             `case` names, float64.

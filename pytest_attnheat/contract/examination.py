@@ -157,7 +157,7 @@ class Examination:
     def block(self) -> tuple[SequenceModel, Tensor]:
         """Return the block and its input on the device of this examination."""
         if self.spec.inputs is None:
-            raise Skipped("it is no block")
+            raise Skipped("it is not a block")
         return model_of(self.spec), self.spec.inputs.to(self.device)
 
     def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:

@@ -366,7 +366,7 @@ def _default(field: str) -> Any:
 def _passes(check: Check, examination: Examination, changes: dict[str, Any]) -> bool:
     """Whether a check passes with another declaration."""
     spec = replace(examination.spec, **changes)
-    # A block that is no decoder does not decode: whether it is one, leaks tell, and whether its
+    # A block that is not a decoder does not decode: whether it is one, leaks tell, and whether its
     # attention is right for that, what is captured inside.
     telling = [one for one in BLOCK_CHECKS if one.name in ("no_leakage", "attention_inside")]
     for one in telling if spec.is_block else [check]:

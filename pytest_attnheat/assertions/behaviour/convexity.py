@@ -57,7 +57,7 @@ def assert_convex(
     which must give 1; and values of one sign, 1 at every n-th key and 0 elsewhere, which show a
     negative weight, or weight on a masked key, that the given ones happen to hide.
 
-    Attention with a sink (softmax-off-by-one, gpt-oss) is no mean of the values, and fails.
+    Attention with a sink (softmax-off-by-one, gpt-oss) is not a mean of the values, and fails.
 
     Args:
         function: An attention function, called as `function(query, key, value, **arguments)`.
@@ -75,7 +75,7 @@ def assert_convex(
 
     Raises:
         Failure: Some output is out of range, or not finite.
-        TypeError: The subject is a sequence model, or an input is no tensor of floats.
+        TypeError: The subject is a sequence model, or an input is not a tensor of floats.
         ValueError: Shapes do not fit, no query may see any key, a value that may be seen is not
             finite, or the function answers at random.
 

@@ -342,7 +342,7 @@ class AttentionFunction:
         return False
 
     def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
-        """The output without padding, with the mask as it is given if it is no flag."""
+        """The output without padding, with the mask as it is given if it is not a flag."""
         return (self.explicit() if self.arguments.get("is_causal") else self).run()
 
     def beside(self, alone: Tensor, padding: Padding) -> Tensor:

@@ -160,7 +160,7 @@ def _swapped(axes: tuple[int, ...] | None, ndim: int) -> tuple[int, ...]:
 
 
 def read_product(name: str, args: Args, kwargs: Keywords, output: object) -> Product | None:
-    """Read a call of matmul, bmm, baddbmm or einsum; None if it is no product of matrices."""
+    """Read a call of matmul, bmm, baddbmm or einsum; None if it is not a product of matrices."""
     name = name.split(".")[0]
     if not isinstance(output, Tensor):
         return None

@@ -1,7 +1,7 @@
 """Attention written out: a softmax, or what does its work, whose result multiplies a value.
 
 Each result of a function gets a tag of where it comes from (see `tags`). When tagged weights are
-multiplied by something that is no parameter, that is attention; a classifier's softmax multiplies
+multiplied by something that is not a parameter, that is attention; a classifier's softmax multiplies
 nothing, and that of a router runs over an axis of a parameter.
 """
 
