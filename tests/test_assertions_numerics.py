@@ -279,7 +279,7 @@ def test_a_row_of_finite_numbers_that_forbid_is_still_a_mean_of_values(dtype):
     mask = torch.zeros(6, 8, dtype=getattr(torch, dtype))
     mask[3] = torch.finfo(mask.dtype).min
     text = message(huge, *inputs(1, 2, dtype=mask.dtype), attn_mask=mask)
-    assert "32 of 192 places of the output" in text
+    assert "32 of 192 elements of the output" in text
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -300,7 +300,7 @@ def test_scores_of_masked_keys_do_not_explain_an_overflow():
         *inputs(1, 2),
         attn_mask=mask,
     )
-    assert "places are NaN or infinite" in text
+    assert "elements are NaN or infinite" in text
     assert "the row maximum was not subtracted" not in text
 
 
@@ -465,7 +465,7 @@ def test_the_message_says_all_that_a_ci_log_needs():
     text = message_on(function, "gaussian")
     lines = text.splitlines()
     assert lines[0] == (
-        "assert_matches_reference: 2 of 384 places of the output are not those of attention in "
+        "assert_matches_reference: 2 of 384 elements of the output are not those of attention in "
         "float64"
     )
     assert lines[1].startswith("  worst    output[0, ")
@@ -495,7 +495,7 @@ def test_a_wrong_scale_is_seen(dtype):
         return sdpa(query, key, value, scale=(2 * query.shape[-1]) ** -0.5)
 
     text = message_on(embedding, "gaussian", dtype=dtype)
-    assert "places of the output are not those" in text
+    assert "elements of the output are not those" in text
     assert ", nor are the gradients of query, key and value" in text
 
 
@@ -512,7 +512,7 @@ def test_an_inverted_mask_is_seen(name, dtype):
     def inverted(query, key, value, attn_mask):
         return sdpa(query, key, value, attn_mask=~attn_mask)
 
-    assert "places of the output are not those" in message_on(inverted, name, dtype=dtype)
+    assert "elements of the output are not those" in message_on(inverted, name, dtype=dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -524,7 +524,7 @@ def test_a_causal_mask_to_the_other_corner_is_seen(dtype):
 
     on_case(bottom_right, "causal", dtype=dtype)
     text = message_on(bottom_right, "causal_fewer_queries", dtype=dtype)
-    assert int(re.search(r"(\d+) of 160 places of the output", text)[1]) > 140
+    assert int(re.search(r"(\d+) of 160 elements of the output", text)[1]) > 140
 
 
 def without_maximum(query, key, value, attn_mask=None, is_causal=False):
@@ -550,7 +550,7 @@ def test_a_sum_kept_in_low_precision_is_seen(dtype):
         return functools.reduce(torch.add, terms)
 
     text = message_on(one_by_one, "many_keys", dtype=dtype)
-    assert "places of the output are not those" in text
+    assert "elements of the output are not those" in text
     assert "times the reference" not in text  # any factor fits outputs that are all alike
 
 
@@ -574,7 +574,7 @@ def test_nan_in_one_row_is_named_and_never_excused(dtype):
 
     text = message_on(function, "gaussian", dtype=dtype, factor=1e9)
     assert "output[0, 0, 3, 0] is nan, the reference " in text
-    words = "32 places are NaN or infinite, in 2 of 24 rows, from output[0, 0, 3, :] on"
+    words = "32 elements are NaN or infinite, in 2 of 24 rows, from output[0, 0, 3, :] on"
     assert words in text
     with pytest.raises(AssertionError, match="from output"):
         on_case(function, "gaussian", dtype=dtype, gradients=False)
@@ -629,13 +629,13 @@ def test_gradients_of_nan_for_fully_masked_rows_are_named():
         return scores.softmax(-1).nan_to_num(0) @ value
 
     text = message_on(cleaned, "fully_masked_rows")
-    first = "96 of 384 places of the gradient of query are not those of attention in float64"
+    first = "96 of 384 elements of the gradient of query are not those of attention in float64"
     assert first in text
     assert ", nor is the gradient of key; the output is right" in text
     words = "only rows without any permitted key are broken: each is NaN, through the softmax of"
     assert words in text
     case = hard_case("fully_masked_rows")
-    with pytest.raises(AssertionError, match="assert_gradients_match: 96 of 384 places"):
+    with pytest.raises(AssertionError, match="assert_gradients_match: 96 of 384 elements"):
         assert_gradients_match(cleaned, case.query, case.key, case.value, **case.arguments)
 
 
@@ -786,7 +786,7 @@ def test_an_error_beside_an_outlier_is_seen(name, dtype):
     if dtype == "bfloat16":
         assert by_maximum  # what a comparison of the largest errors would let pass
     text = message_on(error_elsewhere, name, dtype=dtype)
-    assert re.match(r"assert_matches_reference: \d+ of 384 places of the output", text)
+    assert re.match(r"assert_matches_reference: \d+ of 384 elements of the output", text)
     assert "output[0, 1, 2, " in text
 
 
@@ -866,7 +866,7 @@ def test_fully_masked_rows_hold_what_is_declared(actual, declared):
         on_case(LOST[actual], "fully_masked_rows", fully_masked=declared)
         return
     text = message_on(LOST[actual], "fully_masked_rows", fully_masked=declared)
-    assert "96 of 384 places of the output" in text
+    assert "96 of 384 elements of the output" in text
     assert "only rows without any permitted key are broken: " in text
     assert CAUSE[actual] in text
 
@@ -876,7 +876,7 @@ def test_undefined_rows_are_not_judged_and_everything_else_is(actual):
     on_case(LOST[actual], "fully_masked_rows", fully_masked="undefined")
     wrong = functools.partial(lambda f, *args, **options: f(*args, **options) * 1.1, LOST[actual])
     text = message_on(wrong, "fully_masked_rows", fully_masked="undefined")
-    assert "of 288 places of the output" in text  # nine of twelve rows
+    assert "of 288 elements of the output" in text  # nine of twelve rows
 
 
 def test_nearly_zero_is_not_zero():
@@ -884,7 +884,7 @@ def test_nearly_zero_is_not_zero():
         return sdpa(query, key, value, attn_mask=attn_mask) + 1e-30 * ~attn_mask.any(-1, True)
 
     text = message_on(nearly, "fully_masked_rows", dtype="float64")
-    assert "96 of 384 places of the output" in text
+    assert "96 of 384 elements of the output" in text
     assert "is 1e-30, declared is 0 (off by 1.0e-30; allowed 0)" in text
 
 
@@ -893,7 +893,7 @@ def test_nan_is_accepted_at_the_declared_rows_only():
         return LOST["nan"](query, key, value, attn_mask).index_fill(-2, torch.tensor([4]), math.nan)
 
     text = message_on(more, "fully_masked_rows", fully_masked="nan")
-    assert "32 of 384 places of the output" in text
+    assert "32 of 384 elements of the output" in text
     assert "output[0, 0, 4, 0] is nan" in text
 
 
@@ -903,7 +903,7 @@ def test_the_mean_of_all_values_must_be_their_mean():
         return LOST["uniform"](query, key, value, attn_mask) * (1 + 1e-4 * lost)
 
     text = message_on(nearly, "fully_masked_rows", fully_masked="uniform")
-    assert "of 384 places of the output" in text
+    assert "of 384 elements of the output" in text
 
 
 def test_rows_masked_by_minus_infinity_in_a_float_mask_are_fully_masked():
@@ -955,7 +955,7 @@ def test_a_function_whose_lost_rows_are_nan_is_like_itself(declared):
         "fully_masked_rows",
         **options,
     )
-    assert re.match(r"assert_matches_reference: 288 of \d+ places of the output", text)
+    assert re.match(r"assert_matches_reference: 288 of \d+ elements of the output", text)
 
 
 def test_a_reference_of_nan_is_refused_where_none_is_declared():
@@ -1106,7 +1106,7 @@ def test_assert_gradients_match_says_nothing_of_the_output():
         return sdpa(query, key, value) + 1
 
     assert_gradients_match(shifted, *inputs(1, 2))
-    assert "places of the output" in message(shifted, *inputs(1, 2))
+    assert "elements of the output" in message(shifted, *inputs(1, 2))
 
 
 def test_a_wrong_backward_is_seen_though_the_output_is_right():
@@ -1192,7 +1192,7 @@ def test_the_function_itself_is_left_out_of_the_traceback(pytester):
         """
     )
     result = pytester.runpytest_inprocess("-p", "no:cacheprovider")
-    result.stdout.fnmatch_lines(["E*assert_matches_reference: 64 of 64 places of the output*"])
+    result.stdout.fnmatch_lines(["E*assert_matches_reference: 64 of 64 elements of the output*"])
     result.stdout.no_fnmatch_line("*numerics.py*")
 
 

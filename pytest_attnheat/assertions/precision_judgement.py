@@ -30,7 +30,7 @@ from pytest_attnheat.inputs import dtype_name
 
 _BLOCKS = (128, 64, 32, 16)
 _NARROWER = (torch.float32, torch.float16, torch.bfloat16)
-# A constant factor needs some places that bear witness to it.
+# A constant factor needs some elements that bear witness to it.
 _WITNESSES = 8
 
 
@@ -195,7 +195,7 @@ def _claim(one: Judgement, broken: list[Judgement], sound: list[Judgement]) -> s
         claim = f"no gradient reaches {_names(missing)}, where attention in float64 has one"
         rest = [other for other in broken if not other.missing]
     else:
-        claim = f"places of {_titles([one])} are not those of attention in float64"
+        claim = f"elements of {_titles([one])} are not those of attention in float64"
         rest = broken[1:]
     if rest:
         claim += f", nor {'is' if len(rest) == 1 else 'are'} {_titles(rest)}"
@@ -309,7 +309,7 @@ def _overflow(one: Judgement, context: Context) -> str | None:
     rows = bad.any(-1)
     first = index_of(rows.flatten().int().argmax(), rows.shape)
     text = (
-        f"{int(bad.sum())} places are NaN or infinite, in {int(rows.sum())} of "
+        f"{int(bad.sum())} elements are NaN or infinite, in {int(rows.sum())} of "
         f"{rows.numel()} rows, from {one.name}{'.grad' * (one.name != 'output')}"
         f"[{', '.join(map(str, first))}, :] on"
     )

@@ -132,7 +132,7 @@ class Diagnosis:
     def _compared(self) -> str:
         if not self.compared:
             return ""
-        text = f"{self.compared} ways of being wrong"
+        text = f"{self.compared} wrong versions of attention"
         if self.unseen:
             text += f"; {len(self.unseen)} defects change nothing in the cases that were answered"
         return text

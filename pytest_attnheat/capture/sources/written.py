@@ -1,8 +1,8 @@
 """Attention written out: a softmax, or what does its work, whose result multiplies a value.
 
 Each result of a function gets a tag of where it comes from (see `tags`). When tagged weights are
-multiplied by something that is not a parameter, that is attention; a classifier's softmax multiplies
-nothing, and that of a router runs over an axis of a parameter.
+multiplied by something that is not a parameter, that is attention; the softmax of a classifier
+multiplies nothing, and that of a router runs over an axis of a parameter.
 """
 
 from __future__ import annotations
