@@ -10,7 +10,7 @@ test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
 	$(VENV_TEST)/bin/ruff format --check .
 	$(VENV_TEST)/bin/mypy
-	$(VENV_TEST)/bin/pytest -n 2
+	$(VENV_TEST)/bin/pytest -n 2 --dist worksteal --mpl
 
 demo: $(VENV_DEMO)/ready
 	rm -rf $(REPORT)
