@@ -466,6 +466,5 @@ def test_attention_reaches_an_accelerator_with_the_numbers_of_the_cpu(pytester, 
             assert torch.equal(attention.key.cpu(), make().key)
             assert torch.equal(scoring_function(attention.query, attention.key), attention.scores)
     """)
-    pytester.runpytest("--attn-device=cuda", "--attn-require-device").assert_outcomes(
-        passed=len(NAMES)
-    )
+    options = (f"--attn-device={accelerator}", "--attn-require-device")
+    pytester.runpytest(*options).assert_outcomes(passed=len(NAMES))

@@ -220,9 +220,12 @@ def test_hooks_of_one_session_are_not_known_in_the_next(pytester):
             '{"additive": lambda a, b, c: None}',
             "*: got 'additive'; accepted is a name that is not taken, as additive, *",
         ),
-        ('{"a-b": lambda a, b, c: None}', "*must be letters, digits and underscores*'a-b'"),
-        ('{"cosine": lambda q, k: q}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
-        ('{"cosine": "cosine"}', "*'cosine' needs a factory(query_dim, key_dim, seed)*"),
+        (
+            '{"a-b": lambda a, b, c: None}',
+            "*'a-b'; accepted is a str of letters, digits and underscores*",
+        ),
+        ('{"cosine": lambda q, k: q}', "*'cosine': got *factory(query_dim, key_dim, seed)*"),
+        ('{"cosine": "cosine"}', "*'cosine': got *factory(query_dim, key_dim, seed)*"),
     ],
 )
 def test_a_wrong_hook_is_an_error_at_collection(pytester, returned, said):
