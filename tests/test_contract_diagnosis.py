@@ -199,15 +199,15 @@ def test_a_defect_besides_a_constant_is_named():
 
 
 @pytest.mark.parametrize(
-    "names",
+    ("names", "declared"),
     [
-        ("groups_tiled", "causal_misses_own", "temperature"),
+        (("groups_tiled", "causal_misses_own", "temperature"), {"mask": None}),
         # Two of them at once from the first case on, and what others do as well by the way.
-        ("keys_as_queries", "keys_as_values", "fully_masked_nan"),
+        (("keys_as_queries", "keys_as_values", "fully_masked_nan"), {"causal": None}),
     ],
 )
-def test_three_defects_at_once_are_named(names):
-    found = diagnose(specimen(*names))
+def test_three_defects_at_once_are_named(names, declared):
+    found = diagnose(specimen(*names, **declared))
     assert set(found.defects) == set(names)
     assert found.residual < 1e-12
 
