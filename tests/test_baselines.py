@@ -41,15 +41,14 @@ def test_a_picture_like_its_baseline_passes_and_another_fails(pytester, mode, ge
     pytester.runpytest(*mode).assert_outcomes(failed=1)
 
 
-@pytest.mark.parametrize("options", [[], ["--mpl"]])
-def test_workers_compare_as_one_process_does(pytester, generate, options):
+def test_workers_compare_as_one_process_does(pytester, generate):
     pytester.makepyfile(test_a=PICTURE, test_b=PICTURE.replace("np.eye(6)", "np.eye(6)[::-1]"))
     generate()
-    result = pytester.runpytest("-n", "2", *options)
-    result.assert_outcomes(passed=2)
     pytester.makepyfile(test_b=PICTURE)
-    result = pytester.runpytest("-n", "2", *options)
+    # Without --mpl, test_updates.py has workers compare.
+    result = pytester.runpytest("-n", "2", "--mpl")
     result.assert_outcomes(passed=1, failed=1)
+    result.stdout.fnmatch_lines(["FAILED test_b.py::test_picture *"])
 
 
 def test_the_failure_says_what_differs_where_the_pictures_are_and_how_to_accept(pytester, generate):

@@ -1,5 +1,9 @@
 """The fixtures as a user's test suite sees them."""
 
+import subprocess
+import sys
+import textwrap
+
 import pytest
 
 from pytest_attnheat.attention import devices as known_devices
@@ -129,9 +133,9 @@ SHARED_GPUS = """
 """
 
 
-def test_xdist_workers_share_the_gpus_and_agree_on_the_ids(pytester):
-    pytester.makeconftest(SHARED_GPUS)
-    pytester.makepyfile("""
+ON_WORKERS = {
+    "conftest.py": SHARED_GPUS,
+    "test_gpus.py": """
         import os
         import pytest
 
@@ -144,24 +148,43 @@ def test_xdist_workers_share_the_gpus_and_agree_on_the_ids(pytester):
         @pytest.mark.attention(dtype=["float32", "bfloat16"])
         def test_b(attn_device, attn_dtype):
             pass
-    """)
-    result = pytester.runpytest_subprocess("-n", "3", "-v")
-    result.assert_outcomes(passed=12 + 4)
-    result.stdout.fnmatch_lines("*test_b[[]cuda-bfloat16]*")
-
-
-def test_numbers_are_equal_on_every_worker(pytester):
-    pytester.makepyfile("""
+    """,
+    "test_numbers.py": """
+        import os
         import pytest
 
-        @pytest.mark.parametrize("n", range(4))
+        @pytest.mark.parametrize("n", range(6))
+        @pytest.mark.parametrize("attn_device", ["cpu"], indirect=True)
         @pytest.mark.attention(scoring="additive")
-        def test_a(attention, n):
+        def test_c(attention, n):
+            print("ON", os.environ["PYTEST_XDIST_WORKER"])
             print("SUM", attention.output.sum().item(), attention.scores.sum().item())
-    """)
-    result = pytester.runpytest_subprocess("-n", "2", "-rA", "--attn-device=cpu")
-    result.assert_outcomes(passed=4)
-    assert len({line for line in result.outlines if line.startswith("SUM")}) == 1
+    """,
+}
+
+
+@pytest.fixture(scope="module")
+def on_workers(tmp_path_factory):
+    """The lines of one run on three workers."""
+    folder = tmp_path_factory.mktemp("on_workers")
+    for name, text in ON_WORKERS.items():
+        (folder / name).write_text(textwrap.dedent(text), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-n", "3", "-v", "-rA"]
+    run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return run.stdout.splitlines()
+
+
+def test_xdist_workers_share_the_gpus_and_agree_on_the_ids(on_workers):
+    passed = {line.split()[1] for line in on_workers if line.startswith("PASSED ")}
+    assert len({name for name in passed if name.startswith("test_gpus.py")}) == 12 + 4
+    assert "test_gpus.py::test_b[cuda-bfloat16]" in passed
+    assert not any(line.startswith(("FAILED ", "ERROR ")) for line in on_workers)
+
+
+def test_numbers_are_equal_on_every_worker(on_workers):
+    assert len([line for line in on_workers if line.startswith("PASSED test_numbers.py")]) == 6
+    assert len({line for line in on_workers if line.startswith("ON ")}) > 1
+    assert len({line for line in on_workers if line.startswith("SUM ")}) == 1
 
 
 def test_one_dtype_is_no_part_of_the_id_and_several_are(pytester):

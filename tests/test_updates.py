@@ -19,12 +19,16 @@ PICTURES = """
     def test_one():
         return show_heatmaps(np.eye(5), "Keys", "Queries")
 """
+SEVERAL = """
+    import numpy as np, torch
+    from pytest_attnheat import show_heatmaps
+
+    def test_layers(heatmap_regression):
+        for layer in range(2):
+            heatmap_regression.check(torch.eye(4 + layer), f"layer {layer}")
+        heatmap_regression.check(show_heatmaps(np.eye(3), "k", "q"), "figure")
+"""
 NAMES = ["one.svg", "test_a.test_many-3.png", "test_a.test_many-4.png"]
-
-
-@pytest.fixture(params=["in one process", "on two workers"])
-def workers(request):
-    return ["-n", "2"] if "two" in request.param else []
 
 
 @pytest.fixture
@@ -44,47 +48,47 @@ def states(folder):
     return {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
 
 
-def test_missing_baselines_are_written_and_listed(pytester, workers):
+def test_missing_baselines_are_written_and_listed(pytester):
     pytester.makepyfile(test_a=PICTURES)
-    result = pytester.runpytest("--attn-update=missing", *workers)
+    result = pytester.runpytest("--attn-update=missing")
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines_random([f"wrote baseline_images/{name} (new)" for name in NAMES])
     assert sorted(path.name for path in (pytester.path / "baseline_images").iterdir()) == NAMES
     assert read_heatmaps(pytester.path / "baseline_images/one.svg").shape == (1, 1, 5, 5)
 
 
-def test_equal_pictures_pass_and_are_counted(project, pytester, workers):
-    result = pytester.runpytest(*workers)
+def test_equal_pictures_pass_and_are_counted(project, pytester):
+    result = pytester.runpytest()
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines(["3 compared as data, 3 as pixels"])
 
 
 @pytest.mark.parametrize("update", ["missing", "changed", "all"])
-def test_baselines_that_agree_are_not_touched(project, pytester, workers, update):
+def test_baselines_that_agree_are_not_touched(project, pytester, update):
     before = states(project)
-    result = pytester.runpytest(f"--attn-update={update}", *workers)
+    result = pytester.runpytest(f"--attn-update={update}")
     result.assert_outcomes(passed=3)
     result.stdout.no_fnmatch_line("wrote *")
     assert states(project) == before
 
 
-def test_a_changed_picture_fails_and_touches_nothing(project, pytester, workers):
+def test_a_changed_picture_fails_and_touches_nothing(project, pytester):
     before = states(project)
     change(pytester)
-    pytester.runpytest(*workers).assert_outcomes(passed=2, failed=1)
-    pytester.runpytest("--attn-update=missing", *workers).assert_outcomes(passed=2, failed=1)
+    pytester.runpytest().assert_outcomes(passed=2, failed=1)
+    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=2, failed=1)
     assert states(project) == before
 
 
-def test_only_changed_baselines_are_updated(project, pytester, workers):
+def test_only_changed_baselines_are_updated(project, pytester):
     before = states(project)
     change(pytester)
-    result = pytester.runpytest("--attn-update=changed", *workers)
+    result = pytester.runpytest("--attn-update=changed")
     result.assert_outcomes(passed=3)
     result.stdout.fnmatch_lines(["wrote baseline_images/one.svg (5 of 25 cells differ)"])
     after = states(project)
     assert {name for name in after if after[name] != before[name]} == {"one.svg"}
-    pytester.runpytest(*workers).assert_outcomes(passed=3)
+    pytester.runpytest().assert_outcomes(passed=3)
 
 
 def test_a_changed_drawing_of_the_same_data_is_updated(project, pytester):
@@ -121,12 +125,53 @@ def test_text_of_another_matplotlib_passes_is_counted_and_refreshed_on_request(p
     assert states(project) != before
 
 
-def test_unused_baselines_are_listed_and_kept(project, pytester, workers):
+def test_unused_baselines_are_listed_and_kept(project, pytester):
     (project / "old.png").write_bytes(b"")
-    result = pytester.runpytest("--attn-unused", "-k", "many", *workers)
+    result = pytester.runpytest("--attn-unused", "-k", "many")
     result.stdout.fnmatch_lines(["unused baseline_images/old.png"])
     result.stdout.no_fnmatch_line("unused *one.svg")
     assert (project / "old.png").exists()
+
+
+def test_two_workers_do_all_this_as_one_process_does(pytester):
+    """The life of baselines in as few runs as can be: workers are slow to start."""
+    workers = ("-n", "2")
+    several = SEVERAL.replace(", torch", "").replace("torch", "np")
+    pytester.makepyfile(test_a=PICTURES + several)
+    result = pytester.runpytest("--attn-update=missing", *workers)
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines_random([f"wrote baseline_images/{name} (new)" for name in NAMES])
+    folder = pytester.path / "baseline_images"
+    assert len(list(folder.iterdir())) == 6
+    (folder / "old.png").write_bytes(b"")
+    before = states(folder)
+
+    result = pytester.runpytest("--attn-update=all", "--attn-unused", *workers)
+    result.assert_outcomes(passed=4)
+    result.stdout.fnmatch_lines(["6 compared as data, 6 as pixels"])
+    result.stdout.fnmatch_lines(["unused baseline_images/old.png"])
+    assert result.stdout.str().count("unused ") == 1
+    result.stdout.no_fnmatch_line("wrote *")
+    assert states(folder) == before
+
+    change(pytester)
+    change(pytester, "np.eye(4 + layer)", "np.eye(4 + layer) / (1 + layer)")
+    change(pytester, "return show_heatmaps(np.eye(size)", "return undefined(np.eye(size)")
+    result = pytester.runpytest("--attn-update=missing", "--attn-artifacts=elsewhere", *workers)
+    result.assert_outcomes(failed=4)
+    result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
+    result.stdout.fnmatch_lines(["WARNING: 2 heatmap_compare tests compared nothing"])
+    assert (pytester.path / "elsewhere/one/difference.png").exists()
+    assert not (pytester.path / "attn-artifacts").exists()
+    assert states(folder) == before
+
+    result = pytester.runpytest("--attn-update=changed", *workers)
+    result.assert_outcomes(passed=2, failed=2)
+    result.stdout.fnmatch_lines(["wrote baseline_images/one.svg (5 of 25 cells differ)"])
+    after = states(folder)
+    first, second = sorted(name for name in after if after[name] != before[name])
+    assert first == "one.svg"
+    assert second.startswith("test_a.test_layers.layer_1-")
 
 
 def test_last_failed_and_selected_runs_compare_what_they_run(project, pytester):
@@ -159,19 +204,19 @@ def test_a_damaged_baseline_fails_with_the_command_that_mends_it(project, pytest
     pytester.runpytest().assert_outcomes(passed=3)
 
 
-def test_a_test_that_fails_by_itself_is_said_to_have_compared_nothing(project, pytester, workers):
+def test_a_test_that_fails_by_itself_is_said_to_have_compared_nothing(project, pytester):
     change(pytester, "return show_heatmaps(np.eye(5)", "return undefined(np.eye(5)")
-    result = pytester.runpytest(*workers)
+    result = pytester.runpytest()
     result.assert_outcomes(passed=2, failed=1)
     result.stdout.fnmatch_lines(["WARNING: 1 heatmap_compare tests compared nothing"])
 
 
 @pytest.mark.parametrize("how", ["option", "ini"])
-def test_failures_leave_their_pictures_where_they_were_asked_to(project, pytester, how, workers):
+def test_failures_leave_their_pictures_where_they_were_asked_to(project, pytester, how):
     change(pytester)
     if how == "ini":
         pytester.makeini("[pytest]\nattn_artifacts = elsewhere")
-    pytester.runpytest(*(["--attn-artifacts=elsewhere"] if how == "option" else []), *workers)
+    pytester.runpytest(*(["--attn-artifacts=elsewhere"] if how == "option" else []))
     left = sorted(path.name for path in (pytester.path / "elsewhere/one").iterdir())
     assert left == ["actual.svg", "difference.png", "expected.svg"]
     assert not (pytester.path / "attn-artifacts").exists()
@@ -209,30 +254,19 @@ def test_pytest_html_shows_the_pictures_of_a_failure(project, pytester):
     assert shown in (pytester.path / "report.html").read_text()
 
 
-SEVERAL = """
-    import numpy as np, torch
-    from pytest_attnheat import show_heatmaps
-
-    def test_layers(heatmap_regression):
-        for layer in range(2):
-            heatmap_regression.check(torch.eye(4 + layer), f"layer {layer}")
-        heatmap_regression.check(show_heatmaps(np.eye(3), "k", "q"), "figure")
-"""
-
-
-def test_several_pictures_of_one_test_are_compared_by_name(pytester, workers):
+def test_several_pictures_of_one_test_are_compared_by_name(pytester):
     pytester.makepyfile(test_a=SEVERAL)
-    result = pytester.runpytest(*workers)
+    result = pytester.runpytest()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["heatmap_regression: there is no baseline *"])
-    pytester.runpytest("--attn-update=missing", *workers).assert_outcomes(passed=1)
+    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=1)
     assert len(list((pytester.path / "baseline_images").iterdir())) == 3
-    result = pytester.runpytest("--attn-unused", *workers)
+    result = pytester.runpytest("--attn-unused")
     result.assert_outcomes(passed=1)
     result.stdout.fnmatch_lines(["3 compared as data, 3 as pixels"])
     result.stdout.no_fnmatch_line("unused *")
     change(pytester, "torch.eye(4 + layer)", "torch.eye(4 + layer) / (1 + layer)")
-    result = pytester.runpytest(*workers)
+    result = pytester.runpytest()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
 
