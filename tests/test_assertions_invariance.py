@@ -11,7 +11,6 @@ from attention_subjects import (
     causal_encoder,
     encoder,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -67,11 +66,6 @@ def test_functions_of_pytorch_and_by_hand_pass_whatever_their_mask(
         mask = mask.to(dtype)
     for seed in range(3):
         assertion(function, *qkv(seed=seed, dtype=dtype), seed=seed, attn_mask=mask)
-
-
-@BOTH
-def test_flex_attention_passes(assertion):
-    assertion(flex, *qkv(heads=1, query_len=3, key_len=4))
 
 
 @BOTH

@@ -11,7 +11,6 @@ from attention_subjects import (
     WIDTH,
     Restless,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -67,10 +66,6 @@ def test_functions_of_pytorch_and_by_hand_pass_whatever_their_mask(function, arg
     for seed in range(3):
         inputs = qkv(seed=seed, dtype=dtype)
         assert_layout_invariant(function, *inputs, seed=seed, **{**arguments, **given})
-
-
-def test_flex_attention_passes():
-    assert_layout_invariant(flex, *qkv(2, 1, 2, 2), gradients=False)
 
 
 def test_grouped_heads_and_inputs_of_any_number_of_dimensions_pass():

@@ -13,7 +13,6 @@ from attention_subjects import (
     causal_encoder,
     encoder,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -55,10 +54,6 @@ def test_functions_of_pytorch_and_by_hand_pass_whatever_their_mask(function, arg
         given = {} if mask is None or mask.dtype == torch.bool else {"attn_mask": mask.to(dtype)}
         inputs = qkv(seed=seed, dtype=dtype)
         assert_padding_invariant(function, *inputs, seed=seed, **{**arguments, **given})
-
-
-def test_flex_attention_passes():
-    assert_padding_invariant(flex, *qkv(heads=1, query_len=3, key_len=4), amount=1)
 
 
 def test_grouped_heads_and_other_numbers_of_queries_and_keys_pass():

@@ -89,10 +89,6 @@ def test_attention_repeats_itself(function, dtype):
     assert_deterministic(function, *qkv(dtype=dtype), is_causal=True)
 
 
-def test_flex_attention_repeats_itself():
-    assert_deterministic(flex, *qkv(), is_causal=True)
-
-
 @pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
 def test_models_of_transformers_repeat_themselves(name, implementation):
     assert_deterministic(of_transformers(name, implementation), tokens(2, 6))
