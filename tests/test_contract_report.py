@@ -683,3 +683,12 @@ def test_a_keyword_that_the_subject_does_not_have_is_refused(field):
         ValueError, match=f"{field}: got 'nope'; accepted is a parameter of the subject: q"
     ):
         AttentionSpec(own, **{field: "nope"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one here")
+def test_a_declared_device_that_is_absent_is_skipped_with_the_reason():
+    report = check_attention(AttentionSpec(sdpa, devices=("cuda",)), quick=True)
+    assert {result.status for result in report.results} == {"skipped"}
+    assert not report.passed
+    (reason,) = {result.message for result in report.results}
+    assert reason.startswith("attention device 'cuda' is absent (present: cpu")

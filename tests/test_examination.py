@@ -162,9 +162,13 @@ def test_files_that_are_named_are_run_as_well(contract):
         ("right", "--attn-check: got 'right'; accepted is package.module:object"),
         ("nowhere:attention", "--attn-check nowhere:attention: No module named 'nowhere'"),
         ("right:nothing", "*--attn-check right:nothing: module 'right' has no attribute*"),
+        ("broken:f", "--attn-check broken:f: importing broken raised ZeroDivisionError: division*"),
+        ("declared:f", "*: importing declared raised TypeError: window: got 3; accepted is *"),
     ],
 )
 def test_what_cannot_be_examined_is_a_usage_error(contract, target, message):
+    declared = "import pytest_attnheat as a, torch\nf = a.AttentionSpec(torch.softmax, window=3)"
+    contract.makepyfile(broken="1 / 0", declared=declared)
     result = contract.runpytest(f"--attn-check={target}")
     result.stderr.fnmatch_lines([f"*{message}*"])
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.devices import names_of
+from pytest_attnheat.attention.devices import names_of, resolve
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import records_of
@@ -236,6 +236,10 @@ def run_check(check: Check, examination: Examination, expected: str | None = Non
     """Run one check; whatever the subject raises is an answer."""
     dtype, device = dtype_name(examination.dtype), str(examination.device)
     result = Result(check.name, dtype, device, "passed")
+    try:
+        resolve(device)
+    except LookupError as absent:
+        return _with_message(result, "skipped", str(absent))
     try:
         check.examine(examination)
     except Skipped as reason:

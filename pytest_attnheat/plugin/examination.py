@@ -359,8 +359,10 @@ def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise pytest.UsageError(f"--attn-check {target}: {error}") from error
+    except Exception as error:  # the module is the user's, and may raise anything
+        known = isinstance(error, ImportError | AttributeError)
+        said = str(error) if known else f"importing {module} raised {type(error).__name__}: {error}"
+        raise pytest.UsageError(f"--attn-check {target}: {said}") from error
     specs = list(found) if isinstance(found, (list, tuple)) else [found]
     try:
         return [as_spec(spec) for spec in specs]
