@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,15 @@ def parametrize_with_checks(
     from pytest_attnheat.contract.ready import as_spec
     from pytest_attnheat.contract.report import checks_of
 
+    accepted = "a list of one or more specifications or callables"
+    given: Any = (specs, expected_failures)
+    if not isinstance(given[0], Iterable):
+        raise TypeError(misuse("specs", type(specs).__name__, accepted))
     if not specs:
-        raise ValueError(misuse("specs", repr(specs), "one or more specifications or callables"))
+        raise ValueError(misuse("specs", repr(specs), accepted))
+    if not isinstance(given[1], Mapping | None):
+        got = type(expected_failures).__name__
+        raise TypeError(misuse("expected_failures", got, "reasons by the names of checks, or None"))
     claimed = _told_apart([as_spec(spec) for spec in specs])
     names = {
         name
