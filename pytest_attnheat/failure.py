@@ -7,6 +7,7 @@ one; what was checked; how to see it again; and a small picture in text.
 
 from __future__ import annotations
 
+import copyreg
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -124,8 +125,8 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         self.draw, self.drawn = draw, drawn
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the fields; what draws the picture holds tensors."""
-        return type(self), (self.assertion, self.claim), {**self.__dict__, "draw": None}
+        """Keep the fields, whatever a subclass asks for; what draws the picture holds tensors."""
+        return copyreg.__newobj__, (type(self), *self.args), {**self.__dict__, "draw": None}  # type: ignore[attr-defined]
 
     @property
     def headline(self) -> str:

@@ -223,3 +223,16 @@ def test_an_accelerator_holds_the_same_numbers_as_the_cpu(dtype, accelerator):
     for name in ("query", "key", "value", "mask"):
         assert torch.equal(getattr(here, name), getattr(there, name).cpu())
     assert there.device == there.weights.device
+
+
+@pytest.mark.parametrize("device", ["gpu", "quantum:1", "meta", None])
+def test_a_device_that_holds_no_case_is_refused_with_what_is_accepted(device):
+    said = f"^device: got {device!r}; accepted is a torch.device that holds numbers, or its name: "
+    with pytest.raises(ValueError, match=said):
+        make_attention(device=device)
+
+
+@pytest.mark.parametrize("scoring", [3, ["dot_product"]])
+def test_a_scoring_function_that_cannot_be_called_is_refused(scoring):
+    with pytest.raises(TypeError, match=r"^scoring: got .*; accepted is the name of a scoring"):
+        make_attention(scoring=scoring)

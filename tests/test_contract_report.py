@@ -30,6 +30,7 @@ from pytest_attnheat import (
     SequenceModel,
     check_attention,
     diagnose,
+    parametrize_with_checks,
     sliding_window_mask,
     transformers_attention,
 )
@@ -692,3 +693,12 @@ def test_a_declared_device_that_is_absent_is_skipped_with_the_reason():
     assert not report.passed
     (reason,) = {result.message for result in report.results}
     assert reason.startswith("attention device 'cuda' is absent (present: cpu")
+
+
+def test_wrong_arguments_of_the_examination_are_refused_with_what_is_accepted():
+    with pytest.raises(ValueError, match=r"^checks: got \[\]; accepted is one or more checks"):
+        check_attention(sdpa, checks=[])
+    with pytest.raises(TypeError, match=r"^specs: got AttentionSpec; accepted is a list of one"):
+        parametrize_with_checks(AttentionSpec(sdpa))
+    with pytest.raises(TypeError, match=r"^expected_failures: got list; accepted is reasons by"):
+        parametrize_with_checks([sdpa], expected_failures=["dropout"])

@@ -15,14 +15,18 @@ def test_every_device_that_torch_has_a_name_for_is_accepted(name):
     assert torch.device(name)
 
 
-@pytest.mark.parametrize(
-    "name", ["gpu", "gpu:0", "quantum", "meta", "cpu:0", "cuda:-1", "auto", ""]
-)
+@pytest.mark.parametrize("name", ["gpu", "gpu:0", "meta", "cpu:0", "cuda:-1", "auto", ""])
 def test_another_name_is_refused_with_what_is_accepted(name):
     with pytest.raises(ValueError, match=rf"^devices: got {name!r}; accepted is cpu, cuda, "):
         names_of(["cpu", name])
     with pytest.raises(ValueError, match=rf"^mine: got {name!r}; accepted is cpu, cuda, "):
         resolve(name, argument="mine")
+
+
+def test_a_device_type_that_torch_lacks_is_told_from_a_wrong_name():
+    got = "'quantum:1', which the torch that is installed does not know; accepted is a device type"
+    with pytest.raises(ValueError, match=f"^devices: got {got} that it has, or "):
+        names_of(["cpu", "quantum:1"])
 
 
 def test_the_cpu_is_there_and_comes_first():
@@ -80,7 +84,7 @@ def test_a_type_that_torch_turns_out_not_to_know_is_an_error_at_collection(pytes
     )
     result = pytester.runpytest_subprocess("--attn-device=quantum")
     result.assert_outcomes(errors=2)
-    said = "got 'quantum'; accepted is cpu, cuda, *"
+    said = "got 'quantum', which the torch that is installed does not know; accepted is *"
     result.stdout.fnmatch_lines([f"test_checks.py::test_a: attn_device: {said}"])
     result.stdout.fnmatch_lines([f"test_fixture.py::test_a: attn_device: {said}"])
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_attnheat.plugin.examination import _in_both
+
 WRONG = """
 import torch
 
@@ -231,6 +233,20 @@ def test_a_quick_examination_takes_the_first_of_the_selected_dtypes(in_both_mann
     result.stdout.fnmatch_lines(["*::test_contract?mine-plain-float16? PASSED*"])
     result.stdout.fnmatch_lines(["*test_both:spec::mine-plain-float16 PASSED*"])
     assert "float64" not in result.stdout.str()
+
+
+@pytest.mark.parametrize(
+    ("declared", "chosen", "examined"),
+    [
+        (["cuda"], ["cuda:1"], ["cuda:1"]),
+        (["cpu", "cuda:0", "cuda:1"], ["cuda:1", "cuda:2"], ["cuda:1"]),
+        (["cuda:0", "cuda:1", "mps"], ["cuda", "cpu"], ["cuda:0", "cuda:1"]),
+        (["cuda:10"], ["cuda:1"], []),
+        (["cpu", "cuda"], ["cpu", "cuda"], ["cpu", "cuda"]),
+    ],
+)
+def test_a_number_of_a_device_is_kept_whoever_gives_it(declared, chosen, examined):
+    assert _in_both(declared, chosen) == examined
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from pytest_attnheat import (
     capture_attention,
     read_heatmaps,
 )
+from pytest_attnheat.plugin.examination import FailedCheckError
 
 
 def weights_with_broken_rows(*rows):
@@ -178,6 +179,14 @@ def test_a_failure_is_copied_and_pickled_with_all_but_what_draws_it(again):
     assert {**vars(same), "draw": error.draw} == vars(error)
 
 
+@pytest.mark.parametrize("again", [copy.copy, copy.deepcopy, pickled])
+def test_a_failed_check_is_copied_and_pickled_too(again):
+    error = FailedCheckError("plain", "not so: it attends", "worst ...", draw=None)
+    same = again(error)
+    assert type(same) is FailedCheckError
+    assert (str(same), same.args, vars(same)) == (str(error), error.args, vars(error))
+
+
 def test_it_is_named_as_users_import_it():
     assert f"{Failure.__module__}.{Failure.__qualname__}" == "pytest_attnheat.Failure"
     assert issubclass(Failure, AssertionError)
@@ -218,6 +227,28 @@ def test_a_picture_that_cannot_be_left_does_not_hide_the_message(pytester):
     result = pytester.runpytest()
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["*assert_row_stochastic: * rows do not sum to 1", "not drawn: *"])
+
+
+def test_a_failure_that_cannot_draw_does_not_end_the_run(pytester):
+    pytester.makepyfile(
+        """
+        import pytest
+        from pytest_attnheat import Failure
+
+        def broken():
+            raise RuntimeError("no ink")
+
+        @pytest.mark.parametrize("draw", [broken, lambda: 3])
+        def test_drawn(draw):
+            raise Failure("mine", "it does not hold", draw=draw)
+
+        def test_next():
+            pass
+        """
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(failed=2, passed=1)
+    result.stdout.fnmatch_lines(["*Failure: mine: it does not hold", "not drawn: no ink"])
 
 
 def test_any_failure_that_can_draw_is_drawn_and_nothing_else(pytester):

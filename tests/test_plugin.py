@@ -33,7 +33,7 @@ SEEDS = "accepted is a whole number from 0"
     [
         ("device", "gpu", f"got 'gpu'; {DEVICES}; a GPU is called cuda"),
         ("device", "cpu,gpu:1", f"got 'gpu:1'; {DEVICES}; a GPU is called cuda"),
-        ("device", "cpu,auto", f"got 'auto'; {DEVICES}"),
+        ("device", "cpu,auto", f"got 'cpu,auto'; {DEVICES}; auto and all stand alone"),
         ("device", "cuda:x", f"got 'cuda:x'; {DEVICES}"),
         ("device", "cuda:-1", f"got 'cuda:-1'; {DEVICES}"),
         ("device", "cpu:0", f"got 'cpu:0'; {DEVICES}"),

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.devices import ACCEPTED
 from pytest_attnheat.attention.reference import (
     KINDS,
     Kind,
@@ -142,7 +143,11 @@ def make_attention(
         },
         scoring_names(extra),
     )
-    target, number = torch.device(device), as_dtype(dtype)
+    target, number = _as_device(device), as_dtype(dtype)
+    given: Any = scoring
+    if not isinstance(given, str) and not callable(given):
+        accepted = "the name of a scoring function, or a function (query, key) -> scores"
+        raise TypeError(misuse("scoring", repr(given), accepted))
     value_dim = head_dim if value_dim is None else value_dim
     query = draw("query", seed, batch, heads, query_len, head_dim).to(target, number)
     key = draw("key", seed, batch, heads, key_len, head_dim).to(target, number)
@@ -222,6 +227,17 @@ def _mask_choices(mask: object) -> Sequence[Any]:
     if mask is None:
         return ()
     return mask if isinstance(mask, (list, tuple)) else (mask,)
+
+
+def _as_device(device: Any) -> torch.device:
+    try:
+        target: torch.device | None = torch.device(device)
+    except (RuntimeError, TypeError):  # torch does not know it
+        target = None
+    if target is None or target.type == "meta":
+        accepted = f"a torch.device that holds numbers, or its name: {ACCEPTED}"
+        raise ValueError(misuse("device", repr(device), accepted))
+    return target
 
 
 def _build_mask(

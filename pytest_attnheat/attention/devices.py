@@ -33,10 +33,14 @@ def check_device(name: str, argument: str = "devices", accepted: str = ACCEPTED)
     Raises:
         ValueError: It is not such a name.
     """
-    if re.fullmatch(_NAME, name, re.ASCII) and ("torch" not in sys.modules or _is_known(name)):
-        return name
-    hint = "; a GPU is called cuda" if name.startswith("gpu") else ""
-    raise ValueError(misuse(argument, repr(name), accepted + hint))
+    if not re.fullmatch(_NAME, name, re.ASCII):
+        hint = "; a GPU is called cuda" if name.startswith("gpu") else ""
+        raise ValueError(misuse(argument, repr(name), accepted + hint))
+    if "torch" in sys.modules and not _is_known(name):
+        got = f"{name!r}, which the torch that is installed does not know"
+        known = "a device type that it has, or that an imported package registers with it"
+        raise ValueError(misuse(argument, got, known))
+    return name
 
 
 def _is_known(name: str) -> bool:

@@ -160,6 +160,8 @@ def check_attention(
     spec = as_spec(subject)
     expected = dict(expected_failures or {})
     asked = list(checks_of(spec, quick=quick) if checks is None else checks)
+    if not asked:
+        raise ValueError(misuse("checks", repr(checks), "one or more checks, or None for all"))
     known = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS, *asked)
     unknown = set(expected) - {check.name for check in known}
     if unknown:

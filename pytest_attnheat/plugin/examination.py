@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -58,8 +58,15 @@ def parametrize_with_checks(
     from pytest_attnheat.contract.ready import as_spec
     from pytest_attnheat.contract.report import checks_of
 
+    accepted = "a list of one or more specifications or callables"
+    given: Any = (specs, expected_failures)
+    if not isinstance(given[0], Iterable):
+        raise TypeError(misuse("specs", type(specs).__name__, accepted))
     if not specs:
-        raise ValueError(misuse("specs", repr(specs), "one or more specifications or callables"))
+        raise ValueError(misuse("specs", repr(specs), accepted))
+    if not isinstance(given[1], Mapping | None):
+        got = type(expected_failures).__name__
+        raise TypeError(misuse("expected_failures", got, "reasons by the names of checks, or None"))
     claimed = _told_apart([as_spec(spec) for spec in specs])
     names = {
         name
@@ -194,6 +201,10 @@ class FailedCheckError(Failure):
         super().__init__(check, claim, draw=draw, drawn=DIAGNOSIS_DRAWN)
         self._text = text
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be found again by a function: there is no such class in builtins."""
+        return _failed_check, self.args, super().__reduce__()[2]
+
     @property
     def headline(self) -> str:
         """What does not hold."""
@@ -202,6 +213,11 @@ class FailedCheckError(Failure):
     def __str__(self) -> str:
         """Say all of it: the headline, the diagnosis, and the check's own message."""
         return f"{self.headline}\n\n{self._text}"
+
+
+def _failed_check(*args: Any) -> FailedCheckError:
+    """Make the error anew, without its fields."""
+    return FailedCheckError.__new__(FailedCheckError, *args)
 
 
 class _Examined:
@@ -249,9 +265,8 @@ class _Examined:
         devices = names = chosen_devices(self.config)
         declared = ("cpu",) if self.spec.is_captured else self.spec.devices
         if declared is not None:
-            kinds = {name.partition(":")[0] for name in names}
             by_name = settings.devices not in (("auto",), ("all",))
-            devices = [d for d in declared if not by_name or d.partition(":")[0] in kinds]
+            devices = _in_both(declared, names) if by_name else list(declared)
         dtypes = settings.dtypes if given else None
         examinations = examinations_of(self.spec, quick=quick, devices=devices, dtypes=dtypes)
         if examinations:
@@ -260,6 +275,13 @@ class _Examined:
             f"selected are {', '.join(names)} and {', '.join(settings.dtypes)}, but it is declared "
             f"for {', '.join(declared or names)} and {', '.join(self.spec.dtypes)}"
         )
+
+
+def _in_both(declared: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """The devices that two lists name; of "cuda" and "cuda:1", the one with a number."""
+    pairs = [sorted((one, other), key=len) for one in declared for other in chosen]
+    found = [exact for kind, exact in pairs if kind in (exact, exact.partition(":")[0])]
+    return list(dict.fromkeys(found))
 
 
 class CheckTarget(pytest.Collector):

@@ -161,8 +161,9 @@ def leave_heatmap(
     path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
     try:
         judging.save(error.draw(), path)
-    except (OSError, ValueError) as reason:  # the message must not be lost with its picture
-        report.sections.append((error.drawn, f"not drawn: {reason}"))
+    except Exception as reason:  # the message must not be lost with its picture
+        said = str(reason) or type(reason).__name__
+        report.sections.append((error.drawn, f"not drawn: {said}"))
         return
     report.sections.append((error.drawn, str(path)))
     add_to_html(item.config, report, [("rows", str(path))])

@@ -156,6 +156,8 @@ def _split(text: str) -> tuple[str, ...]:
 def _read_devices(text: str, source: str) -> tuple[str, ...]:
     names = _split(text)
     if names not in (("auto",), ("all",)):
+        if {"auto", "all"} & set(names):
+            raise ValueError(misuse(source, repr(text), f"{_DEVICES}; auto and all stand alone"))
         for name in names:
             devices.check_device(name, source, _DEVICES)
     return names
