@@ -57,17 +57,21 @@ def test_a_registered_device_type_is_one_like_the_others(pytester):
     pytester.makeconftest(REGISTERED)
     pytester.makepyfile(
         """
+        from pytest_attnheat.attention.devices import names_of
+
         def test_a(attn_device, request):
             name = request.node.callspec.params["attn_device"]
             expected = {"cpu": "cpu", "pretend": "pretend:0", "pretend:1": "pretend:1"}
             assert str(attn_device) == expected[name]
+
+        def test_auto():
+            assert names_of(("auto",)) == ["cpu", "pretend"]
         """
     )
-    result = pytester.runpytest_subprocess("-v")
-    result.assert_outcomes(passed=2)
+    options = ("--attn-device=cpu,pretend,pretend:1,pretend:7", "-v", "-rs")
+    result = pytester.runpytest_subprocess(*options)
+    result.assert_outcomes(passed=4, skipped=1)
     result.stdout.fnmatch_lines(["*::test_a?pretend? PASSED*"])
-    result = pytester.runpytest_subprocess("--attn-device=pretend:1,pretend:7", "-rs")
-    result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines(["*'pretend:7' is absent (present: cpu, pretend:0, pretend:1)*"])
 
 

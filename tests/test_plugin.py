@@ -338,7 +338,7 @@ def test_it_loads_by_name_where_plugins_are_not_loaded_by_themselves(pytester, m
 @pytest.mark.parametrize(
     "options",
     [
-        ["-n", "2"],
+        ["-n", "1"],
         ["-p", "no:cacheprovider"],
         ["--import-mode=importlib"],
         ["-W", "error"],
