@@ -34,16 +34,10 @@ class Options:
 
     def given(self) -> dict[str, Any]:
         """Those that differ from the defaults."""
-        given = dict(self.arguments)
-        if self.attn_mask is not None:
-            given["attn_mask"] = self.attn_mask
-        if self.is_causal:
-            given["is_causal"] = True
-        if self.scale is not None:
-            given["scale"] = self.scale
-        if self.enable_gqa:
-            given["enable_gqa"] = True
-        return given
+        named = {"attn_mask": self.attn_mask, "scale": self.scale}
+        flags = {"is_causal": self.is_causal, "enable_gqa": self.enable_gqa}
+        given = {name: value for name, value in named.items() if value is not None}
+        return {**self.arguments, **given, **{name: True for name, on in flags.items() if on}}
 
 
 @dataclass(frozen=True)

@@ -56,12 +56,8 @@ class HardCase:
     @property
     def arguments(self) -> dict[str, Any]:
         """The keyword arguments that the case sets: attn_mask, is_causal, or none."""
-        given: dict[str, Any] = {}
-        if self.attn_mask is not None:
-            given["attn_mask"] = self.attn_mask
-        if self.is_causal:
-            given["is_causal"] = True
-        return given
+        mask = {} if self.attn_mask is None else {"attn_mask": self.attn_mask}
+        return {**mask, "is_causal": True} if self.is_causal else mask
 
     def __repr__(self) -> str:
         """Name the case, its dtype and its shapes."""

@@ -219,19 +219,7 @@ class ScaledDotProductScore(nn.Module):
     """
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """Score every key for every query.
-
-        Args:
-            query: (..., query_len, dim)
-            key: (..., key_len, dim), of the same width
-
-        Returns:
-            Scores (..., query_len, key_len).
-
-        Raises:
-            TypeError: Query or key is not a tensor of floating point numbers.
-            ValueError: The widths differ, or the leading dimensions do not broadcast.
-        """
+        """Score every key for every query, from and to what `DotProductScore` does."""
         _same_width(self, query, key)
         # Scaling the query first keeps float16 from overflowing in the product.
         return (query / math.sqrt(query.shape[-1])) @ key.mT
