@@ -300,11 +300,7 @@ def test_a_mask_that_does_not_follow_its_keys_is_found():
 
 
 @pytest.mark.parametrize(
-    ("order", "name"),
-    [
-        ([5, 4, 3, 2, 1, 0], "reversed"),
-        ([5, 0, 1, 2, 3, 4], "rotated by one"),
-    ],
+    ("order", "name"), [([5, 4, 3, 2, 1, 0], "reversed"), ([5, 0, 1, 2, 3, 4], "rotated by one")]
 )
 def test_the_order_that_is_felt_is_named(order, name):
     marked = qkv()[1]

@@ -323,9 +323,7 @@ def test_the_gradient_of_a_mask_may_have_fewer_than_two_dimensions(lead, shape, 
     assert re.search(place, text)
     if shape:
         message(
-            lambda q, k, v, attn_mask: added(q, k, v, attn_mask.detach()),
-            *inputs(*lead),
-            **options,
+            lambda q, k, v, attn_mask: added(q, k, v, attn_mask.detach()), *inputs(*lead), **options
         )
 
 
@@ -1140,21 +1138,13 @@ def test_a_wrong_backward_is_seen_though_the_output_is_right():
         ({"key": torch.zeros(1, 2, 8, 16).half()}, TypeError, "accepted is one dtype"),
         ({"query": torch.zeros(1, 2, 0, 16)}, ValueError, "query: shape .* has no elements"),
         ({"value": torch.zeros(1, 2, 7, 16)}, ValueError, "the same length"),
-        (
-            {"query": torch.zeros(1, 2, 6, 8)},
-            ValueError,
-            "key: got .* as wide as the query",
-        ),
+        ({"query": torch.zeros(1, 2, 6, 8)}, ValueError, "key: got .* as wide as the query"),
         ({"query": torch.zeros(1, 4, 6, 16)}, ValueError, "leading dimensions"),
         ({"query": torch.zeros(1, 3, 6, 16), "enable_gqa": True}, ValueError, "multiple of"),
         ({"value": torch.full((1, 2, 8, 16), math.nan)}, ValueError, "value: got NaN or inf"),
         ({"attn_mask": torch.ones(6, 8).long()}, TypeError, "attn_mask: got int64"),
         ({"attn_mask": torch.ones(5, 8) > 0}, ValueError, r"attn_mask: got shape \(5, 8\); "),
-        (
-            {"attn_mask": torch.ones(3, 1, 2, 6, 8) > 0},
-            ValueError,
-            "is a shape that broadcasts",
-        ),
+        ({"attn_mask": torch.ones(3, 1, 2, 6, 8) > 0}, ValueError, "is a shape that broadcasts"),
         ({"attn_mask": torch.full((6, 8), math.nan)}, ValueError, "attn_mask: got NaN or inf"),
         ({"fully_masked": "one"}, ValueError, "fully_masked: got 'one'; accepted is one of 'zero'"),
         ({"factor": 0}, ValueError, "factor: got 0; accepted is a finite number above 0"),

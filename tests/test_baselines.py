@@ -268,10 +268,7 @@ def test_the_marker_of_pytest_mpl_beside_ours_is_refused(pytester, mode):
         result.stdout.fnmatch_lines(["*marked mpl_image_compare as well; one of them is enough*"])
 
 
-LATE = {
-    "by a conftest": "items[0].add_marker('heatmap_compare')",
-    "by the test": "",
-}
+LATE = {"by a conftest": "items[0].add_marker('heatmap_compare')", "by the test": ""}
 
 
 @pytest.mark.parametrize("when", LATE)

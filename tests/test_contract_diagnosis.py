@@ -214,10 +214,7 @@ def test_three_defects_at_once_are_named(names, declared):
 
 @pytest.mark.parametrize(
     ("name", "dropout"),
-    [
-        ("mask_ignored", "dropout_in_eval"),
-        ("softmax_over_queries", "dropout_not_rescaled"),
-    ],
+    [("mask_ignored", "dropout_in_eval"), ("softmax_over_queries", "dropout_not_rescaled")],
 )
 def test_a_defect_beside_dropout_is_named(name, dropout):
     found = diagnose(specimen(name, dropout, causal=None))
@@ -388,8 +385,7 @@ def test_a_subject_that_writes_into_its_inputs_does_not_spoil_the_comparison():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "error"),
-    [(("attention",), TypeError), ((subjects.plain, "0"), TypeError)],
+    ("arguments", "error"), [(("attention",), TypeError), ((subjects.plain, "0"), TypeError)]
 )
 def test_misuse_is_refused(arguments, error):
     subject, *seed = arguments
@@ -605,10 +601,7 @@ def test_what_a_given_output_cannot_tell_apart_is_all_named():
     assert found.defects == ("scale_squared",)
     wide = randn(2, 3, 7, 36, seed=2)
     found = diagnose_output(scores.softmax(-1) @ wide, query, key, wide)
-    assert {found.defects, *found.alternatives} == {
-        ("scale_squared",),
-        ("scale_from_value_width",),
-    }
+    assert {found.defects, *found.alternatives} == {("scale_squared",), ("scale_from_value_width",)}
 
 
 @pytest.mark.parametrize(

@@ -194,11 +194,7 @@ def test_what_cannot_be_shown_is_refused_with_what_is_accepted(given, error, mes
         (torch.zeros(2, 3), TypeError, "mask.bool"),
         (np.zeros((2, 3), int), TypeError, "mask: got dtype int64; accepted is a boolean"),
         ("causal", TypeError, "mask: got str"),
-        (
-            torch.zeros(3, 2, dtype=torch.bool),
-            ValueError,
-            r"got shape \(3, 2\); .*broadcasts",
-        ),
+        (torch.zeros(3, 2, dtype=torch.bool), ValueError, r"got shape \(3, 2\); .*broadcasts"),
     ],
 )
 def test_a_mask_that_does_not_fit_is_refused(mask, error, message):

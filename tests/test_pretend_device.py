@@ -219,13 +219,7 @@ ON_WEIGHTS = [
     ("assert_padding_masked", PADDED, spoiled(PADDED), {"lengths": LENGTHS.tolist()}, 1),
     # The lengths have to be read as well.
     ("assert_padding_masked", PADDED, spoiled(PADDED), {"lengths": LENGTHS}, 2),
-    (
-        "assert_reproduces_output",
-        FREE,
-        spoiled(FREE),
-        {"value": VALUE, "output": FREE @ VALUE},
-        1,
-    ),
+    ("assert_reproduces_output", FREE, spoiled(FREE), {"value": VALUE, "output": FREE @ VALUE}, 1),
 ]
 
 

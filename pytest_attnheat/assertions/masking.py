@@ -239,11 +239,7 @@ def assert_support(
 
 @takes_records
 def assert_padding_masked(
-    weights: Weights,
-    lengths: Lengths,
-    *,
-    side: Side = "right",
-    fully_masked: FullyMasked = "zero",
+    weights: Weights, lengths: Lengths, *, side: Side = "right", fully_masked: FullyMasked = "zero"
 ) -> None:
     """Assert that keys which are padding get exactly zero weight.
 

@@ -27,11 +27,7 @@ _MOST_MARKED = 32
 
 
 def failure(
-    assertion: str,
-    weights: Operand,
-    mask: Operand | None,
-    finding: Finding[Any],
-    cause: str | None,
+    assertion: str, weights: Operand, mask: Operand | None, finding: Finding[Any], cause: str | None
 ) -> Failure:
     """Return the failure of a claim about rows or weights, with its pictures.
 

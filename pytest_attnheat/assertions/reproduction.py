@@ -225,11 +225,7 @@ def _part(
 
 
 def _spread(
-    sums: torch.Tensor,
-    mean: torch.Tensor,
-    square: torch.Tensor,
-    size: torch.Tensor,
-    slack: float,
+    sums: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, size: torch.Tensor, slack: float
 ) -> torch.Tensor:
     """Return how far the values that an element is made of lie apart.
 

@@ -189,9 +189,7 @@ _SCALE = (
         _changes(scale="key_len"),
     ),
     Defect(
-        "scale_argument_ignored",
-        "that ignores the scale it is given",
-        _changes(scale="default"),
+        "scale_argument_ignored", "that ignores the scale it is given", _changes(scale="default")
     ),
     Defect(
         "scale_after_softmax",
@@ -200,14 +198,10 @@ _SCALE = (
         "FrancescoSaverioZuppichini/ViT#2",
     ),
     Defect(
-        "temperature",
-        "whose scores are {constant:.6g} times what they should be",
-        seen="fitted",
+        "temperature", "whose scores are {constant:.6g} times what they should be", seen="fitted"
     ),
     Defect(
-        "output_factor",
-        "whose output is {constant:.6g} times what it should be",
-        seen="fitted",
+        "output_factor", "whose output is {constant:.6g} times what it should be", seen="fitted"
     ),
 )
 

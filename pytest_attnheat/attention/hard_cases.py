@@ -358,16 +358,14 @@ _RECIPES: dict[str, _Recipe] = {
         change=_padding("right"),
     ),
     "one_permitted_key": _Recipe(
-        "The output is one value exactly: any weight on a masked key shows.",
-        change=_one_permitted,
+        "The output is one value exactly: any weight on a masked key shows.", change=_one_permitted
     ),
     "sliding_window": _Recipe(
         "A window that is off by one, on either side (huggingface/transformers#39408).",
         change=_window,
     ),
     "mask_per_head": _Recipe(
-        "Every head has its own mask: that of the first one is used for all.",
-        change=_mask_per_head,
+        "Every head has its own mask: that of the first one is used for all.", change=_mask_per_head
     ),
     "heads_last_in_memory": _Recipe(
         "Not contiguous, as after a projection: strides are ignored (pytorch/pytorch#181133).",

@@ -41,11 +41,7 @@ class HeatmapFigure(Figure):
     picture: Picture
 
     def savefig(
-        self,
-        fname: str | Path | IO[bytes] | Any,
-        *,
-        transparent: bool | None = None,
-        **kwargs: Any,
+        self, fname: str | Path | IO[bytes] | Any, *, transparent: bool | None = None, **kwargs: Any
     ) -> None:
         """Save as `matplotlib.figure.Figure.savefig` does.
 

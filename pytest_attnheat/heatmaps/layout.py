@@ -115,10 +115,7 @@ def plan(content: Content, size: tuple[int, int], dpi: float) -> Layout:
     while True:
         em = points * dpi / 72
         margins = _margins(content, em)
-        room = (
-            size[0] - margins.left - margins.right,
-            size[1] - margins.top - margins.bottom,
-        )
+        room = (size[0] - margins.left - margins.right, size[1] - margins.top - margins.bottom)
         roomy = all(have >= _PANEL_SHARE * side for have, side in zip(room, size, strict=True))
         if roomy or points <= SMALLEST_FONT:
             break

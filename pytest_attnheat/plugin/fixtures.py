@@ -56,9 +56,7 @@ def capture_attention() -> Callable[..., AbstractContextManager[Trace]]:
 
 @pytest.fixture
 def make_attention(
-    request: pytest.FixtureRequest,
-    attn_device: torch.device | str,
-    attn_dtype: torch.dtype | str,
+    request: pytest.FixtureRequest, attn_device: torch.device | str, attn_dtype: torch.dtype | str
 ) -> Callable[..., AttentionCase]:
     """A function that makes a case of your own: `make_attention(query_len=3, mask="padding")`.
 
@@ -86,9 +84,7 @@ def make_attention(
 
 @pytest.fixture
 def scoring_function(
-    request: pytest.FixtureRequest,
-    attn_device: torch.device | str,
-    attn_dtype: torch.dtype | str,
+    request: pytest.FixtureRequest, attn_device: torch.device | str, attn_dtype: torch.dtype | str
 ) -> Scoring:
     """A scoring function `(query, key) -> scores`: one test per scoring function.
 

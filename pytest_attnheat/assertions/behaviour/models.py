@@ -318,10 +318,7 @@ class ModelSubject:
         chosen = real if self.is_tokens else real.unsqueeze(-1)
         positions = _rank(real) if self.takes_positions(padding.side) else None
         return replace(
-            self,
-            inputs=torch.where(chosen, own, filled),
-            real=masks.get(told),
-            positions=positions,
+            self, inputs=torch.where(chosen, own, filled), real=masks.get(told), positions=positions
         )
 
     def takes_positions(self, side: Side) -> bool:
