@@ -550,7 +550,7 @@ def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@on_accelerators(DTYPES)
+@on_accelerators([torch.float32, torch.float16])
 def test_everything_works_on_an_accelerator(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(dtype=dtype)]
     assert_layout_invariant(SDPA, *inputs)

@@ -202,12 +202,7 @@ def test_a_defect_besides_a_constant_is_named():
 
 
 @pytest.mark.parametrize(
-    ("names", "declared"),
-    [
-        (("groups_tiled", "causal_misses_own", "temperature"), {"mask": None}),
-        # Two of them at once from the first case on, and what others do as well by the way.
-        (("keys_as_queries", "keys_as_values", "fully_masked_nan"), {"causal": None}),
-    ],
+    ("names", "declared"), [(("groups_tiled", "causal_misses_own", "temperature"), {"mask": None})]
 )
 def test_three_defects_at_once_are_named(names, declared):
     found = diagnose(specimen(*names, **declared))
