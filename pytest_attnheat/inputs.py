@@ -205,7 +205,7 @@ def as_mask(mask: object, weights: Operand) -> Operand | None:
             "True means masked pass ~mask"
         )
     given, wanted = tuple(operand.shape), tuple(weights.shape)
-    if not _broadcasts(given, wanted):
+    if not broadcasts(given, wanted):
         accepted = f"a shape that broadcasts to that of the weights, {wanted}"
         raise ValueError(misuse("mask", f"shape {given}", accepted))
     missing = len(wanted) - len(given)
@@ -317,7 +317,8 @@ def _torch_can_share(array: np.ndarray[Any, Any]) -> bool:
     return array.dtype.isnative and whole_steps
 
 
-def _broadcasts(given: tuple[int, ...], wanted: tuple[int, ...]) -> bool:
+def broadcasts(given: Sequence[int], wanted: Sequence[int]) -> bool:
+    """Tell whether a shape broadcasts to another, which it must not widen."""
     if len(given) > len(wanted):
         return False
     tail = wanted[len(wanted) - len(given) :]

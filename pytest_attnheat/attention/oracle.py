@@ -43,6 +43,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention import chunks
 from pytest_attnheat.attention.reference import causal_mask, masked_softmax
+from pytest_attnheat.inputs import wide_dtype
 
 # How many float64 matrices (queries x keys) one chunk may make.
 _MATRICES = 16
@@ -100,8 +101,7 @@ class Problem:
     @property
     def sum_unit(self) -> float:
         """The unit roundoff of the dtype that sums are kept in."""
-        wide = torch.float64 if self.query.dtype == torch.float64 else torch.float32
-        return torch.finfo(wide).eps / 2
+        return torch.finfo(wide_dtype(self.query.dtype)).eps / 2
 
     @property
     def tiny(self) -> float:

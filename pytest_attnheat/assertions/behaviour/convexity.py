@@ -29,7 +29,7 @@ from pytest_attnheat.attention.chunks import index_of, query_chunks
 from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import dtype_name, misuse
 
 _NAME = "assert_convex"
 # For so many queries it is measured on which keys their weight is.
@@ -261,7 +261,7 @@ class _Probe:
         length = self.subject.key.shape[-2]
         for dtype in (torch.float16, torch.bfloat16):
             if self.allowed < off <= _allowed(None, dtype, length):
-                return str(dtype).removeprefix("torch.")
+                return dtype_name(dtype)
         return None
 
     def _same_without_mask(self) -> bool:

@@ -25,6 +25,7 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
 from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import misuse, one_of, positive
@@ -203,7 +204,7 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
     if given is None:
         subject = replace(subject, arguments={**subject.arguments, "is_causal": True})
     else:
-        mask = given.expand(torch.broadcast_shapes(given.shape, lengths))  # type: ignore[no-untyped-call]
+        mask = given.expand(broadcast(given.shape, lengths))
         if is_causal:
             mask = mask.masked_fill(~causal, False if mask.dtype == torch.bool else -math.inf)
         else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from numbers import Number
 from typing import Any
@@ -15,6 +14,7 @@ from pytest_attnheat.attention.vocabulary import hides, permits
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.tags import Scores, Shaping, Tag, without_factor
 from pytest_attnheat.capture.watching import Args, Keywords, Watcher, argument
+from pytest_attnheat.inputs import broadcasts
 
 
 def changed(scores: Scores, name: str, args: Args, kwargs: Keywords, place: int) -> Scores:
@@ -331,10 +331,5 @@ def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -
     if tensor.ndim == 3 and used.ndim == 4 and tensor.shape[0] == used.shape[0] * used.shape[1]:
         # Told while batch and heads were one axis.
         tensor = tensor.view(*used.shape[:2], *tensor.shape[1:])
-    fits = _broadcasts(tensor, used.shape) or _broadcasts(tensor, joined)
+    fits = broadcasts(tensor.shape, used.shape) or broadcasts(tensor.shape, joined)
     return shaping.mask(tensor) if fits else None
-
-
-def _broadcasts(tensor: Tensor, shape: Sequence[int]) -> bool:
-    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
-    return tensor.ndim <= len(shape) and all(a in (1, b) for a, b in sizes)
