@@ -14,7 +14,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pytest_attnheat import HARD_CASES, assert_gradients_match, assert_matches_reference, hard_case
 from pytest_attnheat.assertions.precision_judgement import judge
-from pytest_attnheat.attention import oracle
+from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.call import Call
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 
@@ -287,10 +288,11 @@ def test_no_rounding_reaches_a_key_that_a_finite_number_forbids(dtype):
     query, key, value = inputs(1, 2, dtype=getattr(torch, dtype))
     for fill in FILLS[dtype]:
         bias = torch.zeros(6, 8, dtype=query.dtype).index_fill(-1, torch.tensor([2]), fill)
-        problem = oracle.Problem(query, key, value, None, bias, False, 0.25, False, query)
+        problem = Call(query, key, value, bias=bias, scale=0.25, upstream=query)
         # Some smallest subnormals, by which a weight of 0 may be off, times |dO . v|.
-        allowed = oracle.reference(problem).scale["attn_mask"][:, 2]
-        assert float(allowed.max()) <= 100 * problem.tiny
+        allowed = computation.reference(problem).scale["attn_mask"][:, 2]
+        info = torch.finfo(query.dtype)
+        assert float(allowed.max()) <= 100 * info.smallest_normal * info.eps
 
 
 def test_scores_of_masked_keys_do_not_explain_an_overflow():
@@ -389,8 +391,8 @@ def test_the_oracle_is_attention_by_hand_however_it_is_cut(budget, monkeypatch):
     upstream = torch.randn(
         2, 4, 5, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(2)
     )
-    problem = oracle.Problem(query, key, value, None, bias, True, 0.7, False, upstream)
-    for found in (oracle.reference(problem).exact, oracle.plain(problem)):
+    problem = Call(query, key, value, bias=bias, causal=True, scale=0.7, upstream=upstream)
+    for found in (computation.reference(problem).exact, computation.plain(problem)):
         wanted = {name: torch.zeros(shape).double() for name, shape in problem.shapes.items()}
         for b, h in ((b, h) for b in range(2) for h in range(4)):
             seen = (torch.ones(5, 7).tril() > 0) & (bias[h] > -math.inf)
@@ -409,8 +411,8 @@ def test_the_oracle_is_attention_by_hand_however_it_is_cut(budget, monkeypatch):
 def test_the_scale_of_an_output_is_the_weighted_mean_of_absolute_values_in_units_of_rounding():
     query, key, value = inputs(1, 1, width=1)
     zero = torch.zeros_like(query)
-    problem = oracle.Problem(zero, key, value, None, None, False, 1.0, False)
-    scale = oracle.reference(problem).scale["output"]
+    problem = Call(zero, key, value, scale=1.0)
+    scale = computation.reference(problem).scale["output"]
     mean = value.double().abs().mean(-2, keepdim=True).expand(scale.shape)
     # 1 for the weights, up to 2 for a constant added to all scores, sqrt(8) for the sums.
     assert bool((scale > 2**-24 * mean).all())
@@ -421,8 +423,8 @@ def test_the_scale_of_an_output_is_the_weighted_mean_of_absolute_values_in_units
 def test_memory_is_bounded_whatever_the_size(sizes):
     *lead, query_len, key_len = sizes
     query, key = torch.ones(*lead, query_len, 1), torch.ones(*lead, key_len, 1)
-    problem = oracle.Problem(query, key, key, None, None, False, 1.0, False)
-    seen = [chunk.permitted.shape for chunk in oracle._chunks(problem, torch.float64)]
+    problem = Call(query, key, key, scale=1.0)
+    seen = [chunk.permitted.shape for chunk in computation._parts(problem, torch.float64)]
     assert all(8 * 16 * shape.numel() <= 64 * 2**20 for shape in seen)
     assert sum(shape[0] * shape[1] for shape in seen) == math.prod(lead) * query_len
 

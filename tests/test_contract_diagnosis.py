@@ -681,7 +681,7 @@ def test_the_picture_shows_three_maps(tmp_path):
 def test_the_plan_without_a_change_is_attend():
     query, key, value = (tensor.double() for tensor in qkv())
     mask = randn(5, 7, seed=3) > -0.5
-    found = carry_out(Plan(), Case("case", query, key, value, mask=mask))
+    found = carry_out(Plan(), Case(query, key, value, mask=mask))
     expected, expected_weights = attend(query, key, value, mask=mask)
     torch.testing.assert_close(found.output, expected)
     torch.testing.assert_close(found.weights, expected_weights)
@@ -690,4 +690,4 @@ def test_the_plan_without_a_change_is_attend():
 def test_a_plan_that_does_not_fit_the_shapes_says_so():
     query, key, value = qkv()
     with pytest.raises(NotApplicable, match="other sizes"):
-        carry_out(Plan(value_from="key"), Case("case", query, key, value))
+        carry_out(Plan(value_from="key"), Case(query, key, value))

@@ -30,7 +30,8 @@ from pytest_attnheat.assertions.precision_calls import (
     run_once,
 )
 from pytest_attnheat.assertions.precision_judgement import Context, Judgement, check, judge
-from pytest_attnheat.attention import oracle
+from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, permits
@@ -228,33 +229,32 @@ def _expected(
     criteria: Criteria,
     upstream: Tensor | None,
     names: list[str],
-) -> tuple[oracle.Reference, dict[str, Tensor]]:
+) -> tuple[computation.Reference, dict[str, Tensor]]:
     """The reference in float64, and what a plain computation gives."""
     if criteria.reference is not None:
         return _callers_reference(criteria.reference, subject, upstream, names)
     problem = _problem(subject, options, criteria, upstream)
-    return oracle.reference(problem), oracle.plain(problem)
+    return computation.reference(problem), computation.plain(problem)
 
 
 def _problem(
     subject: AttentionFunction, options: Options, criteria: Criteria, upstream: Tensor | None
-) -> oracle.Problem:
+) -> Call:
     """What the subject is to compute."""
     mask = options.attn_mask
     if mask is not None:
         mask = as_input(mask, "attn_mask")
         mask = mask.reshape((1,) * max(0, 2 - mask.ndim) + tuple(mask.shape))
     is_bias = mask is not None and mask.dtype != torch.bool
-    width = subject.query.shape[-1]
-    return oracle.Problem(
+    return Call(
         query=subject.query,
         key=subject.key,
         value=subject.value,
         mask=None if is_bias else mask,
         bias=mask if is_bias else None,
-        is_causal=options.is_causal,
-        scale=1 / math.sqrt(width) if options.scale is None else options.scale,
-        uniform=criteria.fully_masked == "uniform",
+        causal=options.is_causal,
+        scale=options.scale,
+        fully_masked=criteria.fully_masked,
         upstream=upstream,
     )
 
@@ -270,7 +270,7 @@ def _likely_mistake(
 
 def _callers_reference(
     function: Function, subject: AttentionFunction, upstream: Tensor | None, names: list[str]
-) -> tuple[oracle.Reference, dict[str, Tensor]]:
+) -> tuple[computation.Reference, dict[str, Tensor]]:
     """The caller's own reference, in float64 and in the dtype of the inputs."""
     own = replace(subject, function=function)
 
@@ -295,11 +295,14 @@ def _callers_reference(
         .nan_to_num(nan=0.0)
         for name, tensor in exact.items()
     }
-    return oracle.Reference(exact, scale, scale, info.eps / 2), plain
+    return computation.Reference(exact, scale, scale, info.eps / 2), plain
 
 
 def _check_reference(
-    expected: oracle.Reference, subject: AttentionFunction, criteria: Criteria, masked_rows: Tensor
+    expected: computation.Reference,
+    subject: AttentionFunction,
+    criteria: Criteria,
+    masked_rows: Tensor,
 ) -> None:
     """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
     for name, exact in expected.exact.items():
@@ -331,7 +334,7 @@ def _excused(name: str, exact: Tensor, masked_rows: Tensor, subject: AttentionFu
 def _judge(
     name: str,
     found: Tensor | None,
-    expected: oracle.Reference,
+    expected: computation.Reference,
     plain: Tensor,
     subject: AttentionFunction,
     criteria: Criteria,

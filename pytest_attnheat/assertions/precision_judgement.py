@@ -3,7 +3,7 @@
 The rule is that of the best kernel suites (FlashAttention's tests): the error of the subject,
 measured against float64, may be `factor` times the error of a plain computation in the same
 dtype. They take the largest error of a whole tensor, behind which a small row hides. Here each
-element is judged by its own natural scale (see `pytest_attnheat.attention.oracle`)::
+element is judged by its own natural scale (see `pytest_attnheat.attention.computation`)::
 
     |subject - reference|  <=  factor * max(plain * scale, least)
 

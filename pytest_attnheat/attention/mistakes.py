@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.oracle import Problem, reference
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.reference import causal_mask
 
 # Above so many scores the attempts would take longer than the assertion itself.
@@ -23,25 +24,26 @@ _MOST_SCORES = 2**22
 _UNITS, _PART = 64.0, 0.25
 
 
-def likely_mistake(problem: Problem, output: Tensor) -> str | None:
+def likely_mistake(call: Call, output: Tensor) -> str | None:
     """Return the mistake that gives this output, or None.
 
     Args:
-        problem: What was to be computed.
+        call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
-    *leading, query_len, _ = problem.query.shape
-    if math.prod(leading) * query_len * problem.key.shape[-2] > _MOST_SCORES:
+    *leading, query_len, _ = call.query.shape
+    if math.prod(leading) * query_len * call.key.shape[-2] > _MOST_SCORES:
         return None
     found = output.double()
     if not bool(found.isfinite().all()):
         return None
-    right = reference(replace(problem, upstream=None)).exact["output"]
+    expected = reference(replace(call, upstream=None))
+    right, unit = expected.exact["output"], expected.unit
     nearest, sentence = _PART * _size(found - right), None
-    for words, mistaken in _mistakes(problem):
+    for words, mistaken in _mistakes(call):
         exact = reference(mistaken).exact["output"]
         off = _size(found - exact)
-        if off < nearest and off < _UNITS * problem.unit * _size(exact):
+        if off < nearest and off < _UNITS * unit * _size(exact):
             nearest, sentence = off, f"the output is that of attention {words}"
     return sentence
 
@@ -50,18 +52,18 @@ def _size(tensor: Tensor) -> float:
     return float(tensor.square().mean().sqrt())
 
 
-def _mistakes(problem: Problem) -> Iterator[tuple[str, Problem]]:
-    problem = replace(problem, upstream=None)
-    for sentence, scale in _scales(problem):
-        if scale != problem.scale:
-            yield sentence, replace(problem, scale=scale)
-    for sentence, permitted in _masks(problem):
-        yield sentence, replace(problem, mask=permitted, bias=None, is_causal=False)
+def _mistakes(call: Call) -> Iterator[tuple[str, Call]]:
+    call = replace(call, upstream=None)
+    for sentence, scale in _scales(call):
+        if scale != call.factor:
+            yield sentence, replace(call, scale=scale)
+    for sentence, permitted in _masks(call):
+        yield sentence, replace(call, mask=permitted, bias=None, causal=False)
 
 
-def _scales(problem: Problem) -> Iterator[tuple[str, float]]:
-    width, value_dim = problem.query.shape[-1], problem.value.shape[-1]
-    heads = problem.query.shape[-3] if problem.query.ndim > 2 else 1
+def _scales(call: Call) -> Iterator[tuple[str, float]]:
+    width, value_dim = call.query.shape[-1], call.value.shape[-1]
+    heads = call.query.shape[-3] if call.query.ndim > 2 else 1
     yield "without a scale", 1.0
     yield "whose scores are multiplied by sqrt(head_dim), not divided", math.sqrt(width)
     yield "whose scores are divided by head_dim, not by its root", 1 / width
@@ -72,15 +74,15 @@ def _scales(problem: Problem) -> Iterator[tuple[str, float]]:
     yield "whose scale is taken from value_dim, not head_dim", 1 / math.sqrt(value_dim)
 
 
-def _masks(problem: Problem) -> Iterator[tuple[str, Tensor | None]]:
-    if problem.bias is not None or (problem.mask is None and not problem.is_causal):
+def _masks(call: Call) -> Iterator[tuple[str, Tensor | None]]:
+    if call.bias is not None or (call.mask is None and not call.causal):
         return
-    lengths = problem.query.shape[-2], problem.key.shape[-2]
-    device = problem.query.device
+    lengths = call.query.shape[-2], call.key.shape[-2]
+    device = call.query.device
     yield "without a mask", None
     given = torch.ones(lengths, dtype=torch.bool, device=device)
-    given = given if problem.mask is None else problem.mask
-    if problem.is_causal:
+    given = given if call.mask is None else call.mask
+    if call.causal:
         for steps, words in ((1, "one key too many"), (-1, "one key too few")):
             shifted = torch.ones(lengths, dtype=torch.bool, device=device).tril(steps)
             yield f"whose causal mask shows {words}", given & shifted

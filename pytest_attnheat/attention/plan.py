@@ -7,14 +7,15 @@ what a wrong implementation computes can be computed as well, and compared.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.reference import sliding_window_mask
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
+from pytest_attnheat.attention.call import Call, Positions
+from pytest_attnheat.attention.vocabulary import Alignment
 
 Source: TypeAlias = Literal["query", "key", "value"]
 Natural: TypeAlias = Literal["natural", "zero", "uniform", "nan"]
@@ -25,35 +26,17 @@ class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan an
 
 
 @dataclass(frozen=True, eq=False)
-class Case:
-    """One call of attention, and what is declared about it.
+class Case(Call):
+    """A call that a plan is carried out on, (batch, heads, length, width).
 
     Attributes:
         name: What it is called in messages.
-        query: (batch, heads, query_len, head_dim)
-        key: (batch, key_heads, key_len, head_dim); heads are a multiple of key_heads.
-        value: (batch, key_heads, key_len, value_dim)
-        mask: Boolean, True where a query may attend, broadcastable to the weights; or None.
-        causal: Whether causal attention is asked for.
-        alignment: What causal means, and where a window is counted from.
-        window: How many keys before and after its own position a query attends to; None for all.
-        scale: What scores are multiplied by; None for head_dim ** -0.5.
         scale_given: Whether the scale is passed as an argument of this call.
-        fully_masked: What a row without permitted keys is declared to be.
         dtype: The dtype in which it is computed: beyond its range exp is 0 or inf.
     """
 
-    name: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None = None
-    causal: bool = False
-    alignment: Alignment = "top_left"
-    window: tuple[int, int] | None = None
-    scale: float | None = None
+    name: str = ""
     scale_given: bool = False
-    fully_masked: DeclaredFullyMasked = "zero"
     dtype: torch.dtype = torch.float64
 
     @property
@@ -255,16 +238,27 @@ def _grouped(plan: Plan, tensor: Tensor, groups: int) -> Tensor:
 
 def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
     factor = 1.0 if plan.scale_after else scale_of(plan, case)
-    scores = (query @ key.mT) * (factor * plan.temperature)
-    return _rounded(scores, plan.scores_dtype)
+    scores = _rounded((query @ key.mT) * (factor * plan.temperature), plan.scores_dtype)
+    read = replace(case, alignment=_alignment(plan, case))
+    at = _everywhere(read)
+    scores = read.capped(scores)
+    if case.bias is not None:
+        scores = scores + case.bias.double().masked_fill(case.bias == -math.inf, 0.0)
+    distant = read.distant(at, torch.float64)
+    if distant is not None:
+        scores = scores + distant.view(case.shape)
+    return read.modified(scores.flatten(0, 1), at).view(case.shape)
+
+
+def _everywhere(case: Case) -> Positions:
+    return case.positions(torch.arange(case.maps), slice(0, case.query_len))
 
 
 def scale_of(plan: Plan, case: Case) -> float:
     """Return what a plan multiplies scores by, but for its temperature."""
     _, heads, _, key_len = case.shape
     width = case.query.shape[-1]
-    default = width**-0.5
-    declared = default if case.scale is None else case.scale
+    default, declared = width**-0.5, case.factor
     rules: dict[str, float] = {
         "declared": declared,
         "missing": 1.0,
@@ -287,23 +281,27 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _permitted(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
     """Return what is filled with -inf and what is treated by `plan.masking`, both as True = may."""
-    mask, causal = _mask(plan, case), _causal(plan, case)
+    mask, by_position = _mask(plan, case), _by_position(plan, case)
     if case.causal and case.mask is not None:
         if plan.together == "mask_only":
-            causal = torch.ones_like(causal)
+            by_position = _by_position(replace(plan, causal="ignored"), case)
         elif plan.together == "causal_only":
             mask = torch.ones_like(mask)
-    causal = causal & _window(plan, case)
     nothing = torch.ones_like(mask)
     hard, soft = {
-        "all": (nothing, mask & causal),
-        "mask": (causal.expand_as(mask), mask),
-        "causal": (mask, causal.expand_as(mask)),
+        "all": (nothing, mask & by_position),
+        "mask": (by_position, mask),
+        "causal": (mask, by_position),
     }[plan.covers]
     return hard & _used_keys(plan, case), soft
 
 
 def _mask(plan: Plan, case: Case) -> Tensor:
+    mask = _given_mask(plan, case)
+    return mask if case.bias is None else mask & (case.bias != -math.inf)
+
+
+def _given_mask(plan: Plan, case: Case) -> Tensor:
     batch, heads, query_len, key_len = case.shape
     if case.mask is None or plan.mask == "ignored":
         return torch.ones(case.shape, dtype=torch.bool)
@@ -329,31 +327,39 @@ def _alignment(plan: Plan, case: Case) -> Alignment:
     return "bottom_right" if case.alignment == "top_left" else "top_left"
 
 
-def _causal(plan: Plan, case: Case) -> Tensor:
-    query_len, key_len = case.shape[2:]
-    asked = (case.causal and plan.causal != "ignored") or plan.causal == "always"
-    if not asked:
-        return torch.ones(query_len, key_len, dtype=torch.bool)
-    first = key_len - query_len if _alignment(plan, case) == "bottom_right" else 0
-    everything = torch.ones(query_len, key_len, dtype=torch.bool)
+def _by_position(plan: Plan, case: Case) -> Tensor:
+    """What is permitted by where queries and keys stand, as the plan reads it."""
+    read = replace(case, causal=False, window=None, alignment=_alignment(plan, case))
+    at = _everywhere(read)
+    permitted = torch.ones(case.maps, *case.shape[2:], dtype=torch.bool)
+    for rule in (*read.rules(at), *_causal(plan, case, at), *_window(plan, case, at)):
+        permitted &= rule
+    return permitted.view(case.shape)
+
+
+def _causal(plan: Plan, case: Case, at: Positions) -> Iterator[Tensor]:
+    if not ((case.causal and plan.causal != "ignored") or plan.causal == "always"):
+        return
+    _, _, query_len, key_len = case.shape
     shifted = {
         "all": True, "differ": query_len != key_len, "more_keys": query_len < key_len
     }[plan.causal_shift_where]  # fmt: skip
-    last = first + plan.causal_shift * shifted
-    return everything.triu(last) if plan.causal == "reversed" else everything.tril(last)
+    shift = plan.causal_shift * shifted
+    seen = at.within(-shift, None) if plan.causal == "reversed" else at.within(None, shift)
+    yield seen | (at.key < case.prefix)
 
 
-def _window(plan: Plan, case: Case) -> Tensor:
-    query_len, key_len = case.shape[2:]
+def _window(plan: Plan, case: Case, at: Positions) -> Iterator[Tensor]:
     if case.window is None or plan.window == "ignored":
-        return torch.ones(query_len, key_len, dtype=torch.bool)
-    left, right = case.window[::-1] if plan.window == "swapped" else case.window
-    more_left, more_right = plan.window_shift
-    sides = left + more_left, right + more_right
-    if min(sides) < 0:
+        return
+    sides = case.window[::-1] if plan.window == "swapped" else case.window
+    wider = [
+        side if side is None else side + more
+        for side, more in zip(sides, plan.window_shift, strict=True)
+    ]
+    if any(side is not None and side < 0 for side in wider):
         raise NotApplicable("a window cannot be smaller than its own key")
-    alignment = _alignment(plan, case)
-    return sliding_window_mask(query_len, key_len, window=sides, alignment=alignment, device="cpu")
+    yield at.within(*wider) | (at.key < case.sink_keys)
 
 
 def _used_keys(plan: Plan, case: Case) -> Tensor:
@@ -378,7 +384,7 @@ def _whole_blocks(plan: Plan, block: int, length: int) -> int:
 
 def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
     filled = _masked_scores(plan, scores, soft).masked_fill(~hard, -math.inf)
-    weights = _in_range(_normalised(plan, filled, case.dtype), case.dtype)
+    weights = _in_range(_with_sinks(plan, case, filled), case.dtype)
     if plan.masking in ("after", "after_renormalised"):
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
@@ -410,6 +416,14 @@ def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     limits = torch.finfo(torch.float32)
     held = numbers.masked_fill(numbers.abs() < limits.tiny, 0.0)
     return held.masked_fill(numbers > limits.max, math.inf)
+
+
+def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> Tensor:
+    """The weights, where a sink is one key more that has no value."""
+    if case.sinks is None or plan.dim != "keys":
+        return _normalised(plan, scores, case.dtype)
+    sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
+    return _normalised(plan, torch.cat([scores, sinks], -1), case.dtype)[..., :-1]
 
 
 def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -488,6 +502,8 @@ def _slices(plan: Plan, weights: Tensor, scores: Tensor, dim: tuple[int, ...]) -
 
 def _fully_masked_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tensor) -> Tensor:
     meaning = plan.fully_masked or case.fully_masked
+    if case.sinks is not None:  # a row that has one is never empty
+        permitted = permitted | (case.sinks > -math.inf)[:, None, None]
     if meaning in ("natural", "undefined"):
         return weights
     number = {"zero": 0.0, "nan": math.nan, "uniform": 1.0 / case.shape[3]}[meaning]

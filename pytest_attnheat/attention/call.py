@@ -1,0 +1,209 @@
+"""One call of attention: its tensors, and what is declared of it.
+
+Inside one row of scores things happen in this order: the product of query and key times the scale,
+softcap, bias and ALiBi, a function of the score, the mask; then a sink joins the sum, and the
+softmax follows. A model that does it in another order says so with `score_mod`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
+
+# (batch, head, query, key) -> whether that query may attend to that key; positions count from 0.
+MaySee: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# (score, batch, head, query, key) -> another score.
+ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of attention, fully described. What is not given plays no part.
+
+    Every rule of who may attend to whom has to permit; where none is given, all keys are seen.
+    Leading dimensions are any, (batch, heads) where a feature speaks of batch entries or heads.
+
+    Attributes:
+        query: (..., query_len, head_dim)
+        key: (..., key_len, head_dim), of fewer heads where they are grouped.
+        value: (..., key_len, value_dim), likewise.
+        mask: Boolean, True where a query may attend, broadcastable to (..., query_len, key_len).
+        bias: Added to the scores, of such a shape; -inf forbids.
+        causal: Whether a query sees no later key.
+        alignment: Where query 0 stands if lengths differ: what `causal`, `window`, `chunk` and
+            `alibi` are counted from.
+        window: How many keys before and after its own position a query sees; None is no limit.
+        chunk: A query sees keys of its own chunk of so many positions alone.
+        prefix: So many first keys are seen in spite of `causal`.
+        sink_keys: So many first keys are seen in spite of `window` and `chunk`.
+        documents: The document of each query, (batch, query_len), and of each key,
+            (batch, key_len): a query sees its own document alone.
+        lengths: How many first keys of each batch entry are real, (batch,). The last query stands
+            at the last real key where the alignment is bottom right.
+        may_see: A function of positions, called with integer tensors that broadcast.
+        scale: What the products of queries and keys are multiplied by; None for 1 / sqrt(head_dim).
+        softcap: Scores become softcap * tanh(score / softcap).
+        alibi: One slope per head: a score loses slope times the distance of query and key.
+        score_mod: A function of the score and its positions, elementwise.
+        sinks: One score per head that joins the sum of each row and has no value.
+        fully_masked: What the weights are of a query that may attend to nothing.
+        upstream: The gradient of the output, (..., query_len, value_dim); None for no gradients.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None = None
+    bias: Tensor | None = None
+    causal: bool = False
+    alignment: Alignment = "top_left"
+    window: tuple[int | None, int | None] | None = None
+    chunk: int | None = None
+    prefix: int = 0
+    sink_keys: int = 0
+    documents: tuple[Tensor, Tensor] | None = None
+    lengths: Tensor | None = None
+    may_see: MaySee | None = None
+    scale: float | None = None
+    softcap: float | None = None
+    alibi: Tensor | None = None
+    score_mod: ScoreMod | None = None
+    sinks: Tensor | None = None
+    fully_masked: DeclaredFullyMasked = "zero"
+    upstream: Tensor | None = None
+
+    @cached_property
+    def factor(self) -> float:
+        """What the products of queries and keys are multiplied by."""
+        return 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+
+    @property
+    def query_len(self) -> int:
+        """The number of queries."""
+        return self.query.shape[-2]
+
+    @property
+    def key_len(self) -> int:
+        """The number of keys."""
+        return self.key.shape[-2]
+
+    @property
+    def maps(self) -> int:
+        """The number of maps: batch entries times heads."""
+        return self.query.shape[:-2].numel()
+
+    @property
+    def heads(self) -> int:
+        """The number of query heads."""
+        return self.query.shape[-3] if self.query.ndim > 2 else 1
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the results, by name: the output, and the gradients if any are wanted."""
+        shapes = {"output": (*self.query.shape[:-1], self.value.shape[-1])}
+        if self.upstream is not None:
+            shapes |= {name: tuple(getattr(self, name).shape) for name in ("query", "key", "value")}
+            shapes |= {} if self.bias is None else {"attn_mask": tuple(self.bias.shape)}
+            shapes |= {} if self.sinks is None else {"sinks": tuple(self.sinks.shape)}
+        return shapes
+
+    def positions(self, maps: Tensor, rows: slice) -> Positions:
+        """Return the positions of some queries of some maps, and of all keys.
+
+        Args:
+            maps: Numbers of maps, counted through all leading dimensions.
+            rows: The queries.
+        """
+        device = maps.device
+        query = torch.arange(rows.start, rows.stop, device=device)[None, :, None]
+        key = torch.arange(self.key_len, device=device)[None, None, :]
+        batch, head = (maps // self.heads)[:, None, None], (maps % self.heads)[:, None, None]
+        stands: Tensor | int = 0
+        if self.alignment == "bottom_right":
+            stands = self.key_len - self.query_len
+            if self.lengths is not None:
+                stands = self.lengths.to(device)[batch] - self.query_len
+        return Positions(batch, head, query, key, query + stands - key)
+
+    def capped(self, products: Tensor) -> Tensor:
+        """Return scaled products after softcap."""
+        if self.softcap is None:
+            return products
+        return self.softcap * torch.tanh(products / self.softcap)
+
+    def distant(self, at: Positions, dtype: torch.dtype) -> Tensor | None:
+        """Return what ALiBi adds to the scores, (maps, rows, key_len), None without it."""
+        if self.alibi is None:
+            return None
+        slopes = self.alibi.detach().to(at.head.device, dtype)[at.head]
+        return -slopes * at.behind.abs()
+
+    def modified(self, scores: Tensor, at: Positions) -> Tensor:
+        """Return scores (maps, rows, key_len) after `score_mod`."""
+        if self.score_mod is None:
+            return scores
+        changed = self.score_mod(scores, at.batch, at.head, at.query, at.key)
+        return changed.to(scores.dtype).expand_as(scores)
+
+    def permitted(self, maps: Tensor, rows: slice) -> Tensor | None:
+        """Return what the rules of positions permit, (maps, rows, key_len) or broadcastable.
+
+        The mask and the bias are not looked at.
+        """
+        every: Tensor | None = None
+        for rule in self.rules(self.positions(maps, rows)):
+            every = rule if every is None else every & rule
+        return every
+
+    def rules(self, at: Positions) -> Iterator[Tensor]:
+        """Yield what each rule of positions permits; the mask and the bias are not looked at."""
+        if self.causal:
+            yield at.within(None, 0) | (at.key < self.prefix)
+        if self.window is not None:
+            yield at.within(*self.window) | (at.key < self.sink_keys)
+        if self.chunk is not None:
+            own, its = (
+                torch.div(place, self.chunk, rounding_mode="floor")
+                for place in (at.behind + at.key, at.key)
+            )
+            yield (own == its) | (at.key < self.sink_keys)
+        if self.documents is not None:
+            of_queries, of_keys = (numbers.to(at.key.device) for numbers in self.documents)
+            yield of_queries[at.batch, at.query] == of_keys[at.batch, at.key]
+        if self.lengths is not None:
+            yield at.key < self.lengths.to(at.key.device)[at.batch]
+        if self.may_see is not None:
+            yield self.may_see(at.batch, at.head, at.query, at.key)
+
+
+@dataclass(frozen=True, eq=False)
+class Positions:
+    """Where some queries and all keys stand; integer tensors that broadcast.
+
+    Attributes:
+        batch: (maps, 1, 1)
+        head: (maps, 1, 1)
+        query: (1, rows, 1)
+        key: (1, 1, key_len)
+        behind: How many keys each key is behind its query, below 0 in its future.
+    """
+
+    batch: Tensor
+    head: Tensor
+    query: Tensor
+    key: Tensor
+    behind: Tensor
+
+    def within(self, left: int | None, right: int | None) -> Tensor:
+        """Return which keys are at most so many before and after a query; None is no limit."""
+        near = torch.ones_like(self.behind, dtype=torch.bool)
+        near = near if left is None else near & (self.behind <= left)
+        return near if right is None else near & (self.behind >= -right)

@@ -1,0 +1,465 @@
+"""Attention in float64 and its gradients, and how far rounding may move each of their numbers.
+
+The formulas, for one query i and its keys j (Vaswani et al. 2017; the gradients as in Dao et al.
+2022: FlashAttention, appendix B), where dO is the gradient of the output::
+
+    s_ij = scale q_i . k_j + bias_ij    w_i = softmax(s_i)    o_i = sum_j w_ij v_j
+    dS_ij = w_ij (dO_i . v_j - D_i)     D_i = sum_j w_ij dO_i . v_j       dZ_ij = a_ij dS_ij
+    dQ_i = scale sum_j dZ_ij k_j        dK_j = scale sum_i dZ_ij q_i      dV_j = sum_i w_ij dO_i
+    dsink = -sum_i w_i,sink D_i
+
+**The natural scale** of a number is the error it would have if each step were rounded once, and
+all errors pointed the same way (the componentwise bounds of Higham: Accuracy and Stability of
+Numerical Algorithms, chapter 3). With the unit roundoff u, a score is off by ::
+
+    d_ij = u (1 + |s_ij| + |bias_ij| + a_ij scale sqrt(sum_d (q_id k_jd)^2))
+
+where a_ij is the slope of the score as a function of the product (1, but for softcap and functions
+of the score), 1 stands for a constant that a computation may add to all scores of a row, and the
+root for inputs that are rounded once more, each on its own. Then a weight is off by ::
+
+    W_ij = e_ij (1 - w_ij) + w_ij (u + sum_(l != j) e_il) + t    e_ij = min(1, w_ij expm1(d_ij))
+
+(t is the smallest subnormal) and an output by `W @ |v|`. That is u times the weighted mean of
+|v|, and a part for the scores, which vanishes where one key has all the weight. Added to u in W
+is the rounding of the logarithm of a row's normaliser, in float32 or wider: FlashAttention keeps
+that, and recomputes the weights from it. The gradients follow in the same way, see
+`_gradient_scales`. Every element has a scale of its own, so that a key with a value of 1e4
+excuses no other place.
+
+What a key with a weight of 0 scores must not matter, or a mask of -1e9 would excuse anything: its
+d_ij counts only through its weight, and a normaliser is as large as the largest score of its row.
+
+Everything is computed for some maps or some queries at a time, in bounded memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention import chunks
+from pytest_attnheat.attention.call import Call, Positions
+from pytest_attnheat.attention.reference import masked_softmax
+from pytest_attnheat.attention.vocabulary import FullyMasked
+from pytest_attnheat.inputs import wide_dtype
+
+# How many float64 matrices (queries x keys) one chunk may make.
+_MATRICES = 16
+# A score that is off by more than this says no more.
+_LARGEST_EXPONENT = 600.0
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What attention in float64 gives.
+
+    Attributes:
+        exact: By name (output, lse and weights if they are wanted, and the gradients of query,
+            key, value, attn_mask, sinks), in float64.
+        scale: How far rounding may move each of these numbers, if all errors point the same way.
+        least: What is allowed for at any rate. The result and its normaliser are rounded, and
+            of an output the errors of n keys add up like a random walk::
+
+                2 u |o_i| + sqrt(sum_j w_ij^2) scale        2 u |gradient| + scale
+        unit: The unit roundoff that the scale was computed with.
+        top_score: The largest permitted score; None if unknown.
+    """
+
+    exact: dict[str, Tensor]
+    scale: dict[str, Tensor]
+    least: dict[str, Tensor]
+    unit: float
+    top_score: float | None = None
+
+
+@dataclass(frozen=True)
+class _Units:
+    """The roundoff of a computation in the dtype of a call.
+
+    Attributes:
+        one: That of the dtype, with what a long sum adds to it.
+        sums: That of the dtype that sums are kept in: float32 or wider, as in
+            `pytest_attnheat.attention.tolerance`.
+        tiny: The smallest number that the dtype holds.
+    """
+
+    one: float
+    sums: float
+    tiny: float
+
+    @classmethod
+    def of(cls, call: Call) -> _Units:
+        info = torch.finfo(call.query.dtype)
+        steps = max(*call.query.shape[-2:], *call.key.shape[-2:], call.value.shape[-1])
+        sums = torch.finfo(wide_dtype(call.query.dtype)).eps / 2
+        return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, info.smallest_normal * info.eps)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Some queries of some maps. Tensors are (maps, length, width); `own` tells which maps."""
+
+    own: dict[str, Tensor]
+    rows: slice
+    at: Positions
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    distant: Tensor | None
+    sinks: Tensor | None
+    permitted: Tensor
+    upstream: Tensor | None
+
+
+@dataclass(frozen=True)
+class _Row:
+    """What the rows of a part come to, all (maps, rows, key_len) but for the last dimension.
+
+    Attributes:
+        scores: As they enter the softmax, not masked.
+        weights: Without that of the sink.
+        sink: The weight of the sink, (maps, rows, 1); None without one.
+        slope: How scores grow with the scaled product; None where it is 1.
+        bias_slope: How they grow with the bias; None where it is 1.
+        felt: What the rounding of a score is in proportion to: d / u - 1 in the formulas above.
+    """
+
+    scores: Tensor
+    weights: Tensor
+    sink: Tensor | None
+    slope: Tensor | None
+    bias_slope: Tensor | None
+    felt: Tensor
+
+
+def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
+    """Compute attention in float64, its gradients, and the natural scale of each number.
+
+    Args:
+        call: What is computed.
+        wanted: Besides the output and the gradients: "lse", the logarithm of the sum of each row,
+            (..., query_len), with the sink where there is one; "weights", all of them at once.
+    """
+    units = _Units.of(call)
+    exact, scale = _zeros(call, wanted), _zeros(call, wanted)
+    drift = _zeros(replace(call, upstream=None), ())["output"]
+    top = -math.inf
+    for part in _parts(call, torch.float64):
+        row = _row(call, part)
+        unsure = _unsure(units, part, row)
+        parts = {"output": row.weights @ part.value, "weights": row.weights, "lse": _lse(part, row)}
+        sizes = {"output": unsure @ part.value.abs() + units.tiny, "weights": unsure}
+        sizes["lse"] = _lse_scale(units, part, row, parts["lse"])
+        if part.upstream is not None:
+            parts |= _gradients(call, part, row, part.upstream)
+            sizes |= _gradient_scales(call, units, part, row, unsure, part.upstream)
+        walk = row.weights.square().sum(-1, keepdim=True).sqrt() * sizes["output"] + units.tiny
+        _add(drift, "output", part, walk)
+        for name in exact:
+            _add(exact[name], name, part, parts[name])
+            _add(scale[name], name, part, sizes[name])
+        top = max(top, float(row.scores.masked_fill(~part.permitted, -math.inf).amax()))
+    rounded = {name: 2 * units.one * tensor.abs() for name, tensor in exact.items()}
+    least = {name: rounded[name] + (drift if name == "output" else scale[name]) for name in exact}
+    return Reference(exact, scale, least, units.one, top)
+
+
+def plain(call: Call) -> dict[str, Tensor]:
+    """Compute the same in plain PyTorch and the dtype of the query; return it as float64."""
+    found = _zeros(call, ())
+    wanted = [name for name in found if name != "output"]
+    for part in _parts(call, call.query.dtype):
+        given = {"query": part.query, "key": part.key, "value": part.value}
+        given |= {} if part.bias is None else {"attn_mask": part.bias}
+        given |= {} if part.sinks is None else {"sinks": part.sinks}
+        leaves = {k: t.detach().requires_grad_(bool(wanted)) for k, t in given.items()}
+        own = replace(
+            part,
+            query=leaves["query"],
+            key=leaves["key"],
+            value=leaves["value"],
+            bias=leaves.get("attn_mask"),
+            sinks=leaves.get("sinks"),
+        )
+        output = _weights(call, own, _scores(call, own))[0] @ own.value
+        parts = {"output": output.detach()}
+        if wanted:
+            slopes = torch.autograd.grad(output, [leaves[k] for k in wanted], part.upstream)
+            parts |= dict(zip(wanted, slopes, strict=True))
+        for name in found:
+            _add(found[name], name, part, parts[name].double())
+    return found
+
+
+def _products(call: Call, part: _Part) -> Tensor:
+    return (part.query @ part.key.mT) * call.factor
+
+
+def _biased(part: _Part, scores: Tensor) -> Tensor:
+    for added in (part.bias, part.distant):
+        scores = scores if added is None else scores + added
+    return scores
+
+
+def _scores(call: Call, part: _Part) -> Tensor:
+    return call.modified(_biased(part, call.capped(_products(call, part))), part.at)
+
+
+def _weights(call: Call, part: _Part, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The weights, and the weight of the sink: one key more, which every query may see."""
+    meaning: FullyMasked = "uniform" if call.fully_masked == "uniform" else "zero"
+    if part.sinks is None:
+        return masked_softmax(scores, part.permitted, fully_masked=meaning), None
+    sinks = part.sinks.expand(*scores.shape[:-1], 1)
+    every = torch.cat([scores, sinks], -1)
+    permitted = torch.cat([part.permitted, sinks > -math.inf], -1)
+    weights = masked_softmax(every, permitted)
+    return weights[..., :-1], weights[..., -1:]
+
+
+def _row(call: Call, part: _Part) -> _Row:
+    products = _products(call, part)
+    capped = call.capped(products)
+    biased = _biased(part, capped)
+    scores, bias_slope = biased, None
+    if call.score_mod is not None:
+        with torch.enable_grad():
+            leaf = biased.detach().requires_grad_()
+            scores = call.modified(leaf, part.at)
+            bias_slope = _grad(scores, leaf)
+        scores = scores.detach()
+    slope = bias_slope
+    if call.softcap is not None:
+        slope = 1 - (capped / call.softcap).square()
+        slope = slope if bias_slope is None else slope * bias_slope
+    weights, sink = _weights(call, part, scores)
+    felt = (part.query.square() @ part.key.square().mT).sqrt_().mul_(abs(call.factor))
+    if call.softcap is not None:  # the product is rounded before, and felt by its slope alone
+        felt += products.abs()
+    felt = felt if slope is None else felt.mul_(slope.abs())
+    felt += scores.abs()
+    for added in (part.bias, part.distant):
+        felt = felt if added is None else felt + added.abs()
+    # Twice finfo.min would be inf, and with it a masked key the largest of its row.
+    felt = felt.clamp_(max=torch.finfo(felt.dtype).max)
+    return _Row(scores, weights, sink, slope, bias_slope, felt)
+
+
+def _grad(scores: Tensor, leaf: Tensor) -> Tensor:
+    if not scores.requires_grad:  # a function that leaves the score out
+        return torch.zeros_like(leaf)
+    (slope,) = torch.autograd.grad(scores.sum(), leaf)
+    return slope
+
+
+def _lse(part: _Part, row: _Row) -> Tensor:
+    """The logarithm of the sum of each row, -inf where there is nothing to sum, (maps, rows, 1)."""
+    lse = row.scores.masked_fill(~part.permitted, -math.inf).logsumexp(-1, keepdim=True)
+    return lse if part.sinks is None else torch.logaddexp(lse, part.sinks.expand_as(lse))
+
+
+def _lse_scale(units: _Units, part: _Part, row: _Row, lse: Tensor) -> Tensor:
+    moved = (row.felt + 1).mul_(row.weights).masked_fill_(~part.permitted, 0.0)
+    off = (moved.sum(-1, keepdim=True) + lse.abs().nan_to_num_(posinf=0.0)).mul_(units.one)
+    if row.sink is not None and part.sinks is not None:
+        off += row.sink * (part.sinks.abs().nan_to_num_(posinf=0.0) + 1) * units.one
+    return off.add_(units.tiny)
+
+
+def _logarithm(units: _Units, part: _Part, row: _Row) -> Tensor:
+    """How far rounding may move the logarithm of a row's normaliser, (maps, rows, 1)."""
+    largest = row.scores.masked_fill(~part.permitted, -math.inf).amax(-1, keepdim=True)
+    return largest.abs_().nan_to_num_(posinf=0.0).mul_(units.sums)
+
+
+def _highest(units: _Units, part: _Part, row: _Row) -> Tensor:
+    """Which scores may be the largest of their row, within rounding."""
+    off = row.felt * units.one
+    low = (row.scores - off).masked_fill_(~part.permitted, -math.inf).amax(-1, keepdim=True)
+    return (off.add_(row.scores) >= low) & part.permitted
+
+
+def _unsure(units: _Units, part: _Part, row: _Row) -> Tensor:
+    """How far each weight may be off: W in the formulas above."""
+    moved = (row.felt + 1).mul_(units.one).clamp_(max=_LARGEST_EXPONENT).expm1_()
+    moved = moved.mul_(row.weights).clamp_(max=1.0).masked_fill_(~part.permitted, 0.0)
+    others = moved.sum(-1, keepdim=True) - moved
+    others += units.one + _logarithm(units, part, row)
+    if row.sink is not None and part.sinks is not None:
+        felt = (part.sinks.abs() + 1).nan_to_num_(posinf=0.0).mul_(units.one)
+        others += row.sink * felt.clamp_(max=_LARGEST_EXPONENT).expm1_()
+    # No weight is off by more than 1, even where all scores of a row are -1e9.
+    off = moved.mul_(1 - row.weights).add_(others.mul_(row.weights)).clamp_(max=1.0)
+    return off.add_(part.permitted, alpha=units.tiny)
+
+
+def _gradients(call: Call, part: _Part, row: _Row, above: Tensor) -> dict[str, Tensor]:
+    """The gradients by the formulas above. A row that may attend to nothing has none."""
+    felt = above @ part.value.mT
+    mean = (row.weights * felt).sum(-1, keepdim=True)
+    slope = felt.sub_(mean).mul_(row.weights).masked_fill_(~part.permitted, 0.0)
+    of_products = slope if row.slope is None else slope * row.slope
+    found = {
+        "query": of_products @ part.key * call.factor,
+        "key": of_products.mT @ part.query * call.factor,
+        "value": row.weights.mT @ above,
+        "attn_mask": slope if row.bias_slope is None else slope * row.bias_slope,
+    }
+    if row.sink is not None:
+        found["sinks"] = -row.sink * mean
+    return found
+
+
+def _gradient_scales(
+    call: Call, units: _Units, part: _Part, row: _Row, unsure: Tensor, above: Tensor
+) -> dict[str, Tensor]:
+    """How far the gradients may be off.
+
+    dS_ij = w_ij (dP_ij - D_i) is off by the error of its weight times |dP_ij - D_i|, and by its
+    weight times the errors of dP_ij = dO_i . v_j (u |dO_i| . |v_j|) and of D_i (those of each
+    dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
+    of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
+    are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
+    each off by the rounding of those. The slope of softcap is off by a few units of itself and,
+    through its argument, of the score.
+    """
+    weights, logarithm = row.weights, _logarithm(units, part, row)
+    felt = above @ part.value.mT
+    mean = (weights * felt).sum(-1, keepdim=True)
+    away = felt.sub_(mean).abs_()
+    step = (above.abs() @ part.value.abs().mT).mul_(units.one + logarithm.clamp(max=1.0))
+    mean_off = (unsure * away).add_(weights * step).sum(-1, keepdim=True)
+    off = step.add_(mean_off).mul_(weights).add_(away * unsure)
+    off.masked_fill_(~part.permitted, 0.0)
+    off += _highest(units, part, row) * off.sum(-1, keepdim=True)
+    off.add_(part.permitted, alpha=units.tiny)
+    of_products = off if row.slope is None else off * row.slope.abs()
+    if row.slope is not None:
+        steep = (weights * away).masked_fill_(~part.permitted, 0.0)
+        of_products = of_products + steep * (row.felt + 4) * units.one
+    factor = abs(call.factor)
+    found = {
+        "query": of_products @ part.key.abs() * factor + units.tiny,
+        "key": of_products.mT @ part.query.abs() * factor + units.tiny,
+        "value": unsure.mT @ above.abs() + units.tiny,
+        "attn_mask": (off if row.bias_slope is None else of_products) + units.tiny,
+    }
+    if row.sink is not None and part.sinks is not None:
+        felt_sink = (part.sinks.abs().nan_to_num(posinf=0.0) + 4) * units.one
+        own = row.sink * mean.abs() * (felt_sink + mean_off + unsure.sum(-1, keepdim=True))
+        found["sinks"] = own + row.sink * mean_off + units.tiny
+    return found
+
+
+def _zeros(call: Call, wanted: Sequence[str]) -> dict[str, Tensor]:
+    """A float64 tensor for each result."""
+    more = {"lse": (*call.query.shape[:-1], 1), "weights": (*call.query.shape[:-1], call.key_len)}
+    shapes = call.shapes | {name: more[name] for name in wanted}
+    device = call.query.device
+    return {n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()}
+
+
+def _add(total: Tensor, name: str, part: _Part, found: Tensor) -> None:
+    """Add what a part found where it belongs: keys that several parts share sum up."""
+    if name == "sinks":
+        total.index_add_(0, part.own["sinks"], found.sum((-2, -1)))
+        return
+    flat = _flat(total)
+    if name in ("key", "value"):
+        flat.index_add_(0, part.own[name], found)
+    elif name == "attn_mask":
+        found = found.sum(-1, keepdim=True) if flat.shape[-1] == 1 else found
+        found = found.sum(-2, keepdim=True) if flat.shape[-2] == 1 else found
+        rows = _own_rows(flat, part.rows)
+        flat[:, rows].index_add_(0, part.own["bias"], found)
+    else:
+        flat[part.own["query"], part.rows] = found
+
+
+def _parts(call: Call, dtype: torch.dtype) -> Iterator[_Part]:
+    """Yield all queries of all maps, in parts whose matrices fit into the budget."""
+    row_bytes = _MATRICES * 8 * call.key_len
+    rows = max(1, min(call.query_len, chunks.CHUNK_BYTES // row_bytes))
+    together = max(1, chunks.CHUNK_BYTES // (row_bytes * rows))
+    flat, own = _flattened(call)
+    numbers = torch.arange(call.maps, device=call.query.device)
+    for some, span in product(
+        chunks.spans(call.maps, together), chunks.spans(call.query_len, rows)
+    ):
+        mine = {name: index[some] for name, index in own.items()}
+        maps = numbers[some]
+        mine["sinks"] = maps % call.heads
+        part = {
+            name: tensor[mine[name]][:, _own_rows(tensor, span)]
+            for name, tensor in flat.items()
+            if name not in ("key", "value")
+        }
+        bias = part.get("bias")
+        permitted = _permitted(call, maps, span, part.get("mask"), bias)
+        if bias is not None:
+            # Their weight is 0 by the mask; a -inf left in the scores would make NaN.
+            bias = bias.masked_fill(bias == -math.inf, 0.0).to(dtype)
+        at = call.positions(maps, span)
+        yield _Part(
+            own=mine,
+            rows=span,
+            at=at,
+            query=part["query"].to(dtype),
+            key=flat["key"][mine["key"]].to(dtype),
+            value=flat["value"][mine["value"]].to(dtype),
+            bias=bias,
+            distant=call.distant(at, dtype),
+            sinks=None if call.sinks is None else call.sinks.detach().to(dtype)[at.head],
+            permitted=permitted,
+            upstream=part["upstream"].to(dtype) if "upstream" in part else None,
+        )
+
+
+def _permitted(
+    call: Call, maps: Tensor, rows: slice, mask: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Where every rule, the mask and the bias let a query attend, (maps, rows, key_len)."""
+    shape = (len(maps), rows.stop - rows.start, call.key_len)
+    permitted = torch.ones(shape, dtype=torch.bool, device=maps.device)
+    for rule in (call.permitted(maps, rows), mask, None if bias is None else bias != -math.inf):
+        if rule is not None:
+            permitted &= rule
+    return permitted
+
+
+def _flattened(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """All inputs as (maps, length, width), and for each which of its maps each query map uses."""
+    given = {
+        name: tensor
+        for name in ("query", "key", "value", "mask", "bias", "upstream")
+        if (tensor := getattr(call, name)) is not None
+    }
+    flat = {name: _flat(tensor.detach()) for name, tensor in given.items()}
+    own = {
+        name: _own_maps(tensor, call.query, grouped=name in ("key", "value"))
+        for name, tensor in given.items()
+    }
+    return flat, own
+
+
+def _own_maps(tensor: Tensor, query: Tensor, *, grouped: bool) -> Tensor:
+    lead = tensor.shape[:-2]
+    index = torch.arange(lead.numel(), device=query.device).view(lead)
+    if grouped and lead != query.shape[:-2]:
+        index = index.repeat_interleave(query.shape[-3] // tensor.shape[-3], -1)
+    return index.expand(query.shape[:-2]).reshape(-1)
+
+
+def _own_rows(tensor: Tensor, rows: slice) -> slice:
+    return rows if tensor.shape[-2] > 1 else slice(0, 1)
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, *tensor.shape[-2:])
