@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.sequences import as_meant
+from pytest_attnheat.attention.call import MaySee, ScoreMod
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.reference import causal_mask
@@ -26,13 +29,15 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
-Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights"]
+Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights", "lse"]
 Sound: TypeAlias = Literal["mask", "causal"]
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
 # A side of a window that ends nowhere.
 _ENDLESS = 2**30
+# The steps that may be rounded on purpose, in their order.
+STEPS = ("query", "key", "value", "scores", "weights")
 _NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
 
 
@@ -76,6 +81,35 @@ class AttentionSpec:
         devices: The devices; all that are present by default.
         tolerance: How far its float32 output may be off, as a part of its size; by default as
             `assert_matches_reference`.
+        softcap: Scores become softcap * tanh(score / softcap): a number that it always uses, or
+            the keyword under which it takes one; by default a keyword such as `softcap` that its
+            signature has. Likewise all that follows where a keyword is accepted.
+        sinks: One score per head that joins the sum of each row: numbers (heads,) that it always
+            uses, or its keyword.
+        alibi: One slope per head: a score loses slope times the distance of query and key.
+            Numbers (heads,), a function from the number of heads to them, or a keyword.
+        bias: The keyword of floats that are added to the scores, besides the mask.
+        score_mod: What it always does to a score, after all else: a function of score, batch,
+            head, query and key position, elementwise, as of `flex_attention`.
+        may_see: Who may always attend to whom, besides all else: a function of batch, head, query
+            and key position, or booleans (query_len, key_len) for calls that are no longer.
+        chunk: A query always sees keys of its own chunk of so many positions alone.
+        prefix: So many first keys are seen in spite of causality.
+        sink_keys: So many first keys are seen in spite of `window` and `chunk`.
+        documents: The keyword of the document of each position, (batch, length); of a block, these
+            numbers themselves, (batch, length) or (length,).
+        lengths: The keyword of how many first keys of each batch entry are real, (batch,).
+        scale_argument: The keyword of the scale; by default one such as `scale`, `softmax_scale`
+            or `sm_scale` that its signature has.
+        rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
+            "scores", "weights".
+        gradients: Whether it has gradients, so that they are judged.
+        few_shapes: Whether to ask few shapes, for what is compiled for each.
+        square: Whether it takes as many keys as queries alone; by default that is found out.
+        reference: What it is to compute, where no name above says it: called as it is.
+        arguments: Of a block: further arguments of each call, by name.
+        memory: Of a block: which of `arguments` its queries look things up in, (batch, length,
+            width); its mask is then about that.
     """
 
     subject: Callable[..., Any] | Trace | AttentionRecord
@@ -95,6 +129,25 @@ class AttentionSpec:
     dtypes: Sequence[str] = ("float32", "float16", "bfloat16", "float64")
     devices: Sequence[str] | None = None
     tolerance: float | None = None
+    softcap: float | str | None = None
+    sinks: Tensor | str | None = None
+    alibi: Tensor | Callable[[int], Tensor] | str | None = None
+    bias: str | None = None
+    score_mod: ScoreMod | None = None
+    may_see: MaySee | Tensor | None = None
+    chunk: int | None = None
+    prefix: int = 0
+    sink_keys: int = 0
+    documents: Tensor | str | None = None
+    lengths: str | None = None
+    scale_argument: str | None = None
+    rounded: Mapping[str, torch.dtype] | None = None
+    gradients: bool = True
+    few_shapes: bool = False
+    square: bool | None = None
+    reference: Callable[..., Any] | None = None
+    arguments: Mapping[str, Any] | None = None
+    memory: str | None = None
 
     def __post_init__(self) -> None:
         _check_subject(self.subject, self.inputs)
@@ -439,8 +492,28 @@ def _one_of(known: Sequence[str], *, or_none: bool = False) -> tuple[Any, Any, s
     return types, known.__contains__, f"one of {names}{ending}"
 
 
+def _is_booleans(seen: object) -> bool:
+    return not isinstance(seen, Tensor) or (seen.dtype == torch.bool and seen.ndim == 2)
+
+
+def _is_cap(cap: Any) -> bool:
+    return isinstance(cap, str) or 0 < cap < math.inf
+
+
+def _are_steps(steps: Mapping[str, Any]) -> bool:
+    return set(steps) <= set(STEPS) and all(isinstance(to, torch.dtype) for to in steps.values())
+
+
 _TEXT = (str, lambda _: True, "a text")
 _FLAG = (bool | None, lambda _: True, "True, False, or None")
+_KEYWORD = (str | None, str.isidentifier, "the name of a parameter, or None")
+_FUNCTION = (Callable | None, lambda _: True, "a function, or None")
+_COUNT = (int, lambda count: count >= 0, "a whole number from 0")
+_PER_HEAD = (
+    Tensor | str | None,
+    lambda given: not isinstance(given, Tensor) or given.ndim == 1,
+    "a tensor of one number per head, the keyword of one, or None",
+)
 # What each field accepts: its types, what else is true of it, and both in words.
 _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "name": _TEXT,
@@ -464,4 +537,29 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
                f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
     "devices": (tuple | list | None, lambda names: names and all(map(_is_text, names)),
                 "a tuple or list of one or more names of devices, or None for all that are there"),
+    "softcap": (Real | str | None, _is_cap,
+                "a finite number above 0, the keyword of one, or None"),
+    "sinks": _PER_HEAD,
+    "alibi": (Callable | Tensor | str | None, _PER_HEAD[1],
+              f"a function of the number of heads, or {_PER_HEAD[2]}"),
+    "bias": _KEYWORD,
+    "score_mod": _FUNCTION,
+    "may_see": (Callable | Tensor | None, _is_booleans,
+                "a function of positions, booleans (query_len, key_len), or None"),
+    "chunk": (int | None, lambda size: size > 0, "a whole number above 0, or None"),
+    "prefix": _COUNT,
+    "sink_keys": _COUNT,
+    "documents": (Tensor | str | None, lambda given: isinstance(given, str) or given.ndim in (1, 2),
+                  "numbers (batch, length) or (length,), the keyword of them, or None"),
+    "lengths": _KEYWORD,
+    "scale_argument": _KEYWORD,
+    "rounded": (Mapping | None, _are_steps,
+                f"a dtype of torch for some of {', '.join(map(repr, STEPS))}, or None"),
+    "gradients": (bool, lambda _: True, "True or False"),
+    "few_shapes": (bool, lambda _: True, "True or False"),
+    "square": _FLAG,
+    "reference": _FUNCTION,
+    "arguments": (Mapping | None, lambda given: all(map(_is_text, given)),
+                  "values by name, or None"),
+    "memory": _KEYWORD,
 }  # fmt: skip
