@@ -171,7 +171,8 @@ def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
         sizes["lse"] = _lse_scale(units, part, row, parts["lse"])
         if part.upstream is not None:
             parts |= _gradients(call, part, row, part.upstream)
-            sizes |= _gradient_scales(call, units, part, row, unsure, part.upstream)
+            again = _recomputed(units, row, unsure)
+            sizes |= _gradient_scales(call, units, part, row, again, part.upstream)
         walk = row.weights.square().sum(-1, keepdim=True).sqrt() * sizes["output"] + units.tiny
         _add(drift, "output", part, walk)
         for name in exact:
@@ -311,6 +312,17 @@ def _unsure(units: _Units, part: _Part, row: _Row) -> Tensor:
     # No weight is off by more than 1, even where all scores of a row are -1e9.
     off = moved.mul_(1 - row.weights).add_(others.mul_(row.weights)).clamp_(max=1.0)
     return off.add_(part.permitted, alpha=units.tiny)
+
+
+def _recomputed(units: _Units, row: _Row, unsure: Tensor) -> Tensor:
+    """How far each weight may be off in the backward pass.
+
+    FlashAttention computes the scores once more there, in another order, and subtracts the
+    logarithm of the sum of before: what they differ by is felt where one key has all the weight
+    as well.
+    """
+    off = (row.felt * units.one).clamp_(max=_LARGEST_EXPONENT).expm1_()
+    return off.mul_(row.weights).add_(unsure).clamp_(max=1.0)
 
 
 def _gradients(call: Call, part: _Part, row: _Row, above: Tensor) -> dict[str, Tensor]:
