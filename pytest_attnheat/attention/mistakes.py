@@ -47,6 +47,8 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         if not bool(found[judged].isfinite().all()):
             return None
         wrong_by = float(_off(right, found)[judged].square().mean().sqrt())
+        if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
+            return None
         fits: dict[str, float] = {}
         for sentence, attempt in _attempts(case):
             off = _off(attempt, found)[judged]
@@ -75,7 +77,7 @@ def _off(outcome: Outcome, found: Tensor) -> Tensor:
 
 
 def _rounding(outcome: Outcome, case: Case) -> Tensor:
-    """How far rounding may move each row; see `Answers` in `attention.tolerance`."""
+    """How far rounding may move each row; see **Answers** in `attention.tolerance`."""
     largest = outcome.scores.masked_fill(~outcome.permitted, 0.0).abs().amax(-1)
     allowed = (2.0 + largest) * (answer_units(case.dtype) * torch.finfo(case.dtype).eps)
     least = answer_tolerance(case.dtype)
@@ -95,7 +97,7 @@ def _as_case(call: Call) -> Case:
         if given is None:
             return None
         given = given.detach().cpu()
-        given = given if given.ndim > 2 else given[None]
+        given = given[(None,) * max(0, 3 - given.ndim)]
         last = given.shape[-3:]
         return given.expand(*lead, *last).reshape(lead.numel(), *last)
 
