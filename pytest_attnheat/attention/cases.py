@@ -1,12 +1,15 @@
 """One case of attention, made from a seed: tensors, scores, weights and output."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.devices import ACCEPTED
 from pytest_attnheat.attention.reference import (
     KINDS,
@@ -19,14 +22,24 @@ from pytest_attnheat.attention.reference import (
     weigh,
 )
 from pytest_attnheat.attention.scoring import (
+    DotProductScore,
+    ScaledDotProductScore,
     Scoring,
     ScoringFactory,
     draw,
     make_scoring,
     scoring_names,
 )
-from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
-from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
+from pytest_attnheat.attention.vocabulary import ALIGNMENTS, FullyMasked, check_fully_masked
+from pytest_attnheat.inputs import (
+    as_whole,
+    broadcasts,
+    dtype_name,
+    misuse,
+    one_of,
+    positive,
+    seed_number,
+)
 
 MaskBuilder = Callable[[int, int], Tensor]
 MaskChoice = str | Tensor | MaskBuilder
@@ -35,40 +48,98 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASKS = ("causal_top_left", "causal_bottom_right", "padding", "sliding_window")
 SIZES = ("batch", "heads", "query_len", "key_len", "head_dim", "value_dim")
 HEAD_DIM = 16
-OPTIONS = ("scoring", *SIZES, "mask", "fully_masked", "kind", "dtype", "seed")
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class AttentionCase:
-    """Attention tensors that belong together. No tensor requires a gradient.
+def _is_count(given: object, least: int = 0) -> bool:
+    number = as_whole(given)
+    return number is not None and number >= least
+
+
+def _is_number(given: object) -> bool:
+    return isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
+
+
+def _is_window(given: object) -> bool:
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        return False
+    return all(side is None or _is_count(side) for side in given)
+
+
+def _are_numbers(given: object) -> bool:
+    if isinstance(given, Tensor):
+        return given.dtype != torch.bool
+    return isinstance(given, (tuple, list)) and all(map(_is_number, given))
+
+
+def _are_documents(given: object) -> bool:
+    several = isinstance(given, (tuple, list, Tensor)) and len(given) > 0
+    return several or _is_count(given, 1)
+
+
+_PER_HEAD = (lambda given: given is True or _are_numbers(given), "True, or one number per head")
+_FUNCTION = (callable, "a function of positions")
+_COUNT = (_is_count, "a whole number from 0")
+# What else is declared: what it accepts, and that in words.
+_FEATURES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "causal": (lambda given: given is True, "True, False"),
+    "alignment": (lambda given: given in ALIGNMENTS, " or ".join(map(repr, ALIGNMENTS))),
+    "window": (_is_window, "a pair (left, right) of whole numbers from 0 or None for no limit"),
+    "chunk": (lambda given: _is_count(given, 1), "a whole number from 1"),
+    "prefix": _COUNT,
+    "sink_keys": _COUNT,
+    "documents": (_are_documents, "a whole number from 1, or numbers of documents"),
+    "lengths": (lambda given: given is True or _are_numbers(given), "True, or whole numbers"),
+    "may_see": _FUNCTION,
+    "scale": (_is_number, "a finite number"),
+    "softcap": (lambda given: _is_number(given) and given > 0, "a finite number above 0"),
+    "bias": (
+        lambda given: given is True or (isinstance(given, Tensor) and given.is_floating_point()),
+        "True, or a tensor of floating point numbers",
+    ),
+    "alibi": _PER_HEAD,
+    "score_mod": (callable, "a function of score and positions"),
+    "sinks": _PER_HEAD,
+}
+OPTIONS = ("scoring", *SIZES, "mask", *_FEATURES, "fully_masked", "kind", "dtype", "seed")
+
+
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class AttentionCase(Call):
+    """A call of attention, and what it comes to. No tensor requires a gradient.
 
     Attributes:
         query: (batch, heads, query_len, head_dim)
         key: (batch, heads, key_len, head_dim)
         value: (batch, heads, key_len, value_dim)
-        mask: Boolean, broadcastable to the weights, True where a query may attend; or None.
-        scores: (batch, heads, query_len, key_len), not masked
+        mask: Boolean, broadcastable to the weights, True where a query may attend; or None. What
+            else is declared (`causal`, `softcap`, `sinks` ...) are the fields of `Call`.
+        scores: (batch, heads, query_len, key_len), as they enter the softmax, not masked
         weights: (batch, heads, query_len, key_len)
+        sink_weights: What the sinks take of each row, (batch, heads, query_len, 1), so that the
+            rows of `torch.cat([weights, sink_weights], -1)` sum to 1; None without sinks.
         output: (batch, heads, query_len, value_dim)
-        scoring_function: The module or function that made the scores.
+        scoring_function: The module or function that made the products that are scaled.
         scoring: Its name.
-        device: The device of all tensors.
-        dtype: The dtype of all tensors but the mask.
         seed: The seed of all numbers.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
     scores: Tensor
     weights: Tensor
+    sink_weights: Tensor | None
     output: Tensor
     scoring_function: Scoring
     scoring: str
-    device: torch.device
-    dtype: torch.dtype
     seed: int
+
+    @property
+    def device(self) -> torch.device:
+        """The device of all tensors."""
+        return self.query.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of all tensors but the mask."""
+        return self.query.dtype
 
     def __repr__(self) -> str:
         """Name the case and the shapes of its tensors."""
@@ -101,6 +172,7 @@ def make_attention(
     device: torch.device | str = "cpu",
     seed: int = 0,
     extra: Mapping[str, ScoringFactory] | None = None,
+    **features: Any,
 ) -> AttentionCase:
     """Make a case of attention from a seed.
 
@@ -129,10 +201,18 @@ def make_attention(
         device: Where the case is.
         seed: Seed of the inputs and of the parameters of the scoring function.
         extra: More factories of scoring functions by name, for this call only.
+        features: What else is declared, as in `Call`, of the scores of any scoring function:
+            `causal` and its `alignment`, `window`, `chunk`, `prefix`, `sink_keys`, `may_see`,
+            `scale`, `softcap`, `score_mod`; `bias`, a tensor that is added to the scores, or True
+            for a drawn one; `alibi`, one slope per head, or True for 2 ** (-8 h / heads) of the
+            heads h from 1; `sinks`, one score per head, or True for drawn ones; `lengths`, how
+            many keys of each batch entry are real, or True for those of the mask "padding";
+            `documents`, a number of documents, the numbers of all positions, or a pair of those
+            of queries and keys, (length,) or (batch, length). None and False are no feature.
 
     Raises:
         TypeError: A size or the seed is not a whole number, or the mask is not boolean.
-        ValueError: A size is below 1, a name is unknown, or the mask does not fit.
+        ValueError: A size is below 1, a name is unknown, or a mask or a feature does not fit.
     """
     check_options(
         {
@@ -140,6 +220,7 @@ def make_attention(
             **{"batch": batch, "heads": heads, "query_len": query_len, "key_len": key_len},
             **{"head_dim": head_dim, "value_dim": value_dim, "mask": mask},
             **{"fully_masked": fully_masked, "kind": kind, "dtype": dtype, "seed": seed},
+            **features,
         },
         scoring_names(extra),
     )
@@ -161,25 +242,41 @@ def make_attention(
     else:
         function = scoring
         name = getattr(scoring, "__name__", type(scoring).__name__)
+    if type(function) is DotProductScore:
+        features = {"scale": 1.0, **features}
+    call = Call(query, key, value, mask=built_mask, fully_masked=check_fully_masked(fully_masked))
+    call = replace(call, **_built(features, call, kind, seed))
     with torch.no_grad():
-        scores = checked_scores(function, query, key)
-        output, weights = weigh(
-            scores, value, mask=built_mask, kind=kind, fully_masked=fully_masked
-        )
+        products = checked_scores(function, query, key)
+        if call.scale is not None:
+            is_scaled = type(function) is ScaledDotProductScore
+            products = products * (call.scale * math.sqrt(head_dim) if is_scaled else call.scale)
+        scores = call.scored(products)
+        output, weights, sink_weights = _weighed(call, scores, kind)
     return AttentionCase(
-        query=query,
-        key=key,
-        value=value,
-        mask=built_mask,
+        **{field.name: getattr(call, field.name) for field in fields(Call)},
         scores=scores,
         weights=weights,
+        sink_weights=sink_weights,
         output=output,
         scoring_function=function,
         scoring=name,
-        device=query.device,
-        dtype=query.dtype,
         seed=seed,
     )
+
+
+def _weighed(call: Call, scores: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Output, weights and weights of the sinks: a sink is one key more, which all may see."""
+    permitted = call.permitted_everywhere()
+    if call.sinks is None:
+        weigh_as = {"kind": kind, "fully_masked": call.fully_masked}
+        return *weigh(scores, call.value, mask=permitted, **weigh_as), None
+    sinks = call.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+    seen = torch.ones_like(scores, dtype=torch.bool) if permitted is None else permitted
+    seen = torch.cat([seen.expand(scores.shape), sinks > -math.inf], -1)
+    value = torch.cat([call.value, torch.zeros_like(call.value[..., :1, :])], -2)
+    output, weights = weigh(torch.cat([scores, sinks], -1), value, mask=seen)
+    return output, weights[..., :-1], weights[..., -1:]
 
 
 def as_dtype(dtype: torch.dtype | str) -> torch.dtype:
@@ -207,6 +304,10 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
     """
     for name, given in options.items():
         one_of("option", name, OPTIONS)
+        if name in _FEATURES and given is not None and given is not False:
+            accepts, words = _FEATURES[name]
+            if not accepts(given):
+                raise ValueError(misuse(name, _shown(given), f"{words}, or None"))
         if name in SIZES and not (name == "value_dim" and given is None):
             positive(name, given)
         if name in ("scoring", "dtype") and not several(given):
@@ -221,6 +322,88 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
     one_of("kind", options.get("kind", "soft"), KINDS)
     check_fully_masked(options.get("fully_masked", "zero"))
     seed_number(options.get("seed", 0))
+
+
+def _shown(given: Any) -> str:
+    if isinstance(given, Tensor):
+        return f"{dtype_name(given)} {tuple(given.shape)}"
+    return repr(given)
+
+
+# What is about another feature says nothing without one of these.
+_ABOUT = {
+    "alignment": ("causal", "window", "chunk", "alibi"),
+    "prefix": ("causal",),
+    "sink_keys": ("window", "chunk"),
+}
+
+
+def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> dict[str, Any]:
+    """The features of a call as its fields, in its dtype and on its device."""
+    given = {n: v for n, v in features.items() if v is not None and v is not False}
+    for name, others in _ABOUT.items():
+        if given.get(name) and not set(others) & set(given):
+            raise ValueError(misuse(name, repr(given[name]), f"it with {' or '.join(others)}"))
+    if "sinks" in given and kind != "soft":
+        raise ValueError(misuse("sinks", f"kind {kind!r}", "kind 'soft', whose sum they join"))
+    batch, heads, query_len, _ = call.query.shape
+    key_len, shape = call.key_len, (batch, heads, query_len, call.key_len)
+    drawn = {
+        "alibi": lambda: 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1)),
+        "sinks": lambda: draw("sinks", seed, heads),
+        "bias": lambda: draw("bias", seed, 1, heads, query_len, key_len),
+        "lengths": lambda: _padded(batch, key_len),
+    }
+    given |= {name: make() for name, make in drawn.items() if given.get(name) is True}
+    for name in {"alibi", "sinks"} & set(given):
+        given[name] = torch.as_tensor(given[name]).detach().to(call.query)
+        if given[name].shape != (heads,):
+            raise ValueError(misuse(name, _shown(given[name]), f"one number per head, ({heads},)"))
+    if "bias" in given:
+        given["bias"] = given["bias"].detach().to(call.query)
+        if not broadcasts(given["bias"].shape, shape):
+            accepted = f"one that broadcasts to the scores {shape}"
+            raise ValueError(misuse("bias", _shown(given["bias"]), accepted))
+    if "lengths" in given:
+        real = padding_mask(given["lengths"], key_len, device=call.query.device).sum((1, 2, 3))
+        given["lengths"] = real
+        if len(real) != batch:
+            raise ValueError(misuse("lengths", real.tolist(), f"one per batch entry, ({batch},)"))
+    if "documents" in given:
+        given["documents"] = _documents(given["documents"], call, given.get("alignment"))
+    if "window" in given:
+        given["window"] = tuple(given["window"])
+    return given
+
+
+def _documents(given: Any, call: Call, alignment: str | None) -> tuple[Tensor, Tensor]:
+    """The documents of queries and keys; those of a number of documents are about equally long."""
+    device, lengths = call.query.device, (call.query_len, call.key_len)
+    count, batch = as_whole(given), call.query.shape[0]
+    if count is not None:
+        # Their borders differ from one batch entry to the next.
+        shift = torch.arange(batch, device=device)[:, None]
+        at = torch.arange(call.key_len, device=device)
+        its = ((at * count + shift) // call.key_len).clamp(max=count - 1)
+        first = call.key_len - call.query_len if alignment == "bottom_right" else 0
+        own = torch.arange(first, first + call.query_len, device=device)
+        return its[:, own.clamp(0, call.key_len - 1)], its
+    is_pair = isinstance(given, (tuple, list)) and as_whole(given[0]) is None
+    pair = given if is_pair else (given, given)
+    found = [torch.as_tensor(numbers).to(device) for numbers in pair]
+    if len(found) != 2 or any(
+        not broadcasts(numbers.shape, (batch, length)) or numbers.shape[-1:] != (length,)
+        for numbers, length in zip(found, lengths, strict=False)
+    ):
+        shapes = " and ".join(str(tuple(numbers.shape)) for numbers in found)
+        accepted = f"numbers of {lengths[0]} queries and of {lengths[1]} keys"
+        raise ValueError(misuse("documents", f"shapes {shapes}", accepted))
+    own, its = (n.expand(batch, length) for n, length in zip(found, lengths, strict=True))
+    return own, its
+
+
+def _padded(batch: int, key_len: int) -> list[int]:
+    return [max(1, key_len - 1 - entry) for entry in range(batch)]
 
 
 def _mask_choices(mask: object) -> Sequence[Any]:
@@ -258,8 +441,7 @@ def _one_mask(choice: Any, batch: int, query_len: int, key_len: int) -> Tensor:
         case "causal_bottom_right":
             return causal_mask(query_len, key_len, alignment="bottom_right", device="cpu")
         case "padding":
-            lengths = [max(1, key_len - 1 - entry) for entry in range(batch)]
-            return padding_mask(lengths, key_len, device="cpu")
+            return padding_mask(_padded(batch, key_len), key_len, device="cpu")
         case "sliding_window":
             return sliding_window_mask(
                 query_len, key_len, window=(2, 2), alignment="top_left", device="cpu"
