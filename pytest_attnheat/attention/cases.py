@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from numbers import Real
 from typing import Any
 
 import torch
@@ -34,11 +33,13 @@ from pytest_attnheat.attention.vocabulary import ALIGNMENTS, FullyMasked, check_
 from pytest_attnheat.inputs import (
     as_whole,
     broadcasts,
+    check_number,
     dtype_name,
     misuse,
     one_of,
     positive,
     seed_number,
+    whole_number,
 )
 
 MaskBuilder = Callable[[int, int], Tensor]
@@ -48,59 +49,18 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASKS = ("causal_top_left", "causal_bottom_right", "padding", "sliding_window")
 SIZES = ("batch", "heads", "query_len", "key_len", "head_dim", "value_dim")
 HEAD_DIM = 16
-
-
-def _is_count(given: object, least: int = 0) -> bool:
-    number = as_whole(given)
-    return number is not None and number >= least
-
-
-def _is_number(given: object) -> bool:
-    return isinstance(given, Real) and not isinstance(given, bool) and math.isfinite(given)
-
-
-def _is_window(given: object) -> bool:
-    if not isinstance(given, (tuple, list)) or len(given) != 2:
-        return False
-    return all(side is None or _is_count(side) for side in given)
-
-
-def _are_numbers(given: object) -> bool:
-    if isinstance(given, Tensor):
-        return given.dtype != torch.bool
-    return isinstance(given, (tuple, list)) and all(map(_is_number, given))
-
-
-def _are_documents(given: object) -> bool:
-    several = isinstance(given, (tuple, list, Tensor)) and len(given) > 0
-    return several or _is_count(given, 1)
-
-
-_PER_HEAD = (lambda given: given is True or _are_numbers(given), "True, or one number per head")
-_FUNCTION = (callable, "a function of positions")
-_COUNT = (_is_count, "a whole number from 0")
-# What else is declared: what it accepts, and that in words.
-_FEATURES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "causal": (lambda given: given is True, "True, False"),
-    "alignment": (lambda given: given in ALIGNMENTS, " or ".join(map(repr, ALIGNMENTS))),
-    "window": (_is_window, "a pair (left, right) of whole numbers from 0 or None for no limit"),
-    "chunk": (lambda given: _is_count(given, 1), "a whole number from 1"),
-    "prefix": _COUNT,
-    "sink_keys": _COUNT,
-    "documents": (_are_documents, "a whole number from 1, or numbers of documents"),
-    "lengths": (lambda given: given is True or _are_numbers(given), "True, or whole numbers"),
-    "may_see": _FUNCTION,
-    "scale": (_is_number, "a finite number"),
-    "softcap": (lambda given: _is_number(given) and given > 0, "a finite number above 0"),
-    "bias": (
-        lambda given: given is True or (isinstance(given, Tensor) and given.is_floating_point()),
-        "True, or a tensor of floating point numbers",
-    ),
-    "alibi": _PER_HEAD,
-    "score_mod": (callable, "a function of score and positions"),
-    "sinks": _PER_HEAD,
+FEATURES = tuple(
+    field.name
+    for field in fields(Call)
+    if field.name not in ("query", "key", "value", "mask", "fully_masked", "upstream")
+)
+# What is about another feature says nothing without one of these.
+_ABOUT = {
+    "alignment": ("causal", "window", "chunk", "alibi", "documents", "lengths"),
+    "prefix": ("causal",),
+    "sink_keys": ("window", "chunk"),
 }
-OPTIONS = ("scoring", *SIZES, "mask", *_FEATURES, "fully_masked", "kind", "dtype", "seed")
+OPTIONS = ("scoring", *SIZES, "mask", *FEATURES, "fully_masked", "kind", "dtype", "seed")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -269,8 +229,8 @@ def _weighed(call: Call, scores: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Te
     """Output, weights and weights of the sinks: a sink is one key more, which all may see."""
     permitted = call.permitted_everywhere()
     if call.sinks is None:
-        weigh_as = {"kind": kind, "fully_masked": call.fully_masked}
-        return *weigh(scores, call.value, mask=permitted, **weigh_as), None
+        meaning = check_fully_masked(call.fully_masked)
+        return *weigh(scores, call.value, mask=permitted, kind=kind, fully_masked=meaning), None
     sinks = call.sinks[:, None, None].expand(*scores.shape[:-1], 1)
     seen = torch.ones_like(scores, dtype=torch.bool) if permitted is None else permitted
     seen = torch.cat([seen.expand(scores.shape), sinks > -math.inf], -1)
@@ -304,10 +264,8 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
     """
     for name, given in options.items():
         one_of("option", name, OPTIONS)
-        if name in _FEATURES and given is not None and given is not False:
-            accepts, words = _FEATURES[name]
-            if not accepts(given):
-                raise ValueError(misuse(name, _shown(given), f"{words}, or None"))
+        if name in FEATURES and given is not None and given is not False:
+            _check_feature(name, given)
         if name in SIZES and not (name == "value_dim" and given is None):
             positive(name, given)
         if name in ("scoring", "dtype") and not several(given):
@@ -324,18 +282,36 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
     seed_number(options.get("seed", 0))
 
 
-def _shown(given: Any) -> str:
-    if isinstance(given, Tensor):
-        return f"{dtype_name(given)} {tuple(given.shape)}"
-    return repr(given)
-
-
-# What is about another feature says nothing without one of these.
-_ABOUT = {
-    "alignment": ("causal", "window", "chunk", "alibi"),
-    "prefix": ("causal",),
-    "sink_keys": ("window", "chunk"),
-}
+def _check_feature(name: str, given: Any) -> None:
+    """Check what can be checked without the sizes of a case."""
+    accepted = ""
+    match name:
+        case "chunk" | "prefix" | "sink_keys":
+            whole_number(name, given, least=1 if name == "chunk" else 0)
+        case "scale" | "softcap":
+            accepted = "a number above 0" if check_number(given, name) <= 0 else ""
+            accepted = accepted if name == "softcap" else ""
+        case "alignment":
+            one_of(name, given, ALIGNMENTS)
+        case "causal":
+            accepted = "" if given is True else "True or False"
+        case "may_see" | "score_mod":
+            accepted = "" if callable(given) else "a function of positions"
+        case "window":
+            sides = given if isinstance(given, (tuple, list)) else ()
+            accepted = "" if len(sides) == 2 else "a pair (left, right); None is no limit"
+            for side in sides:
+                whole_number(name, 0 if side is None else side, least=0)
+        case _ if as_whole(given) is not None:
+            accepted = "" if name == "documents" and given > 0 else "numbers of some length"
+        case _ if given is not True or name == "documents":
+            several = isinstance(given, Tensor) or (
+                isinstance(given, (tuple, list))
+                and (name == "documents" or all(isinstance(n, (int, float)) for n in given))
+            )
+            accepted = "" if several else "a tensor or list of numbers, or True"
+    if accepted:
+        raise ValueError(misuse(name, repr(given), f"{accepted}, or None"))
 
 
 def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> dict[str, Any]:
@@ -347,58 +323,50 @@ def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> di
     if "sinks" in given and kind != "soft":
         raise ValueError(misuse("sinks", f"kind {kind!r}", "kind 'soft', whose sum they join"))
     batch, heads, query_len, _ = call.query.shape
-    key_len, shape = call.key_len, (batch, heads, query_len, call.key_len)
-    drawn = {
-        "alibi": lambda: 2.0 ** (-8.0 / heads * torch.arange(1, heads + 1)),
-        "sinks": lambda: draw("sinks", seed, heads),
-        "bias": lambda: draw("bias", seed, 1, heads, query_len, key_len),
-        "lengths": lambda: _padded(batch, key_len),
+    shape = (batch, heads, query_len, call.key_len)
+    # What each is without a value of its own, and its shape.
+    drawn: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
+        "alibi": (lambda: 2.0 ** (-8.0 / heads * torch.arange(1.0, heads + 1)), (heads,)),
+        "sinks": (lambda: draw("sinks", seed, heads), (heads,)),
+        "bias": (lambda: draw("bias", seed, 1, *shape[1:]), shape),
+        "lengths": (lambda: _padded(batch, call.key_len), (batch,)),
     }
-    given |= {name: make() for name, make in drawn.items() if given.get(name) is True}
-    for name in {"alibi", "sinks"} & set(given):
-        given[name] = torch.as_tensor(given[name]).detach().to(call.query)
-        if given[name].shape != (heads,):
-            raise ValueError(misuse(name, _shown(given[name]), f"one number per head, ({heads},)"))
-    if "bias" in given:
-        given["bias"] = given["bias"].detach().to(call.query)
-        if not broadcasts(given["bias"].shape, shape):
-            accepted = f"one that broadcasts to the scores {shape}"
-            raise ValueError(misuse("bias", _shown(given["bias"]), accepted))
+    for name, (standard, own_shape) in drawn.items():
+        if name in given:
+            value = standard() if given[name] is True else given[name]
+            given[name] = _fitting(name, value, own_shape, call)
     if "lengths" in given:
-        real = padding_mask(given["lengths"], key_len, device=call.query.device).sum((1, 2, 3))
-        given["lengths"] = real
-        if len(real) != batch:
-            raise ValueError(misuse("lengths", real.tolist(), f"one per batch entry, ({batch},)"))
+        padding_mask(given["lengths"], call.key_len)  # refuses what they cannot be
     if "documents" in given:
         given["documents"] = _documents(given["documents"], call, given.get("alignment"))
-    if "window" in given:
-        given["window"] = tuple(given["window"])
     return given
+
+
+def _fitting(name: str, given: Any, shape: tuple[int, ...], call: Call) -> Tensor:
+    """A tensor of numbers that broadcasts to a shape; of one dimension, it is expanded."""
+    tensor = torch.as_tensor(given).detach()
+    tensor = tensor.to(call.query if tensor.is_floating_point() else call.query.device)
+    if not broadcasts(tensor.shape, shape):
+        raise ValueError(misuse(name, f"shape {tuple(tensor.shape)}", f"one that fits {shape}"))
+    return tensor if name == "bias" else tensor.expand(shape)
 
 
 def _documents(given: Any, call: Call, alignment: str | None) -> tuple[Tensor, Tensor]:
     """The documents of queries and keys; those of a number of documents are about equally long."""
-    device, lengths = call.query.device, (call.query_len, call.key_len)
-    count, batch = as_whole(given), call.query.shape[0]
-    if count is not None:
+    batch, key_len, count = call.query.shape[0], call.key_len, as_whole(given)
+    if count is None:
+        is_pair = isinstance(given, (tuple, list)) and as_whole(given[0]) is None
+        own, its = given if is_pair else (given, given)
+    else:
         # Their borders differ from one batch entry to the next.
-        shift = torch.arange(batch, device=device)[:, None]
-        at = torch.arange(call.key_len, device=device)
-        its = ((at * count + shift) // call.key_len).clamp(max=count - 1)
-        first = call.key_len - call.query_len if alignment == "bottom_right" else 0
-        own = torch.arange(first, first + call.query_len, device=device)
-        return its[:, own.clamp(0, call.key_len - 1)], its
-    is_pair = isinstance(given, (tuple, list)) and as_whole(given[0]) is None
-    pair = given if is_pair else (given, given)
-    found = [torch.as_tensor(numbers).to(device) for numbers in pair]
-    if len(found) != 2 or any(
-        not broadcasts(numbers.shape, (batch, length)) or numbers.shape[-1:] != (length,)
-        for numbers, length in zip(found, lengths, strict=False)
-    ):
-        shapes = " and ".join(str(tuple(numbers.shape)) for numbers in found)
-        accepted = f"numbers of {lengths[0]} queries and of {lengths[1]} keys"
-        raise ValueError(misuse("documents", f"shapes {shapes}", accepted))
-    own, its = (n.expand(batch, length) for n, length in zip(found, lengths, strict=True))
+        at, shift = torch.arange(key_len), torch.arange(batch)[:, None]
+        its = ((at * count + shift) // key_len).clamp(max=count - 1)
+        first = key_len - call.query_len if alignment == "bottom_right" else 0
+        own = its[:, (torch.arange(call.query_len) + first).clamp(0, key_len - 1)]
+    sizes = ((batch, call.query_len), (batch, key_len))
+    own, its = (
+        _fitting("documents", n, size, call) for n, size in zip((own, its), sizes, strict=True)
+    )
     return own, its
 
 
