@@ -314,6 +314,13 @@ def test_a_case_of_dot_products_is_the_description_of_its_own_call(declared, sco
     torch.testing.assert_close(found["weights"], case.weights)
 
 
+def test_a_mask_a_bias_that_forbids_and_rules_of_positions_all_have_to_permit():
+    bias = torch.zeros(8).masked_fill(torch.arange(8) == 1, -math.inf)
+    case = make_attention(mask="padding", causal=True, bias=bias)
+    allowed = causal_mask(6, 8, alignment="top_left") & padding_mask([7, 6], 8) & (bias == 0)
+    assert torch.equal(case.weights, make_attention(mask=allowed).weights)
+
+
 def test_true_stands_for_what_is_usual_or_drawn():
     case = make_attention(alibi=True, sinks=True, bias=True, lengths=True, heads=8)
     assert case.alibi.tolist() == [2.0**-h for h in range(1, 9)]
