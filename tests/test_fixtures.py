@@ -302,7 +302,7 @@ def test_the_marker_declares_features_of_attention_for_all_scoring_functions(pyt
     [
         ("softcap=-1", "softcap: got -1; accepted is a number above 0, or None"),
         ("window=(1,)", "window: got (1,); accepted is a pair (left, right)"),
-        ("sinks='yes'", "sinks: got 'yes'; accepted is a tensor or list of numbers, or True"),
+        ("sinks='yes'", "sinks: got 'yes'; accepted is a tensor or list of numbers"),
         ("soft_cap=2", "option: got 'soft_cap'; accepted is one of 'scoring', "),
     ],
 )

@@ -32,7 +32,7 @@ def test_names_are_unique_and_good_as_pytest_ids():
     assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
 
 
-@pytest.mark.parametrize("name", (*HARD_CASES, *FEATURE_CASES))
+@pytest.mark.parametrize("name", [*HARD_CASES, *FEATURE_CASES])
 def test_every_case_says_in_a_sentence_what_breaks_on_it(name):
     case = hard_case(name)
     assert case.name == name
@@ -51,7 +51,7 @@ def test_all_numbers_and_scores_are_within_the_range_of_the_dtype(name, dtype):
         assert tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("name", (*HARD_CASES, *FEATURE_CASES))
+@pytest.mark.parametrize("name", [*HARD_CASES, *FEATURE_CASES])
 def test_a_case_depends_on_its_seed_and_on_nothing_else(name):
     torch.manual_seed(1)
     first, state = hard_case(name, seed=3), torch.get_rng_state()

@@ -103,14 +103,10 @@ class AttentionCase(Call):
 
     def __repr__(self) -> str:
         """Name the case and the shapes of its tensors."""
+        tensors = {name: getattr(self, name) for name in ("query", "key", "value", "mask")}
         shapes = ", ".join(
-            f"{name} {None if tensor is None else tuple(tensor.shape)}"
-            for name, tensor in (
-                ("query", self.query),
-                ("key", self.key),
-                ("value", self.value),
-                ("mask", self.mask),
-            )
+            f"{name} {None if given is None else tuple(given.shape)}"
+            for name, given in tensors.items()
         )
         made = f"{self.scoring} {dtype_name(self.dtype)} {self.device} seed {self.seed}"
         return f"<AttentionCase {made}: {shapes}>"
@@ -284,34 +280,36 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
 
 def _check_feature(name: str, given: Any) -> None:
     """Check what can be checked without the sizes of a case."""
-    accepted = ""
+    wrong = ""
     match name:
         case "chunk" | "prefix" | "sink_keys":
             whole_number(name, given, least=1 if name == "chunk" else 0)
         case "scale" | "softcap":
-            accepted = "a number above 0" if check_number(given, name) <= 0 else ""
-            accepted = accepted if name == "softcap" else ""
+            check_number(given, name)
+            wrong = "a number above 0" if name == "softcap" and given <= 0 else ""
         case "alignment":
             one_of(name, given, ALIGNMENTS)
-        case "causal":
-            accepted = "" if given is True else "True or False"
-        case "may_see" | "score_mod":
-            accepted = "" if callable(given) else "a function of positions"
+        case "causal" if given is not True:
+            wrong = "True or False"
+        case "may_see" | "score_mod" if not callable(given):
+            wrong = "a function of positions"
+        case "window" if not isinstance(given, (tuple, list)) or len(given) != 2:
+            wrong = "a pair (left, right), of which None is no limit"
         case "window":
-            sides = given if isinstance(given, (tuple, list)) else ()
-            accepted = "" if len(sides) == 2 else "a pair (left, right); None is no limit"
-            for side in sides:
+            for side in given:
                 whole_number(name, 0 if side is None else side, least=0)
-        case _ if as_whole(given) is not None:
-            accepted = "" if name == "documents" and given > 0 else "numbers of some length"
-        case _ if given is not True or name == "documents":
-            several = isinstance(given, Tensor) or (
-                isinstance(given, (tuple, list))
-                and (name == "documents" or all(isinstance(n, (int, float)) for n in given))
-            )
-            accepted = "" if several else "a tensor or list of numbers, or True"
-    if accepted:
-        raise ValueError(misuse(name, repr(given), f"{accepted}, or None"))
+        case "documents" if as_whole(given) is not None:
+            positive(name, given)
+        case "documents" | "bias" | "alibi" | "sinks" | "lengths" if not _are_numbers(given):
+            wrong = "" if given is True and name != "documents" else "a tensor or list of numbers"
+    if wrong:
+        raise ValueError(misuse(name, repr(given), f"{wrong}, or None"))
+
+
+def _are_numbers(given: Any) -> bool:
+    if isinstance(given, (tuple, list)):
+        return len(given) > 0 and all(map(_are_numbers, given))
+    return isinstance(given, (int, float, Tensor)) and not isinstance(given, bool)
 
 
 def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> dict[str, Any]:
@@ -324,17 +322,16 @@ def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> di
         raise ValueError(misuse("sinks", f"kind {kind!r}", "kind 'soft', whose sum they join"))
     batch, heads, query_len, _ = call.query.shape
     shape = (batch, heads, query_len, call.key_len)
-    # What each is without a value of its own, and its shape.
-    drawn: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
-        "alibi": (lambda: 2.0 ** (-8.0 / heads * torch.arange(1.0, heads + 1)), (heads,)),
-        "sinks": (lambda: draw("sinks", seed, heads), (heads,)),
-        "bias": (lambda: draw("bias", seed, 1, *shape[1:]), shape),
-        "lengths": (lambda: _padded(batch, call.key_len), (batch,)),
+    shapes = {"alibi": (heads,), "sinks": (heads,), "lengths": (batch,), "bias": shape}
+    standard: dict[str, Callable[[], Any]] = {
+        "alibi": lambda: 2.0 ** (-8.0 / heads * torch.arange(1.0, heads + 1)),
+        "sinks": lambda: draw("sinks", seed, heads),
+        "lengths": lambda: _padded(batch, call.key_len),
+        "bias": lambda: draw("bias", seed, 1, *shape[1:]),
     }
-    for name, (standard, own_shape) in drawn.items():
-        if name in given:
-            value = standard() if given[name] is True else given[name]
-            given[name] = _fitting(name, value, own_shape, call)
+    for name in given.keys() & standard.keys():
+        value = standard[name]() if given[name] is True else given[name]
+        given[name] = _fitting(name, value, shapes[name], call)
     if "lengths" in given:
         padding_mask(given["lengths"], call.key_len)  # refuses what they cannot be
     if "documents" in given:
@@ -343,31 +340,32 @@ def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> di
 
 
 def _fitting(name: str, given: Any, shape: tuple[int, ...], call: Call) -> Tensor:
-    """A tensor of numbers that broadcasts to a shape; of one dimension, it is expanded."""
+    """A tensor of numbers that broadcasts to a shape, with as many dimensions."""
     tensor = torch.as_tensor(given).detach()
     tensor = tensor.to(call.query if tensor.is_floating_point() else call.query.device)
     if not broadcasts(tensor.shape, shape):
         raise ValueError(misuse(name, f"shape {tuple(tensor.shape)}", f"one that fits {shape}"))
-    return tensor if name == "bias" else tensor.expand(shape)
+    if name != "bias":
+        return tensor.expand(shape)
+    return tensor.to(call.query.dtype)[(None,) * (len(shape) - tensor.ndim)]
 
 
 def _documents(given: Any, call: Call, alignment: str | None) -> tuple[Tensor, Tensor]:
     """The documents of queries and keys; those of a number of documents are about equally long."""
     batch, key_len, count = call.query.shape[0], call.key_len, as_whole(given)
-    if count is None:
-        is_pair = isinstance(given, (tuple, list)) and as_whole(given[0]) is None
-        own, its = given if is_pair else (given, given)
-    else:
+    if count is not None:
         # Their borders differ from one batch entry to the next.
         at, shift = torch.arange(key_len), torch.arange(batch)[:, None]
         its = ((at * count + shift) // key_len).clamp(max=count - 1)
         first = key_len - call.query_len if alignment == "bottom_right" else 0
-        own = its[:, (torch.arange(call.query_len) + first).clamp(0, key_len - 1)]
-    sizes = ((batch, call.query_len), (batch, key_len))
-    own, its = (
-        _fitting("documents", n, size, call) for n, size in zip((own, its), sizes, strict=True)
+        given = (its[:, (torch.arange(call.query_len) + first).clamp(0, key_len - 1)], its)
+    elif not isinstance(given, (tuple, list)) or as_whole(given[0]) is not None:
+        given = (given, given)
+    own, its = given
+    return (
+        _fitting("documents", own, (batch, call.query_len), call),
+        _fitting("documents", its, (batch, key_len), call),
     )
-    return own, its
 
 
 def _padded(batch: int, key_len: int) -> list[int]:

@@ -63,8 +63,8 @@ class HardCase(Call):
         return f"<HardCase {self.name} {dtype_name(self.query)} {shapes}: {self.why}>"
 
 
-# From a case in the making, in float64 on the CPU, and the dtype it will have, to what changes.
-_Change = Callable[[Call, torch.dtype], Mapping[str, Any]]
+# From a case in the making, in float64 on the CPU, and its dtype to be, to the fields that change.
+_Change = Callable[[Call, torch.dtype], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class _Recipe:
     head_dim: int = _WIDTH
     value_dim: int = _WIDTH
     group: int = 1
-    change: _Change = lambda case, dtype: {}
+    change: _Change = lambda case, dtype: None
 
 
 def hard_case(
@@ -117,7 +117,7 @@ def hard_case(
         name=name,
         why=recipe.why,
     )
-    case = replace(case, **recipe.change(case, number))
+    case = replace(case, **(recipe.change(case, number) or {}))
     moved: dict[str, Any] = {
         field: given.to(target, number if given.is_floating_point() else None)
         for field, given in vars(case).items()
@@ -139,26 +139,23 @@ def _large(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
     return {"query": case.query * factor, "key": case.key * factor}
 
 
-def _products_overflow(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+def _products_overflow(case: Call, dtype: torch.dtype) -> None:
     case.query[..., 0], case.key[..., 0] = 272.0, 272.0  # adds 73984 to all products
-    return {}
 
 
 def _tiny(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
     return {name: getattr(case, name) * 2.0**-10 for name in ("query", "key", "value")}
 
 
-def _dominant_key(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+def _dominant_key(case: Call, dtype: torch.dtype) -> None:
     case.query[..., 0], case.key[..., 3, 0] = 4.0, 12.0  # adds 12 to the score of key 3
-    return {}
 
 
-def _huge_negative(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+def _huge_negative(case: Call, dtype: torch.dtype) -> None:
     case.query[..., 0], case.key[..., 3, 0] = 8.0, -1000.0  # key 3 scores about -2000
     # So do all keys of query 5: elsewhere it changes nothing if low scores count as masked.
     case.query[..., 1], case.key[..., 1] = 0.0, 10.0
     case.query[..., 5, 0], case.query[..., 5, 1] = 0.0, -800.0
-    return {}
 
 
 def _identical(name: str) -> _Change:
@@ -172,14 +169,12 @@ def _repeated_keys(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
     return {"key": case.key[..., torch.arange(case.key_len) % 3, :].contiguous()}
 
 
-def _value_outlier(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+def _value_outlier(case: Call, dtype: torch.dtype) -> None:
     case.value[0, 0, 5, :] *= 500.0
-    return {}
 
 
-def _huge_head(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+def _huge_head(case: Call, dtype: torch.dtype) -> None:
     case.value[:, 0] *= 1000.0
-    return {}
 
 
 def _many_keys(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
@@ -236,7 +231,7 @@ def _heads_last(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
 def _added(number: float | None) -> _Change:
     def add(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
         hidden = torch.finfo(dtype).min if number is None else number
-        mask = _padding("left")(case, dtype)["mask"]
+        mask = padding_mask([case.key_len - 4] * len(case.query), case.key_len, device="cpu")
         return {"bias": torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)}
 
     return add
