@@ -321,6 +321,12 @@ def test_a_mask_a_bias_that_forbids_and_rules_of_positions_all_have_to_permit():
     assert torch.equal(case.weights, make_attention(mask=allowed).weights)
 
 
+def test_a_mask_or_bias_of_keys_alone_is_described_as_well():
+    mask, bias = torch.tensor([True, False] * 4), torch.linspace(-1, 1, 8)
+    case = make_attention(mask=mask, bias=bias, dtype="float64")
+    torch.testing.assert_close(reference(case).exact["output"], case.output)
+
+
 def test_true_stands_for_what_is_usual_or_drawn():
     case = make_attention(alibi=True, sinks=True, bias=True, lengths=True, heads=8)
     assert case.alibi.tolist() == [2.0**-h for h in range(1, 9)]
