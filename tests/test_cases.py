@@ -263,7 +263,7 @@ def by_loops(case, products, declared):
 
 
 DOCUMENTS = [0, 0, 0, 1, 1, 2, 2, 2]
-DECLARED = {
+DECLARED: dict[str, dict[str, object]] = {
     "scale": {"scale": -0.7},
     "softcap": {"softcap": 1.5},
     "bias": {"bias": torch.linspace(-2, 2, 4 * 6 * 8).view(4, 6, 8)},
@@ -280,12 +280,11 @@ DECLARED = {
     "may_see": {"may_see": lambda batch, head, q, k: (batch + q + k) % 3 != 0},
 }
 TOGETHER = {
-    "of scores": [DECLARED[n] for n in ("scale", "softcap", "bias", "alibi", "score_mod", "sinks")],
-    "of positions": [DECLARED[n] for n in ("lengths", "window", "may_see", "documents", "sinks")],
+    "of scores": ("scale", "softcap", "bias", "alibi", "score_mod", "sinks"),
+    "of positions": ("lengths", "window", "may_see", "documents", "sinks"),
 }
-DECLARED |= {
-    name: {k: v for one in several for k, v in one.items()} for name, several in TOGETHER.items()
-}
+for _name, _several in TOGETHER.items():
+    DECLARED[_name] = {key: value for one in _several for key, value in DECLARED[one].items()}
 
 
 @pytest.mark.parametrize("scoring", scoring_names())
