@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.devices import ACCEPTED
 from pytest_attnheat.attention.reference import (
     KINDS,
@@ -49,18 +49,14 @@ DTYPES = ("float16", "bfloat16", "float32", "float64")
 MASKS = ("causal_top_left", "causal_bottom_right", "padding", "sliding_window")
 SIZES = ("batch", "heads", "query_len", "key_len", "head_dim", "value_dim")
 HEAD_DIM = 16
-FEATURES = tuple(
-    field.name
-    for field in fields(Call)
-    if field.name not in ("query", "key", "value", "mask", "fully_masked", "upstream")
-)
+DECLARED = ("causal", *FEATURES)
 # What is about another feature says nothing without one of these.
 _ABOUT = {
     "alignment": ("causal", "window", "chunk", "alibi", "documents", "lengths"),
     "prefix": ("causal",),
     "sink_keys": ("window", "chunk"),
 }
-OPTIONS = ("scoring", *SIZES, "mask", *FEATURES, "fully_masked", "kind", "dtype", "seed")
+OPTIONS = ("scoring", *SIZES, "mask", *DECLARED, "fully_masked", "kind", "dtype", "seed")
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -223,13 +219,12 @@ def make_attention(
 
 def _weighed(call: Call, scores: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:
     """Output, weights and weights of the sinks: a sink is one key more, which all may see."""
-    permitted = call.permitted_everywhere()
+    permitted = call.visible()
     if call.sinks is None:
         meaning = check_fully_masked(call.fully_masked)
         return *weigh(scores, call.value, mask=permitted, kind=kind, fully_masked=meaning), None
     sinks = call.sinks[:, None, None].expand(*scores.shape[:-1], 1)
-    seen = torch.ones_like(scores, dtype=torch.bool) if permitted is None else permitted
-    seen = torch.cat([seen.expand(scores.shape), sinks > -math.inf], -1)
+    seen = torch.cat([permitted.expand(scores.shape), sinks > -math.inf], -1)
     value = torch.cat([call.value, torch.zeros_like(call.value[..., :1, :])], -2)
     output, weights = weigh(torch.cat([scores, sinks], -1), value, mask=seen)
     return output, weights[..., :-1], weights[..., -1:]
@@ -260,7 +255,7 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
     """
     for name, given in options.items():
         one_of("option", name, OPTIONS)
-        if name in FEATURES and given is not None and given is not False:
+        if name in DECLARED and given is not None and given is not False:
             _check_feature(name, given)
         if name in SIZES and not (name == "value_dim" and given is None):
             positive(name, given)
