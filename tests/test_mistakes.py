@@ -47,6 +47,17 @@ def test_a_mistake_is_named_beside_what_else_is_declared(feature, dtype):
     assert likely_mistake(call, computed(query, key, value, **by_hand)) is None
 
 
+@pytest.mark.parametrize("feature", ["softcap", "sinks", "alibi", "bias"])
+def test_a_feature_that_is_left_out_is_named_and_no_mask_where_there_is_none(feature):
+    given = {"softcap": 2.0, "sinks": torch.tensor([0.5, -1, 2, 0]), "alibi": torch.ones(4) / 4}
+    given["bias"] = torch.linspace(-1, 1, 35).view(5, 7)
+    query, key, value = tensors(2, 4)
+    found = likely_mistake(
+        Call(query, key, value, **{feature: given[feature]}), computed(query, key, value)
+    )
+    assert found == f"the output is that of attention that leaves out {feature}"
+
+
 def test_mistakes_that_give_the_same_output_are_all_named():
     query, key, value = tensors(2, 2, value_dim=32)
     found = likely_mistake(Call(query, key, value), computed(query, key, value, scale=32**-0.5))

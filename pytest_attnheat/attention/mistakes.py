@@ -6,14 +6,15 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
@@ -52,7 +53,7 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return None
         fits: dict[str, float] = {}
-        for sentence, attempt in _attempts(case):
+        for sentence, attempt in _attempts(case, right):
             off = _off(attempt, found)[judged]
             size = float(off.square().mean().sqrt())  # NaN where only the attempt is: no fit
             if size < _PART * wrong_by and bool((off <= _rounding(attempt, case)[judged]).all()):
@@ -62,13 +63,24 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
     return f"the output is that of attention {', or '.join(named)}" if named else None
 
 
-def _attempts(case: Case) -> Iterator[tuple[str, Outcome]]:
+def _attempts(case: Case, right: Outcome) -> Iterator[tuple[str, Outcome]]:
+    hides = not bool(right.permitted.all())
     for defect in DEFECTS:
         for change in defect.changes if defect.seen == "exactly" else ():
+            plan = change(Plan())
+            if not hides and (plan.masking, plan.fill) != ("fill", -math.inf):
+                continue  # no mask is to blame where nothing is masked
             try:
-                yield defect.sentence, carry_out(change(Plan()), case)
+                yield defect.sentence, carry_out(plan, case)
             except NotApplicable:
                 continue
+    usual = {field.name: field.default for field in fields(Case)}
+    for name in FEATURES:
+        given = getattr(case, name)
+        declared = isinstance(given, Tensor) or given != usual[name]
+        if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
+            without: dict[str, Any] = {name: usual[name]}
+            yield f"that leaves out {name}", carry_out(Plan(), replace(case, **without))
 
 
 def _off(outcome: Outcome, found: Tensor) -> Tensor:
