@@ -487,4 +487,4 @@ def _own_rows(tensor: Tensor, rows: slice) -> slice:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, *tensor.shape[-2:])
+    return tensor.reshape(-1, *(1, 1, *tensor.shape)[-2:])
