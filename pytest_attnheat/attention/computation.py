@@ -364,7 +364,9 @@ def _gradient_scales(
     off = step.add_(mean_off).mul_(weights).add_(away * unsure)
     off.masked_fill_(~part.permitted, 0.0)
     off += _highest(units, part, row) * off.sum(-1, keepdim=True)
-    off.add_(part.permitted, alpha=units.tiny)
+    # dP, its difference from D, its part of the sum and its product with the weight are rounded,
+    # each by the smallest number at least.
+    off.add_(part.permitted, alpha=4 * units.tiny)
     of_products = off if row.slope is None else off * row.slope.abs()
     if row.slope is not None:
         steep = (weights * away).masked_fill_(~part.permitted, 0.0)

@@ -247,8 +247,8 @@ class _Drawing:
         if chosen.get("sinks"):
             call = replace(call, sinks=self._given(self._draw("sinks", self._heads)))
         if chosen.get("alibi"):
-            slopes = 2.0 ** (-8.0 * torch.arange(1, self._heads + 1) / self._heads)
-            call = replace(call, alibi=slopes.to(self._device, torch.float32))
+            slopes = 2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)
+            call = replace(call, alibi=self._given(slopes))
         if chosen.get("documents"):
             call = replace(call, documents=self._documents())
         if chosen.get("lengths"):
@@ -347,7 +347,7 @@ def _large(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
 
 
 def _tiny(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    return query * 1e-3, key * 1e-2, value * 1e-2
+    return query * 1e-2, key * 0.1, value * 0.1
 
 
 def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:

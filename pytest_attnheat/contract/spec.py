@@ -385,7 +385,8 @@ class AttentionSpec:
         the subject and the meaning of its mask. `is_causal` means what the specification says.
         Further keywords are fields of `Call`.
         """
-        call = Call(query, key, value, causal=is_causal, scale=scale, **features)
+        always = not self.takes_causal and self.window is not None and self.window[1] == 0
+        call = Call(query, key, value, causal=is_causal and not always, scale=scale, **features)
         if attn_mask is not None:
             mask = attn_mask.reshape((1,) * max(0, 2 - attn_mask.ndim) + tuple(attn_mask.shape))
             is_boolean = mask.dtype == torch.bool
