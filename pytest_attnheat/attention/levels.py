@@ -40,7 +40,7 @@ _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
 _MOST_WEIGHTS = 2**17
 # The level of each feature that stands for its absence, the ordinary one.
 NONE = "none"
-_NUMBER_LEVELS = ("ordinary", "large", "tiny", "structured", "overflowing")
+NUMBERS = ("ordinary", "large", "tiny", "structured", "overflowing")
 # The products of queries and keys beyond float16, which holds 65504.
 _OVERFLOWING = 1.2e5
 
@@ -60,7 +60,7 @@ class Declared:
         equal_widths: Whether values are as wide as keys, always.
         from_the_end: Whether positions are counted from the bottom right.
         near: Whether a rule of positions, such as a window, hides what is far.
-        small_scale: Whether scores are well below the products of queries and keys.
+        numbers: What queries, keys and values may hold, of `NUMBERS`.
         empty: Whether a query may be left without any key.
         gradients: Whether gradients are asked.
         longest: How many queries and keys there are at most.
@@ -77,7 +77,7 @@ class Declared:
     equal_widths: bool = False
     from_the_end: bool = False
     near: bool = False
-    small_scale: bool = True
+    numbers: tuple[str, ...] = NUMBERS
     empty: bool = True
     gradients: bool = True
     longest: int | None = None
@@ -103,7 +103,7 @@ class Declared:
             "fill": (NONE, *_FILLS) if "additive" in self.masks else (NONE,),
             "empty": (False, True) if self.empty else (False,),
             "causal": (False, True) if self.causal else (False,),
-            "numbers": _NUMBER_LEVELS if self.small_scale else _NUMBER_LEVELS[:-1],
+            "numbers": self.numbers,
             "gradients": ("all", "query", "key", "value", NONE) if self.gradients else (NONE,),
         }
         if not self.grouped:
