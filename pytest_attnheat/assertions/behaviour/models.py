@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -85,6 +85,11 @@ class ModelSubject:
         return self.inputs.shape[1]
 
     @property
+    def observers(self) -> int:
+        """How many rows its output has for each sample."""
+        return self.length
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The inputs."""
         return {"inputs": self.inputs}
@@ -100,11 +105,25 @@ class ModelSubject:
         given = self.inputs.clone() if inputs is None else inputs
         arguments = {name: copied(argument) for name, argument in self.arguments.items()}
         begin(self.seed)
-        return self.model(
+        return self._call(
+            replace(self.model, arguments=arguments),
             given,
             real=self.real if real is None else real,
             positions=self.positions if positions is None else positions,
-            **arguments,
+        )
+
+    def _call(self, model: SequenceModel, given: Tensor, **told: Any) -> Tensor:
+        return model(given, **told)
+
+    @property
+    def memory(self) -> MemorySubject | None:
+        """The model as one of its memory; None if it has none."""
+        name = self.model.memory_argument
+        if name is None:
+            return None
+        others = {key: value for key, value in self.arguments.items() if key != name}
+        return MemorySubject(
+            self.model, self.arguments[name], others, seed=self.seed, queries=self.inputs
         )
 
     def given(self, **tensors: Tensor) -> ModelSubject:
@@ -160,6 +179,8 @@ class ModelSubject:
         Raises:
             ValueError: The last dimension may be the length as well as a width.
         """
+        if name in self.of_memory:
+            return ()
         argument: Tensor = self._arguments()[name]
         shape, ndim, length = tuple(argument.shape), argument.ndim, self.length
         if ndim == 0 or length not in shape:
@@ -177,6 +198,12 @@ class ModelSubject:
             return (1,)
         return (ndim - 1,) if keys else ()
 
+    @property
+    def of_memory(self) -> tuple[str | None, ...]:
+        """The arguments that are about a memory, and not about the sequence."""
+        name = self.model.memory_argument
+        return () if name is None else (name, self.model.mask_argument)
+
     def _may_be_width(self, argument: Tensor) -> bool:
         """Whether floats may be features as wide as the sequence is long."""
         width = self.inputs.shape[2] if self.inputs.ndim == 3 else self.length
@@ -185,15 +212,27 @@ class ModelSubject:
     def _arguments(self) -> Mapping[str, Any]:
         """The arguments, none of which can be read in two ways."""
         for name, value in self.arguments.items():
+            if name in self.of_memory:
+                continue
             twice = isinstance(value, Tensor) and tuple(value.shape) == (self.batch, self.length)
             if twice and self.batch == self.length:
                 got = f"shape {tuple(value.shape)}, (batch, length) or (length, length)"
                 raise ValueError(misuse(name, got, "inputs whose batch and length differ"))
         return self.arguments
 
+    def claims(self, stated: Stated) -> Iterator[tuple[ModelSubject, Claim]]:
+        """What its tokens may see of the sequence, and of its memory, if it has one."""
+        if self.memory is None:
+            yield self.claim(stated)
+        else:
+            # What looks things up elsewhere need not look at its own sequence as well.
+            subject, claim = self.claim(replace(stated, lengths=None))
+            yield subject, replace(claim, must_see=False)
+            yield self.memory.claim(Stated(False, lengths=stated.lengths, side=stated.side))
+
     def claim(self, stated: Stated) -> tuple[ModelSubject, Claim]:
         """What its tokens may see, and the same model with its mask, if there is padding."""
-        shape, device = (self.batch, self.length, self.length), self.inputs.device
+        shape, device = (self.batch, self.observers, self.length), self.inputs.device
         rules: list[Rule] = []
         subject = self
         if stated.lengths is not None:
@@ -221,7 +260,7 @@ class ModelSubject:
             shape,
             self.inputs,
             may_be_causal="if the model is causal, say so with causal=True",
-            judged=subject.real,
+            judged=subject.judged(),
             assumed=claimed if assumed else None,
         )
 
@@ -285,6 +324,14 @@ class ModelSubject:
             accepted = f"{self.batch} numbers from 1 to {self.length}, one for each sample"
             raise ValueError(misuse("lengths", given, accepted))
         return given
+
+    def after_padding(self, lengths: object) -> ModelSubject:
+        """The same with its last tokens real, as many as are given for each sample."""
+        check_takes_mask(self.model)
+        given = self.as_lengths(lengths)
+        mask = padding_mask(given, self.length, side="left", device=self.inputs.device)
+        real = mask[:, 0, 0]
+        return replace(self, real=real, positions=_rank(real))
 
     def paddings(self, lengths: object, amount: int) -> list[tuple[Sequence[int], int]]:
         """All samples with padding; and as many batches are, the longest without."""
@@ -370,6 +417,66 @@ class ModelSubject:
 
     def with_dropout(self, *, has_module: bool) -> None:
         """Nothing: its dropout is its own."""
+
+
+@dataclass(frozen=True)
+class MemorySubject(ModelSubject):
+    """A model of its memory: its inputs are the memory, its rows those of what looks it up.
+
+    Attributes:
+        queries: The inputs of the model.
+    """
+
+    queries: Tensor = field(kw_only=True)
+
+    ordered = "the memory is"
+    element = "memory element"
+
+    @property
+    def observers(self) -> int:
+        """How many tokens look things up."""
+        return self.queries.shape[1]
+
+    def _call(self, model: SequenceModel, given: Tensor, **told: Any) -> Tensor:
+        arguments = {**model.arguments, str(model.memory_argument): given}
+        return replace(model, arguments=arguments)(self.queries.clone(), **told)
+
+    def judged(self) -> None:
+        """All rows: that the memory is padded does not make them mean nothing."""
+
+    def samples(self, which: Tensor) -> MemorySubject:
+        """The memory of some samples, and what looks it up."""
+        return replace(super().samples(which), queries=self.queries[which])  # type: ignore[call-arg, return-value]
+
+    def restore(self, output: Tensor, order: Tensor) -> Tensor:
+        """The output, whatever the order of the memory."""
+        return output
+
+    def cause_of_order(self, base: Tensor, allowed: float) -> str:
+        """Say that the memory has an order."""
+        return "the order of the memory is felt: positions, in the module that looks it up?"
+
+    def takes_positions(self, side: Side) -> bool:
+        """Positions are those of the sequence."""
+        return False
+
+    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
+        """The same rows: padding of the memory adds none."""
+        return alone
+
+    def name_padding(self, padding: Padding) -> str:
+        """Say on which side the padding of the memory is."""
+        return f"rows change with padding of the memory on the {padding.side}"
+
+    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
+        """Name a row of the output."""
+        return output_place(index)
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+        """Tell a mask that does not hide from one that changes something else."""
+        if felt:
+            return "outputs feel what the padding of the memory holds: it is not masked there"
+        return "outputs do not feel what the padding of the memory holds, only that it is there"
 
 
 def _rank(real: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
 from pytest_attnheat.assertions.behaviour.visibility import Padding, Replacement, Told
@@ -26,7 +27,7 @@ def assert_padding_invariant(
     subject: Callable[..., Any],
     *inputs: Tensor,
     lengths: Sequence[int] | Tensor | None = None,
-    sides: Side | Sequence[Side] = ("right", "left"),
+    sides: Side | Sequence[Side] | None = None,
     amount: int = 3,
     padding_value: float | None = None,
     tolerance: float | None = None,
@@ -38,8 +39,9 @@ def assert_padding_invariant(
 
     A sequence model runs every sample alone, without padding and without a mask, then all of them
     as one padded batch with it. The outputs of real tokens must agree. An attention function is
-    given further keys and values that its `attn_mask` forbids; its output must not change. Unless a
-    value is given, the padding is drawn from the seed, twice, several times as large as the inputs:
+    given further keys and values that its `attn_mask` forbids; its output must not change. Of a
+    model with a memory (`SequenceModel(memory_argument=)`) the memory is padded. Unless a value is
+    given, the padding is drawn from the seed, twice, several times as large as the inputs:
     padding of zeros would hide that it is felt.
 
     Args:
@@ -52,7 +54,8 @@ def assert_padding_invariant(
         lengths: For a model: how many tokens of each sample are real, counted from the
             first, (batch,). By default all, and padding is added to all samples; of two
             or more samples it then also makes a batch in which only some are padded.
-        sides: On which sides, `"right"`, `"left"` or both. A causal module needs no mask for
+        sides: On which sides, `"right"`, `"left"` or both; by default both, and the right alone of
+            a module that is told lengths. A causal module needs no mask for
             padding on the right: with `sides="right"` a module may take no mask.
         amount: How many tokens, or keys, of padding are added to the longest sample.
         padding_value: What the padding holds, for a model that finds its padding by a token id.
@@ -77,7 +80,8 @@ def assert_padding_invariant(
         >>> assert_padding_invariant(model, torch.randn(2, 6, 16))
     """
     __tracebackhide__ = True
-    given, amount = _sides(sides), positive("amount", amount)
+    given = _sides(SIDES if sides is None else sides)
+    amount = positive("amount", amount)
     value = None if padding_value is None else check_number(padding_value, "padding_value")
     called = as_subject(
         subject,
@@ -86,6 +90,10 @@ def assert_padding_invariant(
         lengths if len(inputs) == 3 else None,
         seed=seed if training else None,
     )
+    if isinstance(called, ModelSubject):
+        called = called.memory or called
+        if sides is None and called.model.mask == "lengths":
+            given = ("right",)
     called.check_padding(needs_mask=value is None and list(given) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
@@ -174,6 +182,7 @@ class _Trial:
             place=lambda index: self.subject.name_row(index, self.padding),
             cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
             repeat=f"seed={self.padding.seed}",
+            again=self.run,
         )
 
     def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:

@@ -68,6 +68,11 @@ def as_subject(
     if lengths is None:
         return model
     check_takes_mask(model.model)
+    if model.memory is not None:
+        accepted = (
+            "None for a module with a memory, whose padding assert_padding_invariant is about"
+        )
+        raise ValueError(misuse("lengths", repr(lengths), accepted))
     given = model.as_lengths(lengths)
     mask = padding_mask(given, model.length, device=model.inputs.device)
     return replace(model, real=mask[:, 0, 0])
@@ -155,7 +160,13 @@ def as_sequence(
         accepted = "floats (batch, length, width) or token ids (batch, length) in int64 or int32"
         given = f"{sequence.dtype} {tuple(sequence.shape)}"
         raise ValueError(misuse("inputs", given, accepted))
-    return ModelSubject(model, sequence, dict(arguments), seed=seed)
+    named = {**model.arguments, **arguments}
+    if (name := model.memory_argument) is not None:
+        memory = named[name] = as_input(named.get(name), name)
+        if memory.ndim != 3 or len(memory) != len(sequence):
+            accepted = f"({len(sequence)}, length, width), as many samples as the inputs have"
+            raise ValueError(misuse(name, f"shape {tuple(memory.shape)}", accepted))
+    return ModelSubject(model, sequence, named, seed=seed)
 
 
 def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
