@@ -11,7 +11,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_relative
 from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
 from pytest_attnheat.assertions.behaviour.leak_search import Search
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.memory import claims_of
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.assertions.behaviour.visibility import Stated
@@ -98,9 +98,8 @@ def assert_no_leakage(
     check_count(inputs, "assert_no_leakage")
     stated = Stated(causal, alignment, lengths, side, documents, may_see)
     whole = as_subject(subject, inputs, arguments, seed=seed if training else None)
-    claims = whole.claims(stated) if isinstance(whole, ModelSubject) else [whole.claim(stated)]
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        for called, claim in claims:
+        for called, claim in claims_of(whole, stated):
             base = settled(subject, called.run, training=training, seed=seed)
             allowed = check_relative(tolerance, base.dtype, strict=True)
             search = Search(called, claim, base, allowed=allowed, passes=passes, seed=seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -33,8 +33,10 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     size_of,
 )
 from pytest_attnheat.attention.reference import causal_mask, padding_mask
+from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import copied
+from pytest_attnheat.callables import copied, modules_in
+from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.inputs import misuse
 
 
@@ -114,17 +116,6 @@ class ModelSubject:
 
     def _call(self, model: SequenceModel, given: Tensor, **told: Any) -> Tensor:
         return model(given, **told)
-
-    @property
-    def memory(self) -> MemorySubject | None:
-        """The model as one of its memory; None if it has none."""
-        name = self.model.memory_argument
-        if name is None:
-            return None
-        others = {key: value for key, value in self.arguments.items() if key != name}
-        return MemorySubject(
-            self.model, self.arguments[name], others, seed=self.seed, queries=self.inputs
-        )
 
     def given(self, **tensors: Tensor) -> ModelSubject:
         """The same with other inputs."""
@@ -219,16 +210,6 @@ class ModelSubject:
                 got = f"shape {tuple(value.shape)}, (batch, length) or (length, length)"
                 raise ValueError(misuse(name, got, "inputs whose batch and length differ"))
         return self.arguments
-
-    def claims(self, stated: Stated) -> Iterator[tuple[ModelSubject, Claim]]:
-        """What its tokens may see of the sequence, and of its memory, if it has one."""
-        if self.memory is None:
-            yield self.claim(stated)
-        else:
-            # What looks things up elsewhere need not look at its own sequence as well.
-            subject, claim = self.claim(replace(stated, lengths=None))
-            yield subject, replace(claim, must_see=False)
-            yield self.memory.claim(Stated(False, lengths=stated.lengths, side=stated.side))
 
     def claim(self, stated: Stated) -> tuple[ModelSubject, Claim]:
         """What its tokens may see, and the same model with its mask, if there is padding."""
@@ -400,6 +381,12 @@ class ModelSubject:
 
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
         """Tell a mask that does not hide from positions."""
+        everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
+        if holds(lambda: self._differ(self.run(real=everything), self.run())):
+            return (
+                "a mask that hides nothing changes the output: is the causal mask dropped where "
+                "another is given?"
+            )
         if felt:
             return "real tokens feel what the padding holds: it is not masked there"
         if side == "right":
@@ -408,6 +395,12 @@ class ModelSubject:
                 "positions, or a scale, taken from the length of the batch?"
             )
         argument = self.model.positions_argument
+        if holds(self._is_rotated_by_more):
+            return (
+                "keys that are moved alike change their products with one another, and values do "
+                "not change: rotated positions have to act by their difference alone; are the "
+                "pairs that are rotated and the frequencies laid out alike (halves or neighbours)?"
+            )
         if argument is None:
             return (
                 "the module is not told the positions: if it has absolute positions, let it take "
@@ -415,68 +408,28 @@ class ModelSubject:
             )
         return f"are the positions in {argument} used?"
 
+    def _differ(self, one: Tensor, other: Tensor) -> bool:
+        return differ(one, other, output_tolerance(one.dtype))
+
+    def _is_rotated_by_more(self) -> bool:
+        """Whether moving a sequence by padding changes products of keys, but no values."""
+        (module,), alone = modules_in(self.model.module), self.samples(torch.tensor([0]))
+        first = []
+        for part in (alone, alone.pad(Padding("left", self.length + 3, [self.length], None, 0))):
+            with capture_attention(module, allow_unseen=True) as trace:
+                part.run()
+            first.append([_last(tensor, self.length) for tensor in (trace[0].key, trace[0].value)])
+        (key, value), (moved_key, moved_value) = first
+        products = (moved_key @ moved_key.mT, key @ key.mT)
+        return self._differ(*products) and not self._differ(moved_value, value)
+
     def with_dropout(self, *, has_module: bool) -> None:
         """Nothing: its dropout is its own."""
 
 
-@dataclass(frozen=True)
-class MemorySubject(ModelSubject):
-    """A model of its memory: its inputs are the memory, its rows those of what looks it up.
-
-    Attributes:
-        queries: The inputs of the model.
-    """
-
-    queries: Tensor = field(kw_only=True)
-
-    ordered = "the memory is"
-    element = "memory element"
-
-    @property
-    def observers(self) -> int:
-        """How many tokens look things up."""
-        return self.queries.shape[1]
-
-    def _call(self, model: SequenceModel, given: Tensor, **told: Any) -> Tensor:
-        arguments = {**model.arguments, str(model.memory_argument): given}
-        return replace(model, arguments=arguments)(self.queries.clone(), **told)
-
-    def judged(self) -> None:
-        """All rows: that the memory is padded does not make them mean nothing."""
-
-    def samples(self, which: Tensor) -> MemorySubject:
-        """The memory of some samples, and what looks it up."""
-        return replace(super().samples(which), queries=self.queries[which])  # type: ignore[call-arg, return-value]
-
-    def restore(self, output: Tensor, order: Tensor) -> Tensor:
-        """The output, whatever the order of the memory."""
-        return output
-
-    def cause_of_order(self, base: Tensor, allowed: float) -> str:
-        """Say that the memory has an order."""
-        return "the order of the memory is felt: positions, in the module that looks it up?"
-
-    def takes_positions(self, side: Side) -> bool:
-        """Positions are those of the sequence."""
-        return False
-
-    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
-        """The same rows: padding of the memory adds none."""
-        return alone
-
-    def name_padding(self, padding: Padding) -> str:
-        """Say on which side the padding of the memory is."""
-        return f"rows change with padding of the memory on the {padding.side}"
-
-    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
-        """Name a row of the output."""
-        return output_place(index)
-
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
-        """Tell a mask that does not hide from one that changes something else."""
-        if felt:
-            return "outputs feel what the padding of the memory holds: it is not masked there"
-        return "outputs do not feel what the padding of the memory holds, only that it is there"
+def _last(tensor: Tensor | None, length: int) -> Tensor:
+    assert tensor is not None
+    return tensor[..., -length:, :]
 
 
 def _rank(real: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def as_subject(
     if lengths is None:
         return model
     check_takes_mask(model.model)
-    if model.memory is not None:
+    if model.model.memory_argument is not None:
         accepted = (
             "None for a module with a memory, whose padding assert_padding_invariant is about"
         )
