@@ -309,6 +309,8 @@ def _beyond_claims(mask: Tensor | None, record: AttentionRecord, claims: _Claims
     if mask is None:
         return None
     lengths = record.shape[2:]
+    if lengths[0] > 1 and torch.equal(mask, mask[..., :1, :].expand_as(mask)):
+        return None if bool(mask.all()) else mask  # of padding: it was not to make it causal
     if claims.causal is not None:
         mask = mask | ~causal_mask(*lengths, alignment=claims.causal, device=mask.device)
     if claims.window is not None:
