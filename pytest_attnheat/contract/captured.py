@@ -288,7 +288,7 @@ def _claimed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> _Cla
     causal, window = record.causal, spec.sides
     # The claim of a block is about its own sequence, not about one that it looks things up in.
     if spec.is_block:
-        claimed = own and query_len == key_len
+        claimed = own and query_len == key_len and not spec.prefix
         causal = (spec.causal or causal) if claimed else causal
         window = window if claimed else None
     alignment: Alignment = causal or "top_left"

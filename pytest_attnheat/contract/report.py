@@ -210,14 +210,16 @@ def diagnosis_of(
     Returns:
         The diagnosis, None of what answers nothing at all; and the sentence.
     """
-    again = None if result.failure is None else result.failure.again
+    failure = result.failure
+    again = None if failure is None else failure.again
     try:
         if not spec.is_block:
             return diagnose(spec, seed=seed), ""
         if result.name == "attention_inside":
             return diagnose_records(spec, search=search), ""
         if again is None:
-            return None, "not captured: there is no single call that failed"
+            said = result.name == "call" or (failure is not None and failure.broken is None)
+            return None, "" if said else "not captured: it is not one call that failed"
         # What a query gives that sees nothing means nothing here: it is padding itself.
         for declared in dict.fromkeys((spec.fully_masked, "zero", "uniform", "nan")):
             found = diagnose_records(replace(spec, fully_masked=declared), again, search=False)
