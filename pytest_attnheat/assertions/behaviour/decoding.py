@@ -107,9 +107,9 @@ def assert_decode_matches_prefill(
             )
         else:
             model = as_sequence(subject, inputs[0], arguments, seed=own)
-            model = model if lengths is None else model.after_padding(lengths)
+            model = model if lengths is None else model.padded_as(lengths, "left")
             decoder = model_decoder(model, alignment)
-        plans = list(_plans(decoder.length, decoder.most_single, chunks, decoder.prompt))
+        plans = list(_plans(decoder.length, decoder.most_single, chunks, _padding(decoder)))
         with torch.no_grad():
             _check(subject, decoder, plans, tolerance=tolerance, seed=seed, training=training)
 
@@ -149,10 +149,16 @@ def _check(
         )
 
 
+def _padding(decoder: Decoder) -> int:
+    """How many tokens come first that are padding in some sample: they are no step of their own."""
+    judged = decoder.subject.judged()
+    return 0 if judged is None else int((~judged).sum(-1).max())
+
+
 def _plans(
-    length: int, most_single: int, chunks: Sequence[int] | None, prompt: int
+    length: int, most_single: int, chunks: Sequence[int] | None, padding: int
 ) -> Iterator[Plan]:
-    """Yield how a sequence is cut; the first chunk has at least so many tokens as a prompt has.
+    """Yield how a sequence is cut; the first chunk has a token after all padding.
 
     Raises:
         TypeError: A size is not a whole number.
@@ -167,6 +173,7 @@ def _plans(
             raise ValueError(misuse("chunks", list(chunks), accepted))
         yield Plan(sizes, _in_chunks(sizes))
         return
+    prompt = padding + 1 if padding else 0
     single = min(length - prompt, most_single)
     first = [length - single] if length > single else []
     words = f"token by token after a prompt of {length - single}" if first else "token by token"
@@ -259,10 +266,6 @@ class _FunctionDecoder:
     @property
     def most_single(self) -> int:
         return MOST_SINGLE_TOKENS
-
-    @property
-    def prompt(self) -> int:
-        return 0
 
     @property
     def how(self) -> str:

@@ -111,10 +111,6 @@ class Decoder(Protocol):
         """How many of them are decoded one by one."""
 
     @property
-    def prompt(self) -> int:
-        """How many tokens the first chunk has at least; 0 for any."""
-
-    @property
     def how(self) -> str:
         """What decoding is done with, as part of a sentence."""
 
@@ -175,11 +171,6 @@ class _ModelDecoder:
         return MOST_SINGLE_TOKENS if self.has_cache else MOST_PREFIXES
 
     @property
-    def prompt(self) -> int:
-        real = self.subject.real  # Nothing is known of what comes before the first real token.
-        return 0 if real is None else 1 + int((~real).sum(-1).max())
-
-    @property
     def how(self) -> str:
         words = "with the cache" if self.has_cache else "without a cache"
         return words if self.subject.real is None else f"{words}, after padding on the left"
@@ -205,7 +196,7 @@ class _ModelDecoder:
         if model.decode is None:
             raise ValueError(f"{model.name} decodes without a cache")
         chunk = self.subject.inputs[:, step.start : step.stop]
-        here = self._cut([*range(step.stop)])
+        here = self.subject.cut(range(step.stop))
         arguments = model.keywords(
             chunk,
             here.arguments,
@@ -223,33 +214,11 @@ class _ModelDecoder:
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
         """Run the model on some tokens at once, without a cache."""
-        here = self._cut(tokens)
+        here = self.subject.cut(tokens)
         at = None
         if positions is not None:
             at = torch.tensor(positions, device=here.inputs.device).repeat(here.batch, 1)
         return here.run(positions=at)
-
-    def _cut(self, tokens: Sequence[int]) -> ModelSubject:
-        """The subject cut to some tokens, its arguments to their rows and columns."""
-        batch, length = self.subject.inputs.shape[:2]
-        model = self.subject.model
-        chosen = list(tokens)
-        cut = dict(self.subject.arguments)
-        for name, value in cut.items():
-            if not isinstance(value, Tensor) or value.ndim < 2 or name in self.subject.of_memory:
-                continue
-            # Of as many sequences as tokens only the name tells which dimension is which.
-            by_token = name in (model.mask_argument, model.positions_argument)
-            if value.shape[-2:] == (length, length) and not by_token:
-                cut[name] = value[..., chosen, :][..., chosen]
-            elif value.shape in ((batch, length), (1, length)):
-                cut[name] = value[:, chosen]
-        real, positions = (
-            None if told is None else told[:, chosen]
-            for told in (self.subject.real, self.subject.positions)
-        )
-        inputs = self.subject.inputs[:, chosen]
-        return replace(self.subject, inputs=inputs, arguments=cut, real=real, positions=positions)
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
         """Compare the first chunk that is off with its prefix, the last with likely mistakes."""
