@@ -401,3 +401,24 @@ def test_a_failure_makes_the_call_that_failed_once_more():
     with torch.no_grad(), capture_attention() as trace:
         padded.again()
     assert trace[0].shape[-1] > 11
+
+
+def test_heads_that_see_differently_are_held_to_what_any_of_them_may_see():
+    class Apart(nn.Module):
+        def __init__(self, ahead):
+            super().__init__()
+            self.ahead = ahead
+
+        def forward(self, states):
+            steps = torch.arange(states.shape[1])
+            behind = steps[:, None] - steps
+            seen = torch.stack([behind == 0, (behind >= -self.ahead) & (behind <= 1)])
+            heads = states.unflatten(-1, (2, -1)).transpose(1, 2)
+            return SDPA(heads, heads, heads, attn_mask=seen).transpose(1, 2).flatten(2)
+
+    def near(batch, head, query, key):
+        return (key <= query) & (query - key <= head)
+
+    for ahead in (0, 1):
+        spec = AttentionSpec(Apart(ahead).eval(), inputs=randn(2, 9, 8), causal=None, may_see=near)
+        assert ("no_leakage" in failed(check_attention(spec))) == bool(ahead)

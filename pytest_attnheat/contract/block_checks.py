@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -61,13 +62,15 @@ def block_no_leakage(examination: Examination) -> None:
     """What is declared to be unseen; other sequences of the batch in any case; with padding too."""
     model, inputs = examination.block()
     spec, seed = examination.spec, examination.seed
-    seen = _seen(spec, *inputs.shape[:2]).to(inputs.device)
+    by_head = _seen(spec, inputs)
+    seen = by_head.any(1)
     through = _through_layers(seen)
     causal = bool((through == through.tril()).all())
     told: dict[str, Any] = {"causal": causal, "seed": seed}
     # Through each further layer a window sees further: what must be seen depends on the depth.
     # What is inside is held to the window itself.
-    told["must_see"] = torch.equal(through, seen) and not _carries_window(model)
+    same = torch.equal(through, seen) and bool((by_head.all(1) == seen).all())
+    told["must_see"] = same and not _carries_window(model)
     documents = spec.documents if isinstance(spec.documents, Tensor) else None
     whole = torch.ones_like(through)
     if not torch.equal(through, whole.tril() if causal else whole):
@@ -88,12 +91,21 @@ def block_no_leakage(examination: Examination) -> None:
             )
 
 
-def _seen(spec: AttentionSpec, batch: int, length: int) -> Tensor:
-    """What each token may see in one layer, by what is declared, (batch, length, length)."""
-    nothing = torch.empty(batch, 1, length, 0)
+def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:
+    """What is declared that each token may see in a layer, (batch, heads, length, length).
+
+    There is one head, but for a function of the head.
+    """
+    (batch, length), heads = inputs.shape[:2], 1
     documents, may_see = spec.documents, spec.may_see
     if isinstance(documents, Tensor):
         documents = as_documents(documents, (batch, length))
+    if isinstance(may_see, Tensor):
+        may_see = may_see.to(inputs.device)
+    elif may_see is not None:
+        with suppress(Skipped):
+            heads = max((record.shape[1] for record in records_of(spec)), default=1)
+    nothing = torch.empty(batch, heads, length, 0, device=inputs.device)
     call = Call(
         nothing,
         nothing,
@@ -106,9 +118,10 @@ def _seen(spec: AttentionSpec, batch: int, length: int) -> Tensor:
         documents=(documents, documents) if isinstance(documents, Tensor) else None,
         may_see=(lambda b, h, i, j: may_see[i, j]) if isinstance(may_see, Tensor) else may_see,
     )
-    seen = call.permitted(torch.arange(batch), slice(0, length))
-    whole = torch.ones(batch, length, length, dtype=torch.bool)
-    return whole if seen is None else whole & seen
+    seen = call.permitted(torch.arange(batch * heads, device=inputs.device), slice(0, length))
+    whole = nothing.new_ones(batch * heads, length, length, dtype=torch.bool)
+    whole = whole if seen is None else whole & seen
+    return whole.view(batch, heads, length, length)
 
 
 def _carries_window(model: SequenceModel) -> bool:

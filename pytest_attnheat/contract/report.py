@@ -250,7 +250,8 @@ def _inside(found: Diagnosis, spec: AttentionSpec) -> str:
 
 def _is_compiled(spec: AttentionSpec) -> bool:
     parts = (part for module in modules_in(spec.subject) for part in module.modules())
-    return any(hasattr(p, "_orig_mod") or p._compiled_call_impl is not None for p in parts)
+    names = ("_orig_mod", "_compiled_call_impl")
+    return any(getattr(part, name, None) is not None for part in parts for name in names)
 
 
 def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:

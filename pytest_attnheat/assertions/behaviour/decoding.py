@@ -178,11 +178,8 @@ def _plans(
     first = [length - single] if length > single else []
     words = f"token by token after a prompt of {length - single}" if first else "token by token"
     yield Plan(first + [1] * single, words)
-    uneven, size, following = (
-        [max(length // 2, prompt)],
-        1,
-        2,
-    )  # Fibonacci's numbers: odd and even sizes.
+    uneven = [max(length // 2, prompt)]
+    size, following = 1, 2  # Fibonacci's numbers: odd and even sizes.
     while sum(uneven) < length:
         uneven.append(min(size, length - sum(uneven)))
         size, following = following, size + following

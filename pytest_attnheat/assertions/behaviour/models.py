@@ -185,13 +185,11 @@ class ModelSubject:
         argument: Tensor = (self.arguments if square else self._arguments())[name]
         if name in self._of_memory:
             return ()
-        if name in self._by_token and argument.ndim == 2:
-            return (1,) if argument.shape[1] == self.length else ()
         shape, ndim, length = tuple(argument.shape), argument.ndim, self.length
         if ndim == 0 or length not in shape:
             return ()
         second = ndim > 1 and shape[0] in (1, self.batch) and shape[1] == length
-        rows = ndim > 1 and shape[-2:] == (length, length)
+        rows = ndim > 1 and shape[-2:] == (length, length) and name not in self._by_token
         keys = shape[-1] == length and (ndim == 1 or (ndim > 2 and set(shape[1:-1]) == {1}))
         if ndim == 3 and ((rows and second) or keys) and self._may_be_width(argument):
             got = f"{shape}, whose last dimension may be the length of the sequence or a width"
@@ -428,18 +426,14 @@ class ModelSubject:
         for part in (alone, alone.pad(Padding("left", self.length + 3, [self.length], None, 0))):
             with capture_attention(module, allow_unseen=True) as trace:
                 part.run()
-            first.append([_last(tensor, self.length) for tensor in (trace[0].key, trace[0].value)])
+            tensors = (trace[0].key, trace[0].value)
+            first.append([t[..., -self.length :, :] for t in tensors if t is not None])
         (key, value), (moved_key, moved_value) = first
         products = (moved_key @ moved_key.mT, key @ key.mT)
         return self._differ(*products) and not self._differ(moved_value, value)
 
     def with_dropout(self, *, has_module: bool) -> None:
         """Nothing: its dropout is its own."""
-
-
-def _last(tensor: Tensor | None, length: int) -> Tensor:
-    assert tensor is not None
-    return tensor[..., -length:, :]
 
 
 def _rank(real: Tensor) -> Tensor:

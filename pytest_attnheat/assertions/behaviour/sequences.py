@@ -379,8 +379,8 @@ def _is_name_of_cache(name: str) -> bool:
 
 
 def decode_takes(model: SequenceModel) -> bool:
-    """Whether `decode` can be told of padding."""
-    if model.decode is None or model.mask_argument is None:
+    """Whether `decode` can be told of padding on the left."""
+    if model.decode is None or model.mask_argument is None or model.mask == "lengths":
         return False
     try:
         inspect.signature(model.decode).bind(None, None, **{model.mask_argument: None})
