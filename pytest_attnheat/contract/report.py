@@ -220,6 +220,7 @@ def diagnosis_of(
         if again is None:
             said = result.name == "call" or (failure is not None and failure.broken is None)
             return None, "" if said else "not captured: it is not one call that failed"
+        spec = _anywhere(spec)
         # What a query gives that sees nothing means nothing here: it is padding itself.
         for declared in dict.fromkeys((spec.fully_masked, "zero", "uniform", "nan")):
             found = diagnose_records(replace(spec, fully_masked=declared), again, search=False)
@@ -229,6 +230,16 @@ def diagnosis_of(
     except Exception as error:  # a subject may raise anything; the checks tell what
         return None, f"nothing was judged in the call that failed: {error}" * spec.is_block
     return found, _inside(found, spec)
+
+
+def _anywhere(spec: AttentionSpec) -> AttentionSpec:
+    """What is declared that holds wherever positions begin, and however long a call is."""
+    causal = None if spec.prefix else spec.causal
+    window = None if spec.sink_keys else spec.window
+    return replace(
+        spec, causal=causal, window=window, chunk=None, prefix=0, sink_keys=0, may_see=None,
+        documents=None,
+    )  # fmt: skip
 
 
 # Of a compiled block; capturing sets compiled code aside.
