@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.attention.devices import names_of, resolve
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.capture.record import AttentionRecord
@@ -114,8 +115,8 @@ class Report:
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
             said = [first.declaration] if first.declaration else []
-            inside = self._inside[1].get(name, "") if not said else ""
-            said += [first.message, *([f"  inside   {inside}"] if inside else [])]
+            found = self._inside[1].get(name, "") if not said else ""
+            said += [first.message, *([f"  inside   {found}"] if found else [])]
             lines += ["", f"{name} ({first.dtype}, {first.device})", *said]
         return "\n".join(lines)
 
@@ -220,7 +221,9 @@ def diagnosis_of(
         if again is None:
             said = result.name == "call" or (failure is not None and failure.broken is None)
             return None, "" if said else "not captured: it is not one call that failed"
-        spec = _anywhere(spec)
+        called = getattr(again, "__self__", None)
+        if not isinstance(called, ModelSubject) or called.real is not None:
+            spec = _anywhere(spec)  # else it was called on its inputs
         # What a query gives that sees nothing means nothing here: it is padding itself.
         for declared in dict.fromkeys((spec.fully_masked, "zero", "uniform", "nan")):
             found = diagnose_records(replace(spec, fully_masked=declared), again, search=False)
