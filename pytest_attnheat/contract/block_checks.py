@@ -128,7 +128,8 @@ def _carries_window(model: SequenceModel) -> bool:
     """Whether some layer says itself that it sees a window, or a chunk, alone."""
     parts = [part for module in modules_in(model.module) for part in module.modules()]
     owners = [*parts, *(getattr(part, "config", None) for part in parts)]
-    return any(getattr(owner, name, None) for owner in owners for name in _WINDOWS)
+    carried = [getattr(owner, name, None) for owner in owners for name in _WINDOWS]
+    return any(isinstance(size, int) for size in carried)
 
 
 def _through_layers(seen: Tensor) -> Tensor:
@@ -147,10 +148,10 @@ def _why_not_padded(examination: Examination) -> str:
     """Why the sequence cannot be padded; empty if it can."""
     if reason := takes_padding_mask(examination.spec):
         return reason
-    subject = as_sequence(*examination.block(), {})
-    for name, value in subject.arguments.items():
-        if isinstance(value, Tensor) and subject.along(name):
-            return f"{name} was made for sequences of {subject.length}, and padding changes it"
+    try:
+        as_sequence(*examination.block(), {}).check_padding(needs_mask=True)
+    except ValueError as reason:
+        return str(reason)
     return "documents are packed" if examination.spec.documents is not None else ""
 
 

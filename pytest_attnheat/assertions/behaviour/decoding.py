@@ -22,7 +22,7 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     name_tokens,
     tokens_off,
 )
-from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
 from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.scoring import broadcast
@@ -107,7 +107,9 @@ def assert_decode_matches_prefill(
             )
         else:
             model = as_sequence(subject, inputs[0], arguments, seed=own)
-            model = model if lengths is None else model.padded_as(lengths, "left")
+            if lengths is not None:
+                refuse_memory(model, lengths)
+                model = model.padded_as(lengths, "left")
             decoder = model_decoder(model, alignment)
         plans = list(_plans(decoder.length, decoder.most_single, chunks, _padding(decoder)))
         with torch.no_grad():

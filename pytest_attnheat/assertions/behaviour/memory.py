@@ -51,7 +51,6 @@ class MemorySubject(ModelSubject):
 
     queries: Tensor = field(kw_only=True)
 
-    ordered = "the memory is"
     element = "memory element"
 
     @property
@@ -69,14 +68,6 @@ class MemorySubject(ModelSubject):
     def samples(self, which: Tensor) -> MemorySubject:
         """The memory of some samples, and what looks it up."""
         return replace(super().samples(which), queries=self.queries[which])  # type: ignore[call-arg, return-value]
-
-    def restore(self, output: Tensor, order: Tensor) -> Tensor:
-        """The output, whatever the order of the memory."""
-        return output
-
-    def cause_of_order(self, base: Tensor, allowed: float) -> str:
-        """Say that the memory has an order."""
-        return "the order of the memory is felt: positions, in the module that looks it up?"
 
     def takes_positions(self, side: Side) -> bool:
         """Positions are those of the sequence."""

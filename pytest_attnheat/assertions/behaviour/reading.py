@@ -68,14 +68,19 @@ def as_subject(
     if lengths is None:
         return model
     check_takes_mask(model.model)
+    refuse_memory(model, lengths)
+    given = model.as_lengths(lengths)
+    mask = padding_mask(given, model.length, device=model.inputs.device)
+    return replace(model, real=mask[:, 0, 0])
+
+
+def refuse_memory(model: ModelSubject, lengths: object) -> None:
+    """Refuse lengths of the sequence for a module whose mask is about a memory."""
     if model.model.memory_argument is not None:
         accepted = (
             "None for a module with a memory, whose padding assert_padding_invariant is about"
         )
         raise ValueError(misuse("lengths", repr(lengths), accepted))
-    given = model.as_lengths(lengths)
-    mask = padding_mask(given, model.length, device=model.inputs.device)
-    return replace(model, real=mask[:, 0, 0])
 
 
 def as_function(

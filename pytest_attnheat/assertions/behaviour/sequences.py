@@ -380,10 +380,10 @@ def _is_name_of_cache(name: str) -> bool:
 
 def decode_takes(model: SequenceModel) -> bool:
     """Whether `decode` can be told of padding on the left."""
-    if model.decode is None or model.mask_argument is None or model.mask == "lengths":
+    if model.decode is None or model.mask in (None, "lengths") or model.memory_argument:
         return False
     try:
-        inspect.signature(model.decode).bind(None, None, **{model.mask_argument: None})
+        inspect.signature(model.decode).bind(None, None, **{str(model.mask_argument): None})
     except (TypeError, ValueError):
         return False
     return True
