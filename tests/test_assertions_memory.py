@@ -29,6 +29,8 @@ class Looking(nn.Module):
     def forward(self, states, memory, real=None, weight=1.0):
         key, value = self.both(memory).chunk(2, -1)
         seen = None if real is None or self.defect == "ignored" else real[:, None]
+        if self.defect == "ordered":
+            key = key + torch.arange(key.shape[1])[:, None]
         return weight * scaled_dot_product_attention(self.query(states), key, value, attn_mask=seen)
 
 
@@ -74,8 +76,11 @@ def test_a_memory_that_is_missing_or_does_not_fit_is_refused():
         assert_decode_matches_prefill(looking(), states, memory=MEMORY, lengths=[6, 2, 3])
 
 
-def test_the_order_of_a_sequence_does_not_matter_to_what_it_looks_up():
-    assert_key_permutation_invariant(looking(), randn(3, 6, WIDTH), memory=MEMORY)
+@pytest.mark.parametrize("length", [4, 6])
+def test_a_memory_stays_whole_where_the_sequence_is_cut_or_turned(length):
+    states = randn(3, length, WIDTH)
+    assert_key_permutation_invariant(looking("ordered"), states, memory=MEMORY)
+    assert_decode_matches_prefill(looking(), states, memory=MEMORY)
 
 
 # --- lengths

@@ -28,10 +28,10 @@ def rotated(states, at, frequencies_of_neighbours):
 class Decoder(nn.Module):
     """Two causal layers with rotary positions and a cache, with one thing wrong or nothing."""
 
-    def __init__(self, wrong="", chunk=None, prefix=0):
+    def __init__(self, wrong="", chunk=None, prefix=0, additive=False):
         super().__init__()
         torch.manual_seed(0)
-        self.wrong, self.chunk, self.prefix = wrong, chunk, prefix
+        self.wrong, self.chunk, self.prefix, self.additive = wrong, chunk, prefix, additive
         self.embedding, self.head = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 50)
         self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
         for layer in self.layers:
@@ -69,6 +69,8 @@ class Decoder(nn.Module):
                 key, value = torch.cat([old[0], key], 2), torch.cat([old[1], value], 2)
             grown.append((key, value))
             seen = self.seen(new, past, keep, documents)
+            if self.additive:  # a query that may see nothing sees all
+                seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo().min)
             states = states + SDPA(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
         return self.head(states), grown
 
@@ -184,6 +186,13 @@ def test_what_is_wrong_outside_is_said_of_the_call_that_failed():
     inside = "  inside   in the call that failed, attention in Decoder, as it was captured, is what"
     assert inside in text
     assert "what is wrong happens outside of it: in the mask it was given" in text
+
+
+def test_what_padded_queries_give_is_not_what_is_wrong():
+    report = check_attention(spec_of("rotary_pairs", declared={"additive": True}))
+    assert failed(report) == {"padding"}
+    assert report.diagnosis.healthy
+    assert "what is wrong happens outside of it" in str(report)
 
 
 def test_a_mask_of_a_causal_model_is_not_called_ignored_for_padding_on_the_right():
