@@ -370,10 +370,17 @@ def test_what_is_declared_of_a_block_has_to_fit_its_inputs(fields, match):
 # --- what is said
 
 
-def test_what_cannot_be_called_as_it_is_declared_says_so_once():
+def test_what_needs_more_arguments_than_are_declared_says_so_once_and_is_not_charged():
     report = check_attention(AttentionSpec(Looking(), inputs=randn(2, 9, WIDTH)))
-    assert failed(report) == {"call"}
+    assert not report.passed
+    assert set(statuses(report).values()) == {"skipped"}
     assert str(report).count("missing 1 required positional argument: 'text'") == 1
+    assert "nothing was examined; it cannot be called as it is declared: Looking" in str(report)
+
+
+def test_what_raises_whatever_it_is_given_fails_once():
+    report = check_attention(AttentionSpec(Decoder(), inputs=randn(2, 9, WIDTH)))
+    assert failed(report) == {"call"}
     others = {result.message for result in report.results if result.name != "call"}
     assert "it cannot be called as it is declared" in others
     assert set(statuses(report).values()) == {"failed", "skipped"}

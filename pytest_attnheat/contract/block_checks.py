@@ -51,9 +51,12 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")
 
 @check("call", "it can be called as it is declared", "block", quick=True)
 def block_call(examination: Examination) -> None:
-    """Where it cannot, no other check is asked."""
-    if examination.refusal is not None:
-        raise examination.refusal
+    """Where it cannot, no other check is asked; one that needs more arguments is not asked this."""
+    error = examination.refusal
+    if error is not None and not examination.binds:
+        raise Skipped(f"it cannot be called as it is declared: {error}; declare arguments=")
+    if error is not None:
+        raise error
 
 
 @check("no_leakage", "no output depends on what it must not see, and each on what it must", "block",

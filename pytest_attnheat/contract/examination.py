@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -182,6 +183,19 @@ class Examination:
         except Exception as error:  # whatever code under test raises
             return error
         return None
+
+    @property
+    def binds(self) -> bool:
+        """Whether a block takes the arguments that are declared, as far as its signature tells."""
+        model, inputs = self._as_declared
+        try:
+            called = getattr(model.module, "forward", model.module)
+            inspect.signature(called).bind(inputs, **model.arguments)
+        except TypeError:
+            return False
+        except ValueError:  # a callable made in C
+            pass
+        return True
 
     def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:
         drawn = draw(name, self.seed, BATCH, heads, length, width)

@@ -123,7 +123,9 @@ class Report:
     def _head(self) -> str:
         skipped = sum(result.status == "skipped" for result in self.results)
         if not self.asked:
-            return "nothing was examined; each check was refused, or left out by what is declared"
+            calls = [r.message for r in self.results if r.name == "call" and r.message]
+            why = "each check was refused, or left out by what is declared"
+            return f"nothing was examined; {calls[0] if calls else why}"
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
         if not self.failed:
             head = "all checks passed"
