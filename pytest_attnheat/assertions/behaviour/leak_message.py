@@ -127,7 +127,7 @@ def _cause_of_blindness(
     if list(missed) == numbers[: len(missed)]:
         return (
             "those farthest back: a sliding window? Say so with may_see=, or must_see=False "
-            "(with window= of an AttentionSpec)"
+            "(with window=, chunk= or documents= of an AttentionSpec)"
         )
     return None
 
