@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.plan import Case
@@ -22,7 +23,7 @@ from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Skipped
+from pytest_attnheat.contract.examination import Skipped, model_of
 from pytest_attnheat.contract.explaining import explained
 from pytest_attnheat.contract.probing import Probe, one_thread
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -33,8 +34,14 @@ from pytest_attnheat.inputs import dtype_name, misuse
 _MOST_WEIGHTS = 200_000
 
 
-def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
+def records_of(
+    spec: AttentionSpec, call: Callable[[], object] | None = None
+) -> Sequence[AttentionRecord]:
     """Return the records of a specification: those of its trace, or of its block at work.
+
+    Args:
+        spec: The specification.
+        call: Calls the block; by default it is called on its inputs.
 
     Raises:
         Skipped: Nothing could be captured in the block.
@@ -43,12 +50,12 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
         return [spec.subject]
     if isinstance(spec.subject, Trace):
         return list(spec.subject)
-    subject = spec.implementation
-    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
-    return _captured(model, spec.inputs)
+    return _captured(model_of(spec), spec.inputs, call)
 
 
-def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
+def _captured(
+    model: SequenceModel, inputs: Tensor | None, call: Callable[[], object] | None
+) -> list[AttentionRecord]:
     module = _module_of(model.module)
     if module is None or inputs is None:
         raise Skipped("attention inside is captured of one module, or of what calls one")
@@ -56,7 +63,7 @@ def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionReco
         module.eval()
         try:
             with capture_attention(module, allow_unseen=True) as trace:
-                model(inputs)
+                model(inputs) if call is None else call()
         except CaptureError as error:
             raise Skipped(str(error)) from None
     return list(trace)
@@ -70,7 +77,9 @@ def _module_of(subject: object) -> nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
-def diagnose_records(spec: AttentionSpec) -> Diagnosis:
+def diagnose_records(
+    spec: AttentionSpec, call: Callable[[], object] | None = None, *, search: bool = True
+) -> Diagnosis:
     """Diagnose the first attention that is not what it is declared to be, or any if all are.
 
     Raises:
@@ -78,7 +87,7 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     """
     last: Diagnosis | None = None
     reasons: list[str] = []
-    for diagnosis in diagnoses(spec, reasons):
+    for diagnosis in diagnoses(spec, reasons, call, search=search):
         last = diagnosis
         if not diagnosis.healthy:
             return diagnosis
@@ -93,13 +102,21 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     )
 
 
-def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
+def diagnoses(
+    spec: AttentionSpec,
+    reasons: list[str],
+    call: Callable[[], object] | None = None,
+    *,
+    search: bool = True,
+) -> Iterator[Diagnosis]:
     """Diagnose one record after the other; add the reasons why some cannot be.
 
     What made a wrong output is only searched for in the first that is wrong: it takes seconds.
     """
-    records, search = records_of(spec), True
-    looked_up = _looked_up(spec, records)
+    records = records_of(spec, call)
+    plain = records if call is None else records_of(spec)
+    looked_up = _looked_up(spec, plain)
+    once = Counter(record.layer for record in plain)  # a call may run the block several times
     for record in records:
         reason = _not_told(record)
         if reason:
@@ -109,7 +126,7 @@ def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
         if small is None:
             reasons.append(f"{_place(record)}: {record.shape} is too large to diagnose")
             continue
-        own = (record.layer, record.call) not in looked_up
+        own = (record.layer, record.call % (once[record.layer] or 1)) not in looked_up
         diagnosis = _diagnosed(small, spec, own=own, search=search)
         search = search and diagnosis.healthy
         yield diagnosis
@@ -271,7 +288,7 @@ def _claimed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> _Cla
     causal, window = record.causal, spec.sides
     # The claim of a block is about its own sequence, not about one that it looks things up in.
     if spec.is_block:
-        claimed = own and query_len == key_len
+        claimed = own and query_len == key_len and not spec.prefix
         causal = (spec.causal or causal) if claimed else causal
         window = window if claimed else None
     alignment: Alignment = causal or "top_left"
@@ -292,6 +309,8 @@ def _beyond_claims(mask: Tensor | None, record: AttentionRecord, claims: _Claims
     if mask is None:
         return None
     lengths = record.shape[2:]
+    if lengths[0] > 1 and torch.equal(mask, mask[..., :1, :].expand_as(mask)):
+        return None if bool(mask.all()) else mask  # of padding: it was not to make it causal
     if claims.causal is not None:
         mask = mask | ~causal_mask(*lengths, alignment=claims.causal, device=mask.device)
     if claims.window is not None:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.capture.record import AttentionRecord
@@ -154,7 +155,24 @@ class AttentionSpec:
             )
             raise ValueError(misuse("subject", got, accepted))
         check_fields(self)
+        if self.inputs is not None:
+            self._check_block(self.inputs)
         self._complete()
+
+    def _check_block(self, inputs: Tensor) -> None:
+        """Refuse what does not fit the inputs of a block."""
+        batch, length = inputs.shape[:2]
+        own = getattr(self.subject, "arguments", None) or {}
+        if self.memory is not None and self.memory not in {**own, **(self.arguments or {})}:
+            raise ValueError(misuse("memory", repr(self.memory), "the name of one of arguments"))
+        if isinstance(self.documents, str):
+            accepted = f"of a block, numbers of shape {(batch, length)} or {(length,)}"
+            raise ValueError(misuse("documents", repr(self.documents), accepted))
+        if self.documents is not None:
+            as_documents(self.documents, (batch, length))
+        if isinstance(self.may_see, Tensor) and self.may_see.shape != (length, length):
+            accepted = f"a function, or booleans of shape {(length, length)}"
+            raise ValueError(misuse("may_see", f"shape {tuple(self.may_see.shape)}", accepted))
 
     def _complete(self) -> None:
         """Fill in what the subject's own name and signature say."""
