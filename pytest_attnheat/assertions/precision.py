@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.reading import as_function
+from pytest_attnheat.assertions.differences import check_by_differences
 from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
@@ -145,10 +147,26 @@ def assert_gradients_match(
     As `assert_matches_reference`, without a word about the output: its arguments and what it
     raises are the same. The gradient of `attn_mask` is compared if it is of floats and requires
     one. An input that no gradient reaches breaks it, unless its gradient is zero.
+
+    With `dropout_p` there is no reference: from one seed the same weights are dropped in every
+    call, and gradients are compared with differences of the output (float64 or float32).
     """
     __tracebackhide__ = True
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
+    if given.get("dropout_p"):
+        dropout = {
+            name: value for name, value in given.items() if value is not None and value is not False
+        }
+        subject = as_function(function, (query, key, value), dropout)
+        check_by_differences(
+            "assert_gradients_match",
+            lambda leaves: subject.run(**leaves),
+            {"query": subject.query, "key": subject.key, "value": subject.value},
+            function,
+            seed,
+        )
+        return
     _compare(
         "assert_gradients_match",
         (function, reference),

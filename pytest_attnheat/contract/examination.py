@@ -264,6 +264,12 @@ class Examination:
         return subject
 
 
+def _numbers(spec: AttentionSpec) -> tuple[str, ...]:
+    if spec.rounded is not None:  # narrow dtypes hold neither large nor tiny numbers
+        return ("ordinary", "structured")
+    return NUMBERS if spec.scale is None or abs(spec.scale) < _SMALL else NUMBERS[:-1]
+
+
 def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declared:
     """Return what of a specification decides which calls can be made."""
     masks = {None: (), "additive": ("additive", "boolean"), "any": ("additive", "boolean")}
@@ -281,9 +287,10 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         equal_widths=equal_widths,
         from_the_end=spec.alignment == "bottom_right",
         near=any(rule is not None for rule in far),
-        numbers=NUMBERS if spec.scale is None or abs(spec.scale) < _SMALL else NUMBERS[:-1],
+        numbers=_numbers(spec),
         empty=spec.fully_masked != "undefined",
-        gradients=spec.gradients,
+        # Of a step that is rounded on purpose, everybody has a gradient of his own.
+        gradients=spec.gradients and spec.rounded is None,
         longest=min(always.shape) if isinstance(always, Tensor) else None,
         few_shapes=spec.few_shapes,
     )
@@ -324,7 +331,9 @@ returns_weights = _need(
     lambda spec: spec.returns not in ("output", "lse"), "it is declared to return no weights"
 )
 returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
-has_gradients = _need(lambda spec: spec.gradients, "gradients=False is declared")
+has_gradients = _need(
+    lambda spec: spec.gradients and spec.rounded is None, "it is declared to have no gradients"
+)
 _POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
 has_no_positions = _need(
     lambda spec: (
