@@ -74,7 +74,8 @@ def assert_matches_reference(
     Args:
         function: Called as `function(query, key, value, **options)`, with those of the options
             attn_mask, is_causal, scale and enable_gqa that differ from their defaults. It returns
-            the output (..., query_len, value_dim), or a tuple that begins with it.
+            the output (..., query_len, value_dim), or a tuple that begins with it. Or an
+            `AttentionSpec`, which says how it is called and what it does of itself.
         query: (..., query_len, head_dim) in float16, bfloat16, float32 or float64.
         key: (..., key_len, head_dim), of fewer heads with `enable_gqa`.
         value: (..., key_len, value_dim), likewise.
@@ -98,7 +99,10 @@ def assert_matches_reference(
         gradients: Whether gradients are compared.
         training: Allow a subject that draws random numbers: each call starts from `seed`.
         seed: Seed of the gradient of the output, and of random numbers that the subject draws.
-        arguments: More options for the function, and for `reference`.
+        arguments: More options for the function, and for `reference`. Those that are fields of
+            `Call` say what is to be computed besides: softcap, sinks, alibi, bias, score_mod,
+            may_see, window, chunk, prefix, sink_keys, documents, lengths, alignment. They are
+            passed on if the signature of the function has them.
 
     Raises:
         AssertionError: Some element is off by more. The message names the tensor and the worst
