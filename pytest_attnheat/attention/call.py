@@ -106,6 +106,12 @@ class Call:
         return self.query.shape[-3] if self.query.ndim > 2 else 1
 
     @property
+    def sees_all(self) -> bool:
+        """Whether nothing hides a key from a query."""
+        given = (self.mask, self.bias, self.window, self.chunk, self.documents, self.lengths)
+        return not self.causal and self.may_see is None and all(one is None for one in given)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the results, by name: the output, and the gradients if any are wanted."""
         shapes = {"output": (*self.query.shape[:-1], self.value.shape[-1])}

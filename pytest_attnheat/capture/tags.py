@@ -18,9 +18,13 @@ class Scores:
         left: (..., query_len, head_dim)
         right: (..., key_len, head_dim)
         scale: What it was multiplied by since, times the factors of left and right.
+        steps: The numbers whose product that is, as they came.
+        softcap: It is softcap * tanh(scale * left @ right.mT / softcap) + bias.
         bias: What was added since.
         mask: Boolean, False where it was overwritten by something hugely negative.
-        exact: Whether these tell all: softmax(scale * left @ right.mT + bias), masked.
+        shifted: Whether something was added that is the same for all keys.
+        sinks: (..., query_len, 1) that was joined to the keys; None for nothing.
+        strange: What was done that is not understood. If empty, these tell all.
         kept: Whether its axes still are those of the product.
         factors: What left and right had been multiplied by before.
     """
@@ -28,9 +32,13 @@ class Scores:
     left: Tensor
     right: Tensor
     scale: float = 1.0
+    steps: tuple[float, ...] = ()
+    softcap: float | None = None
     bias: Tensor | None = None
     mask: Tensor | None = None
-    exact: bool = True
+    shifted: bool = False
+    sinks: Tensor | None = None
+    strange: str = ""
     kept: bool = True
     factors: tuple[float, float] = (1.0, 1.0)
 
@@ -50,7 +58,9 @@ class Tag:
         parametric: Whether its last axis is one of a parameter: the classes of a classifier.
         turned: Whether axes were exchanged since it became weights.
         softmaxes: The numbers of the softmaxes that it comes from.
-        factor: The number it was multiplied by: queries may be scaled in place of scores.
+        factor: The number it was multiplied by: queries may be scaled in place of scores. NaN if
+            something that is not understood was done to it since.
+        sink: The weights of the sink that were left out, (..., query_len, 1).
     """
 
     before: tuple[int, ...] | None = None
@@ -63,6 +73,7 @@ class Tag:
     turned: bool = False
     softmaxes: tuple[int, ...] = ()
     factor: float = 1.0
+    sink: Tensor | None = None
 
 
 class Tags:
@@ -89,7 +100,7 @@ class Tags:
 
 def without_factor(tensor: Tensor, factor: float) -> Tensor:
     """A tensor before it was multiplied by a number: in float32 where its dtype would round it."""
-    if factor == 1:
+    if factor == 1 or math.isnan(factor):
         return tensor
     exact = math.frexp(factor)[0] in (0.5, -0.5) or tensor.element_size() >= 4
     return (tensor if exact else tensor.float()) / factor
