@@ -63,7 +63,8 @@ class AttentionRecord:
         sink_weights: (batch, heads, query_len); None where there are no sinks.
         score_mod: What else was done to the scores; None for nothing.
         strange: What was done to the scores that is not understood, if anything: scale, softcap
-            and sinks are not known then, nor the mask unless one was seen.
+            and sinks are not known then.
+        mask_lost: Whether that may have hidden keys, and no mask was seen.
         carried: What its module carries, which says what its attention should be.
  The alignment, if the attention was told to be causal.
         scale: What scores were multiplied by; None if it is not known. A number that query or
@@ -109,6 +110,7 @@ class AttentionRecord:
     sink_weights: Tensor | None = field(default=None, repr=False)
     score_mod: ScoreMod | None = field(default=None, repr=False)
     strange: str = ""
+    mask_lost: bool = False
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)
     kept_weights: Tensor | None = field(default=None, repr=False)
@@ -138,15 +140,9 @@ class AttentionRecord:
             raise ValueError(
                 f'{name_of(self)}: the mask is not known any more: keep="statistics" keeps none'
             )
-        if not self.knows_mask:
+        if self.mask_lost:
             raise ValueError(f"{name_of(self)}: the mask is not known: its scores {self.strange}")
         return _both(self.mask_besides_causality, _causal(self))
-
-    @property
-    def knows_mask(self) -> bool:
-        """Whether all that was done to the scores is understood, or a mask was seen at least."""
-        seen = self.given_mask is not None or self.bias is not None or self.causal is not None
-        return self.statistics is None and (not self.strange or seen)
 
     @property
     def mask_besides_causality(self) -> Tensor | None:

@@ -25,6 +25,7 @@ class Scores:
         shifted: Whether something was added that is the same for all keys.
         sinks: (..., query_len, 1) that was joined to the keys; None for nothing.
         strange: What was done that is not understood. If empty, these tell all.
+        lost: Whether that may have hidden keys.
         kept: Whether its axes still are those of the product.
         factors: What left and right had been multiplied by before.
     """
@@ -39,6 +40,7 @@ class Scores:
     shifted: bool = False
     sinks: Tensor | None = None
     strange: str = ""
+    lost: bool = False
     kept: bool = True
     factors: tuple[float, float] = (1.0, 1.0)
 

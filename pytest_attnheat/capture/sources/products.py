@@ -20,7 +20,8 @@ from pytest_attnheat.inputs import broadcasts
 def changed(scores: Scores, name: str, args: Args, kwargs: Keywords, place: int) -> Scores:
     """What scores are after one more step; strange after a step that is not understood."""
     base = base_of(name)
-    strange = replace(scores, strange=scores.strange or f"went through {base}, which is not understood")
+    words = scores.strange or f"went through {base}, which is not understood"
+    strange = replace(scores, strange=words, lost=True)
     other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
     if base in FACTORS:
         factor = factor_of(name, args, kwargs, place)
@@ -83,7 +84,7 @@ def _relaid(tensor: Tensor, shape: torch.Size) -> Tensor | None:
 def joined(scores: Scores, sinks: Tensor) -> Scores:
     """Scores to whose keys one column was joined."""
     if scores.shifted or scores.sinks is not None:
-        return replace(scores, strange=scores.strange or "were shifted before a sink joined them")
+        return replace(scores, strange="were shifted before a sink joined them")
     return replace(scores, sinks=sinks.detach())
 
 
@@ -127,13 +128,19 @@ def _hidden(
         bools = isinstance(condition, Tensor) and condition.dtype == torch.bool
         seen = (condition if place == 1 else ~condition) if bools else None
     if seen is None or not _hides(fill):
-        return strange
+        number = None if seen is None else number_of(fill)
+        return strange if number is None else filled(scores, number)
     return also_masked(scores, seen)
 
 
 def also_masked(scores: Scores, seen: Tensor) -> Scores:
     """Scores of which some more are hidden."""
     return replace(scores, mask=seen if scores.mask is None else scores.mask & seen)
+
+
+def filled(scores: Scores, number: float) -> Scores:
+    """Scores of which some were replaced by a number that hides nothing."""
+    return replace(scores, strange=scores.strange or f"were filled with {number:g} in places")
 
 
 def _hides(fill: object) -> bool:
@@ -319,12 +326,13 @@ def _record(
     if scores is not None and scores.kept and product.left_as_it_is:
         query, key = _operands(scores, shaping, used)
     mask, bias, column = (_masking(scores, shaping, used, n) for n in ("mask", "bias", "sinks"))
-    strange = "" if scores is None else scores.strange
+    strange, lost = ("", False) if scores is None else (scores.strange, scores.lost)
     if scores is None or query is None:
-        strange = strange or "are not known as a product of queries and keys"
+        strange, lost = strange or "are not known as a product of queries and keys", True
     elif (scores.mask is None) != (mask is None) or (scores.bias is None) != (bias is None):
         # Told in a layout of which nothing is known here: windows, for instance.
-        query, key, strange = None, None, "were masked in a layout that is not understood"
+        query = key = None
+        strange, lost = "were masked in a layout that is not understood", True
     elif scores.sinks is not None and not strange:
         sinks = None if column is None else _per_head(column.expand(-1, shaping.heads, -1, -1))
         strange = "" if sinks is not None else "were joined by what is not one number per head"
@@ -346,6 +354,7 @@ def _record(
         sinks=sinks,
         sink_weights=None if tag.sink is None else shaping.queries(tag.sink)[..., 0],
         strange=strange,
+        mask_lost=lost and mask is bias is None,
         dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
     )

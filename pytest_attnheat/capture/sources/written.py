@@ -23,6 +23,7 @@ from pytest_attnheat.capture.sources.products import (
     base_of,
     changed,
     factor_of,
+    filled,
     joined,
     number_of,
     read_product,
@@ -404,11 +405,15 @@ def _overwritten(watcher: Watcher, func: Function, args: Args, kwargs: Keywords)
         clean[index] = value
         watcher.tags[source] = replace(tag, clean=clean)
     elif tag.scores is not None and not tag.weights:
-        scores, fill = replace(tag.scores, strange="were written to"), number_of(value)
+        fill = number_of(value)
         if fill is not None and hides(fill):
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
             scores = also_masked(tag.scores, seen)
+        elif fill is not None:
+            scores = filled(tag.scores, fill)
+        else:
+            scores = replace(tag.scores, strange="were written to", lost=True)
         watcher.tags[source] = replace(tag, scores=scores)
     return output
 
