@@ -18,7 +18,7 @@ class Scores:
         left: (..., query_len, head_dim)
         right: (..., key_len, head_dim)
         scale: What it was multiplied by since, times the factors of left and right.
-        steps: The numbers whose product that is, as they came.
+        steps: The numbers that it was multiplied by since, as they came.
         softcap: It is softcap * tanh(scale * left @ right.mT / softcap) + bias.
         bias: What was added since.
         mask: Boolean, False where it was overwritten by something hugely negative.

@@ -155,7 +155,7 @@ def _diagnosed(
             notes = (held.hint,) if held.hint else ()
             return replace(diagnosis, inferred_weights=weights.cpu(), notes=notes)
         fit = measure(Plan(), [used])
-        if held.lacks and fit.reproduces:
+        if held.lacks and fit.excess <= 1:
             diagnosis = _lacking(diagnosis, held, fit.residual, probe)
         elif record.strange:
             found = explain_by_constant([probe], [Explanation((), Plan(), NOWHERE)])

@@ -322,7 +322,7 @@ class Check:
         name: What it is called in reports and test ids.
         sentence: What is true of an implementation that passes.
         run: Makes it; raises AssertionError where the sentence is not true, `Skipped` where it
-            turns out not to apply.
+            turns out not to apply. It may return a hint.
         quick: Whether the quick form of the examination has it.
         issue: A public issue about a defect that it would have caught.
         needs: What it needs to be declared: returns the reason why it is skipped, or None.
@@ -330,13 +330,13 @@ class Check:
 
     name: str
     sentence: str
-    run: Callable[[Examination], None]
+    run: Callable[[Examination], str | None]
     quick: bool = False
     issue: str | None = None
     needs: Need | None = None
 
-    def examine(self, examination: Examination) -> None:
-        """Run it where what it needs is declared.
+    def examine(self, examination: Examination) -> str | None:
+        """Run it where what it needs is declared; return a hint, if there is one.
 
         Raises:
             Skipped: It is not, or the check turns out not to apply.
@@ -344,11 +344,11 @@ class Check:
         """
         if self.needs is not None and (reason := self.needs(examination.spec)):
             raise Skipped(reason)
-        self.run(examination)
+        return self.run(examination)
 
 
 _REGISTERED: dict[Kind, list[Check]] = {kind: [] for kind in get_args(Kind)}
-Run: TypeAlias = Callable[[Examination], None]
+Run: TypeAlias = Callable[[Examination], str | None]
 
 
 def check(

@@ -137,10 +137,6 @@ def _with_claims(case: Case, record: AttentionRecord, spec: AttentionSpec, *, ow
     if claimed and spec.window == (None, 0):
         is_causal, rules["window"] = True, None
     case = replace(case, causal=is_causal, alignment=alignment, **rules, **_features(record, spec))
-    if isinstance(spec.alibi, Tensor) or callable(spec.alibi):
-        heads = record.shape[1]
-        slopes = spec.alibi if isinstance(spec.alibi, Tensor) else spec.alibi(heads)
-        case = replace(case, alibi=_of_heads(slopes, record), bias=None)
     return replace(case, mask=_beyond(case, record))
 
 
@@ -151,8 +147,12 @@ def _features(record: AttentionRecord, spec: AttentionSpec) -> dict[str, Any]:
         found["softcap"] = float(spec.softcap)
     if isinstance(spec.sinks, Tensor):
         found["sinks"] = _of_heads(spec.sinks, record)
+    slopes = spec.alibi(record.shape[1]) if callable(spec.alibi) else spec.alibi
+    # What is declared to be added stands in place of what was seen.
+    if isinstance(slopes, Tensor):
+        found |= {"alibi": _of_heads(slopes, record), "bias": None}
     if spec.score_mod is not None:
-        found["score_mod"] = spec.score_mod
+        found |= {"score_mod": spec.score_mod, "bias": None}
     return found
 
 
@@ -171,10 +171,10 @@ def _may_see(spec: AttentionSpec) -> Any:
 def _documents(spec: AttentionSpec, case: Case) -> tuple[Tensor, Tensor] | None:
     if not isinstance(spec.documents, Tensor):
         return None
-    own = spec.documents.cpu().expand(spec.documents.shape[0], -1) if spec.documents.ndim > 1 else (
-        spec.documents.cpu().expand(len(case.query), -1)
-    )
-    return own[: len(case.query)], own[: len(case.query)]
+    entries = len(case.query)
+    own = spec.documents.cpu()
+    own = own[:entries] if own.ndim > 1 else own.expand(entries, -1)
+    return own, own
 
 
 def _beyond(case: Case, record: AttentionRecord) -> Tensor | None:
@@ -185,6 +185,8 @@ def _beyond(case: Case, record: AttentionRecord) -> Tensor | None:
     if case.mask is None:
         return None
     mask = case.mask
+    if case.query_len > 1 and torch.equal(mask, mask[..., :1, :].expand_as(mask)):
+        return None if bool(mask.all()) else mask  # padding: it was not to make it causal
     permitted = case.permitted(torch.arange(case.maps), slice(0, case.query_len))
     if permitted is not None:
         mask = mask | ~permitted.expand(case.maps, *case.shape[2:]).view(case.shape)
@@ -205,12 +207,14 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
     default = width**-0.5
     carried = [one for one in record.carried if one.feature == "scale"]
     if spec.scale is not None:
-        return spec.scale, ""
+        # Who scales queries before they are rotated may well say that scores are not scaled.
+        of_scores = used is not None and _alike(math.prod(record.scale_steps), spec.scale)
+        return (used if of_scores else spec.scale), ""
     if used is None:
         return (carried[0].value if carried else default), ""
     if _alike(used, default) and not carried:
         return used, ""
-    unsure = any(math.isnan(step) for step in record.scale_steps)
+    unsure = any(math.isnan(factor) for factor in record.scaled_before)
     against = next((one for one in carried if not _agrees(one, record)), None)
     if against is not None and not unsure:
         return _nearest(against.value, default), ""
@@ -223,7 +227,7 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
         f"its scores are multiplied by {used:.6g}, not by head_dim ** -0.5 = {default:.6g}: "
         f"declare scale={used:.6g} if that is meant"
     )
-    twice = sum(_alike(step, default) for step in record.scale_steps) > 1
+    twice = sum(_alike(step, default) for step in _steps(record)) > 1
     mistaken = _alike(used, 1.0) or _alike(used, 1 / default) or twice
     if mistaken and not unsure and not _normalised(record):
         return default, ""
@@ -249,8 +253,12 @@ def _nearest(carried: float, default: float) -> float:
 def _agrees(carried: Carried, record: AttentionRecord) -> bool:
     """Whether a scale is what was used, or a step of it; some are divided by."""
     assert record.scale is not None
-    used = (record.scale, *record.scale_steps)
+    used = (record.scale, *_steps(record))
     return any(_alike(carried.value, one) or _alike(1 / carried.value, one) for one in used)
+
+
+def _steps(record: AttentionRecord) -> tuple[float, ...]:
+    return *record.scale_steps, *(factor for factor in record.scaled_before if factor != 1)
 
 
 def _normalised(record: AttentionRecord) -> bool:
@@ -293,7 +301,7 @@ def _without(
         if len(one.value) != record.shape[1]:
             return case, ""
         return replace(case, sinks=_of_heads(one.value, record)), f"without the sinks {given}"
-    if one.feature in ("window", "chunk") and spec.window is spec.chunk is None:
+    if one.feature in ("window", "chunk") and spec.window is None and spec.chunk is None:
         mask = _limited(record, one)
         size = f"the {one.feature} of {one.value} keys" if mask is not None else ""
         return (case, "") if mask is None else (replace(case, mask=mask), f"without {size} {given}")
@@ -321,6 +329,7 @@ def _limited(record: AttentionRecord, one: Carried) -> Tensor | None:
     most = one.value + (one.feature == "window")
     if not (causal and whole and bool(same.all()) and int((last - first).max()) + 1 > most):
         return None
-    if one.feature == "chunk":
-        return seen & (key // one.value == last // one.value)
-    return seen & (key > last - one.value)
+    own = (
+        key // one.value == last // one.value if one.feature == "chunk" else key > last - one.value
+    )
+    return seen & own

@@ -38,7 +38,8 @@ class Result:
         dtype: The dtype, as a name.
         device: The device, as a name.
         status: `"passed"`, `"failed"`, `"skipped"` or `"xfailed"`.
-        message: Why it failed, or the reason why it was skipped or expected to fail.
+        message: Why it failed, or the reason why it was skipped or expected to fail; a hint, if
+            it passed and could not decide something.
         declaration: What is wrongly declared, where that is why it failed.
         reason: The message in one line: what does not hold, and the likely cause.
         failure: What the check raised, where that is a failure with fields.
@@ -91,7 +92,8 @@ class Report:
         """The diagnosis first, then a line for each check, then what failed in full."""
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
-        lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
+        noted = [r.message for r in self.results if r.status == "passed" and r.message]
+        lines += [f"hint: {hint}" for hint in (*hints_of(self.spec), *dict.fromkeys(noted))]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
@@ -243,7 +245,7 @@ def run_check(check: Check, examination: Examination, expected: str | None = Non
     except LookupError as absent:
         return _with_message(result, "skipped", str(absent))
     try:
-        check.examine(examination)
+        said = check.examine(examination)
     except Skipped as reason:
         return _with_message(result, "skipped", str(reason))
     except Exception as error:  # the code under test may raise anything
@@ -253,7 +255,7 @@ def run_check(check: Check, examination: Examination, expected: str | None = Non
             return _with_message(result, "xfailed", expected)
         declaration = _wrong_declaration(check, examination)
         return replace(_failed(result, error, examination), declaration=declaration)
-    return result
+    return _with_message(result, "passed", said) if said else result
 
 
 def _with_message(result: Result, status: Status, message: str) -> Result:

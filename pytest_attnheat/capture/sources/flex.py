@@ -92,8 +92,8 @@ def _of_many(score_mod: Callable[..., Tensor]) -> ScoreMod:
     """Let a score_mod, which takes one score, take many."""
 
     def change(*given: Tensor) -> Tensor:
-        scores, *numbers = torch.broadcast_tensors(*given)
-        flat = (scores.flatten(), *(of.to(torch.int32).flatten() for of in numbers))
-        return torch.vmap(score_mod)(*flat).view(scores.shape)
+        shape = torch.broadcast_shapes(*(one.shape for one in given))
+        scores, *numbers = (one.expand(shape).flatten() for one in given)
+        return torch.vmap(score_mod)(scores, *(of.to(torch.int32) for of in numbers)).view(shape)
 
     return change

@@ -34,8 +34,9 @@ def changed(scores: Scores, name: str, args: Args, kwargs: Keywords, place: int)
             return replace(scores, shifted=True)
         return _biased(scores, other if base != "sub" else -other, args[place].shape, strange)
     if base == "tanh":
-        first = scores.bias is scores.mask is scores.softcap is scores.sinks is None
-        return replace(scores, softcap=1.0) if first and not scores.shifted else strange
+        before = (scores.bias, scores.mask, scores.softcap, scores.sinks)
+        first = all(one is None for one in before) and not scores.shifted
+        return replace(scores, softcap=1.0) if first else strange
     if base in ("masked_fill", "where") and scores.sinks is None:
         return _hidden(scores, strange, base, args, kwargs, place)
     if base in _SHUFFLES:
@@ -350,6 +351,7 @@ def _record(
         bias=bias,
         scale=scores.scale if exact and scores is not None else None,
         scale_steps=() if scores is None else scores.steps,
+        scaled_before=() if scores is None else scores.factors,
         softcap=scores.softcap if exact and scores is not None else None,
         sinks=sinks,
         sink_weights=None if tag.sink is None else shaping.queries(tag.sink)[..., 0],

@@ -63,7 +63,8 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
         bias=None if bias is None else shaping.mask(bias),
         causal=causal,
         scale=math.prod(factor for factor in (scale, *factors) if not math.isnan(factor)),
-        scale_steps=(scale, *factors),
+        scale_steps=(scale,),
+        scaled_before=factors,
         dropout=float(given.get("dropout_p", 0.0)),
     )
 

@@ -17,8 +17,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pytest_attnheat.attention.vocabulary import hides
 from pytest_attnheat.capture.sources.products import (
-    Product,
     FACTORS,
+    Product,
     also_masked,
     base_of,
     changed,
@@ -116,7 +116,7 @@ def _multiplied(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) 
             made.left,
             made.right.mT,
             made.scale * math.prod(f for f in factors if not math.isnan(f)),
-            (made.scale, *factors),
+            () if made.scale == 1 else (made.scale,),
             bias=product.added,
             kept=kept is not None,
             factors=factors,
@@ -294,7 +294,9 @@ def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) ->
     if tag.weights and _is_part(func, output, source):
         clean = None if tag.clean is None else func(tag.clean, *args[1:], **kwargs)
         without = _without_sink(tag, source, output)
-        watcher.tags[output] = replace(without or replace(tag, scores=None, before=None), clean=clean)
+        watcher.tags[output] = replace(
+            without or replace(tag, scores=None, before=None), clean=clean
+        )
         return output
     if not _has_axes_of(output, source) or not output.is_floating_point():
         return output
