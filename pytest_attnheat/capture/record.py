@@ -46,43 +46,43 @@ class AttentionRecord:
     """One attention that happened inside a model; all tensors are detached copies.
 
     Attributes:
-           layer: The name of the innermost module in which it happened.
-           source: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
-           shape: (batch, heads, query_len, key_len) of the whole attention, before any selection.
-           dtype: The dtype in which the model computed it.
-           query: (batch, heads, query_len, head_dim); None if it is not kept or not known.
-           key: (batch, key_heads, key_len, head_dim); None if it is not kept or not known.
-           value: (batch, key_heads, key_len, value_dim); None if it is not kept.
-           output: (batch, heads, query_len, value_dim), what the model got; None if not kept.
-           given_mask: Boolean, True where a query may attend, broadcastable to the weights: what
-               the attention was given besides `causal`; None for none.
-           bias: Added to the scores, broadcastable to the weights; None for none.
-           softcap: Scores, before a bias, were softcap * tanh(score / softcap); None for no softcap.
-           sinks: (heads,), a score of each head that joined the sum of its rows; None for none. Rows
-               of weights then sum to 1 minus `sink_weights`.
-           sink_weights: (batch, heads, query_len); None where there are no sinks.
-           score_mod: What else was done to the scores; None for nothing.
-           strange: What was done to the scores that is not understood, if anything: scale, softcap
-               and sinks are not known then.
-           mask_lost: Whether that may have hidden keys, and no mask was seen.
-           carried: What its module carries, which says what its attention should be.
-    The alignment, if the attention was told to be causal.
-           scale: What scores were multiplied by; None if it is not known. A number that query or
-               key were multiplied by themselves is counted in, and taken out of them.
-           scale_steps: The numbers that scores were multiplied by, as they came.
-           scaled_before: What queries and keys had been multiplied by. NaN stands for what cannot be
-               known: they went through what is not understood after that.
-           dropout: The probability with which weights were dropped after the softmax.
-           heads: Which heads of the layer these are; None for all.
-           queries: Which queries these are; None for all.
-           training: Whether that module was in training mode.
-           call: How many attentions this layer had performed before, in this capture.
-           residual: How far weights times value are from the output, in rows that were compared
-               when it was captured: the worst row, relative to what its weights and the sizes of
-               the values make. NaN where that cannot be asked; `unverified` says why.
-           tolerance: The residual up to which it is trusted.
-           unverified: Why there is no residual.
-           statistics: With `keep="statistics"`.
+        layer: The name of the innermost module in which it happened.
+        source: How it was seen: "scaled_dot_product_attention", "softmax", "flex_attention" ...
+        shape: (batch, heads, query_len, key_len) of the whole attention, before any selection.
+        dtype: The dtype in which the model computed it.
+        query: (batch, heads, query_len, head_dim); None if it is not kept or not known.
+        key: (batch, key_heads, key_len, head_dim); None if it is not kept or not known.
+        value: (batch, key_heads, key_len, value_dim); None if it is not kept.
+        output: (batch, heads, query_len, value_dim), what the model got; None if not kept.
+        given_mask: Boolean, True where a query may attend, broadcastable to the weights: what
+            the attention was given besides `causal`; None for none.
+        bias: Added to the scores, broadcastable to the weights; None for none.
+        causal: The alignment, if the attention was told to be causal.
+        scale: What scores were multiplied by; None if it is not known. A number that query or
+            key were multiplied by themselves is counted in, and taken out of them.
+        scale_steps: The numbers that scores were multiplied by, as they came.
+        scaled_before: What queries and keys had been multiplied by; NaN where that cannot be
+            known, as they went through what is not understood since.
+        softcap: Before a bias, scores were softcap * tanh(score / softcap); None for no softcap.
+        sinks: (heads,), a score of each head that joined the sum of its rows; None for none.
+            Rows of weights then sum to 1 minus `sink_weights`.
+        sink_weights: (batch, heads, query_len); None where there are no sinks.
+        score_mod: What else was done to the scores; None for nothing.
+        strange: What was done to the scores that is not understood, if anything: scale, softcap
+            and sinks are not known then.
+        mask_lost: Whether that may have hidden keys, and no mask was seen.
+        carried: What its module carries, which says what its attention should be.
+        dropout: The probability with which weights were dropped after the softmax.
+        heads: Which heads of the layer these are; None for all.
+        queries: Which queries these are; None for all.
+        training: Whether that module was in training mode.
+        call: How many attentions this layer had performed before, in this capture.
+        residual: How far weights times value are from the output, in rows that were compared
+            when it was captured: the worst row, relative to what its weights and the sizes of
+            the values make. NaN where that cannot be asked; `unverified` says why.
+        tolerance: The residual up to which it is trusted.
+        unverified: Why there is no residual.
+        statistics: With `keep="statistics"`.
     """
 
     layer: str

@@ -14,7 +14,7 @@ from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.plan import Case, Plan
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
+from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
@@ -29,7 +29,6 @@ from pytest_attnheat.contract.probing import Probe, one_thread
 from pytest_attnheat.contract.searching import explain_alone, explain_by_constant
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure, Place, number_text
-from pytest_attnheat.inputs import dtype_name, misuse
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
@@ -199,94 +198,6 @@ def _lacking(diagnosis: Diagnosis, held: Held, residual: float, probe: Probe) ->
 def _probe(case: Case, output: Tensor) -> Probe:
     dtype = output.dtype
     return Probe(case, output.detach().double().cpu(), dtype, answer_tolerance(dtype))
-
-
-def diagnose_output(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None = None,
-    causal: Alignment | None = None,
-    window: tuple[int, int] | None = None,
-    alignment: Alignment = "top_left",
-    scale: float | None = None,
-    fully_masked: DeclaredFullyMasked = "zero",
-    name: str = "output",
-    search: bool = True,
-) -> Diagnosis:
-    """Tell what made a given output, from its own inputs.
-
-    Fewer defects can be told apart than by `diagnose`, which chooses its inputs: those that
-    reproduce the output equally well are all named.
-
-    Args:
-        output: (batch, heads, query_len, value_dim)
-        query: (batch, heads, query_len, head_dim)
-        key: (batch, key_heads, key_len, head_dim); heads are a multiple of key_heads.
-        value: (batch, key_heads, key_len, value_dim)
-        mask: Boolean, True where a query may attend, broadcastable to the weights.
-        causal: What it should be: `"top_left"` or `"bottom_right"`; None for not causal.
-        window: How many keys before and after its own position a query should attend to.
-        alignment: Where a window is counted from if it should not be causal.
-        scale: What scores should be multiplied by; head_dim ** -0.5 by default.
-        fully_masked: What rows without permitted keys should be.
-        name: What the output is called.
-        search: Whether to look for what made an output that is wrong; else only whether it is
-            wrong is said.
-
-    Returns:
-        The diagnosis. There are no inferred weights.
-
-    Raises:
-        TypeError: A tensor is not one of floating point numbers, or the mask is not boolean.
-        ValueError: Shapes do not fit.
-    """
-    _check_tensors(output, query, key, value, mask)
-    case = Case(
-        name=name,
-        query=query.detach().double().cpu(),
-        key=key.detach().double().cpu(),
-        value=value.detach().double().cpu(),
-        mask=None if mask is None else mask.detach().cpu(),
-        causal=causal is not None,
-        alignment=causal or alignment,
-        window=window,
-        scale=scale,
-        fully_masked=fully_masked,
-        dtype=output.dtype,
-    )
-    with one_thread():
-        return explained(name, [_probe(case, output)], {}, search=search)
-
-
-def _check_tensors(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> None:
-    tensors = {"output": output, "query": query, "key": key, "value": value}
-    accepted = "a tensor of floating point numbers, (batch, heads, length, width)"
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(misuse(name, getattr(tensor, "dtype", type(tensor).__name__), accepted))
-        if tensor.ndim != 4:
-            raise ValueError(misuse(name, tuple(tensor.shape), accepted))
-    wanted = (*query.shape[:3], value.shape[3])
-    fits = (
-        output.shape == wanted
-        and query.shape[3] == key.shape[3]
-        and key.shape[:3] == value.shape[:3]
-        and query.shape[0] == key.shape[0]
-        and query.shape[1] % key.shape[1] == 0
-    )
-    if not fits or output.numel() == 0:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(misuse("shapes", shapes, "those of one attention and its output"))
-    if mask is not None and mask.dtype != torch.bool:
-        accepted = "a boolean tensor, True where a query may attend"
-        raise TypeError(misuse("mask", dtype_name(mask), accepted))
-    if mask is not None:
-        torch.broadcast_to(mask, (*query.shape[:3], key.shape[2]))
 
 
 def _not_told(record: AttentionRecord) -> str:

@@ -58,8 +58,8 @@ def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: boo
     if spec.scale is not None or not record.carried:
         return Held(case, case, lacks, hint)
     if not math.isclose(case.factor, used.factor, rel_tol=_ALIKE):
-        carried = next((one for one in record.carried if one.feature == "scale"), None)
-        if carried is not None and not _agrees(carried, record):
+        carried = _against(record)
+        if carried is not None:
             lacks["scale_dropped"] = (
                 f"whose scores are multiplied by {used.factor:.4g}, where its module carries "
                 f"{carried.name} = {carried.value:.4g}"
@@ -215,7 +215,7 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
     if _alike(used, default) and not carried:
         return used, ""
     unsure = any(math.isnan(factor) for factor in record.scaled_before)
-    against = next((one for one in carried if not _agrees(one, record)), None)
+    against = _against(record)
     if against is not None and not unsure:
         return _nearest(against.value, default), ""
     named = any(one.name.startswith("config.") for one in carried)
@@ -255,6 +255,14 @@ def _agrees(carried: Carried, record: AttentionRecord) -> bool:
     assert record.scale is not None
     used = (record.scale, *_steps(record))
     return any(_alike(carried.value, one) or _alike(1 / carried.value, one) for one in used)
+
+
+def _against(record: AttentionRecord) -> Carried | None:
+    """A scale that the module carries and its attention does not have, if there is one."""
+    if record.scale is None:
+        return None
+    scales = (one for one in record.carried if one.feature == "scale")
+    return next((one for one in scales if not _agrees(one, record)), None)
 
 
 def _steps(record: AttentionRecord) -> tuple[float, ...]:

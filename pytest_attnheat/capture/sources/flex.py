@@ -92,7 +92,7 @@ def _of_many(score_mod: Callable[..., Tensor]) -> ScoreMod:
     """Let a score_mod, which takes one score, take many."""
 
     def change(*given: Tensor) -> Tensor:
-        shape = torch.broadcast_shapes(*(one.shape for one in given))
+        shape = given[0].shape  # that of the scores, to which the numbers broadcast
         scores, *numbers = (one.expand(shape).flatten() for one in given)
         return torch.vmap(score_mod)(scores, *(of.to(torch.int32) for of in numbers)).view(shape)
 

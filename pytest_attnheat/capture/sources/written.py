@@ -328,7 +328,8 @@ def _without_sink(tag: Tag, source: Tensor, output: Tensor) -> Tag | None:
         return None
     last = output.shape == (*source.shape[:-1], scores.right.shape[-2])
     same = last and output.data_ptr() == source.data_ptr() and output.stride() == source.stride()
-    return replace(tag, sink=source[..., -1:].detach()) if same else None
+    whole = source if tag.clean is None else tag.clean
+    return replace(tag, sink=whole[..., -1:].detach()) if same else None
 
 
 # A part or a turn of a tensor, in which each number is one that it had, or its negative.
