@@ -1,8 +1,8 @@
 """`Failure`: what an assertion of this package raises, as fields, and how they are said.
 
-It says, in this order: what was claimed, and how many break it, of how many; in which layer; the
-worst place, with its value and the limit; the first; the likely cause, where the numbers show
-one; what was checked; how to see it again; and a small picture in text.
+It says, in this order: what was claimed, and how many break it, of how many; in which layer or
+cases; the worst place, with its value and the limit; the first; the likely cause, where the
+numbers show one; what was checked; how to see it again; and a small picture in text.
 """
 
 from __future__ import annotations
@@ -83,6 +83,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         repeat: What it takes to see the same again, for instance "seed=0"; or None.
         picture: A few lines of text that show the place; or none.
         layer: The layer of a captured model, and the call of it; or None.
+        cases: Of several calls, how many are wrong, what they share, and the smallest; or None.
         draw: Draws the place in full; None where there is nothing to draw. Under pytest, the
             plugin asks it, and leaves the picture beside the report.
         drawn: What that picture shows.
@@ -107,6 +108,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         repeat: str | None = None,
         picture: str = "",
         layer: str | None = None,
+        cases: str | None = None,
         draw: Callable[[], HeatmapFigure] | None = None,
         drawn: str = "heatmap of the broken rows",
     ) -> None:
@@ -121,7 +123,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         self.tolerance = tolerance
         self.repeat = repeat
         self.picture = picture
-        self.layer = layer
+        self.layer, self.cases = layer, cases
         self.draw, self.drawn = draw, drawn
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -138,6 +140,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         """Say all of it, in several lines."""
         entries = {
             "layer": self.layer,
+            "cases": self.cases,
             "worst": self.worst,
             "first": self.first,
             "cause": self.cause,

@@ -350,8 +350,7 @@ def test_a_failed_check_keeps_its_failure_and_says_it_in_one_line():
 
 def test_own_checks_may_be_added():
     def never_negative(examination):
-        inputs = examination.inputs()
-        if bool((examination.spec.call(*inputs.tensors).output < 0).any()):
+        if bool((examination.spec.ask(examination.case()).output < 0).any()):
             raise AssertionError("an output is negative")
 
     own = Check("never_negative", "no output is negative", never_negative)
@@ -420,7 +419,7 @@ def test_every_field_of_a_specification_is_checked():
 
 def test_an_output_in_another_layout_than_declared_is_refused():
     with pytest.raises(ValueError, match=r"must return \(batch, length, heads, width\), here"):
-        AttentionSpec(lambda query, key, value: query.mT, layout="blhd").call(
+        AttentionSpec(lambda query, key, value: query.mT, layout="blhd")(
             torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4), torch.ones(1, 2, 3, 4)
         )
 

@@ -7,34 +7,32 @@ that the caller gives are passed on, so `function(query, key, value)` will do.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.behaviour.subject import as_input
 from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
-    Options,
+    Run,
+    called,
+    check_call,
     check_criteria,
-    check_inputs,
     copies,
-    differentiable,
     gradients,
     handed,
-    permitted_keys,
     run_once,
+    runner,
 )
 from pytest_attnheat.assertions.precision_judgement import Context, Judgement, check, judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, permits
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import misuse
 
@@ -114,12 +112,14 @@ def assert_matches_reference(
         >>> assert_matches_reference(F.scaled_dot_product_attention, q, k, v, is_causal=True)
     """
     __tracebackhide__ = True
+    given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
+             "enable_gqa": enable_gqa, **arguments}  # fmt: skip
     _compare(
         "assert_matches_reference",
-        function,
+        (function, reference),
         (query, key, value),
-        Options(attn_mask, is_causal, scale, enable_gqa, arguments),
-        Criteria(fully_masked, reference, factor, gradients, training, seed),
+        given,
+        Criteria(fully_masked, None, factor, gradients, training, seed),
     )
 
 
@@ -147,60 +147,122 @@ def assert_gradients_match(
     one. An input that no gradient reaches breaks it, unless its gradient is zero.
     """
     __tracebackhide__ = True
+    given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
+             "enable_gqa": enable_gqa, **arguments}  # fmt: skip
     _compare(
         "assert_gradients_match",
-        function,
+        (function, reference),
         (query, key, value),
-        Options(attn_mask, is_causal, scale, enable_gqa, arguments),
-        Criteria(fully_masked, reference, factor, True, training, seed),
+        given,
+        Criteria(fully_masked, None, factor, True, training, seed),
         output=False,
     )
 
 
 def _compare(
     assertion: str,
-    function: Function,
+    functions: tuple[Function, Function | None],
     inputs: tuple[Tensor, Tensor, Tensor],
-    options: Options,
+    given: dict[str, Any],
     criteria: Criteria,
     *,
     output: bool = True,
 ) -> None:
     __tracebackhide__ = True
+    function, reference = functions
+    if reference is not None and not callable(reference):
+        raise TypeError(misuse("reference", type(reference).__name__, "a function, or None"))
+    check_criteria(criteria)
     # The caller may be in inference mode or under no_grad; autograd needs neither.
     with torch.inference_mode(False), torch.enable_grad():
-        check_criteria(options, criteria)
-        subject = as_function(function, inputs, options.given())
-        check_inputs(subject)
-        masked_rows = ~permitted_keys(subject, options).any(-1)
-        names = differentiable(options) if criteria.gradients else []
-        upstream = _upstream(subject, options, criteria, masked_rows) if names else None
-        found = run_once(subject, upstream, names, training=criteria.training, seed=criteria.seed)
-        expected, plain = _expected(subject, options, criteria, upstream, names)
+        subject, call, run = called(function, inputs, given)
+        call = replace(call, fully_masked=criteria.fully_masked)
+        names = ["query", "key", "value"] if criteria.gradients else []
+        for name, tensor in (("attn_mask", given.get("attn_mask")), ("sinks", call.sinks)):
+            if criteria.gradients and tensor is not None and tensor.requires_grad:
+                names.append(name)
+        if reference is not None:
+            criteria = replace(criteria, reference=runner(replace(subject, function=reference)))
+        shape = None if subject.mask is None else tuple(subject.mask.shape)
+        judge_call(
+            assertion, run, call, criteria, names=names, code=function, output=output,
+            mask_shape=shape,
+        )  # fmt: skip
+
+
+def judge_call(
+    assertion: str,
+    run: Run,
+    call: Call,
+    criteria: Criteria,
+    *,
+    names: Sequence[str],
+    code: object,
+    output: bool = True,
+    mask_shape: tuple[int, ...] | None = None,
+    explain: bool = True,
+) -> None:
+    """Judge what a subject gives for a call, by attention in float64 or another reference.
+
+    Args:
+        assertion: What the failure is called.
+        run: Calls the subject.
+        call: What it is asked, without the gradient of the output.
+        criteria: How it is judged.
+        names: The results whose gradients are judged: query, key, value, attn_mask, sinks.
+        code: The subject itself, whose modules and random state are left as they were.
+        output: Whether the output is judged.
+        mask_shape: The shape of the mask as the caller has it, which places are named by.
+        explain: Whether a failure looks for what was computed instead, which takes time.
+
+    Raises:
+        Failure: Some element is off by more than is allowed.
+        Exception: As `assert_matches_reference`.
+    """
+    __tracebackhide__ = True
+    check_call(call)
+    with torch.inference_mode(False), torch.enable_grad():
+        masked_rows = _masked_rows(call)
+        upstream = _upstream(call, criteria, masked_rows) if names else None
+        call = replace(call, upstream=upstream)
+        found = run_once(run, call, names, code, training=criteria.training, seed=criteria.seed)
+        expected, plain = _expected(call, criteria, names, code)
         if criteria.reference is not None:
-            _check_reference(expected, subject, criteria, masked_rows)
+            _check_reference(expected, call, criteria, masked_rows)
         judgements = [
-            _judge(name, found[name], expected, plain[name], subject, criteria, masked_rows)
+            _judge(name, found[name], expected, plain[name], call, criteria, masked_rows)
             for name in ["output", *names]
             if output or name != "output"
         ]
+        if mask_shape is not None:
+            judgements = [
+                replace(one, shape=mask_shape) if one.name == "attn_mask" else one
+                for one in judgements
+            ]
         context = Context(
-            dtype=subject.query.dtype,
+            dtype=call.query.dtype,
             unit=expected.unit,
             fully_masked=masked_rows,
             declared=criteria.fully_masked,
             top_score=expected.top_score,
-            key_heads=subject.key.shape[-3] if subject.group > 1 else None,
+            key_heads=call.key.shape[-3] if call.group > 1 else None,
             factor=criteria.factor,
             repeat=f"seed={criteria.seed}",
-            mistake=lambda: _likely_mistake(subject, options, criteria, found["output"]),
+            mistake=lambda: _likely_mistake(call, criteria, found["output"]) if explain else None,
         )
         check(assertion, judgements, context)
 
 
-def _upstream(
-    subject: AttentionFunction, options: Options, criteria: Criteria, masked_rows: Tensor
-) -> Tensor:
+def _masked_rows(call: Call) -> Tensor:
+    """Which queries may attend to nothing, (..., query_len); a sink is something."""
+    shape = (*call.query.shape[:-1], call.key_len)
+    rows = ~call.visible().expand(shape).any(-1)
+    if call.sinks is None:
+        return rows
+    return rows & (call.sinks == -math.inf)[:, None].to(rows.device)
+
+
+def _upstream(call: Call, criteria: Criteria, masked_rows: Tensor) -> Tensor:
     """The gradient of the output: Gaussian, in the dtype of the inputs.
 
     Zero for a query without any key, unless its output is zero: what flows back from there
@@ -208,85 +270,49 @@ def _upstream(
     every key is forbidden by a finite number: its weights are rounding, which would excuse
     any gradient of keys and values.
     """
-    shape = (*subject.query.shape[:-1], subject.value.shape[-1])
-    drawn = draw("gradient of the output", criteria.seed, *shape).to(subject.query)
-    without = _noise(subject, options) & ~masked_rows
+    shape = (*call.query.shape[:-1], call.value.shape[-1])
+    drawn = draw("gradient of the output", criteria.seed, *shape).to(call.query)
+    without = torch.zeros_like(masked_rows)
+    if call.bias is not None:
+        scores = (*call.query.shape[:-1], call.key_len)
+        without = ~call.visible(HIDDEN_FROM).expand(scores).any(-1) & ~masked_rows
     without = without if criteria.fully_masked == "zero" else without | masked_rows
     return drawn.masked_fill(without.unsqueeze(-1), 0.0)
 
 
-def _noise(subject: AttentionFunction, options: Options) -> Tensor:
-    """Which queries may attend only to keys that a float mask forbids with a finite number."""
-    mask = options.attn_mask
-    if mask is None or not mask.is_floating_point():
-        return torch.zeros((), dtype=torch.bool, device=subject.query.device)
-    return ~(permitted_keys(subject, options) & permits(mask)).any(-1)
-
-
 def _expected(
-    subject: AttentionFunction,
-    options: Options,
-    criteria: Criteria,
-    upstream: Tensor | None,
-    names: list[str],
+    call: Call, criteria: Criteria, names: Sequence[str], code: object
 ) -> tuple[computation.Reference, dict[str, Tensor]]:
     """The reference in float64, and what a plain computation gives."""
     if criteria.reference is not None:
-        return _callers_reference(criteria.reference, subject, upstream, names)
-    problem = _problem(subject, options, criteria, upstream)
-    return computation.reference(problem), computation.plain(problem)
+        return _callers_reference(criteria.reference, call, names, code)
+    return computation.reference(call), computation.plain(call)
 
 
-def _problem(
-    subject: AttentionFunction, options: Options, criteria: Criteria, upstream: Tensor | None
-) -> Call:
-    """What the subject is to compute."""
-    mask = options.attn_mask
-    if mask is not None:
-        mask = as_input(mask, "attn_mask")
-        mask = mask.reshape((1,) * max(0, 2 - mask.ndim) + tuple(mask.shape))
-    is_bias = mask is not None and mask.dtype != torch.bool
-    return Call(
-        query=subject.query,
-        key=subject.key,
-        value=subject.value,
-        mask=None if is_bias else mask,
-        bias=mask if is_bias else None,
-        causal=options.is_causal,
-        scale=options.scale,
-        fully_masked=criteria.fully_masked,
-        upstream=upstream,
-    )
-
-
-def _likely_mistake(
-    subject: AttentionFunction, options: Options, criteria: Criteria, output: Tensor | None
-) -> str | None:
+def _likely_mistake(call: Call, criteria: Criteria, output: Tensor | None) -> str | None:
     """A usual mistake that gives this output; none is known beside a reference of the caller's."""
     if criteria.reference is not None or output is None:
         return None
-    return likely_mistake(_problem(subject, options, criteria, None), output)
+    return likely_mistake(replace(call, upstream=None), output)
 
 
 def _callers_reference(
-    function: Function, subject: AttentionFunction, upstream: Tensor | None, names: list[str]
+    run: Run, call: Call, names: Sequence[str], code: object
 ) -> tuple[computation.Reference, dict[str, Tensor]]:
     """The caller's own reference, in float64 and in the dtype of the inputs."""
-    own = replace(subject, function=function)
 
     def compute(dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = copies(subject, names, dtype)
-        output = own.run(**handed(leaves))
-        found = {"output": output.detach(), **gradients(output, leaves, upstream, names)}
+        leaves = copies(call, names, dtype)
+        output = run(handed(call, leaves))
+        found = {"output": output.detach(), **gradients(output, leaves, call.upstream, names)}
         return {
             name: torch.zeros_like(leaves[name]).double() if tensor is None else tensor.double()
             for name, tensor in found.items()
         }
 
-    inputs = (subject.query, subject.key, subject.value)
-    with borrowed(function, *inputs):
-        exact, plain = compute(torch.float64), compute(subject.query.dtype)
-    info = torch.finfo(subject.query.dtype)
+    with borrowed((run, code), call.query, call.key, call.value):
+        exact, plain = compute(torch.float64), compute(call.query.dtype)
+    info = torch.finfo(call.query.dtype)
     # Places without a number are refused, or not judged: they allow nothing.
     scale = {
         name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
@@ -299,16 +325,13 @@ def _callers_reference(
 
 
 def _check_reference(
-    expected: computation.Reference,
-    subject: AttentionFunction,
-    criteria: Criteria,
-    masked_rows: Tensor,
+    expected: computation.Reference, call: Call, criteria: Criteria, masked_rows: Tensor
 ) -> None:
     """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
     for name, exact in expected.exact.items():
         bad = ~exact.isfinite()
         if criteria.fully_masked in ("nan", "undefined"):
-            bad = bad & ~_excused(name, exact, masked_rows, subject)
+            bad = bad & ~_excused(name, exact, masked_rows, call)
         if bool(bad.any()):
             place = ", ".join(map(str, bad.nonzero()[0].tolist()))
             whose = "output" if name == "output" else f"gradient of {name}"
@@ -323,12 +346,12 @@ def _check_reference(
             raise ValueError(misuse("reference", got, accepted))
 
 
-def _excused(name: str, exact: Tensor, masked_rows: Tensor, subject: AttentionFunction) -> Tensor:
+def _excused(name: str, exact: Tensor, masked_rows: Tensor, call: Call) -> Tensor:
     """Where a query that may attend to nothing, and is not zero, may leave NaN."""
     if name in ("output", "query"):
         return masked_rows.unsqueeze(-1).expand(exact.shape)
     # NaN of such a row spreads to all keys of its map, as 0 * NaN.
-    return _touched(exact, masked_rows, subject)
+    return _touched(exact, masked_rows, call)
 
 
 def _judge(
@@ -336,15 +359,12 @@ def _judge(
     found: Tensor | None,
     expected: computation.Reference,
     plain: Tensor,
-    subject: AttentionFunction,
+    call: Call,
     criteria: Criteria,
     masked_rows: Tensor,
 ) -> Judgement:
     """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""
     exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
-    if name == "attn_mask":
-        shape = subject.arguments["attn_mask"].shape
-        exact, plain, scale, least = (t.reshape(shape) for t in (exact, plain, scale, least))
     judged = torch.ones_like(exact, dtype=torch.bool)
     rows = masked_rows.unsqueeze(-1)
     if criteria.fully_masked in ("nan", "undefined"):
@@ -354,7 +374,7 @@ def _judge(
             exact = exact.masked_fill(rows, math.nan) if keep else exact
         else:
             unknown = exact.isnan() if found is None else found.isnan() | exact.isnan()
-            judged = ~(unknown & _excused(name, exact, masked_rows, subject))
+            judged = ~(unknown & _excused(name, exact, masked_rows, call))
     elif criteria.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(
@@ -365,16 +385,16 @@ def _judge(
         scale,
         least,
         factor=criteria.factor,
-        dtype=subject.query.dtype,
+        dtype=call.query.dtype,
         judged=judged,
     )
 
 
-def _touched(gradient: Tensor, masked_rows: Tensor, subject: AttentionFunction) -> Tensor:
+def _touched(gradient: Tensor, masked_rows: Tensor, call: Call) -> Tensor:
     """Which maps of a gradient of keys, values or mask have a query without any key."""
     maps = masked_rows.any(-1)
     if gradient.shape[:-2] == maps.shape:
         return maps[..., None, None]
-    if subject.group > 1 and gradient.shape[:-2] == subject.key.shape[:-2]:
-        return maps.reshape(*subject.key.shape[:-2], subject.group).any(-1)[..., None, None]
+    if call.group > 1 and gradient.shape[:-2] == call.key.shape[:-2]:
+        return maps.reshape(*call.key.shape[:-2], call.group).any(-1)[..., None, None]
     return maps.any()

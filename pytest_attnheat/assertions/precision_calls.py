@@ -3,71 +3,58 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from numbers import Real
 from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, as_described, takes
+from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.subject import as_input, settled
+from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.inputs import check_number, dtype_name, misuse, one_of, seed_number
 
 Function: TypeAlias = Callable[..., Any]
 
-
-@dataclass(frozen=True)
-class Options:
-    """How attention is asked to be."""
-
-    attn_mask: Tensor | None
-    is_causal: bool
-    scale: float | None
-    enable_gqa: bool
-    arguments: Mapping[str, Any]
-
-    def given(self) -> dict[str, Any]:
-        """Those that differ from the defaults."""
-        named = {"attn_mask": self.attn_mask, "scale": self.scale}
-        flags = {"is_causal": self.is_causal, "enable_gqa": self.enable_gqa}
-        given = {name: value for name, value in named.items() if value is not None}
-        return {**self.arguments, **given, **{name: True for name, on in flags.items() if on}}
+# What is judged, by the name of the result, and the field of a call that its gradient is of.
+_LEAVES = {
+    "query": "query", "key": "key", "value": "value", "attn_mask": "bias", "sinks": "sinks"
+}  # fmt: skip
+Run: TypeAlias = Callable[[Call], Tensor]
 
 
 @dataclass(frozen=True)
 class Criteria:
-    """How it is judged."""
+    """How it is judged.
 
-    fully_masked: DeclaredFullyMasked
-    reference: Function | None
-    factor: float
-    gradients: bool
-    training: bool
-    seed: int
+    Attributes:
+        fully_masked: What the output is for a query that may attend to nothing.
+        reference: What is compared with in place of attention; None for attention.
+        factor: How many times the rounding of a plain computation is allowed.
+        gradients: Whether gradients are compared.
+        training: Whether the subject may draw random numbers, each call from `seed`.
+        seed: That seed, and that of the gradient of the output.
+    """
+
+    fully_masked: DeclaredFullyMasked = "zero"
+    reference: Run | None = None
+    factor: float = 2.0
+    gradients: bool = True
+    training: bool = False
+    seed: int = 0
 
 
-def check_criteria(options: Options, criteria: Criteria) -> None:
-    """Refuse what is unknown, out of range or leaves nothing to compare with."""
+def check_criteria(criteria: Criteria) -> None:
+    """Refuse what is unknown or out of range."""
     one_of("fully_masked", criteria.fully_masked, DECLARED_FULLY_MASKED)
     _check_factor(criteria.factor)
-    if criteria.reference is not None and not callable(criteria.reference):
-        raise TypeError(
-            misuse("reference", type(criteria.reference).__name__, "a function, or None")
-        )
-    for name in ("is_causal", "enable_gqa"):
-        if not isinstance(getattr(options, name), bool):
-            raise TypeError(misuse(name, repr(getattr(options, name)), "True or False"))
-    if options.scale is not None:
-        check_number(options.scale, "scale")
-    if dropout := options.arguments.get("dropout_p"):
-        accepted = "0: dropout draws at random, so that there is no reference to compare with"
-        raise ValueError(misuse("dropout_p", repr(dropout), accepted))
     seed_number(criteria.seed)
 
 
@@ -78,70 +65,114 @@ def _check_factor(factor: object) -> None:
         raise ValueError(misuse("factor", repr(factor), "a finite number above 0"))
 
 
-def check_inputs(subject: AttentionFunction) -> None:
+def called(
+    function: Function, inputs: Sequence[Tensor], given: Mapping[str, Any]
+) -> tuple[AttentionFunction, Call, Run]:
+    """Return a function with its inputs, what it is asked by that, and how it is called.
+
+    Args:
+        function: The function.
+        inputs: Query, key and value.
+        given: Its keywords. Fields of `Call` are passed on if its signature has them.
+
+    Raises:
+        TypeError: An option is of the wrong type, or an input no tensor of floats.
+        ValueError: Shapes do not fit, or an option is out of range.
+    """
+    for name in ("is_causal", "enable_gqa"):
+        if not isinstance(given.get(name, False), bool):
+            raise TypeError(misuse(name, repr(given[name]), "True or False"))
+    if given.get("scale") is not None:
+        check_number(given["scale"], "scale")
+    if dropout := given.get("dropout_p"):
+        accepted = "0: dropout draws at random, so that there is no reference to compare with"
+        raise ValueError(misuse("dropout_p", repr(dropout), accepted))
+    features = {name: given[name] for name in FEATURES if given.get(name) is not None}
+    arguments = {
+        name: value
+        for name, value in given.items()
+        if name not in FEATURES and value is not None and value is not False
+    }
+    taken = {n: v for n, v in features.items() if n == "scale" or takes(function, n)}
+    subject = as_function(function, inputs, {**arguments, **taken})
+    if (mask := given.get("attn_mask")) is not None:
+        checked_mask(mask, (*subject.leading, subject.query.shape[-2], subject.length))
+    call = subject.call
+    own = {name: value for name, value in features.items() if name not in taken}
+    return subject, replace(call, **own), runner(subject)
+
+
+def runner(subject: AttentionFunction) -> Run:
+    """Return how a function is called with another call of the same options."""
+    described = as_described(subject.function)
+    if described is not None:
+        return lambda call: described.ask(call).output
+
+    def run(call: Call) -> Tensor:
+        changed: dict[str, Any] = {}
+        mask = subject.arguments.get("attn_mask")
+        if mask is not None:
+            given = call.mask if mask.dtype == torch.bool else call.bias
+            assert given is not None
+            changed["attn_mask"] = given.reshape(mask.shape)
+        for name in ("bias", "sinks"):
+            if name in subject.arguments:
+                changed[name] = getattr(call, name)
+        return subject.run(query=call.query, key=call.key, value=call.value, **changed)
+
+    return run
+
+
+def check_call(call: Call) -> None:
     """Refuse what no reference can be computed for."""
     for name in ("query", "key", "value"):
-        tensor = getattr(subject, name)
+        tensor = getattr(call, name)
         if dtype_name(tensor) not in DTYPES:
             raise TypeError(misuse(name, dtype_name(tensor), f"one of {', '.join(DTYPES)}"))
         if not bool(tensor.isfinite().all()):
             accepted = "a tensor of finite numbers: else the reference would not be finite"
             raise ValueError(misuse(name, "NaN or inf", accepted))
-    query, key = (tuple(tensor.shape) for tensor in (subject.query, subject.key))
+    query, key = (tuple(tensor.shape) for tensor in (call.query, call.key))
     if query[-1] != key[-1]:
         raise ValueError(misuse("key", key, f"a tensor as wide as the query, here {query}"))
 
 
-def permitted_keys(subject: AttentionFunction, options: Options) -> Tensor:
-    """Which keys each query may attend to, (..., query_len or 1, key_len), after checking."""
-    shape = (*subject.leading, subject.query.shape[-2], subject.key.shape[-2])
-    seen = torch.ones(shape[-2:], dtype=torch.bool, device=subject.query.device)
-    if options.is_causal:
-        seen = seen.tril()
-    if options.attn_mask is None:
-        return seen.expand(shape)
-    mask = as_input(options.attn_mask, "attn_mask")
-    if mask.dtype != torch.bool and not mask.is_floating_point():
+def checked_mask(mask: object, shape: tuple[int, ...]) -> Tensor:
+    """Return a mask of booleans or floats that fits scores of a shape, of two dimensions or more.
+
+    Raises:
+        TypeError: It holds neither.
+        ValueError: It does not fit, or holds NaN or inf.
+    """
+    given = as_input(mask, "attn_mask")
+    if given.dtype != torch.bool and not given.is_floating_point():
         accepted = (
             "a boolean torch.Tensor, True where a query may attend, or a tensor of floats that is "
             "added to the scores"
         )
-        raise TypeError(misuse("attn_mask", dtype_name(mask), accepted))
+        raise TypeError(misuse("attn_mask", dtype_name(given), accepted))
     try:
-        fits = broadcast(mask.shape, shape) == shape
+        fits = broadcast(given.shape, shape) == shape
     except RuntimeError:
         fits = False
     if not fits:
         accepted = f"a shape that broadcasts to that of the scores, here {shape}"
-        raise ValueError(misuse("attn_mask", f"shape {tuple(mask.shape)}", accepted))
-    if mask.dtype == torch.bool:
-        return (mask & seen).expand(shape)
-    if bool((mask.isnan() | (mask == math.inf)).any()):
+        raise ValueError(misuse("attn_mask", f"shape {tuple(given.shape)}", accepted))
+    if given.dtype != torch.bool and bool((given.isnan() | (given == math.inf)).any()):
         raise ValueError(misuse("attn_mask", "NaN or inf", "finite numbers and -inf"))
-    return ((mask != -math.inf) & seen).expand(shape)
-
-
-def differentiable(options: Options) -> list[str]:
-    """Name the tensors whose gradients are judged."""
-    names = ["query", "key", "value"]
-    mask = options.attn_mask
-    return [*names, "attn_mask"] if mask is not None and mask.requires_grad else names
+    return given.reshape((1,) * max(0, 2 - given.ndim) + tuple(given.shape))
 
 
 def run_once(
-    subject: AttentionFunction,
-    upstream: Tensor | None,
-    names: list[str],
-    *,
-    training: bool,
-    seed: int,
+    run: Run, call: Call, names: Sequence[str], code: object, *, training: bool, seed: int
 ) -> dict[str, Tensor | None]:
     """Return the output of a subject and its gradients, by name; None for no gradient.
 
     Args:
-        subject: What is called, twice: it must give the same again.
-        upstream: The gradient of the output; None for no gradients.
-        names: The inputs whose gradients are taken.
+        run: Calls the subject, twice: it must give the same again.
+        call: What it is asked, with the gradient of the output if there are names.
+        names: The results whose gradients are taken.
+        code: The subject itself, whose modules and random state are left as they were.
         training: Whether it may draw random numbers, each call from `seed`.
         seed: That seed.
 
@@ -150,31 +181,57 @@ def run_once(
         ValueError: It returns another shape or no floats, or two calls differ.
     """
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
-    inputs = (subject.query, subject.key, subject.value)
 
-    def call() -> Tensor:
-        leaves = copies(subject, names)
-        output = subject.run(**handed(leaves))
+    def again() -> Tensor:
+        leaves = copies(call, names)
+        output = run(handed(call, leaves))
         calls.append((output, leaves))
         return output.detach()
 
-    with borrowed(subject.function, *inputs, seed=seed):
-        settled(subject.function, call, training=training, seed=seed)
+    with borrowed(code, call.query, call.key, call.value, seed=seed):
+        settled(code, again, training=training, seed=seed)
         output, leaves = calls[0]
-        wanted = (*subject.query.shape[:-1], subject.value.shape[-1])
+        wanted = (*call.query.shape[:-1], call.value.shape[-1])
         if output.shape != wanted or not output.is_floating_point():
             raise ValueError(
                 f"the attention function must return floats {wanted}; got {output.dtype} "
                 f"{tuple(output.shape)}"
             )
-        return {"output": output.detach(), **gradients(output, leaves, upstream, names)}
+        try:
+            slopes = gradients(output, leaves, call.upstream, names)
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            slopes = _by_backward(*calls[1], call.upstream, names, code)
+        return {"output": output.detach(), **slopes}
+
+
+def _by_backward(
+    output: Tensor,
+    leaves: Mapping[str, Tensor],
+    upstream: Tensor | None,
+    names: Sequence[str],
+    code: object,
+) -> dict[str, Tensor | None]:
+    """The same of a reentrant checkpoint, which takes nothing but `backward`."""
+    weights = [weight for module in modules_in(code) for weight in module.parameters()]
+    before = [weight.grad for weight in weights]
+    for weight in weights:
+        weight.grad = None
+    try:
+        above = None if upstream is None else upstream.to(output.dtype)
+        torch.autograd.backward([output], [above])
+    finally:
+        for weight, grad in zip(weights, before, strict=True):
+            weight.grad = grad
+    return {name: leaves[name].grad for name in names}
 
 
 def gradients(
-    output: Tensor, leaves: Mapping[str, Tensor], upstream: Tensor | None, names: list[str]
+    output: Tensor, leaves: Mapping[str, Tensor], upstream: Tensor | None, names: Sequence[str]
 ) -> dict[str, Tensor | None]:
     """Return the gradients of the leaves by name; None where the output does not depend on one."""
-    if upstream is None or not output.requires_grad:
+    if upstream is None or not names or not output.requires_grad:
         return dict.fromkeys(names)
     found = torch.autograd.grad(
         output, [leaves[name] for name in names], upstream.to(output.dtype), allow_unused=True
@@ -182,28 +239,27 @@ def gradients(
     return dict(zip(names, found, strict=True))
 
 
-def copies(
-    subject: AttentionFunction, names: list[str], dtype: torch.dtype | None = None
-) -> dict[str, Tensor]:
-    """Copies of all tensors that the subject is given, with the strides of the caller's.
+def copies(call: Call, names: Sequence[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Copies of the tensors of a call, by the name of their result, with the same strides.
 
     Those in `names` require a gradient.
     """
-    given = {"query": subject.query, "key": subject.key, "value": subject.value}
-    mask = subject.arguments.get("attn_mask")
-    if mask is not None:
-        given["attn_mask"] = mask.detach()
     leaves = {}
-    for name, tensor in given.items():
-        cast_to = dtype if tensor.is_floating_point() else None
-        leaves[name] = _copy(tensor, cast_to).requires_grad_(name in names)
+    for name, field in _LEAVES.items():
+        tensor = getattr(call, field)
+        if tensor is not None:
+            leaves[name] = _copy(tensor.detach(), dtype).requires_grad_(name in names)
     return leaves
 
 
-def handed(leaves: Mapping[str, Tensor]) -> dict[str, Any]:
-    """What a subject is given: it may write to that, but not to a leaf that needs a gradient."""
+def handed(call: Call, leaves: Mapping[str, Tensor]) -> Call:
+    """The call of some leaves: a subject may write to its tensors, but not to a leaf."""
     hand = cast(Callable[[Tensor], Tensor], _Handed.apply)
-    return {name: hand(leaf) if leaf.requires_grad else leaf for name, leaf in leaves.items()}
+    given = {
+        _LEAVES[name]: hand(leaf) if leaf.requires_grad else leaf for name, leaf in leaves.items()
+    }
+    mask = None if call.mask is None else _copy(call.mask, None)
+    return replace(call, **given, mask=mask)  # type: ignore[arg-type]
 
 
 class _Handed(torch.autograd.Function):

@@ -8,7 +8,7 @@ softmax follows. A model that does it in another order says so with `score_mod`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TypeAlias
@@ -20,6 +20,12 @@ from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 
 # (batch, head, query, key) -> whether that query may attend to that key; positions count from 0.
 MaySee: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# What a call may have besides its tensors, its mask and causality.
+FEATURES = (
+    "alignment", "window", "chunk", "prefix", "sink_keys", "documents", "lengths", "may_see",
+    "scale", "softcap", "alibi", "score_mod", "sinks", "bias",
+)  # fmt: skip
+
 # (score, batch, head, query, key) -> another score.
 ScoreMod: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -55,6 +61,8 @@ class Call:
         score_mod: A function of the score and its positions, elementwise.
         sinks: One score per head that joins the sum of each row and has no value.
         fully_masked: What the weights are of a query that may attend to nothing.
+        rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
+            "scores", "weights".
         upstream: The gradient of the output, (..., query_len, value_dim); None for no gradients.
     """
 
@@ -78,12 +86,18 @@ class Call:
     score_mod: ScoreMod | None = None
     sinks: Tensor | None = None
     fully_masked: DeclaredFullyMasked = "zero"
+    rounded: Mapping[str, torch.dtype] | None = None
     upstream: Tensor | None = None
 
     @cached_property
     def factor(self) -> float:
         """What the products of queries and keys are multiplied by."""
         return 1 / math.sqrt(self.query.shape[-1]) if self.scale is None else self.scale
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value."""
+        return self.query, self.key, self.value
 
     @property
     def query_len(self) -> int:
@@ -110,6 +124,11 @@ class Call:
         """Whether nothing hides a key from a query."""
         given = (self.mask, self.bias, self.window, self.chunk, self.documents, self.lengths)
         return not self.causal and self.may_see is None and all(one is None for one in given)
+
+    @property
+    def group(self) -> int:
+        """How many query heads share one head of keys and values."""
+        return self.heads // self.key.shape[-3] if self.query.ndim > 2 else 1
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -168,6 +187,25 @@ class Call:
         for rule in self.rules(self.positions(maps, rows)):
             every = rule if every is None else every & rule
         return every
+
+    def visible(self, forbidden: float = -math.inf) -> Tensor:
+        """Return where all rules, the mask and the bias let a query attend.
+
+        Args:
+            forbidden: What a bias hides a key with: this and less.
+
+        Returns:
+            Boolean, broadcastable to (..., query_len, key_len).
+        """
+        device = self.query.device
+        seen = torch.ones(1, 1, dtype=torch.bool, device=device)
+        rule = self.permitted(torch.arange(self.maps, device=device), slice(0, self.query_len))
+        if rule is not None:
+            lead = self.query.shape[:-2]
+            seen = rule.view(*lead, *rule.shape[1:]) if rule.shape[0] == self.maps else rule[0]
+        if self.mask is not None:
+            seen = seen & self.mask
+        return seen if self.bias is None else seen & ~(self.bias <= forbidden)
 
     def rules(self, at: Positions) -> Iterator[Tensor]:
         """Yield what each rule of positions permits; the mask and the bias are not looked at."""

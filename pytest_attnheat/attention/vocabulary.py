@@ -18,8 +18,8 @@ DeclaredFullyMasked: TypeAlias = Literal["zero", "uniform", "nan", "undefined"]
 # The side of a sequence that its padding is on.
 Side: TypeAlias = Literal["right", "left"]
 # What a mask means to the code that takes it: True where a query may attend, True where it may
-# not, or floats that are added to the scores.
-MaskMeaning: TypeAlias = Literal["keep", "drop", "additive"]
+# not, floats that are added to the scores, or any that PyTorch takes: the first and the third.
+MaskMeaning: TypeAlias = Literal["keep", "drop", "additive", "any"]
 
 ALIGNMENTS: tuple[str, ...] = get_args(Alignment)
 FULLY_MASKED: tuple[str, ...] = get_args(FullyMasked)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -11,14 +12,14 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
-from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
-from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.assertions.precision import judge_call
+from pytest_attnheat.assertions.precision_calls import Criteria, Run
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.levels import NONE, OPTIONS, Choice, Declared, Space
 from pytest_attnheat.callables import modules_in
+from pytest_attnheat.contract.asking import keyword_of
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
 from pytest_attnheat.failure import Failure
-
-BATCH, HEADS, LENGTH, HEAD_DIM = 2, 4, 7, 8
-VALUE_DIM = 6
 
 # What a check examines: a function, a block with projections of its own, or what was captured.
 Kind: TypeAlias = Literal["function", "block", "captured"]
@@ -28,49 +29,24 @@ class Skipped(Exception):  # noqa: N818 (no error: a check that does not apply)
     """A check does not apply, as the specification says or as it turns out; with the reason."""
 
 
+# With a scale below, float16 holds the scores of products that it does not hold.
+_SMALL = 0.4
+# How a kernel says that it does not do what it is asked, in an error of no kind of its own.
+_REFUSALS = ("No available kernel", "No viable backend", "not implemented for", "not supported")
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether a subject says that it does not do what it is asked, as fused kernels say it."""
     if isinstance(error, AssertionError) and error.__cause__ is not None:
         return is_refusal(error.__cause__)
-    no_kernel = isinstance(error, RuntimeError) and "No available kernel" in str(error)
-    return isinstance(error, NotImplementedError) or no_kernel
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+    return isinstance(error, NotImplementedError) or said
 
 
 def is_about_dtypes(error: BaseException) -> bool:
     """Whether PyTorch refused to mix dtypes, or a number that a dtype cannot hold: a defect."""
     words = ("expected scalar type", "same dtype", "without overflow", "dtypes")
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Query, key and value, and what each query may see.
-
-    Attributes:
-        query: (batch, heads, query_len, head_dim)
-        key: (batch, key_heads, key_len, head_dim)
-        value: (batch, key_heads, key_len, value_dim)
-        mask: Boolean, True where a query may attend: what the subject is given; None for none.
-        causal: Whether the subject is asked to be causal.
-        may_see: Boolean (batch, heads, query_len, key_len): mask, causality and window together.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    mask: Tensor | None
-    causal: bool
-    may_see: Tensor
-
-    @property
-    def tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Query, key and value."""
-        return self.query, self.key, self.value
-
-    @property
-    def grouped(self) -> bool:
-        """Whether there are fewer heads of keys than of queries."""
-        return self.query.shape[1] != self.key.shape[1]
 
 
 @dataclass(frozen=True)
@@ -91,68 +67,101 @@ class Examination:
     seed: int = 0
     quick: bool = False
 
-    def inputs(
-        self,
-        *,
-        query_len: int = LENGTH,
-        key_len: int | None = None,
-        key_heads: int | None = None,
-        mask: Callable[[int, int], Tensor] | None = None,
-        causal: bool = False,
-        size: float = 1.0,
-        value_dim: int | None = None,
-    ) -> Inputs:
-        """Draw inputs, the same for every device and dtype.
+    @cached_property
+    def space(self) -> Space:
+        """The calls that can be made of what is declared and of what the subject takes."""
+        heads = self.spec.heads or 1
+        return Space(declared_of(self.spec, *self._widths), self.spec.always(heads), self.seed)
+
+    @cached_property
+    def _widths(self) -> tuple[bool, bool]:
+        """Whether it takes as many keys as queries alone, and values as wide as keys alone."""
+        known = self.spec.square
+        ways = [(square, equal) for square in (False, True) for equal in (False, True)]
+        for square, equal in ways:
+            if known is not None and square != known:
+                continue
+            space = Space(declared_of(self.spec, square, equal), {}, self.seed)
+            try:
+                self.spec.ask(self._drawn(space, space.choice()))
+            except Exception:  # if it refuses all, a check tells why
+                continue
+            return square, equal
+        return bool(known), False
+
+    def _drawn(self, space: Space, chosen: Choice) -> Call:
+        return self.spec.described(space.call(chosen, self.dtype, self.device))
+
+    def drawn(self, chosen: Choice) -> Call:
+        """Draw the call of a choice, the same for every device and dtype but for rounding."""
+        return self._drawn(self.space, chosen)
+
+    def case(self, **levels: Any) -> Call:
+        """Draw a call with some levels, ordinary for the rest.
 
         Args:
-            query_len: Number of queries.
-            key_len: Number of keys; `query_len` by default.
-            key_heads: Number of key and value heads; as many as query heads by default.
-            mask: Makes a mask (batch or 1, 1, query_len, key_len) of the lengths.
-            causal: Ask the subject to be causal.
-            size: What queries are multiplied by.
-            value_dim: Width of the values; by default another than that of the keys, if the
-                subject takes that.
+            levels: Levels of features by name, see `pytest_attnheat.attention.levels`: sizes
+                (query_len, key_len), mask "boolean" or "additive", causal, group ...
 
         Raises:
-            Skipped: The specification does not claim to take these inputs.
+            Skipped: The specification does not claim to take such a call.
         """
-        masked, grouped = mask is not None, key_heads is not None
-        asked = ((takes_causal, causal), (takes_mask, masked), (takes_groups, grouped))
+        return self.drawn(self.choice(**levels))
+
+    def choice(self, **levels: Any) -> Choice:
+        """Return the choice of some levels; raises as `case` does."""
+        asked = ((takes_causal, levels.get("causal")), (takes_mask, levels.get("mask")))
         for need, is_asked in asked:
             if is_asked and (reason := need(self.spec)):
                 raise Skipped(reason)
-        heads = HEADS if self.spec.has_heads else 1
-        key_len = query_len if key_len is None else key_len
-        key_heads = heads if key_heads is None else key_heads
-        query = self._draw("query", heads, query_len, HEAD_DIM) * size
-        key = self._draw("key", key_heads, key_len, HEAD_DIM)
-        width = self.value_dim if value_dim is None else value_dim
-        value = self._draw("value", key_heads, key_len, width)
-        given = None if mask is None else mask(query_len, key_len).to(self.device)
-        seen = torch.ones(query_len, key_len, dtype=torch.bool, device=self.device)
-        alignment = self.spec.alignment
-        if causal:
-            seen = seen & causal_mask(query_len, key_len, alignment=alignment, device=self.device)
-        if self.spec.sides is not None:
-            seen = seen & sliding_window_mask(
-                query_len, key_len, window=self.spec.sides, alignment=alignment,
-                device=self.device,
-            )  # fmt: skip
-        may_see = seen if given is None else given & seen
-        shape = (BATCH, heads, query_len, key_len)
-        return Inputs(query, key, value, given, causal, may_see.expand(shape))
+        known = self.space.declared.levels()
+        for name, level in levels.items():
+            if name not in known or (len(known[name]) == 1 and level != known[name][0]):
+                raise Skipped(f"{name}={level} is not among what it takes")
+        try:
+            return self.space.choice(**levels)
+        except ValueError as reason:
+            raise Skipped(str(reason)) from None
 
-    @cached_property
-    def value_dim(self) -> int:
-        """The width of values: that of keys for a subject, as a fused kernel, that asks for it."""
-        for width in (VALUE_DIM, HEAD_DIM):
-            try:
-                self.spec.call(*self.inputs(value_dim=width).tensors)
-            except Exception:  # if it refuses both, a check tells why
-                continue
-            return width
-        return VALUE_DIM
+    def judge(self, chosen: Choice, *, explain: bool = True) -> None:
+        """Judge the output and the gradients of a choice.
+
+        Args:
+            chosen: A level for each feature.
+            explain: Whether a failure looks for what was computed instead, which takes time.
+
+        Raises:
+            Failure: Some number is off by more than rounding.
+            Exception: Whatever the subject raises.
+        """
+        call = self.drawn(chosen)
+        wanted = chosen["gradients"]
+        names = ["query", "key", "value"] if wanted == "all" else [] if wanted == NONE else [wanted]
+        if wanted == "all":
+            names += ["attn_mask"] if call.bias is not None else []
+            names += ["sinks"] if chosen.get("sinks") else []
+        judge_call(
+            "",
+            self._run(self.spec, wanted == NONE),
+            call,
+            Criteria(
+                fully_masked=self.spec.fully_masked, reference=self._reference(), seed=self.seed
+            ),
+            names=names,
+            code=self.spec.subject,
+            explain=explain,
+        )
+
+    def _run(self, spec: AttentionSpec, without_gradients: bool = False) -> Run:
+        def run(call: Call) -> Tensor:
+            with torch.no_grad() if without_gradients else nullcontext():
+                return spec.ask(call).output
+
+        return run
+
+    def _reference(self) -> Run | None:
+        own = self.spec.reference
+        return None if own is None else self._run(replace(self.spec, subject=own, reference=None))
 
     def block(self) -> tuple[SequenceModel, Tensor]:
         """Return the block and its input on the device of this examination."""
@@ -160,16 +169,12 @@ class Examination:
             raise Skipped("it is not a block")
         return model_of(self.spec), self.spec.inputs.to(self.device)
 
-    def _draw(self, name: str, heads: int, length: int, width: int) -> Tensor:
-        drawn = draw(name, self.seed, BATCH, heads, length, width)
-        return drawn.to(self.device, self.dtype)
-
     def answer(self) -> Tensor:
         """Ask the subject once, as plainly as it can be asked."""
         if self.spec.is_block:
             model, inputs = self.block()
             return model(inputs)
-        return self.spec.call(*self.inputs().tensors).output
+        return self.spec.ask(self.case()).output
 
     def in_training(self) -> str | None:
         """Advise on a subject in training mode; None where it is, or holds, no such module."""
@@ -186,41 +191,42 @@ class Examination:
         if advice := self.in_training():
             raise Failure("", advice)
 
-    def function(self, inputs: Inputs, scale: float | None = None) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value)` that is told what it may see.
+    def function(self, call: Call) -> Callable[..., Tensor]:
+        """Return the subject as `function(query, key, value)` that is asked all else of a call.
 
         Further keywords are accepted and left aside: they tell an assertion what may be seen.
         """
 
         def subject(query: Tensor, key: Tensor, value: Tensor, **aside: Any) -> Tensor:
-            mask, causal = inputs.mask, inputs.causal
-            return self.spec.call(query, key, value, mask=mask, causal=causal, scale=scale).output
+            return self.spec.ask(replace(call, query=query, key=key, value=value)).output
 
         subject.__name__ = self.spec.name
         return subject
 
-    def seen(self, inputs: Inputs) -> dict[str, Any]:
-        """The arguments that tell an assertion what may be seen; none where it is all."""
-        arguments: dict[str, Any] = {}
-        if not bool(inputs.may_see.all()):
-            arguments["attn_mask"] = inputs.may_see
-        if inputs.grouped:
-            arguments["enable_gqa"] = True
-        return arguments
 
-
-def scattered(query_len: int, key_len: int) -> Tensor:
-    """A mask per batch entry, in which each query may attend to some key."""
-    mask = draw("mask", 0, BATCH, 1, query_len, key_len) > 0
-    mask[..., 0] = True
-    return mask
-
-
-def with_a_fully_masked_row(query_len: int, key_len: int) -> Tensor:
-    """A mask under which the third query may attend to nothing."""
-    mask = scattered(query_len, key_len)
-    mask[:, :, 2] = False
-    return mask
+def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declared:
+    """Return what of a specification decides which calls can be made."""
+    masks = {None: (), "additive": ("additive", "boolean"), "any": ("additive", "boolean")}
+    far = (spec.window, spec.chunk, spec.may_see)
+    options = {name for name in OPTIONS if keyword_of(spec, name) is not None}
+    always = spec.may_see
+    return Declared(
+        masks=frozenset(masks.get(spec.mask, ("boolean",))),
+        mask_shape=spec.mask_shape,
+        causal=spec.takes_causal,
+        options=frozenset(options),
+        grouped=bool(spec.grouped) and spec.has_heads,
+        heads=spec.heads if spec.has_heads else 1,
+        square=square,
+        equal_widths=equal_widths,
+        from_the_end=spec.alignment == "bottom_right",
+        near=any(rule is not None for rule in far),
+        small_scale=spec.scale is None or abs(spec.scale) < _SMALL,
+        empty=spec.fully_masked != "undefined",
+        gradients=spec.gradients,
+        longest=min(always.shape) if isinstance(always, Tensor) else None,
+        few_shapes=spec.few_shapes,
+    )
 
 
 # --- what a check needs to be declared: the reason why it is skipped, or None
@@ -249,15 +255,34 @@ takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal
 takes_groups = _need(
     lambda spec: spec.grouped and spec.has_heads, "it is not declared to take grouped heads"
 )
-takes_scale = _need(lambda spec: spec.names("scale"), "its signature has no scale")
+takes_scale = _need(lambda spec: spec.scale_argument is not None, "its signature has no scale")
 takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
 declares_fully_masked = _need(
     lambda spec: spec.fully_masked != "undefined", 'fully_masked="undefined" declares nothing'
 )
 returns_weights = _need(
-    lambda spec: spec.returns != "output", "it is declared to return no weights"
+    lambda spec: spec.returns not in ("output", "lse"), "it is declared to return no weights"
 )
-has_no_window = _need(lambda spec: spec.window is None, "padding on the left would move the window")
+returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
+has_gradients = _need(lambda spec: spec.gradients, "gradients=False is declared")
+_POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
+has_no_positions = _need(
+    lambda spec: (
+        not any(getattr(spec, name) for name in _POSITIONAL if name != "alibi")
+        and (spec.alibi is None or isinstance(spec.alibi, str))
+    ),
+    "padding on the left would move its positions",
+)
+
+
+def takes_option(name: str) -> Need:
+    """Return the need for a keyword of a feature, one of `OPTIONS`."""
+    return _need(lambda spec: keyword_of(spec, name) is not None, f"it takes no {name}")
+
+
+takes_float_mask = _need(
+    lambda spec: spec.mask in ("additive", "any"), "its mask is not declared to be of floats"
+)
 # By its alignment, or by a mask.
 decodes_in_chunks = _need(
     lambda spec: spec.causal == "bottom_right" or (spec.mask is not None and spec.window is None),
@@ -322,7 +347,7 @@ class Check:
         name: What it is called in reports and test ids.
         sentence: What is true of an implementation that passes.
         run: Makes it; raises AssertionError where the sentence is not true, `Skipped` where it
-            turns out not to apply. It may return a hint.
+            turns out not to apply.
         quick: Whether the quick form of the examination has it.
         issue: A public issue about a defect that it would have caught.
         needs: What it needs to be declared: returns the reason why it is skipped, or None.
@@ -336,7 +361,7 @@ class Check:
     needs: Need | None = None
 
     def examine(self, examination: Examination) -> str | None:
-        """Run it where what it needs is declared; return a hint, if there is one.
+        """Run it where what it needs is declared; return what is worth a word, if it passes.
 
         Raises:
             Skipped: It is not, or the check turns out not to apply.
@@ -348,7 +373,7 @@ class Check:
 
 
 _REGISTERED: dict[Kind, list[Check]] = {kind: [] for kind in get_args(Kind)}
-Run: TypeAlias = Callable[[Examination], str | None]
+Ask: TypeAlias = Callable[[Examination], str | None]
 
 
 def check(
@@ -358,10 +383,10 @@ def check(
     needs: Need | None = None,
     quick: bool = False,
     issue: str | None = None,
-) -> Callable[[Run], Run]:
+) -> Callable[[Ask], Ask]:
     """Register a function as a check, of functions if no kinds of subjects are given."""
 
-    def register(run: Run) -> Run:
+    def register(run: Ask) -> Ask:
         for kind in kinds or ("function",):
             _REGISTERED[kind].append(Check(name, sentence, run, quick, issue, needs))
         return run

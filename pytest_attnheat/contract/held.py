@@ -337,7 +337,6 @@ def _limited(record: AttentionRecord, one: Carried) -> Tensor | None:
     most = one.value + (one.feature == "window")
     if not (causal and whole and bool(same.all()) and int((last - first).max()) + 1 > most):
         return None
-    own = (
-        key // one.value == last // one.value if one.feature == "chunk" else key > last - one.value
-    )
-    return seen & own
+    near = key > last - one.value
+    limited: Tensor = seen & (key // one.value == last // one.value if one.feature == "chunk" else near)
+    return limited

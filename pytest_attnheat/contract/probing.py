@@ -21,7 +21,8 @@ from torch import Tensor
 from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
-from pytest_attnheat.contract.spec import Answer, AttentionSpec
+from pytest_attnheat.contract.asking import Answer
+from pytest_attnheat.contract.spec import AttentionSpec
 
 # The longest case of a window.
 _WIDEST = 300
@@ -137,13 +138,17 @@ def answer_to(
     query, key, value = (
         tensor.to(device, dtype, copy=True) for tensor in (case.query, case.key, case.value)
     )
-    mask = None if case.mask is None else case.mask.to(device, copy=True)
-    scale = case.scale if case.scale_given else None
+    call = replace(
+        case,
+        query=query,
+        key=key,
+        value=value,
+        mask=None if case.mask is None else case.mask.to(device, copy=True),
+        bias=None if case.bias is None else case.bias.to(device, dtype, copy=True),
+    )
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return spec.call(
-            query, key, value, mask=mask, causal=case.causal, scale=scale, dropout=dropout
-        )
+        return spec.ask(call, dropout=dropout)
 
 
 @contextmanager

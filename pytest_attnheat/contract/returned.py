@@ -116,7 +116,7 @@ def _is_compared(one: Probe) -> bool:
 
 
 def _returned(spec: AttentionSpec, one: Probe) -> object:
-    weights = answer_to(spec, one.case, one.dtype).weights
+    weights = answer_to(spec, one.case, one.dtype).besides
     return weights.detach().double().cpu() if isinstance(weights, Tensor) else weights
 
 
@@ -164,7 +164,7 @@ def _while_dropping(
     if spec.returns != "weights" or not spec.dropout:
         return diagnosis
     first = probes[0]
-    weights = answer_to(spec, first.case, first.dtype, dropout=_SHARE).weights
+    weights = answer_to(spec, first.case, first.dtype, dropout=_SHARE).besides
     expected = carry_out(_CORRECT, first.case).weights
     dropped = (weights.cpu() == 0) & (expected.reshape(weights.shape) > first.tolerance)
     if not bool(dropped.any()):

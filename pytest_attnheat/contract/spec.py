@@ -3,42 +3,35 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from numbers import Real
-from typing import Any, Literal, TypeAlias, get_args
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import as_meant
-from pytest_attnheat.attention.call import MaySee, ScoreMod
-from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.devices import check_device
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import (
-    ALIGNMENTS,
-    DECLARED_FULLY_MASKED,
-    MASK_MEANINGS,
-    Alignment,
-    DeclaredFullyMasked,
-    MaskMeaning,
-)
+from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
+from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
+from pytest_attnheat.contract import asking
+from pytest_attnheat.contract.accepted import Returns, check_fields, check_subject
+from pytest_attnheat.contract.asking import KEYWORDS, Answer
+from pytest_attnheat.inputs import misuse
 
-Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights", "lse"]
 Sound: TypeAlias = Literal["mask", "causal"]
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
 # A side of a window that ends nowhere.
 _ENDLESS = 2**30
-# The steps that may be rounded on purpose, in their order.
-STEPS = ("query", "key", "value", "scores", "weights")
-_NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
+# What a keyword is usually called; looked for where none is declared.
+_USUAL = {
+    "scale_argument": ("scale", "softmax_scale", "sm_scale", "scaling"),
+    "softcap": ("softcap", "logits_soft_cap", "attn_logit_softcapping"),
+    "sinks": ("sinks", "s_aux", "learnable_sink"),
+    "alibi": ("alibi_slopes",),
+}
 
 
 @dataclass(frozen=True)
@@ -101,6 +94,8 @@ class AttentionSpec:
         lengths: The keyword of how many first keys of each batch entry are real, (batch,).
         scale_argument: The keyword of the scale; by default one such as `scale`, `softmax_scale`
             or `sm_scale` that its signature has.
+        mask_shape: The one shape that its mask has: `"(L, S)"` or `"(B, S)"`, or one of four
+            dimensions as `"(B, 1, L, S)"`; by default all of four dimensions, as the scores have.
         rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
             "scores", "weights".
         gradients: Whether it has gradients, so that they are judged.
@@ -141,6 +136,7 @@ class AttentionSpec:
     documents: Tensor | str | None = None
     lengths: str | None = None
     scale_argument: str | None = None
+    mask_shape: str | None = None
     rounded: Mapping[str, torch.dtype] | None = None
     gradients: bool = True
     few_shapes: bool = False
@@ -150,19 +146,14 @@ class AttentionSpec:
     memory: str | None = None
 
     def __post_init__(self) -> None:
-        _check_subject(self.subject, self.inputs)
-        for name, (types, is_accepted, accepted) in _ACCEPTED.items():
-            given = getattr(self, name)
-            if not isinstance(given, types):
-                raise TypeError(misuse(name, _shown(given), accepted))
-            if given is not None and not is_accepted(given):
-                raise ValueError(misuse(name, _shown(given), accepted))
-        for device in self.devices or ():
-            check_device(device)
-        if self.scale is not None:
-            check_number(self.scale, "scale")
-        if self.tolerance is not None:
-            check_tolerance(self.tolerance)
+        check_subject(self.subject)
+        if self.inputs is None and _is_block(self.subject):
+            got = f"{type(self.subject).__name__}, which is not called with query, key and value"
+            accepted = (
+                "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
+            )
+            raise ValueError(misuse("subject", got, accepted))
+        check_fields(self)
         self._complete()
 
     def _complete(self) -> None:
@@ -181,6 +172,12 @@ class AttentionSpec:
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
             self._check_named("mask_argument", "attn_mask")
             self._check_named("causal_argument", "is_causal")
+            for field in KEYWORDS:
+                if isinstance(given := getattr(self, field), str) and not self.takes(given):
+                    self._check_named(field, "")
+            found |= {field: name for field, names in _USUAL.items() for name in names
+                      if getattr(self, field) is None and self.names(name)
+                      and (self.parameters is not None or name == "scale")}  # fmt: skip
             found |= self._without_keywords()
         for name, value in found.items():
             object.__setattr__(self, name, value)
@@ -224,6 +221,14 @@ class AttentionSpec:
             return None
         left, right = (_ENDLESS if side is None else side for side in self.window)
         return left, right
+
+    @property
+    def heads(self) -> int | None:
+        """How many query heads it has, if numbers per head are declared; else None."""
+        for given in (self.sinks, self.alibi):
+            if isinstance(given, Tensor):
+                return len(given)
+        return None
 
     @property
     def alignment(self) -> Alignment:
@@ -281,82 +286,74 @@ class AttentionSpec:
         elsewhere = not self.names(keyword) and bool(self.sounding_like(kind))
         return elsewhere or not self.takes(keyword)
 
-    def _is_causal_by_default(self) -> bool:
+    def is_causal_by_default(self) -> bool:
+        """Whether it is causal unless it is told otherwise."""
         parameter = (self.parameters or {}).get(self.causal_argument)
         return parameter is not None and parameter.default is True
 
-    def _needs_mask(self) -> bool:
-        """Whether it cannot be called without a mask, so that none is passed as None."""
-        parameter = (self.parameters or {}).get(self.mask_argument)
-        return (
-            self.mask is not None
-            and parameter is not None
-            and (parameter.default is parameter.empty)
-        )
+    def needs(self, keyword: str) -> bool:
+        """Whether it cannot be called without a keyword, so that None is passed for none."""
+        parameter = (self.parameters or {}).get(keyword)
+        return parameter is not None and parameter.default is parameter.empty
 
     def takes(self, keyword: str) -> bool:
         """Whether the subject takes a keyword; taken as a yes where its signature is unknown."""
         anything = any(p.kind is p.VAR_KEYWORD for p in (self.parameters or {}).values())
         return anything or self.names(keyword)
 
-    def call(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        mask: Tensor | None = None,
-        causal: bool = False,
-        scale: float | None = None,
-        dropout: float = 0.0,
-    ) -> Answer:
+    def always(self, heads: int) -> dict[str, Any]:
+        """Return what every call has, as fields of `Call`.
+
+        Args:
+            heads: The number of query heads.
+        """
+        slopes = self.alibi(heads) if callable(self.alibi) else self.alibi
+        seen = _by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
+        given: dict[str, Any] = {
+            "alignment": self.alignment,
+            "window": self.window,
+            "chunk": self.chunk,
+            "prefix": self.prefix,
+            "sink_keys": self.sink_keys,
+            "may_see": seen,
+            "scale": self.scale,
+            "softcap": self.softcap,
+            "alibi": slopes,
+            "score_mod": self.score_mod,
+            "sinks": self.sinks,
+            "rounded": self.rounded,
+            "fully_masked": self.fully_masked,
+        }
+        return {name: value for name, value in given.items() if not isinstance(value, str | None)
+                or name in ("alignment", "fully_masked")}  # fmt: skip
+
+    def described(self, call: Call) -> Call:
+        """Return a call with what the subject always does, where the call does not say it."""
+        default = {one.name: one.default for one in fields(Call)}
+        always: dict[str, Any] = {
+            name: value.to(call.query.device) if isinstance(value, Tensor) else value
+            for name, value in self.always(call.heads).items()
+            if name in ("alignment", "fully_masked") or getattr(call, name) is default[name]
+        }
+        return replace(call, **always)
+
+    def ask(self, call: Call, *, dropout: float = 0.0) -> Answer:
         """Call the subject as it wants to be called.
 
         Args:
-            query: (batch, heads, query_len, head_dim); (batch, 1, ...) for a layout without heads.
-            key: (batch, key_heads, key_len, head_dim)
-            value: (batch, key_heads, key_len, value_dim)
-            mask: Boolean, True where a query may attend, broadcastable to (batch, heads,
-                query_len, key_len).
-            causal: Ask for causal attention by `causal_argument`.
-            scale: Passed on where it is not None.
+            call: What it is asked, (batch, heads, length, width); (batch, 1, ...) for a layout
+                without heads. What it always does need not be said.
             dropout: Passed on as `dropout_p` where it is not 0.
 
         Returns:
-            The output (batch, heads, query_len, value_dim), and the weights if it returns any.
+            The output (batch, heads, query_len, value_dim), and what it returns besides.
 
         Raises:
-            TypeError: The subject returns no tensor, or no pair where one is declared.
+            TypeError: The subject returns no tensor, or no pair where one is declared; or it is
+                not declared to take what the call has.
             ValueError: Its output has another shape than the layout says.
         """
-        arguments: dict[str, Any] = {}
-        if mask is not None:
-            arguments[self.mask_argument] = self._mask(mask, query)
-        elif self._needs_mask():
-            arguments[self.mask_argument] = None
-        if causal or self._is_causal_by_default():
-            arguments[self.causal_argument] = causal
-        if scale is not None:
-            arguments["scale"] = scale
-        if dropout:
-            arguments["dropout_p"] = dropout
-        if query.shape[1] != key.shape[1] and self.takes("enable_gqa"):
-            arguments["enable_gqa"] = True
-        inputs = [self._to_layout(tensor) for tensor in (query, key, value)]
-        result = self.implementation(*inputs, **arguments)
-        wanted = (*query.shape[:-1], value.shape[-1])
-        if self.returns == "output":
-            output, weights = result, None
-            if isinstance(result, (tuple, list)) and result:
-                output = result[0]
-        elif isinstance(result, (tuple, list)) and len(result) >= 2:
-            output, weights = result[0], result[1]
-        else:
-            raise TypeError(
-                f"{self.name}: returns={self.returns!r} declares a pair (output, weights); got "
-                f"{type(result).__name__}"
-            )
-        return Answer(self._from_layout(output, wanted), weights)
+        return asking.ask(self, call, dropout=dropout)
 
     @property
     def implementation(self) -> Callable[..., Any]:
@@ -380,52 +377,20 @@ class AttentionSpec:
         *,
         scale: float | None = None,
         enable_gqa: bool = False,
+        **features: Any,
     ) -> Tensor:
         """Call the subject with the arguments of PyTorch's own function, and get its output.
 
         So every assertion on attention functions takes a specification, whatever the layout of
-        the subject and the meaning of its mask. `is_causal` is aligned to the top left; to a
-        subject that does not mean that, it is told as a mask.
+        the subject and the meaning of its mask. `is_causal` means what the specification says.
+        Further keywords are fields of `Call`.
         """
-        if is_causal and self.causal != "top_left":
-            causal = causal_mask(
-                query.shape[-2], key.shape[-2], alignment="top_left", device=query.device
-            )
-            attn_mask = causal if attn_mask is None else attn_mask & causal
-            is_causal = False
-        if attn_mask is not None and self.mask is None:
-            raise TypeError(f"{self.name} is not declared to take a mask (nor is_causal)")
-        return self.call(
-            query, key, value, mask=attn_mask, causal=is_causal, scale=scale, dropout=dropout_p
-        ).output
-
-    def _mask(self, mask: Tensor, query: Tensor) -> Tensor:
-        if mask.dtype != torch.bool:
-            if self.mask == "additive":
-                return mask
-            raise TypeError(f"{self.name} is not declared to take a mask of floats")
-        mask = mask if self.has_heads or mask.ndim < 4 else mask[:, 0]
-        return as_meant(mask, self.mask, query.dtype)
-
-    def _to_layout(self, tensor: Tensor) -> Tensor:
-        if not self.has_heads:
-            tensor = tensor[:, 0]
-        ours = "bhld" if self.has_heads else "bld"
-        return tensor.permute([ours.index(letter) for letter in self.layout])
-
-    def _from_layout(self, output: object, wanted: tuple[int, ...]) -> Tensor:
-        if not isinstance(output, Tensor):
-            raise TypeError(f"{self.name} must return a tensor; got {type(output).__name__}")
-        sizes = dict(zip("bhld", wanted, strict=True))
-        expected = tuple(sizes[letter] for letter in self.layout)
-        if tuple(output.shape) != expected:
-            names = ", ".join(_NAMES[letter] for letter in self.layout)
-            raise ValueError(
-                f"{self.name} must return ({names}), here {expected}; got {tuple(output.shape)}"
-            )
-        ours = "bhld" if self.has_heads else "bld"
-        turned = output.permute([self.layout.index(letter) for letter in ours])
-        return turned if self.has_heads else turned.unsqueeze(1)
+        call = Call(query, key, value, causal=is_causal, scale=scale, **features)
+        if attn_mask is not None:
+            mask = attn_mask.reshape((1,) * max(0, 2 - attn_mask.ndim) + tuple(attn_mask.shape))
+            is_boolean = mask.dtype == torch.bool
+            call = replace(call, mask=mask) if is_boolean else replace(call, bias=mask)
+        return self.ask(call, dropout=dropout_p).output
 
 
 def _is_block(subject: object) -> bool:
@@ -440,126 +405,10 @@ def _is_block(subject: object) -> bool:
     return len(needed) < 3 and len(named) < 3
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a subject returned.
+def _by_position(seen: Tensor) -> MaySee:
+    """Return the function of positions that booleans (query_len, key_len) stand for."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        weights: As it returned them, or None.
-    """
+    def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen.to(key.device)[query, key]
 
-    output: Tensor
-    weights: Any
-
-
-def _check_subject(subject: object, inputs: object) -> None:
-    if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
-        accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
-        raise TypeError(misuse("subject", type(subject).__name__, accepted))
-    if isinstance(subject, type):
-        raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
-    if inputs is None and _is_block(subject):
-        got = f"{type(subject).__name__}, which is not called with query, key and value"
-        accepted = "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
-        raise ValueError(misuse("subject", got, accepted))
-
-
-def _is_text(given: object) -> bool:
-    return isinstance(given, str)
-
-
-def _is_input(inputs: Tensor) -> bool:
-    floats = inputs.is_floating_point() and inputs.ndim == 3
-    tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
-    return (floats or tokens) and len(inputs) >= 2 and inputs.numel() > 0
-
-
-def _is_window(window: tuple[Any, ...]) -> bool:
-    sides = [side for side in window if side is not None]
-    return len(window) == 2 and all(type(side) is int and side >= 0 for side in sides)
-
-
-def _shown(given: object) -> str:
-    if isinstance(given, Tensor):
-        return f"{dtype_name(given)} {tuple(given.shape)}"
-    return repr(given)
-
-
-def _one_of(known: Sequence[str], *, or_none: bool = False) -> tuple[Any, Any, str]:
-    names = ", ".join(map(repr, known))
-    types, ending = (str | None, ", or None") if or_none else (str, "")
-    return types, known.__contains__, f"one of {names}{ending}"
-
-
-def _is_booleans(seen: object) -> bool:
-    return not isinstance(seen, Tensor) or (seen.dtype == torch.bool and seen.ndim == 2)
-
-
-def _is_cap(cap: Any) -> bool:
-    return isinstance(cap, str) or 0 < cap < math.inf
-
-
-def _are_steps(steps: Mapping[str, Any]) -> bool:
-    return set(steps) <= set(STEPS) and all(isinstance(to, torch.dtype) for to in steps.values())
-
-
-_TEXT = (str, lambda _: True, "a text")
-_FLAG = (bool | None, lambda _: True, "True, False, or None")
-_KEYWORD = (str | None, str.isidentifier, "the name of a parameter, or None")
-_FUNCTION = (Callable | None, lambda _: True, "a function, or None")
-_COUNT = (int, lambda count: count >= 0, "a whole number from 0")
-_PER_HEAD = (
-    Tensor | str | None,
-    lambda given: not isinstance(given, Tensor) or given.ndim == 1,
-    "a tensor of one number per head, the keyword of one, or None",
-)
-# What each field accepts: its types, what else is true of it, and both in words.
-_ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-    "name": _TEXT,
-    "inputs": (Tensor | None, _is_input,
-               "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of "
-               "two or more sequences, or None"),
-    "layout": (str, lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
-               "the letters b (batch), h (heads), l (length) and d (width) in any order, h or "
-               "not: 'bhld', 'blhd', 'bld'"),
-    "mask": _one_of(MASK_MEANINGS, or_none=True),
-    "mask_argument": _TEXT,
-    "causal": _one_of(ALIGNMENTS, or_none=True),
-    "causal_argument": _TEXT,
-    "window": (tuple | None, _is_window,
-               "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"),
-    "grouped": _FLAG,
-    "dropout": _FLAG,
-    "returns": _one_of(get_args(Returns)),
-    "fully_masked": _one_of(DECLARED_FULLY_MASKED),
-    "dtypes": (tuple | list, lambda names: names and all(name in DTYPES for name in names),
-               f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
-    "devices": (tuple | list | None, lambda names: names and all(map(_is_text, names)),
-                "a tuple or list of one or more names of devices, or None for all that are there"),
-    "softcap": (Real | str | None, _is_cap,
-                "a finite number above 0, the keyword of one, or None"),
-    "sinks": _PER_HEAD,
-    "alibi": (Callable | Tensor | str | None, _PER_HEAD[1],
-              f"a function of the number of heads, or {_PER_HEAD[2]}"),
-    "bias": _KEYWORD,
-    "score_mod": _FUNCTION,
-    "may_see": (Callable | Tensor | None, _is_booleans,
-                "a function of positions, booleans (query_len, key_len), or None"),
-    "chunk": (int | None, lambda size: size > 0, "a whole number above 0, or None"),
-    "prefix": _COUNT,
-    "sink_keys": _COUNT,
-    "documents": (Tensor | str | None, lambda given: isinstance(given, str) or given.ndim in (1, 2),
-                  "numbers (batch, length) or (length,), the keyword of them, or None"),
-    "lengths": _KEYWORD,
-    "scale_argument": _KEYWORD,
-    "rounded": (Mapping | None, _are_steps,
-                f"a dtype of torch for some of {', '.join(map(repr, STEPS))}, or None"),
-    "gradients": (bool, lambda _: True, "True or False"),
-    "few_shapes": (bool, lambda _: True, "True or False"),
-    "square": _FLAG,
-    "reference": _FUNCTION,
-    "arguments": (Mapping | None, lambda given: all(map(_is_text, given)),
-                  "values by name, or None"),
-    "memory": _KEYWORD,
-}  # fmt: skip
+    return may_see

@@ -7,7 +7,7 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
+from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, Side, permits
 from pytest_attnheat.callables import copied
@@ -37,6 +38,41 @@ MASK = "attn_mask"
 # By how much the score of a padding key that attracts a query is above that of any real key,
 # and the length that such a key has at most.
 _AHEAD, _LONGEST = 100.0, 3e3
+
+
+class Answered(Protocol):
+    """What a described function answers."""
+
+    @property
+    def output(self) -> Tensor:
+        """Its output, (batch, heads, query_len, value_dim)."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A function that says what it does of itself, as `AttentionSpec`."""
+
+    def described(self, call: Call) -> Call:
+        """Return a call with what the function always does."""
+
+    def ask(self, call: Call) -> Answered:
+        """Answer a call."""
+
+
+def as_described(function: object) -> Described | None:
+    """Return a function that says what it does of itself; None for any other."""
+    return function if isinstance(function, Described) else None
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of a name; a described one takes all it declares."""
+    if as_described(function) is not None:
+        return True
+    whole = function.forward if isinstance(function, nn.Module) else function
+    try:
+        return name in inspect.signature(whole).parameters
+    except (TypeError, ValueError):
+        return False
 
 
 @dataclass(frozen=True)
@@ -98,6 +134,25 @@ class AttentionFunction:
         """Its attn_mask; TypeError for one that says nothing of what may be seen."""
         given = self.arguments.get(MASK)
         return None if given is None else _checked(given)
+
+    @property
+    def call(self) -> Call:
+        """What it is asked by its inputs and arguments, and by what it says of itself."""
+        mask = self.mask
+        if mask is not None:
+            mask = mask.detach().reshape((1,) * max(0, 2 - mask.ndim) + tuple(mask.shape))
+        is_bias = mask is not None and mask.dtype != torch.bool
+        features = {n: self.arguments[n] for n in FEATURES if self.arguments.get(n) is not None}
+        call = Call(
+            query=self.query,
+            key=self.key,
+            value=self.value,
+            mask=None if is_bias else mask,
+            causal=bool(self.arguments.get("is_causal")),
+            **{**features, **({"bias": mask} if is_bias else {})},
+        )
+        described = as_described(self.function)
+        return call if described is None else described.described(call)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction
+from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, Described
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.sequences import (
     Multihead,
@@ -103,7 +103,7 @@ def as_function(
     if key.shape[-2] != value.shape[-2]:
         given = f"key {tuple(key.shape)} and value {tuple(value.shape)}"
         raise ValueError(misuse("key and value", given, "the same length"))
-    _check_leading(query, key, value, grouped=bool(arguments.get("enable_gqa")))
+    _check_leading(query, key, value, grouped=_may_group(function, arguments))
     for name, argument in arguments.items():
         if name != MASK and isinstance(argument, Tensor) and argument.dtype == torch.bool:
             accepted = (
@@ -115,6 +115,10 @@ def as_function(
         function = Multihead(function)
     own = {name: copied(argument) for name, argument in arguments.items()}
     return AttentionFunction(function, query, key, value, own, seed)
+
+
+def _may_group(function: object, arguments: Mapping[str, Any]) -> bool:
+    return bool(arguments.get("enable_gqa")) or isinstance(function, Described)
 
 
 def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:

@@ -1,0 +1,479 @@
+"""Calls of attention that cover what is declared: features, their levels, and one call of each.
+
+A *choice* says which level each feature has: `{"sizes": (5, 7), "mask": "boolean", ...}`. Every
+call that the package makes up is drawn from one, so that it can be named, repeated and made
+smaller: see `text_of`, `read` and `shrunk`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.covering import Covering, covering
+from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.inputs import misuse
+
+Choice: TypeAlias = Mapping[str, Any]
+
+# What a call may be given besides its tensors, if the code under test takes it.
+OPTIONS = ("scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths")
+# Which of them are numbers, so that a gradient may be asked of them.
+WITH_GRADIENT = ("bias", "sinks")
+
+# The shapes of a mask that fits the scores (batch, heads, query_len, key_len).
+MASK_SHAPES = ("(B, 1, L, S)", "(B, 1, 1, S)", "(1, 1, L, S)", "(1, H, L, S)", "(B, H, L, S)")
+_FILLS = {"-inf": -math.inf, "finite": 0.0, "min": None, "-1e9": -1e9, "-1e4": -1e4}
+_RECTANGLES = (
+    (5, 7), (7, 7), (9, 5), (1, 1), (31, 31), (33, 33), (63, 65), (127, 129),
+    (1, 33), (1, 513), (3, 1025), (1, 2049),
+)  # fmt: skip
+_SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
+# More weights than this, and a case costs more than it tells.
+_MOST_WEIGHTS = 2**17
+# The level of each feature that stands for its absence, the ordinary one.
+NONE = "none"
+_NUMBER_LEVELS = ("ordinary", "large", "tiny", "structured", "overflowing")
+# The products of queries and keys beyond float16, which holds 65504.
+_OVERFLOWING = 1.2e5
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What decides which calls can be made. It is hashable: the choices depend on it alone.
+
+    Attributes:
+        masks: Of "boolean" and "additive", which a call may be given.
+        mask_shape: The one shape of a mask; None for all that fit the scores.
+        causal: Whether it may be told to be causal.
+        options: Which of `OPTIONS` it may be given.
+        grouped: Whether query heads may share heads of keys.
+        heads: How many query heads there are; None for any number.
+        square: Whether there are as many keys as queries, always.
+        equal_widths: Whether values are as wide as keys, always.
+        from_the_end: Whether positions are counted from the bottom right.
+        near: Whether a rule of positions, such as a window, hides what is far.
+        small_scale: Whether scores are well below the products of queries and keys.
+        empty: Whether a query may be left without any key.
+        gradients: Whether gradients are asked.
+        longest: How many queries and keys there are at most.
+        few_shapes: Whether few shapes are asked.
+    """
+
+    masks: frozenset[str] = frozenset()
+    mask_shape: str | None = None
+    causal: bool = False
+    options: frozenset[str] = frozenset()
+    grouped: bool = False
+    heads: int | None = None
+    square: bool = False
+    equal_widths: bool = False
+    from_the_end: bool = False
+    near: bool = False
+    small_scale: bool = True
+    empty: bool = True
+    gradients: bool = True
+    longest: int | None = None
+    few_shapes: bool = False
+
+    def levels(self) -> dict[str, tuple[Any, ...]]:
+        """Return the levels of each feature, the most ordinary first."""
+        few = self.few_shapes
+        sizes: tuple[tuple[int, int], ...] = _SQUARES if self.square else _RECTANGLES
+        if self.longest is not None:
+            sizes = tuple(pair for pair in sizes if max(pair) <= self.longest)
+        if self.near:  # later queries would see nothing
+            sizes = tuple(pair for pair in sizes if pair[0] <= pair[1])
+        levels: dict[str, tuple[Any, ...]] = {
+            "sizes": sizes[:2] if few else sizes,
+            "batch": (2,) if few else (2, 1, 3),
+            "key_heads": (2,) if few else (2, 1, 3),
+            "group": (1, 2) if few else (1, 2, 3, 4, 6),
+            "head_dim": (16,) if few else (16, 8, 64, 40),
+            "value_dim": ("equal",) if self.equal_widths or few else ("other", "equal"),
+            "mask": (NONE, *sorted(self.masks, reverse=True)),
+            "shape": (NONE, *self.shapes),
+            "fill": (NONE, *_FILLS) if "additive" in self.masks else (NONE,),
+            "empty": (False, True) if self.empty else (False,),
+            "causal": (False, True) if self.causal else (False,),
+            "numbers": _NUMBER_LEVELS if self.small_scale else _NUMBER_LEVELS[:-1],
+            "gradients": ("all", "query", "key", "value", NONE) if self.gradients else (NONE,),
+        }
+        if not self.grouped:
+            levels["group"] = (1,)
+        if self.heads is not None:  # then the group tells how many heads keys have
+            levels["group"] = tuple(n for n in levels["group"] if self.heads % n == 0)
+            levels["key_heads"] = (self.heads,)
+        if not self.masks:
+            levels |= dict.fromkeys(("mask", "shape", "fill"), (NONE,)) | {"empty": (False,)}
+        for name in OPTIONS:
+            if name in self.options:
+                levels[name] = (NONE, 0.7, -0.4) if name == "scale" else (False, True)
+        return levels
+
+    @property
+    def shapes(self) -> tuple[str, ...]:
+        """The shapes that a mask may have."""
+        if self.mask_shape is None:
+            return MASK_SHAPES
+        same = {"(L, S)": "(1, 1, L, S)", "(B, S)": "(B, 1, 1, S)"}
+        return (same.get(self.mask_shape, self.mask_shape),)
+
+    def possible(self, chosen: Choice) -> bool:
+        """Return whether some levels can occur together."""
+        mask, shape, fill = (chosen.get(name) for name in ("mask", "shape", "fill"))
+        told = {
+            None if one is None else one != NONE for one in (mask, shape)
+        } - {None}  # fmt: skip
+        if len(told) > 1:
+            return False
+        is_floats = fill not in (None, NONE)
+        if is_floats and (mask not in (None, "additive") or shape == NONE):
+            return False
+        if fill == NONE:
+            only_floats = "boolean" not in self.masks and shape not in (None, NONE)
+            if mask == "additive" or only_floats:
+                return False
+        # What a number that is not -inf leaves of an empty row is rounding alone; a mask of keys
+        # alone would hide them from all queries.
+        unfit = NONE in (mask, shape) or shape == "(B, 1, 1, S)" or (is_floats and fill != "-inf")
+        return not (chosen.get("empty") and unfit) and self._fits(chosen)
+
+    def _fits(self, chosen: Choice) -> bool:
+        query_len, key_len = chosen.get("sizes", (2, 2))
+        if query_len > key_len and self.from_the_end and chosen.get("causal"):
+            return False
+        if query_len < 2 and chosen.get("empty"):
+            return False
+        # Kernels that everybody takes to be right mask before they scale, which makes NaN of these.
+        scale = chosen.get("scale", NONE)
+        if chosen.get("causal") and scale not in (NONE, 0.7):
+            return False
+        # With these, float16 would not hold the scores themselves.
+        if chosen.get("numbers") == "overflowing" and scale != NONE:
+            return False
+        if query_len != key_len and chosen.get("documents"):
+            return False
+        heads = self.heads or chosen.get("key_heads", 1) * chosen.get("group", 1)
+        return bool(chosen.get("batch", 1) * heads * query_len * key_len <= _MOST_WEIGHTS)
+
+
+@dataclass(frozen=True, eq=False)
+class Space:
+    """All calls that can be made of what is declared.
+
+    Attributes:
+        declared: Which levels there are.
+        always: Fields of `Call` that every call has.
+        seed: Where tensors are drawn from.
+    """
+
+    declared: Declared
+    always: Mapping[str, Any] = field(default_factory=dict)
+    seed: int = 0
+
+    def covering(self) -> Covering:
+        """Return choices in which every pair of levels occurs that can."""
+        return _covering(self.declared)
+
+    def choice(self, **levels: Any) -> dict[str, Any]:
+        """Return some levels, and the ordinary one of each other feature.
+
+        Raises:
+            ValueError: They cannot occur together, or a feature is unknown.
+        """
+        ordinary = {name: known[0] for name, known in self.declared.levels().items()}
+        if unknown := sorted(set(levels) - set(ordinary)):
+            accepted = f"features among {', '.join(ordinary)}"
+            raise ValueError(misuse("choice", ", ".join(unknown), accepted))
+        chosen = {**ordinary, **levels}
+        if chosen.get("mask", NONE) != NONE:
+            chosen["shape"] = levels.get("shape", self.declared.shapes[0])
+        if chosen.get("mask") == "additive":
+            chosen["fill"] = levels.get("fill", "-inf")
+        if not self.declared.possible(chosen):
+            raise ValueError(misuse("choice", text_of(levels), "levels that can occur together"))
+        return chosen
+
+    def call(self, chosen: Choice, dtype: torch.dtype, device: torch.device | str = "cpu") -> Call:
+        """Draw the call of a choice, the same on every device and in every dtype but for rounding.
+
+        Args:
+            chosen: A level for each feature.
+            dtype: The dtype of all tensors of floats.
+            device: Where they are.
+
+        Returns:
+            The call. The upstream gradient is not given.
+        """
+        return _Drawing(self, chosen, dtype, torch.device(device)).call()
+
+
+@lru_cache(maxsize=64)
+def _covering(declared: Declared) -> Covering:
+    return covering(declared.levels(), declared.possible)
+
+
+class _Drawing:
+    """The tensors of one choice."""
+
+    def __init__(
+        self, space: Space, chosen: Choice, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._space, self._chosen, self._dtype, self._device = space, chosen, dtype, device
+        self._batch = chosen["batch"]
+        self._heads = space.declared.heads or chosen["key_heads"] * chosen["group"]
+        self._key_heads = self._heads // chosen["group"]
+        self._lengths: tuple[int, int] = chosen["sizes"]
+
+    def call(self) -> Call:
+        """Draw all that is chosen."""
+        query, key, value = self._tensors()
+        call = Call(query=query, key=key, value=value, **dict(self._space.always))
+        chosen = self._chosen
+        if chosen.get("causal"):
+            call = replace(call, causal=True)
+        if chosen.get("scale", NONE) != NONE:
+            call = replace(call, scale=chosen["scale"])
+        if chosen.get("softcap"):
+            call = replace(call, softcap=2.0)
+        if chosen.get("sinks"):
+            call = replace(call, sinks=self._given(self._draw("sinks", self._heads)))
+        if chosen.get("alibi"):
+            slopes = 2.0 ** (-8.0 * torch.arange(1, self._heads + 1) / self._heads)
+            call = replace(call, alibi=slopes.to(self._device, torch.float32))
+        if chosen.get("documents"):
+            call = replace(call, documents=self._documents())
+        if chosen.get("lengths"):
+            call = replace(call, lengths=self._real())
+        if chosen.get("bias"):
+            shape = (self._batch, self._heads, *self._lengths)
+            call = replace(call, bias=self._given(self._draw("bias", *shape)))
+        return self._masked(call)
+
+    def _draw(self, name: str, *shape: int) -> Tensor:
+        return draw(name, self._space.seed, *shape)
+
+    def _given(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self._device, self._dtype)
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
+        width = self._chosen["head_dim"]
+        value_dim = width if self._chosen["value_dim"] == "equal" else max(1, width - 4)
+        query_len, key_len = self._lengths
+        query = self._draw("query", self._batch, self._heads, query_len, width)
+        key = self._draw("key", self._batch, self._key_heads, key_len, width)
+        value = self._draw("value", self._batch, self._key_heads, key_len, value_dim)
+        query, key, value = _NUMBERS[self._chosen["numbers"]](query, key, value)
+        return self._given(query), self._given(key), self._given(value)
+
+    def _documents(self) -> tuple[Tensor, Tensor]:
+        length = self._lengths[1]
+        ends = [length // 3 + sample % 2 for sample in range(self._batch)]
+        numbers = [torch.arange(length) >= end for end in ends]
+        each = torch.stack(numbers).long().to(self._device)
+        return each, each
+
+    def _real(self) -> Tensor:
+        query_len, key_len = self._lengths
+        least = min(query_len, key_len)
+        return torch.tensor(
+            [max(least, key_len - sample * 2) for sample in range(self._batch)], device=self._device
+        )
+
+    def _masked(self, call: Call) -> Call:
+        """The same with the mask that is chosen, which leaves each query a key unless declared."""
+        kind = self._chosen.get("mask", NONE)
+        if kind == NONE:
+            return call
+        mask = self._mask(call)
+        if kind == "boolean":
+            return replace(call, mask=mask)
+        fill = _FILLS[self._chosen["fill"]]
+        lowest = torch.finfo(self._dtype).min
+        number = lowest if fill is None else max(fill, lowest) if math.isfinite(fill) else fill
+        bias = self._draw("bias of the mask", *mask.shape)
+        bias = self._given(bias).masked_fill(~mask & (fill != 0.0), number)
+        return replace(call, bias=bias if call.bias is None else bias + call.bias)
+
+    def _mask(self, call: Call) -> Tensor:
+        query_len, key_len = self._lengths
+        sizes = {"B": self._batch, "H": self._heads, "L": query_len, "S": key_len, "1": 1}
+        shape = [sizes[letter] for letter in self._chosen["shape"].strip("()").split(", ")]
+        mask = (self._draw("mask", *shape) > 0).to(self._device)
+        permitted = call.permitted(
+            torch.arange(call.maps, device=self._device), slice(0, query_len)
+        )
+        whole = (self._batch, self._heads, query_len, key_len)
+        seen = torch.ones(whole, dtype=torch.bool, device=self._device)
+        if permitted is not None:
+            seen = permitted.expand(call.maps, query_len, key_len).view(whole)
+        # A query that the mask left nothing gets the first key that all else lets it see.
+        left = seen.any(-1, keepdim=True) & ~(seen & mask).any(-1, keepdim=True)
+        first = torch.zeros_like(seen).scatter(-1, seen.int().argmax(-1, keepdim=True), 1)
+        mask = mask | _reduced(left & first, shape)
+        if self._chosen.get("empty"):
+            mask[..., query_len // 2, :] = False
+        return mask
+
+
+def _reduced(wanted: Tensor, shape: list[int]) -> Tensor:
+    """Where any element is wanted that a mask of a shape decides upon."""
+    for dim, size in enumerate(shape):
+        if size == 1:
+            wanted = wanted.any(dim, keepdim=True)
+    return wanted
+
+
+# --- numbers: what queries, keys and values hold
+
+_Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor]
+
+
+def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
+    return query, key, value
+
+
+def _large(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
+    """Scores of a few hundred: exp of them overflows in every dtype but float64."""
+    return query * 40, key, value
+
+
+def _tiny(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
+    return query * 1e-3, key * 1e-2, value * 1e-2
+
+
+def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
+    """Each query looks for one channel, which some keys have; values tell their key."""
+    width = query.shape[-1]
+    eye = torch.eye(width, dtype=query.dtype)
+    at_query, at_key = (torch.arange(t.shape[-2]) % width for t in (query, key))
+    numbers = torch.arange(value.shape[-2], dtype=value.dtype).unsqueeze(-1) / 8
+    return (6 * eye[at_query]).expand_as(query), eye[at_key].expand_as(key), numbers + value / 64
+
+
+def _overflowing(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
+    """Products beyond float16 that are the same for all keys, so that only their rest matters."""
+    query, key = query.clone(), key.clone()
+    query[..., 0] = key[..., 0] = math.sqrt(_OVERFLOWING)
+    return query, key, value
+
+
+_NUMBERS: dict[str, Callable[[Tensor, Tensor, Tensor], _Tensors]] = {
+    "ordinary": _ordinary,
+    "large": _large,
+    "tiny": _tiny,
+    "structured": _structured,
+    "overflowing": _overflowing,
+}
+
+
+# --- choices as text, and smaller ones
+
+
+def text_of(chosen: Choice) -> str:
+    """Return a choice as a line that `read` takes."""
+    return " ".join(f"{name}={_shown(level)}" for name, level in chosen.items())
+
+
+def _shown(level: Any) -> str:
+    if isinstance(level, tuple):
+        return "x".join(map(str, level))
+    return str(level).replace(" ", "")
+
+
+def read(text: str, space: Space) -> dict[str, Any]:
+    """Return the choice that a text names; what it leaves out is ordinary.
+
+    Raises:
+        ValueError: It names something that is not known, or that cannot occur together.
+    """
+    levels: dict[str, Any] = {}
+    for part in text.split():
+        name, equals, given = part.partition("=")
+        known = space.declared.levels().get(name)
+        if not equals or known is None:
+            accepted = f"feature=level, of {', '.join(space.declared.levels())}"
+            raise ValueError(misuse("replay", repr(part), accepted))
+        levels[name] = _level(given, known)
+    return space.choice(**levels)
+
+
+def _level(given: str, known: tuple[Any, ...]) -> Any:
+    """The level that is shown like this, or, of a size, the number."""
+    for level in known:
+        if _shown(level) == given:
+            return level
+    try:
+        sizes = tuple(int(size) for size in given.split("x"))
+    except ValueError:
+        accepted = ", ".join(map(_shown, known))
+        raise ValueError(misuse("replay", repr(given), f"one of {accepted}")) from None
+    return sizes if isinstance(known[0], tuple) else sizes[0]
+
+
+def shrunk(chosen: Choice, fails: Callable[[Choice], bool], space: Space) -> dict[str, Any]:
+    """Return the smallest choice found that still fails.
+
+    Args:
+        chosen: A choice that fails.
+        fails: Whether another one does.
+        space: What can be chosen.
+    """
+    smallest = dict(chosen)
+    tried = {text_of(smallest)}
+    again = True
+    while again:
+        again = False
+        for smaller in _smaller(smallest, space.declared):
+            text = text_of(smaller)
+            if text in tried:
+                continue
+            tried.add(text)
+            if space.declared.possible(smaller) and fails(smaller):
+                smallest, again = smaller, True
+                break
+    return smallest
+
+
+def _smaller(chosen: dict[str, Any], declared: Declared) -> Iterator[dict[str, Any]]:
+    """Simpler choices: without a feature, and then with smaller sizes."""
+    levels = declared.levels()
+    if chosen.get("mask", NONE) != NONE:
+        yield {**chosen, "mask": NONE, "shape": NONE, "fill": NONE, "empty": False}
+        if chosen["mask"] == "additive" and "boolean" in declared.masks:
+            yield {**chosen, "mask": "boolean", "fill": NONE}
+    for name in reversed(levels):
+        if name not in _SIZES and name not in ("mask", "shape", "fill"):
+            yield {**chosen, name: levels[name][0]}
+    for name, sizes in _SIZES.items():
+        if len(levels[name]) < 2 and name != "sizes":
+            continue
+        for size in sizes:
+            is_square = name != "sizes" or size[0] == size[1]
+            if _size(size) < _size(chosen[name]) and (is_square or not declared.square):
+                yield {**chosen, name: size}
+    if chosen["value_dim"] == "other":
+        yield {**chosen, "value_dim": "equal"}
+
+
+_SIZES: dict[str, tuple[Any, ...]] = {
+    "batch": (1, 2),
+    "group": (1, 2, 3, 4),
+    "key_heads": (1, 2),
+    "sizes": ((1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (4, 4), (4, 5), (5, 5),
+                (5, 7), (7, 7), (8, 8), (16, 16), (1, 17), (17, 17), (31, 31), (1, 33), (33, 33),
+                (63, 65), (1, 129), (1, 257), (1, 513), (1, 1025)),
+    "head_dim": (8, 16),
+}  # fmt: skip
+
+
+def _size(level: Any) -> int:
+    return math.prod(level) if isinstance(level, tuple) else int(level)

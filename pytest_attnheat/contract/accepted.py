@@ -1,0 +1,152 @@
+"""What each field of a specification accepts, and refusing anything else as it is made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.cases import DTYPES
+from pytest_attnheat.attention.devices import check_device
+from pytest_attnheat.attention.levels import MASK_SHAPES
+from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
+from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights", "lse"]
+# The steps that may be rounded on purpose, in their order.
+STEPS = ("query", "key", "value", "scores", "weights")
+
+
+def check_fields(spec: AttentionSpec) -> None:
+    """Refuse a specification that has a field of a wrong type or out of range."""
+    for name, (types, is_accepted, accepted) in _ACCEPTED.items():
+        given = getattr(spec, name)
+        if not isinstance(given, types):
+            raise TypeError(misuse(name, _shown(given), accepted))
+        if given is not None and not is_accepted(given):
+            raise ValueError(misuse(name, _shown(given), accepted))
+    for device in spec.devices or ():
+        check_device(device)
+    if spec.scale is not None:
+        check_number(spec.scale, "scale")
+    if spec.tolerance is not None:
+        check_tolerance(spec.tolerance)
+
+
+def check_subject(subject: object) -> None:
+    """Refuse what can neither be called nor was captured."""
+    if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
+        accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
+        raise TypeError(misuse("subject", type(subject).__name__, accepted))
+    if isinstance(subject, type):
+        raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
+
+
+def _is_text(given: object) -> bool:
+    return isinstance(given, str)
+
+
+def _is_input(inputs: Tensor) -> bool:
+    floats = inputs.is_floating_point() and inputs.ndim == 3
+    tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
+    return (floats or tokens) and len(inputs) >= 2 and inputs.numel() > 0
+
+
+def _is_window(window: tuple[Any, ...]) -> bool:
+    sides = [side for side in window if side is not None]
+    return len(window) == 2 and all(type(side) is int and side >= 0 for side in sides)
+
+
+def _shown(given: object) -> str:
+    if isinstance(given, Tensor):
+        return f"{dtype_name(given)} {tuple(given.shape)}"
+    return repr(given)
+
+
+def _one_of(known: Sequence[str], *, or_none: bool = False) -> tuple[Any, Any, str]:
+    names = ", ".join(map(repr, known))
+    types, ending = (str | None, ", or None") if or_none else (str, "")
+    return types, known.__contains__, f"one of {names}{ending}"
+
+
+def _is_booleans(seen: object) -> bool:
+    return not isinstance(seen, Tensor) or (seen.dtype == torch.bool and seen.ndim == 2)
+
+
+def _is_cap(cap: Any) -> bool:
+    return isinstance(cap, str) or 0 < cap < math.inf
+
+
+def _are_steps(steps: Mapping[str, Any]) -> bool:
+    return set(steps) <= set(STEPS) and all(isinstance(to, torch.dtype) for to in steps.values())
+
+
+_TEXT = (str, lambda _: True, "a text")
+_FLAG = (bool | None, lambda _: True, "True, False, or None")
+_KEYWORD = (str | None, str.isidentifier, "the name of a parameter, or None")
+_FUNCTION = (Callable | None, lambda _: True, "a function, or None")
+_COUNT = (int, lambda count: count >= 0, "a whole number from 0")
+_PER_HEAD = (
+    Tensor | str | None,
+    lambda given: not isinstance(given, Tensor) or given.ndim == 1,
+    "a tensor of one number per head, the keyword of one, or None",
+)
+# What each field accepts: its types, what else is true of it, and both in words.
+_ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+    "name": _TEXT,
+    "inputs": (Tensor | None, _is_input,
+               "floats (batch, length, width) or token ids (batch, length) in int64 or int32, of "
+               "two or more sequences, or None"),
+    "layout": (str, lambda letters: sorted(letters) in (sorted("bhld"), sorted("bld")),
+               "the letters b (batch), h (heads), l (length) and d (width) in any order, h or "
+               "not: 'bhld', 'blhd', 'bld'"),
+    "mask": _one_of(MASK_MEANINGS, or_none=True),
+    "mask_argument": _TEXT,
+    "causal": _one_of(ALIGNMENTS, or_none=True),
+    "causal_argument": _TEXT,
+    "window": (tuple | None, _is_window,
+               "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"),
+    "grouped": _FLAG,
+    "dropout": _FLAG,
+    "returns": _one_of(get_args(Returns)),
+    "fully_masked": _one_of(DECLARED_FULLY_MASKED),
+    "dtypes": (tuple | list, lambda names: names and all(name in DTYPES for name in names),
+               f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
+    "devices": (tuple | list | None, lambda names: names and all(map(_is_text, names)),
+                "a tuple or list of one or more names of devices, or None for all that are there"),
+    "softcap": (Real | str | None, _is_cap,
+                "a finite number above 0, the keyword of one, or None"),
+    "sinks": _PER_HEAD,
+    "alibi": (Callable | Tensor | str | None, _PER_HEAD[1],
+              f"a function of the number of heads, or {_PER_HEAD[2]}"),
+    "bias": _KEYWORD,
+    "score_mod": _FUNCTION,
+    "may_see": (Callable | Tensor | None, _is_booleans,
+                "a function of positions, booleans (query_len, key_len), or None"),
+    "chunk": (int | None, lambda size: size > 0, "a whole number above 0, or None"),
+    "prefix": _COUNT,
+    "sink_keys": _COUNT,
+    "documents": (Tensor | str | None, lambda given: isinstance(given, str) or given.ndim in (1, 2),
+                  "numbers (batch, length) or (length,), the keyword of them, or None"),
+    "lengths": _KEYWORD,
+    "scale_argument": _KEYWORD,
+    "mask_shape": _one_of((*MASK_SHAPES, "(L, S)", "(B, S)"), or_none=True),
+    "rounded": (Mapping | None, _are_steps,
+                f"a dtype of torch for some of {', '.join(map(repr, STEPS))}, or None"),
+    "gradients": (bool, lambda _: True, "True or False"),
+    "few_shapes": (bool, lambda _: True, "True or False"),
+    "square": _FLAG,
+    "reference": _FUNCTION,
+    "arguments": (Mapping | None, lambda given: all(map(_is_text, given)),
+                  "values by name, or None"),
+    "memory": _KEYWORD,
+}  # fmt: skip

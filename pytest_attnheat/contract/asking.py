@@ -1,0 +1,148 @@
+"""How a call of attention becomes a call of the subject, and its answer one in our own shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from pytest_attnheat.assertions.behaviour.sequences import as_meant
+from pytest_attnheat.attention.call import Call
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+_NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
+# Fields of `Call` that a subject may take under a keyword, by the field of the specification that
+# names it.
+KEYWORDS = {
+    "scale_argument": "scale",
+    "softcap": "softcap",
+    "sinks": "sinks",
+    "alibi": "alibi",
+    "bias": "bias",
+    "documents": "documents",
+    "lengths": "lengths",
+}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a subject returned.
+
+    Attributes:
+        output: (batch, heads, query_len, value_dim)
+        besides: What it returned beside the output as it returned it, weights or a log-sum-exp;
+            None if nothing is declared.
+    """
+
+    output: Tensor
+    besides: Any
+
+
+def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0) -> Answer:
+    """Call the subject of a specification, see `AttentionSpec.ask`."""
+    arguments = dict(_arguments(spec, call))
+    if dropout:
+        arguments["dropout_p"] = dropout
+    inputs = [_to_layout(spec, tensor) for tensor in (call.query, call.key, call.value)]
+    result = spec.implementation(*inputs, **arguments)
+    output, besides = result, None
+    if isinstance(result, tuple | list) and result:
+        output = result[0]
+    if spec.returns != "output":
+        if not isinstance(result, tuple | list) or len(result) < 2:
+            what = "lse" if spec.returns == "lse" else "weights"
+            raise TypeError(
+                f"{spec.name}: returns={spec.returns!r} declares a pair (output, {what}); got "
+                f"{type(result).__name__}"
+            )
+        besides = result[1]
+    return Answer(_from_layout(spec, output, call.shapes["output"]), besides)
+
+
+def keyword_of(spec: AttentionSpec, name: str) -> str | None:
+    """Return the keyword under which the subject takes a field of `Call`, None without one."""
+    (field,) = (field for field, called in KEYWORDS.items() if called == name)
+    given = getattr(spec, field)
+    return given if isinstance(given, str) else None
+
+
+def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
+    mask = _mask(spec, call)
+    if mask is not None or spec.needs(spec.mask_argument):
+        yield spec.mask_argument, mask
+    if call.causal and not spec.takes_causal:
+        raise TypeError(f"{spec.name} is not declared to take is_causal")
+    if call.causal or spec.is_causal_by_default():
+        yield spec.causal_argument, call.causal
+    if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
+        yield "enable_gqa", True
+    always = spec.always(call.heads)
+    for name in KEYWORDS.values():
+        keyword, given = keyword_of(spec, name), getattr(call, name)
+        if keyword is None:
+            # A bias is part of the mask.
+            if given is not None and name not in always and name != "bias":
+                raise TypeError(f"{spec.name} is not declared to take {name}")
+        elif given is not None and not (name == "scale" and given == spec.scale):
+            yield keyword, given[0] if name == "documents" else given
+        elif spec.needs(keyword):
+            yield keyword, None
+
+
+def _mask(spec: AttentionSpec, call: Call) -> Tensor | None:
+    """The mask as the subject takes it: with the bias in it, if that has no keyword of its own."""
+    mask = call.mask
+    bias = None if keyword_of(spec, "bias") else call.bias
+    if mask is None and bias is None:
+        return None
+    if spec.mask is None:
+        raise TypeError(f"{spec.name} is not declared to take a mask")
+    if bias is not None:
+        if spec.mask not in ("additive", "any"):
+            raise TypeError(f"{spec.name} is not declared to take a mask of floats")
+        bias = bias if mask is None else bias.masked_fill(~mask, -math.inf)
+        return _in_shape(spec, bias)
+    assert mask is not None
+    mask = _in_shape(spec, mask)
+    return mask if spec.mask == "any" else as_meant(mask, spec.mask, call.query.dtype)
+
+
+def _in_shape(spec: AttentionSpec, mask: Tensor) -> Tensor:
+    """A mask in the one shape that is declared, or of as many dimensions as the scores."""
+    whole = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
+    wanted = spec.mask_shape
+    if wanted in ("(L, S)", "(B, S)"):
+        kept = {"(L, S)": (0, 1), "(B, S)": (1, 2)}[wanted]
+        if any(whole.shape[dim] != 1 for dim in kept):
+            raise TypeError(
+                f"{spec.name} is declared to take a mask {wanted} alone; got {tuple(mask.shape)}"
+            )
+        return whole.squeeze(kept)
+    return whole if spec.has_heads else whole[:, 0]
+
+
+def _to_layout(spec: AttentionSpec, tensor: Tensor) -> Tensor:
+    if not spec.has_heads:
+        tensor = tensor[:, 0]
+    ours = "bhld" if spec.has_heads else "bld"
+    return tensor.permute([ours.index(letter) for letter in spec.layout])
+
+
+def _from_layout(spec: AttentionSpec, output: object, wanted: tuple[int, ...]) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(f"{spec.name} must return a tensor; got {type(output).__name__}")
+    sizes = dict(zip("bhld", wanted, strict=True))
+    expected = tuple(sizes[letter] for letter in spec.layout)
+    if tuple(output.shape) != expected:
+        names = ", ".join(_NAMES[letter] for letter in spec.layout)
+        raise ValueError(
+            f"{spec.name} must return ({names}), here {expected}; got {tuple(output.shape)}"
+        )
+    ours = "bhld" if spec.has_heads else "bld"
+    turned = output.permute([spec.layout.index(letter) for letter in ours])
+    return turned if spec.has_heads else turned.unsqueeze(1)

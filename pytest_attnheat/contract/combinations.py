@@ -1,0 +1,130 @@
+"""Every pair of declared features, and the smallest call of those that go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import combinations
+from typing import Any
+
+from pytest_attnheat.attention.levels import Choice, shrunk, text_of
+from pytest_attnheat.contract.examination import Examination, Skipped, is_about_dtypes
+from pytest_attnheat.failure import Failure
+
+# Features whose levels may be refused: all but what is asked of the answer.
+_ASKED = ("numbers", "gradients")
+
+
+@dataclass
+class _Refusals:
+    """What the subject turned out not to take, found by asking for little besides.
+
+    Attributes:
+        examination: What is examined.
+        known: By what was refused, the levels of one feature or of two: its words, or None where
+            it is taken.
+    """
+
+    examination: Examination
+    known: dict[tuple[tuple[str, Any], ...], str | None] = field(default_factory=dict)
+
+    def of(self, chosen: Choice) -> str | None:
+        """Return why a choice cannot be asked; None if one alone or two of its levels can."""
+        special = self._special(chosen)
+        for size in (1, 2):
+            for some in combinations(special.items(), size):
+                if reason := self._reason(some):
+                    return reason
+        return None
+
+    def _special(self, chosen: Choice) -> dict[str, Any]:
+        ordinary = self.examination.space.choice()
+        return {
+            name: level
+            for name, level in chosen.items()
+            if level != ordinary[name] and name not in _ASKED
+        }
+
+    def _reason(self, some: tuple[tuple[str, Any], ...]) -> str | None:
+        if some not in self.known:
+            self.known[some] = self._ask(dict(some))
+        return self.known[some]
+
+    def _ask(self, levels: Mapping[str, Any]) -> str | None:
+        try:
+            call = self.examination.case(**levels)
+        except Skipped:  # these alone are no call
+            return None
+        try:
+            self.examination.spec.ask(call)
+        except Exception as error:
+            if is_about_dtypes(error):
+                return None
+            text = str(error).partition("\n")[0]
+            return f"{text_of(levels)} ({type(error).__name__}: {text})"
+        return None
+
+
+def ask_pairs(examination: Examination) -> str:
+    """Judge the cases in which every pair of levels occurs; return how many that were.
+
+    Raises:
+        Failure: Some case is wrong. It is about the smallest call found that still is.
+    """
+    covering = examination.space.covering()
+    refusals = _Refusals(examination)
+    refused: dict[str, None] = {}
+    wrong: list[dict[str, Any]] = []
+    asked = 0
+    for chosen in covering.cases:
+        try:
+            examination.judge(chosen, explain=False)
+        except Exception as error:
+            reason = None if isinstance(error, Failure) else refusals.of(chosen)
+            if reason:
+                refused[reason] = None
+                continue
+            wrong.append(chosen)
+        asked += 1
+    if not asked:
+        raise Skipped("; ".join(refused) or "nothing can be asked")
+    if wrong:
+        _raise_smallest(examination, wrong, asked)
+    note = f"{covering.pairs} pairs of levels in {asked} cases, all that can occur together"
+    return note + (f"; it refuses {'; '.join(refused)}" if refused else "")
+
+
+def _raise_smallest(examination: Examination, wrong: Sequence[dict[str, Any]], asked: int) -> None:
+    first = min(wrong, key=lambda chosen: len(_unlike(chosen, examination)))
+    kind = type(_error(first, examination))
+    smallest = shrunk(
+        first, lambda chosen: isinstance(_error(chosen, examination), kind), examination.space
+    )
+    shared = {
+        name: level
+        for name, level in _unlike(first, examination).items()
+        if all(other[name] == level for other in wrong)
+    }
+    try:
+        examination.judge(smallest)
+    except Failure as failure:
+        failure.cases = f"{len(wrong)} of {asked} are wrong" + (
+            f", all with {text_of(shared)}" if shared else ""
+        )
+        text = text_of(_unlike(smallest, examination)) or "ordinary"
+        failure.repeat = f"--attn-replay='{text}' (the smallest call), {failure.repeat}"
+        raise
+
+
+def _error(chosen: Choice, examination: Examination) -> Exception | None:
+    try:
+        examination.judge(chosen, explain=False)
+    except Exception as error:
+        return error
+    return None
+
+
+def _unlike(chosen: Choice, examination: Examination) -> dict[str, Any]:
+    """The levels that are not ordinary."""
+    ordinary = examination.space.choice()
+    return {name: level for name, level in chosen.items() if level != ordinary[name]}
