@@ -7,14 +7,15 @@ usual mistakes: none, the embedding's, the same scale twice.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, permits
+from pytest_attnheat.attention.vocabulary import permits
 from pytest_attnheat.capture.carried import Carried
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -52,23 +53,21 @@ def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: boo
         name: What the record is called.
         own: Whether it attends to its own sequence, where its block is causal.
     """
-    used = _with_claims(_said(record, spec, name), record, spec, own=own)
+    used = _case(record, spec, name, own=own)
     scale, hint = _scale_of(record, spec)
     case, lacks = replace(used, scale=scale), dict[str, str]()
-    if spec.scale is not None or not record.carried:
-        return Held(case, case, lacks, hint)
     if not math.isclose(case.factor, used.factor, rel_tol=_ALIKE):
-        carried = _against(record)
-        if carried is not None:
+        carried = _against(record) if spec.scale is None else None
+        if carried is None:  # the search tells what it is
+            used = case
+        else:
             lacks["scale_dropped"] = (
                 f"whose scores are multiplied by {used.factor:.4g}, where its module carries "
                 f"{carried.name} = {carried.value:.4g}"
             )
-        else:  # one of the usual mistakes, which the search names
-            used = case
     if not record.strange and record.score_mod is None:
         for one in record.carried:
-            case, words = _without(one, case, record, spec)
+            case, words = _with_carried(one, case, record, spec)
             lacks |= {f"{one.feature}_dropped": words} if words else {}
     return Held(case, used, lacks, hint)
 
@@ -76,122 +75,78 @@ def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: boo
 # --- what the record says, and what is declared of it
 
 
-def _said(record: AttentionRecord, spec: AttentionSpec, name: str) -> Case:
-    """The attention as the record says it was made."""
-    query, key, value = (_wide(t) for t in (record.query, record.key, record.value))
-    assert query is not None
-    assert key is not None
-    assert value is not None
+def _case(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: bool) -> Case:
+    """The attention as the record says it was made, and as it is declared."""
+    assert record.query is not None
     assert record.output is not None
-    bias, fully_masked = record.bias, spec.fully_masked
-    if fully_masked == "undefined":
-        fully_masked = "zero"
+    known = record.scale is not None
+    call = (record if known else replace(record, scale=record.query.shape[-1] ** -0.5)).as_call()
+    said = {field.name: _wide(getattr(call, field.name)) for field in fields(Call)}
+    mask, bias, fully_masked = record.mask_besides_causality, said["bias"], spec.fully_masked
+    said["fully_masked"] = "zero" if fully_masked == "undefined" else fully_masked
     if bias is not None:
-        if bool(((bias <= HIDDEN_FROM) & ~bias.isneginf()).any()):
+        hidden = ~permits(bias)
+        if bool((hidden & bias.isfinite()).any()):
             # A row of nothing but such numbers has weights that rounding makes.
-            fully_masked = "undefined"
-        bias = bias.masked_fill(~permits(bias), 0.0)
-        bias = _wide(bias) if bool(bias.any()) else None
-    mask = record.mask_besides_causality
-    return Case(
-        query,
-        key,
-        value,
-        mask=None if mask is None else mask.cpu(),
-        bias=bias,
-        causal=record.causal is not None,
-        alignment=record.causal or "top_left",
-        scale=record.scale,
-        softcap=record.softcap,
-        sinks=_wide(record.sinks),
-        score_mod=record.as_call().score_mod if record.score_mod is not None else None,
-        fully_masked=fully_masked,
-        name=name,
-        dtype=record.output.dtype,
+            said["fully_masked"] = "undefined"
+        bias = bias.masked_fill(hidden, 0.0)
+    said |= {"mask": _wide(mask), "bias": bias if bias is not None and bool(bias.any()) else None}
+    case = Case(
+        **{**said, **_declared(record, spec, own=own)}, name=name, dtype=record.output.dtype
     )
+    return replace(case, mask=_beyond(case))
 
 
-def _wide(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.detach().double().cpu()
+def _wide(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return value.detach().cpu().double() if value.is_floating_point() else value.cpu()
 
 
-def _with_claims(case: Case, record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> Case:
-    """The case with what is declared in place of what the record says."""
+def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dict[str, Any]:
+    """The fields of the case that are declared."""
     query_len, key_len = record.shape[2:]
+    always = {n: _wide(value) for n, value in spec.always(record.shape[1]).items()}
+    found: dict[str, Any] = {
+        n: always[n] for n in ("softcap", "sinks", "alibi", "score_mod") if n in always
+    }
+    for name in {"sinks", "alibi"} & found.keys() if record.heads is not None else ():
+        found[name] = found[name][record.heads]
+    if {"alibi", "score_mod"} & found.keys():
+        found["bias"] = None  # in place of what was seen
+    causal, rules = record.causal, dict[str, Any]()
     # The claim of a block is about its own sequence, not about one that it looks things up in.
-    claimed = not spec.is_block or (own and query_len == key_len)
-    causal = spec.causal if spec.is_block and claimed else None
-    causal = causal or record.causal
-    alignment: Alignment = causal or "top_left"
-    rules: dict[str, Any] = {}
-    if claimed:
-        rules = {"window": spec.sides, "chunk": spec.chunk, "prefix": spec.prefix,
-                 "sink_keys": spec.sink_keys, "may_see": _may_see(spec),
-                 "documents": _documents(spec, case)}  # fmt: skip
+    if not spec.is_block or (own and query_len == key_len):
+        causal = (spec.causal if spec.is_block else None) or causal
+        names = ("window", "chunk", "prefix", "sink_keys", "may_see")
+        rules = {n: always[n] for n in names if always.get(n)}
+        if isinstance(spec.documents, Tensor):
+            documents = spec.documents.cpu().expand(record.shape[0], -1)[: record.shape[0]]
+            rules["documents"] = (documents, documents)
+    found["alignment"] = causal or "top_left"
     # By default the top left is declared, which what was captured may have been told otherwise.
-    counted = any(value is not None and value != 0 for value in rules.values())
-    if counted and spec.causal == "bottom_right":
-        alignment = spec.causal
-    is_causal = causal is not None
+    if rules and spec.causal == "bottom_right":
+        found["alignment"] = spec.causal
     # A window that ends at the own position and begins nowhere is causality.
-    if claimed and spec.window == (None, 0):
-        is_causal, rules["window"] = True, None
-    case = replace(case, causal=is_causal, alignment=alignment, **rules, **_features(record, spec))
-    return replace(case, mask=_beyond(case, record))
+    always_causal = rules.get("window") == (None, 0)
+    if always_causal:
+        del rules["window"]
+    return {**found, **rules, "causal": causal is not None or always_causal}
 
 
-def _features(record: AttentionRecord, spec: AttentionSpec) -> dict[str, Any]:
-    """What is declared as a number, not as the keyword of one."""
-    found: dict[str, Any] = {}
-    if spec.softcap is not None and not isinstance(spec.softcap, str):
-        found["softcap"] = float(spec.softcap)
-    if isinstance(spec.sinks, Tensor):
-        found["sinks"] = _of_heads(spec.sinks, record)
-    slopes = spec.alibi(record.shape[1]) if callable(spec.alibi) else spec.alibi
-    # What is declared to be added stands in place of what was seen.
-    if isinstance(slopes, Tensor):
-        found |= {"alibi": _of_heads(slopes, record), "bias": None}
-    if spec.score_mod is not None:
-        found |= {"score_mod": spec.score_mod, "bias": None}
-    return found
-
-
-def _of_heads(numbers: Tensor, record: AttentionRecord) -> Tensor:
-    numbers = numbers.detach().double().cpu()
-    return numbers if record.heads is None else numbers[record.heads]
-
-
-def _may_see(spec: AttentionSpec) -> Any:
-    seen = spec.may_see
-    if not isinstance(seen, Tensor):
-        return seen
-    return lambda batch, head, query, key: seen.cpu()[query, key]
-
-
-def _documents(spec: AttentionSpec, case: Case) -> tuple[Tensor, Tensor] | None:
-    if not isinstance(spec.documents, Tensor):
-        return None
-    entries = len(case.query)
-    own = spec.documents.cpu()
-    own = own[:entries] if own.ndim > 1 else own.expand(entries, -1)
-    return own, own
-
-
-def _beyond(case: Case, record: AttentionRecord) -> Tensor | None:
+def _beyond(case: Case) -> Tensor | None:
     """What the mask hides besides what is declared; None if that is nothing.
 
     A mask that was to make attention causal, and is wrong, would else be taken as told.
     """
-    if case.mask is None:
-        return None
     mask = case.mask
+    if mask is None or bool(mask.all()):
+        return None
     if case.query_len > 1 and torch.equal(mask, mask[..., :1, :].expand_as(mask)):
-        return None if bool(mask.all()) else mask  # padding: it was not to make it causal
-    permitted = case.permitted(torch.arange(case.maps), slice(0, case.query_len))
-    if permitted is not None:
-        mask = mask | ~permitted.expand(case.maps, *case.shape[2:]).view(case.shape)
+        return mask  # padding: it was not to make it causal
+    mask = mask | ~replace(case, mask=None, bias=None).visible()
     # Nobody hides all tokens from themselves on purpose: then the mask is one place off.
-    square = case.causal and case.query_len == case.key_len and record.queries is None
+    square = case.causal and case.query_len == case.key_len
     if square and not bool(mask.expand(case.shape).diagonal(dim1=-2, dim2=-1).any()):
         return None
     return None if bool(mask.all()) else mask
@@ -293,26 +248,26 @@ def _is_normalised(tensor: Tensor) -> bool:
 # --- what the module carries
 
 
-def _without(
+def _with_carried(
     one: Carried, case: Case, record: AttentionRecord, spec: AttentionSpec
 ) -> tuple[Case, str]:
     """The case with what the module carries, and in words how the record goes without it."""
     given = f"that its module carries ({one.name})"
     if one.feature == "softcap" and spec.softcap is None:
-        if case.softcap is not None and _alike(case.softcap, one.value):
-            return case, ""
         words = f"without the softcap of {one.value:g} {given}"
         if case.softcap is not None:
             words = f"with a softcap of {case.softcap:g}, not that of {one.value:g} {given}"
-        return replace(case, softcap=one.value), words
-    if one.feature == "sinks" and spec.sinks is None and case.sinks is None:
-        if len(one.value) != record.shape[1]:
-            return case, ""
-        return replace(case, sinks=_of_heads(one.value, record)), f"without the sinks {given}"
+        same = case.softcap is not None and _alike(case.softcap, one.value)
+        return (case, "") if same else (replace(case, softcap=one.value), words)
+    per_head = one.feature == "sinks" and len(one.value) == record.shape[1]
+    if per_head and spec.sinks is None and case.sinks is None:
+        sinks = _wide(one.value) if record.heads is None else _wide(one.value)[record.heads]
+        return replace(case, sinks=sinks), f"without the sinks {given}"
     if one.feature in ("window", "chunk") and spec.window is None and spec.chunk is None:
         mask = _limited(record, one)
-        size = f"the {one.feature} of {one.value} keys" if mask is not None else ""
-        return (case, "") if mask is None else (replace(case, mask=mask), f"without {size} {given}")
+        if mask is not None:
+            words = f"without the {one.feature} of {one.value} keys {given}"
+            return replace(case, mask=mask), words
     return case, ""
 
 
@@ -322,21 +277,21 @@ def _limited(record: AttentionRecord, one: Carried) -> Tensor | None:
     A query stands at the last key that it may see. Where all see the same first key, and all keys
     from there, and one sees more keys than the limit allows, there is none.
     """
-    mask = record.mask
-    if mask is None or record.queries is not None or record.shape[2] < 2:
+    if record.mask is None or record.shape[2] < 2:
         return None
-    seen = mask.cpu().expand(record.shape_here)
-    key = torch.arange(seen.shape[-1])
+    seen = record.mask.cpu().expand(record.shape_here)
+    key, key_len = torch.arange(seen.shape[-1]), seen.shape[-1]
     last = torch.where(seen, key, -1).amax(-1, keepdim=True)
-    first = torch.where(seen, key, seen.shape[-1]).amin(-1, keepdim=True)
-    some = last >= 0
-    causal = bool(((last.diff(dim=-2) == 1) | ~some[..., :-1, :]).all())
-    whole = bool((seen == ((key >= first) & (key <= last))).all())
-    same = torch.where(some, first, first.amin(-2, keepdim=True)) == first.amin(-2, keepdim=True)
+    first = torch.where(seen, key, key_len).amin(-1, keepdim=True)
+    some, lowest = last >= 0, first.amin(-2, keepdim=True)
+    causal = ((last.diff(dim=-2) == 1) | ~some[..., :-1, :]).all()
+    whole = (seen == ((key >= first) & (key <= last))).all() & ((first == lowest) | ~some).all()
     # Some count the own key, and some do not.
     most = one.value + (one.feature == "window")
-    if not (causal and whole and bool(same.all()) and int((last - first).max()) + 1 > most):
+    if not bool(causal & whole) or int((last - first).max()) < most:
         return None
-    near = key > last - one.value
-    limited: Tensor = seen & (key // one.value == last // one.value if one.feature == "chunk" else near)
+    behind = key > last - one.value
+    limited: Tensor = seen & (
+        key // one.value == last // one.value if one.feature == "chunk" else behind
+    )
     return limited
