@@ -13,7 +13,7 @@ from pytest_attnheat import (
     capture_attention,
     check_attention,
 )
-from pytest_attnheat.contract import explaining
+from pytest_attnheat.contract import captured
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -176,8 +176,8 @@ def test_a_scale_that_a_module_was_given_is_held_against_its_configuration():
 
 @pytest.fixture
 def no_long_search(monkeypatch):
-    monkeypatch.setattr(explaining, "explain_in_pairs", lambda *given: [])
-    monkeypatch.setattr(explaining, "explain_step_by_step", lambda *given: [])
+    judge = captured.explained  # and no search, which takes seconds
+    monkeypatch.setattr(captured, "explained", lambda *a, **k: judge(*a, **{**k, "search": False}))
 
 
 SLOPES = 2.0 ** -torch.arange(2.0, 9, 2)

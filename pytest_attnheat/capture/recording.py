@@ -105,7 +105,7 @@ class Recording:
         for one in carried_by(self._layers.ran.get(layer)):
             if one.feature != "sinks":
                 yield one
-            elif record.sinks is not None or tags[one.value] is None:
+            elif record.sinks is not None or not tags.was_used(one.value):
                 yield replace(one, value=copied(one.value))
 
     def miss(self, what: str, why: str) -> None:

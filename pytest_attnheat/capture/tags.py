@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -83,12 +83,23 @@ class Tags:
 
     def __init__(self) -> None:
         self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._used: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __getitem__(self, tensor: object) -> Tag | None:
         if not isinstance(tensor, Tensor):
             return None
         found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
         return found
+
+    def use(self, *given: object) -> None:
+        """Remember parameters, of one number per head perhaps, that something was done to."""
+        for one in given:
+            if isinstance(one, nn.Parameter) and one.ndim == 1:
+                self._used[one] = True
+
+    def was_used(self, parameter: Tensor) -> bool:
+        """Whether it was."""
+        return parameter in self._used
 
     def factor(self, tensor: object) -> float:
         """The number that a tensor was multiplied by; 1 if none is known."""

@@ -159,7 +159,8 @@ def _diagnosed(
         elif record.strange:
             found = explain_by_constant([probe], [Explanation((), Plan(), NOWHERE)])
             factor = next((one for one in found if one.reproduces), None)
-            if factor is not None and factor.names == ("temperature",):
+            named = () if factor is None or spec.scale is not None else factor.names
+            if factor is not None and named == ("temperature",):
                 return _up_to_a_scale(diagnosis, held.case.factor * (factor.constant or 1.0))
             if not any(one.reproduces for one in explain_alone([probe]).explanations):
                 return f"its scores {record.strange}"

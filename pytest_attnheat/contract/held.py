@@ -1,7 +1,7 @@
 """What an attention that was captured is held to: the specification, and what its module carries.
 
 A scale that was seen is what it is held to, unless it contradicts one of these, or is one of the
-usual mistakes: none, the embedding's, the same scale twice.
+usual mistakes: none, its inverse, the embedding's, the same twice.
 """
 
 from __future__ import annotations
@@ -183,7 +183,11 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
         f"declare scale={used:.6g} if that is meant"
     )
     twice = sum(_alike(step, default) for step in _steps(record)) > 1
-    mistaken = _alike(used, 1.0) or _alike(used, 1 / default) or twice
+    # Who learns what is added to the scores, as T5 does, may learn their scale as well.
+    biased = record.bias is not None and bool(
+        (record.bias * permits(record.bias)).nan_to_num().any()
+    )
+    mistaken = (_alike(used, 1.0) and not biased) or _alike(used, 1 / default) or twice
     if mistaken and not unsure and not _normalised(record):
         return default, ""
     return used, hint

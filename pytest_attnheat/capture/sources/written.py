@@ -243,7 +243,7 @@ def _moved(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> An
     tag = watcher.tags[source]
     before = _before(source, output)
     if tag is None:
-        _use(watcher, source)
+        watcher.tags.use(source)
         if before is not None:
             watcher.tags[output] = Tag(before=before)
         return output
@@ -281,7 +281,7 @@ def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) ->
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
     if args and isinstance(args[0], list | tuple):
         return _joined(watcher, func, args, kwargs)
-    _use(watcher, *args[:3])
+    watcher.tags.use(*args[:3])
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
     name = _name(func)
@@ -308,13 +308,6 @@ def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) ->
         scores = changed(tag.scores, name, args, kwargs, place)
         watcher.tags[output] = replace(tag, scores=scores)
     return output
-
-
-def _use(watcher: Watcher, *given: object) -> None:
-    """Remember that one number per head was used: sinks, perhaps."""
-    for one in given:
-        if isinstance(one, nn.Parameter) and one.ndim == 1 and watcher.tags[one] is None:
-            watcher.tags[one] = Tag()
 
 
 def _has_axes_of(output: Tensor, source: Tensor) -> bool:
@@ -371,7 +364,7 @@ def _is_part(func: Function, output: Tensor, source: Tensor) -> bool:
 def _joined(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """`stack` and `cat`: weights of several heads side by side are weights."""
     output = func(*args, **kwargs)
-    _use(watcher, *args[0])
+    watcher.tags.use(*args[0])
     parts, tags = args[0], [watcher.tags[one] for one in args[0]]
     if not isinstance(output, Tensor) or not any(tags):
         return output
