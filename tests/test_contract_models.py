@@ -101,6 +101,38 @@ def test_a_model_passes_as_a_trace_and_as_a_block_with_nothing_declared(name, im
     assert_row_stochastic(trace)
 
 
+LEFT = torch.tensor([[1] * 9, [0] * 3 + [1] * 6])
+RIGHT = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+
+
+@pytest.mark.parametrize("name", ["GptOss", "Gemma2", "Bloom", "Mpt", "Mistral"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_padded_batch_passes_whatever_its_padding_attends_to(name, dtype):
+    model = built(name).to(dtype)
+    for mask in (LEFT, RIGHT):
+        with torch.no_grad(), capture_attention(model) as trace:
+            model(IDS, attention_mask=mask)
+        report = check_attention(trace)
+        assert report.passed, report
+
+
+def test_a_softmax_in_float32_is_judged_as_one():
+    model = built("Mistral").double()
+    trace = traced(model)
+    assert {record.dtype for record in trace} == {torch.float32}
+    assert check_attention(trace).passed
+
+
+def test_a_step_of_decoding_is_held_to_the_same_window():
+    model = built("Gemma2")
+    with torch.no_grad():
+        cache = model(IDS[:, :6], use_cache=True).past_key_values
+        with capture_attention(model) as trace:
+            model(IDS[:, 6:], past_key_values=cache, use_cache=True)
+    assert trace[0].shape == (2, 4, 3, 6)  # a cache of the window, and the new keys
+    assert check_attention(trace).passed
+
+
 def test_a_record_has_what_its_attention_had():
     (sliding, _) = traced(model := built("GptOss"))
     assert torch.equal(sliding.sinks, model.layers[0].self_attn.sinks)

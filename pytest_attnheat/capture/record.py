@@ -56,6 +56,7 @@ class AttentionRecord:
         output: (batch, heads, query_len, value_dim), what the model got; None if not kept.
         given_mask: Boolean, True where a query may attend, broadcastable to the weights: what
             the attention was given besides `causal`; None for none.
+        soft_mask: Whether scores were replaced by a finite number to hide their keys.
         bias: Added to the scores, broadcastable to the weights; None for none.
         causal: The alignment, if the attention was told to be causal.
         scale: What scores were multiplied by; None if it is not known. A number that query or
@@ -94,6 +95,7 @@ class AttentionRecord:
     value: Tensor | None = field(default=None, repr=False)
     output: Tensor | None = field(default=None, repr=False)
     given_mask: Tensor | None = field(default=None, repr=False)
+    soft_mask: bool = False
     bias: Tensor | None = field(default=None, repr=False)
     causal: Alignment | None = None
     scale: float | None = None
@@ -145,6 +147,18 @@ class AttentionRecord:
         if self.mask_lost:
             raise ValueError(f"{name_of(self)}: the mask is not known: its scores {self.strange}")
         return _both(self.mask_besides_causality, _causal(self))
+
+    @property
+    def hides_softly(self) -> bool:
+        """Whether finite numbers hide keys: rows of nothing else hold what rounding makes."""
+        soft = self.bias is not None and bool((~permits(self.bias) & self.bias.isfinite()).any())
+        return self.soft_mask or soft
+
+    @property
+    def judged_mask(self) -> Tensor | None:
+        """The mask, True in rows that hold what rounding makes; raises as `mask` does."""
+        mask = self.mask
+        return mask if mask is None or not self.hides_softly else mask | ~mask.any(-1, keepdim=True)
 
     @property
     def mask_besides_causality(self) -> Tensor | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -22,6 +23,7 @@ class Scores:
         softcap: It is softcap * tanh(scale * left @ right.mT / softcap) + bias.
         bias: What was added since.
         mask: Boolean, False where it was overwritten by something hugely negative.
+        soft: Whether that was a finite number.
         shifted: Whether something was added that is the same for all keys.
         sinks: (..., query_len, 1) that was joined to the keys; None for nothing.
         strange: What was done that is not understood. If empty, these tell all.
@@ -37,6 +39,7 @@ class Scores:
     softcap: float | None = None
     bias: Tensor | None = None
     mask: Tensor | None = None
+    soft: bool = False
     shifted: bool = False
     sinks: Tensor | None = None
     strange: str = ""
@@ -54,6 +57,7 @@ class Tag:
             heads were packed into queries.
         scores: Set if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
+        dtype: That of the softmax; None if it is not known.
         clean: Those before dropout, in the same layout; None where that is the tensor itself.
         source: How the weights were recognised.
         dropout: The probability of the dropout that was applied.
@@ -68,6 +72,7 @@ class Tag:
     before: tuple[int, ...] | None = None
     scores: Scores | None = None
     weights: bool = False
+    dtype: torch.dtype | None = None
     clean: Tensor | None = None
     source: str = ""
     dropout: float = 0.0

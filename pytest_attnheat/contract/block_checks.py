@@ -95,7 +95,7 @@ def captured_masks(examination: Examination) -> None:
 def _masked_keys(record: AttentionRecord) -> None:
     if record.mask is None:
         raise ValueError("no attention was given a mask")
-    assert_masked(record)
+    assert_masked(record, record.judged_mask)
 
 
 @check("output", "weights times value are the output", "captured", quick=True,

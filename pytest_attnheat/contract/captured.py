@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.plan import Case, Plan
+from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
@@ -144,8 +144,11 @@ def _diagnosed(
     name = _place(record)
     held = held_to(record, spec, name, own=own)
     assert record.output is not None
-    probe = _probe(held.case, record.output)
-    used = _probe(held.used, record.output)
+    output = record.output.detach().double().cpu()
+    probe, used = (
+        Probe(case, output, record.dtype, answer_tolerance(record.dtype))
+        for case in (held.case, held.used)
+    )
     # Small by now, whatever the capture allows.
     weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)
     with one_thread():
@@ -194,11 +197,6 @@ def _lacking(diagnosis: Diagnosis, held: Held, residual: float, probe: Probe) ->
         where=where_wrong([probe]),
         **shown(None, [probe]),
     )
-
-
-def _probe(case: Case, output: Tensor) -> Probe:
-    dtype = output.dtype
-    return Probe(case, output.detach().double().cpu(), dtype, answer_tolerance(dtype))
 
 
 def _not_told(record: AttentionRecord) -> str:
@@ -261,7 +259,8 @@ def assert_rows(record: AttentionRecord, fully_masked: DeclaredFullyMasked) -> N
     if record.statistics is not None:
         _sums(record, record.statistics, fully_masked, tolerance)
     elif fully_masked != "undefined":
-        assert_row_stochastic(record, fully_masked=fully_masked, tolerance=tolerance)
+        mask = None if record.mask_lost else record.judged_mask
+        assert_row_stochastic(record, mask=mask, fully_masked=fully_masked, tolerance=tolerance)
     elif record.mask_lost or record.mask is None or bool(record.mask.any(-1).all()):
         assert_row_stochastic(record, tolerance=tolerance)
 

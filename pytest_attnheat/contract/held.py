@@ -78,22 +78,17 @@ def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: boo
 def _case(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: bool) -> Case:
     """The attention as the record says it was made, and as it is declared."""
     assert record.query is not None
-    assert record.output is not None
     known = record.scale is not None
     call = (record if known else replace(record, scale=record.query.shape[-1] ** -0.5)).as_call()
     said = {field.name: _wide(getattr(call, field.name)) for field in fields(Call)}
     mask, bias, fully_masked = record.mask_besides_causality, said["bias"], spec.fully_masked
     said["fully_masked"] = "zero" if fully_masked == "undefined" else fully_masked
     if bias is not None:
-        hidden = ~permits(bias)
-        if bool((hidden & bias.isfinite()).any()):
-            # A row of nothing but such numbers has weights that rounding makes.
-            said["fully_masked"] = "undefined"
-        bias = bias.masked_fill(hidden, 0.0)
+        bias = bias.masked_fill(~permits(bias), 0.0)
+    if record.hides_softly:
+        said["fully_masked"] = "undefined"
     said |= {"mask": _wide(mask), "bias": bias if bias is not None and bool(bias.any()) else None}
-    case = Case(
-        **{**said, **_declared(record, spec, own=own)}, name=name, dtype=record.output.dtype
-    )
+    case = Case(**{**said, **_declared(record, spec, own=own)}, name=name, dtype=record.dtype)
     return replace(case, mask=_beyond(case))
 
 

@@ -131,12 +131,14 @@ def _hidden(
     if seen is None or not _hides(fill):
         number = None if seen is None else number_of(fill)
         return strange if number is None else filled(scores, number)
-    return also_masked(scores, seen)
+    return also_masked(scores, seen, fill)
 
 
-def also_masked(scores: Scores, seen: Tensor) -> Scores:
-    """Scores of which some more are hidden."""
-    return replace(scores, mask=seen if scores.mask is None else scores.mask & seen)
+def also_masked(scores: Scores, seen: Tensor, fill: object) -> Scores:
+    """Scores of which some more are hidden, by a number or by numbers."""
+    number = number_of(fill)
+    soft = scores.soft or number is None or math.isfinite(number)
+    return replace(scores, soft=soft, mask=seen if scores.mask is None else scores.mask & seen)
 
 
 def filled(scores: Scores, number: float) -> Scores:
@@ -342,12 +344,13 @@ def _record(
         layer="",
         source=tag.source,
         shape=shaping.weights_shape(used.shape[-2], key_len),
-        dtype=used.dtype,
+        dtype=_coarser(used.dtype, tag.dtype),
         query=query,
         key=key,
         value=shaping.keys(product.right),
         output=shaping.queries(product.output),
         given_mask=mask,
+        soft_mask=scores is not None and scores.soft,
         bias=bias,
         scale=scores.scale if exact and scores is not None else None,
         scale_steps=() if scores is None else scores.steps,
@@ -361,6 +364,11 @@ def _record(
         kept_weights=shaping.queries(clean),
     )
     return record, shaping.queries(used)
+
+
+def _coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
+    coarse = other is not None and torch.finfo(other).eps > torch.finfo(dtype).eps
+    return other if coarse and other is not None else dtype
 
 
 def _per_head(column: Tensor) -> Tensor | None:

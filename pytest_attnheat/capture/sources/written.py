@@ -199,7 +199,7 @@ def _shared(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> A
     # Logits of pairs, as of images and texts, have no batch axis: they are not waited for.
     waits = tag.scores is not None and not tag.weights and source.ndim > 2
     watcher.tags[output] = Tag(
-        before=tag.before, scores=tag.scores, weights=True,
+        before=tag.before, scores=tag.scores, weights=True, dtype=output.dtype,
         source="sigmoid" if sigmoid else "softmax",
         softmaxes=watcher.expect() if waits else tag.softmaxes,
     )  # fmt: skip
@@ -405,7 +405,7 @@ def _overwritten(watcher: Watcher, func: Function, args: Args, kwargs: Keywords)
         if fill is not None and hides(fill):
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
-            scores = also_masked(tag.scores, seen)
+            scores = also_masked(tag.scores, seen, fill)
         elif fill is not None:
             scores = filled(tag.scores, fill)
         else:
