@@ -287,6 +287,10 @@ DECLARED = {
     "documents": ({"documents": torch.tensor([0, 0, 0, 1, 1, 1, 1, 2, 2])},
                   lambda i, j: (i >= 7) & (j >= 7) | (i < 3) & (j < 3)
                   | (i >= 3) & (i < 7) & (j >= 3) & (j < 7)),
+    "documents of each entry": (
+        {"documents": torch.tensor([[0] * 3 + [1] * 4 + [2] * 2] * 2)},
+        lambda i, j: (i >= 7) & (j >= 7) | (i < 3) & (j < 3)
+        | (i >= 3) & (i < 7) & (j >= 3) & (j < 7)),
     "may_see": ({"may_see": lambda b, h, i, j: (i - j) % 3 == 0}, lambda i, j: (i - j) % 3 == 0),
 }  # fmt: skip
 

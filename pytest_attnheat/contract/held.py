@@ -116,8 +116,8 @@ def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dic
         names = ("window", "chunk", "prefix", "sink_keys", "may_see")
         rules = {n: always[n] for n in names if always.get(n)}
         if isinstance(spec.documents, Tensor):
-            documents = spec.documents.cpu().expand(record.shape[0], -1)[: record.shape[0]]
-            rules["documents"] = (documents, documents)
+            of_all = spec.documents.cpu()[: record.shape[0] if spec.documents.ndim > 1 else None]
+            rules["documents"] = (of_all.expand(record.shape[0], -1),) * 2
     found["alignment"] = causal or "top_left"
     # By default the top left is declared, which what was captured may have been told otherwise.
     if rules and spec.causal == "bottom_right":
