@@ -43,9 +43,9 @@ def defects() -> Rows:
 
 def hard_cases() -> Rows:
     """The hard cases: name, and what breaks on it."""
-    from pytest_attnheat import HARD_CASES, hard_case
+    from pytest_attnheat import FEATURE_CASES, HARD_CASES, hard_case
 
-    for name in HARD_CASES:
+    for name in (*HARD_CASES, *FEATURE_CASES):
         yield f"`{name}`", hard_case(name).why
 
 

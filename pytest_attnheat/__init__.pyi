@@ -34,6 +34,7 @@ from .assertions.rows import (
 )
 from .attention.cases import AttentionCase as AttentionCase, make_attention as make_attention
 from .attention.hard_cases import (
+    FEATURE_CASES as FEATURE_CASES,
     HARD_CASES as HARD_CASES,
     HardCase as HardCase,
     hard_case as hard_case,

@@ -646,7 +646,7 @@ def test_groups_in_another_order_are_named(dtype):
         return sdpa(query, key.repeat(1, groups, 1, 1), value.repeat(1, groups, 1, 1))
 
     grouped = inputs(2, 6, key_heads=2, dtype=getattr(torch, dtype))
-    assert "in place of each head by itself (repeat_interleave)?" in message(
+    assert "whose key heads are shared in the wrong order" in message(
         tiled, *grouped, enable_gqa=True
     )
 
@@ -699,11 +699,19 @@ def scaled(scale):
 @pytest.mark.parametrize(
     ("name", "scale", "words"),
     [
-        ("gaussian", 1.0, "without a scale"),
-        ("gaussian", 4.0, "whose scores are multiplied by sqrt(head_dim), not divided"),
-        ("gaussian", 1 / 16, "whose scores are divided by head_dim, not by its root"),
-        ("gaussian", 32**-0.5, "whose scale is taken from the width of all heads"),
-        ("value_dim_differs", 24**-0.5, "whose scale is taken from value_dim, not head_dim"),
+        ("gaussian", 1.0, "whose scores are not scaled"),
+        (
+            "gaussian",
+            4.0,
+            "whose scores are divided by the scale, not multiplied: times sqrt(head_dim)",
+        ),
+        (
+            "gaussian",
+            1 / 16,
+            "whose scores are scaled twice (divided by head_dim, not by its root)",
+        ),
+        ("gaussian", 32**-0.5, "whose scale is taken from the whole embedding, heads * head_dim"),
+        ("value_dim_differs", 24**-0.5, "whose scale is taken from the width of the values"),
     ],
 )
 def test_a_usual_wrong_scale_is_named(name, scale, words, dtype):
@@ -720,24 +728,24 @@ def causal_by(offset):
 
 
 MISTAKEN = [
-    ("padding_left", lambda q, k, v, attn_mask: sdpa(q, k, v), "without a mask"),
-    ("causal", lambda q, k, v, is_causal: sdpa(q, k, v), "without a mask"),
+    ("padding_left", lambda q, k, v, attn_mask: sdpa(q, k, v), "that ignores the mask"),
+    ("causal", lambda q, k, v, is_causal: sdpa(q, k, v), "that is not causal when asked to be"),
     (
         "padding_right",
         lambda q, k, v, attn_mask: sdpa(q, k, v, attn_mask=~attn_mask),
-        "whose mask means the opposite",
+        "whose mask is inverted: it attends exactly where it may not",
     ),
-    ("causal", causal_by(1), "whose causal mask shows one key too many"),
-    ("causal", causal_by(-1), "whose causal mask shows one key too few"),
+    ("causal", causal_by(1), "whose queries see one key too many: the next one"),
+    ("causal", causal_by(-1), "whose queries do not see their own key, only those before"),
     (
         "causal_fewer_queries",
         causal_by(7),
-        "whose causal mask is aligned to the bottom right, not the top left",
+        "whose causal mask is aligned to the other corner (top left, bottom right)",
     ),
     (
         "causal_more_queries",
         causal_by(-7),
-        "whose causal mask is aligned to the bottom right, not the top left",
+        "whose causal mask is aligned to the other corner (top left, bottom right)",
     ),
 ]
 

@@ -1,13 +1,22 @@
-"""make_attention: the same numbers everywhere, and every mask it can be asked for."""
+"""make_attention: the same numbers everywhere, and every mask and feature it can be asked for."""
 
 import dataclasses
+import itertools
+import math
 
 import pytest
 import torch
 from devices import on_accelerators
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat import AttentionCase, causal_mask, make_attention, padding_mask
+from pytest_attnheat import (
+    AttentionCase,
+    assert_row_stochastic,
+    causal_mask,
+    make_attention,
+    padding_mask,
+)
+from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.scoring import DotProductScore, scoring_names
 
 FIELDS = ("query", "key", "value", "scores", "weights", "output")
@@ -214,6 +223,177 @@ def test_masks_can_be_written_by_hand_instead():
     by_name = make_attention(mask=("causal_top_left", "padding"))
     mask = causal_mask(6, 8, alignment="top_left") & padding_mask([7, 6], 8)
     assert torch.equal(by_name.weights, make_attention(mask=mask).weights)
+
+
+def by_loops(case, products, declared):
+    """Weights, and those of the sinks, one query at a time; all that is declared is at hand."""
+    batch, heads, query_len, key_len = products.shape
+    weights, of_sinks = torch.zeros_like(products), torch.zeros(batch, heads, query_len, 1)
+    for b, h, i in itertools.product(range(batch), range(heads), range(query_len)):
+        lengths = declared.get("lengths", [key_len] * batch)
+        stands = i + lengths[b] - query_len if case.alignment == "bottom_right" else i
+        exps = {}
+        for j in range(key_len):
+            s = float(products[b, h, i, j]) * declared.get("scale", 1.0)
+            if cap := declared.get("softcap"):
+                s = cap * math.tanh(s / cap)
+            s += float(declared["bias"][h, i, j]) if "bias" in declared else 0.0
+            s -= float(declared["alibi"][h]) * abs(stands - j) if "alibi" in declared else 0.0
+            s = s + 0.5 * (h + i - j) if "score_mod" in declared else s
+            left, right = declared.get("window", (None, None))
+            first = j < declared.get("sink_keys", 0)
+            size = declared.get("chunk", 1000)
+            seen = (
+                j < lengths[b],
+                "causal" not in declared or j <= stands or j < declared.get("prefix", 0),
+                first or left is None or stands - j <= left,
+                first or right is None or j - stands <= right,
+                first or stands // size == j // size,
+                "may_see" not in declared or (b + i + j) % 3 != 0,
+                "documents" not in declared or declared["documents"][0][i] == DOCUMENTS[j],
+            )
+            if all(seen):
+                exps[j] = math.exp(s)
+        sink = math.exp(declared["sinks"][h]) if "sinks" in declared else 0.0
+        total = sum(exps.values()) + sink
+        for j, e in exps.items():
+            weights[b, h, i, j] = e / total
+        of_sinks[b, h, i] = sink / total if total else 0.0
+    return weights, of_sinks
+
+
+DOCUMENTS = [0, 0, 0, 1, 1, 2, 2, 2]
+DECLARED: dict[str, dict[str, object]] = {
+    "scale": {"scale": -0.7},
+    "softcap": {"softcap": 1.5},
+    "bias": {"bias": torch.linspace(-2, 2, 4 * 6 * 8).view(4, 6, 8)},
+    "alibi": {"alibi": (0.5, 0.25, 1.0, 0.0), "alignment": "bottom_right"},
+    "score_mod": {"score_mod": lambda score, batch, head, q, k: score + 0.5 * (head + q - k)},
+    "sinks": {"sinks": [0.0, 3.0, -1.0, 1.0]},
+    "causal": {"causal": True, "alignment": "bottom_right", "prefix": 1},
+    "prefix": {"causal": True, "prefix": 3},
+    "window": {"window": (2, 1), "sink_keys": 1},
+    "window on one side": {"window": (None, 0), "alignment": "bottom_right"},
+    "chunk": {"chunk": 3, "sink_keys": 2, "alignment": "bottom_right"},
+    "documents": {"documents": ([0, 0, 1, 2, 2, 5], DOCUMENTS)},
+    "lengths": {"lengths": [7, 3], "causal": True, "alignment": "bottom_right"},
+    "may_see": {"may_see": lambda batch, head, q, k: (batch + q + k) % 3 != 0},
+}
+TOGETHER = {
+    "of scores": ("scale", "softcap", "bias", "alibi", "score_mod", "sinks"),
+    "of positions": ("lengths", "window", "may_see", "documents", "sinks"),
+}
+for _name, _several in TOGETHER.items():
+    DECLARED[_name] = {key: value for one in _several for key, value in DECLARED[one].items()}
+
+
+@pytest.mark.parametrize("scoring", scoring_names())
+@pytest.mark.parametrize("declared", DECLARED.values(), ids=DECLARED)
+def test_what_is_declared_acts_on_the_scores_of_every_scoring_function(declared, scoring):
+    case = make_attention(scoring=scoring, dtype="float64", **declared)
+    products = make_attention(scoring=scoring, dtype="float64").scores
+    if scoring == "scaled_dot_product" and "scale" in declared:
+        products = products * 4  # a scale takes the place of 1 / sqrt(head_dim)
+    weights, of_sinks = by_loops(case, products, declared)
+    torch.testing.assert_close(case.weights, weights)
+    torch.testing.assert_close(case.output, weights @ case.value)
+    if "sinks" in declared:
+        torch.testing.assert_close(case.sink_weights.float(), of_sinks)
+        assert_row_stochastic(torch.cat([case.weights, case.sink_weights], -1))
+    else:
+        assert case.sink_weights is None
+
+
+@pytest.mark.parametrize("scoring", ["scaled_dot_product", "dot_product"])
+@pytest.mark.parametrize("declared", DECLARED.values(), ids=DECLARED)
+def test_a_case_of_dot_products_is_the_description_of_its_own_call(declared, scoring):
+    case = make_attention(scoring=scoring, dtype="float64", **declared)
+    found = reference(case, wanted=("weights",)).exact
+    torch.testing.assert_close(found["output"], case.output)
+    torch.testing.assert_close(found["weights"], case.weights)
+
+
+def test_a_mask_a_bias_that_forbids_and_rules_of_positions_all_have_to_permit():
+    bias = torch.zeros(8).masked_fill(torch.arange(8) == 1, -math.inf)
+    case = make_attention(mask="padding", causal=True, bias=bias)
+    allowed = causal_mask(6, 8, alignment="top_left") & padding_mask([7, 6], 8) & (bias == 0)
+    assert torch.equal(case.weights, make_attention(mask=allowed).weights)
+
+
+def test_a_mask_or_bias_of_keys_alone_is_described_as_well():
+    mask, bias = torch.tensor([True, False] * 4), torch.linspace(-1, 1, 8)
+    case = make_attention(mask=mask, bias=bias, dtype="float64")
+    torch.testing.assert_close(reference(case).exact["output"], case.output)
+
+
+def test_true_stands_for_what_is_usual_or_drawn():
+    case = make_attention(alibi=True, sinks=True, bias=True, lengths=True, heads=8)
+    assert case.alibi.tolist() == [2.0**-h for h in range(1, 9)]
+    assert case.sinks.shape == (8,)
+    assert case.sinks.unique().numel() == 8
+    assert case.bias.shape == (1, 8, 6, 8)
+    assert case.lengths.tolist() == [7, 6]
+    again, other = (make_attention(sinks=True, heads=8, seed=seed).sinks for seed in (0, 1))
+    assert torch.equal(case.sinks, again)
+    assert not torch.equal(case.sinks, other)
+
+
+def test_a_number_of_documents_is_that_many_with_borders_of_its_own_in_each_batch_entry():
+    case = make_attention(documents=3, query_len=8, key_len=8)
+    assert case.documents[1].tolist() == [[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 1, 1, 2, 2, 2]]
+    assert torch.equal(*case.documents)
+    late = make_attention(
+        documents=3, query_len=3, key_len=8, causal=True, alignment="bottom_right"
+    )
+    assert torch.equal(late.documents[0], late.documents[1][:, -3:])
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_features_keep_the_dtype_of_the_case(dtype):
+    case = make_attention(dtype=dtype, **DECLARED["of scores"])
+    tensors = (case.weights, case.output, case.scores, case.sink_weights, case.bias, case.sinks)
+    assert {str(tensor.dtype) for tensor in tensors} == {f"torch.{dtype}"}
+    exact = make_attention(dtype="float64", **DECLARED["of scores"])
+    torch.testing.assert_close(case.weights.double(), exact.weights, atol=0.05, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", ["bias", "alibi", "sinks", "lengths", "documents", "causal"])
+@pytest.mark.parametrize("nothing", [None, False])
+def test_none_and_false_declare_nothing(name, nothing):
+    assert torch.equal(make_attention(**{name: nothing}).weights, make_attention().weights)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"softcap": 0}, "softcap: got 0; accepted is a number above 0"),
+        ({"softcap": True}, "softcap: got bool; accepted is a number"),
+        ({"scale": math.inf}, "scale: got inf; accepted is a finite number"),
+        ({"sinks": "all"}, "sinks: got 'all'; accepted is a tensor or list of numbers"),
+        ({"alibi": ["a"]}, "alibi: got .*; accepted is a tensor or list of numbers"),
+        ({"alibi": [1.0, 2.0]}, r"alibi: got shape \(2,\); accepted is one that fits \(4,\)"),
+        ({"bias": torch.zeros(6, 7)}, r"bias: got shape \(6, 7\); accepted is one that fits"),
+        ({"documents": 0}, "documents: got .*; accepted is a whole number from 1"),
+        ({"documents": True}, "documents: got True; accepted is a tensor or list"),
+        ({"documents": [0, 1, 1]}, r"documents: got shape \(3,\); accepted is one that fits"),
+        ({"lengths": [9, 8]}, "lengths: got .*; accepted is whole numbers from 0 to key_len 8"),
+        ({"lengths": [2.5, 8.0]}, "lengths: got dtype float32; accepted is whole numbers"),
+        ({"window": 3}, "window: got 3; accepted is a pair"),
+        ({"window": (2, -1)}, "window: got -1; accepted is a whole number from 0"),
+        ({"chunk": 0}, "chunk: got 0; accepted is a whole number from 1"),
+        ({"prefix": -1}, "prefix: got -1; accepted is a whole number from 0"),
+        ({"may_see": 3}, "may_see: got 3; accepted is a function of positions"),
+        ({"causal": "top_left"}, "causal: got 'top_left'; accepted is True or False"),
+        ({"causal": True, "alignment": "left"}, "alignment: got 'left'; accepted is one of"),
+        ({"alignment": "top_left"}, "alignment: got 'top_left'; accepted is it with causal or"),
+        ({"prefix": 2}, "prefix: got 2; accepted is it with causal"),
+        ({"sinks": True, "kind": "gating"}, "sinks: got kind 'gating'; accepted is kind 'soft'"),
+        ({"softcaps": 1.0}, "option: got 'softcaps'; accepted is one of"),
+    ],
+)
+def test_a_feature_that_makes_no_sense_is_refused(options, said):
+    with pytest.raises((TypeError, ValueError), match=f"^{said}"):
+        make_attention(**options)
 
 
 @on_accelerators(["float16", "bfloat16", "float32", "float64"])

@@ -272,6 +272,52 @@ def test_make_attention_follows_marker_device_dtype_and_seed(pytester):
     pytester.runpytest("--attn-seed=4", "--attn-device=cpu").assert_outcomes(passed=1 + len(NAMES))
 
 
+def test_the_marker_declares_features_of_attention_for_all_scoring_functions(pytester):
+    pytester.makepyfile("""
+        import pytest
+        import torch
+        from pytest_attnheat import assert_row_stochastic, make_attention as make
+
+        pytestmark = pytest.mark.attention(causal=True, alignment="bottom_right", sinks=True)
+
+        @pytest.mark.attention(softcap=2.0, alibi=True, documents=2, window=(3, None))
+        def test_a(attention, make_attention):
+            declared = dict(causal=True, alignment="bottom_right", sinks=True, softcap=2.0)
+            declared |= dict(alibi=True, documents=2, window=(3, None))
+            same = make(scoring=attention.scoring, **declared)
+            assert torch.equal(attention.weights, same.weights)
+            assert_row_stochastic(torch.cat([attention.weights, attention.sink_weights], -1))
+            assert make_attention(softcap=None).softcap is None
+
+        @pytest.mark.attention(sinks=False)
+        def test_b(attention):
+            assert attention.sinks is None
+            assert_row_stochastic(attention.weights)
+    """)
+    pytester.runpytest("--attn-device=cpu").assert_outcomes(passed=2 * len(NAMES))
+
+
+@pytest.mark.parametrize(
+    ("marked", "said"),
+    [
+        ("softcap=-1", "softcap: got -1; accepted is a number above 0, or None"),
+        ("window=(1,)", "window: got (1,); accepted is a pair (left, right)"),
+        ("sinks='yes'", "sinks: got 'yes'; accepted is a tensor or list of numbers"),
+        ("soft_cap=2", "option: got 'soft_cap'; accepted is one of 'scoring', "),
+    ],
+)
+def test_a_wrong_feature_is_an_error_at_collection(pytester, marked, said):
+    pytester.makepyfile(f"""
+        import pytest
+
+        @pytest.mark.attention({marked})
+        def test_a(attention): pass
+    """)
+    result = pytester.runpytest("--collect-only")
+    result.assert_outcomes(errors=1)
+    assert said in result.stdout.str()
+
+
 def test_the_seed_comes_from_marker_then_option_then_ini(pytester, monkeypatch):
     pytester.makepyfile("""
         import os

@@ -1,5 +1,6 @@
 """The hard cases are what their names say, in every dtype."""
 
+import dataclasses
 import functools
 import math
 import re
@@ -9,7 +10,8 @@ import pytest
 import torch
 
 from pytest_attnheat import assert_matches_reference
-from pytest_attnheat.attention.hard_cases import HARD_CASES, HardCase, hard_case
+from pytest_attnheat.attention.computation import reference
+from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, HardCase, hard_case
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 # What exp of each dtype can still hold, written out: the oracle of "large_magnitudes".
@@ -25,11 +27,13 @@ def lengths(case):
 
 
 def test_names_are_unique_and_good_as_pytest_ids():
-    assert len(set(HARD_CASES)) == len(HARD_CASES) > 30
-    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in HARD_CASES)
+    names = (*HARD_CASES, *FEATURE_CASES)
+    assert len(set(names)) == len(names)
+    assert len(HARD_CASES) > 30
+    assert all(re.fullmatch(r"[a-z0-9_]+", name) for name in names)
 
 
-@pytest.mark.parametrize("name", HARD_CASES)
+@pytest.mark.parametrize("name", [*HARD_CASES, *FEATURE_CASES])
 def test_every_case_says_in_a_sentence_what_breaks_on_it(name):
     case = hard_case(name)
     assert case.name == name
@@ -48,7 +52,7 @@ def test_all_numbers_and_scores_are_within_the_range_of_the_dtype(name, dtype):
         assert tensor.isfinite().all()
 
 
-@pytest.mark.parametrize("name", HARD_CASES)
+@pytest.mark.parametrize("name", [*HARD_CASES, *FEATURE_CASES])
 def test_a_case_depends_on_its_seed_and_on_nothing_else(name):
     torch.manual_seed(1)
     first, state = hard_case(name, seed=3), torch.get_rng_state()
@@ -174,7 +178,7 @@ def test_what_the_sentence_names_is_seen_on_the_case(name, dtype, wrong):
 
 def test_the_documentation_lists_every_case_with_its_sentence():
     text = (Path(__file__).parents[1] / "docs" / "numerics.md").read_text(encoding="utf-8")
-    for name in HARD_CASES:
+    for name in (*HARD_CASES, *FEATURE_CASES):
         assert f"| `{name}` | {hard_case(name).why} |" in text
 
 
@@ -262,6 +266,73 @@ def test_what_makes_no_sense_is_refused(options, error, words):
         hard_case(**{"name": "gaussian", **options})
 
 
+def by_hand(case, *, without=""):
+    """Attention as the fields of a case declare it, in its dtype, but for what is left out."""
+    query, key, value = case.query, case.key, case.value
+    group = query.shape[1] // key.shape[1]
+    repeat = torch.Tensor.repeat if without == "order" else torch.Tensor.repeat_interleave
+    if group > 1:
+        sizes = (1, group, 1, 1) if without == "order" else (group, 1)
+        key, value = (repeat(tensor, *sizes) for tensor in (key, value))
+    scores = (query / 4) @ key.mT
+    if without == "scale first":
+        scores = (query @ key.mT) / 4
+    if case.softcap and without != "softcap":
+        scores = case.softcap * torch.tanh(scores / case.softcap)
+    scores = scores if case.bias is None or without == "bias" else scores + case.bias
+    at = torch.arange(query.shape[2])[:, None] + key.shape[2] - query.shape[2]
+    behind = at - torch.arange(key.shape[2])
+    if case.alibi is not None:
+        scores = scores - case.alibi[:, None, None] * (behind if without != "alibi" else 0)
+        scores = scores.masked_fill(behind < 0, -math.inf)
+    if without == "last key":
+        scores[..., -1] = -math.inf
+    if case.sinks is not None and without != "sinks":
+        sinks = case.sinks[:, None, None].expand(*scores.shape[:-1], 1)
+        return torch.cat([scores, sinks], -1).softmax(-1)[..., :-1] @ value
+    return scores.softmax(-1) @ value
+
+
+@pytest.mark.parametrize(
+    ("name", "without"),
+    [
+        ("grouped_decode", "order"),
+        ("grouped_decode", "last key"),
+        ("mask_added_finfo_min", "bias"),
+        ("mask_added_minus_1e9", "bias"),
+        ("mask_added_minus_1e4", "bias"),
+        ("softcap_saturated", "softcap"),
+        ("sinks_above_all", "sinks"),
+        ("alibi_far", "alibi"),
+    ],
+)
+def test_a_case_of_a_feature_is_right_as_declared_and_shows_what_leaves_it_out(name, without):
+    case = hard_case(name, batch=2)
+    expected = reference(case)
+    allowed = 2 * expected.scale["output"]
+    assert ((by_hand(case) - expected.exact["output"]).abs() <= allowed).all()
+    assert ((by_hand(case, without=without) - expected.exact["output"]).abs() > allowed).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", FEATURE_CASES)
+def test_right_code_passes_on_every_case_of_a_feature(name, dtype):
+    case = hard_case(name, dtype=dtype, heads=3)
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, enable_gqa=False):
+        return by_hand(dataclasses.replace(case, query=query, key=key, value=value))
+
+    assert_matches_reference(attention, case.query, case.key, case.value, **case.arguments)
+    assert case.query.shape[1] == 3 * case.group
+
+
+def test_products_overflow_float16_alone_and_only_before_they_are_scaled():
+    for dtype in DTYPES:
+        case = hard_case("products_overflow", dtype=dtype)
+        assert by_hand(case).isfinite().all()
+        assert by_hand(case, without="scale first").isfinite().all() == (dtype != "float16")
+
+
 def test_a_case_is_frozen():
     case = hard_case("gaussian")
     assert isinstance(case, HardCase)
@@ -270,7 +341,7 @@ def test_a_case_is_frozen():
 
 
 def test_a_case_is_the_same_on_an_accelerator(accelerator):
-    for name in HARD_CASES:
+    for name in (*HARD_CASES, *FEATURE_CASES):
         here, there = hard_case(name), hard_case(name, device=accelerator)
         assert torch.equal(here.query, there.query.cpu()), name
         assert there.attn_mask is None or there.attn_mask.device.type == accelerator.type

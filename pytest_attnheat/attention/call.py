@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -140,6 +140,22 @@ class Call:
             shapes |= {} if self.sinks is None else {"sinks": tuple(self.sinks.shape)}
         return shapes
 
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """What is declared, under the keywords of `assert_matches_reference`.
+
+        A bias alone is an additive `attn_mask`, as in PyTorch.
+        """
+        given = {f.name: getattr(self, f.name) for f in fields(Call)[3:] if f.name != "upstream"}
+        usual = {f.name: f.default for f in fields(Call)}
+        given = {n: v for n, v in given.items() if isinstance(v, Tensor) or v != usual[n]}
+        renamed = {"causal": "is_causal", "mask": "attn_mask"}
+        if "mask" not in given:
+            renamed["bias"] = "attn_mask"
+        given = {renamed.get(name, name): value for name, value in given.items()}
+        grouped = self.key.shape[:-2] != self.query.shape[:-2]
+        return {**given, "enable_gqa": True} if grouped else given
+
     def positions(self, maps: Tensor, rows: slice) -> Positions:
         """Return the positions of some queries of some maps, and of all keys.
 
@@ -177,6 +193,19 @@ class Call:
             return scores
         changed = self.score_mod(scores, at.batch, at.head, at.query, at.key)
         return changed.to(scores.dtype).expand_as(scores)
+
+    def scored(self, products: Tensor) -> Tensor:
+        """Return the scores of all scaled products, (..., query_len, key_len) both, not masked."""
+        at, scores = self.everywhere(products.device), self.capped(products)
+        if self.bias is not None:
+            scores = scores + self.bias.to(scores).masked_fill(self.bias == -math.inf, 0.0)
+        if (distant := self.distant(at, scores.dtype)) is not None:
+            scores = scores + distant.view(scores.shape)
+        return self.modified(scores.flatten(0, -3), at).view(scores.shape)
+
+    def everywhere(self, device: torch.device) -> Positions:
+        """Return the positions of all queries of all maps."""
+        return self.positions(torch.arange(self.maps, device=device), slice(0, self.query_len))
 
     def permitted(self, maps: Tensor, rows: slice) -> Tensor | None:
         """Return what the rules of positions permit, (maps, rows, key_len) or broadcastable.

@@ -172,7 +172,8 @@ def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
         sizes["lse"] = _lse_scale(units, part, row, parts["lse"])
         if part.upstream is not None:
             parts |= _gradients(call, part, row, part.upstream)
-            sizes |= _gradient_scales(call, units, part, row, unsure, part.upstream)
+            again = _recomputed(units, row, unsure)
+            sizes |= _gradient_scales(call, units, part, row, again, part.upstream)
         walk = row.weights.square().sum(-1, keepdim=True).sqrt() * sizes["output"] + units.tiny
         _add(drift, "output", part, walk)
         for name in exact:
@@ -326,6 +327,17 @@ def _unsure(units: _Units, part: _Part, row: _Row) -> Tensor:
     return off.add_(part.permitted, alpha=units.tiny)
 
 
+def _recomputed(units: _Units, row: _Row, unsure: Tensor) -> Tensor:
+    """How far each weight may be off in the backward pass.
+
+    FlashAttention computes the scores once more there, in another order, and subtracts the
+    logarithm of the sum of before: what they differ by is felt where one key has all the weight
+    as well.
+    """
+    off = (row.felt * units.one).clamp_(max=_LARGEST_EXPONENT).expm1_()
+    return off.mul_(row.weights).add_(unsure).clamp_(max=1.0)
+
+
 def _gradients(call: Call, part: _Part, row: _Row, above: Tensor) -> dict[str, Tensor]:
     """The gradients by the formulas above. A row that may attend to nothing has none."""
     felt = above @ part.value.mT
@@ -365,7 +377,9 @@ def _gradient_scales(
     off = step.add_(mean_off).mul_(weights).add_(away * unsure)
     off.masked_fill_(~part.permitted, 0.0)
     off += _highest(units, part, row) * off.sum(-1, keepdim=True)
-    off.add_(part.permitted, alpha=units.tiny)
+    # dP, its difference from D, its part of the sum and its product with the weight are rounded,
+    # each by the smallest number at least.
+    off.add_(part.permitted, alpha=4 * units.tiny)
     of_products = off if row.slope is None else off * row.slope.abs()
     if row.slope is not None:
         steep = (weights * away).masked_fill_(~part.permitted, 0.0)
@@ -489,4 +503,4 @@ def _own_rows(tensor: Tensor, rows: slice) -> slice:
 
 
 def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, *tensor.shape[-2:])
+    return tensor.reshape(-1, *(1, 1, *tensor.shape)[-2:])

@@ -14,13 +14,14 @@ good as a pytest id, and a sentence that says what breaks on it::
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.reference import causal_mask, padding_mask, sliding_window_mask
 from pytest_attnheat.attention.scoring import draw
@@ -31,33 +32,30 @@ from pytest_attnheat.inputs import dtype_name, one_of, positive, seed_number
 _LENGTH, _WIDTH = 12, 16
 
 
-@dataclass(frozen=True, eq=False, repr=False)
-class HardCase:
-    """Inputs of attention that are hard in one way.
+@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
+class HardCase(Call):
+    """A call of attention that is hard in one way.
 
     Attributes:
-        name: Its name, one of `HARD_CASES`.
+        name: Its name, one of `HARD_CASES` or `FEATURE_CASES`.
         why: What breaks on it, in a sentence.
         query: (batch, heads, query_len, head_dim)
         key: (batch, heads, key_len, head_dim)
         value: (batch, heads, key_len, value_dim)
-        attn_mask: Boolean, True where a query may attend, broadcastable to the scores; or None.
-        is_causal: Whether a query may only attend up to its own position, from the top left.
     """
 
     name: str
     why: str
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    is_causal: bool = False
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """The keyword arguments that the case sets: attn_mask, is_causal, or none."""
-        mask = {} if self.attn_mask is None else {"attn_mask": self.attn_mask}
-        return {**mask, "is_causal": True} if self.is_causal else mask
+    def attn_mask(self) -> Tensor | None:
+        """The mask, boolean (True where a query may attend) or added to the scores; or None."""
+        return self.bias if self.mask is None else self.mask
+
+    @property
+    def is_causal(self) -> bool:
+        """Whether a query may only attend up to its own position, from the top left."""
+        return self.causal
 
     def __repr__(self) -> str:
         """Name the case, its dtype and its shapes."""
@@ -65,27 +63,8 @@ class HardCase:
         return f"<HardCase {self.name} {dtype_name(self.query)} {shapes}: {self.why}>"
 
 
-@dataclass
-class _Draft:
-    """A case in the making, in float64 on the CPU."""
-
-    dtype: torch.dtype
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    attn_mask: Tensor | None = None
-    is_causal: bool = False
-
-    @property
-    def batch(self) -> int:
-        return self.query.shape[0]
-
-    @property
-    def lengths(self) -> tuple[int, int]:
-        return self.query.shape[-2], self.key.shape[-2]
-
-
-_Change = Callable[[_Draft], None]
+# From a case in the making, in float64 on the CPU, and its dtype to be, to the fields that change.
+_Change = Callable[[Call, torch.dtype], Mapping[str, Any] | None]
 
 
 @dataclass(frozen=True)
@@ -97,7 +76,8 @@ class _Recipe:
     key_len: int = _LENGTH
     head_dim: int = _WIDTH
     value_dim: int = _WIDTH
-    change: _Change = lambda draft: None
+    group: int = 1
+    change: _Change = lambda case, dtype: None
 
 
 def hard_case(
@@ -115,140 +95,159 @@ def hard_case(
     They and all scores stay within the range of the dtype.
 
     Args:
-        name: One of `HARD_CASES`.
+        name: One of `HARD_CASES`, or of `FEATURE_CASES`, which not every attention takes.
         dtype: float16, bfloat16, float32 or float64; a `torch.dtype` or its name.
         device: Where the case is.
         seed: Seed of the numbers.
         batch: Number of batch entries.
-        heads: Number of heads.
+        heads: Number of heads; of keys and values, where several queries share them.
 
     Raises:
         TypeError: A size or the seed is not a whole number.
         ValueError: The name or the dtype is unknown, or a number too small.
     """
-    one_of("name", name, HARD_CASES)
-    number, leading = as_dtype(dtype), (positive("batch", batch), positive("heads", heads))
+    one_of("name", name, tuple(_RECIPES))
+    number, (batch, heads) = as_dtype(dtype), (positive("batch", batch), positive("heads", heads))
     recipe, target, seed = _RECIPES[name], torch.device(device), seed_number(seed)
-    draft = _Draft(
-        number,
-        draw(f"{name} query", seed, *leading, recipe.query_len, recipe.head_dim),
-        draw(f"{name} key", seed, *leading, recipe.key_len, recipe.head_dim),
-        draw(f"{name} value", seed, *leading, recipe.key_len, recipe.value_dim),
-    )
-    recipe.change(draft)
-    return HardCase(
+    key_len = recipe.key_len
+    case = HardCase(
+        draw(f"{name} query", seed, batch, heads * recipe.group, recipe.query_len, recipe.head_dim),
+        draw(f"{name} key", seed, batch, heads, key_len, recipe.head_dim),
+        draw(f"{name} value", seed, batch, heads, key_len, recipe.value_dim),
         name=name,
         why=recipe.why,
-        query=draft.query.to(target, number),
-        key=draft.key.to(target, number),
-        value=draft.value.to(target, number),
-        attn_mask=None if draft.attn_mask is None else draft.attn_mask.to(target),
-        is_causal=draft.is_causal,
     )
+    case = replace(case, **(recipe.change(case, number) or {}))
+    moved: dict[str, Any] = {
+        field: given.to(target, number if given.is_floating_point() else None)
+        for field, given in vars(case).items()
+        if isinstance(given, Tensor)
+    }
+    return replace(case, **moved)
 
 
-def _large(draft: _Draft) -> None:
+def _always(**fields: Any) -> _Change:
+    return lambda case, dtype: fields
+
+
+def _large(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
     """Three times the logarithm at which exp overflows: 33 in float16, 266 in float32."""
-    scores = draft.query @ draft.key.mT / math.sqrt(draft.query.shape[-1])
-    wanted = 3 * math.log(torch.finfo(draft.dtype).max)
+    scores = case.query @ case.key.mT / math.sqrt(case.query.shape[-1])
+    wanted = 3 * math.log(torch.finfo(dtype).max)
     factor = math.sqrt(wanted / float(scores.abs().max()))
     # Of either sign, so that some row has such a score as its largest.
-    draft.query, draft.key = draft.query * factor, draft.key * factor
+    return {"query": case.query * factor, "key": case.key * factor}
 
 
-def _tiny(draft: _Draft) -> None:
-    draft.query, draft.key, draft.value = (
-        tensor * 2.0**-10 for tensor in (draft.query, draft.key, draft.value)
-    )
+def _products_overflow(case: Call, dtype: torch.dtype) -> None:
+    case.query[..., 0], case.key[..., 0] = 272.0, 272.0  # adds 73984 to all products
 
 
-def _dominant_key(draft: _Draft) -> None:
-    draft.query[..., 0], draft.key[..., 3, 0] = 4.0, 12.0  # adds 12 to the score of key 3
+def _tiny(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    return {name: getattr(case, name) * 2.0**-10 for name in ("query", "key", "value")}
 
 
-def _huge_negative(draft: _Draft) -> None:
-    draft.query[..., 0], draft.key[..., 3, 0] = 8.0, -1000.0  # key 3 scores about -2000
+def _dominant_key(case: Call, dtype: torch.dtype) -> None:
+    case.query[..., 0], case.key[..., 3, 0] = 4.0, 12.0  # adds 12 to the score of key 3
+
+
+def _huge_negative(case: Call, dtype: torch.dtype) -> None:
+    case.query[..., 0], case.key[..., 3, 0] = 8.0, -1000.0  # key 3 scores about -2000
     # So do all keys of query 5: elsewhere it changes nothing if low scores count as masked.
-    draft.query[..., 1], draft.key[..., 1] = 0.0, 10.0
-    draft.query[..., 5, 0], draft.query[..., 5, 1] = 0.0, -800.0
+    case.query[..., 1], case.key[..., 1] = 0.0, 10.0
+    case.query[..., 5, 0], case.query[..., 5, 1] = 0.0, -800.0
 
 
-def _identical_keys(draft: _Draft) -> None:
-    draft.key = draft.key[..., :1, :].repeat(1, 1, draft.key.shape[-2], 1)
+def _identical(name: str) -> _Change:
+    def repeat(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+        return {name: getattr(case, name)[..., :1, :].repeat(1, 1, case.key_len, 1)}
+
+    return repeat
 
 
-def _identical_values(draft: _Draft) -> None:
-    draft.value = draft.value[..., :1, :].repeat(1, 1, draft.value.shape[-2], 1)
+def _repeated_keys(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    return {"key": case.key[..., torch.arange(case.key_len) % 3, :].contiguous()}
 
 
-def _repeated_keys(draft: _Draft) -> None:
-    draft.key = draft.key[..., torch.arange(draft.key.shape[-2]) % 3, :].contiguous()
+def _value_outlier(case: Call, dtype: torch.dtype) -> None:
+    case.value[0, 0, 5, :] *= 500.0
 
 
-def _value_outlier(draft: _Draft) -> None:
-    draft.value[0, 0, 5, :] *= 500.0
+def _huge_head(case: Call, dtype: torch.dtype) -> None:
+    case.value[:, 0] *= 1000.0
 
 
-def _huge_head(draft: _Draft) -> None:
-    draft.value[:, 0] *= 1000.0
-
-
-def _many_keys(draft: _Draft) -> None:
+def _many_keys(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
     # Positive values: their weighted sum only grows, until it swallows what is added.
-    draft.query, draft.value = draft.query / 4, draft.value.abs() + 1
+    return {"query": case.query / 4, "value": case.value.abs() + 1}
 
 
-def _causal(draft: _Draft) -> None:
-    draft.is_causal = True
+def _causal_mask(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    lengths = case.query_len, case.key_len
+    return {"mask": causal_mask(*lengths, alignment="bottom_right", device="cpu")}
 
 
-def _causal_mask(draft: _Draft) -> None:
-    draft.attn_mask = causal_mask(*draft.lengths, alignment="bottom_right", device="cpu")
-
-
-def _fully_masked(draft: _Draft) -> None:
-    query_len, key_len = draft.lengths
-    mask = causal_mask(query_len, key_len, alignment="top_left", device="cpu")
-    mask[[0, query_len // 2, query_len - 1]] = False
-    draft.attn_mask = mask
+def _fully_masked(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    mask = causal_mask(case.query_len, case.key_len, alignment="top_left", device="cpu")
+    mask[[0, case.query_len // 2, case.query_len - 1]] = False
+    return {"mask": mask}
 
 
 def _padding(side: Side) -> _Change:
-    def pad(draft: _Draft) -> None:
-        key_len = draft.lengths[1]
-        real = [max(1, key_len - 4 - entry) for entry in range(draft.batch)]
-        draft.attn_mask = padding_mask(real, key_len, side=side, device="cpu")
+    def pad(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+        real = [max(1, case.key_len - 4 - entry) for entry in range(case.query.shape[0])]
+        return {"mask": padding_mask(real, case.key_len, side=side, device="cpu")}
 
     return pad
 
 
-def _one_permitted(draft: _Draft) -> None:
-    query_len, key_len = draft.lengths
-    mask = torch.zeros(query_len, key_len, dtype=torch.bool)
-    mask[torch.arange(query_len), (5 * torch.arange(query_len) + 1) % key_len] = True
-    draft.attn_mask = mask
+def _one_permitted(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    mask = torch.zeros(case.query_len, case.key_len, dtype=torch.bool)
+    at = torch.arange(case.query_len)
+    mask[at, (5 * at + 1) % case.key_len] = True
+    return {"mask": mask}
 
 
-def _window(draft: _Draft) -> None:
-    draft.attn_mask = sliding_window_mask(
-        *draft.lengths, window=(2, 1), alignment="top_left", device="cpu"
-    )
+def _window(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    lengths = case.query_len, case.key_len
+    near = sliding_window_mask(*lengths, window=(2, 1), alignment="top_left", device="cpu")
+    return {"mask": near}
 
 
-def _mask_per_head(draft: _Draft) -> None:
-    batch, heads = draft.query.shape[:2]
-    query_len, key_len = draft.lengths
+def _mask_per_head(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    batch, heads = case.query.shape[:2]
     # Head h hides every (h + 2)th key, counted from the batch entry on: never all of them.
-    at = torch.arange(key_len) + torch.arange(batch)[:, None, None, None]
+    at = torch.arange(case.key_len) + torch.arange(batch)[:, None, None, None]
     step = torch.arange(heads)[None, :, None, None] + 2
-    draft.attn_mask = (at % step != 0).expand(batch, heads, query_len, key_len).contiguous()
+    mask = at % step != 0
+    return {"mask": mask.expand(batch, heads, case.query_len, case.key_len).contiguous()}
 
 
-def _heads_last(draft: _Draft) -> None:
-    draft.query, draft.key, draft.value = (
-        tensor.transpose(1, 2).contiguous().transpose(1, 2)
-        for tensor in (draft.query, draft.key, draft.value)
-    )
+def _heads_last(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    given = {name: getattr(case, name) for name in ("query", "key", "value")}
+    return {n: t.transpose(1, 2).contiguous().transpose(1, 2) for n, t in given.items()}
+
+
+def _added(number: float | None) -> _Change:
+    def add(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+        hidden = torch.finfo(dtype).min if number is None else number
+        mask = padding_mask([case.key_len - 4] * len(case.query), case.key_len, device="cpu")
+        return {"bias": torch.zeros(mask.shape, dtype=torch.float64).masked_fill(~mask, hidden)}
+
+    return add
+
+
+def _saturated(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    return {"query": case.query * 8, "softcap": 5.0}
+
+
+def _sinks_above(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    return {"sinks": torch.linspace(10.0, 12.0, case.heads, dtype=torch.float64)}
+
+
+def _alibi(case: Call, dtype: torch.dtype) -> Mapping[str, Any]:
+    slopes = 2.0 ** (-8.0 / case.heads * torch.arange(1, case.heads + 1, dtype=torch.float64))
+    return {"alibi": slopes, "causal": True, "alignment": "bottom_right"}
 
 
 def _at_length(length: int) -> _Recipe:
@@ -271,12 +270,12 @@ _RECIPES: dict[str, _Recipe] = {
     ),
     "identical_keys": _Recipe(
         "All weights are equal: a wrong divisor or a lost key shows in every row.",
-        change=_identical_keys,
+        change=_identical("key"),
     ),
     "identical_values": _Recipe(
         "The output is that value, whatever the scores: rows that do not sum to 1 show, in "
         "bfloat16 if they are off by 3 % or more.",
-        change=_identical_values,
+        change=_identical("value"),
     ),
     "repeated_keys": _Recipe(
         "Equal scores, and equal row maxima: code that takes only one of them is wrong.",
@@ -325,18 +324,18 @@ _RECIPES: dict[str, _Recipe] = {
         key_len=1000,
         change=_many_keys,
     ),
-    "causal": _Recipe("A query sees its future, or not itself.", change=_causal),
+    "causal": _Recipe("A query sees its future, or not itself.", change=_always(causal=True)),
     "causal_fewer_queries": _Recipe(
         "is_causal=True is aligned top left: to the other corner, queries see too much "
         "(pytorch/pytorch#103082, ml-explore/mlx#2835).",
         query_len=5,
-        change=_causal,
+        change=_always(causal=True),
     ),
     "causal_more_queries": _Recipe(
         "Aligned to the other corner, the first queries would have no key at all "
         "(pytorch/pytorch#103082, ml-explore/mlx#2835).",
         key_len=5,
-        change=_causal,
+        change=_always(causal=True),
     ),
     "causal_bottom_right": _Recipe(
         "A mask for decoding with a cache, which code that knows only is_causal cannot express.",
@@ -372,5 +371,47 @@ _RECIPES: dict[str, _Recipe] = {
         change=_heads_last,
     ),
 }
+_FEATURES: dict[str, _Recipe] = {
+    "products_overflow": _Recipe(
+        "Products of queries and keys are beyond float16 before they are scaled: inf, then NaN, "
+        "where the scale comes after and sums are not in float32.",
+        change=_products_overflow,
+    ),
+    "grouped_decode": _Recipe(
+        "One query of four heads to each key head, one key more than whole blocks: key heads are "
+        "shared in the wrong order, or the last key is lost.",
+        query_len=1,
+        key_len=1025,
+        group=4,
+    ),
+    **{
+        f"mask_added_{name}": _Recipe(
+            f"A mask that adds {name} to a score must hide its key, and overflow nowhere.",
+            change=_added(number),
+        )
+        for name, number in (("finfo_min", None), ("minus_1e9", -1e9), ("minus_1e4", -1e4))
+    },
+    "softcap_saturated": _Recipe(
+        "Most scores are at the cap: where the cap is left out the softmax is one-hot, and where "
+        "the gradient goes around it, it is far too large.",
+        change=_saturated,
+    ),
+    "sinks_above_all": _Recipe(
+        "The sink takes nearly all of every row: where it is left out, or gets no part in the "
+        "maximum, the output is ten thousand times as large.",
+        change=_sinks_above,
+    ),
+    "alibi_far": _Recipe(
+        "Distances of hundreds of keys, which bfloat16 cannot tell apart: neighbours get the "
+        "same bias where it is made in the dtype of the scores.",
+        query_len=5,
+        key_len=600,
+        change=_alibi,
+    ),
+}
 
+# What any attention takes; and what not every one does: grouped heads, an additive mask, products
+# beyond float16, and features that are declared by a keyword.
 HARD_CASES: tuple[str, ...] = tuple(_RECIPES)
+FEATURE_CASES: tuple[str, ...] = tuple(_FEATURES)
+_RECIPES |= _FEATURES

@@ -40,7 +40,7 @@ _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
 _MOST_WEIGHTS = 2**17
 # The level of each feature that stands for its absence, the ordinary one.
 NONE = "none"
-_NUMBER_LEVELS = ("ordinary", "large", "tiny", "structured", "overflowing")
+NUMBERS = ("ordinary", "large", "tiny", "structured", "overflowing")
 # The products of queries and keys beyond float16, which holds 65504.
 _OVERFLOWING = 1.2e5
 
@@ -60,7 +60,7 @@ class Declared:
         equal_widths: Whether values are as wide as keys, always.
         from_the_end: Whether positions are counted from the bottom right.
         near: Whether a rule of positions, such as a window, hides what is far.
-        small_scale: Whether scores are well below the products of queries and keys.
+        numbers: What queries, keys and values may hold, of `NUMBERS`.
         empty: Whether a query may be left without any key.
         gradients: Whether gradients are asked.
         longest: How many queries and keys there are at most.
@@ -77,7 +77,7 @@ class Declared:
     equal_widths: bool = False
     from_the_end: bool = False
     near: bool = False
-    small_scale: bool = True
+    numbers: tuple[str, ...] = NUMBERS
     empty: bool = True
     gradients: bool = True
     longest: int | None = None
@@ -103,7 +103,7 @@ class Declared:
             "fill": (NONE, *_FILLS) if "additive" in self.masks else (NONE,),
             "empty": (False, True) if self.empty else (False,),
             "causal": (False, True) if self.causal else (False,),
-            "numbers": _NUMBER_LEVELS if self.small_scale else _NUMBER_LEVELS[:-1],
+            "numbers": self.numbers,
             "gradients": ("all", "query", "key", "value", NONE) if self.gradients else (NONE,),
         }
         if not self.grouped:
@@ -247,8 +247,8 @@ class _Drawing:
         if chosen.get("sinks"):
             call = replace(call, sinks=self._given(self._draw("sinks", self._heads)))
         if chosen.get("alibi"):
-            slopes = 2.0 ** (-8.0 * torch.arange(1, self._heads + 1) / self._heads)
-            call = replace(call, alibi=slopes.to(self._device, torch.float32))
+            slopes = 2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)
+            call = replace(call, alibi=self._given(slopes))
         if chosen.get("documents"):
             call = replace(call, documents=self._documents())
         if chosen.get("lengths"):
@@ -347,7 +347,7 @@ def _large(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
 
 
 def _tiny(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    return query * 1e-3, key * 1e-2, value * 1e-2
+    return query * 1e-2, key * 0.1, value * 0.1
 
 
 def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:

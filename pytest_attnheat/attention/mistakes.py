@@ -1,96 +1,124 @@
-"""The usual mistakes in scale and mask: what attention would give if one were made.
+"""Which known defect gives an output that is wrong.
 
-They are tried only where an output is wrong, and only small ones: the examination
-(`pytest_attnheat.contract`) knows all.
+The catalogue (`pytest_attnheat.attention.defects`) is tried on the very call that went wrong,
+where that is small. The examination (`pytest_attnheat.contract`) asks more calls, and is surer.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
-# Above so many scores the attempts would take longer than the assertion itself.
-_MOST_SCORES = 2**22
-# By how many units of rounding, as a part of its size, an output may differ from an attempt; and
-# by which part of how far it is off. In bfloat16 several attempts are within so many units.
-_UNITS, _PART = 64.0, 0.25
+# Above so many scores some hundred attempts would take longer than a few seconds.
+_MOST_SCORES = 2**18
+# Up to which part of how far the output is off it may differ from an attempt; and up to how many
+# times the difference of the nearest attempt another one fits as well.
+_PART, _AS_WELL = 0.25, 2.0
+# Rounding never excuses more than this part of a row.
+_MOST_ALLOWED = 0.125
+_MOST_NAMED = 3
 
 
 def likely_mistake(call: Call, output: Tensor) -> str | None:
-    """Return the mistake that gives this output, or None.
+    """Return the mistake that gives this output, or those that all give it; None if none does.
 
     Args:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
-    *leading, query_len, _ = call.query.shape
-    if math.prod(leading) * query_len * call.key.shape[-2] > _MOST_SCORES:
+    if call.maps * call.query_len * call.key_len > _MOST_SCORES:
         return None
-    found = output.double()
-    if not bool(found.isfinite().all()):
-        return None
-    expected = reference(replace(call, upstream=None))
-    right, unit = expected.exact["output"], expected.unit
-    nearest, sentence = _PART * _size(found - right), None
-    for words, mistaken in _mistakes(call):
-        exact = reference(mistaken).exact["output"]
-        off = _size(found - exact)
-        if off < nearest and off < _UNITS * unit * _size(exact):
-            nearest, sentence = off, f"the output is that of attention {words}"
-    return sentence
+    if call.query.device.type != "cpu" and (call.may_see or call.score_mod):
+        return None  # functions that may hold tensors of that device
+    case = _as_case(call)
+    found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
+    with torch.no_grad():
+        right = carry_out(Plan(), case)
+        judged = torch.ones(case.shape[:3], dtype=torch.bool)
+        if call.fully_masked == "undefined":
+            judged = right.permitted.any(-1)
+        if not bool(found[judged].isfinite().all()):
+            return None
+        wrong_by = float(_off(right, found)[judged].square().mean().sqrt())
+        if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
+            return None
+        fits: dict[str, float] = {}
+        for sentence, attempt in _attempts(case, right):
+            off = _off(attempt, found)[judged]
+            size = float(off.square().mean().sqrt())  # NaN where only the attempt is: no fit
+            if size < _PART * wrong_by and bool((off <= _rounding(attempt, case)[judged]).all()):
+                fits[sentence] = min(size, fits.get(sentence, size))
+    nearest = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
+    named = [sentence for sentence in nearest if fits[sentence] <= _AS_WELL * fits[nearest[0]]]
+    return f"the output is that of attention {', or '.join(named)}" if named else None
 
 
-def _size(tensor: Tensor) -> float:
-    return float(tensor.square().mean().sqrt())
+def _attempts(case: Case, right: Outcome) -> Iterator[tuple[str, Outcome]]:
+    hides = not bool(right.permitted.all())
+    for defect in DEFECTS:
+        for change in defect.changes if defect.seen == "exactly" else ():
+            plan = change(Plan())
+            if not hides and (plan.masking, plan.fill) != ("fill", -math.inf):
+                continue  # no mask is to blame where nothing is masked
+            try:
+                yield defect.sentence, carry_out(plan, case)
+            except NotApplicable:
+                continue
+    usual = {field.name: field.default for field in fields(Case)}
+    for name in FEATURES:
+        given = getattr(case, name)
+        declared = isinstance(given, Tensor) or given != usual[name]
+        if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
+            without: dict[str, Any] = {name: usual[name]}
+            yield f"that leaves out {name}", carry_out(Plan(), replace(case, **without))
 
 
-def _mistakes(call: Call) -> Iterator[tuple[str, Call]]:
-    call = replace(call, upstream=None)
-    for sentence, scale in _scales(call):
-        if scale != call.factor:
-            yield sentence, replace(call, scale=scale)
-    for sentence, permitted in _masks(call):
-        yield sentence, replace(call, mask=permitted, bias=None, causal=False)
+def _off(outcome: Outcome, found: Tensor) -> Tensor:
+    """How far each row is off as a part of its size, (batch, heads, query_len)."""
+    ordinary = _rms(outcome.value.nan_to_num(0.0, 0.0, 0.0).flatten())
+    size = torch.maximum(_rms(found), _rms(outcome.output)).clamp(min=max(1e-30, float(ordinary)))
+    return _rms(found - outcome.output) / size
 
 
-def _scales(call: Call) -> Iterator[tuple[str, float]]:
-    width, value_dim = call.query.shape[-1], call.value.shape[-1]
-    heads = call.query.shape[-3] if call.query.ndim > 2 else 1
-    yield "without a scale", 1.0
-    yield "whose scores are multiplied by sqrt(head_dim), not divided", math.sqrt(width)
-    yield "whose scores are divided by head_dim, not by its root", 1 / width
-    yield (
-        "whose scale is taken from the width of all heads, 1 / sqrt(heads * head_dim)",
-        1 / math.sqrt(heads * width),
-    )
-    yield "whose scale is taken from value_dim, not head_dim", 1 / math.sqrt(value_dim)
+def _rounding(outcome: Outcome, case: Case) -> Tensor:
+    """How far rounding may move each row; see **Answers** in `attention.tolerance`."""
+    largest = outcome.scores.masked_fill(~outcome.permitted, 0.0).abs().amax(-1)
+    allowed = (2.0 + largest) * (answer_units(case.dtype) * torch.finfo(case.dtype).eps)
+    least = answer_tolerance(case.dtype)
+    return allowed.clamp(min=least, max=max(least, _MOST_ALLOWED))
 
 
-def _masks(call: Call) -> Iterator[tuple[str, Tensor | None]]:
-    if call.bias is not None or (call.mask is None and not call.causal):
-        return
-    lengths = call.query.shape[-2], call.key.shape[-2]
-    device = call.query.device
-    yield "without a mask", None
-    given = torch.ones(lengths, dtype=torch.bool, device=device)
-    given = given if call.mask is None else call.mask
-    if call.causal:
-        for steps, words in ((1, "one key too many"), (-1, "one key too few")):
-            shifted = torch.ones(lengths, dtype=torch.bool, device=device).tril(steps)
-            yield f"whose causal mask shows {words}", given & shifted
-        if lengths[0] != lengths[1]:
-            other = causal_mask(*lengths, alignment="bottom_right", device=device)
-            yield (
-                "whose causal mask is aligned to the bottom right, not the top left",
-                given & other,
-            )
-        given = given & causal_mask(*lengths, alignment="top_left", device=device)
-    yield "whose mask means the opposite", ~given
+def _rms(rows: Tensor) -> Tensor:
+    return rows.square().mean(-1).sqrt()
+
+
+def _as_case(call: Call) -> Case:
+    """The same call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
+    lead = call.query.shape[:-2][:-1]
+
+    def here(name: str) -> Tensor | None:
+        given: Tensor | None = getattr(call, name)
+        if given is None:
+            return None
+        given = given.detach().cpu()
+        given = given[(None,) * max(0, 3 - given.ndim)]
+        last = given.shape[-3:]
+        return given.expand(*lead, *last).reshape(lead.numel(), *last)
+
+    own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
+    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias")}
+    own |= {
+        name: own[name] if own[name] is None else own[name].cpu() for name in ("alibi", "sinks")
+    }
+    own |= {"upstream": None, "scale_given": call.scale is not None, "dtype": call.query.dtype}
+    return Case(**own)

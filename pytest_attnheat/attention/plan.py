@@ -238,20 +238,8 @@ def _grouped(plan: Plan, tensor: Tensor, groups: int) -> Tensor:
 
 def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
     factor = 1.0 if plan.scale_after else scale_of(plan, case)
-    scores = _rounded((query @ key.mT) * (factor * plan.temperature), plan.scores_dtype)
-    read = replace(case, alignment=_alignment(plan, case))
-    at = _everywhere(read)
-    scores = read.capped(scores)
-    if case.bias is not None:
-        scores = scores + case.bias.double().masked_fill(case.bias == -math.inf, 0.0)
-    distant = read.distant(at, torch.float64)
-    if distant is not None:
-        scores = scores + distant.view(case.shape)
-    return read.modified(scores.flatten(0, 1), at).view(case.shape)
-
-
-def _everywhere(case: Case) -> Positions:
-    return case.positions(torch.arange(case.maps), slice(0, case.query_len))
+    products = _rounded((query @ key.mT) * (factor * plan.temperature), plan.scores_dtype)
+    return replace(case, alignment=_alignment(plan, case)).scored(products)
 
 
 def scale_of(plan: Plan, case: Case) -> float:
@@ -330,7 +318,7 @@ def _alignment(plan: Plan, case: Case) -> Alignment:
 def _by_position(plan: Plan, case: Case) -> Tensor:
     """What is permitted by where queries and keys stand, as the plan reads it."""
     read = replace(case, causal=False, window=None, alignment=_alignment(plan, case))
-    at = _everywhere(read)
+    at = read.everywhere(case.query.device)
     permitted = torch.ones(case.maps, *case.shape[2:], dtype=torch.bool)
     for rule in (*read.rules(at), *_causal(plan, case, at), *_window(plan, case, at)):
         permitted &= rule

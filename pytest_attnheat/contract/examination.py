@@ -15,7 +15,8 @@ from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_o
 from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, Run
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.levels import NONE, OPTIONS, Choice, Declared, Space
+from pytest_attnheat.attention.computation import reference
+from pytest_attnheat.attention.levels import NONE, NUMBERS, OPTIONS, Choice, Declared, Space
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.contract.asking import keyword_of
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
@@ -31,6 +32,10 @@ class Skipped(Exception):  # noqa: N818 (no error: a check that does not apply)
 
 # With a scale below, float16 holds the scores of products that it does not hold.
 _SMALL = 0.4
+# What is asked of code that computes in float16 all the way, whose smallest numbers are coarse.
+_IN_FLOAT16 = tuple(name for name in NUMBERS if name not in ("tiny", "overflowing"))
+# The share of numbers that may be rounded the other way by what rounds once.
+_ROUNDED_AGAIN = 0.05
 # How a kernel says that it does not do what it is asked, in an error of no kind of its own.
 _REFUSALS = ("No available kernel", "No viable backend", "not implemented for", "not supported")
 
@@ -71,7 +76,25 @@ class Examination:
     def space(self) -> Space:
         """The calls that can be made of what is declared and of what the subject takes."""
         heads = self.spec.heads or 1
-        return Space(declared_of(self.spec, *self._widths), self.spec.always(heads), self.seed)
+        declared = declared_of(self.spec, *self._widths)
+        if self.dtype == torch.float16 and not self._is_wide(declared):
+            declared = replace(declared, numbers=_IN_FLOAT16)
+        return Space(declared, self.spec.always(heads), self.seed)
+
+    def _is_wide(self, declared: Declared) -> bool:
+        """Whether it rounds to float16 at the end alone, so that its products may not overflow.
+
+        What computes in float16 all the way is judged by what float16 can do. Where the scores
+        are exact in it, the output of the other is the exact one, rounded once.
+        """
+        space = Space(declared, self.spec.always(declared.heads or 1), self.seed)
+        try:
+            call = self._drawn(space, space.choice(numbers="structured", sizes=(31, 31)))
+            output = self.spec.ask(call).output
+        except Exception:  # the checks tell why
+            return False
+        exact = reference(call).exact["output"].to(output.dtype)
+        return float((output != exact).double().mean()) < _ROUNDED_AGAIN
 
     @cached_property
     def _widths(self) -> tuple[bool, bool]:
@@ -221,7 +244,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         equal_widths=equal_widths,
         from_the_end=spec.alignment == "bottom_right",
         near=any(rule is not None for rule in far),
-        small_scale=spec.scale is None or abs(spec.scale) < _SMALL,
+        numbers=NUMBERS if spec.scale is None or abs(spec.scale) < _SMALL else NUMBERS[:-1],
         empty=spec.fully_masked != "undefined",
         gradients=spec.gradients,
         longest=min(always.shape) if isinstance(always, Tensor) else None,

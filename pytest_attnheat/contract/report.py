@@ -110,6 +110,8 @@ class Report:
 
     def _head(self) -> str:
         skipped = sum(result.status == "skipped" for result in self.results)
+        if not self.asked and self.spec.unmet:
+            return f"nothing was examined: {self.spec.unmet}"
         if not self.asked:
             return "nothing was examined; each check was refused, or left out by what is declared"
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
@@ -246,6 +248,8 @@ def run_check(check: Check, examination: Examination, expected: str | None = Non
     except LookupError as absent:
         return _with_message(result, "skipped", str(absent))
     try:
+        if unmet := examination.spec.unmet:
+            raise Skipped(unmet)
         note = check.examine(examination)
     except Skipped as reason:
         return _with_message(result, "skipped", str(reason))

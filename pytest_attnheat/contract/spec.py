@@ -296,6 +296,25 @@ class AttentionSpec:
         parameter = (self.parameters or {}).get(keyword)
         return parameter is not None and parameter.default is parameter.empty
 
+    @property
+    def unmet(self) -> str:
+        """What a call needs besides query, key, value and what is declared; empty if nothing."""
+        if self.is_block or self.is_captured:
+            return ""
+        positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+        known = {self.mask_argument, self.causal_argument}
+        known |= {given for field in KEYWORDS if isinstance(given := getattr(self, field), str)}
+        needed = [p for p in (self.parameters or {}).values() if p.default is p.empty
+                  and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
+        first = [p for p in needed if p.kind in positional][:3]
+        names = [p.name for p in needed if p not in first and p.name not in known]
+        if not names:
+            return ""
+        return (
+            f"it needs {' and '.join(names)} besides query, key and value: a function around it "
+            "that takes these three can be examined"
+        )
+
     def takes(self, keyword: str) -> bool:
         """Whether the subject takes a keyword; taken as a yes where its signature is unknown."""
         anything = any(p.kind is p.VAR_KEYWORD for p in (self.parameters or {}).values())
@@ -385,7 +404,8 @@ class AttentionSpec:
         the subject and the meaning of its mask. `is_causal` means what the specification says.
         Further keywords are fields of `Call`.
         """
-        call = Call(query, key, value, causal=is_causal, scale=scale, **features)
+        always = not self.takes_causal and self.window is not None and self.window[1] == 0
+        call = Call(query, key, value, causal=is_causal and not always, scale=scale, **features)
         if attn_mask is not None:
             mask = attn_mask.reshape((1,) * max(0, 2 - attn_mask.ndim) + tuple(attn_mask.shape))
             is_boolean = mask.dtype == torch.bool

@@ -27,8 +27,10 @@ _SEED = "a whole number from 0"
 CHECKS_MARKER = "attention_checks"
 MARKERS = (
     "attention(scoring=, batch=, heads=, query_len=, key_len=, head_dim=, value_dim=, mask=, "
-    "fully_masked=, kind=, dtype=, seed=): what the attention fixtures of pytest-attnheat make "
-    "for this test. scoring and dtype also take lists, which parametrise the test; what is not "
+    "causal=, alignment=, window=, chunk=, prefix=, sink_keys=, documents=, lengths=, may_see=, "
+    "scale=, softcap=, alibi=, score_mod=, sinks=, bias=, fully_masked=, kind=, dtype=, "
+    "seed=): what the attention fixtures of pytest-attnheat make for this test. scoring and "
+    "dtype also take lists, which parametrise the test; what is not "
     "given comes from the marker of the class or module, then from the defaults of "
     "pytest_attnheat.make_attention.",
     f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, permitted
+from pytest_attnheat.assertions.behaviour.functions import (
+    MASK,
+    AttentionFunction,
+    as_described,
+    permitted,
+)
 from pytest_attnheat.assertions.behaviour.model_decoding import (
     MOST_SINGLE_TOKENS,
     Decoder,
@@ -68,7 +73,8 @@ def assert_decode_matches_prefill(
         chunks: The size of each chunk, in place of the default; they add up to the length.
         alignment: For an attention function only. `"bottom_right"`: its own `is_causal=True`
             is aligned so, as FlashAttention's is, and chunks are called with it. Else, as
-            PyTorch's is aligned to the top left, the mask of a chunk is spelled out.
+            PyTorch's is aligned to the top left, the mask of a chunk is spelled out. An
+            `AttentionSpec` says it itself.
         tolerance: By what part of its size an output may differ. By default 1e-11, 2e-5,
             7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16; in a model 2e-5 in float64,
             too, as models of any dtype have parts in float32.
@@ -97,9 +103,10 @@ def assert_decode_matches_prefill(
         own = seed if training else None
         decoder: Decoder
         if len(inputs) == 3:
-            decoder = _function_decoder(
-                as_function(subject, inputs, arguments, seed=own), alignment
-            )
+            function = as_function(subject, inputs, arguments, seed=own)
+            if as_described(subject) is not None and alignment is None:
+                alignment = function.call.alignment  # it says so itself
+            decoder = _function_decoder(function, alignment)
         else:
             model = as_sequence(subject, inputs[0], arguments, seed=own)
             decoder = model_decoder(model, alignment)

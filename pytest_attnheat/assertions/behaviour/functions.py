@@ -29,8 +29,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     size_of,
 )
 from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, Side, permits
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Side, permits
 from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import misuse
 
@@ -198,24 +197,15 @@ class AttentionFunction:
             arguments[MASK] = tensors.pop(MASK)
         return replace(self, arguments=arguments, **tensors)  # type: ignore[arg-type]
 
-    def may_see(self, alignment: Alignment = "top_left") -> Tensor:
-        """Which key each query may see, by its arguments.
-
-        Args:
-            alignment: What `is_causal=True` means to the function.
+    def may_see(self) -> Tensor:
+        """Which key each query may see, by its arguments and by what it says of itself.
 
         Returns:
             Boolean (..., query_len, key_len), a view that is not expanded in memory where the
             mask has no leading dimensions.
         """
         shape = (*self.leading, self.query.shape[-2], self.key.shape[-2])
-        seen = torch.ones((), dtype=torch.bool, device=self.query.device)
-        if self.mask is not None:
-            seen = permitted(self.mask, shape)
-        if self.arguments.get("is_causal"):
-            causal = causal_mask(*shape[-2:], alignment=alignment, device=seen.device)
-            seen = causal if self.mask is None else permits(self.mask) & causal
-        return seen.expand(shape)
+        return self.call.visible(HIDDEN_FROM).expand(shape)
 
     def explicit(self) -> AttentionFunction:
         """The same with its mask spelled out: attn_mask alone, for all leading dimensions."""
@@ -292,14 +282,19 @@ class AttentionFunction:
                 raise ValueError(misuse(name, repr(given), accepted))
         shape = (*self.leading, self.query.shape[-2], self.length)
         rules = []
+        described = as_described(self.function) is not None
         if stated.may_see is not None:
             seen = permitted(stated.may_see, shape).to(self.query.device)
             rules = [Rule(seen, since("which may_see forbids"))]
-        elif self.arguments.get("is_causal"):
-            alignment = stated.alignment
-            causal = causal_mask(*shape[-2:], alignment=alignment, device=self.query.device)
-            first = shape[-1] - shape[-2] if alignment == "bottom_right" else 0
-            rules = [Rule(causal, in_the_future(first))]
+        elif self.arguments.get("is_causal") or described:
+            call = replace(self.call, mask=None, bias=None)
+            call = call if described else replace(call, alignment=stated.alignment)
+            words = since("which its specification forbids")
+            if call.causal:
+                words = in_the_future(
+                    shape[-1] - shape[-2] if call.alignment == "bottom_right" else 0
+                )
+            rules = [Rule(call.visible().expand(shape), words)]
         if stated.may_see is None and self.mask is not None:
             rules.append(Rule(permitted(self.mask, shape), since("which attn_mask forbids")))
         may_be_causal = "if the function is always causal, say so with may_see="
