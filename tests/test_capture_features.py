@@ -191,6 +191,11 @@ def normalised(block, q, k, v):
     return softmax(F.rms_norm(q, (8,)) @ F.rms_norm(k, (8,)).mT) @ v
 
 
+def with_gains(block, q, k, v):
+    gain = torch.linspace(0.5, 3, 8)
+    return softmax(F.rms_norm(q, (8,), gain) @ F.rms_norm(k, (8,), gain.flip(0)).mT) @ v
+
+
 def by(factor):
     return lambda block, q, k, v: softmax(q @ k.mT * factor) @ v
 
@@ -207,6 +212,7 @@ def test_a_scale_is_followed_through_a_rotation():
 
 RIGHT = {
     "normalised, without a scale": (Block(normalised), "declare scale=1 if"),
+    "normalised with gains": (Block(with_gains), "declare scale=1 if"),
     "another number": (Block(by(0.2)), "declare scale=0.2 if"),
     "none, beside a bias that is learned": (
         Block(lambda block, q, k, v: softmax(q @ k.mT + draw("bias", 4, 9, 9)) @ v), "scale=1 if"),

@@ -224,13 +224,12 @@ class AttentionRecord:
         if function is None or (first == 0 and heads is None and queries is None):
             return function
 
-        def whole(numbers: Tensor | None, own: Tensor) -> Tensor:
-            return own if numbers is None else numbers.to(own.device)[own]
-
         def change(
             score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
         ) -> Tensor:
-            return function(score, batch + first, whole(heads, head), whole(queries, query), key)
+            head = head if heads is None else heads.to(head.device)[head]
+            query = query if queries is None else queries.to(query.device)[query]
+            return function(score, batch + first, head, query, key)
 
         return change
 

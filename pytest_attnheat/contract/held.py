@@ -224,24 +224,23 @@ def _steps(record: AttentionRecord) -> tuple[float, ...]:
 
 
 def _normalised(record: AttentionRecord) -> bool:
-    """Whether queries and keys went through a normalisation, which takes the place of a scale."""
-    tensors = (record.query, record.key)
-    return all(tensor is not None and _is_normalised(tensor) for tensor in tensors)
+    """Whether queries and keys went through a normalisation, which takes the place of a scale.
 
-
-def _is_normalised(tensor: Tensor) -> bool:
-    """Whether all rows lie on one sphere, or on one ellipsoid after a gain of each channel."""
-    rows = tensor.detach().double().cpu().flatten(0, -2).square()
-    if len(rows) < 3 or not bool(rows.isfinite().all()):
-        return False
-    size = rows.mean(-1)
-    if float(size.std()) <= _NORMALISED * float(size.mean()):
-        return True
-    if len(rows) < 3 * rows.shape[1]:
-        return False
-    one = torch.ones(len(rows), 1, dtype=torch.float64)
-    gains = torch.linalg.lstsq(rows, one).solution
-    return bool((gains > 0).all()) and float((rows @ gains - one).std()) <= _NORMALISED
+    Then all rows lie on one sphere, or on one ellipsoid after a gain of each channel.
+    """
+    for tensor in (record.query, record.key):
+        assert tensor is not None
+        rows = _wide(tensor).flatten(0, -2).square()
+        size = rows.mean(-1)
+        if len(rows) > 2 and float(size.std()) <= _NORMALISED * float(size.mean()):
+            continue
+        if len(rows) < 3 * rows.shape[1]:
+            return False
+        one = torch.ones(len(rows), 1, dtype=torch.float64)
+        gains = torch.linalg.lstsq(rows, one, driver="gelsd").solution
+        if bool((gains <= 0).any()) or float((rows @ gains - one).std()) > _NORMALISED:
+            return False
+    return True
 
 
 # --- what the module carries

@@ -344,7 +344,7 @@ def _record(
         layer="",
         source=tag.source,
         shape=shaping.weights_shape(used.shape[-2], key_len),
-        dtype=_coarser(used.dtype, tag.dtype),
+        dtype=max(used.dtype, tag.dtype or used.dtype, key=lambda dtype: torch.finfo(dtype).eps),
         query=query,
         key=key,
         value=shaping.keys(product.right),
@@ -364,11 +364,6 @@ def _record(
         kept_weights=shaping.queries(clean),
     )
     return record, shaping.queries(used)
-
-
-def _coarser(dtype: torch.dtype, other: torch.dtype | None) -> torch.dtype:
-    coarse = other is not None and torch.finfo(other).eps > torch.finfo(dtype).eps
-    return other if coarse and other is not None else dtype
 
 
 def _per_head(column: Tensor) -> Tensor | None:
