@@ -157,7 +157,7 @@ def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(
     assert "no_leakage" in [result.name for result in report.failed]
     report = check_attention(AttentionSpec(windowed, inputs=hidden))
     assert "a sliding window? Say so with " in report.failed[0].message
-    assert "(with window= of an AttentionSpec)\n" in report.failed[0].message
+    assert "(with window=, chunk= or documents= of an AttentionSpec)\n" in report.failed[0].message
 
 
 def test_sound_blocks_and_traces_pass(hidden):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.plan import Plan
@@ -21,7 +22,7 @@ from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Skipped
+from pytest_attnheat.contract.examination import Skipped, model_of
 from pytest_attnheat.contract.explaining import explained, shown, where_wrong
 from pytest_attnheat.contract.held import Held, held_to
 from pytest_attnheat.contract.matching import NOWHERE, Explanation, measure
@@ -34,8 +35,14 @@ from pytest_attnheat.failure import Failure, Place, number_text
 _MOST_WEIGHTS = 200_000
 
 
-def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
+def records_of(
+    spec: AttentionSpec, call: Callable[[], object] | None = None
+) -> Sequence[AttentionRecord]:
     """Return the records of a specification: those of its trace, or of its block at work.
+
+    Args:
+        spec: The specification.
+        call: Calls the block; by default it is called on its inputs.
 
     Raises:
         Skipped: Nothing could be captured in the block.
@@ -44,12 +51,12 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
         return [spec.subject]
     if isinstance(spec.subject, Trace):
         return list(spec.subject)
-    subject = spec.implementation
-    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
-    return _captured(model, spec.inputs)
+    return _captured(model_of(spec), spec.inputs, call)
 
 
-def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
+def _captured(
+    model: SequenceModel, inputs: Tensor | None, call: Callable[[], object] | None
+) -> list[AttentionRecord]:
     module = _module_of(model.module)
     if module is None or inputs is None:
         raise Skipped("attention inside is captured of one module, or of what calls one")
@@ -57,7 +64,7 @@ def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionReco
         module.eval()
         try:
             with capture_attention(module, allow_unseen=True) as trace:
-                model(inputs)
+                model(inputs) if call is None else call()
         except CaptureError as error:
             raise Skipped(str(error)) from None
     return list(trace)
@@ -71,7 +78,9 @@ def _module_of(subject: object) -> nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
-def diagnose_records(spec: AttentionSpec) -> Diagnosis:
+def diagnose_records(
+    spec: AttentionSpec, call: Callable[[], object] | None = None, *, search: bool = True
+) -> Diagnosis:
     """Diagnose the first attention that is not what it is declared to be, or any if all are.
 
     Raises:
@@ -79,7 +88,7 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     """
     last: Diagnosis | None = None
     reasons: list[str] = []
-    for diagnosis in diagnoses(spec, reasons):
+    for diagnosis in diagnoses(spec, reasons, call, search=search):
         last = diagnosis
         if not diagnosis.healthy:
             return diagnosis
@@ -94,13 +103,21 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     )
 
 
-def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
+def diagnoses(
+    spec: AttentionSpec,
+    reasons: list[str],
+    call: Callable[[], object] | None = None,
+    *,
+    search: bool = True,
+) -> Iterator[Diagnosis]:
     """Diagnose one record after the other; add the reasons why some cannot be.
 
     What made a wrong output is only searched for in the first that is wrong: it takes seconds.
     """
-    records, search = records_of(spec), True
-    looked_up = _looked_up(spec, records)
+    records = records_of(spec, call)
+    plain = records if call is None else records_of(spec)
+    looked_up = _looked_up(spec, plain)
+    once = Counter(record.layer for record in plain)  # a call may run the block several times
     for record in records:
         reason = _not_told(record)
         if reason:
@@ -110,7 +127,7 @@ def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
         if small is None:
             reasons.append(f"{_place(record)}: {record.shape} is too large to diagnose")
             continue
-        own = (record.layer, record.call) not in looked_up
+        own = (record.layer, record.call % (once[record.layer] or 1)) not in looked_up
         diagnosis = _diagnosed(small, spec, own=own, search=search)
         if isinstance(diagnosis, str):
             reasons.append(f"{_place(record)}: {diagnosis}")
