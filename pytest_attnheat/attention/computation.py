@@ -118,6 +118,7 @@ class _Part:
     """Some queries of some maps. Tensors are (maps, length, width); `own` tells which maps."""
 
     own: dict[str, Tensor]
+    maps: slice
     rows: slice
     at: Positions
     query: Tensor
@@ -210,6 +211,18 @@ def plain(call: Call) -> dict[str, Tensor]:
         for name in found:
             _add(found[name], name, part, parts[name].double())
     return found
+
+
+def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield some maps, some of their queries, and their weights (maps, rows, key_len) in a dtype.
+
+    The weight of a sink is left out.
+    """
+    for part in _parts(call, dtype):
+        scores = _scores(call, part)
+        # Nothing to hide, and no second copy of the scores.
+        plain = call.sees_all and part.sinks is None
+        yield part.maps, part.rows, scores.softmax(-1) if plain else _weights(call, part, scores)[0]
 
 
 def _rounded(call: Call, step: str, numbers: Tensor) -> Tensor:
@@ -453,6 +466,7 @@ def _parts(call: Call, dtype: torch.dtype) -> Iterator[_Part]:
         at = call.positions(maps, span)
         yield _Part(
             own=mine,
+            maps=some,
             rows=span,
             at=at,
             query=_rounded(call, "query", part["query"]).to(dtype),

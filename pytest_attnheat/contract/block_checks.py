@@ -252,7 +252,7 @@ def captured_masks(examination: Examination) -> None:
 def _masked_keys(record: AttentionRecord) -> None:
     if record.mask is None:
         raise ValueError("no attention was given a mask")
-    assert_masked(record)
+    assert_masked(record, record.judged_mask)
 
 
 @check("output", "weights times value are the output", "captured", quick=True,
@@ -299,13 +299,14 @@ def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord
 
 @check("attention_inside", "what was captured is what its own queries, keys and values make",
        "block", "captured", quick=True, issue="Graylab/DL4Proteins-notebooks#12")  # fmt: skip
-def attention_inside(examination: Examination) -> None:
+def attention_inside(examination: Examination) -> str:
     """Of what was captured: of a block, while it runs on its inputs."""
     if examination.spec.is_block:
         examination.block()
-    judged, wrong, reasons = 0, [], list[str]()
+    judged, wrong, reasons, hints = 0, [], list[str](), dict[str, None]()
     for diagnosis in diagnoses(examination.spec, reasons):
         judged += 1
+        hints |= dict.fromkeys(f"{diagnosis.subject}: {note}" for note in diagnosis.notes)
         if not diagnosis.healthy:
             wrong.append(diagnosis)
     if not judged:
@@ -313,6 +314,7 @@ def attention_inside(examination: Examination) -> None:
     if wrong:
         claim = "attentions that were captured are not what their queries, keys and values make"
         raise Failure("", claim, broken=len(wrong), of=judged, cause=wrong[0].sentence)
+    return "; ".join(hints)
 
 
 BLOCK_CHECKS: tuple[Check, ...] = registered("block")

@@ -108,7 +108,9 @@ class Report:
         """The diagnosis first, then a line for each check, then what failed in full."""
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
-        lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
+        inside = [r for r in self.results if r.name == "attention_inside" and r.status == "passed"]
+        said = [r.message for r in inside if r.message]
+        lines += [f"hint: {hint}" for hint in (*hints_of(self.spec), *said)]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
