@@ -555,19 +555,6 @@ def test_a_sum_kept_in_low_precision_is_seen(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("length", "block"), [(65, 64), (33, 32), (129, 128)])
-def test_a_wrong_tail_of_a_block_is_named(length, block, dtype):
-    def forgets(query, key, value):
-        full = length // block * block
-        head = sdpa(query[..., :full, :], key, value)
-        tail = sdpa(query[..., full:, :], key[..., :full, :], value[..., :full, :])
-        return torch.cat([head, tail], -2)
-
-    text = message_on(forgets, f"length_{length}", dtype=dtype)
-    assert f"only the last 1 of {length} rows: the tail after blocks of {block}?" in text
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
 def test_nan_in_one_row_is_named_and_never_excused(dtype):
     def function(query, key, value):
         return sdpa(query, key, value).index_fill(-2, torch.tensor([3]), math.nan)

@@ -477,14 +477,6 @@ CAUSES = {
         (dropped_out(LONG), LONG_VALUE, LONG @ LONG_VALUE),
         "weights after dropout (p about 0.095), and the output was not?",
     ),
-    "weights after dropout, few queries": (
-        (dropped_out(DEEP[:, :, :4]), DEEP_VALUE, DEEP[:, :, :4] @ DEEP_VALUE),
-        "weights after dropout (p about 0.1), and the output was not?",
-    ),
-    "output after dropout": (
-        (DEEP, DEEP_VALUE, dropped_out(DEEP) @ DEEP_VALUE),
-        "output after dropout of its weights (p about 0.1), these are without?",
-    ),
     "output of other weights, as many channels as keys": (
         (DEEP, DEEP_VALUE, softmax(2, 4, 16, 16, seed=7) @ DEEP_VALUE),
         None,
@@ -502,14 +494,6 @@ CAUSES = {
     "value of other heads": (
         (WEIGHTS, VALUE, product(WEIGHTS, VALUE[:, ORDER]).float()),
         "output of head 0 is made of value head 2, 2 is made of 3, 3 is made of 0: in another",
-    ),
-    "merged with the channels first": (
-        (WEIGHTS, VALUE, OUTPUT.permute(0, 2, 3, 1).flatten(2)),
-        "heads were merged with the channels first, (dim, heads) in place of (heads, dim)",
-    ),
-    "grouped, merged with the channels first": (
-        (WEIGHTS, GROUPED, FROM_GROUPED.permute(0, 2, 3, 1).flatten(2)),
-        "heads were merged with the channels first",
     ),
     "one element": ((WEIGHTS, VALUE, OUTPUT + torch.eye(5)[0] * (OUTPUT > 0.9)), None),
     "something else": ((WEIGHTS, VALUE, normal(2, 4, 6, 5, seed=9)), None),
