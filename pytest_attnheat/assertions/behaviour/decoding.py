@@ -320,10 +320,11 @@ class _FunctionDecoder:
         return query + self.subject.key.shape[-2] - self.length
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
-        """Name the known defect that gives the last chunk that is off."""
+        """Name the known defect that gives the last chunk that is off, and not the prefill."""
         step = evidence.plan.step_of(tokens_off(broken)[-1])
-        known = self._part(step).mistake(
-            evidence.decoded[..., step.start : step.stop, :],
-            "bottom_right" if self.own_causal else None,
-        )
-        return None if known is None else f"{name_tokens(step)}: {known}"
+        rows, part = slice(step.start, step.stop), self._part(step)
+        alignment: Alignment | None = "bottom_right" if self.own_causal else None
+        known = part.mistake(evidence.decoded[..., rows, :], alignment)
+        if known is None or known == part.mistake(evidence.whole[..., rows, :], alignment):
+            return None
+        return f"{name_tokens(step)}: {known}"

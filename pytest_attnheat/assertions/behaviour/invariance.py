@@ -168,7 +168,11 @@ def _batch_cause(batch: _Batch, sample: int) -> str:
         return f"{norm} takes its mean and variance from the batch: call .eval()"
     if batch.training:
         return RANDOM_CAUSE
-    return batch.called.mistake(batch.output) or _company(batch, sample)
+    known = batch.called.mistake(batch.output) or ""
+    # Any other known defect a sample has alone as well.
+    if "batch" in known or "samples" in known:
+        return known
+    return _company(batch, sample)
 
 
 def _batch_norm(subject: object) -> str | None:
