@@ -79,7 +79,6 @@ DEFECTS = {
     "exp without division": (lambda: scores().exp(), "scores (logits) that no softmax has seen"),
     "dropout 0.1": (lambda: dropout(scores().softmax(-1), 0.1), "weights after dropout (p about"),
     "dropout 0.5": (lambda: dropout(scores().softmax(-1), 0.5), "weights after dropout (p about"),
-    "sigmoid": (lambda: scores().sigmoid(), "a gate (sigmoid) in place of the softmax"),
     "nan rows": (nan_rows, 'softmax of -inf? Then pass mask= and fully_masked="nan"'),
     "nan keys": (nan_at_some_keys, "108 rows are NaN, from weights[1, 0, 5, :] on"),
     "zero rows": (lambda: nan_rows().nan_to_num(), "hold only zeros: fully masked? Then pass mask"),

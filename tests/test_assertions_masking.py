@@ -320,20 +320,11 @@ def finite_mask(value):
     return (scores(2, 4, 6, 6) + torch.where(TRIL, 0.0, value)).softmax(-1)
 
 
-def entries(lengths):
-    return softmax(real_keys(lengths, 8), 2, 4, 6, 8)
-
-
 # What is broken, the mask that is claimed, and a phrase from the cause.
 LEAKS = {
     "no mask": (scores(2, 4, 6, 6).softmax(-1), TRIL, "like the others: no mask was applied?"),
     "opposite": (softmax(~TRIL, 2, 4, 6, 6), TRIL, "opposite meaning? Then pass ~mask"),
     "transposed": (softmax(TRIL.mT, 2, 4, 6, 6), TRIL, "the transposed mask permits it"),
-    "other entry": (
-        entries([7, 5]),
-        real_keys([5, 7], 8),
-        "the weights of entry 0 lie where the mask of entry 1 permits them",
-    ),
     "no mask, though another entry needs none": (
         scores(2, 4, 6, 8).softmax(-1),
         real_keys([5, 8], 8),

@@ -658,7 +658,7 @@ def test_a_softmax_in_lower_precision_is_named(dtype, narrow):
         return scores.softmax(-1, dtype=getattr(torch, narrow)).to(value.dtype) @ value
 
     text = message_on(function, "gaussian", dtype=dtype)
-    words = f"within the rounding of {narrow}, although the inputs are {dtype}: a step in lower"
+    words = f"rounding of a narrower dtype, although the inputs are {dtype}: a step in lower"
     assert words in text
 
 
@@ -751,7 +751,7 @@ def test_a_softmax_in_lower_precision_is_no_mistake_in_scale_or_mask(name):
         return finish(query @ key.mT / 4, seen, value, dtype=torch.bfloat16)
 
     text = message_on(function, name)
-    assert "within the rounding of bfloat16, although the inputs are float32" in text
+    assert "within the rounding of a narrower dtype, although the inputs are float32" in text
     assert "that of attention" not in text.split("cause")[1]
 
 

@@ -252,23 +252,6 @@ def scores(evidence: Evidence) -> str | None:
     return f"values run from {low:.3g} to {high:.3g}: scores (logits) that no softmax has seen?"
 
 
-def gate(evidence: Evidence) -> str | None:
-    """Weights that are each in 0..1, in rows that sum to anything, also to more than one."""
-    rows = evidence.rows
-    if rows is None or rows.shape[0] < 2 or not evidence.widespread:
-        return None
-    sums = rows.sum(-1)
-    low, high = float(sums.min()), float(sums.max())
-    inside = bool(((rows >= 0) & (rows <= 1)).all())
-    typically_off = float((sums - 1).abs().median()) > 0.05
-    if not (inside and typically_off and high > 1.1 and high - low > 0.01 * high):
-        return None
-    return (
-        f"every weight lies in 0..1 but rows sum to anything from {low:.3g} to {high:.3g}: "
-        "a gate (sigmoid) in place of the softmax?"
-    )
-
-
 def mask_not_applied(evidence: Evidence) -> str | None:
     """Rows are uniform, over the masked keys too."""
     rows = evidence.rows
@@ -308,7 +291,6 @@ _CAUSES_OF: dict[str, tuple[Cause, ...]] = {
         masked_afterwards,
         low_precision,
         scores,
-        gate,
     ),
     "negative": (),
     "masked": (opposite_mask, declared_otherwise),

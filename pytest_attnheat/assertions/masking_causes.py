@@ -186,33 +186,21 @@ def _mask_causes(evidence: Evidence) -> Iterator[str | None]:
             "all weight lies on keys that the mask forbids: a mask of the opposite meaning? "
             "Then pass ~mask"
         )
-    other = _other_maps_mask(telling)
-    if other is not None:
-        yield other
+    yield _transposed(telling)
     if telling.explained_by(torch.ones_like(forbidden)):
         yield "masked keys get weight like the others: no mask was applied?"
     # Last: another mask may leave rows without a key, and those are NaN too.
     yield not_a_number(evidence)
 
 
-def _other_maps_mask(evidence: Evidence) -> str | None:
-    """The weights are those of the mask transposed, or of that of another batch entry."""
+def _transposed(evidence: Evidence) -> str | None:
+    """The weights are those of the mask transposed."""
     place, mask = evidence.place, evidence.mask
     query_len, key_len = evidence.weights.shape[-2:]
     if query_len == key_len == mask.shape[-1] == mask.shape[-2]:
         transposed = _mask_rows(mask.mT, place, evidence.queries, key_len)
         if evidence.explained_by(transposed):
             return "weight lies where the transposed mask permits it: mask.mT?"
-    if not place or mask.shape[0] == 1:
-        return None
-    for entry in range(min(mask.shape[0], _SAMPLE_ENTRIES)):
-        other = _mask_rows(mask, (entry, *place[1:]), evidence.queries, key_len)
-        # One that permits every key would be no mask at all.
-        if not bool(other.all()) and evidence.explained_by(other):
-            return (
-                f"the weights of entry {place[0]} lie where the mask of entry {entry} permits "
-                "them: entries in another order?"
-            )
     return None
 
 

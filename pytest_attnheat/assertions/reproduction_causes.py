@@ -24,8 +24,6 @@ from pytest_attnheat.attention.vocabulary import Alignment
 _SAMPLE = 2**20
 _MAPS = 32
 _QUERIES = 32
-# The heads that a sentence names.
-_NAMED = 3
 
 Cause = Callable[[Product], "str | None"]
 
@@ -54,61 +52,6 @@ def constant_factor(product: Product) -> str | None:
         f"output is {factor:.3g} times weights @ value: a scale after the softmax, or dropout "
         "that rescaled only one of them?"
     )
-
-
-def permuted(product: Product) -> str | None:
-    """The output of each head, or of each batch entry, is made by another one."""
-    leading, sizes = product.worst[:-2], product.output.shape[:-2]
-    head = len(leading) - product.head_dims
-    # The leading dimension of three is called a batch.
-    if head >= 0 and product.output.ndim >= 4:
-        places = [(*leading[:head], *inner) for inner in _indices(sizes[head:])]
-        if (sentence := _permuted(product, places, "head")) is not None:
-            return sentence
-    if not leading:
-        return None
-    places = [(entry, *leading[1:]) for entry in range(sizes[0])]
-    return _permuted(product, places, "batch entry")
-
-
-def _permuted(product: Product, places: list[Index], noun: str) -> str | None:
-    """Look for the weights, with their own value or with that of the place, that made each one."""
-    key_len, value_dim = product.value.shape[-2:]
-    most = min(_MAPS, _SAMPLE // (key_len * min(value_dim, CHANNELS)))
-    if not 2 <= len(places) <= most:
-        return None
-    queries = _queries(product, len(places))
-    samples = [product.take(place, queries) for place in places]
-    for makes, verb, what in _PERMUTATIONS:
-        makers = [
-            [i for i, other in enumerate(samples) if sample.made_by(*makes(sample, other))]
-            for sample in samples
-        ]
-        # One maker each: where several heads are alike, nothing can be told.
-        if any(len(found) != 1 for found in makers):
-            continue
-        moved = [(at, found[0]) for at, found in enumerate(makers) if found[0] != at]
-        if moved:
-            return _moved(moved, noun, verb, what)
-    return None
-
-
-# What may have made a map's output, of this map and another: weights and value, and the words.
-_PERMUTATIONS: tuple[
-    tuple[Callable[[Sample, Sample], tuple[torch.Tensor, torch.Tensor]], str, str], ...
-] = (
-    (lambda _, other: (other.weights, other.value), "is that of", "weights"),
-    (lambda own, other: (other.weights, own.value), "is made by", "weights"),
-    (lambda own, other: (own.weights, other.value), "is made of", "value"),
-)
-
-
-def _moved(moved: list[tuple[int, int]], noun: str, verb: str, what: str) -> str:
-    first, *others = moved[:_NAMED]
-    named = [f"output of {noun} {first[0]} {verb} {what} {noun} {first[1]}"]
-    named += [f"{at} {verb} {maker}" for at, maker in others]
-    more = ", ..." if len(moved) > _NAMED else ""
-    return f"{', '.join(named)}{more}: in another order?"
 
 
 def rearranged(product: Product) -> str | None:
@@ -225,7 +168,6 @@ def dropout(product: Product) -> str | None:
 _CAUSES: tuple[Cause, ...] = (
     zero,
     constant_factor,
-    permuted,
     rearranged,
     transposed,
     causal_elsewhere,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.subject import begin, of_the_first
@@ -31,8 +30,8 @@ from pytest_attnheat.assertions.behaviour.visibility import (
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
-from pytest_attnheat.callables import copied
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.callables import copied, parameters_of
+from pytest_attnheat.inputs import dtype_name, misuse
 
 MASK = "attn_mask"
 # By how much the score of a padding key that attracts a query is above that of any real key,
@@ -68,11 +67,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function has a parameter of a name; a described one takes all it declares."""
     if as_described(function) is not None:
         return True
-    whole = function.forward if isinstance(function, nn.Module) else function
-    try:
-        return name in inspect.signature(whole).parameters
-    except (TypeError, ValueError):
-        return False
+    return name in (parameters_of(function) or ())
 
 
 @dataclass(frozen=True)
@@ -406,10 +401,8 @@ class AttentionFunction:
 
     def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
         """Itself, if its signature has `dropout_p`, or anything where it holds no module."""
-        called = self.function.forward if isinstance(self.function, nn.Module) else self.function
-        try:
-            taken = inspect.signature(called).parameters
-        except ValueError:  # A builtin: F.scaled_dot_product_attention.
+        taken = parameters_of(self.function)
+        if taken is None:  # A builtin: F.scaled_dot_product_attention.
             return self
         takes_any = any(one.kind == one.VAR_KEYWORD for one in taken.values())
         return self if "dropout_p" in taken or (takes_any and not has_module) else None
@@ -453,14 +446,14 @@ def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
         return permits(_checked(mask)).expand(shape)
     except RuntimeError:
         got = f"shape {tuple(mask.shape)}"  # type: ignore[attr-defined]
-        accepted = f"one that broadcasts to the scores {shape}"
+        accepted = f"a shape that broadcasts to that of the scores, here {shape}"
         raise ValueError(misuse(MASK, got, accepted)) from None
 
 
 def _checked(mask: object) -> Tensor:
     if isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()):
         return mask
-    given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+    given = dtype_name(mask) if isinstance(mask, Tensor) else type(mask).__name__
     accepted = (
         "a boolean torch.Tensor, True where a query may attend, or a tensor of floats that is "
         "added to the scores"
