@@ -36,8 +36,10 @@ _RECTANGLES = (
     (1, 33), (1, 513), (3, 1025), (1, 2049),
 )  # fmt: skip
 _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
-# More weights than this, and a case costs more than it tells.
+# More weights than this, and a case costs more than it tells; of heads that are declared, each
+# may have so many that the longest sizes are asked of one batch entry.
 _MOST_WEIGHTS = 2**17
+_MOST_OF_A_HEAD = 129 * 129
 # The level of each feature that stands for its absence, the ordinary one.
 NONE = "none"
 NUMBERS = ("ordinary", "large", "tiny", "structured", "overflowing")
@@ -87,8 +89,9 @@ class Declared:
         """Return the levels of each feature, the most ordinary first."""
         few = self.few_shapes
         sizes: tuple[tuple[int, int], ...] = _SQUARES if self.square else _RECTANGLES
-        if self.longest is not None:
-            sizes = tuple(pair for pair in sizes if max(pair) <= self.longest)
+        if (longest := self.longest) is not None:
+            shorter = (pair for pair in sizes if max(pair) < longest)
+            sizes = ((longest, longest), *shorter)
         if self.near:  # later queries would see nothing
             sizes = tuple(pair for pair in sizes if pair[0] <= pair[1])
         levels: dict[str, tuple[Any, ...]] = {
@@ -111,6 +114,8 @@ class Declared:
         if self.heads is not None:  # then the group tells how many heads keys have
             levels["group"] = tuple(n for n in levels["group"] if self.heads % n == 0)
             levels["key_heads"] = (self.heads,)
+        if self.shapes == ("(B, 1, 1, S)",):  # it would hide what is empty from all queries
+            levels["empty"] = (False,)
         if not self.masks:
             levels |= dict.fromkeys(("mask", "shape", "fill"), (NONE,)) | {"empty": (False,)}
         for name in OPTIONS:
@@ -138,8 +143,8 @@ class Declared:
         if is_floats and (mask not in (None, "additive") or shape == NONE):
             return False
         if fill == NONE:
-            only_floats = "boolean" not in self.masks and shape not in (None, NONE)
-            if mask == "additive" or only_floats:
+            is_masked = shape not in (None, NONE) or chosen.get("empty")
+            if mask == "additive" or ("boolean" not in self.masks and is_masked):
                 return False
         # What a number that is not -inf leaves of an empty row is rounding alone; a mask of keys
         # alone would hide them from all queries.
@@ -162,7 +167,8 @@ class Declared:
         if query_len != key_len and chosen.get("documents"):
             return False
         heads = self.heads or chosen.get("key_heads", 1) * chosen.get("group", 1)
-        return bool(chosen.get("batch", 1) * heads * query_len * key_len <= _MOST_WEIGHTS)
+        most = max(_MOST_WEIGHTS, (self.heads or 1) * _MOST_OF_A_HEAD)
+        return bool(chosen.get("batch", 1) * heads * query_len * key_len <= most)
 
 
 @dataclass(frozen=True, eq=False)
@@ -471,7 +477,7 @@ _SIZES: dict[str, tuple[Any, ...]] = {
     "sizes": ((1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (4, 4), (4, 5), (5, 5),
                 (5, 7), (7, 7), (8, 8), (16, 16), (1, 17), (17, 17), (31, 31), (1, 33), (33, 33),
                 (63, 65), (1, 129), (1, 257), (1, 513), (1, 1025)),
-    "head_dim": (8, 16),
+    "head_dim": (8, 16, 40),
 }  # fmt: skip
 
 
