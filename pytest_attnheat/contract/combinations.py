@@ -74,7 +74,7 @@ def ask_pairs(examination: Examination) -> str:
     covering = examination.space.covering()
     refusals = _Refusals(examination)
     refused: dict[str, None] = {}
-    wrong: list[dict[str, Any]] = []
+    wrong: list[tuple[dict[str, Any], Exception]] = []
     asked = 0
     for chosen in covering.cases:
         try:
@@ -84,7 +84,7 @@ def ask_pairs(examination: Examination) -> str:
             if reason:
                 refused[reason] = None
                 continue
-            wrong.append(chosen)
+            wrong.append((chosen, error))
         asked += 1
     if not asked:
         raise Skipped("; ".join(refused) or "nothing can be asked")
@@ -94,16 +94,18 @@ def ask_pairs(examination: Examination) -> str:
     return note + (f"; it refuses {'; '.join(refused)}" if refused else "")
 
 
-def _raise_smallest(examination: Examination, wrong: Sequence[dict[str, Any]], asked: int) -> None:
-    first = min(wrong, key=lambda chosen: len(_unlike(chosen, examination)))
-    kind = type(_error(first, examination))
+def _raise_smallest(
+    examination: Examination, wrong: Sequence[tuple[dict[str, Any], Exception]], asked: int
+) -> None:
+    first, error = min(wrong, key=lambda one: len(_unlike(one[0], examination)))
+    kind = type(error)
     smallest = shrunk(
         first, lambda chosen: isinstance(_error(chosen, examination), kind), examination.space
     )
     shared = {
         name: level
         for name, level in _unlike(first, examination).items()
-        if all(other[name] == level for other in wrong)
+        if all(other[name] == level for other, _ in wrong)
     }
     try:
         examination.judge(smallest)
@@ -114,6 +116,7 @@ def _raise_smallest(examination: Examination, wrong: Sequence[dict[str, Any]], a
         text = text_of(_unlike(smallest, examination)) or "ordinary"
         failure.repeat = f"--attn-replay='{text}' (the smallest call), {failure.repeat}"
         raise
+    raise error  # what keeps something from call to call need not go wrong twice
 
 
 def _error(chosen: Choice, examination: Examination) -> Exception | None:

@@ -75,11 +75,15 @@ class Examination:
     @cached_property
     def space(self) -> Space:
         """The calls that can be made of what is declared and of what the subject takes."""
-        heads = self.spec.heads or 1
         declared = declared_of(self.spec, *self._widths)
         if self.dtype == torch.float16 and not self._is_wide(declared):
             declared = replace(declared, numbers=_IN_FLOAT16)
-        return Space(declared, self.spec.always(heads), self.seed)
+        return self._space_of(declared)
+
+    def _space_of(self, declared: Declared) -> Space:
+        """The calls of what is declared; slopes depend on the number of heads of each call."""
+        always = self.spec.always(1)
+        return Space(declared, {n: one for n, one in always.items() if n != "alibi"}, self.seed)
 
     def _is_wide(self, declared: Declared) -> bool:
         """Whether it rounds to float16 at the end alone, so that its products may not overflow.
@@ -87,7 +91,7 @@ class Examination:
         What computes in float16 all the way is judged by what float16 can do. Where the scores
         are exact in it, the output of the other is the exact one, rounded once.
         """
-        space = Space(declared, self.spec.always(declared.heads or 1), self.seed)
+        space = self._space_of(declared)
         try:
             call = self._drawn(space, space.choice(numbers="structured", sizes=(31, 31)))
             output = self.spec.ask(call).output
