@@ -67,7 +67,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     """A property that does not hold. Its text is made of its fields, whenever it is asked for.
 
     Where more is known on its way up, set a field and raise it again. It can be copied and
-    pickled, without `draw`.
+    pickled, without `draw` and `again`.
 
     Attributes:
         assertion: The name of the assertion; empty where something else says what was asked.
@@ -87,6 +87,8 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         draw: Draws the place in full; None where there is nothing to draw. Under pytest, the
             plugin asks it, and leaves the picture beside the report.
         drawn: What that picture shows.
+        again: Makes the call that failed once more, so that what happens inside can be captured;
+            None where no single call did.
     """
 
     # Where it is public, and hence how pytest prints it.
@@ -111,6 +113,7 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         cases: str | None = None,
         draw: Callable[[], HeatmapFigure] | None = None,
         drawn: str = "heatmap of the broken rows",
+        again: Callable[[], object] | None = None,
     ) -> None:
         super().__init__(claim)
         self.assertion = assertion
@@ -125,10 +128,12 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
         self.picture = picture
         self.layer, self.cases = layer, cases
         self.draw, self.drawn = draw, drawn
+        self.again = again
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Keep the fields, whatever a subclass asks for; what draws the picture holds tensors."""
-        return copyreg.__newobj__, (type(self), *self.args), {**self.__dict__, "draw": None}  # type: ignore[attr-defined]
+        """Keep the fields, whatever a subclass asks for, but for functions: they hold tensors."""
+        kept = {**self.__dict__, "draw": None, "again": None}
+        return copyreg.__newobj__, (type(self), *self.args), kept  # type: ignore[attr-defined]
 
     @property
     def headline(self) -> str:

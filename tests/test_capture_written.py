@@ -321,7 +321,7 @@ def test_a_cap_of_scores():
     record, _ = captured(attend, QUERY, KEY, VALUE)
     scores = torch.tanh(QUERY.double() @ KEY.double().mT / 6) * 3
     assert_weights(record, plain_softmax(scores))
-    assert record.scale is None
+    assert (record.scale, record.softcap) == (0.5, 3.0)
 
 
 MOVES = {
@@ -472,7 +472,9 @@ def test_a_sink_that_is_cut_off_leaves_rows_below_one():
     scores = torch.cat([QUERY @ KEY.mT / 2, torch.ones(2, 3, 5, 1)], -1)
     assert_weights(record, plain_softmax(scores)[..., :-1])
     assert record.shape == (2, 3, 5, 7)
-    assert record.query is None
+    assert torch.equal(record.query, QUERY)
+    assert torch.equal(record.sinks, torch.ones(3))
+    torch.testing.assert_close(record.sink_weights, 1 - record.weights.sum(-1))
 
 
 def test_dropout_before_the_sink_is_cut_off():
@@ -484,6 +486,7 @@ def test_dropout_before_the_sink_is_cut_off():
     scores = torch.cat([QUERY @ KEY.mT / 2, torch.ones(2, 3, 5, 1)], -1)
     assert record.dropout == 0.3
     assert_weights(record, plain_softmax(scores)[..., :-1])
+    torch.testing.assert_close(record.sink_weights, 1 - record.weights.sum(-1))
 
 
 @pytest.mark.parametrize("dropping", [0.0, 0.3])

@@ -18,8 +18,7 @@ from wrong_attention import FACTOR, RATE, TEMPERATURE, attention_with, declared_
 
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
-from pytest_attnheat.attention.reference import attend, causal_mask
-from pytest_attnheat.contract.captured import diagnose_output
+from pytest_attnheat.attention.reference import attend
 from pytest_attnheat.contract.diagnosing import diagnose
 from pytest_attnheat.contract.spec import AttentionSpec
 
@@ -572,53 +571,11 @@ def test_returned_weights_without_heads_are_healthy():
     assert diagnose(spec).healthy
 
 
-# --- one given output
+# --- messages and pictures
 
 
 def qkv():
     return randn(2, 3, 5, 6), randn(2, 3, 7, 6, seed=1), randn(2, 3, 7, 4, seed=2)
-
-
-def test_a_given_output_is_explained():
-    query, key, value = qkv()
-    mask = causal_mask(5, 7, alignment="bottom_right")
-    output, _ = attend(query, key, value, mask=mask)
-    assert diagnose_output(output, query, key, value, causal="bottom_right").healthy
-    found = diagnose_output(output, query, key, value, causal="top_left")
-    assert found.defects == ("causal_other_corner",)
-    assert found.inferred_weights is None
-    assert found.expected_weights.shape == (2, 3, 5, 7)
-    found = diagnose_output(attend(query, key, value)[0], query, key, value, mask=mask)
-    assert found.defects == ("mask_ignored",)
-
-
-def test_what_a_given_output_cannot_tell_apart_is_all_named():
-    query, key, value = qkv()
-    scores = query @ key.mT / 6
-    found = diagnose_output(scores.softmax(-1) @ value, query, key, value)
-    assert found.defects == ("scale_squared",)
-    wide = randn(2, 3, 7, 36, seed=2)
-    found = diagnose_output(scores.softmax(-1) @ wide, query, key, wide)
-    assert {found.defects, *found.alternatives} == {("scale_squared",), ("scale_from_value_width",)}
-
-
-@pytest.mark.parametrize(
-    ("change", "error", "text"),
-    [
-        ({"output": "x"}, TypeError, "output: got str; accepted is a tensor"),
-        ({"query": randn(2, 3)}, ValueError, r"query: got \(2, 3\); accepted is"),
-        ({"key": randn(2, 3, 7, 5)}, ValueError, "shapes: got "),
-        ({"mask": randn(5, 7)}, TypeError, "mask: got float32; accepted is a boolean"),
-    ],
-)
-def test_a_misuse_of_diagnose_output_is_refused(change, error, text):
-    query, key, value = qkv()
-    given = {"output": randn(2, 3, 5, 4), "query": query, "key": key, "value": value}
-    with pytest.raises(error, match=text):
-        diagnose_output(**{**given, **change})
-
-
-# --- messages and pictures
 
 
 def test_the_message_says_what_where_and_how_surely():

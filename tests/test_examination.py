@@ -383,7 +383,7 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
         "  hint       it takes causal=, and the specification does not say what that means: *",
         "refusing (subjects:every): 0 of 0 checks failed, 10 skipped",
         "  nothing    was examined; most often, the subject refuses: not here",
-        "block (subjects:every): 2 of 4 checks failed, 2 skipped",
+        "block (subjects:every): 2 of 5 checks failed, 2 skipped",
         "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
         "  because    no_leakage: assert_no_leakage: 12 of 18 outputs depend on what they must *",
         "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
@@ -425,8 +425,8 @@ def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pyt
             "not so: no output depends on what it must not see*",
             "*what is wrong happens outside of it: in the mask it was given,*",
             "assert_no_leakage: *",
-            "block (subjects:block): 2 of 5 checks failed, 1 skipped",
-            "  diagnosis  attention in block, as it was captured, is what its queries, keys and *"
+            "block (subjects:block): 2 of 6 checks failed, 1 skipped",
+            "  diagnosis  in the call that failed, attention in block, as it was captured, is *"
             "what is wrong happens outside of it: *",
             "  because    no_leakage: assert_no_leakage: *",
         ]

@@ -38,6 +38,11 @@ def takes_records(assertion: Callable[P, None]) -> Callable[P, None]:
     return _taking_records(assertion, needs_mask=False)
 
 
+def takes_rows_of_records(assertion: Callable[P, None]) -> Callable[P, None]:
+    """The same for an assertion about whole rows: a sink stands in them as one more key."""
+    return _taking_records(assertion, needs_mask=False, with_sinks=True)
+
+
 def takes_masked_records(assertion: Callable[P, None]) -> Callable[P, None]:
     """The same for an assertion that asks nothing without a mask.
 
@@ -59,7 +64,11 @@ def takes_positioned_records(
 
 
 def _taking_records(
-    assertion: Callable[P, None], *, needs_mask: bool, of_some: Callable[..., None] | None = None
+    assertion: Callable[P, None],
+    *,
+    needs_mask: bool,
+    with_sinks: bool = False,
+    of_some: Callable[..., None] | None = None,
 ) -> Callable[P, None]:
     accepted = tuple(inspect.signature(assertion).parameters)
 
@@ -78,11 +87,17 @@ def _taking_records(
             arguments = {**_known(record, accepted, named), **named}
             if needs_mask and arguments["mask"] is None:
                 continue
+            arguments["weights"] = _weights(record)
+            if with_sinks and record.sink_weights is not None:
+                arguments |= _with_sinks(arguments, record.sink_weights)
+            elif record.mask_lost and arguments.get("mask") is None:
+                # Rows that hold nothing may be meant to: which, is not known.
+                arguments |= {"mask": arguments["weights"] != 0} if "mask" in accepted else {}
             ask: Callable[..., None] = assertion
             if of_some is not None and record.queries is not None:
                 ask = partial(of_some, queries=record.queries, query_len=record.shape[2])
             try:
-                _assert_one(ask, record, {**arguments, "weights": _weights(record)})
+                _assert_one(ask, record, arguments)
                 asked += 1
             except NothingForbiddenError as error:
                 nothing = error
@@ -109,7 +124,7 @@ def _known(
     """What a record tells an assertion that the caller did not."""
     known: dict[str, Any] = {}
     if "mask" in accepted and "mask" not in named:
-        known["mask"] = record.mask
+        known["mask"] = None if record.mask_lost else record.mask
     for name in ("value", "output"):
         if name not in accepted or name in named:
             continue
@@ -118,6 +133,17 @@ def _known(
             got = f"a record of {record.layer or '(no module)'} that did not keep it"
             raise ValueError(misuse(name, got, f'a capture with keep="inputs", or {name}='))
     return known
+
+
+def _with_sinks(arguments: dict[str, Any], sink_weights: torch.Tensor) -> dict[str, Any]:
+    """Weights and mask with one key more."""
+    weights, mask = arguments["weights"], arguments.get("mask")
+    whole = torch.cat([weights, sink_weights[..., None].to(weights)], -1)
+    if not isinstance(mask, torch.Tensor):
+        return {"weights": whole}
+    mask = mask.expand(*mask.shape[:-1], weights.shape[-1])
+    seen = torch.ones_like(mask[..., :1])
+    return {"weights": whole, "mask": torch.cat([mask, seen], -1)}
 
 
 def _weights(record: AttentionRecord) -> torch.Tensor:
@@ -143,5 +169,9 @@ def _assert_one(
 def _nothing_to_ask(name: str, records: Sequence[AttentionRecord]) -> str:
     if not records:
         return misuse(name, "a trace without records", "one with at least one")
+    lost = next((record for record in records if record.mask_lost), None)
+    if lost is not None:
+        got = f"attention whose mask is not known: its scores {lost.strange}"
+        return misuse(name, got, "mask=..., True where a query may attend")
     got = "records of attention that was given no mask, so there is nothing to check"
     return misuse(name, got, "mask=..., True where a query may attend")

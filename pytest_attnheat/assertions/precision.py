@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.reading import as_function
+from pytest_attnheat.assertions.differences import check_by_differences
 from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
@@ -72,7 +74,8 @@ def assert_matches_reference(
     Args:
         function: Called as `function(query, key, value, **options)`, with those of the options
             attn_mask, is_causal, scale and enable_gqa that differ from their defaults. It returns
-            the output (..., query_len, value_dim), or a tuple that begins with it.
+            the output (..., query_len, value_dim), or a tuple that begins with it. Or an
+            `AttentionSpec`, which says how it is called and what it does of itself.
         query: (..., query_len, head_dim) in float16, bfloat16, float32 or float64.
         key: (..., key_len, head_dim), of fewer heads with `enable_gqa`.
         value: (..., key_len, value_dim), likewise.
@@ -96,7 +99,10 @@ def assert_matches_reference(
         gradients: Whether gradients are compared.
         training: Allow a subject that draws random numbers: each call starts from `seed`.
         seed: Seed of the gradient of the output, and of random numbers that the subject draws.
-        arguments: More options for the function, and for `reference`.
+        arguments: More options for the function, and for `reference`. Those that are fields of
+            `Call` say what is to be computed besides: softcap, sinks, alibi, bias, score_mod,
+            may_see, window, chunk, prefix, sink_keys, documents, lengths, alignment. They are
+            passed on if the signature of the function has them.
 
     Raises:
         AssertionError: Some element is off by more. The message names the tensor and the worst
@@ -145,10 +151,26 @@ def assert_gradients_match(
     As `assert_matches_reference`, without a word about the output: its arguments and what it
     raises are the same. The gradient of `attn_mask` is compared if it is of floats and requires
     one. An input that no gradient reaches breaks it, unless its gradient is zero.
+
+    With `dropout_p` there is no reference: from one seed the same weights are dropped in every
+    call, and gradients are compared with differences of the output (float64 or float32).
     """
     __tracebackhide__ = True
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
+    if given.get("dropout_p"):
+        dropout = {
+            name: value for name, value in given.items() if value is not None and value is not False
+        }
+        subject = as_function(function, (query, key, value), dropout)
+        check_by_differences(
+            "assert_gradients_match",
+            lambda leaves: subject.run(**leaves),
+            {"query": subject.query, "key": subject.key, "value": subject.value},
+            function,
+            seed,
+        )
+        return
     _compare(
         "assert_gradients_match",
         (function, reference),

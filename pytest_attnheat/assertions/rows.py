@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.captured import Weights, takes_records
+from pytest_attnheat.assertions.captured import Weights, takes_records, takes_rows_of_records
 from pytest_attnheat.assertions.causes import likely_cause
 from pytest_attnheat.assertions.claims import (
     COLUMNS,
@@ -43,7 +43,7 @@ from pytest_attnheat.inputs import (
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
 
 
-@takes_records
+@takes_rows_of_records
 def assert_row_stochastic(
     weights: Weights,
     *,
@@ -55,7 +55,8 @@ def assert_row_stochastic(
 
     Args:
         weights: Attention weights of shape ``(..., queries, keys)``, two or more dimensions, any
-            float dtype, device and strides, with or without gradient. Nothing is modified.
+            float dtype, device and strides, with or without gradient. Nothing is modified. In a
+            record of attention with sinks, the sink counts as one more key.
         mask: Boolean, True where a query may attend, broadcastable to `weights`. It only tells
             which rows are fully masked; whether masked keys get no weight is not asked here.
         fully_masked: What a row without any permitted key holds: ``"zero"``
@@ -122,7 +123,7 @@ def assert_doubly_stochastic(
         _check(name, columns, by_column, claims)
 
 
-@takes_records
+@takes_rows_of_records
 def assert_one_hot(
     weights: Weights,
     *,
@@ -185,7 +186,7 @@ def assert_uniform(
     _check("assert_uniform", operand, permitted, claims)
 
 
-@takes_records
+@takes_rows_of_records
 def assert_entropy(
     weights: Weights,
     *,

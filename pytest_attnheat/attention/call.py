@@ -120,6 +120,12 @@ class Call:
         return self.query.shape[-3] if self.query.ndim > 2 else 1
 
     @property
+    def sees_all(self) -> bool:
+        """Whether nothing hides a key from a query."""
+        given = (self.mask, self.bias, self.window, self.chunk, self.documents, self.lengths)
+        return not self.causal and self.may_see is None and all(one is None for one in given)
+
+    @property
     def group(self) -> int:
         """How many query heads share one head of keys and values."""
         return self.heads // self.key.shape[-3] if self.query.ndim > 2 else 1

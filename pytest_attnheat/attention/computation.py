@@ -118,6 +118,7 @@ class _Part:
     """Some queries of some maps. Tensors are (maps, length, width); `own` tells which maps."""
 
     own: dict[str, Tensor]
+    maps: slice
     rows: slice
     at: Positions
     query: Tensor
@@ -164,10 +165,11 @@ def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
     drift = _zeros(replace(call, upstream=None), ())["output"]
     top = -math.inf
     for part in _parts(call, torch.float64):
-        row = _row(call, part)
-        unsure = _unsure(units, part, row)
+        row = _row(call, units, part)
+        unsure = _unsure(units, part, row) + _once_more(call, "weights") * row.weights
         parts = {"output": row.weights @ part.value, "weights": row.weights, "lse": _lse(part, row)}
-        sizes = {"output": unsure @ part.value.abs() + units.tiny, "weights": unsure}
+        of_values = unsure + _once_more(call, "value") * row.weights
+        sizes = {"output": of_values @ part.value.abs() + units.tiny, "weights": unsure}
         sizes["lse"] = _lse_scale(units, part, row, parts["lse"])
         if part.upstream is not None:
             parts |= _gradients(call, part, row, part.upstream)
@@ -211,6 +213,30 @@ def plain(call: Call) -> dict[str, Tensor]:
     return found
 
 
+def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+    """Yield some maps, some of their queries, and their weights (maps, rows, key_len) in a dtype.
+
+    The weight of a sink is left out.
+    """
+    for part in _parts(call, dtype):
+        scores = _scores(call, part)
+        # Nothing to hide, and no second copy of the scores.
+        plain = call.sees_all and part.sinks is None
+        yield part.maps, part.rows, scores.softmax(-1) if plain else _weights(call, part, scores)[0]
+
+
+def _rounded(call: Call, step: str, numbers: Tensor) -> Tensor:
+    """Numbers as a step that is rounded on purpose leaves them."""
+    dtype = (call.rounded or {}).get(step)
+    return numbers if dtype is None else numbers.to(dtype).to(numbers.dtype)
+
+
+def _once_more(call: Call, *steps: str) -> float:
+    """By which part of itself a step may be off that is rounded once more, the other way."""
+    dtypes = [(call.rounded or {}).get(step) for step in steps]
+    return sum(torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype is not None)
+
+
 def _products(call: Call, part: _Part) -> Tensor:
     return (part.query @ part.key.mT) * call.factor
 
@@ -222,22 +248,24 @@ def _biased(part: _Part, scores: Tensor) -> Tensor:
 
 
 def _scores(call: Call, part: _Part) -> Tensor:
-    return call.modified(_biased(part, call.capped(_products(call, part))), part.at)
+    scores = call.modified(_biased(part, call.capped(_products(call, part))), part.at)
+    return _rounded(call, "scores", scores)
 
 
 def _weights(call: Call, part: _Part, scores: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weights, and the weight of the sink: one key more, which every query may see."""
     meaning: FullyMasked = "uniform" if call.fully_masked == "uniform" else "zero"
     if part.sinks is None:
-        return masked_softmax(scores, part.permitted, fully_masked=meaning), None
+        weights = masked_softmax(scores, part.permitted, fully_masked=meaning)
+        return _rounded(call, "weights", weights), None
     sinks = part.sinks.expand(*scores.shape[:-1], 1)
     every = torch.cat([scores, sinks], -1)
     permitted = torch.cat([part.permitted, sinks > -math.inf], -1)
     weights = masked_softmax(every, permitted)
-    return weights[..., :-1], weights[..., -1:]
+    return _rounded(call, "weights", weights[..., :-1]), weights[..., -1:]
 
 
-def _row(call: Call, part: _Part) -> _Row:
+def _row(call: Call, units: _Units, part: _Part) -> _Row:
     products = _products(call, part)
     capped = call.capped(products)
     biased = _biased(part, capped)
@@ -252,12 +280,14 @@ def _row(call: Call, part: _Part) -> _Row:
     if call.softcap is not None:
         slope = 1 - (capped / call.softcap).square()
         slope = slope if bias_slope is None else slope * bias_slope
+    scores = _rounded(call, "scores", scores)
     weights, sink = _weights(call, part, scores)
     felt = (part.query.square() @ part.key.square().mT).sqrt_().mul_(abs(call.factor))
+    felt *= 1 + _once_more(call, "query", "key") / units.one
     if call.softcap is not None:  # the product is rounded before, and felt by its slope alone
         felt += products.abs()
     felt = felt if slope is None else felt.mul_(slope.abs())
-    felt += scores.abs()
+    felt += scores.abs() * (1 + _once_more(call, "scores") / units.one)
     for added in (part.bias, part.distant):
         felt = felt if added is None else felt + added.abs()
     # Twice finfo.min would be inf, and with it a masked key the largest of its row.
@@ -436,11 +466,12 @@ def _parts(call: Call, dtype: torch.dtype) -> Iterator[_Part]:
         at = call.positions(maps, span)
         yield _Part(
             own=mine,
+            maps=some,
             rows=span,
             at=at,
-            query=part["query"].to(dtype),
-            key=flat["key"][mine["key"]].to(dtype),
-            value=flat["value"][mine["value"]].to(dtype),
+            query=_rounded(call, "query", part["query"]).to(dtype),
+            key=_rounded(call, "key", flat["key"][mine["key"]]).to(dtype),
+            value=_rounded(call, "value", flat["value"][mine["value"]]).to(dtype),
             bias=bias,
             distant=call.distant(at, dtype),
             sinks=None if call.sinks is None else call.sinks.detach().to(dtype)[at.head],

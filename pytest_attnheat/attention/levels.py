@@ -22,6 +22,8 @@ from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.inputs import misuse
 
 Choice: TypeAlias = Mapping[str, Any]
+# Some features and their levels.
+Levels: TypeAlias = tuple[tuple[str, Any], ...]
 
 # What a call may be given besides its tensors, if the code under test takes it.
 OPTIONS = ("scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths")
@@ -185,9 +187,13 @@ class Space:
     always: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    def covering(self) -> Covering:
-        """Return choices in which every pair of levels occurs that can."""
-        return _covering(self.declared)
+    def covering(self, banned: frozenset[Levels] = frozenset()) -> Covering:
+        """Return choices in which every pair of levels occurs that can.
+
+        Args:
+            banned: Levels that do not occur together, of one feature or of several.
+        """
+        return _covering(self.declared, banned)
 
     def choice(self, **levels: Any) -> dict[str, Any]:
         """Return some levels, and the ordinary one of each other feature.
@@ -223,8 +229,13 @@ class Space:
 
 
 @lru_cache(maxsize=64)
-def _covering(declared: Declared) -> Covering:
-    return covering(declared.levels(), declared.possible)
+def _covering(declared: Declared, banned: frozenset[Levels]) -> Covering:
+    def possible(chosen: Choice) -> bool:
+        if any(all(chosen.get(name) == level for name, level in some) for some in banned):
+            return False
+        return declared.possible(chosen)
+
+    return covering(declared.levels(), possible)
 
 
 class _Drawing:

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
+from pytest_attnheat.attention.computation import weights as weights_of
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, permits
 from pytest_attnheat.capture import CaptureMemoryError
+from pytest_attnheat.capture.carried import Carried
 from pytest_attnheat.capture.selection import Selection, batch_entry, chosen, float_dtype, within
 from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
 
-# (scores, batch, heads, queries) -> scores: scores (batch, heads, query_len, key_len) of the
-# batch entries, heads and queries whose numbers in the whole attention the others are.
-ScoreChange = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-# Scores are computed for so many bytes at a time: a few batch entries, or heads of one.
+# Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20
 
 
@@ -56,10 +56,23 @@ class AttentionRecord:
         output: (batch, heads, query_len, value_dim), what the model got; None if not kept.
         given_mask: Boolean, True where a query may attend, broadcastable to the weights: what
             the attention was given besides `causal`; None for none.
+        soft_mask: Whether scores were replaced by a finite number to hide their keys.
         bias: Added to the scores, broadcastable to the weights; None for none.
         causal: The alignment, if the attention was told to be causal.
         scale: What scores were multiplied by; None if it is not known. A number that query or
             key were multiplied by themselves is counted in, and taken out of them.
+        scale_steps: The numbers that scores were multiplied by, as they came.
+        scaled_before: What queries and keys had been multiplied by; NaN where that cannot be
+            known, as they went through what is not understood since.
+        softcap: Before a bias, scores were softcap * tanh(score / softcap); None for no softcap.
+        sinks: (heads,), a score of each head that joined the sum of its rows; None for none.
+            Rows of weights then sum to 1 minus `sink_weights`.
+        sink_weights: (batch, heads, query_len); None where there are no sinks.
+        score_mod: What else was done to the scores; None for nothing.
+        strange: What was done to the scores that is not understood, if anything: scale, softcap
+            and sinks are not known then.
+        mask_lost: Whether that may have hidden keys, and no mask was seen.
+        carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
         queries: Which queries these are; None for all.
@@ -71,7 +84,6 @@ class AttentionRecord:
         tolerance: The residual up to which it is trusted.
         unverified: Why there is no residual.
         statistics: With `keep="statistics"`.
-        score_change: What else was done to the scores (a `score_mod`); None for nothing.
     """
 
     layer: str
@@ -83,6 +95,7 @@ class AttentionRecord:
     value: Tensor | None = field(default=None, repr=False)
     output: Tensor | None = field(default=None, repr=False)
     given_mask: Tensor | None = field(default=None, repr=False)
+    soft_mask: bool = False
     bias: Tensor | None = field(default=None, repr=False)
     causal: Alignment | None = None
     scale: float | None = None
@@ -95,7 +108,15 @@ class AttentionRecord:
     tolerance: float = 0.0
     unverified: str = ""
     statistics: Statistics | None = field(default=None, repr=False)
-    score_change: ScoreChange | None = field(default=None, repr=False)
+    softcap: float | None = None
+    sinks: Tensor | None = field(default=None, repr=False)
+    sink_weights: Tensor | None = field(default=None, repr=False)
+    score_mod: ScoreMod | None = field(default=None, repr=False)
+    strange: str = ""
+    mask_lost: bool = False
+    scale_steps: tuple[float, ...] = field(default=(), repr=False)
+    scaled_before: tuple[float, ...] = field(default=(), repr=False)
+    carried: tuple[Carried, ...] = field(default=(), repr=False)
     kept_weights: Tensor | None = field(default=None, repr=False)
     weights_dtype: torch.dtype = torch.float32
     most_bytes: int = 2**30
@@ -117,13 +138,27 @@ class AttentionRecord:
         The mask that was given, causality and biases that hide a key (-inf, -1e9 ...) together.
 
         Raises:
-            ValueError: Only statistics were kept.
+            ValueError: Only statistics were kept, or a mask may have been lost.
         """
         if self.statistics is not None:
             raise ValueError(
                 f'{name_of(self)}: the mask is not known any more: keep="statistics" keeps none'
             )
+        if self.mask_lost:
+            raise ValueError(f"{name_of(self)}: the mask is not known: its scores {self.strange}")
         return _both(self.mask_besides_causality, _causal(self))
+
+    @property
+    def hides_softly(self) -> bool:
+        """Whether finite numbers hide keys: rows of nothing else hold what rounding makes."""
+        soft = self.bias is not None and bool((~permits(self.bias) & self.bias.isfinite()).any())
+        return self.soft_mask or soft
+
+    @property
+    def judged_mask(self) -> Tensor | None:
+        """The mask, True in rows that hold what rounding makes; raises as `mask` does."""
+        mask = self.mask
+        return mask if mask is None or not self.hides_softly else mask | ~mask.any(-1, keepdim=True)
 
     @property
     def mask_besides_causality(self) -> Tensor | None:
@@ -151,6 +186,53 @@ class AttentionRecord:
         query_len = query_len if self.queries is None else len(self.queries)
         return batch, heads, query_len, key_len
 
+    def as_call(self, *, batch: int | None = None) -> Call:
+        """Return the call of attention that this was, of what was selected.
+
+        Args:
+            batch: The only batch entry of it; None for all.
+
+        Raises:
+            ValueError: It is not known well enough.
+        """
+        known = self.query, self.key, self.value, self.scale
+        if any(part is None for part in known):
+            why = f"its scores {self.strange}" if self.strange else "they were not kept"
+            raise ValueError(f"{name_of(self)}: queries, keys or scale are not known: {why}")
+        some = slice(None) if batch is None else slice(batch, batch + 1)
+        query, key, value = (t[some] for t in (self.query, self.key, self.value) if t is not None)
+        mask, causal = self.given_mask, self.causal
+        if self.queries is not None:
+            mask, causal = _both(mask, _causal(self)), None
+        return Call(
+            query,
+            key,
+            value,
+            mask=_entries(mask, some),
+            bias=_entries(self.bias, some),
+            causal=causal is not None,
+            alignment=causal or "top_left",
+            scale=self.scale,
+            softcap=self.softcap,
+            sinks=self.sinks,
+            score_mod=self._renumbered(batch or 0),
+        )
+
+    def _renumbered(self, first: int) -> ScoreMod | None:
+        """The function of scores, called with numbers of what was selected."""
+        function, heads, queries = self.score_mod, self.heads, self.queries
+        if function is None or (first == 0 and heads is None and queries is None):
+            return function
+
+        def change(
+            score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor
+        ) -> Tensor:
+            head = head if heads is None else heads.to(head.device)[head]
+            query = query if queries is None else queries.to(query.device)[query]
+            return function(score, batch + first, head, query, key)
+
+        return change
+
     def compute_weights(
         self, dtype: torch.dtype = torch.float32, *, batch: int | None = None
     ) -> Tensor:
@@ -166,7 +248,7 @@ class AttentionRecord:
         if self.kept_weights is not None:
             kept = self.kept_weights
             return (kept if entry is None else kept[entry : entry + 1]).to(dtype, copy=True)
-        if self.query is None or self.key is None:
+        if self.query is None:
             raise ValueError(
                 f"{name_of(self)}: weights cannot be computed any more: keep="
                 '"statistics" keeps neither them nor query and key'
@@ -179,11 +261,10 @@ class AttentionRecord:
                 f"accepted is {readable(self.most_bytes)}. "
                 "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
             )
-        first = entry or 0
         with apart(self.query.device):
             weights = torch.empty(shape, dtype=dtype, device=self.query.device)
-            for entries, heads, part in parts_of(self, entry):
-                weights[entries.start - first : entries.stop - first, heads] = part
+            for maps, rows, part in parts_of(self, entry):
+                weights.flatten(0, 1)[maps, rows] = part
             return weights
 
     def select(
@@ -237,12 +318,15 @@ class AttentionRecord:
         if self.statistics is not None:
             parts = vars(self.statistics).values()
             statistics = Statistics(*(part.index_select(dim, here) for part in parts))
+        sinks = self.sinks if dim == 2 else _taken(self.sinks, 0, here)
         return replace(
             self,
             query=_taken(self.query, dim, here),
             output=_taken(self.output, dim, here),
             given_mask=_taken(self.given_mask, dim, here, broadcast=True),
             bias=_taken(self.bias, dim, here, broadcast=True),
+            sinks=sinks,
+            sink_weights=_taken(self.sink_weights, dim, here),
             kept_weights=_taken(self.kept_weights, dim, here),
             statistics=statistics,
         )
@@ -262,31 +346,26 @@ def apart(device: torch.device) -> Iterator[None]:
 def parts_of(
     record: AttentionRecord, entry: int | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Go through the weights of a record in parts that fit a cache; see `apart`.
-
-    A part is whole batch entries as long as they are small, else groups of heads that share keys.
+    """Go through the weights of a record in parts of bounded size; see `apart`.
 
     Args:
-        record: Has weights, or query and key; then they are computed in float32 or, where the
-            model was in it, float64.
+        record: Has weights, or is known as a call; then they are computed in float32 or, where
+            the model was in it, float64.
         entry: The only batch entry that is wanted; None for all.
 
     Yields:
-        Batch entries, heads, and their weights.
+        Some maps, counted through batch entries and heads, some of their queries, and the weights.
     """
-    batch, heads, query_len, key_len = record.shape_here
-    first, entries = (0, batch) if entry is None else (entry, 1)
-    group, kept = record.group, record.kept_weights
-    causal = _causal(record) if kept is None else None
-    most = max(_PART_BYTES // max(query_len * key_len * 4 * group, 1), 1)
-    for some, groups in pieces((entries, heads // group), most):
-        batch_slice = slice(first + some.start, first + some.stop)
-        head_slice = slice(groups.start * group, groups.stop * group)
-        if kept is None:
-            part = _computed(record, batch_slice, head_slice, causal)
-        else:
-            part = kept[batch_slice, head_slice]
-        yield batch_slice, head_slice, part
+    kept = record.kept_weights
+    if 0 in record.shape_here:
+        return
+    if kept is None:
+        call = record.as_call(batch=entry)
+        yield from weights_of(call, wide_dtype(call.query.dtype))
+        return
+    kept = (kept if entry is None else kept[entry : entry + 1]).flatten(0, 1)
+    for maps, rows, _ in pieces(kept.shape, max(_PART_BYTES // kept.itemsize, 1)):
+        yield maps, rows, kept[maps, rows]
 
 
 def statistics_of(record: AttentionRecord) -> Statistics:
@@ -299,41 +378,14 @@ def statistics_of(record: AttentionRecord) -> Statistics:
     if record.shape_here[3] == 0:
         return found
     with apart(source.device):
-        for batch, heads, part in parts_of(record):
-            weights = part.to(wide_dtype(part.dtype))
-            largest, key = weights.max(-1)
-            sums[batch, heads] = weights.sum(-1).float().cpu()
-            entropy[batch, heads] = -torch.special.xlogy(weights, weights).sum(-1).float().cpu()
-            maximum[batch, heads] = largest.float().cpu()
-            found.most_attended[batch, heads] = key.cpu()
+        totals = [total.flatten(0, 1) for total in (sums, entropy, maximum, found.most_attended)]
+        for *where, part in parts_of(record):
+            wide = part.to(wide_dtype(part.dtype))
+            largest, key = wide.max(-1)
+            entropies = -torch.special.xlogy(wide, wide).sum(-1)
+            for total, of_part in zip(totals, (wide.sum(-1), entropies, largest, key), strict=True):
+                total[tuple(where)] = of_part.to(total)
     return found
-
-
-def _computed(record: AttentionRecord, batch: slice, heads: slice, causal: Tensor | None) -> Tensor:
-    query, key, group = record.query, record.key, record.group
-    assert query is not None
-    assert key is not None
-    assert record.scale is not None
-    wide = wide_dtype(query.dtype)
-    part = query[batch, heads].to(wide)
-    keys = key[batch, heads.start // group : -(-heads.stop // group)].to(wide)
-    entries, count, query_len, head_dim = part.shape
-    # Heads that share keys are one taller matrix: no key is repeated.
-    rows = (part * record.scale).reshape(entries, count // group, group * query_len, head_dim)
-    scores = (rows @ keys.mT).reshape(entries, count, query_len, keys.shape[2])
-    if record.score_change is not None:
-        scores = record.score_change(scores, *_numbers(record, batch, heads))
-    if record.bias is not None:
-        scores += _share(record.bias, batch, heads).to(wide)
-    given = None if record.given_mask is None else _share(record.given_mask, batch, heads)
-    seen = _both(given, causal)
-    if seen is not None:
-        scores.masked_fill_(~seen, -torch.inf)
-    weights = scores.softmax(-1)
-    # A row without keys is NaN after the softmax; fused attention makes it zero.
-    if record.bias is not None or record.score_change is not None:
-        return weights.masked_fill_(scores.isneginf().all(-1, keepdim=True), 0.0)
-    return weights if seen is None else weights.masked_fill_(~seen.any(-1, keepdim=True), 0.0)
 
 
 def _causal(record: AttentionRecord) -> Tensor | None:
@@ -346,18 +398,8 @@ def _causal(record: AttentionRecord) -> Tensor | None:
     return mask if record.queries is None else mask[record.queries.to(mask.device)]
 
 
-def _numbers(record: AttentionRecord, batch: slice, heads: slice) -> tuple[Tensor, ...]:
-    """The numbers that batch entries, heads and queries have in the whole attention."""
-    entries = torch.arange(batch.start, batch.stop)
-    of_heads = torch.arange(record.shape[1]) if record.heads is None else record.heads
-    queries = torch.arange(record.shape[2]) if record.queries is None else record.queries
-    return entries, of_heads[heads], queries
-
-
-def _share(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
-    if tensor.shape[0] > 1:
-        tensor = tensor[batch]
-    return tensor[:, heads] if tensor.shape[1] > 1 else tensor
+def _entries(tensor: Tensor | None, some: slice) -> Tensor | None:
+    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[some]
 
 
 def name_of(record: AttentionRecord) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from pytest_attnheat.attention.tolerance import residual_tolerance
 from pytest_attnheat.callables import copied
 from pytest_attnheat.capture import CaptureMemoryError
+from pytest_attnheat.capture.carried import Carried, carried_by
 from pytest_attnheat.capture.record import (
     AttentionRecord,
     apart,
@@ -23,6 +24,7 @@ from pytest_attnheat.capture.record import (
     statistics_of,
 )
 from pytest_attnheat.capture.selection import Selection, matches
+from pytest_attnheat.capture.tags import Tags
 from pytest_attnheat.capture.trace import Trace, Unseen
 from pytest_attnheat.capture.watching import Layers
 from pytest_attnheat.inputs import wide_dtype
@@ -31,7 +33,11 @@ Keep = Literal["inputs", "weights", "statistics"]
 KEPT: tuple[Keep, ...] = get_args(Keep)
 # So many queries of each head are compared while the model runs.
 _SAMPLED = 8
-_TENSORS = ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
+_TENSORS = (
+    "query", "key", "value", "output", "given_mask", "bias", "sinks", "sink_weights", "kept_weights"
+)  # fmt: skip
+# What is kept beside weights.
+_WITH_WEIGHTS = ("given_mask", "bias", "sinks", "sink_weights")
 
 
 @dataclass(frozen=True)
@@ -68,7 +74,7 @@ class Recording:
         self._bytes = 0
         self._expected: dict[int, str] = {}
 
-    def take(self, record: AttentionRecord, used: Tensor | None) -> None:
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> None:
         """Keep what is wanted of an attention that happened."""
         layer = self._layers.current
         if layer is None:
@@ -85,6 +91,7 @@ class Recording:
             tolerance=residual_tolerance(record.dtype),
             weights_dtype=self._wanted.dtype,
             most_bytes=self._wanted.max_bytes,
+            carried=tuple(self._carried(layer, record, tags)),
         )
         self._calls[layer] += 1
         source = record.value
@@ -92,6 +99,14 @@ class Recording:
         with apart(source.device):
             self._make_room(record)
             self._trace._append(self._kept(self._selected(record), used))
+
+    def _carried(self, layer: str, record: AttentionRecord, tags: Tags) -> Iterator[Carried]:
+        """What the module carries. Sinks that were used, and did not join, are used otherwise."""
+        for one in carried_by(self._layers.ran.get(layer)):
+            if one.feature != "sinks":
+                yield one
+            elif record.sinks is not None or not tags.was_used(one.value):
+                yield replace(one, value=copied(one.value))
 
     def miss(self, what: str, why: str) -> None:
         """Note what cannot be read."""
@@ -130,13 +145,13 @@ class Recording:
         """How many bytes a record takes; worked out on shapes alone."""
         light = self._selected(_mapped(record, _TENSORS, lambda tensor: tensor.to("meta")))
         rows = light.shape_here[0] * light.shape_here[1] * light.shape_here[2]
-        if keep == "statistics":
-            return rows * (3 * 4 + 8)
         sizes = {n: _bytes(getattr(light, n)) for n in _TENSORS}
+        if keep == "statistics":
+            return rows * (3 * 4 + 8) + sizes["sink_weights"]
         if keep == "inputs":
             return sum(sizes.values())
         weights = rows * light.shape_here[3] * self._wanted.dtype.itemsize
-        return weights + sizes["given_mask"] + sizes["bias"]
+        return weights + sum(sizes[name] for name in _WITH_WEIGHTS)
 
     def _too_much(self, record: AttentionRecord, asked: int) -> str:
         keep = self._wanted.keep
@@ -161,8 +176,10 @@ class Recording:
             return _mapped(record, _TENSORS, copied)
         if self._wanted.keep == "statistics":
             record = _verified(record, used, whole=False)
-            kept = replace(record, statistics=statistics_of(record), score_change=None)
-            return _mapped(kept, _TENSORS, lambda tensor: None)
+            kept = replace(record, statistics=statistics_of(record), score_mod=None)
+            kept = _mapped(kept, ("sink_weights",), copied)
+            others = [name for name in _TENSORS if name != "sink_weights"]
+            return _mapped(kept, others, lambda tensor: None)
         weights = record.weights.detach()
         # Weights that were rounded for keeping would be blamed for that.
         precise = weights.dtype.itemsize >= wide_dtype(record.dtype).itemsize
@@ -171,9 +188,9 @@ class Recording:
         else:
             record = _verified(record, used, whole=used is not None)
         record = replace(record, kept_weights=weights)
-        kept = _mapped(record, ("given_mask", "bias"), copied)
+        kept = _mapped(record, _WITH_WEIGHTS, copied)
         inputs = ("query", "key", "value", "output")
-        return replace(_mapped(kept, inputs, lambda tensor: None), score_change=None)
+        return replace(_mapped(kept, inputs, lambda tensor: None), score_mod=None)
 
 
 def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> AttentionRecord:
@@ -214,15 +231,17 @@ def _worst_row(record: AttentionRecord) -> Tensor:
     value, output = record.value, record.output
     assert value is not None
     assert output is not None
-    group, wide = sharing(record, value), wide_dtype(output.dtype)
+    wide = wide_dtype(output.dtype)
     worst = torch.zeros((), dtype=wide, device=output.device)
     with apart(output.device):
-        for batch, heads, part in parts_of(record):
-            of_heads = torch.arange(heads.start, heads.stop, device=value.device) // group
-            values = value[batch][:, of_heads] if group > 1 else value[batch, heads]
-            weights, values = part.to(wide), values.to(wide)
+        outputs, values_of = output.flatten(0, 1), value.flatten(0, 1)
+        # Which value each query head uses: groups share one, and none is shared by batch entries.
+        own = torch.arange(len(outputs), device=value.device) // sharing(record, value)
+        for maps, rows, part in parts_of(record):
+            weights, values = part.to(wide), values_of[own[maps]].to(wide)
             # Norms over as many channels: their ratio is that of the rms.
-            off = torch.linalg.vector_norm(weights @ values - output[batch, heads].to(wide), dim=-1)
+            made = weights @ values - outputs[maps, rows].to(wide)
+            off = torch.linalg.vector_norm(made, dim=-1)
             size = torch.linalg.vector_norm(weights.abs() @ values.abs(), dim=-1)
             # Zero by zero, a row without keys, is no error. NaN is one.
             relative = torch.where(off == 0, 0.0, off / size).nan_to_num(nan=torch.inf)

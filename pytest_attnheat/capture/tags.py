@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
@@ -18,9 +19,15 @@ class Scores:
         left: (..., query_len, head_dim)
         right: (..., key_len, head_dim)
         scale: What it was multiplied by since, times the factors of left and right.
+        steps: The numbers that it was multiplied by since, as they came.
+        softcap: It is softcap * tanh(scale * left @ right.mT / softcap) + bias.
         bias: What was added since.
         mask: Boolean, False where it was overwritten by something hugely negative.
-        exact: Whether these tell all: softmax(scale * left @ right.mT + bias), masked.
+        soft: Whether that was a finite number.
+        shifted: Whether something was added that is the same for all keys.
+        sinks: (..., query_len, 1) that was joined to the keys; None for nothing.
+        strange: What was done that is not understood. If empty, these tell all.
+        lost: Whether that may have hidden keys.
         kept: Whether its axes still are those of the product.
         factors: What left and right had been multiplied by before.
     """
@@ -28,9 +35,15 @@ class Scores:
     left: Tensor
     right: Tensor
     scale: float = 1.0
+    steps: tuple[float, ...] = ()
+    softcap: float | None = None
     bias: Tensor | None = None
     mask: Tensor | None = None
-    exact: bool = True
+    soft: bool = False
+    shifted: bool = False
+    sinks: Tensor | None = None
+    strange: str = ""
+    lost: bool = False
     kept: bool = True
     factors: tuple[float, float] = (1.0, 1.0)
 
@@ -44,18 +57,22 @@ class Tag:
             heads were packed into queries.
         scores: Set if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
+        dtype: That of the softmax; None if it is not known.
         clean: Those before dropout, in the same layout; None where that is the tensor itself.
         source: How the weights were recognised.
         dropout: The probability of the dropout that was applied.
         parametric: Whether its last axis is one of a parameter: the classes of a classifier.
         turned: Whether axes were exchanged since it became weights.
         softmaxes: The numbers of the softmaxes that it comes from.
-        factor: The number it was multiplied by: queries may be scaled in place of scores.
+        factor: The number it was multiplied by: queries may be scaled in place of scores. NaN if
+            something that is not understood was done to it since.
+        sink: The weights of the sink that were left out, (..., query_len, 1).
     """
 
     before: tuple[int, ...] | None = None
     scores: Scores | None = None
     weights: bool = False
+    dtype: torch.dtype | None = None
     clean: Tensor | None = None
     source: str = ""
     dropout: float = 0.0
@@ -63,6 +80,7 @@ class Tag:
     turned: bool = False
     softmaxes: tuple[int, ...] = ()
     factor: float = 1.0
+    sink: Tensor | None = None
 
 
 class Tags:
@@ -70,12 +88,23 @@ class Tags:
 
     def __init__(self) -> None:
         self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._used: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
     def __getitem__(self, tensor: object) -> Tag | None:
         if not isinstance(tensor, Tensor):
             return None
         found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
         return found
+
+    def use(self, *given: object) -> None:
+        """Remember parameters, of one number per head perhaps, that something was done to."""
+        for one in given:
+            if isinstance(one, nn.Parameter) and one.ndim == 1:
+                self._used[one] = True
+
+    def was_used(self, parameter: Tensor) -> bool:
+        """Whether it was."""
+        return parameter in self._used
 
     def factor(self, tensor: object) -> float:
         """The number that a tensor was multiplied by; 1 if none is known."""
@@ -89,7 +118,7 @@ class Tags:
 
 def without_factor(tensor: Tensor, factor: float) -> Tensor:
     """A tensor before it was multiplied by a number: in float32 where its dtype would round it."""
-    if factor == 1:
+    if factor == 1 or math.isnan(factor):
         return tensor
     exact = math.frexp(factor)[0] in (0.5, -0.5) or tensor.element_size() >= 4
     return (tensor if exact else tensor.float()) / factor

@@ -244,7 +244,7 @@ def _titles(records: Sequence[AttentionRecord]) -> list[str]:
 
 def _masks(records: Sequence[AttentionRecord], batch: int) -> Tensor | None:
     """What each query may attend to, (records, heads, query_len, key_len); None for everything."""
-    masks = [record.mask for record in records]
+    masks = [None if record.mask_lost else record.mask for record in records]
     if all(mask is None for mask in masks):
         return None
     whole = []

@@ -30,7 +30,7 @@ Source = Callable[["Watcher", Function, Args, Keywords], Any]
 class Recorder(Protocol):
     """Who wants to know of attention."""
 
-    def take(self, record: AttentionRecord, used: Tensor | None) -> None:
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> None:
         """An attention happened; `used` are the weights that were multiplied, if known."""
 
     def miss(self, what: str, why: str) -> None:
@@ -118,7 +118,7 @@ class Watcher(TorchFunctionMode):
             self.miss(what, "it ran inside of torch.func (vmap, grad ...)")
             return
         for recorder in self.recorders:
-            recorder.take(record, used)
+            recorder.take(record, used, self.tags)
 
     def miss(self, what: str, why: str) -> None:
         """Tell all recorders of what cannot be read."""

@@ -3,15 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
-from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
+from pytest_attnheat.assertions.behaviour.invariance import (
+    assert_batch_independent,
+    assert_key_permutation_invariant,
+)
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
+from pytest_attnheat.assertions.behaviour.reading import as_sequence
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, decode_takes
+from pytest_attnheat.assertions.behaviour.subject import differ
+from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.assertions.masking import assert_masked
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.tolerance import output_tolerance
+from pytest_attnheat.attention.vocabulary import Side
+from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.contract.captured import assert_rows, diagnoses, layer_of, records_of
@@ -22,29 +39,133 @@ from pytest_attnheat.contract.examination import (
     check,
     is_causal_block,
     registered,
+    says_whether_it_has_positions,
     takes_padding_mask,
 )
-from pytest_attnheat.failure import Failure
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Checked, Failure
+
+# What modules call a window, or a chunk, of their own.
+_WINDOWS = ("sliding_window", "attention_chunk_size")
+
+
+@check("call", "it can be called as it is declared", "block", quick=True)
+def block_call(examination: Examination) -> None:
+    """Where it cannot, no other check is asked; one that needs more arguments is not asked this."""
+    error = examination.refusal
+    if error is not None and not examination.binds:
+        raise Skipped(f"it cannot be called as it is declared: {error}; declare arguments=")
+    if error is not None:
+        raise error
 
 
 @check("no_leakage", "no output depends on what it must not see, and each on what it must", "block",
        quick=True, issue="pytorch/pytorch#103082")  # fmt: skip
 def block_no_leakage(examination: Examination) -> None:
-    """The future of a causal block; other sequences of the batch in any case."""
+    """What is declared to be unseen; other sequences of the batch in any case; with padding too."""
     model, inputs = examination.block()
-    sides = examination.spec.sides
+    spec, seed = examination.spec, examination.seed
+    by_head = _seen(spec, inputs)
+    seen = by_head.any(1)
+    through = _through_layers(seen)
+    causal = bool((through == through.tril()).all())
+    told: dict[str, Any] = {"causal": causal, "seed": seed}
     # Through each further layer a window sees further: what must be seen depends on the depth.
     # What is inside is held to the window itself.
-    windowed = sides is not None and examination.spec.window != (None, 0)
-    causal = examination.spec.causal is not None or (sides is not None and sides[1] == 0)
-    assert_no_leakage(model, inputs, causal=causal, must_see=not windowed, seed=examination.seed)
+    same = torch.equal(through, seen) and bool((by_head.all(1) == seen).all())
+    told["must_see"] = same and not _carries_window(model)
+    documents = spec.documents if isinstance(spec.documents, Tensor) else None
+    whole = torch.ones_like(through)
+    if not torch.equal(through, whole.tril() if causal else whole):
+        told["may_see"] = through
+    assert_no_leakage(model, inputs, documents=documents, **told)
+    lengths = [inputs.shape[1] - 2 - i % 2 for i in range(len(inputs))]
+    if model.memory_argument is not None and model.mask is not None:
+        memory = model.arguments[model.memory_argument]
+        ragged = [memory.shape[1] - 1 - i % 2 for i in range(len(memory))]
+        assert_no_leakage(model, inputs, lengths=ragged, **told)
+    elif not _why_not_padded(examination) and min(lengths) > 1:
+        sides: tuple[Side, ...] = ("right", "left") if model.mask != "lengths" else ("right",)
+        for side in sides:
+            if "may_see" in told and side == "left":
+                told["may_see"] = _shifted(through, lengths)
+            assert_no_leakage(
+                model, inputs, lengths=lengths, side=side, passes=2, by="perturbation", **told
+            )
+
+
+def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:
+    """What is declared that each token may see in a layer, (batch, heads, length, length).
+
+    There is one head, but for a function of the head.
+    """
+    (batch, length), heads = inputs.shape[:2], 1
+    documents, may_see = spec.documents, spec.may_see
+    if isinstance(documents, Tensor):
+        documents = as_documents(documents, (batch, length))
+    if isinstance(may_see, Tensor):
+        may_see = may_see.to(inputs.device)
+    elif may_see is not None:
+        with suppress(Skipped):
+            heads = max((record.shape[1] for record in records_of(spec)), default=1)
+    nothing = torch.empty(batch, heads, length, 0, device=inputs.device)
+    call = Call(
+        nothing,
+        nothing,
+        nothing,
+        causal=spec.causal is not None,
+        window=spec.window,
+        chunk=spec.chunk,
+        prefix=spec.prefix,
+        sink_keys=spec.sink_keys,
+        documents=(documents, documents) if isinstance(documents, Tensor) else None,
+        may_see=(lambda b, h, i, j: may_see[i, j]) if isinstance(may_see, Tensor) else may_see,
+    )
+    seen = call.permitted(torch.arange(batch * heads, device=inputs.device), slice(0, length))
+    whole = nothing.new_ones(batch * heads, length, length, dtype=torch.bool)
+    whole = whole if seen is None else whole & seen
+    return whole.view(batch, heads, length, length)
+
+
+def _carries_window(model: SequenceModel) -> bool:
+    """Whether some layer says itself that it sees a window, or a chunk, alone."""
+    parts = [part for module in modules_in(model.module) for part in module.modules()]
+    owners = [*parts, *(getattr(part, "config", None) for part in parts)]
+    carried = [getattr(owner, name, None) for owner in owners for name in _WINDOWS]
+    return any(isinstance(size, int) for size in carried)
+
+
+def _through_layers(seen: Tensor) -> Tensor:
+    """What each token may see through any number of layers."""
+    further = torch.matmul(seen.float(), seen.float()) > 0
+    return seen if torch.equal(seen, further) else _through_layers(seen | further)
+
+
+def _shifted(seen: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The same where so many last tokens are real: positions count from the first real one."""
+    moved = [one.roll((len(one) - n,) * 2, (0, 1)) for one, n in zip(seen, lengths, strict=True)]
+    return torch.stack(moved)
+
+
+def _why_not_padded(examination: Examination) -> str:
+    """Why the sequence cannot be padded; empty if it can."""
+    if reason := takes_padding_mask(examination.spec):
+        return reason
+    try:
+        as_sequence(*examination.block(), {}).check_padding(needs_mask=True)
+    except ValueError as reason:
+        return str(reason)
+    return "documents are packed" if examination.spec.documents is not None else ""
 
 
 @check("padding", "padding that the mask hides changes nothing", "block", needs=takes_padding_mask,
        quick=True, issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def block_padding(examination: Examination) -> None:
-    """On the right and on the left, of any content."""
-    assert_padding_invariant(*examination.block(), seed=examination.seed)
+    """On the right and on the left, of any content; of a memory, if there is one."""
+    model, inputs = examination.block()
+    if model.memory_argument is None and (reason := _why_not_padded(examination)):
+        raise Skipped(reason)
+    assert_padding_invariant(model, inputs, seed=examination.seed)
 
 
 @check("batch", "a sequence gives the same output alone and in a batch", "block", quick=True,
@@ -57,8 +178,44 @@ def block_batch(examination: Examination) -> None:
 @check("decoding", "decoded in chunks it gives what it gives at once", "block",
        needs=is_causal_block, quick=True)  # fmt: skip
 def block_decoding(examination: Examination) -> None:
-    """With its cache, if it has one, else by prefixes."""
-    assert_decode_matches_prefill(*examination.block(), seed=examination.seed)
+    """With its cache, if it has one, else by prefixes; then a batch of unequal lengths."""
+    model, inputs = examination.block()
+    spec, seed, length = examination.spec, examination.seed, inputs.shape[1]
+    if spec.documents is not None:
+        raise Skipped("documents are packed into one sequence")
+    # What comes first is seen whole.
+    chunks = [spec.prefix, *[1] * (length - spec.prefix)] if 1 < spec.prefix < length else None
+    assert_decode_matches_prefill(model, inputs, chunks=chunks, seed=seed)
+    if decode_takes(model) and chunks is None and length > 3 and not _why_not_padded(examination):
+        lengths = [length - 2 + i % 3 for i in range(len(inputs))]
+        assert_decode_matches_prefill(model, inputs, lengths=lengths, seed=seed)
+
+
+@check("positions", "the order of tokens matters if it has positions, and if not it does not",
+       "block", issue="speechbrain/speechbrain#2276",
+       needs=says_whether_it_has_positions)  # fmt: skip
+def block_positions(examination: Examination) -> None:
+    """Without a mask, and with one that hides nothing."""
+    model, inputs = examination.block()
+    if not model.has_positions:
+        assert_key_permutation_invariant(model, inputs, seed=examination.seed)
+        return
+    subject = as_sequence(model, inputs, {})
+    order = torch.arange(subject.length).roll(1).to(inputs.device)
+    reals = [None, torch.ones_like(inputs[..., 0] if inputs.ndim > 2 else inputs).bool()]
+    for real in reals if model.mask is not None else reals[:1]:
+        told = replace(subject, real=real)
+        with borrowed(model.module, inputs, seed=examination.seed), torch.no_grad():
+            base, moved = told.run(), told.restore(told.reorder(order).run(), order)
+        if not differ(moved, base, output_tolerance(base.dtype)):
+            raise Failure(
+                "",
+                "the order of tokens changes nothing"
+                + (" under a mask that hides none" if real is not None else ""),
+                cause="positions are declared, and not used: are they added, and not masked away?",
+                tensor=Checked.of(base),
+                again=told.run,
+            )
 
 
 @check("layout", "strides of the inputs change nothing", "block", issue="pytorch/pytorch#181133")
@@ -95,7 +252,7 @@ def captured_masks(examination: Examination) -> None:
 def _masked_keys(record: AttentionRecord) -> None:
     if record.mask is None:
         raise ValueError("no attention was given a mask")
-    assert_masked(record)
+    assert_masked(record, record.judged_mask)
 
 
 @check("output", "weights times value are the output", "captured", quick=True,
@@ -142,11 +299,14 @@ def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord
 
 @check("attention_inside", "what was captured is what its own queries, keys and values make",
        "block", "captured", quick=True, issue="Graylab/DL4Proteins-notebooks#12")  # fmt: skip
-def attention_inside(examination: Examination) -> None:
+def attention_inside(examination: Examination) -> str:
     """Of what was captured: of a block, while it runs on its inputs."""
-    judged, wrong, reasons = 0, [], list[str]()
+    if examination.spec.is_block:
+        examination.block()
+    judged, wrong, reasons, hints = 0, [], list[str](), dict[str, None]()
     for diagnosis in diagnoses(examination.spec, reasons):
         judged += 1
+        hints |= dict.fromkeys(f"{diagnosis.subject}: {note}" for note in diagnosis.notes)
         if not diagnosis.healthy:
             wrong.append(diagnosis)
     if not judged:
@@ -154,6 +314,7 @@ def attention_inside(examination: Examination) -> None:
     if wrong:
         claim = "attentions that were captured are not what their queries, keys and values make"
         raise Failure("", claim, broken=len(wrong), of=judged, cause=wrong[0].sentence)
+    return "; ".join(hints)
 
 
 BLOCK_CHECKS: tuple[Check, ...] = registered("block")

@@ -2,39 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, recognise
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
+from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, DeclaredFullyMasked
+from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.diagnosis import Diagnosis
-from pytest_attnheat.contract.examination import Skipped
-from pytest_attnheat.contract.explaining import explained
+from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
+from pytest_attnheat.contract.examination import Skipped, model_of
+from pytest_attnheat.contract.explaining import explained, shown, where_wrong
+from pytest_attnheat.contract.held import Held, held_to
+from pytest_attnheat.contract.matching import NOWHERE, Explanation, measure
 from pytest_attnheat.contract.probing import Probe, one_thread
+from pytest_attnheat.contract.searching import explain_alone, explain_by_constant
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure, Place, number_text
-from pytest_attnheat.inputs import dtype_name, misuse
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
 
 
-def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
+def records_of(
+    spec: AttentionSpec, call: Callable[[], object] | None = None
+) -> Sequence[AttentionRecord]:
     """Return the records of a specification: those of its trace, or of its block at work.
+
+    Args:
+        spec: The specification.
+        call: Calls the block; by default it is called on its inputs.
 
     Raises:
         Skipped: Nothing could be captured in the block.
@@ -43,12 +51,12 @@ def records_of(spec: AttentionSpec) -> Sequence[AttentionRecord]:
         return [spec.subject]
     if isinstance(spec.subject, Trace):
         return list(spec.subject)
-    subject = spec.implementation
-    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
-    return _captured(model, spec.inputs)
+    return _captured(model_of(spec), spec.inputs, call)
 
 
-def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionRecord]:
+def _captured(
+    model: SequenceModel, inputs: Tensor | None, call: Callable[[], object] | None
+) -> list[AttentionRecord]:
     module = _module_of(model.module)
     if module is None or inputs is None:
         raise Skipped("attention inside is captured of one module, or of what calls one")
@@ -56,7 +64,7 @@ def _captured(model: SequenceModel, inputs: Tensor | None) -> list[AttentionReco
         module.eval()
         try:
             with capture_attention(module, allow_unseen=True) as trace:
-                model(inputs)
+                model(inputs) if call is None else call()
         except CaptureError as error:
             raise Skipped(str(error)) from None
     return list(trace)
@@ -70,7 +78,9 @@ def _module_of(subject: object) -> nn.Module | None:
     return found[0] if len(found) == 1 else None
 
 
-def diagnose_records(spec: AttentionSpec) -> Diagnosis:
+def diagnose_records(
+    spec: AttentionSpec, call: Callable[[], object] | None = None, *, search: bool = True
+) -> Diagnosis:
     """Diagnose the first attention that is not what it is declared to be, or any if all are.
 
     Raises:
@@ -78,7 +88,7 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     """
     last: Diagnosis | None = None
     reasons: list[str] = []
-    for diagnosis in diagnoses(spec, reasons):
+    for diagnosis in diagnoses(spec, reasons, call, search=search):
         last = diagnosis
         if not diagnosis.healthy:
             return diagnosis
@@ -93,13 +103,21 @@ def diagnose_records(spec: AttentionSpec) -> Diagnosis:
     )
 
 
-def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
+def diagnoses(
+    spec: AttentionSpec,
+    reasons: list[str],
+    call: Callable[[], object] | None = None,
+    *,
+    search: bool = True,
+) -> Iterator[Diagnosis]:
     """Diagnose one record after the other; add the reasons why some cannot be.
 
     What made a wrong output is only searched for in the first that is wrong: it takes seconds.
     """
-    records, search = records_of(spec), True
-    looked_up = _looked_up(spec, records)
+    records = records_of(spec, call)
+    plain = records if call is None else records_of(spec)
+    looked_up = _looked_up(spec, plain)
+    once = Counter(record.layer for record in plain)  # a call may run the block several times
     for record in records:
         reason = _not_told(record)
         if reason:
@@ -109,8 +127,11 @@ def diagnoses(spec: AttentionSpec, reasons: list[str]) -> Iterator[Diagnosis]:
         if small is None:
             reasons.append(f"{_place(record)}: {record.shape} is too large to diagnose")
             continue
-        own = (record.layer, record.call) not in looked_up
+        own = (record.layer, record.call % (once[record.layer] or 1)) not in looked_up
         diagnosis = _diagnosed(small, spec, own=own, search=search)
+        if isinstance(diagnosis, str):
+            reasons.append(f"{_place(record)}: {diagnosis}")
+            continue
         search = search and diagnosis.healthy
         yield diagnosis
 
@@ -135,191 +156,77 @@ def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[t
 
 def _diagnosed(
     record: AttentionRecord, spec: AttentionSpec, *, own: bool, search: bool
-) -> Diagnosis:
-    assert record.query is not None
-    assert record.key is not None
-    assert record.value is not None
+) -> Diagnosis | str:
+    """Diagnose one record; a reason where what was done to its scores is not understood."""
+    name = _place(record)
+    held = held_to(record, spec, name, own=own)
     assert record.output is not None
-    claims = _claimed(record, spec, own=own)
-    mask = _beyond_claims(record.mask_besides_causality, record, claims)
-    diagnosis = diagnose_output(
-        record.output,
-        record.query,
-        record.key,
-        record.value,
-        mask=mask,
-        causal=claims.causal,
-        window=claims.window,
-        alignment=claims.alignment,
-        scale=spec.scale,
-        fully_masked="zero" if spec.fully_masked == "undefined" else spec.fully_masked,
-        name=_place(record),
-        search=search,
+    output = record.output.detach().double().cpu()
+    probe, used = (
+        Probe(case, output, record.dtype, answer_tolerance(record.dtype))
+        for case in (held.case, held.used)
     )
     # Small by now, whatever the capture allows.
     weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)
+    with one_thread():
+        diagnosis = explained(name, [probe], {}, search=False)
+        if diagnosis.healthy:
+            notes = (held.hint,) if held.hint else ()
+            return replace(diagnosis, inferred_weights=weights.cpu(), notes=notes)
+        fit = measure(Plan(), [used])
+        if held.lacks and fit.excess <= 1:
+            diagnosis = _lacking(diagnosis, held, fit.residual, probe)
+        elif record.strange:
+            found = explain_by_constant([probe], [Explanation((), Plan(), NOWHERE)])
+            factor = next((one for one in found if one.reproduces), None)
+            named = () if factor is None or spec.scale is not None else factor.names
+            if factor is not None and named == ("temperature",):
+                return _up_to_a_scale(diagnosis, held.case.factor * (factor.constant or 1.0))
+            if not any(one.reproduces for one in explain_alone([probe]).explanations):
+                return f"its scores {record.strange}"
+            diagnosis = explained(name, [probe], {}, search=search)
+        else:
+            diagnosis = explained(name, [probe], {}, search=search)
     return replace(diagnosis, inferred_weights=weights.cpu())
 
 
-def diagnose_output(
-    output: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    mask: Tensor | None = None,
-    causal: Alignment | None = None,
-    window: tuple[int, int] | None = None,
-    alignment: Alignment = "top_left",
-    scale: float | None = None,
-    fully_masked: DeclaredFullyMasked = "zero",
-    name: str = "output",
-    search: bool = True,
-) -> Diagnosis:
-    """Tell what made a given output, from its own inputs.
-
-    Fewer defects can be told apart than by `diagnose`, which chooses its inputs: those that
-    reproduce the output equally well are all named.
-
-    Args:
-        output: (batch, heads, query_len, value_dim)
-        query: (batch, heads, query_len, head_dim)
-        key: (batch, key_heads, key_len, head_dim); heads are a multiple of key_heads.
-        value: (batch, key_heads, key_len, value_dim)
-        mask: Boolean, True where a query may attend, broadcastable to the weights.
-        causal: What it should be: `"top_left"` or `"bottom_right"`; None for not causal.
-        window: How many keys before and after its own position a query should attend to.
-        alignment: Where a window is counted from if it should not be causal.
-        scale: What scores should be multiplied by; head_dim ** -0.5 by default.
-        fully_masked: What rows without permitted keys should be.
-        name: What the output is called.
-        search: Whether to look for what made an output that is wrong; else only whether it is
-            wrong is said.
-
-    Returns:
-        The diagnosis. There are no inferred weights.
-
-    Raises:
-        TypeError: A tensor is not one of floating point numbers, or the mask is not boolean.
-        ValueError: Shapes do not fit.
-    """
-    _check_tensors(output, query, key, value, mask)
-    case = Case(
-        name=name,
-        query=query.detach().double().cpu(),
-        key=key.detach().double().cpu(),
-        value=value.detach().double().cpu(),
-        mask=None if mask is None else mask.detach().cpu(),
-        causal=causal is not None,
-        alignment=causal or alignment,
-        window=window,
-        scale=scale,
-        fully_masked=fully_masked,
-        dtype=output.dtype,
+def _up_to_a_scale(diagnosis: Diagnosis, scale: float) -> Diagnosis:
+    return replace(
+        diagnosis,
+        healthy=True,
+        residual=0.0,
+        sentence=f"{diagnosis.subject} is attention as declared, if its scale is {scale:.6g}",
+        notes=(f"its scale was not seen: declare scale={scale:.6g} if that is meant",),
     )
-    given = output.detach().double().cpu()
-    probes = [Probe(case, given, output.dtype, answer_tolerance(output.dtype))]
-    with one_thread():
-        return explained(name, probes, {}, search=search)
 
 
-def _check_tensors(
-    output: Tensor, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None
-) -> None:
-    tensors = {"output": output, "query": query, "key": key, "value": value}
-    accepted = "a tensor of floating point numbers, (batch, heads, length, width)"
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
-            raise TypeError(misuse(name, getattr(tensor, "dtype", type(tensor).__name__), accepted))
-        if tensor.ndim != 4:
-            raise ValueError(misuse(name, tuple(tensor.shape), accepted))
-    wanted = (*query.shape[:3], value.shape[3])
-    fits = (
-        output.shape == wanted
-        and query.shape[3] == key.shape[3]
-        and key.shape[:3] == value.shape[:3]
-        and query.shape[0] == key.shape[0]
-        and query.shape[1] % key.shape[1] == 0
+def _lacking(diagnosis: Diagnosis, held: Held, residual: float, probe: Probe) -> Diagnosis:
+    """Say what the module carries and its attention was made without."""
+    words = ", and ".join(held.lacks.values())
+    return replace(
+        diagnosis,
+        defects=tuple(held.lacks),
+        next_best=diagnosis.residual,
+        next_best_defects=("correct attention",),
+        residual=residual,
+        sentence=f"{diagnosis.subject} equals attention {words}; residual "
+        f"{residual_text(residual)}",
+        where=where_wrong([probe]),
+        **shown(None, [probe]),
     )
-    if not fits or output.numel() == 0:
-        shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
-        raise ValueError(misuse("shapes", shapes, "those of one attention and its output"))
-    if mask is not None and mask.dtype != torch.bool:
-        accepted = "a boolean tensor, True where a query may attend"
-        raise TypeError(misuse("mask", dtype_name(mask), accepted))
-    if mask is not None:
-        torch.broadcast_to(mask, (*query.shape[:3], key.shape[2]))
-
-
-@dataclass(frozen=True)
-class _Claims:
-    """What a query may see by what is declared and what attention was told.
-
-    Attributes:
-        causal: The alignment of causality; None where nothing says that it is causal.
-        window: Keys before and after the own position; None for all.
-        alignment: Where the window is counted from.
-    """
-
-    causal: Alignment | None
-    window: tuple[int, int] | None
-    alignment: Alignment
-
-
-def _claimed(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> _Claims:
-    query_len, key_len = record.shape[2:]
-    causal, window = record.causal, spec.sides
-    # The claim of a block is about its own sequence, not about one that it looks things up in.
-    if spec.is_block:
-        claimed = own and query_len == key_len
-        causal = (spec.causal or causal) if claimed else causal
-        window = window if claimed else None
-    alignment: Alignment = causal or "top_left"
-    # By default the top left is declared, which what was captured may have been told otherwise.
-    if window is not None and spec.causal == "bottom_right":
-        alignment = spec.causal
-    # A window that ends at the own position and begins nowhere is causality.
-    if spec.window == (None, 0) and window is not None:
-        return _Claims(alignment, None, alignment)
-    return _Claims(causal and alignment, window, alignment)
-
-
-def _beyond_claims(mask: Tensor | None, record: AttentionRecord, claims: _Claims) -> Tensor | None:
-    """What a mask hides besides what causality and the window hide; None if that is nothing.
-
-    A mask that was to make attention causal, and is wrong, would else be taken as told.
-    """
-    if mask is None:
-        return None
-    lengths = record.shape[2:]
-    if claims.causal is not None:
-        mask = mask | ~causal_mask(*lengths, alignment=claims.causal, device=mask.device)
-    if claims.window is not None:
-        inside = sliding_window_mask(
-            *lengths, window=claims.window, alignment=claims.alignment, device=mask.device
-        )
-        mask = mask | ~inside
-    # Nobody hides all tokens from themselves on purpose: then the mask is one place off.
-    square = claims.causal is not None and lengths[0] == lengths[1]
-    if square and not bool(mask.expand(record.shape).diagonal(dim1=-2, dim2=-1).any()):
-        return None
-    return None if bool(mask.all()) else mask
 
 
 def _not_told(record: AttentionRecord) -> str:
     """Why a record cannot be judged; empty if it can."""
     parts = (record.query, record.key, record.value, record.output)
     if any(part is None for part in parts):
-        return "its queries and keys are not known"
+        unkept = not record.strange or record.output is None
+        return "its queries and keys are not known" if unkept else f"its scores {record.strange}"
     if record.dropout > 0:
         mode = "training" if record.training else "evaluation"
         return f"dropout of {record.dropout:g} was applied in {mode} mode"
     if record.queries is not None:
         return "some queries were left out"
-    if record.score_change is not None:
-        return "a score_mod changed its scores"
-    if record.bias is not None and bool(((record.bias != 0) & (record.bias > HIDDEN_FROM)).any()):
-        return "a bias is added to its scores"
     if 0 in record.shape_here:
         return "it is empty"
     if not all(bool(part.isfinite().all()) for part in parts[:3] if part is not None):
@@ -338,8 +245,9 @@ def _smaller(record: AttentionRecord) -> AttentionRecord | None:
     entries = min(batch, 2)
     kept: dict[str, Any] = {
         name: _first(getattr(record, name), entries)
-        for name in ("query", "key", "value", "output", "given_mask", "bias", "kept_weights")
-    }
+        for name in ("query", "key", "value", "output", "given_mask", "bias", "sink_weights",
+                     "kept_weights")
+    }  # fmt: skip
     record = replace(record, shape=(entries, *record.shape[1:]), **kept)
     if entries * heads * one <= _MOST_WEIGHTS:
         return record
@@ -368,8 +276,9 @@ def assert_rows(record: AttentionRecord, fully_masked: DeclaredFullyMasked) -> N
     if record.statistics is not None:
         _sums(record, record.statistics, fully_masked, tolerance)
     elif fully_masked != "undefined":
-        assert_row_stochastic(record, fully_masked=fully_masked, tolerance=tolerance)
-    elif record.mask is None or bool(record.mask.any(-1).all()):
+        mask = None if record.mask_lost else record.judged_mask
+        assert_row_stochastic(record, mask=mask, fully_masked=fully_masked, tolerance=tolerance)
+    elif record.mask_lost or record.mask is None or bool(record.mask.any(-1).all()):
         assert_row_stochastic(record, tolerance=tolerance)
 
 
@@ -381,6 +290,8 @@ def _sums(
 ) -> None:
     """Judge rows by their sums. Which may attend to nothing, statistics do not tell."""
     sums, largest = statistics.row_sum, statistics.maximum
+    if record.sink_weights is not None:
+        sums = sums + record.sink_weights.to(sums)
     right = (sums - 1).abs() <= tolerance
     if fully_masked in ("zero", "undefined"):
         right |= (sums == 0) & (largest == 0)

@@ -17,6 +17,7 @@ from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
+from pytest_attnheat.assertions.precision import assert_gradients_match
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.call import Call
@@ -38,6 +39,7 @@ from pytest_attnheat.contract.examination import (
     has_no_positions,
     is_about_dtypes,
     registered,
+    returns_lse,
     returns_weights,
     takes_causal,
     takes_dropout,
@@ -47,6 +49,7 @@ from pytest_attnheat.contract.examination import (
     takes_option,
     takes_scale,
 )
+from pytest_attnheat.contract.returned_lse import judge_lse
 from pytest_attnheat.failure import Checked, Failure, Place
 
 
@@ -154,6 +157,8 @@ def grouped(examination: Examination) -> None:
        issue="huggingface/transformers#17306")  # fmt: skip
 def large_scores(examination: Examination) -> None:
     """Scores of a few hundred: exp of them overflows in every dtype but float64."""
+    if "large" not in examination.space.declared.numbers:
+        raise Skipped("steps are rounded to a dtype that does not hold them")
     _judge(examination, numbers="large")
 
 
@@ -277,6 +282,26 @@ def dropout(examination: Examination) -> None:
     runs = 40 if examination.quick else 200
     call = examination.case(sizes=(33, 33))
     assert_deterministic(examination.spec, *call.tensors, dropout=0.25, runs=runs)
+
+
+@check("dropout_gradients", "gradients are those of what dropout left",
+       needs=all_of(has_gradients, takes_dropout))  # fmt: skip
+def dropout_gradients(examination: Examination) -> None:
+    """Beside differences of the output, from one seed."""
+    if examination.dtype not in (torch.float32, torch.float64):
+        raise Skipped("differences of the output need float32 or float64")
+    examination.refuse_training()
+    try:
+        assert_gradients_match(examination.spec, *examination.case().tensors, dropout_p=0.25)
+    except ValueError as reason:
+        raise Skipped(str(reason)) from None
+
+
+@check("returned_lse", "the log-sum-exp it returns is that of its scores", needs=returns_lse,
+       issue="sgl-project/sglang#35045")  # fmt: skip
+def returned_lse(examination: Examination) -> str:
+    """Its shape, its base and whether it has the sink in it are found out."""
+    return judge_lse(examination)
 
 
 @check("returned_weights", "the weights it returns are those that made the output",

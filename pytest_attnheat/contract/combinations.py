@@ -7,7 +7,10 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from pytest_attnheat.attention.levels import Choice, shrunk, text_of
+import torch
+
+from pytest_attnheat.attention.covering import Covering
+from pytest_attnheat.attention.levels import Choice, Levels, shrunk, text_of
 from pytest_attnheat.contract.examination import Examination, Skipped, is_about_dtypes
 from pytest_attnheat.failure import Failure
 
@@ -26,7 +29,12 @@ class _Refusals:
     """
 
     examination: Examination
-    known: dict[tuple[tuple[str, Any], ...], str | None] = field(default_factory=dict)
+    known: dict[Levels, str | None] = field(default_factory=dict)
+
+    @property
+    def banned(self) -> frozenset[Levels]:
+        """All levels, or pairs of them, that were refused."""
+        return frozenset(some for some, reason in self.known.items() if reason)
 
     def of(self, chosen: Choice) -> str | None:
         """Return why a choice cannot be asked; None if one alone or two of its levels can."""
@@ -45,7 +53,7 @@ class _Refusals:
             if level != ordinary[name] and name not in _ASKED
         }
 
-    def _reason(self, some: tuple[tuple[str, Any], ...]) -> str | None:
+    def _reason(self, some: Levels) -> str | None:
         if some not in self.known:
             self.known[some] = self._ask(dict(some))
         return self.known[some]
@@ -65,15 +73,27 @@ class _Refusals:
         return None
 
 
+def _taken(examination: Examination, refusals: _Refusals) -> Covering:
+    """Return the cases that cover all pairs of what the subject does not refuse."""
+    every = examination.space.covering()
+    with torch.no_grad():
+        for chosen in every.cases:
+            try:
+                examination.spec.ask(examination.drawn(chosen))
+            except Exception:  # whatever it raises, it may be what it is asked
+                refusals.of(chosen)
+    return examination.space.covering(refusals.banned)
+
+
 def ask_pairs(examination: Examination) -> str:
     """Judge the cases in which every pair of levels occurs; return how many that were.
 
     Raises:
         Failure: Some case is wrong. It is about the smallest call found that still is.
     """
-    covering = examination.space.covering()
     refusals = _Refusals(examination)
-    refused: dict[str, None] = {}
+    covering = _taken(examination, refusals)
+    refused = dict.fromkeys(reason for reason in refusals.known.values() if reason)
     wrong: list[tuple[dict[str, Any], Exception]] = []
     asked = 0
     for chosen in covering.cases:

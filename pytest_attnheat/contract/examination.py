@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pytest_attnheat.assertions.precision_calls import Criteria, Run
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.levels import NONE, NUMBERS, OPTIONS, Choice, Declared, Space
-from pytest_attnheat.callables import modules_in
+from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.contract.asking import keyword_of
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
 from pytest_attnheat.failure import Failure
@@ -194,7 +195,43 @@ class Examination:
         """Return the block and its input on the device of this examination."""
         if self.spec.inputs is None:
             raise Skipped("it is not a block")
-        return model_of(self.spec), self.spec.inputs.to(self.device)
+        if self.refusal:
+            raise Skipped("it cannot be called as it is declared")
+        return self._as_declared
+
+    @property
+    def _as_declared(self) -> tuple[SequenceModel, Tensor]:
+        assert self.spec.inputs is not None
+        model = model_of(self.spec)
+        arguments = {
+            name: value.to(self.device) if isinstance(value, Tensor) else value
+            for name, value in model.arguments.items()
+        }
+        return replace(model, arguments=arguments), self.spec.inputs.to(self.device)
+
+    @cached_property
+    def refusal(self) -> Exception | None:
+        """What a block raises when it is called as it is declared; None if it answers."""
+        model, inputs = self._as_declared
+        try:
+            with borrowed(model.module, inputs, seed=self.seed), torch.no_grad():
+                model(inputs)
+        except Exception as error:  # whatever code under test raises
+            return error
+        return None
+
+    @property
+    def binds(self) -> bool:
+        """Whether a block takes the arguments that are declared, as far as its signature tells."""
+        model, inputs = self._as_declared
+        try:
+            called = getattr(model.module, "forward", model.module)
+            inspect.signature(called).bind(inputs, **model.arguments)
+        except TypeError:
+            return False
+        except ValueError:  # a callable made in C
+            pass
+        return True
 
     def answer(self) -> Tensor:
         """Ask the subject once, as plainly as it can be asked."""
@@ -231,6 +268,12 @@ class Examination:
         return subject
 
 
+def _numbers(spec: AttentionSpec) -> tuple[str, ...]:
+    if spec.rounded is not None:  # narrow dtypes hold neither large nor tiny numbers
+        return ("ordinary", "structured")
+    return NUMBERS if spec.scale is None or abs(spec.scale) < _SMALL else NUMBERS[:-1]
+
+
 def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declared:
     """Return what of a specification decides which calls can be made."""
     masks = {None: (), "additive": ("additive", "boolean"), "any": ("additive", "boolean")}
@@ -248,9 +291,10 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         equal_widths=equal_widths,
         from_the_end=spec.alignment == "bottom_right",
         near=any(rule is not None for rule in far),
-        numbers=NUMBERS if spec.scale is None or abs(spec.scale) < _SMALL else NUMBERS[:-1],
+        numbers=_numbers(spec),
         empty=spec.fully_masked != "undefined",
-        gradients=spec.gradients,
+        # Of a step that is rounded on purpose, everybody has a gradient of his own.
+        gradients=spec.gradients and spec.rounded is None,
         longest=min(always.shape) if isinstance(always, Tensor) else None,
         few_shapes=spec.few_shapes,
     )
@@ -291,7 +335,9 @@ returns_weights = _need(
     lambda spec: spec.returns not in ("output", "lse"), "it is declared to return no weights"
 )
 returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
-has_gradients = _need(lambda spec: spec.gradients, "gradients=False is declared")
+has_gradients = _need(
+    lambda spec: spec.gradients and spec.rounded is None, "it is declared to have no gradients"
+)
 _POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
 has_no_positions = _need(
     lambda spec: (
@@ -340,10 +386,29 @@ def takes_padding_mask(spec: AttentionSpec) -> str | None:
     )
 
 
+def says_whether_it_has_positions(spec: AttentionSpec) -> str | None:
+    """Need a block that says whether order matters, and to which it does not matter anyway."""
+    if spec.causal is not None:
+        return "to a causal block the order of tokens matters in any case"
+    if model_of(spec).has_positions is None:
+        return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
+    return None
+
+
 def model_of(spec: AttentionSpec) -> SequenceModel:
     """Return the block of a specification, and how it is called."""
     subject = spec.implementation
-    return subject if isinstance(subject, SequenceModel) else recognise(subject)
+    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
+    told: dict[str, Any] = {}
+    if spec.lengths is not None:
+        told = {"mask": "lengths", "mask_argument": spec.lengths}
+    elif spec.mask is not None and spec.mask_argument != "attn_mask":
+        told = {"mask": spec.mask, "mask_argument": spec.mask_argument}
+    elif spec.memory is not None and model is not subject:
+        told = {"mask": None, "mask_argument": None}  # what is known is about its own sequence
+    if spec.memory is not None:
+        told["memory_argument"] = spec.memory
+    return replace(model, arguments={**model.arguments, **(spec.arguments or {})}, **told)
 
 
 _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}

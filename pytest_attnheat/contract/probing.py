@@ -13,14 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
+from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.contract.asking import Answer
 from pytest_attnheat.contract.spec import AttentionSpec
 
@@ -47,12 +47,15 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Declared:
-    """What of a specification the cases depend on."""
+    """What of a specification the cases depend on: fields of `Case` that all of them have."""
 
-    alignment: Alignment
-    window: tuple[int, int] | None
-    scale: float | None
-    fully_masked: DeclaredFullyMasked
+    always: tuple[tuple[str, Any], ...]
+
+    @property
+    def alignment(self) -> Alignment:
+        """Where positions are counted from."""
+        alignment: Alignment = dict(self.always)["alignment"]
+        return alignment
 
 
 Build: TypeAlias = Callable[[Declared, Sizes, int, str], Case]
@@ -202,11 +205,12 @@ def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
 
 def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[Case]:
     """The case in all sizes, and where it has a mask also with the mask in full shape."""
-    window = spec.sides
-    declared = Declared(spec.alignment, window, spec.scale, spec.fully_masked)
     for sizes in blueprint.sizes:
-        heads = sizes.heads if spec.has_heads else 1
+        heads = (spec.heads or sizes.heads) if spec.has_heads else 1
         key_heads = (sizes.key_heads or heads) if spec.has_heads else 1
+        if heads % key_heads:
+            continue
+        declared = Declared(_always(spec, heads))
         case = _build(
             blueprint.build,
             declared,
@@ -217,6 +221,12 @@ def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[
         yield case
         if case.mask is not None and case.mask.shape != case.shape:
             yield _with_full_mask(case)
+
+
+@lru_cache(maxsize=256)
+def _always(spec: AttentionSpec, heads: int) -> tuple[tuple[str, Any], ...]:
+    """What every case has; kept, since slopes that a function makes are new each time."""
+    return tuple(spec.always(heads).items())
 
 
 # Cases are kept, and compared by identity: what plans make of them is kept as well (see
@@ -278,10 +288,7 @@ def _plain(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
         query=draw(f"{name} query", seed, batch, heads, sizes.query_len, sizes.head_dim),
         key=draw(f"{name} key", seed, batch, sizes.key_heads, sizes.key_len, sizes.head_dim),
         value=draw(f"{name} value", seed, batch, sizes.key_heads, sizes.key_len, sizes.value_dim),
-        alignment=declared.alignment,
-        window=declared.window,
-        scale=declared.scale,
-        fully_masked=declared.fully_masked,
+        **dict(declared.always),
     )
 
 

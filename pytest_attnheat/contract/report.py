@@ -12,10 +12,12 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.attention.devices import names_of, resolve
+from pytest_attnheat.callables import modules_in
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.captured import records_of
+from pytest_attnheat.contract.captured import diagnose_records, records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.diagnosing import diagnose
 from pytest_attnheat.contract.diagnosis import Diagnosis
@@ -86,24 +88,39 @@ class Report:
     @cached_property
     def diagnosis(self) -> Diagnosis | None:
         """What the implementation computes instead; None if it passed, or cannot be asked."""
-        return diagnosis_of(self.spec, self.seed) if self.failed else None
+        return self._inside[0]
+
+    @cached_property
+    def _inside(self) -> tuple[Diagnosis | None, dict[str, str]]:
+        """The diagnosis, and what is said of attention in the call that failed, by check."""
+        first, said = None, dict[str, str]()
+        for result in self.failed:
+            if result.name in said:
+                continue
+            search = first is None or first.healthy
+            found, said[result.name] = diagnosis_of(self.spec, result, self.seed, search=search)
+            first = found if search and found is not None else first
+            if not self.spec.is_block:
+                break
+        return first, said
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
-        lines += [f"hint: {hint}" for hint in hints_of(self.spec)]
+        inside = [r for r in self.results if r.name == "attention_inside" and r.status == "passed"]
+        said = [r.message for r in inside if r.message]
+        lines += [f"hint: {hint}" for hint in (*hints_of(self.spec), *said)]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
-        elif not any(result.declaration for result in self.failed):
-            outside = outside_of(self.diagnosis, self.spec)
-            lines += ["", outside] if outside else []
         lines += ["", *self._table()]
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
             said = [first.declaration] if first.declaration else []
-            lines += ["", f"{name} ({first.dtype}, {first.device})", *said, first.message]
+            found = self._inside[1].get(name, "") if not said else ""
+            said += [first.message, *([f"  inside   {found}"] if found else [])]
+            lines += ["", f"{name} ({first.dtype}, {first.device})", *said]
         return "\n".join(lines)
 
     def _head(self) -> str:
@@ -111,11 +128,20 @@ class Report:
         if not self.asked and self.spec.unmet:
             return f"nothing was examined: {self.spec.unmet}"
         if not self.asked:
-            return "nothing was examined; each check was refused, or left out by what is declared"
+            calls = [r.message for r in self.results if r.name == "call" and r.message]
+            why = "each check was refused, or left out by what is declared"
+            return f"nothing was examined; {calls[0] if calls else why}"
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
         if not self.failed:
             head = "all checks passed"
-        return head + (f", {skipped} skipped" if skipped else "")
+        head += f", {skipped} skipped" if skipped else ""
+        if self.failed or not self.spec.is_block:
+            return head
+        inside = [r for r in self.results if r.name == "attention_inside"]
+        left_out = next((r.message for r in inside if r.status == "skipped"), "")
+        if left_out or not inside:
+            return f"{head}; attention inside was not judged: {left_out or 'it was not asked'}"
+        return head + (f"; {_TWO_CODES}" if _is_compiled(self.spec) else "")
 
     def _table(self) -> Iterator[str]:
         columns = list(dict.fromkeys((r.dtype, r.device) for r in self.results))
@@ -178,22 +204,75 @@ def check_attention(
     return Report(spec, tuple(results), seed)
 
 
-def diagnosis_of(spec: AttentionSpec, seed: int = 0) -> Diagnosis | None:
-    """Diagnose what failed; None of what answers nothing at all."""
+def diagnosis_of(
+    spec: AttentionSpec, result: Result, seed: int = 0, *, search: bool = True
+) -> tuple[Diagnosis | None, str]:
+    """Diagnose what failed, and say what is known of attention in the call of a block that failed.
+
+    Args:
+        spec: What is claimed.
+        result: What failed.
+        seed: Where inputs are drawn from.
+        search: Whether to look for what attention in a block is instead, if it is wrong.
+
+    Returns:
+        The diagnosis, None of what answers nothing at all; and the sentence.
+    """
+    failure = result.failure
+    again = None if failure is None else failure.again
     try:
-        return diagnose(spec, seed=seed)
-    except Exception:  # a subject may raise anything; the checks tell what
-        return None
+        if not spec.is_block:
+            return diagnose(spec, seed=seed), ""
+        if result.name == "attention_inside":
+            return diagnose_records(spec, search=search), ""
+        if again is None:
+            said = result.name == "call" or (failure is not None and failure.broken is None)
+            return None, "" if said else "not captured: it is not one call that failed"
+        called = getattr(again, "__self__", None)
+        if not isinstance(called, ModelSubject) or called.real is not None:
+            spec = _anywhere(spec)  # else it was called on its inputs
+        # What a query gives that sees nothing means nothing here: it is padding itself.
+        for declared in dict.fromkeys((spec.fully_masked, "zero", "uniform", "nan")):
+            found = diagnose_records(replace(spec, fully_masked=declared), again, search=False)
+            if found.healthy:
+                return found, _inside(found, spec)
+        found = diagnose_records(spec, again, search=search)
+    except Exception as error:  # a subject may raise anything; the checks tell what
+        return None, f"nothing was judged in the call that failed: {error}" * spec.is_block
+    return found, _inside(found, spec)
 
 
-def outside_of(diagnosis: Diagnosis | None, spec: AttentionSpec) -> str:
-    """Say of a block that failed where to look, if all attention inside of it is right."""
-    if diagnosis is None or not diagnosis.healthy or not spec.is_block or diagnosis.refused:
-        return ""
-    return (
-        f"{diagnosis.sentence}: what is wrong happens outside of it: in the mask it was given, "
-        "where heads are split or merged, or before or after attention"
-    )
+def _anywhere(spec: AttentionSpec) -> AttentionSpec:
+    """What is declared that holds wherever positions begin, and however long a call is."""
+    causal = None if spec.prefix else spec.causal
+    window = None if spec.sink_keys else spec.window
+    return replace(
+        spec, causal=causal, window=window, chunk=None, prefix=0, sink_keys=0, may_see=None,
+        documents=None,
+    )  # fmt: skip
+
+
+# Of a compiled block; capturing sets compiled code aside.
+_TWO_CODES = "attention inside was captured in the eager code, which is not the compiled code"
+
+
+def _inside(found: Diagnosis, spec: AttentionSpec) -> str:
+    """Say of the call that failed whether attention in it is right, and where to look if it is."""
+    words = found.sentence if found.healthy else f"in the call that failed: {found.sentence}"
+    if found.healthy and not found.refused:
+        words = (
+            f"in the call that failed, {words}: what is wrong happens outside of it: in the mask "
+            "it was given, where heads are split or merged, or before or after attention"
+        )
+    elif found.healthy:
+        words = f"in the call that failed, {words}; not judged: {', '.join(found.refused)}"
+    return words + (f" ({_TWO_CODES})" if _is_compiled(spec) else "")
+
+
+def _is_compiled(spec: AttentionSpec) -> bool:
+    parts = (part for module in modules_in(spec.subject) for part in module.modules())
+    names = ("_orig_mod", "_compiled_call_impl")
+    return any(getattr(part, name, None) is not None for part in parts for name in names)
 
 
 def checks_of(spec: AttentionSpec, *, quick: bool = False) -> tuple[Check, ...]:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.capture.record import AttentionRecord
@@ -52,7 +53,8 @@ class AttentionSpec:
         inputs: For a block: an example of its input, (batch, length, width) floats or (batch,
             length) token ids, of two or more sequences.
         mask: What a boolean `attn_mask` means: `"keep"` (True where a query may attend), `"drop"`
-            (True where not), `"additive"` (floats, 0 and -inf), or None: it takes no mask.
+            (True where not), `"additive"` (floats that are added to the scores), `"any"` (as
+            PyTorch: True where it may attend, or floats), or None: it takes no mask.
         mask_argument: The keyword of the mask. A subject whose signature lacks it takes none.
         causal: What its `is_causal=True` means: `"top_left"`, `"bottom_right"`, or None: it does
             not take it. Of a block: whether it is causal, always. Of what was captured, or does
@@ -67,7 +69,8 @@ class AttentionSpec:
         scale: What scores are multiplied by: a number, or None for head_dim ** -0.5.
         dropout: Whether it takes `dropout_p`; by default, if its signature has it.
         returns: `"output"` alone; or a pair of the output and `"weights"` per head (before
-            dropout), weights `"averaged"` over heads, or `"dropped_weights"`, after dropout.
+            dropout), weights `"averaged"` over heads, or `"dropped_weights"`, after dropout; or
+            the log-sum-exp of each row, `"lse"`, whose shape, base and sink are found out.
         fully_masked: What the output is for a query that may attend to nothing: `"zero"`,
             `"uniform"` (the mean of all values), `"nan"`, or `"undefined"`: not judged.
         dtypes: The dtypes in which it is examined.
@@ -154,7 +157,24 @@ class AttentionSpec:
             )
             raise ValueError(misuse("subject", got, accepted))
         check_fields(self)
+        if self.inputs is not None:
+            self._check_block(self.inputs)
         self._complete()
+
+    def _check_block(self, inputs: Tensor) -> None:
+        """Refuse what does not fit the inputs of a block."""
+        batch, length = inputs.shape[:2]
+        own = getattr(self.subject, "arguments", None) or {}
+        if self.memory is not None and self.memory not in {**own, **(self.arguments or {})}:
+            raise ValueError(misuse("memory", repr(self.memory), "the name of one of arguments"))
+        if isinstance(self.documents, str):
+            accepted = f"of a block, numbers of shape {(batch, length)} or {(length,)}"
+            raise ValueError(misuse("documents", repr(self.documents), accepted))
+        if self.documents is not None:
+            as_documents(self.documents, (batch, length))
+        if isinstance(self.may_see, Tensor) and self.may_see.shape != (length, length):
+            accepted = f"a function, or booleans of shape {(length, length)}"
+            raise ValueError(misuse("may_see", f"shape {tuple(self.may_see.shape)}", accepted))
 
     def _complete(self) -> None:
         """Fill in what the subject's own name and signature say."""
@@ -178,6 +198,8 @@ class AttentionSpec:
             found |= {field: name for field, names in _USUAL.items() for name in names
                       if getattr(self, field) is None and self.names(name)
                       and (self.parameters is not None or name == "scale")}  # fmt: skip
+            if self.mask == "keep" and self.parameters is None:  # PyTorch's own
+                found["mask"] = "any"
             found |= self._without_keywords()
         for name, value in found.items():
             object.__setattr__(self, name, value)

@@ -176,11 +176,12 @@ class CheckCall:
 
     def _failure(self, result: Result) -> FailedCheckError:
         """The error: what does not hold, the diagnosis, and the check's own message."""
-        diagnosis, draw = self._examined.diagnosed()
+        diagnosis, draw, inside = self._examined.diagnosed(result)
         self.verdict |= {**self._examined.found, "declaration": result.declaration}
+        self.verdict["outside"] = inside
         claim = result.declaration or f"not so: {self._check.sentence}"
         # A wrong declaration says where to look itself.
-        outside = "" if result.declaration else self.verdict["outside"]
+        outside = "" if result.declaration else inside
         text = "\n\n".join(part for part in (diagnosis, outside, result.message) if part)
         return FailedCheckError(self._check.name, claim, text, draw)
 
@@ -237,20 +238,24 @@ class _Examined:
         self.hints = list(hints_of(spec))
         self.found: dict[str, Any] = {}
 
-    def diagnosed(self) -> tuple[str, Callable[[], HeatmapFigure] | None]:
-        """The diagnosis and what draws it, the first time; then its sentence alone."""
-        if self.found:
-            sentence = self.found["diagnosis"]
-            return sentence and f"diagnose: {sentence}", None
-        from pytest_attnheat.contract.report import diagnosis_of, outside_of
+    def diagnosed(self, result: Result) -> tuple[str, Callable[[], HeatmapFigure] | None, str]:
+        """The diagnosis and what draws it, the first time, then its sentence alone.
 
-        diagnosis = diagnosis_of(self.spec)
-        outside = outside_of(diagnosis, self.spec)
-        self.found = {"diagnosis": "", "named": False, "outside": outside}
-        if diagnosis is None or diagnosis.healthy:
-            return "", None
-        self.found |= {"diagnosis": diagnosis.sentence, "named": bool(diagnosis.defects)}
-        return str(diagnosis), None if diagnosis.expected_weights is None else diagnosis.draw
+        And what is known of attention in the call of a block that failed.
+        """
+        sentence = self.found.get("diagnosis", "")
+        shown = sentence and f"diagnose: {sentence}"
+        if self.found and not self.spec.is_block:
+            return shown, None, ""
+        from pytest_attnheat.contract.report import diagnosis_of
+
+        diagnosis, inside = diagnosis_of(self.spec, result, search=not sentence)
+        self.found = self.found or {"diagnosis": "", "named": False}
+        if sentence or diagnosis is None or diagnosis.healthy:
+            return shown, None, inside
+        self.found = {"diagnosis": diagnosis.sentence, "named": bool(diagnosis.defects)}
+        draw = None if diagnosis.expected_weights is None else diagnosis.draw
+        return str(diagnosis), draw, inside
 
     def examinations(self, *, quick: bool) -> tuple[list[Examination], str]:
         """Its examinations on the selected devices and in the selected dtypes.

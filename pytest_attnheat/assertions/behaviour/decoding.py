@@ -27,7 +27,7 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     name_tokens,
     tokens_off,
 )
-from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
+from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
 from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.scoring import broadcast
@@ -44,6 +44,7 @@ def assert_decode_matches_prefill(
     subject: Callable[..., Any],
     *inputs: Tensor,
     chunks: Sequence[int] | None = None,
+    lengths: Sequence[int] | Tensor | None = None,
     alignment: Alignment | None = None,
     tolerance: float | None = None,
     seed: int = 0,
@@ -59,7 +60,8 @@ def assert_decode_matches_prefill(
     A model with a cache of keys and values (the models of transformers, or a `SequenceModel` with
     `decode`) decodes with it. Any other model, also BERT, is given longer and longer prefixes, and
     its last outputs are compared; but one whose `forward` takes a cache is refused without
-    `decode`, as its cache would not be tested. All sequences are taken to be of full length.
+    `decode`, as its cache would not be tested. All sequences are taken to be of full length, but
+    for a model that is given `lengths`.
 
     An attention function is called once with all queries, and then with some queries and all
     keys up to the last of them: with the rows of the mask that belong to them, or without any
@@ -71,6 +73,9 @@ def assert_decode_matches_prefill(
         *inputs: Query, key and value of an attention function, (..., length, width); or the one
             input of a model: floats (batch, length, width) or token ids (batch, length).
         chunks: The size of each chunk, in place of the default; they add up to the length.
+        lengths: For a model that takes a mask: how many last tokens of each sample are real; those
+            before are padding, all of which is in the first chunk. `decode` is told of it by the
+            mask of all tokens up to the last of the chunk.
         alignment: For an attention function only. `"bottom_right"`: its own `is_causal=True`
             is aligned so, as FlashAttention's is, and chunks are called with it. Else, as
             PyTorch's is aligned to the top left, the mask of a chunk is spelled out. An
@@ -109,8 +114,11 @@ def assert_decode_matches_prefill(
             decoder = _function_decoder(function, alignment)
         else:
             model = as_sequence(subject, inputs[0], arguments, seed=own)
+            if lengths is not None:
+                refuse_memory(model, lengths)
+                model = model.padded_as(lengths, "left")
             decoder = model_decoder(model, alignment)
-        plans = list(_plans(decoder.length, decoder.most_single, chunks))
+        plans = list(_plans(decoder.length, decoder.most_single, chunks, _padding(decoder)))
         with torch.no_grad():
             _check(subject, decoder, plans, tolerance=tolerance, seed=seed, training=training)
 
@@ -126,6 +134,7 @@ def _check(
 ) -> None:
     __tracebackhide__ = True
     whole = settled(subject, decoder.subject.run, training=training, seed=seed)
+    judged = decoder.subject.judged()
     allowed = check_relative(tolerance, decoder.precision(whole.dtype))
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
@@ -133,7 +142,7 @@ def _check(
             accepted = f"that of the outputs of the whole sequence, {tuple(whole.shape)}"
             got = f"outputs of shape {tuple(decoded.shape)}"
             raise ValueError(misuse("what is decoded", got, accepted))
-        evidence = Evidence(plan, decoded, whole, allowed, singles_are_right=number > 0)
+        evidence = Evidence(plan, decoded, whole, allowed, number > 0, judged)
         told = f"chunks={plan.sizes}, seed={seed}"
         check_rows(
             _NAME,
@@ -141,15 +150,24 @@ def _check(
             whole,
             claim=f"outputs decoded {plan.words}, {decoder.how}, differ from the prefill",
             allowed=allowed,
-            judged=decoder.subject.judged(),
+            judged=judged,
             place=plan.place,
             cause=lambda change, of=evidence: decoder.cause(of, change > allowed),  # type: ignore[misc]
             repeat=told if len(plan.sizes) <= _MOST_SIZES_TOLD else f"seed={seed}",
+            again=lambda plan=plan: decoder.decode(plan.steps),  # type: ignore[misc]
         )
 
 
-def _plans(length: int, most_single: int, chunks: Sequence[int] | None) -> Iterator[Plan]:
-    """Yield how a sequence is cut.
+def _padding(decoder: Decoder) -> int:
+    """How many tokens come first that are padding in some sample: they are no step of their own."""
+    judged = decoder.subject.judged()
+    return 0 if judged is None else int((~judged).sum(-1).max())
+
+
+def _plans(
+    length: int, most_single: int, chunks: Sequence[int] | None, padding: int
+) -> Iterator[Plan]:
+    """Yield how a sequence is cut; the first chunk has a token after all padding.
 
     Raises:
         TypeError: A size is not a whole number.
@@ -164,11 +182,13 @@ def _plans(length: int, most_single: int, chunks: Sequence[int] | None) -> Itera
             raise ValueError(misuse("chunks", list(chunks), accepted))
         yield Plan(sizes, _in_chunks(sizes))
         return
-    single = min(length, most_single)
-    prompt = [length - single] if length > single else []
-    words = f"token by token after a prompt of {length - single}" if prompt else "token by token"
-    yield Plan(prompt + [1] * single, words)
-    uneven, size, following = [length // 2], 1, 2  # Fibonacci's numbers: odd and even sizes.
+    prompt = padding + 1 if padding else 0
+    single = min(length - prompt, most_single)
+    first = [length - single] if length > single else []
+    words = f"token by token after a prompt of {length - single}" if first else "token by token"
+    yield Plan(first + [1] * single, words)
+    uneven = [max(length // 2, prompt)]
+    size, following = 1, 2  # Fibonacci's numbers: odd and even sizes.
     while sum(uneven) < length:
         uneven.append(min(size, length - sum(uneven)))
         size, following = following, size + following

@@ -71,6 +71,7 @@ def check_rows(
     place: Callable[[tuple[int, ...]], str] | None = None,
     cause: Callable[[Tensor], str | None] | None = None,
     repeat: str | None = None,
+    again: Callable[[], object] | None = None,
 ) -> None:
     """Raise a Failure if any judged row of `got` is not what is expected.
 
@@ -89,6 +90,7 @@ def check_rows(
         place: Names a row by its index; "output[0, 3]" by default.
         cause: Looks at the same changes for a likely cause.
         repeat: What it takes to see the same again.
+        again: Makes the call once more that gave `got`.
 
     Raises:
         Failure: Some row is off.
@@ -126,6 +128,7 @@ def check_rows(
         tensor=Checked.of(got),
         tolerance=limit,
         repeat=repeat,
+        again=again,
     )
 
 

@@ -137,6 +137,7 @@ def _check_alone(batch: _Batch, samples: Tensor, repeat: str) -> None:
         place=lambda index: output_place((chosen[index[0]], *index[1:])),
         cause=lambda change: _batch_cause(batch, off(change)[0]),
         repeat=repeat,
+        again=batch.called.run,
     )
 
 
@@ -157,6 +158,7 @@ def _check_elsewhere(batch: _Batch, order: Tensor, repeat: str) -> None:
         judged=batch.judged(torch.arange(len(order))),
         cause=lambda change: _batch_cause(batch, int(change.flatten(1).amax(1).argmax())),
         repeat=repeat,
+        again=lambda: batch.run(order),
     )
 
 

@@ -138,6 +138,7 @@ class _Check:
             judged=self.subject.given(**plain).judged(),
             cause=lambda _: self._cause(trial, got),
             repeat=f"seed={self.seed}",
+            again=lambda: _run(self.subject, trial.laid),
         )
         if self.gradients:
             self._same_gradients(trial, plain, got)

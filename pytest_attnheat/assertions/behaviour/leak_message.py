@@ -48,6 +48,7 @@ def describe(fault: Fault, search: Search) -> Failure:
         tensor=Checked.of(search.base),
         tolerance=search.allowed,
         repeat=f"seed={search.seed}",
+        again=search.subject.run,
         picture="" if crop is None else crop.draw(),
     )
 
@@ -77,6 +78,7 @@ def describe_not_finite(search: Search, broken: Tensor) -> Failure:
         worst=Place(f"{output_place(place)} holds {held}", place, held),
         tensor=Checked.of(search.base),
         repeat=f"seed={search.seed}",
+        again=search.subject.run,
     )
 
 
@@ -105,6 +107,7 @@ def _blindness(fault: Fault, search: Search) -> Failure:
         assumed=search.claim.assumed,
         tensor=Checked.of(search.base),
         repeat=f"seed={search.seed}",
+        again=search.subject.run,
         picture=crop.draw(),
     )
 
@@ -124,7 +127,7 @@ def _cause_of_blindness(
     if list(missed) == numbers[: len(missed)]:
         return (
             "those farthest back: a sliding window? Say so with may_see=, or must_see=False "
-            "(with window= of an AttentionSpec)"
+            "(with window=, chunk= or documents= of an AttentionSpec)"
         )
     return None
 

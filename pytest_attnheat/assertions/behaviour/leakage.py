@@ -11,6 +11,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_relative
 from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
 from pytest_attnheat.assertions.behaviour.leak_search import Search
+from pytest_attnheat.assertions.behaviour.memory import claims_of
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import check_count, settled
 from pytest_attnheat.assertions.behaviour.visibility import Stated
@@ -61,6 +62,7 @@ def assert_no_leakage(
         alignment: What `is_causal=True` means to an attention function.
         lengths: How many tokens of each batch entry are real, (batch,). The others are
             padding, which the module is told through its mask; their own outputs mean nothing.
+            Of a module with a memory, how many elements of the memory are.
         side: The side the padding is on.
         documents: The document of each token, (batch, length) whole numbers: several are packed
             into one sequence, and none may see another. Telling the module is up to `arguments`.
@@ -95,19 +97,19 @@ def assert_no_leakage(
     passes = positive("passes", passes)
     check_count(inputs, "assert_no_leakage")
     stated = Stated(causal, alignment, lengths, side, documents, may_see)
-    called, claim = as_subject(subject, inputs, arguments, seed=seed if training else None).claim(
-        stated
-    )
+    whole = as_subject(subject, inputs, arguments, seed=seed if training else None)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base = settled(subject, called.run, training=training, seed=seed)
-        allowed = check_relative(tolerance, base.dtype, strict=True)
-        search = Search(called, claim, base, allowed=allowed, passes=passes, seed=seed)
-        broken = search.not_finite()
-        if bool(broken.any()):
-            raise describe_not_finite(search, broken)
-        fault = search.first_fault(methods, optional=by is None, must_see=must_see)
-        if fault is not None:
-            raise describe(fault, search)
+        for called, claim in claims_of(whole, stated):
+            base = settled(subject, called.run, training=training, seed=seed)
+            allowed = check_relative(tolerance, base.dtype, strict=True)
+            search = Search(called, claim, base, allowed=allowed, passes=passes, seed=seed)
+            broken = search.not_finite()
+            if bool(broken.any()):
+                raise describe_not_finite(search, broken)
+            wanted = must_see and claim.must_see
+            fault = search.first_fault(methods, optional=by is None, must_see=wanted)
+            if fault is not None:
+                raise describe(fault, search)
 
 
 def _methods(by: object) -> tuple[Method, ...]:

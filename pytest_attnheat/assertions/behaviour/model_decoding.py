@@ -16,7 +16,7 @@ from pytest_attnheat.assertions.behaviour.sequences import (
     decoded,
     refuse_unused_cache,
 )
-from pytest_attnheat.assertions.behaviour.subject import Subject, begin
+from pytest_attnheat.assertions.behaviour.subject import Subject, begin, differ
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.inputs import misuse
 
@@ -70,6 +70,7 @@ class Evidence:
         whole: The same at once.
         allowed: By what part of its size a row may differ.
         singles_are_right: Whether decoding token by token gave the right outputs before.
+        judged: (..., length): the rows that mean something; None for all.
     """
 
     plan: Plan
@@ -77,6 +78,7 @@ class Evidence:
     whole: Tensor
     allowed: float
     singles_are_right: bool
+    judged: Tensor | None = None
 
     def is_explained_by(self, candidate: Callable[[], Tensor], step: range) -> bool:
         """Whether the outputs of a chunk are those of a candidate (..., chunk, width)."""
@@ -85,11 +87,12 @@ class Evidence:
             expected = candidate()
         except Exception:  # A subject that cannot be called so is no reason to hide the failure.
             return False
-        return expected.shape == got.shape and self.alike(got, expected)
+        return expected.shape == got.shape and self.alike(got, expected, step)
 
-    def alike(self, got: Tensor, expected: Tensor) -> bool:
-        """Whether two outputs of some rows are the same."""
-        return bool((relative_change(got, expected) <= self.allowed).all())
+    def alike(self, got: Tensor, expected: Tensor, step: range) -> bool:
+        """Whether two outputs of a chunk are the same."""
+        judged = None if self.judged is None else self.judged[..., step.start : step.stop]
+        return not differ(got, expected, self.allowed, judged)
 
 
 class Decoder(Protocol):
@@ -169,7 +172,8 @@ class _ModelDecoder:
 
     @property
     def how(self) -> str:
-        return "with the cache" if self.has_cache else "without a cache"
+        words = "with the cache" if self.has_cache else "without a cache"
+        return words if self.subject.real is None else f"{words}, after padding on the left"
 
     def decode(self, steps: Sequence[range]) -> Tensor:
         outputs: list[Tensor] = []
@@ -192,8 +196,14 @@ class _ModelDecoder:
         if model.decode is None:
             raise ValueError(f"{model.name} decodes without a cache")
         chunk = self.subject.inputs[:, step.start : step.stop]
-        arguments = self._arguments([*range(step.stop)])
-        if model.positions_argument in arguments:
+        here = self.subject.cut(range(step.stop))
+        arguments = model.keywords(
+            chunk,
+            here.arguments,
+            here.real,
+            None if here.positions is None else here.positions[:, step.start :],
+        )
+        if here.positions is None and model.positions_argument in arguments:
             arguments[model.positions_argument] = arguments[model.positions_argument][
                 ..., step.start :
             ]
@@ -204,28 +214,11 @@ class _ModelDecoder:
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
         """Run the model on some tokens at once, without a cache."""
-        inputs = self.subject.inputs[:, list(tokens)]
+        here = self.subject.cut(tokens)
         at = None
         if positions is not None:
-            at = torch.tensor(positions, device=inputs.device).repeat(inputs.shape[0], 1)
-        return replace(self.subject, arguments=self._arguments(tokens)).run(inputs, positions=at)
-
-    def _arguments(self, tokens: Sequence[int]) -> dict[str, Any]:
-        """The further arguments, tensors cut to the rows and columns of some tokens."""
-        batch, length = self.subject.inputs.shape[:2]
-        model = self.subject.model
-        chosen = list(tokens)
-        cut = dict(self.subject.arguments)
-        for name, value in cut.items():
-            if not isinstance(value, Tensor) or value.ndim < 2:
-                continue
-            # Of as many sequences as tokens only the name tells which dimension is which.
-            by_token = name in (model.mask_argument, model.positions_argument)
-            if value.shape[-2:] == (length, length) and not by_token:
-                cut[name] = value[..., chosen, :][..., chosen]
-            elif value.shape in ((batch, length), (1, length)):
-                cut[name] = value[:, chosen]
-        return cut
+            at = torch.tensor(positions, device=here.inputs.device).repeat(here.batch, 1)
+        return here.run(positions=at)
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
         """Compare the first chunk that is off with its prefix, the last with likely mistakes."""
@@ -257,7 +250,7 @@ class _ModelDecoder:
             prefix = self._run([*range(step.stop)])[:, step.start :]
         except Exception:  # No reason to hide the failure.
             return False
-        return not evidence.alike(prefix, evidence.whole[:, step.start : step.stop])
+        return not evidence.alike(prefix, evidence.whole[:, step.start : step.stop], step)
 
     def _why_after_first(self, evidence: Evidence, broken: Tensor, step: range) -> str:
         """Say what may be wrong with the cache where the first chunk is right."""

@@ -32,7 +32,8 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.reference import causal_mask, padding_mask
+from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import misuse
@@ -85,6 +86,11 @@ class ModelSubject:
         return self.inputs.shape[1]
 
     @property
+    def observers(self) -> int:
+        """How many rows its output has for each sample."""
+        return self.length
+
+    @property
     def tensors(self) -> dict[str, Tensor]:
         """The inputs."""
         return {"inputs": self.inputs}
@@ -100,12 +106,15 @@ class ModelSubject:
         given = self.inputs.clone() if inputs is None else inputs
         arguments = {name: copied(argument) for name, argument in self.arguments.items()}
         begin(self.seed)
-        return self.model(
+        return self._call(
+            replace(self.model, arguments=arguments),
             given,
             real=self.real if real is None else real,
             positions=self.positions if positions is None else positions,
-            **arguments,
         )
+
+    def _call(self, model: SequenceModel, given: Tensor, **told: Any) -> Tensor:
+        return model(given, **told)
 
     def given(self, **tensors: Tensor) -> ModelSubject:
         """The same with other inputs."""
@@ -126,14 +135,22 @@ class ModelSubject:
         real = None if self.real is None else self.real[which]
         return replace(self, inputs=self.inputs[which], arguments=arguments, real=real)
 
-    def reorder(self, order: Tensor) -> ModelSubject:
-        """The tokens, and the rows and columns of masks, in another order."""
+    def reorder(self, order: Tensor, *, square: bool = False) -> ModelSubject:
+        """The tokens, and the rows and columns of masks, in another order; see `along`."""
         arguments = {
-            name: _reordered(value, self.along(name), order) if isinstance(value, Tensor) else value
-            for name, value in self._arguments().items()
+            name: _reordered(value, self.along(name, square=square), order)
+            if isinstance(value, Tensor)
+            else value
+            for name, value in self.arguments.items()
         }
         real = None if self.real is None else self.real[:, order]
         return replace(self, inputs=self.inputs[:, order], arguments=arguments, real=real)
+
+    def cut(self, tokens: Sequence[int]) -> ModelSubject:
+        """Some of the tokens alone, with their positions."""
+        chosen = torch.tensor([*tokens], device=self.inputs.device)
+        positions = None if self.positions is None else self.positions[:, chosen]
+        return replace(self.reorder(chosen, square=True), positions=positions)
 
     def restore(self, output: Tensor, order: Tensor) -> Tensor:
         """The output in the order that the tokens had."""
@@ -150,32 +167,49 @@ class ModelSubject:
         copies = self.inputs[:, :1].expand(self.inputs.shape).clone()
         return not differ(self.run(copies)[:, :1], base[:, :1], allowed)
 
-    def along(self, name: str) -> tuple[int, ...]:
+    def along(self, name: str, *, square: bool = False) -> tuple[int, ...]:
         """Which dimensions of a tensor argument are those of the sequence.
 
         The second of (batch, length, ...), the last two of (..., length, length), the last of a
         mask (length,), (batch, 1, length) or (batch, 1, 1, length). A width that happens to be as
         large as the sequence is long, as that of a memory (batch, other length, width), is none.
 
+        Args:
+            name: Its name.
+            square: Whether (length, length) is meant where (batch, length) is as large.
+
         Raises:
             ValueError: The last dimension may be the length as well as a width.
         """
-        argument: Tensor = self._arguments()[name]
+        argument: Tensor = (self.arguments if square else self._arguments())[name]
+        if name in self._of_memory:
+            return ()
         shape, ndim, length = tuple(argument.shape), argument.ndim, self.length
         if ndim == 0 or length not in shape:
             return ()
         second = ndim > 1 and shape[0] in (1, self.batch) and shape[1] == length
-        square = ndim > 1 and shape[-2:] == (length, length)
+        rows = ndim > 1 and shape[-2:] == (length, length) and name not in self._by_token
         keys = shape[-1] == length and (ndim == 1 or (ndim > 2 and set(shape[1:-1]) == {1}))
-        if ndim == 3 and ((square and second) or keys) and self._may_be_width(argument):
+        if ndim == 3 and ((rows and second) or keys) and self._may_be_width(argument):
             got = f"{shape}, whose last dimension may be the length of the sequence or a width"
             accepted = f"a boolean mask, or inputs whose length is not {length}"
             raise ValueError(misuse(name, got, accepted))
-        if square:
+        if rows:
             return (ndim - 2, ndim - 1)
         if second:
             return (1,)
         return (ndim - 1,) if keys else ()
+
+    @property
+    def _of_memory(self) -> tuple[str | None, ...]:
+        """The arguments that are about a memory, and not about the sequence."""
+        name = self.model.memory_argument
+        return () if name is None else (name, self.model.mask_argument)
+
+    @property
+    def _by_token(self) -> tuple[str | None, ...]:
+        """The arguments that are (batch, length), of as many samples as tokens too."""
+        return (self.model.mask_argument, self.model.positions_argument)
 
     def _may_be_width(self, argument: Tensor) -> bool:
         """Whether floats may be features as wide as the sequence is long."""
@@ -185,6 +219,8 @@ class ModelSubject:
     def _arguments(self) -> Mapping[str, Any]:
         """The arguments, none of which can be read in two ways."""
         for name, value in self.arguments.items():
+            if name in (*self._of_memory, *self._by_token):
+                continue
             twice = isinstance(value, Tensor) and tuple(value.shape) == (self.batch, self.length)
             if twice and self.batch == self.length:
                 got = f"shape {tuple(value.shape)}, (batch, length) or (length, length)"
@@ -193,12 +229,13 @@ class ModelSubject:
 
     def claim(self, stated: Stated) -> tuple[ModelSubject, Claim]:
         """What its tokens may see, and the same model with its mask, if there is padding."""
-        shape, device = (self.batch, self.length, self.length), self.inputs.device
+        shape, device = (self.batch, self.observers, self.length), self.inputs.device
         rules: list[Rule] = []
         subject = self
         if stated.lengths is not None:
-            real = self._padded_as(stated)
-            subject = replace(self, real=real)
+            subject = self.padded_as(stated.lengths, stated.side, bool(stated.causal))
+            real = subject.real
+            assert real is not None
             rules.append(Rule(real.unsqueeze(-2), is_padding(real.sum(-1).tolist())))
         if stated.documents is not None:
             documents = as_documents(stated.documents, shape[:2]).to(device)
@@ -221,26 +258,24 @@ class ModelSubject:
             shape,
             self.inputs,
             may_be_causal="if the model is causal, say so with causal=True",
-            judged=subject.real,
+            judged=subject.judged(),
             assumed=claimed if assumed else None,
         )
 
-    def _padded_as(self, stated: Stated) -> Tensor:
-        """Which tokens are real, where the caller gave lengths."""
-        assert stated.lengths is not None
-        real = padding_mask(
-            stated.lengths, self.length, side=stated.side, device=self.inputs.device
-        )[:, 0, 0]
-        lengths = real.sum(-1).tolist()
-        if len(lengths) != self.batch or min(lengths) == self.length:
-            accepted = (
-                f"one for each of {self.batch} samples, at least one of them less than "
-                f"{self.length}, or there is no padding"
-            )
-            raise ValueError(misuse("lengths", lengths, accepted))
-        if not (stated.causal and stated.side == "right"):
+    def padded_as(self, lengths: object, side: Side, causal: bool = False) -> ModelSubject:
+        """The same with so many real tokens, of which it is told.
+
+        Raises:
+            ValueError: No sample has padding, or it takes no mask and needs one.
+        """
+        given = self.as_lengths(lengths)
+        if min(given) == self.length:
+            accepted = f"at least one of them less than {self.length}, or there is no padding"
+            raise ValueError(misuse("lengths", given, accepted))
+        if not (causal and side == "right"):
             check_takes_mask(self.model)
-        return real
+        real = Padding(side, self.length, given, None, 0).real(self.inputs.device)
+        return replace(self, real=real, positions=_rank(real) if side == "left" else None)
 
     def run_replaced(self, replaced: Replacement, *, seed: int) -> Tensor:
         """The output with some tokens replaced."""
@@ -353,6 +388,14 @@ class ModelSubject:
 
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
         """Tell a mask that does not hide from positions."""
+        everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
+        base = self.run()
+        allowed = output_tolerance(base.dtype)
+        if holds(lambda: differ(self.run(real=everything), base, allowed)):
+            return (
+                "a mask that hides nothing changes the output: is the causal mask dropped where "
+                "another is given?"
+            )
         if felt:
             return "real tokens feel what the padding holds: it is not masked there"
         if side == "right":

@@ -12,21 +12,29 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.memory import memory_of
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
 from pytest_attnheat.assertions.behaviour.visibility import Padding, Replacement, Told
 from pytest_attnheat.attention.vocabulary import SIDES, Side
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.inputs import check_number, misuse, positive
 
 _NAME = "assert_padding_invariant"
+_ROTATED = (
+    "keys that are moved alike change their products with one another, and values do not change: "
+    "positions do not act by their difference alone; if they are rotations, are the pairs that are "
+    "rotated and the frequencies laid out alike (halves or neighbours)?"
+)
 
 
 def assert_padding_invariant(
     subject: Callable[..., Any],
     *inputs: Tensor,
     lengths: Sequence[int] | Tensor | None = None,
-    sides: Side | Sequence[Side] = ("right", "left"),
+    sides: Side | Sequence[Side] | None = None,
     amount: int = 3,
     padding_value: float | None = None,
     tolerance: float | None = None,
@@ -38,8 +46,9 @@ def assert_padding_invariant(
 
     A sequence model runs every sample alone, without padding and without a mask, then all of them
     as one padded batch with it. The outputs of real tokens must agree. An attention function is
-    given further keys and values that its `attn_mask` forbids; its output must not change. Unless a
-    value is given, the padding is drawn from the seed, twice, several times as large as the inputs:
+    given further keys and values that its `attn_mask` forbids; its output must not change. Of a
+    model with a memory (`SequenceModel(memory_argument=)`) the memory is padded. Unless a value is
+    given, the padding is drawn from the seed, twice, several times as large as the inputs:
     padding of zeros would hide that it is felt.
 
     Args:
@@ -52,7 +61,8 @@ def assert_padding_invariant(
         lengths: For a model: how many tokens of each sample are real, counted from the
             first, (batch,). By default all, and padding is added to all samples; of two
             or more samples it then also makes a batch in which only some are padded.
-        sides: On which sides, `"right"`, `"left"` or both. A causal module needs no mask for
+        sides: On which sides, `"right"`, `"left"` or both; by default both, and the right alone of
+            a module that is told lengths. A causal module needs no mask for
             padding on the right: with `sides="right"` a module may take no mask.
         amount: How many tokens, or keys, of padding are added to the longest sample.
         padding_value: What the padding holds, for a model that finds its padding by a token id.
@@ -77,7 +87,8 @@ def assert_padding_invariant(
         >>> assert_padding_invariant(model, torch.randn(2, 6, 16))
     """
     __tracebackhide__ = True
-    given, amount = _sides(sides), positive("amount", amount)
+    given = _sides(SIDES if sides is None else sides)
+    amount = positive("amount", amount)
     value = None if padding_value is None else check_number(padding_value, "padding_value")
     called = as_subject(
         subject,
@@ -86,6 +97,9 @@ def assert_padding_invariant(
         lengths if len(inputs) == 3 else None,
         seed=seed if training else None,
     )
+    called = memory_of(called) or called
+    if sides is None and isinstance(called, ModelSubject) and called.model.mask == "lengths":
+        given = ("right",)
     called.check_padding(needs_mask=value is None and list(given) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
@@ -174,13 +188,18 @@ class _Trial:
             place=lambda index: self.subject.name_row(index, self.padding),
             cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
             repeat=f"seed={self.padding.seed}",
+            again=self.run,
         )
 
     def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:
         """Try what else the output could be: that without a mask, or that with the opposite."""
         felt = self._felt(got)
         # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
-        if felt is not False and holds(lambda: self._alike(got, self.run("all real"))):
+        if (
+            felt is not False
+            and holds(lambda: self._alike(got, self.run("all real")))
+            and not (self.padding.side == "right" and self._acts_on_the_left())
+        ):
             return self._ignored()
         if holds(lambda: self._alike(self.run("opposite"), self.expected)):
             return (
@@ -198,9 +217,27 @@ class _Trial:
                 "the mask is read as its opposite: real tokens feel the padding and not one another"
             )
         cause = self.subject.cause_of_padding(side, felt=felt)
+        if side == "left" and not felt and holds(self._is_rotated_by_more):
+            cause = _ROTATED
         if any(holds(other.passes) for other in sides):
             return f"only on the {side}: {cause}"
         return cause if felt is False else None
+
+    def _is_rotated_by_more(self) -> bool:
+        """Whether padding changes products of keys in the first layer, but no values."""
+        model, length = self.subject, self.padding.lengths[0]
+        assert isinstance(model, ModelSubject)
+        (module,), one = modules_in(model.model.module), model.samples(torch.tensor([0]))
+        found = []
+        runs: list[Callable[[], Any]] = [self.padded.run, lambda: one.run(one.inputs[:, :length])]
+        for run in runs:
+            with capture_attention(module, allow_unseen=True) as trace:
+                run()
+            tensors = (trace[0].key, trace[0].value)
+            found.append([t[:1, ..., -length:, :] for t in tensors if t is not None])
+        (moved, moved_values), (keys, values) = found
+        changed = differ(moved @ moved.mT, keys @ keys.mT, self.allowed)
+        return changed and not differ(moved_values, values, self.allowed)
 
     def _alike(self, one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, self.allowed, self.padded.judged())
@@ -216,6 +253,11 @@ class _Trial:
     def passes(self) -> bool:
         """Whether padding on this side changes nothing."""
         return self._alike(self.run(), self.expected)
+
+    def _acts_on_the_left(self) -> bool:
+        """Whether the mask changes something there; of a causal model it rightly may only there."""
+        left = replace(self, padding=replace(self.padding, side="left"))
+        return holds(lambda: not self._alike(left.run(), left.run("all real")))
 
     def _ignored(self) -> str:
         argument = self.subject.mask_argument

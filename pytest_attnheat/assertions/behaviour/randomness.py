@@ -186,6 +186,7 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
             allowed=0.0,
             cause=lambda _: _why_random(call, seed),
             repeat=f"seed={seed}",
+            again=call.run,
         )
     return first
 

@@ -68,9 +68,19 @@ def as_subject(
     if lengths is None:
         return model
     check_takes_mask(model.model)
+    refuse_memory(model, lengths)
     given = model.as_lengths(lengths)
     mask = padding_mask(given, model.length, device=model.inputs.device)
     return replace(model, real=mask[:, 0, 0])
+
+
+def refuse_memory(model: ModelSubject, lengths: object) -> None:
+    """Refuse lengths of the sequence for a module whose mask is about a memory."""
+    if model.model.memory_argument is not None:
+        accepted = (
+            "None for a module with a memory, whose padding assert_padding_invariant is about"
+        )
+        raise ValueError(misuse("lengths", repr(lengths), accepted))
 
 
 def as_function(
@@ -159,7 +169,13 @@ def as_sequence(
         accepted = "floats (batch, length, width) or token ids (batch, length) in int64 or int32"
         given = f"{sequence.dtype} {tuple(sequence.shape)}"
         raise ValueError(misuse("inputs", given, accepted))
-    return ModelSubject(model, sequence, dict(arguments), seed=seed)
+    named = {**model.arguments, **arguments}
+    if (name := model.memory_argument) is not None:
+        memory = named[name] = as_input(named.get(name), name)
+        if memory.ndim != 3 or len(memory) != len(sequence):
+            accepted = f"({len(sequence)}, length, width), as many samples as the inputs have"
+            raise ValueError(misuse(name, f"shape {tuple(memory.shape)}", accepted))
+    return ModelSubject(model, sequence, named, seed=seed)
 
 
 def part_of(function: AttentionFunction, most: int) -> AttentionFunction:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
 _NAMES = ("logits", "last_hidden_state")
 _DECODES = "a function that returns (output, cache)"
+_MEANINGS = (*MASK_MEANINGS, "lengths")
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,8 @@ class SequenceModel:
         mask: What its padding mask (batch, length) means: `"keep"` (True where a token is
             real), `"drop"` (True where it is padding), `"additive"` (0 where real, -inf where
             padding, in the default dtype or that of float inputs), or a function from the
-            first of these to whatever the module takes. None: it takes no mask.
+            first of these to whatever the module takes. `"lengths"`: it takes no mask, but how
+            many first tokens are real, (batch,). None: it is told nothing of padding.
         mask_argument: The keyword under which it takes the mask.
         positions_argument: The keyword under which it takes the position of each token
             (batch, length), where the positions do not follow from the inputs alone. Needed for
@@ -43,6 +45,11 @@ class SequenceModel:
         decode: For a module with a cache of keys and values: `decode(inputs, cache)` returns
             the output for a further chunk of the sequence and the new cache; the cache of the
             first chunk is None. Further arguments of the module are passed on to it by keyword.
+        arguments: Further keyword arguments of every call. Where samples are chosen, a tensor
+            whose first dimension is the batch is cut along with them.
+        memory_argument: The keyword of a memory (batch, other length, width) in which the module
+            looks things up, as in cross-attention. Its mask is then about the memory.
+        has_positions: Whether the order of tokens matters to a module that is not causal.
         batch_first: Whether the batch is the first dimension of inputs and output, the
             length the second; if not, the other way round. Masks are (batch, length) always.
         output: Picks the output (batch, length, ...) from what the module returns. By default
@@ -50,18 +57,21 @@ class SequenceModel:
     """
 
     module: Callable[..., Any]
-    mask: MaskMeaning | Callable[[Tensor], Any] | None = None
+    mask: MaskMeaning | Literal["lengths"] | Callable[[Tensor], Any] | None = None
     mask_argument: str | None = None
     positions_argument: str | None = None
     decode: Decode | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    memory_argument: str | None = None
+    has_positions: bool | None = None
     batch_first: bool = True
     output: Callable[[Any], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if not callable(self.module):
             raise TypeError(misuse("module", type(self.module).__name__, "a callable"))
-        if not callable(self.mask) and self.mask not in (None, *MASK_MEANINGS):
-            accepted = f"{', '.join(map(repr, MASK_MEANINGS))}, a function, or None"
+        if not callable(self.mask) and self.mask not in (None, *_MEANINGS):
+            accepted = f"{', '.join(map(repr, _MEANINGS))}, a function, or None"
             raise ValueError(misuse("mask", repr(self.mask), accepted))
         if (self.mask is None) != (self.mask_argument is None):
             got = f"mask={self.mask!r}, mask_argument={self.mask_argument!r}"
@@ -84,17 +94,31 @@ class SequenceModel:
             inputs: (batch, length, width) floats or (batch, length) token ids.
             real: Boolean (batch, length), True where a token is no padding; None for no mask.
             positions: (batch, length), given on only if the module takes them.
-            **arguments: Further keyword arguments of the module.
+            **arguments: Further keyword arguments of the module, in place of its own.
 
         Returns:
             The output (batch, length, width).
         """
-        if real is not None and self.mask_argument is not None:
-            arguments[self.mask_argument] = self._mask(real, inputs)
-        if positions is not None and self.positions_argument is not None:
-            arguments[self.positions_argument] = positions
+        arguments = self.keywords(inputs, {**self.arguments, **arguments}, real, positions)
         given = inputs if self.batch_first else inputs.transpose(0, 1)
         return self.read(self.module(given, **arguments), inputs)
+
+    def keywords(
+        self,
+        inputs: Tensor,
+        arguments: Mapping[str, Any],
+        real: Tensor | None,
+        positions: Tensor | None,
+    ) -> dict[str, Any]:
+        """Return the keyword arguments of a call, with its mask and its positions if there are."""
+        found, memory = dict(arguments), arguments.get(self.memory_argument or "")
+        if real is not None and self.mask_argument is not None:
+            found[self.mask_argument] = self._told(real, inputs)
+        if positions is not None and self.positions_argument is not None:
+            found[self.positions_argument] = positions
+        if memory is not None and not self.batch_first:
+            found[self.memory_argument or ""] = memory.transpose(0, 1)
+        return found
 
     def read(self, result: Any, inputs: Tensor) -> Tensor:
         """Pick the output from what the module returned, and return it as (batch, length, width).
@@ -129,7 +153,9 @@ class SequenceModel:
         """What the module is called in errors."""
         return getattr(self.module, "__name__", type(self.module).__name__)
 
-    def _mask(self, real: Tensor, inputs: Tensor) -> Any:
+    def _told(self, real: Tensor, inputs: Tensor) -> Any:
+        if self.mask == "lengths":
+            return real.sum(-1)
         if callable(self.mask):
             return self.mask(real)
         dtype = inputs.dtype if inputs.is_floating_point() else torch.get_default_dtype()
@@ -350,6 +376,17 @@ def name_of_cache(module: Callable[..., Any]) -> str | None:
 
 def _is_name_of_cache(name: str) -> bool:
     return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
+
+
+def decode_takes(model: SequenceModel) -> bool:
+    """Whether `decode` can be told of padding on the left."""
+    if model.decode is None or model.mask in (None, "lengths") or model.memory_argument:
+        return False
+    try:
+        inspect.signature(model.decode).bind(None, None, **{str(model.mask_argument): None})
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:

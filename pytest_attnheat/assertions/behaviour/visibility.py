@@ -68,6 +68,7 @@ class Claim:
         rules: Why an observer may not see an element, in the order in which they are named.
         may_be_causal: What to say where outputs see nothing of their future, but may.
         assumed: What is claimed where the caller said nothing; None where something was said.
+        must_see: Whether what may be seen has to be seen.
     """
 
     may_see: Tensor
@@ -75,6 +76,7 @@ class Claim:
     rules: Sequence[Rule]
     may_be_causal: str
     assumed: str | None = None
+    must_see: bool = True
 
     @classmethod
     def of(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pytest_attnheat.capture.record import AttentionRecord, ScoreChange
+from pytest_attnheat.attention.call import ScoreMod
+from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.watching import Args, Function, Keywords, Watcher
 from pytest_attnheat.inputs import wide_dtype
 
@@ -43,7 +44,8 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
         output=output,
         given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
         scale=float(scale),
-        score_change=None if _changes_nothing(score_mod) else _change(_frozen(score_mod, query)),
+        scale_steps=(float(scale),),
+        score_mod=None if _changes_nothing(score_mod) else _of_many(_frozen(score_mod, query)),
     )
 
 
@@ -86,15 +88,12 @@ def _frozen(score_mod: Callable[..., Tensor], query: Tensor) -> Callable[..., Te
     return graph
 
 
-def _change(score_mod: Callable[..., Tensor]) -> ScoreChange:
-    """Let a score_mod, which takes one score, take all of them."""
+def _of_many(score_mod: Callable[..., Tensor]) -> ScoreMod:
+    """Let a score_mod, which takes one score, take many."""
 
-    def change(scores: Tensor, batch: Tensor, heads: Tensor, queries: Tensor) -> Tensor:
-        numbers = [batch, heads, queries, torch.arange(scores.shape[-1])]
-        function = score_mod
-        for axis in reversed(range(4)):
-            index = [0 if axis == other else None for other in range(4)]
-            function = torch.vmap(function, in_dims=(0, *index))
-        return function(scores, *(of.to(scores.device, torch.int32) for of in numbers))
+    def change(*given: Tensor) -> Tensor:
+        shape = given[0].shape  # that of the scores, to which the numbers broadcast
+        scores, *numbers = (one.expand(shape).flatten() for one in given)
+        return torch.vmap(score_mod)(scores, *(of.to(torch.int32) for of in numbers)).view(shape)
 
     return change

@@ -18,37 +18,84 @@ from pytest_attnheat.inputs import broadcasts
 
 
 def changed(scores: Scores, name: str, args: Args, kwargs: Keywords, place: int) -> Scores:
-    """What scores are after one more step; not exact after a step that is not understood."""
-    base = _base(name)
+    """What scores are after one more step; strange after a step that is not understood."""
+    base = base_of(name)
+    words = scores.strange or f"went through {base}, which is not understood"
+    strange = replace(scores, strange=words, lost=True)
     other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
-    if base in _FACTORS:
+    if base in FACTORS:
         factor = factor_of(name, args, kwargs, place)
-        if factor is None:
-            return replace(scores, exact=False)
-        bias = None if scores.bias is None else scores.bias * factor
-        return replace(scores, scale=scores.scale * factor, bias=bias)
+        return strange if factor is None else _multiplied(scores, factor)
     if base in ("add", "radd", "sub") and not kwargs:
-        if not isinstance(other, Tensor) or other.shape[-1:] == (1,) or other.ndim == 0:
-            return scores if place == 0 or base != "sub" else replace(scores, exact=False)
         if base == "sub" and place == 1:
-            return replace(scores, exact=False)
-        more = other if base != "sub" else -other
-        bias = more if scores.bias is None else scores.bias + more
-        return replace(scores, bias=bias.detach())
-    if base in ("masked_fill", "where"):
-        return _hidden(scores, base, args, kwargs, place)
+            return strange
+        if not isinstance(other, Tensor) or other.ndim == 0 or _is_shift(other, scores):
+            # All keys alike: no softmax feels it, unless a sink joins that it was not added to.
+            return replace(scores, shifted=True)
+        return _biased(scores, other if base != "sub" else -other, args[place].shape, strange)
+    if base == "tanh":
+        before = (scores.bias, scores.mask, scores.softcap, scores.sinks)
+        first = all(one is None for one in before) and not scores.shifted
+        return replace(scores, softcap=1.0) if first else strange
+    if base in ("masked_fill", "where") and scores.sinks is None:
+        return _hidden(scores, strange, base, args, kwargs, place)
     if base in _SHUFFLES:
-        return replace(scores, exact=False, kept=False)
-    return scores if base in _HARMLESS else replace(scores, exact=False)
+        return replace(strange, kept=False)
+    return scores if base in _HARMLESS else strange
 
 
-_FACTORS = ("mul", "div", "truediv", "multiply", "divide", "rmul")
+def _multiplied(scores: Scores, factor: float) -> Scores:
+    bias, sinks = (None if t is None else t * factor for t in (scores.bias, scores.sinks))
+    return replace(
+        scores,
+        scale=scores.scale * factor,
+        steps=(*scores.steps, factor),
+        softcap=None if scores.softcap is None else abs(scores.softcap * factor),
+        bias=bias,
+        sinks=sinks,
+    )
+
+
+def _is_shift(other: Tensor, scores: Scores) -> bool:
+    return other.shape[-1:] == (1,) and scores.right.shape[-2] != 1
+
+
+def _biased(scores: Scores, more: Tensor, shape: torch.Size, strange: Scores) -> Scores:
+    """Scores of a shape to which something was added."""
+    if scores.sinks is not None:
+        return strange
+    bias = None if scores.bias is None else _relaid(scores.bias, shape)
+    if bias is None and scores.bias is not None:
+        return strange
+    return replace(scores, bias=(more if bias is None else bias + more).detach())
+
+
+def _relaid(tensor: Tensor, shape: torch.Size) -> Tensor | None:
+    """What was told while batch and heads were one axis, or two, as it is now; None if unclear."""
+    if broadcasts(tensor.shape, shape):
+        return tensor
+    lead, own = shape[:-2], tensor.shape[:-2]
+    if len(own) == 1 and own[0] == lead.numel():
+        return tensor.view(*lead, *tensor.shape[-2:])
+    if len(own) == 2 and len(lead) == 1 and own[0] > 0 and lead[0] % own[0] == 0:
+        return tensor.expand(own[0], lead[0] // own[0], -1, -1).flatten(0, 1)
+    return None
+
+
+def joined(scores: Scores, sinks: Tensor) -> Scores:
+    """Scores to whose keys one column was joined."""
+    if scores.shifted or scores.sinks is not None:
+        return replace(scores, strange="were shifted before a sink joined them")
+    return replace(scores, sinks=sinks.detach())
+
+
+FACTORS = ("mul", "div", "truediv", "multiply", "divide", "rmul")
 
 
 def factor_of(name: str, args: Args, kwargs: Keywords, place: int) -> float | None:
     """The number that a function multiplies its tensor by; None if it does something else."""
-    base = _base(name)
-    if base not in _FACTORS or ("div" in base and place == 1):
+    base = base_of(name)
+    if base not in FACTORS or ("div" in base and place == 1):
         return None
     other = next((a for index, a in enumerate(args) if index != place), kwargs.get("other"))
     factor = number_of(other)
@@ -57,7 +104,7 @@ def factor_of(name: str, args: Args, kwargs: Keywords, place: int) -> float | No
     return 1 / factor if "div" in base else factor
 
 
-def _base(name: str) -> str:
+def base_of(name: str) -> str:
     """The name of a function without what marks operators and what works in place."""
     return name.strip("_").removeprefix("i") if name.startswith("__") else name.rstrip("_")
 
@@ -71,7 +118,9 @@ _SHUFFLES = {
 _HARMLESS = {"nan_to_num", "detach", "contiguous"}
 
 
-def _hidden(scores: Scores, base: str, args: Args, kwargs: Keywords, place: int) -> Scores:
+def _hidden(
+    scores: Scores, strange: Scores, base: str, args: Args, kwargs: Keywords, place: int
+) -> Scores:
     if base == "masked_fill":
         mask, fill = argument(args, kwargs, 1, "mask"), argument(args, kwargs, 2, "value")
         seen = ~mask if isinstance(mask, Tensor) and mask.dtype == torch.bool else None
@@ -80,13 +129,21 @@ def _hidden(scores: Scores, base: str, args: Args, kwargs: Keywords, place: int)
         bools = isinstance(condition, Tensor) and condition.dtype == torch.bool
         seen = (condition if place == 1 else ~condition) if bools else None
     if seen is None or not _hides(fill):
-        return replace(scores, exact=False)
-    return also_masked(scores, seen)
+        number = None if seen is None else number_of(fill)
+        return strange if number is None else filled(scores, number)
+    return also_masked(scores, seen, fill)
 
 
-def also_masked(scores: Scores, seen: Tensor) -> Scores:
-    """Scores of which some more are hidden."""
-    return replace(scores, mask=seen if scores.mask is None else scores.mask & seen)
+def also_masked(scores: Scores, seen: Tensor, fill: object) -> Scores:
+    """Scores of which some more are hidden, by a number or by numbers."""
+    number = number_of(fill)
+    soft = scores.soft or number is None or math.isfinite(number)
+    return replace(scores, soft=soft, mask=seen if scores.mask is None else scores.mask & seen)
+
+
+def filled(scores: Scores, number: float) -> Scores:
+    """Scores of which some were replaced by a number that hides nothing."""
+    return replace(scores, strange=scores.strange or f"were filled with {number:g} in places")
 
 
 def _hides(fill: object) -> bool:
@@ -268,33 +325,51 @@ def _record(
     scores, used = tag.scores, product.left
     shaping = Shaping.of_weights(used, _before(watcher, tag, product), watcher.heads)
     key_len = used.shape[-1]
-    query = key = None
+    query = key = sinks = None
     if scores is not None and scores.kept and product.left_as_it_is:
         query, key = _operands(scores, shaping, used)
-    mask, bias = (_masking(scores, shaping, used, what) for what in ("mask", "bias"))
-    scale = None
-    if scores is not None:
+    mask, bias, column = (_masking(scores, shaping, used, n) for n in ("mask", "bias", "sinks"))
+    strange, lost = ("", False) if scores is None else (scores.strange, scores.lost)
+    if scores is None or query is None:
+        strange, lost = strange or "are not known as a product of queries and keys", True
+    elif (scores.mask is None) != (mask is None) or (scores.bias is None) != (bias is None):
         # Told in a layout of which nothing is known here: windows, for instance.
-        if (scores.mask is None) != (mask is None) or (scores.bias is None) != (bias is None):
-            query = key = None
-        if scores.exact and query is not None:
-            scale = scores.scale
+        query = key = None
+        strange, lost = "were masked in a layout that is not understood", True
+    elif scores.sinks is not None and not strange:
+        sinks = None if column is None else _per_head(column.expand(-1, shaping.heads, -1, -1))
+        strange = "" if sinks is not None else "were joined by what is not one number per head"
+    exact = scores is not None and not strange
     record = AttentionRecord(
         layer="",
         source=tag.source,
         shape=shaping.weights_shape(used.shape[-2], key_len),
-        dtype=used.dtype,
+        dtype=max(used.dtype, tag.dtype or used.dtype, key=lambda dtype: torch.finfo(dtype).eps),
         query=query,
         key=key,
         value=shaping.keys(product.right),
         output=shaping.queries(product.output),
         given_mask=mask,
+        soft_mask=scores is not None and scores.soft,
         bias=bias,
-        scale=scale,
+        scale=scores.scale if exact and scores is not None else None,
+        scale_steps=() if scores is None else scores.steps,
+        scaled_before=() if scores is None else scores.factors,
+        softcap=scores.softcap if exact and scores is not None else None,
+        sinks=sinks,
+        sink_weights=None if tag.sink is None else shaping.queries(tag.sink)[..., 0],
+        strange=strange,
+        mask_lost=lost and mask is bias is None,
         dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
     )
     return record, shaping.queries(used)
+
+
+def _per_head(column: Tensor) -> Tensor | None:
+    """One number per head of what is (batch, heads, query_len, 1); None if it is more."""
+    own = column[0, :, 0, 0]
+    return own if bool((column == own[:, None, None]).all()) else None
 
 
 def _before(watcher: Watcher, tag: Tag, product: Product) -> tuple[int, ...] | None:
@@ -327,9 +402,9 @@ def _masking(scores: Scores | None, shaping: Shaping, used: Tensor, what: str) -
     tensor: Tensor | None = getattr(scores, what)
     if tensor is None:
         return None
-    joined = shaping.weights_shape(used.shape[-2], used.shape[-1])
+    whole = shaping.weights_shape(used.shape[-2], used.shape[-1])
     if tensor.ndim == 3 and used.ndim == 4 and tensor.shape[0] == used.shape[0] * used.shape[1]:
         # Told while batch and heads were one axis.
         tensor = tensor.view(*used.shape[:2], *tensor.shape[1:])
-    fits = broadcasts(tensor.shape, used.shape) or broadcasts(tensor.shape, joined)
+    fits = broadcasts(tensor.shape, used.shape) or broadcasts(tensor.shape, whole)
     return shaping.mask(tensor) if fits else None

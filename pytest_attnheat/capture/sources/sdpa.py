@@ -62,7 +62,9 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
         given_mask=None if mask is None else shaping.mask(mask),
         bias=None if bias is None else shaping.mask(bias),
         causal=causal,
-        scale=scale * math.prod(factors),
+        scale=math.prod(factor for factor in (scale, *factors) if not math.isnan(factor)),
+        scale_steps=(scale,),
+        scaled_before=factors,
         dropout=float(given.get("dropout_p", 0.0)),
     )
 

@@ -17,10 +17,14 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pytest_attnheat.attention.vocabulary import hides
 from pytest_attnheat.capture.sources.products import (
+    FACTORS,
     Product,
     also_masked,
+    base_of,
     changed,
     factor_of,
+    filled,
+    joined,
     number_of,
     read_product,
     tell,
@@ -37,6 +41,7 @@ _MOVES = {
     "transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "mT", "T", "unsqueeze",
     "squeeze", "expand", "contiguous", "clone", "to", "float", "half", "bfloat16", "double",
     "type", "type_as", "detach", "cpu", "cuda", "requires_grad_", "alias", "_to_copy",
+    "view_as_complex", "view_as_real",
 }  # fmt: skip
 # Those of them after which the axes are no longer those of a product.
 _TURNS = {"transpose", "swapaxes", "swapdims", "permute", "movedim", "t", "mT", "T"}
@@ -108,9 +113,14 @@ def _multiplied(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) 
         made = kept or product
         factors = watcher.tags.factor(made.left_source), watcher.tags.factor(made.right_source)
         scores = Scores(
-            made.left, made.right.mT, made.scale * math.prod(factors), product.added,
-            kept=kept is not None, factors=factors,
-        )  # fmt: skip
+            made.left,
+            made.right.mT,
+            made.scale * math.prod(f for f in factors if not math.isnan(f)),
+            () if made.scale == 1 else (made.scale,),
+            bias=product.added,
+            kept=kept is not None,
+            factors=factors,
+        )
         watcher.tags[output] = Tag(scores=scores)
     return output
 
@@ -189,7 +199,7 @@ def _shared(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> A
     # Logits of pairs, as of images and texts, have no batch axis: they are not waited for.
     waits = tag.scores is not None and not tag.weights and source.ndim > 2
     watcher.tags[output] = Tag(
-        before=tag.before, scores=tag.scores, weights=True,
+        before=tag.before, scores=tag.scores, weights=True, dtype=output.dtype,
         source="sigmoid" if sigmoid else "softmax",
         softmaxes=watcher.expect() if waits else tag.softmaxes,
     )  # fmt: skip
@@ -233,6 +243,7 @@ def _moved(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> An
     tag = watcher.tags[source]
     before = _before(source, output)
     if tag is None:
+        watcher.tags.use(source)
         if before is not None:
             watcher.tags[output] = Tag(before=before)
         return output
@@ -270,36 +281,78 @@ def _anything(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) ->
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
     if args and isinstance(args[0], list | tuple):
         return _joined(watcher, func, args, kwargs)
+    watcher.tags.use(*args[:3])
     place, tag = _first_tagged(watcher, args)
     output = func(*args, **kwargs)
     name = _name(func)
-    if not isinstance(output, Tensor):
+    if tag is None or not (tag.weights or tag.scores):
+        _follow(watcher, name, args, kwargs, place, tag, output)
         return output
-    if tag is None:
-        factor = factor_of(name, args, kwargs, 0)
-        if factor is not None:
-            watcher.tags[output] = Tag(factor=factor)
+    if not isinstance(output, Tensor):
         return output
     source = args[place]
     if tag.weights and _is_part(func, output, source):
         clean = None if tag.clean is None else func(tag.clean, *args[1:], **kwargs)
-        watcher.tags[output] = replace(tag, clean=clean, scores=None, before=None)
+        without = _without_sink(tag, source, output)
+        watcher.tags[output] = replace(
+            without or replace(tag, scores=None, before=None), clean=clean
+        )
         return output
-    if output.ndim < source.ndim or output.shape[-2:] != source.shape[-2:]:
-        return output
-    if not output.is_floating_point():
+    if not _has_axes_of(output, source) or not output.is_floating_point():
         return output
     if tag.weights:
         # What the model makes of its weights is what it uses.
         clean = None if tag.clean is None else _again(func, args, kwargs, place, tag.clean)
-        watcher.tags[output] = replace(tag, clean=clean)
+        watcher.tags[output] = replace(tag, clean=clean, sink=None)
     elif tag.scores is not None:
         scores = changed(tag.scores, name, args, kwargs, place)
         watcher.tags[output] = replace(tag, scores=scores)
-    else:
-        factor = factor_of(name, args, kwargs, place)
-        watcher.tags[output] = replace(tag, factor=1.0 if factor is None else tag.factor * factor)
     return output
+
+
+def _has_axes_of(output: Tensor, source: Tensor) -> bool:
+    return output.ndim >= source.ndim and output.shape[-2:] == source.shape[-2:]
+
+
+def _without_sink(tag: Tag, source: Tensor, output: Tensor) -> Tag | None:
+    """What is known of weights of which the last key was left out, if that is their sink."""
+    scores = tag.scores
+    if scores is None or scores.sinks is None or tag.sink is not None:
+        return None
+    last = output.shape == (*source.shape[:-1], scores.right.shape[-2])
+    same = last and output.data_ptr() == source.data_ptr() and output.stride() == source.stride()
+    whole = source if tag.clean is None else tag.clean
+    return replace(tag, sink=whole[..., -1:].detach()) if same else None
+
+
+# A part or a turn of a tensor, in which each number is one that it had, or its negative.
+_LINEAR = {
+    "getitem", "narrow", "select", "slice", "index_select", "neg", "flip", "roll", "split", "chunk",
+    "unbind", "tensor_split", "repeat_interleave", "repeat",
+}  # fmt: skip
+
+
+def _follow(
+    watcher: Watcher, name: str, args: Args, kwargs: Keywords, place: int, tag: Tag | None,
+    output: Any,
+) -> None:  # fmt: skip
+    """Keep track of the number that queries or keys were multiplied by, as they are rotated."""
+    number = factor_of(name, args, kwargs, place)
+    factors = [watcher.tags.factor(one) for one in args[:3]]
+    base, factor = base_of(name), math.prod(factors)
+    if number is not None:
+        factor *= number
+    elif base in ("add", "radd", "sub", "rsub"):
+        factor = factors[0] if len(set(factors)) == 1 else math.nan
+    elif factor != 1 and base not in _LINEAR and (base not in FACTORS or place):
+        factor = math.nan
+    for made in output if isinstance(output, tuple | list) else (output,):
+        if not isinstance(made, Tensor) or not made.is_floating_point():
+            continue
+        if tag is not None and _has_axes_of(made, args[place]):
+            watcher.tags[made] = replace(tag, factor=factor)
+        elif factor != 1:
+            watcher.tags[made] = Tag(factor=factor)
 
 
 def _is_part(func: Function, output: Tensor, source: Tensor) -> bool:
@@ -311,17 +364,28 @@ def _is_part(func: Function, output: Tensor, source: Tensor) -> bool:
 def _joined(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
     """`stack` and `cat`: weights of several heads side by side are weights."""
     output = func(*args, **kwargs)
-    tags = [watcher.tags[one] for one in args[0]]
-    if tags and isinstance(output, Tensor) and all(t is not None and t.weights for t in tags):
-        assert tags[0] is not None
+    watcher.tags.use(*args[0])
+    parts, tags = args[0], [watcher.tags[one] for one in args[0]]
+    if not isinstance(output, Tensor) or not any(tags):
+        return output
+    first = tags[0]
+    if all(t is not None and t.weights for t in tags):
+        assert first is not None
         cleans = [one if t is None or t.clean is None else t.clean
-                  for one, t in zip(args[0], tags, strict=True)]  # fmt: skip
-        dropout = tags[0].dropout
-        clean = func(cleans, *args[1:], **kwargs) if dropout else None
+                  for one, t in zip(parts, tags, strict=True)]  # fmt: skip
+        clean = func(cleans, *args[1:], **kwargs) if first.dropout else None
         softmaxes = tuple(number for tag in tags if tag is not None for number in tag.softmaxes)
         watcher.tags[output] = Tag(
-            weights=True, source=tags[0].source, dropout=dropout, clean=clean, softmaxes=softmaxes
-        )
+            weights=True, source=first.source, dropout=first.dropout, clean=clean,
+            softmaxes=softmaxes,
+        )  # fmt: skip
+    elif first is not None and first.scores is not None and not first.weights:
+        keys = first.scores.right.shape[-2]
+        if len(parts) == 2 and output.shape == (*parts[0].shape[:-1], keys + 1):
+            watcher.tags[output] = replace(first, scores=joined(first.scores, parts[1]))
+    elif all(t is None or not (t.weights or t.scores) for t in tags):
+        factors = {watcher.tags.factor(one) for one in parts}
+        watcher.tags[output] = Tag(factor=factors.pop() if len(factors) == 1 else math.nan)
     return output
 
 
@@ -337,11 +401,15 @@ def _overwritten(watcher: Watcher, func: Function, args: Args, kwargs: Keywords)
         clean[index] = value
         watcher.tags[source] = replace(tag, clean=clean)
     elif tag.scores is not None and not tag.weights:
-        scores, fill = replace(tag.scores, exact=False), number_of(value)
+        fill = number_of(value)
         if fill is not None and hides(fill):
             seen = torch.ones(source.shape, dtype=torch.bool, device=source.device)
             seen[index] = False
-            scores = also_masked(tag.scores, seen)
+            scores = also_masked(tag.scores, seen, fill)
+        elif fill is not None:
+            scores = filled(tag.scores, fill)
+        else:
+            scores = replace(tag.scores, strange="were written to", lost=True)
         watcher.tags[source] = replace(tag, scores=scores)
     return output
 

@@ -1,0 +1,92 @@
+"""Sequence models that look things up in a memory, as functions of that memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from pytest_attnheat.assertions.behaviour.difference import output_place
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.subject import Subject
+from pytest_attnheat.assertions.behaviour.visibility import Claim, Padding, Stated
+from pytest_attnheat.attention.vocabulary import Side
+
+
+def memory_of(subject: Subject) -> MemorySubject | None:
+    """Return a model as a function of its memory; None of a subject that has none."""
+    name = subject.model.memory_argument if isinstance(subject, ModelSubject) else None
+    if name is None:
+        return None
+    assert isinstance(subject, ModelSubject)
+    others = {key: value for key, value in subject.arguments.items() if key != name}
+    return MemorySubject(
+        subject.model, subject.arguments[name], others, seed=subject.seed, queries=subject.inputs
+    )
+
+
+def claims_of(subject: Subject, stated: Stated) -> Iterator[tuple[Subject, Claim]]:
+    """Yield what may be seen, of the inputs and of the memory, if there is one."""
+    memory = memory_of(subject)
+    if memory is None:
+        yield subject.claim(stated)
+        return
+    # What looks things up elsewhere need not look at its own sequence as well.
+    own, claim = subject.claim(replace(stated, lengths=None))
+    yield own, replace(claim, must_see=False)
+    # Of a memory everything but its padding may be seen.
+    yield memory.claim(Stated(causal=False, lengths=stated.lengths, side=stated.side))
+
+
+@dataclass(frozen=True)
+class MemorySubject(ModelSubject):
+    """A model of its memory: its inputs are the memory, its rows those of what looks it up.
+
+    Attributes:
+        queries: The inputs of the model.
+    """
+
+    queries: Tensor = field(kw_only=True)
+
+    element = "memory element"
+
+    @property
+    def observers(self) -> int:
+        """How many tokens look things up."""
+        return self.queries.shape[1]
+
+    def _call(self, model: SequenceModel, given: Tensor, **told: Any) -> Tensor:
+        arguments = {**model.arguments, str(model.memory_argument): given}
+        return replace(model, arguments=arguments)(self.queries.clone(), **told)
+
+    def judged(self) -> None:
+        """All rows: that the memory is padded does not make them mean nothing."""
+
+    def samples(self, which: Tensor) -> MemorySubject:
+        """The memory of some samples, and what looks it up."""
+        return replace(super().samples(which), queries=self.queries[which])  # type: ignore[call-arg, return-value]
+
+    def takes_positions(self, side: Side) -> bool:
+        """Positions are those of the sequence."""
+        return False
+
+    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
+        """The same rows: padding of the memory adds none."""
+        return alone
+
+    def name_padding(self, padding: Padding) -> str:
+        """Say on which side the padding of the memory is."""
+        return f"rows change with padding of the memory on the {padding.side}"
+
+    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
+        """Name a row of the output."""
+        return output_place(index)
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+        """Tell a mask that does not hide from one that changes something else."""
+        if felt:
+            return "outputs feel what the padding of the memory holds: it is not masked there"
+        return "outputs do not feel what the padding of the memory holds, only that it is there"

@@ -1,0 +1,440 @@
+"""Blocks and language models are judged whole, by what is declared of them."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from attention_subjects import WIDTH, randn, tokens
+from torch import nn
+from torch.nn import functional
+
+from pytest_attnheat import AttentionSpec, SequenceModel, capture_attention, check_attention
+from pytest_attnheat.contract.checks import BLOCK_CHECKS
+
+SDPA = functional.scaled_dot_product_attention
+CHUNK = 4
+
+
+def rotated(states, at, frequencies_of_neighbours):
+    """Rotate the two halves of each head, by frequencies that are laid out for halves or not."""
+    half = states.shape[-1] // 2
+    rates = 0.3 ** torch.arange(half)
+    rates = rates.repeat_interleave(2) if frequencies_of_neighbours else torch.cat([rates, rates])
+    angles = at[:, None, :, None] * rates
+    turned = torch.cat([-states[..., half:], states[..., :half]], -1)
+    return states * angles.cos() + turned * angles.sin()
+
+
+class Decoder(nn.Module):
+    """Two causal layers with rotary positions and a cache, with one thing wrong or nothing."""
+
+    def __init__(self, wrong="", chunk=None, prefix=0, additive=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong, self.chunk, self.prefix, self.additive = wrong, chunk, prefix, additive
+        self.embedding, self.head = nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 50)
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(2))
+        for layer in self.layers:
+            layer.weight.data *= 3  # attention is far from uniform
+        self.eval()
+
+    def seen(self, new, past, mask, documents):
+        length = past + new
+        rows, keys = torch.arange(past, length)[:, None], torch.arange(length)
+        if self.wrong == "top_left" and past:
+            rows = rows - past
+        first = torch.zeros(1, 1, 1, dtype=torch.long)
+        if mask is not None and self.wrong != "counted_from_padding":
+            first = (mask.long().cumsum(-1) == 0).sum(-1)[:, None, None]
+        seen = (keys <= rows) | (keys - first < self.prefix)
+        if self.chunk:
+            seen = seen & ((rows - first) // self.chunk == (keys - first) // self.chunk)
+        if documents is not None and self.wrong != "documents_dropped":
+            seen = seen & (documents[:, past:, None] == documents[:, None])
+        if mask is not None and not (self.wrong == "mask_forgotten" and past):
+            real = mask[:, None].expand(-1, new, -1)
+            seen = real if self.wrong == "mask_alone" and new > 1 else seen & real
+        return seen[:, None]
+
+    def forward(self, ids, cache=None, keep=None, documents=None):
+        new, past = ids.shape[1], 0 if cache is None else cache[0][0].shape[2]
+        at = torch.arange(past, past + new).expand(len(ids), -1)
+        states, grown = self.embedding(ids), []
+        for number, layer in enumerate(self.layers):
+            query, key, value = layer(states).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+            neighbours = self.wrong == "rotary_pairs"
+            query, key = rotated(query, at, neighbours), rotated(key, at, neighbours)
+            if cache is not None:
+                old = cache[number]
+                key, value = torch.cat([old[0], key], 2), torch.cat([old[1], value], 2)
+            grown.append((key, value))
+            seen = self.seen(new, past, keep, documents)
+            if self.additive:  # a query that may see nothing sees all
+                seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo().min)
+            states = states + SDPA(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
+        return self.head(states), grown
+
+
+def spec_of(wrong="", length=11, declared=None, **fields):
+    model = Decoder(wrong, **(declared or {}))
+    model = SequenceModel(model, mask="keep", mask_argument="keep", decode=model)
+    return AttentionSpec(model, inputs=tokens(2, length), **fields)
+
+
+def failed(report):
+    return {result.name for result in report.failed}
+
+
+def message(report, name):
+    return next(result.message for result in report.results if result.name == name)
+
+
+def statuses(report):
+    return {result.name: result.status for result in report.results}
+
+
+# --- what is declared of a language model
+
+
+PACKED = torch.tensor([0] * 4 + [1] * 7)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"chunk": CHUNK},
+        {"prefix": 3},
+        {"documents": PACKED, "arguments": {"documents": PACKED.expand(2, -1)}},
+        {"may_see": lambda batch, head, query, key: key <= query},
+        {"may_see": torch.ones(11, 11, dtype=torch.bool).tril()},
+    ],
+    ids=lambda fields: ", ".join(fields),
+)
+def test_a_right_language_model_passes_with_what_it_is_declared_to_see(fields):
+    given = {name: fields[name] for name in ("chunk", "prefix") if name in fields}
+    report = check_attention(spec_of(declared=given, **fields))
+    assert report.passed, str(report)
+    asked = {name for name, status in statuses(report).items() if status == "passed"}
+    assert {"no_leakage", "batch", "layout", "repeats"} <= asked
+
+
+FOUND = {
+    "rotary_pairs": ({}, {"padding"}),
+    "counted_from_padding": ({"chunk": CHUNK}, {"no_leakage", "padding"}),
+    "mask_alone": ({}, {"no_leakage", "padding", "decoding"}),
+    "mask_forgotten": ({}, {"decoding"}),
+    "top_left": ({}, {"decoding"}),
+    "documents_dropped": (
+        {"documents": PACKED, "arguments": {"documents": PACKED.expand(2, -1)}},
+        {"no_leakage"},
+    ),
+}
+
+
+@pytest.mark.parametrize("wrong", FOUND)
+def test_a_wrong_language_model_is_found(wrong):
+    fields, checks = FOUND[wrong]
+    given = {"chunk": CHUNK} if "chunk" in fields else {}
+    report = check_attention(spec_of(wrong, declared=given, **fields))
+    assert failed(report) - {"attention_inside"} == checks, str(report)
+
+
+@pytest.mark.parametrize(
+    "declared", [{"chunk": 5}, {"documents": PACKED}, {"may_see": lambda b, h, i, j: j == i}]
+)
+def test_what_a_model_sees_beyond_what_is_declared_is_a_leak(declared):
+    fields = {"chunk": CHUNK} if "chunk" in declared else {}
+    report = check_attention(spec_of(declared=fields, **declared))
+    assert "no_leakage" in failed(report)
+
+
+def test_a_causal_mask_that_is_dropped_for_padding_is_named_in_the_call_that_failed():
+    report = check_attention(spec_of("mask_alone"))
+    assert statuses(report)["attention_inside"] == "passed"
+    assert report.diagnosis.defects == ("causal_ignored_with_mask",)
+    text = str(report)
+    assert "inside   in the call that failed: attention in Decoder equals attention that is" in text
+    assert "cause    a mask that hides nothing changes the output: is the causal mask" in text
+    assert "what is wrong happens outside" not in text
+
+
+def test_rotations_that_do_not_act_by_distance_are_told_in_their_own_words():
+    report = check_attention(spec_of("rotary_pairs"))
+    words = "only on the left: keys that are moved alike change their products with one another"
+    assert words in message(report, "padding")
+
+    class Absolute(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.at, self.inside = nn.Embedding(30, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, states, keep=None):
+            states = states + self.at(torch.arange(states.shape[1]))
+            seen = None if keep is None else keep[:, None]
+            return SDPA(self.inside(states), states, states, attn_mask=seen)
+
+    model = SequenceModel(Absolute().eval(), mask="keep", mask_argument="keep")
+    report = check_attention(AttentionSpec(model, inputs=randn(2, 9, WIDTH), causal=None))
+    assert failed(report) == {"padding"}
+    assert "only on the left: the module is not told the positions" in message(report, "padding")
+
+
+def test_what_is_wrong_outside_is_said_of_the_call_that_failed():
+    text = str(check_attention(spec_of("mask_forgotten")))
+    assert "the cache, after padding on the left, differ from the prefill" in text
+    inside = "  inside   in the call that failed, attention in Decoder, as it was captured, is what"
+    assert inside in text
+    assert "what is wrong happens outside of it: in the mask it was given" in text
+
+
+def test_what_padded_queries_give_is_not_what_is_wrong():
+    report = check_attention(spec_of("rotary_pairs", declared={"additive": True}))
+    assert failed(report) == {"padding"}
+    assert report.diagnosis.healthy
+    assert "what is wrong happens outside of it" in str(report)
+
+
+def test_a_mask_of_a_causal_model_is_not_called_ignored_for_padding_on_the_right():
+    class Averaging(Decoder):
+        def forward(self, ids, cache=None, keep=None, documents=None):
+            logits, cache = super().forward(ids, cache, keep, documents)
+            return logits + self.embedding(ids).mean((1, 2), keepdim=True), cache
+
+    model = SequenceModel(Averaging(), mask="keep", mask_argument="keep")
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 9)))
+    assert "padding on the right" in message(report, "padding")
+    assert "ignored" not in message(report, "padding")
+
+
+def test_layers_that_carry_a_window_need_none_declared():
+    class Windowed(nn.Module):
+        sliding_window = 3
+
+        def forward(self, states):
+            steps = torch.arange(states.shape[1])
+            behind = steps[:, None] - steps
+            seen = (behind >= 0) & (behind < self.sliding_window)
+            return SDPA(states, states, states, attn_mask=seen)
+
+    right = Windowed().eval()
+    assert "no_leakage" not in failed(check_attention(AttentionSpec(right, inputs=randn(2, 9, 8))))
+    right.sliding_window, blind = None, Windowed().eval()
+    blind.forward = lambda states: states
+    blind.sliding_window = None
+    assert "no_leakage" in failed(check_attention(AttentionSpec(blind, inputs=randn(2, 9, 8))))
+
+
+# --- a memory
+
+
+class Looking(nn.Module):
+    """Tokens that look things up in a text, whose padding is masked, or not in one way."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong = wrong
+        self.query, self.both = nn.Linear(WIDTH, WIDTH), nn.Linear(8, 2 * WIDTH)
+        self.eval()
+
+    def forward(self, states, text, text_mask=None):
+        query = self.query(states)[:, None]
+        key, value = self.both(text)[:, None].chunk(2, -1)
+        if self.wrong == "other_sample":
+            key, value = key.roll(1, 0), value.roll(1, 0)
+        if self.wrong == "first_unseen":
+            key, value = key[:, :, 1:], value[:, :, 1:]
+            text_mask = None if text_mask is None else text_mask[:, 1:]
+        seen = None if text_mask is None else text_mask[:, None, None]
+        return SDPA(query, key, value, attn_mask=None if self.wrong == "unmasked" else seen)[:, 0]
+
+
+def looking(wrong="", **fields):
+    given = {"arguments": {"text": randn(2, 6, 8, seed=1)}, "memory": "text"}
+    return AttentionSpec(Looking(wrong), inputs=randn(2, 9, WIDTH), mask_argument="text_mask",
+                         **given, **fields)  # fmt: skip
+
+
+@pytest.mark.parametrize("causal", [None, "top_left"])
+def test_a_block_with_a_memory_passes(causal):
+    report = check_attention(looking(causal=causal))
+    assert report.passed, str(report)
+    assert statuses(report)["padding"] == statuses(report)["attention_inside"] == "passed"
+
+
+@pytest.mark.parametrize(
+    ("wrong", "checks"),
+    [
+        ("unmasked", {"no_leakage", "padding"}),
+        ("other_sample", {"no_leakage", "batch", "padding"}),
+        ("first_unseen", {"no_leakage"}),
+    ],
+)
+def test_a_block_that_reads_its_memory_wrongly_is_found(wrong, checks):
+    report = check_attention(looking(wrong, causal=None))
+    assert failed(report) >= checks, str(report)
+    assert "memory element" in message(report, "no_leakage") or wrong == "other_sample"
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_decoder_layer_of_torch_passes_with_its_memory(batch_first):
+    torch.manual_seed(0)
+    layer = nn.TransformerDecoderLayer(WIDTH, 2, 32, batch_first=batch_first).eval()
+    model = SequenceModel(layer, "drop", "memory_key_padding_mask", batch_first=batch_first)
+    model = replace(model, arguments={"memory": randn(2, 6, WIDTH)}, memory_argument="memory")
+    report = check_attention(AttentionSpec(model, inputs=randn(2, 9, WIDTH), causal=None))
+    assert report.passed, str(report)
+
+
+# --- positions, lengths, arguments
+
+
+class Encoder(nn.Module):
+    """Attention with learned positions, which a mask keeps out of padding, or of all else."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong, self.at, self.inside = wrong, nn.Embedding(30, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.eval()
+
+    def forward(self, states, keep=None, lengths=None):
+        every = torch.ones(states.shape[:2], dtype=torch.bool)
+        if lengths is not None and self.wrong != "lengths_ignored":
+            keep = torch.arange(states.shape[1]) < lengths[:, None]
+        keep = every if keep is None else keep
+        shown = ~keep if self.wrong == "positions_inverted" else keep
+        at = self.at((keep.cumsum(-1) - 1).clamp(min=0)) * shown[..., None]
+        states = states + (0 if self.wrong == "none" else at)
+        scores = self.inside(states) @ states.mT / WIDTH**0.5
+        if self.wrong == "multiplied":
+            return (scores.softmax(-1) * keep[:, None]) @ states
+        return scores.masked_fill(~keep[:, None], -1e9).softmax(-1) @ states
+
+
+def encoder_spec(wrong="", told=("keep", "keep"), **options):
+    model = SequenceModel(Encoder(wrong), *told, **options)
+    return AttentionSpec(model, inputs=randn(2, 9, WIDTH), causal=None)
+
+
+def test_positions_that_are_declared_have_to_be_felt():
+    assert statuses(check_attention(encoder_spec()))["positions"] == "skipped"
+    assert check_attention(encoder_spec(has_positions=True)).passed
+    report = check_attention(encoder_spec("positions_inverted", has_positions=True))
+    assert failed(report) == {"positions"}
+    assert "the order of tokens changes nothing" in message(report, "positions")
+    assert check_attention(encoder_spec("none", has_positions=False)).passed
+    assert failed(check_attention(encoder_spec(has_positions=False))) == {"positions"}
+
+
+def test_weights_that_are_masked_after_the_softmax_are_found_under_padding():
+    report = check_attention(encoder_spec("multiplied"))
+    assert failed(report) == {"no_leakage", "padding"}
+    assert "in the call that failed: attention in Encoder is not attention as" in str(report)
+
+
+def test_lengths_in_place_of_a_mask_are_asked_on_the_right():
+    told = ("lengths", "lengths")
+    report = check_attention(encoder_spec(told=told))
+    assert report.passed, str(report)
+    assert statuses(report)["padding"] == "passed"
+    assert failed(check_attention(encoder_spec("lengths_ignored", told))) >= {"padding"}
+    spec = AttentionSpec(Encoder(), inputs=randn(2, 9, WIDTH), causal=None, lengths="lengths")
+    assert statuses(check_attention(spec))["padding"] == "passed"
+
+
+def test_an_argument_as_long_as_the_sequence_leaves_padding_out_and_says_so():
+    report = check_attention(spec_of(arguments={"documents": torch.zeros(2, 11).long()}))
+    assert report.passed, str(report)
+    assert statuses(report)["decoding"] == "passed"
+    assert message(report, "padding").startswith(
+        "documents: got shape (2, 11), made for sequences of 11; accepted is what the module makes"
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"memory": "text"}, "memory: got 'text'; accepted is the name of one of arguments"),
+        ({"documents": "documents"}, "documents: got 'documents'; accepted is of a block,"),
+        ({"documents": torch.zeros(3, 11).long()}, r"documents: got shape \(3, 11\); accepted"),
+        ({"may_see": torch.ones(7, 7).bool()}, r"may_see: got shape \(7, 7\); accepted"),
+    ],
+)
+def test_what_is_declared_of_a_block_has_to_fit_its_inputs(fields, match):
+    with pytest.raises(ValueError, match=match):
+        spec_of(**fields)
+
+
+# --- what is said
+
+
+def test_what_needs_more_arguments_than_are_declared_says_so_once_and_is_not_charged():
+    report = check_attention(AttentionSpec(Looking(), inputs=randn(2, 9, WIDTH)))
+    assert not report.passed
+    assert set(statuses(report).values()) == {"skipped"}
+    assert str(report).count("missing 1 required positional argument: 'text'") == 1
+    assert "nothing was examined; it cannot be called as it is declared: Looking" in str(report)
+
+
+def test_what_raises_whatever_it_is_given_fails_once():
+    report = check_attention(AttentionSpec(Decoder(), inputs=randn(2, 9, WIDTH)))
+    assert failed(report) == {"call"}
+    others = {result.message for result in report.results if result.name != "call"}
+    assert "it cannot be called as it is declared" in others
+    assert set(statuses(report).values()) == {"failed", "skipped"}
+
+
+def test_a_block_in_which_nothing_was_captured_is_not_called_clean_without_saying_so():
+    report = check_attention(AttentionSpec(nn.Linear(8, 8).eval(), inputs=randn(2, 9, 8)))
+    assert "no_leakage" in failed(report)
+    assert "inside   nothing was judged in the call that failed: " in str(report)
+
+    class Mixing(nn.Module):
+        def forward(self, states):
+            return states + states.cumsum(1)
+
+    report = check_attention(AttentionSpec(Mixing().eval(), inputs=randn(2, 9, 8)))
+    assert report.passed, str(report)
+    first = str(report).splitlines()[0]
+    assert "all checks passed, 3 skipped; attention inside was not judged: " in first
+
+
+def test_of_a_compiled_block_the_report_says_that_the_captured_code_is_another():
+    model = torch.compile(Decoder("mask_alone"), backend="eager")
+    spec = SequenceModel(model, mask="keep", mask_argument="keep", decode=model)
+    padding = [check for check in BLOCK_CHECKS if check.name == "padding"]
+    text = str(check_attention(AttentionSpec(spec, inputs=tokens(2, 5)), checks=padding))
+    words = "attention inside was captured in the eager code, which is not the compiled code"
+    assert words in text
+    assert words not in str(check_attention(spec_of("mask_alone"), checks=padding))
+
+
+def test_a_failure_makes_the_call_that_failed_once_more():
+    report = check_attention(spec_of("mask_alone"))
+    padded = next(result.failure for result in report.failed if result.name == "padding")
+    with torch.no_grad(), capture_attention() as trace:
+        padded.again()
+    assert trace[0].shape[-1] > 11
+
+
+def test_heads_that_see_differently_are_held_to_what_any_of_them_may_see():
+    class Apart(nn.Module):
+        def __init__(self, ahead):
+            super().__init__()
+            self.ahead = ahead
+
+        def forward(self, states):
+            steps = torch.arange(states.shape[1])
+            behind = steps[:, None] - steps
+            seen = torch.stack([behind == 0, (behind >= -self.ahead) & (behind <= 1)])
+            heads = states.unflatten(-1, (2, -1)).transpose(1, 2)
+            return SDPA(heads, heads, heads, attn_mask=seen).transpose(1, 2).flatten(2)
+
+    def near(batch, head, query, key):
+        return (key <= query) & (query - key <= head)
+
+    for ahead in (0, 1):
+        spec = AttentionSpec(Apart(ahead).eval(), inputs=randn(2, 9, 8), causal=None, may_see=near)
+        assert ("no_leakage" in failed(check_attention(spec))) == bool(ahead)
