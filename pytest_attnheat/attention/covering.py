@@ -81,6 +81,9 @@ class _Search:
     ) -> None:
         self._names, self._levels = list(levels), [list(some) for some in levels.values()]
         self._possible, self._random = possible, chance
+        # How often nothing was found for a feature: those are decided first, so that what fits
+        # nothing is seen at once and not in every case of all other features.
+        self._stuck = [0] * len(self._names)
         # A dictionary keeps an order, so that the seed alone decides.
         self.missing: dict[_Pair, None] = dict.fromkeys(
             _pairs([len(some) for some in self._levels])
@@ -103,7 +106,8 @@ class _Search:
         left = [one for one in range(len(self._names)) if one not in part]
         if not left:
             return part
-        one = left[0] if ordinary else self._random.choice(left)
+        self._random.shuffle(left)
+        one = min(left) if ordinary else max(left, key=self._stuck.__getitem__)
         numbers = list(range(len(self._levels[one])))
         if not ordinary:
             self._random.shuffle(numbers)
@@ -112,6 +116,7 @@ class _Search:
             done = self.complete({**part, one: number}, ordinary=ordinary)
             if done is not None:
                 return done
+        self._stuck[one] += 1
         return None
 
     def news(self, case: _Case) -> int:
