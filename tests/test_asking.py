@@ -160,6 +160,7 @@ def test_a_mask_has_as_many_dimensions_as_the_scores(shape):
         ("(L, S)", (QUERY_LEN, KEY_LEN), (QUERY_LEN, KEY_LEN)),
         ("(B, S)", (BATCH, 1, 1, KEY_LEN), (BATCH, KEY_LEN)),
         ("(B, 1, L, S)", (BATCH, 1, QUERY_LEN, KEY_LEN), (BATCH, 1, QUERY_LEN, KEY_LEN)),
+        ("(1, 1, L, S)", (QUERY_LEN, KEY_LEN), (1, 1, QUERY_LEN, KEY_LEN)),
     ],
 )
 def test_a_mask_of_one_shape_arrives_in_it(mask_shape, given, handed):
@@ -167,6 +168,20 @@ def test_a_mask_of_one_shape_arrives_in_it(mask_shape, given, handed):
     mask = some_mask(*given)
     spec.ask(plain_call(mask=mask))
     assert torch.equal(seen.arguments["m"], mask.reshape(handed))
+    # What is the same for all heads need not be said for each.
+    whole = mask.reshape((1,) * (4 - mask.ndim) + given)
+    spec.ask(plain_call(mask=whole.expand(BATCH, HEADS, QUERY_LEN, KEY_LEN)))
+    assert torch.equal(seen.arguments["m"], mask.reshape(handed))
+
+
+@pytest.mark.parametrize("mask_shape", ["(B, 1, L, S)", "(1, H, L, S)", "(B, H, L, S)"])
+def test_a_mask_of_one_shape_is_spelled_out_in_it(mask_shape):
+    seen, spec = declared(mask_shape=mask_shape)
+    mask = some_mask(QUERY_LEN, KEY_LEN)
+    spec.ask(plain_call(mask=mask))
+    sizes = {"B": BATCH, "H": HEADS, "L": QUERY_LEN, "S": KEY_LEN, "1": 1}
+    wanted = tuple(sizes[letter] for letter in mask_shape[1:-1].split(", "))
+    assert torch.equal(seen.arguments["m"], mask.expand(wanted))
 
 
 @pytest.mark.parametrize(
