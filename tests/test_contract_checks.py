@@ -117,6 +117,14 @@ def not_rescaled(query, key, value, dropout_p=0.0):
     return (weights * (torch.rand(weights.shape) >= dropout_p)) @ value
 
 
+def gradient_without_dropout(query, key, value, dropout_p=0.0):
+    return sdpa(Hidden.apply(query, 1.1 if dropout_p else 1.0), key, value, dropout_p=dropout_p)
+
+
+def sum_before_the_scale(query, key, value):
+    return sdpa(query, key, value), (query @ key.mT).logsumexp(-1)
+
+
 def of_another_head(query, key, value):
     weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
     return weights @ value, weights.roll(1, 1)
@@ -184,6 +192,8 @@ NEEDED = {
     "layout": strides_ignored,
     "repeats": random_at_times,
     "dropout": not_rescaled,
+    "dropout_gradients": gradient_without_dropout,
+    "returned_lse": AttentionSpec(sum_before_the_scale, returns="lse", dtypes=("float32",)),
     "returned_weights": AttentionSpec(of_another_head, returns="weights", dtypes=("float32",)),
     "float_mask": AttentionSpec(
         added, mask="additive", mask_argument="added", dtypes=("float32",)

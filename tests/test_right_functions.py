@@ -1,5 +1,8 @@
 """Right functions that an examination may take for wrong, and what it says of what it cannot ask."""
 
+import importlib.util
+import warnings
+
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -70,7 +73,9 @@ def without_masks(query, key, value, attn_mask=None, is_causal=False):
 
 
 def through_a_checkpoint(query, key, value):
-    return checkpoint(sdpa, query, key, value, use_reentrant=True)
+    with warnings.catch_warnings():  # of a call without gradients
+        warnings.simplefilter("ignore")
+        return checkpoint(sdpa, query, key, value, use_reentrant=True)
 
 
 RIGHT = {
@@ -130,7 +135,27 @@ def test_a_backend_of_pytorch_that_is_not_there_is_refused():
     assert not report.failed, str(report)
 
 
-def test_an_assert_of_the_subject_is_told_in_its_own_words():
+def bare_assert(tmp_path):
+    """A function of a module that pytest does not rewrite, as installed ones are not."""
+    path = tmp_path / "installed.py"
+    path.write_text(BARE, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("installed", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.attention
+
+
+BARE = """
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+
+def attention(query, key, value, is_causal=False):
+    assert not is_causal
+    return sdpa(query, key, value)
+"""
+
+
+def test_an_assert_of_the_subject_is_told_in_its_own_words(tmp_path):
     def asserting(query, key, value, is_causal=False):
         assert not is_causal
         return sdpa(query, key, value)
@@ -140,6 +165,13 @@ def test_an_assert_of_the_subject_is_told_in_its_own_words():
     line = asserting.__code__.co_firstlineno + 1
     assert "AssertionError" in result.message
     assert f"test_right_functions.py:{line}" in result.message
+
+    # What pytest does not rewrite says nothing: then its line does.
+    bare = bare_assert(tmp_path)
+    report = check_attention(AttentionSpec(bare, dtypes=ONE), quick=True)
+    (result,) = (result for result in report.failed if result.name == "causal")
+    wanted = "it raised AssertionError: assert not is_causal (installed.py:6)"
+    assert result.message == wanted
 
     def saying(query, key, value):
         raise AssertionError("no such head")
@@ -216,7 +248,7 @@ def keys_alone(query, key, value, mask=None):
 
 def queries_and_keys_alone(query, key, value, attn_mask=None, is_causal=False):
     assert attn_mask is None or attn_mask.shape == (query.shape[-2], key.shape[-2])
-    keep = ~later(query, key) if is_causal else torch.ones((), dtype=torch.bool)
+    keep = ~later(query, key) | (not is_causal)
     return sdpa(query, key, value, keep if attn_mask is None else keep & attn_mask)
 
 

@@ -12,11 +12,13 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
+from pytest_attnheat.assertions.behaviour import sequences
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.attention.devices import names_of, resolve
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.captured import diagnose_records, records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.diagnosing import diagnose
@@ -350,7 +352,7 @@ def _failed(result: Result, error: Exception, examination: Examination) -> Resul
         # Its traceback would keep every tensor of the call.
         kept = error.with_traceback(None)
         return replace(result, status="failed", message=str(error), reason=reason, failure=kept)
-    if isinstance(error, AssertionError):
+    if isinstance(error, AssertionError) and not _is_of_subject(error):
         return _with_message(result, "failed", str(error))
     raised = _with_message(result, "failed", _raised(error, examination))
     # What a specification leaves unsaid may be why a call went wrong.
@@ -365,7 +367,16 @@ def _raised(error: Exception, examination: Examination) -> str:
             "it gives another output at each call, so that no comparison means anything: dropout "
             "that is always on?"
         )
-    return f"it raised {type(error).__name__}: {error}{_place(error, examination.spec)}"
+    said = str(error)
+    if not said and isinstance(error, AssertionError):  # a bare assert: its line says what it wants
+        said = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return f"it raised {type(error).__name__}: {said}{_place(error, examination.spec)}"
+
+
+def _is_of_subject(error: AssertionError) -> bool:
+    """Whether the subject raised it, and not a check."""
+    callers = (asking.__file__, sequences.__file__)
+    return any(frame.filename in callers for frame in traceback.extract_tb(error.__traceback__))
 
 
 def _place(error: Exception, spec: AttentionSpec) -> str:
