@@ -121,7 +121,7 @@ class Declared:
         levels = self.levels()
         if not self.few_shapes:
             levels["sizes"] = tuple({*levels["sizes"], *self._allowed(_SMALL_SIZES)})
-        return levels | {name: tuple(sorted(levels[name], key=_size)) for name in _SIZES}
+        return levels | {name: tuple(sorted(levels[name], key=_size)) for name in SIZES}
 
     def _allowed(self, sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         """Those of some (query_len, key_len) that can be asked."""
@@ -472,7 +472,7 @@ def shrunk(
     """
     levels = space.declared.simplest_first()
     # Whole features go first: a call that has fewer of them is smaller, whatever its sizes.
-    names = ["mask", *(name for name in reversed(levels) if name not in ("mask", *_SIZES)), *_SIZES]
+    names = ["mask", *(name for name in reversed(levels) if name not in ("mask", *SIZES)), *SIZES]
     smallest, tried, again = dict(chosen), {text_of(chosen)}, True
     while again:
         again = False
@@ -499,7 +499,7 @@ def _simpler(
             smaller |= {"fill": NONE} | ({"shape": NONE, "empty": False} if level == NONE else {})
         if declared.possible(smaller):
             yield smaller
-            if name not in _SIZES:
+            if name not in SIZES:
                 return
 
 
@@ -508,7 +508,7 @@ def _size(level: Any) -> tuple[int, int]:
 
 
 # Features that are numbers, in the order in which they shrink.
-_SIZES = ("sizes", "batch", "group", "key_heads", "head_dim")
+SIZES = ("sizes", "batch", "group", "key_heads", "head_dim")
 # Sizes that a call shrinks to, besides those that are asked.
 _SMALL_SIZES = (
     (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (4, 4), (5, 5), (8, 8), (16, 16), (1, 17),

@@ -9,7 +9,7 @@ from itertools import combinations
 from typing import Any, TypeAlias
 
 from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.levels import Choice, Levels, read, shrunk, text_of
+from pytest_attnheat.attention.levels import SIZES, Choice, Levels, Space, read, shrunk, text_of
 from pytest_attnheat.contract.examination import (
     Check,
     Examination,
@@ -26,8 +26,8 @@ _ASKED = ("numbers", "gradients")
 _ROUNDS = 4
 # The check that a replay is.
 REPLAY = "replay"
-# What is said to be wrong, of several things at most so many.
-_MOST_SHARED = 3
+# What calls that are wrong share with a smaller probability is no chance.
+_CHANCE = 1e-3
 _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
 
 
@@ -129,23 +129,36 @@ def _error(chosen: Choice, examination: Examination) -> Exception | None:
     return None
 
 
-def _raise_smallest(
-    examination: Examination, wrong: _Wrong, asked: Sequence[dict[str, Any]]
-) -> None:
+def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Choice]) -> None:
     space = examination.space
     first, error = min(wrong, key=lambda one: len(space.named(one[0])))
     kind = _kind(error)
     smallest = shrunk(first, lambda one: _kind(_error(one, examination)) == kind, space)
-    shared = _shared(examination, [one for one, _ in wrong], asked)
-    said = f"{len(wrong)} of {len(asked)} calls are wrong" + (f", {shared}" if shared else "")
+    shared = _shared(space, smallest, [one for one, _ in wrong], asked)
+    said = f"{len(wrong)} of {len(asked)} calls are wrong" + (f", all with {shared}" * bool(shared))
     try:
-        examination.judge(smallest)
+        examination.judge(smallest, explain=False)
     except Failure as failure:
         failure.cases = said
+        failure.cause = _cause(examination, smallest, first)
         raise
     except Exception as raised:
         vars(raised)["__notes__"].insert(0, said)
         raise
+
+
+def _cause(examination: Examination, smallest: Choice, first: Choice) -> str | None:
+    """The likely cause, told by a larger call: of one or two numbers, too much is true."""
+    for sizes in (examination.space.choice(), first, smallest):
+        chosen = {**smallest, **{name: sizes[name] for name in SIZES}}
+        try:
+            if examination.space.declared.possible(chosen):
+                examination.judge(chosen)
+        except Failure as failure:
+            return failure.cause
+        except Exception:  # the smallest is what is told of
+            continue
+    return None
 
 
 def _kind(error: Exception | None) -> object:
@@ -156,28 +169,28 @@ def _kind(error: Exception | None) -> object:
 
 
 def _shared(
-    examination: Examination, wrong: Sequence[Choice], asked: Sequence[dict[str, Any]]
+    space: Space, smallest: Choice, wrong: Sequence[Choice], asked: Sequence[Choice]
 ) -> str:
-    """Say what all calls that are wrong have in common; else what is wrong whenever it occurs."""
-    named = [examination.space.named(one) for one in wrong]
-    every = {n: v for n, v in named[0].items() if all(one.get(n) == v for one in named)}
-    if every:
-        return f"all with {text_of(every)}"
-    right = [one for one in asked if one not in wrong]
-    left, found = list(wrong), list[str]()
-    while left and len(found) < _MOST_SHARED:
-        levels = {level: None for one in named for level in one.items()}
-        counted = {
-            level: sum(one[level[0]] == level[1] for one in left)
-            for level in levels
-            if not any(one[level[0]] == level[1] for one in right)
-        }
-        most = max(counted, key=counted.__getitem__, default=None)
-        if most is None or counted[most] < 2:
-            break
-        found.append(f"{counted[most]} with {text_of(dict([most]))}")
-        left = [one for one in left if one[most[0]] != most[1]]
-    return ", ".join(found)
+    """Say what all calls that are wrong have in common, unless it is likely to be chance."""
+    levels = {
+        name: [level for level in known if any(one[name] == level for one in wrong)]
+        for name, known in space.declared.levels().items()
+    }
+    ordinary = space.choice()
+    needed = {
+        name
+        for name in space.named(smallest)
+        if name != "sizes" and ordinary[name] not in levels[name]
+    }
+    alike = [one for one in asked if all(one[name] in levels[name] for name in needed)]
+    said = []
+    for name, found in levels.items():
+        likely = sum(one[name] in found for one in alike) / len(alike)
+        if name in needed or (likely < 1 and likely ** len(wrong) < _CHANCE):
+            said.append(
+                f"{name}={'|'.join(text_of({name: one}).partition('=')[2] for one in found)}"
+            )
+    return " ".join(said)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,8 @@ def diagnosis_of(
     """
     failure = result.failure
     again = None if failure is None else failure.again
+    if result.name == REPLAY:  # nothing but that call is made
+        return None, ""
     try:
         if not spec.is_block:
             return diagnose(spec, seed=seed), ""

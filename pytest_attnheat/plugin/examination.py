@@ -372,8 +372,6 @@ def _calls(
     examinations, unselected = examined.examinations(quick=quick and not (call and call.dtype))
     if call is not None:
         examinations, checks = call.among(examinations), [call.check]
-        # What one call computes instead is said with it, and nothing else is called.
-        examined.found = {"diagnosis": "", "named": False, "outside": ""}
     for examination in examinations:
         for check in checks_of(spec, quick=quick) if checks is None else checks:
             reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
