@@ -32,7 +32,7 @@ _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
 
 
 @dataclass
-class _Refusals:
+class Refusals:
     """What the subject turned out not to take, found by asking for little besides.
 
     Attributes:
@@ -97,13 +97,15 @@ def ask_pairs(examination: Examination) -> str:
         Exception: What the subject raises for it.
         Skipped: It refuses every call.
     """
-    refusals = _Refusals(examination)
+    refusals = Refusals(examination)
     asked: list[dict[str, Any]] = []
     wrong: _Wrong = []
     refused = 0
     for _ in range(_ROUNDS):
         # What else was in the calls that were refused is asked without what was refused.
         covering = examination.space.covering(refusals.levels, asked)
+        if not covering.cases:
+            break
         for chosen in covering.cases:
             if error := _error(chosen, examination):
                 if not isinstance(error, Failure) and refusals.of(chosen, error):
@@ -118,7 +120,9 @@ def ask_pairs(examination: Examination) -> str:
     pairs = len({pair for one in asked for pair in combinations(one.items(), 2)})
     every = "all" if pairs == covering.pairs else f"of {covering.pairs:,}"
     note = f"{pairs:,} pairs of levels in {len(asked)} calls per dtype, {every} that can occur"
-    return f"{note} together" + (f"\n{refused} more were refused: {refusals}" if refused else "")
+    return f"{note} together" + (
+        f"\n{refused} more calls were refused: {refusals}" if refused else ""
+    )
 
 
 def _error(chosen: Choice, examination: Examination) -> Exception | None:

@@ -210,8 +210,8 @@ class Examination:
         return run
 
     def _reference(self) -> Run | None:
-        own = self.spec.reference
-        return None if own is None else self._run(replace(self.spec, subject=own, reference=None))
+        expected = self.spec.expected()
+        return None if expected is None else self._run(expected)
 
     def block(self) -> tuple[SequenceModel, Tensor]:
         """Return the block and its input on the device of this examination."""
