@@ -67,6 +67,7 @@ class Declared:
         gradients: Whether gradients are asked.
         longest: How many queries and keys there are at most.
         few_shapes: Whether few shapes are asked.
+        most_weights: How many weights a call has at most.
     """
 
     masks: frozenset[str] = frozenset()
@@ -84,6 +85,7 @@ class Declared:
     gradients: bool = True
     longest: int | None = None
     few_shapes: bool = False
+    most_weights: int = _MOST_WEIGHTS
 
     def levels(self) -> dict[str, tuple[Any, ...]]:
         """Return the levels of each feature, the most ordinary first."""
@@ -178,7 +180,7 @@ class Declared:
         if query_len != key_len and chosen.get("documents"):
             return False
         heads = self.heads or chosen.get("key_heads", 1) * chosen.get("group", 1)
-        return bool(chosen.get("batch", 1) * heads * query_len * key_len <= _MOST_WEIGHTS)
+        return bool(chosen.get("batch", 1) * heads * query_len * key_len <= self.most_weights)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,9 +239,9 @@ class Space:
         ordinary = self.choice()
         of_a_mask = {"shape": self.declared.shapes[0], "fill": "-inf"}  # as `choice` has them
         return {
-            name: level
-            for name, level in chosen.items()
-            if level not in (ordinary[name], of_a_mask.get(name, ordinary[name]))
+            name: chosen[name]
+            for name, level in ordinary.items()
+            if chosen[name] not in (level, of_a_mask.get(name, level))
         }
 
     def call(self, chosen: Choice, dtype: torch.dtype, device: torch.device | str = "cpu") -> Call:
@@ -504,7 +506,7 @@ def _simpler(
 
 
 def _size(level: Any) -> tuple[int, int]:
-    return (math.prod(level), max(level)) if isinstance(level, tuple) else (level, level)
+    return (max(level), math.prod(level)) if isinstance(level, tuple) else (level, level)
 
 
 # Features that are numbers, in the order in which they shrink.

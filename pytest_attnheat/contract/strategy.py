@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.levels import SIZES
 from pytest_attnheat.contract.combinations import Refusals
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.ready import as_spec
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy
 
 _MOST_SEED = 2**16
+# Of many calls, each is to take few milliseconds.
+_MOST_WEIGHTS = 2**14
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -35,6 +38,10 @@ class DrawnCall(Call):
 
     def __repr__(self) -> str:
         return f"<call {self.replay}>"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        """Be printed by Hypothesis, which prints a dataclass field by field."""
+        printer.text(repr(self))
 
 
 def attention_cases(spec: AttentionSpec | Callable[..., Any]) -> SearchStrategy[Call]:
@@ -70,6 +77,10 @@ def attention_cases(spec: AttentionSpec | Callable[..., Any]) -> SearchStrategy[
     if claimed.is_block or claimed.is_captured:
         raise TypeError(misuse("spec", "a block or a trace", "an attention function"))
 
+    # With the first gradient, torch imports what takes longer than an example may.
+    one = torch.ones((), requires_grad=True)
+    torch.autograd.grad(one.exp(), one, torch.ones(()))
+
     @cache
     def known() -> list[tuple[Examination, Refusals]]:  # once drawn from: it calls the subject
         examinations = examinations_of(claimed, devices=(claimed.devices or ["cpu"])[:1])
@@ -77,19 +88,28 @@ def attention_cases(spec: AttentionSpec | Callable[..., Any]) -> SearchStrategy[
 
     def cases(draw: Callable[[Any], Any]) -> Call:
         examination, refusals = draw(strategies.sampled_from(known()))
-        declared, chosen = examination.space.declared, dict[str, Any]()
-        for name, levels in declared.simplest_first().items():
-            possible = [one for one in levels if declared.possible({**chosen, name: one})]
-            # Which gradients are asked is for the assertion to say.
-            some = possible[:1] if name == "gradients" else possible
-            chosen[name] = draw(strategies.sampled_from(some)) if some else reject()
+        declared = replace(examination.space.declared, most_weights=_MOST_WEIGHTS)
+        levels, chosen = declared.simplest_first(), dict[str, Any]()
+        # Hypothesis shrinks what is drawn first before all else, and sizes are to shrink last.
+        for name in [*(name for name in levels if name not in SIZES), *SIZES]:
+            # Always one number for each feature, so that they shrink one by one.
+            some = levels[name][:1] if name == "gradients" else levels[name]  # see the assertions
+            drawn = draw(strategies.sampled_from(some))
+            possible = [
+                one for one in (drawn, *some) if declared.possible({**chosen, name: one})
+            ] or reject()
+            chosen[name] = possible[0]
         space = replace(examination.space, seed=draw(strategies.integers(0, _MOST_SEED)))
         examination = replace(examination, seed=space.seed)
         vars(examination)["space"] = space  # which else would be found out again
         call = examination.drawn(chosen)
-        try:
-            with torch.no_grad():
-                claimed.ask(call)
+        leaves = {
+            name: getattr(call, name).detach().requires_grad_(claimed.gradients)
+            for name in ("query", "key", "value", "bias", "sinks")
+            if getattr(call, name) is not None
+        }
+        try:  # kernels refuse some calls with gradients alone
+            claimed.ask(replace(call, **leaves))
         except Exception as error:  # if it is no refusal, the test tells
             if refusals.of(chosen, error):
                 reject()
