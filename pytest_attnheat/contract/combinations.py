@@ -221,9 +221,9 @@ class Replay:
         given = dict(re.findall(r"(?:^|\s)(dtype|seed)=(\S*)", text))
         dtype, seed = given.get("dtype"), given.get("seed")
         if dtype not in (None, *DTYPES):
-            raise ValueError(misuse("replay", f"dtype={dtype}", ", ".join(DTYPES)))
+            raise ValueError(misuse("replay", repr(f"dtype={dtype}"), ", ".join(DTYPES)))
         if seed is not None and not (seed.isascii() and seed.isdigit()):
-            raise ValueError(misuse("replay", f"seed={seed}", "a whole number from 0"))
+            raise ValueError(misuse("replay", repr(f"seed={seed}"), "a whole number from 0"))
         levels = " ".join(part for part in text.split() if part.partition("=")[0] not in given)
         return cls(levels, dtype, None if seed is None else int(seed))
 
