@@ -130,6 +130,19 @@ def test_what_the_subject_raises_is_told_with_the_call_that_raises_it():
     assert said[2].startswith('  --attn-replay="mask=boolean causal=True scale=0.7 dtype=')
 
 
+def test_what_goes_wrong_now_and_then_has_not_passed():
+    calls = []
+
+    def restless(query, key, value):
+        calls.append(query)
+        if len(calls) == 40:
+            raise ArithmeticError("now and then")
+        return attention(query, key, value)
+
+    with pytest.raises(ArithmeticError, match="now and then"):
+        ask_pairs(examined(restless))
+
+
 def test_a_report_that_passed_says_how_many_pairs_were_asked():
     spec = AttentionSpec(both_refused, dtypes=("float32", "float64"), few_shapes=True)
     lines = str(check_attention(spec, checks=PAIRS)).split("\n")
@@ -171,8 +184,25 @@ def _space():
     return Examination(spec, torch.float32, torch.device("cpu")).space
 
 
-def test_every_choice_is_read_back_from_its_text():
-    space = _space()
+def wide(query, key, value, mask=None, window=None, softcap=None, sinks=None, documents=None):
+    """Takes all of it; what it gives is not looked at."""
+    return query[..., :1].expand(*query.shape[:-1], value.shape[-1])
+
+
+@pytest.mark.parametrize(
+    "declared",
+    [
+        {"mask": "any"},
+        {"mask": "additive"},
+        {"mask": "drop", "mask_shape": "(B, S)", "sinks": torch.ones(6)},
+        {"mask": "keep", "mask_shape": "(L, S)", "square": True, "documents": "documents"},
+        {"mask": None, "window": (3, 0), "few_shapes": True, "layout": "bld"},
+    ],
+    ids=str,
+)
+def test_every_choice_is_read_back_from_its_text(declared):
+    spec = AttentionSpec(wide, mask_argument="mask", **declared)
+    space = Examination(spec, torch.float32, torch.device("cpu")).space
     for chosen in space.covering().cases:
         assert read(text_of(space.named(chosen)), space) == chosen
 

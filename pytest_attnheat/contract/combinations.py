@@ -147,8 +147,9 @@ def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Cho
         failure.cause = _cause(examination, smallest, first)
         raise
     except Exception as raised:
-        vars(raised)["__notes__"].insert(0, said)
+        vars(raised).setdefault("__notes__", []).insert(0, said)
         raise
+    raise error  # which it does not always raise
 
 
 def _cause(examination: Examination, smallest: Choice, first: Choice) -> str | None:
