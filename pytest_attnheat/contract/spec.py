@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -274,7 +275,7 @@ class AttentionSpec:
         """Whether the subject is a trace or a record of `capture_attention`."""
         return isinstance(self.subject, Trace | AttentionRecord)
 
-    @property
+    @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter] | None:
         """The parameters of the subject; None for a builtin, whose signature is not known."""
         # Of a module, that of __call__ names none.
