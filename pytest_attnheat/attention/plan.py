@@ -102,16 +102,8 @@ class Plan:
     merge: Literal["transpose", "reshape", "averaged"] = "transpose"
     weights_of_heads: Literal["own", "averaged"] = "own"
     grouping: Literal["interleave", "tile", "first"] = "interleave"
-    scale: Literal[
-        "declared",
-        "missing",
-        "squared",
-        "inverse",
-        "value_width",
-        "embedding",
-        "key_len",
-        "default",
-    ] = "declared"
+    scale: Literal["declared", "missing", "squared", "inverse", "value_width", "embedding",
+                   "key_len", "default"] = "declared"  # fmt: skip
     scale_after: bool = False
     temperature: float = 1.0
     scores_dtype: torch.dtype | None = None
@@ -136,20 +128,9 @@ class Plan:
     fill: float = -math.inf
     dim: Literal["keys", "queries", "heads", "batch", "map"] = "keys"
     normaliser: Literal[
-        "softmax",
-        "no_maximum",
-        "unnormalised",
-        "unnormalised_shifted",
-        "plus_one",
-        "plus_one_shifted",
-        "sigmoid",
-        "relu",
-        "scores",
-        "log_softmax",
-        "twice",
-        "twice_masked",
-        "hard",
-    ] = "softmax"
+        "softmax", "no_maximum", "unnormalised", "unnormalised_shifted", "plus_one",
+        "plus_one_shifted", "sigmoid", "relu", "scores", "log_softmax", "twice", "twice_masked",
+        "hard"] = "softmax"  # fmt: skip
     fully_masked: Natural | None = None
     empty_slices: Literal["nan", "zero", "uniform"] = "nan"
     output_factor: float = 1.0
@@ -244,18 +225,16 @@ def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
 
 def scale_of(plan: Plan, case: Case) -> float:
     """Return what a plan multiplies scores by, but for its temperature."""
-    _, heads, _, key_len = case.shape
-    width = case.query.shape[-1]
-    default, declared = width**-0.5, case.factor
+    width, declared = case.query.shape[-1], case.factor
     rules: dict[str, float] = {
         "declared": declared,
         "missing": 1.0,
         "squared": declared * declared,
         "inverse": 1.0 / declared if declared else math.inf,
         "value_width": case.value.shape[-1] ** -0.5,
-        "embedding": (heads * width) ** -0.5,
-        "key_len": key_len**-0.5,
-        "default": default if case.scale_given else declared,
+        "embedding": (case.heads * width) ** -0.5,
+        "key_len": case.key_len**-0.5,
+        "default": width**-0.5 if case.scale_given else declared,
     }
     return rules[plan.scale]
 
@@ -386,15 +365,13 @@ def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor)
 
 
 def _masked_scores(plan: Plan, scores: Tensor, soft: Tensor) -> Tensor:
-    if plan.masking == "fill":
-        return scores.masked_fill(~soft, plan.fill)
-    if plan.masking == "added":
-        return torch.where(soft, scores, scores + plan.fill)
-    if plan.masking == "ones":
-        return scores + soft.double()
-    if plan.masking == "ones_masked":
-        return scores + (~soft).double()
-    return scores
+    masked = {
+        "fill": lambda: scores.masked_fill(~soft, plan.fill),
+        "added": lambda: torch.where(soft, scores, scores + plan.fill),
+        "ones": lambda: scores + soft.double(),
+        "ones_masked": lambda: scores + (~soft).double(),
+    }
+    return masked[plan.masking]() if plan.masking in masked else scores
 
 
 def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:

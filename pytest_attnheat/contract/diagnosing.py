@@ -8,7 +8,7 @@ does, it is said what was excluded, and where the error is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.callables import random_kept
@@ -26,7 +27,6 @@ from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.explaining import explained, filled, inferred_weights
 from pytest_attnheat.contract.matching import Explanation, errors, measure
 from pytest_attnheat.contract.probing import (
-    Blueprint,
     Probe,
     ask,
     blueprints,
@@ -90,7 +90,7 @@ def diagnose(
     refused: dict[str, str] = {}
     last: Diagnosis | None = None
     for name in (name for name in _DTYPES if name in spec.dtypes):
-        with one_thread(), random_kept(_devices(spec)):
+        with one_thread(), random_kept([torch.device(one) for one in (spec.devices or ())[:1]]):
             torch.manual_seed(seed)
             probes, refused_here = _answers(spec, seed, getattr(torch, name))
             if not probes:
@@ -98,7 +98,8 @@ def diagnose(
                 continue
             last = _diagnosed(spec, seed, probes, refused_here)
         if not last.healthy:
-            return replace(last, notes=(*last.notes, *_sound_elsewhere(sound)))
+            elsewhere = [f"correct in {', '.join(sound)}"] if sound else []
+            return replace(last, notes=(*last.notes, *elsewhere))
         sound[name] = last.residual
     if last is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
@@ -118,11 +119,6 @@ def diagnose(
 # --- asking
 
 
-def _devices(spec: AttentionSpec) -> list[torch.device]:
-    """The device whose generator the subject may use besides that of the CPU."""
-    return [torch.device(name) for name in (spec.devices or ())[:1]]
-
-
 def _answers(
     spec: AttentionSpec, seed: int, dtype: torch.dtype
 ) -> tuple[list[Probe], dict[str, str]]:
@@ -133,7 +129,8 @@ def _answers(
         answer = probe(spec, blueprint, seed, dtype, tolerance)
         if isinstance(answer, Probe):
             probes.append(answer)
-        elif _worth_a_word(spec, blueprint):
+        # Grouped heads are worth a word only where they are declared.
+        elif blueprint.judged and (blueprint.name != "grouped heads" or spec.grouped is True):
             refused[blueprint.name] = answer
     return probes, refused
 
@@ -142,11 +139,6 @@ def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
     own = spec.tolerance or 0.0
     coarser = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
     return max(answer_tolerance(dtype), own * max(coarser, 1.0))
-
-
-def _worth_a_word(spec: AttentionSpec, blueprint: Blueprint) -> bool:
-    """Whether a refusal is worth a word: grouped heads are only where they are declared."""
-    return blueprint.judged and (blueprint.name != "grouped heads" or spec.grouped is True)
 
 
 def _diagnosed(
@@ -172,11 +164,6 @@ def _garbage_note(one: Probe) -> str:
         return ""
     (defect,) = (defect for defect in DEFECTS if defect.seen == "garbage")
     return f"{defect.name}: it {defect.sentence.removeprefix('that ')}"
-
-
-def _sound_elsewhere(sound: Iterable[str]) -> tuple[str, ...]:
-    names = ", ".join(sound)
-    return (f"correct in {names}",) if names else ()
 
 
 # --- a subject that gives another answer when asked again: dropout, beside a defect or not
@@ -304,21 +291,17 @@ def _together(spec: AttentionSpec, one: Probe) -> tuple[float, Tensor] | None:
         except Exception:  # it takes no such values
             return None
         if len(runs) == _FEWEST:
-            wanted = _enough(_dropped(_numbers(runs)), runs[0].numel())
-    finite = torch.stack(runs).isfinite()
-    if not bool((finite == finite[0]).all()):
+            wanted = _enough(_dropped(finite(torch.stack(runs))), runs[0].numel())
+    known = torch.stack(runs).isfinite()
+    if not bool((known == known[0]).all()):
         return None
-    numbers = _numbers(runs)
+    numbers = finite(torch.stack(runs))
     chosen = numbers.abs().argmax(0, keepdim=True)
     largest = numbers.gather(0, chosen)[0]
     off = (numbers - largest).abs() > answer_tolerance(one.dtype) * largest.abs()
     if bool((off & (numbers != 0)).any()):
         return None
-    return _dropped(numbers), torch.where(finite[0], largest, runs[0])
-
-
-def _numbers(runs: Sequence[Tensor]) -> Tensor:
-    return torch.nan_to_num(torch.stack(list(runs)), nan=0.0, posinf=0.0, neginf=0.0)
+    return _dropped(numbers), torch.where(known[0], largest, runs[0])
 
 
 def _dropped(runs: Tensor) -> float:

@@ -121,14 +121,10 @@ def _sorted(
         kind = fitting if one.reproduces else near if one.fit.excess <= limit else others
         kind.append(one)
     # Coarse steps explain less exactly than others: they come last.
-    fitting.sort(key=lambda one: (len(one.defects), _roughness(one)))
+    fitting.sort(key=lambda one: (len(one.defects), sum(d.seen != "exactly" for d in one.defects)))
     others.sort(key=lambda one: one.fit.residual)
     unique = {one.names: one for one in reversed(fitting)}
     return list(reversed(unique.values())), near, others
-
-
-def _roughness(one: Explanation) -> int:
-    return sum(defect.seen != "exactly" for defect in one.defects)
 
 
 def _unique(names: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
