@@ -40,6 +40,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,11 +106,8 @@ class _Units:
         steps = max(*call.query.shape[-2:], *call.key.shape[-2:], call.value.shape[-1])
         sums = torch.finfo(wide_dtype(call.query.dtype)).eps / 2
         tiny = info.smallest_normal * info.eps
-        exp = (
-            0.0
-            if call.query.dtype == torch.float64
-            else _EXP_UNITS * torch.finfo(torch.float32).eps
-        )
+        is_exact = call.query.dtype == torch.float64
+        exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
         return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
 
 
@@ -195,14 +193,8 @@ def plain(call: Call) -> dict[str, Tensor]:
         given |= {} if part.bias is None else {"attn_mask": part.bias}
         given |= {} if part.sinks is None else {"sinks": part.sinks}
         leaves = {k: t.detach().requires_grad_(bool(wanted)) for k, t in given.items()}
-        own = replace(
-            part,
-            query=leaves["query"],
-            key=leaves["key"],
-            value=leaves["value"],
-            bias=leaves.get("attn_mask"),
-            sinks=leaves.get("sinks"),
-        )
+        named: dict[str, Any] = {"bias" if k == "attn_mask" else k: t for k, t in leaves.items()}
+        own = replace(part, **named)
         output = _weights(call, own, _scores(call, own))[0] @ own.value
         parts = {"output": output.detach()}
         if wanted:

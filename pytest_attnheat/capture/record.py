@@ -283,8 +283,8 @@ class AttentionRecord:
         if heads is not None:
             record = record._with_heads(*self._found("heads", heads, self.shape[1], self.heads))
         if queries is not None:
-            found = self._found("queries", queries, self.shape[2], self.queries)
-            record = record._with_queries(*found)
+            numbers, here = self._found("queries", queries, self.shape[2], self.queries)
+            record = replace(record._with_rows(2, here), queries=numbers)
         return record
 
     def _found(
@@ -308,9 +308,6 @@ class AttentionRecord:
             key=_taken(self.key, 1, here // self.group),
             value=_taken(self.value, 1, here // sharing(self, self.value)),
         )
-
-    def _with_queries(self, numbers: Tensor, here: Tensor) -> AttentionRecord:
-        return replace(self._with_rows(2, here), queries=numbers)
 
     def _with_rows(self, dim: int, here: Tensor) -> AttentionRecord:
         """Take some of what there is per query head (`dim` 1) or per query (2)."""

@@ -344,7 +344,7 @@ def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
             characters.append(_escape(character))
         elif lettering.has(character):
             characters.append(character)
-        elif unicodedata.category(character) == "Cf" or _is_variation(character):
+        elif unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f":
             continue  # joiners and variation selectors have no shape of their own
         else:
             foreign = True
@@ -357,10 +357,6 @@ def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
-
-
-def _is_variation(character: str) -> bool:
-    return "\ufe00" <= character <= "\ufe0f"
 
 
 @lru_cache(maxsize=4096)
