@@ -202,7 +202,8 @@ def at_random(
         inferred_weights=inferred_weights(spec, first),
         case=first.case.name,
     )
-    if _drops_outputs(first.output):
+    zero = first.output == 0
+    if bool((zero.any(-1) & ~zero.all(-1)).any()):  # those of weights that are dropped never are
         sentence = f"{diagnosis.sentence}: single numbers of it are 0, as if it were dropped out"
         return replace(diagnosis, sentence=sentence)
     found = _without_dropout(spec, probes)
@@ -252,12 +253,6 @@ def _is_plausible(factor: float | None, share: float) -> bool:
     if factor is None:
         return False
     return abs(factor - 1.0) <= 1e-3 or abs(1.0 - 1.0 / factor - share) <= _SHARE_KNOWN_TO
-
-
-def _drops_outputs(output: Tensor) -> bool:
-    """Whether single numbers of a row are 0: those of weights that are dropped never are."""
-    zero = output == 0
-    return bool((zero.any(-1) & ~zero.all(-1)).any())
 
 
 def _without_dropout(

@@ -28,8 +28,8 @@ def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecor
     if isinstance(subject, AttentionSpec):
         return subject
     width = _width_of(subject)
-    if width is not None:
-        dtype = next(p.dtype for p in _parameters(subject))
+    if width is not None and isinstance(subject, nn.Module):
+        dtype = next(p.dtype for p in subject.parameters())
         inputs = draw("block", 0, _BATCH, _LENGTH, width).to(dtype)
         return AttentionSpec(subject, inputs=inputs, causal=None)
     if getattr(subject, "__module__", "") == "torch.nn.attention.flex_attention":
@@ -45,10 +45,6 @@ def _width_of(subject: object) -> int | None:
     if isinstance(subject, nn.TransformerEncoder):
         return _width_of(subject.layers[0])
     return None
-
-
-def _parameters(subject: object) -> list[nn.Parameter]:
-    return list(subject.parameters()) if isinstance(subject, nn.Module) else []
 
 
 def _flex(

@@ -39,11 +39,6 @@ def _masked_scores(result: Outcome) -> Tensor:
     return result.scores.masked_fill(~result.permitted, -math.inf)
 
 
-def _shifted(result: Outcome) -> Tensor:
-    scores = _masked_scores(result)
-    return scores - scores.amax(-1, keepdim=True)
-
-
 _KINDS = (
     _Kind("returned_averaged", "averaged over the heads", averaged=True),
     _Kind("returned_per_head", "those of each head", averaged=False),
@@ -52,7 +47,8 @@ _KINDS = (
           plan=Plan(mask="ignored", causal="ignored", window="ignored")),
     _Kind("returned_scores", "the scores, from before the softmax", _masked_scores),
     _Kind("returned_scores", "the scores, from before the mask", lambda r: r.scores),
-    _Kind("returned_unnormalised", "not divided by their sum", lambda r: _shifted(r).exp()),
+    _Kind("returned_unnormalised", "not divided by their sum",
+          lambda r: (scores := _masked_scores(r)).sub(scores.amax(-1, keepdim=True)).exp()),
     _Kind("returned_unnormalised", "not divided by their sum", lambda r: _masked_scores(r).exp()),
     *(_Kind("returned_of_other_heads", f"those of other heads ({order})", make)
       for order, make in {

@@ -48,7 +48,9 @@ class HeatmapFigure(Figure):
         PNG is compressed fast. PNG and SVG carry the data that they show, which
         `pytest_attnheat.read_heatmaps` returns.
         """
-        kind = _format_of(fname, kwargs.get("format"))
+        suffix = Path(fname).suffix[1:] if isinstance(fname, (str, Path)) else ""
+        kind = kwargs.get("format") or suffix or str(matplotlib.rcParams["savefig.format"])
+        kind = kind.lower()
         if kind == "png":
             options = kwargs.get("pil_kwargs") or {}
             kwargs["pil_kwargs"] = {"compress_level": _PNG_LEVEL, **options}
@@ -64,11 +66,6 @@ class HeatmapFigure(Figure):
         file = io.BytesIO()
         self.savefig(file, format="svg")
         return file.getvalue().decode("utf-8")
-
-
-def _format_of(fname: object, given: str | None) -> str:
-    suffix = Path(fname).suffix[1:] if isinstance(fname, (str, Path)) else ""
-    return (given or suffix or str(matplotlib.rcParams["savefig.format"])).lower()
 
 
 def show_heatmaps(
@@ -156,10 +153,12 @@ def show_heatmaps(
     if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
         got = f"{numbers!r} for {math.prod(maps.shape)} cells"
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
+    if dpi is not None and not 0 < dpi < math.inf:
+        raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
     outlined = [_checked_index(index, maps.shape) for index in highlight]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
-    figure = HeatmapFigure(dpi=_resolution(dpi), facecolor="white")
+    figure = HeatmapFigure(dpi=dpi, facecolor="white")
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
@@ -230,12 +229,6 @@ def _size(
         got = f"{figsize} at {dpi:g} dots per inch, which is {size[0]} x {size[1]} pixels"
         raise ValueError(misuse("figsize", got, f"less than {_LONGEST_SIDE} pixels a side"))
     return size
-
-
-def _resolution(dpi: float | None) -> float | None:
-    if dpi is not None and not 0 < dpi < math.inf:
-        raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
-    return dpi
 
 
 def _inches(pixels: int, dpi: float) -> float:

@@ -298,23 +298,12 @@ class Pen:
         label = self._label(text) if isinstance(text, str) else text
         if label.text in ("", ELLIPSIS):
             return  # nothing to read
-        self.texts.append(
-            Text(
-                x,
-                y,
-                label.text,
-                fontsize=self.points(size),
-                fontfamily=list(label.family),
-                ha=ha,
-                va=va,
-                rotation=rotation,
-                rotation_mode="default",
-                color=color,
-                # A token may hold dollar signs; it is never a formula.
-                parse_math=False,
-                usetex=False,
-            )
-        )
+        # A token may hold dollar signs; it is never a formula.
+        self.texts.append(Text(
+            x, y, label.text, fontsize=self.points(size), fontfamily=list(label.family), ha=ha,
+            va=va, rotation=rotation, rotation_mode="default", color=color, parse_math=False,
+            usetex=False,
+        ))  # fmt: skip
 
     def _label(self, text: str) -> Label:
         return make_labels([text], self._lettering, float("inf"))[0]
