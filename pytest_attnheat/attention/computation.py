@@ -379,7 +379,6 @@ def _gradient_scales(
 
 
 def _zeros(call: Call, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """A float64 tensor for each result."""
     more = {"lse": (*call.query.shape[:-1], 1), "weights": (*call.query.shape[:-1], call.key_len)}
     shapes = call.shapes | {name: more[name] for name in wanted}
     device = call.query.device

@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.plan import Plan
+from pytest_attnheat.attention.decisions import Plan
 
 Change: TypeAlias = Callable[[Plan], Plan]
 # Constants that are found by fitting, and patterns that random numbers leave.

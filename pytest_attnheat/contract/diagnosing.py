@@ -147,7 +147,7 @@ def _diagnosed(
     first = probes[0]
     again = ask(spec, first.case, first.dtype)
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(first.output)):
-        random = at_random(spec, probes, again, refused)
+        random = _at_random(spec, probes, again, refused)
         if random is not None:
             return random
     judged = [one for one in probes if one.judged]
@@ -173,20 +173,13 @@ def _garbage_note(one: Probe) -> str:
 # for one common factor, can be put together from a few calls and compared with the known defects.
 
 
-def at_random(
+def _at_random(
     spec: AttentionSpec, probes: Sequence[Probe], again: Tensor, refused: dict[str, str]
 ) -> Diagnosis | None:
-    """Return the diagnosis of a subject that answers differently, None where that is rounding.
-
-    Args:
-        spec: The subject.
-        probes: Its answers.
-        again: Its answer to the first case when asked a second time.
-        refused: Why other cases were not answered.
-    """
+    """Return the diagnosis of a subject that answers differently, None where that is rounding."""
     first = probes[0]
-    error, allowed = errors(Plan(), replace(first, output=again))
-    before, _ = errors(Plan(), first)
+    error, allowed = errors(replace(first, output=again))
+    before, _ = errors(first)
     if bool((error <= allowed).all()) and bool((before <= allowed).all()):
         return None
     between = float((again - first.output).square().mean().sqrt())

@@ -99,7 +99,6 @@ def _wide(value: Any) -> Any:
 
 
 def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dict[str, Any]:
-    """The fields of the case that are declared."""
     query_len, key_len = record.shape[2:]
     always = {n: _wide(value) for n, value in spec.always(record.shape[1]).items()}
     found: dict[str, Any] = {

@@ -76,25 +76,14 @@ class Explanation:
 NOWHERE = Fit(math.inf, math.inf)
 
 
-def errors(plan: Plan, probe: Probe) -> tuple[Tensor, Tensor]:
-    """Compare what a plan that can be carried out gives with an answer.
+def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tensor]:
+    """Return the error of each row of an answer, and what rounding may do: see `Expected.errors`.
 
-    Returns:
-        The error of each row as a part of its size and what rounding may do, both (batch, heads,
-        query_len). A row of which only one is finite has the largest error that there is, 2;
-        rows that are not judged have 0.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out.
+    It is compared with correct attention, or else with what is given.
     """
-    outcome = expected(plan, probe.case)
-    if outcome is None:
-        raise NotApplicable("the plan cannot be carried out on this case")
-    return _errors(outcome, probe)
-
-
-def _errors(outcome: Expected, probe: Probe) -> tuple[Tensor, Tensor]:
-    return outcome.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)
+    wanted = outcome or expected(Plan(), probe.case)
+    assert wanted is not None
+    return wanted.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)
 
 
 def measure(plan: Plan, probes: Sequence[Probe], *, tolerant: bool = False) -> Fit:
@@ -116,7 +105,7 @@ def _worst(fits: Iterable[Fit]) -> Fit:
 def _fit(plan: Plan, outcome: Expected | None, probe: Probe, tolerant: bool) -> Fit:
     if outcome is None:
         return NOWHERE
-    error, allowed = _errors(outcome, probe)
+    error, allowed = errors(probe, outcome)
     ratio = error / allowed
     if tolerant:
         ratio = _without_other_way(ratio, error, plan, outcome)

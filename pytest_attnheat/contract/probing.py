@@ -6,7 +6,6 @@ differs between cases, so that a constant is not taken for a function of it.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
@@ -97,8 +96,8 @@ def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
     cases += _EMPTY_CASES if masked and spec.fully_masked != "undefined" else ()
     cases += _TOGETHER_CASES if masked and causal else ()
     cases += _GROUPED_CASES if spec.has_heads and spec.grouped is not False else ()
-    cases += () if spec.sides is None else (Blueprint("window", _window_sizes(spec.sides)),)
-    cases += _SCALED_CASES if _names_scale(spec) else ()
+    cases += () if spec.window is None else (Blueprint("window", _window_sizes(spec.window)),)
+    cases += _SCALED_CASES if spec.scale_argument is not None else ()
     # The largest comes last: the others tell most plans from the subject.
     return (*cases, *_LONG_CASES, *(_GARBAGE_CASES if masked else ()))
 
@@ -224,14 +223,6 @@ def _with_full_mask(case: Case) -> Case:
     return replace(case, mask=mask)
 
 
-def _names_scale(spec: AttentionSpec) -> bool:
-    """Whether the subject names a parameter `scale`: `**kwargs` may take it and not use it."""
-    try:
-        return "scale" in inspect.signature(spec.implementation).parameters
-    except (TypeError, ValueError):
-        return spec.takes("scale")
-
-
 # --- sizes
 
 # A long case has one map: torch computes more than 32768 numbers in threads, which cost more here
@@ -250,9 +241,10 @@ _GROUPED = (
 _LONG = (Sizes(1, 1, 131, 133, 8, 3), Sizes(1, 1, 131, 131, 8, 8), Sizes(1, 1, 131, 131, 16, 16))
 
 
-def _window_sizes(window: tuple[int, int]) -> tuple[Sizes, ...]:
+def _window_sizes(window: tuple[int | None, int | None]) -> tuple[Sizes, ...]:
     # A side that ends nowhere needs no room to end in.
-    length = min(sum(side for side in window if side <= _WIDEST) + 4, _WIDEST)
+    ends = (side for side in window if side is not None and side <= _WIDEST)
+    length = min(sum(ends) + 4, _WIDEST)
     return (
         Sizes(1, 2, length, length + 2, 6, 4),
         Sizes(1, 2, length, length, 6, 6),

@@ -198,7 +198,6 @@ def _number_format(numbers: bool | str) -> str | None:
 
 
 def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """Check an index (row, column, query, key) or (row, column, query)."""
     try:
         indices = tuple(operator.index(index) for index in given)
     except TypeError:
@@ -216,7 +215,6 @@ def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tu
 def _size(
     figsize: tuple[float, float] | None, design: Design, maps: Maps, dpi: float
 ) -> tuple[int, int]:
-    """Return the size of the figure in pixels."""
     if figsize is None:
         return design.natural_size(dpi, _number_width(design.words, maps))
     inches = tuple(float(side) for side in figsize)
@@ -240,7 +238,6 @@ def _inches(pixels: int, dpi: float) -> float:
 
 
 def _number_width(words: Words, maps: Maps) -> float:
-    """Return the width in em of the widest number that would be written."""
     if words.numbers is None:
         return 0.0
     values = pool(maps, (1, 1)).values
