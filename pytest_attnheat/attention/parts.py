@@ -54,7 +54,12 @@ def parts_of(call: Call, dtype: torch.dtype) -> Iterator[Part]:
             if name not in ("key", "value")
         }
         bias = part.get("bias")
-        permitted = _permitted(call, maps, span, part.get("mask"), bias)
+        shape = (len(maps), span.stop - span.start, call.key_len)
+        permitted = torch.ones(shape, dtype=torch.bool, device=maps.device)
+        hidden = None if bias is None else bias != -math.inf
+        for rule in (call.permitted(maps, span), part.get("mask"), hidden):
+            if rule is not None:
+                permitted &= rule
         if bias is not None:
             # Their weight is 0 by the mask; a -inf left in the scores would make NaN.
             bias = bias.masked_fill(bias == -math.inf, 0.0).to(dtype)
@@ -73,18 +78,6 @@ def parts_of(call: Call, dtype: torch.dtype) -> Iterator[Part]:
             permitted=permitted,
             upstream=part["upstream"].to(dtype) if "upstream" in part else None,
         )
-
-
-def _permitted(
-    call: Call, maps: Tensor, rows: slice, mask: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Where every rule, the mask and the bias let a query attend, (maps, rows, key_len)."""
-    shape = (len(maps), rows.stop - rows.start, call.key_len)
-    permitted = torch.ones(shape, dtype=torch.bool, device=maps.device)
-    for rule in (call.permitted(maps, rows), mask, None if bias is None else bias != -math.inf):
-        if rule is not None:
-            permitted &= rule
-    return permitted
 
 
 def _flattened(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -180,19 +180,18 @@ def _given_mask(plan: Plan, case: Case) -> Tensor:
     if case.mask is None or plan.mask == "ignored":
         return torch.ones(case.shape, dtype=torch.bool)
     mask = case.mask.expand(case.shape)
-    if plan.mask == "inverted":
-        return ~mask
-    if plan.mask == "transposed":
-        if query_len != key_len:
-            raise NotApplicable("a mask that is not square cannot be transposed")
-        return mask.mT
-    if plan.mask == "tiled":
-        sample = torch.arange(batch * heads).reshape(batch, heads) % batch
-        return mask[sample, torch.arange(heads)]
-    if plan.mask == "first":
-        return mask[:1].expand(case.shape)
-    shift = {"rolled": 1, "rolled_back": -1}.get(plan.mask, 0)
-    return mask.roll(shift, 0) if shift else mask
+    if plan.mask == "transposed" and query_len != key_len:
+        raise NotApplicable("a mask that is not square cannot be transposed")
+    sample = torch.arange(batch * heads).reshape(batch, heads) % batch
+    wrong = {
+        "inverted": lambda: ~mask,
+        "transposed": lambda: mask.mT,
+        "tiled": lambda: mask[sample, torch.arange(heads)],
+        "first": lambda: mask[:1].expand(case.shape),
+        "rolled": lambda: mask.roll(1, 0),
+        "rolled_back": lambda: mask.roll(-1, 0),
+    }
+    return wrong[plan.mask]() if plan.mask in wrong else mask
 
 
 def _alignment(plan: Plan, case: Case) -> Alignment:

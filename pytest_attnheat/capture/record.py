@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -315,18 +316,13 @@ class AttentionRecord:
         if self.statistics is not None:
             parts = vars(self.statistics).values()
             statistics = Statistics(*(part.index_select(dim, here) for part in parts))
+        names = ("query", "output", "given_mask", "bias", "sink_weights", "kept_weights")
+        kept: dict[str, Any] = {
+            name: _taken(getattr(self, name), dim, here, broadcast=name in ("given_mask", "bias"))
+            for name in names
+        }
         sinks = self.sinks if dim == 2 else _taken(self.sinks, 0, here)
-        return replace(
-            self,
-            query=_taken(self.query, dim, here),
-            output=_taken(self.output, dim, here),
-            given_mask=_taken(self.given_mask, dim, here, broadcast=True),
-            bias=_taken(self.bias, dim, here, broadcast=True),
-            sinks=sinks,
-            sink_weights=_taken(self.sink_weights, dim, here),
-            kept_weights=_taken(self.kept_weights, dim, here),
-            statistics=statistics,
-        )
+        return replace(self, **kept, sinks=sinks, statistics=statistics)
 
 
 @contextmanager

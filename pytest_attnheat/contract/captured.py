@@ -140,12 +140,13 @@ def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[t
     if inputs is None or spec.causal is None or torch.equal(inputs, inputs.flip(1)):
         return set()
     others = {(r.layer, r.call): r.key for r in records_of(replace(spec, inputs=inputs.flip(1)))}
-    found = set()
-    for record in records:
-        key, other = record.key, others.get((record.layer, record.call))
-        if key is not None and other is not None and torch.equal(key, other):
-            found.add((record.layer, record.call))
-    return found
+    return {
+        (record.layer, record.call)
+        for record in records
+        if record.key is not None
+        and (other := others.get((record.layer, record.call))) is not None
+        and torch.equal(record.key, other)
+    }
 
 
 def _diagnosed(

@@ -93,13 +93,20 @@ def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
     cases = [*_CASES]
     cases += _CAUSAL_CASES if causal else ()
     cases += _MASK_CASES if masked else ()
-    cases += _EMPTY_CASES if masked and spec.fully_masked != "undefined" else ()
+    if masked and spec.fully_masked != "undefined":
+        cases.append(Blueprint("fully masked row", _RECTANGLE, _fully_masked))
     cases += _TOGETHER_CASES if masked and causal else ()
-    cases += _GROUPED_CASES if spec.has_heads and spec.grouped is not False else ()
-    cases += () if spec.window is None else (Blueprint("window", _window_sizes(spec.window)),)
-    cases += _SCALED_CASES if spec.scale_argument is not None else ()
+    if spec.has_heads and spec.grouped is not False:
+        cases.append(Blueprint("grouped heads", _GROUPED))
+    if spec.window is not None:
+        cases.append(Blueprint("window", _window_sizes(spec.window)))
+    if spec.scale_argument is not None:
+        cases.append(Blueprint("scale=", _RECTANGLE, _scaled))
     # The largest comes last: the others tell most plans from the subject.
-    return (*cases, *_LONG_CASES, *(_GARBAGE_CASES if masked else ()))
+    cases.append(Blueprint("long", _LONG))
+    if masked:
+        cases.append(Blueprint("NaN in masked keys", _PADDED, _garbage, judged=False))
+    return tuple(cases)
 
 
 def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
@@ -349,12 +356,7 @@ _MASK_CASES = (
     Blueprint("padding", _PADDED, _padded),
     Blueprint("large scores, masked", _RECTANGLE, _large_scores_masked),
 )
-_EMPTY_CASES = (Blueprint("fully masked row", _RECTANGLE, _fully_masked),)
 _TOGETHER_CASES = (
     Blueprint("mask and causal", _WIDE, _masked_causal),
     Blueprint("square mask and causal", _SQUARE, _masked_causal),
 )
-_GROUPED_CASES = (Blueprint("grouped heads", _GROUPED),)
-_SCALED_CASES = (Blueprint("scale=", _RECTANGLE, _scaled),)
-_LONG_CASES = (Blueprint("long", _LONG),)
-_GARBAGE_CASES = (Blueprint("NaN in masked keys", _PADDED, _garbage, judged=False),)

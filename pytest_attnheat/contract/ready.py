@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -77,16 +77,13 @@ def _flex(
         )
     # Not compiled: each of the many small shapes would be compiled anew, and, even where nobody
     # compiles, traced anew.
-    with warnings.catch_warnings(), _untraced():
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    untraced = nullcontext() if stance is None else stance("force_eager")
+    with warnings.catch_warnings(), untraced:
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         return flex_attention(
             query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa
         )
-
-
-def _untraced() -> AbstractContextManager[Any]:
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return nullcontext() if stance is None else stance("force_eager")
 
 
 def transformers_attention(name: str = "sdpa") -> AttentionSpec:
