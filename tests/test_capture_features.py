@@ -16,7 +16,7 @@ from pytest_attnheat import (
     diagnose,
 )
 from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.contract import captured
+from pytest_attnheat.contract import captured, explaining
 
 X = draw("x", 2, 9, 32)
 CAUSAL = torch.ones(9, 9, dtype=torch.bool).tril()
@@ -303,7 +303,7 @@ DECLARED = {
 
 @pytest.mark.parametrize(("declared", "rule"), DECLARED.values(), ids=DECLARED)
 def test_a_trace_is_held_to_the_rules_that_are_declared(declared, rule, monkeypatch):
-    judge = captured.explained  # and no search, which takes seconds
+    judge = explaining.explained  # and no search, which takes seconds
     monkeypatch.setattr(captured, "explained", lambda *a, **k: judge(*a, **{**k, "search": False}))
     i, j = torch.arange(9)[:, None], torch.arange(9)
 

@@ -13,7 +13,7 @@ from pytest_attnheat import (
     capture_attention,
     check_attention,
 )
-from pytest_attnheat.contract import captured
+from pytest_attnheat.contract import captured, explaining
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -208,7 +208,7 @@ def test_a_scale_that_a_module_was_given_is_held_against_its_configuration():
 
 @pytest.fixture
 def no_long_search(monkeypatch):
-    judge = captured.explained  # and no search, which takes seconds
+    judge = explaining.explained  # and no search, which takes seconds
     monkeypatch.setattr(captured, "explained", lambda *a, **k: judge(*a, **{**k, "search": False}))
 
 

@@ -6,6 +6,7 @@ what was captured are in `block_checks`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from pytest_attnheat.contract.examination import (
     takes_scale,
 )
 from pytest_attnheat.contract.returned_lse import judge_lse
+from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure, Place
 
 
@@ -61,14 +63,19 @@ def _judge(examination: Examination, **levels: Any) -> None:
 
 def _judge_unless_refused(examination: Examination, **levels: Any) -> None:
     """Judge a call of something besides; what it says in any error is that it does not take it."""
-    chosen = examination.choice(**levels)
+    _ask(examination, **levels)
+    _judge(examination, **levels)
+
+
+def _ask(examination: Examination, **levels: Any) -> None:
+    """Ask for something besides, which is skipped if the subject raises any error."""
+    call = examination.case(**levels)
     try:
-        examination.spec.ask(examination.drawn(chosen))
+        examination.spec.ask(call)
     except Exception as error:
         if is_about_dtypes(error):
             raise
         raise Skipped(f"it refuses {text_of(levels)}: {error}") from None
-    _judge(examination, **levels)
 
 
 def _judged(
@@ -224,7 +231,19 @@ def padding(examination: Examination) -> None:
     call = examination.case(mask="boolean", sizes=(7, 7))
     if examination.space.declared.square:
         raise Skipped("it takes as many keys as queries alone")
-    assert_padding_invariant(examination.spec, *call.tensors, attn_mask=call.mask)
+    assert_padding_invariant(_of_whole_masks(examination), *call.tensors, attn_mask=call.mask)
+
+
+def _of_whole_masks(examination: Examination) -> AttentionSpec:
+    """The specification for an assertion that spells masks out, of a subject that may not."""
+    spec = examination.spec
+    if spec.mask is None or spec.mask_shape is not None:
+        return spec
+    try:
+        _ask(examination, mask="boolean", shape="(B, H, L, S)", sizes=(7, 7))
+    except Skipped:
+        return replace(spec, mask_shape="(B, 1, L, S)")
+    return spec
 
 
 @check("batch", "a sample gives the same output alone and in a batch",
@@ -241,7 +260,7 @@ def decoding(examination: Examination) -> None:
     if examination.space.declared.square:
         raise Skipped("it takes as many keys as queries alone")
     call = examination.case(causal=True, sizes=(7, 7))
-    assert_decode_matches_prefill(examination.spec, *call.tensors)
+    assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
 @check("layout", "strides of the inputs change nothing", issue="pytorch/pytorch#181133")

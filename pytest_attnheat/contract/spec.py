@@ -368,6 +368,11 @@ class AttentionSpec:
         }
         return replace(call, **always)
 
+    def expected(self) -> AttentionSpec | None:
+        """Return its reference as it is called; None without one."""
+        own = self.reference
+        return None if own is None else replace(self, subject=own, reference=None)
+
     def ask(self, call: Call, *, dropout: float = 0.0) -> Answer:
         """Call the subject as it wants to be called.
 
