@@ -285,27 +285,21 @@ class _Drawing:
     def call(self) -> Call:
         """Draw all that is chosen."""
         query, key, value = self._tensors()
-        call = Call(query=query, key=key, value=value, **dict(self._space.always))
-        chosen = self._chosen
-        if chosen.get("causal"):
-            call = replace(call, causal=True)
-        if chosen.get("scale", NONE) != NONE:
-            call = replace(call, scale=chosen["scale"])
-        if chosen.get("softcap"):
-            call = replace(call, softcap=2.0)
-        if chosen.get("sinks"):
-            call = replace(call, sinks=self._given(self._draw("sinks", self._heads)))
-        if chosen.get("alibi"):
-            slopes = 2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)
-            call = replace(call, alibi=self._given(slopes))
-        if chosen.get("documents"):
-            call = replace(call, documents=self._documents())
-        if chosen.get("lengths"):
-            call = replace(call, lengths=self._real())
-        if chosen.get("bias"):
-            shape = (self._batch, self._heads, *self._lengths)
-            call = replace(call, bias=self._given(self._draw("bias", *shape)))
-        return self._masked(call)
+        call = Call(query, key, value, **dict(self._space.always))
+        shape = (self._batch, self._heads, *self._lengths)
+        drawn: dict[str, Callable[[], Any]] = {
+            "causal": lambda: True,
+            "scale": lambda: self._chosen["scale"],
+            "softcap": lambda: 2.0,
+            "sinks": lambda: self._given(self._draw("sinks", self._heads)),
+            "alibi": lambda: self._given(2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)),
+            "documents": self._documents,
+            "lengths": self._real,
+            "bias": lambda: self._given(self._draw("bias", *shape)),
+        }
+        own = {name: make() for name, make in drawn.items()
+               if self._chosen.get(name, False) not in (False, NONE)}  # fmt: skip
+        return self._masked(replace(call, **own))
 
     def _draw(self, name: str, *shape: int) -> Tensor:
         return draw(name, self._space.seed, *shape)
@@ -357,13 +351,8 @@ class _Drawing:
         sizes = {"B": self._batch, "H": self._heads, "L": query_len, "S": key_len, "1": 1}
         shape = [sizes[letter] for letter in self._chosen["shape"].strip("()").split(", ")]
         mask = (self._draw("mask", *shape) > 0).to(self._device)
-        permitted = call.permitted(
-            torch.arange(call.maps, device=self._device), slice(0, query_len)
-        )
         whole = (self._batch, self._heads, query_len, key_len)
-        seen = torch.ones(whole, dtype=torch.bool, device=self._device)
-        if permitted is not None:
-            seen = permitted.expand(call.maps, query_len, key_len).view(whole)
+        seen = torch.ones(whole, dtype=torch.bool, device=self._device) & call.visible()
         # A query that the mask left nothing gets the first key that all else lets it see.
         left = seen.any(-1, keepdim=True) & ~(seen & mask).any(-1, keepdim=True)
         first = torch.zeros_like(seen).scatter(-1, seen.int().argmax(-1, keepdim=True), 1)
@@ -386,19 +375,6 @@ def _reduced(wanted: Tensor, shape: list[int]) -> Tensor:
 _Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    return query, key, value
-
-
-def _large(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    """Scores of a few hundred: exp of them overflows in every dtype but float64."""
-    return query * 40, key, value
-
-
-def _tiny(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    return query * 1e-2, key * 0.1, value * 0.1
-
-
 def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
     """Each query looks for one channel, which some keys have; values tell their key."""
     width = query.shape[-1]
@@ -416,9 +392,10 @@ def _overflowing(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
 
 
 _NUMBERS: dict[str, Callable[[Tensor, Tensor, Tensor], _Tensors]] = {
-    "ordinary": _ordinary,
-    "large": _large,
-    "tiny": _tiny,
+    "ordinary": lambda query, key, value: (query, key, value),
+    # Scores of a few hundred: exp of them overflows in every dtype but float64.
+    "large": lambda query, key, value: (query * 40, key, value),
+    "tiny": lambda query, key, value: (query * 1e-2, key * 0.1, value * 0.1),
     "structured": _structured,
     "overflowing": _overflowing,
 }

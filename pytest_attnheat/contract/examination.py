@@ -354,25 +354,21 @@ def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | Non
 
 takes_mask = _need(lambda spec: spec.mask is not None, "it does not take a mask", "mask")
 takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal", "causal")
-takes_groups = _need(
-    lambda spec: spec.grouped and spec.has_heads, "it is not declared to take grouped heads"
-)
+takes_groups = _need(lambda spec: spec.grouped and spec.has_heads,
+                     "it is not declared to take grouped heads")  # fmt: skip
 takes_scale = _need(lambda spec: spec.scale_argument is not None, "its signature has no scale")
 takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
-declares_fully_masked = _need(
-    lambda spec: spec.fully_masked != "undefined", 'fully_masked="undefined" declares nothing'
-)
-returns_weights = _need(
-    lambda spec: spec.returns not in ("output", "lse"), "it is declared to return no weights"
-)
+declares_fully_masked = _need(lambda spec: spec.fully_masked != "undefined",
+                              'fully_masked="undefined" declares nothing')  # fmt: skip
+returns_weights = _need(lambda spec: spec.returns not in ("output", "lse"),
+                        "it is declared to return no weights")  # fmt: skip
 returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
-has_gradients = _need(
-    lambda spec: spec.gradients and spec.rounded is None, "it is declared to have no gradients"
-)
-_POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
+has_gradients = _need(lambda spec: spec.gradients and spec.rounded is None,
+                      "it is declared to have no gradients")  # fmt: skip
+_POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys")
 has_no_positions = _need(
     lambda spec: (
-        not any(getattr(spec, name) for name in _POSITIONAL if name != "alibi")
+        not any(getattr(spec, name) for name in _POSITIONAL)
         and (spec.alibi is None or isinstance(spec.alibi, str))
     ),
     "padding on the left would move its positions",

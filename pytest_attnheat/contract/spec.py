@@ -25,8 +25,6 @@ Sound: TypeAlias = Literal["mask", "causal"]
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
-# A side of a window that ends nowhere.
-_ENDLESS = 2**30
 # What a keyword is usually called; looked for where none is declared.
 _USUAL = {
     "scale_argument": ("scale", "softmax_scale", "sm_scale", "scaling"),
@@ -236,14 +234,6 @@ class AttentionSpec:
                 f"{field}: got {keyword!r}; accepted is a parameter of the subject: "
                 f"{', '.join(self.parameters or {})}"
             )
-
-    @property
-    def sides(self) -> tuple[int, int] | None:
-        """The window as `sliding_window_mask` takes it."""
-        if self.window is None:
-            return None
-        left, right = (_ENDLESS if side is None else side for side in self.window)
-        return left, right
 
     @property
     def heads(self) -> int | None:
