@@ -284,7 +284,6 @@ def judge_call(
             fully_masked=masked_rows,
             declared=criteria.fully_masked,
             top_score=expected.top_score,
-            key_heads=call.key.shape[-3] if call.group > 1 else None,
             factor=criteria.factor,
             repeat=f"seed={criteria.seed}",
             mistake=lambda: _likely_mistake(call, criteria, found["output"]) if explain else None,

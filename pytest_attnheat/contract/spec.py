@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
+from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
@@ -268,13 +269,7 @@ class AttentionSpec:
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter] | None:
         """The parameters of the subject; None for a builtin, whose signature is not known."""
-        # Of a module, that of __call__ names none.
-        subject = self.implementation
-        subject = subject.forward if isinstance(subject, nn.Module) else subject
-        try:
-            return inspect.signature(subject).parameters
-        except (TypeError, ValueError):
-            return None
+        return parameters_of(self.implementation)
 
     def names(self, keyword: str) -> bool:
         """Whether the signature has a keyword; that of a builtin is PyTorch's own."""
