@@ -16,6 +16,7 @@ from pytest_attnheat import HARD_CASES, assert_gradients_match, assert_matches_r
 from pytest_attnheat.assertions.precision_judgement import judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.parts import parts_of
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 
@@ -424,7 +425,7 @@ def test_memory_is_bounded_whatever_the_size(sizes):
     *lead, query_len, key_len = sizes
     query, key = torch.ones(*lead, query_len, 1), torch.ones(*lead, key_len, 1)
     problem = Call(query, key, key, scale=1.0)
-    seen = [chunk.permitted.shape for chunk in computation._parts(problem, torch.float64)]
+    seen = [chunk.permitted.shape for chunk in parts_of(problem, torch.float64)]
     assert all(8 * 16 * shape.numel() <= 64 * 2**20 for shape in seen)
     assert sum(shape[0] * shape[1] for shape in seen) == math.prod(lead) * query_len
 

@@ -10,8 +10,10 @@ from pytest_attnheat.contract.checks import CHECKS
 from pytest_attnheat.contract.examination import check, registered
 from pytest_attnheat.contract.report import examinations_of, run_check
 
-# A defect is found by few others if no more than this many checks find it.
+# A defect is found by few others if no more than this many checks find it, besides `pairs`, which
+# asks what the others ask and more.
 FEW = 4
+NAMED = [one for one in CHECKS if one.name != "pairs"]
 
 
 class Hidden(torch.autograd.Function):
@@ -115,9 +117,60 @@ def not_rescaled(query, key, value, dropout_p=0.0):
     return (weights * (torch.rand(weights.shape) >= dropout_p)) @ value
 
 
+def gradient_without_dropout(query, key, value, dropout_p=0.0):
+    return sdpa(Hidden.apply(query, 1.1 if dropout_p else 1.0), key, value, dropout_p=dropout_p)
+
+
+def sum_before_the_scale(query, key, value):
+    return sdpa(query, key, value), (query @ key.mT).logsumexp(-1)
+
+
 def of_another_head(query, key, value):
     weights = (query @ key.mT / query.shape[-1] ** 0.5).softmax(-1)
     return weights @ value, weights.roll(1, 1)
+
+
+def added(query, key, value, added=None):
+    """Takes a mask of floats for one of booleans."""
+    return sdpa(query, key, value, None if added is None else added.isfinite())
+
+
+def featured(query, key, value, *, softcap=None, sinks=None, alibi=None, bias=None, documents=None,
+             lengths=None):  # fmt: skip
+    """Attention with all that a call may be given, each under a keyword of that name."""
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    at_query, at_key = torch.arange(query.shape[-2])[:, None], torch.arange(key.shape[-2])
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if alibi is not None:
+        scores = scores - alibi[:, None, None] * (at_query - at_key).abs()
+    hidden = torch.zeros(len(query), 1, 1, key.shape[-2], dtype=torch.bool)
+    if documents is not None:
+        hidden = hidden | (documents[:, None, :, None] != documents[:, None, None])
+    if lengths is not None:
+        hidden = hidden | (at_key >= lengths[:, None, None, None])
+    scores = scores.masked_fill(hidden, -torch.inf)
+    if sinks is None:
+        return scores.softmax(-1) @ value
+    sink = sinks[None, :, None, None].expand(*scores.shape[:-1], 1)
+    return torch.cat([scores, sink], -1).softmax(-1)[..., :-1] @ value
+
+
+FEATURES = ("softcap", "sinks", "alibi", "bias", "documents", "lengths")
+
+
+def without(dropped):
+    """The specification of what takes every feature, and leaves one of them aside."""
+
+    def attention(query, key, value, *, softcap=None, sinks=None, alibi=None, bias=None,
+                  documents=None, lengths=None):  # fmt: skip
+        given = {"softcap": softcap, "sinks": sinks, "alibi": alibi, "bias": bias,
+                 "documents": documents, "lengths": lengths}  # fmt: skip
+        return featured(query, key, value, **(given | {dropped: None}))
+
+    return AttentionSpec(attention, dtypes=("float32",), **{name: name for name in FEATURES})
 
 
 NEEDED = {
@@ -139,7 +192,11 @@ NEEDED = {
     "layout": strides_ignored,
     "repeats": random_at_times,
     "dropout": not_rescaled,
+    "dropout_gradients": gradient_without_dropout,
+    "returned_lse": AttentionSpec(sum_before_the_scale, returns="lse", dtypes=("float32",)),
     "returned_weights": AttentionSpec(of_another_head, returns="weights", dtypes=("float32",)),
+    "float_mask": AttentionSpec(added, mask="additive", mask_argument="added", dtypes=("float32",)),
+    **{name: without(name) for name in FEATURES},
 }
 # The three that nearly every defect fails: they tell at once without a mask, with one, and causal.
 COMMON = ["plain", "masked", "causal"]
@@ -151,19 +208,27 @@ def test_some_defect_is_found_by_a_check_and_few_others(name):
     if not isinstance(subject, AttentionSpec):
         subject = AttentionSpec(subject, dtypes=("float32",))
     torch.manual_seed(0)
-    found = {result.name for result in check_attention(subject).failed}
+    found = {result.name for result in check_attention(subject, checks=NAMED).failed}
     assert name in found
     assert len(found) <= FEW, found
 
 
 @pytest.mark.parametrize("subject", [causal_in_the_first_block, masked_in_the_first_block])
-def test_masks_are_asked_of_long_inputs_too(subject):
+def test_what_goes_wrong_with_two_features_alone_is_found_by_the_pairs_of_them(subject):
     report = check_attention(AttentionSpec(subject, dtypes=("float32",)))
-    assert [result.name for result in report.failed] == ["block_lengths"]
+    assert [result.name for result in report.failed] == ["pairs"]
+
+
+def test_what_takes_every_feature_passes():
+    spec = AttentionSpec(featured, dtypes=("float32",), **{name: name for name in FEATURES})
+    report = check_attention(spec)
+    assert report.passed, str(report)
+    asked = {result.name for result in report.results if result.status == "passed"}
+    assert {"pairs", *FEATURES} <= asked
 
 
 def test_every_check_is_needed():
-    names = {one.name for one in CHECKS}
+    names = {one.name for one in NAMED}
     assert names == {*NEEDED, *COMMON}, "a defect that a new check finds goes into NEEDED"
 
 
@@ -171,11 +236,11 @@ def test_what_a_check_needs_is_looked_at_before_the_subject_is_called():
     def never(query, key, value):
         raise AssertionError("it was called")
 
-    spec = AttentionSpec(never, dtypes=("float32",))
+    spec = AttentionSpec(never, gradients=False, dtypes=("float32",))
     (examination,) = examinations_of(spec)
     needing = [one for one in CHECKS if one.needs is not None]
     names = {one.name for one in needing}
-    assert {"masked", "causal", "grouped", "dropout", "returned_weights"} <= names
+    assert {"masked", "causal", "grouped", "gradients", "returned_weights", *FEATURES} <= names
     for one in needing:
         result = run_check(one, examination)
         assert (result.status, result.message) == ("skipped", one.needs(spec))

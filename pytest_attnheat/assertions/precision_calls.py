@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.functions import (
     AttentionFunction,
+    Described,
     as_described,
     permitted,
     takes,
@@ -70,7 +71,7 @@ def _check_factor(factor: object) -> None:
 
 
 def called(
-    function: Function, inputs: Sequence[Tensor], given: Mapping[str, Any]
+    function: Function, inputs: Sequence[object], given: Mapping[str, Any]
 ) -> tuple[AttentionFunction, Call, Run]:
     """Return a function with its inputs, what it is asked by that, and how it is called.
 
@@ -107,6 +108,26 @@ def called(
     call = subject.call
     own = {name: value for name, value in features.items() if name not in taken}
     return subject, replace(call, **own), runner(subject)
+
+
+def described_call(
+    function: Function, inputs: Sequence[Call | Tensor | None], given: Mapping[str, Any]
+) -> tuple[Described, Call, list[str]]:
+    """Return a function that says what it does, a call of it, and which gradients that has.
+
+    Raises:
+        TypeError: It does not say what it does, or something is given beside the call.
+    """
+    (call, *others), described = inputs, as_described(function)
+    beside = [one for one in (*others, *given.values()) if one is not None and one is not False]
+    if described is None or beside or not isinstance(call, Call):
+        accepted = "an AttentionSpec with a Call alone, or query, key and value"
+        raise TypeError(misuse("query", "a Call", accepted))
+    names = ["query", "key", "value"] + ["attn_mask"] * (call.bias is not None)
+    # Those that it always has are no argument that a gradient could be asked of.
+    own = described.described(replace(call, sinks=None)).sinks
+    names += ["sinks"] * (call.sinks is not None and own is None)
+    return described, described.described(call), names if described.gradients else []
 
 
 def runner(subject: AttentionFunction) -> Run:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import as_meant
@@ -27,6 +28,10 @@ KEYWORDS = {
     "documents": "documents",
     "lengths": "lengths",
 }
+
+
+class Undeclared(TypeError):
+    """A call has what the subject is not declared to take."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
     if mask is not None or spec.needs(spec.mask_argument):
         yield spec.mask_argument, mask
     if call.causal and not spec.takes_causal:
-        raise TypeError(f"{spec.name} is not declared to take is_causal")
+        raise Undeclared(f"{spec.name} is not declared to take is_causal")
     if call.causal or spec.is_causal_by_default():
         yield spec.causal_argument, call.causal
     if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
@@ -87,7 +92,7 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
         if keyword is None:
             # A bias is part of the mask.
             if given is not None and name not in always and name != "bias":
-                raise TypeError(f"{spec.name} is not declared to take {name}")
+                raise Undeclared(f"{spec.name} is not declared to take {name}")
         elif given is not None and not (name == "scale" and given == spec.scale):
             yield keyword, given[0] if name == "documents" else given
         elif spec.needs(keyword):
@@ -101,28 +106,37 @@ def _mask(spec: AttentionSpec, call: Call) -> Tensor | None:
     if mask is None and bias is None:
         return None
     if spec.mask is None:
-        raise TypeError(f"{spec.name} is not declared to take a mask")
+        raise Undeclared(f"{spec.name} is not declared to take a mask")
     if bias is not None:
         if spec.mask not in ("additive", "any"):
-            raise TypeError(f"{spec.name} is not declared to take a mask of floats")
+            raise Undeclared(f"{spec.name} is not declared to take a mask of floats")
         bias = bias if mask is None else bias.masked_fill(~mask, -math.inf)
-        return _in_shape(spec, bias)
+        return _in_shape(spec, bias, call)
     assert mask is not None
-    mask = _in_shape(spec, mask)
+    mask = _in_shape(spec, mask, call)
     return mask if spec.mask == "any" else as_meant(mask, spec.mask, call.query.dtype)
 
 
-def _in_shape(spec: AttentionSpec, mask: Tensor) -> Tensor:
+def _in_shape(spec: AttentionSpec, mask: Tensor, call: Call) -> Tensor:
     """A mask in the one shape that is declared, or of as many dimensions as the scores."""
     whole = mask.reshape((1,) * (4 - mask.ndim) + tuple(mask.shape))
     wanted = spec.mask_shape
-    if wanted in ("(L, S)", "(B, S)"):
-        kept = {"(L, S)": (0, 1), "(B, S)": (1, 2)}[wanted]
-        if any(whole.shape[dim] != 1 for dim in kept):
-            raise TypeError(
+    if wanted is None:
+        return whole if spec.has_heads else whole[:, 0]
+    letters = wanted.strip("()").split(", ")
+    sizes = dict(zip("BHLS", (*call.query.shape[:-1], call.key_len), strict=True))
+    for dim, letter in enumerate("BHLS"):
+        if letter in letters:
+            whole = whole.expand([sizes[letter] if at == dim else -1 for at in range(4)])
+            continue
+        first = whole.narrow(dim, 0, 1)
+        if not torch.equal(first.expand_as(whole), whole):
+            raise Undeclared(
                 f"{spec.name} is declared to take a mask {wanted} alone; got {tuple(mask.shape)}"
             )
-        return whole.squeeze(kept)
+        whole = first
+    if len(letters) == 2:
+        return whole.squeeze({"(L, S)": (0, 1), "(B, S)": (1, 2)}[wanted])
     return whole if spec.has_heads else whole[:, 0]
 
 

@@ -6,6 +6,7 @@ what was captured are in `block_checks`.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,6 +51,7 @@ from pytest_attnheat.contract.examination import (
     takes_scale,
 )
 from pytest_attnheat.contract.returned_lse import judge_lse
+from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure, Place
 
 
@@ -61,14 +63,32 @@ def _judge(examination: Examination, **levels: Any) -> None:
 
 def _judge_unless_refused(examination: Examination, **levels: Any) -> None:
     """Judge a call of something besides; what it says in any error is that it does not take it."""
-    chosen = examination.choice(**levels)
+    _ask(examination, **levels)
+    _judge(examination, **levels)
+
+
+def _ask(examination: Examination, **levels: Any) -> None:
+    """Ask for something besides, which is skipped if the subject raises any error."""
+    call = examination.case(**levels)
     try:
-        examination.spec.ask(examination.drawn(chosen))
+        examination.spec.ask(call)
     except Exception as error:
         if is_about_dtypes(error):
             raise
         raise Skipped(f"it refuses {text_of(levels)}: {error}") from None
-    _judge(examination, **levels)
+
+
+def _judged(
+    name: str, sentence: str, about: str, *calls: dict[str, Any], ask: Any = _judge, **more: Any
+) -> None:
+    """Register the check that judges some calls, by their levels; `about` says what they are."""
+
+    def run(examination: Examination) -> None:
+        for levels in calls:
+            ask(examination, **levels)
+
+    run.__doc__ = about
+    check(name, sentence, **more)(run)
 
 
 @check("shape_and_dtype", "the output has the shape, dtype and device that it must have",
@@ -85,33 +105,20 @@ def shape_and_dtype(examination: Examination) -> None:
         raise Failure("", claim)
 
 
-@check("plain", "without a mask it is attention, as exactly as its dtype allows", quick=True,
-       issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
-def plain(examination: Examination) -> None:
-    """Query_len and key_len differ, so that neither is taken for the other."""
-    _judge(examination)
-
-
-@check("masked", "under a mask it is attention", needs=takes_mask, quick=True,
-       issue="huggingface/pytorch-image-models#2236")  # fmt: skip
-def masked(examination: Examination) -> None:
-    """Each batch entry has its own mask."""
-    _judge(examination, mask="boolean")
-
-
-@check("float_mask", "a mask of floats is added to the scores", needs=takes_float_mask, quick=True,
-       issue="huggingface/transformers#38094")  # fmt: skip
-def float_mask(examination: Examination) -> None:
-    """Finite biases, and -inf where a key is hidden."""
-    for fill in ("finite", "-inf"):
-        _judge(examination, mask="additive", fill=fill)
-
-
-@check("causal", "with is_causal it is causal attention", needs=takes_causal, quick=True,
-       issue="keras-team/keras#23038")  # fmt: skip
-def causal(examination: Examination) -> None:
-    """As many queries as keys: the alignment does not matter."""
-    _judge(examination, causal=True, sizes=(7, 7))
+_judged("plain", "without a mask it is attention, as exactly as its dtype allows",
+        "Query_len and key_len differ, so that neither is taken for the other.", {}, quick=True,
+        issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
+_judged("masked", "under a mask it is attention", "Each batch entry has its own mask.",
+        {"mask": "boolean"}, needs=takes_mask, quick=True,
+        issue="huggingface/pytorch-image-models#2236")  # fmt: skip
+_judged("float_mask", "a mask of floats is added to the scores",
+        "Finite biases, and -inf where a key is hidden.", {"mask": "additive", "fill": "finite"},
+        {"mask": "additive", "fill": "-inf"}, needs=takes_float_mask, quick=True,
+        issue="huggingface/transformers#38094")  # fmt: skip
+_judged("causal", "with is_causal it is causal attention",
+        "As many queries as keys: the alignment does not matter.",
+        {"causal": True, "sizes": (7, 7)}, needs=takes_causal, quick=True,
+        issue="keras-team/keras#23038")  # fmt: skip
 
 
 @check("causal_rectangular", "is_causal is aligned as declared where lengths differ",
@@ -123,26 +130,17 @@ def causal_rectangular(examination: Examination) -> None:
         _judge_unless_refused(examination, causal=True, sizes=(9, 5))
 
 
-@check("masked_and_causal", "a mask and is_causal at once hide what either hides",
-       needs=all_of(takes_causal, takes_mask), quick=True)  # fmt: skip
-def masked_and_causal(examination: Examination) -> None:
-    """Both at once, where they are not refused."""
-    _judge_unless_refused(examination, mask="boolean", causal=True, sizes=(7, 7))
-
-
-@check("scale_argument", "scale multiplies the scores", needs=takes_scale)
-def scale_argument(examination: Examination) -> None:
-    """A scale of 0.7 and one below 0, where it has the argument."""
-    for scale in (0.7, -0.4):
-        _judge(examination, scale=scale)
-
-
-@check("fully_masked", "a query that may attend to nothing gives what is declared",
-       needs=all_of(declares_fully_masked, takes_mask), quick=True,
-       issue="pytorch/pytorch#103963")  # fmt: skip
-def fully_masked(examination: Examination) -> None:
-    """One query of several may attend to nothing."""
-    _judge(examination, mask="boolean", empty=True)
+_judged("masked_and_causal", "a mask and is_causal at once hide what either hides",
+        "Both at once, where they are not refused.",
+        {"mask": "boolean", "causal": True, "sizes": (7, 7)}, ask=_judge_unless_refused,
+        needs=all_of(takes_causal, takes_mask), quick=True)  # fmt: skip
+_judged("scale_argument", "scale multiplies the scores",
+        "A scale of 0.7 and one below 0, where it has the argument.", {"scale": 0.7},
+        {"scale": -0.4}, needs=takes_scale)  # fmt: skip
+_judged("fully_masked", "a query that may attend to nothing gives what is declared",
+        "One query of several may attend to nothing.", {"mask": "boolean", "empty": True},
+        needs=all_of(declares_fully_masked, takes_mask), quick=True,
+        issue="pytorch/pytorch#103963")  # fmt: skip
 
 
 @check("grouped", "grouped heads share keys in the order of repeat_interleave", needs=takes_groups,
@@ -170,29 +168,21 @@ def block_lengths(examination: Examination) -> None:
             _judge(examination, sizes=sizes, batch=1, key_heads=1)
 
 
-def _option(name: str, sentence: str, *levels: Any, **more: Any) -> None:
+def _option(name: str, sentence: str, **more: Any) -> None:
     """Register the check of a feature that the subject takes under a keyword."""
-
-    def ask(examination: Examination) -> None:
-        for level in levels:
-            _judge(examination, **{name: level}, **more)
-
-    ask.__doc__ = f"With {name}, all else ordinary."
-    check(name, sentence, needs=takes_option(name), quick=True)(ask)
+    about = f"With {name}, all else ordinary."
+    _judged(name, sentence, about, {name: True, **more}, needs=takes_option(name), quick=True)
 
 
-_option("softcap", "softcap bounds the scores before the mask", True)
-_option("sinks", "a sink joins the sum of each row, and has no value", True)
-_option("alibi", "a score falls with the distance of query and key", True)
-_option("bias", "a bias is added to the scores", True)
-_option("documents", "a query sees its own document alone", True, sizes=(7, 7))
-_option("lengths", "keys beyond the length of a batch entry are not seen", True)
-
-
-@check("gradients", "its gradients are those of attention", needs=has_gradients)
-def gradients(examination: Examination) -> None:
-    """Of query, key and value, for a random gradient of the output."""
-    _judge(examination, gradients="all")
+_option("softcap", "softcap bounds the scores before the mask")
+_option("sinks", "a sink joins the sum of each row, and has no value")
+_option("alibi", "a score falls with the distance of query and key")
+_option("bias", "a bias is added to the scores")
+_option("documents", "a query sees its own document alone", sizes=(7, 7))
+_option("lengths", "keys beyond the length of a batch entry are not seen")
+_judged("gradients", "its gradients are those of attention",
+        "Of query, key and value, for a random gradient of the output.", {"gradients": "all"},
+        needs=has_gradients)  # fmt: skip
 
 
 @check("gradients_masked", "gradients are right under a mask, and finite where it hides all",
@@ -241,7 +231,19 @@ def padding(examination: Examination) -> None:
     call = examination.case(mask="boolean", sizes=(7, 7))
     if examination.space.declared.square:
         raise Skipped("it takes as many keys as queries alone")
-    assert_padding_invariant(examination.spec, *call.tensors, attn_mask=call.mask)
+    assert_padding_invariant(_of_whole_masks(examination), *call.tensors, attn_mask=call.mask)
+
+
+def _of_whole_masks(examination: Examination) -> AttentionSpec:
+    """The specification for an assertion that spells masks out, of a subject that may not."""
+    spec = examination.spec
+    if spec.mask is None or spec.mask_shape is not None:
+        return spec
+    try:
+        _ask(examination, mask="boolean", shape="(B, H, L, S)", sizes=(7, 7))
+    except Skipped:
+        return replace(spec, mask_shape="(B, 1, L, S)")
+    return spec
 
 
 @check("batch", "a sample gives the same output alone and in a batch",
@@ -258,7 +260,7 @@ def decoding(examination: Examination) -> None:
     if examination.space.declared.square:
         raise Skipped("it takes as many keys as queries alone")
     call = examination.case(causal=True, sizes=(7, 7))
-    assert_decode_matches_prefill(examination.spec, *call.tensors)
+    assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
 @check("layout", "strides of the inputs change nothing", issue="pytorch/pytorch#181133")

@@ -57,6 +57,13 @@ class Described(Protocol):
     def ask(self, call: Call) -> Answered:
         """Answer a call."""
 
+    def expected(self) -> Described | None:
+        """Return code that gives what it is to give; None if that is attention."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it has gradients."""
+
 
 def as_described(function: object) -> Described | None:
     """Return a function that says what it does of itself; None for any other."""
