@@ -160,7 +160,7 @@ def _check(
 
 def _padding(decoder: _FunctionDecoder | ModelDecoder) -> int:
     """How many tokens come first that are padding in some sample: they are no step of their own."""
-    judged = decoder.subject.judged()
+    judged = decoder.subject.judged() if isinstance(decoder, ModelDecoder) else None
     return 0 if judged is None else int((~judged).sum(-1).max())
 
 
