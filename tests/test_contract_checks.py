@@ -195,9 +195,7 @@ NEEDED = {
     "dropout_gradients": gradient_without_dropout,
     "returned_lse": AttentionSpec(sum_before_the_scale, returns="lse", dtypes=("float32",)),
     "returned_weights": AttentionSpec(of_another_head, returns="weights", dtypes=("float32",)),
-    "float_mask": AttentionSpec(
-        added, mask="additive", mask_argument="added", dtypes=("float32",)
-    ),
+    "float_mask": AttentionSpec(added, mask="additive", mask_argument="added", dtypes=("float32",)),
     **{name: without(name) for name in FEATURES},
 }
 # The three that nearly every defect fails: they tell at once without a mask, with one, and causal.

@@ -1,4 +1,4 @@
-"""Right functions that an examination may take for wrong, and what it says of what it cannot ask."""
+"""Right functions that may be taken for wrong, and what is said of what cannot be asked."""
 
 import importlib.util
 import warnings
@@ -266,10 +266,7 @@ def test_a_mask_of_keys_is_handed_over_in_a_shape_that_cannot_be_misread():
 
 @pytest.mark.parametrize(
     ("function", "shape", "declared"),
-    [
-        (keys_alone, "(B, S)", {"mask_argument": "mask"}),
-        (queries_and_keys_alone, "(L, S)", {}),
-    ],
+    [(keys_alone, "(B, S)", {"mask_argument": "mask"}), (queries_and_keys_alone, "(L, S)", {})],
 )
 def test_one_shape_of_masks_is_asked_where_it_is_declared(function, shape, declared):
     spec = AttentionSpec(function, mask_shape=shape, dtypes=ONE, **declared)
