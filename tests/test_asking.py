@@ -338,7 +338,7 @@ def test_masks_and_causality_that_are_not_declared_are_refused_in_words():
     with pytest.raises(TypeError, match=r"^plainly is not declared to take a mask$"):
         spec.ask(plain_call(bias=ASKED["bias"]))
     _, keeping = declared(mask="keep", bias=None)
-    with pytest.raises(TypeError, match="is not declared to take a mask of floats$"):
+    with pytest.raises(TypeError, match=r"is not declared to take a mask of floats$"):
         keeping.ask(plain_call(bias=ASKED["bias"]))
 
 
