@@ -320,14 +320,10 @@ def one_head_alone(chosen):
 PLANTED = {
     group_of_three_and_a_mask: {
         "group": 3, "mask": "boolean", "sizes": (1, 1), "batch": 1, "key_heads": 1, "head_dim": 8,
-        "value_dim": "equal",
     },
-    many_keys: {"sizes": (1, 513), "batch": 1, "key_heads": 1, "head_dim": 8,
-                "value_dim": "equal"},
-    one_query_of_wide_heads: {"sizes": (1, 1), "head_dim": 40, "batch": 1, "key_heads": 1,
-                              "value_dim": "equal"},
-    one_head_alone: {"softcap": True, "key_heads": 1, "sizes": (1, 1), "batch": 1, "head_dim": 8,
-                     "value_dim": "equal"},
+    many_keys: {"sizes": (1, 513), "batch": 1, "key_heads": 1, "head_dim": 8},
+    one_query_of_wide_heads: {"sizes": (1, 1), "head_dim": 40, "batch": 1, "key_heads": 1},
+    one_head_alone: {"softcap": True, "key_heads": 1, "sizes": (1, 1), "batch": 1, "head_dim": 8},
 }  # fmt: skip
 
 

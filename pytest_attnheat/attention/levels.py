@@ -485,7 +485,7 @@ def _simpler(
             smaller |= {"fill": NONE} | ({"shape": NONE, "empty": False} if level == NONE else {})
         if declared.possible(smaller):
             yield smaller
-            if name not in SIZES:
+            if name not in (*SIZES, "mask"):
                 return
 
 
