@@ -1,4 +1,4 @@
-"""Choices of features: each pair occurs, each is a call, a line of text, and is made smaller."""
+"""Choices of features: each pair occurs, each is a call, a line of text, and can be smaller."""
 
 import math
 from dataclasses import replace
