@@ -1,4 +1,4 @@
-"""Choices of features: each pair occurs, each is a call, a line of text, and is made smaller."""
+"""Choices of features: each pair occurs, each is a call, a line of text, and can be smaller."""
 
 import math
 from dataclasses import replace
@@ -319,7 +319,7 @@ def one_head_alone(chosen):
 
 PLANTED = {
     group_of_three_and_a_mask: {
-        "group": 3, "mask": "boolean", "sizes": (1, 1), "batch": 1, "key_heads": 1, "head_dim": 8,
+        "group": 3, "mask": "boolean", "sizes": (1, 1), "batch": 1, "key_heads": 1, "head_dim": 8
     },
     many_keys: {"sizes": (1, 513), "batch": 1, "key_heads": 1, "head_dim": 8},
     one_query_of_wide_heads: {"sizes": (1, 1), "head_dim": 40, "batch": 1, "key_heads": 1},
@@ -360,5 +360,5 @@ def test_the_smallest_of_what_fails_always_has_one_of_everything():
     smallest = shrunk(space.covering().cases[-1], lambda chosen: True, space)
     call = space.call(smallest, torch.float32)
     assert call.query.shape == call.key.shape == (1, 1, 1, 8)
-    assert call.value.shape == (1, 1, 1, 4)
+    assert call.value.shape == (1, 1, 1, 4)  # as usual
     assert call.arguments == {}

@@ -478,7 +478,7 @@ def shrunk(
 def _simpler(
     chosen: dict[str, Any], name: str, levels: tuple[Any, ...], declared: Declared
 ) -> Iterator[dict[str, Any]]:
-    """The same with simpler levels of one feature: any smaller size, or else the simplest one."""
+    """The same with simpler levels of one feature: of sizes and masks any, else the simplest."""
     for level in levels[: levels.index(chosen[name])] if chosen[name] in levels else levels:
         smaller = {**chosen, name: level}
         if name == "mask":
