@@ -67,6 +67,7 @@ from .contract.diagnosis import Diagnosis as Diagnosis
 from .contract.ready import transformers_attention as transformers_attention
 from .contract.report import Report as Report, check_attention as check_attention
 from .contract.spec import AttentionSpec as AttentionSpec
+from .contract.strategy import attention_cases as attention_cases
 from .failure import Failure as Failure
 from .heatmaps.figure import HeatmapFigure as HeatmapFigure, show_heatmaps as show_heatmaps
 from .heatmaps.record import Heatmaps as Heatmaps, read_heatmaps as read_heatmaps

@@ -31,6 +31,16 @@ def modules_in(subject: object) -> list[nn.Module]:
     return list(found.values())
 
 
+def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
+    """Return the parameters of a callable, None where they are not known, as of a builtin."""
+    # Of a module, that of __call__ names none.
+    called = subject.forward if isinstance(subject, nn.Module) else subject
+    try:
+        return inspect.signature(called).parameters
+    except (TypeError, ValueError):
+        return None
+
+
 def _collect(subject: object, found: dict[int, nn.Module], depth: int) -> None:
     if isinstance(subject, nn.Module):
         found[id(subject)] = subject

@@ -84,7 +84,7 @@ def test_any_number_of_leading_dimensions_will_do(leading):
     query, key, value = (randn(*leading, 5, 4, seed=seed) for seed in range(3))
     assert_convex(plain, query, key, value)
     assert_convex(plain, query, key, value, attn_mask=MASK[1:, 1:])
-    assert "constant factor" in message(lambda *qkv: 2 * plain(*qkv), query, key, value)
+    assert "a factor on the output" in message(lambda *qkv: 2 * plain(*qkv), query, key, value)
 
 
 @pytest.mark.parametrize("group", [1, 2])
@@ -120,7 +120,7 @@ def test_a_constant_factor_is_told_with_the_place_and_the_range():
         "may see",
         told.splitlines()[1],
         told.splitlines()[2],
-        "  cause    the weights of every query sum to 1.5: a constant factor on the output",
+        "  cause    the weights of every query sum to 1.5: a factor on the output?",
         "  tensor   float32 (2, 3, 6, 10) on cpu",
     ]
     assert "is 1.5, but every value that query" in told
@@ -169,19 +169,19 @@ def test_weights_that_do_not_sum_to_one_are_found_where_the_values_hide_it():
 
 
 @pytest.mark.parametrize(
-    ("axis", "name"), [(-2, "query"), (1, "head"), (0, "batch")], ids=["query", "head", "batch"]
+    ("axis", "name"), [(-2, "queries"), (1, "heads"), (0, "batch")], ids=["query", "head", "batch"]
 )
 @pytest.mark.parametrize("arguments", [{}, {"is_causal": True}], ids=str)
 def test_a_softmax_over_another_axis_is_told(axis, name, arguments):
     told = message(softmax_over(axis), *qkv(), **arguments)
-    assert f"cause    over the {name} axis the weights of each key add up to 1" in told
+    assert f"that of attention whose softmax runs over the {name}" in told
 
 
 def test_weights_that_are_not_divided_by_their_sum_are_told():
     def attention(query, key, value):
         return torch.exp(scores_of(query, key)) @ value
 
-    assert "they are not divided by their sum" in message(attention, *qkv())
+    assert "exp(score), not divided by their sum" in message(attention, *qkv())
 
 
 def test_a_mask_that_is_not_applied_is_told():
@@ -189,22 +189,16 @@ def test_a_mask_that_is_not_applied_is_told():
         return plain(query, key, value)
 
     told = message(attention, *qkv(), attn_mask=MASK)
-    assert "cause    the output is the same without the mask: the mask is not applied" in told
+    assert "cause    the output is that of attention that ignores the mask" in told
 
 
-def test_a_window_one_key_too_wide_is_told_by_the_weight_on_hidden_keys():
+def test_a_window_one_key_too_wide_is_told():
     def attention(query, key, value, is_causal):
         ones = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
         return plain(query, key, value, attn_mask=ones.tril(1) if is_causal else None)
 
     told = message(attention, *qkv(), is_causal=True)
-    assert "of its weight on keys that it may not see" in told
-    share = float(told.split("has ")[1].split(" of its weight")[0])
-    worst = tuple(map(int, told.split("output[")[1].split("]")[0].split(", ")))
-    query, key, _ = qkv()
-    allowed = torch.ones(6, 6).tril(1).bool()
-    weights = scores_of(query, key, attn_mask=allowed).softmax(-1)[worst[:3]]
-    assert share == pytest.approx(float(weights[worst[2] + 1 :].sum()), rel=1e-2)
+    assert "that of attention whose queries see one key too many: the next one" in told
 
 
 def test_a_leak_within_the_range_of_the_values_is_found():
@@ -343,23 +337,13 @@ def test_attention_on_an_accelerator_passes(dtype, accelerator):
     )
 
 
-def test_weights_that_are_rounded_to_bfloat16_are_said_to_be():
-    def rounded(query, key, value):
-        return scores_of(query, key).softmax(-1).bfloat16().float() @ value
-
-    told = message(rounded, *qkv())
-    assert "which is 1 as " in told
-    assert "rounded to " in told
-    assert "not divided" not in told
-
-
 def test_a_mask_that_is_read_as_its_opposite_is_named():
     def opposite(query, key, value, attn_mask):
         return sdpa(query, key, value, ~attn_mask)
 
     keep = MASK.clone()
     keep[2, 1] = False
-    words = "cause    all weight is on keys that a query may not see: is the mask read as its"
+    words = "cause    the output is that of attention whose mask is inverted"
     assert words in message(opposite, *qkv(), attn_mask=keep)
     # Where one query may see all, it sees nothing under the opposite: its weights sum to nothing.
     assert words in message(opposite, *qkv(), attn_mask=MASK)

@@ -383,11 +383,6 @@ def test_a_mask_that_changes_nothing_is_not_blamed_where_the_padding_is_not_felt
     assert "real tokens do not feel what the padding holds, only that it is there: are" in message
 
 
-def test_an_opposite_mask_is_named_where_positions_follow_from_the_mask():
-    message = message_of(decoder("opposite"), tokens(3, 5))
-    assert "cause    the mask is read as its opposite: real tokens feel the padding and" in message
-
-
 def test_a_causal_mask_that_lets_the_future_through_is_suggested_where_there_is_no_mask():
     message = message_of(SequenceModel(Layer()), tokens(3, 5), sides="right")
     assert (

@@ -399,8 +399,6 @@ def test_the_function_itself_is_left_out_of_the_traceback():
 
 # --- causes
 
-ORDER = [2, 1, 3, 0]
-
 
 def dropped_out(weights):
     keep = torch.rand(weights.shape, generator=torch.Generator().manual_seed(1)) > 0.1
@@ -417,30 +415,6 @@ DEEP, DEEP_VALUE = softmax(2, 4, 16, 16), normal(2, 4, 16, 32, seed=1)
 LONG, LONG_VALUE = softmax(2, 4, 32, 40), normal(2, 4, 40, 5, seed=1)
 
 CAUSES = {
-    "heads permuted": (
-        (WEIGHTS, VALUE, OUTPUT[:, ORDER]),
-        "output of head 0 is that of weights head 2, 2 is that of 3, 3 is that of 0: in another",
-    ),
-    "weights of other heads": (
-        (WEIGHTS[:, ORDER], VALUE, OUTPUT),
-        "output of head 0 is made by weights head 3, 2 is made by 0, 3 is made by 2: in another",
-    ),
-    "heads permuted, merged": (
-        (WEIGHTS, VALUE, merge(OUTPUT[:, ORDER])),
-        "output of head 0 is that of weights head 2",
-    ),
-    "heads permuted, grouped": (
-        (WEIGHTS, GROUPED, FROM_GROUPED[:, ORDER]),
-        "output of head 0 is that of weights head 2",
-    ),
-    "batch permuted": (
-        (WEIGHTS, VALUE, OUTPUT.flip(0)),
-        "output of batch entry 0 is that of weights batch entry 1, 1 is that of 0: in another",
-    ),
-    "weights of another batch entry": (
-        (WEIGHTS.flip(0), VALUE, OUTPUT),
-        "output of batch entry 0 is made by weights batch entry 1",
-    ),
     "averaged": ((WEIGHTS.mean(1), VALUE, OUTPUT), "averaged over heads? nn.MultiheadAttention"),
     "averaged, merged": ((WEIGHTS.mean(1), VALUE, merge(OUTPUT)), "averaged over heads?"),
     "averaged and expanded": (
@@ -477,14 +451,6 @@ CAUSES = {
         (dropped_out(LONG), LONG_VALUE, LONG @ LONG_VALUE),
         "weights after dropout (p about 0.095), and the output was not?",
     ),
-    "weights after dropout, few queries": (
-        (dropped_out(DEEP[:, :, :4]), DEEP_VALUE, DEEP[:, :, :4] @ DEEP_VALUE),
-        "weights after dropout (p about 0.1), and the output was not?",
-    ),
-    "output after dropout": (
-        (DEEP, DEEP_VALUE, dropped_out(DEEP) @ DEEP_VALUE),
-        "output after dropout of its weights (p about 0.1), these are without?",
-    ),
     "output of other weights, as many channels as keys": (
         (DEEP, DEEP_VALUE, softmax(2, 4, 16, 16, seed=7) @ DEEP_VALUE),
         None,
@@ -494,22 +460,6 @@ CAUSES = {
     "one head zero": (
         (WEIGHTS, VALUE, OUTPUT * torch.tensor([1, 0, 1, 1])[:, None, None]),
         "the output of this map is zero throughout: a head or batch entry that was left out?",
-    ),
-    "value of another batch entry": (
-        (WEIGHTS, VALUE, product(WEIGHTS, VALUE.flip(0)).float()),
-        "output of batch entry 0 is made of value batch entry 1, 1 is made of 0: in another order",
-    ),
-    "value of other heads": (
-        (WEIGHTS, VALUE, product(WEIGHTS, VALUE[:, ORDER]).float()),
-        "output of head 0 is made of value head 2, 2 is made of 3, 3 is made of 0: in another",
-    ),
-    "merged with the channels first": (
-        (WEIGHTS, VALUE, OUTPUT.permute(0, 2, 3, 1).flatten(2)),
-        "heads were merged with the channels first, (dim, heads) in place of (heads, dim)",
-    ),
-    "grouped, merged with the channels first": (
-        (WEIGHTS, GROUPED, FROM_GROUPED.permute(0, 2, 3, 1).flatten(2)),
-        "heads were merged with the channels first",
     ),
     "one element": ((WEIGHTS, VALUE, OUTPUT + torch.eye(5)[0] * (OUTPUT > 0.9)), None),
     "something else": ((WEIGHTS, VALUE, normal(2, 4, 6, 5, seed=9)), None),
@@ -563,7 +513,6 @@ def test_rounding_alone_is_no_factor():
 def test_a_cause_shows_in_half_precision_and_in_long_maps():
     weights, value = softmax(1, 4, 1024, 512).half(), normal(1, 4, 512, 64, seed=1).half()
     output = (weights.float() @ value.float()).half()
-    assert "that of weights head 2" in cause(weights, value, output[:, ORDER])
     assert "0.5 times" in cause(weights, value, output * 0.5)
 
 
@@ -638,9 +587,9 @@ def test_everything_works_on_an_accelerator(dtype, accelerator):
     for precision in (dtype, wide):
         weights = (query.to(precision) @ key.to(precision).mT * 32**-0.5).softmax(-1).to(dtype)
         assert_reproduces_output(weights, value, output)
-    text = message(weights, value, output[:, ORDER])
+    text = message(weights, value, output / 2)
     assert f"on {accelerator}:0" in text
-    assert "output of head 0 is that of weights head 2" in text
+    assert "output is 0.5 times weights @ value" in text
     there = f"{accelerator}:0"
     refused = f"got weights on {there}, value on cpu, output on {there};"
     with pytest.raises(TypeError, match=refused):

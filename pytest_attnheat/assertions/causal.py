@@ -8,13 +8,7 @@ from typing import cast
 
 import torch
 
-from pytest_attnheat.assertions.masking_causes import (
-    Evidence,
-    constant,
-    finite_mask,
-    named,
-    not_a_number,
-)
+from pytest_attnheat.assertions.masking_causes import Evidence, finite_mask, named, not_a_number
 from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.inputs import misuse, one_of, whole_number
@@ -132,13 +126,7 @@ def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
     """Return a likely cause of weight in the future, or before the window, or None."""
     telling = evidence.telling()
     candidates = _first_that_explains(telling, _causal_candidates(telling.queries, rule))
-    causes = (
-        constant(telling),
-        finite_mask(telling),
-        candidates,
-        _uniform_rows(telling),
-        not_a_number(evidence),
-    )
+    causes = (finite_mask(telling), candidates, _uniform_rows(telling), not_a_number(evidence))
     return named(evidence, causes)
 
 

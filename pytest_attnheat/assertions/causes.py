@@ -145,16 +145,6 @@ def other_axis(evidence: Evidence) -> str | None:
     return None
 
 
-def log_probabilities(evidence: Evidence) -> str | None:
-    """The exponentials of the weights are distributions."""
-    rows = evidence.rows
-    if rows is None or not evidence.widespread or bool((rows > 0).any()):
-        return None
-    if bool(((rows.exp().sum(-1) - 1).abs() > 0.05).any()):
-        return None
-    return "the exponentials of every row sum to 1: log_softmax where softmax was meant?"
-
-
 def all_ones(evidence: Evidence) -> str | None:
     """Every weight is one."""
     rows = evidence.rows
@@ -173,14 +163,13 @@ def same_sum(evidence: Evidence) -> str | None:
     spread = float((sums - constant).abs().max())
     if bool((rows < 0).any()) or not spread <= evidence.slack * constant or constant == 0:
         return None
-    return f"every row sums to {constant:.6g}{_as_scale(constant)}: scaled after the softmax?"
+    return f"every row sums to {constant:.6g}: scaled after the softmax?"
 
 
 def masked_afterwards(evidence: Evidence) -> str | None:
     """Masked keys are zero, and their weight is missing from the row.
 
-    Rows without a masked key bear witness: they still sum to one. Where there
-    are none, the sums must follow the share of permitted keys.
+    Rows without a masked key bear witness: they still sum to one.
     """
     rows, permitted = evidence.rows, evidence.permitted
     if rows is None or permitted is None or bool((rows < 0).any()):
@@ -193,25 +182,16 @@ def masked_afterwards(evidence: Evidence) -> str | None:
         return None
     off = rows.sum(-1) - 1
     whole = off[~cut]
-    if not bool((whole.abs() <= evidence.slack).all()) or bool((off[cut] > evidence.slack).any()):
+    if not len(whole) or bool((whole.abs() > evidence.slack).any()):
+        return None
+    if bool((off[cut] > evidence.slack).any()):
         return None
     if float((off[cut] < -evidence.slack).double().mean()) < 0.5:
-        return None
-    if whole.numel() == 0 and not _follows(off + 1, permitted.double().mean(-1)):
         return None
     return (
         "permitted keys sum to less than 1 and masked keys are 0: masked after the softmax, "
         "without normalising again?"
     )
-
-
-def _follows(sums: torch.Tensor, shares: torch.Tensor) -> bool:
-    """Whether sums are near these shares on average, and vary with them where they vary."""
-    centred = abs(float((sums - shares).mean()))
-    if float(shares.max() - shares.min()) < 0.05:
-        return centred < 0.05
-    together = float(torch.corrcoef(torch.stack([sums, shares]))[0, 1])
-    return centred < 0.15 and together > 0.5
 
 
 def low_precision(evidence: Evidence) -> str | None:
@@ -272,35 +252,6 @@ def scores(evidence: Evidence) -> str | None:
     return f"values run from {low:.3g} to {high:.3g}: scores (logits) that no softmax has seen?"
 
 
-def gate(evidence: Evidence) -> str | None:
-    """Weights that are each in 0..1, in rows that sum to anything, also to more than one."""
-    rows = evidence.rows
-    if rows is None or rows.shape[0] < 2 or not evidence.widespread:
-        return None
-    sums = rows.sum(-1)
-    low, high = float(sums.min()), float(sums.max())
-    inside = bool(((rows >= 0) & (rows <= 1)).all())
-    typically_off = float((sums - 1).abs().median()) > 0.05
-    if not (inside and typically_off and high > 1.1 and high - low > 0.01 * high):
-        return None
-    return (
-        f"every weight lies in 0..1 but rows sum to anything from {low:.3g} to {high:.3g}: "
-        "a gate (sigmoid) in place of the softmax?"
-    )
-
-
-def changed_afterwards(evidence: Evidence) -> str | None:
-    """Negative weights in a row that does sum to one."""
-    worst = _row(evidence, evidence.finding.worst.index)
-    if not abs(float(worst.total) - 1) <= evidence.slack:
-        return None  # a large tolerance= accepts other sums
-    low = evidence.finding.worst.value
-    return (
-        f"the rows do sum to 1, with weights down to {low:.3g}: changed after the softmax "
-        "(a difference, an interpolation)?"
-    )
-
-
 def mask_not_applied(evidence: Evidence) -> str | None:
     """Rows are uniform, over the masked keys too."""
     rows = evidence.rows
@@ -335,15 +286,13 @@ _CAUSES_OF: dict[str, tuple[Cause, ...]] = {
         other_axis,  # before dropout: a masked map, transposed, has zeros and sums around 1 too
         _dropout,  # before the next: it may zero a whole short row
         zero_rows,
-        log_probabilities,
         all_ones,
         same_sum,
         masked_afterwards,
         low_precision,
         scores,
-        gate,
     ),
-    "negative": (changed_afterwards,),
+    "negative": (),
     "masked": (opposite_mask, declared_otherwise),
     "leak": (opposite_mask, mask_not_applied),
 }
@@ -399,15 +348,6 @@ def _sums_to_one_along(evidence: Evidence, dim: int) -> bool:
     enough = full.numel() >= (2 if bool(empty.any()) else 1)
     good = (full - 1).abs() <= row_rounding(weights.dtype, size)
     return enough and bool((values >= 0).all()) and bool(good.all())
-
-
-def _as_scale(constant: float) -> str:
-    """Return " = 1/sqrt(64)" where a constant is such a number."""
-    for value, text in ((1 / constant**2, "1/sqrt"), (constant**2, "sqrt")):
-        whole = round(value)
-        if 2 <= whole <= 4096 and abs(value - whole) < 1e-3 * whole:
-            return f" = {text}({whole})"
-    return ""
 
 
 def _before_the_last_weight(rows: torch.Tensor) -> torch.Tensor:

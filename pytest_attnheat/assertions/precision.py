@@ -24,6 +24,7 @@ from pytest_attnheat.assertions.precision_calls import (
     check_call,
     check_criteria,
     copies,
+    described_call,
     gradients,
     handed,
     run_once,
@@ -44,9 +45,9 @@ _OWN_REFERENCE = 8.0
 
 def assert_matches_reference(
     function: Function,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | Call,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -76,7 +77,8 @@ def assert_matches_reference(
             attn_mask, is_causal, scale and enable_gqa that differ from their defaults. It returns
             the output (..., query_len, value_dim), or a tuple that begins with it. Or an
             `AttentionSpec`, which says how it is called and what it does of itself.
-        query: (..., query_len, head_dim) in float16, bfloat16, float32 or float64.
+        query: (..., query_len, head_dim) in float16, bfloat16, float32 or float64. Or, for an
+            `AttentionSpec`, a whole `Call`, as `attention_cases` draws it, and nothing else of it.
         key: (..., key_len, head_dim), of fewer heads with `enable_gqa`.
         value: (..., key_len, value_dim), likewise.
         attn_mask: Boolean, True where a query may attend; or floats that are added to the
@@ -131,9 +133,9 @@ def assert_matches_reference(
 
 def assert_gradients_match(
     function: Function,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor | Call,
+    key: Tensor | None = None,
+    value: Tensor | None = None,
     *,
     attn_mask: Tensor | None = None,
     is_causal: bool = False,
@@ -184,7 +186,7 @@ def assert_gradients_match(
 def _compare(
     assertion: str,
     functions: tuple[Function, Function | None],
-    inputs: tuple[Tensor, Tensor, Tensor],
+    inputs: tuple[Tensor | Call, Tensor | None, Tensor | None],
     given: dict[str, Any],
     criteria: Criteria,
     *,
@@ -197,6 +199,21 @@ def _compare(
     check_criteria(criteria)
     # The caller may be in inference mode or under no_grad; autograd needs neither.
     with torch.inference_mode(False), torch.enable_grad():
+        if isinstance(inputs[0], Call):
+            described, call, names = described_call(
+                function, inputs, {**given, "reference": reference}
+            )
+            expected = described.expected()
+            criteria = replace(
+                criteria,
+                fully_masked=call.fully_masked,
+                reference=None if expected is None else lambda call: expected.ask(call).output,
+            )
+            judge_call(
+                assertion, lambda call: described.ask(call).output, call, criteria,
+                names=names if criteria.gradients else [], code=function, output=output,
+            )  # fmt: skip
+            return
         subject, call, run = called(function, inputs, given)
         call = replace(call, fully_masked=criteria.fully_masked)
         names = ["query", "key", "value"] if criteria.gradients else []
@@ -267,7 +284,6 @@ def judge_call(
             fully_masked=masked_rows,
             declared=criteria.fully_masked,
             top_score=expected.top_score,
-            key_heads=call.key.shape[-3] if call.group > 1 else None,
             factor=criteria.factor,
             repeat=f"seed={criteria.seed}",
             mistake=lambda: _likely_mistake(call, criteria, found["output"]) if explain else None,

@@ -11,12 +11,17 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, as_described, takes
+from pytest_attnheat.assertions.behaviour.functions import (
+    AttentionFunction,
+    Described,
+    as_described,
+    permitted,
+    takes,
+)
 from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.subject import as_input, settled
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.inputs import check_number, dtype_name, misuse, one_of, seed_number
@@ -66,7 +71,7 @@ def _check_factor(factor: object) -> None:
 
 
 def called(
-    function: Function, inputs: Sequence[Tensor], given: Mapping[str, Any]
+    function: Function, inputs: Sequence[object], given: Mapping[str, Any]
 ) -> tuple[AttentionFunction, Call, Run]:
     """Return a function with its inputs, what it is asked by that, and how it is called.
 
@@ -96,10 +101,33 @@ def called(
     taken = {n: v for n, v in features.items() if n == "scale" or takes(function, n)}
     subject = as_function(function, inputs, {**arguments, **taken})
     if (mask := given.get("attn_mask")) is not None:
-        checked_mask(mask, (*subject.leading, subject.query.shape[-2], subject.length))
+        as_input(mask, "attn_mask")
+        permitted(mask, (*subject.leading, subject.query.shape[-2], subject.length))
+        if mask.dtype != torch.bool and bool((mask.isnan() | (mask == math.inf)).any()):
+            raise ValueError(misuse("attn_mask", "NaN or inf", "finite numbers and -inf"))
     call = subject.call
     own = {name: value for name, value in features.items() if name not in taken}
     return subject, replace(call, **own), runner(subject)
+
+
+def described_call(
+    function: Function, inputs: Sequence[Call | Tensor | None], given: Mapping[str, Any]
+) -> tuple[Described, Call, list[str]]:
+    """Return a function that says what it does, a call of it, and which gradients that has.
+
+    Raises:
+        TypeError: It does not say what it does, or something is given beside the call.
+    """
+    (call, *others), described = inputs, as_described(function)
+    beside = [one for one in (*others, *given.values()) if one is not None and one is not False]
+    if described is None or beside or not isinstance(call, Call):
+        accepted = "an AttentionSpec with a Call alone, or query, key and value"
+        raise TypeError(misuse("query", "a Call", accepted))
+    names = ["query", "key", "value"] + ["attn_mask"] * (call.bias is not None)
+    # Those that it always has are no argument that a gradient could be asked of.
+    own = described.described(replace(call, sinks=None)).sinks
+    names += ["sinks"] * (call.sinks is not None and own is None)
+    return described, described.described(call), names if described.gradients else []
 
 
 def runner(subject: AttentionFunction) -> Run:
@@ -135,32 +163,6 @@ def check_call(call: Call) -> None:
     query, key = (tuple(tensor.shape) for tensor in (call.query, call.key))
     if query[-1] != key[-1]:
         raise ValueError(misuse("key", key, f"a tensor as wide as the query, here {query}"))
-
-
-def checked_mask(mask: object, shape: tuple[int, ...]) -> Tensor:
-    """Return a mask of booleans or floats that fits scores of a shape, of two dimensions or more.
-
-    Raises:
-        TypeError: It holds neither.
-        ValueError: It does not fit, or holds NaN or inf.
-    """
-    given = as_input(mask, "attn_mask")
-    if given.dtype != torch.bool and not given.is_floating_point():
-        accepted = (
-            "a boolean torch.Tensor, True where a query may attend, or a tensor of floats that is "
-            "added to the scores"
-        )
-        raise TypeError(misuse("attn_mask", dtype_name(given), accepted))
-    try:
-        fits = broadcast(given.shape, shape) == shape
-    except RuntimeError:
-        fits = False
-    if not fits:
-        accepted = f"a shape that broadcasts to that of the scores, here {shape}"
-        raise ValueError(misuse("attn_mask", f"shape {tuple(given.shape)}", accepted))
-    if given.dtype != torch.bool and bool((given.isnan() | (given == math.inf)).any()):
-        raise ValueError(misuse("attn_mask", "NaN or inf", "finite numbers and -inf"))
-    return given.reshape((1,) * max(0, 2 - given.ndim) + tuple(given.shape))
 
 
 def run_once(

@@ -28,8 +28,6 @@ from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.heatmaps.terminal import map_name
 from pytest_attnheat.inputs import dtype_name
 
-_BLOCKS = (128, 64, 32, 16)
-_NARROWER = (torch.float32, torch.float16, torch.bfloat16)
 # A constant factor needs some elements that bear witness to it.
 _WITNESSES = 8
 
@@ -89,7 +87,6 @@ class Context:
         fully_masked: (..., query_len), True where a query may attend to no key.
         declared: What the output is for such a query, as given by the caller.
         top_score: The largest permitted score; None if unknown.
-        key_heads: The number of heads of the keys, where they are grouped; else None.
         factor: As given by the caller.
         repeat: What it takes to see the same again.
         mistake: Returns a usual mistake that gives the subject's output, or None.
@@ -100,7 +97,6 @@ class Context:
     fully_masked: Tensor
     declared: str
     top_score: float | None
-    key_heads: int | None
     factor: float
     repeat: str
     mistake: Callable[[], str | None]
@@ -344,54 +340,26 @@ def _constant_factor(one: Judgement, context: Context) -> str | None:
 
 
 def _some_maps(one: Judgement, context: Context) -> str | None:
-    """Only some heads are broken, and perhaps those that another order of groups would break."""
+    """Only some heads are broken."""
     maps = one.broken.any(-1).any(-1)
     if maps.ndim == 0 or not bool((~maps).any()):
         return None
     places = [tuple(place) for place in maps.nonzero().tolist()]
-    heads = maps.shape[-1]
-    if context.key_heads is not None and one.name in ("output", "query"):
-        at = torch.arange(heads, device=maps.device)
-        other = at // (heads // context.key_heads) != at % context.key_heads
-        if bool((maps == other).all()):
-            return (
-                "only heads are broken whose keys another order would change: keys repeated as a "
-                "whole (tile, repeat) in place of each head by itself (repeat_interleave)?"
-            )
     names = ", ".join(map_name(place) for place in places[:4]) + ", ..." * (len(places) > 4)
     return f"only in {len(places)} of {maps.numel()} maps: {names}"
 
 
-def _tail(one: Judgement, context: Context) -> str | None:
-    """Only the last rows are broken, those after the last full block."""
-    rows = one.broken.any(-1).reshape(-1, one.broken.shape[-2]).any(0)
-    count = len(rows)
-    first = int(rows.int().argmax())
-    for block in _BLOCKS:
-        if 0 < first == count // block * block < count:
-            what = "row" if one.name in ("output", "query") else "key"
-            return (
-                f"only the last {count - first} of {count} {what}s: the tail after blocks of "
-                f"{block}?"
-            )
-    return None
-
-
 def _narrower(one: Judgement, context: Context) -> str | None:
-    """The errors are everywhere, and as large as the rounding of a narrower dtype."""
+    """The errors are everywhere, and no larger than rounding to a narrower dtype makes them."""
     share = float(one.broken.sum()) / max(1, int(one.judged.sum()))
-    if share < 0.5 or not bool(one.found[one.judged].isfinite().all()):
-        return None
+    coarse, own = (torch.finfo(dtype).eps for dtype in (torch.bfloat16, context.dtype))
     size = (one.error / one.scale)[one.judged & (one.scale > 0)] * context.unit
-    for narrow in _NARROWER:
-        unit = torch.finfo(narrow).eps / 2
-        wider = torch.finfo(context.dtype).eps < torch.finfo(narrow).eps
-        if wider and float(size.max()) <= unit and float(size.median()) > 0.01 * unit:
-            return (
-                f"every error is within the rounding of {dtype_name(narrow)}, although the inputs "
-                f"are {dtype_name(context.dtype)}: a step in lower precision?"
-            )
-    return None
+    if share < 0.5 or own >= coarse or not float(size.max()) <= coarse / 2:
+        return None
+    return (
+        "every error is within the rounding of a narrower dtype, although the inputs are "
+        f"{dtype_name(context.dtype)}: a step in lower precision?"
+    )
 
 
 def _usual_mistake(one: Judgement, context: Context) -> str | None:
@@ -408,7 +376,6 @@ _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
 # of rounding: what follows is asked last.
 _VAGUE_CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _constant_factor,
-    _tail,
     _some_maps,
     _narrower,
 )

@@ -14,7 +14,7 @@ import torch
 
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import Index
-from pytest_attnheat.assertions.product import CHANNELS, ENOUGH, Product, Sample, gather
+from pytest_attnheat.assertions.product import CHANNELS, Product, Sample, gather
 from pytest_attnheat.assertions.scan import evenly, mask_at
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.reference import causal_mask
@@ -24,10 +24,6 @@ from pytest_attnheat.attention.vocabulary import Alignment
 _SAMPLE = 2**20
 _MAPS = 32
 _QUERIES = 32
-# The most channels of a value that is inverted.
-_SOLVED = 256
-# The heads that a sentence names.
-_NAMED = 3
 
 Cause = Callable[[Product], "str | None"]
 
@@ -58,83 +54,36 @@ def constant_factor(product: Product) -> str | None:
     )
 
 
-def heads_permuted(product: Product) -> str | None:
-    """The output of each head is made by another one."""
-    head = len(product.worst) - 2 - product.head_dims
-    if head < 0 or (head == 0 and product.output.ndim < 4):
-        return None  # the leading dimension of three is called a batch below
-    leading = product.worst[:-2]
-    sizes = product.output.shape[head:-2]
-    places = [(*leading[:head], *inner) for inner in _indices(sizes)]
-    return _permuted(product, places, "head")
-
-
-def batch_permuted(product: Product) -> str | None:
-    """The output of each batch entry is made by another one."""
-    leading = product.worst[:-2]
-    if not leading:
+def rearranged(product: Product) -> str | None:
+    """Heads of the value were repeated as a whole, or heads merged without a transpose."""
+    given = product.weights, product.value, product.output
+    if not (product.grouped or product.merged) or sum(math.prod(x.shape) for x in given) > _SAMPLE:
         return None
-    places = [(entry, *leading[1:]) for entry in range(product.output.shape[0])]
-    return _permuted(product, places, "batch entry")
-
-
-def _permuted(product: Product, places: list[Index], noun: str) -> str | None:
-    """Look for the weights, with their own value or with that of the place, that made each one."""
-    key_len, value_dim = product.value.shape[-2:]
-    most = min(_MAPS, _SAMPLE // (key_len * min(value_dim, CHANNELS)))
-    if not 2 <= len(places) <= most:
-        return None
-    queries = _queries(product, len(places))
-    samples = [product.take(place, queries) for place in places]
-    for makes, verb, what in _PERMUTATIONS:
-        makers = [
-            [i for i, other in enumerate(samples) if sample.made_by(*makes(sample, other))]
-            for sample in samples
-        ]
-        # One maker each: where several heads are alike, nothing can be told.
-        if any(len(found) != 1 for found in makers):
-            continue
-        moved = [(at, found[0]) for at, found in enumerate(makers) if found[0] != at]
-        if moved:
-            return _moved(moved, noun, verb, what)
-    return None
-
-
-# What may have made a map's output, of this map and another: weights and value, and the words.
-_PERMUTATIONS: tuple[
-    tuple[Callable[[Sample, Sample], tuple[torch.Tensor, torch.Tensor]], str, str], ...
-] = (
-    (lambda _, other: (other.weights, other.value), "is that of", "weights"),
-    (lambda own, other: (other.weights, own.value), "is made by", "weights"),
-    (lambda own, other: (own.weights, other.value), "is made of", "value"),
-)
-
-
-def _moved(moved: list[tuple[int, int]], noun: str, verb: str, what: str) -> str:
-    first, *others = moved[:_NAMED]
-    named = [f"output of {noun} {first[0]} {verb} {what} {noun} {first[1]}"]
-    named += [f"{at} {verb} {maker}" for at, maker in others]
-    more = ", ..." if len(moved) > _NAMED else ""
-    return f"{', '.join(named)}{more}: in another order?"
-
-
-def tiled_groups(product: Product) -> str | None:
-    """Grouped heads of the value are laid out one after the other, not each repeated."""
-    if not product.grouped:
-        return None
-    batch = product.worst[:-4]
-    value_heads, members = product.output.shape[-4], product.output.shape[-3]
-    queries = _queries(product, 1)
-    for value_head, member in _indices((value_heads, members)):
-        head = value_head * members + member
-        sample = product.take((*batch, value_head, member), queries)
-        used = product.take((*batch, head % value_heads, 0), queries).value
-        if not sample.made_by(sample.weights, used):
-            return None
-    return (
-        f"head h uses head h % {value_heads} of value, not h // {members}: repeat (tile) in place "
-        "of repeat_interleave?"
+    weights, value, output = (
+        mask_at(x, tuple(slice(0, size) for size in x.shape)).double().cpu() for x in given
     )
+    shape = output.shape
+    *_, query_len, value_dim = shape
+
+    def merged(product: torch.Tensor) -> torch.Tensor:
+        rows = product.reshape(shape[0], query_len, -1, value_dim)
+        return rows.transpose(1, 2).reshape(shape)
+
+    if product.grouped:
+        value_heads, members = shape[-4:-2]
+        heads = (torch.arange(value_heads * members, device="cpu") % value_heads).tolist()
+        tiled = value[..., 0, :, :][..., heads, :, :].reshape(*shape[:-2], *value.shape[-2:])
+        if Sample(weights, tiled, output, product.slack).made_by(weights, tiled):
+            return (
+                f"head h uses head h % {value_heads} of value, not h // {members}: repeat (tile) "
+                "in place of repeat_interleave?"
+            )
+    size = merged(weights.abs() @ value.abs())
+    if product.merged and bool(
+        ((merged(weights @ value) - output).abs() <= product.slack * size).all()
+    ):
+        return "heads were merged without a transpose: output.transpose(1, 2).flatten(2)?"
+    return None
 
 
 def transposed(product: Product) -> str | None:
@@ -155,55 +104,6 @@ def transposed(product: Product) -> str | None:
         if sample.made_by(columns, sample.value)
         else None
     )
-
-
-def merged_otherwise(product: Product) -> str | None:
-    """Heads were merged by a reshape alone, or with the channels before the heads."""
-    if not product.merged:
-        return None
-    *_, query_len, value_dim = product.output.shape
-    heads = _indices(product.output.shape[1:-2])
-    query = query_len // 2
-    numbers = range(len(heads) * value_dim)
-    # Which head, query and channel each number of one row of the merged output would be.
-    as_it_lies = [divmod(query * len(numbers) + n, query_len * value_dim) for n in numbers]
-    laid = [(head, *divmod(rest, value_dim)) for head, rest in as_it_lies]
-    if _lies(product, query, laid):
-        return "heads were merged without a transpose: output.transpose(1, 2).flatten(2)?"
-    if _lies(product, query, [(n % len(heads), query, n // len(heads)) for n in numbers]):
-        return (
-            "heads were merged with the channels first, (dim, heads) in place of (heads, dim): "
-            "output.transpose(1, 2).flatten(2)?"
-        )
-    return None
-
-
-def _lies(product: Product, query: int, laid: list[tuple[int, int, int]]) -> bool:
-    """Tell whether one row of the merged output holds these heads, queries and channels."""
-    entry, (key_len, value_dim) = product.worst[0], product.value.shape[-2:]
-    heads = _indices(product.output.shape[1:-2])
-    if len(heads) < 2 or key_len * value_dim > _SAMPLE or len(heads) > _MAPS:
-        return False
-    batch, every_channel = slice(entry, entry + 1), slice(0, value_dim)
-    places = [(batch, *(slice(i, i + 1) for i in head)) for head in heads]
-    given = [
-        mask_at(product.output, (*place, slice(query, query + 1), every_channel)).double().flatten()
-        for place in places
-    ]
-    made: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
-    for head, row in {(head, row) for head, row, _ in laid}:
-        place = places[head]
-        weights = mask_at(product.weights, (*place, slice(row, row + 1), slice(0, key_len)))
-        value = mask_at(product.value, (*place, slice(0, key_len), every_channel)).double()
-        made[head, row] = (
-            (weights.double() @ value).cpu().flatten(),
-            (weights.double().abs() @ value.abs()).cpu().flatten(),
-        )
-    expected, size = (
-        torch.stack([made[head, row][i][channel] for head, row, channel in laid]) for i in (0, 1)
-    )
-    close = (torch.cat(given).cpu() - expected).abs() <= product.slack * size
-    return close.numel() >= ENOUGH and bool(close.all())
 
 
 def causal_elsewhere(product: Product) -> str | None:
@@ -256,47 +156,6 @@ def zero(product: Product) -> str | None:
     return "the output of this map is zero throughout: a head or batch entry that was left out?"
 
 
-def dropout_solved(product: Product) -> str | None:
-    """One of weights and output went through dropout; the weights that made the output tell.
-
-    They follow from the output where there are as many channels as keys.
-    """
-    key_len, value_dim = product.value.shape[-2:]
-    if not key_len <= value_dim <= _SOLVED:
-        return None
-    sample = product.take(product.worst[:-2], _queries(product, 1), channels=value_dim)
-    weights, value, output = sample.weights, sample.value, sample.output
-    if not all(bool(x.isfinite().all()) for x in (weights, value, output)):
-        return None
-    # The error of the output is that of its dtype; a value that is nearly singular amplifies it.
-    singular = torch.linalg.svdvals(value)
-    error = product.slack * float(output.abs().max()) * key_len**0.5 / float(singular[-1])
-    if not error < 0.05 * float(weights.abs().amax(-1).min()):
-        return None
-    used = output @ torch.linalg.pinv(value)
-    for kept, whole, sentence in (
-        (weights, used, "weights after dropout (p about {:.2g}), and the output was not?"),
-        (used, weights, "output after dropout of its weights (p about {:.2g}), these are without?"),
-    ):
-        p = _dropped(kept, whole, 4 * error)
-        if p is not None:
-            return sentence.format(p)
-    return None
-
-
-def _dropped(kept: torch.Tensor, whole: torch.Tensor, error: float) -> float | None:
-    """Return the p of the dropout that makes of some weights others, or None."""
-    tells = whole.abs() > 4 * error
-    ratio = (kept / whole)[tells]
-    gone = ratio.abs() < 0.5
-    if int(gone.sum()) < 2 or int((~gone).sum()) < 4:
-        return None
-    factor = float(ratio[~gone].median())
-    left = torch.where(kept.abs() < 0.5 * whole.abs(), 0, factor * whole)
-    close = (kept - left).abs() <= (1 + factor) * error
-    return 1 - 1 / factor if factor > 1.01 and bool(close[tells].all()) else None
-
-
 def dropout(product: Product) -> str | None:
     """The weights went through dropout."""
     rows = _worst_map(product).weights
@@ -309,14 +168,10 @@ def dropout(product: Product) -> str | None:
 _CAUSES: tuple[Cause, ...] = (
     zero,
     constant_factor,
-    heads_permuted,
-    batch_permuted,
-    tiled_groups,
+    rearranged,
     transposed,
-    merged_otherwise,
     causal_elsewhere,
     averaged,
-    dropout_solved,
     dropout,
 )
 

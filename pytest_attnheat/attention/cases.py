@@ -387,7 +387,6 @@ def _as_device(device: Any) -> torch.device:
 def _build_mask(
     mask: object, batch: int, query_len: int, key_len: int, device: torch.device
 ) -> Tensor | None:
-    """Combine all choices into one boolean mask; None if there is no choice."""
     combined = None
     for choice in _mask_choices(mask):
         one = _one_mask(choice, batch, query_len, key_len).to(device)

@@ -30,8 +30,6 @@ excuses no other place.
 
 What a key with a weight of 0 scores must not matter, or a mask of -1e9 would excuse anything: its
 d_ij counts only through its weight, and a normaliser is as large as the largest score of its row.
-
-Everything is computed for some maps or some queries at a time, in bounded memory.
 """
 
 from __future__ import annotations
@@ -39,19 +37,17 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention import chunks
-from pytest_attnheat.attention.call import Call, Positions
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.parts import Part, add, parts_of, rounded
 from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
-# How many float64 matrices (queries x keys) one chunk may make.
-_MATRICES = 16
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
 _EXP_UNITS = 20
@@ -105,30 +101,9 @@ class _Units:
         steps = max(*call.query.shape[-2:], *call.key.shape[-2:], call.value.shape[-1])
         sums = torch.finfo(wide_dtype(call.query.dtype)).eps / 2
         tiny = info.smallest_normal * info.eps
-        exp = (
-            0.0
-            if call.query.dtype == torch.float64
-            else _EXP_UNITS * torch.finfo(torch.float32).eps
-        )
+        is_exact = call.query.dtype == torch.float64
+        exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
         return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Some queries of some maps. Tensors are (maps, length, width); `own` tells which maps."""
-
-    own: dict[str, Tensor]
-    maps: slice
-    rows: slice
-    at: Positions
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    bias: Tensor | None
-    distant: Tensor | None
-    sinks: Tensor | None
-    permitted: Tensor
-    upstream: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -164,7 +139,7 @@ def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
     exact, scale = _zeros(call, wanted), _zeros(call, wanted)
     drift = _zeros(replace(call, upstream=None), ())["output"]
     top = -math.inf
-    for part in _parts(call, torch.float64):
+    for part in parts_of(call, torch.float64):
         row = _row(call, units, part)
         unsure = _unsure(units, part, row) + _once_more(call, "weights") * row.weights
         parts = {"output": row.weights @ part.value, "weights": row.weights, "lse": _lse(part, row)}
@@ -176,13 +151,13 @@ def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
             again = _recomputed(units, row, unsure)
             sizes |= _gradient_scales(call, units, part, row, again, part.upstream)
         walk = row.weights.square().sum(-1, keepdim=True).sqrt() * sizes["output"] + units.tiny
-        _add(drift, "output", part, walk)
+        add(drift, "output", part, walk)
         for name in exact:
-            _add(exact[name], name, part, parts[name])
-            _add(scale[name], name, part, sizes[name])
+            add(exact[name], name, part, parts[name])
+            add(scale[name], name, part, sizes[name])
         top = max(top, float(row.scores.masked_fill(~part.permitted, -math.inf).amax()))
-    rounded = {name: 2 * units.one * tensor.abs() for name, tensor in exact.items()}
-    least = {name: rounded[name] + (drift if name == "output" else scale[name]) for name in exact}
+    own = {name: 2 * units.one * tensor.abs() for name, tensor in exact.items()}
+    least = {name: own[name] + (drift if name == "output" else scale[name]) for name in exact}
     return Reference(exact, scale, least, units.one, top)
 
 
@@ -190,26 +165,20 @@ def plain(call: Call) -> dict[str, Tensor]:
     """Compute the same in plain PyTorch and the dtype of the query; return it as float64."""
     found = _zeros(call, ())
     wanted = [name for name in found if name != "output"]
-    for part in _parts(call, call.query.dtype):
+    for part in parts_of(call, call.query.dtype):
         given = {"query": part.query, "key": part.key, "value": part.value}
         given |= {} if part.bias is None else {"attn_mask": part.bias}
         given |= {} if part.sinks is None else {"sinks": part.sinks}
         leaves = {k: t.detach().requires_grad_(bool(wanted)) for k, t in given.items()}
-        own = replace(
-            part,
-            query=leaves["query"],
-            key=leaves["key"],
-            value=leaves["value"],
-            bias=leaves.get("attn_mask"),
-            sinks=leaves.get("sinks"),
-        )
+        named: dict[str, Any] = {"bias" if k == "attn_mask" else k: t for k, t in leaves.items()}
+        own = replace(part, **named)
         output = _weights(call, own, _scores(call, own))[0] @ own.value
         parts = {"output": output.detach()}
         if wanted:
             slopes = torch.autograd.grad(output, [leaves[k] for k in wanted], part.upstream)
             parts |= dict(zip(wanted, slopes, strict=True))
         for name in found:
-            _add(found[name], name, part, parts[name].double())
+            add(found[name], name, part, parts[name].double())
     return found
 
 
@@ -218,17 +187,11 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
 
     The weight of a sink is left out.
     """
-    for part in _parts(call, dtype):
+    for part in parts_of(call, dtype):
         scores = _scores(call, part)
         # Nothing to hide, and no second copy of the scores.
         plain = call.sees_all and part.sinks is None
         yield part.maps, part.rows, scores.softmax(-1) if plain else _weights(call, part, scores)[0]
-
-
-def _rounded(call: Call, step: str, numbers: Tensor) -> Tensor:
-    """Numbers as a step that is rounded on purpose leaves them."""
-    dtype = (call.rounded or {}).get(step)
-    return numbers if dtype is None else numbers.to(dtype).to(numbers.dtype)
 
 
 def _once_more(call: Call, *steps: str) -> float:
@@ -237,35 +200,35 @@ def _once_more(call: Call, *steps: str) -> float:
     return sum(torch.finfo(dtype).eps / 2 for dtype in dtypes if dtype is not None)
 
 
-def _products(call: Call, part: _Part) -> Tensor:
+def _products(call: Call, part: Part) -> Tensor:
     return (part.query @ part.key.mT) * call.factor
 
 
-def _biased(part: _Part, scores: Tensor) -> Tensor:
+def _biased(part: Part, scores: Tensor) -> Tensor:
     for added in (part.bias, part.distant):
         scores = scores if added is None else scores + added
     return scores
 
 
-def _scores(call: Call, part: _Part) -> Tensor:
+def _scores(call: Call, part: Part) -> Tensor:
     scores = call.modified(_biased(part, call.capped(_products(call, part))), part.at)
-    return _rounded(call, "scores", scores)
+    return rounded(call, "scores", scores)
 
 
-def _weights(call: Call, part: _Part, scores: Tensor) -> tuple[Tensor, Tensor | None]:
+def _weights(call: Call, part: Part, scores: Tensor) -> tuple[Tensor, Tensor | None]:
     """The weights, and the weight of the sink: one key more, which every query may see."""
     meaning: FullyMasked = "uniform" if call.fully_masked == "uniform" else "zero"
     if part.sinks is None:
         weights = masked_softmax(scores, part.permitted, fully_masked=meaning)
-        return _rounded(call, "weights", weights), None
+        return rounded(call, "weights", weights), None
     sinks = part.sinks.expand(*scores.shape[:-1], 1)
     every = torch.cat([scores, sinks], -1)
     permitted = torch.cat([part.permitted, sinks > -math.inf], -1)
     weights = masked_softmax(every, permitted)
-    return _rounded(call, "weights", weights[..., :-1]), weights[..., -1:]
+    return rounded(call, "weights", weights[..., :-1]), weights[..., -1:]
 
 
-def _row(call: Call, units: _Units, part: _Part) -> _Row:
+def _row(call: Call, units: _Units, part: Part) -> _Row:
     products = _products(call, part)
     capped = call.capped(products)
     biased = _biased(part, capped)
@@ -280,7 +243,7 @@ def _row(call: Call, units: _Units, part: _Part) -> _Row:
     if call.softcap is not None:
         slope = 1 - (capped / call.softcap).square()
         slope = slope if bias_slope is None else slope * bias_slope
-    scores = _rounded(call, "scores", scores)
+    scores = rounded(call, "scores", scores)
     weights, sink = _weights(call, part, scores)
     felt = (part.query.square() @ part.key.square().mT).sqrt_().mul_(abs(call.factor))
     felt *= 1 + _once_more(call, "query", "key") / units.one
@@ -302,13 +265,13 @@ def _grad(scores: Tensor, leaf: Tensor) -> Tensor:
     return slope
 
 
-def _lse(part: _Part, row: _Row) -> Tensor:
+def _lse(part: Part, row: _Row) -> Tensor:
     """The logarithm of the sum of each row, -inf where there is nothing to sum, (maps, rows, 1)."""
     lse = row.scores.masked_fill(~part.permitted, -math.inf).logsumexp(-1, keepdim=True)
     return lse if part.sinks is None else torch.logaddexp(lse, part.sinks.expand_as(lse))
 
 
-def _lse_scale(units: _Units, part: _Part, row: _Row, lse: Tensor) -> Tensor:
+def _lse_scale(units: _Units, part: Part, row: _Row, lse: Tensor) -> Tensor:
     moved = (row.felt + 1).mul_(row.weights).masked_fill_(~part.permitted, 0.0)
     off = (moved.sum(-1, keepdim=True) + lse.abs().nan_to_num_(posinf=0.0)).mul_(units.one)
     if row.sink is not None and part.sinks is not None:
@@ -316,20 +279,20 @@ def _lse_scale(units: _Units, part: _Part, row: _Row, lse: Tensor) -> Tensor:
     return off.add_(units.tiny)
 
 
-def _logarithm(units: _Units, part: _Part, row: _Row) -> Tensor:
+def _logarithm(units: _Units, part: Part, row: _Row) -> Tensor:
     """How far rounding may move the logarithm of a row's normaliser, (maps, rows, 1)."""
     largest = row.scores.masked_fill(~part.permitted, -math.inf).amax(-1, keepdim=True)
     return largest.abs_().nan_to_num_(posinf=0.0).mul_(units.sums)
 
 
-def _highest(units: _Units, part: _Part, row: _Row) -> Tensor:
+def _highest(units: _Units, part: Part, row: _Row) -> Tensor:
     """Which scores may be the largest of their row, within rounding."""
     off = row.felt * units.one
     low = (row.scores - off).masked_fill_(~part.permitted, -math.inf).amax(-1, keepdim=True)
     return (off.add_(row.scores) >= low) & part.permitted
 
 
-def _unsure(units: _Units, part: _Part, row: _Row) -> Tensor:
+def _unsure(units: _Units, part: Part, row: _Row) -> Tensor:
     """How far each weight may be off: W in the formulas above."""
     moved = (row.felt + 1).mul_(units.one).add_(units.exp)
     moved = moved.clamp_(max=_LARGEST_EXPONENT).expm1_()
@@ -355,7 +318,7 @@ def _recomputed(units: _Units, row: _Row, unsure: Tensor) -> Tensor:
     return off.mul_(row.weights).add_(unsure).clamp_(max=1.0)
 
 
-def _gradients(call: Call, part: _Part, row: _Row, above: Tensor) -> dict[str, Tensor]:
+def _gradients(call: Call, part: Part, row: _Row, above: Tensor) -> dict[str, Tensor]:
     """The gradients by the formulas above. A row that may attend to nothing has none."""
     felt = above @ part.value.mT
     mean = (row.weights * felt).sum(-1, keepdim=True)
@@ -373,7 +336,7 @@ def _gradients(call: Call, part: _Part, row: _Row, above: Tensor) -> dict[str, T
 
 
 def _gradient_scales(
-    call: Call, units: _Units, part: _Part, row: _Row, unsure: Tensor, above: Tensor
+    call: Call, units: _Units, part: Part, row: _Row, unsure: Tensor, above: Tensor
 ) -> dict[str, Tensor]:
     """How far the gradients may be off.
 
@@ -416,108 +379,7 @@ def _gradient_scales(
 
 
 def _zeros(call: Call, wanted: Sequence[str]) -> dict[str, Tensor]:
-    """A float64 tensor for each result."""
     more = {"lse": (*call.query.shape[:-1], 1), "weights": (*call.query.shape[:-1], call.key_len)}
     shapes = call.shapes | {name: more[name] for name in wanted}
     device = call.query.device
     return {n: torch.zeros(s, dtype=torch.float64, device=device) for n, s in shapes.items()}
-
-
-def _add(total: Tensor, name: str, part: _Part, found: Tensor) -> None:
-    """Add what a part found where it belongs: keys that several parts share sum up."""
-    if name == "sinks":
-        total.index_add_(0, part.own["sinks"], found.sum((-2, -1)))
-        return
-    flat = _flat(total)
-    if name in ("key", "value"):
-        flat.index_add_(0, part.own[name], found)
-    elif name == "attn_mask":
-        found = found.sum(-1, keepdim=True) if flat.shape[-1] == 1 else found
-        found = found.sum(-2, keepdim=True) if flat.shape[-2] == 1 else found
-        rows = _own_rows(flat, part.rows)
-        flat[:, rows].index_add_(0, part.own["bias"], found)
-    else:
-        flat[part.own["query"], part.rows] = found
-
-
-def _parts(call: Call, dtype: torch.dtype) -> Iterator[_Part]:
-    """Yield all queries of all maps, in parts whose matrices fit into the budget."""
-    row_bytes = _MATRICES * 8 * call.key_len
-    rows = max(1, min(call.query_len, chunks.CHUNK_BYTES // row_bytes))
-    together = max(1, chunks.CHUNK_BYTES // (row_bytes * rows))
-    flat, own = _flattened(call)
-    numbers = torch.arange(call.maps, device=call.query.device)
-    for some, span in product(
-        chunks.spans(call.maps, together), chunks.spans(call.query_len, rows)
-    ):
-        mine = {name: index[some] for name, index in own.items()}
-        maps = numbers[some]
-        mine["sinks"] = maps % call.heads
-        part = {
-            name: tensor[mine[name]][:, _own_rows(tensor, span)]
-            for name, tensor in flat.items()
-            if name not in ("key", "value")
-        }
-        bias = part.get("bias")
-        permitted = _permitted(call, maps, span, part.get("mask"), bias)
-        if bias is not None:
-            # Their weight is 0 by the mask; a -inf left in the scores would make NaN.
-            bias = bias.masked_fill(bias == -math.inf, 0.0).to(dtype)
-        at = call.positions(maps, span)
-        yield _Part(
-            own=mine,
-            maps=some,
-            rows=span,
-            at=at,
-            query=_rounded(call, "query", part["query"]).to(dtype),
-            key=_rounded(call, "key", flat["key"][mine["key"]]).to(dtype),
-            value=_rounded(call, "value", flat["value"][mine["value"]]).to(dtype),
-            bias=bias,
-            distant=call.distant(at, dtype),
-            sinks=None if call.sinks is None else call.sinks.detach().to(dtype)[at.head],
-            permitted=permitted,
-            upstream=part["upstream"].to(dtype) if "upstream" in part else None,
-        )
-
-
-def _permitted(
-    call: Call, maps: Tensor, rows: slice, mask: Tensor | None, bias: Tensor | None
-) -> Tensor:
-    """Where every rule, the mask and the bias let a query attend, (maps, rows, key_len)."""
-    shape = (len(maps), rows.stop - rows.start, call.key_len)
-    permitted = torch.ones(shape, dtype=torch.bool, device=maps.device)
-    for rule in (call.permitted(maps, rows), mask, None if bias is None else bias != -math.inf):
-        if rule is not None:
-            permitted &= rule
-    return permitted
-
-
-def _flattened(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """All inputs as (maps, length, width), and for each which of its maps each query map uses."""
-    given = {
-        name: tensor
-        for name in ("query", "key", "value", "mask", "bias", "upstream")
-        if (tensor := getattr(call, name)) is not None
-    }
-    flat = {name: _flat(tensor.detach()) for name, tensor in given.items()}
-    own = {
-        name: _own_maps(tensor, call.query, grouped=name in ("key", "value"))
-        for name, tensor in given.items()
-    }
-    return flat, own
-
-
-def _own_maps(tensor: Tensor, query: Tensor, *, grouped: bool) -> Tensor:
-    lead = tensor.shape[:-2]
-    index = torch.arange(lead.numel(), device=query.device).view(lead)
-    if grouped and lead != query.shape[:-2]:
-        index = index.repeat_interleave(query.shape[-3] // tensor.shape[-3], -1)
-    return index.expand(query.shape[:-2]).reshape(-1)
-
-
-def _own_rows(tensor: Tensor, rows: slice) -> slice:
-    return rows if tensor.shape[-2] > 1 else slice(0, 1)
-
-
-def _flat(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, *(1, 1, *tensor.shape)[-2:])

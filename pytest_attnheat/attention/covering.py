@@ -39,28 +39,35 @@ class Covering:
     impossible: int
 
 
-def covering(levels: Levels, possible: Callable[[Chosen], bool], *, seed: int = 0) -> Covering:
+def covering(
+    levels: Levels,
+    possible: Callable[[Chosen], bool],
+    *,
+    known: Sequence[Chosen] = (),
+    seed: int = 0,
+) -> Covering:
     """Return cases in which every pair of levels occurs that can.
 
     Args:
         levels: The levels of each feature, the most ordinary first.
         possible: Whether some levels can occur together. It is asked of parts of a case, and may
             say no as soon as it knows; a part of what is possible must be possible.
+        known: Cases that need not be found again: what they cover is covered.
         seed: Which of many coverings is found.
 
     Returns:
-        The cases. The first has the first level of each feature, if that is possible.
+        The cases that are not known. If none is, the first has the first level of each feature, if
+        that is possible.
     """
     search = _Search(levels, possible, random.Random(seed))
     cases: list[_Case] = []
-    ordinary = search.complete({}, ordinary=True)
+    for case in known:
+        search.cover(search.numbered(case))
+    ordinary = None if known else search.complete({}, ordinary=True)
+    if ordinary is not None:
+        cases.append(search.cover(ordinary))
     impossible = 0
-    while search.missing or not cases:
-        if not cases and ordinary is not None:
-            cases.append(search.cover(ordinary))
-            continue
-        if not search.missing:  # nothing at all is possible, or there is one feature
-            break
+    while search.missing:
         pair = next(iter(search.missing))
         part = {pair[0]: pair[1], pair[2]: pair[3]}
         tried = (search.complete(part) for _ in range(_TRIES))
@@ -93,6 +100,10 @@ class _Search:
     def named(self, case: _Case) -> dict[str, Any]:
         """Return a case in words, in the order of the features."""
         return {self._names[one]: self._levels[one][case[one]] for one in sorted(case)}
+
+    def numbered(self, case: Chosen) -> _Case:
+        """Return a case in words as numbers."""
+        return {one: self._levels[one].index(case[name]) for one, name in enumerate(self._names)}
 
     def complete(self, part: _Case, *, ordinary: bool = False) -> _Case | None:
         """Return a case with these levels, None if there is none.

@@ -8,7 +8,7 @@ smaller: see `text_of`, `read` and `shrunk`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -69,6 +69,7 @@ class Declared:
         gradients: Whether gradients are asked.
         longest: How many queries and keys there are at most.
         few_shapes: Whether few shapes are asked.
+        most_weights: How many weights a call has at most.
     """
 
     masks: frozenset[str] = frozenset()
@@ -86,16 +87,14 @@ class Declared:
     gradients: bool = True
     longest: int | None = None
     few_shapes: bool = False
+    most_weights: int = _MOST_WEIGHTS
 
     def levels(self) -> dict[str, tuple[Any, ...]]:
         """Return the levels of each feature, the most ordinary first."""
         few = self.few_shapes
-        sizes: tuple[tuple[int, int], ...] = _SQUARES if self.square else _RECTANGLES
-        if (longest := self.longest) is not None:
-            shorter = (pair for pair in sizes if max(pair) < longest)
-            sizes = ((longest, longest), *shorter)
-        if self.near:  # later queries would see nothing
-            sizes = tuple(pair for pair in sizes if pair[0] <= pair[1])
+        sizes = self._allowed(_SQUARES if self.square else _RECTANGLES)
+        if self.longest is not None:
+            sizes = ((self.longest, self.longest), *(s for s in sizes if max(s) < self.longest))
         levels: dict[str, tuple[Any, ...]] = {
             "sizes": sizes[:2] if few else sizes,
             "batch": (2,) if few else (2, 1, 3),
@@ -124,6 +123,24 @@ class Declared:
             if name in self.options:
                 levels[name] = (NONE, 0.7, -0.4) if name == "scale" else (False, True)
         return levels
+
+    def simplest_first(self) -> dict[str, tuple[Any, ...]]:
+        """Return the same from the simplest: numbers from the smallest, and small sizes besides."""
+        levels = self.levels()
+        if not self.few_shapes:
+            levels["sizes"] = tuple({*levels["sizes"], *self._allowed(_SMALL_SIZES)})
+        return levels | {name: tuple(sorted(levels[name], key=_size)) for name in SIZES}
+
+    def _allowed(self, sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
+        """Those of some (query_len, key_len) that can be asked."""
+        most = math.inf if self.longest is None else self.longest
+        return tuple(
+            (query_len, key_len)
+            for query_len, key_len in sizes
+            if max(query_len, key_len) <= most
+            and (query_len == key_len or not self.square)
+            and (query_len <= key_len or not self.near)  # later queries would see nothing
+        )
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -169,7 +186,7 @@ class Declared:
         if query_len != key_len and chosen.get("documents"):
             return False
         heads = self.heads or chosen.get("key_heads", 1) * chosen.get("group", 1)
-        most = max(_MOST_WEIGHTS, (self.heads or 1) * _MOST_OF_A_HEAD)
+        most = max(self.most_weights, (self.heads or 1) * _MOST_OF_A_HEAD)
         return bool(chosen.get("batch", 1) * heads * query_len * key_len <= most)
 
 
@@ -187,13 +204,23 @@ class Space:
     always: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
 
-    def covering(self, banned: frozenset[Levels] = frozenset()) -> Covering:
+    def covering(
+        self, refused: frozenset[Levels] = frozenset(), known: Sequence[Choice] = ()
+    ) -> Covering:
         """Return choices in which every pair of levels occurs that can.
 
         Args:
-            banned: Levels that do not occur together, of one feature or of several.
+            refused: Levels that do not occur together, of one feature or of several.
+            known: Choices whose pairs need not occur again.
         """
-        return _covering(self.declared, banned)
+        if not refused and not known:
+            return _covering(self.declared)
+
+        def possible(chosen: Choice) -> bool:
+            taken = not any(all(chosen.get(n) == level for n, level in some) for some in refused)
+            return taken and self.declared.possible(chosen)
+
+        return covering(self.declared.levels(), possible, known=known)
 
     def choice(self, **levels: Any) -> dict[str, Any]:
         """Return some levels, and the ordinary one of each other feature.
@@ -214,6 +241,16 @@ class Space:
             raise ValueError(misuse("choice", text_of(levels), "levels that can occur together"))
         return chosen
 
+    def named(self, chosen: Choice) -> dict[str, Any]:
+        """Return the levels of a choice that `choice` has to be told."""
+        ordinary = self.choice()
+        of_a_mask = {"shape": self.declared.shapes[0], "fill": "-inf"}  # as `choice` has them
+        return {
+            name: chosen[name]
+            for name, level in ordinary.items()
+            if chosen[name] not in (level, of_a_mask.get(name, level))
+        }
+
     def call(self, chosen: Choice, dtype: torch.dtype, device: torch.device | str = "cpu") -> Call:
         """Draw the call of a choice, the same on every device and in every dtype but for rounding.
 
@@ -229,13 +266,8 @@ class Space:
 
 
 @lru_cache(maxsize=64)
-def _covering(declared: Declared, banned: frozenset[Levels]) -> Covering:
-    def possible(chosen: Choice) -> bool:
-        if any(all(chosen.get(name) == level for name, level in some) for some in banned):
-            return False
-        return declared.possible(chosen)
-
-    return covering(declared.levels(), possible)
+def _covering(declared: Declared) -> Covering:
+    return covering(declared.levels(), declared.possible)
 
 
 class _Drawing:
@@ -253,27 +285,21 @@ class _Drawing:
     def call(self) -> Call:
         """Draw all that is chosen."""
         query, key, value = self._tensors()
-        call = Call(query=query, key=key, value=value, **dict(self._space.always))
-        chosen = self._chosen
-        if chosen.get("causal"):
-            call = replace(call, causal=True)
-        if chosen.get("scale", NONE) != NONE:
-            call = replace(call, scale=chosen["scale"])
-        if chosen.get("softcap"):
-            call = replace(call, softcap=2.0)
-        if chosen.get("sinks"):
-            call = replace(call, sinks=self._given(self._draw("sinks", self._heads)))
-        if chosen.get("alibi"):
-            slopes = 2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)
-            call = replace(call, alibi=self._given(slopes))
-        if chosen.get("documents"):
-            call = replace(call, documents=self._documents())
-        if chosen.get("lengths"):
-            call = replace(call, lengths=self._real())
-        if chosen.get("bias"):
-            shape = (self._batch, self._heads, *self._lengths)
-            call = replace(call, bias=self._given(self._draw("bias", *shape)))
-        return self._masked(call)
+        call = Call(query, key, value, **dict(self._space.always))
+        shape = (self._batch, self._heads, *self._lengths)
+        drawn: dict[str, Callable[[], Any]] = {
+            "causal": lambda: True,
+            "scale": lambda: self._chosen["scale"],
+            "softcap": lambda: 2.0,
+            "sinks": lambda: self._given(self._draw("sinks", self._heads)),
+            "alibi": lambda: self._given(2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)),
+            "documents": self._documents,
+            "lengths": self._real,
+            "bias": lambda: self._given(self._draw("bias", *shape)),
+        }
+        own = {name: make() for name, make in drawn.items()
+               if self._chosen.get(name, False) not in (False, NONE)}  # fmt: skip
+        return self._masked(replace(call, **own))
 
     def _draw(self, name: str, *shape: int) -> Tensor:
         return draw(name, self._space.seed, *shape)
@@ -325,13 +351,8 @@ class _Drawing:
         sizes = {"B": self._batch, "H": self._heads, "L": query_len, "S": key_len, "1": 1}
         shape = [sizes[letter] for letter in self._chosen["shape"].strip("()").split(", ")]
         mask = (self._draw("mask", *shape) > 0).to(self._device)
-        permitted = call.permitted(
-            torch.arange(call.maps, device=self._device), slice(0, query_len)
-        )
         whole = (self._batch, self._heads, query_len, key_len)
-        seen = torch.ones(whole, dtype=torch.bool, device=self._device)
-        if permitted is not None:
-            seen = permitted.expand(call.maps, query_len, key_len).view(whole)
+        seen = torch.ones(whole, dtype=torch.bool, device=self._device) & call.visible()
         # A query that the mask left nothing gets the first key that all else lets it see.
         left = seen.any(-1, keepdim=True) & ~(seen & mask).any(-1, keepdim=True)
         first = torch.zeros_like(seen).scatter(-1, seen.int().argmax(-1, keepdim=True), 1)
@@ -354,19 +375,6 @@ def _reduced(wanted: Tensor, shape: list[int]) -> Tensor:
 _Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor]
 
 
-def _ordinary(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    return query, key, value
-
-
-def _large(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    """Scores of a few hundred: exp of them overflows in every dtype but float64."""
-    return query * 40, key, value
-
-
-def _tiny(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    return query * 1e-2, key * 0.1, value * 0.1
-
-
 def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
     """Each query looks for one channel, which some keys have; values tell their key."""
     width = query.shape[-1]
@@ -384,9 +392,10 @@ def _overflowing(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
 
 
 _NUMBERS: dict[str, Callable[[Tensor, Tensor, Tensor], _Tensors]] = {
-    "ordinary": _ordinary,
-    "large": _large,
-    "tiny": _tiny,
+    "ordinary": lambda query, key, value: (query, key, value),
+    # Scores of a few hundred: exp of them overflows in every dtype but float64.
+    "large": lambda query, key, value: (query * 40, key, value),
+    "tiny": lambda query, key, value: (query * 1e-2, key * 0.1, value * 0.1),
     "structured": _structured,
     "overflowing": _overflowing,
 }
@@ -436,61 +445,58 @@ def _level(given: str, known: tuple[Any, ...]) -> Any:
     return sizes if isinstance(known[0], tuple) else sizes[0]
 
 
-def shrunk(chosen: Choice, fails: Callable[[Choice], bool], space: Space) -> dict[str, Any]:
-    """Return the smallest choice found that still fails.
+def shrunk(
+    chosen: Choice, fails: Callable[[Choice], bool], space: Space, *, most: int = 60
+) -> dict[str, Any]:
+    """Return the smallest choice found that still fails, always the same.
 
     Args:
         chosen: A choice that fails.
         fails: Whether another one does.
         space: What can be chosen.
+        most: How many are asked.
     """
-    smallest = dict(chosen)
-    tried = {text_of(smallest)}
-    again = True
+    levels = space.declared.simplest_first()
+    # Whole features go first: a call that has fewer of them is smaller, whatever its sizes.
+    names = ["mask", *(name for name in reversed(levels) if name not in ("mask", *SIZES)), *SIZES]
+    smallest, tried, again = dict(chosen), {text_of(chosen)}, True
     while again:
         again = False
-        for smaller in _smaller(smallest, space.declared):
-            text = text_of(smaller)
-            if text in tried:
-                continue
-            tried.add(text)
-            if space.declared.possible(smaller) and fails(smaller):
-                smallest, again = smaller, True
-                break
+        for name in names:
+            for smaller in _simpler(smallest, name, levels[name], space.declared):
+                if text_of(smaller) in tried:
+                    continue
+                if len(tried) > most:
+                    return smallest
+                tried.add(text_of(smaller))
+                if fails(smaller):
+                    smallest, again = smaller, True
+                    break
     return smallest
 
 
-def _smaller(chosen: dict[str, Any], declared: Declared) -> Iterator[dict[str, Any]]:
-    """Simpler choices: without a feature, and then with smaller sizes."""
-    levels = declared.levels()
-    if chosen.get("mask", NONE) != NONE:
-        yield {**chosen, "mask": NONE, "shape": NONE, "fill": NONE, "empty": False}
-        if chosen["mask"] == "additive" and "boolean" in declared.masks:
-            yield {**chosen, "mask": "boolean", "fill": NONE}
-    for name in reversed(levels):
-        if name not in _SIZES and name not in ("mask", "shape", "fill"):
-            yield {**chosen, name: levels[name][0]}
-    for name, sizes in _SIZES.items():
-        if len(levels[name]) < 2 and name != "sizes":
-            continue
-        for size in sizes:
-            is_square = name != "sizes" or size[0] == size[1]
-            if _size(size) < _size(chosen[name]) and (is_square or not declared.square):
-                yield {**chosen, name: size}
-    if chosen["value_dim"] == "other":
-        yield {**chosen, "value_dim": "equal"}
+def _simpler(
+    chosen: dict[str, Any], name: str, levels: tuple[Any, ...], declared: Declared
+) -> Iterator[dict[str, Any]]:
+    """The same with simpler levels of one feature: any smaller size, or else the simplest one."""
+    for level in levels[: levels.index(chosen[name])] if chosen[name] in levels else levels:
+        smaller = {**chosen, name: level}
+        if name == "mask":
+            smaller |= {"fill": NONE} | ({"shape": NONE, "empty": False} if level == NONE else {})
+        if declared.possible(smaller):
+            yield smaller
+            if name not in SIZES:
+                return
 
 
-_SIZES: dict[str, tuple[Any, ...]] = {
-    "batch": (1, 2),
-    "group": (1, 2, 3, 4),
-    "key_heads": (1, 2),
-    "sizes": ((1, 1), (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (4, 4), (4, 5), (5, 5),
-                (5, 7), (7, 7), (8, 8), (16, 16), (1, 17), (17, 17), (31, 31), (1, 33), (33, 33),
-                (63, 65), (1, 129), (1, 257), (1, 513), (1, 1025)),
-    "head_dim": (8, 16, 40),
-}  # fmt: skip
+def _size(level: Any) -> tuple[int, int]:
+    return (max(level), math.prod(level)) if isinstance(level, tuple) else (level, level)
 
 
-def _size(level: Any) -> int:
-    return math.prod(level) if isinstance(level, tuple) else int(level)
+# Features that are numbers, in the order in which they shrink.
+SIZES = ("sizes", "batch", "group", "key_heads", "head_dim")
+# Sizes that a call shrinks to, besides those that are asked.
+_SMALL_SIZES = (
+    (1, 2), (2, 1), (2, 2), (2, 3), (3, 2), (3, 3), (4, 4), (5, 5), (8, 8), (16, 16), (1, 17),
+    (17, 17), (1, 129), (1, 257), (1, 1025),
+)  # fmt: skip

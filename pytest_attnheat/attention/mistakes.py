@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
@@ -27,6 +27,74 @@ _PART, _AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
 _MOST_ALLOWED = 0.125
 _MOST_NAMED = 3
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a plan gives on a case, and what judging it takes.
+
+    Attributes:
+        output: (batch, heads, query_len, value_dim)
+        largest_score: The largest score of each row, (batch, heads, query_len).
+        ordinary: The rms of the values that were used.
+        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
+    """
+
+    output: Tensor
+    largest_score: Tensor
+    ordinary: float
+    unjudged: Tensor | None
+
+    def errors(
+        self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compare it with what was found, (batch, heads, query_len, value_dim).
+
+        Args:
+            found: An answer in float64.
+            dtype: The dtype that it was computed in.
+            least: The least part of a row by which it may be off.
+            most: The most.
+
+        Returns:
+            The error of each row as a part of its size and what rounding may do (see **Answers**
+            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
+            finite has the largest error that there is, 2; rows that are not judged have 0.
+        """
+        differs = found.isfinite() != self.output.isfinite()
+        off, sizes = _rms(finite(found - self.output)), map(_rms, map(finite, (found, self.output)))
+        error = off / torch.maximum(*sizes).clamp_(min=max(self.ordinary, 1e-30))
+        error.masked_fill_(differs.any(-1), 2.0)
+        if self.unjudged is not None:
+            error.masked_fill_(self.unjudged, 0.0)
+        allowed = answer_units(dtype) * torch.finfo(dtype).eps * (2.0 + self.largest_score)
+        return error, allowed.clamp_(min=least, max=max(most, least))
+
+
+def expected(plan: Plan, case: Case) -> Expected | None:
+    """Carry out a plan; None where it cannot be carried out."""
+    try:
+        result = carry_out(plan, case)
+    except NotApplicable:
+        return None
+    largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
+    if plan.dim != "keys" or plan.merge != "transpose":
+        # A row of the output is not made by its own scores alone.
+        largest_score = torch.full_like(largest_score, float(largest_score.max()))
+    unjudged = None
+    if case.fully_masked == "undefined":
+        unjudged = ~case.visible().expand(case.shape).any(-1)
+    ordinary = float(finite(result.value).square().mean().sqrt())
+    return Expected(result.output, largest_score, ordinary, unjudged)
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Return a tensor with 0 in place of NaN and inf."""
+    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def _rms(rows: Tensor) -> Tensor:
+    return rows.square().mean(-1).sqrt()
 
 
 def likely_mistake(call: Call, output: Tensor) -> str | None:
@@ -43,63 +111,49 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
     case = _as_case(call)
     found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
     with torch.no_grad():
-        right = carry_out(Plan(), case)
-        judged = torch.ones(case.shape[:3], dtype=torch.bool)
-        if call.fully_masked == "undefined":
-            judged = right.permitted.any(-1)
+        right = expected(Plan(), case)
+        assert right is not None
+        judged = slice(None) if right.unjudged is None else ~right.unjudged
         if not bool(found[judged].isfinite().all()):
             return None
-        wrong_by = float(_off(right, found)[judged].square().mean().sqrt())
+        wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return None
         fits: dict[str, float] = {}
-        for sentence, attempt in _attempts(case, right):
-            off = _off(attempt, found)[judged]
-            size = float(off.square().mean().sqrt())  # NaN where only the attempt is: no fit
-            if size < _PART * wrong_by and bool((off <= _rounding(attempt, case)[judged]).all()):
+        for sentence, plan, other in _attempts(case):
+            attempt = expected(plan, other)
+            if attempt is None:
+                continue
+            size, fitting = _off(replace(attempt, unjudged=right.unjudged), found, case)
+            if size < _PART * wrong_by and fitting:
                 fits[sentence] = min(size, fits.get(sentence, size))
     nearest = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
     named = [sentence for sentence in nearest if fits[sentence] <= _AS_WELL * fits[nearest[0]]]
     return f"the output is that of attention {', or '.join(named)}" if named else None
 
 
-def _attempts(case: Case, right: Outcome) -> Iterator[tuple[str, Outcome]]:
-    hides = not bool(right.permitted.all())
+def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
+    hides = not bool(case.visible().all())
     for defect in DEFECTS:
         for change in defect.changes if defect.seen == "exactly" else ():
             plan = change(Plan())
-            if not hides and (plan.masking, plan.fill) != ("fill", -math.inf):
-                continue  # no mask is to blame where nothing is masked
-            try:
-                yield defect.sentence, carry_out(plan, case)
-            except NotApplicable:
-                continue
+            # No mask is to blame where nothing is masked.
+            if hides or (plan.masking, plan.fill) == ("fill", -math.inf):
+                yield defect.sentence, plan, case
     usual = {field.name: field.default for field in fields(Case)}
     for name in FEATURES:
         given = getattr(case, name)
         declared = isinstance(given, Tensor) or given != usual[name]
         if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
             without: dict[str, Any] = {name: usual[name]}
-            yield f"that leaves out {name}", carry_out(Plan(), replace(case, **without))
+            yield f"that leaves out {name}", Plan(), replace(case, **without)
 
 
-def _off(outcome: Outcome, found: Tensor) -> Tensor:
-    """How far each row is off as a part of its size, (batch, heads, query_len)."""
-    ordinary = _rms(outcome.value.nan_to_num(0.0, 0.0, 0.0).flatten())
-    size = torch.maximum(_rms(found), _rms(outcome.output)).clamp(min=max(1e-30, float(ordinary)))
-    return _rms(found - outcome.output) / size
-
-
-def _rounding(outcome: Outcome, case: Case) -> Tensor:
-    """How far rounding may move each row; see **Answers** in `attention.tolerance`."""
-    largest = outcome.scores.masked_fill(~outcome.permitted, 0.0).abs().amax(-1)
-    allowed = (2.0 + largest) * (answer_units(case.dtype) * torch.finfo(case.dtype).eps)
+def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
+    """How far an output is off, the rms of its rows, and whether each is off by rounding alone."""
     least = answer_tolerance(case.dtype)
-    return allowed.clamp(min=least, max=max(least, _MOST_ALLOWED))
-
-
-def _rms(rows: Tensor) -> Tensor:
-    return rows.square().mean(-1).sqrt()
+    error, allowed = attempt.errors(found, case.dtype, least=least, most=_MOST_ALLOWED)
+    return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 
 def _as_case(call: Call) -> Case:

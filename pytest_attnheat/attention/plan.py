@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call, Positions
+from pytest_attnheat.attention.decisions import Plan as Plan
+from pytest_attnheat.attention.decisions import Source
 from pytest_attnheat.attention.vocabulary import Alignment
-
-Source: TypeAlias = Literal["query", "key", "value"]
-Natural: TypeAlias = Literal["natural", "zero", "uniform", "nan"]
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -44,116 +42,6 @@ class Case(Call):
         """The shape of the weights: (batch, heads, query_len, key_len)."""
         batch, heads, query_len = self.query.shape[:3]
         return batch, heads, query_len, self.key.shape[2]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One decision per field; the defaults are correct attention.
-
-    Attributes:
-        query_from: The tensor used as queries; likewise `key_from` and `value_from`.
-        split: How heads are split off the embedding: by "transpose", or wrongly by "reshape".
-        merge: How heads are merged, likewise, or "averaged".
-        weights_of_heads: "own", or "averaged" over all heads.
-        grouping: Which key head serves a query head: neighbours share one ("interleave"), heads
-            take turns ("tile"), or all use the "first".
-        scale: What scores are multiplied by.
-        scale_after: Leave the scores as they are, and scale the weights.
-        temperature: A factor of the scores besides.
-        scores_dtype: The dtype that scaled scores are rounded to.
-        weights_dtype: The dtype that weights are rounded to.
-        mask: Which keys the mask permits: as given ("keep"), "inverted", all ("ignored"),
-            "transposed", those of the sample before or after ("rolled", "rolled_back"), of the
-            first sample, or of sample (batch * heads + head) % batches ("tiled").
-        causal: "declared", the "other_corner", "ignored", "always", or "reversed" (the future).
-        causal_shift: How many keys more a causal query sees.
-        causal_shift_where: In "all" cases, where lengths "differ", or there are "more_keys".
-        together: Given a mask and causal: "both" count, or "mask_only", "causal_only".
-        window_shift: How many keys more a window has on the left and on the right.
-        window: "declared", "ignored" or "swapped" (left is right).
-        dropped_key: "first" or "last": a key that nobody attends to.
-        key_block: Keys after the last whole block of so many are ignored; 0 for none.
-        query_block: Queries after the last whole block of so many get zeros; 0 for none.
-        short_block: Whether fewer keys or queries than one block are "dropped" as well, or "kept".
-        online_block: Keys come in blocks of so many, and the maximum so far is subtracted; 0 for
-            all at once.
-        stale: What is not brought down where a later block raises that maximum: "none", the
-            "output" so far, the "sum" so far, or "both".
-        masking: How a mask is applied: by a "fill" of the scores, by a number "added", as "ones"
-            (1 where permitted, added) or "ones_masked" (1 where not), or to the weights "after"
-            the softmax, or there with a new division by the sum ("after_renormalised").
-        covers: What `masking` and `fill` are about: the "mask", "causal" (and window) or "all";
-            the other is filled with -inf.
-        fill: The number that is filled in or added.
-        dim: What the softmax runs over: "keys", "queries", "heads", "batch" or the whole "map".
-        normaliser: How scores become weights.
-        fully_masked: What rows without permitted keys become: None for what is declared, or
-            "natural" for what the numbers give.
-        empty_slices: What softmax over nothing but -inf gives where it does not run over keys, and
-            0 / 0 elsewhere.
-        output_factor: A factor of the output.
-        masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
-    """
-
-    query_from: Source = "query"
-    key_from: Source = "key"
-    value_from: Source = "value"
-    split: Literal["transpose", "reshape"] = "transpose"
-    merge: Literal["transpose", "reshape", "averaged"] = "transpose"
-    weights_of_heads: Literal["own", "averaged"] = "own"
-    grouping: Literal["interleave", "tile", "first"] = "interleave"
-    scale: Literal[
-        "declared",
-        "missing",
-        "squared",
-        "inverse",
-        "value_width",
-        "embedding",
-        "key_len",
-        "default",
-    ] = "declared"
-    scale_after: bool = False
-    temperature: float = 1.0
-    scores_dtype: torch.dtype | None = None
-    weights_dtype: torch.dtype | None = None
-    mask: Literal[
-        "keep", "inverted", "ignored", "transposed", "rolled", "rolled_back", "first", "tiled"
-    ] = "keep"
-    causal: Literal["declared", "other_corner", "ignored", "always", "reversed"] = "declared"
-    causal_shift: int = 0
-    causal_shift_where: Literal["all", "differ", "more_keys"] = "all"
-    together: Literal["both", "mask_only", "causal_only"] = "both"
-    window: Literal["declared", "ignored", "swapped"] = "declared"
-    window_shift: tuple[int, int] = (0, 0)
-    dropped_key: Literal["none", "first", "last"] = "none"
-    key_block: int = 0
-    query_block: int = 0
-    short_block: Literal["dropped", "kept"] = "dropped"
-    online_block: int = 0
-    stale: Literal["none", "output", "sum", "both"] = "none"
-    masking: Literal["fill", "added", "ones", "ones_masked", "after", "after_renormalised"] = "fill"
-    covers: Literal["all", "mask", "causal"] = "all"
-    fill: float = -math.inf
-    dim: Literal["keys", "queries", "heads", "batch", "map"] = "keys"
-    normaliser: Literal[
-        "softmax",
-        "no_maximum",
-        "unnormalised",
-        "unnormalised_shifted",
-        "plus_one",
-        "plus_one_shifted",
-        "sigmoid",
-        "relu",
-        "scores",
-        "log_softmax",
-        "twice",
-        "twice_masked",
-        "hard",
-    ] = "softmax"
-    fully_masked: Natural | None = None
-    empty_slices: Literal["nan", "zero", "uniform"] = "nan"
-    output_factor: float = 1.0
-    masked_nan: Literal["unfelt", "felt"] = "unfelt"
 
 
 @dataclass(frozen=True, eq=False)
@@ -244,18 +132,16 @@ def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
 
 def scale_of(plan: Plan, case: Case) -> float:
     """Return what a plan multiplies scores by, but for its temperature."""
-    _, heads, _, key_len = case.shape
-    width = case.query.shape[-1]
-    default, declared = width**-0.5, case.factor
+    width, declared = case.query.shape[-1], case.factor
     rules: dict[str, float] = {
         "declared": declared,
         "missing": 1.0,
         "squared": declared * declared,
         "inverse": 1.0 / declared if declared else math.inf,
         "value_width": case.value.shape[-1] ** -0.5,
-        "embedding": (heads * width) ** -0.5,
-        "key_len": key_len**-0.5,
-        "default": default if case.scale_given else declared,
+        "embedding": (case.heads * width) ** -0.5,
+        "key_len": case.key_len**-0.5,
+        "default": width**-0.5 if case.scale_given else declared,
     }
     return rules[plan.scale]
 
@@ -294,19 +180,18 @@ def _given_mask(plan: Plan, case: Case) -> Tensor:
     if case.mask is None or plan.mask == "ignored":
         return torch.ones(case.shape, dtype=torch.bool)
     mask = case.mask.expand(case.shape)
-    if plan.mask == "inverted":
-        return ~mask
-    if plan.mask == "transposed":
-        if query_len != key_len:
-            raise NotApplicable("a mask that is not square cannot be transposed")
-        return mask.mT
-    if plan.mask == "tiled":
-        sample = torch.arange(batch * heads).reshape(batch, heads) % batch
-        return mask[sample, torch.arange(heads)]
-    if plan.mask == "first":
-        return mask[:1].expand(case.shape)
-    shift = {"rolled": 1, "rolled_back": -1}.get(plan.mask, 0)
-    return mask.roll(shift, 0) if shift else mask
+    if plan.mask == "transposed" and query_len != key_len:
+        raise NotApplicable("a mask that is not square cannot be transposed")
+    sample = torch.arange(batch * heads).reshape(batch, heads) % batch
+    wrong = {
+        "inverted": lambda: ~mask,
+        "transposed": lambda: mask.mT,
+        "tiled": lambda: mask[sample, torch.arange(heads)],
+        "first": lambda: mask[:1].expand(case.shape),
+        "rolled": lambda: mask.roll(1, 0),
+        "rolled_back": lambda: mask.roll(-1, 0),
+    }
+    return wrong[plan.mask]() if plan.mask in wrong else mask
 
 
 def _alignment(plan: Plan, case: Case) -> Alignment:
@@ -386,15 +271,13 @@ def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor)
 
 
 def _masked_scores(plan: Plan, scores: Tensor, soft: Tensor) -> Tensor:
-    if plan.masking == "fill":
-        return scores.masked_fill(~soft, plan.fill)
-    if plan.masking == "added":
-        return torch.where(soft, scores, scores + plan.fill)
-    if plan.masking == "ones":
-        return scores + soft.double()
-    if plan.masking == "ones_masked":
-        return scores + (~soft).double()
-    return scores
+    masked = {
+        "fill": lambda: scores.masked_fill(~soft, plan.fill),
+        "added": lambda: torch.where(soft, scores, scores + plan.fill),
+        "ones": lambda: scores + soft.double(),
+        "ones_masked": lambda: scores + (~soft).double(),
+    }
+    return masked[plan.masking]() if plan.masking in masked else scores
 
 
 def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:

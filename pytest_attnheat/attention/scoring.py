@@ -256,20 +256,7 @@ class BilinearScore(_ParametricScore):
         )
 
     def forward(self, query: Tensor, key: Tensor) -> Tensor:
-        """Score every key for every query.
-
-        Args:
-            query: (..., query_len, query_dim)
-            key: (..., key_len, key_dim)
-
-        Returns:
-            Scores (..., query_len, key_len).
-
-        Raises:
-            TypeError: Query or key is not a tensor of floating point numbers.
-            ValueError: A width is not the one the module was made for, or the leading
-                dimensions do not broadcast.
-        """
+        """Score every key for every query; arguments and errors are those of `AdditiveScore`."""
         self._check(query, key)
         return (query @ self.weight.mT) @ key.mT
 

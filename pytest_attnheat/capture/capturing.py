@@ -194,27 +194,16 @@ def _warn(trace: Trace, *, allow_unseen: bool) -> None:
 
 @dataclass
 class _Call:
-    """One call of the model: copies of what it was given and had, and its output.
-
-    Attributes:
-        args: Positional arguments.
-        kwargs: Keywords.
-        buffers: Buffers of the model, by name.
-        versions: How often each parameter had been changed.
-        training: Which of its modules were training.
-        around: How it was called: gradients, autocast.
-        random: The states of random numbers of the CPU and the devices.
-        output: The tensors it returned; None while it runs, or if it raised.
-    """
+    """One call of the model: copies of what it was given and had, and its output."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     buffers: dict[str, Tensor]
-    versions: dict[str, int]
-    training: list[bool]
+    versions: dict[str, int]  # how often each parameter had been changed
+    training: list[bool]  # of each of its modules
     around: _Around
     random: dict[str, list[Tensor]]
-    output: list[Tensor] | None = None
+    output: list[Tensor] | None = None  # None while it runs, or if it raised
 
 
 class _Around:

@@ -30,14 +30,14 @@ def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
     """
     for name, module in layers.elsewhere.items():
         if _is_attention(module) and not _lies_in_one(name, layers.elsewhere):
-            yield Unseen(name, _kind(module), "it ran in another thread")
+            yield Unseen(name, type(module).__name__, "it ran in another thread")
     for name, scripted in layers.scripted.items():
         found = _OPERATORS.search(_graph(scripted))
         if found is not None:
             yield Unseen(name, "a scripted module", f"{found[1]} happens in compiled code")
     for name, module in layers.ran.items():
         if _is_attention(module) and not _accounted_for(name, layers, trace):
-            yield Unseen(name, _kind(module), "it ran, and no attention was seen in it")
+            yield Unseen(name, type(module).__name__, "it ran, and no attention was seen in it")
 
 
 def _is_attention(module: nn.Module) -> bool:
@@ -64,10 +64,6 @@ def _graph(module: torch.jit.ScriptModule) -> str:
         return str(module.inlined_graph)
     except (AttributeError, RuntimeError):  # A module without a forward of its own.
         return ""
-
-
-def _kind(module: nn.Module) -> str:
-    return type(module).__name__
 
 
 @contextmanager

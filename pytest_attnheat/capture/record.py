@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -283,8 +284,8 @@ class AttentionRecord:
         if heads is not None:
             record = record._with_heads(*self._found("heads", heads, self.shape[1], self.heads))
         if queries is not None:
-            found = self._found("queries", queries, self.shape[2], self.queries)
-            record = record._with_queries(*found)
+            numbers, here = self._found("queries", queries, self.shape[2], self.queries)
+            record = replace(record._with_rows(2, here), queries=numbers)
         return record
 
     def _found(
@@ -309,27 +310,19 @@ class AttentionRecord:
             value=_taken(self.value, 1, here // sharing(self, self.value)),
         )
 
-    def _with_queries(self, numbers: Tensor, here: Tensor) -> AttentionRecord:
-        return replace(self._with_rows(2, here), queries=numbers)
-
     def _with_rows(self, dim: int, here: Tensor) -> AttentionRecord:
         """Take some of what there is per query head (`dim` 1) or per query (2)."""
         statistics = None
         if self.statistics is not None:
             parts = vars(self.statistics).values()
             statistics = Statistics(*(part.index_select(dim, here) for part in parts))
+        names = ("query", "output", "given_mask", "bias", "sink_weights", "kept_weights")
+        kept: dict[str, Any] = {
+            name: _taken(getattr(self, name), dim, here, broadcast=name in ("given_mask", "bias"))
+            for name in names
+        }
         sinks = self.sinks if dim == 2 else _taken(self.sinks, 0, here)
-        return replace(
-            self,
-            query=_taken(self.query, dim, here),
-            output=_taken(self.output, dim, here),
-            given_mask=_taken(self.given_mask, dim, here, broadcast=True),
-            bias=_taken(self.bias, dim, here, broadcast=True),
-            sinks=sinks,
-            sink_weights=_taken(self.sink_weights, dim, here),
-            kept_weights=_taken(self.kept_weights, dim, here),
-            statistics=statistics,
-        )
+        return replace(self, **kept, sinks=sinks, statistics=statistics)
 
 
 @contextmanager

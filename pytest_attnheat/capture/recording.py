@@ -194,7 +194,6 @@ class Recording:
 
 
 def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> AttentionRecord:
-    """The record with its residual."""
     if record.dropout > 0 and used is None:
         return replace(record, unverified=f"dropout of {record.dropout:g} was applied within")
     output = record.output

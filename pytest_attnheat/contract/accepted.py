@@ -55,15 +55,16 @@ def _is_text(given: object) -> bool:
     return isinstance(given, str)
 
 
+def _are_sides(window: tuple[Any, ...]) -> bool:
+    return len(window) == 2 and all(
+        side is None or (type(side) is int and side >= 0) for side in window
+    )
+
+
 def _is_input(inputs: Tensor) -> bool:
     floats = inputs.is_floating_point() and inputs.ndim == 3
     tokens = inputs.dtype in (torch.int64, torch.int32) and inputs.ndim == 2
     return (floats or tokens) and len(inputs) >= 2 and inputs.numel() > 0
-
-
-def _is_window(window: tuple[Any, ...]) -> bool:
-    sides = [side for side in window if side is not None]
-    return len(window) == 2 and all(type(side) is int and side >= 0 for side in sides)
 
 
 def _shown(given: object) -> str:
@@ -76,18 +77,6 @@ def _one_of(known: Sequence[str], *, or_none: bool = False) -> tuple[Any, Any, s
     names = ", ".join(map(repr, known))
     types, ending = (str | None, ", or None") if or_none else (str, "")
     return types, known.__contains__, f"one of {names}{ending}"
-
-
-def _is_booleans(seen: object) -> bool:
-    return not isinstance(seen, Tensor) or (seen.dtype == torch.bool and seen.ndim == 2)
-
-
-def _is_cap(cap: Any) -> bool:
-    return isinstance(cap, str) or 0 < cap < math.inf
-
-
-def _are_steps(steps: Mapping[str, Any]) -> bool:
-    return set(steps) <= set(STEPS) and all(isinstance(to, torch.dtype) for to in steps.values())
 
 
 _TEXT = (str, lambda _: True, "a text")
@@ -113,7 +102,7 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "mask_argument": _TEXT,
     "causal": _one_of(ALIGNMENTS, or_none=True),
     "causal_argument": _TEXT,
-    "window": (tuple | None, _is_window,
+    "window": (tuple | None, _are_sides,
                "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"),
     "grouped": _FLAG,
     "dropout": _FLAG,
@@ -123,14 +112,15 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
                f"a tuple or list of one or more of {', '.join(map(repr, DTYPES))}"),
     "devices": (tuple | list | None, lambda names: names and all(map(_is_text, names)),
                 "a tuple or list of one or more names of devices, or None for all that are there"),
-    "softcap": (Real | str | None, _is_cap,
+    "softcap": (Real | str | None, lambda cap: isinstance(cap, str) or 0 < cap < math.inf,
                 "a finite number above 0, the keyword of one, or None"),
     "sinks": _PER_HEAD,
     "alibi": (Callable | Tensor | str | None, _PER_HEAD[1],
               f"a function of the number of heads, or {_PER_HEAD[2]}"),
     "bias": _KEYWORD,
     "score_mod": _FUNCTION,
-    "may_see": (Callable | Tensor | None, _is_booleans,
+    "may_see": (Callable | Tensor | None, lambda seen: not isinstance(seen, Tensor)
+                or (seen.dtype == torch.bool and seen.ndim == 2),
                 "a function of positions, booleans (query_len, key_len), or None"),
     "chunk": (int | None, lambda size: size > 0, "a whole number above 0, or None"),
     "prefix": _COUNT,
@@ -140,7 +130,8 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "lengths": _KEYWORD,
     "scale_argument": _KEYWORD,
     "mask_shape": _one_of((*MASK_SHAPES, "(L, S)", "(B, S)"), or_none=True),
-    "rounded": (Mapping | None, _are_steps,
+    "rounded": (Mapping | None, lambda steps: set(steps) <= set(STEPS)
+                and all(isinstance(to, torch.dtype) for to in steps.values()),
                 f"a dtype of torch for some of {', '.join(map(repr, STEPS))}, or None"),
     "gradients": (bool, lambda _: True, "True or False"),
     "few_shapes": (bool, lambda _: True, "True or False"),

@@ -100,31 +100,19 @@ def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:
     There is one head, but for a function of the head.
     """
     (batch, length), heads = inputs.shape[:2], 1
-    documents, may_see = spec.documents, spec.may_see
+    documents = spec.documents
     if isinstance(documents, Tensor):
         documents = as_documents(documents, (batch, length))
-    if isinstance(may_see, Tensor):
-        may_see = may_see.to(inputs.device)
-    elif may_see is not None:
+    if spec.may_see is not None and not isinstance(spec.may_see, Tensor):
         with suppress(Skipped):
             heads = max((record.shape[1] for record in records_of(spec)), default=1)
     nothing = torch.empty(batch, heads, length, 0, device=inputs.device)
-    call = Call(
-        nothing,
-        nothing,
-        nothing,
-        causal=spec.causal is not None,
-        window=spec.window,
-        chunk=spec.chunk,
-        prefix=spec.prefix,
-        sink_keys=spec.sink_keys,
-        documents=(documents, documents) if isinstance(documents, Tensor) else None,
-        may_see=(lambda b, h, i, j: may_see[i, j]) if isinstance(may_see, Tensor) else may_see,
-    )
-    seen = call.permitted(torch.arange(batch * heads, device=inputs.device), slice(0, length))
-    whole = nothing.new_ones(batch * heads, length, length, dtype=torch.bool)
-    whole = whole if seen is None else whole & seen
-    return whole.view(batch, heads, length, length)
+    rules = ("window", "chunk", "prefix", "sink_keys", "may_see")
+    always = {name: rule for name, rule in spec.always(heads).items() if name in rules}
+    if isinstance(documents, Tensor):
+        always["documents"] = (documents, documents)
+    call = Call(nothing, nothing, nothing, causal=spec.causal is not None, **always)
+    return call.visible().expand(batch, heads, length, length)
 
 
 def _carries_window(model: SequenceModel) -> bool:

@@ -57,9 +57,11 @@ def records_of(
 def _captured(
     model: SequenceModel, inputs: Tensor | None, call: Callable[[], object] | None
 ) -> list[AttentionRecord]:
-    module = _module_of(model.module)
-    if module is None or inputs is None:
+    subject = model.module
+    found = [subject] if isinstance(subject, nn.Module) else modules_in(subject)
+    if len(found) != 1 or inputs is None:
         raise Skipped("attention inside is captured of one module, or of what calls one")
+    module = found[0]
     with borrowed(module, inputs), torch.no_grad():
         module.eval()
         try:
@@ -68,14 +70,6 @@ def _captured(
         except CaptureError as error:
             raise Skipped(str(error)) from None
     return list(trace)
-
-
-def _module_of(subject: object) -> nn.Module | None:
-    """The module that a subject is, or else calls: a function around it, for instance."""
-    if isinstance(subject, nn.Module):
-        return subject
-    found = modules_in(subject)
-    return found[0] if len(found) == 1 else None
 
 
 def diagnose_records(
@@ -146,12 +140,13 @@ def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[t
     if inputs is None or spec.causal is None or torch.equal(inputs, inputs.flip(1)):
         return set()
     others = {(r.layer, r.call): r.key for r in records_of(replace(spec, inputs=inputs.flip(1)))}
-    found = set()
-    for record in records:
-        key, other = record.key, others.get((record.layer, record.call))
-        if key is not None and other is not None and torch.equal(key, other):
-            found.add((record.layer, record.call))
-    return found
+    return {
+        (record.layer, record.call)
+        for record in records
+        if record.key is not None
+        and (other := others.get((record.layer, record.call))) is not None
+        and torch.equal(record.key, other)
+    }
 
 
 def _diagnosed(
@@ -243,20 +238,16 @@ def _smaller(record: AttentionRecord) -> AttentionRecord | None:
     if batch * heads * one <= _MOST_WEIGHTS:
         return record
     entries = min(batch, 2)
+    some = ("query", "key", "value", "output", "given_mask", "bias", "sink_weights", "kept_weights")
     kept: dict[str, Any] = {
-        name: _first(getattr(record, name), entries)
-        for name in ("query", "key", "value", "output", "given_mask", "bias", "sink_weights",
-                     "kept_weights")
-    }  # fmt: skip
+        name: whole if whole is None or whole.shape[0] == 1 else whole[:entries]
+        for name, whole in ((name, getattr(record, name)) for name in some)
+    }
     record = replace(record, shape=(entries, *record.shape[1:]), **kept)
     if entries * heads * one <= _MOST_WEIGHTS:
         return record
     numbers = range(heads) if record.heads is None else record.heads.tolist()
     return record.select(heads=list(numbers)[: max(_MOST_WEIGHTS // (entries * one), 1)])
-
-
-def _first(tensor: Tensor | None, entries: int) -> Tensor | None:
-    return tensor if tensor is None or tensor.shape[0] == 1 else tensor[:entries]
 
 
 def _place(record: AttentionRecord) -> str:

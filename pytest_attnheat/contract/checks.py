@@ -78,6 +78,19 @@ def _ask(examination: Examination, **levels: Any) -> None:
         raise Skipped(f"it refuses {text_of(levels)}: {error}") from None
 
 
+def _judged(
+    name: str, sentence: str, about: str, *calls: dict[str, Any], ask: Any = _judge, **more: Any
+) -> None:
+    """Register the check that judges some calls, by their levels; `about` says what they are."""
+
+    def run(examination: Examination) -> None:
+        for levels in calls:
+            ask(examination, **levels)
+
+    run.__doc__ = about
+    check(name, sentence, **more)(run)
+
+
 @check("shape_and_dtype", "the output has the shape, dtype and device that it must have",
        quick=True)  # fmt: skip
 def shape_and_dtype(examination: Examination) -> None:
@@ -92,33 +105,20 @@ def shape_and_dtype(examination: Examination) -> None:
         raise Failure("", claim)
 
 
-@check("plain", "without a mask it is attention, as exactly as its dtype allows", quick=True,
-       issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
-def plain(examination: Examination) -> None:
-    """Query_len and key_len differ, so that neither is taken for the other."""
-    _judge(examination)
-
-
-@check("masked", "under a mask it is attention", needs=takes_mask, quick=True,
-       issue="huggingface/pytorch-image-models#2236")  # fmt: skip
-def masked(examination: Examination) -> None:
-    """Each batch entry has its own mask."""
-    _judge(examination, mask="boolean")
-
-
-@check("float_mask", "a mask of floats is added to the scores", needs=takes_float_mask, quick=True,
-       issue="huggingface/transformers#38094")  # fmt: skip
-def float_mask(examination: Examination) -> None:
-    """Finite biases, and -inf where a key is hidden."""
-    for fill in ("finite", "-inf"):
-        _judge(examination, mask="additive", fill=fill)
-
-
-@check("causal", "with is_causal it is causal attention", needs=takes_causal, quick=True,
-       issue="keras-team/keras#23038")  # fmt: skip
-def causal(examination: Examination) -> None:
-    """As many queries as keys: the alignment does not matter."""
-    _judge(examination, causal=True, sizes=(7, 7))
+_judged("plain", "without a mask it is attention, as exactly as its dtype allows",
+        "Query_len and key_len differ, so that neither is taken for the other.", {}, quick=True,
+        issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
+_judged("masked", "under a mask it is attention", "Each batch entry has its own mask.",
+        {"mask": "boolean"}, needs=takes_mask, quick=True,
+        issue="huggingface/pytorch-image-models#2236")  # fmt: skip
+_judged("float_mask", "a mask of floats is added to the scores",
+        "Finite biases, and -inf where a key is hidden.", {"mask": "additive", "fill": "finite"},
+        {"mask": "additive", "fill": "-inf"}, needs=takes_float_mask, quick=True,
+        issue="huggingface/transformers#38094")  # fmt: skip
+_judged("causal", "with is_causal it is causal attention",
+        "As many queries as keys: the alignment does not matter.",
+        {"causal": True, "sizes": (7, 7)}, needs=takes_causal, quick=True,
+        issue="keras-team/keras#23038")  # fmt: skip
 
 
 @check("causal_rectangular", "is_causal is aligned as declared where lengths differ",
@@ -130,26 +130,17 @@ def causal_rectangular(examination: Examination) -> None:
         _judge_unless_refused(examination, causal=True, sizes=(9, 5))
 
 
-@check("masked_and_causal", "a mask and is_causal at once hide what either hides",
-       needs=all_of(takes_causal, takes_mask), quick=True)  # fmt: skip
-def masked_and_causal(examination: Examination) -> None:
-    """Both at once, where they are not refused."""
-    _judge_unless_refused(examination, mask="boolean", causal=True, sizes=(7, 7))
-
-
-@check("scale_argument", "scale multiplies the scores", needs=takes_scale)
-def scale_argument(examination: Examination) -> None:
-    """A scale of 0.7 and one below 0, where it has the argument."""
-    for scale in (0.7, -0.4):
-        _judge(examination, scale=scale)
-
-
-@check("fully_masked", "a query that may attend to nothing gives what is declared",
-       needs=all_of(declares_fully_masked, takes_mask), quick=True,
-       issue="pytorch/pytorch#103963")  # fmt: skip
-def fully_masked(examination: Examination) -> None:
-    """One query of several may attend to nothing."""
-    _judge(examination, mask="boolean", empty=True)
+_judged("masked_and_causal", "a mask and is_causal at once hide what either hides",
+        "Both at once, where they are not refused.",
+        {"mask": "boolean", "causal": True, "sizes": (7, 7)}, ask=_judge_unless_refused,
+        needs=all_of(takes_causal, takes_mask), quick=True)  # fmt: skip
+_judged("scale_argument", "scale multiplies the scores",
+        "A scale of 0.7 and one below 0, where it has the argument.", {"scale": 0.7},
+        {"scale": -0.4}, needs=takes_scale)  # fmt: skip
+_judged("fully_masked", "a query that may attend to nothing gives what is declared",
+        "One query of several may attend to nothing.", {"mask": "boolean", "empty": True},
+        needs=all_of(declares_fully_masked, takes_mask), quick=True,
+        issue="pytorch/pytorch#103963")  # fmt: skip
 
 
 @check("grouped", "grouped heads share keys in the order of repeat_interleave", needs=takes_groups,
@@ -177,29 +168,21 @@ def block_lengths(examination: Examination) -> None:
             _judge(examination, sizes=sizes, batch=1, key_heads=1)
 
 
-def _option(name: str, sentence: str, *levels: Any, **more: Any) -> None:
+def _option(name: str, sentence: str, **more: Any) -> None:
     """Register the check of a feature that the subject takes under a keyword."""
-
-    def ask(examination: Examination) -> None:
-        for level in levels:
-            _judge(examination, **{name: level}, **more)
-
-    ask.__doc__ = f"With {name}, all else ordinary."
-    check(name, sentence, needs=takes_option(name), quick=True)(ask)
+    about = f"With {name}, all else ordinary."
+    _judged(name, sentence, about, {name: True, **more}, needs=takes_option(name), quick=True)
 
 
-_option("softcap", "softcap bounds the scores before the mask", True)
-_option("sinks", "a sink joins the sum of each row, and has no value", True)
-_option("alibi", "a score falls with the distance of query and key", True)
-_option("bias", "a bias is added to the scores", True)
-_option("documents", "a query sees its own document alone", True, sizes=(7, 7))
-_option("lengths", "keys beyond the length of a batch entry are not seen", True)
-
-
-@check("gradients", "its gradients are those of attention", needs=has_gradients)
-def gradients(examination: Examination) -> None:
-    """Of query, key and value, for a random gradient of the output."""
-    _judge(examination, gradients="all")
+_option("softcap", "softcap bounds the scores before the mask")
+_option("sinks", "a sink joins the sum of each row, and has no value")
+_option("alibi", "a score falls with the distance of query and key")
+_option("bias", "a bias is added to the scores")
+_option("documents", "a query sees its own document alone", sizes=(7, 7))
+_option("lengths", "keys beyond the length of a batch entry are not seen")
+_judged("gradients", "its gradients are those of attention",
+        "Of query, key and value, for a random gradient of the output.", {"gradients": "all"},
+        needs=has_gradients)  # fmt: skip
 
 
 @check("gradients_masked", "gradients are right under a mask, and finite where it hides all",

@@ -1,25 +1,38 @@
-"""Every pair of declared features, and the smallest call of those that go wrong."""
+"""Every pair of declared features, the smallest call that goes wrong, and asking it again."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from typing import Any
+from typing import Any, TypeAlias
 
-import torch
-
-from pytest_attnheat.attention.covering import Covering
-from pytest_attnheat.attention.levels import Choice, Levels, shrunk, text_of
-from pytest_attnheat.contract.examination import Examination, Skipped, is_about_dtypes
+from pytest_attnheat.attention.cases import DTYPES
+from pytest_attnheat.attention.levels import SIZES, Choice, Levels, Space, read, shrunk, text_of
+from pytest_attnheat.contract.examination import (
+    Check,
+    Examination,
+    Skipped,
+    is_about_dtypes,
+    is_refusal,
+)
 from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import dtype_name, misuse
 
 # Features whose levels may be refused: all but what is asked of the answer.
 _ASKED = ("numbers", "gradients")
+# What was in calls that were refused is asked again, so often.
+_ROUNDS = 4
+# The check that a replay is.
+REPLAY = "replay"
+# What calls that are wrong share with a smaller probability is no chance.
+_CHANCE = 1e-3
+_Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
 
 
 @dataclass
-class _Refusals:
+class Refusals:
     """What the subject turned out not to take, found by asking for little besides.
 
     Attributes:
@@ -31,32 +44,21 @@ class _Refusals:
     examination: Examination
     known: dict[Levels, str | None] = field(default_factory=dict)
 
-    @property
-    def banned(self) -> frozenset[Levels]:
-        """All levels, or pairs of them, that were refused."""
-        return frozenset(some for some, reason in self.known.items() if reason)
-
-    def of(self, chosen: Choice) -> str | None:
-        """Return why a choice cannot be asked; None if one alone or two of its levels can."""
-        special = self._special(chosen)
+    def of(self, chosen: Choice, error: Exception) -> bool:
+        """Return whether a choice cannot be asked: one alone or two of its levels cannot be."""
+        named = self.examination.space.named(chosen)
+        special = tuple((name, level) for name, level in named.items() if name not in _ASKED)
         for size in (1, 2):
-            for some in combinations(special.items(), size):
-                if reason := self._reason(some):
-                    return reason
-        return None
+            if any(self._refused(some) for some in combinations(special, size)):
+                return True
+        if is_refusal(error):  # it takes more than two
+            self.known[special] = _words(error)
+        return is_refusal(error)
 
-    def _special(self, chosen: Choice) -> dict[str, Any]:
-        ordinary = self.examination.space.choice()
-        return {
-            name: level
-            for name, level in chosen.items()
-            if level != ordinary[name] and name not in _ASKED
-        }
-
-    def _reason(self, some: Levels) -> str | None:
+    def _refused(self, some: Levels) -> bool:
         if some not in self.known:
             self.known[some] = self._ask(dict(some))
-        return self.known[some]
+        return self.known[some] is not None
 
     def _ask(self, levels: Mapping[str, Any]) -> str | None:
         try:
@@ -66,88 +68,185 @@ class _Refusals:
         try:
             self.examination.spec.ask(call)
         except Exception as error:
-            if is_about_dtypes(error):
-                return None
-            text = str(error).partition("\n")[0]
-            return f"{text_of(levels)} ({type(error).__name__}: {text})"
+            return None if is_about_dtypes(error) else _words(error)
         return None
 
+    @property
+    def levels(self) -> frozenset[Levels]:
+        """What was refused."""
+        return frozenset(some for some, words in self.known.items() if words is not None)
 
-def _taken(examination: Examination, refusals: _Refusals) -> Covering:
-    """Return the cases that cover all pairs of what the subject does not refuse."""
-    every = examination.space.covering()
-    with torch.no_grad():
-        for chosen in every.cases:
-            try:
-                examination.spec.ask(examination.drawn(chosen))
-            except Exception:  # whatever it raises, it may be what it is asked
-                refusals.of(chosen)
-    return examination.space.covering(refusals.banned)
+    def __str__(self) -> str:
+        """Say what was refused, in each of its own words once."""
+        said: dict[str, list[str]] = {}
+        for some, words in self.known.items():
+            if words is not None:
+                said.setdefault(words, []).append(text_of(dict(some)))
+        return "; ".join(f"{', '.join(levels)} ({words})" for words, levels in said.items())
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def ask_pairs(examination: Examination) -> str:
-    """Judge the cases in which every pair of levels occurs; return how many that were.
+    """Judge calls in which every pair of levels occurs; return how many pairs that were.
 
     Raises:
-        Failure: Some case is wrong. It is about the smallest call found that still is.
+        Failure: Some call is wrong. It is about the smallest one found that still is.
+        Exception: What the subject raises for it.
+        Skipped: It refuses every call.
     """
-    refusals = _Refusals(examination)
-    covering = _taken(examination, refusals)
-    refused = dict.fromkeys(reason for reason in refusals.known.values() if reason)
-    wrong: list[tuple[dict[str, Any], Exception]] = []
-    asked = 0
-    for chosen in covering.cases:
-        try:
-            examination.judge(chosen, explain=False)
-        except Exception as error:
-            reason = None if isinstance(error, Failure) else refusals.of(chosen)
-            if reason:
-                refused[reason] = None
-                continue
-            wrong.append((chosen, error))
-        asked += 1
-    if not asked:
-        raise Skipped("; ".join(refused) or "nothing can be asked")
+    refusals = Refusals(examination)
+    asked: list[dict[str, Any]] = []
+    wrong: _Wrong = []
+    refused = 0
+    for _ in range(_ROUNDS):
+        # What else was in the calls that were refused is asked without what was refused.
+        covering = examination.space.covering(refusals.levels, asked)
+        if not covering.cases:
+            break
+        for chosen in covering.cases:
+            if error := _error(chosen, examination):
+                if not isinstance(error, Failure) and refusals.of(chosen, error):
+                    refused += 1
+                    continue
+                wrong.append((chosen, error))
+            asked.append(chosen)
     if wrong:
         _raise_smallest(examination, wrong, asked)
-    note = f"{covering.pairs} pairs of levels in {asked} cases, all that can occur together"
-    return note + (f"; it refuses {'; '.join(refused)}" if refused else "")
-
-
-def _raise_smallest(
-    examination: Examination, wrong: Sequence[tuple[dict[str, Any], Exception]], asked: int
-) -> None:
-    first, error = min(wrong, key=lambda one: len(_unlike(one[0], examination)))
-    kind = type(error)
-    smallest = shrunk(
-        first, lambda chosen: isinstance(_error(chosen, examination), kind), examination.space
+    if not asked:
+        raise Skipped(str(refusals) or "nothing can be asked")
+    pairs = len({pair for one in asked for pair in combinations(one.items(), 2)})
+    every = "all" if pairs == covering.pairs else f"of {covering.pairs:,}"
+    note = f"{pairs:,} pairs of levels in {len(asked)} calls per dtype, {every} that can occur"
+    return f"{note} together" + (
+        f"\n{refused} more calls were refused: {refusals}" if refused else ""
     )
-    shared = {
-        name: level
-        for name, level in _unlike(first, examination).items()
-        if all(other[name] == level for other, _ in wrong)
-    }
-    try:
-        examination.judge(smallest)
-    except Failure as failure:
-        failure.cases = f"{len(wrong)} of {asked} are wrong" + (
-            f", all with {text_of(shared)}" if shared else ""
-        )
-        text = text_of(_unlike(smallest, examination)) or "ordinary"
-        failure.repeat = f"--attn-replay='{text}' (the smallest call), {failure.repeat}"
-        raise
-    raise error  # what keeps something from call to call need not go wrong twice
 
 
 def _error(chosen: Choice, examination: Examination) -> Exception | None:
     try:
         examination.judge(chosen, explain=False)
     except Exception as error:
-        return error
+        return error.with_traceback(None)  # which would keep every tensor of the call
     return None
 
 
-def _unlike(chosen: Choice, examination: Examination) -> dict[str, Any]:
-    """The levels that are not ordinary."""
-    ordinary = examination.space.choice()
-    return {name: level for name, level in chosen.items() if level != ordinary[name]}
+def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Choice]) -> None:
+    space = examination.space
+    first, error = min(wrong, key=lambda one: len(space.named(one[0])))
+    kind = _kind(error)
+    smallest = shrunk(first, lambda one: _kind(_error(one, examination)) == kind, space)
+    shared = _shared(space, smallest, [one for one, _ in wrong], asked)
+    said = f"{len(wrong)} of {len(asked)} calls are wrong" + (f", all with {shared}" * bool(shared))
+    try:
+        examination.judge(smallest, explain=False)
+    except Failure as failure:
+        failure.cases = said
+        failure.cause = _cause(examination, smallest, first)
+        raise
+    except Exception as raised:
+        vars(raised).setdefault("__notes__", []).insert(0, said)
+        raise
+    raise error  # which it does not always raise
+
+
+def _cause(examination: Examination, smallest: Choice, first: Choice) -> str | None:
+    """The likely cause, told by a larger call: of one or two numbers, too much is true."""
+    for sizes in (examination.space.choice(), first, smallest):
+        chosen = {**smallest, **{name: sizes[name] for name in SIZES}}
+        try:
+            if examination.space.declared.possible(chosen):
+                examination.judge(chosen)
+        except Failure as failure:
+            return failure.cause
+        except Exception:  # the smallest is what is told of
+            continue
+    return None
+
+
+def _kind(error: Exception | None) -> object:
+    """What is alike in two errors: of a subject's own, its words without their numbers."""
+    if error is None or isinstance(error, Failure):
+        return type(error)
+    return type(error), re.sub(r"\d+", "", str(error))
+
+
+def _shared(
+    space: Space, smallest: Choice, wrong: Sequence[Choice], asked: Sequence[Choice]
+) -> str:
+    """Say what all calls that are wrong have in common, unless it is likely to be chance."""
+    levels = {
+        name: [level for level in known if any(one[name] == level for one in wrong)]
+        for name, known in space.declared.levels().items()
+    }
+    ordinary = space.choice()
+    needed = {
+        name
+        for name in space.named(smallest)
+        if name != "sizes" and ordinary[name] not in levels[name]
+    }
+    alike = [one for one in asked if all(one[name] in levels[name] for name in needed)]
+    said = []
+    for name, found in levels.items():
+        likely = sum(one[name] in found for one in alike) / len(alike)
+        if name in needed or (likely < 1 and likely ** len(wrong) < _CHANCE):
+            said.append(
+                f"{name}={'|'.join(text_of({name: one}).partition('=')[2] for one in found)}"
+            )
+    return " ".join(said)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """One call as a failed examination printed it.
+
+    Attributes:
+        levels: Its levels as text; what is left out is ordinary.
+        dtype: The dtype that it names, if it does.
+        seed: The seed that it names, if it does.
+    """
+
+    levels: str
+    dtype: str | None = None
+    seed: int | None = None
+
+    @classmethod
+    def of(cls, text: str) -> Replay:
+        """Read a text.
+
+        Raises:
+            ValueError: It names no dtype or no seed where it says so.
+        """
+        given = dict(re.findall(r"(?:^|\s)(dtype|seed)=(\S*)", text))
+        dtype, seed = given.get("dtype"), given.get("seed")
+        if dtype not in (None, *DTYPES):
+            raise ValueError(misuse("replay", repr(f"dtype={dtype}"), ", ".join(DTYPES)))
+        if seed is not None and not (seed.isascii() and seed.isdigit()):
+            raise ValueError(misuse("replay", repr(f"seed={seed}"), "a whole number from 0"))
+        levels = " ".join(part for part in text.split() if part.partition("=")[0] not in given)
+        return cls(levels, dtype, None if seed is None else int(seed))
+
+    def among(self, examinations: Sequence[Examination]) -> list[Examination]:
+        """Return the examinations in the dtype that it names; one of the others to say so."""
+        named = [one for one in examinations if self.dtype in (None, dtype_name(one.dtype))]
+        return named or list(examinations[:1])
+
+    @property
+    def check(self) -> Check:
+        """The check that judges it, and nothing else."""
+        return Check(REPLAY, "the call that is replayed is attention", self._judge, quick=True)
+
+    def _judge(self, examination: Examination) -> None:
+        if examination.spec.is_block or examination.spec.is_captured:
+            raise Skipped("only a call of an attention function can be replayed")
+        if self.dtype not in (None, dtype_name(examination.dtype)):
+            raise Skipped(f"it is not examined in {self.dtype}")
+        if self.seed is not None:
+            examination = replace(examination, seed=self.seed)
+        try:
+            chosen = read(self.levels, examination.space)
+        except ValueError as reason:
+            raise Skipped(str(reason)) from None
+        examination.judge(chosen)

@@ -8,7 +8,7 @@ does, it is said what was excluded, and where the error is.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.callables import random_kept
@@ -26,7 +27,6 @@ from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.explaining import explained, filled, inferred_weights
 from pytest_attnheat.contract.matching import Explanation, errors, measure
 from pytest_attnheat.contract.probing import (
-    Blueprint,
     Probe,
     ask,
     blueprints,
@@ -90,7 +90,7 @@ def diagnose(
     refused: dict[str, str] = {}
     last: Diagnosis | None = None
     for name in (name for name in _DTYPES if name in spec.dtypes):
-        with one_thread(), random_kept(_devices(spec)):
+        with one_thread(), random_kept([torch.device(one) for one in (spec.devices or ())[:1]]):
             torch.manual_seed(seed)
             probes, refused_here = _answers(spec, seed, getattr(torch, name))
             if not probes:
@@ -98,7 +98,8 @@ def diagnose(
                 continue
             last = _diagnosed(spec, seed, probes, refused_here)
         if not last.healthy:
-            return replace(last, notes=(*last.notes, *_sound_elsewhere(sound)))
+            elsewhere = [f"correct in {', '.join(sound)}"] if sound else []
+            return replace(last, notes=(*last.notes, *elsewhere))
         sound[name] = last.residual
     if last is None:
         reasons = "; ".join(f"{name}: {why}" for name, why in refused.items())
@@ -118,11 +119,6 @@ def diagnose(
 # --- asking
 
 
-def _devices(spec: AttentionSpec) -> list[torch.device]:
-    """The device whose generator the subject may use besides that of the CPU."""
-    return [torch.device(name) for name in (spec.devices or ())[:1]]
-
-
 def _answers(
     spec: AttentionSpec, seed: int, dtype: torch.dtype
 ) -> tuple[list[Probe], dict[str, str]]:
@@ -133,7 +129,8 @@ def _answers(
         answer = probe(spec, blueprint, seed, dtype, tolerance)
         if isinstance(answer, Probe):
             probes.append(answer)
-        elif _worth_a_word(spec, blueprint):
+        # Grouped heads are worth a word only where they are declared.
+        elif blueprint.judged and (blueprint.name != "grouped heads" or spec.grouped is True):
             refused[blueprint.name] = answer
     return probes, refused
 
@@ -144,18 +141,13 @@ def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
     return max(answer_tolerance(dtype), own * max(coarser, 1.0))
 
 
-def _worth_a_word(spec: AttentionSpec, blueprint: Blueprint) -> bool:
-    """Whether a refusal is worth a word: grouped heads are only where they are declared."""
-    return blueprint.judged and (blueprint.name != "grouped heads" or spec.grouped is True)
-
-
 def _diagnosed(
     spec: AttentionSpec, seed: int, probes: Sequence[Probe], refused: dict[str, str]
 ) -> Diagnosis:
     first = probes[0]
     again = ask(spec, first.case, first.dtype)
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(first.output)):
-        random = at_random(spec, probes, again, refused)
+        random = _at_random(spec, probes, again, refused)
         if random is not None:
             return random
     judged = [one for one in probes if one.judged]
@@ -174,11 +166,6 @@ def _garbage_note(one: Probe) -> str:
     return f"{defect.name}: it {defect.sentence.removeprefix('that ')}"
 
 
-def _sound_elsewhere(sound: Iterable[str]) -> tuple[str, ...]:
-    names = ", ".join(sound)
-    return (f"correct in {names}",) if names else ()
-
-
 # --- a subject that gives another answer when asked again: dropout, beside a defect or not
 #
 # Values that are an identity matrix give single weights as outputs. With dropout each of them is,
@@ -186,20 +173,13 @@ def _sound_elsewhere(sound: Iterable[str]) -> tuple[str, ...]:
 # for one common factor, can be put together from a few calls and compared with the known defects.
 
 
-def at_random(
+def _at_random(
     spec: AttentionSpec, probes: Sequence[Probe], again: Tensor, refused: dict[str, str]
 ) -> Diagnosis | None:
-    """Return the diagnosis of a subject that answers differently, None where that is rounding.
-
-    Args:
-        spec: The subject.
-        probes: Its answers.
-        again: Its answer to the first case when asked a second time.
-        refused: Why other cases were not answered.
-    """
+    """Return the diagnosis of a subject that answers differently, None where that is rounding."""
     first = probes[0]
-    error, allowed = errors(Plan(), replace(first, output=again))
-    before, _ = errors(Plan(), first)
+    error, allowed = errors(replace(first, output=again))
+    before, _ = errors(first)
     if bool((error <= allowed).all()) and bool((before <= allowed).all()):
         return None
     between = float((again - first.output).square().mean().sqrt())
@@ -215,7 +195,8 @@ def at_random(
         inferred_weights=inferred_weights(spec, first),
         case=first.case.name,
     )
-    if _drops_outputs(first.output):
+    zero = first.output == 0
+    if bool((zero.any(-1) & ~zero.all(-1)).any()):  # those of weights that are dropped never are
         sentence = f"{diagnosis.sentence}: single numbers of it are 0, as if it were dropped out"
         return replace(diagnosis, sentence=sentence)
     found = _without_dropout(spec, probes)
@@ -267,12 +248,6 @@ def _is_plausible(factor: float | None, share: float) -> bool:
     return abs(factor - 1.0) <= 1e-3 or abs(1.0 - 1.0 / factor - share) <= _SHARE_KNOWN_TO
 
 
-def _drops_outputs(output: Tensor) -> bool:
-    """Whether single numbers of a row are 0: those of weights that are dropped never are."""
-    zero = output == 0
-    return bool((zero.any(-1) & ~zero.all(-1)).any())
-
-
 def _without_dropout(
     spec: AttentionSpec, probes: Sequence[Probe]
 ) -> tuple[float, list[Probe]] | None:
@@ -304,21 +279,17 @@ def _together(spec: AttentionSpec, one: Probe) -> tuple[float, Tensor] | None:
         except Exception:  # it takes no such values
             return None
         if len(runs) == _FEWEST:
-            wanted = _enough(_dropped(_numbers(runs)), runs[0].numel())
-    finite = torch.stack(runs).isfinite()
-    if not bool((finite == finite[0]).all()):
+            wanted = _enough(_dropped(finite(torch.stack(runs))), runs[0].numel())
+    known = torch.stack(runs).isfinite()
+    if not bool((known == known[0]).all()):
         return None
-    numbers = _numbers(runs)
+    numbers = finite(torch.stack(runs))
     chosen = numbers.abs().argmax(0, keepdim=True)
     largest = numbers.gather(0, chosen)[0]
     off = (numbers - largest).abs() > answer_tolerance(one.dtype) * largest.abs()
     if bool((off & (numbers != 0)).any()):
         return None
-    return _dropped(numbers), torch.where(finite[0], largest, runs[0])
-
-
-def _numbers(runs: Sequence[Tensor]) -> Tensor:
-    return torch.nan_to_num(torch.stack(list(runs)), nan=0.0, posinf=0.0, neginf=0.0)
+    return _dropped(numbers), torch.where(known[0], largest, runs[0])
 
 
 def _dropped(runs: Tensor) -> float:

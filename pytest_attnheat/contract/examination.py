@@ -17,11 +17,20 @@ from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, Run
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.levels import NONE, NUMBERS, OPTIONS, Choice, Declared, Space
+from pytest_attnheat.attention.levels import (
+    NONE,
+    NUMBERS,
+    OPTIONS,
+    Choice,
+    Declared,
+    Space,
+    text_of,
+)
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.contract.asking import UndeclaredError, keyword_of
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
 from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import dtype_name
 
 # What a check examines: a function, a block with projections of its own, or what was captured.
 Kind: TypeAlias = Literal["function", "block", "captured"]
@@ -173,17 +182,34 @@ class Examination:
         if wanted == "all":
             names += ["attn_mask"] if call.bias is not None else []
             names += ["sinks"] if chosen.get("sinks") else []
-        judge_call(
-            "",
-            self._run(self.spec, wanted == NONE),
-            call,
-            Criteria(
-                fully_masked=self.spec.fully_masked, reference=self._reference(), seed=self.seed
-            ),
-            names=names,
-            code=self.spec.subject,
-            explain=explain,
-        )
+        try:
+            judge_call(
+                "",
+                self._run(self.spec, wanted == NONE),
+                call,
+                Criteria(
+                    fully_masked=self.spec.fully_masked, reference=self._reference(), seed=self.seed
+                ),
+                names=names,
+                code=self.spec.subject,
+                explain=explain,
+            )
+        except Failure as failure:
+            failure.repeat = self.repeat(chosen)
+            raise
+        except Exception as error:
+            vars(error)["__notes__"] = [self.repeat(chosen)]  # as `add_note`, new in Python 3.11
+            raise
+
+    def text(self, chosen: Choice) -> str:
+        """Return a choice as a text that `Replay` takes, whatever else is examined."""
+        named = {**self.space.named(chosen), "dtype": dtype_name(self.dtype), "seed": self.seed}
+        return text_of(named)
+
+    def repeat(self, chosen: Choice) -> str:
+        """Return what asks a choice again, under pytest and in plain Python."""
+        text = self.text(chosen)
+        return f'--attn-replay="{text}"\ncheck_attention(..., replay="{text}")'
 
     def _run(self, spec: AttentionSpec, without_gradients: bool = False) -> Run:
         def run(call: Call) -> Tensor:
@@ -193,8 +219,8 @@ class Examination:
         return run
 
     def _reference(self) -> Run | None:
-        own = self.spec.reference
-        return None if own is None else self._run(replace(self.spec, subject=own, reference=None))
+        expected = self.spec.expected()
+        return None if expected is None else self._run(expected)
 
     def block(self) -> tuple[SequenceModel, Tensor]:
         """Return the block and its input on the device of this examination."""
@@ -328,25 +354,21 @@ def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | Non
 
 takes_mask = _need(lambda spec: spec.mask is not None, "it does not take a mask", "mask")
 takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal", "causal")
-takes_groups = _need(
-    lambda spec: spec.grouped and spec.has_heads, "it is not declared to take grouped heads"
-)
+takes_groups = _need(lambda spec: spec.grouped and spec.has_heads,
+                     "it is not declared to take grouped heads")  # fmt: skip
 takes_scale = _need(lambda spec: spec.scale_argument is not None, "its signature has no scale")
 takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
-declares_fully_masked = _need(
-    lambda spec: spec.fully_masked != "undefined", 'fully_masked="undefined" declares nothing'
-)
-returns_weights = _need(
-    lambda spec: spec.returns not in ("output", "lse"), "it is declared to return no weights"
-)
+declares_fully_masked = _need(lambda spec: spec.fully_masked != "undefined",
+                              'fully_masked="undefined" declares nothing')  # fmt: skip
+returns_weights = _need(lambda spec: spec.returns not in ("output", "lse"),
+                        "it is declared to return no weights")  # fmt: skip
 returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
-has_gradients = _need(
-    lambda spec: spec.gradients and spec.rounded is None, "it is declared to have no gradients"
-)
-_POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
+has_gradients = _need(lambda spec: spec.gradients and spec.rounded is None,
+                      "it is declared to have no gradients")  # fmt: skip
+_POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys")
 has_no_positions = _need(
     lambda spec: (
-        not any(getattr(spec, name) for name in _POSITIONAL if name != "alibi")
+        not any(getattr(spec, name) for name in _POSITIONAL)
         and (spec.alibi is None or isinstance(spec.alibi, str))
     ),
     "padding on the left would move its positions",

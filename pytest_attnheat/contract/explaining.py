@@ -52,7 +52,12 @@ def explained(
         return replace(base, sentence=f"{name} is not attention as declared", refused=refused)
     diagnosis = replace(base, refused=refused, where=where_wrong(probes), **shown(spec, probes))
     if correct.fit.excess <= nearly(probes):
-        return _almost(diagnosis, correct)
+        # Any small change might explain that, so none is named.
+        return replace(
+            diagnosis,
+            sentence=f"{name} is off by {correct.fit.excess:.2g} times what rounding may do, too "
+            f"little to tell by what; residual {residual_text(correct.fit.residual)}",
+        )
     searched, explanations = _search(probes, keep=spec is not None)
     fitting, near, others = _sorted(explanations, nearly(probes))
     diagnosis = replace(diagnosis, compared=searched.compared, unseen=tuple(searched.unseen))
@@ -75,15 +80,6 @@ def explained(
         constant=best.constant,
         excluded=_excluded(explanations, [best.names, *alternatives]),
         sentence=_sentence(name, best, rest, best_other),
-    )
-
-
-def _almost(diagnosis: Diagnosis, correct: Explanation) -> Diagnosis:
-    """A subject that is hardly wrong: any small change might explain that, so none is named."""
-    return replace(
-        diagnosis,
-        sentence=f"{diagnosis.subject} is off by {correct.fit.excess:.2g} times what rounding may "
-        f"do, too little to tell by what; residual {residual_text(correct.fit.residual)}",
     )
 
 
@@ -121,14 +117,10 @@ def _sorted(
         kind = fitting if one.reproduces else near if one.fit.excess <= limit else others
         kind.append(one)
     # Coarse steps explain less exactly than others: they come last.
-    fitting.sort(key=lambda one: (len(one.defects), _roughness(one)))
+    fitting.sort(key=lambda one: (len(one.defects), sum(d.seen != "exactly" for d in one.defects)))
     others.sort(key=lambda one: one.fit.residual)
     unique = {one.names: one for one in reversed(fitting)}
     return list(reversed(unique.values())), near, others
-
-
-def _roughness(one: Explanation) -> int:
-    return sum(defect.seen != "exactly" for defect in one.defects)
 
 
 def _unique(names: Iterable[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -235,7 +227,7 @@ def where_wrong(probes: Sequence[Probe]) -> dict[str, str]:
 
 def wrong_rows(one: Probe) -> Tensor:
     """Return which rows of an answer are wrong, (batch, heads, query_len)."""
-    error, allowed = errors(Plan(), one)
+    error, allowed = errors(one)
     return error > allowed
 
 
@@ -315,7 +307,7 @@ def shown(spec: AttentionSpec | None, probes: Sequence[Probe]) -> dict[str, Any]
     wrong.sort(key=lambda one: not bool(one.output.isfinite().all()))
     one = wrong[0]
     result = carry_out(Plan(), one.case)
-    error, allowed = errors(Plan(), one)
+    error, allowed = errors(one)
     ratio = torch.nan_to_num(error / allowed).amax(-1)
     batch, head = divmod(int(ratio.argmax()), ratio.shape[1])
     inferred = None if spec is None else inferred_weights(spec, one)

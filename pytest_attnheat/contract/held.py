@@ -99,7 +99,6 @@ def _wide(value: Any) -> Any:
 
 
 def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dict[str, Any]:
-    """The fields of the case that are declared."""
     query_len, key_len = record.shape[2:]
     always = {n: _wide(value) for n, value in spec.always(record.shape[1]).items()}
     found: dict[str, Any] = {
@@ -167,9 +166,13 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
     unsure = any(math.isnan(factor) for factor in record.scaled_before)
     against = _against(record)
     if against is not None and not unsure:
-        return _nearest(against.value, default), ""
+        # Some carry what scores are divided by.
+        either = (against.value, 1 / against.value)
+        return min(either, key=lambda number: abs(math.log(number / default))), ""
     named = any(one.name.startswith("config.") for one in carried)
-    if not unsure and not named and _is_of_embedding(used, record):
+    heads = record.shape[1]
+    of_embedding = heads > 1 and _alike(used, (heads * width) ** -0.5)
+    if not unsure and not named and of_embedding:
         return default, ""
     if carried or _alike(used, default):
         return used, ""
@@ -188,35 +191,20 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
     return used, hint
 
 
-def _is_of_embedding(used: float, record: AttentionRecord) -> bool:
-    assert record.query is not None
-    heads, width = record.shape[1], record.query.shape[-1]
-    return heads > 1 and _alike(used, (heads * width) ** -0.5)
-
-
 def _alike(number: float, other: float) -> bool:
     return math.isclose(number, other, rel_tol=_ALIKE)
-
-
-def _nearest(carried: float, default: float) -> float:
-    """A scale, of a number that scores are multiplied by, or divided by."""
-    either = (carried, 1 / carried)
-    return min(either, key=lambda number: abs(math.log(number / default)))
-
-
-def _agrees(carried: Carried, record: AttentionRecord) -> bool:
-    """Whether a scale is what was used, or a step of it; some are divided by."""
-    assert record.scale is not None
-    used = (record.scale, *_steps(record))
-    return any(_alike(carried.value, one) or _alike(1 / carried.value, one) for one in used)
 
 
 def _against(record: AttentionRecord) -> Carried | None:
     """A scale that the module carries and its attention does not have, if there is one."""
     if record.scale is None:
         return None
-    scales = (one for one in record.carried if one.feature == "scale")
-    return next((one for one in scales if not _agrees(one, record)), None)
+    used = (record.scale, *_steps(record))
+    for one in (one for one in record.carried if one.feature == "scale"):
+        # Some are divided by.
+        if not any(_alike(one.value, step) or _alike(1 / one.value, step) for step in used):
+            return one
+    return None
 
 
 def _steps(record: AttentionRecord) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
 """How well a plan reproduces what a subject answered.
 
-What counts as rounding is said in `pytest_attnheat.attention.tolerance`.
+What counts as rounding is said in `pytest_attnheat.attention.mistakes`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
-from pytest_attnheat.attention.tolerance import answer_units, is_fine
+from pytest_attnheat.attention.mistakes import Expected, expected, finite
+from pytest_attnheat.attention.plan import NotApplicable, Plan, carry_out
+from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.contract.probing import Probe
 
 _MOST_ALLOWED = 0.5
@@ -75,83 +76,14 @@ class Explanation:
 NOWHERE = Fit(math.inf, math.inf)
 
 
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What a plan gives on a case, and what judging it takes.
+def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tensor]:
+    """Return the error of each row of an answer, and what rounding may do: see `Expected.errors`.
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used.
-        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
+    It is compared with correct attention, or else with what is given.
     """
-
-    output: Tensor
-    largest_score: Tensor
-    ordinary: float
-    unjudged: Tensor | None
-
-
-def expected(plan: Plan, case: Case) -> Expected | None:
-    """Carry out a plan; None where it cannot be carried out."""
-    try:
-        result = carry_out(plan, case)
-    except NotApplicable:
-        return None
-    scores = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0)
-    ordinary = float(finite(result.value).square().mean().sqrt())
-    unjudged = None
-    if case.fully_masked == "undefined":
-        unjudged = ~carry_out(Plan(), case).permitted.any(-1)
-    largest_score = scores.amax(-1)
-    if plan.dim != "keys" or plan.merge != "transpose":
-        # A row of the output is not made by its own scores alone.
-        largest_score = torch.full_like(largest_score, float(largest_score.max()))
-    return Expected(result.output, largest_score, ordinary, unjudged)
-
-
-def errors(plan: Plan, probe: Probe) -> tuple[Tensor, Tensor]:
-    """Compare what a plan that can be carried out gives with an answer.
-
-    Returns:
-        The error of each row as a part of its size and what rounding may do, both (batch, heads,
-        query_len). A row of which only one is finite has the largest error that there is, 2;
-        rows that are not judged have 0.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out.
-    """
-    outcome = expected(plan, probe.case)
-    if outcome is None:
-        raise NotApplicable("the plan cannot be carried out on this case")
-    return _errors(outcome, probe)
-
-
-def _errors(outcome: Expected, probe: Probe) -> tuple[Tensor, Tensor]:
-    given, wanted = probe.output, outcome.output
-    differs = given.isfinite() != wanted.isfinite()
-    off = _rms(finite(given - wanted))
-    size = torch.maximum(_rms(finite(given)), _rms(finite(wanted)))
-    error = off / size.clamp_(min=max(outcome.ordinary, 1e-30))
-    error.masked_fill_(differs.any(-1), 2.0)
-    if outcome.unjudged is not None:
-        error.masked_fill_(outcome.unjudged, 0.0)
-    return error, _allowed(outcome, probe)
-
-
-def _allowed(outcome: Expected, probe: Probe) -> Tensor:
-    eps = torch.finfo(probe.dtype).eps
-    allowed = answer_units(probe.dtype) * eps * (2.0 + outcome.largest_score)
-    return allowed.clamp_(min=probe.tolerance, max=max(_MOST_ALLOWED, probe.tolerance))
-
-
-def _rms(rows: Tensor) -> Tensor:
-    return rows.square().mean(-1).sqrt()
-
-
-def finite(tensor: Tensor) -> Tensor:
-    """Return a tensor with 0 in place of NaN and inf."""
-    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+    wanted = outcome or expected(Plan(), probe.case)
+    assert wanted is not None
+    return wanted.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)
 
 
 def measure(plan: Plan, probes: Sequence[Probe], *, tolerant: bool = False) -> Fit:
@@ -162,7 +94,7 @@ def measure(plan: Plan, probes: Sequence[Probe], *, tolerant: bool = False) -> F
         probes: Cases and answers.
         tolerant: Let a few rows be rounded the other way, for plans with a coarse step.
     """
-    return _worst(_fit(plan, expected(plan, one.case), one, tolerant) for one in probes)
+    return fit_outcomes(plan, [expected(plan, one.case) for one in probes], probes, tolerant)
 
 
 def _worst(fits: Iterable[Fit]) -> Fit:
@@ -173,7 +105,7 @@ def _worst(fits: Iterable[Fit]) -> Fit:
 def _fit(plan: Plan, outcome: Expected | None, probe: Probe, tolerant: bool) -> Fit:
     if outcome is None:
         return NOWHERE
-    error, allowed = _errors(outcome, probe)
+    error, allowed = errors(probe, outcome)
     ratio = error / allowed
     if tolerant:
         ratio = _without_other_way(ratio, error, plan, outcome)
@@ -205,12 +137,11 @@ def _without_other_way(ratio: Tensor, error: Tensor, plan: Plan, outcome: Expect
 
 
 def fit_outcomes(
-    plan: Plan, outcomes: Sequence[Expected | None], probes: Sequence[Probe], *, tolerant: bool
+    plan: Plan, outcomes: Sequence[Expected | None], probes: Sequence[Probe], tolerant: bool
 ) -> Fit:
     """Return how far what a plan gives is from all answers."""
-    return _worst(
-        _fit(plan, outcome, one, tolerant) for outcome, one in zip(outcomes, probes, strict=True)
-    )
+    judged = zip(outcomes, probes, strict=True)
+    return _worst(_fit(plan, outcome, one, tolerant) for outcome, one in judged)
 
 
 def roughly_off(plan: Plan, probe: Probe) -> float:

@@ -6,21 +6,20 @@ differs between cases, so that a constant is not taken for a function of it.
 
 from __future__ import annotations
 
-import inspect
 import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.plan import Case
+from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.contract.asking import Answer
 from pytest_attnheat.contract.spec import AttentionSpec
 
@@ -32,8 +31,7 @@ _FAR_APART = 900.0
 _LOW = 30.0
 
 
-@dataclass(frozen=True)
-class Sizes:
+class Sizes(NamedTuple):
     """The sizes of a case; 0 key heads are as many as heads."""
 
     batch: int
@@ -45,20 +43,12 @@ class Sizes:
     key_heads: int = 0
 
 
-@dataclass(frozen=True)
-class Declared:
-    """What of a specification the cases depend on: fields of `Case` that all of them have."""
-
-    always: tuple[tuple[str, Any], ...]
-
-    @property
-    def alignment(self) -> Alignment:
-        """Where positions are counted from."""
-        alignment: Alignment = dict(self.always)["alignment"]
-        return alignment
+# What a plain case becomes; the number is the seed.
+Change: TypeAlias = Callable[[Case, int], Case]
 
 
-Build: TypeAlias = Callable[[Declared, Sizes, int, str], Case]
+def _plain(case: Case, seed: int) -> Case:
+    return case
 
 
 @dataclass(frozen=True)
@@ -67,14 +57,14 @@ class Blueprint:
 
     Attributes:
         name: Its name.
-        build: Makes it.
         sizes: The sizes to try, one after another, until the subject accepts them.
+        change: What makes it of a plain case.
         judged: Whether a wrong answer is a defect, or only worth a note.
     """
 
     name: str
-    build: Build
     sizes: tuple[Sizes, ...]
+    change: Change = _plain
     judged: bool = True
 
 
@@ -99,25 +89,23 @@ class Probe:
 
 def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
     """Return the cases for what a specification declares."""
-    cases = list(_CASES)
-    if spec.takes_causal:
-        cases += _CAUSAL_CASES
-    if spec.mask is not None:
-        cases += _MASK_CASES
-        if spec.fully_masked != "undefined":
-            cases.append(Blueprint("fully masked row", _fully_masked, _RECTANGLE))
-    if spec.mask is not None and spec.takes_causal:
-        cases += _TOGETHER_CASES
+    masked, causal = spec.mask is not None, spec.takes_causal
+    cases = [*_CASES]
+    cases += _CAUSAL_CASES if causal else ()
+    cases += _MASK_CASES if masked else ()
+    if masked and spec.fully_masked != "undefined":
+        cases.append(Blueprint("fully masked row", _RECTANGLE, _fully_masked))
+    cases += _TOGETHER_CASES if masked and causal else ()
     if spec.has_heads and spec.grouped is not False:
-        cases.append(Blueprint("grouped heads", _plain, _GROUPED))
-    if spec.sides is not None:
-        cases.append(Blueprint("window", _plain, _window_sizes(spec.sides)))
-    if _names_scale(spec):
-        cases.append(Blueprint("scale=", _scaled, _RECTANGLE))
+        cases.append(Blueprint("grouped heads", _GROUPED))
+    if spec.window is not None:
+        cases.append(Blueprint("window", _window_sizes(spec.window)))
+    if spec.scale_argument is not None:
+        cases.append(Blueprint("scale=", _RECTANGLE, _scaled))
     # The largest comes last: the others tell most plans from the subject.
-    cases.append(Blueprint("long", _plain, _LONG))
-    if spec.mask is not None:
-        cases.append(Blueprint("NaN in masked keys", _garbage, _PADDED, judged=False))
+    cases.append(Blueprint("long", _LONG))
+    if masked:
+        cases.append(Blueprint("NaN in masked keys", _PADDED, _garbage, judged=False))
     return tuple(cases)
 
 
@@ -210,14 +198,8 @@ def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[
         key_heads = (sizes.key_heads or heads) if spec.has_heads else 1
         if heads % key_heads:
             continue
-        declared = Declared(_always(spec, heads))
-        case = _build(
-            blueprint.build,
-            declared,
-            replace(sizes, heads=heads, key_heads=key_heads),
-            seed,
-            blueprint.name,
-        )
+        sizes = sizes._replace(heads=heads, key_heads=key_heads)
+        case = _build(blueprint.change, _always(spec, heads), sizes, seed, blueprint.name)
         yield case
         if case.mask is not None and case.mask.shape != case.shape:
             yield _with_full_mask(case)
@@ -232,22 +214,20 @@ def _always(spec: AttentionSpec, heads: int) -> tuple[tuple[str, Any], ...]:
 # Cases are kept, and compared by identity: what plans make of them is kept as well (see
 # `matching`), so that the second subject takes much less time than the first.
 @lru_cache(maxsize=256)
-def _build(build: Build, declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    return build(declared, sizes, seed, name)
+def _build(
+    change: Change, always: tuple[tuple[str, Any], ...], sizes: Sizes, seed: int, name: str
+) -> Case:
+    batch, heads, query_len, key_len, width, value_dim, key_heads = sizes
+    query = draw(f"{name} query", seed, batch, heads, query_len, width)
+    key = draw(f"{name} key", seed, batch, key_heads, key_len, width)
+    value = draw(f"{name} value", seed, batch, key_heads, key_len, value_dim)
+    return change(Case(query, key, value, name=name, **dict(always)), seed)
 
 
 @lru_cache(maxsize=256)
 def _with_full_mask(case: Case) -> Case:
     mask = None if case.mask is None else case.mask.expand(case.shape).clone()
     return replace(case, mask=mask)
-
-
-def _names_scale(spec: AttentionSpec) -> bool:
-    """Whether the subject names a parameter `scale`: `**kwargs` may take it and not use it."""
-    try:
-        return "scale" in inspect.signature(spec.implementation).parameters
-    except (TypeError, ValueError):
-        return spec.takes("scale")
 
 
 # --- sizes
@@ -268,9 +248,10 @@ _GROUPED = (
 _LONG = (Sizes(1, 1, 131, 133, 8, 3), Sizes(1, 1, 131, 131, 8, 8), Sizes(1, 1, 131, 131, 16, 16))
 
 
-def _window_sizes(window: tuple[int, int]) -> tuple[Sizes, ...]:
+def _window_sizes(window: tuple[int | None, int | None]) -> tuple[Sizes, ...]:
     # A side that ends nowhere needs no room to end in.
-    length = min(sum(side for side in window if side <= _WIDEST) + 4, _WIDEST)
+    ends = (side for side in window if side is not None and side <= _WIDEST)
+    length = min(sum(ends) + 4, _WIDEST)
     return (
         Sizes(1, 2, length, length + 2, 6, 4),
         Sizes(1, 2, length, length, 6, 6),
@@ -281,64 +262,51 @@ def _window_sizes(window: tuple[int, int]) -> tuple[Sizes, ...]:
 # --- cases
 
 
-def _plain(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    batch, heads = sizes.batch, sizes.heads
-    return Case(
-        name=name,
-        query=draw(f"{name} query", seed, batch, heads, sizes.query_len, sizes.head_dim),
-        key=draw(f"{name} key", seed, batch, sizes.key_heads, sizes.key_len, sizes.head_dim),
-        value=draw(f"{name} value", seed, batch, sizes.key_heads, sizes.key_len, sizes.value_dim),
-        **dict(declared.always),
-    )
+def _causal(case: Case, seed: int) -> Case:
+    return replace(case, causal=True)
 
 
-def _causal(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    return replace(_plain(declared, sizes, seed, name), causal=True)
-
-
-def _masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _mask(case: Case, seed: int) -> Tensor:
     """One mask for all maps, without a row or a column that is all True or all False."""
-    mask = draw(f"{name} mask", seed, sizes.query_len, sizes.key_len) > 0
-    for row in range(sizes.query_len):
-        mask[row, row % sizes.key_len] = True
-        mask[row, (row + 1) % sizes.key_len] = False
-    return replace(_plain(declared, sizes, seed, name), mask=mask)
+    mask = draw(f"{case.name} mask", seed, case.query_len, case.key_len) > 0
+    for row in range(case.query_len):
+        mask[row, row % case.key_len] = True
+        mask[row, (row + 1) % case.key_len] = False
+    return mask
 
 
-def _masked_causal(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _masked(case: Case, seed: int) -> Case:
+    return replace(case, mask=_mask(case, seed))
+
+
+def _masked_causal(case: Case, seed: int) -> Case:
     """No row loses all its keys: those of the diagonal are permitted, in both alignments."""
-    case = _masked(declared, sizes, seed, name)
-    first = sizes.key_len - sizes.query_len if case.alignment == "bottom_right" else 0
-    rows = torch.arange(max(0, -first), sizes.query_len)
-    mask = torch.zeros(sizes.query_len, sizes.key_len, dtype=torch.bool)
-    if case.mask is not None:
-        mask |= case.mask
-    mask[rows, (rows + first).clamp(max=sizes.key_len - 1)] = True
+    mask = _mask(case, seed)
+    first = case.key_len - case.query_len if case.alignment == "bottom_right" else 0
+    rows = torch.arange(max(0, -first), case.query_len)
+    mask[rows, (rows + first).clamp(max=case.key_len - 1)] = True
     return replace(case, mask=mask, causal=True)
 
 
-def _padded(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    lengths = torch.tensor([sizes.key_len - 3, sizes.key_len - 1, sizes.key_len - 4])
-    mask = torch.arange(sizes.key_len) < lengths[:, None]
-    mask = mask[:, None, None, :].expand(-1, 1, sizes.query_len, -1)
-    return replace(_plain(declared, sizes, seed, name), mask=mask.clone())
+def _padded(case: Case, seed: int) -> Case:
+    mask = padding_mask([case.key_len - less for less in (3, 1, 4)], case.key_len, device="cpu")
+    return replace(case, mask=mask.repeat(1, 1, case.query_len, 1))
 
 
-def _scaled(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    return replace(_plain(declared, sizes, seed, name), scale=0.3, scale_given=True)
+def _scaled(case: Case, seed: int) -> Case:
+    return replace(case, scale=0.3, scale_given=True)
 
 
-def _large_scores(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _large_scores(case: Case, seed: int) -> Case:
     """The first two rows have scores that differ by hundreds, the next two very low ones.
 
     Keys stand on a line in their first channel, far apart, so that rounding never decides which
     one such a query chooses.
     """
-    case = _plain(declared, sizes, seed, name)
     query, key = case.query, case.key
-    scale = abs(case.scale) if case.scale else sizes.head_dim**-0.5
-    line = torch.linspace(-3, 3, sizes.key_len, dtype=torch.float64)
-    order = draw(f"{name} order", seed, sizes.key_len).argsort()
+    scale = abs(case.scale) if case.scale else query.shape[-1] ** -0.5
+    line = torch.linspace(-3, 3, case.key_len, dtype=torch.float64)
+    order = draw(f"{case.name} order", seed, case.key_len).argsort()
     key[..., 0], key[..., 1] = line[order], 1.0
     query[..., 0], query[..., 1] = query[..., 0] * 0.3, 0.0
     # float16 holds the products up to 65504.
@@ -348,51 +316,47 @@ def _large_scores(declared: Declared, sizes: Sizes, seed: int, name: str) -> Cas
     return case
 
 
-def _large_scores_masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    case = _masked(declared, sizes, seed, name)
-    large = replace(_large_scores(declared, sizes, seed, name), mask=case.mask)
-    if large.mask is not None:
-        # The key that such a query would choose is masked.
-        place = large.key[0, 0, :, 0]
-        for row, best, worst in ((0, place.argmax(), place.argmin()),
-                                 (1, place.argmin(), place.argmax())):  # fmt: skip
-            large.mask[row, best], large.mask[row, worst] = False, True
-    return large
+def _large_scores_masked(case: Case, seed: int) -> Case:
+    """The key that such a query would choose is masked."""
+    mask = _mask(case, seed)
+    case = replace(_large_scores(case, seed), mask=mask)
+    place = case.key[0, 0, :, 0]
+    highest, lowest = place.argmax(), place.argmin()
+    mask[0, highest], mask[0, lowest] = False, True
+    mask[1, lowest], mask[1, highest] = False, True
+    return case
 
 
-def _fully_masked(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
+def _fully_masked(case: Case, seed: int) -> Case:
     """Some rows of some samples have no permitted key."""
-    case = _masked(declared, sizes, seed, name)
-    assert case.mask is not None
-    mask = case.mask.expand(sizes.batch, 1, -1, -1).clone()
+    mask = _mask(case, seed).repeat(case.shape[0], 1, 1, 1)
     mask[0, :, 1] = False
     mask[-1, :, 3] = False
     return replace(case, mask=mask)
 
 
-def _garbage(declared: Declared, sizes: Sizes, seed: int, name: str) -> Case:
-    case = _padded(declared, sizes, seed, name)
+def _garbage(case: Case, seed: int) -> Case:
     case.value[:, :, -1] = math.nan
-    return case
+    return _padded(case, seed)
 
 
 _CASES = (
-    Blueprint("plain", _plain, _RECTANGLE),
-    Blueprint("square", _plain, _SQUARE),
-    Blueprint("large scores", _large_scores, _RECTANGLE),
+    Blueprint("plain", _RECTANGLE),
+    Blueprint("square", _SQUARE),
+    Blueprint("large scores", _RECTANGLE, _large_scores),
 )
 _CAUSAL_CASES = (
-    Blueprint("causal", _causal, _WIDE),
-    Blueprint("causal, more queries than keys", _causal, _TALL),
-    Blueprint("causal square", _causal, _SQUARE),
+    Blueprint("causal", _WIDE, _causal),
+    Blueprint("causal, more queries than keys", _TALL, _causal),
+    Blueprint("causal square", _SQUARE, _causal),
 )
 _MASK_CASES = (
-    Blueprint("mask", _masked, _RECTANGLE),
-    Blueprint("square mask", _masked, _SQUARE),
-    Blueprint("padding", _padded, _PADDED),
-    Blueprint("large scores, masked", _large_scores_masked, _RECTANGLE),
+    Blueprint("mask", _RECTANGLE, _masked),
+    Blueprint("square mask", _SQUARE, _masked),
+    Blueprint("padding", _PADDED, _padded),
+    Blueprint("large scores, masked", _RECTANGLE, _large_scores_masked),
 )
 _TOGETHER_CASES = (
-    Blueprint("mask and causal", _masked_causal, _WIDE),
-    Blueprint("square mask and causal", _masked_causal, _SQUARE),
+    Blueprint("mask and causal", _WIDE, _masked_causal),
+    Blueprint("square mask and causal", _SQUARE, _masked_causal),
 )

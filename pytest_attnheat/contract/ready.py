@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -28,8 +28,8 @@ def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecor
     if isinstance(subject, AttentionSpec):
         return subject
     width = _width_of(subject)
-    if width is not None:
-        dtype = next(p.dtype for p in _parameters(subject))
+    if width is not None and isinstance(subject, nn.Module):
+        dtype = next(p.dtype for p in subject.parameters())
         inputs = draw("block", 0, _BATCH, _LENGTH, width).to(dtype)
         return AttentionSpec(subject, inputs=inputs, causal=None)
     if getattr(subject, "__module__", "") == "torch.nn.attention.flex_attention":
@@ -45,10 +45,6 @@ def _width_of(subject: object) -> int | None:
     if isinstance(subject, nn.TransformerEncoder):
         return _width_of(subject.layers[0])
     return None
-
-
-def _parameters(subject: object) -> list[nn.Parameter]:
-    return list(subject.parameters()) if isinstance(subject, nn.Module) else []
 
 
 def _flex(
@@ -81,16 +77,13 @@ def _flex(
         )
     # Not compiled: each of the many small shapes would be compiled anew, and, even where nobody
     # compiles, traced anew.
-    with warnings.catch_warnings(), _untraced():
+    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
+    untraced = nullcontext() if stance is None else stance("force_eager")
+    with warnings.catch_warnings(), untraced:
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
         return flex_attention(
             query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa
         )
-
-
-def _untraced() -> AbstractContextManager[Any]:
-    stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
-    return nullcontext() if stance is None else stance("force_eager")
 
 
 def transformers_attention(name: str = "sdpa") -> AttentionSpec:

@@ -21,6 +21,7 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.captured import diagnose_records, records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
+from pytest_attnheat.contract.combinations import REPLAY, Replay
 from pytest_attnheat.contract.diagnosing import diagnose
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal, undeclared
@@ -117,6 +118,9 @@ class Report:
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
         lines += ["", *self._table()]
+        if self.passed:
+            notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
+            lines += [f"{name}: {note}" for name, note in notes if note]
         for name in dict.fromkeys(result.name for result in self.failed):
             first = next(result for result in self.failed if result.name == name)
             said = [first.declaration] if first.declaration else []
@@ -168,6 +172,7 @@ def check_attention(
     checks: Sequence[Check] | None = None,
     expected_failures: ExpectedFailures | None = None,
     seed: int = 0,
+    replay: str | None = None,
 ) -> Report:
     """Examine an implementation of attention.
 
@@ -180,15 +185,20 @@ def check_attention(
             `CAPTURED_CHECKS`.
         expected_failures: Names of checks that are known to fail, with the reason.
         seed: Where the inputs are drawn from.
+        replay: A call as a failure printed it, "sizes=1x2 causal=True": nothing else is judged.
 
     Returns:
         The report. It raises nothing about the implementation.
 
     Raises:
         TypeError: The subject is not callable.
-        ValueError: The name of an expected failure is not that of a check.
+        ValueError: The name of an expected failure is not that of a check, or `replay` is no call.
     """
     spec = as_spec(subject)
+    if replay is not None:
+        call = Replay.of(replay)
+        examinations = call.among(examinations_of(spec, quick=quick and not call.dtype, seed=seed))
+        return Report(spec, tuple(run_check(call.check, one) for one in examinations), seed)
     expected = dict(expected_failures or {})
     asked = list(checks_of(spec, quick=quick) if checks is None else checks)
     if not asked:
@@ -222,6 +232,8 @@ def diagnosis_of(
     """
     failure = result.failure
     again = None if failure is None else failure.again
+    if result.name == REPLAY:  # nothing but that call is made
+        return None, ""
     try:
         if not spec.is_block:
             return diagnose(spec, seed=seed), ""
@@ -353,11 +365,17 @@ def _failed(result: Result, error: Exception, examination: Examination) -> Resul
         kept = error.with_traceback(None)
         return replace(result, status="failed", message=str(error), reason=reason, failure=kept)
     if isinstance(error, AssertionError) and not _is_of_subject(error):
-        return _with_message(result, "failed", str(error))
+        return _with_message(result, "failed", "\n".join([str(error), *_notes(error)]))
     raised = _with_message(result, "failed", _raised(error, examination))
     # What a specification leaves unsaid may be why a call went wrong.
     hints = hints_of(examination.spec) if isinstance(error, TypeError) else ()
-    return replace(raised, message="; ".join([raised.message, *hints]))
+    said = "; ".join([raised.message, *hints])
+    return replace(raised, message="\n".join([said, *_notes(error)]))
+
+
+def _notes(error: Exception) -> list[str]:
+    """What was noted of an error on its way up: which call raised it, and how to repeat it."""
+    return [f"  {line}" for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
 
 
 def _raised(error: Exception, examination: Examination) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.probing import Probe, answer_to
@@ -20,8 +21,6 @@ from pytest_attnheat.contract.spec import AttentionSpec
 _LEFT_OUT = ("large scores", "long")
 # The share that is dropped when it is asked what is returned then.
 _SHARE = 0.5
-
-
 _CORRECT = Plan()
 
 
@@ -31,61 +30,39 @@ class _Kind:
 
     name: str
     sentence: str
-    make: Callable[[Outcome], Tensor]
+    make: Callable[[Outcome], Tensor] = attrgetter("weights")
     plan: Plan = _CORRECT
     averaged: bool | None = None  # None: as declared
-
-
-_BEFORE_MASK = Plan(mask="ignored", causal="ignored", window="ignored")
 
 
 def _masked_scores(result: Outcome) -> Tensor:
     return result.scores.masked_fill(~result.permitted, -math.inf)
 
 
-def _shifted(result: Outcome) -> Tensor:
-    scores = _masked_scores(result)
-    return scores - scores.amax(-1, keepdim=True)
-
-
 _KINDS = (
-    _Kind("returned_averaged", "averaged over the heads", lambda r: r.weights, averaged=True),
-    _Kind("returned_per_head", "those of each head", lambda r: r.weights, averaged=False),
+    _Kind("returned_averaged", "averaged over the heads", averaged=True),
+    _Kind("returned_per_head", "those of each head", averaged=False),
     _Kind("returned_transposed", "transposed: a row for each key", lambda r: r.weights.mT),
-    _Kind("returned_before_mask", "from before the mask", lambda r: r.weights, _BEFORE_MASK),
+    _Kind("returned_before_mask", "from before the mask",
+          plan=Plan(mask="ignored", causal="ignored", window="ignored")),
     _Kind("returned_scores", "the scores, from before the softmax", _masked_scores),
     _Kind("returned_scores", "the scores, from before the mask", lambda r: r.scores),
-    _Kind("returned_unnormalised", "not divided by their sum", lambda r: _shifted(r).exp()),
+    _Kind("returned_unnormalised", "not divided by their sum",
+          lambda r: (scores := _masked_scores(r)).sub(scores.amax(-1, keepdim=True)).exp()),
     _Kind("returned_unnormalised", "not divided by their sum", lambda r: _masked_scores(r).exp()),
-    *(
-        _Kind("returned_of_other_heads", f"those of other heads ({order})", make)
-        for order, make in {
-            "of the one before": lambda r: r.weights.roll(1, 1),
-            "of the next": lambda r: r.weights.roll(-1, 1),
-            "in reversed order": lambda r: r.weights.flip(1),
-            "of the first": lambda r: r.weights[:, :1].expand_as(r.weights),
-        }.items()
-    ),
-    *(
-        _Kind("returned_of_another_sample", "those of another sample", make)
-        for make in (
-            lambda r: r.weights.roll(1, 0),
-            lambda r: r.weights.roll(-1, 0),
-            lambda r: r.weights[:1].expand_as(r.weights),
-        )
-    ),
-    *(
-        _Kind(
-            f"returned_{defect.name}",
-            f"those of attention {defect.sentence}",
-            lambda r: r.weights,
-            change(Plan()),
-        )
-        for defect in DEFECTS
-        for change in defect.changes
-        if defect.seen == "exactly"
-    ),
-)
+    *(_Kind("returned_of_other_heads", f"those of other heads ({order})", make)
+      for order, make in {
+          "of the one before": lambda r: r.weights.roll(1, 1),
+          "of the next": lambda r: r.weights.roll(-1, 1),
+          "in reversed order": lambda r: r.weights.flip(1),
+          "of the first": lambda r: r.weights[:, :1].expand_as(r.weights),
+      }.items()),
+    *(_Kind("returned_of_another_sample", "those of another sample", make)
+      for make in (lambda r: r.weights.roll(1, 0), lambda r: r.weights.roll(-1, 0),
+                   lambda r: r.weights[:1].expand_as(r.weights))),
+    *(_Kind(f"returned_{one.name}", f"those of attention {one.sentence}", plan=change(_CORRECT))
+      for one in DEFECTS if one.seen == "exactly" for change in one.changes),
+)  # fmt: skip
 
 
 def with_returned(diagnosis: Diagnosis, spec: AttentionSpec, probes: Sequence[Probe]) -> Diagnosis:
@@ -94,7 +71,7 @@ def with_returned(diagnosis: Diagnosis, spec: AttentionSpec, probes: Sequence[Pr
         return diagnosis
     compared = [one for one in probes if _is_compared(one)]
     given = [(one, _returned(spec, one)) for one in compared]
-    right = _Kind("", "", lambda r: r.weights)
+    right = _Kind("", "")
     off = [_off(spec, right, one, weights) for one, weights in given]
     wrong = [one.case.name for (one, _), far in zip(given, off, strict=True) if far > 1.0]
     if not wrong:
@@ -146,15 +123,12 @@ def _off(spec: AttentionSpec, kind: _Kind, one: Probe, weights: object) -> float
         wanted = wanted.unsqueeze(1).expand(-1, weights.shape[1], -1, -1)
     if weights.shape != wanted.shape:
         return math.inf
+    largest_score = float(carry_out(_CORRECT, one.case).scores.abs().max())
     difference = weights.clamp(min=HIDDEN_FROM) - wanted.clamp(min=HIDDEN_FROM)
     size = max(1.0, float(wanted.clamp(min=HIDDEN_FROM).abs().max()))
-    allowed = max(one.tolerance, 8 * torch.finfo(one.dtype).eps * (2.0 + _largest_score(one.case)))
+    allowed = max(one.tolerance, 8 * torch.finfo(one.dtype).eps * (2.0 + largest_score))
     far = float(difference.abs().max()) / (size * allowed)
     return math.inf if math.isnan(far) else far
-
-
-def _largest_score(case: Case) -> float:
-    return float(carry_out(_CORRECT, case).scores.abs().max())
 
 
 def _while_dropping(

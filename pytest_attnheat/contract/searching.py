@@ -19,14 +19,12 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.mistakes import Expected, expected, finite
 from pytest_attnheat.attention.plan import Case, Plan
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.contract.matching import (
     NOWHERE,
-    Expected,
     Explanation,
-    expected,
-    finite,
     fit_outcomes,
     is_tolerant,
     length,
@@ -89,7 +87,7 @@ def explain_alone(
         skipped = coarse and not is_fine(probes[0].dtype)
         variants = () if skipped else (_variants_kept if keep else _variants)(defect, cases)
         for variant in variants:
-            fit = fit_outcomes(variant.plan, variant.outcomes, probes, tolerant=coarse)
+            fit = fit_outcomes(variant.plan, variant.outcomes, probes, coarse)
             if fit.excess <= 1.0 and _only_masks_rows(variant.plan, probes):
                 continue
             search.explanations.append(Explanation((defect,), variant.plan, fit))
@@ -141,7 +139,7 @@ def _only_masks_rows(plan: Plan, probes: Sequence[Probe]) -> bool:
     if plan.fully_masked is None or plan == simpler:
         return False
     outcomes = [expected(simpler, one.case) for one in probes]
-    return fit_outcomes(simpler, outcomes, probes, tolerant=False).excess <= 1.0
+    return fit_outcomes(simpler, outcomes, probes, False).excess <= 1.0
 
 
 def _same(one: Sequence[Expected | None], other: Sequence[Expected | None]) -> bool:
@@ -332,12 +330,13 @@ def _extended(
     bases = kept[:_KEPT_LARGE] if _is_large(explained[-1]) else kept
     attempts: list[Callable[[], list[Explanation]]] = [
         lambda: _with_one_more(bases, alone),
-        lambda: _with_a_constant(bases, explained[-1]),
+        # One constant at most: a second one would be fitted to what the first left.
+        lambda: explain_by_constant(explained[-1:], [one for one in bases if one.constant is None]),
     ]
     if len(explained) == 1:
         # Nothing is known yet: two at once may be needed to begin with.
         attempts.append(lambda: list(fitted))
-        attempts.append(lambda: _two_at_once(alone))
+        attempts.append(lambda: [Explanation(*pair, NOWHERE) for pair in pairs_of(alone)])
     for attempt in attempts:
         tried = attempt()
         alone.compared += len(tried)
@@ -365,26 +364,17 @@ def _with_one_more(bases: Sequence[Explanation], alone: Search) -> list[Explanat
     return list(tried.values())
 
 
-def _two_at_once(alone: Search) -> list[Explanation]:
-    return [Explanation(defects, plan, NOWHERE) for defects, plan in pairs_of(alone)]
-
-
-def _with_a_constant(bases: Sequence[Explanation], one: Probe) -> list[Explanation]:
-    # One constant at most: a second one would be fitted to what the first left.
-    return explain_by_constant([one], [base for base in bases if base.constant is None])
-
-
 def _those_that_reproduce(
     tried: Sequence[Explanation], explained: Sequence[Probe]
 ) -> list[Explanation]:
     last = explained[-1]
     near = [one for one in tried if roughly_off(one.plan, last) < _FAR]
     # The last case first: it tells most of them apart.
-    return [one for one in near if all(_reproduces(one, seen) for seen in reversed(explained))]
-
-
-def _reproduces(one: Explanation, probe: Probe) -> bool:
-    return _measured(one, [probe]).reproduces
+    return [
+        one
+        for one in near
+        if all(_measured(one, [seen]).reproduces for seen in reversed(explained))
+    ]
 
 
 def _measured(one: Explanation, probes: Sequence[Probe]) -> Explanation:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
+from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
@@ -24,8 +26,6 @@ Sound: TypeAlias = Literal["mask", "causal"]
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
-# A side of a window that ends nowhere.
-_ENDLESS = 2**30
 # What a keyword is usually called; looked for where none is declared.
 _USUAL = {
     "scale_argument": ("scale", "softmax_scale", "sm_scale", "scaling"),
@@ -237,14 +237,6 @@ class AttentionSpec:
             )
 
     @property
-    def sides(self) -> tuple[int, int] | None:
-        """The window as `sliding_window_mask` takes it."""
-        if self.window is None:
-            return None
-        left, right = (_ENDLESS if side is None else side for side in self.window)
-        return left, right
-
-    @property
     def heads(self) -> int | None:
         """How many query heads it has, if numbers per head are declared; else None."""
         for given in (self.sinks, self.alibi):
@@ -274,16 +266,10 @@ class AttentionSpec:
         """Whether the subject is a trace or a record of `capture_attention`."""
         return isinstance(self.subject, Trace | AttentionRecord)
 
-    @property
+    @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter] | None:
         """The parameters of the subject; None for a builtin, whose signature is not known."""
-        # Of a module, that of __call__ names none.
-        subject = self.implementation
-        subject = subject.forward if isinstance(subject, nn.Module) else subject
-        try:
-            return inspect.signature(subject).parameters
-        except (TypeError, ValueError):
-            return None
+        return parameters_of(self.implementation)
 
     def names(self, keyword: str) -> bool:
         """Whether the signature has a keyword; that of a builtin is PyTorch's own."""
@@ -377,6 +363,11 @@ class AttentionSpec:
             if name in ("alignment", "fully_masked") or getattr(call, name) is default[name]
         }
         return replace(call, **always)
+
+    def expected(self) -> AttentionSpec | None:
+        """Return its reference as it is called; None without one."""
+        own = self.reference
+        return None if own is None else replace(self, subject=own, reference=None)
 
     def ask(self, call: Call, *, dropout: float = 0.0) -> Answer:
         """Call the subject as it wants to be called.

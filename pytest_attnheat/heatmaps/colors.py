@@ -160,7 +160,6 @@ def _levels(cells: Cells, scale: Scale, colors: int) -> Levels:
 
 
 def _enlarged(cells: npt.NDArray[Any], layout: Layout) -> npt.NDArray[Any]:
-    """Repeat each cell for every pixel that it has."""
     return cells.repeat(layout.cell[1], 0).repeat(layout.cell[0], 1)
 
 

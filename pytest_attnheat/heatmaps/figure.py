@@ -48,7 +48,9 @@ class HeatmapFigure(Figure):
         PNG is compressed fast. PNG and SVG carry the data that they show, which
         `pytest_attnheat.read_heatmaps` returns.
         """
-        kind = _format_of(fname, kwargs.get("format"))
+        suffix = Path(fname).suffix[1:] if isinstance(fname, (str, Path)) else ""
+        kind = kwargs.get("format") or suffix or str(matplotlib.rcParams["savefig.format"])
+        kind = kind.lower()
         if kind == "png":
             options = kwargs.get("pil_kwargs") or {}
             kwargs["pil_kwargs"] = {"compress_level": _PNG_LEVEL, **options}
@@ -64,11 +66,6 @@ class HeatmapFigure(Figure):
         file = io.BytesIO()
         self.savefig(file, format="svg")
         return file.getvalue().decode("utf-8")
-
-
-def _format_of(fname: object, given: str | None) -> str:
-    suffix = Path(fname).suffix[1:] if isinstance(fname, (str, Path)) else ""
-    return (given or suffix or str(matplotlib.rcParams["savefig.format"])).lower()
 
 
 def show_heatmaps(
@@ -156,10 +153,12 @@ def show_heatmaps(
     if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
         got = f"{numbers!r} for {math.prod(maps.shape)} cells"
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
+    if dpi is not None and not 0 < dpi < math.inf:
+        raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
     outlined = [_checked_index(index, maps.shape) for index in highlight]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
-    figure = HeatmapFigure(dpi=_resolution(dpi), facecolor="white")
+    figure = HeatmapFigure(dpi=dpi, facecolor="white")
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
@@ -199,7 +198,6 @@ def _number_format(numbers: bool | str) -> str | None:
 
 
 def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-    """Check an index (row, column, query, key) or (row, column, query)."""
     try:
         indices = tuple(operator.index(index) for index in given)
     except TypeError:
@@ -217,7 +215,6 @@ def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tu
 def _size(
     figsize: tuple[float, float] | None, design: Design, maps: Maps, dpi: float
 ) -> tuple[int, int]:
-    """Return the size of the figure in pixels."""
     if figsize is None:
         return design.natural_size(dpi, _number_width(design.words, maps))
     inches = tuple(float(side) for side in figsize)
@@ -232,12 +229,6 @@ def _size(
     return size
 
 
-def _resolution(dpi: float | None) -> float | None:
-    if dpi is not None and not 0 < dpi < math.inf:
-        raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
-    return dpi
-
-
 def _inches(pixels: int, dpi: float) -> float:
     """Return inches that are not a hair less than so many pixels, as matplotlib cuts off."""
     inches = pixels / dpi
@@ -247,7 +238,6 @@ def _inches(pixels: int, dpi: float) -> float:
 
 
 def _number_width(words: Words, maps: Maps) -> float:
-    """Return the width in em of the widest number that would be written."""
     if words.numbers is None:
         return 0.0
     values = pool(maps, (1, 1)).values

@@ -338,16 +338,12 @@ def smallest(maps: Maps, cells: Cells) -> float:
             part = _ordered(row[:, chosen])
             low = float(part.min()) if mask is None else float("nan")
             if not np.isfinite(low):
-                counts = _is_finite(part)
+                counts = part.isfinite() if is_tensor(part) else np.isfinite(part)
                 if mask is not None:
                     counts = counts & _like(mask[:, chosen], row)
                 low = float(_where(counts, part, float("inf")).min())
             found.append(low)
     return min(found)
-
-
-def _is_finite(array: Array) -> Array:
-    return array.isfinite() if is_tensor(array) else np.isfinite(array)
 
 
 def pool_cells(cells: Cells, block: tuple[int, int]) -> Cells:

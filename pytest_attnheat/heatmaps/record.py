@@ -16,6 +16,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from xml.sax.saxutils import unescape
 
 import matplotlib
 import numpy as np
@@ -128,14 +129,8 @@ def decode(record: str) -> Heatmaps:
         if header["version"] != VERSION:
             raise ValueError(f"version {header['version']!r} is not known, only {VERSION}")
         return _decode(header, body)
-    except (
-        KeyError,
-        TypeError,
-        OverflowError,
-        RecursionError,
-        zlib.error,
-        binascii.Error,
-    ) as error:
+    except (KeyError, TypeError, OverflowError, RecursionError, zlib.error,
+            binascii.Error) as error:  # fmt: skip
         raise ValueError(f"its data is damaged ({type(error).__name__}: {error})") from None
 
 
@@ -229,7 +224,7 @@ def find_record(file: Path) -> str | None:
         found = re.search(
             rb"<dc:source>\s*" + KEYWORD.encode() + rb":([^<]*)</dc:source>", file.read_bytes()
         )
-        return None if found is None else _unescaped(found[1])
+        return found and unescape(found[1].decode("utf-8", "replace"), {"&quot;": '"'})
     raise ValueError("it is neither a PNG nor an SVG file")
 
 
@@ -238,10 +233,8 @@ def _png_record(data: bytes) -> str | None:
     position = 8
     while position + 12 <= len(data):
         length = int.from_bytes(data[position : position + 4], "big")
-        kind, content = (
-            data[position + 4 : position + 8],
-            data[position + 8 : position + 8 + length],
-        )
+        kind = data[position + 4 : position + 8]
+        content = data[position + 8 : position + 8 + length]
         end = position + 12 + length
         if end > len(data):
             raise ValueError("it is cut off")
@@ -253,10 +246,3 @@ def _png_record(data: bytes) -> str | None:
             return None
         position = end
     raise ValueError("it is cut off")
-
-
-def _unescaped(text: bytes) -> str:
-    plain = text.decode("utf-8", "replace")
-    for escaped, character in (("&lt;", "<"), ("&gt;", ">"), ("&quot;", '"'), ("&amp;", "&")):
-        plain = plain.replace(escaped, character)
-    return plain

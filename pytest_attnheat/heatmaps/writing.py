@@ -298,23 +298,12 @@ class Pen:
         label = self._label(text) if isinstance(text, str) else text
         if label.text in ("", ELLIPSIS):
             return  # nothing to read
-        self.texts.append(
-            Text(
-                x,
-                y,
-                label.text,
-                fontsize=self.points(size),
-                fontfamily=list(label.family),
-                ha=ha,
-                va=va,
-                rotation=rotation,
-                rotation_mode="default",
-                color=color,
-                # A token may hold dollar signs; it is never a formula.
-                parse_math=False,
-                usetex=False,
-            )
-        )
+        # A token may hold dollar signs; it is never a formula.
+        self.texts.append(Text(
+            x, y, label.text, fontsize=self.points(size), fontfamily=list(label.family), ha=ha,
+            va=va, rotation=rotation, rotation_mode="default", color=color, parse_math=False,
+            usetex=False,
+        ))  # fmt: skip
 
     def _label(self, text: str) -> Label:
         return make_labels([text], self._lettering, float("inf"))[0]
@@ -344,7 +333,7 @@ def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
             characters.append(_escape(character))
         elif lettering.has(character):
             characters.append(character)
-        elif unicodedata.category(character) == "Cf" or _is_variation(character):
+        elif unicodedata.category(character) == "Cf" or "\ufe00" <= character <= "\ufe0f":
             continue  # joiners and variation selectors have no shape of their own
         else:
             foreign = True
@@ -357,10 +346,6 @@ def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
 
 def _escape(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
-
-
-def _is_variation(character: str) -> bool:
-    return "\ufe00" <= character <= "\ufe0f"
 
 
 @lru_cache(maxsize=4096)

@@ -18,6 +18,7 @@ from pytest_attnheat.plugin.summary import DIAGNOSIS_DRAWN, VERDICT
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.checks import Check
+    from pytest_attnheat.contract.combinations import Replay
     from pytest_attnheat.contract.examination import Examination
     from pytest_attnheat.contract.report import Result
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -151,6 +152,7 @@ class CheckCall:
             "place": f"{dtype_name(examination.dtype)}{device}",
             "hints": examined.hints,
             "reason": unselected,
+            "note": "",
         }
         self._examined, self._check, self._examination = examined, check, examination
         self._expected, self._unselected = expected, unselected
@@ -167,6 +169,7 @@ class CheckCall:
         device = device_of_test(self._examined.config, name)
         result = run_check(self._check, replace(self._examination, device=device), self._expected)
         self.verdict["reason"] = result.reason
+        self.verdict["note"] = result.message if result.status == "passed" else ""
         if result.status == "skipped":
             pytest.skip(result.message)
         if result.status == "xfailed":
@@ -365,11 +368,25 @@ def _calls(
     from pytest_attnheat.contract.report import checks_of
 
     examined = _Examined(config, spec)
-    examinations, unselected = examined.examinations(quick=quick)
+    call = _replayed(config)
+    examinations, unselected = examined.examinations(quick=quick and not (call and call.dtype))
+    if call is not None:
+        examinations, checks = call.among(examinations), [call.check]
     for examination in examinations:
         for check in checks_of(spec, quick=quick) if checks is None else checks:
             reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
             yield CheckCall(examined, check, examination, reason, unselected)
+
+
+def _replayed(config: pytest.Config) -> Replay | None:
+    """The call that `--attn-replay` names."""
+    from pytest_attnheat.contract.combinations import Replay
+
+    try:
+        text = config.getoption("attn_replay")
+        return None if text is None else Replay.of(text)
+    except ValueError as error:
+        raise pytest.UsageError(f"--attn-replay: {error}") from None
 
 
 def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:

@@ -107,6 +107,12 @@ def add_options(parser: pytest.Parser) -> None:
         help="make fewer checks, in the first dtype alone",
     )
     group.addoption(
+        "--attn-replay",
+        metavar="CALL",
+        help="in place of all checks of an examination, judge one call, as a failure printed it: "
+        '"sizes=1x2 causal=True dtype=float32"',
+    )
+    group.addoption(
         "--attn-update",
         choices=("missing", "changed", "all"),
         help="write baselines of heatmap_compare tests. missing: those there are none of; "

@@ -205,7 +205,7 @@ def _verdict_of(report: pytest.TestReport) -> Found | None:
 
 
 def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
-    """Yield what the examination found, once for each subject that failed, or has a hint.
+    """Yield what the examination found, once for each subject that failed or has a note or a hint.
 
     What failed comes last, where a log is read from; else in an order that workers do not change.
     """
@@ -256,6 +256,9 @@ def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
         yield from _by_reason(failed)
     for picture in _unique(failed, "picture")[:1]:
         yield "picture", picture
+    if not failed:
+        for check, note in dict.fromkeys((one["check"], one["note"]) for one in found):
+            yield from ((check, line) for line in note.splitlines())
     for hint in dict.fromkeys(hint for verdict in found for hint in verdict["hints"]):
         yield "hint", hint
 

@@ -5,37 +5,24 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import (
-    check_relative,
-    output_place,
-    relative_change,
-)
+from pytest_attnheat.assertions.behaviour.difference import check_relative, output_place
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, wrong_shape
 from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subject import (
-    as_of_keys,
-    coarsest,
-    for_each_query_head,
-    settled,
-)
+from pytest_attnheat.assertions.behaviour.subject import coarsest, for_each_query_head, settled
 from pytest_attnheat.attention.chunks import index_of, query_chunks
-from pytest_attnheat.attention.tolerance import output_tolerance, row_rounding
+from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import dtype_name, misuse
+from pytest_attnheat.inputs import misuse
 
 _NAME = "assert_convex"
-# For so many queries it is measured on which keys their weight is.
-_MEASURED = 4
-# The axes of the sums of weights, (batch, heads, query_len).
-_AXES = {-1: "query", -2: "head", -3: "batch"}
 
 
 def assert_convex(
@@ -178,97 +165,34 @@ class _Probe:
         )
 
     def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
+        """Name a known defect, or say what the weights show where values are 1 or 0."""
         subject = self.subject
-        seen = subject.may_see()
-        if self._on_hidden_alone(seen):
-            return (
-                "all weight is on keys that a query may not see: is the mask read as its opposite?"
-            )
         if not bool(output[worst].isfinite()):
             if bool(subject.value.isfinite().all()):
                 return None
             return "a masked key holds nan or inf in its value, which 0 times it does not remove"
-        sums = self.subject.run(value=torch.ones_like(subject.value))[..., 0].double()
-        if bool(((sums - 1).abs()[judged] > self.allowed).any()):
-            return self._cause_in_sums(sums, judged, seen)
-        hidden = ~seen[worst[:-1]]
-        on_hidden = self.subject.run(
+        if (known := subject.mistake(subject.run())) is not None:
+            return known
+        sums = subject.run(value=torch.ones_like(subject.value))[..., 0].double()[judged]
+        if bool(((sums - 1).abs() > self.allowed).any()):
+            least, most = float(sums.min()), float(sums.max())
+            if most - least <= 10 * self.allowed * abs(most):
+                return f"the weights of every query sum to {most:.4g}: a factor on the output?"
+            return (
+                f"the weights of a query sum to {least:.4g} to {most:.4g}: not divided by their "
+                "sum, divided by another one, or rounded?"
+            )
+        hidden = ~subject.may_see()[worst[:-1]]
+        on_hidden = subject.run(
             value=hidden.to(output.dtype).unsqueeze(-1).expand_as(subject.value)
         )
         share = float(on_hidden[worst])
         if abs(share) > self.allowed:
-            if self._same_without_mask():
-                return "the output is the same without the mask: the mask is not applied"
             return f"query {worst[-2]} has {share:.3g} of its weight on keys that it may not see"
-        least = float(self.subject.run(value=_spaced(subject.value)[0]).min())
+        least = float(subject.run(value=_spaced(subject.value)[0]).min())
         if least < -self.allowed:
             return f"some weights are negative: they add up to {least:.3g} on some keys"
         return None
-
-    def _on_hidden_alone(self, seen: Tensor) -> bool:
-        """Whether queries that may see a part of the keys give their weight to the other part."""
-        partly = seen.any(-1) & ~seen.all(-1)
-        if not bool(partly.any()) or seen.ndim != self.subject.value.ndim:
-            return False
-        # One query at a time: the keys that it may not see have the value 1, the others 0.
-        rows = partly.flatten().nonzero()[:_MEASURED, 0].tolist()
-        for row in rows:
-            index = index_of(row, partly.shape)
-            value = torch.zeros_like(self.subject.value)
-            head = as_of_keys(index[:-1], self.subject.group)
-            value[head] = (~seen[index]).to(value).unsqueeze(-1)
-            share = self.subject.run(value=value)[index].double()
-            if not bool(((share - 1).abs() <= 10 * self.allowed).all()):
-                return False
-        return True
-
-    def _cause_in_sums(self, sums: Tensor, judged: Tensor, seen: Tensor) -> str:
-        """Say how the weights were normalised.
-
-        Args:
-            sums: What the weights of each query add up to, (..., query_len).
-            judged: Boolean, of the same shape.
-            seen: Boolean (..., query_len, key_len).
-        """
-        for axis, name in _AXES.items():
-            if sums.ndim < -axis or sums.shape[axis] == 1:
-                continue
-            # A softmax over this axis gives each key weights that sum to one along it; a key
-            # that is masked everywhere, too, if masked with a large number in place of -inf.
-            total, keys = sums.sum(axis), seen.any(axis - 1).sum(-1).double()
-            for expected in (keys, torch.full_like(keys, seen.shape[-1])):
-                if torch.allclose(total, expected, rtol=10 * self.allowed):
-                    return (
-                        f"over the {name} axis the weights of each key add up to 1: softmax over "
-                        "this axis?"
-                    )
-        least, most = float(sums[judged].min()), float(sums[judged].max())
-        coarse = self._rounded_to(max(abs(least - 1), abs(most - 1)))
-        if coarse is not None:
-            return (
-                f"the weights of a query sum to {least:.4g} to {most:.4g}, which is 1 as "
-                f"{coarse} rounds it: are weights rounded to {coarse}?"
-            )
-        if most - least <= 10 * self.allowed * abs(most):
-            return f"the weights of every query sum to {most:.4g}: a constant factor on the output"
-        return (
-            f"the weights of a query sum to {least:.3g} to {most:.3g}: they are not divided by "
-            "their sum"
-        )
-
-    def _rounded_to(self, off: float) -> str | None:
-        """The dtype, coarser than that of the inputs, whose rounding may be all that is wrong."""
-        length = self.subject.key.shape[-2]
-        for dtype in (torch.float16, torch.bfloat16):
-            if self.allowed < off <= _allowed(None, dtype, length):
-                return dtype_name(dtype)
-        return None
-
-    def _same_without_mask(self) -> bool:
-        off: dict[str, Any] = {"attn_mask": None, "is_causal": False}
-        given = {name: value for name, value in off.items() if name in self.subject.arguments}
-        change = relative_change(self.subject.run(**given), self.subject.run())
-        return bool((change <= output_tolerance(self.subject.value.dtype)).all())
 
 
 @dataclass(frozen=True)
@@ -320,14 +244,15 @@ def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Te
     """
     value = for_each_query_head(value, subject.group, dim=-3)
     wide = value.to(torch.promote_types(value.dtype, torch.float32))
-    if subject.arguments.get("attn_mask") is not None:
-        low, high = _range_behind_mask(wide, _collapsed(subject.may_see()))
-    elif subject.arguments.get("is_causal"):
+    call = subject.call
+    if call.sees_all:
+        low, high = wide.amin(-2, keepdim=True), wide.amax(-2, keepdim=True)
+    elif call.alignment == "top_left" and not call.prefix and replace(call, causal=False).sees_all:
         last = torch.arange(subject.query.shape[-2], device=value.device)
         last = last.clamp(max=value.shape[-2] - 1)
         low, high = wide.cummin(-2).values[..., last, :], wide.cummax(-2).values[..., last, :]
     else:
-        low, high = wide.amin(-2, keepdim=True), wide.amax(-2, keepdim=True)
+        low, high = _range_behind_mask(wide, _collapsed(subject.may_see()))
     return low.double(), high.double()
 
 

@@ -280,19 +280,32 @@ class _FunctionDecoder:
         return "with its rows of the mask"
 
     def decode(self, steps: Sequence[range]) -> Tensor:
-        return torch.cat([self._chunk(step) for step in steps], -2)
+        return torch.cat([self._part(step).run() for step in steps], -2)
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
 
-    def _chunk(self, step: range) -> Tensor:
+    def _part(self, step: range) -> AttentionFunction:
+        """The function with the queries of a chunk, all keys up to it, and its masks."""
         last = self._key_of(step.stop)
-        own = {MASK: self.mask[..., step.start : step.stop, :last]}
+        masks: dict[str, Any] = {MASK: self.mask[..., step.start : step.stop, :last]}
         if self.own_causal:
-            own = {} if self.subject.mask is None else own
-            return self._run(step, range(last), **own, is_causal=True)
-        needless = len(step) == 1 and self._sees_all_before[step.start]
-        return self._run(step, range(last), **({} if needless else own))
+            masks = {} if self.subject.mask is None else masks
+            masks["is_causal"] = True
+        elif len(step) == 1 and self._sees_all_before[step.start]:
+            masks = {}
+        rows = slice(step.start, step.stop)
+        others = {
+            name: value
+            for name, value in self.subject.arguments.items()
+            if name not in (MASK, "is_causal")
+        }
+        part = self.subject.given(
+            query=self.subject.query[..., rows, :],
+            key=self.subject.key[..., :last, :],
+            value=self.subject.value[..., :last, :],
+        )
+        return replace(part, arguments={**others, **masks})
 
     @cached_property
     def _sees_all_before(self) -> list[bool]:
@@ -306,61 +319,12 @@ class _FunctionDecoder:
     def _key_of(self, query: int) -> int:
         return query + self.subject.key.shape[-2] - self.length
 
-    def _run(self, queries: range, keys: range, **masks: Any) -> Tensor:
-        """Call the function with some queries and keys, and with these masks alone."""
-        rows, columns = slice(queries.start, queries.stop), slice(keys.start, keys.stop)
-        others = {
-            name: value
-            for name, value in self.subject.arguments.items()
-            if name not in (MASK, "is_causal")
-        }
-        part = self.subject.given(
-            query=self.subject.query[..., rows, :],
-            key=self.subject.key[..., columns, :],
-            value=self.subject.value[..., columns, :],
-        )
-        return replace(part, arguments={**others, **masks}).run()
-
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
-        """Compare the last chunk that is off with what likely mistakes would give."""
+        """Name the known defect that gives the last chunk that is off, and not the prefill."""
         step = evidence.plan.step_of(tokens_off(broken)[-1])
-        for words, candidate in self._mistakes(step):
-            if evidence.is_explained_by(candidate, step):
-                return f"{name_tokens(step)}: the output is that of attention {words}"
-        return None
-
-    def _mistakes(self, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
-        """Yield likely mistakes in a chunk, in words and as what they give.
-
-        A square call, as the prefill is one, is trusted: it is aligned in one way only.
-        """
-        size, last = len(step), self._key_of(step.stop)
-        if last > size:
-            yield (
-                "to the keys of this chunk alone: earlier keys are not seen",
-                lambda: self._square(step.stop, range(last - size, last)),
-            )
-            yield (
-                "with a causal mask aligned to the top left: decoding needs the bottom right",
-                lambda: self._square(step.stop, range(size)),
-            )
-        if size > 1:
-            yield (
-                "without a causal mask: later keys of the same chunk are seen",
-                lambda: self._run(step, range(last)),
-            )
-        elif last - 1 <= step.stop:
-            for words, keys in (("first", range(1, last)), ("last", range(last - 1))):
-                yield (
-                    f"without the {words} key",
-                    lambda keys=keys: self._square(step.stop, keys)[..., -1:, :],  # type: ignore[misc]
-                )
-
-    def _square(self, stop: int, keys: range) -> Tensor:
-        """Call the function with some keys and as many queries, causally."""
-        size = len(keys)
-        masks: dict[str, Any] = {"is_causal": True}
-        if not self.subject.arguments.get("is_causal"):
-            device = self.mask.device
-            masks = {MASK: causal_mask(size, alignment="top_left", device=device)}
-        return self._run(range(stop - size, stop), keys, **masks)
+        rows, part = slice(step.start, step.stop), self._part(step)
+        alignment: Alignment | None = "bottom_right" if self.own_causal else None
+        known = part.mistake(evidence.decoded[..., rows, :], alignment)
+        if known is None or known == part.mistake(evidence.whole[..., rows, :], alignment):
+            return None
+        return f"{name_tokens(step)}: {known}"

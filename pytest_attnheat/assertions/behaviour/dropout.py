@@ -300,15 +300,7 @@ class _Count:
         some = self.judged.any(-1) & (judged_sums > 0)
         if bool(((judged_sums - 1).abs()[some] <= allowed).all()):
             return "each row sums to 1 after dropout: the weights are normalised again"
-        p = self.share
-        factors = {
-            1.0: "what is kept is not rescaled",
-            1 - p: "what is kept is multiplied by 1 - p, which belongs to evaluation mode",
-            1 / p: "what is kept is divided by p",
-            1 / (1 - p) ** 2: "what is kept is divided by 1 - p twice",
-        }
-        nearest = min(factors, key=lambda known: abs(known - factor))
-        return factors[nearest] if abs(factor - nearest) <= allowed * nearest else None
+        return why_factor(factor, self.share, allowed)
 
     def _check_sum(self) -> None:
         __tracebackhide__ = True
@@ -375,6 +367,19 @@ class _Count:
 def _pairs(mask: Tensor, axis: int, ones: Tensor, others: Tensor) -> Tensor:
     """How many pairs of elements along an axis are both true."""
     return (mask.index_select(axis, ones) & mask.index_select(axis, others)).sum()
+
+
+def why_factor(factor: float, share: float, allowed: float) -> str | None:
+    """Say why kept weights are multiplied by this factor, off by a part of it at most."""
+    q = 1 - share
+    factors = {
+        1.0: "what is kept is not rescaled",
+        q: "what is kept is multiplied by 1 - p, which belongs to evaluation mode",
+        1 / share: "what is kept is divided by p",
+        1 / q**2: "what is kept is divided by 1 - p twice, or evaluation multiplies by it as well",
+    }
+    nearest = min(factors, key=lambda known: abs(known - factor))
+    return factors[nearest] if abs(factor - nearest) <= allowed * nearest else None
 
 
 def share_by_chance(share: float, count: int) -> tuple[float, float]:

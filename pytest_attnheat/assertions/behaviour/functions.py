@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -10,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, of_the_first
+from pytest_attnheat.assertions.behaviour.subject import begin, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import (
     LARGER,
     Claim,
@@ -29,9 +28,10 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     size_of,
 )
 from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Side, permits
-from pytest_attnheat.callables import copied
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
+from pytest_attnheat.callables import copied, parameters_of
+from pytest_attnheat.inputs import dtype_name, misuse
 
 MASK = "attn_mask"
 # By how much the score of a padding key that attracts a query is above that of any real key,
@@ -57,6 +57,13 @@ class Described(Protocol):
     def ask(self, call: Call) -> Answered:
         """Answer a call."""
 
+    def expected(self) -> Described | None:
+        """Return code that gives what it is to give; None if that is attention."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it has gradients."""
+
 
 def as_described(function: object) -> Described | None:
     """Return a function that says what it does of itself; None for any other."""
@@ -67,11 +74,7 @@ def takes(function: Callable[..., Any], name: str) -> bool:
     """Whether a function has a parameter of a name; a described one takes all it declares."""
     if as_described(function) is not None:
         return True
-    whole = function.forward if isinstance(function, nn.Module) else function
-    try:
-        return name in inspect.signature(whole).parameters
-    except (TypeError, ValueError):
-        return False
+    return name in (parameters_of(function) or ())
 
 
 @dataclass(frozen=True)
@@ -241,34 +244,26 @@ class AttentionFunction:
         """The output as it is: the order of keys leaves no trace."""
         return output
 
+    def mistake(self, output: Tensor, alignment: Alignment | None = None) -> str | None:
+        """Name the known defect that gives this output, with another alignment than its own.
+
+        A cause that cannot be looked for never hides the failure.
+        """
+        try:
+            call = self.call
+            call = call if alignment is None else replace(call, alignment=alignment)
+            if not bool(call.visible().any(-1).all()):  # nobody says what those rows should hold
+                call = replace(call, fully_masked="undefined")
+            return likely_mistake(call, output)
+        except Exception:  # what it computes may be no product of query and key at all
+            return None
+
     def cause_of_order(self, base: Tensor, allowed: float) -> str:
-        """Tell a causal mask, and a key that is left out, from all else that knows the order."""
-
-        def unfelt(keys: slice, query: int | None = None) -> bool:
-            return holds(lambda: not self._feels(keys, base, allowed, query))
-
-        if unfelt(slice(1, None), query=0):
-            return "query 0 feels no key but the first: a causal mask inside?"
-        for number in (self.length - 1, 0):
-            if unfelt(slice(number, number + 1)):
-                return f"key {number} is felt by no query, whatever its value: is it left out?"
-        return (
+        """Name a known defect, as a causal mask inside, or say what else knows the order."""
+        return self.mistake(base) or (
             "the places of keys are felt: positions (rotary, ALiBi) or a window inside, or a mask "
             "that does not follow its keys?"
         )
-
-    def _feels(self, keys: slice, base: Tensor, allowed: float, query: int | None) -> bool:
-        """Whether another value of some keys changes the output, for one query or for any.
-
-        Said of keys too that the mask hides from all these queries: there is nothing to be told.
-        """
-        rows = slice(None) if query is None else slice(query, query + 1)
-        seen = self.may_see()[..., rows, keys].any(-1)
-        if not bool(seen.any()):
-            return True
-        value = self.value.clone()
-        value[..., keys, :] += 10 * value.abs().amax().clamp(min=1)
-        return differ(self.run(value=value)[..., rows, :], base[..., rows, :], allowed, seen)
 
     def claim(self, stated: Stated) -> tuple[AttentionFunction, Claim]:
         """What its queries may see: as its arguments say, or as `may_see` does."""
@@ -413,10 +408,8 @@ class AttentionFunction:
 
     def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
         """Itself, if its signature has `dropout_p`, or anything where it holds no module."""
-        called = self.function.forward if isinstance(self.function, nn.Module) else self.function
-        try:
-            taken = inspect.signature(called).parameters
-        except ValueError:  # A builtin: F.scaled_dot_product_attention.
+        taken = parameters_of(self.function)
+        if taken is None:  # A builtin: F.scaled_dot_product_attention.
             return self
         takes_any = any(one.kind == one.VAR_KEYWORD for one in taken.values())
         return self if "dropout_p" in taken or (takes_any and not has_module) else None
@@ -460,14 +453,14 @@ def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
         return permits(_checked(mask)).expand(shape)
     except RuntimeError:
         got = f"shape {tuple(mask.shape)}"  # type: ignore[attr-defined]
-        accepted = f"one that broadcasts to the scores {shape}"
+        accepted = f"a shape that broadcasts to that of the scores, here {shape}"
         raise ValueError(misuse(MASK, got, accepted)) from None
 
 
 def _checked(mask: object) -> Tensor:
     if isinstance(mask, Tensor) and (mask.dtype == torch.bool or mask.is_floating_point()):
         return mask
-    given = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+    given = dtype_name(mask) if isinstance(mask, Tensor) else type(mask).__name__
     accepted = (
         "a boolean torch.Tensor, True where a query may attend, or a tensor of floats that is "
         "added to the scores"

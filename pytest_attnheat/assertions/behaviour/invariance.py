@@ -162,17 +162,16 @@ def _check_elsewhere(batch: _Batch, order: Tensor, repeat: str) -> None:
     )
 
 
-def _batch_cause(batch: _Batch, sample: int) -> str | None:
+def _batch_cause(batch: _Batch, sample: int) -> str:
     norm = _batch_norm(batch.subject)
     if norm is not None:
         return f"{norm} takes its mean and variance from the batch: call .eval()"
     if batch.training:
         return RANDOM_CAUSE
-    if holds(lambda: _is_softmax_over_batch(batch, sample)):
-        return (
-            "softmax over the batch (dim=0): in a batch of copies of one sample every key gets "
-            "the weight 1 / batch"
-        )
+    known = batch.called.mistake(batch.output) or ""
+    # Any other known defect a sample has alone as well.
+    if "batch" in known or "samples" in known:
+        return known
     return _company(batch, sample)
 
 
@@ -187,21 +186,6 @@ def _batch_norm(subject: object) -> str | None:
                 if part.running_mean is None:
                     return f"{type(part).__name__}{where} without running statistics"
     return None
-
-
-def _is_softmax_over_batch(batch: _Batch, sample: int) -> bool:
-    """Whether copies of one sample share the weight of each key among them."""
-    values, count = batch.called.tensors.get("value"), batch.called.batch
-    if values is None or batch.called.judged() is not None:
-        return False
-    output = batch.run(torch.full((count,), sample))[sample]
-    shared = (values[sample].double().sum(-2, keepdim=True) / count).to(output.dtype)
-    heads = output.shape[0] if output.ndim > 2 else 1
-    if output.ndim > 2 and shared.shape[0] != heads:
-        shared = shared.repeat_interleave(heads // shared.shape[0], 0)
-    if shared.shape[-1] != output.shape[-1]:
-        return False
-    return not differ(output, shared.expand(output.shape), batch.allowed)
 
 
 def _company(batch: _Batch, sample: int) -> str:
@@ -223,19 +207,10 @@ def _company(batch: _Batch, sample: int) -> str:
             f"sample {sample} changes with sample 0: is the mask, or are the keys, of sample 0 "
             "taken for all?"
         )
-    if len(felt) == 1 and holds(lambda: _has_output_of(batch, sample, felt[0])):
-        return f"sample {sample} changes with sample {felt[0]} alone: are they exchanged?"
     return (
         f"sample {sample} changes with {_samples(felt)}: a mean, a norm or a softmax over the "
         "batch (dim=0), or a reshape that mixes it with another dimension?"
     )
-
-
-def _has_output_of(batch: _Batch, sample: int, other: int) -> bool:
-    """Whether a sample gives in the batch what another gives alone."""
-    judged = batch.judged(torch.tensor([other]))
-    alone = batch.run(torch.tensor([other]))
-    return not differ(batch.output[sample : sample + 1], alone, batch.allowed, judged)
 
 
 def _changes(batch: _Batch, sample: int, which: Tensor) -> bool:

@@ -63,7 +63,16 @@ def _only_in(fault: Fault, search: Search) -> str:
 def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
     if fault.method == "nan":
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
-    return _cause_of_entries(worst) if crop is None else _cause_in(crop)
+    if crop is not None:
+        return _cause_in(crop)
+    if worst.query is not None:
+        return "softmax over the query axis (dim=-2)?"
+    if worst.is_another_head:
+        return (
+            "grouped heads in another order (repeat in place of repeat_interleave), heads split "
+            "without a transpose, or softmax over the heads?"
+        )
+    return "softmax or a normalisation over the batch, or another entry's keys?"
 
 
 def describe_not_finite(search: Search, broken: Tensor) -> Failure:
@@ -222,11 +231,6 @@ class _Mover:
         return f"changes by {self.change:.2g} ({part}allowed {self.search.allowed:.1e})"
 
     @property
-    def is_grouped(self) -> bool:
-        """Whether several heads share the keys of one."""
-        return self.search.subject.group > 1
-
-    @property
     def is_another_head(self) -> bool:
         """Whether what moves the output is a head, of the output's own batch entry."""
         own, entry = _key_entry(self.search, self.observer), self.entry or ()
@@ -235,7 +239,8 @@ class _Mover:
     def _other(self) -> str:
         own, entry = _key_entry(self.search, self.observer), self.entry or ()
         if self.is_another_head:
-            return f"{'key head' if self.is_grouped else 'head'} {entry[1]}, its own is {own[1]}"
+            kind = "key head" if self.search.subject.group > 1 else "head"
+            return f"{kind} {entry[1]}, its own is {own[1]}"
         return f"batch entry {entry[0] if entry else '?'}, its own is {own[0]}"
 
 
@@ -270,7 +275,12 @@ def _cause_in(crop: _Crop) -> str | None:
         )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         return "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
-    return None if extra is None else _cause_of_several_too_many(crop, extra)
+    if extra is None:
+        return None
+    return (
+        f"each sees {extra} places too many: off by one in each of {extra} layers, or a causal "
+        "mask aligned to the bottom right, not the top left?"
+    )
 
 
 def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
@@ -282,37 +292,12 @@ def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
     return extra
 
 
-def _cause_of_several_too_many(crop: _Crop, extra: int) -> str:
-    if crop.search.subject.element == "token":
-        return (
-            f"each sees {extra} places too many: a causal mask that is off by one in each of "
-            f"{extra} layers, or by {extra}?"
-        )
-    query_len, key_len = crop.search.may_see.shape[-2:]
-    if extra == key_len - query_len:
-        return (
-            f"each sees {extra} places too many, key_len - query_len: a causal mask aligned to "
-            "the bottom right, not the top left?"
-        )
-    return f"each sees {extra} places too many"
-
-
 def _steps_ahead(crop: _Crop) -> Tensor:
     """How many elements beyond the last that an observer may see each is."""
     numbers = torch.arange(crop.columns.start, crop.columns.stop)
     whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
     last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
     return numbers - last
-
-
-def _cause_of_entries(mover: _Mover) -> str | None:
-    if mover.query is not None:
-        return "softmax over the query axis (dim=-2)?"
-    if mover.is_another_head and mover.is_grouped:
-        return "grouped heads in another order (repeat in place of repeat_interleave)?"
-    if mover.is_another_head:
-        return "heads split or merged without a transpose, or softmax over the heads?"
-    return "softmax or a normalisation over the batch, or another entry's keys?"
 
 
 # --- The picture

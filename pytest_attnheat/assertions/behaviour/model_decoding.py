@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place, relative_change
+from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.sequences import (
     CachedDecoding,
@@ -241,7 +241,11 @@ class _ModelDecoder:
                 "must be aligned to the bottom right, and the positions must count on"
             )
         if not bool(broken[:, : evidence.plan.sizes[0]].any()):
-            return self._why_after_first(evidence, broken, step)
+            return (
+                _why_some_entries(broken)
+                or _why_from_some_token(broken, evidence.plan)
+                or "the first chunk is right: look at what is cached, and at the positions after it"
+            )
         return None
 
     def _looks_ahead(self, evidence: Evidence, step: range) -> bool:
@@ -251,65 +255,6 @@ class _ModelDecoder:
         except Exception:  # No reason to hide the failure.
             return False
         return not evidence.alike(prefix, evidence.whole[:, step.start : step.stop], step)
-
-    def _why_after_first(self, evidence: Evidence, broken: Tensor, step: range) -> str:
-        """Say what may be wrong with the cache where the first chunk is right."""
-        exchanged = replace(evidence, decoded=evidence.whole)
-        trials: list[tuple[str, Evidence, Callable[[], Tensor]]] = [
-            (
-                "the output is that with the cache of batch entry 0 in all entries",
-                evidence,
-                lambda: self._with_first_entry(step)._run([*range(step.stop)])[:, step.start :],
-            ),
-            (
-                "it is right once keys and values in the cache change places",
-                exchanged,
-                lambda: self._with_exchanged(step),
-            ),
-            (
-                f"the output does not change with tokens {len(step)} to {step.start - 1}: is the "
-                "causal mask aligned to the top left?",
-                evidence,
-                lambda: self._with_other_middle(evidence.plan, step),
-            ),
-        ]
-        for words, wanted, candidate in trials:
-            if wanted.is_explained_by(candidate, step):
-                return f"{name_tokens(step)}: {words}"
-        return (
-            _why_some_entries(broken)
-            or _why_from_some_token(broken, evidence.plan)
-            or _why_rounded(evidence)
-            or "the first chunk is right: look at what is cached, and at the positions after it"
-        )
-
-    def _given(self, inputs: Tensor) -> _ModelDecoder:
-        return replace(self, subject=replace(self.subject, inputs=inputs))
-
-    def _with_first_entry(self, step: range) -> _ModelDecoder:
-        """The same with what comes before a chunk taken from the first entry of the batch."""
-        inputs = self.subject.inputs.clone()
-        inputs[:, : step.start] = inputs[:1, : step.start].clone()
-        return self._given(inputs)
-
-    def _with_exchanged(self, step: range) -> Tensor:
-        """Decode a chunk after all others, with keys and values exchanged in the cache."""
-        _, cache = self.step(range(step.start), None)
-        return self.step(step, _exchanged(cache))[0]
-
-    def _with_other_middle(self, plan: Plan, step: range) -> Tensor:
-        """Decode again with other tokens between the first, as many as in a chunk, and the chunk.
-
-        Raises:
-            ValueError: There are none.
-        """
-        inputs = self.subject.inputs.clone()
-        middle = inputs[:, len(step) : step.start]
-        if middle.numel() == 0 or bool((middle == middle.flatten()[0]).all()):
-            raise ValueError("there are no tokens that could be others")
-        middle.copy_(middle.max() + middle.min() - middle)  # These are in the vocabulary, too.
-        steps = [other for other in plan.steps if other.start <= step.start]
-        return self._given(inputs).decode(steps)[:, step.start :]
 
     def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         if step.start == 0:
@@ -329,33 +274,15 @@ class _ModelDecoder:
                     f"with positions that are one too {words} after the first chunk",
                     lambda at=shifted: self._run([*range(step.stop)], at)[:, step.start :],  # type: ignore[misc]
                 )
-        own, previous = [*step], step.start - 1
+        own = [*step]
         histories: dict[str, list[int]] = {
             "of this chunk alone at its positions: the cache is not used": [],
             "without the first token of the cache": [*range(1, step.start)],
-            "without the token just before, the last of the cache": [*range(previous)],
-            "with the token just before twice in the cache": [*range(step.start), previous],
+            "without the token just before, the last of the cache": [*range(step.start - 1)],
         }
         for words, history in histories.items():
             tokens = history + own
             yield words, lambda tokens=tokens: self._run(tokens, tokens)[:, -len(own) :]  # type: ignore[misc]
-
-
-def _exchanged(cache: Any) -> Any:
-    """A cache with the two tensors of each pair exchanged.
-
-    Raises:
-        TypeError: It does not consist of tuples, lists and mappings.
-    """
-    if isinstance(cache, dict):
-        return {name: _exchanged(part) for name, part in cache.items()}
-    if isinstance(cache, (tuple, list)):
-        if len(cache) == 2 and all(isinstance(part, Tensor) for part in cache):
-            return (cache[1], cache[0])
-        return tuple(_exchanged(part) for part in cache)
-    if isinstance(cache, (Tensor, int, type(None))):
-        return cache
-    raise TypeError(f"nothing is known of a {type(cache).__name__}")
 
 
 def _why_some_entries(broken: Tensor) -> str | None:
@@ -367,15 +294,6 @@ def _why_some_entries(broken: Tensor) -> str | None:
         return "batch entry 0 is right, all others are not: is its cache used for all?"
     named = ", ".join(str(entry) for entry, is_off in enumerate(off) if is_off)
     return f"batch entry {named} alone is off: look at how the cache is indexed by the batch"
-
-
-def _why_rounded(evidence: Evidence) -> str | None:
-    """Whether all is off by no more than the rounding of a narrower dtype."""
-    most = float(relative_change(evidence.decoded, evidence.whole).max())
-    eps = torch.finfo(torch.bfloat16).eps
-    if torch.finfo(evidence.whole.dtype).eps < eps and most <= 2 * eps:
-        return "no more than bfloat16 rounds: is the cache kept in a narrower dtype?"
-    return None
 
 
 def _why_from_some_token(broken: Tensor, plan: Plan) -> str | None:

@@ -156,6 +156,9 @@ class ModelSubject:
         """The output in the order that the tokens had."""
         return output[:, order.argsort()]
 
+    def mistake(self, output: Tensor) -> None:
+        """None: what its attention was given is not known."""
+
     def cause_of_order(self, base: Tensor, allowed: float) -> str:
         """Tell a causal mask from anything else that knows the order."""
         if holds(lambda: self._first_is_alone(base, allowed)):

@@ -16,18 +16,12 @@ from pytest_attnheat.assertions.behaviour.memory import memory_of
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
-from pytest_attnheat.assertions.behaviour.visibility import Padding, Replacement, Told
+from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
 from pytest_attnheat.attention.vocabulary import SIDES, Side
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.capture.capturing import capture_attention
+from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import check_number, misuse, positive
 
 _NAME = "assert_padding_invariant"
-_ROTATED = (
-    "keys that are moved alike change their products with one another, and values do not change: "
-    "positions do not act by their difference alone; if they are rotations, are the pairs that are "
-    "rotated and the frequencies laid out alike (halves or neighbours)?"
-)
 
 
 def assert_padding_invariant(
@@ -206,38 +200,15 @@ class _Trial:
                 "the mask is read as its opposite: the output is right where True and False change"
             )
         side = self.padding.side
-        has_rows = not self.subject.has_queries
-        if has_rows and side == "left" and bool(got.isnan().any()):
+        if not self.subject.has_queries and side == "left" and bool(got.isnan().any()):
             return (
                 "nan spreads from the padding: under a causal mask padding on the left may see "
                 "nothing, and 0 * nan is nan"
             )
-        if has_rows and felt and holds(lambda: self._sees_only_padding(got)):
-            return (
-                "the mask is read as its opposite: real tokens feel the padding and not one another"
-            )
         cause = self.subject.cause_of_padding(side, felt=felt)
-        if side == "left" and not felt and holds(self._is_rotated_by_more):
-            cause = _ROTATED
         if any(holds(other.passes) for other in sides):
             return f"only on the {side}: {cause}"
         return cause if felt is False else None
-
-    def _is_rotated_by_more(self) -> bool:
-        """Whether padding changes products of keys in the first layer, but no values."""
-        model, length = self.subject, self.padding.lengths[0]
-        assert isinstance(model, ModelSubject)
-        (module,), one = modules_in(model.model.module), model.samples(torch.tensor([0]))
-        found = []
-        runs: list[Callable[[], Any]] = [self.padded.run, lambda: one.run(one.inputs[:, :length])]
-        for run in runs:
-            with capture_attention(module, allow_unseen=True) as trace:
-                run()
-            tensors = (trace[0].key, trace[0].value)
-            found.append([t[:1, ..., -length:, :] for t in tensors if t is not None])
-        (moved, moved_values), (keys, values) = found
-        changed = differ(moved @ moved.mT, keys @ keys.mT, self.allowed)
-        return changed and not differ(moved_values, values, self.allowed)
 
     def _alike(self, one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, self.allowed, self.padded.judged())
@@ -269,18 +240,3 @@ class _Trial:
             "through, or a module that needs a mask: SequenceModel(module, mask=..., "
             "mask_argument=...)"
         )
-
-    def _sees_only_padding(self, got: Tensor) -> bool:
-        """Whether real tokens do not feel the first of them.
-
-        A module that makes its positions from the mask is not right under the opposite mask
-        either; but under a mask that it reads as its opposite real tokens are masked.
-        """
-        real = self.padding.real(got.device)
-        first = real & (real.cumsum(-1) == 1)
-        others = real & ~first
-        if not bool(others.any()):
-            return False
-        replaced = Replacement(first, content="larger")
-        output = self.padded.run_replaced(replaced, seed=self.padding.seed)
-        return not differ(output, got, self.allowed, others)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
-from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights
+from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights, why_factor
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import Subject, check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
@@ -285,7 +285,7 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
         return
     cause = "training mode changes the output, though always in the same way: a fixed seed or mask?"
     if bool((relative_change(first, evaluated) <= output_tolerance(first.dtype)).all()):
-        cause = f"dropout is never applied{_dropouts_in(call.modules)}"
+        cause = "dropout is never applied"
     raise Failure(
         _NAME,
         f"dropout={share:g} was declared, but {runs} calls in training mode give equal outputs",
@@ -342,16 +342,6 @@ def _attributes_named_dropout(module: nn.Module) -> list[float]:
     ]
 
 
-def _dropouts_in(modules: Sequence[nn.Module]) -> str:
-    found = {
-        f"{type(part).__name__}(p={part.p:g})"
-        for module in modules
-        for part in module.modules()
-        if isinstance(part, nn.modules.dropout._DropoutNd)
-    }
-    return f", although there is {', '.join(sorted(found)[:_MOST_NAMES])}" if found else ""
-
-
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
     """Check that the mean in training mode is the output in evaluation mode.
 
@@ -383,19 +373,8 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
         _NAME,
         f"the mean over {runs} calls in training mode is not the output in evaluation mode",
         worst=Place(off, value=mean),
-        cause=_why_biased(mean, share, error),
+        cause=why_factor(mean / (1 - share), share, error / mean),
         tensor=Checked.of(evaluated),
         tolerance=allowed,
         repeat=f"seed={seed}",
     )
-
-
-def _why_biased(mean: float, share: float, error: float) -> str | None:
-    kept = 1 - share
-    factors = {
-        kept: "kept weights are not divided by 1 - p",
-        kept * kept: "kept weights are multiplied by 1 - p, not divided",
-        1 / kept: "the output of evaluation mode is multiplied by 1 - p although training divides",
-    }
-    nearest = min(factors, key=lambda factor: abs(mean - factor))
-    return factors[nearest] if abs(mean - nearest) <= error else None

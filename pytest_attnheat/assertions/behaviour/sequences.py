@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, MaskMeaning
+from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.inputs import misuse
 
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
@@ -173,11 +174,8 @@ def check_takes_mask(model: SequenceModel) -> None:
 
 
 def _parameters(model: SequenceModel) -> str:
-    try:
-        taken = inspect.signature(getattr(model.module, "forward", model.module)).parameters
-    except (TypeError, ValueError):  # a callable made in C
-        return "unknown"
-    return ", ".join(taken)
+    taken = parameters_of(model.module)
+    return "unknown" if taken is None else ", ".join(taken)
 
 
 def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> Tensor:
@@ -366,11 +364,7 @@ def refuse_unused_cache(module: Callable[..., Any]) -> None:
 def name_of_cache(module: Callable[..., Any]) -> str | None:
     """Return the parameter under which a module takes a cache, told by its name, or None."""
     module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
-    called = module.forward if isinstance(module, nn.Module) else module
-    try:
-        taken = inspect.signature(called).parameters
-    except (TypeError, ValueError):  # A builtin.
-        return None
+    taken = parameters_of(module) or ()
     return next((name for name in taken if _is_name_of_cache(name)), None)
 
 

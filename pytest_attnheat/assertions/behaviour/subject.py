@@ -106,6 +106,9 @@ class Subject(Protocol):
     def restore(self, output: Tensor, order: Tensor) -> Tensor:
         """The output of a reordered subject as it should be in the order of before."""
 
+    def mistake(self, output: Tensor) -> str | None:
+        """Name the known defect of attention that gives this output, None if none is known."""
+
     def cause_of_order(self, base: Tensor, allowed: float) -> str:
         """Say why the order of elements may be felt.
 

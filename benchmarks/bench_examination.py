@@ -1,0 +1,70 @@
+"""What the examination takes beside the calls it makes: python benchmarks/bench_examination.py."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import torch
+from timing import report
+from torch.nn.functional import scaled_dot_product_attention
+
+from pytest_attnheat import AttentionSpec, check_attention
+
+ROUNDS = 3
+
+
+class Timed:
+    """Attention that adds up how long its own calls take."""
+
+    def __init__(self) -> None:
+        self.taken, self.calls = 0.0, 0
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attn_mask: torch.Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> torch.Tensor:
+        """Call PyTorch's own function."""
+        start = time.perf_counter()
+        try:
+            return scaled_dot_product_attention(
+                query, key, value, attn_mask, dropout_p, is_causal,
+                scale=scale, enable_gqa=enable_gqa,
+            )  # fmt: skip
+        finally:
+            self.taken += time.perf_counter() - start
+            self.calls += 1
+
+
+def ratio(**options: Any) -> float:
+    """Return how many times as long as its calls an examination in four dtypes takes."""
+    ratios = []
+    for _ in range(ROUNDS):
+        subject = Timed()
+        spec = AttentionSpec(subject, name="sdpa", mask="any")
+        start = time.perf_counter()
+        outcome = check_attention(spec, **options)
+        whole = time.perf_counter() - start
+        assert outcome.passed, str(outcome)
+        print(f"  {whole:.2f} s, {subject.calls} calls in {subject.taken:.2f} s")
+        ratios.append(whole / subject.taken)
+    return sorted(ratios)[ROUNDS // 2]
+
+
+def main() -> None:
+    """Print both forms of it."""
+    torch.set_num_threads(1)
+    report("everything in four dtypes, against the calls alone", ratio(), "<=", 15)
+    report("quick, against the calls alone", ratio(quick=True), "<=", 25)
+
+
+if __name__ == "__main__":
+    main()
