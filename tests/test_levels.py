@@ -277,6 +277,8 @@ def test_what_a_text_leaves_out_is_ordinary():
     chosen = read("mask=additive sizes=3x4 group=3", space)
     assert chosen == space.choice(mask="additive", sizes=(3, 4), group=3)
     assert (chosen["fill"], chosen["shape"]) == ("-inf", "(B, 1, L, S)")
+    smaller = read("key_heads=5 head_dim=24", space)  # sizes that no level has
+    assert smaller == space.choice(key_heads=5, head_dim=24)
 
 
 @pytest.mark.parametrize(
