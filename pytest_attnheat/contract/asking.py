@@ -114,7 +114,7 @@ def _mask(spec: AttentionSpec, call: Call) -> Tensor | None:
         return _in_shape(spec, bias, call)
     assert mask is not None
     mask = _in_shape(spec, mask, call)
-    return mask if spec.mask == "any" else as_meant(mask, spec.mask, call.query.dtype)
+    return as_meant(mask, spec.mask, call.query.dtype)
 
 
 def _in_shape(spec: AttentionSpec, mask: Tensor, call: Call) -> Tensor:
