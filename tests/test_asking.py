@@ -324,21 +324,21 @@ REFUSED = {
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_feature_that_is_not_declared_is_refused_in_words(name):
-    with pytest.raises(TypeError, match=f"^plainly is not declared to take {name}$"):
+    with pytest.raises(TypeError, match=rf"^plainly is not declared to take {name}$"):
         AttentionSpec(plainly).ask(plain_call(**{name: REFUSED[name]}))
 
 
 def test_masks_and_causality_that_are_not_declared_are_refused_in_words():
     spec = AttentionSpec(plainly)
     mask = some_mask(QUERY_LEN, KEY_LEN)
-    with pytest.raises(TypeError, match="^plainly is not declared to take a mask$"):
+    with pytest.raises(TypeError, match=r"^plainly is not declared to take a mask$"):
         spec.ask(plain_call(mask=mask))
-    with pytest.raises(TypeError, match="^plainly is not declared to take is_causal$"):
+    with pytest.raises(TypeError, match=r"^plainly is not declared to take is_causal$"):
         spec.ask(plain_call(causal=True))
-    with pytest.raises(TypeError, match="^plainly is not declared to take a mask$"):
+    with pytest.raises(TypeError, match=r"^plainly is not declared to take a mask$"):
         spec.ask(plain_call(bias=ASKED["bias"]))
     _, keeping = declared(mask="keep", bias=None)
-    with pytest.raises(TypeError, match="is not declared to take a mask of floats$"):
+    with pytest.raises(TypeError, match=r"is not declared to take a mask of floats$"):
         keeping.ask(plain_call(bias=ASKED["bias"]))
 
 
@@ -353,7 +353,7 @@ def test_an_answer_of_another_kind_is_refused_in_words():
         return returning
 
     zeros = lambda query, value: plainly(query, None, value)  # noqa: E731
-    with pytest.raises(TypeError, match="^returning must return a tensor; got NoneType$"):
+    with pytest.raises(TypeError, match=r"^returning must return a tensor; got NoneType$"):
         AttentionSpec(of(lambda query, value: None)).ask(plain_call())
     with pytest.raises(TypeError, match=r"declares a pair \(output, weights\); got Tensor$"):
         AttentionSpec(of(zeros), returns="weights").ask(plain_call())

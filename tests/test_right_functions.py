@@ -1,4 +1,4 @@
-"""Right functions that an examination may take for wrong, and what it says of what it cannot ask."""
+"""Right functions that may be taken for wrong, and what is said of what cannot be asked."""
 
 import importlib.util
 import warnings

@@ -30,7 +30,7 @@ KEYWORDS = {
 }
 
 
-class Undeclared(TypeError):
+class UndeclaredError(TypeError):
     """A call has what the subject is not declared to take."""
 
 
@@ -81,7 +81,7 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
     if mask is not None or spec.needs(spec.mask_argument):
         yield spec.mask_argument, mask
     if call.causal and not spec.takes_causal:
-        raise Undeclared(f"{spec.name} is not declared to take is_causal")
+        raise UndeclaredError(f"{spec.name} is not declared to take is_causal")
     if call.causal or spec.is_causal_by_default():
         yield spec.causal_argument, call.causal
     if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
@@ -92,7 +92,7 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
         if keyword is None:
             # A bias is part of the mask.
             if given is not None and name not in always and name != "bias":
-                raise Undeclared(f"{spec.name} is not declared to take {name}")
+                raise UndeclaredError(f"{spec.name} is not declared to take {name}")
         elif given is not None and not (name == "scale" and given == spec.scale):
             yield keyword, given[0] if name == "documents" else given
         elif spec.needs(keyword):
@@ -106,15 +106,15 @@ def _mask(spec: AttentionSpec, call: Call) -> Tensor | None:
     if mask is None and bias is None:
         return None
     if spec.mask is None:
-        raise Undeclared(f"{spec.name} is not declared to take a mask")
+        raise UndeclaredError(f"{spec.name} is not declared to take a mask")
     if bias is not None:
         if spec.mask not in ("additive", "any"):
-            raise Undeclared(f"{spec.name} is not declared to take a mask of floats")
+            raise UndeclaredError(f"{spec.name} is not declared to take a mask of floats")
         bias = bias if mask is None else bias.masked_fill(~mask, -math.inf)
         return _in_shape(spec, bias, call)
     assert mask is not None
     mask = _in_shape(spec, mask, call)
-    return mask if spec.mask == "any" else as_meant(mask, spec.mask, call.query.dtype)
+    return as_meant(mask, spec.mask, call.query.dtype)
 
 
 def _in_shape(spec: AttentionSpec, mask: Tensor, call: Call) -> Tensor:
@@ -131,7 +131,7 @@ def _in_shape(spec: AttentionSpec, mask: Tensor, call: Call) -> Tensor:
             continue
         first = whole.narrow(dim, 0, 1)
         if not torch.equal(first.expand_as(whole), whole):
-            raise Undeclared(
+            raise UndeclaredError(
                 f"{spec.name} is declared to take a mask {wanted} alone; got {tuple(mask.shape)}"
             )
         whole = first

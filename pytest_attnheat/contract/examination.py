@@ -27,7 +27,7 @@ from pytest_attnheat.attention.levels import (
     text_of,
 )
 from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.contract.asking import Undeclared, keyword_of
+from pytest_attnheat.contract.asking import UndeclaredError, keyword_of
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
 from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import dtype_name
@@ -57,7 +57,7 @@ def is_refusal(error: BaseException) -> bool:
     """
     if isinstance(error, AssertionError | ValueError) and error.__cause__ is not None:
         return is_refusal(error.__cause__)
-    if isinstance(error, Undeclared):
+    if isinstance(error, UndeclaredError):
         return True
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
     return isinstance(error, NotImplementedError) or said
