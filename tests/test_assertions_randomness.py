@@ -25,7 +25,7 @@ from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import assert_deterministic
-from pytest_attnheat.assertions.behaviour.dropout import share_by_chance, together_by_chance
+from pytest_attnheat.assertions.behaviour.dropout import share_by_chance
 
 
 def weights_of(query, key, is_causal=False):
@@ -241,26 +241,25 @@ ALONG = "in 50 calls the 10800 weights are never dropped and kept side by side a
             lambda w, p: masked(w, p, None, 1, None, None),
             "dropout=0.2 does not drop each weight on its own",
             ALONG.format(-3),
-            "the same weights are dropped in every head",
+            "what is dropped is the same for all heads",
         ),
         (
             lambda w, p: masked(w, p, 1, 1, None, None),
             "dropout=0.2 does not drop each weight on its own",
             ALONG.format("-4, -3"),
-            "the same weights are dropped in every batch entry, and the same weights are dropped "
-            "in every head",
+            "what is dropped is the same for all batch entries and all heads",
         ),
         (
             lambda w, p: masked(w, p, None, None, 1, None),
             "dropout=0.2 does not drop each weight on its own",
             ALONG.format(-2),
-            "a key is dropped for all queries, or for none",
+            "what is dropped is the same for all queries",
         ),
         (
             lambda w, p: masked(w, p, None, None, None, 1),
             "dropout=0.2 does not drop each weight on its own",
             ALONG.format(-1),
-            "all weights of a query are dropped together, or none",
+            "what is dropped is the same for all keys",
         ),
         (
             lambda w, p: w * (torch.rand(w.shape, generator=generator(3)) >= p) / (1 - p),
@@ -501,9 +500,9 @@ def test_the_share_that_chance_allows_is_met_but_for_one_time_in_a_million(share
 
 
 def test_the_share_of_pairs_is_wider_the_more_are_looked_at_and_holds_the_square():
-    low, high = together_by_chance(0.1, 10_000, 40)
+    low, high = share_by_chance(0.1, 10_000, tests=40, together=2)
     assert 0 < low < 0.01 < high < 0.03
-    wider = together_by_chance(0.1, 10_000, 400)
+    wider = share_by_chance(0.1, 10_000, tests=400, together=2)
     assert wider[0] < low
     assert wider[1] > high
 
@@ -511,8 +510,8 @@ def test_the_share_of_pairs_is_wider_the_more_are_looked_at_and_holds_the_square
 def test_no_weight_and_all_weights_are_allowed_where_chance_may_lead_there():
     assert share_by_chance(0.05, 100)[0] == 0
     assert share_by_chance(0.95, 100)[1] == 1
-    assert together_by_chance(0.05, 1080, 20)[0] == 0
-    assert together_by_chance(0.99, 50, 20)[1] == 1
+    assert share_by_chance(0.05, 1080, tests=20, together=2)[0] == 0
+    assert share_by_chance(0.99, 50, tests=20, together=2)[1] == 1
 
 
 # --- dropout of a module

@@ -105,11 +105,18 @@ def test_the_smallest_call_has_the_features_that_it_takes_and_no_others(function
 
 
 def test_the_cause_is_told_by_a_larger_call_than_the_smallest():
-    with pytest.raises(Failure) as failed:
-        ask_pairs(examined(no_mask_if_causal))
+    def other_corner(query, key, value, is_causal=False):
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool)
+        seen = seen.tril(key.shape[-2] - query.shape[-2]) if is_causal else seen
+        return plain(query, key, value, seen)
+
+    spec = AttentionSpec(other_corner, dtypes=("float32",))
+    with pytest.raises(Failure, match='--attn-replay="sizes=1x2 ') as failed:
+        ask_pairs(replace(examined(other_corner), spec=spec))
+    # One query and two keys may as well be without causality.
     assert failed.value.cause == (
-        "the output is that of attention that ignores the mask, or that ignores the mask when it "
-        "is causal as well"
+        "the output is that of attention whose causal mask is aligned to the other corner (top "
+        "left, bottom right)"
     )
 
 
@@ -175,7 +182,12 @@ def test_shrinking_asks_few_calls_and_finds_the_same_again():
 def test_shrinking_asks_no_more_than_it_may():
     space, asked = _space(), []
     first = space.choice(causal=True, mask="boolean", sizes=(127, 129))
-    shrunk(first, lambda chosen: bool(asked.append(chosen)), space, most=7)
+
+    def fails(chosen):
+        asked.append(chosen)
+        return False
+
+    shrunk(first, fails, space, most=7)
     assert len(asked) == 7
 
 
@@ -210,23 +222,19 @@ def test_every_choice_is_read_back_from_its_text(declared):
 # --- replay
 
 
-def counting(function):
-    def counted(query, key, value, attn_mask=None, is_causal=False):
-        counted.calls.append((query.dtype, tuple(query.shape), is_causal))
-        return function(query, key, value, attn_mask, is_causal)
-
-    counted.calls = []
-    return counted
-
-
 def test_a_replay_judges_that_call_and_no_other():
-    subject = counting(attention)
+    calls = []
+
+    def subject(query, key, value, attn_mask=None, is_causal=False):
+        calls.append((query.dtype, tuple(query.shape), is_causal))
+        return attention(query, key, value, attn_mask, is_causal)
+
     spec = AttentionSpec(subject, dtypes=("float32", "float64"), square=False)
     report = check_attention(spec, replay="sizes=3x9 causal=True batch=1")
     assert [(one.name, one.dtype, one.status) for one in report.results] == [
         ("replay", "float32", "passed"), ("replay", "float64", "passed")
     ]  # fmt: skip
-    judged = [call for call in subject.calls if call[2]]
+    judged = [call for call in calls if call[2]]
     assert set(judged) == {(dtype, (1, 2, 3, 16), True) for dtype in (torch.float32, torch.float64)}
 
 

@@ -29,47 +29,26 @@ class NothingForbiddenError(ValueError):
     """
 
 
-def takes_records(assertion: Callable[P, None]) -> Callable[P, None]:
+def takes_records(
+    assertion: Callable[P, None],
+    *,
+    needs_mask: bool = False,
+    with_sinks: bool = False,
+    of_some: Callable[..., None] | None = None,
+) -> Callable[P, None]:
     """Let an assertion on weights take a record, or a trace, of which each record is asserted.
 
     What the caller does not give comes from the record: its mask, value and output. A failure
     names the layer.
-    """
-    return _taking_records(assertion, needs_mask=False)
-
-
-def takes_rows_of_records(assertion: Callable[P, None]) -> Callable[P, None]:
-    """The same for an assertion about whole rows: a sink stands in them as one more key."""
-    return _taking_records(assertion, needs_mask=False, with_sinks=True)
-
-
-def takes_masked_records(assertion: Callable[P, None]) -> Callable[P, None]:
-    """The same for an assertion that asks nothing without a mask.
-
-    Records of attention that was given none are passed over, unless the caller gives one.
-    """
-    return _taking_records(assertion, needs_mask=True)
-
-
-def takes_positioned_records(
-    of_some: Callable[..., None],
-) -> Callable[[Callable[P, None]], Callable[P, None]]:
-    """The same for an assertion about the positions of queries.
 
     Args:
+        assertion: The assertion.
+        needs_mask: Whether it asks nothing without a mask: records of attention that was given
+            none are then passed over, unless the caller gives one.
+        with_sinks: Whether a sink stands in the rows as one more key.
         of_some: Asserts it of some queries: called with the arguments of the assertion, `queries`
             (their positions) and `query_len` (how many there were).
     """
-    return partial(_taking_records, needs_mask=False, of_some=of_some)
-
-
-def _taking_records(
-    assertion: Callable[P, None],
-    *,
-    needs_mask: bool,
-    with_sinks: bool = False,
-    of_some: Callable[..., None] | None = None,
-) -> Callable[P, None]:
     accepted = tuple(inspect.signature(assertion).parameters)
 
     @wraps(assertion)

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.captured import (
-    NothingForbiddenError,
-    Weights,
-    takes_masked_records,
-    takes_positioned_records,
-    takes_records,
-)
+from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
 from pytest_attnheat.assertions.causal import CausalRule, causal_cause
 from pytest_attnheat.assertions.causes import likely_cause
 from pytest_attnheat.assertions.claims import (
@@ -63,7 +58,7 @@ Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
-@takes_masked_records
+@partial(takes_records, needs_mask=True)
 def assert_masked(
     weights: Weights, mask: Mask | None = None, *, fully_masked: FullyMasked = "zero"
 ) -> None:
@@ -139,7 +134,7 @@ def _assert_causal_of_some(
     _Masked("assert_causal", operand, permitted, declared).check(says, mask_cause)
 
 
-@takes_positioned_records(_assert_causal_of_some)
+@partial(takes_records, of_some=_assert_causal_of_some)
 def assert_causal(
     weights: Weights,
     *,
@@ -202,7 +197,7 @@ def assert_causal(
     masked.check(says, lambda evidence: causal_cause(evidence, rule))
 
 
-@takes_masked_records
+@partial(takes_records, needs_mask=True)
 def assert_support(
     weights: Weights, mask: Mask | None = None, *, fully_masked: FullyMasked = "zero"
 ) -> None:

@@ -140,12 +140,12 @@ def support_cause(evidence: Evidence) -> str | None:
 
 def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
     """Return a likely cause of weight on padding, or None."""
-    telling = evidence.telling()
+    telling, seen = evidence.telling(), _seen_keys(evidence)
     found = (
         finite_mask(telling),
-        other_padding(evidence, lengths, side),
+        other_padding(seen, lengths, side),
         padded_queries(telling, lengths, side),
-        no_padding(evidence, lengths),
+        no_padding(seen, lengths),
         not_a_number(evidence),
     )
     return named(evidence, found)
@@ -211,23 +211,15 @@ def _mask_rows(
     return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool, device="cpu")
 
 
-def _real_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> torch.Tensor | None:
-    """Which queries are no padding, if they are the tokens that the keys are, and some are."""
+def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
+    """Only queries that are padding themselves attend to padding."""
     query_len, key_len = evidence.weights.shape[-2:]
     length = lengths[evidence.place[0]]
     if query_len != key_len or not 0 < length < query_len:
-        return None
+        return None  # they are not the tokens that the keys are, or none of them is padding
+    real = evidence.queries < length
     if side == "left":
-        return evidence.queries >= query_len - length
-    return evidence.queries < length
-
-
-def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
-    """Only queries that are padding themselves attend to padding."""
-    key_len = evidence.weights.shape[-1]
-    real = _real_queries(evidence, lengths, side)
-    if real is None:
-        return None
+        real = evidence.queries >= query_len - length
     leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
     if not bool(real.any()) or bool(leaks[real].any()) or not bool(leaks[~real].all()):
         return None
@@ -243,9 +235,8 @@ def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> st
     )
 
 
-def other_padding(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
-    """Batch entries are masked, but as if other keys were padding."""
-    seen = _seen_keys(evidence)
+def other_padding(seen: torch.Tensor, lengths: Sequence[int], side: Side) -> str | None:
+    """Batch entries are masked, but as if other keys were padding; `seen` as of `_seen_keys`."""
     key_len = seen.shape[-1]
     if len(seen) < len(lengths):
         return None
@@ -260,9 +251,8 @@ def other_padding(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
     return None
 
 
-def no_padding(evidence: Evidence, lengths: Sequence[int]) -> str | None:
+def no_padding(seen: torch.Tensor, lengths: Sequence[int]) -> str | None:
     """Every key of every batch entry gets weight."""
-    seen = _seen_keys(evidence)
     padded = [i for i, length in enumerate(lengths[: len(seen)]) if length < seen.shape[-1]]
     if not padded or not bool(seen[padded].all()):
         return None

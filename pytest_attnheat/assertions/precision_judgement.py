@@ -263,7 +263,7 @@ def _index(one: Judgement, place: tuple[int, ...]) -> str:
 
 
 def _cause(one: Judgement, context: Context) -> str | None:
-    found = (cause(one, context) for cause in (*_CAUSES, _usual_mistake, *_VAGUE_CAUSES))
+    found = (cause(one, context) for cause in _CAUSES)
     return next((sentence for sentence in found if sentence is not None), None)
 
 
@@ -371,10 +371,9 @@ _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _no_gradient,
     _fully_masked_rows,
     _overflow,
-)
-# A mask that is ignored may leave many rows right, and a wrong scale errors that look like those
-# of rounding: what follows is asked last.
-_VAGUE_CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
+    _usual_mistake,
+    # A mask that is ignored may leave many rows right, and a wrong scale errors that look like
+    # those of rounding: what follows is asked last.
     _constant_factor,
     _some_maps,
     _narrower,

@@ -54,6 +54,32 @@ def constant_factor(product: Product) -> str | None:
     )
 
 
+def made_by_another(product: Product) -> str | None:
+    """The worst map is made by the weights of another head or batch entry, and of no third."""
+    own, places = product.worst[:-2], _indices(product.output.shape[:-2])
+    key_len, value_dim = product.value.shape[-2:]
+    if len(places) * key_len * min(value_dim, CHANNELS) > _SAMPLE or len(places) > _MAPS:
+        return None
+    queries = _queries(product, len(places))
+    samples = {place: product.take(place, queries) for place in places}
+    found = samples[own]
+    makers = [
+        place
+        for place, other in samples.items()
+        if any(found.made_by(other.weights, value) for value in (found.value, other.value))
+    ]
+    if len(makers) != 1 or makers[0] == own:
+        return None
+    maker = makers[0]
+    if product.grouped:
+        members = product.output.shape[-3]
+        own, maker = ((*at[:-2], at[-2] * members + at[-1]) for at in (own, maker))
+    return (
+        f"output {list(own)} is made by weights {list(maker)}: heads or batch entries in another "
+        "order?"
+    )
+
+
 def rearranged(product: Product) -> str | None:
     """Heads of the value were repeated as a whole, or heads merged without a transpose."""
     given = product.weights, product.value, product.output
@@ -168,6 +194,7 @@ def dropout(product: Product) -> str | None:
 _CAUSES: tuple[Cause, ...] = (
     zero,
     constant_factor,
+    made_by_another,
     rearranged,
     transposed,
     causal_elsewhere,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
 
-from pytest_attnheat.assertions.captured import Weights, takes_records, takes_rows_of_records
+from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.causes import likely_cause
 from pytest_attnheat.assertions.claims import (
     COLUMNS,
@@ -43,7 +44,7 @@ from pytest_attnheat.inputs import (
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
 
 
-@takes_rows_of_records
+@partial(takes_records, with_sinks=True)
 def assert_row_stochastic(
     weights: Weights,
     *,
@@ -123,7 +124,7 @@ def assert_doubly_stochastic(
         _check(name, columns, by_column, claims)
 
 
-@takes_rows_of_records
+@partial(takes_records, with_sinks=True)
 def assert_one_hot(
     weights: Weights,
     *,
@@ -148,7 +149,15 @@ def assert_one_hot(
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     one_weight = row_tolerance(operand.dtype, 1) if tolerance is None else allowed
-    claims = [*_distribution(permitted, declared, allowed), _largest_is_one(one_weight)]
+    largest_is_one = of_rows(
+        "rows do not put all weight on one key",
+        "one-hot",
+        lambda block: block.high,
+        "has as its largest weight",
+        deviation=lambda block: (block.high - 1).abs(),
+        allowed=one_weight,
+    )
+    claims = [*_distribution(permitted, declared, allowed), largest_is_one]
     _check("assert_one_hot", operand, permitted, claims)
 
 
@@ -178,15 +187,23 @@ def assert_uniform(
     """
     __tracebackhide__ = True
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
+    # No rounding makes weight where there is none, so that masked keys have no tolerance.
+    leak = "rows are not uniform: masked keys hold weight"
     claims = [
-        *_nothing_on_masked_keys(permitted),
-        _uniform(allowed),
+        of_rows(leak, "leak", lambda block: block.leaked, "holds, at a masked key,"),
+        of_rows(
+            "rows are not uniform",
+            "uniform",
+            lambda block: block.misfit(masked=True),
+            "strays, relative to 1 / (permitted keys), by",
+            allowed=allowed,
+        ),
         *fully_masked_rows(permitted, declared, allowed),
     ]
-    _check("assert_uniform", operand, permitted, claims)
+    _check("assert_uniform", operand, permitted, claims[permitted is None :])
 
 
-@takes_rows_of_records
+@partial(takes_records, with_sinks=True)
 def assert_entropy(
     weights: Weights,
     *,
@@ -273,70 +290,27 @@ def _check(
 def _distribution(
     mask: Operand | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
 ) -> list[Claim[Block]]:
+    """Claim that rows sum to one and hold no negative weight, however small."""
     return [
-        _sum_to_one(allowed, lines),
-        _nonnegative(lines),
+        of_rows(
+            f"{lines.noun} do not sum to 1",
+            "sum",
+            lambda block: block.total,
+            "sums to",
+            deviation=lambda block: (block.total - 1).abs(),
+            allowed=allowed,
+            lines=lines,
+        ),
+        of_rows(
+            f"{lines.noun} hold a negative weight",
+            "negative",
+            lambda block: block.low,
+            "holds",
+            deviation=lambda block: block.low.neg().clamp(min=0),
+            lines=lines,
+        ),
         *fully_masked_rows(mask, declared, allowed, lines),
     ]
-
-
-def _sum_to_one(allowed: float, lines: Lines = ROWS) -> Claim[Block]:
-    """Claim that rows with a permitted key sum to one."""
-    return of_rows(
-        f"{lines.noun} do not sum to 1",
-        "sum",
-        lambda block: block.total,
-        "sums to",
-        deviation=lambda block: (block.total - 1).abs(),
-        allowed=allowed,
-        lines=lines,
-    )
-
-
-def _nonnegative(lines: Lines = ROWS) -> Claim[Block]:
-    """Claim that rows with a permitted key hold no negative weight, however small."""
-    return of_rows(
-        f"{lines.noun} hold a negative weight",
-        "negative",
-        lambda block: block.low,
-        "holds",
-        deviation=lambda block: block.low.neg().clamp(min=0),
-        lines=lines,
-    )
-
-
-def _largest_is_one(allowed: float) -> Claim[Block]:
-    """Claim that the largest weight of rows with a permitted key is one."""
-    return of_rows(
-        "rows do not put all weight on one key",
-        "one-hot",
-        lambda block: block.high,
-        "has as its largest weight",
-        deviation=lambda block: (block.high - 1).abs(),
-        allowed=allowed,
-    )
-
-
-def _uniform(allowed: float) -> Claim[Block]:
-    """Claim that rows are uniform over their permitted keys, and zero elsewhere."""
-    return of_rows(
-        "rows are not uniform",
-        "uniform",
-        lambda block: block.misfit(masked=True),
-        "strays, relative to 1 / (permitted keys), by",
-        allowed=allowed,
-    )
-
-
-def _nothing_on_masked_keys(mask: Operand | None) -> list[Claim[Block]]:
-    """Claim that masked keys hold exactly zero in rows with a permitted key.
-
-    No rounding makes weight where there is none, so there is no tolerance.
-    """
-    if mask is None:
-        return []
-    statement = "rows are not uniform: masked keys hold weight"
-    return [of_rows(statement, "leak", lambda block: block.leaked, "holds, at a masked key,")]
 
 
 def _entropy_within(

@@ -478,14 +478,14 @@ def shrunk(
 def _simpler(
     chosen: dict[str, Any], name: str, levels: tuple[Any, ...], declared: Declared
 ) -> Iterator[dict[str, Any]]:
-    """The same with simpler levels of one feature: any smaller size, or else the simplest one."""
+    """The same with simpler levels of one feature: of sizes and masks any, else the simplest."""
     for level in levels[: levels.index(chosen[name])] if chosen[name] in levels else levels:
         smaller = {**chosen, name: level}
         if name == "mask":
             smaller |= {"fill": NONE} | ({"shape": NONE, "empty": False} if level == NONE else {})
         if declared.possible(smaller):
             yield smaller
-            if name not in SIZES:
+            if name not in (*SIZES, "mask"):
                 return
 
 

@@ -151,18 +151,31 @@ class _Probe:
             return
         worst = index_of(excess.argmax(), excess.shape)
         first = index_of(broken.flatten().int().argmax(), broken.shape)
-        judge = _Bounds(output, low, high, self.allowed)
         raise Failure(
             _NAME,
             f"outputs{with_values} lie outside the range of the values that their query may see",
             broken=wrong,
             of=counted,
-            worst=judge.place(worst),
-            first=None if first == worst else judge.place(first),
+            worst=self._place(worst, output, low, high),
+            first=None if first == worst else self._place(first, output, low, high),
             cause=self._cause(output, worst, judged.any(-1)),
             tensor=Checked.of(output),
             tolerance=self.allowed,
         )
+
+    def _place(self, index: tuple[int, ...], output: Tensor, low: Tensor, high: Tensor) -> Place:
+        """Say where an output is, and where it might be."""
+        got, least, most = (float(t[index]) for t in (output, low, high))
+        query, name = f"query {index[-2]}", f"{output_place(index)} is {got:.6g}"
+        side, bound = ("above the largest", most) if got > most else ("below the smallest", least)
+        beside = f"but every value that {query} may see is {least:.6g}"
+        if least != most:
+            beside = f"{side} value that {query} may see, {bound:.6g}"
+        limit = self.allowed * max(abs(least), abs(most))
+        said = f"{name}, {beside} (off by {abs(got - bound):.1e}; allowed {limit:.1e})"
+        if not math.isfinite(got):
+            said = f"{name}; the values that {query} may see are from {least:.6g} to {most:.6g}"
+        return Place(said, index, got)
 
     def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
         """Name a known defect, or say what the weights show where values are 1 or 0."""
@@ -193,33 +206,6 @@ class _Probe:
         if least < -self.allowed:
             return f"some weights are negative: they add up to {least:.3g} on some keys"
         return None
-
-
-@dataclass(frozen=True)
-class _Bounds:
-    """Outputs and their range, for the sentence about one of them."""
-
-    output: Tensor
-    low: Tensor
-    high: Tensor
-    allowed: float
-
-    def place(self, index: tuple[int, ...]) -> Place:
-        """Say where an output is, and where it might be."""
-        got, low, high = (float(t[index]) for t in (self.output, self.low, self.high))
-        return Place(self._sentence(index, got, low, high), index, got)
-
-    def _sentence(self, index: tuple[int, ...], got: float, low: float, high: float) -> str:
-        query = f"query {index[-2]}"
-        name = f"{output_place(index)} is {got:.6g}"
-        if not math.isfinite(got):
-            return f"{name}; the values that {query} may see are from {low:.6g} to {high:.6g}"
-        side, bound = ("above the largest", high) if got > high else ("below the smallest", low)
-        beside = f"but every value that {query} may see is {low:.6g}"
-        if low != high:
-            beside = f"{side} value that {query} may see, {bound:.6g}"
-        limit = self.allowed * max(abs(low), abs(high))
-        return f"{name}, {beside} (off by {abs(got - bound):.1e}; allowed {limit:.1e})"
 
 
 def _excess(output: Tensor, low: Tensor, high: Tensor) -> Tensor:

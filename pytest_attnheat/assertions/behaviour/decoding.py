@@ -20,8 +20,8 @@ from pytest_attnheat.assertions.behaviour.functions import (
 )
 from pytest_attnheat.assertions.behaviour.model_decoding import (
     MOST_SINGLE_TOKENS,
-    Decoder,
     Evidence,
+    ModelDecoder,
     Plan,
     model_decoder,
     name_tokens,
@@ -106,7 +106,7 @@ def assert_decode_matches_prefill(
     check_count(inputs, _NAME)
     with borrowed(subject, *(t for t in inputs if isinstance(t, Tensor)), seed=seed):
         own = seed if training else None
-        decoder: Decoder
+        decoder: _FunctionDecoder | ModelDecoder
         if len(inputs) == 3:
             function = as_function(subject, inputs, arguments, seed=own)
             if as_described(subject) is not None and alignment is None:
@@ -125,7 +125,7 @@ def assert_decode_matches_prefill(
 
 def _check(
     subject: object,
-    decoder: Decoder,
+    decoder: _FunctionDecoder | ModelDecoder,
     plans: Sequence[Plan],
     *,
     tolerance: float | None,
@@ -158,7 +158,7 @@ def _check(
         )
 
 
-def _padding(decoder: Decoder) -> int:
+def _padding(decoder: _FunctionDecoder | ModelDecoder) -> int:
     """How many tokens come first that are padding in some sample: they are no step of their own."""
     judged = decoder.subject.judged()
     return 0 if judged is None else int((~judged).sum(-1).max())

@@ -25,12 +25,7 @@ _STANDARD_ERRORS = 5
 _ENOUGH_WEIGHTS = 300_000
 # Of a larger input only a part is looked at: about so many weights in one call.
 _MOST_WEIGHTS = 36_864
-_TOGETHER = {
-    -1: "all weights of a query are dropped together, or none",
-    -2: "a key is dropped for all queries, or for none",
-    -3: "the same weights are dropped in every head",
-    -4: "the same weights are dropped in every batch entry",
-}
+_ALONG = {-1: "keys", -2: "queries", -3: "heads", -4: "batch entries"}
 
 
 def check_dropout_of_weights(
@@ -228,11 +223,12 @@ class _Count:
             )
         together = [axis for axis in self._axes if self._is_dropped_along(axis)]
         if together:
+            names = " and all ".join(map(self._name, together))
             self._fail(
                 f"dropout={self.share:g} does not drop each weight on its own",
                 f"in {self.runs} calls the {self.regarded} weights are never dropped and kept side "
                 f"by side along dimension {', '.join(map(str, together))}",
-                ", and ".join(self._words(axis) for axis in together),
+                f"what is dropped is the same for all {names}",
             )
 
     def _is_dropped_along(self, axis: int) -> bool:
@@ -243,11 +239,6 @@ class _Count:
         uniform = self.share**length + (1 - self.share) ** length
         likely = self.runs * float(uniform.clamp(max=1.0).log().sum())
         return likely < math.log(_FALSE_ALARM)
-
-    def _words(self, axis: int) -> str:
-        if self.weights.ndim == 4 or axis >= -2:
-            return _TOGETHER[axis]
-        return f"the same weights are dropped in every entry of dimension {axis}"
 
     def _check_share(self) -> None:
         __tracebackhide__ = True
@@ -336,14 +327,15 @@ class _Count:
             count = judged * self.runs
             if not count:
                 continue
-            low, high = together_by_chance(p, count, len(tests))
+            low, high = share_by_chance(p, count, tests=len(tests), together=2)
             if not low <= found / count <= high:
                 self._fail(
                     f"dropout={p:g} does not drop each weight on its own",
                     f"{found} of {count} pairs of weights that are {lag} apart along dimension "
                     f"{axis} are dropped together (expected {p * p:.3g} of them; allowed "
                     f"{low:.3g} to {high:.3g})",
-                    self._words_of_pairs(axis, lag),
+                    f"the random numbers of some {self._name(axis)} are those of others, {lag} "
+                    "apart?",
                 )
 
     def _pairings(self) -> Iterator[tuple[int, int, Tensor, Tensor]]:
@@ -358,10 +350,10 @@ class _Count:
                     if starts:
                         yield axis, lag, numbers[starts], numbers[starts] + lag
 
-    def _words_of_pairs(self, axis: int, lag: int) -> str:
-        names = {-1: "keys", -2: "queries", -3: "heads", -4: "batch entries"}
-        name = names[axis] if self.weights.ndim == 4 or axis >= -2 else f"entries of axis {axis}"
-        return f"the random numbers of some {name} are those of others, {lag} apart?"
+    def _name(self, axis: int) -> str:
+        """What stands along an axis."""
+        named = self.weights.ndim == 4 or axis >= -2
+        return _ALONG[axis] if named else f"entries of dimension {axis}"
 
 
 def _pairs(mask: Tensor, axis: int, ones: Tensor, others: Tensor) -> Tensor:
@@ -382,7 +374,9 @@ def why_factor(factor: float, share: float, allowed: float) -> str | None:
     return factors[nearest] if abs(factor - nearest) <= allowed * nearest else None
 
 
-def share_by_chance(share: float, count: int) -> tuple[float, float]:
+def share_by_chance(
+    share: float, count: int, *, tests: int = 1, together: int = 1
+) -> tuple[float, float]:
     """Return between which shares of dropped weights chance leads, but for one time in 10^6.
 
     By Chernoff's bound: a share x of n weights, each dropped with probability p, is met with a
@@ -390,23 +384,12 @@ def share_by_chance(share: float, count: int) -> tuple[float, float]:
 
     Args:
         share: The probability p, to which a fused kernel may add or subtract 1 / 255.
-        count: How many weights, n.
-    """
-    limit = math.log(2 / _FALSE_ALARM) / count
-    low, high = max(share - _STEP, 0.0), min(share + _STEP, 1.0)
-    return _farthest(low, 0.0, limit), _farthest(high, 1.0, limit)
-
-
-def together_by_chance(share: float, count: int, tests: int) -> tuple[float, float]:
-    """Return the same for the share of pairs of which both weights are dropped.
-
-    Args:
-        share: The probability of one weight, to which a fused kernel may add 1 / 255.
-        count: How many pairs there are.
+        count: How many weights, n, or groups of them.
         tests: How many such shares are looked at; one time in 10^6 any of them is outside.
+        together: Of groups of how many weights all are dropped.
     """
     limit = math.log(2 * tests / _FALSE_ALARM) / count
-    low, high = max(share - _STEP, 0.0) ** 2, min(share + _STEP, 1.0) ** 2
+    low, high = max(share - _STEP, 0.0) ** together, min(share + _STEP, 1.0) ** together
     return _farthest(low, 0.0, limit), _farthest(high, 1.0, limit)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from pytest_attnheat.assertions.behaviour.sequences import (
     decoded,
     refuse_unused_cache,
 )
-from pytest_attnheat.assertions.behaviour.subject import Subject, begin, differ
+from pytest_attnheat.assertions.behaviour.subject import begin, differ
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.inputs import misuse
 
@@ -95,47 +95,18 @@ class Evidence:
         return not differ(got, expected, self.allowed, judged)
 
 
-class Decoder(Protocol):
-    """A subject that can be called at once and in chunks."""
-
-    @property
-    def subject(self) -> Subject:
-        """The subject, which is called at once."""
-
-    @property
-    def length(self) -> int:
-        """How many tokens there are."""
-
-    @property
-    def most_single(self) -> int:
-        """How many of them are decoded one by one."""
-
-    @property
-    def how(self) -> str:
-        """What decoding is done with, as part of a sentence."""
-
-    def decode(self, steps: Sequence[range]) -> Tensor:
-        """The output (..., length, width) in chunks."""
-
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """The dtype whose rounding is to be expected in outputs of a dtype."""
-
-    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
-        """A likely cause, from which outputs (..., length) are off."""
-
-
 def tokens_off(broken: Tensor) -> list[int]:
     """The tokens with an output that is off."""
     tokens: list[int] = broken.reshape(-1, broken.shape[-1]).any(0).nonzero().flatten().tolist()
     return tokens
 
 
-def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> _ModelDecoder:
+def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> ModelDecoder:
     """Return how a model is called in chunks; ValueError if it is given an alignment."""
     if alignment is not None:
         accepted = "None for a sequence model, which is not told that it is causal"
         raise ValueError(misuse("alignment", repr(alignment), accepted))
-    return _ModelDecoder(subject, _has_cache(subject))
+    return ModelDecoder(subject, _has_cache(subject))
 
 
 def _has_cache(subject: ModelSubject) -> bool:
@@ -143,7 +114,7 @@ def _has_cache(subject: ModelSubject) -> bool:
     if isinstance(decode, CachedDecoding):
         # Only the model itself knows: BERT takes a cache, and returns none.
         with torch.no_grad():
-            _, cache = _ModelDecoder(subject, has_cache=True).step(range(1), None)
+            _, cache = ModelDecoder(subject, has_cache=True).step(range(1), None)
         return cache is not None
     if decode is None:
         refuse_unused_cache(subject.model.module)
@@ -151,7 +122,7 @@ def _has_cache(subject: ModelSubject) -> bool:
 
 
 @dataclass(frozen=True)
-class _ModelDecoder:
+class ModelDecoder:
     """A sequence model that is given chunk after chunk with its cache, or longer prefixes.
 
     Attributes:
@@ -164,18 +135,22 @@ class _ModelDecoder:
 
     @property
     def length(self) -> int:
+        """How many tokens there are."""
         return self.subject.inputs.shape[1]
 
     @property
     def most_single(self) -> int:
+        """How many of them are decoded one by one."""
         return MOST_SINGLE_TOKENS if self.has_cache else MOST_PREFIXES
 
     @property
     def how(self) -> str:
+        """What decoding is done with, as part of a sentence."""
         words = "with the cache" if self.has_cache else "without a cache"
         return words if self.subject.real is None else f"{words}, after padding on the left"
 
     def decode(self, steps: Sequence[range]) -> Tensor:
+        """Return the output (batch, length, width) in chunks."""
         outputs: list[Tensor] = []
         cache: Any = None
         for step in steps:
@@ -187,6 +162,7 @@ class _ModelDecoder:
         return torch.cat(outputs, 1)
 
     def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype whose rounding is to be expected in outputs of a dtype."""
         # Models of transformers do softmax, norms and rotations in float32 in any case.
         return torch.float32 if dtype == torch.float64 else dtype
 
