@@ -375,7 +375,7 @@ def test_a_specification_reads_what_the_signature_says():
     spec = AttentionSpec(lambda query, key, value, enable_gqa=False: query)
     assert (spec.mask, spec.causal, spec.grouped, spec.dropout) == (None, None, True, False)
     spec = AttentionSpec(sdpa)
-    assert (spec.mask, spec.causal, spec.grouped, spec.dropout) == ("keep", "top_left", True, True)
+    assert (spec.mask, spec.causal, spec.grouped, spec.dropout) == ("any", "top_left", True, True)
     assert spec.name == "scaled_dot_product_attention"
 
 

@@ -61,6 +61,7 @@ class Declared:
         grouped: Whether query heads may share heads of keys.
         heads: How many query heads there are; None for any number.
         square: Whether there are as many keys as queries, always.
+        square_if_causal: Whether there are where it is told to be causal.
         equal_widths: Whether values are as wide as keys, always.
         from_the_end: Whether positions are counted from the bottom right.
         near: Whether a rule of positions, such as a window, hides what is far.
@@ -79,6 +80,7 @@ class Declared:
     grouped: bool = False
     heads: int | None = None
     square: bool = False
+    square_if_causal: bool = False
     equal_widths: bool = False
     from_the_end: bool = False
     near: bool = False
@@ -173,6 +175,8 @@ class Declared:
     def _fits(self, chosen: Choice) -> bool:
         query_len, key_len = chosen.get("sizes", (2, 2))
         if query_len > key_len and self.from_the_end and chosen.get("causal"):
+            return False
+        if query_len != key_len and chosen.get("causal") and self.square_if_causal:
             return False
         if query_len < 2 and chosen.get("empty"):
             return False

@@ -91,6 +91,8 @@ class Examination:
     def space(self) -> Space:
         """The calls that can be made of what is declared and of what the subject takes."""
         declared = declared_of(self.spec, *self._widths)
+        if declared.causal and not declared.square:
+            declared = replace(declared, square_if_causal=self._is_square_if_causal(declared))
         if self.dtype == torch.float16 and not self._is_wide(declared):
             declared = replace(declared, numbers=_IN_FLOAT16)
         return self._space_of(declared)
@@ -99,6 +101,17 @@ class Examination:
         """The calls of what is declared; slopes depend on the number of heads of each call."""
         always = self.spec.always(1)
         return Space(declared, {n: one for n, one in always.items() if n != "alibi"}, self.seed)
+
+    def _is_square_if_causal(self, declared: Declared) -> bool:
+        """Whether it refuses causality but where there are as many keys as queries."""
+        space = self._space_of(declared)
+        for sizes in ((5, 7), (7, 7)):
+            try:
+                self.spec.ask(self._drawn(space, space.choice(sizes=sizes, causal=True)))
+            except Exception:  # a check tells why it refuses all
+                continue
+            return sizes == (7, 7)
+        return False
 
     def _is_wide(self, declared: Declared) -> bool:
         """Whether it rounds to float16 at the end alone, so that its products may not overflow.
