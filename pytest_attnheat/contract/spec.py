@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -417,13 +418,22 @@ class AttentionSpec:
         the subject and the meaning of its mask. `is_causal` means what the specification says.
         Further keywords are fields of `Call`.
         """
-        always = not self.takes_causal and self.window is not None and self.window[1] == 0
-        call = Call(query, key, value, causal=is_causal and not always, scale=scale, **features)
+        call = Call(query, key, value, causal=is_causal, scale=scale, **features)
+        if is_causal and not self.takes_causal:
+            call = replace(call, causal=False)
+            if self.window is None or self.window[1] != 0:  # it is not causal of itself
+                causal = replace(call, causal=True, alignment=self.alignment).visible()
+                attn_mask = causal if attn_mask is None else _both(attn_mask, causal)
         if attn_mask is not None:
             mask = attn_mask.reshape((1,) * max(0, 2 - attn_mask.ndim) + tuple(attn_mask.shape))
             is_boolean = mask.dtype == torch.bool
             call = replace(call, mask=mask) if is_boolean else replace(call, bias=mask)
         return self.ask(call, dropout=dropout_p).output
+
+
+def _both(mask: Tensor, causal: Tensor) -> Tensor:
+    """A mask that hides what a causal one hides as well."""
+    return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)
 
 
 def _is_block(subject: object) -> bool:
