@@ -91,7 +91,7 @@ class Examination:
     def space(self) -> Space:
         """The calls that can be made of what is declared and of what the subject takes."""
         declared = declared_of(self.spec, *self._widths)
-        if declared.causal and not declared.square:
+        if declared.causal and not declared.square and self.spec.square is None:
             declared = replace(declared, square_if_causal=self._is_square_if_causal(declared))
         if self.dtype == torch.float16 and not self._is_wide(declared):
             declared = replace(declared, numbers=_IN_FLOAT16)
