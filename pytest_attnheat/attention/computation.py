@@ -66,7 +66,7 @@ class Reference:
         least: What is allowed for at any rate. The result and its normaliser are rounded, and
             of an output the errors of n keys add up like a random walk::
 
-                2 u |o_i| + sqrt(sum_j w_ij^2) scale        2 u |gradient| + scale
+                2 u |o_i| + sqrt(sum_j w_ij^2) / (sum_j w_ij) scale        2 u |gradient| + scale
         unit: The unit roundoff that the scale was computed with.
         top_score: The largest permitted score; None if unknown.
     """
@@ -150,7 +150,10 @@ def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
             parts |= _gradients(call, part, row, part.upstream)
             again = _recomputed(units, row, unsure)
             sizes |= _gradient_scales(call, units, part, row, again, part.upstream)
-        walk = row.weights.square().sum(-1, keepdim=True).sqrt() * sizes["output"] + units.tiny
+        # As a part of what the keys have of a row, of which a sink may have most.
+        of_keys = row.weights.sum(-1, keepdim=True).clamp_(min=units.tiny)
+        share = (row.weights / of_keys).square().sum(-1, keepdim=True).sqrt()
+        walk = share * sizes["output"] + units.tiny
         add(drift, "output", part, walk)
         for name in exact:
             add(exact[name], name, part, parts[name])

@@ -132,6 +132,14 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
     return f"the output is that of attention {', or '.join(named)}" if named else None
 
 
+def _words(sentence: str, plan: Plan, case: Case) -> str:
+    """What a mistake is called; the corner is that of ALiBi alone where nothing else has one."""
+    has_corner = case.causal or case.window is not None or case.chunk is not None
+    if plan.causal == "other_corner" and not has_corner and case.alibi is not None:
+        return "whose ALiBi distances are counted from the other corner"
+    return sentence
+
+
 def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
     hides = not bool(case.visible().all())
     for defect in DEFECTS:
@@ -139,7 +147,7 @@ def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
             plan = change(Plan())
             # No mask is to blame where nothing is masked.
             if hides or (plan.masking, plan.fill) == ("fill", -math.inf):
-                yield defect.sentence, plan, case
+                yield _words(defect.sentence, plan, case), plan, case
     usual = {field.name: field.default for field in fields(Case)}
     for name in FEATURES:
         given = getattr(case, name)

@@ -315,7 +315,10 @@ def returned_weights(examination: Examination) -> None:
     weights = answer.besides
     if not isinstance(weights, Tensor):
         raise Failure("", f"the weights are a {type(weights).__name__}, no tensor")
-    assert_row_stochastic(weights)
+    # A sink has a part of each row, and weights that are rounded sum to 1 no more.
+    sums = call.sinks is None and call.rounded is None and bool(call.visible().any(-1).all())
+    if sums:
+        assert_row_stochastic(weights)
     if examination.spec.returns == "averaged":
         _assert_averaged(weights, call)
     else:

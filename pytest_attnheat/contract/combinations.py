@@ -9,7 +9,16 @@ from itertools import combinations
 from typing import Any, TypeAlias
 
 from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.levels import SIZES, Choice, Levels, Space, read, shrunk, text_of
+from pytest_attnheat.attention.levels import (
+    NONE,
+    SIZES,
+    Choice,
+    Levels,
+    Space,
+    read,
+    shrunk,
+    text_of,
+)
 from pytest_attnheat.contract.examination import (
     Check,
     Examination,
@@ -52,7 +61,8 @@ class Refusals:
             if any(self._refused(some) for some in combinations(special, size)):
                 return True
         if is_refusal(error):  # it takes more than two
-            self.known[special] = _words(error)
+            graded = chosen["gradients"] != NONE
+            self.known[(("gradients", chosen["gradients"]),) if graded else special] = _words(error)
         return is_refusal(error)
 
     def _refused(self, some: Levels) -> bool:

@@ -169,7 +169,9 @@ class Examination:
         for need, is_asked in asked:
             if is_asked and (reason := need(self.spec)):
                 raise Skipped(reason)
-        known = self.space.declared.levels()
+        known, longest = self.space.declared.levels(), self.space.declared.longest
+        if longest is not None and max(levels.get("sizes", (1, 1))) > longest:
+            raise Skipped(f"it is declared for at most {longest} queries and keys")
         for name, level in levels.items():
             if name not in known or (len(known[name]) == 1 and level != known[name][0]):
                 raise Skipped(f"{name}={level} is not among what it takes")
@@ -378,11 +380,18 @@ returns_weights = _need(lambda spec: spec.returns not in ("output", "lse"),
 returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
 has_gradients = _need(lambda spec: spec.gradients and spec.rounded is None,
                       "it is declared to have no gradients")  # fmt: skip
-_POSITIONAL = ("window", "chunk", "may_see", "score_mod", "prefix", "sink_keys")
+
+
+def _always(spec: AttentionSpec, *names: str) -> bool:
+    """Whether a subject always does any of these; not where it takes a keyword of it."""
+    given = [getattr(spec, name) for name in names]
+    return any(not (one is None or isinstance(one, str) or (type(one) is int and not one))
+               for one in given)  # fmt: skip
+
+
 has_no_positions = _need(
     lambda spec: (
-        not any(getattr(spec, name) for name in _POSITIONAL)
-        and (spec.alibi is None or isinstance(spec.alibi, str))
+        not _always(spec, "window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
     ),
     "padding on the left would move its positions",
 )
@@ -390,7 +399,15 @@ has_no_positions = _need(
 
 def takes_option(name: str) -> Need:
     """Return the need for a keyword of a feature, one of `OPTIONS`."""
-    return _need(lambda spec: keyword_of(spec, name) is not None, f"it takes no {name}")
+
+    def need(spec: AttentionSpec) -> str | None:
+        if keyword_of(spec, name) is not None:
+            return None
+        if getattr(spec, name, None) is not None:
+            return f"its own {name} are part of every call"
+        return f"it takes no {name}"
+
+    return need
 
 
 takes_float_mask = _need(
@@ -398,8 +415,14 @@ takes_float_mask = _need(
 )
 # By its alignment, or by a mask.
 decodes_in_chunks = _need(
-    lambda spec: spec.causal == "bottom_right" or (spec.mask is not None and spec.window is None),
-    "a chunk cannot be told what it may see",
+    lambda spec: (
+        not _always(spec, "may_see", "score_mod", "prefix")
+        and (
+            spec.causal == "bottom_right"
+            or (spec.mask is not None and not _always(spec, "window", "chunk", "alibi"))
+        )
+    ),
+    "a chunk cannot be told where it stands, or what it may see",
 )
 
 

@@ -205,10 +205,9 @@ def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[
             yield _with_full_mask(case)
 
 
-@lru_cache(maxsize=256)
 def _always(spec: AttentionSpec, heads: int) -> tuple[tuple[str, Any], ...]:
-    """What every case has; kept, since slopes that a function makes are new each time."""
-    return tuple(spec.always(heads).items())
+    """What every case has, but for steps that are rounded: no plan knows of those."""
+    return tuple((name, one) for name, one in spec.always(heads).items() if name != "rounded")
 
 
 # Cases are kept, and compared by identity: what plans make of them is kept as well (see

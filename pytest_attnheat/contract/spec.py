@@ -329,13 +329,20 @@ class AttentionSpec:
         anything = any(p.kind is p.VAR_KEYWORD for p in (self.parameters or {}).values())
         return anything or self.names(keyword)
 
+    @cached_property
+    def _slopes(self) -> dict[int, Tensor]:
+        """The slopes of so many heads; kept, as cases are known by what is the same tensor."""
+        return {}
+
     def always(self, heads: int) -> dict[str, Any]:
         """Return what every call has, as fields of `Call`.
 
         Args:
             heads: The number of query heads.
         """
-        slopes = self.alibi(heads) if callable(self.alibi) else self.alibi
+        if callable(self.alibi) and heads not in self._slopes:
+            self._slopes[heads] = self.alibi(heads)
+        slopes = self._slopes[heads] if callable(self.alibi) else self.alibi
         seen = _by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
         given: dict[str, Any] = {
             "alignment": self.alignment,
