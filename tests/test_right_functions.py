@@ -78,7 +78,57 @@ def through_a_checkpoint(query, key, value):
         return checkpoint(sdpa, query, key, value, use_reentrant=True)
 
 
+LOWER = torch.ones(5, 5, dtype=torch.bool).tril()
+SINKS = torch.linspace(-1, 1.5, 4)
+
+
+def by_rule(rule):
+    """Attention in float64 of what a rule of positions, a mask and causality permit."""
+
+    def attention(query, key, value, attn_mask=None, is_causal=False):
+        scores = query.double() @ key.double().mT * query.shape[-1] ** -0.5
+        i, j = torch.arange(scores.shape[-2])[:, None], torch.arange(scores.shape[-1])
+        seen = rule(i, j, is_causal)
+        seen = seen if attn_mask is None else seen & attn_mask
+        weights = scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0)
+        return (weights @ value.double()).to(value.dtype)
+
+    return attention
+
+
+def causal_and(rule):
+    return by_rule(lambda i, j, is_causal: rule(i, j) & ((j <= i) | (not is_causal)))
+
+
+def with_sinks_of_its_own(q, k, v):
+    """(batch, length, heads, width), and sums in another order than a product of matrices."""
+    k, v = (tensor.repeat_interleave(q.shape[2] // k.shape[2], 2) for tensor in (k, v))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) * q.shape[-1] ** -0.5
+    sinks = SINKS.to(scores)[:, None, None].expand(*scores.shape[:-1], 1)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return torch.einsum("bhij,bjhd->bihd", weights, v)
+
+
 RIGHT = {
+    "chunks": AttentionSpec(causal_and(lambda i, j: i // 3 == j // 3), chunk=3, dtypes=ONE),
+    "every second key": AttentionSpec(
+        causal_and(lambda i, j: (i + j) % 2 == 0),
+        may_see=lambda batch, head, i, j: (i + j) % 2 == 0,
+        dtypes=ONE,
+    ),
+    "booleans of few positions": AttentionSpec(
+        causal_and(lambda i, j: LOWER[i, j]), may_see=LOWER, dtypes=ONE
+    ),
+    "a prefix": AttentionSpec(
+        by_rule(lambda i, j, is_causal: (j <= i) | (j < 2) | (not is_causal)), prefix=2, dtypes=ONE
+    ),
+    "sinks of its own": AttentionSpec(
+        with_sinks_of_its_own,
+        layout="blhd",
+        sinks=SINKS,
+        grouped=True,
+        dtypes=["float32", "float64"],
+    ),
     "always causal from the end": AttentionSpec(
         always_causal_from_the_end, causal="bottom_right", window=(None, 0), dtypes=ONE
     ),
