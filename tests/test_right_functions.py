@@ -149,8 +149,10 @@ def test_right_functions_pass(name):
     report = check_attention(RIGHT[name])
     assert report.passed, str(report)
     found = statuses(report)
-    for asked in ("plain", "block_lengths", "gradients", "pairs", "no_leakage"):
+    for asked in ("plain", "gradients", "pairs", "no_leakage"):
         assert found[asked] == "passed", asked
+    few = name == "booleans of few positions"
+    assert found["block_lengths"] == ("skipped" if few else "passed")
 
 
 def test_what_is_refused_is_said():

@@ -163,9 +163,13 @@ def large_scores(examination: Examination) -> None:
 @check("block_lengths", "lengths around the size of a block are no exception")
 def block_lengths(examination: Examination) -> None:
     """Around multiples of 32, 64 and 128, and few queries of many keys."""
-    for sizes in examination.space.declared.levels()["sizes"]:
-        if max(sizes) > 30:
-            _judge(examination, sizes=sizes, batch=1, key_heads=1)
+    declared = examination.space.declared
+    few = {"batch": 1} | ({"key_heads": 1} if declared.heads is None else {})
+    long = [sizes for sizes in declared.levels()["sizes"] if max(sizes) > 30]
+    if not long:
+        raise Skipped(f"it is declared for at most {declared.longest} queries and keys")
+    for sizes in long:
+        _judge(examination, sizes=sizes, **few)
 
 
 def _option(name: str, sentence: str, **more: Any) -> None:

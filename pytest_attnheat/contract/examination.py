@@ -170,8 +170,11 @@ class Examination:
             if is_asked and (reason := need(self.spec)):
                 raise Skipped(reason)
         known, longest = self.space.declared.levels(), self.space.declared.longest
-        if longest is not None and max(levels.get("sizes", (1, 1))) > longest:
-            raise Skipped(f"it is declared for at most {longest} queries and keys")
+        sizes = levels.get("sizes", (1, 1))
+        if longest is not None and max(sizes) > longest:
+            if sizes[0] != sizes[1]:
+                raise Skipped(f"it is declared for at most {longest} queries and keys")
+            levels["sizes"] = (longest, longest)
         for name, level in levels.items():
             if name not in known or (len(known[name]) == 1 and level != known[name][0]):
                 raise Skipped(f"{name}={level} is not among what it takes")
