@@ -29,6 +29,7 @@ from pytest_attnheat.assertions.precision_calls import (
     handed,
     run_once,
     runner,
+    said,
 )
 from pytest_attnheat.assertions.precision_judgement import Context, Judgement, check, judge
 from pytest_attnheat.attention import computation
@@ -161,10 +162,7 @@ def assert_gradients_match(
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
     if given.get("dropout_p"):
-        dropout = {
-            name: value for name, value in given.items() if value is not None and value is not False
-        }
-        subject = as_function(function, (query, key, value), dropout)
+        subject = as_function(function, (query, key, value), said(given))
         check_by_differences(
             "assert_gradients_match",
             lambda leaves: subject.run(**leaves),

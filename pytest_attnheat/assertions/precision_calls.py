@@ -70,6 +70,11 @@ def _check_factor(factor: object) -> None:
         raise ValueError(misuse("factor", repr(factor), "a finite number above 0"))
 
 
+def said(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that say something: neither None nor False."""
+    return {name: one for name, one in given.items() if one is not None and one is not False}
+
+
 def called(
     function: Function, inputs: Sequence[object], given: Mapping[str, Any]
 ) -> tuple[AttentionFunction, Call, Run]:
@@ -93,11 +98,7 @@ def called(
         accepted = "0: dropout draws at random, so that there is no reference to compare with"
         raise ValueError(misuse("dropout_p", repr(dropout), accepted))
     features = {name: given[name] for name in FEATURES if given.get(name) is not None}
-    arguments = {
-        name: value
-        for name, value in given.items()
-        if name not in FEATURES and value is not None and value is not False
-    }
+    arguments = {name: one for name, one in said(given).items() if name not in FEATURES}
     taken = {n: v for n, v in features.items() if n == "scale" or takes(function, n)}
     subject = as_function(function, inputs, {**arguments, **taken})
     if (mask := given.get("attn_mask")) is not None:
@@ -119,7 +120,7 @@ def described_call(
         TypeError: It does not say what it does, or something is given beside the call.
     """
     (call, *others), described = inputs, as_described(function)
-    beside = [one for one in (*others, *given.values()) if one is not None and one is not False]
+    beside = said(given) or any(one is not None for one in others)
     if described is None or beside or not isinstance(call, Call):
         accepted = "an AttentionSpec with a Call alone, or query, key and value"
         raise TypeError(misuse("query", "a Call", accepted))

@@ -27,8 +27,6 @@ Levels: TypeAlias = tuple[tuple[str, Any], ...]
 
 # What a call may be given besides its tensors, if the code under test takes it.
 OPTIONS = ("scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths")
-# Which of them are numbers, so that a gradient may be asked of them.
-WITH_GRADIENT = ("bias", "sinks")
 
 # The shapes of a mask that fits the scores (batch, heads, query_len, key_len).
 MASK_SHAPES = ("(B, 1, L, S)", "(B, 1, 1, S)", "(1, 1, L, S)", "(1, H, L, S)", "(B, H, L, S)")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import as_meant
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.levels import OPTIONS
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -19,15 +20,7 @@ if TYPE_CHECKING:
 _NAMES = {"b": "batch", "h": "heads", "l": "length", "d": "width"}
 # Fields of `Call` that a subject may take under a keyword, by the field of the specification that
 # names it.
-KEYWORDS = {
-    "scale_argument": "scale",
-    "softcap": "softcap",
-    "sinks": "sinks",
-    "alibi": "alibi",
-    "bias": "bias",
-    "documents": "documents",
-    "lengths": "lengths",
-}
+KEYWORDS = {"scale_argument" if name == "scale" else name: name for name in OPTIONS}
 
 
 class UndeclaredError(TypeError):

@@ -328,7 +328,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
     masks = {None: (), "additive": ("additive", "boolean"), "any": ("additive", "boolean")}
     far = (spec.window, spec.chunk, spec.may_see)
     options = {name for name in OPTIONS if keyword_of(spec, name) is not None}
-    always = spec.may_see
+    seen = spec.may_see
     return Declared(
         masks=frozenset(masks.get(spec.mask, ("boolean",))),
         mask_shape=spec.mask_shape,
@@ -344,7 +344,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         empty=spec.fully_masked != "undefined",
         # Of a step that is rounded on purpose, everybody has a gradient of his own.
         gradients=spec.gradients and spec.rounded is None,
-        longest=min(always.shape) if isinstance(always, Tensor) else None,
+        longest=min(seen.shape) if isinstance(seen, Tensor) else None,
         few_shapes=spec.few_shapes,
     )
 
