@@ -126,7 +126,7 @@ def _tensors(has, query, key, value):
     return [t.transpose(1, 2) for t in (q, k, v)]
 
 
-def _factor(has, scale, width, heads, value_width, columns):
+def _factor(has, scale, width, heads, value_width, rows, columns):
     if "scale_missing" in has:
         return 1.0
     if "scale_squared" in has:
@@ -139,14 +139,17 @@ def _factor(has, scale, width, heads, value_width, columns):
         return (heads * width) ** -0.5
     if "scale_from_key_len" in has:
         return columns**-0.5
-    return scale
+    if "scale_from_query_len" in has:
+        return rows**-0.5
+    if "scale_from_heads" in has:
+        return heads**-0.5
+    return abs(scale) if "scale_absolute" in has else scale
 
 
-def _allowed(has, mask, is_causal, shape, window, bottom_right, block):
-    rows, columns = shape[2:]
-    at, to = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
-    if bottom_right != ("causal_other_corner" in has):
-        at = at + columns - rows
+def _allowed(has, mask, is_causal, shape, window, at, elsewhere, to, block, more):
+    batch, _, rows, columns = shape
+    if "causal_other_corner" in has:
+        at = elsewhere
     allowed = torch.ones(shape, dtype=torch.bool)
     both = mask is not None and is_causal
     causal = (is_causal and "causal_ignored" not in has) or "causal_always" in has
@@ -163,16 +166,42 @@ def _allowed(has, mask, is_causal, shape, window, bottom_right, block):
             seen = to < at
         elif "causal_reversed" in has:
             seen = to >= at
+        elif "causal_in_blocks" in has:
+            seen = to < (at // block + 1) * block
+        elif "causal_before_blocks" in has:
+            seen = to < at // block * block
         else:
             seen = to <= at
-        allowed &= seen
+        allowed &= seen | (to < _off_by_one(has, more, "prefix", 0))
+    sink_keys = _off_by_one(has, more, "sink_keys", 0)
     if window is not None and "window_ignored" not in has:
         left, right = window
         if "window_swapped" in has:
             left, right = right, left
-        left += ("window_left_too_wide" in has) - ("window_left_too_narrow" in has)
-        right += ("window_right_too_wide" in has) - ("window_right_too_narrow" in has)
-        allowed &= (at - to <= left) & (to - at <= right)
+        cached = columns > rows
+        for name, add in (("wide", 1), ("narrow", -1)):
+            left += add * (f"window_left_too_{name}" in has)
+            left += add * (f"window_left_too_{name}_with_cache" in has and cached)
+            right += add * (f"window_right_too_{name}" in has)
+        stands = elsewhere if "window_other_corner" in has else at
+        allowed &= ((stands - to <= left) & (to - stands <= right)) | (to < sink_keys)
+    if "chunk" in more:
+        size = _off_by_one(has, more, "chunk", 0)
+        stands = elsewhere if "chunk_other_corner" in has else at
+        allowed &= (stands // size == to // size) | (to < sink_keys)
+    if "documents" in more:
+        of_queries, of_keys = more["documents"]
+        if "documents_off_by_one" in has:
+            of_keys = torch.cat([of_keys[:, -1:], of_keys[:, :-1]], 1)
+        allowed &= of_queries[:, None, :, None] == of_keys[:, None, None, :]
+    if "lengths" in more:
+        lengths = more["lengths"] + ("lengths_off_by_one" in has)
+        allowed &= to < lengths[:, None, None, None]
+    if "may_see" in more:
+        allowed &= more["may_see"](0, 0, torch.arange(rows)[:, None], torch.arange(columns))
+    if "bias" in more:
+        bias = _own_bias(has, more["bias"].broadcast_to(shape))
+        allowed &= bias != 0 if "bias_as_keep" in has else bias > -INF
     ignored = "mask_ignored" in has or (both and "mask_ignored_when_causal" in has)
     if mask is not None and not ignored:
         allowed &= _own_mask(has, mask.broadcast_to(shape))
@@ -182,7 +211,13 @@ def _allowed(has, mask, is_causal, shape, window, bottom_right, block):
         allowed[..., 0] = False
     if "last_block_of_keys_ignored" in has:
         allowed[..., _in_whole_blocks(has, columns, block) :] = False
+    if "first_keys_only" in has:
+        allowed[..., 16:] = False
     return allowed
+
+
+def _off_by_one(has, more, name, default):
+    return more.get(name, default) + (f"{name}_off_by_one" in has)
 
 
 def _in_whole_blocks(has, length, block):
@@ -201,6 +236,8 @@ def _own_mask(has, mask):
         return torch.stack([mask[(b + 1) % batch] for b in range(batch)])
     if "mask_of_first_sample" in has:
         return torch.stack([mask[0] for _ in range(batch)])
+    if "mask_of_first_head" in has:
+        return torch.stack([mask[:, 0] for _ in range(heads)], 1)
     if "mask_tiled_over_heads" in has:
         # (batch * heads, ...) scores against a mask that was repeated as a whole.
         folded = mask[:, 0].repeat(heads, 1, 1)
@@ -245,6 +282,9 @@ def _normalised(has, scores, block):
         axes = (-1, -2)
     if "no_softmax" in has:
         return scores
+    if "mean_of_values" in has:
+        seen = (scores > -INF).double()
+        return seen / seen.sum(axes, keepdim=True)
     if "sigmoid" in has:
         return 1 / (1 + torch.exp(-scores))
     if "relu_normalised" in has:
@@ -267,6 +307,8 @@ def _normalised(has, scores, block):
         return scores - top - torch.log(powers.sum(axes, keepdim=True))
     if any(name.startswith("online_") for name in has):
         return _online(has, scores, block)
+    if any("part" in name or "_in_base_two" in name for name in has):
+        return _in_parts(has, scores, block)
     weights = powers / powers.sum(axes, keepdim=True)
     if "softmax_twice" in has:
         powers = torch.exp(weights)
@@ -292,6 +334,26 @@ def _online(has, scores, block):
     return columns / total
 
 
+def _in_parts(has, scores, block):
+    """Each part has its own softmax and log-sum-exp; then they are merged, two and two."""
+    parts = [scores[..., n : n + block] for n in range(0, scores.shape[-1], block)]
+    states = []
+    for part in parts:
+        lse = torch.logsumexp(part, -1, keepdim=True)
+        own = torch.exp(part - lse)
+        states.append((own if "empty_parts_nan" in has else own.nan_to_num(0.0), lse))
+    if has & {"parts_averaged", "parts_added"}:
+        divisor = len(parts) if "parts_averaged" in has else 1
+        return torch.cat([own / divisor for own, _ in states], -1)
+    log2e = 1.4426950408889634
+    total = torch.cat([lse for _, lse in states], -1)
+    if "lse_in_base_two" in has:
+        total = total * log2e
+    powers = torch.exp2(total) if "merge_in_base_two" in has else torch.exp(total)
+    share = powers / powers.sum(-1, keepdim=True)
+    return torch.cat([own * share[..., i : i + 1] for i, (own, _) in enumerate(states)], -1)
+
+
 def _finished(has, out, block):
     """From (batch, length, heads, width) to (batch, heads, length, width)."""
     batch, rows, heads, width = out.shape
@@ -300,6 +362,11 @@ def _finished(has, out, block):
     if "last_block_of_queries_zero" in has:
         out = out.clone()
         out[:, _in_whole_blocks(has, rows, block) :] = 0
+    if "first_queries_only" in has:
+        out = torch.cat([out[:, :16], torch.zeros_like(out[:, 16:])], 1)
+    for name in ("bfloat16", "float16"):
+        if f"output_in_{name}" in has:
+            out = out.to(getattr(torch, name)).to(out.dtype)
     if "heads_averaged" in has:
         out = out.mean(2, keepdim=True).repeat(1, 1, heads, 1)
     out = out.transpose(1, 2)
