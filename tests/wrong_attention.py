@@ -14,6 +14,11 @@ TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25
 BLOCK = 4
 
 
+def usual_slopes(heads):
+    """The slopes of ALiBi for a power of two of heads."""
+    return torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]).double()
+
+
 def declared_for(*names):
     """What must be declared of attention that is right, for these defects to show in it."""
     declared = {}
@@ -21,54 +26,119 @@ def declared_for(*names):
         declared["window"] = (3, 2)
     if "fully_masked_zero" in names:
         declared["fully_masked"] = "uniform"
+    if "scale_absolute" in names:
+        declared["scale"] = -0.3
+    if any("softcap" in name for name in names):
+        declared["softcap"] = 1.5
+    if any("sinks" in name for name in names):
+        declared["sinks"] = torch.tensor([0.5, -1.0, 1.5, 0.2]).double()
+    if any("alibi" in name for name in names) or "softcap_after_bias" in names:
+        declared["alibi"] = usual_slopes
+    if any("chunk" in name for name in names):
+        declared["chunk"] = 3
+    if any("prefix" in name for name in names):
+        declared["prefix"] = 2
+    if any("sink_keys" in name for name in names):
+        declared |= {"sink_keys": 2, "window": (2, 1)}
+    if "score_mod_ignored" in names:
+        declared["score_mod"] = later_is_better
+    if "may_see_ignored" in names:
+        declared["may_see"] = even_sees_even
     return declared
 
 
+def later_is_better(score, batch, head, query, key):
+    return score + 0.1 * key
+
+
+def even_sees_even(batch, head, query, key):
+    return (query + key) % 2 == 0
+
+
 def attention_with(
-    *defects, window=None, bottom_right=False, fully_masked="zero", block=BLOCK, short_kept=False
-):
-    """An implementation of attention with defects, of the signature of PyTorch."""
+    *defects, window=None, bottom_right=False, fully_masked="zero", block=BLOCK, short_kept=False,
+    **always
+):  # fmt: skip
+    """An implementation of attention with defects, of the signature of PyTorch.
+
+    What is given besides it always does; `documents`, `lengths` and `bias` it takes as keywords.
+    """
     planted = frozenset({*defects, "short_kept"} if short_kept else defects)
+    memory = {}
+    own_scale = always.pop("scale", None)
 
-    def attention(query, key, value, attn_mask=None, is_causal=False, *, scale=None):
-        return _attention(
-            planted,
-            query,
-            key,
-            value,
-            attn_mask,
-            is_causal,
-            scale,
-            window,
-            bottom_right,
-            fully_masked,
-            block,
-        )
+    def attention(query, key, value, attn_mask=None, is_causal=False, *, scale=None, **given):
+        scale = own_scale if scale is None else scale
+        asked = {"query": query, "key": key, "value": value, "mask": attn_mask, **given}
+        asked = _with_memories(planted, memory, asked)
+        query, key, value, attn_mask = (asked.pop(n) for n in ("query", "key", "value", "mask"))
+        settings = (window, bottom_right, fully_masked, block, {**always, **asked})
+        return _attention(planted, query, key, value, attn_mask, is_causal, scale, *settings)
 
-    return attention
+    def narrow(query, key, value, attn_mask=None, is_causal=False, *, scale=None):
+        return attention(query, key, value, attn_mask, is_causal, scale=scale)
+
+    narrow.with_more = attention
+    return narrow
+
+
+def _with_memories(has, memory, asked):
+    """What was asked, with what the code remembers of earlier calls in its place."""
+    shapes = tuple(t.shape for t in (asked["query"], asked["key"], asked["value"]))
+    first = memory.setdefault(
+        shapes, {n: t.clone() if torch.is_tensor(t) else t for n, t in asked.items()}
+    )
+    if "answer_of_earlier_call" in has:
+        return dict(first)
+    if "mask_of_earlier_call" in has:
+        return {**asked, "mask": first["mask"]}
+    if "keys_of_earlier_call" in has:
+        return {**asked, "key": first["key"], "value": first["value"]}
+    return asked
 
 
 def _attention(
-    has, query, key, value, mask, is_causal, scale, window, bottom_right, fully_masked, block
+    has, query, key, value, mask, is_causal, scale, window, bottom_right, fully_masked, block, more
 ):
+    more = {name: t for name, t in more.items() if f"{name}_ignored" not in has}
     q, k, v = _tensors(has, query, key, value)
-    heads, width = q.shape[2:]
+    rows, heads, width = q.shape[1:]
     columns = k.shape[1]
     default = 1 / width**0.5
     scale = default if scale is None or "scale_argument_ignored" in has else scale
-    factor = _factor(has, scale, width, heads, value.shape[-1], columns)
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k)
-    if "scale_after_softmax" not in has:
-        scores = scores * factor
-    if "temperature" in has:
-        scores = scores * TEMPERATURE
-    if "base_two" in has:
-        scores = scores * torch.log(torch.tensor(2.0, dtype=torch.float64)).item()
+    factor = _factor(has, scale, width, heads, value.shape[-1], rows, columns)
+    products = torch.einsum("bqhd,bkhd->bhqk", q, k)
+    if "products_in_float16" in has:
+        products = products.half().to(products.dtype)
+    if "products_overflow" in has:
+        products = torch.where(products.abs() > 65519, products.sign() * INF, products)
+    for name in ("temperature", "base_two"):
+        number = TEMPERATURE if name == "temperature" else 0.6931471805599453
+        factor = factor * number if name in has else factor
+    at, to = _positions(rows, columns, bottom_right, more.get("lengths"))
+    elsewhere, _ = _positions(rows, columns, not bottom_right, more.get("lengths"))
+
+    def after(scores):
+        return _with_more(has, scores, at, elsewhere, to, factor, more)
+
+    scores = _capped(has, products, 1.0 if "scale_after_softmax" in has else factor, more, after)
     for name in ("bfloat16", "float16"):
         if f"scores_in_{name}" in has:
             scores = scores.to(getattr(torch, name)).to(query.dtype)
-    allowed = _allowed(has, mask, is_causal, scores.shape, window, bottom_right, block)
-    weights = _softmax(has, _masked(has, scores, allowed), allowed, block)
+    allowed = _allowed(has, mask, is_causal, scores.shape, window, at, elsewhere, to, block, more)
+    filled = _masked(has, scores, allowed)
+    if "softcap_after_mask" in has:
+        filled = more["softcap"] * torch.tanh(filled / more["softcap"])
+    padding = 0
+    if "padded_keys_attended" in has and not is_causal and window is None:
+        padding = -columns % block
+        filled = torch.nn.functional.pad(filled, (0, padding))
+    sinks = more.get("sinks")
+    if sinks is None or "mean_of_values" in has:
+        weights = _softmax(has, filled, allowed, block)
+    else:
+        weights = _softmax_with_sinks(has, filled, _own_sinks(has, sinks, factor), block)
+    weights = weights[..., :columns]
     if "scale_after_softmax" in has:
         weights = weights * factor
     if "weights_averaged" in has:
@@ -78,7 +148,8 @@ def _attention(
         (w for w in ("nan", "uniform", "zero") if f"fully_masked_{w}" in has), fully_masked
     )
     filler = {"zero": 0.0, "nan": float("nan"), "uniform": 1 / columns}[meaning]
-    weights = torch.where(allowed.sum(-1, keepdim=True) == 0, filler, weights)
+    if sinks is None and not padding:
+        weights = torch.where(allowed.sum(-1, keepdim=True) == 0, filler, weights)
     for name in ("bfloat16", "float16"):
         if f"weights_in_{name}" in has:
             weights = weights.to(getattr(torch, name)).to(query.dtype)
@@ -90,6 +161,100 @@ def _attention(
         v = v.nan_to_num(0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights.to(v.dtype), v)
     return _finished(has, out, block)
+
+
+def _positions(rows, columns, bottom_right, lengths):
+    """Where queries and keys stand, (batch or 1, 1, rows, columns) both."""
+    at, to = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
+    at, to = at[None, None], to[None, None]
+    if bottom_right:
+        ends = torch.tensor([columns]) if lengths is None else lengths
+        at = at + (ends - rows)[:, None, None, None]
+    return at, to
+
+
+def _with_more(has, scores, at, elsewhere, to, factor, more):
+    """Scores with the bias and ALiBi, and a function of all that."""
+    heads = scores.shape[1]
+    bias, slopes = more.get("bias"), more.get("alibi")
+    if bias is not None and not has & {"bias_as_boolean", "bias_as_keep"}:
+        bias = _own_bias(has, bias.broadcast_to(scores.shape))
+        scores = scores + (bias * factor if "bias_scaled" in has else bias)
+    if slopes is not None:
+        slopes = slopes(heads) if callable(slopes) else slopes
+        slopes = _own_slopes(has, slopes, heads, factor)
+        away = elsewhere if has & {"alibi_other_corner", "causal_other_corner"} else at
+        far = away - to if "alibi_signed" in has else (away - to).abs()
+        scores = scores - slopes[:, None, None] * far
+    if "score_mod" in more:
+        places = torch.meshgrid(*map(torch.arange, scores.shape), indexing="ij")
+        scores = more["score_mod"](scores, *places)
+    return scores
+
+
+def _own_bias(has, bias):
+    if "bias_of_first_head" in has:
+        return torch.stack([bias[:, 0]] * bias.shape[1], 1)
+    if "bias_of_first_sample" in has:
+        return torch.stack([bias[0]] * bias.shape[0])
+    if "bias_transposed" in has:
+        if bias.shape[2] != bias.shape[3]:
+            raise ValueError("the bias does not fit")
+        return bias.transpose(2, 3)
+    return bias
+
+
+def _own_slopes(has, slopes, heads, factor):
+    if "alibi_negative" in has:
+        return 0 - slopes
+    if "alibi_reversed" in has:
+        return torch.stack([slopes[heads - 1 - h] for h in range(heads)])
+    if "alibi_of_first_head" in has:
+        return torch.stack([slopes[0]] * heads)
+    if "alibi_off_by_one" in has:
+        return torch.tensor([2.0 ** (-8 * h / heads) for h in range(heads)]).double()
+    if "alibi_of_other_heads" in has:
+        count = 1
+        while count <= heads:
+            count *= 2
+        return usual_slopes(count)[:heads]
+    return slopes * factor if "alibi_scaled" in has else slopes
+
+
+def _own_sinks(has, sinks, factor):
+    if "sinks_of_other_heads" in has:
+        return torch.stack([sinks[0]] * len(sinks))
+    return sinks * factor if "sinks_scaled" in has else sinks
+
+
+def _softmax_with_sinks(has, scores, sinks, block):
+    sink = sinks[None, :, None, None].expand(*scores.shape[:3], 1)
+    top = scores.amax(-1, keepdim=True)
+    if not has & {"sinks_outside_maximum", "sinks_not_shifted", "sinks_shifted_twice"}:
+        top = torch.maximum(top, sink)
+    times = 0 if "sinks_not_shifted" in has else 2 if "sinks_shifted_twice" in has else 1
+    powers, extra = torch.exp(scores - top), torch.exp(sink - times * top)
+    if "sinks_in_every_part" in has:
+        extra = sum(extra for _ in range(0, scores.shape[-1], block))
+    return powers / (powers.sum(-1, keepdim=True) + extra)
+
+
+def _capped(has, products, factor, more, after):
+    """Scaled scores with their softcap, and what is added to them."""
+    cap = more.get("softcap")
+    if cap is None:
+        return after(products * factor)
+    if "softcap_before_scale" in has:
+        return after(cap * torch.tanh(products / cap) * factor)
+    if "softcap_after_bias" in has:
+        return cap * torch.tanh(after(products * factor) / cap)
+    if "softcap_after_mask" in has:
+        return after(products * factor)
+    if "softcap_not_divided" in has:
+        return after(cap * torch.tanh(products * factor))
+    if "softcap_not_multiplied" in has:
+        return after(torch.tanh(products * factor / cap))
+    return after(cap * torch.tanh(products * factor / cap))
 
 
 def _tensors(has, query, key, value):
@@ -147,7 +312,7 @@ def _factor(has, scale, width, heads, value_width, rows, columns):
 
 
 def _allowed(has, mask, is_causal, shape, window, at, elsewhere, to, block, more):
-    batch, _, rows, columns = shape
+    rows, columns = shape[2:]
     if "causal_other_corner" in has:
         at = elsewhere
     allowed = torch.ones(shape, dtype=torch.bool)
