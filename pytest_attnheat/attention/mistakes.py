@@ -7,6 +7,7 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.defects import DEFECTS, ROWS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
@@ -113,24 +114,43 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
-        if not bool(found[judged].isfinite().all()):
-            return None
+        if not bool(found[judged].isfinite().all(-1).any()):
+            return None  # whatever gives nothing but NaN would fit
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return None
         tried: dict[Plan, float] = {Plan(): math.inf}
+
+        def off(plan: Plan) -> float:
+            if plan not in tried:
+                tried[plan] = _off_if_fitting(plan, found, case)
+            return tried[plan] if tried[plan] < _PART * wrong_by else math.inf
+
+        alone = [Plan(fully_masked=row) for row in ROWS] if case.has_empty_rows else []
+        rows = [plan.fully_masked for plan in alone if math.isfinite(off(plan))]
         fits: dict[str, float] = {}
         for defect in (one for one in DEFECTS if one.seen == "exactly"):
-            plans = [reduced(change(Plan()), case) for change in defect.changes]
-            for plan in plans:
-                if plan not in tried:
-                    tried[plan] = _off_if_fitting(plan, found, case)
-            nearest = min(tried[plan] for plan in plans)
-            if nearest < _PART * wrong_by:
-                fits[defect.sentence] = nearest
-    named = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
-    named = [sentence for sentence in named if fits[sentence] <= _AS_WELL * fits[named[0]]]
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+            plans = (reduced(change(Plan()), case) for change in defect.changes)
+            # If only rows without keys are wrong, nothing else is to blame for them.
+            plans = (
+                p
+                for p in plans
+                if p.fully_masked not in rows or p == Plan(fully_masked=p.fully_masked)
+            )
+            fits[defect.name] = min((off(plan) for plan in plans), default=math.inf)
+    nearest = max(min(fits.values()), answer_tolerance(torch.float64))
+    found_in = {name for name, size in fits.items() if size <= _AS_WELL * nearest < math.inf}
+    named = [one.sentence for one in DEFECTS
+             if one.name in found_in and one.form_of not in found_in]  # fmt: skip
+    if not named:
+        return None
+    return f"the output is that of attention {_listed(named)}"
+
+
+def _listed(sentences: Sequence[str]) -> str:
+    more = len(sentences) - _MOST_NAMED
+    rest = f", or {more} more that give the same" if more > 0 else ""
+    return ", or ".join(sentences[:_MOST_NAMED]) + rest
 
 
 def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
