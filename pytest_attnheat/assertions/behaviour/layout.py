@@ -14,8 +14,9 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.functions import MASK
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.callables import borrowed, changed
