@@ -7,16 +7,15 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
@@ -83,7 +82,7 @@ def expected(plan: Plan, case: Case) -> Expected | None:
         largest_score = torch.full_like(largest_score, float(largest_score.max()))
     unjudged = None
     if case.fully_masked == "undefined":
-        unjudged = ~case.visible().expand(case.shape).any(-1)
+        unjudged = ~case.seen.any(-1)
     ordinary = float(finite(result.value).square().mean().sqrt())
     return Expected(result.output, largest_score, ordinary, unjudged)
 
@@ -119,42 +118,25 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return None
+        tried: dict[Plan, float] = {Plan(): math.inf}
         fits: dict[str, float] = {}
-        for sentence, plan, other in _attempts(case):
-            attempt = expected(plan, other)
-            if attempt is None:
-                continue
-            size, fitting = _off(replace(attempt, unjudged=right.unjudged), found, case)
-            if size < _PART * wrong_by and fitting:
-                fits[sentence] = min(size, fits.get(sentence, size))
-    nearest = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
-    named = [sentence for sentence in nearest if fits[sentence] <= _AS_WELL * fits[nearest[0]]]
+        for defect in (one for one in DEFECTS if one.seen == "exactly"):
+            plans = [reduced(change(Plan()), case) for change in defect.changes]
+            for plan in plans:
+                if plan not in tried:
+                    tried[plan] = _off_if_fitting(plan, found, case)
+            nearest = min(tried[plan] for plan in plans)
+            if nearest < _PART * wrong_by:
+                fits[defect.sentence] = nearest
+    named = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
+    named = [sentence for sentence in named if fits[sentence] <= _AS_WELL * fits[named[0]]]
     return f"the output is that of attention {', or '.join(named)}" if named else None
 
 
-def _words(sentence: str, plan: Plan, case: Case) -> str:
-    """What a mistake is called; the corner is that of ALiBi alone where nothing else has one."""
-    has_corner = case.causal or case.window is not None or case.chunk is not None
-    if plan.causal == "other_corner" and not has_corner and case.alibi is not None:
-        return "whose ALiBi distances are counted from the other corner"
-    return sentence
-
-
-def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
-    hides = not bool(case.visible().all())
-    for defect in DEFECTS:
-        for change in defect.changes if defect.seen == "exactly" else ():
-            plan = change(Plan())
-            # No mask is to blame where nothing is masked.
-            if hides or (plan.masking, plan.fill) == ("fill", -math.inf):
-                yield _words(defect.sentence, plan, case), plan, case
-    usual = {field.name: field.default for field in fields(Case)}
-    for name in FEATURES:
-        given = getattr(case, name)
-        declared = isinstance(given, Tensor) or given != usual[name]
-        if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
-            without: dict[str, Any] = {name: usual[name]}
-            yield f"that leaves out {name}", Plan(), replace(case, **without)
+def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
+    attempt = expected(plan, case)
+    size, fitting = (math.inf, False) if attempt is None else _off(attempt, found, case)
+    return size if fitting else math.inf
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:

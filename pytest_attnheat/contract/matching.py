@@ -126,10 +126,14 @@ def is_tolerant(defects: Sequence[Defect]) -> bool:
 
 
 def _without_other_way(ratio: Tensor, error: Tensor, plan: Plan, outcome: Expected) -> Tensor:
-    dtype = plan.scores_dtype or plan.weights_dtype
+    dtype = plan.coarse
     if dtype is None:
         return ratio
-    steps = 2.0 if plan.scores_dtype is None else outcome.largest_score.clamp(2.0, _MOST_STEPS)
+    steps = (
+        2.0
+        if plan.scores_dtype is plan.products_dtype is None
+        else outcome.largest_score.clamp(2.0, _MOST_STEPS)
+    )
     other_way = (ratio > 1.0) & (error <= steps * torch.finfo(dtype).eps)
     if float(other_way.double().mean()) > _OTHER_WAY:
         return ratio

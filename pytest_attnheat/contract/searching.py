@@ -235,8 +235,7 @@ def explain_by_constant(
 
 def _least_step(plan: Plan, probe: Probe) -> float:
     """How far from 1 a constant must be not to be fitted to rounding."""
-    coarse = plan.scores_dtype or plan.weights_dtype
-    rounded = torch.finfo(coarse).eps if coarse else 0.0
+    rounded = torch.finfo(plan.coarse).eps if plan.coarse else 0.0
     return max(1e-6, _STEPS * probe.tolerance, _STEPS * rounded)
 
 
