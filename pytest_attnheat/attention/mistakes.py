@@ -7,7 +7,7 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
@@ -26,7 +26,7 @@ _MOST_SCORES = 2**18
 _PART, _AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
 _MOST_ALLOWED = 0.125
-_MOST_NAMED = 3
+MOST_NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,32 +104,51 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
+    named = fitting(call, output)
+    return f"the output is that of attention {', or '.join(named)}" if named else None
+
+
+def too_large(call: Call) -> bool:
+    """Return whether no mistake is looked for: it would take too long, or is elsewhere."""
     if call.maps * call.query_len * call.key_len > _MOST_SCORES:
-        return None
-    if call.query.device.type != "cpu" and (call.may_see or call.score_mod):
-        return None  # functions that may hold tensors of that device
-    case = _as_case(call)
+        return True
+    # Functions may hold tensors of that device.
+    return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
+
+
+def fitting(call: Call, output: Tensor) -> dict[str, tuple[Plan, Case]]:
+    """Return the mistakes that give an output, by their sentences, with what each computes of what.
+
+    None are returned where the output is right.
+    """
+    if too_large(call):
+        return {}
+    case = as_case(call)
     found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
     with torch.no_grad():
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
         if not bool(found[judged].isfinite().all()):
-            return None
+            return {}
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
-            return None
-        fits: dict[str, float] = {}
-        for sentence, plan, other in _attempts(case):
+            return {}
+        fits: dict[str, tuple[float, Plan, Case]] = {}
+        for sentence, plan, other in attempts(case):
             attempt = expected(plan, other)
             if attempt is None:
                 continue
-            size, fitting = _off(replace(attempt, unjudged=right.unjudged), found, case)
-            if size < _PART * wrong_by and fitting:
-                fits[sentence] = min(size, fits.get(sentence, size))
-    nearest = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
-    named = [sentence for sentence in nearest if fits[sentence] <= _AS_WELL * fits[nearest[0]]]
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+            size, fits_well = _off(replace(attempt, unjudged=right.unjudged), found, case)
+            nearer = sentence not in fits or size < fits[sentence][0]
+            if size < _PART * wrong_by and fits_well and nearer:
+                fits[sentence] = size, plan, other
+    nearest = sorted(fits, key=lambda sentence: fits[sentence][0])[:MOST_NAMED]
+    return {
+        sentence: fits[sentence][1:]
+        for sentence in nearest
+        if fits[sentence][0] <= _AS_WELL * fits[nearest[0]][0]
+    }
 
 
 def _words(sentence: str, plan: Plan, case: Case) -> str:
@@ -140,11 +159,21 @@ def _words(sentence: str, plan: Plan, case: Case) -> str:
     return sentence
 
 
-def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
+def attempts(
+    case: Case, catalogue: Sequence[Defect] = DEFECTS, start: Plan | None = None
+) -> Iterator[tuple[str, Plan, Case]]:
+    """Yield each mistake that is seen exactly: its sentence, what it computes, and of which case.
+
+    Args:
+        case: What was to be computed.
+        catalogue: The mistakes; features that are left out come besides.
+        start: What is right but for the mistake; `Plan()` by default.
+    """
+    start = Plan() if start is None else start
     hides = not bool(case.visible().all())
-    for defect in DEFECTS:
+    for defect in catalogue:
         for change in defect.changes if defect.seen == "exactly" else ():
-            plan = change(Plan())
+            plan = change(start)
             # No mask is to blame where nothing is masked.
             if hides or (plan.masking, plan.fill) == ("fill", -math.inf):
                 yield _words(defect.sentence, plan, case), plan, case
@@ -154,7 +183,7 @@ def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
         declared = isinstance(given, Tensor) or given != usual[name]
         if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
             without: dict[str, Any] = {name: usual[name]}
-            yield f"that leaves out {name}", Plan(), replace(case, **without)
+            yield f"that leaves out {name}", start, replace(case, **without)
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
@@ -164,8 +193,8 @@ def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
     return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 
-def _as_case(call: Call) -> Case:
-    """The same call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
+def as_case(call: Call) -> Case:
+    """Return the call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
     lead = call.query.shape[:-2][:-1]
 
     def here(name: str) -> Tensor | None:
@@ -178,9 +207,9 @@ def _as_case(call: Call) -> Case:
         return given.expand(*lead, *last).reshape(lead.numel(), *last)
 
     own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
-    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias")}
+    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias", "upstream")}
     own |= {
         name: own[name] if own[name] is None else own[name].cpu() for name in ("alibi", "sinks")
     }
-    own |= {"upstream": None, "scale_given": call.scale is not None, "dtype": call.query.dtype}
+    own |= {"scale_given": call.scale is not None, "dtype": call.query.dtype}
     return Case(**own)

@@ -74,7 +74,7 @@ def carry_out(plan: Plan, case: Case) -> Outcome:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    query, key, value = _operands(plan, case)
+    query, key, value = operands(plan, case)
     scores = _scores(plan, case, query, key)
     hard, soft = _permitted(plan, case)
     weights = _weights(plan, case, scores, hard, soft)
@@ -85,7 +85,12 @@ def carry_out(plan: Plan, case: Case) -> Outcome:
 # --- queries, keys and values
 
 
-def _operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is used as query, key and value, all of as many heads as queries have.
+
+    Raises:
+        NotApplicable: They do not fit together.
+    """
     groups = case.query.shape[1] // case.key.shape[1]
     tensors: dict[Source, Tensor] = {
         "query": _split(plan, case.query.double()),
@@ -241,12 +246,12 @@ def _used_keys(plan: Plan, case: Case) -> Tensor:
     if plan.dropped_key != "none":
         used[0 if plan.dropped_key == "first" else -1] = False
     if plan.key_block:
-        used[_whole_blocks(plan, plan.key_block, key_len) :] = False
+        used[whole_blocks(plan, plan.key_block, key_len) :] = False
     return used
 
 
-def _whole_blocks(plan: Plan, block: int, length: int) -> int:
-    """How many of some keys or queries are in whole blocks."""
+def whole_blocks(plan: Plan, block: int, length: int) -> int:
+    """Return how many of some keys or queries are in whole blocks."""
     if plan.short_block == "kept" and length < block:
         return length
     return length // block * block
@@ -389,7 +394,7 @@ def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
         value = value.nan_to_num(nan=0.0)
     output = (weights @ value) * plan.output_factor
     if plan.query_block:
-        output[:, :, _whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
+        output[:, :, whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
     if plan.merge == "averaged":
         return output.mean(1, keepdim=True).expand_as(output)
     if plan.merge == "reshape":
