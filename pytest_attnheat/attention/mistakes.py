@@ -7,6 +7,7 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
@@ -25,7 +26,7 @@ _MOST_SCORES = 2**18
 _PART, _AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
 _MOST_ALLOWED = 0.125
-_MOST_NAMED = 3
+MOST_NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,40 +104,68 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
+    named = fitting(call, output)
+    return f"the output is that of attention {', or '.join(named)}" if named else None
+
+
+def too_large(call: Call) -> bool:
+    """Return whether no mistake is looked for: it would take too long, or is elsewhere."""
     if call.maps * call.query_len * call.key_len > _MOST_SCORES:
-        return None
-    if call.query.device.type != "cpu" and (call.may_see or call.score_mod):
-        return None  # functions that may hold tensors of that device
-    case = _as_case(call)
+        return True
+    # Functions may hold tensors of that device.
+    return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
+
+
+def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
+    """Return the mistakes that give an output, by their sentences, with what each computes.
+
+    None are returned where the output is right.
+    """
+    if too_large(call):
+        return {}
+    case = as_case(call)
     found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
     with torch.no_grad():
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
         if not bool(found[judged].isfinite().all()):
-            return None
+            return {}
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
-            return None
+            return {}
         tried: dict[Plan, float] = {Plan(): math.inf}
-        fits: dict[str, float] = {}
-        for defect in (one for one in DEFECTS if one.seen == "exactly"):
-            plans = [reduced(change(Plan()), case) for change in defect.changes]
-            for plan in plans:
-                if plan not in tried:
-                    tried[plan] = _off_if_fitting(plan, found, case)
-            nearest = min(tried[plan] for plan in plans)
-            if nearest < _PART * wrong_by:
-                fits[defect.sentence] = nearest
-    named = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
-    named = [sentence for sentence in named if fits[sentence] <= _AS_WELL * fits[named[0]]]
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+        fits: dict[str, tuple[float, Plan]] = {}
+        for sentence, plan in attempts(case):
+            if plan not in tried:
+                tried[plan] = _off_if_fitting(plan, found, case)
+            if tried[plan] < min(_PART * wrong_by, fits.get(sentence, (math.inf,))[0]):
+                fits[sentence] = tried[plan], plan
+    nearest = sorted(fits, key=lambda sentence: fits[sentence][0])[:MOST_NAMED]
+    most = _AS_WELL * fits[nearest[0]][0] if nearest else 0.0
+    return {sentence: fits[sentence][1] for sentence in nearest if fits[sentence][0] <= most}
+
+
+def attempts(
+    case: Case, catalogue: Sequence[Defect] = DEFECTS, start: Plan | None = None
+) -> Iterator[tuple[str, Plan]]:
+    """Yield each mistake that is seen exactly: its sentence, and what it may change on a case.
+
+    Args:
+        case: What was to be computed.
+        catalogue: The mistakes.
+        start: What is right but for the mistake; `Plan()` by default.
+    """
+    start = Plan() if start is None else start
+    for defect in catalogue:
+        for change in defect.changes if defect.seen == "exactly" else ():
+            yield defect.sentence, reduced(change(start), case)
 
 
 def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
     attempt = expected(plan, case)
-    size, fitting = (math.inf, False) if attempt is None else _off(attempt, found, case)
-    return size if fitting else math.inf
+    size, fits = (math.inf, False) if attempt is None else _off(attempt, found, case)
+    return size if fits else math.inf
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
@@ -146,8 +175,8 @@ def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
     return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 
-def _as_case(call: Call) -> Case:
-    """The same call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
+def as_case(call: Call) -> Case:
+    """Return the call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
     lead = call.query.shape[:-2][:-1]
 
     def here(name: str) -> Tensor | None:
@@ -160,9 +189,9 @@ def _as_case(call: Call) -> Case:
         return given.expand(*lead, *last).reshape(lead.numel(), *last)
 
     own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
-    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias")}
+    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias", "upstream")}
     own |= {
         name: own[name] if own[name] is None else own[name].cpu() for name in ("alibi", "sinks")
     }
-    own |= {"upstream": None, "scale_given": call.scale is not None, "dtype": call.query.dtype}
+    own |= {"scale_given": call.scale is not None, "dtype": call.query.dtype}
     return Case(**own)
