@@ -4,8 +4,10 @@ The wrong ones are planted in `wrong_attention`, which knows nothing of the code
 """
 
 import functools
+import json
 import math
 import random
+from dataclasses import fields
 
 import attention_subjects as subjects
 import pytest
@@ -20,6 +22,7 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 from pytest_attnheat.attention.reference import attend
 from pytest_attnheat.contract.diagnosing import diagnose
+from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.spec import AttentionSpec
 
 NAMES = [defect.name for defect in DEFECTS]
@@ -620,6 +623,26 @@ def test_the_message_of_a_healthy_subject_is_one_line():
     text = str(diagnosed())
     assert text.startswith("diagnose: mine is attention as declared; residual ")
     assert "\n" not in text
+
+
+def test_a_diagnosis_is_plain_data_that_json_holds():
+    for found in (diagnosed(), diagnosed("softmax_over_queries")):
+        data = json.loads(json.dumps(found.as_dict(), allow_nan=False))
+        assert data == found.as_dict()
+        assert data["version"] == 1
+        assert data["defects"] == list(found.defects)
+        assert (data["healthy"], data["sentence"]) == (found.healthy, found.sentence)
+    assert diagnosed().as_dict()["next_best"] is None  # there is none
+    assert set(data) == {f.name for f in fields(Diagnosis)} - {
+        "expected_weights",
+        "inferred_weights",
+    } | {"version"}
+
+
+def test_its_repr_is_the_beginning_of_its_message():
+    found = diagnosed("softmax_over_queries")
+    assert repr(found) == "\n".join(str(found).splitlines()[:2])
+    assert "  wrong" in repr(found)
 
 
 def test_weights_are_inferred_from_the_output_alone():

@@ -3,16 +3,14 @@
 The implementations are those of `wrong_attention`, which knows nothing of the catalogue.
 """
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 import torch
 from wrong_attention import BLOCK, attention_with, declared_for
 
-from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.mistakes import likely_mistake
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
+from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 
 EXACT = {defect.name: defect for defect in DEFECTS if defect.seen in ("exactly", "rounding")}
 # What is given by keyword in a call; all else is what the implementation always does.

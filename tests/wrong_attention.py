@@ -78,7 +78,7 @@ def attention_with(
     def narrow(query, key, value, attn_mask=None, is_causal=False, *, scale=None):
         return attention(query, key, value, attn_mask, is_causal, scale=scale)
 
-    narrow.with_more = attention
+    narrow.with_more = attention  # type: ignore[attr-defined]
     return narrow
 
 

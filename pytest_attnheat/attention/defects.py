@@ -37,6 +37,7 @@ class Defect:
             a constant that is "fitted"; by "rounding" that another order of the same steps may
             do differently in a few rows; by "randomness", which no plan reproduces; or with NaN
             as "garbage" in masked keys, which correct attention may well feel.
+        backward: Whether it is one of the backward pass: its changes are of a `BackwardPlan`.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Defect:
     issue: str | None = None
     seen: Seen = "exactly"
     form_of: str = ""
+    backward: bool = False
 
     def change(self, plan: Plan) -> Plan:
         """Return the plan with this defect, in its most usual form."""
@@ -63,6 +65,11 @@ def _defect(
 ) -> Defect:  # fmt: skip
     """A defect with one change for each combination of some decisions of a plan."""
     return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen, form_of)
+
+
+def _backward(name: str, sentence: str, issue: str | None = None, **choices: Any) -> Defect:
+    """A defect of the backward pass alone: the output is right."""
+    return Defect(name, sentence, _changes(**choices), issue, backward=True)
 
 
 def _setting(fields: dict[str, Any]) -> Change:
@@ -457,3 +464,71 @@ DEFECTS: tuple[Defect, ...] = (
     *_TENSORS,
     *_NUMBERS,
 )
+
+_OTHER_ROWS = ["next_row", "previous_row", "first_row"]
+_OTHER_HEADS = ["next_head", "previous_head", "first_head", "key_head"]
+
+# What a backward pass may do wrong of itself. It may also compute the weights once more with any
+# defect of the forward pass: see `attention.backward`.
+BACKWARD: tuple[Defect, ...] = (
+    _backward("backward_row_term_left_out",
+              "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
+              row_term="none"),
+    _backward("backward_row_term_added",
+              "whose backward pass adds the row term sum(dO * O), and does not subtract it",
+              row_term="added"),
+    _backward("backward_row_term_averaged",
+              "whose backward pass takes the mean of dO * O over the width, not its sum",
+              row_term="mean"),
+    _backward("backward_row_term_from_upstream",
+              "whose backward pass takes sum(dO) for the row term sum(dO * O)",
+              row_term="upstream"),
+    _backward("backward_row_term_of_another_row",
+              "whose backward pass takes the row term sum(dO * O) of another row",
+              row_term=_OTHER_ROWS),
+    _backward("backward_row_term_of_another_head",
+              "whose backward pass takes the row term sum(dO * O) of another head",
+              row_term=_OTHER_HEADS),
+    _backward("backward_row_term_of_another_sample",
+              "whose backward pass takes the row term sum(dO * O) of another sample",
+              row_term=["next_sample", "first_sample"]),
+    _backward("backward_scale_missing", "whose backward pass leaves out the scale",
+              gradient_scale="missing"),
+    _backward("backward_scale_twice", "whose backward pass applies the scale twice",
+              gradient_scale="twice"),
+    _backward("backward_of_exp2",
+              "whose backward pass mixes exp and exp2: log2(e) is missing or too much",
+              gradient_scale=["base_two", "base_e"]),
+    _backward("backward_softcap_slope_missing",
+              "whose backward pass leaves out the slope of softcap, or of a function of the score",
+              score_slope="missing"),
+    _backward("backward_groups_tiled", "that sums over the wrong heads of a group",
+              "XunhaoLai/native-sparse-attention-triton#27", group_sum="tile",
+              grouping=["interleave", "tile"]),
+    _backward("backward_group_not_summed",
+              "that keeps one head of a group, where the gradient sums over all",
+              group_sum=["first", "last"]),
+    _backward("backward_group_averaged", "that takes the mean over a group of heads, not the sum",
+              group_sum="mean"),
+    _backward("backward_bias_not_summed",
+              "that does not sum over the dimensions in which the bias is broadcast",
+              bias_sum=["first", "last"]),
+    _backward("backward_bias_averaged",
+              "that takes the mean over the dimensions in which the bias is broadcast, not the sum",
+              bias_sum="mean"),
+    _backward("backward_weights_detached",
+              "whose weights are detached: a gradient passes through the values alone",
+              detached=True),
+    _backward("backward_exchanged", "whose gradients of query and key are exchanged",
+              exchanged=True),
+    _backward("backward_dropout_ignored",
+              "whose backward pass does not apply the dropout of the forward pass",
+              kept_of_scores=["ignored", "applied"], kept_of_values=["ignored", "applied"],
+              row_term=["saved", "own"]),
+    _backward("backward_dropout_not_rescaled",
+              "whose backward pass does not divide by 1 - p what dropout left",
+              kept_of_scores=["not_rescaled", "applied"],
+              kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
+    _backward("backward_partly_masked_blocks_skipped",
+              "whose backward pass skips blocks that are masked in part", skipped_block=_BLOCKS),
+)  # fmt: skip

@@ -7,7 +7,7 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.defects import DEFECTS, ROWS
+from pytest_attnheat.attention.defects import DEFECTS, ROWS, Defect
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
@@ -26,7 +26,7 @@ _MOST_SCORES = 2**18
 _PART, _AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
 _MOST_ALLOWED = 0.125
-_MOST_NAMED = 3
+MOST_NAMED = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,21 +104,39 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
+    named = list(fitting(call, output))
+    more = len(named) - MOST_NAMED
+    rest = [f"{more} more that give the same"] if more > 0 else []
+    listed = ", or ".join([*named[:MOST_NAMED], *rest])
+    return f"the output is that of attention {listed}" if named else None
+
+
+def too_large(call: Call) -> bool:
+    """Return whether no mistake is looked for: it would take too long, or is elsewhere."""
     if call.maps * call.query_len * call.key_len > _MOST_SCORES:
-        return None
-    if call.query.device.type != "cpu" and (call.may_see or call.score_mod):
-        return None  # functions that may hold tensors of that device
-    case = _as_case(call)
+        return True
+    # Functions may hold tensors of that device.
+    return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
+
+
+def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
+    """Return the mistakes that give an output, by their sentences, with what each computes.
+
+    None are returned where the output is right.
+    """
+    if too_large(call):
+        return {}
+    case = as_case(call)
     found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
     with torch.no_grad():
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
         if not bool(found[judged].isfinite().all(-1).any()):
-            return None  # whatever gives nothing but NaN would fit
+            return {}  # whatever gives nothing but NaN would fit
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
-            return None
+            return {}
         tried: dict[Plan, float] = {Plan(): math.inf}
 
         def off(plan: Plan) -> float:
@@ -126,37 +144,45 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
                 tried[plan] = _off_if_fitting(plan, found, case)
             return tried[plan] if tried[plan] < _PART * wrong_by else math.inf
 
-        alone = [Plan(fully_masked=row) for row in ROWS] if case.has_empty_rows else []
-        rows = [plan.fully_masked for plan in alone if math.isfinite(off(plan))]
-        fits: dict[str, float] = {}
-        for defect in (one for one in DEFECTS if one.seen == "exactly"):
-            plans = (reduced(change(Plan()), case) for change in defect.changes)
-            # If only rows without keys are wrong, nothing else is to blame for them.
-            plans = (
-                p
-                for p in plans
-                if p.fully_masked not in rows or p == Plan(fully_masked=p.fully_masked)
-            )
-            fits[defect.name] = min((off(plan) for plan in plans), default=math.inf)
-    nearest = max(min(fits.values()), answer_tolerance(torch.float64))
-    found_in = {name for name, size in fits.items() if size <= _AS_WELL * nearest < math.inf}
-    named = [one.sentence for one in DEFECTS
-             if one.name in found_in and one.form_of not in found_in]  # fmt: skip
-    if not named:
-        return None
-    return f"the output is that of attention {_listed(named)}"
+        # If only rows without keys are wrong, nothing else is to blame for them.
+        alone = {Plan(fully_masked=row) for row in ROWS if case.has_empty_rows}
+        rows = {plan.fully_masked for plan in alone if off(plan) < math.inf}
+        fits: dict[str, tuple[float, Plan]] = {}
+        for sentence, plan in attempts(case):
+            to_blame = plan.fully_masked not in rows or plan in alone
+            if to_blame and off(plan) < fits.get(sentence, (math.inf,))[0]:
+                fits[sentence] = off(plan), plan
+    nearest = max(
+        min((size for size, _ in fits.values()), default=0.0), answer_tolerance(torch.float64)
+    )
+    as_near = {
+        sentence: plan for sentence, (size, plan) in fits.items() if size <= _AS_WELL * nearest
+    }
+    of_name = {one.name: one.sentence for one in DEFECTS}
+    forms = {one.sentence for one in DEFECTS if of_name.get(one.form_of) in as_near}
+    return {sentence: plan for sentence, plan in as_near.items() if sentence not in forms}
 
 
-def _listed(sentences: Sequence[str]) -> str:
-    more = len(sentences) - _MOST_NAMED
-    rest = f", or {more} more that give the same" if more > 0 else ""
-    return ", or ".join(sentences[:_MOST_NAMED]) + rest
+def attempts(
+    case: Case, catalogue: Sequence[Defect] = DEFECTS, start: Plan | None = None
+) -> Iterator[tuple[str, Plan]]:
+    """Yield each mistake that is seen exactly: its sentence, and what it may change on a case.
+
+    Args:
+        case: What was to be computed.
+        catalogue: The mistakes.
+        start: What is right but for the mistake; `Plan()` by default.
+    """
+    start = Plan() if start is None else start
+    for defect in catalogue:
+        for change in defect.changes if defect.seen == "exactly" else ():
+            yield defect.sentence, reduced(change(start), case)
 
 
 def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
     attempt = expected(plan, case)
-    size, fitting = (math.inf, False) if attempt is None else _off(attempt, found, case)
-    return size if fitting else math.inf
+    size, fits = (math.inf, False) if attempt is None else _off(attempt, found, case)
+    return size if fits else math.inf
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
@@ -166,8 +192,8 @@ def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
     return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 
-def _as_case(call: Call) -> Case:
-    """The same call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
+def as_case(call: Call) -> Case:
+    """Return the call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
     lead = call.query.shape[:-2][:-1]
 
     def here(name: str) -> Tensor | None:
@@ -180,9 +206,9 @@ def _as_case(call: Call) -> Case:
         return given.expand(*lead, *last).reshape(lead.numel(), *last)
 
     own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
-    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias")}
+    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias", "upstream")}
     own |= {
         name: own[name] if own[name] is None else own[name].cpu() for name in ("alibi", "sinks")
     }
-    own |= {"upstream": None, "scale_given": call.scale is not None, "dtype": call.query.dtype}
+    own |= {"scale_given": call.scale is not None, "dtype": call.query.dtype}
     return Case(**own)

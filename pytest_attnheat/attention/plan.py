@@ -52,14 +52,20 @@ def carry_out(plan: Plan, case: Case) -> Outcome:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    for name in sorted(plan.misread):
-        case = MISREADINGS[name](case)
-    query, key, value = _operands(plan, case)
+    case = misread(plan, case)
+    query, key, value = operands(plan, case)
     scores = _scores(plan, case, query, key)
     hard, soft = _permitted(plan, case)
     weights = _weights(plan, case, scores, hard, soft)
     output = _output(plan, case, weights, value)
     return Outcome(output, weights, scores, hard & soft, value)
+
+
+def misread(plan: Plan, case: Case) -> Case:
+    """Return a case as a plan reads it."""
+    for name in sorted(plan.misread):
+        case = MISREADINGS[name](case)
+    return case
 
 
 def reduced(plan: Plan, case: Case) -> Plan:
@@ -97,7 +103,7 @@ def reduced(plan: Plan, case: Case) -> Plan:
             usual["empty_slices"] = "nan"
     for name, length in (("key_block", read.key_len), ("query_block", read.query_len)):
         block = getattr(plan, name)
-        if block and _whole_blocks(plan, block, length) == length:
+        if block and whole_blocks(plan, block, length) == length:
             usual[name] = 0
     plan = replace(plan, **usual)
     usual = {}
@@ -119,7 +125,12 @@ def reduced(plan: Plan, case: Case) -> Plan:
 # --- queries, keys and values
 
 
-def _operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is used as query, key and value, all of as many heads as queries have.
+
+    Raises:
+        NotApplicable: They do not fit together.
+    """
     groups = case.query.shape[1] // case.key.shape[1]
     tensors: dict[Source, Tensor] = {
         "query": _split(plan, case.query.double()),
@@ -250,12 +261,12 @@ def _used_keys(plan: Plan, case: Case) -> Tensor:
     if plan.dropped_key != "none":
         used[0 if plan.dropped_key == "first" else -1] = False
     if plan.key_block:
-        used[_whole_blocks(plan, plan.key_block, key_len) :] = False
+        used[whole_blocks(plan, plan.key_block, key_len) :] = False
     return used
 
 
-def _whole_blocks(plan: Plan, block: int, length: int) -> int:
-    """How many of some keys or queries are in whole blocks."""
+def whole_blocks(plan: Plan, block: int, length: int) -> int:
+    """Return how many of some keys or queries are in whole blocks."""
     if plan.blocks == "first" or (plan.blocks == "short" and length < block):
         return min(length, block)
     return length // block * block
@@ -429,7 +440,7 @@ def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
         value = value.nan_to_num(nan=0.0)
     output = _rounded((weights @ value) * plan.output_factor, plan.output_dtype)
     if plan.query_block:
-        output[:, :, _whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
+        output[:, :, whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
     if plan.merge == "averaged":
         return output.mean(1, keepdim=True).expand_as(output)
     if plan.merge == "reshape":
