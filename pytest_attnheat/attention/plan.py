@@ -7,8 +7,9 @@ what a wrong implementation computes can be computed as well, and compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -63,22 +64,35 @@ class Outcome:
     value: Tensor
 
 
-def carry_out(plan: Plan, case: Case) -> Outcome:
+# How a step is done: it is called with its function, the plan, the case, and what it works on.
+Step: TypeAlias = Callable[..., Any]
+
+
+def directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Do a step."""
+    return function(*arguments)
+
+
+def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
     """Carry out a plan in float64, and keep what there was on the way.
 
     Args:
         plan: How attention is computed; `Plan()` is correct.
         case: Inputs, on the CPU.
+        step: Does each step. What it comes to may depend on the plan, the case and what the steps
+            before came to, and on nothing else.
 
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    query, key, value = _operands(plan, case)
-    scores = _scores(plan, case, query, key)
-    hard, soft = _permitted(plan, case)
-    weights = _weights(plan, case, scores, hard, soft)
-    output = _output(plan, case, weights, value)
+    query, key, value = step(_operands, plan, case)
+    scores = step(_scores, plan, case, query, key)
+    hard, soft = step(_permitted, plan, case)
+    filled = step(_filled, plan, scores, hard, soft)
+    numbers = step(_with_sinks, plan, case, filled)
+    weights = step(_weights, plan, case, numbers, hard, soft)
+    output = step(_output, plan, weights, value)
     return Outcome(output, weights, scores, hard & soft, value)
 
 
@@ -255,9 +269,7 @@ def _whole_blocks(plan: Plan, block: int, length: int) -> int:
 # --- weights
 
 
-def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
-    filled = _masked_scores(plan, scores, soft).masked_fill(~hard, -math.inf)
-    weights = _in_range(_with_sinks(plan, case, filled), case.dtype)
+def _weights(plan: Plan, case: Case, weights: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
     if plan.masking in ("after", "after_renormalised"):
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
@@ -270,14 +282,15 @@ def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor)
     return _rounded(weights, plan.weights_dtype)
 
 
-def _masked_scores(plan: Plan, scores: Tensor, soft: Tensor) -> Tensor:
+def _filled(plan: Plan, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
     masked = {
         "fill": lambda: scores.masked_fill(~soft, plan.fill),
         "added": lambda: torch.where(soft, scores, scores + plan.fill),
         "ones": lambda: scores + soft.double(),
         "ones_masked": lambda: scores + (~soft).double(),
     }
-    return masked[plan.masking]() if plan.masking in masked else scores
+    scores = masked[plan.masking]() if plan.masking in masked else scores
+    return scores.masked_fill(~hard, -math.inf)
 
 
 def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -292,9 +305,10 @@ def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> Tensor:
     """The weights, where a sink is one key more that has no value."""
     if case.sinks is None or plan.dim != "keys":
-        return _normalised(plan, scores, case.dtype)
+        return _in_range(_normalised(plan, scores, case.dtype), case.dtype)
     sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
-    return _normalised(plan, torch.cat([scores, sinks], -1), case.dtype)[..., :-1]
+    weights = _normalised(plan, torch.cat([scores, sinks], -1), case.dtype)
+    return _in_range(weights[..., :-1], case.dtype)
 
 
 def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -384,7 +398,7 @@ def _fully_masked_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tenso
 # --- output
 
 
-def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
+def _output(plan: Plan, weights: Tensor, value: Tensor) -> Tensor:
     if plan.masked_nan == "unfelt":
         value = value.nan_to_num(nan=0.0)
     output = (weights @ value) * plan.output_factor
