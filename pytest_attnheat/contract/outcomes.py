@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import Change
+from pytest_attnheat.attention.misreadings import MISREADINGS
 from pytest_attnheat.attention.mistakes import Expected, expected
-from pytest_attnheat.attention.plan import Case, Plan
+from pytest_attnheat.attention.plan import Case, Plan, misread
 
 # The decisions of a plan that differ from those of the correct one, by name.
 Decisions: TypeAlias = Mapping[str, Any]
@@ -95,6 +96,7 @@ class Outcomes:
         # By the step before and what it came to.
         self._states: dict[tuple[int, int], _Node] = {}
         self._known: dict[int, Expected] = {}
+        self._readings: dict[tuple[Case, str], Case] = {}
         self.healthy: Expected | None = None
         self.healthy = self.of({})
 
@@ -126,11 +128,14 @@ class Outcomes:
                 node = last = known.then
                 return node.reached
             seen.clear()
-            reached = function(*arguments)
+            reached = self._read_as(plan) if function is misread else function(*arguments)
             same = id(last), _digest(reached)
             node.then = self._states.setdefault(same, _Node())
             node = last = node.then
-            node.reached = reached if self._keeps else None
+            if node.reached is not None:
+                return node.reached
+            if self._keeps or isinstance(reached, Case):
+                node.reached = reached
             return reached
 
         plan = object.__new__(_Watched)
@@ -138,6 +143,15 @@ class Outcomes:
         outcome = expected(plan, self.case, step)
         node.outcome, node.ends = self._one(outcome), True
         return node.outcome
+
+    def _read_as(self, plan: Plan) -> Case:
+        """The case as a plan reads it, each misreading done once."""
+        case = self.case
+        for name in sorted(plan.misread):
+            if (case, name) not in self._readings:
+                self._readings[case, name] = MISREADINGS[name](case)
+            case = self._readings[case, name]
+        return case
 
     def _one(self, outcome: Expected | None) -> Expected | None:
         if outcome is None:
@@ -151,14 +165,16 @@ kept_outcomes = lru_cache(maxsize=64)(Outcomes)
 
 
 def _digest(reached: object) -> int:
-    """A number that tells what was reached from all else, as long as the process runs."""
+    """A number that tells what was reached from all else, as long as that is kept."""
     if isinstance(reached, Expected):
         reached = reached.output, reached.largest_score
+    if isinstance(reached, Case):
+        reached = tuple(getattr(reached, one.name) for one in fields(Case) if one.name != "earlier")
     if isinstance(reached, tuple):
         return hash(tuple(map(_digest, reached)))
     if isinstance(reached, Tensor):
-        return hash(reached.contiguous().numpy().tobytes())
-    return hash(reached)
+        return hash((reached.shape, reached.contiguous().numpy().tobytes()))
+    return hash(repr(reached))
 
 
 def _equal(one: Expected, other: Expected) -> bool:

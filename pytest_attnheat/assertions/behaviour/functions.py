@@ -119,6 +119,11 @@ class AttentionFunction:
         return self.key.shape[-2]
 
     @property
+    def observers(self) -> int:
+        """How many rows its output has, for each head."""
+        return self.query.shape[-2]
+
+    @property
     def group(self) -> int:
         """How many query heads share one head of keys and values."""
         if self.query.ndim < 3:

@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subject import Subject
 from pytest_attnheat.assertions.behaviour.visibility import Claim, Padding, Stated
 from pytest_attnheat.attention.vocabulary import Side
 

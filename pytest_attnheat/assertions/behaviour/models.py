@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.functions import permitted
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
 from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
 from pytest_attnheat.assertions.behaviour.visibility import (
@@ -416,6 +416,9 @@ class ModelSubject:
 
     def with_dropout(self, *, has_module: bool) -> None:
         """Nothing: its dropout is its own."""
+
+
+Subject: TypeAlias = AttentionFunction | ModelSubject
 
 
 def _rank(real: Tensor) -> Tensor:

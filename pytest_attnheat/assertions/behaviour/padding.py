@@ -13,9 +13,9 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.memory import memory_of
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
 from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
 from pytest_attnheat.attention.vocabulary import SIDES, Side
 from pytest_attnheat.callables import borrowed, modules_in
