@@ -400,12 +400,6 @@ def test_misuse_is_refused(arguments, error):
 # --- when nothing fits
 
 
-@pytest.fixture
-def without_pairs(monkeypatch):
-    """Search no pairs of defects: for tests of what is said beside them."""
-    monkeypatch.setattr("pytest_attnheat.contract.explaining._MOST_WEIGHTS_IN_PAIRS", 0)
-
-
 def test_an_unknown_defect_is_not_named_but_placed():
     found = diagnose(AttentionSpec(noisy_head, dtypes=("float64",), **PLAIN))
     assert not found.healthy
@@ -416,7 +410,7 @@ def test_an_unknown_defect_is_not_named_but_placed():
     assert 0.01 < found.residual < 1.0
 
 
-def test_rows_and_batch_entries_are_placed(without_pairs):
+def test_rows_and_batch_entries_are_placed():
     def last_row(query, key, value, attn_mask=None, is_causal=False):
         output = subjects.plain(query, key, value, attn_mask, is_causal=is_causal)
         output[0, :, -1] += 1.0

@@ -16,7 +16,16 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.defects import DEFECTS, ROWS, Defect
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
+from pytest_attnheat.attention.plan import (
+    Case,
+    NotApplicable,
+    Outcome,
+    Plan,
+    Step,
+    carry_out,
+    directly,
+    reduced,
+)
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
@@ -36,13 +45,13 @@ class Expected:
     Attributes:
         output: (batch, heads, query_len, value_dim)
         largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used.
+        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
         unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
     """
 
     output: Tensor
     largest_score: Tensor
-    ordinary: float
+    ordinary: float | Tensor
     unjudged: Tensor | None
 
     def errors(
@@ -63,7 +72,8 @@ class Expected:
         """
         differs = found.isfinite() != self.output.isfinite()
         off, sizes = _rms(finite(found - self.output)), map(_rms, map(finite, (found, self.output)))
-        error = off / torch.maximum(*sizes).clamp_(min=max(self.ordinary, 1e-30))
+        least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
+        error = off / torch.maximum(*sizes).clamp_(min=least_size)
         error.masked_fill_(differs.any(-1), 2.0)
         if self.unjudged is not None:
             error.masked_fill_(self.unjudged, 0.0)
@@ -71,12 +81,17 @@ class Expected:
         return error, allowed.clamp_(min=least, max=max(most, least))
 
 
-def expected(plan: Plan, case: Case) -> Expected | None:
-    """Carry out a plan; None where it cannot be carried out."""
+def expected(plan: Plan, case: Case, step: Step = directly) -> Expected | None:
+    """Carry out a plan, each step by `step`; None where it cannot be carried out."""
     try:
-        result = carry_out(plan, case)
+        result = carry_out(plan, case, step)
     except NotApplicable:
         return None
+    outcome: Expected = step(_judgeable, plan, case, result)
+    return outcome
+
+
+def _judgeable(plan: Plan, case: Case, result: Outcome) -> Expected:
     largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
     if plan.dim != "keys" or plan.merge != "transpose":
         # A row of the output is not made by its own scores alone.
