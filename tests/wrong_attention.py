@@ -215,7 +215,7 @@ def _own_slopes(has, slopes, heads, factor):
         return torch.tensor([2.0 ** (-8 * h / heads) for h in range(heads)], dtype=torch.double)
     if "alibi_of_other_heads" in has:
         count = 1
-        while count <= heads:
+        while count < heads:
             count *= 2
         return usual_slopes(count)[:heads]
     return slopes * factor if "alibi_scaled" in has else slopes
