@@ -101,40 +101,43 @@ def assert_masked(
         raise NothingForbiddenError(misuse("mask", got, accepted))
 
 
-def _assert_causal_of_some(
+def _assert_causal(
     weights: Weights,
-    queries: torch.Tensor,
-    query_len: int,
+    *,
     alignment: Alignment | None = None,
     window: int | tuple[int, int] | None = None,
     fully_masked: FullyMasked = "zero",
+    queries: torch.Tensor | None = None,
+    query_len: int | None = None,
 ) -> None:
-    """`assert_causal` of some queries of a record, at the positions that they had."""
+    """`assert_causal`, of some queries of a record too, at the positions that they had."""
     __tracebackhide__ = True
     operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
-    rule = CausalRule.read(query_len, operand.shape[-1], alignment, window)
-    rows = rule.rows(queries.to(operand.device))
-    if bool(rows.all()):
-        got = (
-            f"{queries.tolist()} of {query_len}, and {rule} permits them every key, so there is "
-            "nothing to check"
-        )
-        accepted = "a selection with a query that may not attend to every key"
-        raise NothingForbiddenError(misuse("queries", got, accepted))
+    rule = CausalRule.read(query_len or operand.shape[-2], operand.shape[-1], alignment, window)
+    numbers = torch.arange(rule.query_len, device="cpu") if queries is None else queries.cpu()
 
     def says(index: Index, weight: float) -> str:
-        query = int(queries[index[-2]])
-        return (
-            f"weights[{_commas(index)}]: query {query} of {query_len} gives {weight:.3g} to key "
-            f"{index[-1]} (allowed 0)"
+        query, key = int(numbers[index[-2]]), index[-1]
+        position = query + rule.offset
+        where = f"weights[{_commas(index)}]: query {query} gives {weight:.3g} to key {key}"
+        if key > position:
+            return f"{where}, {_steps(key - position)} in its future (allowed 0)"
+        before = _steps(position - cast("int", rule.window) - key)
+        return f"{where}, {before} before its window of {rule.window} (allowed 0)"
+
+    permitted = cast("Operand", as_mask(rule.rows(numbers.to(operand.device)), operand))
+    masked = _Masked("assert_causal", operand, permitted, declared)
+    if not masked.check(says, lambda evidence: causal_cause(evidence, rule, numbers)):
+        got = (
+            f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
+            "there is nothing to check"
         )
+        accepted = "weights with a query that may not attend to every key"
+        raise NothingForbiddenError(misuse("weights", got, accepted))
 
-    permitted = cast("Operand", as_mask(rows, operand))
-    _Masked("assert_causal", operand, permitted, declared).check(says, mask_cause)
 
-
-@partial(takes_records, of_some=_assert_causal_of_some)
+@partial(takes_records, of_some=_assert_causal)
 def assert_causal(
     weights: Weights,
     *,
@@ -171,30 +174,7 @@ def assert_causal(
         >>> assert_causal(scores.softmax(-1))
     """
     __tracebackhide__ = True
-    operand = _read_weights(weights)
-    declared = check_fully_masked(fully_masked)
-    query_len, key_len = operand.shape[-2:]
-    rule = CausalRule.read(query_len, key_len, alignment, window)
-    if not rule.forbids_something:
-        got = (
-            f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
-            "there is nothing to check"
-        )
-        accepted = "weights with a query that may not attend to every key"
-        raise NothingForbiddenError(misuse("weights", got, accepted))
-    permitted = cast("Operand", as_mask(rule.mask(operand.device), operand))
-    masked = _Masked("assert_causal", operand, permitted, declared)
-
-    def says(index: Index, weight: float) -> str:
-        query, key = index[-2:]
-        position = query + rule.offset
-        where = f"weights[{_commas(index)}]: query {query} gives {weight:.3g} to key {key}"
-        if key > position:
-            return f"{where}, {_steps(key - position)} in its future (allowed 0)"
-        before = _steps(position - cast("int", rule.window) - key)
-        return f"{where}, {before} before its window of {rule.window} (allowed 0)"
-
-    masked.check(says, lambda evidence: causal_cause(evidence, rule))
+    _assert_causal(weights, alignment=alignment, window=window, fully_masked=fully_masked)
 
 
 @partial(takes_records, needs_mask=True)
