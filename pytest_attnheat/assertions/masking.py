@@ -33,7 +33,7 @@ from pytest_attnheat.assertions.masking_causes import (
 )
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
-from pytest_attnheat.attention.reference import padding_mask
+from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
     SIDES,
@@ -42,15 +42,7 @@ from pytest_attnheat.attention.vocabulary import (
     Side,
     check_fully_masked,
 )
-from pytest_attnheat.inputs import (
-    ACCEPTED_MASK,
-    Operand,
-    as_mask,
-    as_weights,
-    as_whole,
-    misuse,
-    one_of,
-)
+from pytest_attnheat.inputs import ACCEPTED_MASK, Operand, as_mask, as_weights, misuse, one_of
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
@@ -115,12 +107,13 @@ def _assert_causal(
     operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
     rule = CausalRule.read(query_len or operand.shape[-2], operand.shape[-1], alignment, window)
-    numbers = torch.arange(rule.query_len, device="cpu") if queries is None else queries.cpu()
+    every = torch.arange(rule.query_len, device="cpu")
+    numbers = every if queries is None else queries.cpu()
 
     def says(index: Index, weight: float) -> str:
         query, key = int(numbers[index[-2]]), index[-1]
-        position = query + rule.offset
-        where = f"weights[{_commas(index)}]: query {query} gives {weight:.3g} to key {key}"
+        position, of = query + rule.offset, f" of {rule.query_len}" if query_len else ""
+        where = f"weights[{_commas(index)}]: query {query}{of} gives {weight:.3g} to key {key}"
         if key > position:
             return f"{where}, {_steps(key - position)} in its future (allowed 0)"
         before = _steps(position - cast("int", rule.window) - key)
@@ -343,22 +336,7 @@ def _read_lengths(lengths: object, weights: Operand) -> list[int]:
     if weights.ndim < 3:
         got = f"{weights.ndim} dimensions, shape {tuple(weights.shape)}"
         raise ValueError(misuse("weights", got, "three or more: (batch, ..., queries, keys)"))
-    accepted = f"one whole number from 0 to {key_len} for each batch entry"
-    try:
-        # NumPy knows all byte orders, strides and lists.
-        array = np.asarray(lengths.detach().cpu() if isinstance(lengths, torch.Tensor) else lengths)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(misuse("lengths", repr(lengths), accepted)) from None
-    numbers = array.flatten().tolist()
-    real = [number for number in map(as_whole, numbers) if number is not None]
-    if len(real) < len(numbers):
-        got = f"dtype {array.dtype}" if array.dtype.kind in "biufc" else repr(lengths)
-        raise TypeError(misuse("lengths", got, accepted))
-    if array.shape != (batch,):
-        got = f"shape {array.shape} for {batch} batch entries"
-        raise ValueError(misuse("lengths", got, accepted))
-    if min(real) < 0 or max(real) > key_len:
-        raise ValueError(misuse("lengths", real, accepted))
+    real = read_lengths(lengths, key_len, batch=batch)
     if min(real) == key_len:
         got = f"{real} for {key_len} keys: no batch entry has padding, so there is nothing to check"
         raise NothingForbiddenError(misuse("lengths", got, "a length below the number of keys"))
