@@ -8,7 +8,8 @@ from typing import cast
 
 import torch
 
-from pytest_attnheat.assertions.masking_causes import Evidence, finite_mask, named, not_a_number
+from pytest_attnheat.assertions.causes import Evidence
+from pytest_attnheat.assertions.masking_causes import finite_mask, named, not_a_number
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.inputs import misuse, one_of, whole_number
 

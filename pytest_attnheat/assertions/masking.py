@@ -12,7 +12,7 @@ import torch
 
 from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
 from pytest_attnheat.assertions.causal import CausalRule, causal_cause
-from pytest_attnheat.assertions.causes import likely_cause
+from pytest_attnheat.assertions.causes import Evidence, likely_cause
 from pytest_attnheat.assertions.claims import (
     Claim,
     Index,
@@ -25,12 +25,7 @@ from pytest_attnheat.assertions.claims import (
     masks_nothing,
     permitted_is_positive,
 )
-from pytest_attnheat.assertions.masking_causes import (
-    Evidence,
-    mask_cause,
-    padding_cause,
-    support_cause,
-)
+from pytest_attnheat.assertions.masking_causes import mask_cause, padding_cause, support_cause
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
@@ -296,7 +291,7 @@ class _Masked:
         if broken.kind in of_weights:
             of_weight = find(of_weights[broken.kind], elements(self.weights, self.mask))
             if of_weight is not None:
-                likely = cause(Evidence.of(self.weights, self.mask, of_weight))
+                likely = cause(Evidence.of_map(self.weights, self.mask, of_weight))
                 raise failure(self.assertion, self.weights, self.mask, of_weight, likely)
         of_row = find(broken, self._blocks())
         if of_row is not None:
