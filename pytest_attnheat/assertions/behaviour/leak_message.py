@@ -54,7 +54,9 @@ def describe(fault: Fault, search: Search) -> Failure:
 
 
 def _only_in(fault: Fault, search: Search) -> str:
-    """Say where all of it is, if that is one of several batch entries or heads."""
+    """Say whether that is all, and where it is, if that is one of several entries or heads."""
+    if not fault.counted:
+        return ", at least: not each was judged by all that it must not see"
     if fault.entries != 1 or search.claim.judged[..., 0].numel() == 1:
         return ""
     return f", all in {_entry_name(fault.worst[:-1])}"

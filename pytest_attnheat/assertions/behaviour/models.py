@@ -35,8 +35,11 @@ from pytest_attnheat.assertions.behaviour.visibility import (
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import copied
+from pytest_attnheat.callables import copied, modules_in
 from pytest_attnheat.inputs import misuse
+
+# A call of so many multiplications is cheap; attention takes so many for each pair of tokens.
+_CHEAP, _PER_TOKEN = 2**27, 64
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ class ModelSubject:
     def tensors(self) -> dict[str, Tensor]:
         """The inputs."""
         return {"inputs": self.inputs}
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether a call takes no more than so many multiplications, a matter of milliseconds."""
+        modules = modules_in(self.model.module)
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        tokens = self.batch * self.length
+        return (parameters + _PER_TOKEN * self.length) * tokens <= _CHEAP
 
     def run(
         self,
