@@ -407,8 +407,8 @@ class ModelSubject:
         allowed = output_tolerance(base.dtype)
         if holds(lambda: differ(self.run(real=everything), base, allowed)):
             return (
-                "a mask that hides nothing changes the output: is the causal mask dropped where "
-                "another is given?"
+                "a mask that hides nothing changes the output: is the causal mask lost where "
+                "another is given, as by | in place of &?"
             )
         if felt:
             return "real tokens feel what the padding holds: it is not masked there"
