@@ -6,9 +6,11 @@ all that may be attention was understood, nothing is said.
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,28 @@ from pytest_attnheat.assertions.behaviour.subject import differ, holds
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, name_of
+
+_Says = TypeVar("_Says", bound=Callable[..., str | None])
+# Weights that are larger are no rounding.
+_FELT = 1e-5
+_ROTATED = (
+    "keys that are moved alike change their products with one another, and values do not change: "
+    "positions do not act by their difference alone; if they are rotations, are the pairs that are "
+    "rotated and the frequencies laid out alike (halves or neighbours)?"
+)
+
+
+def _careful(say: _Says) -> _Says:
+    """Say nothing where what was captured cannot be read: the failure itself is to be reported."""
+
+    @functools.wraps(say)
+    def said(*given: Any) -> str | None:
+        try:
+            return say(*given)
+        except Exception:  # weights may take too much memory, or masks be lost
+            return None
+
+    return cast(_Says, said)
 
 
 class Inside:
@@ -30,13 +54,16 @@ class Inside:
 
     def __init__(self, subject: ModelSubject) -> None:
         """Call it."""
-        self.records: Sequence[AttentionRecord] = ()
         self.into_linear: list[Tensor] = []
-        holds(lambda: self._look(subject))
-        length = subject.length
-        self._squares = [r for r in self.records if tuple(r.shape[-2:]) == (length, length)]
+        try:
+            self.records = self._look(subject)
+        except Exception:  # code that is compiled, or attention that takes too much memory
+            self.records = []
+        square = (subject.batch, subject.length, subject.length)
+        own = subject.model.memory_argument is None
+        self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
 
-    def _look(self, subject: ModelSubject) -> bool:
+    def _look(self, subject: ModelSubject) -> list[AttentionRecord]:
         modules = modules_in(subject.model.module)
         linear = [part for m in modules for part in m.modules() if isinstance(part, nn.Linear)]
         handles = [part.register_forward_pre_hook(self._note) for part in linear]
@@ -48,8 +75,7 @@ class Inside:
         finally:
             for handle in handles:
                 handle.remove()
-        self.records = () if trace.unseen else tuple(trace)
-        return True
+        return [] if trace.unseen else list(trace)
 
     def _note(self, module: nn.Module, given: tuple[object, ...]) -> None:
         if given and isinstance(given[0], Tensor):
@@ -60,6 +86,7 @@ class Inside:
         """Whether anything is masked in it, as far as that was seen."""
         return any(holds(lambda r=r: r.mask is not None) for r in self.records)  # type: ignore[misc]
 
+    @_careful
     def why_seen(self, may_see: Tensor, judged: Tensor) -> str | None:
         """Say what lets a token see what it must not, where the attention inside does not.
 
@@ -68,9 +95,7 @@ class Inside:
             judged: Boolean (batch, length): the tokens whose output means something.
         """
         forbidden = (~may_see & judged.unsqueeze(-1)).unsqueeze(1)
-        if not self._squares or not all(
-            holds(lambda r=record: _hides(r, forbidden)) for record in self._squares
-        ):
+        if not self._squares or not all(_hides(record, forbidden) for record in self._squares):
             return None
         for record in self._squares:
             if record.output is not None and self._is_merged_wrongly(record.output):
@@ -90,6 +115,7 @@ class Inside:
         found = [any(torch.equal(g.to(t), t) for g in given) for t in (wrong, right)]
         return found[0] and not found[1]
 
+    @_careful
     def why_queries_are_hidden(self, real: Tensor) -> str | None:
         """Say which attention hides rows in place of columns.
 
@@ -97,13 +123,14 @@ class Inside:
             real: Boolean (batch, length), True where a token is no padding.
         """
         for record in self._squares:
-            if holds(lambda r=record: _hides_queries(r, real)):  # type: ignore[misc]
+            if _hides_queries(record, real):
                 return (
                     f"the mask is applied to queries in place of keys in {name_of(record)}: rows "
                     "of padding are hidden, and its columns are not"
                 )
         return None
 
+    @_careful
     def why_padding_is_seen(self, real: Tensor) -> str | None:
         """Say which attention does not hide padding; `real` is (batch, length)."""
         for record in self._squares:
@@ -127,6 +154,7 @@ class Inside:
             )
         return None
 
+    @_careful
     def why_places_are_felt(self, alone: Inside) -> str | None:
         """Say what changes in the first attention where tokens are at other places.
 
@@ -141,7 +169,7 @@ class Inside:
         allowed = 1e-4
         (query, key, value), (own_query, own_key, own_value) = moved, kept
         if differ(value, own_value, allowed):
-            return None
+            return None  # that of absolute positions
         if differ(key @ key.mT, own_key @ own_key.mT, allowed):
             return _ROTATED
         if differ(query @ key.mT, own_query @ own_key.mT, allowed):
@@ -149,16 +177,10 @@ class Inside:
                 "queries and keys that are moved alike change their scores, and values do not "
                 "change: are queries rotated by the positions that keys are rotated by?"
             )
-        return None
-
-
-# Weights that are larger are no rounding.
-_FELT = 1e-5
-_ROTATED = (
-    "keys that are moved alike change their products with one another, and values do not change: "
-    "positions do not act by their difference alone; if they are rotations, are the pairs that are "
-    "rotated and the frequencies laid out alike (halves or neighbours)?"
-)
+        return (
+            "queries, keys and values of the first attention are the same at other places: it is "
+            "later that places are felt"
+        )
 
 
 def _operands(record: AttentionRecord, length: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -85,7 +85,7 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
     """Say what the attention inside a model does, where that says more than what is seen."""
     search, subject, element = worst.search, worst.search.subject, worst.element
     assert element is not None
-    if isinstance(subject, AttentionFunction) or subject.observers != subject.length:
+    if isinstance(subject, AttentionFunction) or subject.model.memory_argument is not None:
         return seen
     real, name, inside = subject.real, subject.mask_argument, Inside(subject)
     is_padding = real is not None and not bool(real[worst.observer[0], element])
@@ -97,7 +97,8 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
                 "joined by | in place of &?"
             )
     if said := inside.why_seen(search.may_see, search.claim.judged):
-        return said
+        fact = "" if seen is None else seen.partition(": ")[0]
+        return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
         said = inside.why_queries_are_hidden(real)
         seen = said or (seen if seen not in (None, _NO_MASK) else inside.why_padding_is_seen(real))

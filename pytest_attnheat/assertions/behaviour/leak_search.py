@@ -296,9 +296,9 @@ class Search:
         last = range(self._passes, self._passes + self._backward)
         groups = [self._observers(self._watched, number) for number in last]
         forbidden = [self._forbidden(observers) for observers in groups]
-        blind = [self._judged & ~touched(self.may_see, elements) for elements in forbidden]
+        in_groups = [self._judged & ~touched(self.may_see, elements) for elements in forbidden]
         try:
-            gradients = self.subject.gradient([*rows, *blind])
+            gradients = self.subject.gradient([*rows, *in_groups])
         except (RuntimeError, NotImplementedError) as error:
             if optional:
                 return None, None

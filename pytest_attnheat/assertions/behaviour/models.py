@@ -400,7 +400,7 @@ class ModelSubject:
         token = number if padding.side == "right" else number - (padding.total - count)
         return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
 
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from positions."""
         everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
         base = self.run()
@@ -414,8 +414,12 @@ class ModelSubject:
             return "real tokens feel what the padding holds: it is not masked there"
         if side == "right":
             return (
-                "real tokens do not feel what the padding holds, only that it is there: are "
-                "positions, or a scale, taken from the length of the batch?"
+                None
+                if felt is None
+                else (
+                    "real tokens do not feel what the padding holds, only that it is there: are "
+                    "positions, or a scale, taken from the length of the batch?"
+                )
             )
         argument = self.model.positions_argument
         if argument is None:

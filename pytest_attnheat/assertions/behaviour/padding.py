@@ -211,9 +211,11 @@ class _Trial:
                 "nothing, and 0 * nan is nan"
             )
         only = any(holds(other.passes) for other in sides)
-        cause = subject.cause_of_padding(side, felt=felt)
+        cause = None
         if inside is not None and real is not None:
-            cause = self._cause_inside(inside, real, felt=felt) or cause
+            cause = self._cause_inside(inside, real, felt=felt)
+        if cause is None and (only or felt is False or (felt and inside is not None)):
+            cause = subject.cause_of_padding(side, felt=felt)
         return f"only on the {side}: {cause}" if only and cause else cause
 
     def _cause_inside(self, inside: Inside, real: Tensor, *, felt: bool | None) -> str | None:
