@@ -15,8 +15,17 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out, reduced
+from pytest_attnheat.attention.defects import DEFECTS, ROWS, Defect
+from pytest_attnheat.attention.plan import (
+    Case,
+    NotApplicable,
+    Outcome,
+    Plan,
+    Step,
+    carry_out,
+    directly,
+    reduced,
+)
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
@@ -36,13 +45,13 @@ class Expected:
     Attributes:
         output: (batch, heads, query_len, value_dim)
         largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used.
+        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
         unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
     """
 
     output: Tensor
     largest_score: Tensor
-    ordinary: float
+    ordinary: float | Tensor
     unjudged: Tensor | None
 
     def errors(
@@ -63,7 +72,8 @@ class Expected:
         """
         differs = found.isfinite() != self.output.isfinite()
         off, sizes = _rms(finite(found - self.output)), map(_rms, map(finite, (found, self.output)))
-        error = off / torch.maximum(*sizes).clamp_(min=max(self.ordinary, 1e-30))
+        least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
+        error = off / torch.maximum(*sizes).clamp_(min=least_size)
         error.masked_fill_(differs.any(-1), 2.0)
         if self.unjudged is not None:
             error.masked_fill_(self.unjudged, 0.0)
@@ -71,12 +81,17 @@ class Expected:
         return error, allowed.clamp_(min=least, max=max(most, least))
 
 
-def expected(plan: Plan, case: Case) -> Expected | None:
-    """Carry out a plan; None where it cannot be carried out."""
+def expected(plan: Plan, case: Case, step: Step = directly) -> Expected | None:
+    """Carry out a plan, each step by `step`; None where it cannot be carried out."""
     try:
-        result = carry_out(plan, case)
+        result = carry_out(plan, case, step)
     except NotApplicable:
         return None
+    outcome: Expected = step(_judgeable, plan, case, result)
+    return outcome
+
+
+def _judgeable(plan: Plan, case: Case, result: Outcome) -> Expected:
     largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
     if plan.dim != "keys" or plan.merge != "transpose":
         # A row of the output is not made by its own scores alone.
@@ -104,8 +119,11 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
-    named = fitting(call, output)
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+    named = list(fitting(call, output))
+    more = len(named) - MOST_NAMED
+    rest = [f"{more} more that give the same"] if more > 0 else []
+    listed = ", or ".join([*named[:MOST_NAMED], *rest])
+    return f"the output is that of attention {listed}" if named else None
 
 
 def too_large(call: Call) -> bool:
@@ -129,21 +147,35 @@ def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
-        if not bool(found[judged].isfinite().all()):
-            return {}
+        if not bool(found[judged].isfinite().all(-1).any()):
+            return {}  # whatever gives nothing but NaN would fit
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return {}
         tried: dict[Plan, float] = {Plan(): math.inf}
-        fits: dict[str, tuple[float, Plan]] = {}
-        for sentence, plan in attempts(case):
+
+        def off(plan: Plan) -> float:
             if plan not in tried:
                 tried[plan] = _off_if_fitting(plan, found, case)
-            if tried[plan] < min(_PART * wrong_by, fits.get(sentence, (math.inf,))[0]):
-                fits[sentence] = tried[plan], plan
-    nearest = sorted(fits, key=lambda sentence: fits[sentence][0])[:MOST_NAMED]
-    most = _AS_WELL * fits[nearest[0]][0] if nearest else 0.0
-    return {sentence: fits[sentence][1] for sentence in nearest if fits[sentence][0] <= most}
+            return tried[plan] if tried[plan] < _PART * wrong_by else math.inf
+
+        # If only rows without keys are wrong, nothing else is to blame for them.
+        alone = {Plan(fully_masked=row) for row in ROWS if case.has_empty_rows}
+        rows = {plan.fully_masked for plan in alone if off(plan) < math.inf}
+        fits: dict[str, tuple[float, Plan]] = {}
+        for sentence, plan in attempts(case):
+            to_blame = plan.fully_masked not in rows or plan in alone
+            if to_blame and off(plan) < fits.get(sentence, (math.inf,))[0]:
+                fits[sentence] = off(plan), plan
+    nearest = max(
+        min((size for size, _ in fits.values()), default=0.0), answer_tolerance(torch.float64)
+    )
+    as_near = {
+        sentence: plan for sentence, (size, plan) in fits.items() if size <= _AS_WELL * nearest
+    }
+    of_name = {one.name: one.sentence for one in DEFECTS}
+    forms = {one.sentence for one in DEFECTS if of_name.get(one.form_of) in as_near}
+    return {sentence: plan for sentence, plan in as_near.items() if sentence not in forms}
 
 
 def attempts(

@@ -7,9 +7,9 @@ what a wrong implementation computes can be computed as well, and compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,23 +41,36 @@ class Outcome:
     value: Tensor
 
 
-def carry_out(plan: Plan, case: Case) -> Outcome:
+# How a step is done: it is called with its function, the plan, the case, and what it works on.
+Step: TypeAlias = Callable[..., Any]
+
+
+def directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Do a step."""
+    return function(*arguments)
+
+
+def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
     """Carry out a plan in float64, and keep what there was on the way.
 
     Args:
         plan: How attention is computed; `Plan()` is correct.
         case: Inputs, on the CPU.
+        step: Does each step. What it comes to may depend on the plan, the case and what the steps
+            before came to, and on nothing else.
 
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    case = misread(plan, case)
-    query, key, value = operands(plan, case)
-    scores = _scores(plan, case, query, key)
-    hard, soft = _permitted(plan, case)
-    weights = _weights(plan, case, scores, hard, soft)
-    output = _output(plan, case, weights, value)
+    case = step(misread, plan, case)
+    query, key, value = step(operands, plan, case)
+    scores = step(_scores, plan, case, query, key)
+    hard, soft = step(_permitted, plan, case)
+    filled = step(_filled, plan, case, scores, hard, soft)
+    numbers, sink = step(_with_sinks, plan, case, filled)
+    weights = step(_weights, plan, case, numbers, sink, hard, soft)
+    output = step(_output, plan, weights, value)
     return Outcome(output, weights, scores, hard & soft, value)
 
 
@@ -275,9 +288,9 @@ def whole_blocks(plan: Plan, block: int, length: int) -> int:
 # --- weights
 
 
-def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
-    filled = _masked_scores(plan, case, scores, soft).masked_fill(~hard, -math.inf)
-    weights, sink = _with_sinks(plan, case, filled)
+def _weights(
+    plan: Plan, case: Case, weights: Tensor, sink: Tensor | float, hard: Tensor, soft: Tensor
+) -> Tensor:
     if plan.masking in ("after", "after_renormalised"):
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
@@ -290,7 +303,7 @@ def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor)
     return _rounded(weights, plan.weights_dtype)
 
 
-def _masked_scores(plan: Plan, case: Case, scores: Tensor, soft: Tensor) -> Tensor:
+def _filled(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
     fill = plan.fill
     if plan.softcap == "after_mask" and case.softcap is not None:
         fill = -case.softcap
@@ -300,7 +313,8 @@ def _masked_scores(plan: Plan, case: Case, scores: Tensor, soft: Tensor) -> Tens
         "ones": lambda: scores + soft.double(),
         "ones_masked": lambda: scores + (~soft).double(),
     }
-    return masked[plan.masking]() if plan.masking in masked else scores
+    scores = masked[plan.masking]() if plan.masking in masked else scores
+    return scores.masked_fill(~hard, -math.inf)
 
 
 def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -435,7 +449,7 @@ def _fully_masked_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tenso
 # --- output
 
 
-def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
+def _output(plan: Plan, weights: Tensor, value: Tensor) -> Tensor:
     if plan.masked_nan == "unfelt":
         value = value.nan_to_num(nan=0.0)
     output = _rounded((weights @ value) * plan.output_factor, plan.output_dtype)
