@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan, Plan
-from pytest_attnheat.attention.defects import BACKWARD, DEFECTS
+from pytest_attnheat.attention.defects import BACKWARD
 from pytest_attnheat.attention.mistakes import (
     MOST_NAMED,
     as_case,
@@ -49,12 +50,9 @@ _FORWARD_ALONE = (
     "split", "merge", "weights_of_heads", "scale_after", "scores_dtype", "weights_dtype",
     "online_block", "masking", "fill", "dim", "normaliser", "output_factor", "masked_nan",
 )  # fmt: skip
-# How a backward pass computes the weights once more, and what it subtracts.
-_STARTS = (
-    BackwardPlan(),
-    BackwardPlan(weights_from="own", fully_masked="zero"),
-    BackwardPlan(weights_from="own", row_term="own", fully_masked="zero"),
-)
+_RIGHT = Plan()
+# What a backward pass computes the weights from once more, and what it subtracts.
+_AGAIN = (("saved", "saved"), ("own", "saved"), ("own", "own"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,8 +176,8 @@ def _of_a_wrong_output(
     """Say that the output is wrong, and whether the gradients are those of that output."""
     named = f"that of attention {', or '.join(wrong)}"
     for plan, read in wrong.values():
-        again = BackwardPlan(**vars(plan) | {"weights_from": "own", "row_term": "own"})
-        if all(fits for _, fits in _carried_back(again, read, saved).off(found, saved).values()):
+        again = _carried_back(_started(plan, "own", "own"), read, saved)
+        if all(fits for _, fits in again.off(found, saved).values()):
             return f"the {which} follow the output, which is wrong: it is {named}"
     return f"the output is wrong: it is {named}"
 
@@ -194,20 +192,41 @@ def _rms(rows: Tensor) -> Tensor:
 
 def _attempted(saved: _Saved) -> Iterator[tuple[str, BackwardPlan, _Gradients]]:
     """What each known mistake gives: of the backward pass alone, or of the weights in it."""
-    usual = Plan()
-    every = [*attempts(saved.case, BACKWARD, _STARTS[0])]
-    for start in _STARTS:
-        every += [
-            (sentence, plan, read)
-            for sentence, plan, read in attempts(saved.case, DEFECTS, start)
-            if all(getattr(plan, name) == getattr(usual, name) for name in _FORWARD_ALONE)
-        ]
-    for sentence, plan, read in every:
+    every: list[tuple[str, BackwardPlan, Case]] = []
+    for sentence, plan, read in attempts(saved.case, BACKWARD, BackwardPlan()):
         assert isinstance(plan, BackwardPlan)
+        every.append((sentence, plan, read))
+    for sentence, plan, read in attempts(saved.case):
+        if _is_of_both(plan) and _changes(plan, read, saved):
+            every += [(sentence, _started(plan, *how), read) for how in _AGAIN]
+    for sentence, plan, read in every:
         try:
             yield sentence, plan, _carried_back(plan, read, saved)
         except NotApplicable:
             continue
+
+
+def _is_of_both(plan: Plan) -> bool:
+    """Whether a plan is wrong in a way that a backward pass may be wrong as well."""
+    return all(getattr(plan, name) == getattr(_RIGHT, name) for name in _FORWARD_ALONE)
+
+
+def _changes(plan: Plan, read: Case, saved: _Saved) -> bool:
+    """Whether a plan computes anything else on a case than what is right."""
+    try:
+        other = carry_out(plan, read)
+    except NotApplicable:
+        return False
+    names = ("scores", "weights", "value", "output")
+    return not all(torch.equal(getattr(other, n), getattr(saved.forward, n)) for n in names)
+
+
+def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
+    """The backward pass that computes its weights by a plan."""
+    again: dict[str, Any] = {"weights_from": weights_from, "row_term": row_term}
+    if weights_from == "own":  # where nothing is declared, a softmax of nothing has no gradient
+        again["fully_masked"] = plan.fully_masked or "zero"
+    return BackwardPlan(**vars(plan) | again)
 
 
 def _carried_back(plan: BackwardPlan, read: Case, saved: _Saved) -> _Gradients:
