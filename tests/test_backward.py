@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import Failure, assert_gradients_match
 
@@ -281,3 +282,32 @@ def test_a_wrong_backward_pass_is_found_and_named(wrong, dtype):
     cause = failed(with_mistake(wrong), given, options).cause
     assert cause.startswith("the output is right; the gradient")
     assert words in cause
+
+
+DROPPED = {
+    "dropout ignored": "whose backward pass does not apply the dropout of the forward pass",
+    "dropout not rescaled": "whose backward pass does not divide by 1 - p what dropout left",
+    "no row term": "whose backward pass leaves out the row term",
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2])
+@pytest.mark.parametrize("wrong", DROPPED)
+def test_a_backward_pass_that_is_wrong_about_dropout_is_named(wrong, dtype):
+    given, options = asked("causal", dtype)
+    options["dropout_p"] = 0.3
+    assert_gradients_match(with_mistake(""), *given, **options)
+    failure = failed(with_mistake(wrong), given, options)
+    assert "is not that of the output it gives with dropout" in failure.claim
+    assert DROPPED[wrong] in failure.cause
+
+
+def test_another_dropout_in_the_backward_pass_is_found_and_has_no_name():
+    def other(query, key, value, dropout_p=0.0):
+        output = sdpa(query, key, value, dropout_p=dropout_p)
+        again = sdpa(query, key, value, dropout_p=dropout_p)
+        return again + (output - again).detach()
+
+    given = tensors()
+    failure = failed(other, given, {"dropout_p": 0.3})
+    assert failure.cause is None

@@ -160,15 +160,9 @@ def assert_gradients_match(
     __tracebackhide__ = True
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
-    if given.get("dropout_p"):
+    if share := given.get("dropout_p"):
         subject = as_function(function, (query, key, value), said(given))
-        check_by_differences(
-            "assert_gradients_match",
-            lambda leaves: subject.run(**leaves),
-            {"query": subject.query, "key": subject.key, "value": subject.value},
-            function,
-            seed,
-        )
+        check_by_differences("assert_gradients_match", subject, share, seed)
         return
     _compare(
         "assert_gradients_match",
@@ -274,7 +268,6 @@ def judge_call(
                 replace(one, shape=mask_shape) if one.name == "attn_mask" else one
                 for one in judgements
             ]
-        right = not bool(judgements[0].broken.any())
         context = Context(
             call=call,
             unit=expected.unit,
@@ -282,7 +275,7 @@ def judge_call(
             top_score=expected.top_score,
             factor=criteria.factor,
             repeat=f"seed={criteria.seed}",
-            right=right,
+            broken=[one.name for one in judgements if bool(one.broken.any())],
             # Beside a reference of the caller's no mistake is known.
             explain=explain and criteria.reference is None,
             found=found,

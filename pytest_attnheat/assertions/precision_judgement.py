@@ -17,7 +17,7 @@ subject may be rounded twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.backward import likely_backward_mistake
+from pytest_attnheat.attention.backward import likely_backward_mistake, listed
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.mistakes import likely_mistake
@@ -96,7 +96,7 @@ class Context:
         top_score: The largest permitted score; None if unknown.
         factor: As given by the caller.
         repeat: What it takes to see the same again.
-        right: Whether the output is right, asked or not.
+        broken: The names of those that are off, the output's whether it is judged or not.
         explain: Whether to look for what was computed instead, which takes time.
     """
 
@@ -107,13 +107,18 @@ class Context:
     top_score: float | None
     factor: float
     repeat: str
-    right: bool
+    broken: Collection[str]
     explain: bool
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the inputs."""
         return self.call.query.dtype
+
+    @property
+    def right(self) -> bool:
+        """Whether the output is right."""
+        return "output" not in self.broken
 
 
 def judge(
@@ -165,8 +170,7 @@ def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> 
         Failure: Some element of some tensor is off by more than is allowed.
     """
     __tracebackhide__ = True
-    broken = [judgement for judgement in judgements if bool(judgement.broken.any())]
-    if broken:
+    if broken := [judgement for judgement in judgements if judgement.name in context.broken]:
         raise _failure(assertion, broken, context)
 
 
@@ -199,8 +203,8 @@ def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:
 def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:
     """What is broken, and what else is and is not."""
     if one.missing:
-        missing = [other for other in broken if other.missing]
-        claim = f"no gradient reaches {_names(missing)}, where attention in float64 has one"
+        missing = listed([other.name for other in broken if other.missing])
+        claim = f"no gradient reaches {missing}, where attention in float64 has one"
         rest = [other for other in broken if not other.missing]
     else:
         claim = f"elements of {_titles([one])} are not those of attention in float64"
@@ -213,12 +217,7 @@ def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:
 def _titles(several: list[Judgement]) -> str:
     if several[0].name == "output":
         return "the output"
-    return f"the gradient{'s' * (len(several) > 1)} of {_names(several)}"
-
-
-def _names(several: list[Judgement]) -> str:
-    names = [one.name for one in several]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"the gradient{'s' * (len(several) > 1)} of {listed([one.name for one in several])}"
 
 
 def _worst(one: Judgement) -> tuple[int, ...]:
@@ -394,10 +393,11 @@ def _known_mistake(one: Judgement, context: Context) -> str | None:
     if one.name == "output":
         return likely_mistake(context.call, output)
     slopes = {n: slope for n, slope in context.found.items() if slope is not None and n != "output"}
-    if context.right:
-        mistake = likely_backward_mistake(context.call, slopes)
-        return mistake and f"{RIGHT}; {mistake}"
-    return likely_backward_mistake(context.call, slopes, output)
+    if not context.right:
+        mistake = likely_backward_mistake(context.call, slopes, output)
+        return mistake or "the output is wrong as well: assert_matches_reference tells how"
+    mistake = likely_backward_mistake(context.call, slopes, wrong=context.broken)
+    return mistake and f"{RIGHT}; {mistake}"
 
 
 _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (

@@ -23,9 +23,9 @@ from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 _MOST_SCORES = 2**18
 # Up to which part of how far the output is off it may differ from an attempt; and up to how many
 # times the difference of the nearest attempt another one fits as well.
-_PART, _AS_WELL = 0.25, 2.0
+PART, AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
-_MOST_ALLOWED = 0.125
+MOST_ALLOWED = 0.125
 MOST_NAMED = 3
 
 
@@ -62,7 +62,7 @@ class Expected:
             finite has the largest error that there is, 2; rows that are not judged have 0.
         """
         differs = found.isfinite() != self.output.isfinite()
-        off, sizes = _rms(finite(found - self.output)), map(_rms, map(finite, (found, self.output)))
+        off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
         error = off / torch.maximum(*sizes).clamp_(min=max(self.ordinary, 1e-30))
         error.masked_fill_(differs.any(-1), 2.0)
         if self.unjudged is not None:
@@ -93,7 +93,8 @@ def finite(tensor: Tensor) -> Tensor:
     return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _rms(rows: Tensor) -> Tensor:
+def rms(rows: Tensor) -> Tensor:
+    """Return the root of the mean square of each row."""
     return rows.square().mean(-1).sqrt()
 
 
@@ -141,13 +142,13 @@ def fitting(call: Call, output: Tensor) -> dict[str, tuple[Plan, Case]]:
                 continue
             size, fits_well = _off(replace(attempt, unjudged=right.unjudged), found, case)
             nearer = sentence not in fits or size < fits[sentence][0]
-            if size < _PART * wrong_by and fits_well and nearer:
+            if size < PART * wrong_by and fits_well and nearer:
                 fits[sentence] = size, plan, other
     nearest = sorted(fits, key=lambda sentence: fits[sentence][0])[:MOST_NAMED]
     return {
         sentence: fits[sentence][1:]
         for sentence in nearest
-        if fits[sentence][0] <= _AS_WELL * fits[nearest[0]][0]
+        if fits[sentence][0] <= AS_WELL * fits[nearest[0]][0]
     }
 
 
@@ -189,7 +190,7 @@ def attempts(
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
     """How far an output is off, the rms of its rows, and whether each is off by rounding alone."""
     least = answer_tolerance(case.dtype)
-    error, allowed = attempt.errors(found, case.dtype, least=least, most=_MOST_ALLOWED)
+    error, allowed = attempt.errors(found, case.dtype, least=least, most=MOST_ALLOWED)
     return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 
