@@ -5,6 +5,8 @@ compare it with itself. Lengths come first in this house (batch, length, heads, 
 made of positions, and softmax is written out.
 """
 
+import functools
+
 import torch
 
 INF = float("inf")
@@ -12,8 +14,10 @@ INF = float("inf")
 # The two numbers that are fitted, and the rate of dropout.
 TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25
 BLOCK = 4
+SINKS = torch.tensor([0.5, -1.0, 1.5, 0.2], dtype=torch.double)
 
 
+@functools.cache
 def usual_slopes(heads):
     """The slopes of ALiBi for a power of two of heads."""
     return torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.double)
@@ -31,7 +35,7 @@ def declared_for(*names):
     if any("softcap" in name for name in names):
         declared["softcap"] = 1.5
     if any("sinks" in name for name in names):
-        declared["sinks"] = torch.tensor([0.5, -1.0, 1.5, 0.2]).double()
+        declared["sinks"] = SINKS
     if any("alibi" in name for name in names) or "softcap_after_bias" in names:
         declared["alibi"] = usual_slopes
     if any("chunk" in name for name in names):
