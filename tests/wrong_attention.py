@@ -73,6 +73,8 @@ def attention_with(
 
     def attention(query, key, value, attn_mask=None, is_causal=False, *, scale=None, **given):
         scale = own_scale if scale is None else scale
+        if torch.is_tensor(given.get("documents")):  # as many queries as keys
+            given["documents"] = (given["documents"], given["documents"])
         asked = {"query": query, "key": key, "value": value, "mask": attn_mask, **given}
         asked = _with_memories(planted, memory, asked)
         query, key, value, attn_mask = (asked.pop(n) for n in ("query", "key", "value", "mask"))
@@ -84,6 +86,14 @@ def attention_with(
 
     narrow.with_more = attention  # type: ignore[attr-defined]
     return narrow
+
+
+def planted_with(*names):
+    """An implementation with defects, and what is to be declared of it."""
+    declared = declared_for(*names)
+    subject = attention_with(*names, **declared)
+    keywords = {k: k for k in ("bias", "documents", "lengths") if any(k in name for name in names)}
+    return (subject.with_more if keywords else subject), {**declared, **keywords}
 
 
 def _with_memories(has, memory, asked):
