@@ -429,9 +429,6 @@ class ModelSubject:
             )
         return f"are the positions in {argument} used?"
 
-    def with_dropout(self, *, has_module: bool) -> None:
-        """Nothing: its dropout is its own."""
-
 
 Subject: TypeAlias = AttentionFunction | ModelSubject
 
