@@ -513,5 +513,5 @@ def test_a_memory_that_may_be_a_mask_is_refused():
 
 @pytest.mark.parametrize("lengths", ["ab", object(), [None, 1]], ids=["text", "object", "none"])
 def test_lengths_that_are_no_numbers_are_refused_in_words(lengths):
-    with pytest.raises(TypeError, match=r"lengths: got .*accepted is whole numbers, one for each"):
+    with pytest.raises(TypeError, match=r"lengths: got .*accepted is one whole number from 0 to"):
         assert_batch_independent(encoder_layer(), randn(2, 5, WIDTH), lengths=lengths)

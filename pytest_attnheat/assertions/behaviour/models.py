@@ -32,7 +32,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.reference import causal_mask, read_lengths
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import copied, modules_in
@@ -327,10 +327,10 @@ class ModelSubject:
             TypeError: The lengths are not whole numbers.
             ValueError: There is not one for each sample, or one is not in 1 to the length.
         """
-        given = [self.length] * self.batch if lengths is None else _as_list(lengths)
-        if not isinstance(given, list) or any(type(n) is not int for n in given):
-            raise TypeError(misuse("lengths", repr(given), "whole numbers, one for each sample"))
-        if len(given) != self.batch or min(given) < 1 or max(given) > self.length:
+        if lengths is None:
+            return [self.length] * self.batch
+        given = read_lengths(lengths, self.length, batch=self.batch)
+        if min(given) < 1:
             accepted = f"{self.batch} numbers from 1 to {self.length}, one for each sample"
             raise ValueError(misuse("lengths", given, accepted))
         return given
@@ -442,14 +442,6 @@ def _at(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (batch, length, ...) at an index (batch, other length)."""
     wide = index.reshape(*index.shape, *[1] * (rows.ndim - 2))
     return rows.gather(1, wide.expand(*index.shape, *rows.shape[2:]))
-
-
-def _as_list(lengths: object) -> object:
-    """The numbers of a list or a tensor, or what is neither as it is."""
-    try:
-        return torch.as_tensor(lengths).tolist()
-    except (TypeError, ValueError, RuntimeError):
-        return lengths
 
 
 def _reordered(argument: Tensor, dims: Sequence[int], order: Tensor) -> Tensor:
