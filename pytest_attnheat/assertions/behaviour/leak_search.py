@@ -97,7 +97,8 @@ class Search:
                 "check; say causal=, lengths=, documents= or may_see=, or pass a larger batch"
             )
         rows, entries = self._watched.shape[-1], self._watched[..., 0].numel()
-        self._passes, self._backward = passes, 0 if subject.has_queries else passes
+        # All together is to cost no more than some twelve forward passes of a large model.
+        self._passes, self._backward = passes, 0 if subject.has_queries else -(-passes // 4)
         if subject.is_cheap:
             each = subject.has_queries and rows <= _MOST_PASSES
             wanted = rows if each else -(-rows // entries)
@@ -486,6 +487,6 @@ def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | No
         return None
     observer, replaced = pairs[0]
     entries = len({observer[:-1] for observer, _ in pairs})
-    return Fault(
-        blind, "gradient", len(pairs), judged, entries, observer, observer, (replaced, replaced)
-    )
+    counts = len(pairs), judged, entries
+    # Of a few observers it is known; of all others nothing.
+    return Fault(blind, "gradient", *counts, *[observer] * 2, (replaced, replaced), blind)
