@@ -446,7 +446,7 @@ def packed_together(given: _Tensors) -> _Tensors:
     rows = [tensor.flatten(-2) for tensor in turned.values()]
     parts = torch.split(torch.cat(rows, -1), [row.shape[-1] for row in rows], -1)
     return {
-        name: part.unflatten(-1, like.shape[-2:]).transpose(-3, -2)
+        name: torch.unflatten(part, -1, like.shape[-2:]).transpose(-3, -2)
         if given[name].ndim > 3
         else part
         for (name, like), part in zip(turned.items(), parts, strict=True)

@@ -101,7 +101,9 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
         return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
         said = inside.why_queries_are_hidden(real)
-        seen = said or (seen if seen not in (None, _NO_MASK) else inside.why_padding_is_seen(real))
+        if said is None and seen in (None, _NO_MASK):
+            said = inside.why_padding_is_seen(real)
+        seen = said or seen
     return None if seen == _NO_MASK and inside.has_mask else seen
 
 
@@ -304,13 +306,13 @@ def _cause_in(crop: _Crop) -> str | None:
     extra = _elements_too_many(crop, wrongly)
     if extra == 1:
         return "each sees one place too many: a causal mask that is off by one?"
-    strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
-    if strongest.numel() and float(crop.changes[wrongly].max()) < _FAINT * float(strongest.max()):
-        return (
-            "far fainter than what may be seen: a fill of the mask that is too small, or a mean or "
-            "a norm over the whole length?"
-        )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
+        strongest = max(crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist(), default=0.0)
+        if float(crop.changes[wrongly].max()) < _FAINT * strongest:
+            return (
+                "far fainter than what may be seen: a fill of the mask that is too small, or a "
+                "mean or a norm over the whole length?"
+            )
         return _NO_MASK
     if extra is None:
         return None
@@ -322,19 +324,14 @@ def _cause_in(crop: _Crop) -> str | None:
 
 def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
     """How many elements each sees beyond the last that it may see; None if not all see as many."""
-    ahead = _steps_ahead(crop)
+    numbers = torch.arange(crop.columns.start, crop.columns.stop)
+    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
+    last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
+    ahead = numbers - last
     extra = int(ahead[wrongly].max())
     if extra < 1 or not bool((wrongly == (crop.forbidden & (ahead >= 1) & (ahead <= extra))).all()):
         return None
     return extra
-
-
-def _steps_ahead(crop: _Crop) -> Tensor:
-    """How many elements beyond the last that an observer may see each is."""
-    numbers = torch.arange(crop.columns.start, crop.columns.stop)
-    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
-    last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
-    return numbers - last
 
 
 # --- The picture

@@ -172,14 +172,11 @@ class ModelSubject:
 
     def cause_of_order(self, base: Tensor, allowed: float) -> str:
         """Tell a causal mask from anything else that knows the order."""
-        if holds(lambda: self._first_is_alone(base, allowed)):
+        # Others that are copies of the first leave it as it was.
+        copies = self.inputs[:, :1].expand(self.inputs.shape).clone()
+        if holds(lambda: not differ(self.run(copies)[:, :1], base[:, :1], allowed)):
             return "the first token does not feel the others: a causal mask?"
         return "the order of tokens is felt: position embeddings, or rotary or relative positions?"
-
-    def _first_is_alone(self, base: Tensor, allowed: float) -> bool:
-        """Whether the first token's output stays where all others become copies of it."""
-        copies = self.inputs[:, :1].expand(self.inputs.shape).clone()
-        return not differ(self.run(copies)[:, :1], base[:, :1], allowed)
 
     def along(self, name: str, *, square: bool = False) -> tuple[int, ...]:
         """Which dimensions of a tensor argument are those of the sequence.
@@ -204,7 +201,9 @@ class ModelSubject:
         second = ndim > 1 and shape[0] in (1, self.batch) and shape[1] == length
         rows = ndim > 1 and shape[-2:] == (length, length) and name not in self._by_token
         keys = shape[-1] == length and (ndim == 1 or (ndim > 2 and set(shape[1:-1]) == {1}))
-        if ndim == 3 and ((rows and second) or keys) and self._may_be_width(argument):
+        width = self.inputs.shape[2] if self.inputs.ndim == 3 else length
+        may_be_width = argument.is_floating_point() and width == length  # features as wide as that
+        if ndim == 3 and ((rows and second) or keys) and may_be_width:
             got = f"{shape}, whose last dimension may be the length of the sequence or a width"
             accepted = f"a boolean mask, or inputs whose length is not {length}"
             raise ValueError(misuse(name, got, accepted))
@@ -224,11 +223,6 @@ class ModelSubject:
     def _by_token(self) -> tuple[str | None, ...]:
         """The arguments that are (batch, length), of as many samples as tokens too."""
         return (self.model.mask_argument, self.model.positions_argument)
-
-    def _may_be_width(self, argument: Tensor) -> bool:
-        """Whether floats may be features as wide as the sequence is long."""
-        width = self.inputs.shape[2] if self.inputs.ndim == 3 else self.length
-        return argument.is_floating_point() and width == self.length
 
     def _arguments(self) -> Mapping[str, Any]:
         """The arguments, none of which can be read in two ways."""

@@ -155,7 +155,7 @@ class _Trial:
             raise
         except Exception as error:
             given, total = self.subject.length, self.padding.total
-            if self.subject.has_queries or total <= given or holds(self._takes_as_many):
+            if self.subject.has_queries or total <= given or holds(lambda: self._runs("nothing")):
                 raise
             told_of = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -164,9 +164,9 @@ class _Trial:
                 f"{told_of}; pass a shorter sequence or a smaller amount="
             ) from error
 
-    def _takes_as_many(self) -> bool:
-        """Whether the module runs on as many tokens if it is told of no padding."""
-        self.subject.pad(self.padding, "nothing").run()
+    def _runs(self, told: Told) -> bool:
+        """Whether the subject runs at all if it is told this of its padding."""
+        self.subject.pad(self.padding, told).run()
         return True
 
     def check(self, sides: Sequence[_Trial], *, training: bool) -> None:

@@ -88,9 +88,14 @@ def assert_deterministic(
         >>> assert_deterministic(F.scaled_dot_product_attention, query, key, value, dropout=0.1)
     """
     __tracebackhide__ = True
-    share = None if dropout is None else _probability(dropout)
+    share = None if dropout is None else check_number(dropout, "dropout")
+    if share is not None and not 0 < share < 1:
+        raise ValueError(misuse("dropout", repr(share), "0 < dropout < 1, or None"))
     runs, seed = positive("runs", runs), seed_number(seed)
-    call = _as_call(subject, inputs, arguments)
+    if "dropout_p" in arguments:
+        raise ValueError(misuse("dropout_p", arguments["dropout_p"], "dropout= in its place"))
+    check_count(inputs, _NAME)
+    call = _Call(as_subject(subject, inputs, arguments), modules_in(subject))
     with borrowed(subject, *call.called.tensors.values(), seed=seed), torch.no_grad():
         if share is None:
             _refuse_training(call.modules)
@@ -109,15 +114,9 @@ def assert_deterministic(
         else:
             _check_training(call, evaluated, share, runs=runs, seed=seed)
             _check_declared(call, evaluated, share)
-            if call.is_linear if unbiased is None else unbiased:
+            # Of multi-head attention the output is linear in its weights after dropout.
+            if isinstance(subject, nn.MultiheadAttention) if unbiased is None else unbiased:
                 _check_mean(call, evaluated, share, runs=runs, seed=seed)
-
-
-def _probability(dropout: object) -> float:
-    given = check_number(dropout, "dropout")
-    if not 0 < given < 1:
-        raise ValueError(misuse("dropout", repr(given), "0 < dropout < 1, or None"))
-    return given
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,10 @@ class _Call:
     Attributes:
         called: The subject.
         modules: The modules that it is or holds.
-        is_linear: Whether its output is linear in its weights after dropout.
     """
 
     called: Subject
     modules: list[nn.Module]
-    is_linear: bool
 
     def run(self) -> Tensor:
         """Call it."""
@@ -147,16 +144,6 @@ class _Call:
     def mode(self) -> str:
         """What evaluation mode is called in a message."""
         return "in evaluation mode" if self.modules else "without dropout"
-
-
-def _as_call(
-    subject: Callable[..., Any], inputs: Sequence[object], arguments: dict[str, Any]
-) -> _Call:
-    modules, is_linear = modules_in(subject), isinstance(subject, nn.MultiheadAttention)
-    if "dropout_p" in arguments:
-        raise ValueError(misuse("dropout_p", arguments["dropout_p"], "dropout= in its place"))
-    check_count(inputs, _NAME)
-    return _Call(as_subject(subject, inputs, arguments), modules, is_linear)
 
 
 def _with_dropout(call: _Call) -> AttentionFunction | None:
