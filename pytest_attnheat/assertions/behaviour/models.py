@@ -394,26 +394,28 @@ class ModelSubject:
         token = number if padding.side == "right" else number - (padding.total - count)
         return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
 
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
-        """Tell a mask that does not hide from positions."""
+    def cause_of_mask(self) -> str | None:
+        """Say whether a mask that hides nothing changes the output."""
         everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
         base = self.run()
         allowed = output_tolerance(base.dtype)
-        if holds(lambda: differ(self.run(real=everything), base, allowed)):
-            return (
-                "a mask that hides nothing changes the output: is the causal mask lost where "
-                "another is given, as by | in place of &?"
-            )
+        if not holds(lambda: differ(self.run(real=everything), base, allowed)):
+            return None
+        return (
+            "a mask that hides nothing changes the output: is the causal mask lost where another "
+            "is given, as by | in place of &?"
+        )
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
+        """Tell a mask that does not hide from positions."""
         if felt:
             return "real tokens feel what the padding holds: it is not masked there"
+        if side == "right" and felt is None:
+            return None
         if side == "right":
             return (
-                None
-                if felt is None
-                else (
-                    "real tokens do not feel what the padding holds, only that it is there: are "
-                    "positions, or a scale, taken from the length of the batch?"
-                )
+                "real tokens do not feel what the padding holds, only that it is there: are "
+                "positions, or a scale, taken from the length of the batch?"
             )
         argument = self.model.positions_argument
         if argument is None:

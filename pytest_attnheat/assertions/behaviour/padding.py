@@ -220,12 +220,15 @@ class _Trial:
 
     def _cause_inside(self, inside: Inside, real: Tensor, *, felt: bool | None) -> str | None:
         """Say what the attention of a model does with padding, or with other places."""
+        subject = self.subject
+        assert isinstance(subject, ModelSubject)
+        if subject.model.memory_argument is None and (said := subject.cause_of_mask()):
+            return said
         if said := inside.why_padding_is_seen(real):
             return said
         if felt:
             return inside.why_seen(real.unsqueeze(-2), real)
-        first = self.subject.samples(torch.tensor([0]))
-        assert isinstance(first, ModelSubject)
+        first = subject.samples(torch.tensor([0]))
         alone = Inside(first.cut(range(self.padding.lengths[0])))
         return inside.why_places_are_felt(alone) if self.padding.side == "left" else None
 
