@@ -465,33 +465,22 @@ DEFECTS: tuple[Defect, ...] = (
     *_NUMBERS,
 )
 
-_OTHER_ROWS = ["next_row", "previous_row", "first_row"]
-_OTHER_HEADS = ["next_head", "previous_head", "first_head", "key_head"]
-
 # What a backward pass may do wrong of itself. It may also compute the weights once more with any
 # defect of the forward pass: see `attention.backward`.
 BACKWARD: tuple[Defect, ...] = (
     _backward("backward_row_term_left_out",
               "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
               row_term="none"),
-    _backward("backward_row_term_added",
-              "whose backward pass adds the row term sum(dO * O), and does not subtract it",
-              row_term="added"),
-    _backward("backward_row_term_averaged",
-              "whose backward pass takes the mean of dO * O over the width, not its sum",
-              row_term="mean"),
     _backward("backward_row_term_from_upstream",
               "whose backward pass takes sum(dO) for the row term sum(dO * O)",
               row_term="upstream"),
     _backward("backward_row_term_of_another_row",
               "whose backward pass takes the row term sum(dO * O) of another row",
-              row_term=_OTHER_ROWS),
+              row_term=["next_row", "previous_row", "first_row"]),
     _backward("backward_row_term_of_another_head",
-              "whose backward pass takes the row term sum(dO * O) of another head",
-              row_term=_OTHER_HEADS),
-    _backward("backward_row_term_of_another_sample",
-              "whose backward pass takes the row term sum(dO * O) of another sample",
-              row_term=["next_sample", "first_sample"]),
+              "whose backward pass takes the row term sum(dO * O) of another head or sample",
+              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
+                        "first_sample"]),
     _backward("backward_scale_missing", "whose backward pass leaves out the scale",
               gradient_scale="missing"),
     _backward("backward_scale_twice", "whose backward pass applies the scale twice",
@@ -512,10 +501,7 @@ BACKWARD: tuple[Defect, ...] = (
               group_sum="mean"),
     _backward("backward_bias_not_summed",
               "that does not sum over the dimensions in which the bias is broadcast",
-              bias_sum=["first", "last"]),
-    _backward("backward_bias_averaged",
-              "that takes the mean over the dimensions in which the bias is broadcast, not the sum",
-              bias_sum="mean"),
+              bias_sum=["first", "last", "mean"]),
     _backward("backward_weights_detached",
               "whose weights are detached: a gradient passes through the values alone",
               detached=True),
