@@ -212,8 +212,8 @@ def test_the_cause_of_a_leaking_function_is_named(defect, cause):
 @pytest.mark.parametrize(
     ("dim", "other", "cause"),
     [
-        (-2, "depends on query", "softmax over the query axis (dim=-2)?"),
-        (1, "depends on head 0, its own is ", "softmax over the heads?"),
+        (-2, "depends on query", "softmax runs over the queries (dim=-2)"),
+        (1, "depends on head 0, its own is ", "softmax runs over the heads (dim=1)"),
         (0, "depends on batch entry 0, its own is 1;", "over the batch"),
     ],
 )
@@ -237,7 +237,7 @@ def test_grouped_heads_in_another_order_are_found():
     query, _, _ = qkv(heads=6)
     message = message_of(tiled, query, *qkv(heads=3)[1:], enable_gqa=True)
     assert "query 5 depends on key head 2, its own is 1" in message
-    assert "grouped heads in another order (repeat in place of repeat_interleave)" in message
+    assert "in the wrong order (repeat in place of repeat_interleave)" in message
 
 
 def test_a_query_that_sees_too_little_is_found():
