@@ -26,13 +26,17 @@ from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.spec import AttentionSpec
 
 NAMES = [defect.name for defect in DEFECTS]
-ALL = [defect.name for defect in DEFECTS if defect.seen != "garbage"]
+# What the usual cases do not show: they have no bias, documents, lengths, and no mask per head.
+UNSEEN = {"masked_nan_felt", "products_overflow", "mask_of_first_head", "empty_parts_nan"}
+UNSEEN |= {n for n in NAMES if n.startswith(("bias_", "documents_", "lengths_")) or "earlier" in n}
+ALL = [name for name in NAMES if name not in UNSEEN]
 # Two of them at once: not those that need another declaration, or call for another method.
 IN_PAIRS = [
     defect.name
     for defect in DEFECTS
     if defect.seen not in ("garbage", "randomness")
     and not declared_for(defect.name)
+    and defect.name not in UNSEEN
     and defect.name != "scale_argument_ignored"
 ]
 OVER_QUERIES = "attention whose softmax runs over the queries (dim=-2)"

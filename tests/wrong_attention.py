@@ -37,7 +37,7 @@ def declared_for(*names):
     if any("chunk" in name for name in names):
         declared["chunk"] = 3
     if any("prefix" in name for name in names):
-        declared["prefix"] = 2
+        declared["prefix"] = 3
     if any("sink_keys" in name for name in names):
         declared |= {"sink_keys": 2, "window": (2, 1)}
     if "score_mod_ignored" in names:

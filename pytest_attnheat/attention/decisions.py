@@ -129,34 +129,30 @@ class BackwardPlan(Plan):
         weights_from: What the weights are computed from: the scores and the "saved" logarithm of
             the sum of each row, or the scores alone, by a softmax of its "own".
         row_term: What is subtracted from dP in each row: the sum of dO * O as "saved" by the
-            forward pass, the sum of its "own" weights times dP, "none", the sum with the wrong
-            sign ("added"), the "mean" over the width, the sum of dO ("upstream"), or the right
-            one of another row, head or sample.
+            forward pass, the sum of its "own" weights times dP, "none", the sum of dO
+            ("upstream"), or the right one of another row, head or sample.
         gradient_scale: What dQ and dK are multiplied by: the scale is "applied", "missing" or
             there "twice", or has ln(2) ("base_two") or log2(e) ("base_e") too much.
-        score_slope: Whether the slope of softcap, or of a function of the score, is "applied" or
-            "missing".
-        group_sum: Which heads add up to the gradient of a key head: neighbours ("interleave"),
-            those that take turns ("tile"), the "first" or the "last" of the group alone, or
-            their "mean".
-        bias_sum: What becomes of the dimensions in which a bias is broadcast: a "sum", the
-            "first" or the "last" part alone, or the "mean".
+        score_slope: The slope of softcap, or of a function of the score.
+        group_sum: Which heads add up to the gradient of a key head: neighbours ("sum"), those
+            that take turns ("tile"), the "first" or "last" of the group, or their "mean".
+        bias_sum: Likewise of the dimensions in which a bias is broadcast.
         detached: Whether no gradient passes through the weights.
         exchanged: Whether the gradients of query and key change places.
         kept_of_scores: Whether dropout is "applied" to dP, "ignored" there, or "not_rescaled".
         kept_of_values: Likewise of the weights that make dV.
-        skipped_block: Blocks of so many queries and keys of which some are masked get nothing; 0
+        skipped_block: Blocks of so many queries and keys that are masked in part get nothing; 0
             for none.
     """
 
     weights_from: Literal["saved", "own"] = "saved"
     row_term: Literal[
-        "saved", "own", "none", "added", "mean", "upstream", "next_row", "previous_row",
-        "first_row", "next_head", "previous_head", "first_head", "key_head", "next_sample",
+        "saved", "own", "none", "upstream", "next_row", "previous_row", "first_row", "next_head",
+        "previous_head", "first_head", "key_head", "next_sample",
         "first_sample"] = "saved"  # fmt: skip
     gradient_scale: Literal["applied", "missing", "twice", "base_two", "base_e"] = "applied"
     score_slope: Literal["applied", "missing"] = "applied"
-    group_sum: Literal["interleave", "tile", "first", "last", "mean"] = "interleave"
+    group_sum: Literal["sum", "tile", "first", "last", "mean"] = "sum"
     bias_sum: Literal["sum", "first", "last", "mean"] = "sum"
     detached: bool = False
     exchanged: bool = False

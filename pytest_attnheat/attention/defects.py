@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.decisions import Plan
+from pytest_attnheat.attention.decisions import Natural, Plan
 from pytest_attnheat.attention.misreadings import BLOCKS, IGNORED
 
 Change: TypeAlias = Callable[[Plan], Plan]
@@ -32,6 +32,7 @@ class Defect:
             constant stands in place of `{constant}`.
         changes: What it does to the plan, in each of its forms; the first one is the most usual.
         issue: A public issue that reports it.
+        form_of: A simpler defect, which is named in its place where it gives the same output.
         seen: How it is found: its output is reproduced "exactly" (to within rounding), or with
             a constant that is "fitted"; by "rounding" that another order of the same steps may
             do differently in a few rows; by "randomness", which no plan reproduces; or with NaN
@@ -44,6 +45,7 @@ class Defect:
     changes: tuple[Change, ...] = ()
     issue: str | None = None
     seen: Seen = "exactly"
+    form_of: str = ""
     backward: bool = False
 
     def change(self, plan: Plan) -> Plan:
@@ -58,10 +60,11 @@ def _changes(**choices: Any) -> tuple[Change, ...]:
 
 
 def _defect(
-    name: str, sentence: str, issue: str | None = None, *, seen: Seen = "exactly", **choices: Any
-) -> Defect:
+    name: str, sentence: str, issue: str | None = None, *, seen: Seen = "exactly",
+    form_of: str = "", **choices: Any
+) -> Defect:  # fmt: skip
     """A defect with one change for each combination of some decisions of a plan."""
-    return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen)
+    return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen, form_of)
 
 
 def _backward(name: str, sentence: str, issue: str | None = None, **choices: Any) -> Defect:
@@ -76,7 +79,8 @@ def _setting(fields: dict[str, Any]) -> Change:
 
 
 # Rows that the defect leaves without keys: as declared, or what the numbers then give.
-_ROWS: list[str | None] = [None, "natural"]
+_ROWS: list[Natural | None] = [None, "natural"]
+ROWS: tuple[Natural, ...] = ("zero", "uniform", "nan", "natural")
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
 _BLOCKS = list(BLOCKS)
@@ -199,9 +203,9 @@ _MASK = (
             "whose scores are multiplied by the mask: a masked score becomes 0, not -inf", fill=0.0,
             covers=_COVERS, fully_masked=_ROWS),
     _defect("mask_ignored_when_causal", "that ignores the mask when it is causal as well",
-            together="causal_only"),
+            together="causal_only", form_of="mask_ignored"),
     _defect("causal_ignored_with_mask", "that is not causal when a mask is given as well",
-            together="mask_only"),
+            together="mask_only", form_of="causal_ignored"),
 )  # fmt: skip
 
 # Before what is causal: of a window that becomes causal, the window is at fault.
@@ -211,11 +215,12 @@ _WINDOW = (
             misread="window elsewhere", fully_masked=_ROWS),
     _defect("window_left_too_wide_with_cache",
             "whose window reaches one key too far to the left, but only where there are more keys "
-            "than queries, as with a cache", misread="window (1, 0) decoding"),
+            "than queries, as with a cache", misread="window (1, 0) decoding",
+            form_of="window_left_too_wide"),
     _defect("window_left_too_narrow_with_cache",
             "whose window misses its last key on the left, but only where there are more keys "
             "than queries, as with a cache", misread="window (-1, 0) decoding",
-            fully_masked=_ROWS),
+            fully_masked=_ROWS, form_of="window_left_too_narrow"),
     _defect("window_swapped", "whose window has its left and right sides exchanged",
             misread="window swapped", fully_masked=_ROWS),
     _defect("window_left_too_wide", "whose window reaches one key too far to the left",
@@ -241,15 +246,17 @@ _CAUSAL = (
     _defect("causal_sees_next_with_cache",
             "whose queries see one key too many, the next one, but only where there are not as "
             "many keys as queries, as with a cache", causal_shift=1,
-            causal_shift_where=["more_keys", "differ"]),
+            causal_shift_where=["more_keys", "differ"], form_of="causal_sees_next"),
     _defect("causal_misses_own_with_cache",
             "whose queries do not see their own key, but only where there are not as many keys "
             "as queries, as with a cache", causal_shift=-1,
-            causal_shift_where=["more_keys", "differ"], fully_masked=_ROWS),
+            causal_shift_where=["more_keys", "differ"], fully_masked=_ROWS,
+            form_of="causal_misses_own"),
     _defect("causal_reversed", "whose queries see the future in place of the past",
             causal="reversed", causal_shift=[0, 1], fully_masked=_ROWS),
     _defect("causal_in_blocks", "whose queries see all keys up to the end of their block",
-            misread=[f"causal to the end of blocks of {block}" for block in BLOCKS]),
+            misread=[f"causal to the end of blocks of {block}" for block in BLOCKS],
+            form_of="causal_ignored"),
     _defect("causal_before_blocks",
             "whose queries see no key of their own block, only those before",
             misread=[f"causal before blocks of {block}" for block in BLOCKS], fully_masked=_ROWS),
@@ -262,25 +269,25 @@ _LEFT_OUT = tuple(
 )  # fmt: skip
 
 _RULES = (
-    _defect("chunk_off_by_one", "whose chunks have one position too many, or too few",
+    _defect("chunk_off_by_one", "whose chunks are one position too long or too short",
             misread=["chunk +1", "chunk -1"]),
     _defect("chunk_other_corner", "whose chunks are counted from the other corner",
             misread="chunk elsewhere", fully_masked=_ROWS),
-    _defect("prefix_off_by_one", "whose prefix has one key too many, or too few",
-            misread=["prefix +1", "prefix -1"]),
+    _defect("prefix_off_by_one", "whose prefix is one key too long or too short",
+            misread=["prefix +1", "prefix -1"], form_of="prefix_ignored"),
     _defect("sink_keys_off_by_one",
-            "that always sees one first key too many, or too few", misread=["sink_keys +1",
+            "that always sees one first key too many or too few", misread=["sink_keys +1",
             "sink_keys -1"]),
-    _defect("documents_off_by_one", "whose documents begin one key too late, or too early",
+    _defect("documents_off_by_one", "whose documents begin one key too late or too early",
             misread=["documents +1", "documents -1"], fully_masked=_ROWS),
-    _defect("lengths_off_by_one", "whose samples have one real key too many, or too few",
+    _defect("lengths_off_by_one", "whose samples have one real key too many or too few",
             misread=["lengths +1", "lengths -1"], fully_masked=_ROWS),
 )  # fmt: skip
 
 _SOFTCAP = (
     _defect("softcap_after_mask",
             "whose softcap comes after the mask: a masked score becomes -softcap, not -inf",
-            softcap="after_mask", covers=_COVERS, fully_masked=_ROWS),
+            softcap="after_mask", covers=_COVERS, fully_masked=_ROWS, form_of="softcap_after_bias"),
     _defect("softcap_after_bias", "whose softcap comes after the bias, ALiBi or score_mod",
             softcap="after_bias"),
     _defect("softcap_before_scale", "whose softcap comes before the scale", softcap="before_scale"),
@@ -300,9 +307,9 @@ _SINKS = (
             sinks="twice"),
     _defect("sinks_outside_maximum",
             "whose sinks take no part in the maximum: a row that sees nothing else is NaN",
-            sinks="outside"),
-    _defect("sinks_of_other_heads", "whose heads all use the sink of the first one, or of theirs "
-            "among the key heads", misread=["sinks first head", "sinks of key heads"]),
+            sinks="outside", form_of="fully_masked_nan"),
+    _defect("sinks_of_other_heads", "whose heads use the sink of another head, the first or the "
+            "key head that serves them", misread=["sinks first head", "sinks of key heads"]),
     _defect("sinks_scaled", "whose sinks are multiplied by the scale", misread="sinks scaled"),
 )  # fmt: skip
 
@@ -317,7 +324,7 @@ _ADDED = (
             misread="alibi reversed"),
     _defect("alibi_of_first_head", "whose heads all use the ALiBi slope of the first one",
             misread="alibi first head"),
-    _defect("alibi_off_by_one", "whose ALiBi slopes are those of the head before, or after",
+    _defect("alibi_off_by_one", "whose ALiBi slopes are those of the head before or after",
             misread=["alibi from 0", "alibi from 2"]),
     _defect("alibi_of_other_heads", "whose ALiBi slopes are those of another number of heads",
             misread=["alibi of more heads", "alibi of fewer heads",
@@ -334,10 +341,10 @@ _ADDED = (
             fully_masked=_ROWS),
     _defect("bias_as_boolean",
             "that reads its bias as a boolean mask: only -inf is felt, finite numbers are not",
-            misread="bias of -inf alone"),
+            misread="bias of -inf alone", form_of="bias_ignored"),
     _defect("bias_as_keep",
             "that reads its bias as a boolean mask: it attends where the bias is not 0",
-            misread="bias as keep", fully_masked=_ROWS),
+            misread="bias as keep", fully_masked=_ROWS, form_of="bias_ignored"),
 )  # fmt: skip
 
 _PARTS_MERGED = (
@@ -350,7 +357,8 @@ _PARTS_MERGED = (
     _defect("parts_added", "that adds parts of the keys, each divided by its own sum", part=_PARTS,
             merging="added", empty_slices=_EMPTY),
     _defect("empty_parts_nan", "that gives NaN where a whole part of the keys is masked",
-            part=_PARTS, merging=["first_empty", "first_two_empty", "any_empty"]),
+            part=_PARTS, merging=["first_empty", "first_two_empty", "any_empty"],
+            form_of="fully_masked_nan"),
 )  # fmt: skip
 
 # What the same code was asked before comes again.
@@ -457,33 +465,22 @@ DEFECTS: tuple[Defect, ...] = (
     *_NUMBERS,
 )
 
-_OTHER_ROWS = ["next_row", "previous_row", "first_row"]
-_OTHER_HEADS = ["next_head", "previous_head", "first_head", "key_head"]
-
 # What a backward pass may do wrong of itself. It may also compute the weights once more with any
 # defect of the forward pass: see `attention.backward`.
 BACKWARD: tuple[Defect, ...] = (
     _backward("backward_row_term_left_out",
               "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
               row_term="none"),
-    _backward("backward_row_term_added",
-              "whose backward pass adds the row term sum(dO * O), and does not subtract it",
-              row_term="added"),
-    _backward("backward_row_term_averaged",
-              "whose backward pass takes the mean of dO * O over the width, not its sum",
-              row_term="mean"),
     _backward("backward_row_term_from_upstream",
               "whose backward pass takes sum(dO) for the row term sum(dO * O)",
               row_term="upstream"),
     _backward("backward_row_term_of_another_row",
               "whose backward pass takes the row term sum(dO * O) of another row",
-              row_term=_OTHER_ROWS),
+              row_term=["next_row", "previous_row", "first_row"]),
     _backward("backward_row_term_of_another_head",
-              "whose backward pass takes the row term sum(dO * O) of another head",
-              row_term=_OTHER_HEADS),
-    _backward("backward_row_term_of_another_sample",
-              "whose backward pass takes the row term sum(dO * O) of another sample",
-              row_term=["next_sample", "first_sample"]),
+              "whose backward pass takes the row term sum(dO * O) of another head or sample",
+              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
+                        "first_sample"]),
     _backward("backward_scale_missing", "whose backward pass leaves out the scale",
               gradient_scale="missing"),
     _backward("backward_scale_twice", "whose backward pass applies the scale twice",
@@ -504,10 +501,7 @@ BACKWARD: tuple[Defect, ...] = (
               group_sum="mean"),
     _backward("backward_bias_not_summed",
               "that does not sum over the dimensions in which the bias is broadcast",
-              bias_sum=["first", "last"]),
-    _backward("backward_bias_averaged",
-              "that takes the mean over the dimensions in which the bias is broadcast, not the sum",
-              bias_sum="mean"),
+              bias_sum=["first", "last", "mean"]),
     _backward("backward_weights_detached",
               "whose weights are detached: a gradient passes through the values alone",
               detached=True),

@@ -194,10 +194,10 @@ def _signed(case: Case) -> Case:
 
 def _next_slopes(first: int, case: Case, slopes: Tensor) -> Tensor:
     """The slopes of the heads before (from 0, not 1) or after, as far as they are a series."""
-    if len(slopes) < 2:
-        return slopes
-    before, after = slopes[:1] ** 2 / slopes[1:2], slopes[-1:] ** 2 / slopes[-2:-1]
-    return torch.cat([before, slopes[:-1]] if first == 0 else [slopes[1:], after])
+    ratio = slopes[1:2] / slopes[:1] if len(slopes) > 1 else 2.0**-8
+    if first == 0:
+        return torch.cat([slopes[:1] / ratio, slopes[:-1]])
+    return torch.cat([slopes[1:], slopes[-1:] * ratio])
 
 
 def _slopes_of(count: Callable[[float], float], case: Case, slopes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.defects import DEFECTS, Defect
+from pytest_attnheat.attention.defects import DEFECTS, ROWS, Defect
 from pytest_attnheat.attention.plan import (
     Case,
     NotApplicable,
@@ -32,9 +32,9 @@ from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 _MOST_SCORES = 2**18
 # Up to which part of how far the output is off it may differ from an attempt; and up to how many
 # times the difference of the nearest attempt another one fits as well.
-_PART, _AS_WELL = 0.25, 2.0
+PART, AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
-_MOST_ALLOWED = 0.125
+MOST_ALLOWED = 0.125
 MOST_NAMED = 3
 
 
@@ -71,7 +71,7 @@ class Expected:
             finite has the largest error that there is, 2; rows that are not judged have 0.
         """
         differs = found.isfinite() != self.output.isfinite()
-        off, sizes = _rms(finite(found - self.output)), map(_rms, map(finite, (found, self.output)))
+        off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
         least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
         error = off / torch.maximum(*sizes).clamp_(min=least_size)
         error.masked_fill_(differs.any(-1), 2.0)
@@ -108,7 +108,8 @@ def finite(tensor: Tensor) -> Tensor:
     return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
 
 
-def _rms(rows: Tensor) -> Tensor:
+def rms(rows: Tensor) -> Tensor:
+    """Return the root of the mean square of each row."""
     return rows.square().mean(-1).sqrt()
 
 
@@ -119,8 +120,11 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
-    named = fitting(call, output)
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+    named = list(fitting(call, output))
+    more = len(named) - MOST_NAMED
+    rest = [f"{more} more that give the same"] if more > 0 else []
+    listed = ", or ".join([*named[:MOST_NAMED], *rest])
+    return f"the output is that of attention {listed}" if named else None
 
 
 def too_large(call: Call) -> bool:
@@ -144,21 +148,35 @@ def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
-        if not bool(found[judged].isfinite().all()):
-            return {}
+        if not bool(found[judged].isfinite().all(-1).any()):
+            return {}  # whatever gives nothing but NaN would fit
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return {}
         tried: dict[Plan, float] = {Plan(): math.inf}
-        fits: dict[str, tuple[float, Plan]] = {}
-        for sentence, plan in attempts(case):
+
+        def off(plan: Plan) -> float:
             if plan not in tried:
                 tried[plan] = _off_if_fitting(plan, found, case)
-            if tried[plan] < min(_PART * wrong_by, fits.get(sentence, (math.inf,))[0]):
-                fits[sentence] = tried[plan], plan
-    nearest = sorted(fits, key=lambda sentence: fits[sentence][0])[:MOST_NAMED]
-    most = _AS_WELL * fits[nearest[0]][0] if nearest else 0.0
-    return {sentence: fits[sentence][1] for sentence in nearest if fits[sentence][0] <= most}
+            return tried[plan] if tried[plan] < PART * wrong_by else math.inf
+
+        # If only rows without keys are wrong, nothing else is to blame for them.
+        alone = {Plan(fully_masked=row) for row in ROWS if case.has_empty_rows}
+        rows = {plan.fully_masked for plan in alone if off(plan) < math.inf}
+        fits: dict[str, tuple[float, Plan]] = {}
+        for sentence, plan in attempts(case):
+            to_blame = plan.fully_masked not in rows or plan in alone
+            if to_blame and off(plan) < fits.get(sentence, (math.inf,))[0]:
+                fits[sentence] = off(plan), plan
+    nearest = max(
+        min((size for size, _ in fits.values()), default=0.0), answer_tolerance(torch.float64)
+    )
+    as_near = {
+        sentence: plan for sentence, (size, plan) in fits.items() if size <= AS_WELL * nearest
+    }
+    of_name = {one.name: one.sentence for one in DEFECTS}
+    forms = {one.sentence for one in DEFECTS if of_name.get(one.form_of) in as_near}
+    return {sentence: plan for sentence, plan in as_near.items() if sentence not in forms}
 
 
 def attempts(
@@ -186,7 +204,7 @@ def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
     """How far an output is off, the rms of its rows, and whether each is off by rounding alone."""
     least = answer_tolerance(case.dtype)
-    error, allowed = attempt.errors(found, case.dtype, least=least, most=_MOST_ALLOWED)
+    error, allowed = attempt.errors(found, case.dtype, least=least, most=MOST_ALLOWED)
     return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 

@@ -108,6 +108,8 @@ def _sorted(
     for one in explanations:
         kind = fitting if one.reproduces else near if one.fit.excess <= limit else others
         kind.append(one)
+    alone = {one.names for one in fitting}
+    fitting = [one for one in fitting if not any((d.form_of,) in alone for d in one.defects)]
     # Coarse steps explain less exactly than others: they come last.
     fitting.sort(key=lambda one: (len(one.defects), sum(d.seen != "exactly" for d in one.defects)))
     others.sort(key=lambda one: one.fit.residual)

@@ -169,6 +169,11 @@ class AttentionFunction:
             tensors[MASK] = self.mask.detach()
         return tensors
 
+    @property
+    def is_cheap(self) -> bool:
+        """Yes: one call is nothing beside that of a model."""
+        return True
+
     def run(
         self,
         query: Tensor | None = None,
