@@ -353,8 +353,6 @@ _CASES = (
         for more in ({}, _MASK)
     ),
     Blueprint("NaN in masked keys", _sized(5, 5, 7, batch=3, **_MASK), _garbage, judged=False),
-    # The largest comes last: the others tell most plans from the subject.
-    Blueprint("long", _sized(131, 133, batch=1, key_heads=1)),
 )
 
 
@@ -366,5 +364,7 @@ def blueprints(spec: AttentionSpec) -> list[Blueprint]:
     if far:
         length = min(sum(far) + 4, _WIDEST)
         levels = {"sizes": (length, length + 2), "batch": 1, "key_heads": 2, "head_dim": 10}
-        cases.insert(-1, Blueprint("window" if spec.window else "chunk", levels))
-    return cases
+        cases.append(Blueprint("window" if spec.window else "chunk", levels))
+    # The largest comes last: the others tell most plans from the subject.
+    long = _sized(131, 133, batch=1, key_heads=1, **(_CAUSAL if spec.takes_causal else {}))
+    return [*cases, Blueprint("long", long)]
