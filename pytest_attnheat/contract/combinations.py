@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
+from pytest_attnheat.assertions.precision_judgement import RIGHT
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.levels import (
     NONE,
@@ -184,6 +185,8 @@ def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Cho
     except Failure as failure:
         failure.cases = said
         failure.cause = _cause(examination, smallest, first)
+        if str(failure.cause).startswith(RIGHT):  # which is said once
+            failure.claim = failure.claim.removesuffix(f"; {RIGHT}")
         raise
     except Exception as raised:
         vars(raised).setdefault("__notes__", []).insert(0, said)
