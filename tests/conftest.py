@@ -11,7 +11,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # of ours a second class of everything: import them here, once, first.
 import hypothesis.core  # its pytest plugin imports it, a second long, in every run
 import hypothesis.reporting
-import hypothesis.statistics
+import hypothesis.statistics  # noqa: F401
 import matplotlib.pyplot
 import matplotlib.style
 import matplotlib.testing.compare
