@@ -195,9 +195,7 @@ def test_a_crash_is_a_failed_test_and_the_run_goes_on(contract):
     )
     result.stdout.fnmatch_lines(["*-plain-float32 PASSED*", "*-causal-float32 FAILED*"])
     result.stdout.fnmatch_lines(["the subject ended its process: SIGABRT (Aborted)"])
-    result.stdout.fnmatch_lines(
-        ["  because    causal, *: the subject ended its process: SIGABRT *"]
-    )
+    result.stdout.fnmatch_lines(["  because    causal, *: the subject ended its process: *"])
     assert result.ret == pytest.ExitCode.TESTS_FAILED
     assert not multiprocessing.active_children()
 
@@ -358,10 +356,11 @@ def test_workers_share_the_devices_of_an_examination_and_agree_on_the_ids(contra
     result.assert_outcomes(passed=6, failed=4)
     result.stdout.fnmatch_lines(["*-own_0-float32-cuda?*"])
     assert_said_once(result.stdout.str())
-    assert result.stdout.str().count("4 of 4 checks failed") == 1
-    dtypes, right = sorted(subjects_of(contract.path / "found.json"), key=lambda s: s["passed"])
-    assert [result["dtype"] for result in dtypes["results"]] == sorted(DTYPE_NAMES)
-    assert len(right["results"]) == right["counts"]["passed"] == 6
+    assert result.stdout.str().count("4 of 10 checks failed") == 1
+    (told,) = subjects_of(contract.path / "found.json")
+    own = [result["dtype"] for result in told["results"] if result["check"] == "own"]
+    assert own == sorted(DTYPE_NAMES)
+    assert told["counts"] == {"passed": 6, "failed": 4, "skipped": 0, "xfailed": 0}
 
 
 def test_a_test_that_fails_before_its_check_does_not_hide_what_the_others_found(contract):
