@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
@@ -326,13 +328,16 @@ class AttentionRecord:
 
 
 @contextmanager
-def apart(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, autocast, and the functions of modes: it is not the model's."""
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch._C.DisableTorchFunction(),
-    ):
+def apart(*devices: torch.device) -> Iterator[None]:
+    """Compute without gradients, autocast and modes: it is not the model's, and counts nowhere."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch._C.DisableTorchFunction())
+        for kind in {"cpu", *(device.type for device in devices)}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if _len_torch_dispatch_stack():
+            stack.enter_context(_disable_current_modes())
         yield
 
 

@@ -26,7 +26,7 @@ from pytest_attnheat.capture.record import (
 from pytest_attnheat.capture.selection import Selection, matches
 from pytest_attnheat.capture.tags import Tags
 from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers
+from pytest_attnheat.capture.watching import Layers, Refused
 from pytest_attnheat.inputs import wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]
@@ -97,8 +97,12 @@ class Recording:
         source = record.value
         assert source is not None
         with apart(source.device):
-            self._make_room(record)
-            self._trace._append(self._kept(self._selected(record), used))
+            try:
+                selected = self._selected(record)
+                self._make_room(record)
+            except (CaptureMemoryError, ValueError) as error:
+                raise Refused(error) from error
+            self._trace._append(self._kept(selected, used))
 
     def _carried(self, layer: str, record: AttentionRecord, tags: Tags) -> Iterator[Carried]:
         """What the module carries. Sinks that were used, and did not join, are used otherwise."""
@@ -198,8 +202,8 @@ def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> A
         return replace(record, unverified=f"dropout of {record.dropout:g} was applied within")
     output = record.output
     assert output is not None
-    if output.shape[-1] == 0:
-        return replace(record, unverified="its values have no channels")
+    if output.shape[-1] == 0 or (record.query is not None and record.query.shape[-1] == 0):
+        return replace(record, unverified="its queries or values have no channels")
     asked = record if used is None else replace(record, kept_weights=used)
     worst = _worst_row(asked if whole else _sampled(asked))
     if whole:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -13,9 +14,10 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.record import AttentionRecord, apart
 from pytest_attnheat.capture.tags import Tags
 
+_TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
 # Makes a record, and the weights that were multiplied, if they are known.
 Read = Callable[[], tuple[AttentionRecord, Tensor | None]]
 # (module, its name, positional arguments, keywords)
@@ -24,7 +26,27 @@ Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Keywords = dict[str, Any]
-Source = Callable[["Watcher", Function, Args, Keywords], Any]
+# Called with what the function returned.
+After = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What is run in place of a function, as code that does the same can be watched."""
+
+    run: Callable[[], Any]
+
+
+# (watcher, function, arguments, keywords), before the function is called.
+Source = Callable[["Watcher", Function, Args, Keywords], "After | Instead | None"]
+
+
+class Refused(Exception):  # noqa: N818
+    """What the user asked for cannot be: the error within is meant to end the model."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Recorder(Protocol):
@@ -71,24 +93,43 @@ class Watcher(TorchFunctionMode):
         args: Args = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function; what might be attention through the source that knows it."""
+        """Call the function; before and after it, let the source that knows it look on."""
+        kwargs = dict(kwargs or {})
         try:
             source = self._sources[func]
         except KeyError:
             source = self._sources[func] = self._source_of(func)
-        if source is None:
-            return func(*args, **(kwargs or {}))
-        return source(self, func, args, dict(kwargs or {}))
+        if source is None or self.idle:
+            return func(*args, **kwargs)
+        after = self._guarded(func, source, self, func, args, kwargs)
+        if isinstance(after, Instead):
+            return after.run()
+        output = func(*args, **kwargs)
+        if after is not None:
+            self._guarded(func, after, output)
+        return output
+
+    def _guarded(self, func: Function, step: Callable[..., Any], *given: Any) -> Any:
+        """Compute something of our own: it cannot end or change the model, and counts nowhere."""
+        try:
+            with apart():
+                return step(*given)
+        except Refused as refused:
+            raise refused.error from None
+        except Exception as error:
+            why = f"the capture could not follow it ({type(error).__name__}: {error})"
+            if torch._C._functorch.maybe_current_level() is not None:
+                why = _TRANSFORMED
+            self.miss(getattr(func, "__name__", str(func)), why.splitlines()[0])
+            return None
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is to be told: a backward pass calls the model's code again."""
-        return in_backward()
+        """Whether nothing is to be told: a backward pass or a tracer calls the model's code."""
+        return in_backward() or torch._C._get_tracing_state() is not None
 
     def expect(self) -> tuple[int, ...]:
         """Tell all recorders of a softmax that should become attention; return its number."""
-        if self.idle:
-            return ()
         self._softmaxes += 1
         for recorder in self.recorders:
             recorder.expect(self._softmaxes)
@@ -100,31 +141,24 @@ class Watcher(TorchFunctionMode):
             recorder.found(numbers)
 
     def tell(self, what: str, read: Read) -> None:
-        """Hand an attention to all recorders; what fails to be read is missed, and the model runs.
+        """Hand an attention to all recorders; what fails to be read is missed.
 
         Args:
             what: What happened, should it not be readable.
             read: Makes the record.
         """
-        if self.idle:
-            return
-        try:
-            record, used = read()
-        except Exception as error:
-            self.miss(what, f"its layout is not understood ({error})")
-            return
+        record, used = read()
         tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
         if any(map(is_functorch_wrapped_tensor, tensors)):
-            self.miss(what, "it ran inside of torch.func (vmap, grad ...)")
+            self.miss(what, _TRANSFORMED)
             return
         for recorder in self.recorders:
             recorder.take(record, used, self.tags)
 
     def miss(self, what: str, why: str) -> None:
         """Tell all recorders of what cannot be read."""
-        if not self.idle:
-            for recorder in self.recorders:
-                recorder.miss(what, why)
+        for recorder in self.recorders:
+            recorder.miss(what, why)
 
 
 def argument(args: Args, kwargs: Keywords, place: int, name: str, default: Any = None) -> Any:

@@ -40,11 +40,10 @@ def _source_of_operator(func: Any) -> Source | None:
     return written.source_of(name, func) if namespace == "aten" else None
 
 
-def _name(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
-    """Call an operator that cannot be read, and tell that it happened."""
+def _name(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> None:
+    """Tell that an operator happened that cannot be read."""
     operator = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
     watcher.miss(
         str(func) if operator else func.__name__,
         "a fused operator, which does not tell its mask, scale and causality",
     )
-    return func(*args, **kwargs)
