@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -75,6 +75,7 @@ class AttentionRecord:
         strange: What was done to the scores that is not understood, if anything: scale, softcap
             and sinks are not known then.
         mask_lost: Whether that may have hidden keys, and no mask was seen.
+        kind: "linear" if the weights are those that linear attention implies and never holds.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
@@ -117,6 +118,7 @@ class AttentionRecord:
     score_mod: ScoreMod | None = field(default=None, repr=False)
     strange: str = ""
     mask_lost: bool = False
+    kind: Literal["attention", "linear"] = "attention"
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)

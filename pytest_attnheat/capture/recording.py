@@ -26,7 +26,7 @@ from pytest_attnheat.capture.record import (
 from pytest_attnheat.capture.selection import Selection, matches
 from pytest_attnheat.capture.tags import Tags
 from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers, Refused
+from pytest_attnheat.capture.watching import Layers, Refused, Undo
 from pytest_attnheat.inputs import wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]
@@ -74,15 +74,15 @@ class Recording:
         self._bytes = 0
         self._expected: dict[int, str] = {}
 
-    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> None:
-        """Keep what is wanted of an attention that happened."""
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Undo:
+        """Keep what is wanted of an attention that happened; return what takes it back."""
         layer = self._layers.current
         if layer is None:
             self.miss(record.source, "it happened outside of the model that is captured")
-            return
+            return lambda: None
         self._trace._saw(self._layers.running)
         if not self._wanted.wants(layer):
-            return
+            return lambda: None
         record = replace(
             record,
             layer=layer,
@@ -99,10 +99,18 @@ class Recording:
         with apart(source.device):
             try:
                 selected = self._selected(record)
-                self._make_room(record)
+                asked = self._make_room(record)
             except (CaptureMemoryError, ValueError) as error:
                 raise Refused(error) from error
-            self._trace._append(self._kept(selected, used))
+            kept = self._kept(selected, used)
+        self._trace._append(kept)
+
+        def undo() -> None:
+            self._trace._remove(kept)
+            self._calls[layer] -= 1
+            self._bytes -= asked
+
+        return undo
 
     def _carried(self, layer: str, record: AttentionRecord, tags: Tags) -> Iterator[Carried]:
         """What the module carries. Sinks that were used, and did not join, are used otherwise."""
@@ -138,12 +146,13 @@ class Recording:
             return record
         return record.select(heads=self._wanted.heads, queries=self._wanted.queries)
 
-    def _make_room(self, record: AttentionRecord) -> None:
-        """Raise before memory is spent."""
+    def _make_room(self, record: AttentionRecord) -> int:
+        """Raise before memory is spent; return how much will be."""
         asked = self._needed(record, self._wanted.keep)
         if self._bytes + asked > self._wanted.max_bytes:
             raise CaptureMemoryError(self._too_much(record, asked))
         self._bytes += asked
+        return asked
 
     def _needed(self, record: AttentionRecord, keep: Keep) -> int:
         """How many bytes a record takes; worked out on shapes alone."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -127,6 +127,13 @@ class Tag:
             something that is not understood was done to it since.
         sink: The weights and the scores of the sink that was left out, (..., query_len, 1) each.
         sample: Of what the softmax was given.
+        routes: Whether these are weights over the classes of a layer.
+        of_experts: Whether it holds what several layers made, beside one another.
+        operands: Two tensors that broadcast, of which it is the product element by element.
+        unnormalised: The product with a value, of weights that their sum has yet to divide.
+        part: Of weights of some of the keys: the first of them, and how many there are in all.
+        parts: The products with values of such parts so far, by their first keys.
+        attended: The attention that it is the result of.
     """
 
     before: tuple[int, ...] | None = None
@@ -142,6 +149,13 @@ class Tag:
     factor: float = 1.0
     sink: tuple[Tensor, Tensor] | None = None
     sample: Sample | None = None
+    routes: bool = False
+    of_experts: bool = False
+    operands: tuple[Tensor, Tensor] | None = None
+    unnormalised: Any = None
+    part: tuple[int, int] | None = None
+    parts: dict[int, Any] = field(default_factory=dict)
+    attended: Any = None
 
 
 class Tags:
@@ -160,6 +174,8 @@ class Tags:
     def __setitem__(self, tensor: Any, tag: Tag) -> None:
         if isinstance(tensor, Tensor):
             self._of[tensor] = tag
+
+    put = __setitem__
 
     def use(self, *given: object) -> None:
         """Remember parameters, of one number per head perhaps, that something was done to."""

@@ -18,14 +18,36 @@ from pytest_attnheat.capture.record import AttentionRecord, apart
 from pytest_attnheat.capture.tags import Tags
 
 _TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
-# Makes a record, and the weights that were multiplied, if they are known.
-Read = Callable[[], tuple[AttentionRecord, Tensor | None]]
+# Takes a record back that is but a part of an attention.
+Undo = Callable[[], None]
 # (module, its name, positional arguments, keywords)
 Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
-# (watcher, function, arguments, keywords) -> what the function returns.
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Keywords = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of torch that is about to be called.
+
+    Attributes:
+        watcher: Who sees it.
+        func: The function.
+        args: Its arguments.
+        kwargs: Its keywords.
+    """
+
+    watcher: Watcher
+    func: Function
+    args: Args
+    kwargs: Keywords
+
+    def given(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its place or by its name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+
 # Called with what the function returned.
 After = Callable[[Any], None]
 
@@ -37,8 +59,8 @@ class Instead:
     run: Callable[[], Any]
 
 
-# (watcher, function, arguments, keywords), before the function is called.
-Source = Callable[["Watcher", Function, Args, Keywords], "After | Instead | None"]
+# Told before the function is called.
+Source = Callable[[Call], "After | Instead | None"]
 
 
 class Refused(Exception):  # noqa: N818
@@ -52,7 +74,7 @@ class Refused(Exception):  # noqa: N818
 class Recorder(Protocol):
     """Who wants to know of attention."""
 
-    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> None:
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Undo:
         """An attention happened; `used` are the weights that were multiplied, if known."""
 
     def miss(self, what: str, why: str) -> None:
@@ -101,7 +123,7 @@ class Watcher(TorchFunctionMode):
             source = self._sources[func] = self._source_of(func)
         if source is None or self.idle:
             return func(*args, **kwargs)
-        after = self._guarded(func, source, self, func, args, kwargs)
+        after = self._guarded(func, source, Call(self, func, args, kwargs))
         if isinstance(after, Instead):
             return after.run()
         output = func(*args, **kwargs)
@@ -140,30 +162,23 @@ class Watcher(TorchFunctionMode):
         for recorder in self.recorders:
             recorder.found(numbers)
 
-    def tell(self, what: str, read: Read) -> None:
-        """Hand an attention to all recorders; what fails to be read is missed.
+    def tell(self, record: AttentionRecord, used: Tensor | None = None) -> list[Undo]:
+        """Hand an attention to all recorders; return what takes it back.
 
         Args:
-            what: What happened, should it not be readable.
-            read: Makes the record.
+            record: The attention.
+            used: The weights that were multiplied, if they are known.
         """
-        record, used = read()
         tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
         if any(map(is_functorch_wrapped_tensor, tensors)):
-            self.miss(what, _TRANSFORMED)
-            return
-        for recorder in self.recorders:
-            recorder.take(record, used, self.tags)
+            self.miss(record.source, _TRANSFORMED)
+            return []
+        return [recorder.take(record, used, self.tags) for recorder in self.recorders]
 
     def miss(self, what: str, why: str) -> None:
         """Tell all recorders of what cannot be read."""
         for recorder in self.recorders:
             recorder.miss(what, why)
-
-
-def argument(args: Args, kwargs: Keywords, place: int, name: str, default: Any = None) -> Any:
-    """Return an argument that a function was called with, by its place or by its name."""
-    return args[place] if len(args) > place else kwargs.get(name, default)
 
 
 def in_backward() -> bool:

@@ -11,19 +11,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pytest_attnheat.attention.call import ScoreMod
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.watching import After, Args, Function, Keywords, Watcher
+from pytest_attnheat.capture.watching import After, Call
 from pytest_attnheat.inputs import wide_dtype
 
 SOURCE = "flex_attention"
 
 
-def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> After:
+def see(call: Call) -> After:
     """Tell what the operator behind `flex_attention` was given.
 
     It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
     pair whether it may attend), scale, and options of the kernel.
     """
-    return lambda result: watcher.tell(SOURCE, lambda: (_record(args, result[0]), None))
+
+    def after(result: Any) -> None:
+        call.watcher.tell(_record(call.args, result[0]))
+
+    return after
 
 
 def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from string import ascii_lowercase, ascii_uppercase
 from typing import Any
 
 import torch
@@ -54,7 +55,7 @@ class Product:
 
 def read_product(name: str, args: Args, kwargs: Keywords, output: object) -> Product | None:
     """Read a call of matmul, bmm, baddbmm or einsum; None if it is not a product of matrices."""
-    if not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or not output.is_floating_point():
         return None
     if name == "einsum":
         return _einsum(args, output)
@@ -68,7 +69,9 @@ def read_product(name: str, args: Args, kwargs: Keywords, output: object) -> Pro
     if len(operands) < 2 or not all(isinstance(t, Tensor) and t.ndim >= 1 for t in operands[:2]):
         return None
     left, right = operands[:2]
-    if not left.is_floating_point() or left.ndim == right.ndim == 1:
+    if name == "tensordot":
+        return _tensordot(left, right, kwargs.get("dims", operands[2:3]), output)
+    if left.ndim == right.ndim == 1:
         return None
     if left.ndim == 1:  # One row, which has no axis of its own.
         row, back = partial(torch.unsqueeze, dim=-2), partial(torch.squeeze, dim=-2)
@@ -79,27 +82,77 @@ def read_product(name: str, args: Args, kwargs: Keywords, output: object) -> Pro
     return Product(left, right, output, left, right, scale, added)
 
 
-_OPERANDS = ("input", "self", "other", "mat2", "batch1", "batch2", "tensor2")
+_OPERANDS = ("input", "self", "other", "mat2", "batch1", "batch2", "tensor2", "a", "b", "vec")
 
 
-def _einsum(args: tuple[Any, ...], output: Tensor) -> Product | None:
-    """Two operands with one axis summed: batch axes, one of rows, one of columns."""
+def _tensordot(left: Tensor, right: Tensor, dims: Any, output: Tensor) -> Product | None:
+    """A product over one axis of each operand, without batch axes."""
+    dims = dims[0] if isinstance(dims, list) and len(dims) == 1 else dims
+    if isinstance(dims, int):
+        axes = (-1, 0) if dims == 1 else ()
+    else:
+        axes = tuple(one[0] if isinstance(one, list | tuple) else one for one in dims)
+        axes = () if any(isinstance(one, list | tuple) and len(one) != 1 for one in dims) else axes
+    if len(axes) != 2:
+        return None
+    a, b = list(ascii_lowercase[: left.ndim]), list(ascii_uppercase[: right.ndim])
+    b[axes[1]] = a[axes[0]]
+    out = [c for c in (*a, *b) if c != a[axes[0]]]
+    return _read(out, output, _Operand(left, a), _Operand(right, b))
+
+
+def read_sum(a: Tensor, b: Tensor, dim: int, output: Tensor) -> Product | None:
+    """Read `(a * b).sum(dim)`, of tensors that broadcast; None if it is not one of matrices."""
+    ndim = max(a.ndim, b.ndim)
+    sizes = [(1,) * (ndim - one.ndim) + tuple(one.shape) for one in (a, b)]
+    if sizes[0][dim] != sizes[1][dim] or output.ndim != ndim - 1:
+        return None
+    operands = []
+    for tensor, own, other in zip((a, b), sizes, reversed(sizes), strict=True):
+        repeated = [axis for axis in range(ndim) if own[axis] == 1 != other[axis]]
+        letters = [c for axis, c in enumerate(ascii_lowercase[:ndim]) if axis not in repeated]
+        operands.append(_Operand(tensor, letters, partial(_without, axes=repeated, ndim=ndim)))
+    out = [c for c in ascii_lowercase[:ndim] if c != ascii_lowercase[dim % ndim]]
+    return _read(out, output, *operands)
+
+
+def _without(tensor: Tensor, axes: list[int], ndim: int) -> Tensor:
+    return tensor[(None,) * (ndim - tensor.ndim)].squeeze(axes)
+
+
+def _einsum(args: Args, output: Tensor) -> Product | None:
     if not args or not isinstance(args[0], str):
         return None
     operands = args[1] if len(args) == 2 and isinstance(args[1], list | tuple) else args[1:]
     if len(operands) != 2:
         return None
     named = _letters(args[0], operands, output)
-    if named is None:
-        return None
-    left, right, out = named
+    return None if named is None else _read(named[2], output, *map(_Operand, operands, named))
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A tensor, the names of the axes that it has once it is laid, and how it is."""
+
+    source: Tensor
+    letters: list[str]
+    lay: Move = lambda tensor: tensor
+
+
+def _read(out: list[str], output: Tensor, a: _Operand, b: _Operand) -> Product | None:
+    """Two operands with one axis summed, as one product of matrices or, read from the right, not.
+
+    There are batch axes, one of rows, one of columns, and perhaps groups of rows.
+    """
+    return _matrices(a, b, out, output) or _matrices(b, a, out, output)
+
+
+def _matrices(a: _Operand, b: _Operand, out: list[str], output: Tensor) -> Product | None:
+    left, right = a.letters, b.letters
     inner = [c for c in left if c in right and c not in out]
     batch = [c for c in out if c in left and c in right]
     rows = [c for c in out if c in left and c not in right]
     columns = [c for c in out if c in right and c not in left]
-    if len(columns) > 1 and len(rows) == 1:
-        swapped = ",".join(reversed(args[0].partition("->")[0].split(",")))
-        return _einsum((f"{swapped}->{args[0].partition('->')[2]}", *reversed(operands)), output)
     if len(inner) != 1 or len(columns) != 1:
         return None
     if len(left) != len(batch) + len(rows) + 1 or len(right) != len(batch) + 2:
@@ -112,11 +165,11 @@ def _einsum(args: tuple[Any, ...], output: Tensor) -> Product | None:
     order = [out.index(c) for c in [*lead, *rows, *columns]]
 
     def left_of(tensor: Tensor) -> Tensor:
-        tensor = tensor.permute(left_axes)
+        tensor = a.lay(tensor).permute(left_axes)
         return tensor if rows else tensor.unsqueeze(-2)  # One query, which has no axis of its own.
 
     def right_of(tensor: Tensor) -> Tensor:
-        tensor = tensor.permute(right_axes)
+        tensor = b.lay(tensor).permute(right_axes)
         for place in (lead.index(c) for c in lead if c in groups):
             tensor = tensor.unsqueeze(place)
         return tensor
@@ -125,12 +178,11 @@ def _einsum(args: tuple[Any, ...], output: Tensor) -> Product | None:
         tensor = tensor if rows else tensor.squeeze(-2)
         return tensor.permute([order.index(axis) for axis in range(len(order))])
 
-    a, b = operands
     made = output.permute(order)
-    made = made if rows else made.unsqueeze(-2)
     return Product(
-        left_of(a), right_of(b), made, a, b, left_of=left_of, right_of=right_of, back=back
-    )
+        left_of(a.source), right_of(b.source), made if rows else made.unsqueeze(-2),
+        a.source, b.source, left_of=left_of, right_of=right_of, back=back,
+    )  # fmt: skip
 
 
 def _letters(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,23 +12,96 @@ from torch import Tensor
 from pytest_attnheat.attention.vocabulary import permits
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.sources.numbers import explained
+from pytest_attnheat.capture.sources.numbers import explained, sample_of
 from pytest_attnheat.capture.sources.products import Product
 from pytest_attnheat.capture.tags import Scores, Tag, coarser, without_factor, without_repetition
-from pytest_attnheat.capture.watching import Watcher
+from pytest_attnheat.capture.watching import Undo, Watcher
 
 
-def tell(watcher: Watcher, product: Product) -> None:
+@dataclass(frozen=True)
+class Attended:
+    """An attention that was told: what made it, and what takes it back."""
+
+    tag: Tag
+    product: Product
+    undo: list[Undo]
+
+
+def tell(watcher: Watcher, product: Product) -> Attended | None:
     """Tell the recorders of a product of weights and values."""
     tag = watcher.tags[product.left_source]
     assert tag is not None
-    product = _spread(product)
-    clean = product.left if tag.clean is None else product.left_of(tag.clean)
     watcher.found(tag.softmaxes)
+    product = _spread(product)
+    within = _attended(watcher.tags[product.right_source])
+    if within is not None and _is_linear(tag, within.tag):
+        return _tell_linear(watcher, tag, product, within)
+    attended = _told(watcher, tag, product)
+    if tag.part is None or attended is None:
+        return attended
+    tag.parts[tag.part[0]] = attended
+    if sum(one.product.left.shape[-1] for one in tag.parts.values()) < tag.part[1]:
+        return None
+    return _told(watcher, replace(tag, scores=None, clean=None), _together(tag.parts))
+
+
+def _told(watcher: Watcher, tag: Tag, product: Product, **known: Any) -> Attended | None:
+    clean = product.left if tag.clean is None else product.left_of(tag.clean)
     if not clean.is_floating_point() or clean.shape != product.left.shape or clean.is_meta:
         watcher.miss(tag.source, "its weights were changed in a way that is not understood")
+        return None
+    record, used = _record(watcher, tag, product, clean)
+    return Attended(tag, product, watcher.tell(replace(record, **known), used))
+
+
+def _attended(tag: Tag | None) -> Attended | None:
+    found = None if tag is None else tag.attended
+    return found if isinstance(found, Attended) else None
+
+
+def _is_linear(outer: Tag, inner: Tag) -> bool:
+    """Whether neither weights are made of queries times keys: q.softmax @ (k.softmax.mT @ v)."""
+    origins = [tag.scores is not None and tag.scores.origin is None for tag in (outer, inner)]
+    return all(origins) and outer.source == inner.source == "softmax"
+
+
+def _tell_linear(watcher: Watcher, tag: Tag, product: Product, inner: Attended) -> Attended | None:
+    """Tell of linear attention, by the weights that it implies, in place of its inner half."""
+    for undo in inner.undo:
+        undo()
+    weights = product.left @ inner.product.left
+    value = inner.product.right.expand(*weights.shape[:-2], -1, -1)
+    whole = Product(weights, value, product.output, weights, inner.product.right_source)
+    bare = Tag(source="linear attention", dropout=tag.dropout or inner.tag.dropout)
+    return _told(watcher, bare, whole, kind="linear")
+
+
+def _together(parts: dict[int, Attended]) -> Product:
+    """One product of parts of the keys."""
+    for one in parts.values():
+        for undo in one.undo:
+            undo()
+    products = [parts[start].product for start in sorted(parts)]
+    lead = products[0].output.shape[:-2]
+    left = torch.cat([one.left for one in products], -1)
+    right = torch.cat([one.right.expand(*lead, -1, -1) for one in products], -2)
+    output = sum((one.output for one in products[1:]), products[0].output)
+    return Product(left, right, output, left, right)
+
+
+def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tensor) -> None:
+    """Tell of weights that their sum divides after they multiplied the value, if it does."""
+    tag, left = watcher.tags[product.left_source], product.left
+    sums = left.sum(-1, keepdim=True)
+    whole = product.back(sums.expand(product.output.shape))
+    if tag is None or tag.scores is None or not isinstance(divisor, Tensor):
         return
-    watcher.tell(tag.source, lambda: _record(watcher, tag, product, clean))
+    if not torch.allclose(whole, divisor.expand_as(whole), rtol=1e-3):
+        return
+    sample = sample_of(tag.scores, product.left_source.detach().log(), -1)
+    tag = replace(tag, source="exp, divided by its sum afterwards", sample=sample)
+    product = _spread(replace(product, left=left / sums, output=product.output / sums))
+    _told(watcher, tag, product)
 
 
 def _spread(product: Product) -> Product:

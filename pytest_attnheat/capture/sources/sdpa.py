@@ -16,23 +16,15 @@ from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping
 from pytest_attnheat.capture.tags import without_factor
-from pytest_attnheat.capture.watching import (
-    After,
-    Args,
-    Function,
-    Instead,
-    Keywords,
-    Watcher,
-    argument,
-)
+from pytest_attnheat.capture.watching import After, Call, Instead, Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SOURCE = "scaled_dot_product_attention"
 
 
-def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> After:
+def see(call: Call) -> After:
     """Tell what it was given."""
-    given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+    watcher, given = call.watcher, {**dict(zip(_NAMES, call.args, strict=False)), **call.kwargs}
     tensors = given["query"], given["key"], given["value"]
 
     def after(output: Any) -> None:
@@ -41,7 +33,7 @@ def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> After
             kind = "nested" if strange is not None and strange.is_nested else "unusual"
             watcher.miss(SOURCE, f"it was given {kind} tensors")
             return
-        watcher.tell(SOURCE, lambda: (_record(watcher, given, output), None))
+        watcher.tell(_record(watcher, given, output))
 
     return after
 
@@ -96,19 +88,20 @@ def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignmen
     return None, mask, causal
 
 
-def see_within(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Instead:
+def see_within(call: Call) -> Instead:
     """Run `multi_head_attention_forward` under the watcher: what happens within is seen.
 
     A mode is set aside while it handles a function, and the function would hand itself to the
     mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
     """
+    watcher = call.watcher
 
     def run() -> Any:
         before = watcher.heads
-        watcher.heads = argument(args, kwargs, 4, "num_heads")
+        watcher.heads = call.given(4, "num_heads")
         try:
             with watcher:
-                return _unasking()(*args, **kwargs)
+                return _unasking()(*call.args, **call.kwargs)
         finally:
             watcher.heads = before
 
