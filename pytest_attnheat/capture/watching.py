@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,8 +21,6 @@ from pytest_attnheat.capture.tags import Tags
 _TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
 # Takes a record back that is but a part of an attention.
 Undo = Callable[[], None]
-# (module, its name, positional arguments, keywords)
-Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -211,25 +210,23 @@ def paused() -> Iterator[None]:
 class Layers:
     """The modules of one model that are running, innermost last.
 
-    It listens with hooks on each module. Scripted modules take none: they are taken to have run
-    where the module around them ran.
+    It listens with hooks on each module; one for all would make compiled modules warn. Scripted
+    modules take none: they are taken to have run where the module around them ran.
 
     Attributes:
         ran: The modules that ran in the thread of the capture, by name, in order.
         elsewhere: Those that ran in other threads, in which nobody watched.
-        hooked: Those that had hooks before.
     """
 
-    def __init__(self, model: nn.Module | None, entered: Entered) -> None:
+    def __init__(self, model: nn.Module | None, entered: Callable[[nn.Module], None]) -> None:
         self.ran: dict[str, nn.Module] = {}
         self.elsewhere: dict[str, nn.Module] = {}
-        self.hooked: set[nn.Module] = set()
         self._modules: dict[str, nn.Module] = {}
         self._top: nn.Module | None = None
         if model is not None:
             self._top = top = original(model)
             named = top.named_modules()
-            self._modules = {name or type(top).__name__: module for name, module in named}
+            self._modules = {plain_name(name) or type(top).__name__: one for name, one in named}
         self._entered = entered
         self._thread = threading.get_ident()
         self._running: list[str] = []
@@ -238,15 +235,12 @@ class Layers:
     def start(self) -> None:
         """Begin to listen."""
         for name, module in self._modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            if module._forward_hooks or module._forward_pre_hooks:
-                self.hooked.add(module)
-            enter, leave = self._hooks(name)
-            self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(leave, always_call=True),
-            ]
+            if not isinstance(module, torch.jit.ScriptModule):
+                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                self._handles += [
+                    module.register_forward_pre_hook(enter),
+                    module.register_forward_hook(leave, always_call=True),
+                ]
 
     def stop(self) -> None:
         """Stop listening."""
@@ -283,25 +277,31 @@ class Layers:
                 found[name] = module
         return found
 
-    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != self._thread:
-                # Else a capture of that thread sees it, or a backward pass runs it again.
-                if current() is None and not in_backward():
-                    self.elsewhere.setdefault(name, module)
-                return
-            self._running.append(name)
-            self.ran.setdefault(name, module)
-            self._entered(module, name, args, kwargs)
+    def _enter(self, name: str, module: nn.Module, args: object) -> None:
+        if threading.get_ident() != self._thread:
+            # Else a capture of that thread sees it, or a backward pass runs it again.
+            if current() is None and not in_backward():
+                self.elsewhere.setdefault(name, module)
+            return
+        self._running.append(name)
+        self.ran.setdefault(name, module)
+        self._entered(module)
 
-        def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if threading.get_ident() != self._thread or name not in self._running:
-                return
-            # An exception in another pre-hook leaves modules on the stack that are never left.
-            while self._running.pop() != name:
-                pass
+    def _leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
+        if threading.get_ident() != self._thread or name not in self._running:
+            return
+        # An exception in a pre-hook leaves modules on the stack that are never left.
+        while self._running.pop() != name:
+            pass
 
-        return enter, leave
+
+# What wrappers add to the names of the modules within.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without what parallel, sharded and compiled wrappers add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def original(model: nn.Module) -> nn.Module:

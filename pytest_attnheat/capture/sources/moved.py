@@ -281,9 +281,9 @@ def _follow(
     for made in output if isinstance(output, tuple | list) else (output,):
         if isinstance(made, Tensor) and made.is_floating_point():
             shapes = [one.shape[-2:] for one in every if isinstance(one, Tensor)]
-            call.watcher.tags[made] = Tag(
-                factor=factor, parametric=parametric and made.shape[-2:] in shapes
-            )
+            classes = parametric and made.shape[-2:] in shapes
+            if factor != 1 or classes:
+                call.watcher.tags[made] = Tag(factor=factor, parametric=classes)
 
 
 def _factor_of(base: str, every: list[Any]) -> float | None:
