@@ -55,7 +55,7 @@ _ONE = torch.ones((), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class _Saved:
+class Saved:
     """What the forward pass leaves for the backward pass.
 
     Attributes:
@@ -77,7 +77,8 @@ class _Saved:
     right: Tensor
 
     @classmethod
-    def of(cls, call: Call, kept: Tensor | None) -> _Saved:
+    def of(cls, call: Call, kept: Tensor | None) -> Saved:
+        """Compute a call that has the gradient of its output."""
         case = as_case(call)
         assert case.upstream is not None
         forward, above = carry_out(Plan(), case), case.upstream.double()
@@ -116,8 +117,8 @@ def likely_backward_mistake(
         return None
     found = {name: one.detach().cpu().double() for name, one in gradients.items()}
     with torch.no_grad():
-        saved = _Saved.of(call, kept)
-        off = _off(_carried_back(BackwardPlan(), saved.case, saved), found, saved)
+        saved = Saved.of(call, kept)
+        off = _off(carried_back(BackwardPlan(), saved.case, saved), found, saved)
         wrong = [name for name in found if (name in wrong if wrong else not off[name][1])]
         by = {name: off[name][0] for name in wrong}
         if not by or not all(0 < size < math.inf for size in by.values()):
@@ -144,12 +145,12 @@ def likely_backward_mistake(
 
 
 def _of_a_wrong_output(
-    causes: Mapping[str, tuple[Plan, Case]], found: Mapping[str, Tensor], which: str, saved: _Saved
+    causes: Mapping[str, tuple[Plan, Case]], found: Mapping[str, Tensor], which: str, saved: Saved
 ) -> str | None:
     """Say whether the gradients are those of an output that is wrong."""
     named = f"that of attention {', or '.join(causes)}"
     for plan, read in causes.values():
-        again = _carried_back(_started(plan, "own", "own"), read, saved)
+        again = carried_back(_started(plan, "own", "own"), read, saved)
         if all(fits for _, fits in _off(again, found, saved).values()):
             return f"{which} follow the output, which is wrong: it is {named}"
     return f"the output is wrong: it is {named}" if causes else None
@@ -161,7 +162,7 @@ def listed(names: list[str]) -> str:
 
 
 def _off(
-    attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: _Saved
+    attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Saved
 ) -> dict[str, tuple[float, bool]]:
     """By how much each gradient that was found differs, and whether by rounding alone."""
     dtype, scores = saved.case.dtype, finite(_masked(saved.forward))
@@ -181,7 +182,7 @@ def _off(
     return compared
 
 
-def _attempted(saved: _Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
+def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
     """What each known mistake gives: of the backward pass alone, or of the weights in it."""
     every: list[tuple[str, BackwardPlan, Case]] = []
     for sentence, plan, read in attempts(saved.case, BACKWARD, BackwardPlan()):
@@ -192,12 +193,12 @@ def _attempted(saved: _Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Ten
             every += [(sentence, _started(plan, *how), read) for how in _AGAIN]
     for sentence, plan, read in every:
         try:
-            yield sentence, plan, _carried_back(plan, read, saved)
+            yield sentence, plan, carried_back(plan, read, saved)
         except NotApplicable:
             continue
 
 
-def _is_of_both(plan: Plan, read: Case, saved: _Saved) -> bool:
+def _is_of_both(plan: Plan, read: Case, saved: Saved) -> bool:
     """Whether a backward pass may be wrong like this as well, and is something else then."""
     right = Plan()
     if any(getattr(plan, name) != getattr(right, name) for name in _FORWARD_ALONE):
@@ -217,7 +218,7 @@ def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
     return BackwardPlan(**vars(plan) | again)
 
 
-def _carried_back(plan: BackwardPlan, read: Case, saved: _Saved) -> dict[str, Tensor]:
+def carried_back(plan: BackwardPlan, read: Case, saved: Saved) -> dict[str, Tensor]:
     """Return the gradients, by name, of a backward pass that reads the case as `read`.
 
     Raises:
@@ -257,7 +258,7 @@ def _carried_back(plan: BackwardPlan, read: Case, saved: _Saved) -> dict[str, Te
     return found
 
 
-def _weights(plan: BackwardPlan, again: Outcome, saved: _Saved) -> Tensor:
+def _weights(plan: BackwardPlan, again: Outcome, saved: Saved) -> Tensor:
     """The weights that the backward pass computes once more."""
     weights = again.weights.clone()
     if plan.weights_from == "saved":
@@ -271,7 +272,7 @@ def _weights(plan: BackwardPlan, again: Outcome, saved: _Saved) -> Tensor:
     return weights
 
 
-def _row_term(plan: BackwardPlan, saved: _Saved, own: Tensor) -> Tensor:
+def _row_term(plan: BackwardPlan, saved: Saved, own: Tensor) -> Tensor:
     """D in the formulas above, (batch, heads, query_len, 1)."""
     right, heads = saved.right, torch.arange(saved.case.heads)
     return {

@@ -331,7 +331,7 @@ BACKWARD: tuple[Defect, ...] = (
     _backward("backward_weights_detached",
               "whose weights are detached: a gradient passes through the values alone",
               detached=True),
-    _backward("backward_exchanged", "whose gradients of query and key are exchanged",
+    _backward("backward_exchanged", "that exchanges the gradients of query and key",
               exchanged=True),
     _backward("backward_dropout_ignored",
               "whose backward pass does not apply the dropout of the forward pass",
