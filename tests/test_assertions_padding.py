@@ -254,7 +254,7 @@ def test_a_mask_that_is_declared_as_its_opposite_is_told_so():
 def test_a_mean_over_the_padding_is_found():
     message = message_of(keeps("mean"), tokens(3, 5))
     assert "15 of 15 rows of real tokens" in message
-    assert "cause" not in message
+    assert "attention in Layer does not let it be seen: it is seen outside of attention" in message
 
 
 def test_the_mask_of_the_first_sample_taken_for_all_is_found_in_a_ragged_batch():
@@ -373,7 +373,8 @@ def test_padding_on_the_left_that_is_not_masked_is_not_taken_for_wrong_positions
     assert_padding_invariant(decoder(), tokens(3, 5), lengths=[5, 2, 4])
     message = message_of(decoder("unmasked"), tokens(3, 5))
     assert "change with padding on the left" in message
-    assert "only on the left: real tokens feel what the padding holds: it is not masked" in message
+    assert "only on the left: padding gets up to " in message
+    assert "of the attention of a real token in Decoder, no mask hides it there" in message
     assert "positions" not in message
 
 

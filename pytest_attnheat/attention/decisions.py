@@ -20,34 +20,39 @@ class Plan:
     """One decision per field; the defaults are correct attention.
 
     Attributes:
+        misread: How the call is misread, names of `misreadings.MISREADINGS`.
         query_from: The tensor used as queries; likewise `key_from` and `value_from`.
         split: How heads are split off the embedding: by "transpose", or wrongly by "reshape".
         merge: How heads are merged, likewise, or "averaged".
         weights_of_heads: "own", or "averaged" over all heads.
         grouping: Which key head serves a query head: neighbours share one ("interleave"), heads
             take turns ("tile"), or all use the "first".
-        scale: What scores are multiplied by.
         scale_after: Leave the scores as they are, and scale the weights.
         temperature: A factor of the scores besides.
+        overflow: Whether products that float16 cannot hold become infinite in it.
+        products_dtype: The dtype that products of queries and keys are rounded to.
         scores_dtype: The dtype that scaled scores are rounded to.
         weights_dtype: The dtype that weights are rounded to.
-        mask: Which keys the mask permits: as given ("keep"), "inverted", all ("ignored"),
-            "transposed", those of the sample before or after ("rolled", "rolled_back"), of the
-            first sample, or of sample (batch * heads + head) % batches ("tiled").
-        causal: "declared", the "other_corner", "ignored", "always", or "reversed" (the future).
+        output_dtype: The dtype that the output is rounded to.
+        softcap: What is capped: scaled products ("declared"), or products "before_scale"; scores
+            "after_bias", or "after_mask" as well; or one of its two factors is missing
+            ("not_divided", "not_multiplied").
+        causal: "declared", the "other_corner" (with all that is counted from it, or "alone"), or
+            "reversed" (the future).
         causal_shift: How many keys more a causal query sees.
         causal_shift_where: In "all" cases, where lengths "differ", or there are "more_keys".
         together: Given a mask and causal: "both" count, or "mask_only", "causal_only".
-        window_shift: How many keys more a window has on the left and on the right.
-        window: "declared", "ignored" or "swapped" (left is right).
         dropped_key: "first" or "last": a key that nobody attends to.
         key_block: Keys after the last whole block of so many are ignored; 0 for none.
         query_block: Queries after the last whole block of so many get zeros; 0 for none.
-        short_block: Whether fewer keys or queries than one block are "dropped" as well, or "kept".
-        online_block: Keys come in blocks of so many, and the maximum so far is subtracted; 0 for
-            all at once.
-        stale: What is not brought down where a later block raises that maximum: "none", the
-            "output" so far, the "sum" so far, or "both".
+        blocks: Which blocks those are: "whole" ones, or a "short" one alone as well, or the
+            "first" alone.
+        part: Keys come in parts of so many, 0 for all at once; -1 for two parts, the first no
+            longer than the second, -2 for two, no shorter.
+        merging: How parts become one: right ("exact"), or with the "output" so far, the "sum" so
+            far or "both" not brought down where a later part raises the maximum; with the wrong
+            base of the log-sum-exp ("two_for_e", "e_for_two"), by their "mean" or "added"; or NaN
+            where the "first_empty" part, the "first_two_empty" or "any_empty" has no key.
         masking: How a mask is applied: by a "fill" of the scores, by a number "added", as "ones"
             (1 where permitted, added) or "ones_masked" (1 where not), or to the weights "after"
             the softmax, or there with a new division by the sum ("after_renormalised").
@@ -56,6 +61,8 @@ class Plan:
         fill: The number that is filled in or added.
         dim: What the softmax runs over: "keys", "queries", "heads", "batch" or the whole "map".
         normaliser: How scores become weights.
+        sinks: How they join the sum of a row: as "declared", not in its maximum ("outside"), with
+            no maximum subtracted ("not_shifted"), or with it subtracted "twice".
         fully_masked: What rows without permitted keys become: None for what is declared, or
             "natural" for what the numbers give.
         empty_slices: What softmax over nothing but -inf gives where it does not run over keys, and
@@ -64,6 +71,7 @@ class Plan:
         masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
     """
 
+    misread: frozenset[str] = frozenset()
     query_from: Source = "query"
     key_from: Source = "key"
     value_from: Source = "value"
@@ -71,27 +79,28 @@ class Plan:
     merge: Literal["transpose", "reshape", "averaged"] = "transpose"
     weights_of_heads: Literal["own", "averaged"] = "own"
     grouping: Literal["interleave", "tile", "first"] = "interleave"
-    scale: Literal["declared", "missing", "squared", "inverse", "value_width", "embedding",
-                   "key_len", "default"] = "declared"  # fmt: skip
     scale_after: bool = False
     temperature: float = 1.0
+    overflow: bool = False
+    products_dtype: torch.dtype | None = None
     scores_dtype: torch.dtype | None = None
     weights_dtype: torch.dtype | None = None
-    mask: Literal[
-        "keep", "inverted", "ignored", "transposed", "rolled", "rolled_back", "first", "tiled"
-    ] = "keep"
-    causal: Literal["declared", "other_corner", "ignored", "always", "reversed"] = "declared"
+    output_dtype: torch.dtype | None = None
+    softcap: Literal[
+        "declared", "before_scale", "after_bias", "after_mask", "not_divided", "not_multiplied"
+    ] = "declared"
+    causal: Literal["declared", "other_corner", "other_corner_alone", "reversed"] = "declared"
     causal_shift: int = 0
     causal_shift_where: Literal["all", "differ", "more_keys"] = "all"
     together: Literal["both", "mask_only", "causal_only"] = "both"
-    window: Literal["declared", "ignored", "swapped"] = "declared"
-    window_shift: tuple[int, int] = (0, 0)
     dropped_key: Literal["none", "first", "last"] = "none"
     key_block: int = 0
     query_block: int = 0
-    short_block: Literal["dropped", "kept"] = "dropped"
-    online_block: int = 0
-    stale: Literal["none", "output", "sum", "both"] = "none"
+    blocks: Literal["whole", "short", "first"] = "whole"
+    part: int = 0
+    merging: Literal[
+        "exact", "output", "sum", "both", "two_for_e", "e_for_two", "mean", "added", "first_empty",
+        "first_two_empty", "any_empty"] = "exact"  # fmt: skip
     masking: Literal["fill", "added", "ones", "ones_masked", "after", "after_renormalised"] = "fill"
     covers: Literal["all", "mask", "causal"] = "all"
     fill: float = -math.inf
@@ -99,11 +108,17 @@ class Plan:
     normaliser: Literal[
         "softmax", "no_maximum", "unnormalised", "unnormalised_shifted", "plus_one",
         "plus_one_shifted", "sigmoid", "relu", "scores", "log_softmax", "twice", "twice_masked",
-        "hard"] = "softmax"  # fmt: skip
+        "hard", "uniform"] = "softmax"  # fmt: skip
+    sinks: Literal["declared", "outside", "not_shifted", "twice"] = "declared"
     fully_masked: Natural | None = None
     empty_slices: Literal["nan", "zero", "uniform"] = "nan"
     output_factor: float = 1.0
     masked_nan: Literal["unfelt", "felt"] = "unfelt"
+
+    @property
+    def coarse(self) -> torch.dtype | None:
+        """The dtype that some step is rounded to, if any is."""
+        return self.products_dtype or self.scores_dtype or self.weights_dtype or self.output_dtype
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.decisions import Plan
+from pytest_attnheat.attention.decisions import Natural, Plan
+from pytest_attnheat.attention.misreadings import BLOCKS, IGNORED
 
 Change: TypeAlias = Callable[[Plan], Plan]
 # Constants that are found by fitting, and patterns that random numbers leave.
@@ -31,6 +32,7 @@ class Defect:
             constant stands in place of `{constant}`.
         changes: What it does to the plan, in each of its forms; the first one is the most usual.
         issue: A public issue that reports it.
+        form_of: A simpler defect, which is named in its place where it gives the same output.
         seen: How it is found: its output is reproduced "exactly" (to within rounding), or with
             a constant that is "fitted"; by "rounding" that another order of the same steps may
             do differently in a few rows; by "randomness", which no plan reproduces; or with NaN
@@ -43,6 +45,7 @@ class Defect:
     changes: tuple[Change, ...] = ()
     issue: str | None = None
     seen: Seen = "exactly"
+    form_of: str = ""
     backward: bool = False
 
     def change(self, plan: Plan) -> Plan:
@@ -50,35 +53,37 @@ class Defect:
         return self.changes[0](plan) if self.changes else plan
 
 
-def _changes(**choices: Any) -> tuple[Change, ...]:
-    """One change for each combination; a list holds choices, anything else is the only one."""
+def changes_of(**choices: Any) -> tuple[Change, ...]:
+    """Return a change for each combination; a list holds choices, anything else is the only one."""
     lists = [choice if isinstance(choice, list) else [choice] for choice in choices.values()]
     return tuple(_setting(dict(zip(choices, chosen, strict=True))) for chosen in product(*lists))
 
 
 def _defect(
-    name: str, sentence: str, issue: str | None = None, *, seen: Seen = "exactly", **choices: Any
-) -> Defect:
+    name: str, sentence: str, issue: str | None = None, *, seen: Seen = "exactly",
+    form_of: str = "", **choices: Any
+) -> Defect:  # fmt: skip
     """A defect with one change for each combination of some decisions of a plan."""
-    return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen)
-
-
-def _backward(name: str, sentence: str, issue: str | None = None, **choices: Any) -> Defect:
-    """A defect of the backward pass alone: the output is right."""
-    return Defect(name, sentence, _changes(**choices), issue, backward=True)
+    return Defect(name, sentence, changes_of(**choices) if choices else (), issue, seen, form_of)
 
 
 def _setting(fields: dict[str, Any]) -> Change:
-    return lambda plan: replace(plan, **fields)
+    named = fields.pop("misread", ())
+    more = frozenset([named] if isinstance(named, str) else named)
+    return lambda plan: replace(plan, misread=plan.misread | more, **fields)
 
 
 # Rows that the defect leaves without keys: as declared, or what the numbers then give.
-_ROWS: list[str | None] = [None, "natural"]
+_ROWS: list[Natural | None] = [None, "natural"]
+ROWS: tuple[Natural, ...] = ("zero", "uniform", "nan", "natural")
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
-_BLOCKS = [2, 3, 4, 8, 16, 32, 64, 128]
+_BLOCKS = list(BLOCKS)
+_PARTS = [-1, -2, 4, 16, 64, 128]
 # Whether fewer keys than one block are dropped as well: those of the small cases.
-_SHORT = ["dropped", "kept"]
+_SHORT = ["whole", "short"]
+_EMPTY = ["zero", "nan"]
+_FIRST = [16, 32, 64, 128, 256, 512]
 
 _SOFTMAX = (
     _defect("softmax_over_queries", "whose softmax runs over the queries (dim=-2)",
@@ -111,36 +116,46 @@ _SOFTMAX = (
             normaliser="no_maximum", empty_slices=["nan", "zero"]),
     _defect("online_output_not_rescaled",
             "whose softmax takes keys block by block and does not rescale the output so far when "
-            "a later block raises the maximum", online_block=_BLOCKS, stale="output",
+            "a later block raises the maximum", part=_BLOCKS, merging="output",
             fully_masked=_ROWS),
     _defect("online_sum_not_rescaled",
             "whose softmax takes keys block by block and does not rescale the sum so far when a "
-            "later block raises the maximum", online_block=_BLOCKS, stale="sum",
+            "later block raises the maximum", part=_BLOCKS, merging="sum",
             fully_masked=_ROWS),
     _defect("online_never_rescaled",
             "whose softmax takes keys block by block and rescales neither the output nor the sum "
-            "so far when a later block raises the maximum", online_block=_BLOCKS, stale="both",
+            "so far when a later block raises the maximum", part=_BLOCKS, merging="both",
             fully_masked=_ROWS),
     _defect("hard_maximum", "whose weights are 1 at the largest score and 0 elsewhere",
             normaliser="hard", fully_masked=_ROWS),
+    _defect("mean_of_values", "whose output is the mean of the values: its weights are all equal",
+            normaliser="uniform", misread=[(), "no rules"]),
     _defect("base_two", "whose softmax raises 2, not e, to the scores (exp2 without log2(e))",
             temperature=math.log(2.0)),
 )  # fmt: skip
 
 _SCALE = (
-    _defect("scale_missing", "whose scores are not scaled", scale="missing"),
+    _defect("scale_missing", "whose scores are not scaled", misread="scale missing"),
     _defect("scale_squared", "whose scores are scaled twice (divided by head_dim, not by its root)",
-            scale="squared"),
+            misread="scale squared"),
     _defect("scale_inverted",
             "whose scores are divided by the scale, not multiplied: times sqrt(head_dim)",
-            "esceptico/perceiver-io#9", scale="inverse"),
+            "esceptico/perceiver-io#9", misread="scale inverse"),
     _defect("scale_from_value_width", "whose scale is taken from the width of the values",
-            scale="value_width"),
+            misread="scale of value_width"),
     _defect("scale_from_embedding",
             "whose scale is taken from the whole embedding, heads * head_dim",
-            "Graylab/DL4Proteins-notebooks#12", scale="embedding"),
-    _defect("scale_from_key_len", "whose scale is taken from the number of keys", scale="key_len"),
-    _defect("scale_argument_ignored", "that ignores the scale it is given", scale="default"),
+            "Graylab/DL4Proteins-notebooks#12", misread="scale of embedding"),
+    _defect("scale_from_key_len", "whose scale is taken from the number of keys",
+            misread="scale of key_len"),
+    _defect("scale_from_query_len", "whose scale is taken from the number of queries",
+            misread="scale of query_len"),
+    _defect("scale_from_heads", "whose scale is taken from the number of heads",
+            misread="scale of heads"),
+    _defect("scale_absolute", "that takes the absolute value of a negative scale",
+            misread="scale absolute"),
+    _defect("scale_argument_ignored", "that ignores the scale it is given",
+            misread="scale default"),
     _defect("scale_after_softmax", "whose scale is applied after the softmax",
             "FrancescoSaverioZuppichini/ViT#2", scale_after=True),
     _defect("temperature", "whose scores are {constant:.6g} times what they should be",
@@ -151,18 +166,21 @@ _SCALE = (
 
 _MASK = (
     _defect("mask_inverted", "whose mask is inverted: it attends exactly where it may not",
-            "lucidrains/x-transformers#160", mask="inverted", fully_masked=_ROWS),
+            "lucidrains/x-transformers#160", misread="mask inverted", fully_masked=_ROWS),
     _defect("mask_ignored", "that ignores the mask", "TransformerLensOrg/TransformerLens#1005",
-            mask="ignored"),
-    _defect("mask_transposed", "whose mask is transposed", mask="transposed", fully_masked=_ROWS),
+            misread="no mask"),
+    _defect("mask_transposed", "whose mask is transposed", misread="mask transposed",
+            fully_masked=_ROWS),
     _defect("mask_of_another_sample",
             "whose samples use the mask of the sample before or after them",
-            mask=["rolled", "rolled_back"], fully_masked=_ROWS),
-    _defect("mask_of_first_sample", "whose samples all use the mask of the first one", mask="first",
-            fully_masked=_ROWS),
+            misread=["mask rolled", "mask rolled back"], fully_masked=_ROWS),
+    _defect("mask_of_first_sample", "whose samples all use the mask of the first one",
+            misread="mask first sample", fully_masked=_ROWS),
+    _defect("mask_of_first_head", "whose heads all use the mask of the first one",
+            misread="mask first head", fully_masked=_ROWS),
     _defect("mask_tiled_over_heads",
             "whose mask is repeated over heads in the order of samples (repeat, not "
-            "repeat_interleave)", mask="tiled", fully_masked=_ROWS),
+            "repeat_interleave)", misread="mask tiled", fully_masked=_ROWS),
     _defect("mask_after_softmax", "whose mask is applied after the softmax: rows do not sum to 1",
             "huggingface/pytorch-image-models#2236", masking="after", covers=_COVERS,
             fully_masked=_ROWS),
@@ -180,45 +198,173 @@ _MASK = (
             "whose scores are multiplied by the mask: a masked score becomes 0, not -inf", fill=0.0,
             covers=_COVERS, fully_masked=_ROWS),
     _defect("mask_ignored_when_causal", "that ignores the mask when it is causal as well",
-            together="causal_only"),
+            together="causal_only", form_of="mask_ignored"),
     _defect("causal_ignored_with_mask", "that is not causal when a mask is given as well",
-            together="mask_only"),
+            together="mask_only", form_of="causal_ignored"),
 )  # fmt: skip
 
 # Before what is causal: of a window that becomes causal, the window is at fault.
 _WINDOW = (
-    _defect("window_ignored", "without its window", window="ignored"),
+    _defect("window_ignored", "without its window", misread="no window"),
+    _defect("window_other_corner", "whose window is counted from the other corner",
+            misread="window elsewhere", fully_masked=_ROWS),
+    _defect("window_left_too_wide_with_cache",
+            "whose window reaches one key too far to the left, but only where there are more keys "
+            "than queries, as with a cache", misread="window (1, 0) decoding",
+            form_of="window_left_too_wide"),
+    _defect("window_left_too_narrow_with_cache",
+            "whose window misses its last key on the left, but only where there are more keys "
+            "than queries, as with a cache", misread="window (-1, 0) decoding",
+            fully_masked=_ROWS, form_of="window_left_too_narrow"),
     _defect("window_swapped", "whose window has its left and right sides exchanged",
-            window="swapped", fully_masked=_ROWS),
+            misread="window swapped", fully_masked=_ROWS),
     _defect("window_left_too_wide", "whose window reaches one key too far to the left",
-            "huggingface/transformers#39408", window_shift=(1, 0)),
+            "huggingface/transformers#39408", misread="window (1, 0)"),
     _defect("window_left_too_narrow", "whose window misses its last key on the left",
-            window_shift=(-1, 0), fully_masked=_ROWS),
+            misread="window (-1, 0)", fully_masked=_ROWS),
     _defect("window_right_too_wide", "whose window reaches one key too far to the right",
-            window_shift=(0, 1)),
+            misread="window (0, 1)"),
     _defect("window_right_too_narrow", "whose window misses its last key on the right",
-            window_shift=(0, -1), fully_masked=_ROWS),
+            misread="window (0, -1)", fully_masked=_ROWS),
 )  # fmt: skip
 
 _CAUSAL = (
-    _defect("causal_ignored", "that is not causal when asked to be", causal="ignored"),
-    _defect("causal_always", "that is causal without being asked", causal="always"),
+    _defect("causal_ignored", "that is not causal when asked to be", misread="no causal"),
+    _defect("causal_always", "that is causal without being asked", misread="causal"),
     _defect("causal_other_corner",
             "whose causal mask is aligned to the other corner (top left, bottom right)",
-            "pytorch/pytorch#103082", causal="other_corner", fully_masked=_ROWS),
+            "pytorch/pytorch#103082", causal=["other_corner", "other_corner_alone"],
+            fully_masked=_ROWS),
     _defect("causal_sees_next", "whose queries see one key too many: the next one", causal_shift=1),
     _defect("causal_misses_own", "whose queries do not see their own key, only those before",
             causal_shift=-1, fully_masked=_ROWS),
     _defect("causal_sees_next_with_cache",
             "whose queries see one key too many, the next one, but only where there are not as "
             "many keys as queries, as with a cache", causal_shift=1,
-            causal_shift_where=["more_keys", "differ"]),
+            causal_shift_where=["more_keys", "differ"], form_of="causal_sees_next"),
     _defect("causal_misses_own_with_cache",
             "whose queries do not see their own key, but only where there are not as many keys "
             "as queries, as with a cache", causal_shift=-1,
-            causal_shift_where=["more_keys", "differ"], fully_masked=_ROWS),
+            causal_shift_where=["more_keys", "differ"], fully_masked=_ROWS,
+            form_of="causal_misses_own"),
     _defect("causal_reversed", "whose queries see the future in place of the past",
             causal="reversed", causal_shift=[0, 1], fully_masked=_ROWS),
+    _defect("causal_in_blocks", "whose queries see all keys up to the end of their block",
+            misread=[f"causal to the end of blocks of {block}" for block in BLOCKS],
+            form_of="causal_ignored"),
+    _defect("causal_before_blocks",
+            "whose queries see no key of their own block, only those before",
+            misread=[f"causal before blocks of {block}" for block in BLOCKS], fully_masked=_ROWS),
+)  # fmt: skip
+
+# What a call may have besides, left out or misread.
+_LEFT_OUT = tuple(
+    _defect(f"{name}_ignored", f"that leaves out {name}", misread=f"no {name}")
+    for name in IGNORED if name not in ("mask", "causal", "window")
+)  # fmt: skip
+
+_RULES = (
+    _defect("chunk_off_by_one", "whose chunks are one position too long or too short",
+            misread=["chunk +1", "chunk -1"]),
+    _defect("chunk_other_corner", "whose chunks are counted from the other corner",
+            misread="chunk elsewhere", fully_masked=_ROWS),
+    _defect("prefix_off_by_one", "whose prefix is one key too long or too short",
+            misread=["prefix +1", "prefix -1"], form_of="prefix_ignored"),
+    _defect("sink_keys_off_by_one",
+            "that always sees one first key too many or too few", misread=["sink_keys +1",
+            "sink_keys -1"]),
+    _defect("documents_off_by_one", "whose documents begin one key too late or too early",
+            misread=["documents +1", "documents -1"], fully_masked=_ROWS),
+    _defect("lengths_off_by_one", "whose samples have one real key too many or too few",
+            misread=["lengths +1", "lengths -1"], fully_masked=_ROWS),
+)  # fmt: skip
+
+_SOFTCAP = (
+    _defect("softcap_after_mask",
+            "whose softcap comes after the mask: a masked score becomes -softcap, not -inf",
+            softcap="after_mask", covers=_COVERS, fully_masked=_ROWS, form_of="softcap_after_bias"),
+    _defect("softcap_after_bias", "whose softcap comes after the bias, ALiBi or score_mod",
+            softcap="after_bias"),
+    _defect("softcap_before_scale", "whose softcap comes before the scale", softcap="before_scale"),
+    _defect("softcap_not_divided", "whose softcap is softcap * tanh(score): it is not divided by "
+            "softcap before", softcap="not_divided"),
+    _defect("softcap_not_multiplied", "whose softcap is tanh(score / softcap): it is not "
+            "multiplied by softcap again", softcap="not_multiplied"),
+)  # fmt: skip
+
+_SINKS = (
+    _defect("sinks_in_every_part", "that counts its sinks once for each part of the keys",
+            misread=[f"sinks {n} times" for n in (2, 4, 8)]
+            + [f"sinks in blocks of {n}" for n in BLOCKS]),
+    _defect("sinks_not_shifted", "whose sinks have no maximum subtracted, as its scores have",
+            sinks="not_shifted"),
+    _defect("sinks_shifted_twice", "whose sinks have the maximum of the scores subtracted twice",
+            sinks="twice"),
+    _defect("sinks_outside_maximum",
+            "whose sinks take no part in the maximum: a row that sees nothing else is NaN",
+            sinks="outside", form_of="fully_masked_nan"),
+    _defect("sinks_of_other_heads", "whose heads use the sink of another head, the first or the "
+            "key head that serves them", misread=["sinks first head", "sinks of key heads"]),
+    _defect("sinks_scaled", "whose sinks are multiplied by the scale", misread="sinks scaled"),
+)  # fmt: skip
+
+_ADDED = (
+    _defect("alibi_other_corner", "whose ALiBi distances are counted from the other corner",
+            misread="alibi elsewhere"),
+    _defect("alibi_negative", "whose ALiBi has the wrong sign: far keys gain",
+            misread="alibi negative"),
+    _defect("alibi_signed", "whose ALiBi takes no absolute value: keys after the query gain",
+            misread="alibi signed"),
+    _defect("alibi_reversed", "whose ALiBi slopes are in the reversed order of heads",
+            misread="alibi reversed"),
+    _defect("alibi_of_first_head", "whose heads all use the ALiBi slope of the first one",
+            misread="alibi first head"),
+    _defect("alibi_off_by_one", "whose ALiBi slopes are those of the head before or after",
+            misread=["alibi from 0", "alibi from 2"]),
+    _defect("alibi_of_other_heads", "whose ALiBi slopes are those of another number of heads",
+            misread=["alibi of more heads", "alibi of fewer heads",
+                     "alibi of any number of heads"]),
+    _defect("alibi_scaled", "whose ALiBi is multiplied by the scale: it is added before",
+            misread="alibi scaled"),
+    _defect("bias_scaled", "whose bias is multiplied by the scale: it is added before",
+            misread="bias scaled"),
+    _defect("bias_of_first_head", "whose heads all use the bias of the first one",
+            misread="bias first head", fully_masked=_ROWS),
+    _defect("bias_of_first_sample", "whose samples all use the bias of the first one",
+            misread="bias first sample", fully_masked=_ROWS),
+    _defect("bias_transposed", "whose bias is transposed", misread="bias transposed",
+            fully_masked=_ROWS),
+    _defect("bias_as_boolean",
+            "that reads its bias as a boolean mask: only -inf is felt, finite numbers are not",
+            misread="bias of -inf alone", form_of="bias_ignored"),
+    _defect("bias_as_keep",
+            "that reads its bias as a boolean mask: it attends where the bias is not 0",
+            misread="bias as keep", fully_masked=_ROWS, form_of="bias_ignored"),
+)  # fmt: skip
+
+_PARTS_MERGED = (
+    _defect("lse_in_base_two", "that merges parts of the keys by e ** lse, its lse in base 2",
+            "sgl-project/sglang#35045", part=_PARTS, merging="two_for_e", empty_slices=_EMPTY),
+    _defect("merge_in_base_two", "that merges parts of the keys by 2 ** lse, its lse in base e",
+            part=_PARTS, merging="e_for_two", empty_slices=_EMPTY),
+    _defect("parts_averaged", "that merges parts of the keys by their mean, whatever their sums",
+            part=_PARTS, merging="mean", empty_slices=_EMPTY),
+    _defect("parts_added", "that adds parts of the keys, each divided by its own sum", part=_PARTS,
+            merging="added", empty_slices=_EMPTY),
+    _defect("empty_parts_nan", "that gives NaN where a whole part of the keys is masked",
+            part=_PARTS, merging=["first_empty", "first_two_empty", "any_empty"],
+            form_of="fully_masked_nan"),
+)  # fmt: skip
+
+# What the same code was asked before comes again.
+_HISTORY = (
+    _defect("answer_of_earlier_call",
+            "that gives the answer of an earlier call again: it knows it by its shape or address, "
+            "not by its numbers", misread="earlier answer"),
+    _defect("mask_of_earlier_call", "that uses the mask of an earlier call again",
+            "ml-explore/mlx#3071", misread="earlier mask", fully_masked=_ROWS),
+    _defect("keys_of_earlier_call", "that uses the keys and values of an earlier call again",
+            misread="earlier keys"),
 )  # fmt: skip
 
 _HEADS = (
@@ -251,13 +397,29 @@ _TENSORS = (
             fully_masked=_ROWS),
     _defect("last_block_of_queries_zero",
             "whose last queries, those after the last whole block, get zeros", query_block=_BLOCKS,
-            short_block=_SHORT),
+            blocks=_SHORT),
     _defect("last_block_of_keys_ignored",
             "that ignores the last keys, those after the last whole block", key_block=_BLOCKS,
-            short_block=_SHORT, fully_masked=_ROWS),
+            blocks=_SHORT, fully_masked=_ROWS),
+    _defect("padded_keys_attended",
+            "that attends to keys of zeros, with which it fills the last block of keys",
+            misread=[f"padded to {block}{masked}" for block in BLOCKS
+                     for masked in ("", " without a mask")]),
+    _defect("first_keys_only", "that reads the first keys alone", key_block=_FIRST, blocks="first",
+            fully_masked=_ROWS),
+    _defect("first_queries_only", "that answers the first queries alone: others get zeros",
+            query_block=_FIRST, blocks="first"),
 )  # fmt: skip
 
 _NUMBERS = (
+    _defect("products_overflow",
+            "whose products overflow in float16: they are scaled too late", overflow=True),
+    _defect("products_in_float16", "whose products are rounded to float16 before they are scaled",
+            products_dtype=torch.float16, seen="rounding"),
+    _defect("output_in_bfloat16", "whose output is rounded to bfloat16",
+            output_dtype=torch.bfloat16, seen="rounding"),
+    _defect("output_in_float16", "whose output is rounded to float16",
+            output_dtype=torch.float16, seen="rounding"),
     _defect("scores_in_bfloat16", "whose scores are rounded to bfloat16",
             scores_dtype=torch.bfloat16, seen="rounding"),
     _defect("scores_in_float16", "whose scores are rounded to float16", scores_dtype=torch.float16,
@@ -286,61 +448,14 @@ DEFECTS: tuple[Defect, ...] = (
     *_MASK,
     *_WINDOW,
     *_CAUSAL,
+    *_LEFT_OUT,
+    *_RULES,
+    *_SOFTCAP,
+    *_SINKS,
+    *_ADDED,
+    *_HISTORY,
+    *_PARTS_MERGED,
     *_HEADS,
     *_TENSORS,
     *_NUMBERS,
 )
-
-# What a backward pass may do wrong of itself. It may also compute the weights once more with any
-# defect of the forward pass: see `attention.backward`.
-BACKWARD: tuple[Defect, ...] = (
-    _backward("backward_row_term_left_out",
-              "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
-              row_term="none"),
-    _backward("backward_row_term_from_upstream",
-              "whose backward pass takes sum(dO) for the row term sum(dO * O)",
-              row_term="upstream"),
-    _backward("backward_row_term_of_another_row",
-              "whose backward pass takes the row term sum(dO * O) of another row",
-              row_term=["next_row", "previous_row", "first_row"]),
-    _backward("backward_row_term_of_another_head",
-              "whose backward pass takes the row term sum(dO * O) of another head or sample",
-              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
-                        "first_sample"]),
-    _backward("backward_scale_missing", "whose backward pass leaves out the scale",
-              gradient_scale="missing"),
-    _backward("backward_scale_twice", "whose backward pass applies the scale twice",
-              gradient_scale="twice"),
-    _backward("backward_of_exp2",
-              "whose backward pass mixes exp and exp2: log2(e) is missing or too much",
-              gradient_scale=["base_two", "base_e"]),
-    _backward("backward_softcap_slope_missing",
-              "whose backward pass leaves out the slope of softcap, or of a function of the score",
-              score_slope="missing"),
-    _backward("backward_groups_tiled", "that sums over the wrong heads of a group",
-              "XunhaoLai/native-sparse-attention-triton#27", group_sum="tile",
-              grouping=["interleave", "tile"]),
-    _backward("backward_group_not_summed",
-              "that keeps one head of a group, where the gradient sums over all",
-              group_sum=["first", "last"]),
-    _backward("backward_group_averaged", "that takes the mean over a group of heads, not the sum",
-              group_sum="mean"),
-    _backward("backward_bias_not_summed",
-              "that does not sum over the dimensions in which the bias is broadcast",
-              bias_sum=["first", "last", "mean"]),
-    _backward("backward_weights_detached",
-              "whose weights are detached: a gradient passes through the values alone",
-              detached=True),
-    _backward("backward_exchanged", "that exchanges the gradients of query and key",
-              exchanged=True),
-    _backward("backward_dropout_ignored",
-              "whose backward pass does not apply the dropout of the forward pass",
-              kept_of_scores=["ignored", "applied"], kept_of_values=["ignored", "applied"],
-              row_term=["saved", "own"]),
-    _backward("backward_dropout_not_rescaled",
-              "whose backward pass does not divide by 1 - p what dropout left",
-              kept_of_scores=["not_rescaled", "applied"],
-              kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
-    _backward("backward_partly_masked_blocks_skipped",
-              "whose backward pass skips blocks that are masked in part", skipped_block=_BLOCKS),
-)  # fmt: skip

@@ -7,16 +7,25 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.defects import DEFECTS, ROWS, Defect
+from pytest_attnheat.attention.plan import (
+    Case,
+    NotApplicable,
+    Outcome,
+    Plan,
+    Step,
+    carry_out,
+    directly,
+    reduced,
+)
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
@@ -36,13 +45,13 @@ class Expected:
     Attributes:
         output: (batch, heads, query_len, value_dim)
         largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used.
+        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
         unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
     """
 
     output: Tensor
     largest_score: Tensor
-    ordinary: float
+    ordinary: float | Tensor
     unjudged: Tensor | None
 
     def errors(
@@ -63,7 +72,8 @@ class Expected:
         """
         differs = found.isfinite() != self.output.isfinite()
         off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
-        error = off / torch.maximum(*sizes).clamp_(min=max(self.ordinary, 1e-30))
+        least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
+        error = off / torch.maximum(*sizes).clamp_(min=least_size)
         error.masked_fill_(differs.any(-1), 2.0)
         if self.unjudged is not None:
             error.masked_fill_(self.unjudged, 0.0)
@@ -71,19 +81,24 @@ class Expected:
         return error, allowed.clamp_(min=least, max=max(most, least))
 
 
-def expected(plan: Plan, case: Case) -> Expected | None:
-    """Carry out a plan; None where it cannot be carried out."""
+def expected(plan: Plan, case: Case, step: Step = directly) -> Expected | None:
+    """Carry out a plan, each step by `step`; None where it cannot be carried out."""
     try:
-        result = carry_out(plan, case)
+        result = carry_out(plan, case, step)
     except NotApplicable:
         return None
+    outcome: Expected = step(_judgeable, plan, case, result)
+    return outcome
+
+
+def _judgeable(plan: Plan, case: Case, result: Outcome) -> Expected:
     largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
     if plan.dim != "keys" or plan.merge != "transpose":
         # A row of the output is not made by its own scores alone.
         largest_score = torch.full_like(largest_score, float(largest_score.max()))
     unjudged = None
     if case.fully_masked == "undefined":
-        unjudged = ~case.visible().expand(case.shape).any(-1)
+        unjudged = ~case.seen.any(-1)
     ordinary = float(finite(result.value).square().mean().sqrt())
     return Expected(result.output, largest_score, ordinary, unjudged)
 
@@ -106,7 +121,14 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         output: What was computed instead, (..., query_len, value_dim).
     """
     named = fitting(call, output)
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+    return f"the output is that of attention {listed(list(named))}" if named else None
+
+
+def listed(named: Sequence[str]) -> str:
+    """Return what may all be the mistake, in words."""
+    more = len(named) - MOST_NAMED
+    rest = [f"{more} more that give the same"] if more > 0 else []
+    return ", or ".join([*named[:MOST_NAMED], *rest])
 
 
 def too_large(call: Call) -> bool:
@@ -117,8 +139,8 @@ def too_large(call: Call) -> bool:
     return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
 
 
-def fitting(call: Call, output: Tensor) -> dict[str, tuple[Plan, Case]]:
-    """Return the mistakes that give an output, by their sentences, with what each computes of what.
+def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
+    """Return the mistakes that give an output, by their sentences, with what each computes.
 
     None are returned where the output is right.
     """
@@ -130,61 +152,62 @@ def fitting(call: Call, output: Tensor) -> dict[str, tuple[Plan, Case]]:
         right = expected(Plan(), case)
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
-        if not bool(found[judged].isfinite().all()):
-            return {}
+        if not bool(found[judged].isfinite().all(-1).any()):
+            return {}  # whatever gives nothing but NaN would fit
         wrong_by, _ = _off(right, found, case)
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return {}
-        fits: dict[str, tuple[float, Plan, Case]] = {}
-        for sentence, plan, other in attempts(case):
-            attempt = expected(plan, other)
-            if attempt is None:
-                continue
-            size, fits_well = _off(replace(attempt, unjudged=right.unjudged), found, case)
-            nearer = sentence not in fits or size < fits[sentence][0]
-            if size < PART * wrong_by and fits_well and nearer:
-                fits[sentence] = size, plan, other
-    nearest = sorted(fits, key=lambda sentence: fits[sentence][0])[:MOST_NAMED]
-    return {
-        sentence: fits[sentence][1:]
-        for sentence in nearest
-        if fits[sentence][0] <= AS_WELL * fits[nearest[0]][0]
+        tried: dict[Plan, float] = {Plan(): math.inf}
+
+        def off(plan: Plan) -> float:
+            if plan not in tried:
+                tried[plan] = _off_if_fitting(plan, found, case)
+            return tried[plan] if tried[plan] < PART * wrong_by else math.inf
+
+        # If only rows without keys are wrong, nothing else is to blame for them.
+        alone = {Plan(fully_masked=row) for row in ROWS if case.has_empty_rows}
+        rows = {plan.fully_masked for plan in alone if off(plan) < math.inf}
+        fits: dict[str, tuple[float, Plan]] = {}
+        for sentence, plan in attempts(case):
+            to_blame = plan.fully_masked not in rows or plan in alone
+            if to_blame and off(plan) < fits.get(sentence, (math.inf,))[0]:
+                fits[sentence] = off(plan), plan
+    nearest = max(
+        min((size for size, _ in fits.values()), default=0.0), answer_tolerance(torch.float64)
+    )
+    as_near = {
+        sentence: plan for sentence, (size, plan) in fits.items() if size <= AS_WELL * nearest
     }
+    return {sentence: as_near[sentence] for sentence in simplest(as_near)}
 
 
-def _words(sentence: str, plan: Plan, case: Case) -> str:
-    """What a mistake is called; the corner is that of ALiBi alone where nothing else has one."""
-    has_corner = case.causal or case.window is not None or case.chunk is not None
-    if plan.causal == "other_corner" and not has_corner and case.alibi is not None:
-        return "whose ALiBi distances are counted from the other corner"
-    return sentence
+def simplest(named: Collection[str], catalogue: Sequence[Defect] = DEFECTS) -> list[str]:
+    """Leave out of some sentences those of mistakes that are a form of another one of them."""
+    of_name = {one.name: one.sentence for one in catalogue}
+    forms = {one.sentence for one in catalogue if of_name.get(one.form_of) in named}
+    return [sentence for sentence in named if sentence not in forms]
 
 
 def attempts(
     case: Case, catalogue: Sequence[Defect] = DEFECTS, start: Plan | None = None
-) -> Iterator[tuple[str, Plan, Case]]:
-    """Yield each mistake that is seen exactly: its sentence, what it computes, and of which case.
+) -> Iterator[tuple[str, Plan]]:
+    """Yield each mistake that is seen exactly: its sentence, and what it may change on a case.
 
     Args:
         case: What was to be computed.
-        catalogue: The mistakes; features that are left out come besides.
+        catalogue: The mistakes.
         start: What is right but for the mistake; `Plan()` by default.
     """
     start = Plan() if start is None else start
-    hides = not bool(case.visible().all())
     for defect in catalogue:
         for change in defect.changes if defect.seen == "exactly" else ():
-            plan = change(start)
-            # No mask is to blame where nothing is masked.
-            if hides or (plan.masking, plan.fill) == ("fill", -math.inf):
-                yield _words(defect.sentence, plan, case), plan, case
-    usual = {field.name: field.default for field in fields(Case)}
-    for name in FEATURES:
-        given = getattr(case, name)
-        declared = isinstance(given, Tensor) or given != usual[name]
-        if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
-            without: dict[str, Any] = {name: usual[name]}
-            yield f"that leaves out {name}", start, replace(case, **without)
+            yield defect.sentence, reduced(change(start), case)
+
+
+def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
+    attempt = expected(plan, case)
+    size, fits = (math.inf, False) if attempt is None else _off(attempt, found, case)
+    return size if fits else math.inf
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
@@ -25,9 +24,9 @@ from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.examination import Skipped, model_of
 from pytest_attnheat.contract.explaining import explained, shown, where_wrong
 from pytest_attnheat.contract.held import Held, held_to
-from pytest_attnheat.contract.matching import NOWHERE, Explanation, measure
+from pytest_attnheat.contract.matching import Explanation, measure
 from pytest_attnheat.contract.probing import Probe, one_thread
-from pytest_attnheat.contract.searching import explain_alone, explain_by_constant
+from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure, Place, number_text
 
@@ -168,16 +167,17 @@ def _diagnosed(
         if diagnosis.healthy:
             notes = (held.hint,) if held.hint else ()
             return replace(diagnosis, inferred_weights=weights.cpu(), notes=notes)
-        fit = measure(Plan(), [used])
+        fit = measure([used])
         if held.lacks and fit.excess <= 1:
             diagnosis = _lacking(diagnosis, held, fit.residual, probe)
         elif record.strange:
-            found = explain_by_constant([probe], [Explanation((), Plan(), NOWHERE)])
+            known = Search([probe])
+            found = known.by_constant([Explanation()])
             factor = next((one for one in found if one.reproduces), None)
             named = () if factor is None or spec.scale is not None else factor.names
             if factor is not None and named == ("temperature",):
                 return _up_to_a_scale(diagnosis, held.case.factor * (factor.constant or 1.0))
-            if not any(one.reproduces for one in explain_alone([probe]).explanations):
+            if not any(one.reproduces for one in known.singles):
                 return f"its scores {record.strange}"
             diagnosis = explained(name, [probe], {}, search=search)
         else:

@@ -37,7 +37,7 @@ from pytest_attnheat.contract.probing import (
 )
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.returned import with_returned
-from pytest_attnheat.contract.searching import explain_alone, explain_by_constant
+from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import dtype_name, seed_number
 
@@ -205,11 +205,9 @@ def _at_random(
 
 def _named(diagnosis: Diagnosis, share: float, whole: Sequence[Probe]) -> Diagnosis:
     """Name the dropout, and what else reproduces the answers without it."""
-    search = explain_alone(whole)
-    correct = Explanation((), Plan(), measure(Plan(), whole))
-    singles = [correct, *search.explanations]
-    factor = [_BY_NAME["output_factor"]]
-    fitted = explain_by_constant(whole, singles, factor)
+    search = Search(whole, keep=True)
+    singles = [Explanation(fit=measure(whole)), *search.singles]
+    fitted = search.by_constant(singles, factors=True)
     fitting = [replace(one, constant=1.0) for one in singles if one.reproduces]
     fitting += [replace(one, defects=one.defects[:-1]) for one in fitted if one.reproduces]
     fitting = [one for one in fitting if _is_plausible(one.constant, share)]

@@ -44,7 +44,7 @@ _KINDS = (
     _Kind("returned_per_head", "those of each head", averaged=False),
     _Kind("returned_transposed", "transposed: a row for each key", lambda r: r.weights.mT),
     _Kind("returned_before_mask", "from before the mask",
-          plan=Plan(mask="ignored", causal="ignored", window="ignored")),
+          plan=Plan(misread=frozenset({"no mask", "no causal", "no window"}))),
     _Kind("returned_scores", "the scores, from before the softmax", _masked_scores),
     _Kind("returned_scores", "the scores, from before the mask", lambda r: r.scores),
     _Kind("returned_unnormalised", "not divided by their sum",

@@ -11,6 +11,7 @@ import base64
 import binascii
 import json
 import math
+import os
 import re
 import zlib
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from matplotlib import ft2font
 from pytest_attnheat.heatmaps.maps import Bools, Floats
 from pytest_attnheat.heatmaps.picture import Shown
 from pytest_attnheat.heatmaps.writing import LABELS
+from pytest_attnheat.inputs import misuse
 
 # The text chunk of a PNG, and the marker in the `dc:source` of an SVG.
 KEYWORD = "attnheat"
@@ -195,8 +197,11 @@ def read_heatmaps(path: str | Path) -> Heatmaps:
 
     Raises:
         FileNotFoundError: There is no such file.
+        TypeError: It is no path.
         ValueError: It is not such a picture, it carries no data, or it is damaged.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(misuse("path", repr(path), "the path of a PNG or SVG file"))
     file = Path(path)
     try:
         record = find_record(file)

@@ -119,6 +119,11 @@ class AttentionFunction:
         return self.key.shape[-2]
 
     @property
+    def observers(self) -> int:
+        """How many rows its output has, for each head."""
+        return self.query.shape[-2]
+
+    @property
     def group(self) -> int:
         """How many query heads share one head of keys and values."""
         if self.query.ndim < 3:
@@ -163,6 +168,11 @@ class AttentionFunction:
         if self.mask is not None and self.mask.ndim > 1:
             tensors[MASK] = self.mask.detach()
         return tensors
+
+    @property
+    def is_cheap(self) -> bool:
+        """Yes: one call is nothing beside that of a model."""
+        return True
 
     def run(
         self,

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys
+from pytest_attnheat.assertions.behaviour.models import Subject
+from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds
 from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -21,6 +24,7 @@ from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
 _FAINT = 0.02
+_NO_MASK = "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
 # A picture takes one call of the subject for each of its columns.
 _ROWS, _COLUMNS = 6, 16
 
@@ -54,7 +58,9 @@ def describe(fault: Fault, search: Search) -> Failure:
 
 
 def _only_in(fault: Fault, search: Search) -> str:
-    """Say where all of it is, if that is one of several batch entries or heads."""
+    """Say whether that is all, and where it is, if that is one of several entries or heads."""
+    if not fault.counted:
+        return ", at least: not each was judged by all that it must not see"
     if fault.entries != 1 or search.claim.judged[..., 0].numel() == 1:
         return ""
     return f", all in {_entry_name(fault.worst[:-1])}"
@@ -64,7 +70,7 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
     if fault.method == "nan":
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     if crop is not None:
-        return _cause_in(crop)
+        return _cause_inside(worst, _cause_in(crop))
     if worst.query is not None:
         return "softmax over the query axis (dim=-2)?"
     if worst.is_another_head:
@@ -73,6 +79,30 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
             "without a transpose, or softmax over the heads?"
         )
     return "softmax or a normalisation over the batch, or another entry's keys?"
+
+
+def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
+    """Say what the attention inside a model does, where that says more than what is seen."""
+    search, subject, element = worst.search, worst.search.subject, worst.element
+    assert element is not None
+    if isinstance(subject, AttentionFunction) or subject.model.memory_argument is not None:
+        return seen
+    real, name, inside = subject.real, subject.mask_argument, Inside(subject)
+    is_padding = real is not None and not bool(real[worst.observer[0], element])
+    if real is not None and not is_padding:
+        untold = replace(subject, real=None, positions=None)
+        if holds(lambda: not worst.moves_too(untold)):
+            return (
+                f"without {name} it does not: the causal mask is lost where {name} is given: "
+                "joined by | in place of &?"
+            )
+    if said := inside.why_seen(search.may_see, search.claim.judged):
+        fact = "" if seen is None else seen.partition(": ")[0]
+        return f"{fact}; {said}" if fact else said
+    if real is not None and is_padding:
+        said = inside.why_queries_are_hidden(real)
+        seen = said or (seen if seen not in (None, _NO_MASK) else inside.why_padding_is_seen(real))
+    return None if seen == _NO_MASK and inside.has_mask else seen
 
 
 def describe_not_finite(search: Search, broken: Tensor) -> Failure:
@@ -178,6 +208,13 @@ class _Mover:
             entries = [tuple(at) for at in elements.any(-1).nonzero().tolist()]
             self.entry = _narrow(entries, lambda some: self._moves(self._of_entries(some)))[0]
 
+    def moves_too(self, subject: Subject) -> bool:
+        """Whether the same elements move the same output of another subject."""
+        assert self.element is not None
+        replaced, seed = self._numbered([self.element]), self.search.seed
+        got = subject.run_replaced(replaced, seed=seed)[self.observer]
+        return differ(got[None], subject.run()[self.observer][None], self.search.allowed)
+
     def _moves(self, replaced: Replacement) -> bool:
         return self.search.change_at(replaced, self.observer) >= self.change * 1e-3
 
@@ -274,7 +311,7 @@ def _cause_in(crop: _Crop) -> str | None:
             "a norm over the whole length?"
         )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
-        return "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
+        return _NO_MASK
     if extra is None:
         return None
     return (

@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.functions import permitted
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
 from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
 from pytest_attnheat.assertions.behaviour.visibility import (
@@ -35,8 +35,11 @@ from pytest_attnheat.assertions.behaviour.visibility import (
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import copied
+from pytest_attnheat.callables import copied, modules_in
 from pytest_attnheat.inputs import misuse
+
+# A call of so many multiplications is cheap; attention takes so many for each pair of tokens.
+_CHEAP, _PER_TOKEN = 2**27, 64
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,14 @@ class ModelSubject:
     def tensors(self) -> dict[str, Tensor]:
         """The inputs."""
         return {"inputs": self.inputs}
+
+    @property
+    def is_cheap(self) -> bool:
+        """Whether a call takes no more than so many multiplications, a matter of milliseconds."""
+        modules = modules_in(self.model.module)
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        tokens = self.batch * self.length
+        return (parameters + _PER_TOKEN * self.length) * tokens <= _CHEAP
 
     def run(
         self,
@@ -389,22 +400,26 @@ class ModelSubject:
         token = number if padding.side == "right" else number - (padding.total - count)
         return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
 
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from positions."""
         everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
         base = self.run()
         allowed = output_tolerance(base.dtype)
         if holds(lambda: differ(self.run(real=everything), base, allowed)):
             return (
-                "a mask that hides nothing changes the output: is the causal mask dropped where "
-                "another is given?"
+                "a mask that hides nothing changes the output: is the causal mask lost where "
+                "another is given, as by | in place of &?"
             )
         if felt:
             return "real tokens feel what the padding holds: it is not masked there"
         if side == "right":
             return (
-                "real tokens do not feel what the padding holds, only that it is there: are "
-                "positions, or a scale, taken from the length of the batch?"
+                None
+                if felt is None
+                else (
+                    "real tokens do not feel what the padding holds, only that it is there: are "
+                    "positions, or a scale, taken from the length of the batch?"
+                )
             )
         argument = self.model.positions_argument
         if argument is None:
@@ -416,6 +431,9 @@ class ModelSubject:
 
     def with_dropout(self, *, has_module: bool) -> None:
         """Nothing: its dropout is its own."""
+
+
+Subject: TypeAlias = AttentionFunction | ModelSubject
 
 
 def _rank(real: Tensor) -> Tensor:

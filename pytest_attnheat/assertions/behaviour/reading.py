@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, Described
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import (
     Multihead,
     SequenceModel,
     check_takes_mask,
     recognise,
 )
-from pytest_attnheat.assertions.behaviour.subject import Subject, as_input
+from pytest_attnheat.assertions.behaviour.subject import as_input
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.scoring import leading_shape
 from pytest_attnheat.callables import copied
