@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pytest_attnheat.contract.checks import CHECKS
-from pytest_attnheat.plugin.examination import _in_both
+from pytest_attnheat.plugin.checking import _in_both
 
 # The number of checks in the quick form.
 QUICK = sum(check.quick for check in CHECKS)

@@ -19,7 +19,7 @@ from pytest_attnheat import (
     capture_attention,
     read_heatmaps,
 )
-from pytest_attnheat.plugin.examination import FailedCheckError
+from pytest_attnheat.plugin.checking import FailedCheckError
 
 
 def weights_with_broken_rows(*rows):

@@ -20,8 +20,9 @@ from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.asking import model_of
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Skipped, model_of
+from pytest_attnheat.contract.examination import Skipped
 from pytest_attnheat.contract.explaining import explained, shown, where_wrong
 from pytest_attnheat.contract.held import Held, held_to
 from pytest_attnheat.contract.matching import Explanation, measure
@@ -311,3 +312,19 @@ def _sums(
 def layer_of(record: AttentionRecord) -> str:
     """Return where a record was captured, as failures name it."""
     return f"{record.layer or '(no module)'}, call {record.call}"
+
+
+def causal_inside(spec: AttentionSpec) -> bool:
+    """Whether some attention inside a block is seen to be causal, on the inputs of the block."""
+    try:
+        return any(_is_causal(record) for record in records_of(spec))
+    except Exception:  # the checks tell why
+        return False
+
+
+def _is_causal(record: AttentionRecord) -> bool:
+    """Whether no query of its own sequence has any weight on a later key."""
+    query_len, key_len = record.shape[2:]
+    if record.causal is not None or query_len != key_len or query_len < 2:
+        return record.causal is not None
+    return not bool(record.compute_weights().triu(1).any())
