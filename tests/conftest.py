@@ -8,7 +8,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # In-process pytester runs unload what they imported. A second import of torch in one
 # interpreter crashes it, a second matplotlib would have a second class Figure, and a second room
-# of ours a second class of everything: import them here, once, first.
+# of ours a second class of everything: import them here, once, first. The plugin of Hypothesis
+# imports all of it at the end of a run, which takes most of the time of a small one.
+import hypothesis  # noqa: F401
 import matplotlib.pyplot
 import matplotlib.style
 import matplotlib.testing.compare
