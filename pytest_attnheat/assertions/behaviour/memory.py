@@ -84,6 +84,9 @@ class MemorySubject(ModelSubject):
         """Name a row of the output."""
         return output_place(index)
 
+    def cause_of_mask(self) -> None:
+        """None: a mask of the memory is not joined to that of the sequence."""
+
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from one that changes something else."""
         if felt:

@@ -188,11 +188,27 @@ class _Trial:
 
     def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:
         """Say what the attention inside does, or what else the output is like."""
-        subject, side, real = self.subject, self.padding.side, self.padded.judged()
-        inside, felt = None, self._felt(got)
-        if isinstance(subject, ModelSubject) and isinstance(self.padded, ModelSubject):
+        subject, side, felt = self.subject, self.padding.side, self._felt(got)
+        inside, real = None, self.padded.judged()
+        if isinstance(self.padded, ModelSubject) and real is not None:
             inside = Inside(self.padded)
-            if real is not None and (said := inside.why_queries_are_hidden(real)):
+            if said := inside.why_queries_are_hidden(real):
+                return said
+        if holds(lambda: self._alike(self.run("opposite"), self.expected)):
+            return (
+                "the mask is read as its opposite: the output is right where True and False change"
+            )
+        has_nan = bool(got.isnan().any())
+        if not subject.has_queries and side == "left" and has_nan:
+            return (
+                "nan spreads from the padding: under a causal mask padding on the left may see "
+                "nothing, and 0 * nan is nan"
+            )
+        if inside is not None and real is not None and isinstance(self.padded, ModelSubject):
+            said = self.padded.cause_of_mask()
+            if felt and not has_nan:
+                said = said or inside.why_seen(real.unsqueeze(-2), real)
+            if said:
                 return said
         # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
         if (
@@ -201,36 +217,21 @@ class _Trial:
             and not (side == "right" and self._acts_on_the_left())
         ):
             return self._ignored()
-        if holds(lambda: self._alike(self.run("opposite"), self.expected)):
-            return (
-                "the mask is read as its opposite: the output is right where True and False change"
-            )
-        if not subject.has_queries and side == "left" and bool(got.isnan().any()):
-            return (
-                "nan spreads from the padding: under a causal mask padding on the left may see "
-                "nothing, and 0 * nan is nan"
-            )
         only = any(holds(other.passes) for other in sides)
         cause = None
         if inside is not None and real is not None:
-            cause = self._cause_inside(inside, real, felt=felt)
+            cause = inside.why_padding_is_seen(real)
+            if cause is None and side == "left" and not felt:
+                cause = inside.why_places_are_felt(self._alone_inside())
         if cause is None and (only or felt is False or (felt and inside is not None)):
             cause = subject.cause_of_padding(side, felt=felt)
         return f"only on the {side}: {cause}" if only and cause else cause
 
-    def _cause_inside(self, inside: Inside, real: Tensor, *, felt: bool | None) -> str | None:
-        """Say what the attention of a model does with padding, or with other places."""
-        subject = self.subject
-        assert isinstance(subject, ModelSubject)
-        if subject.model.memory_argument is None and (said := subject.cause_of_mask()):
-            return said
-        if said := inside.why_padding_is_seen(real):
-            return said
-        if felt:
-            return inside.why_seen(real.unsqueeze(-2), real)
-        first = subject.samples(torch.tensor([0]))
-        alone = Inside(first.cut(range(self.padding.lengths[0])))
-        return inside.why_places_are_felt(alone) if self.padding.side == "left" else None
+    def _alone_inside(self) -> Inside:
+        """What the first sample does without padding."""
+        first = self.subject.samples(torch.tensor([0]))
+        assert isinstance(first, ModelSubject)
+        return Inside(first.cut(range(self.padding.lengths[0])))
 
     def _alike(self, one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, self.allowed, self.padded.judged())
