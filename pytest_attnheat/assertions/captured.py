@@ -145,8 +145,8 @@ def _assert_one(
         if failure.cause is None and record.dropout > 0 and "output" in arguments:
             mode = "training" if record.training else "evaluation"
             failure.cause = (
-                f"dropout of {record.dropout:g} was applied within, in {mode} mode: the weights are "
-                "those before it"
+                f"dropout of {record.dropout:g} was applied within, in {mode} mode: the weights "
+                "are those before it"
             )
         raise
 
