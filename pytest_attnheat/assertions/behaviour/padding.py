@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.memory import memory_of
@@ -95,7 +95,8 @@ def assert_padding_invariant(
     called = memory_of(called) or called
     if sides is None and isinstance(called, ModelSubject) and called.model.mask == "lengths":
         given = ("right",)
-    called.check_padding(needs_mask=value is None and list(given) != ["right"])
+    if isinstance(called, ModelSubject):
+        called.check_padding(needs_mask=value is None and list(given) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base = settled(subject, called.run, training=training, seed=seed)
@@ -135,11 +136,19 @@ class _Trial:
     @property
     def expected(self) -> Tensor:
         """The output without the padding, in the shape of that with it."""
-        positions = self.subject.takes_positions(self.padding.side)
+        model = self._model
+        positions = model is not None and model.takes_positions(self.padding.side)
         if positions not in self.alone:
             lengths = self.padding.lengths
             self.alone[positions] = self.subject.alone(lengths, positions=positions)
-        return self.subject.beside(self.alone[positions], self.padding)
+        alone = self.alone[positions]
+        return alone if model is None else model.beside(alone, self.padding)
+
+    @property
+    def _model(self) -> ModelSubject | None:
+        """The subject, if padding adds rows to its output."""
+        subject = self.subject
+        return subject if isinstance(subject, ModelSubject) and subject.pads_rows else None
 
     @cached_property
     def padded(self) -> Subject:
@@ -180,11 +189,15 @@ class _Trial:
             claim=self.subject.name_padding(self.padding),
             allowed=self.allowed,
             judged=self.padded.judged(),
-            place=lambda index: self.subject.name_row(index, self.padding),
+            place=self._place,
             cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
             repeat=f"seed={self.padding.seed}",
             again=self.run,
         )
+
+    def _place(self, index: tuple[int, ...]) -> str:
+        model = self._model
+        return output_place(index) if model is None else model.name_row(index, self.padding)
 
     def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:
         """Say what the attention inside does, or what else the output is like."""
