@@ -156,6 +156,10 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
     declared, levels = examination.space.declared, blueprint.levels
     if declared.few_shapes:
         levels = {name: level for name, level in levels.items() if name not in SIZES}
+    if declared.heads is not None:  # then a group tells how many heads keys have
+        groups = [n for n in declared.levels()["group"] if n > 1][:1] or [1]
+        own = {"group": groups[0]} if "group" in levels else {}
+        levels = {n: level for n, level in levels.items() if n not in ("key_heads", "group")} | own
     is_square = declared.square or (levels.get("causal") and declared.square_if_causal)
     differs = blueprint.name.endswith(_OTHER_LENGTHS)
     if is_square and differs:
