@@ -250,6 +250,22 @@ def _with_identity(case: Case, width: int) -> list[tuple[Case, slice]]:
     return parts
 
 
+def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
+    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len).
+
+    Its output for values that are an identity matrix: the weights, as long as the output is a sum
+    of values. None where the subject refuses such values.
+    """
+    weights = torch.zeros(one.case.shape, dtype=torch.float64)
+    for case, columns in with_identity(spec, one):
+        try:
+            output = ask(spec, case, one.dtype)
+        except Exception:
+            return None
+        weights[..., columns] = output[..., : columns.stop - columns.start]
+    return weights
+
+
 # --- what is made of drawn cases
 
 
@@ -346,6 +362,7 @@ _CASES = (
     Blueprint("mask, causal, more keys", _sized(6, 9, 7, **_MASK, **_CAUSAL)),
     Blueprint("mask, causal, square", _sized(9, 9, 6, **_SQUARE, **_MASK, **_CAUSAL)),
     Blueprint("fully masked row", _sized(7, 8, empty=True, **_MASK)),
+    Blueprint("asked again", _sized(3, 5), _again),
     Blueprint("mask, asked again", _sized(4, 5, **_MASK), _again),
     Blueprint("grouped", _sized(7, 9, key_heads=2, group=3)),
     Blueprint("scale=0.7", _sized(3, 7, scale=0.7)),
