@@ -27,7 +27,7 @@ from pytest_attnheat.attention.mistakes import (
     MOST_NAMED,
     PART,
     as_case,
-    attempts,
+    changes,
     finite,
     fitting,
     rms,
@@ -185,12 +185,14 @@ def _off(
 def _attempted(saved: _Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
     """What each known mistake gives: of the backward pass alone, or of the weights in it."""
     every: list[tuple[str, BackwardPlan]] = []
-    for sentence, plan in attempts(saved.case, BACKWARD, BackwardPlan()):
+    for defect, change in changes(BACKWARD):
+        plan = change(BackwardPlan())
         assert isinstance(plan, BackwardPlan)
-        every.append((sentence, plan))
-    for sentence, plan in attempts(saved.case):
-        if _is_of_both(plan, saved):
-            every += [(sentence, _started(plan, *how)) for how in _AGAIN]
+        every.append((defect.sentence, plan))
+    for defect, change in changes():
+        forward = change(Plan())
+        if _is_of_both(forward, saved):
+            every += [(defect.sentence, _started(forward, *how)) for how in _AGAIN]
     for sentence, plan in every:
         try:
             yield sentence, plan, _carried_back(plan, saved)
