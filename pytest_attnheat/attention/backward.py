@@ -19,18 +19,20 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BackwardPlan, Plan
-from pytest_attnheat.attention.defects import BACKWARD
+from pytest_attnheat.attention.decisions import BLOCKS, BackwardPlan, Defect, Plan
+from pytest_attnheat.attention.decisions import backward_defect as _backward
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.mistakes import (
     AS_WELL,
     MOST_ALLOWED,
-    MOST_NAMED,
     PART,
     as_case,
     changes,
     finite,
     fitting,
+    listed,
     rms,
+    simplest,
     too_large,
 )
 from pytest_attnheat.attention.plan import (
@@ -44,6 +46,61 @@ from pytest_attnheat.attention.plan import (
 )
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
+# What a backward pass may do wrong of itself. It may also compute the weights once more with any
+# defect of the forward pass: see `attention.backward`.
+BACKWARD: tuple[Defect, ...] = (
+    _backward("backward_row_term_left_out",
+              "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
+              row_term="none"),
+    _backward("backward_row_term_from_upstream",
+              "whose backward pass takes sum(dO) for the row term sum(dO * O)",
+              row_term="upstream"),
+    _backward("backward_row_term_of_another_row",
+              "whose backward pass takes the row term sum(dO * O) of another row",
+              row_term=["next_row", "previous_row", "first_row"]),
+    _backward("backward_row_term_of_another_head",
+              "whose backward pass takes the row term sum(dO * O) of another head or sample",
+              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
+                        "first_sample"]),
+    _backward("backward_scale_missing", "whose backward pass leaves out the scale",
+              gradient_scale="missing"),
+    _backward("backward_scale_twice", "whose backward pass applies the scale twice",
+              gradient_scale="twice"),
+    _backward("backward_of_exp2",
+              "whose backward pass mixes exp and exp2: log2(e) is missing or too much",
+              gradient_scale=["base_two", "base_e"]),
+    _backward("backward_softcap_slope_missing",
+              "whose backward pass leaves out the slope of softcap, or of a function of the score",
+              score_slope="missing"),
+    _backward("backward_groups_tiled", "that sums over the wrong heads of a group",
+              "XunhaoLai/native-sparse-attention-triton#27", group_sum="tile",
+              grouping=["interleave", "tile"]),
+    _backward("backward_group_not_summed",
+              "that keeps one head of a group, where the gradient sums over all",
+              group_sum=["first", "last"]),
+    _backward("backward_group_averaged", "that takes the mean over a group of heads, not the sum",
+              group_sum="mean"),
+    _backward("backward_bias_not_summed",
+              "that does not sum over the dimensions in which the bias is broadcast",
+              bias_sum=["first", "last", "mean"]),
+    _backward("backward_weights_detached",
+              "whose weights are detached: a gradient passes through the values alone",
+              detached=True),
+    _backward("backward_exchanged", "that exchanges the gradients of query and key",
+              exchanged=True),
+    _backward("backward_dropout_ignored",
+              "whose backward pass does not apply the dropout of the forward pass",
+              kept_of_scores=["ignored", "applied"], kept_of_values=["ignored", "applied"],
+              row_term=["saved", "own"]),
+    _backward("backward_dropout_not_rescaled",
+              "whose backward pass does not divide by 1 - p what dropout left",
+              kept_of_scores=["not_rescaled", "applied"],
+              kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
+    _backward("backward_partly_masked_blocks_skipped",
+              "whose backward pass skips blocks that are masked in part",
+              skipped_block=list(BLOCKS), form_of="causal_before_blocks"),
+)  # fmt: skip
+
 # Decisions that change the weights in another way than by the scores and by what is masked.
 _FORWARD_ALONE = (
     "split", "merge", "weights_of_heads", "scale_after", "overflow", "products_dtype",
@@ -56,7 +113,7 @@ _ONE = torch.ones((), dtype=torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
-class _Saved:
+class Saved:
     """What the forward pass leaves for the backward pass.
 
     Attributes:
@@ -78,7 +135,8 @@ class _Saved:
     right: Tensor
 
     @classmethod
-    def of(cls, call: Call, kept: Tensor | None) -> _Saved:
+    def of(cls, call: Call, kept: Tensor | None) -> Saved:
+        """Compute a call that has the gradient of its output."""
         case = as_case(call)
         assert case.upstream is not None
         forward, above = carry_out(Plan(), case), case.upstream.double()
@@ -117,13 +175,13 @@ def likely_backward_mistake(
         return None
     found = {name: one.detach().cpu().double() for name, one in gradients.items()}
     with torch.no_grad():
-        saved = _Saved.of(call, kept)
-        off = _off(_carried_back(BackwardPlan(), saved), found, saved)
+        saved = Saved.of(call, kept)
+        off = _off(carried_back(BackwardPlan(), saved), found, saved)
         wrong = [name for name in found if (name in wrong if wrong else not off[name][1])]
         by = {name: off[name][0] for name in wrong}
         if not by or not all(0 < size < math.inf for size in by.values()):
             return None
-        which = f"the gradient{'s' * (len(by) > 1)} of {listed(list(by))}"
+        which = f"the gradient{'s' * (len(by) > 1)} of {names_of(list(by))}"
         if output is not None:
             return _of_a_wrong_output(fitting(call, output), found, which, saved)
         fits: dict[str, tuple[bool, float]] = {}
@@ -139,30 +197,31 @@ def likely_backward_mistake(
     if not fits:
         return None
     others, share = min(fits.values())
-    nearest = sorted(fits, key=lambda one: fits[one])[:MOST_NAMED]
-    named = [s for s in nearest if fits[s][0] == others and fits[s][1] <= AS_WELL * share]
-    return f"{which} {'are those' if len(by) > 1 else 'is that'} of attention {', or '.join(named)}"
+    near = [s for s, (no, far) in fits.items() if no == others and far <= AS_WELL * share]
+    named = simplest(near, (*DEFECTS, *BACKWARD))
+    are = "are those" if len(by) > 1 else "is that"
+    return f"{which} {are} of attention {listed(named)}"
 
 
 def _of_a_wrong_output(
-    causes: Mapping[str, Plan], found: Mapping[str, Tensor], which: str, saved: _Saved
+    causes: Mapping[str, Plan], found: Mapping[str, Tensor], which: str, saved: Saved
 ) -> str | None:
     """Say whether the gradients are those of an output that is wrong."""
-    named = f"that of attention {', or '.join(causes)}"
+    named = f"that of attention {listed(list(causes))}"
     for plan in causes.values():
-        again = _carried_back(_started(plan, "own", "own"), saved)
+        again = carried_back(_started(plan, "own", "own"), saved)
         if all(fits for _, fits in _off(again, found, saved).values()):
             return f"{which} follow the output, which is wrong: it is {named}"
     return f"the output is wrong: it is {named}" if causes else None
 
 
-def listed(names: list[str]) -> str:
+def names_of(names: list[str]) -> str:
     """Return names as a list in a sentence."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _off(
-    attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: _Saved
+    attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Saved
 ) -> dict[str, tuple[float, bool]]:
     """By how much each gradient that was found differs, and whether by rounding alone."""
     dtype, scores = saved.case.dtype, finite(_masked(saved.forward))
@@ -182,25 +241,24 @@ def _off(
     return compared
 
 
-def _attempted(saved: _Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
+def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
     """What each known mistake gives: of the backward pass alone, or of the weights in it."""
-    every: list[tuple[str, BackwardPlan]] = []
-    for defect, change in changes(BACKWARD):
-        plan = change(BackwardPlan())
-        assert isinstance(plan, BackwardPlan)
-        every.append((defect.sentence, plan))
+    every: list[tuple[str, Plan]] = [
+        (defect.sentence, change(BackwardPlan())) for defect, change in changes(BACKWARD)
+    ]
     for defect, change in changes():
         forward = change(Plan())
         if _is_of_both(forward, saved):
             every += [(defect.sentence, _started(forward, *how)) for how in _AGAIN]
     for sentence, plan in every:
+        assert isinstance(plan, BackwardPlan)
         try:
-            yield sentence, plan, _carried_back(plan, saved)
+            yield sentence, plan, carried_back(plan, saved)
         except NotApplicable:
             continue
 
 
-def _is_of_both(plan: Plan, saved: _Saved) -> bool:
+def _is_of_both(plan: Plan, saved: Saved) -> bool:
     """Whether a backward pass may be wrong like this as well, and is something else then."""
     right = Plan()
     if any(getattr(plan, name) != getattr(right, name) for name in _FORWARD_ALONE):
@@ -220,7 +278,7 @@ def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
     return BackwardPlan(**vars(plan) | again)
 
 
-def _carried_back(plan: BackwardPlan, saved: _Saved) -> dict[str, Tensor]:
+def carried_back(plan: BackwardPlan, saved: Saved) -> dict[str, Tensor]:
     """Return the gradients, by name, of a backward pass.
 
     Raises:
@@ -260,7 +318,7 @@ def _carried_back(plan: BackwardPlan, saved: _Saved) -> dict[str, Tensor]:
     return found
 
 
-def _weights(plan: BackwardPlan, again: Outcome, saved: _Saved) -> Tensor:
+def _weights(plan: BackwardPlan, again: Outcome, saved: Saved) -> Tensor:
     """The weights that the backward pass computes once more."""
     weights = again.weights.clone()
     if plan.weights_from == "saved":
@@ -274,7 +332,7 @@ def _weights(plan: BackwardPlan, again: Outcome, saved: _Saved) -> Tensor:
     return weights
 
 
-def _row_term(plan: BackwardPlan, saved: _Saved, own: Tensor) -> Tensor:
+def _row_term(plan: BackwardPlan, saved: Saved, own: Tensor) -> Tensor:
     """D in the formulas above, (batch, heads, query_len, 1)."""
     right, heads = saved.right, torch.arange(saved.case.heads)
     return {
