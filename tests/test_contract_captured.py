@@ -222,8 +222,8 @@ def test_a_wrong_softmax_is_not_called_a_wrong_declaration_and_a_missing_mask_is
 def test_what_cannot_be_judged_is_not_asked_and_says_why(hidden):
     query = hidden.unsqueeze(1)
     with capture_attention() as trace:
-        torch.minimum(query @ query.mT, torch.ones(9, 9)).softmax(-1) @ query
-    why = "its scores went through minimum, which is not understood"
+        (query @ query.mT).cumsum(-1).softmax(-1) @ query
+    why = "its scores went through cumsum, which is not understood"
     results = {result.name: result for result in check_attention(trace).results}
     for name in ("attention_inside", "masks"):
         assert results[name].status == "skipped"
@@ -341,14 +341,13 @@ def test_dropout_in_evaluation_mode_is_found_in_a_trace(hidden):
 def test_the_outside_is_blamed_only_if_everything_inside_was_judged(hidden):
     class Capped(nn.Module):
         def forward(self, hidden):
-            scores = torch.minimum(hidden @ hidden.mT, torch.zeros(9, 9))
-            return scores.softmax(-1) @ hidden
+            return (hidden @ hidden.mT).cumsum(-1).softmax(-1) @ hidden
 
     report = check_attention(AttentionSpec(nn.Sequential(Layer(), Capped()).eval(), inputs=hidden))
     assert "no_leakage" in [result.name for result in report.failed]
     assert "outside" not in str(report)
     assert report.diagnosis.refused == {
-        "attention in 1": "its scores went through minimum, which is not understood"
+        "attention in 1": "its scores went through cumsum, which is not understood"
     }
 
 
