@@ -65,6 +65,12 @@ class Shaping:
             return cls(lead, lead[0], math.prod(lead[1:]), joined=True)
         return cls.of(weights, before, heads, weights)
 
+    @property
+    def doubt(self) -> str:
+        """What about this is a guess."""
+        many = len(self.lead) > 2 and sum(size > 1 for size in self.lead) > 1
+        return f"which of its leading axes {self.lead} are heads is not known" if many else ""
+
     def weights_shape(self, query_len: int, key_len: int) -> tuple[int, int, int, int]:
         """(batch, heads, query_len, key_len)."""
         return self.batch, self.heads, 1 if self.packed > 1 else query_len, key_len

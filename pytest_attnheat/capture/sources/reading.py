@@ -143,6 +143,7 @@ def _record(
     record = AttentionRecord(
         layer="",
         source=tag.source,
+        doubt=shaping.doubt,
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
         query=known.query,
