@@ -26,9 +26,20 @@ def modules_in(subject: object) -> list[nn.Module]:
     Looked into are partials, bound methods, the variables that a function
     refers to, and the attributes of an object.
     """
-    found: dict[int, nn.Module] = {}
-    _collect(subject, found, _DEPTH)
-    return list(found.values())
+    return [part for part in _collected(subject) if isinstance(part, nn.Module)]
+
+
+def is_compiled(subject: object) -> bool:
+    """Whether a callable is, or refers to, what `torch.compile` made, as far as can be found."""
+    found = _collected(subject)
+    inner = [part for one in found if isinstance(one, nn.Module) for part in one.modules()]
+    return any(_is_marked(part) for part in (*found, *inner))
+
+
+def _is_marked(part: object) -> bool:
+    own = dict(getattr(part, "__dict__", {})) | getattr(part, "_modules", {})
+    marks = ("_torchdynamo_orig_callable", "_orig_mod", "_compiled_call_impl")
+    return not own.get("_torchdynamo_disable") and any(own.get(mark) is not None for mark in marks)
 
 
 def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
@@ -41,12 +52,20 @@ def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
         return None
 
 
-def _collect(subject: object, found: dict[int, nn.Module], depth: int) -> None:
-    if isinstance(subject, nn.Module):
-        found[id(subject)] = subject
-    elif depth > 0 and not isinstance(subject, (type, types.ModuleType, Tensor)):
-        for part in _parts(subject):
-            _collect(part, found, depth - 1)
+def _collected(subject: object) -> list[object]:
+    """What a callable is, and what it refers to, each once."""
+    found: dict[int, tuple[int, object]] = {}
+
+    def collect(one: object, depth: int) -> None:
+        seen = found.get(id(one), (-1, None))[0] >= depth
+        if seen or isinstance(one, (type, types.ModuleType, Tensor)):
+            return
+        found[id(one)] = depth, one
+        for part in _parts(one) if depth > 0 and not isinstance(one, nn.Module) else ():
+            collect(part, depth - 1)
+
+    collect(subject, _DEPTH)
+    return [one for _, one in found.values()]
 
 
 def _parts(subject: object) -> Sequence[object]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copyreg
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import TYPE_CHECKING, Any
 
 from pytest_attnheat.inputs import dtype_name
@@ -63,6 +63,7 @@ class Checked:
         return f"{self.dtype} {self.shape} on {self.device}"
 
 
+@dataclass(eq=False, repr=False)
 class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     """A property that does not hold. Its text is made of its fields, whenever it is asked for.
 
@@ -91,44 +92,28 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
             None where no single call did.
     """
 
-    # Where it is public, and hence how pytest prints it.
-    __module__ = "pytest_attnheat"
+    assertion: str
+    claim: str
+    _: KW_ONLY
+    broken: int | None = None
+    of: int | None = None
+    worst: Place | None = None
+    first: Place | None = None
+    cause: str | None = None
+    assumed: str | None = None
+    tensor: Checked | None = None
+    tolerance: float | None = None
+    repeat: str | None = None
+    picture: str = ""
+    layer: str | None = None
+    cases: str | None = None
+    draw: Callable[[], HeatmapFigure] | None = None
+    drawn: str = "heatmap of the broken rows"
+    again: Callable[[], object] | None = None
 
-    def __init__(
-        self,
-        assertion: str,
-        claim: str,
-        *,
-        broken: int | None = None,
-        of: int | None = None,
-        worst: Place | None = None,
-        first: Place | None = None,
-        cause: str | None = None,
-        assumed: str | None = None,
-        tensor: Checked | None = None,
-        tolerance: float | None = None,
-        repeat: str | None = None,
-        picture: str = "",
-        layer: str | None = None,
-        cases: str | None = None,
-        draw: Callable[[], HeatmapFigure] | None = None,
-        drawn: str = "heatmap of the broken rows",
-        again: Callable[[], object] | None = None,
-    ) -> None:
-        super().__init__(claim)
-        self.assertion = assertion
-        self.claim = claim
-        self.broken, self.of = broken, of
-        self.worst, self.first = worst, first
-        self.cause = cause
-        self.assumed = assumed
-        self.tensor = tensor
-        self.tolerance = tolerance
-        self.repeat = repeat
-        self.picture = picture
-        self.layer, self.cases = layer, cases
-        self.draw, self.drawn = draw, drawn
-        self.again = again
+    def __post_init__(self) -> None:
+        """Be an exception about the claim."""
+        super().__init__(self.claim)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Keep the fields, whatever a subclass asks for, but for functions: they hold tensors."""
@@ -160,6 +145,10 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
                 lines += [f"  {name:<9}{first}", *(f"{'':<11}{line}" for line in others)]
         lines += [f"  {line}".rstrip() for line in self.picture.splitlines()]
         return "\n".join(lines)
+
+
+# Where it is public, and hence how pytest prints it.
+Failure.__module__ = "pytest_attnheat"
 
 
 def number_text(value: float, *, beside: float | None = None, least: int = _LEAST_DIGITS) -> str:

@@ -79,7 +79,7 @@ def test_encoders_of_pytorch_pass_with_any_lengths(lengths):
             assert_padding_invariant(module, inputs, lengths=lengths, seed=seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
 def test_models_of_transformers_pass(name, implementation, dtype):
     model = of_transformers(name, implementation, dtype)
@@ -254,7 +254,7 @@ def test_a_mask_that_is_declared_as_its_opposite_is_told_so():
 def test_a_mean_over_the_padding_is_found():
     message = message_of(keeps("mean"), tokens(3, 5))
     assert "15 of 15 rows of real tokens" in message
-    assert "cause" not in message
+    assert "attention in Layer does not let it be seen: it is seen outside of attention" in message
 
 
 def test_the_mask_of_the_first_sample_taken_for_all_is_found_in_a_ragged_batch():
@@ -373,7 +373,8 @@ def test_padding_on_the_left_that_is_not_masked_is_not_taken_for_wrong_positions
     assert_padding_invariant(decoder(), tokens(3, 5), lengths=[5, 2, 4])
     message = message_of(decoder("unmasked"), tokens(3, 5))
     assert "change with padding on the left" in message
-    assert "only on the left: real tokens feel what the padding holds: it is not masked" in message
+    assert "only on the left: padding gets up to " in message
+    assert "of the attention of a real token in Decoder, no mask hides it there" in message
     assert "positions" not in message
 
 
@@ -501,9 +502,11 @@ def test_arguments_out_of_range_are_refused():
         with pytest.raises((ValueError, TypeError), match=r"amount: got .*a whole number from 1"):
             assert_padding_invariant(layer, inputs, amount=amount)
     for lengths in ([5], [5, 6], [0, 5], [[5, 5]]):
-        with pytest.raises((ValueError, TypeError), match=r"lengths: got .*one for each sample"):
+        with pytest.raises(
+            (ValueError, TypeError), match=r"lengths: got .*for each (sample|batch entry)"
+        ):
             assert_padding_invariant(layer, inputs, lengths=lengths)
-    with pytest.raises(TypeError, match=r"lengths: got .*whole numbers"):
+    with pytest.raises(TypeError, match=r"lengths: got .*one whole number"):
         assert_padding_invariant(layer, inputs, lengths=[1.0, 2.0])
     with pytest.raises(
         ValueError, match=r"lengths: got .*; accepted is None for an attention function"

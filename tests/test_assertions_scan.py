@@ -43,7 +43,7 @@ def test_many_tiny_maps_make_few_pieces():
     assert len(list(pieces((1000, 1000, 2, 2), 2**20))) == 4
 
 
-@pytest.fixture(params=[(4, 3), (40, 7), (64, 64)], ids=str)
+@pytest.fixture(params=[(4, 3), (40, 7)], ids=str)
 def small_pieces(request, monkeypatch):
     """Make every tensor of the tests too large for one piece."""
     elements, rows = request.param
@@ -61,8 +61,17 @@ def reversed_twice(weights):
 
 
 @pytest.mark.usefixtures("small_pieces")
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("shape", [(3, 5, 7), (1, 100), (50, 1), (2, 3, 4, 33)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"),
+    [
+        ((3, 5, 7), torch.float64),
+        ((1, 100), torch.bfloat16),
+        ((50, 1), torch.float32),
+        ((2, 3, 2, 33), torch.float32),
+        ((2, 3, 2, 33), torch.bfloat16),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("check", [assert_row_stochastic, assert_uniform, assert_entropy])
 def test_no_row_is_missed_where_pieces_meet(check, shape, dtype):
     more = {"minimum": -1} if check is assert_entropy else {}
@@ -70,7 +79,7 @@ def test_no_row_is_missed_where_pieces_meet(check, shape, dtype):
     check(uniform, **more)
     check(uniform, mask=torch.ones(shape, dtype=torch.bool), **more)
     rows = prod(shape[:-1])
-    for flat in {0, 1 % rows, rows // 2, rows - 2, rows - 1} - {-1}:
+    for flat in {0, rows // 2, rows - 1}:
         place = tuple(int(i) for i in np.unravel_index(flat, shape[:-1]))
         broken = uniform.clone()
         broken[place] *= 1.5
@@ -112,7 +121,7 @@ def test_weight_on_any_masked_key_of_a_long_row_is_found(key):
 
 @pytest.mark.usefixtures("small_pieces")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("row", range(0, 30, 4))
+@pytest.mark.parametrize("row", [0, 13, 29])
 def test_a_negative_weight_is_found_in_whichever_piece_it_is(row, dtype):
     weights = torch.zeros(30, 4, dtype=dtype)
     weights[:, 0] = 1
@@ -156,14 +165,14 @@ def test_a_passing_assertion_synchronises_a_gpu_once():
     assert len(copies) == 1
 
 
-MEMORY = """
+MEMORY = r"""
     import ctypes, re
     from pathlib import Path
     import numpy as np, torch
     import pytest_attnheat as p
 
     def peak():
-        return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
     trim = getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)
 
@@ -181,11 +190,13 @@ MEMORY = """
             return
         raise SystemExit("it passed")
 
+    checks = (p.assert_row_stochastic, p.assert_uniform)
     # Every kernel is loaded before anything is measured.
     warm = torch.full((700, 1024), 1 / 1024)
-    for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        {check}(warm.to(dtype))
-        fails(lambda: {check}(warm.to(dtype) * 2))
+    for check in checks:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            check(warm.to(dtype))
+            fails(lambda: check(warm.to(dtype) * 2))
     for weights in (
         lambda: torch.full((32, 1024, 1024), 1 / 1024),
         lambda: torch.full((64, 1024, 1024), 1 / 1024, dtype=torch.bfloat16),
@@ -197,26 +208,24 @@ MEMORY = """
         lambda: np.full((32, 1024, 1024), 1 / 1024, dtype=np.float32)[..., ::-1],
     ):
         weights = weights()
-        passing = extra(lambda: {check}(weights))
+        passing = [extra(lambda: check(weights)) for check in checks]
         weights[-1] *= 3
-        print(passing, extra(lambda: fails(lambda: {check}(weights))), weights.shape)
+        failing = [extra(lambda: fails(lambda: check(weights))) for check in checks]
+        print(*passing, *failing, weights.shape)
 """
 
 
 @pytest.mark.skipif(
     not os.access("/proc/self/clear_refs", os.W_OK), reason="needs Linux to reset the peak memory"
 )
-@pytest.mark.parametrize("check", ["p.assert_row_stochastic", "p.assert_uniform"])
-def test_128_mb_are_checked_with_at_most_16_mb_more(check):
-    program = textwrap.dedent(MEMORY).format(check=check)
+def test_128_mb_are_checked_with_at_most_16_mb_more():
     run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+        [sys.executable, "-c", textwrap.dedent(MEMORY)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == 8
     for line in run.stdout.splitlines():
-        passing, failing, *_ = line.split()
-        assert int(passing) <= 16 * KB_PER_MB, line
-        assert int(failing) <= 16 * KB_PER_MB, line
+        assert all(int(more) <= 16 * KB_PER_MB for more in line.split()[:4]), line
 
 
 def test_expanded_weights_and_masks_are_not_copied():

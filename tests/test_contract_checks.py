@@ -8,7 +8,7 @@ from wrong_attention import attention_with
 from pytest_attnheat import AttentionSpec, check_attention
 from pytest_attnheat.contract.checks import CHECKS
 from pytest_attnheat.contract.examination import check, registered
-from pytest_attnheat.contract.report import examinations_of, run_check
+from pytest_attnheat.contract.running import examinations_of, run_check
 
 # A defect is found by few others if no more than this many checks find it, besides `pairs`, which
 # asks what the others ask and more.

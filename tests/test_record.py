@@ -108,6 +108,11 @@ def test_a_picture_of_another_tool_carries_no_data(tmp_path):
             read_heatmaps(save(Figure(), tmp_path, kind))
 
 
+def test_what_is_no_path_is_refused():
+    with pytest.raises(TypeError, match="path: got 3; accepted is the path of a PNG or SVG file"):
+        read_heatmaps(3)
+
+
 @pytest.mark.parametrize("content", [b"", b"GIF89a", b"\x89PNG\r\n\x1a\n", b"<html></html>"])
 def test_a_file_that_is_no_picture_is_refused(tmp_path, content):
     (tmp_path / "a.png").write_bytes(content)

@@ -108,12 +108,14 @@ def test_padding_masks_by_side(lengths, side, expected):
 @pytest.mark.parametrize(
     ("lengths", "error", "said"),
     [
-        ([4], ValueError, r"lengths: got \[4\]; .*from 0 to key_len 3"),
-        ([2, -1], ValueError, r"got \[2, -1\]; .*from 0 to key_len 3"),
-        ([], ValueError, r"got shape \(0,\); .*\(batch,\), one or more"),
-        ([[1]], ValueError, r"got shape \(1, 1\); .*\(batch,\)"),
-        ([1.5], TypeError, "got dtype float32; .*whole numbers"),
-        ([True], TypeError, "got dtype bool; .*whole numbers"),
+        ([4], ValueError, r"lengths: got \[4\]; .*one whole number from 0 to 3"),
+        ([2, -1], ValueError, r"got \[2, -1\]; .*one whole number from 0 to 3"),
+        ([], ValueError, r"got shape \(0,\); .*for each batch entry"),
+        ([[1]], ValueError, r"got shape \(1, 1\); .*for each batch entry"),
+        ([1.5], TypeError, "got dtype float64; .*whole number"),
+        ([True], TypeError, "got dtype bool; .*whole number"),
+        ("a", TypeError, "lengths: got 'a'; .*whole number"),
+        (None, TypeError, "lengths: got None; .*whole number"),
     ],
 )
 def test_lengths_are_checked(lengths, error, said):

@@ -8,8 +8,8 @@ from typing import cast
 
 import torch
 
-from pytest_attnheat.assertions.masking_causes import Evidence, finite_mask, named, not_a_number
-from pytest_attnheat.attention.reference import causal_mask, sliding_window_mask
+from pytest_attnheat.assertions.causes import Evidence
+from pytest_attnheat.assertions.masking_causes import finite_mask, named, not_a_number
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
 from pytest_attnheat.inputs import misuse, one_of, whole_number
 
@@ -65,37 +65,18 @@ class CausalRule:
         """The position of query 0, counted in keys."""
         return self.key_len - self.query_len if self.alignment == "bottom_right" else 0
 
-    @property
-    def forbids_something(self) -> bool:
-        """Whether there is any key that some query may not attend to."""
-        last = self.offset + self.query_len - 1
-        before_window = self.window is not None and last - self.window > 0
-        return self.offset < self.key_len - 1 or before_window
-
     def __str__(self) -> str:
         """Say it in the words of the arguments."""
         named = "" if self.query_len == self.key_len else f" with alignment={self.alignment!r}"
         window = "" if self.window is None else f" and window={self.window}"
         return f"causal attention{named}{window}"
 
-    def mask(self, device: torch.device) -> torch.Tensor:
-        """Return the mask of all queries, ``(query_len, key_len)``."""
-        lengths = self.query_len, self.key_len
-        if self.window is None:
-            return causal_mask(*lengths, alignment=self.alignment, device=device)
-        window = (self.window, 0)
-        return sliding_window_mask(*lengths, window=window, alignment=self.alignment, device=device)
-
     def rows(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return the mask of some queries, ``(n, key_len)``."""
-        behind = self.behind(queries)
-        permitted = behind >= 0
-        return permitted if self.window is None else permitted & (behind <= self.window)
-
-    def behind(self, queries: torch.Tensor) -> torch.Tensor:
-        """Return how many keys each key is behind each query, below 0 in its future."""
+        """Return the mask of some queries, ``(n, key_len)``; nothing wider than it is made."""
         keys = torch.arange(self.key_len, device=queries.device)
-        return queries.unsqueeze(-1) + self.offset - keys
+        position = queries.unsqueeze(-1) + self.offset
+        permitted = keys <= position
+        return permitted if self.window is None else permitted & (keys >= position - self.window)
 
 
 def _keys_before(window: object) -> int | None:
@@ -122,10 +103,16 @@ def _keys_before(window: object) -> int | None:
     return left
 
 
-def causal_cause(evidence: Evidence, rule: CausalRule) -> str | None:
-    """Return a likely cause of weight in the future, or before the window, or None."""
+def causal_cause(evidence: Evidence, rule: CausalRule, numbers: torch.Tensor) -> str | None:
+    """Return a likely cause of weight in the future, or before the window, or None.
+
+    Args:
+        evidence: What was found.
+        rule: What was claimed.
+        numbers: Which query each row is of, ``(queries,)``.
+    """
     telling = evidence.telling()
-    candidates = _first_that_explains(telling, _causal_candidates(telling.queries, rule))
+    candidates = _first_that_explains(telling, _causal_candidates(numbers[telling.queries], rule))
     causes = (finite_mask(telling), candidates, _uniform_rows(telling), not_a_number(evidence))
     return named(evidence, causes)
 
@@ -151,7 +138,9 @@ def _causal_candidates(queries: torch.Tensor, rule: CausalRule) -> Iterator[Cand
     The widest first where some are the same: in small maps a window that is
     one too wide is no window, and a diagonal that is off by one no mask.
     """
-    behind = rule.behind(queries)
+    # How many keys each key is behind each query, below 0 in its future.
+    keys = torch.arange(rule.key_len, device="cpu")
+    behind = queries.unsqueeze(-1) + rule.offset - keys
     if rule.query_len != rule.key_len:
         name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
         other = replace(rule, alignment=name).rows(queries)

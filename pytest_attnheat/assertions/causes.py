@@ -11,20 +11,23 @@ memory of the passing assertion.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 
-from pytest_attnheat.assertions.claims import Finding
+from pytest_attnheat.assertions.claims import Finding, Index
 from pytest_attnheat.assertions.scan import Block, evenly, row_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.inputs import Operand, dtype_name
 
-# The most weights that a sample holds: 1 MB in float64.
+# The most weights, and rows, that a sample holds: 1 MB in float64.
 _SAMPLE = 2**17
 _SAMPLE_ROWS = 256
+# Weights may underflow: this much of what another mask permits must hold weight.
+NEARLY_ALL = 0.98
 
 
 @dataclass(frozen=True)
@@ -35,16 +38,45 @@ class Evidence:
         weights: The weights, ``(..., queries, keys)``.
         mask: Their mask, with as many dimensions, or None.
         finding: What the thorough reading found.
-        rows: Some rows with a permitted key, ``(n, keys)`` in float64, spread
-            over the tensor. None where a single row is too long.
-        permitted: The mask of those rows, ``(n, keys)``.
+        queries: Which query of its map each row of the sample is, ``(n,)``.
+        rows: The weights of those rows, ``(n, keys)`` in float64.
+        permitted: Their mask, ``(n, keys)``.
     """
 
     weights: Operand
     mask: Operand | None
-    finding: Finding[Block]
-    rows: torch.Tensor | None
-    permitted: torch.Tensor | None
+    finding: Finding[Any]
+    queries: torch.Tensor
+    rows: torch.Tensor
+    permitted: torch.Tensor
+
+    @classmethod
+    def spread(cls, weights: Operand, mask: Operand | None, finding: Finding[Any]) -> Evidence:
+        """Sample rows with a permitted key, evenly spaced; none where a row is too long."""
+        *lead, key_len = weights.shape
+        most = min(_SAMPLE_ROWS, _SAMPLE // key_len)
+        numbers = evenly(math.prod(lead), most)
+        found = cls._of(weights, mask, finding, [index_of(number, lead) for number in numbers])
+        return found.only(found.permitted.any(-1))
+
+    @classmethod
+    def of_map(cls, weights: Operand, mask: Operand | None, finding: Finding[Any]) -> Evidence:
+        """Sample rows of the map with the worst weight, evenly spaced, the worst among them."""
+        *place, worst, _ = finding.worst.index
+        most = min(_SAMPLE_ROWS, max(1, _SAMPLE // weights.shape[-1]))
+        queries = sorted({*evenly(weights.shape[-2], most), worst})
+        return cls._of(weights, mask, finding, [(*place, query) for query in queries])
+
+    @classmethod
+    def _of(
+        cls, weights: Operand, mask: Operand | None, finding: Finding[Any], indices: list[Index]
+    ) -> Evidence:
+        queries = torch.tensor([index[-1] for index in indices], dtype=torch.long, device="cpu")
+        rows = rows_of(weights, indices, weights.shape[-1]).double()
+        permitted = torch.ones_like(rows, dtype=torch.bool)
+        if mask is not None:
+            permitted = rows_of(mask, indices, weights.shape[-1])
+        return cls(weights, mask, finding, queries, rows, permitted)
 
     @property
     def slack(self) -> float:
@@ -52,36 +84,64 @@ class Evidence:
         return row_rounding(self.weights.dtype, self.weights.shape[-1])
 
     @property
-    def widespread(self) -> bool:
-        """Whether nearly all rows are broken, as a structural defect leaves them."""
-        return self.finding.broken >= 0.9 * self.finding.of
+    def place(self) -> Index:
+        """Which map the worst weight is in."""
+        return self.finding.worst.index[: self.weights.ndim - 2]
+
+    def only(self, some: torch.Tensor) -> Evidence:
+        """Leave out the other rows."""
+        return replace(
+            self, queries=self.queries[some], rows=self.rows[some], permitted=self.permitted[some]
+        )
+
+    def telling(self) -> Evidence:
+        """Leave out rows with NaN and rows of zeros, which say nothing about a mask."""
+        return self.only(self.rows.isfinite().all(-1) & (self.rows != 0).any(-1))
+
+    def explained_by(self, other: torch.Tensor) -> bool:
+        """Tell whether the weights are those of another mask, ``(n, keys)``."""
+        extra, common = other & ~self.permitted, other & self.permitted
+        if int(extra.sum()) < 2 or bool((self.rows[~other] != 0).any()):
+            return False
+        permitted = (extra, common) if bool(common.any()) else (extra,)
+        return all(share(self.rows[some] > 0) >= NEARLY_ALL for some in permitted)
+
+    def lacks_exactly(self, missing: torch.Tensor) -> bool:
+        """Tell whether these permitted weights, and hardly any others, are zero."""
+        missing = missing & self.permitted
+        kept = self.permitted & ~missing
+        if int(missing.sum()) < 2 or bool((self.rows[missing] != 0).any()):
+            return False
+        return bool(kept.any()) and share(self.rows[kept] > 0) >= NEARLY_ALL
 
 
 Cause = Callable[[Evidence], "str | None"]
+
+
+def rows_of(operand: Operand, indices: Sequence[Index], key_len: int) -> torch.Tensor:
+    """Return some rows of weights or of a mask, ``(n, keys)``, on the CPU."""
+    rows = [row_of(operand, index).expand(key_len) for index in indices]
+    return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=operand.dtype)
+
+
+def share(of: torch.Tensor) -> float:
+    """Return the share of True, 0 of nothing."""
+    return float(of.double().mean()) if of.numel() else 0.0
 
 
 def likely_cause(weights: Operand, mask: Operand | None, finding: Finding[Block]) -> str | None:
     """Return the first cause that the numbers show, or None."""
     if finding.claim.lines.transposed and finding.claim.kind == "sum" and not finding.nans:
         return "the rows do sum to 1: a plain softmax, or too few Sinkhorn iterations?"
-    rows, permitted = _sample(weights, mask)
-    evidence = Evidence(weights, mask, finding, rows, permitted)
-    for cause in _CAUSES_OF.get(finding.claim.kind, (not_a_number,)):
-        sentence = cause(evidence)
-        if sentence is not None:
-            return sentence
-    return None
+    evidence = Evidence.spread(weights, mask, finding)
+    causes = _CAUSES_OF.get(finding.claim.kind, (not_a_number,))
+    return next((said for cause in causes if (said := cause(evidence)) is not None), None)
 
 
 def opposite_mask(evidence: Evidence) -> str | None:
-    """Rows that hold weight hold all of it on keys that the mask forbids."""
-    rows, permitted = evidence.rows, evidence.permitted
-    if rows is None or permitted is None:
-        return None
-    # NaN and zero rows say nothing: those are the ones that the mask in use left no key.
-    telling = rows.isfinite().all(-1) & (rows != 0).any(-1)
-    at_permitted = rows[telling] * permitted[telling]
-    if int(telling.sum()) < 2 or bool((at_permitted != 0).any()):
+    """All weight lies on keys that the mask forbids, and on nearly all of them."""
+    telling = evidence.telling()
+    if not telling.explained_by(~telling.permitted):
         return None
     return (
         "all weight lies on keys that the mask forbids: a mask of the opposite meaning? "
@@ -102,9 +162,14 @@ def not_a_number(evidence: Evidence) -> str | None:
     if count == 0:
         return f"{where}; it holds both inf and -inf: scores before the softmax?"
     if count < key_len:
-        return f"{where}; there at {count} of {key_len} keys: NaN in the query or in a key?"
+        return (
+            f"{where}; there at {count} of {key_len} keys, and a softmax over keys makes whole "
+            "rows NaN: made after it, or over another axis?"
+        )
     if evidence.mask is not None:
         return f"{where}, at every key although the mask permits some"
+    if finding.nans == finding.of > 1:
+        return f"{where}, which is all: NaN in a key, or no key left by the mask in use?"
     return (
         f"{where}, at every key: fully masked, through a softmax of -inf? "
         'Then pass mask= and fully_masked="nan"'
@@ -129,7 +194,7 @@ def zero_rows(evidence: Evidence) -> str | None:
     rows = "this row holds" if finding.zeros == 1 else f"{finding.zeros} of these rows hold"
     if evidence.mask is None:
         return f"{rows} only zeros: fully masked? Then pass mask="
-    return f"{rows} only zeros although the mask permits keys: a mask of the opposite meaning?"
+    return f"{rows} only zeros although the mask permits keys"
 
 
 def other_axis(evidence: Evidence) -> str | None:
@@ -137,26 +202,29 @@ def other_axis(evidence: Evidence) -> str | None:
     shape = evidence.weights.shape
     last = len(shape) - 2
     for dim in range(last, -1, -1):
-        if shape[dim] > 1 and _sums_to_one_along(evidence, dim):
+        if shape[dim] > 1 and (found := _sums_to_one_along(evidence, dim)):
             if dim == last:
-                return "every column sums to 1: softmax over the query axis (dim=-2)?"
+                columns = "every column" if found == "all" else "every column that holds weight"
+                return f"{columns} sums to 1: softmax over the query axis (dim=-2)?"
             name = {0: "batch", 1: "head"}[dim] if len(shape) == 4 else "leading"
             return f"the weights sum to 1 over the {name} axis: softmax over dim={dim}?"
     return None
 
 
 def all_ones(evidence: Evidence) -> str | None:
-    """Every weight is one."""
+    """Every permitted weight is one."""
     rows = evidence.rows
-    if rows is None or bool((rows != 1).any()):
-        return None
-    return "every weight is 1: softmax over an axis of size 1?"
+    if len(rows) and bool((rows == 1).all()):
+        return "every weight is 1: softmax over an axis of size 1?"
+    if len(rows) and torch.equal(rows, evidence.permitted.double()):
+        return "every permitted weight is 1 and every other 0: the mask itself?"
+    return None
 
 
 def same_sum(evidence: Evidence) -> str | None:
     """All rows sum to the same constant."""
     rows = evidence.rows
-    if rows is None or rows.shape[0] < 2 or evidence.finding.broken < evidence.finding.of:
+    if len(rows) < 2 or evidence.finding.broken < evidence.finding.of:
         return None
     sums = rows.sum(-1)
     constant = float(sums.mean())
@@ -172,7 +240,7 @@ def masked_afterwards(evidence: Evidence) -> str | None:
     Rows without a masked key bear witness: they still sum to one.
     """
     rows, permitted = evidence.rows, evidence.permitted
-    if rows is None or permitted is None or bool((rows < 0).any()):
+    if bool((rows < 0).any()):
         return None
     cut = ~permitted.all(-1)
     if int(cut.sum()) < 2 or bool((rows[~permitted] != 0).any()):
@@ -197,7 +265,7 @@ def masked_afterwards(evidence: Evidence) -> str | None:
 def low_precision(evidence: Evidence) -> str | None:
     """The numbers are those of a narrower dtype, and so is the error."""
     rows = evidence.rows
-    if rows is None or torch.unique(rows).numel() < 8:
+    if torch.unique(rows).numel() < 8:
         return None  # a few round numbers fit into every dtype
     for narrow in (torch.bfloat16, torch.float16, torch.float32):
         allowed = row_rounding(narrow, rows.shape[-1])
@@ -222,40 +290,55 @@ def dropout(rows: torch.Tensor, permitted: torch.Tensor | None) -> str | None:
     if rows.shape[0] < 8 or bool((rows < 0).any()):
         return None
     looked_at = _before_the_last_weight(rows) if permitted is None else permitted
-    share = float(((rows == 0) & looked_at).sum() / looked_at.sum().clamp(min=1))
+    zeros = share(rows[looked_at] == 0)
     sums = rows.sum(-1)
-    expected = share * float(rows.square().sum(-1).mean())
-    if not 0.02 < share < 0.95 or expected == 0:
+    # Rows that kept weight do not sum to one either, as they do where other rows are merely zero.
+    kept = sums[(rows != 0).any(-1)]
+    if share((kept - 1).abs() > 0.01) < 0.5:
+        return None
+    expected = zeros * float(rows.square().sum(-1).mean())
+    if not 0.02 < zeros < 0.95 or expected == 0:
         return None
     observed = float((sums - 1).square().mean())
     centred = abs(float(sums.mean()) - 1) < 4 * math.sqrt(expected / rows.shape[0])
     if not (centred and 0.4 < observed / expected < 2.5):
         return None
     return (
-        f"{share:.0%} of the weights are zero and rows sum to {float(sums.mean()):.2f} on "
-        f"average: weights after dropout (p about {share:.2g})?"
+        f"{zeros:.0%} of the weights are zero and rows sum to {float(sums.mean()):.2f} on "
+        f"average: weights after dropout (p about {zeros:.2g})?"
     )
 
 
 def _dropout(evidence: Evidence) -> str | None:
-    return None if evidence.rows is None else dropout(evidence.rows, evidence.permitted)
+    return dropout(evidence.rows, None if evidence.mask is None else evidence.permitted)
 
 
-def scores(evidence: Evidence) -> str | None:
-    """Numbers that are no probabilities, in rows that sum to anything."""
-    rows = evidence.rows
-    if rows is None or not evidence.widespread:
+def no_softmax(evidence: Evidence) -> str | None:
+    """Numbers below 0 in most rows, or above 1 and none below 0, and sums that are anything."""
+    rows, finding = evidence.rows, evidence.finding
+    if len(rows) < 2 or finding.broken < 0.9 * finding.of:
         return None
-    low, high = float(rows.min()), float(rows.max())
-    if not (low < -evidence.slack or high > 1 + evidence.slack):
+    sums = rows.sum(-1)
+    low, high = float(sums.min()), float(sums.max())
+    if high - low <= evidence.slack:
         return None
-    return f"values run from {low:.3g} to {high:.3g}: scores (logits) that no softmax has seen?"
+    if share((rows < -evidence.slack).any(-1)) >= 0.5:
+        values = f"{float(rows.min()):.3g} to {float(rows.max()):.3g}"
+        return f"values run from {values}: scores (logits) that no softmax has seen?"
+    if bool((rows < 0).any()) or share((rows > 1 + evidence.slack).any(-1)) < 0.5:
+        return None
+    if share(rows[evidence.permitted] > 0) < NEARLY_ALL:
+        return None
+    return (
+        f"no value is negative, and rows sum to {low:.3g} up to {high:.3g}: exp without a division "
+        "by the sum?"
+    )
 
 
 def mask_not_applied(evidence: Evidence) -> str | None:
     """Rows are uniform, over the masked keys too."""
-    rows = evidence.rows
-    if rows is None or bool(((rows * rows.shape[-1] - 1).abs() > evidence.slack).any()):
+    off = (evidence.rows * evidence.rows.shape[-1] - 1).abs()
+    if not len(off) or bool((off > evidence.slack).any()):
         return None
     return "every row is uniform over all keys, masked ones too: the mask was not applied?"
 
@@ -281,16 +364,18 @@ def declared_otherwise(evidence: Evidence) -> str | None:
 _CAUSES_OF: dict[str, tuple[Cause, ...]] = {
     "sum": (
         opposite_mask,
-        not_a_number,
         infinite,
-        other_axis,  # before dropout: a masked map, transposed, has zeros and sums around 1 too
+        # Before NaN, of keys that no query sees; and before dropout: a masked map, transposed, has
+        # zeros and sums around 1 too.
+        other_axis,
+        not_a_number,
         _dropout,  # before the next: it may zero a whole short row
         zero_rows,
         all_ones,
         same_sum,
         masked_afterwards,
         low_precision,
-        scores,
+        no_softmax,
     ),
     "negative": (),
     "masked": (opposite_mask, declared_otherwise),
@@ -298,37 +383,18 @@ _CAUSES_OF: dict[str, tuple[Cause, ...]] = {
 }
 
 
-def _sample(
-    weights: Operand, mask: Operand | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Return some rows with a permitted key, evenly spaced, and their mask."""
-    *lead, key_len = weights.shape
-    if key_len > _SAMPLE:
-        return None, None
-    count = math.prod(lead)
-    rows, masks = [], []
-    for number in evenly(count, min(_SAMPLE_ROWS, max(1, _SAMPLE // key_len))):
-        index = index_of(number, lead)
-        permitted = None if mask is None else row_of(mask, index).expand(key_len)
-        if permitted is None or bool(permitted.any()):
-            rows.append(row_of(weights, index).double())
-            masks += [] if permitted is None else [permitted]
-    if not rows:
-        return None, None
-    return torch.stack(rows), torch.stack(masks) if masks else None
-
-
 def _row(evidence: Evidence, index: tuple[int, ...]) -> Block:
     spans = tuple(slice(i, i + 1) for i in index)
     return Block(evidence.weights, evidence.mask, spans)
 
 
-def _sums_to_one_along(evidence: Evidence, dim: int) -> bool:
+def _sums_to_one_along(evidence: Evidence, dim: int) -> Literal["", "all", "some"]:
+    """Tell whether lines along an axis sum to one: all, or all that hold weight."""
     weights, worst = evidence.weights, evidence.finding.worst.index
     shape, queries = weights.shape, len(weights.shape) - 2
     size, key_len = shape[dim], shape[-1]
     if size > _SAMPLE:
-        return False
+        return ""
     keys = min(key_len, _SAMPLE // size)
     spans = [slice(i, i + 1) for i in worst]
     if dim != queries:
@@ -339,15 +405,17 @@ def _sums_to_one_along(evidence: Evidence, dim: int) -> bool:
     index = (*spans, slice(0, keys))
     values = weights[index].double()
     sums = values.sum(dim)
-    # A key that no query attends to, or a query that was fully masked, leaves a line of zeros.
-    # Rows that are merely zero leave such lines as well, so they must not be all that is broken.
-    empty = sums == 0
+    # A key that no query attends to, or a query that was fully masked, leaves a line of zeros, or
+    # of NaN. Rows that are merely zero leave such lines as well, so they must not be all that is
+    # broken.
+    empty = (sums == 0) | values.isnan().all(dim)
     if bool(empty.any()) and evidence.finding.zeros == evidence.finding.broken:
-        return False
+        return ""
     full = sums[~empty]
-    enough = full.numel() >= (2 if bool(empty.any()) else 1)
     good = (full - 1).abs() <= row_rounding(weights.dtype, size)
-    return enough and bool((values >= 0).all()) and bool(good.all())
+    if full.numel() < 1 + bool(empty.any()) or bool((values < 0).any()) or not bool(good.all()):
+        return ""
+    return "some" if bool(empty.any()) else "all"
 
 
 def _before_the_last_weight(rows: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
 from pytest_attnheat.assertions.causal import CausalRule, causal_cause
-from pytest_attnheat.assertions.causes import likely_cause
+from pytest_attnheat.assertions.causes import Evidence, likely_cause
 from pytest_attnheat.assertions.claims import (
     Claim,
     Index,
@@ -25,15 +25,10 @@ from pytest_attnheat.assertions.claims import (
     masks_nothing,
     permitted_is_positive,
 )
-from pytest_attnheat.assertions.masking_causes import (
-    Evidence,
-    mask_cause,
-    padding_cause,
-    support_cause,
-)
+from pytest_attnheat.assertions.masking_causes import mask_cause, padding_cause, support_cause
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
-from pytest_attnheat.attention.reference import padding_mask
+from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
     SIDES,
@@ -42,15 +37,7 @@ from pytest_attnheat.attention.vocabulary import (
     Side,
     check_fully_masked,
 )
-from pytest_attnheat.inputs import (
-    ACCEPTED_MASK,
-    Operand,
-    as_mask,
-    as_weights,
-    as_whole,
-    misuse,
-    one_of,
-)
+from pytest_attnheat.inputs import ACCEPTED_MASK, Operand, as_mask, as_weights, misuse, one_of
 
 Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
 Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
@@ -101,40 +88,44 @@ def assert_masked(
         raise NothingForbiddenError(misuse("mask", got, accepted))
 
 
-def _assert_causal_of_some(
+def _assert_causal(
     weights: Weights,
-    queries: torch.Tensor,
-    query_len: int,
+    *,
     alignment: Alignment | None = None,
     window: int | tuple[int, int] | None = None,
     fully_masked: FullyMasked = "zero",
+    queries: torch.Tensor | None = None,
+    query_len: int | None = None,
 ) -> None:
-    """`assert_causal` of some queries of a record, at the positions that they had."""
+    """`assert_causal`, of some queries of a record too, at the positions that they had."""
     __tracebackhide__ = True
     operand = _read_weights(weights)
     declared = check_fully_masked(fully_masked)
-    rule = CausalRule.read(query_len, operand.shape[-1], alignment, window)
-    rows = rule.rows(queries.to(operand.device))
-    if bool(rows.all()):
-        got = (
-            f"{queries.tolist()} of {query_len}, and {rule} permits them every key, so there is "
-            "nothing to check"
-        )
-        accepted = "a selection with a query that may not attend to every key"
-        raise NothingForbiddenError(misuse("queries", got, accepted))
+    rule = CausalRule.read(query_len or operand.shape[-2], operand.shape[-1], alignment, window)
+    every = torch.arange(rule.query_len, device="cpu")
+    numbers = every if queries is None else queries.cpu()
 
     def says(index: Index, weight: float) -> str:
-        query = int(queries[index[-2]])
-        return (
-            f"weights[{_commas(index)}]: query {query} of {query_len} gives {weight:.3g} to key "
-            f"{index[-1]} (allowed 0)"
+        query, key = int(numbers[index[-2]]), index[-1]
+        position, of = query + rule.offset, f" of {rule.query_len}" if query_len else ""
+        where = f"weights[{_commas(index)}]: query {query}{of} gives {weight:.3g} to key {key}"
+        if key > position:
+            return f"{where}, {_steps(key - position)} in its future (allowed 0)"
+        before = _steps(position - cast("int", rule.window) - key)
+        return f"{where}, {before} before its window of {rule.window} (allowed 0)"
+
+    permitted = cast("Operand", as_mask(rule.rows(numbers.to(operand.device)), operand))
+    masked = _Masked("assert_causal", operand, permitted, declared)
+    if not masked.check(says, lambda evidence: causal_cause(evidence, rule, numbers)):
+        got = (
+            f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
+            "there is nothing to check"
         )
+        accepted = "weights with a query that may not attend to every key"
+        raise NothingForbiddenError(misuse("weights", got, accepted))
 
-    permitted = cast("Operand", as_mask(rows, operand))
-    _Masked("assert_causal", operand, permitted, declared).check(says, mask_cause)
 
-
-@partial(takes_records, of_some=_assert_causal_of_some)
+@partial(takes_records, of_some=_assert_causal)
 def assert_causal(
     weights: Weights,
     *,
@@ -171,30 +162,7 @@ def assert_causal(
         >>> assert_causal(scores.softmax(-1))
     """
     __tracebackhide__ = True
-    operand = _read_weights(weights)
-    declared = check_fully_masked(fully_masked)
-    query_len, key_len = operand.shape[-2:]
-    rule = CausalRule.read(query_len, key_len, alignment, window)
-    if not rule.forbids_something:
-        got = (
-            f"shape {tuple(operand.shape)}, of which {rule} permits every query every key, so "
-            "there is nothing to check"
-        )
-        accepted = "weights with a query that may not attend to every key"
-        raise NothingForbiddenError(misuse("weights", got, accepted))
-    permitted = cast("Operand", as_mask(rule.mask(operand.device), operand))
-    masked = _Masked("assert_causal", operand, permitted, declared)
-
-    def says(index: Index, weight: float) -> str:
-        query, key = index[-2:]
-        position = query + rule.offset
-        where = f"weights[{_commas(index)}]: query {query} gives {weight:.3g} to key {key}"
-        if key > position:
-            return f"{where}, {_steps(key - position)} in its future (allowed 0)"
-        before = _steps(position - cast("int", rule.window) - key)
-        return f"{where}, {before} before its window of {rule.window} (allowed 0)"
-
-    masked.check(says, lambda evidence: causal_cause(evidence, rule))
+    _assert_causal(weights, alignment=alignment, window=window, fully_masked=fully_masked)
 
 
 @partial(takes_records, needs_mask=True)
@@ -323,7 +291,7 @@ class _Masked:
         if broken.kind in of_weights:
             of_weight = find(of_weights[broken.kind], elements(self.weights, self.mask))
             if of_weight is not None:
-                likely = cause(Evidence.of(self.weights, self.mask, of_weight))
+                likely = cause(Evidence.of_map(self.weights, self.mask, of_weight))
                 raise failure(self.assertion, self.weights, self.mask, of_weight, likely)
         of_row = find(broken, self._blocks())
         if of_row is not None:
@@ -363,40 +331,21 @@ def _read_lengths(lengths: object, weights: Operand) -> list[int]:
     if weights.ndim < 3:
         got = f"{weights.ndim} dimensions, shape {tuple(weights.shape)}"
         raise ValueError(misuse("weights", got, "three or more: (batch, ..., queries, keys)"))
-    accepted = f"one whole number from 0 to {key_len} for each batch entry"
-    try:
-        # NumPy knows all byte orders, strides and lists.
-        array = np.asarray(lengths.detach().cpu() if isinstance(lengths, torch.Tensor) else lengths)
-    except (TypeError, ValueError, RuntimeError):
-        raise TypeError(misuse("lengths", repr(lengths), accepted)) from None
-    numbers = array.flatten().tolist()
-    real = [number for number in map(as_whole, numbers) if number is not None]
-    if len(real) < len(numbers):
-        got = f"dtype {array.dtype}" if array.dtype.kind in "biufc" else repr(lengths)
-        raise TypeError(misuse("lengths", got, accepted))
-    if array.shape != (batch,):
-        got = f"shape {array.shape} for {batch} batch entries"
-        raise ValueError(misuse("lengths", got, accepted))
-    if min(real) < 0 or max(real) > key_len:
-        raise ValueError(misuse("lengths", real, accepted))
+    real = read_lengths(lengths, key_len, batch=batch)
     if min(real) == key_len:
         got = f"{real} for {key_len} keys: no batch entry has padding, so there is nothing to check"
         raise NothingForbiddenError(misuse("lengths", got, "a length below the number of keys"))
     return real
 
 
-def _says_masked(index: Index, weight: float) -> str:
+def _says(which: str, index: Index, weight: float) -> str:
     return (
-        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask forbids "
-        "(allowed 0)"
+        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask {which}"
     )
 
 
-def _says_permitted(index: Index, weight: float) -> str:
-    return (
-        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask "
-        "permits (allowed: more than 0)"
-    )
+_says_masked: Says = partial(_says, "forbids (allowed 0)")
+_says_permitted: Says = partial(_says, "permits (allowed: more than 0)")
 
 
 def _steps(count: int) -> str:

@@ -8,95 +8,35 @@ on nearly all that it permits and the claimed one does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
-from pytest_attnheat.assertions import causes
-from pytest_attnheat.assertions.claims import Finding, Index, by_row
-from pytest_attnheat.assertions.scan import Elements, blocks, evenly, row_of
+from pytest_attnheat.assertions.causes import (
+    NEARLY_ALL,
+    Evidence,
+    dropout,
+    opposite_mask,
+    rows_of,
+    share,
+)
+from pytest_attnheat.assertions.claims import by_row
+from pytest_attnheat.assertions.scan import blocks, row_of
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.inputs import Operand
 
-# The most weights, rows and batch entries that a sample holds.
+# The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17
-_SAMPLE_ROWS = 256
 _SAMPLE_ENTRIES = 64
-# Weights may underflow: this much of what another mask permits must hold weight.
-_NEARLY_ALL = 0.98
 # The heads that a sentence names.
 _HEADS_NAMED = 4
+# Masked keys with less than this part of the largest permitted weight hold a little of it.
+_LITTLE = 0.05
 
 
-@dataclass(frozen=True)
-class Evidence:
-    """What a cause may look at.
-
-    Attributes:
-        weights: The weights, ``(..., queries, keys)``.
-        mask: The mask that was claimed, with as many dimensions.
-        finding: What the thorough reading found.
-        queries: Some queries of the map with the worst weight, ``(n,)``, evenly spaced.
-        rows: Their weights, ``(n, keys)`` in float64.
-        permitted: Their mask, ``(n, keys)``.
-    """
-
-    weights: Operand
-    mask: Operand
-    finding: Finding[Elements]
-    queries: torch.Tensor
-    rows: torch.Tensor
-    permitted: torch.Tensor
-
-    @classmethod
-    def of(cls, weights: Operand, mask: Operand, finding: Finding[Elements]) -> Evidence:
-        """Take a bounded sample of the map with the worst weight."""
-        *place, worst, _ = finding.worst.index
-        query_len, key_len = weights.shape[-2:]
-        some = evenly(query_len, min(_SAMPLE_ROWS, max(1, _SAMPLE // key_len)))
-        queries = sorted({*some, worst})
-        rows = [row_of(weights, (*place, query)).double() for query in queries]
-        numbers = torch.tensor(queries, device="cpu")
-        permitted = _mask_rows(mask, place, numbers, key_len)
-        return cls(weights, mask, finding, numbers, torch.stack(rows), permitted)
-
-    @property
-    def place(self) -> Index:
-        """Which map it is."""
-        return self.finding.worst.index[:-2]
-
-    @property
-    def worst_row(self) -> torch.Tensor:
-        """The row with the worst weight."""
-        return self.rows[self.queries == self.finding.worst.index[-2]][0]
-
-    def telling(self) -> Evidence:
-        """Leave out rows with NaN and rows of zeros, which say nothing about a mask."""
-        telling = self.rows.isfinite().all(-1) & (self.rows != 0).any(-1)
-        rows, permitted = self.rows[telling], self.permitted[telling]
-        return replace(self, queries=self.queries[telling], rows=rows, permitted=permitted)
-
-    def explained_by(self, other: torch.Tensor) -> bool:
-        """Tell whether the weights are those of another mask, ``(n, keys)``."""
-        extra, common = other & ~self.permitted, other & self.permitted
-        if int(extra.sum()) < 2 or bool((self.rows[~other] != 0).any()):
-            return False
-        permitted = (extra, common) if bool(common.any()) else (extra,)
-        return all(share(self.rows[some] > 0) >= _NEARLY_ALL for some in permitted)
-
-    def lacks_exactly(self, missing: torch.Tensor) -> bool:
-        """Tell whether these permitted weights, and hardly any others, are zero."""
-        missing = missing & self.permitted
-        kept = self.permitted & ~missing
-        if int(missing.sum()) < 2 or bool((self.rows[missing] != 0).any()):
-            return False
-        return bool(kept.any()) and share(self.rows[kept] > 0) >= _NEARLY_ALL
-
-
-def named(evidence: Evidence, causes: Iterable[str | None]) -> str | None:
+def named(evidence: Evidence, found: Iterable[str | None]) -> str | None:
     """Return the first cause, and to which maps alone it applies."""
-    sentence = next((cause for cause in causes if cause is not None), None)
+    sentence = next((cause for cause in found if cause is not None), None)
     where = _only_in(evidence)
     # In a batch of one, an index says as much.
     if sentence is None and evidence.weights.shape[0] == 1:
@@ -119,11 +59,6 @@ def _only_in(evidence: Evidence) -> str | None:
     if len(named) > _HEADS_NAMED:
         return f"only in {len(named)} of {heads.numel()} heads"
     return f"only in head{'s' if len(named) > 1 else ''} {', '.join(map(str, named))}"
-
-
-def share(of: torch.Tensor) -> float:
-    """Return the share of True, 0 of nothing."""
-    return float(of.double().mean()) if of.numel() else 0.0
 
 
 def mask_cause(evidence: Evidence) -> str | None:
@@ -153,7 +88,8 @@ def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
 
 def not_a_number(evidence: Evidence) -> str | None:
     """A row that is NaN throughout, or masked keys that hold nothing but zeros and NaN."""
-    if bool(evidence.worst_row.isnan().all()):
+    worst = evidence.rows[evidence.queries == evidence.finding.worst.index[-2]]
+    if bool(worst.isnan().all()):
         return "this row is NaN at every key: NaN in its scores, or no key left by the mask in use?"
     wrong = evidence.rows[~evidence.permitted]
     if not bool(wrong.isnan().any()) or bool((wrong.nan_to_num(nan=0.0) != 0).any()):
@@ -165,29 +101,29 @@ def finite_mask(evidence: Evidence) -> str | None:
     """Masked keys hold a little weight, far less than permitted ones."""
     rows, permitted = evidence.rows, evidence.permitted
     both = permitted.any(-1) & ~permitted.all(-1)
-    if int(both.sum()) < 3 or share(rows[~permitted] > 0) < _NEARLY_ALL:
+    if int(both.sum()) < 3 or share(rows[~permitted] > 0) < NEARLY_ALL or _like_others(evidence):
         return None
-    masked = rows.masked_fill(permitted, 0).amax(-1)[both]
-    largest = rows.masked_fill(~permitted, 0).amax(-1)[both]
-    if bool((masked > 0.05 * largest).any()):
-        return None
+    most = float(rows[both].masked_fill(permitted[both], 0).max())
     return (
-        f"masked keys get a little weight each, {float(masked.max()):.1e} at most: masked by a "
-        "finite number that is too small, or clamped?"
+        f"masked keys get a little weight each, {most:.1e} at most: masked by a finite number that "
+        "is too small, or clamped?"
     )
+
+
+def _like_others(evidence: Evidence) -> bool:
+    """Whether some masked key holds more than a little, beside the largest of its row."""
+    rows, permitted = evidence.rows, evidence.permitted
+    masked = rows.masked_fill(permitted, 0).amax(-1)
+    largest = rows.masked_fill(~permitted, 0).amax(-1)
+    return bool((masked > _LITTLE * largest)[permitted.any(-1)].any())
 
 
 def _mask_causes(evidence: Evidence) -> Iterator[str | None]:
     telling = evidence.telling()
-    forbidden = ~telling.permitted
     yield finite_mask(telling)
-    if telling.explained_by(forbidden):
-        yield (
-            "all weight lies on keys that the mask forbids: a mask of the opposite meaning? "
-            "Then pass ~mask"
-        )
+    yield opposite_mask(telling)
     yield _transposed(telling)
-    if telling.explained_by(torch.ones_like(forbidden)):
+    if _like_others(telling) and telling.explained_by(torch.ones_like(telling.permitted)):
         yield "masked keys get weight like the others: no mask was applied?"
     # Last: another mask may leave rows without a key, and those are NaN too.
     yield not_a_number(evidence)
@@ -195,20 +131,15 @@ def _mask_causes(evidence: Evidence) -> Iterator[str | None]:
 
 def _transposed(evidence: Evidence) -> str | None:
     """The weights are those of the mask transposed."""
-    place, mask = evidence.place, evidence.mask
-    query_len, key_len = evidence.weights.shape[-2:]
-    if query_len == key_len == mask.shape[-1] == mask.shape[-2]:
-        transposed = _mask_rows(mask.mT, place, evidence.queries, key_len)
-        if evidence.explained_by(transposed):
+    mask, key_len = evidence.mask, evidence.weights.shape[-1]
+    if (
+        mask is not None
+        and evidence.weights.shape[-2] == key_len == mask.shape[-1] == mask.shape[-2]
+    ):
+        indices = [(*evidence.place, query) for query in evidence.queries.tolist()]
+        if evidence.explained_by(rows_of(mask.mT, indices, key_len)):
             return "weight lies where the transposed mask permits it: mask.mT?"
     return None
-
-
-def _mask_rows(
-    mask: Operand, place: Sequence[int], queries: torch.Tensor, key_len: int
-) -> torch.Tensor:
-    rows = [row_of(mask, (*place, query)).expand(key_len) for query in queries.tolist()]
-    return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=torch.bool, device="cpu")
 
 
 def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> str | None:
@@ -289,6 +220,9 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
     finite = replace(evidence, permitted=evidence.permitted & evidence.rows.isfinite())
     permitted = finite.permitted
     if int(permitted.sum()) >= 2 and not bool(finite.rows[permitted].any()):
+        finding = evidence.finding
+        if finding.zeros == finding.of:
+            yield "nothing holds weight where the mask permits it: never written?"
         yield "this map holds only zeros where the mask permits weight: a head that was left out?"
     # The one permitted key of a row is its first and its last: it says neither.
     several = permitted & (permitted.sum(-1, keepdim=True) > 1)
@@ -323,7 +257,7 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
         rows = int(empty.any(-1).sum())
         these = "1 row holds" if rows == 1 else f"{rows} rows hold"
         yield f"{these} only zeros although the mask permits keys"
-    yield causes.dropout(finite.rows, permitted)
+    yield dropout(finite.rows, permitted)
     yield whole_after_dropout(finite)
     yield not_a_number(evidence)
 

@@ -34,7 +34,6 @@ from pytest_attnheat.assertions.precision_calls import (
 from pytest_attnheat.assertions.precision_judgement import Context, Judgement, check, judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed
@@ -161,15 +160,9 @@ def assert_gradients_match(
     __tracebackhide__ = True
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
-    if given.get("dropout_p"):
+    if share := given.get("dropout_p"):
         subject = as_function(function, (query, key, value), said(given))
-        check_by_differences(
-            "assert_gradients_match",
-            lambda leaves: subject.run(**leaves),
-            {"query": subject.query, "key": subject.key, "value": subject.value},
-            function,
-            seed,
-        )
+        check_by_differences("assert_gradients_match", subject, share, seed)
         return
     _compare(
         "assert_gradients_match",
@@ -269,7 +262,6 @@ def judge_call(
         judgements = [
             _judge(name, found[name], expected, plain[name], call, criteria, masked_rows)
             for name in ["output", *names]
-            if output or name != "output"
         ]
         if mask_shape is not None:
             judgements = [
@@ -277,16 +269,18 @@ def judge_call(
                 for one in judgements
             ]
         context = Context(
-            dtype=call.query.dtype,
+            call=call,
             unit=expected.unit,
             fully_masked=masked_rows,
-            declared=criteria.fully_masked,
             top_score=expected.top_score,
             factor=criteria.factor,
             repeat=f"seed={criteria.seed}",
-            mistake=lambda: _likely_mistake(call, criteria, found["output"]) if explain else None,
+            broken=[one.name for one in judgements if bool(one.broken.any())],
+            # Beside a reference of the caller's no mistake is known.
+            explain=explain and criteria.reference is None,
+            found=found,
         )
-        check(assertion, judgements, context)
+        check(assertion, judgements if output else judgements[1:], context)
 
 
 def _masked_rows(call: Call) -> Tensor:
@@ -323,13 +317,6 @@ def _expected(
     if criteria.reference is not None:
         return _callers_reference(criteria.reference, call, names, code)
     return computation.reference(call), computation.plain(call)
-
-
-def _likely_mistake(call: Call, criteria: Criteria, output: Tensor | None) -> str | None:
-    """A usual mistake that gives this output; none is known beside a reference of the caller's."""
-    if criteria.reference is not None or output is None:
-        return None
-    return likely_mistake(replace(call, upstream=None), output)
 
 
 def _callers_reference(

@@ -17,17 +17,24 @@ subject may be rounded twice.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.backward import likely_backward_mistake, listed
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.heatmaps.terminal import map_name
 from pytest_attnheat.inputs import dtype_name
 
+# What the claim about a gradient ends with, or its cause begins with.
+RIGHT = "the output is right"
 # A constant factor needs some elements that bear witness to it.
 _WITNESSES = 8
 
@@ -82,24 +89,36 @@ class Context:
     """What a cause may look at besides the tensor.
 
     Attributes:
-        dtype: That of the inputs.
+        call: What was asked, with the gradient of the output if gradients are judged.
+        found: The output and the gradients of the subject, by name; None for no gradient.
         unit: The unit roundoff that the scale was computed with.
         fully_masked: (..., query_len), True where a query may attend to no key.
-        declared: What the output is for such a query, as given by the caller.
         top_score: The largest permitted score; None if unknown.
         factor: As given by the caller.
         repeat: What it takes to see the same again.
-        mistake: Returns a usual mistake that gives the subject's output, or None.
+        broken: The names of those that are off, the output's whether it is judged or not.
+        explain: Whether to look for what was computed instead, which takes time.
     """
 
-    dtype: torch.dtype
+    call: Call
+    found: Mapping[str, Tensor | None]
     unit: float
     fully_masked: Tensor
-    declared: str
     top_score: float | None
     factor: float
     repeat: str
-    mistake: Callable[[], str | None]
+    broken: Collection[str]
+    explain: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the inputs."""
+        return self.call.query.dtype
+
+    @property
+    def right(self) -> bool:
+        """Whether the output is right."""
+        return "output" not in self.broken
 
 
 def judge(
@@ -151,20 +170,17 @@ def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> 
         Failure: Some element of some tensor is off by more than is allowed.
     """
     __tracebackhide__ = True
-    broken = [judgement for judgement in judgements if bool(judgement.broken.any())]
-    if broken:
-        others = [judgement for judgement in judgements if judgement not in broken]
-        raise _failure(assertion, broken, others, context)
+    if broken := [judgement for judgement in judgements if judgement.name in context.broken]:
+        raise _failure(assertion, broken, context)
 
 
-def _failure(
-    assertion: str, broken: list[Judgement], sound: list[Judgement], context: Context
-) -> Failure:
+def _failure(assertion: str, broken: list[Judgement], context: Context) -> Failure:
     one = broken[0]
+    cause = _cause(one, context)
     worst, first = _worst(one), index_of(one.broken.flatten().int().argmax(), one.broken.shape)
     return Failure(
         assertion,
-        _claim(one, broken, sound),
+        _claim(one, broken, context.right and not str(cause).startswith(RIGHT)),
         broken=None if one.missing else int(one.broken.sum()),
         of=None if one.missing else int(one.judged.sum()),
         worst=_place(one, worst, _compared(one, worst, context)),
@@ -173,7 +189,7 @@ def _failure(
             if one.missing or first == worst
             else _place(one, first, _value_at(one, first, context))
         ),
-        cause=_cause(one, context),
+        cause=cause,
         tensor=Checked.of(one.found.to(one.dtype).reshape(one.shape)),
         tolerance=float(one.allowed[worst]),
         repeat=context.repeat,
@@ -184,31 +200,24 @@ def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:
     return Place(text, _own_index(one, at), float(one.found[at]))
 
 
-def _claim(one: Judgement, broken: list[Judgement], sound: list[Judgement]) -> str:
+def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:
     """What is broken, and what else is and is not."""
     if one.missing:
-        missing = [other for other in broken if other.missing]
-        claim = f"no gradient reaches {_names(missing)}, where attention in float64 has one"
+        missing = listed([other.name for other in broken if other.missing])
+        claim = f"no gradient reaches {missing}, where attention in float64 has one"
         rest = [other for other in broken if not other.missing]
     else:
         claim = f"elements of {_titles([one])} are not those of attention in float64"
         rest = broken[1:]
     if rest:
         claim += f", nor {'is' if len(rest) == 1 else 'are'} {_titles(rest)}"
-    if any(other.name == "output" for other in sound):
-        claim += "; the output is right"
-    return claim
+    return claim + f"; {RIGHT}" * right
 
 
 def _titles(several: list[Judgement]) -> str:
     if several[0].name == "output":
         return "the output"
-    return f"the gradient{'s' * (len(several) > 1)} of {_names(several)}"
-
-
-def _names(several: list[Judgement]) -> str:
-    names = [one.name for one in several]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return f"the gradient{'s' * (len(several) > 1)} of {listed([one.name for one in several])}"
 
 
 def _worst(one: Judgement) -> tuple[int, ...]:
@@ -220,7 +229,7 @@ def _worst(one: Judgement) -> tuple[int, ...]:
 def _value_at(one: Judgement, place: tuple[int, ...], context: Context) -> str:
     """The value of the subject at a place, and what it should be."""
     masked = one.name == "output" and bool(context.fully_masked[place[:-1]])
-    wanted = "declared is" if masked and context.declared != "uniform" else "the reference"
+    wanted = "declared is" if masked and context.call.fully_masked != "uniform" else "the reference"
     found, exact, error = (float(of[place]) for of in (one.found, one.exact, one.error))
     found_text, exact_text = number_text(found, beside=error), number_text(exact, beside=error)
     return f"{_index(one, place)} is {found_text}, {wanted} {exact_text}"
@@ -350,11 +359,21 @@ def _some_maps(one: Judgement, context: Context) -> str | None:
 
 
 def _narrower(one: Judgement, context: Context) -> str | None:
-    """The errors are everywhere, and no larger than rounding to a narrower dtype makes them."""
+    """The errors are everywhere, and of the size that a plain computation in bfloat16 makes."""
+    coarse = torch.bfloat16
     share = float(one.broken.sum()) / max(1, int(one.judged.sum()))
-    coarse, own = (torch.finfo(dtype).eps for dtype in (torch.bfloat16, context.dtype))
-    size = (one.error / one.scale)[one.judged & (one.scale > 0)] * context.unit
-    if share < 0.5 or own >= coarse or not float(size.max()) <= coarse / 2:
+    if share < 0.5 or torch.finfo(context.dtype).eps >= torch.finfo(coarse).eps:
+        return None
+    if not context.explain or bool(one.error.isinf().any()):
+        return None
+    narrow: dict[str, Any] = {
+        name: given.to(coarse)
+        for name, given in vars(context.call).items()
+        if isinstance(given, Tensor) and given.is_floating_point()
+    }
+    plain = computation.plain(replace(context.call, **narrow))[one.name].reshape(one.exact.shape)
+    usual = (plain - one.exact).masked_fill(~one.judged, 0.0).nan_to_num(nan=0.0).abs()
+    if _rms(one.error) > 2 * _rms(usual) or float(one.error.max()) > 4 * float(usual.max()):
         return None
     return (
         "every error is within the rounding of a narrower dtype, although the inputs are "
@@ -362,16 +381,30 @@ def _narrower(one: Judgement, context: Context) -> str | None:
     )
 
 
-def _usual_mistake(one: Judgement, context: Context) -> str | None:
-    """A wrong scale or mask that gives this very output."""
-    return context.mistake() if one.name == "output" else None
+def _rms(errors: Tensor) -> float:
+    return float(errors.square().mean().sqrt())
+
+
+def _known_mistake(one: Judgement, context: Context) -> str | None:
+    """A known mistake that gives this very output, or these very gradients."""
+    output = context.found["output"]
+    if not context.explain or output is None:
+        return None
+    if one.name == "output":
+        return likely_mistake(context.call, output)
+    slopes = {n: slope for n, slope in context.found.items() if slope is not None and n != "output"}
+    if not context.right:
+        mistake = likely_backward_mistake(context.call, slopes, output)
+        return mistake or "the output is wrong as well: assert_matches_reference tells how"
+    mistake = likely_backward_mistake(context.call, slopes, wrong=context.broken)
+    return mistake and f"{RIGHT}; {mistake}"
 
 
 _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _no_gradient,
     _fully_masked_rows,
     _overflow,
-    _usual_mistake,
+    _known_mistake,
     # A mask that is ignored may leave many rows right, and a wrong scale errors that look like
     # those of rounding: what follows is asked last.
     _constant_factor,

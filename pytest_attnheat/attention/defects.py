@@ -1,139 +1,92 @@
 """The catalogue of known defects of attention. To add one, add an entry.
 
 A defect is a change of the plan of attention. Where the same mistake has several forms, for
-instance for the mask alone or for the causal mask as well, an entry holds several changes.
+instance for the mask alone or for the causal mask as well, an entry holds several changes. Those
+that compute right attention of a call that is misread stand in `misreadings`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from itertools import product
-from typing import Any, Literal, TypeAlias
 
 import torch
 
-from pytest_attnheat.attention.decisions import Plan
+from pytest_attnheat.attention.call import FEATURES
+from pytest_attnheat.attention.decisions import BLOCKS, ROWS
+from pytest_attnheat.attention.decisions import Change as Change
+from pytest_attnheat.attention.decisions import Defect as Defect
+from pytest_attnheat.attention.decisions import backward_defect as _backward
+from pytest_attnheat.attention.decisions import defect as _defect
+from pytest_attnheat.attention.misreadings import (
+    BESIDES,
+    CAUSAL,
+    HISTORY,
+    MASK,
+    PADDED,
+    SCALE,
+    WINDOW,
+    without,
+)
 
-Change: TypeAlias = Callable[[Plan], Plan]
-# Constants that are found by fitting, and patterns that random numbers leave.
-Seen: TypeAlias = Literal["exactly", "fitted", "rounding", "randomness", "garbage"]
-
-
-@dataclass(frozen=True)
-class Defect:
-    """A known mistake.
-
-    Attributes:
-        name: A short name, as of a variable.
-        sentence: What attention with it does; it follows the word "attention". The fitted
-            constant stands in place of `{constant}`.
-        changes: What it does to the plan, in each of its forms; the first one is the most usual.
-        issue: A public issue that reports it.
-        seen: How it is found: its output is reproduced "exactly" (to within rounding), or with
-            a constant that is "fitted"; by "rounding" that another order of the same steps may
-            do differently in a few rows; by "randomness", which no plan reproduces; or with NaN
-            as "garbage" in masked keys, which correct attention may well feel.
-    """
-
-    name: str
-    sentence: str
-    changes: tuple[Change, ...] = ()
-    issue: str | None = None
-    seen: Seen = "exactly"
-
-    def change(self, plan: Plan) -> Plan:
-        """Return the plan with this defect, in its most usual form."""
-        return self.changes[0](plan) if self.changes else plan
-
-
-def _changes(**choices: Any) -> tuple[Change, ...]:
-    """One change for each combination; a list holds choices, anything else is the only one."""
-    lists = [choice if isinstance(choice, list) else [choice] for choice in choices.values()]
-    return tuple(_setting(dict(zip(choices, chosen, strict=True))) for chosen in product(*lists))
-
-
-def _defect(
-    name: str, sentence: str, issue: str | None = None, *, seen: Seen = "exactly", **choices: Any
-) -> Defect:
-    """A defect with one change for each combination of some decisions of a plan."""
-    return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen)
-
-
-def _setting(fields: dict[str, Any]) -> Change:
-    return lambda plan: replace(plan, **fields)
-
-
-# Rows that the defect leaves without keys: as declared, or what the numbers then give.
-_ROWS: list[str | None] = [None, "natural"]
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
-_BLOCKS = [2, 3, 4, 8, 16, 32, 64, 128]
+# Two halves, and blocks that split the small cases or are usual.
+_PARTS = [-1, -2, 4, 16, 64, 128]
 # Whether fewer keys than one block are dropped as well: those of the small cases.
-_SHORT = ["dropped", "kept"]
+_SHORT = ["whole", "short"]
+_EMPTY = ["zero", "nan"]
+_FIRST = [16, 32, 64, 128, 256, 512]
 
 _SOFTMAX = (
     _defect("softmax_over_queries", "whose softmax runs over the queries (dim=-2)",
             "labmlai/annotated_deep_learning_paper_implementations#146", dim="queries",
-            fully_masked=_ROWS, empty_slices=_SLICES),
+            fully_masked=ROWS, empty_slices=_SLICES),
     _defect("softmax_over_heads", "whose softmax runs over the heads (dim=1)", dim="heads",
-            fully_masked=_ROWS, empty_slices=_SLICES),
+            fully_masked=ROWS, empty_slices=_SLICES),
     _defect("softmax_over_batch", "whose softmax runs over the batch (dim=0)",
-            "PetrochukM/PyTorch-NLP#2", dim="batch", fully_masked=_ROWS, empty_slices=_SLICES),
+            "PetrochukM/PyTorch-NLP#2", dim="batch", fully_masked=ROWS, empty_slices=_SLICES),
     _defect("softmax_over_map",
             "whose softmax runs over queries and keys at once: a whole map sums to 1", dim="map",
-            fully_masked=_ROWS),
+            fully_masked=ROWS),
     _defect("softmax_twice", "whose softmax is applied twice", normaliser=["twice", "twice_masked"],
-            fully_masked=_ROWS),
+            fully_masked=ROWS),
     _defect("sigmoid", "whose scores go through a sigmoid in place of a softmax",
-            normaliser="sigmoid", fully_masked=_ROWS),
+            normaliser="sigmoid", fully_masked=ROWS),
     _defect("no_normaliser", "whose weights are exp(score), not divided by their sum",
-            normaliser=["unnormalised", "unnormalised_shifted"], fully_masked=_ROWS),
+            normaliser=["unnormalised", "unnormalised_shifted"], fully_masked=ROWS),
     _defect("softmax_plus_one",
             "whose softmax divides by 1 more than the sum (softmax-off-by-one, an attention sink)",
-            normaliser=["plus_one", "plus_one_shifted"], fully_masked=_ROWS),
+            normaliser=["plus_one", "plus_one_shifted"], fully_masked=ROWS),
     _defect("relu_normalised", "whose weights are relu(score) divided by their sum, not a softmax",
-            normaliser="relu", fully_masked=_ROWS, empty_slices=["nan", "zero"]),
+            normaliser="relu", fully_masked=ROWS, empty_slices=["nan", "zero"]),
     _defect("no_softmax", "whose weights are the scores themselves: there is no softmax",
-            normaliser="scores", masking=["fill", "after"], fully_masked=_ROWS),
+            normaliser="scores", masking=["fill", "after"], fully_masked=ROWS),
     _defect("log_softmax", "whose weights are the logarithm of the softmax",
-            normaliser="log_softmax", masking=["fill", "after"], fully_masked=_ROWS),
+            normaliser="log_softmax", masking=["fill", "after"], fully_masked=ROWS),
     _defect("no_maximum_subtracted",
             "whose softmax overflows: the maximum is not subtracted before exp",
             normaliser="no_maximum", empty_slices=["nan", "zero"]),
     _defect("online_output_not_rescaled",
             "whose softmax takes keys block by block and does not rescale the output so far when "
-            "a later block raises the maximum", online_block=_BLOCKS, stale="output",
-            fully_masked=_ROWS),
+            "a later block raises the maximum", part=BLOCKS, merging="output",
+            fully_masked=ROWS),
     _defect("online_sum_not_rescaled",
             "whose softmax takes keys block by block and does not rescale the sum so far when a "
-            "later block raises the maximum", online_block=_BLOCKS, stale="sum",
-            fully_masked=_ROWS),
+            "later block raises the maximum", part=BLOCKS, merging="sum",
+            fully_masked=ROWS),
     _defect("online_never_rescaled",
             "whose softmax takes keys block by block and rescales neither the output nor the sum "
-            "so far when a later block raises the maximum", online_block=_BLOCKS, stale="both",
-            fully_masked=_ROWS),
+            "so far when a later block raises the maximum", part=BLOCKS, merging="both",
+            fully_masked=ROWS),
     _defect("hard_maximum", "whose weights are 1 at the largest score and 0 elsewhere",
-            normaliser="hard", fully_masked=_ROWS),
+            normaliser="hard", fully_masked=ROWS),
+    _defect("mean_of_values", "whose output is the mean of the values: its weights are all equal",
+            normaliser="uniform", misread=[(), without("mask", "causal", *FEATURES)]),
     _defect("base_two", "whose softmax raises 2, not e, to the scores (exp2 without log2(e))",
             temperature=math.log(2.0)),
 )  # fmt: skip
 
 _SCALE = (
-    _defect("scale_missing", "whose scores are not scaled", scale="missing"),
-    _defect("scale_squared", "whose scores are scaled twice (divided by head_dim, not by its root)",
-            scale="squared"),
-    _defect("scale_inverted",
-            "whose scores are divided by the scale, not multiplied: times sqrt(head_dim)",
-            "esceptico/perceiver-io#9", scale="inverse"),
-    _defect("scale_from_value_width", "whose scale is taken from the width of the values",
-            scale="value_width"),
-    _defect("scale_from_embedding",
-            "whose scale is taken from the whole embedding, heads * head_dim",
-            "Graylab/DL4Proteins-notebooks#12", scale="embedding"),
-    _defect("scale_from_key_len", "whose scale is taken from the number of keys", scale="key_len"),
-    _defect("scale_argument_ignored", "that ignores the scale it is given", scale="default"),
     _defect("scale_after_softmax", "whose scale is applied after the softmax",
             "FrancescoSaverioZuppichini/ViT#2", scale_after=True),
     _defect("temperature", "whose scores are {constant:.6g} times what they should be",
@@ -143,75 +96,84 @@ _SCALE = (
 )  # fmt: skip
 
 _MASK = (
-    _defect("mask_inverted", "whose mask is inverted: it attends exactly where it may not",
-            "lucidrains/x-transformers#160", mask="inverted", fully_masked=_ROWS),
-    _defect("mask_ignored", "that ignores the mask", "TransformerLensOrg/TransformerLens#1005",
-            mask="ignored"),
-    _defect("mask_transposed", "whose mask is transposed", mask="transposed", fully_masked=_ROWS),
-    _defect("mask_of_another_sample",
-            "whose samples use the mask of the sample before or after them",
-            mask=["rolled", "rolled_back"], fully_masked=_ROWS),
-    _defect("mask_of_first_sample", "whose samples all use the mask of the first one", mask="first",
-            fully_masked=_ROWS),
-    _defect("mask_tiled_over_heads",
-            "whose mask is repeated over heads in the order of samples (repeat, not "
-            "repeat_interleave)", mask="tiled", fully_masked=_ROWS),
     _defect("mask_after_softmax", "whose mask is applied after the softmax: rows do not sum to 1",
             "huggingface/pytorch-image-models#2236", masking="after", covers=_COVERS,
-            fully_masked=_ROWS),
+            fully_masked=ROWS),
     _defect("mask_after_softmax_renormalised",
             "whose mask is applied after the softmax and rows divided again: it loses rows whose "
             "weight is all on masked keys", masking="after_renormalised", covers=_COVERS,
-            fully_masked=_ROWS, empty_slices=["nan", "zero"]),
+            fully_masked=ROWS, empty_slices=["nan", "zero"]),
     _defect("mask_added_as_number", "whose boolean mask is added to the scores as 0 and 1",
-            masking=["ones", "ones_masked"], covers=_COVERS, fully_masked=_ROWS),
+            masking=["ones", "ones_masked"], covers=_COVERS, fully_masked=ROWS),
     _defect("mask_fill_minus_10", "whose masked scores get -10, which is too near to other scores",
-            masking=["fill", "added"], fill=-10.0, covers=_COVERS, fully_masked=_ROWS),
+            masking=["fill", "added"], fill=-10.0, covers=_COVERS, fully_masked=ROWS),
     _defect("mask_fill_minus_1", "whose masked scores get -1, which is too near to other scores",
-            fill=-1.0, covers=_COVERS, fully_masked=_ROWS),
+            fill=-1.0, covers=_COVERS, fully_masked=ROWS),
     _defect("mask_multiplied",
             "whose scores are multiplied by the mask: a masked score becomes 0, not -inf", fill=0.0,
-            covers=_COVERS, fully_masked=_ROWS),
+            covers=_COVERS, fully_masked=ROWS),
     _defect("mask_ignored_when_causal", "that ignores the mask when it is causal as well",
-            together="causal_only"),
+            together="causal_only", form_of="mask_ignored"),
     _defect("causal_ignored_with_mask", "that is not causal when a mask is given as well",
-            together="mask_only"),
-)  # fmt: skip
-
-# Before what is causal: of a window that becomes causal, the window is at fault.
-_WINDOW = (
-    _defect("window_ignored", "without its window", window="ignored"),
-    _defect("window_swapped", "whose window has its left and right sides exchanged",
-            window="swapped", fully_masked=_ROWS),
-    _defect("window_left_too_wide", "whose window reaches one key too far to the left",
-            "huggingface/transformers#39408", window_shift=(1, 0)),
-    _defect("window_left_too_narrow", "whose window misses its last key on the left",
-            window_shift=(-1, 0), fully_masked=_ROWS),
-    _defect("window_right_too_wide", "whose window reaches one key too far to the right",
-            window_shift=(0, 1)),
-    _defect("window_right_too_narrow", "whose window misses its last key on the right",
-            window_shift=(0, -1), fully_masked=_ROWS),
+            together="mask_only", form_of="causal_ignored"),
 )  # fmt: skip
 
 _CAUSAL = (
-    _defect("causal_ignored", "that is not causal when asked to be", causal="ignored"),
-    _defect("causal_always", "that is causal without being asked", causal="always"),
     _defect("causal_other_corner",
             "whose causal mask is aligned to the other corner (top left, bottom right)",
-            "pytorch/pytorch#103082", causal="other_corner", fully_masked=_ROWS),
+            "pytorch/pytorch#103082", causal=["other_corner", "other_corner_alone"],
+            fully_masked=ROWS),
     _defect("causal_sees_next", "whose queries see one key too many: the next one", causal_shift=1),
     _defect("causal_misses_own", "whose queries do not see their own key, only those before",
-            causal_shift=-1, fully_masked=_ROWS),
+            causal_shift=-1, fully_masked=ROWS),
     _defect("causal_sees_next_with_cache",
             "whose queries see one key too many, the next one, but only where there are not as "
             "many keys as queries, as with a cache", causal_shift=1,
-            causal_shift_where=["more_keys", "differ"]),
+            causal_shift_where=["more_keys", "differ"], form_of="causal_sees_next"),
     _defect("causal_misses_own_with_cache",
             "whose queries do not see their own key, but only where there are not as many keys "
             "as queries, as with a cache", causal_shift=-1,
-            causal_shift_where=["more_keys", "differ"], fully_masked=_ROWS),
+            causal_shift_where=["more_keys", "differ"], fully_masked=ROWS,
+            form_of="causal_misses_own"),
     _defect("causal_reversed", "whose queries see the future in place of the past",
-            causal="reversed", causal_shift=[0, 1], fully_masked=_ROWS),
+            causal="reversed", causal_shift=[0, 1], fully_masked=ROWS),
+)  # fmt: skip
+
+_SOFTCAP = (
+    _defect("softcap_after_mask",
+            "whose softcap comes after the mask: a masked score becomes -softcap, not -inf",
+            softcap="after_mask", covers=_COVERS, fully_masked=ROWS, form_of="softcap_after_bias"),
+    _defect("softcap_after_bias", "whose softcap comes after the bias, ALiBi or score_mod",
+            softcap="after_bias"),
+    _defect("softcap_before_scale", "whose softcap comes before the scale", softcap="before_scale"),
+    _defect("softcap_not_divided", "whose softcap is softcap * tanh(score): it is not divided by "
+            "softcap before", softcap="not_divided"),
+    _defect("softcap_not_multiplied", "whose softcap is tanh(score / softcap): it is not "
+            "multiplied by softcap again", softcap="not_multiplied"),
+)  # fmt: skip
+
+_SINKS = (
+    _defect("sinks_not_shifted", "whose sinks have no maximum subtracted, as its scores have",
+            sinks="not_shifted"),
+    _defect("sinks_shifted_twice", "whose sinks have the maximum of the scores subtracted twice",
+            sinks="twice"),
+    _defect("sinks_outside_maximum",
+            "whose sinks take no part in the maximum: a row that sees nothing else is NaN",
+            sinks="outside", form_of="fully_masked_nan"),
+)  # fmt: skip
+
+_PARTS_MERGED = (
+    _defect("lse_in_base_two", "that merges parts of the keys by e ** lse, its lse in base 2",
+            "sgl-project/sglang#35045", part=_PARTS, merging="two_for_e", empty_slices=_EMPTY),
+    _defect("merge_in_base_two", "that merges parts of the keys by 2 ** lse, its lse in base e",
+            part=_PARTS, merging="e_for_two", empty_slices=_EMPTY),
+    _defect("parts_averaged", "that merges parts of the keys by their mean, whatever their sums",
+            part=_PARTS, merging="mean", empty_slices=_EMPTY),
+    _defect("parts_added", "that adds parts of the keys, each divided by its own sum", part=_PARTS,
+            merging="added", empty_slices=_EMPTY),
+    _defect("empty_parts_nan", "that gives NaN where a whole part of the keys is masked",
+            part=_PARTS, merging=["first_empty", "first_two_empty", "any_empty"],
+            form_of="fully_masked_nan"),
 )  # fmt: skip
 
 _HEADS = (
@@ -239,18 +201,30 @@ _TENSORS = (
             "whose queries and keys are exchanged (scores transposed)", query_from="key",
             key_from="query"),
     _defect("last_key_ignored", "that never sees the last key", dropped_key="last",
-            fully_masked=_ROWS),
+            fully_masked=ROWS),
     _defect("first_key_ignored", "that never sees the first key", dropped_key="first",
-            fully_masked=_ROWS),
+            fully_masked=ROWS),
     _defect("last_block_of_queries_zero",
-            "whose last queries, those after the last whole block, get zeros", query_block=_BLOCKS,
-            short_block=_SHORT),
+            "whose last queries, those after the last whole block, get zeros", query_block=BLOCKS,
+            blocks=_SHORT),
     _defect("last_block_of_keys_ignored",
-            "that ignores the last keys, those after the last whole block", key_block=_BLOCKS,
-            short_block=_SHORT, fully_masked=_ROWS),
+            "that ignores the last keys, those after the last whole block", key_block=BLOCKS,
+            blocks=_SHORT, fully_masked=ROWS),
+    _defect("first_keys_only", "that reads the first keys alone", key_block=_FIRST, blocks="first",
+            fully_masked=ROWS),
+    _defect("first_queries_only", "that answers the first queries alone: others get zeros",
+            query_block=_FIRST, blocks="first"),
 )  # fmt: skip
 
 _NUMBERS = (
+    _defect("products_overflow",
+            "whose products overflow in float16: they are scaled too late", overflow=True),
+    _defect("products_in_float16", "whose products are rounded to float16 before they are scaled",
+            products_dtype=torch.float16, seen="rounding"),
+    _defect("output_in_bfloat16", "whose output is rounded to bfloat16",
+            output_dtype=torch.bfloat16, seen="rounding"),
+    _defect("output_in_float16", "whose output is rounded to float16",
+            output_dtype=torch.float16, seen="rounding"),
     _defect("scores_in_bfloat16", "whose scores are rounded to bfloat16",
             scores_dtype=torch.bfloat16, seen="rounding"),
     _defect("scores_in_float16", "whose scores are rounded to float16", scores_dtype=torch.float16,
@@ -275,11 +249,75 @@ _NUMBERS = (
 
 DEFECTS: tuple[Defect, ...] = (
     *_SOFTMAX,
+    *SCALE,
     *_SCALE,
+    *MASK,
     *_MASK,
-    *_WINDOW,
+    # Before what is causal: of a window that becomes causal, the window is at fault.
+    *WINDOW,
+    *CAUSAL,
     *_CAUSAL,
+    *BESIDES,
+    *_SOFTCAP,
+    *_SINKS,
+    *HISTORY,
+    *_PARTS_MERGED,
     *_HEADS,
     *_TENSORS,
+    *PADDED,
     *_NUMBERS,
 )
+
+# What a backward pass may do wrong of itself. It may also compute the weights once more with any
+# defect of the forward pass: see `attention.backward`.
+BACKWARD: tuple[Defect, ...] = (
+    _backward("backward_row_term_left_out",
+              "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
+              row_term="none"),
+    _backward("backward_row_term_from_upstream",
+              "whose backward pass takes sum(dO) for the row term sum(dO * O)",
+              row_term="upstream"),
+    _backward("backward_row_term_of_another_row",
+              "whose backward pass takes the row term sum(dO * O) of another row",
+              row_term=["next_row", "previous_row", "first_row"]),
+    _backward("backward_row_term_of_another_head",
+              "whose backward pass takes the row term sum(dO * O) of another head or sample",
+              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
+                        "first_sample"]),
+    _backward("backward_scale_missing", "whose backward pass leaves out the scale",
+              gradient_scale="missing"),
+    _backward("backward_scale_twice", "whose backward pass applies the scale twice",
+              gradient_scale="twice"),
+    _backward("backward_of_exp2",
+              "whose backward pass mixes exp and exp2: log2(e) is missing or too much",
+              gradient_scale=["base_two", "base_e"]),
+    _backward("backward_softcap_slope_missing",
+              "whose backward pass leaves out the slope of softcap, or of a function of the score",
+              score_slope="missing"),
+    _backward("backward_groups_tiled", "that sums over the wrong heads of a group",
+              "XunhaoLai/native-sparse-attention-triton#27", group_sum="tile",
+              grouping=["interleave", "tile"]),
+    _backward("backward_group_not_summed",
+              "that keeps one head of a group, where the gradient sums over all",
+              group_sum=["first", "last"]),
+    _backward("backward_group_averaged", "that takes the mean over a group of heads, not the sum",
+              group_sum="mean"),
+    _backward("backward_bias_not_summed",
+              "that does not sum over the dimensions in which the bias is broadcast",
+              bias_sum=["first", "last", "mean"]),
+    _backward("backward_weights_detached",
+              "whose weights are detached: a gradient passes through the values alone",
+              detached=True),
+    _backward("backward_exchanged", "whose gradients of query and key are exchanged",
+              exchanged=True),
+    _backward("backward_dropout_ignored",
+              "whose backward pass does not apply the dropout of the forward pass",
+              kept_of_scores=["ignored", "applied"], kept_of_values=["ignored", "applied"],
+              row_term=["saved", "own"]),
+    _backward("backward_dropout_not_rescaled",
+              "whose backward pass does not divide by 1 - p what dropout left",
+              kept_of_scores=["not_rescaled", "applied"],
+              kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
+    _backward("backward_partly_masked_blocks_skipped",
+              "whose backward pass skips blocks that are masked in part", skipped_block=BLOCKS),
+)  # fmt: skip

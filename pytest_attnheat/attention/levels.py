@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.covering import Covering, covering
-from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.drawing import FILLS, HOLDING, Drawing
+from pytest_attnheat.attention.drawing import NONE as NONE
+from pytest_attnheat.attention.drawing import Choice as Choice
 from pytest_attnheat.inputs import misuse
 
-Choice: TypeAlias = Mapping[str, Any]
 # Some features and their levels.
 Levels: TypeAlias = tuple[tuple[str, Any], ...]
 
@@ -30,7 +30,6 @@ OPTIONS = ("scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths")
 
 # The shapes of a mask that fits the scores (batch, heads, query_len, key_len).
 MASK_SHAPES = ("(B, 1, L, S)", "(B, 1, 1, S)", "(1, 1, L, S)", "(1, H, L, S)", "(B, H, L, S)")
-_FILLS = {"-inf": -math.inf, "finite": 0.0, "min": None, "-1e9": -1e9, "-1e4": -1e4}
 _RECTANGLES = (
     (5, 7), (7, 7), (9, 5), (1, 1), (31, 31), (33, 33), (63, 65), (127, 129),
     (1, 33), (1, 513), (3, 1025), (1, 2049),
@@ -40,11 +39,7 @@ _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
 # may have so many that the longest sizes are asked of one batch entry.
 _MOST_WEIGHTS = 2**17
 _MOST_OF_A_HEAD = 129 * 129
-# The level of each feature that stands for its absence, the ordinary one.
-NONE = "none"
-NUMBERS = ("ordinary", "large", "tiny", "structured", "overflowing")
-# The products of queries and keys beyond float16, which holds 65504.
-_OVERFLOWING = 1.2e5
+NUMBERS = tuple(HOLDING)
 
 
 @dataclass(frozen=True)
@@ -64,7 +59,7 @@ class Declared:
         from_the_end: Whether positions are counted from the bottom right.
         near: Whether a rule of positions, such as a window, hides what is far.
         numbers: What queries, keys and values may hold, of `NUMBERS`.
-        empty: Whether a query may be left without any key.
+        empty: Whether it is judged what a query gives that is left without any key.
         gradients: Whether gradients are asked.
         longest: How many queries and keys there are at most.
         few_shapes: Whether few shapes are asked.
@@ -104,7 +99,7 @@ class Declared:
             "value_dim": ("equal",) if self.equal_widths or few else ("other", "equal"),
             "mask": (NONE, *sorted(self.masks, reverse=True)),
             "shape": (NONE, *self.shapes),
-            "fill": (NONE, *_FILLS) if "additive" in self.masks else (NONE,),
+            "fill": (NONE, *FILLS) if "additive" in self.masks else (NONE,),
             "empty": (False, True) if self.empty else (False,),
             "causal": (False, True) if self.causal else (False,),
             "numbers": self.numbers,
@@ -122,6 +117,8 @@ class Declared:
         for name in OPTIONS:
             if name in self.options:
                 levels[name] = (NONE, 0.7, -0.4) if name == "scale" else (False, True)
+        if "lengths" in self.options and self.empty:
+            levels["lengths"] = (False, True, "empty")
         return levels
 
     def simplest_first(self) -> dict[str, tuple[Any, ...]]:
@@ -133,14 +130,7 @@ class Declared:
 
     def _allowed(self, sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
         """Those of some (query_len, key_len) that can be asked."""
-        most = math.inf if self.longest is None else self.longest
-        return tuple(
-            (query_len, key_len)
-            for query_len, key_len in sizes
-            if max(query_len, key_len) <= most
-            and (query_len == key_len or not self.square)
-            and (query_len <= key_len or not self.near)  # later queries would see nothing
-        )
+        return tuple(one for one in sizes if self._fits({"sizes": one}))
 
     @property
     def shapes(self) -> tuple[str, ...]:
@@ -171,12 +161,20 @@ class Declared:
         return not (chosen.get("empty") and unfit) and self._fits(chosen)
 
     def _fits(self, chosen: Choice) -> bool:
-        query_len, key_len = chosen.get("sizes", (2, 2))
-        if query_len > key_len and self.from_the_end and chosen.get("causal"):
+        query_len, key_len = chosen.get("sizes", (1, 1))
+        if self.longest is not None and max(query_len, key_len) > self.longest:
+            return False
+        if query_len != key_len and self.square:
+            return False
+        if query_len > key_len and self.near:  # later queries would see nothing
+            return False
+        # The first queries see no key, and may give NaN, which gradients do not let be.
+        blind = query_len > key_len and self.from_the_end and chosen.get("causal")
+        if blind and not self.empty and chosen.get("gradients", NONE) != NONE:
             return False
         if query_len != key_len and chosen.get("causal") and self.square_if_causal:
             return False
-        if query_len < 2 and chosen.get("empty"):
+        if query_len < 2 and "sizes" in chosen and chosen.get("empty"):
             return False
         # Kernels that everybody takes to be right mask before they scale, which makes NaN of these.
         scale = chosen.get("scale", NONE)
@@ -264,143 +262,14 @@ class Space:
         Returns:
             The call. The upstream gradient is not given.
         """
-        return _Drawing(self, chosen, dtype, torch.device(device)).call()
+        heads = self.declared.heads or chosen["key_heads"] * chosen["group"]
+        drawing = Drawing(chosen, heads, self.seed, dtype, torch.device(device))
+        return drawing.call(self.always)
 
 
 @lru_cache(maxsize=64)
 def _covering(declared: Declared) -> Covering:
     return covering(declared.levels(), declared.possible)
-
-
-class _Drawing:
-    """The tensors of one choice."""
-
-    def __init__(
-        self, space: Space, chosen: Choice, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self._space, self._chosen, self._dtype, self._device = space, chosen, dtype, device
-        self._batch = chosen["batch"]
-        self._heads = space.declared.heads or chosen["key_heads"] * chosen["group"]
-        self._key_heads = self._heads // chosen["group"]
-        self._lengths: tuple[int, int] = chosen["sizes"]
-
-    def call(self) -> Call:
-        """Draw all that is chosen."""
-        query, key, value = self._tensors()
-        call = Call(query, key, value, **dict(self._space.always))
-        shape = (self._batch, self._heads, *self._lengths)
-        drawn: dict[str, Callable[[], Any]] = {
-            "causal": lambda: True,
-            "scale": lambda: self._chosen["scale"],
-            "softcap": lambda: 2.0,
-            "sinks": lambda: self._given(self._draw("sinks", self._heads)),
-            "alibi": lambda: self._given(2.0 ** -torch.arange(1, self._heads + 1).clamp(max=8)),
-            "documents": self._documents,
-            "lengths": self._real,
-            "bias": lambda: self._given(self._draw("bias", *shape)),
-        }
-        own = {name: make() for name, make in drawn.items()
-               if self._chosen.get(name, False) not in (False, NONE)}  # fmt: skip
-        return self._masked(replace(call, **own))
-
-    def _draw(self, name: str, *shape: int) -> Tensor:
-        return draw(name, self._space.seed, *shape)
-
-    def _given(self, tensor: Tensor) -> Tensor:
-        return tensor.to(self._device, self._dtype)
-
-    def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
-        width = self._chosen["head_dim"]
-        value_dim = width if self._chosen["value_dim"] == "equal" else max(1, width - 4)
-        query_len, key_len = self._lengths
-        query = self._draw("query", self._batch, self._heads, query_len, width)
-        key = self._draw("key", self._batch, self._key_heads, key_len, width)
-        value = self._draw("value", self._batch, self._key_heads, key_len, value_dim)
-        query, key, value = _NUMBERS[self._chosen["numbers"]](query, key, value)
-        return self._given(query), self._given(key), self._given(value)
-
-    def _documents(self) -> tuple[Tensor, Tensor]:
-        length = self._lengths[1]
-        ends = [length // 3 + sample % 2 for sample in range(self._batch)]
-        numbers = [torch.arange(length) >= end for end in ends]
-        each = torch.stack(numbers).long().to(self._device)
-        return each, each
-
-    def _real(self) -> Tensor:
-        query_len, key_len = self._lengths
-        least = min(query_len, key_len)
-        return torch.tensor(
-            [max(least, key_len - sample * 2) for sample in range(self._batch)], device=self._device
-        )
-
-    def _masked(self, call: Call) -> Call:
-        """The same with the mask that is chosen, which leaves each query a key unless declared."""
-        kind = self._chosen.get("mask", NONE)
-        if kind == NONE:
-            return call
-        mask = self._mask(call)
-        if kind == "boolean":
-            return replace(call, mask=mask)
-        fill = _FILLS[self._chosen["fill"]]
-        lowest = torch.finfo(self._dtype).min
-        number = lowest if fill is None else max(fill, lowest) if math.isfinite(fill) else fill
-        bias = self._draw("bias of the mask", *mask.shape)
-        bias = self._given(bias).masked_fill(~mask & (fill != 0.0), number)
-        return replace(call, bias=bias if call.bias is None else bias + call.bias)
-
-    def _mask(self, call: Call) -> Tensor:
-        query_len, key_len = self._lengths
-        sizes = {"B": self._batch, "H": self._heads, "L": query_len, "S": key_len, "1": 1}
-        shape = [sizes[letter] for letter in self._chosen["shape"].strip("()").split(", ")]
-        mask = (self._draw("mask", *shape) > 0).to(self._device)
-        whole = (self._batch, self._heads, query_len, key_len)
-        seen = torch.ones(whole, dtype=torch.bool, device=self._device) & call.visible()
-        # A query that the mask left nothing gets the first key that all else lets it see.
-        left = seen.any(-1, keepdim=True) & ~(seen & mask).any(-1, keepdim=True)
-        first = torch.zeros_like(seen).scatter(-1, seen.int().argmax(-1, keepdim=True), 1)
-        mask = mask | _reduced(left & first, shape)
-        if self._chosen.get("empty"):
-            mask[..., query_len // 2, :] = False
-        return mask
-
-
-def _reduced(wanted: Tensor, shape: list[int]) -> Tensor:
-    """Where any element is wanted that a mask of a shape decides upon."""
-    for dim, size in enumerate(shape):
-        if size == 1:
-            wanted = wanted.any(dim, keepdim=True)
-    return wanted
-
-
-# --- numbers: what queries, keys and values hold
-
-_Tensors: TypeAlias = tuple[Tensor, Tensor, Tensor]
-
-
-def _structured(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    """Each query looks for one channel, which some keys have; values tell their key."""
-    width = query.shape[-1]
-    eye = torch.eye(width, dtype=query.dtype)
-    at_query, at_key = (torch.arange(t.shape[-2]) % width for t in (query, key))
-    numbers = torch.arange(value.shape[-2], dtype=value.dtype).unsqueeze(-1) / 8
-    return (6 * eye[at_query]).expand_as(query), eye[at_key].expand_as(key), numbers + value / 64
-
-
-def _overflowing(query: Tensor, key: Tensor, value: Tensor) -> _Tensors:
-    """Products beyond float16 that are the same for all keys, so that only their rest matters."""
-    query, key = query.clone(), key.clone()
-    query[..., 0] = key[..., 0] = math.sqrt(_OVERFLOWING)
-    return query, key, value
-
-
-_NUMBERS: dict[str, Callable[[Tensor, Tensor, Tensor], _Tensors]] = {
-    "ordinary": lambda query, key, value: (query, key, value),
-    # Scores of a few hundred: exp of them overflows in every dtype but float64.
-    "large": lambda query, key, value: (query * 40, key, value),
-    "tiny": lambda query, key, value: (query * 1e-2, key * 0.1, value * 0.1),
-    "structured": _structured,
-    "overflowing": _overflowing,
-}
 
 
 # --- choices as text, and smaller ones

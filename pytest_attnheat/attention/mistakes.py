@@ -7,94 +7,32 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.decisions import Change, Defect
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
-from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
+from pytest_attnheat.attention.outcomes import Decisions, Outcomes, decisions_of
+from pytest_attnheat.attention.outcomes import Expected as Expected
+from pytest_attnheat.attention.outcomes import expected as expected
+from pytest_attnheat.attention.outcomes import finite as finite
+from pytest_attnheat.attention.outcomes import rms as rms
+from pytest_attnheat.attention.plan import Case, Plan
+from pytest_attnheat.attention.tolerance import answer_tolerance
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
 _MOST_SCORES = 2**18
 # Up to which part of how far the output is off it may differ from an attempt; and up to how many
 # times the difference of the nearest attempt another one fits as well.
-_PART, _AS_WELL = 0.25, 2.0
+PART, AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
-_MOST_ALLOWED = 0.125
-_MOST_NAMED = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What a plan gives on a case, and what judging it takes.
-
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used.
-        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
-    """
-
-    output: Tensor
-    largest_score: Tensor
-    ordinary: float
-    unjudged: Tensor | None
-
-    def errors(
-        self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
-    ) -> tuple[Tensor, Tensor]:
-        """Compare it with what was found, (batch, heads, query_len, value_dim).
-
-        Args:
-            found: An answer in float64.
-            dtype: The dtype that it was computed in.
-            least: The least part of a row by which it may be off.
-            most: The most.
-
-        Returns:
-            The error of each row as a part of its size and what rounding may do (see **Answers**
-            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
-            finite has the largest error that there is, 2; rows that are not judged have 0.
-        """
-        differs = found.isfinite() != self.output.isfinite()
-        off, sizes = _rms(finite(found - self.output)), map(_rms, map(finite, (found, self.output)))
-        error = off / torch.maximum(*sizes).clamp_(min=max(self.ordinary, 1e-30))
-        error.masked_fill_(differs.any(-1), 2.0)
-        if self.unjudged is not None:
-            error.masked_fill_(self.unjudged, 0.0)
-        allowed = answer_units(dtype) * torch.finfo(dtype).eps * (2.0 + self.largest_score)
-        return error, allowed.clamp_(min=least, max=max(most, least))
-
-
-def expected(plan: Plan, case: Case) -> Expected | None:
-    """Carry out a plan; None where it cannot be carried out."""
-    try:
-        result = carry_out(plan, case)
-    except NotApplicable:
-        return None
-    largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
-    if plan.dim != "keys" or plan.merge != "transpose":
-        # A row of the output is not made by its own scores alone.
-        largest_score = torch.full_like(largest_score, float(largest_score.max()))
-    unjudged = None
-    if case.fully_masked == "undefined":
-        unjudged = ~case.visible().expand(case.shape).any(-1)
-    ordinary = float(finite(result.value).square().mean().sqrt())
-    return Expected(result.output, largest_score, ordinary, unjudged)
-
-
-def finite(tensor: Tensor) -> Tensor:
-    """Return a tensor with 0 in place of NaN and inf."""
-    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def _rms(rows: Tensor) -> Tensor:
-    return rows.square().mean(-1).sqrt()
+MOST_ALLOWED = 0.125
+MOST_NAMED = 3
 
 
 def likely_mistake(call: Call, output: Tensor) -> str | None:
@@ -104,68 +42,86 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
+    named = list(fitting(call, output))
+    more = len(named) - MOST_NAMED
+    rest = [f"{more} more that give the same"] if more > 0 else []
+    listed = ", or ".join([*named[:MOST_NAMED], *rest])
+    return f"the output is that of attention {listed}" if named else None
+
+
+def too_large(call: Call) -> bool:
+    """Return whether no mistake is looked for: it would take too long, or is elsewhere."""
     if call.maps * call.query_len * call.key_len > _MOST_SCORES:
-        return None
-    if call.query.device.type != "cpu" and (call.may_see or call.score_mod):
-        return None  # functions that may hold tensors of that device
-    case = _as_case(call)
+        return True
+    # Functions may hold tensors of that device.
+    return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
+
+
+def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
+    """Return the mistakes that give an output, by their sentences, with what each computes.
+
+    None are returned where the output is right.
+    """
+    if too_large(call):
+        return {}
+    case = as_case(call)
     found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
     with torch.no_grad():
-        right = expected(Plan(), case)
+        outcomes = Outcomes(case)
+        right = outcomes.healthy
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
-        if not bool(found[judged].isfinite().all()):
-            return None
-        wrong_by, _ = _off(right, found, case)
+        if not bool(found[judged].isfinite().all(-1).any()):
+            return {}  # whatever gives nothing but NaN would fit
+        wrong_by = _off(right, found, case)[0]
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
-            return None
-        fits: dict[str, float] = {}
-        for sentence, plan, other in _attempts(case):
-            attempt = expected(plan, other)
-            if attempt is None:
-                continue
-            size, fitting = _off(replace(attempt, unjudged=right.unjudged), found, case)
-            if size < _PART * wrong_by and fitting:
-                fits[sentence] = min(size, fits.get(sentence, size))
-    nearest = sorted(fits, key=lambda sentence: fits[sentence])[:_MOST_NAMED]
-    named = [sentence for sentence in nearest if fits[sentence] <= _AS_WELL * fits[nearest[0]]]
-    return f"the output is that of attention {', or '.join(named)}" if named else None
+            return {}
+        tried: dict[Expected | None, float] = {None: math.inf, right: math.inf}
+
+        def off(decided: Decisions) -> float:
+            outcome = outcomes.of(decided)
+            if outcome not in tried:
+                assert outcome is not None
+                size, fits = _off(outcome, found, case)
+                tried[outcome] = size if fits and size < PART * wrong_by else math.inf
+            return tried[outcome]
+
+        # If only rows without keys are wrong, nothing else is to blame for them.
+        alone = [
+            {"fully_masked": row}
+            for row in ("zero", "uniform", "nan", "natural")
+            if case.has_empty_rows
+        ]
+        rows = [one["fully_masked"] for one in alone if off(one) < math.inf]
+        fits: dict[str, tuple[float, Plan]] = {}
+        for defect, change in changes():
+            decided = decisions_of(change)
+            to_blame = len(decided) == 1 or decided.get("fully_masked") not in rows
+            if to_blame and (size := off(decided)) < fits.get(defect.name, (math.inf,))[0]:
+                fits[defect.name] = size, change(Plan())
+    least = min((size for size, _ in fits.values()), default=0.0)
+    most = AS_WELL * max(least, answer_tolerance(torch.float64))
+    near = {name: plan for name, (size, plan) in fits.items() if size <= most}
+    return {one.sentence: near[one.name] for one in DEFECTS
+            if one.name in near and one.form_of not in near}  # fmt: skip
 
 
-def _words(sentence: str, plan: Plan, case: Case) -> str:
-    """What a mistake is called; the corner is that of ALiBi alone where nothing else has one."""
-    has_corner = case.causal or case.window is not None or case.chunk is not None
-    if plan.causal == "other_corner" and not has_corner and case.alibi is not None:
-        return "whose ALiBi distances are counted from the other corner"
-    return sentence
-
-
-def _attempts(case: Case) -> Iterator[tuple[str, Plan, Case]]:
-    hides = not bool(case.visible().all())
-    for defect in DEFECTS:
-        for change in defect.changes if defect.seen == "exactly" else ():
-            plan = change(Plan())
-            # No mask is to blame where nothing is masked.
-            if hides or (plan.masking, plan.fill) == ("fill", -math.inf):
-                yield _words(defect.sentence, plan, case), plan, case
-    usual = {field.name: field.default for field in fields(Case)}
-    for name in FEATURES:
-        given = getattr(case, name)
-        declared = isinstance(given, Tensor) or given != usual[name]
-        if declared and name not in ("alignment", "scale", "window"):  # the catalogue knows those
-            without: dict[str, Any] = {name: usual[name]}
-            yield f"that leaves out {name}", Plan(), replace(case, **without)
+def changes(catalogue: Sequence[Defect] = DEFECTS) -> Iterator[tuple[Defect, Change]]:
+    """Yield each mistake that is seen exactly, in each of its forms."""
+    for defect in catalogue:
+        if defect.seen == "exactly":
+            yield from ((defect, change) for change in defect.changes)
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
     """How far an output is off, the rms of its rows, and whether each is off by rounding alone."""
     least = answer_tolerance(case.dtype)
-    error, allowed = attempt.errors(found, case.dtype, least=least, most=_MOST_ALLOWED)
+    error, allowed = attempt.errors(found, case.dtype, least=least, most=MOST_ALLOWED)
     return float(error.square().mean().sqrt()), bool((error <= allowed).all())
 
 
-def _as_case(call: Call) -> Case:
-    """The same call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
+def as_case(call: Call) -> Case:
+    """Return the call on the CPU, (batch, heads, length, width), as a plan is carried out on it."""
     lead = call.query.shape[:-2][:-1]
 
     def here(name: str) -> Tensor | None:
@@ -173,14 +129,17 @@ def _as_case(call: Call) -> Case:
         if given is None:
             return None
         given = given.detach().cpu()
+        return given.double() if given.is_floating_point() else given
+
+    def batched(name: str) -> Tensor | None:
+        if (given := here(name)) is None:
+            return None
         given = given[(None,) * max(0, 3 - given.ndim)]
         last = given.shape[-3:]
         return given.expand(*lead, *last).reshape(lead.numel(), *last)
 
     own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
-    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias")}
-    own |= {
-        name: own[name] if own[name] is None else own[name].cpu() for name in ("alibi", "sinks")
-    }
-    own |= {"upstream": None, "scale_given": call.scale is not None, "dtype": call.query.dtype}
+    own |= {n: batched(n) for n in ("query", "key", "value", "mask", "bias", "upstream")}
+    own |= {n: here(n) for n in ("alibi", "sinks")}
+    own |= {"scale_given": call.scale is not None, "dtype": call.query.dtype}
     return Case(**own)

@@ -7,41 +7,19 @@ what a wrong implementation computes can be computed as well, and compared.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call, Positions
+from pytest_attnheat.attention.call import Positions
 from pytest_attnheat.attention.decisions import Plan as Plan
 from pytest_attnheat.attention.decisions import Source
-from pytest_attnheat.attention.vocabulary import Alignment
-
-
-class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
-    """A plan cannot be carried out on a case, for instance because lengths would have to agree."""
-
-
-@dataclass(frozen=True, eq=False)
-class Case(Call):
-    """A call that a plan is carried out on, (batch, heads, length, width).
-
-    Attributes:
-        name: What it is called in messages.
-        scale_given: Whether the scale is passed as an argument of this call.
-        dtype: The dtype in which it is computed: beyond its range exp is 0 or inf.
-    """
-
-    name: str = ""
-    scale_given: bool = False
-    dtype: torch.dtype = torch.float64
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        """The shape of the weights: (batch, heads, query_len, key_len)."""
-        batch, heads, query_len = self.query.shape[:3]
-        return batch, heads, query_len, self.key.shape[2]
+from pytest_attnheat.attention.misreadings import Case as Case
+from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
+from pytest_attnheat.attention.misreadings import in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,29 +41,55 @@ class Outcome:
     value: Tensor
 
 
-def carry_out(plan: Plan, case: Case) -> Outcome:
+# How a step is done: it is called with its function, the plan, the case, and what it works on.
+Step: TypeAlias = Callable[..., Any]
+
+
+def directly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Do a step."""
+    return function(*arguments)
+
+
+def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
     """Carry out a plan in float64, and keep what there was on the way.
 
     Args:
         plan: How attention is computed; `Plan()` is correct.
         case: Inputs, on the CPU.
+        step: Does each step. What it comes to may depend on the plan, the case and what the steps
+            before came to, and on nothing else.
 
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
             of another width.
     """
-    query, key, value = _operands(plan, case)
-    scores = _scores(plan, case, query, key)
-    hard, soft = _permitted(plan, case)
-    weights = _weights(plan, case, scores, hard, soft)
-    output = _output(plan, case, weights, value)
+    case = step(misread, plan, case)
+    query, key, value = step(operands, plan, case)
+    scores = step(_scores, plan, case, query, key)
+    hard, soft = step(_permitted, plan, case)
+    filled = step(_filled, plan, case, scores, hard, soft)
+    numbers, sink = step(_with_sinks, plan, case, filled)
+    weights = step(_weights, plan, case, numbers, sink, hard, soft)
+    output = step(_output, plan, weights, value)
     return Outcome(output, weights, scores, hard & soft, value)
+
+
+def misread(plan: Plan, case: Case) -> Case:
+    """Return a case as a plan reads it."""
+    for reading in in_order(plan.misread):
+        case = reading(case)
+    return case
 
 
 # --- queries, keys and values
 
 
-def _operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+def operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what is used as query, key and value, all of as many heads as queries have.
+
+    Raises:
+        NotApplicable: They do not fit together.
+    """
     groups = case.query.shape[1] // case.key.shape[1]
     tensors: dict[Source, Tensor] = {
         "query": _split(plan, case.query.double()),
@@ -125,25 +129,25 @@ def _grouped(plan: Plan, tensor: Tensor, groups: int) -> Tensor:
 
 
 def _scores(plan: Plan, case: Case, query: Tensor, key: Tensor) -> Tensor:
-    factor = 1.0 if plan.scale_after else scale_of(plan, case)
-    products = _rounded((query @ key.mT) * (factor * plan.temperature), plan.scores_dtype)
-    return replace(case, alignment=_alignment(plan, case)).scored(products)
-
-
-def scale_of(plan: Plan, case: Case) -> float:
-    """Return what a plan multiplies scores by, but for its temperature."""
-    width, declared = case.query.shape[-1], case.factor
-    rules: dict[str, float] = {
-        "declared": declared,
-        "missing": 1.0,
-        "squared": declared * declared,
-        "inverse": 1.0 / declared if declared else math.inf,
-        "value_width": case.value.shape[-1] ** -0.5,
-        "embedding": (case.heads * width) ** -0.5,
-        "key_len": case.key_len**-0.5,
-        "default": width**-0.5 if case.scale_given else declared,
+    products = _rounded(query @ key.mT, plan.products_dtype)
+    if plan.overflow and case.dtype == torch.float16:
+        beyond = products.to(case.dtype).isinf()
+        products = torch.where(beyond, products * math.inf, products)
+    factor = plan.temperature * (1.0 if plan.scale_after else case.factor)
+    scaled = _rounded(products * factor, plan.scores_dtype)
+    case = _counted(plan, case)
+    cap = case.softcap
+    if plan.softcap == "declared" or cap is None:
+        return case.scored(scaled)
+    uncapped = replace(case, softcap=None)
+    if plan.softcap in ("after_bias", "after_mask"):
+        return case.capped(uncapped.scored(scaled))
+    changed = {
+        "before_scale": lambda: case.capped(products) * factor,
+        "not_divided": lambda: cap * torch.tanh(scaled),
+        "not_multiplied": lambda: torch.tanh(scaled / cap),
     }
-    return rules[plan.scale]
+    return uncapped.scored(changed[plan.softcap]())
 
 
 def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -155,10 +159,10 @@ def _rounded(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 def _permitted(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
     """Return what is filled with -inf and what is treated by `plan.masking`, both as True = may."""
-    mask, by_position = _mask(plan, case), _by_position(plan, case)
+    mask, by_position = _mask(case), _by_position(plan, case)
     if case.causal and case.mask is not None:
         if plan.together == "mask_only":
-            by_position = _by_position(replace(plan, causal="ignored"), case)
+            by_position = _by_position(plan, replace(case, causal=False))
         elif plan.together == "causal_only":
             mask = torch.ones_like(mask)
     nothing = torch.ones_like(mask)
@@ -170,69 +174,44 @@ def _permitted(plan: Plan, case: Case) -> tuple[Tensor, Tensor]:
     return hard & _used_keys(plan, case), soft
 
 
-def _mask(plan: Plan, case: Case) -> Tensor:
-    mask = _given_mask(plan, case)
+def _mask(case: Case) -> Tensor:
+    mask = torch.ones(case.shape, dtype=torch.bool)
+    mask = mask if case.mask is None else case.mask.expand(case.shape)
     return mask if case.bias is None else mask & (case.bias != -math.inf)
 
 
-def _given_mask(plan: Plan, case: Case) -> Tensor:
-    batch, heads, query_len, key_len = case.shape
-    if case.mask is None or plan.mask == "ignored":
-        return torch.ones(case.shape, dtype=torch.bool)
-    mask = case.mask.expand(case.shape)
-    if plan.mask == "transposed" and query_len != key_len:
-        raise NotApplicable("a mask that is not square cannot be transposed")
-    sample = torch.arange(batch * heads).reshape(batch, heads) % batch
-    wrong = {
-        "inverted": lambda: ~mask,
-        "transposed": lambda: mask.mT,
-        "tiled": lambda: mask[sample, torch.arange(heads)],
-        "first": lambda: mask[:1].expand(case.shape),
-        "rolled": lambda: mask.roll(1, 0),
-        "rolled_back": lambda: mask.roll(-1, 0),
-    }
-    return wrong[plan.mask]() if plan.mask in wrong else mask
-
-
-def _alignment(plan: Plan, case: Case) -> Alignment:
-    if plan.causal != "other_corner":
-        return case.alignment
-    return "bottom_right" if case.alignment == "top_left" else "top_left"
+def _counted(plan: Plan, case: Case) -> Case:
+    """The case as positions are counted in it."""
+    elsewhere = plan.causal == "other_corner" and case.causal
+    return case.other_corner() if elsewhere else case
 
 
 def _by_position(plan: Plan, case: Case) -> Tensor:
     """What is permitted by where queries and keys stand, as the plan reads it."""
-    read = replace(case, causal=False, window=None, alignment=_alignment(plan, case))
+    read = _counted(plan, case)
     at = read.everywhere(case.query.device)
     permitted = torch.ones(case.maps, *case.shape[2:], dtype=torch.bool)
-    for rule in (*read.rules(at), *_causal(plan, case, at), *_window(plan, case, at)):
+    for rule in (*replace(read, causal=False).rules(at), *_causal(plan, read, at)):
         permitted &= rule
     return permitted.view(case.shape)
 
 
 def _causal(plan: Plan, case: Case, at: Positions) -> Iterator[Tensor]:
-    if not ((case.causal and plan.causal != "ignored") or plan.causal == "always"):
+    if not case.causal:
         return
-    _, _, query_len, key_len = case.shape
-    shifted = {
-        "all": True, "differ": query_len != key_len, "more_keys": query_len < key_len
-    }[plan.causal_shift_where]  # fmt: skip
-    shift = plan.causal_shift * shifted
+    if plan.causal == "other_corner_alone":
+        at = case.other_corner().everywhere(case.query.device)
+    shift = plan.causal_shift if _is_shifted(plan, case) else 0
     seen = at.within(-shift, None) if plan.causal == "reversed" else at.within(None, shift)
     yield seen | (at.key < case.prefix)
 
 
-def _window(plan: Plan, case: Case, at: Positions) -> Iterator[Tensor]:
-    if case.window is None or plan.window == "ignored":
-        return
-    sides = case.window[::-1] if plan.window == "swapped" else case.window
-    wider = [
-        side if side is None else side + more
-        for side, more in zip(sides, plan.window_shift, strict=True)
-    ]
-    if any(side is not None and side < 0 for side in wider):
-        raise NotApplicable("a window cannot be smaller than its own key")
-    yield at.within(*wider) | (at.key < case.sink_keys)
+def _is_shifted(plan: Plan, case: Case) -> bool:
+    return {
+        "all": True,
+        "differ": case.query_len != case.key_len,
+        "more_keys": case.query_len < case.key_len,
+    }[plan.causal_shift_where]
 
 
 def _used_keys(plan: Plan, case: Case) -> Tensor:
@@ -241,43 +220,47 @@ def _used_keys(plan: Plan, case: Case) -> Tensor:
     if plan.dropped_key != "none":
         used[0 if plan.dropped_key == "first" else -1] = False
     if plan.key_block:
-        used[_whole_blocks(plan, plan.key_block, key_len) :] = False
+        used[whole_blocks(plan, plan.key_block, key_len) :] = False
     return used
 
 
-def _whole_blocks(plan: Plan, block: int, length: int) -> int:
-    """How many of some keys or queries are in whole blocks."""
-    if plan.short_block == "kept" and length < block:
-        return length
+def whole_blocks(plan: Plan, block: int, length: int) -> int:
+    """Return how many of some keys or queries are in whole blocks."""
+    if plan.blocks == "first" or (plan.blocks == "short" and length < block):
+        return min(length, block)
     return length // block * block
 
 
 # --- weights
 
 
-def _weights(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
-    filled = _masked_scores(plan, scores, soft).masked_fill(~hard, -math.inf)
-    weights = _in_range(_with_sinks(plan, case, filled), case.dtype)
+def _weights(
+    plan: Plan, case: Case, weights: Tensor, sink: Tensor | float, hard: Tensor, soft: Tensor
+) -> Tensor:
     if plan.masking in ("after", "after_renormalised"):
         weights = weights.masked_fill(~soft, 0.0)
     if plan.masking == "after_renormalised":
-        weights = _divided(plan, weights, weights.sum(-1, keepdim=True))
+        weights = _divided(plan, weights, weights.sum(-1, keepdim=True) + sink)
     weights = _fully_masked_rows(plan, case, weights, hard & soft)
     if plan.scale_after:
-        weights = weights * scale_of(plan, case)
+        weights = weights * case.factor
     if plan.weights_of_heads == "averaged":
         weights = weights.mean(1, keepdim=True).expand_as(weights)
     return _rounded(weights, plan.weights_dtype)
 
 
-def _masked_scores(plan: Plan, scores: Tensor, soft: Tensor) -> Tensor:
+def _filled(plan: Plan, case: Case, scores: Tensor, hard: Tensor, soft: Tensor) -> Tensor:
+    fill = plan.fill
+    if plan.softcap == "after_mask" and case.softcap is not None:
+        fill = -case.softcap
     masked = {
-        "fill": lambda: scores.masked_fill(~soft, plan.fill),
+        "fill": lambda: scores.masked_fill(~soft, fill),
         "added": lambda: torch.where(soft, scores, scores + plan.fill),
         "ones": lambda: scores + soft.double(),
         "ones_masked": lambda: scores + (~soft).double(),
     }
-    return masked[plan.masking]() if plan.masking in masked else scores
+    scores = masked[plan.masking]() if plan.masking in masked else scores
+    return scores.masked_fill(~hard, -math.inf)
 
 
 def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
@@ -289,12 +272,20 @@ def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
     return held.masked_fill(numbers > limits.max, math.inf)
 
 
-def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> Tensor:
-    """The weights, where a sink is one key more that has no value."""
-    if case.sinks is None or plan.dim != "keys":
-        return _normalised(plan, scores, case.dtype)
+def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> tuple[Tensor, Tensor | float]:
+    """The weights, and that of the sink: one key more that has no value."""
+    if case.sinks is None or plan.dim != "keys" or plan.normaliser == "uniform":
+        return _in_range(_normalised(plan, scores, case.dtype), case.dtype), 0.0
     sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
-    return _normalised(plan, torch.cat([scores, sinks], -1), case.dtype)[..., :-1]
+    if plan.sinks == "declared":
+        weights = _normalised(plan, torch.cat([scores, sinks], -1), case.dtype)
+    else:
+        largest = scores.amax(-1, keepdim=True)
+        sinks = sinks - {"outside": 1, "not_shifted": 0, "twice": 2}[plan.sinks] * largest
+        numbers = torch.cat([scores - largest, sinks], -1).exp()
+        weights = numbers / numbers.sum(-1, keepdim=True)
+    weights = _in_range(weights, case.dtype)
+    return weights[..., :-1], weights[..., -1:]
 
 
 def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
@@ -302,8 +293,11 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
     dims = {"keys": (-1,), "queries": (-2,), "heads": (1,), "batch": (0,), "map": (-2, -1)}
     dim = dims[plan.dim]
     kind = plan.normaliser
-    if plan.online_block and (kind != "softmax" or plan.dim != "keys"):
-        raise NotApplicable("only a softmax over the keys is taken block by block")
+    if plan.part and (kind != "softmax" or plan.dim != "keys"):
+        raise NotApplicable("only a softmax over the keys is taken part by part")
+    if kind == "uniform":
+        numbers = scores.isneginf().logical_not().double()
+        return numbers / numbers.sum(dim, keepdim=True)
     if kind == "scores":
         return scores
     if kind == "sigmoid":
@@ -329,8 +323,8 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
         top = largest.clamp(min=0.0)
         numbers = (scores - top).exp()
         return numbers / (torch.exp(-top) + numbers.sum(dim, keepdim=True))
-    if plan.online_block:
-        return _online(plan, scores, numbers)
+    if plan.part:
+        return _in_parts(plan, scores, numbers)
     total = numbers.sum(dim, keepdim=True)
     if kind == "plus_one_shifted":
         return numbers / (1.0 + total)
@@ -343,15 +337,32 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.softmax(again, dim[0])
 
 
-def _online(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
-    """Softmax block by block: what is stale has the maximum of its own block's time subtracted."""
-    blocks = torch.split(scores, plan.online_block, -1)
-    largest = torch.stack([block.amax(-1) for block in blocks], -1).cummax(-1).values
-    so_far = largest.repeat_interleave(plan.online_block, -1)[..., : scores.shape[-1]]
-    stale = (scores - so_far).exp().masked_fill(scores.isneginf(), 0.0)
-    above = stale if plan.stale in ("output", "both") else numbers
-    below = stale if plan.stale in ("sum", "both") else numbers
-    return above / below.sum(-1, keepdim=True)
+def _in_parts(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
+    """Softmax part by part; `numbers` have the maximum of the whole row subtracted."""
+    size = plan.part if plan.part > 0 else max(1, (scores.shape[-1] + (plan.part < -1)) // 2)
+    number = torch.arange(scores.shape[-1]) // size
+    number = number if plan.part > 0 else number.clamp(max=1)
+    parts = torch.split(scores, number.bincount().tolist(), -1)
+    empty = torch.stack([part.isneginf().all(-1) for part in parts], -1)
+    if plan.merging.endswith("empty"):
+        states = {"first_empty": empty[..., 0], "first_two_empty": empty[..., :2].all(-1),
+                  "any_empty": empty.any(-1)}  # fmt: skip
+        weights = numbers / numbers.sum(-1, keepdim=True)
+        return weights.masked_fill(states[plan.merging][..., None], math.nan)
+    if plan.merging in ("output", "sum", "both"):
+        # What is stale has the maximum of its own part's time subtracted.
+        largest = torch.stack([part.amax(-1) for part in parts], -1).cummax(-1).values
+        stale = (scores - largest[..., number]).exp().masked_fill(scores.isneginf(), 0.0)
+        above = stale if plan.merging in ("output", "both") else numbers
+        below = stale if plan.merging in ("sum", "both") else numbers
+        return above / below.sum(-1, keepdim=True)
+    lse = torch.stack([part.logsumexp(-1) for part in parts], -1)
+    own = (scores - lse[..., number]).exp()
+    own = own.nan_to_num(nan=0.0) if plan.empty_slices == "zero" else own
+    if plan.merging in ("mean", "added"):
+        return own / len(parts) if plan.merging == "mean" else own
+    base = math.log(2.0) if plan.merging == "e_for_two" else 1.0 / math.log(2.0)
+    return own * torch.softmax(lse * base, -1)[..., number]
 
 
 def _divided(plan: Plan, numbers: Tensor, total: Tensor) -> Tensor:
@@ -384,12 +395,12 @@ def _fully_masked_rows(plan: Plan, case: Case, weights: Tensor, permitted: Tenso
 # --- output
 
 
-def _output(plan: Plan, case: Case, weights: Tensor, value: Tensor) -> Tensor:
+def _output(plan: Plan, weights: Tensor, value: Tensor) -> Tensor:
     if plan.masked_nan == "unfelt":
         value = value.nan_to_num(nan=0.0)
-    output = (weights @ value) * plan.output_factor
+    output = _rounded((weights @ value) * plan.output_factor, plan.output_dtype)
     if plan.query_block:
-        output[:, :, _whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
+        output[:, :, whole_blocks(plan, plan.query_block, output.shape[2]) :] = 0.0
     if plan.merge == "averaged":
         return output.mean(1, keepdim=True).expand_as(output)
     if plan.merge == "reshape":

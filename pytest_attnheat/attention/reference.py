@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,7 +27,7 @@ from pytest_attnheat.attention.vocabulary import (
     Side,
     check_fully_masked,
 )
-from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive
+from pytest_attnheat.inputs import as_whole, dtype_name, misuse, one_of, positive
 
 Kind = Literal["soft", "hard", "max_pooling", "gating"]
 
@@ -137,19 +138,39 @@ def padding_mask(
     one_of("side", side, SIDES)
     if device is None and isinstance(lengths, Tensor):
         device = lengths.device
-    # Judged where they are: numbers of the host need no device.
-    real = lengths if isinstance(lengths, Tensor) else torch.as_tensor(lengths, device="cpu")
-    accepted = f"whole numbers from 0 to key_len {key_len}, (batch,), one or more"
-    if real.ndim != 1 or real.numel() == 0:
-        raise ValueError(misuse("lengths", f"shape {tuple(real.shape)}", accepted))
-    if real.is_floating_point() or real.is_complex() or real.dtype == torch.bool:
-        raise TypeError(misuse("lengths", f"dtype {dtype_name(real)}", accepted))
-    if bool(((real < 0) | (real > key_len)).any()):
-        raise ValueError(misuse("lengths", real.tolist(), accepted))
+    real = torch.tensor(read_lengths(lengths, key_len), device="cpu")
     key_at = torch.arange(key_len, device=device)
     real = real.to(key_at.device).unsqueeze(-1)
     mask = key_at < real if side == "right" else key_at >= key_len - real
     return mask[:, None, None, :]
+
+
+def read_lengths(lengths: object, key_len: int, *, batch: int | None = None) -> list[int]:
+    """Return how many keys of each batch entry are real, as plain numbers.
+
+    Raises:
+        TypeError: They are not whole numbers.
+        ValueError: There are none, or not as many as `batch`; or one is out of range.
+    """
+    accepted = f"one whole number from 0 to {key_len} for each batch entry"
+    try:
+        # NumPy knows all byte orders, strides and lists.
+        array = np.asarray(lengths.detach().cpu() if isinstance(lengths, Tensor) else lengths)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(misuse("lengths", repr(lengths), accepted)) from None
+    if array.ndim > 1 and array.dtype.kind in "biu":
+        accepted += "; of a mask that is True where a token is real, mask.sum(-1)"
+    numbers = array.flatten().tolist()
+    real = [number for number in map(as_whole, numbers) if number is not None]
+    if len(real) < len(numbers):
+        got = f"dtype {array.dtype}" if array.dtype.kind in "biufc" else repr(lengths)
+        raise TypeError(misuse("lengths", got, accepted))
+    if array.ndim != 1 or not real or batch not in (None, len(real)):
+        count = "" if batch is None else f" for {batch} batch entries"
+        raise ValueError(misuse("lengths", f"shape {array.shape}{count}", accepted))
+    if min(real) < 0 or max(real) > key_len:
+        raise ValueError(misuse("lengths", real, accepted))
+    return real
 
 
 def masked_softmax(

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.levels import MASK_SHAPES
@@ -42,13 +44,82 @@ def check_fields(spec: AttentionSpec) -> None:
         check_tolerance(spec.tolerance)
 
 
-def check_subject(subject: object) -> None:
-    """Refuse what can neither be called nor was captured."""
+def check_subject(spec: AttentionSpec) -> None:
+    """Refuse what can neither be called nor was captured, and a block without its inputs."""
+    subject: Any = spec.subject
     if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
         accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
         raise TypeError(misuse("subject", type(subject).__name__, accepted))
     if isinstance(subject, type):
         raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
+    if spec.inputs is None and _is_block(subject):
+        got = f"{type(subject).__name__}, which is not called with query, key and value"
+        accepted = "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
+        raise ValueError(misuse("subject", got, accepted))
+
+
+def _is_block(subject: object) -> bool:
+    """Whether a subject is a module whose forward takes fewer than three tensors."""
+    if not isinstance(subject, nn.Module) or isinstance(subject, nn.MultiheadAttention):
+        return False
+    taken = inspect.signature(subject.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in taken):
+        return False
+    needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    named = {"query", "key", "value", "q", "k", "v"} & {p.name for p in taken}
+    return len(needed) < 3 and len(named) < 3
+
+
+def check_rules(spec: AttentionSpec) -> None:
+    """Refuse what does not fit the inputs of a block, or the heads, and functions that do not work.
+
+    Else what they do wrong would be charged to the subject.
+    """
+    if spec.inputs is not None:
+        _check_block(spec, spec.inputs)
+    elif not spec.has_heads and spec.heads not in (None, 1):
+        got = f"{spec.heads} numbers per head for the layout {spec.layout!r}, which has no heads"
+        raise ValueError(misuse("sinks or alibi", got, "one number, or a layout with h"))
+    if spec.devices is None or "cpu" in spec.devices:
+        _check_function(spec, "may_see", [], torch.bool, "booleans")
+        _check_function(spec, "score_mod", [torch.zeros(1, 1, 1)], torch.float32, "scores")
+
+
+def _check_block(spec: AttentionSpec, inputs: Tensor) -> None:
+    batch, length = inputs.shape[:2]
+    own = getattr(spec.subject, "arguments", None) or {}
+    if spec.memory is not None and spec.memory not in {**own, **(spec.arguments or {})}:
+        raise ValueError(misuse("memory", repr(spec.memory), "the name of one of arguments"))
+    if isinstance(spec.documents, str):
+        accepted = f"of a block, numbers of shape {(batch, length)} or {(length,)}"
+        raise ValueError(misuse("documents", repr(spec.documents), accepted))
+    if spec.documents is not None:
+        as_documents(spec.documents, (batch, length))
+    if isinstance(spec.may_see, Tensor) and spec.may_see.shape != (length, length):
+        accepted = f"a function, or booleans of shape {(length, length)}"
+        raise ValueError(misuse("may_see", f"shape {tuple(spec.may_see.shape)}", accepted))
+
+
+def _check_function(
+    spec: AttentionSpec, name: str, first: list[Tensor], dtype: torch.dtype, what: str
+) -> None:
+    """Call a function of positions once, of the first query and key."""
+    function = getattr(spec, name)
+    if function is None or isinstance(function, Tensor):
+        return
+    takes = ("score, " if first else "") + "batch, head, query position, key position"
+    accepted = f"a function of ({takes}), elementwise, that returns {what}"
+    at = torch.zeros(1, 1, 1, dtype=torch.long)
+    try:
+        found = function(*first, at, at, at, at)
+    except Exception as error:
+        raised = f"one that raised {type(error).__name__}: {error}"
+        raise ValueError(misuse(name, raised, accepted)) from error
+    if not isinstance(found, Tensor):
+        raise TypeError(misuse(name, f"one that returned {type(found).__name__}", accepted))
+    alike = (found.dtype == torch.bool) == (dtype == torch.bool)
+    if not alike or found.numel() != 1:
+        raise ValueError(misuse(name, f"one that returned {_shown(found)}", accepted))
 
 
 def _is_text(given: object) -> bool:

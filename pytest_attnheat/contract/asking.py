@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import as_meant
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, as_meant, recognise
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.levels import OPTIONS
 
@@ -153,3 +153,19 @@ def _from_layout(spec: AttentionSpec, output: object, wanted: tuple[int, ...]) -
     ours = "bhld" if spec.has_heads else "bld"
     turned = output.permute([spec.layout.index(letter) for letter in ours])
     return turned if spec.has_heads else turned.unsqueeze(1)
+
+
+def model_of(spec: AttentionSpec) -> SequenceModel:
+    """Return the block of a specification, and how it is called."""
+    subject = spec.implementation
+    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
+    told: dict[str, Any] = {}
+    if spec.lengths is not None:
+        told = {"mask": "lengths", "mask_argument": spec.lengths}
+    elif spec.mask is not None and spec.mask_argument != "attn_mask":
+        told = {"mask": spec.mask, "mask_argument": spec.mask_argument}
+    elif spec.memory is not None and model is not subject:
+        told = {"mask": None, "mask_argument": None}  # what is known is about its own sequence
+    if spec.memory is not None:
+        told["memory_argument"] = spec.memory
+    return replace(model, arguments={**model.arguments, **(spec.arguments or {})}, **told)

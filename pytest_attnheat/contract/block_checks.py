@@ -32,13 +32,9 @@ from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.contract.captured import assert_rows, diagnoses, layer_of, records_of
-from pytest_attnheat.contract.examination import (
-    Check,
-    Examination,
-    Skipped,
-    check,
+from pytest_attnheat.contract.examination import Check, Examination, Skipped, check, registered
+from pytest_attnheat.contract.needs import (
     is_causal_block,
-    registered,
     says_whether_it_has_positions,
     takes_padding_mask,
 )

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
@@ -21,13 +20,14 @@ from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.asking import model_of
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Skipped, model_of
+from pytest_attnheat.contract.examination import Skipped
 from pytest_attnheat.contract.explaining import explained, shown, where_wrong
 from pytest_attnheat.contract.held import Held, held_to
-from pytest_attnheat.contract.matching import NOWHERE, Explanation, measure
+from pytest_attnheat.contract.matching import Explanation, measure
 from pytest_attnheat.contract.probing import Probe, one_thread
-from pytest_attnheat.contract.searching import explain_alone, explain_by_constant
+from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure, Place, number_text
 
@@ -168,16 +168,17 @@ def _diagnosed(
         if diagnosis.healthy:
             notes = (held.hint,) if held.hint else ()
             return replace(diagnosis, inferred_weights=weights.cpu(), notes=notes)
-        fit = measure(Plan(), [used])
+        fit = measure([used])
         if held.lacks and fit.excess <= 1:
             diagnosis = _lacking(diagnosis, held, fit.residual, probe)
         elif record.strange:
-            found = explain_by_constant([probe], [Explanation((), Plan(), NOWHERE)])
+            known = Search([probe])
+            found = known.by_constant([Explanation()])
             factor = next((one for one in found if one.reproduces), None)
             named = () if factor is None or spec.scale is not None else factor.names
             if factor is not None and named == ("temperature",):
                 return _up_to_a_scale(diagnosis, held.case.factor * (factor.constant or 1.0))
-            if not any(one.reproduces for one in explain_alone([probe]).explanations):
+            if not any(one.reproduces for one in known.singles):
                 return f"its scores {record.strange}"
             diagnosis = explained(name, [probe], {}, search=search)
         else:
@@ -311,3 +312,19 @@ def _sums(
 def layer_of(record: AttentionRecord) -> str:
     """Return where a record was captured, as failures name it."""
     return f"{record.layer or '(no module)'}, call {record.call}"
+
+
+def causal_inside(spec: AttentionSpec) -> bool:
+    """Whether some attention inside a block is seen to be causal, on the inputs of the block."""
+    try:
+        return any(_is_causal(record) for record in records_of(spec))
+    except Exception:  # the checks tell why
+        return False
+
+
+def _is_causal(record: AttentionRecord) -> bool:
+    """Whether no query of its own sequence has any weight on a later key."""
+    query_len, key_len = record.shape[2:]
+    if record.causal is not None or query_len != key_len or query_len < 2:
+        return record.causal is not None
+    return not bool(record.compute_weights().triu(1).any())

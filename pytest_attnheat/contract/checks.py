@@ -6,6 +6,7 @@ what was captured are in `block_checks`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.levels import NONE, text_of
+from pytest_attnheat.attention.levels import NONE, OPTIONS, Choice, text_of
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
 from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
 from pytest_attnheat.contract.combinations import ask_pairs
@@ -32,14 +33,17 @@ from pytest_attnheat.contract.examination import Check as Check
 from pytest_attnheat.contract.examination import (
     Examination,
     Skipped,
-    all_of,
     check,
+    is_about_dtypes,
+    registered,
+)
+from pytest_attnheat.contract.needs import (
+    Need,
+    all_of,
     declares_fully_masked,
     decodes_in_chunks,
     has_gradients,
     has_no_positions,
-    is_about_dtypes,
-    registered,
     returns_lse,
     returns_weights,
     takes_causal,
@@ -48,47 +52,69 @@ from pytest_attnheat.contract.examination import (
     takes_groups,
     takes_mask,
     takes_option,
-    takes_scale,
 )
 from pytest_attnheat.contract.returned_lse import judge_lse
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure, Place
 
+# What each level of a call needs to be declared.
+_NEEDS: dict[str, Need] = {
+    "mask": takes_mask,
+    "fill": takes_float_mask,
+    "empty": declares_fully_masked,
+    "causal": takes_causal,
+    "group": takes_groups,
+    "gradients": has_gradients,
+    **{name: takes_option(name) for name in OPTIONS},
+}
 
-def _judge(examination: Examination, **levels: Any) -> None:
-    """Judge one call; the named checks before `gradients` ask for the output alone."""
-    levels.setdefault("gradients", NONE)
-    examination.judge(examination.choice(**levels))
 
-
-def _judge_unless_refused(examination: Examination, **levels: Any) -> None:
-    """Judge a call of something besides; what it says in any error is that it does not take it."""
-    _ask(examination, **levels)
-    _judge(examination, **levels)
-
-
-def _ask(examination: Examination, **levels: Any) -> None:
-    """Ask for something besides, which is skipped if the subject raises any error."""
-    call = examination.case(**levels)
-    try:
-        examination.spec.ask(call)
-    except Exception as error:
-        if is_about_dtypes(error):
-            raise
-        raise Skipped(f"it refuses {text_of(levels)}: {error}") from None
+def _unmet(levels: Mapping[str, Any], spec: AttentionSpec) -> str | None:
+    """Why a call with some levels cannot be asked; None if it can."""
+    return all_of(*(need for name, need in _NEEDS.items() if name in levels))(spec)
 
 
 def _judged(
-    name: str, sentence: str, about: str, *calls: dict[str, Any], ask: Any = _judge, **more: Any
+    name: str, sentence: str, about: str, *calls: dict[str, Any], refused: bool = False, **more: Any
 ) -> None:
-    """Register the check that judges some calls, by their levels; `about` says what they are."""
+    """Register the check that judges some calls, by their levels; `about` says what they are.
+
+    It asks those that can be asked, and for the output alone unless they say more. They may be
+    `refused` in any words.
+    """
+
+    def needs(spec: AttentionSpec) -> str | None:
+        reasons = [_unmet(levels, spec) for levels in calls]
+        return None if None in reasons else reasons[0]
 
     def run(examination: Examination) -> None:
+        asked, reasons = [], []
         for levels in calls:
-            ask(examination, **levels)
+            try:
+                asked.append(examination.choice(**{"gradients": NONE, **levels}))
+            except Skipped as reason:
+                reasons.append(reason)
+        if not asked:
+            raise reasons[0]
+        for chosen in asked:
+            if refused:
+                _ask(examination, chosen)
+            examination.judge(chosen)
 
     run.__doc__ = about
-    check(name, sentence, **more)(run)
+    needy = any(level in _NEEDS for levels in calls for level in levels)
+    check(name, sentence, needs=needs if needy else None, **more)(run)
+
+
+def _ask(examination: Examination, chosen: Choice) -> None:
+    """Ask for something besides, which is skipped if the subject raises any error."""
+    try:
+        examination.spec.ask(examination.drawn(chosen))
+    except Exception as error:
+        if is_about_dtypes(error):
+            raise
+        said = text_of(examination.space.named(chosen))
+        raise Skipped(f"it refuses {said}: {error}") from None
 
 
 @check("shape_and_dtype", "the output has the shape, dtype and device that it must have",
@@ -109,92 +135,72 @@ _judged("plain", "without a mask it is attention, as exactly as its dtype allows
         "Query_len and key_len differ, so that neither is taken for the other.", {}, quick=True,
         issue="labmlai/annotated_deep_learning_paper_implementations#146")  # fmt: skip
 _judged("masked", "under a mask it is attention", "Each batch entry has its own mask.",
-        {"mask": "boolean"}, needs=takes_mask, quick=True,
+        {"mask": "boolean"}, quick=True,
         issue="huggingface/pytorch-image-models#2236")  # fmt: skip
 _judged("float_mask", "a mask of floats is added to the scores",
         "Finite biases, and -inf where a key is hidden.", {"mask": "additive", "fill": "finite"},
-        {"mask": "additive", "fill": "-inf"}, needs=takes_float_mask, quick=True,
+        {"mask": "additive", "fill": "-inf"}, quick=True,
         issue="huggingface/transformers#38094")  # fmt: skip
 _judged("causal", "with is_causal it is causal attention",
         "As many queries as keys: the alignment does not matter.",
-        {"causal": True, "sizes": (7, 7)}, needs=takes_causal, quick=True,
+        {"causal": True, "sizes": (7, 7)}, quick=True,
         issue="keras-team/keras#23038")  # fmt: skip
-
-
-@check("causal_rectangular", "is_causal is aligned as declared where lengths differ",
-       needs=takes_causal, quick=True, issue="pytorch/pytorch#103082")  # fmt: skip
-def causal_rectangular(examination: Examination) -> None:
-    """More keys than queries, and the other way round where both are usual."""
-    _judge_unless_refused(examination, causal=True, sizes=(5, 7))
-    if examination.spec.causal == "top_left" and not examination.space.declared.near:
-        _judge_unless_refused(examination, causal=True, sizes=(9, 5))
-
-
+_judged("causal_rectangular", "is_causal is aligned as declared where lengths differ",
+        "More keys than queries, and the other way round.", {"causal": True, "sizes": (5, 7)},
+        {"causal": True, "sizes": (9, 5)}, refused=True, quick=True,
+        issue="pytorch/pytorch#103082")  # fmt: skip
 _judged("masked_and_causal", "a mask and is_causal at once hide what either hides",
         "Both at once, where they are not refused.",
-        {"mask": "boolean", "causal": True, "sizes": (7, 7)}, ask=_judge_unless_refused,
-        needs=all_of(takes_causal, takes_mask), quick=True)  # fmt: skip
+        {"mask": "boolean", "causal": True, "sizes": (7, 7)}, refused=True,
+        quick=True)  # fmt: skip
 _judged("scale_argument", "scale multiplies the scores",
         "A scale of 0.7 and one below 0, where it has the argument.", {"scale": 0.7},
-        {"scale": -0.4}, needs=takes_scale)  # fmt: skip
+        {"scale": -0.4})  # fmt: skip
 _judged("fully_masked", "a query that may attend to nothing gives what is declared",
         "One query of several may attend to nothing.", {"mask": "boolean", "empty": True},
-        needs=all_of(declares_fully_masked, takes_mask), quick=True,
-        issue="pytorch/pytorch#103963")  # fmt: skip
-
-
-@check("grouped", "grouped heads share keys in the order of repeat_interleave", needs=takes_groups,
-       quick=True, issue="fkodom/grouped-query-attention-pytorch#5")  # fmt: skip
-def grouped(examination: Examination) -> None:
-    """Two and three query heads for one of keys."""
-    for group in examination.space.declared.levels()["group"][1:3]:
-        _judge(examination, group=group)
-
-
-@check("large_scores", "large scores do not overflow", quick=True,
-       issue="huggingface/transformers#17306")  # fmt: skip
-def large_scores(examination: Examination) -> None:
-    """Scores of a few hundred: exp of them overflows in every dtype but float64."""
-    if "large" not in examination.space.declared.numbers:
-        raise Skipped("steps are rounded to a dtype that does not hold them")
-    _judge(examination, numbers="large")
+        quick=True, issue="pytorch/pytorch#103963")  # fmt: skip
+_judged("grouped", "grouped heads share keys in the order of repeat_interleave",
+        "Two and more query heads for one of keys.", {"group": 2}, {"group": 3}, {"group": 4},
+        quick=True, issue="fkodom/grouped-query-attention-pytorch#5")  # fmt: skip
+_judged("large_scores", "large scores do not overflow",
+        "Scores of a few hundred: exp of them overflows in every dtype but float64.",
+        {"numbers": "large"}, quick=True, issue="huggingface/transformers#17306")  # fmt: skip
 
 
 @check("block_lengths", "lengths around the size of a block are no exception")
 def block_lengths(examination: Examination) -> None:
-    """Around multiples of 32, 64 and 128, and few queries of many keys."""
+    """Around multiples of 32, 64 and 128, few queries of many keys, and beyond a wide window."""
     declared = examination.space.declared
     few = {"batch": 1} | ({"key_heads": 1} if declared.heads is None else {})
     long = [sizes for sizes in declared.levels()["sizes"] if max(sizes) > 30]
     if not long:
         raise Skipped(f"it is declared for at most {declared.longest} queries and keys")
+    behind = (examination.spec.window or (0,))[0] or 0
+    if behind >= max(max(sizes) for sizes in long):  # it would hide nothing
+        from_the_end = declared.from_the_end and not declared.square
+        wide = (3 if from_the_end else behind + 5, behind + 5)
+        long += [wide] if declared.possible({"sizes": wide, **few}) else []
     for sizes in long:
-        _judge(examination, sizes=sizes, **few)
+        examination.judge(examination.choice(sizes=sizes, gradients=NONE, **few))
 
 
-def _option(name: str, sentence: str, **more: Any) -> None:
-    """Register the check of a feature that the subject takes under a keyword."""
-    about = f"With {name}, all else ordinary."
-    _judged(name, sentence, about, {name: True, **more}, needs=takes_option(name), quick=True)
-
-
-_option("softcap", "softcap bounds the scores before the mask")
-_option("sinks", "a sink joins the sum of each row, and has no value")
-_option("alibi", "a score falls with the distance of query and key")
-_option("bias", "a bias is added to the scores")
-_option("documents", "a query sees its own document alone", sizes=(7, 7))
-_option("lengths", "keys beyond the length of a batch entry are not seen")
+for _name, _sentence, _levels in (
+    ("softcap", "softcap bounds the scores before the mask", {}),
+    ("sinks", "a sink joins the sum of each row, and has no value", {}),
+    ("alibi", "a score falls with the distance of query and key", {}),
+    ("bias", "a bias is added to the scores", {}),
+    ("documents", "a query sees its own document alone", {"sizes": (7, 7)}),
+    ("lengths", "keys beyond the length of a batch entry are not seen", {}),
+):
+    _about = f"With {_name}, all else ordinary."
+    _judged(_name, _sentence, _about, {_name: True, **_levels}, quick=True)
 _judged("gradients", "its gradients are those of attention",
-        "Of query, key and value, for a random gradient of the output.", {"gradients": "all"},
-        needs=has_gradients)  # fmt: skip
-
-
-@check("gradients_masked", "gradients are right under a mask, and finite where it hides all",
-       needs=all_of(has_gradients, takes_mask), issue="pytorch/pytorch#103963")  # fmt: skip
-def gradients_masked(examination: Examination) -> None:
-    """With a query that may attend to nothing, if it is declared what that gives."""
-    levels = {"empty": True} if examination.space.declared.empty else {}
-    _judge(examination, mask="boolean", gradients="all", **levels)
+        "Of query, key and value, for a random gradient of the output.",
+        {"gradients": "all"})  # fmt: skip
+_judged("gradients_masked", "gradients are right under a mask, and finite where it hides all",
+        "With a query that may attend to nothing, if it is declared what that gives.",
+        {"mask": "boolean", "empty": True, "gradients": "all"},
+        {"mask": "boolean", "gradients": "all"}, issue="pytorch/pytorch#103963")  # fmt: skip
 
 
 @check("pairs", "no pair of declared features goes wrong together")
@@ -244,7 +250,8 @@ def _of_whole_masks(examination: Examination) -> AttentionSpec:
     if spec.mask is None or spec.mask_shape is not None:
         return spec
     try:
-        _ask(examination, mask="boolean", shape="(B, H, L, S)", sizes=(7, 7))
+        whole = {"mask": "boolean", "shape": "(B, H, L, S)", "sizes": (7, 7)}
+        _ask(examination, examination.choice(**whole))
     except Skipped:
         return replace(spec, mask_shape="(B, 1, L, S)")
     return spec

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import combinations
 from typing import Any, TypeAlias
 
+from pytest_attnheat.assertions.precision_judgement import RIGHT
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.levels import (
     NONE,
+    OPTIONS,
     SIZES,
     Choice,
+    Declared,
     Levels,
     Space,
     read,
@@ -35,6 +39,16 @@ _ASKED = ("numbers", "gradients")
 _ROUNDS = 4
 # The check that a replay is.
 REPLAY = "replay"
+# All calls that any subject may be asked.
+_EVERYTHING = Space(
+    Declared(
+        masks=frozenset(("boolean", "additive")),
+        causal=True,
+        options=frozenset(OPTIONS),
+        grouped=True,
+        most_weights=sys.maxsize,
+    )
+)
 # What calls that are wrong share with a smaller probability is no chance.
 _CHANCE = 1e-3
 _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
@@ -99,7 +113,23 @@ def _words(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
-def ask_pairs(examination: Examination) -> str:
+class Counted(str):
+    """A text with the numbers that it says.
+
+    Attributes:
+        counts: The numbers, by name.
+    """
+
+    counts: dict[str, int]
+
+    def __new__(cls, text: str, counts: dict[str, int] | None = None) -> Counted:
+        """Make the text, with its numbers."""
+        found = super().__new__(cls, text)
+        found.counts = counts or {}
+        return found
+
+
+def ask_pairs(examination: Examination) -> Counted:
     """Judge calls in which every pair of levels occurs; return how many pairs that were.
 
     Raises:
@@ -130,9 +160,9 @@ def ask_pairs(examination: Examination) -> str:
     pairs = len({pair for one in asked for pair in combinations(one.items(), 2)})
     every = "all" if pairs == covering.pairs else f"of {covering.pairs:,}"
     note = f"{pairs:,} pairs of levels in {len(asked)} calls per dtype, {every} that can occur"
-    return f"{note} together" + (
-        f"\n{refused} more calls were refused: {refusals}" if refused else ""
-    )
+    more = f"\n{refused} more calls were refused: {refusals}" if refused else ""
+    counts = {"asked": pairs, "of": covering.pairs, "calls": len(asked), "refused": refused}
+    return Counted(f"{note} together{more}", counts)
 
 
 def _error(chosen: Choice, examination: Examination) -> Exception | None:
@@ -155,6 +185,8 @@ def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Cho
     except Failure as failure:
         failure.cases = said
         failure.cause = _cause(examination, smallest, first)
+        if str(failure.cause).startswith(RIGHT):  # which is said once
+            failure.claim = failure.claim.removesuffix(f"; {RIGHT}")
         raise
     except Exception as raised:
         vars(raised).setdefault("__notes__", []).insert(0, said)
@@ -227,7 +259,7 @@ class Replay:
         """Read a text.
 
         Raises:
-            ValueError: It names no dtype or no seed where it says so.
+            ValueError: It is a call of no subject.
         """
         given = dict(re.findall(r"(?:^|\s)(dtype|seed)=(\S*)", text))
         dtype, seed = given.get("dtype"), given.get("seed")
@@ -236,6 +268,7 @@ class Replay:
         if seed is not None and not (seed.isascii() and seed.isdigit()):
             raise ValueError(misuse("replay", repr(f"seed={seed}"), "a whole number from 0"))
         levels = " ".join(part for part in text.split() if part.partition("=")[0] not in given)
+        read(levels, _EVERYTHING)  # what is mistyped is no call of any subject
         return cls(levels, dtype, None if seed is None else int(seed))
 
     def among(self, examinations: Sequence[Examination]) -> list[Examination]:

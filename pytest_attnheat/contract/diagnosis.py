@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -17,10 +17,13 @@ if TYPE_CHECKING:
 
 # Maps in a message.
 _MOST_ROWS, _MOST_KEYS = 8, 16
+_LINES_OF_REPR = 2
 # Where all weights are smaller, the largest of them is drawn full.
 _FAINT = 0.5
 # An explanation that leaves more than this of the error is not worth naming.
 EXPLAINS = 0.2
+# Of what `as_dict` returns: a key that is left out, or means another thing, makes another version.
+VERSION = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +97,21 @@ class Diagnosis:
         if not self.healthy:
             lines += [f"  {line}".rstrip() for line in self._triptych()]
         return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        """The first lines of the message: the sentence, and where."""
+        return "\n".join(str(self).splitlines()[:_LINES_OF_REPR])
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what it says as plain data, as JSON can hold it.
+
+        Returns:
+            `"version"` (1), and each attribute above but for the weights, under its name. Tuples
+            are lists; a number that is not finite, such as a `next_best` that there is none of,
+            is None.
+        """
+        said = (one.name for one in fields(self) if not one.name.endswith("_weights"))
+        return {"version": VERSION, **{name: plain_data(getattr(self, name)) for name in said}}
 
     def draw(self) -> HeatmapFigure:
         """Draw the weights: what is expected, what was inferred, and the difference.
@@ -204,3 +222,12 @@ def _side_by_side(blocks: Sequence[Sequence[str]]) -> list[str]:
 def residual_text(number: float) -> str:
     """Return a residual as text: two digits."""
     return f"{number:.1e}" if number < 0.01 else f"{number:.2g}"
+
+
+def plain_data(value: Any) -> Any:
+    """Return a value as JSON can hold it: tuples as lists, None for a number that is not finite."""
+    if isinstance(value, dict):
+        return {name: plain_data(one) for name, one in value.items()}
+    if isinstance(value, tuple | list):
+        return [plain_data(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

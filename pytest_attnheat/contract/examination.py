@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, Run
 from pytest_attnheat.attention.call import Call
@@ -27,8 +27,9 @@ from pytest_attnheat.attention.levels import (
     text_of,
 )
 from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.contract.asking import UndeclaredError, keyword_of
-from pytest_attnheat.contract.spec import AttentionSpec, Sound
+from pytest_attnheat.contract.asking import UndeclaredError, keyword_of, model_of
+from pytest_attnheat.contract.needs import Need, takes_causal, takes_mask
+from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import dtype_name
 
@@ -79,6 +80,7 @@ class Examination:
         device: Where they are.
         seed: Where they are drawn from.
         quick: Whether to examine little.
+        tell: Called with this and each call that is drawn, as `Replay` takes it.
     """
 
     spec: AttentionSpec
@@ -86,6 +88,7 @@ class Examination:
     device: torch.device
     seed: int = 0
     quick: bool = False
+    tell: Callable[[Examination, str], None] | None = None
 
     @cached_property
     def space(self) -> Space:
@@ -145,6 +148,8 @@ class Examination:
         return bool(known), False
 
     def _drawn(self, space: Space, chosen: Choice) -> Call:
+        if self.tell is not None:
+            self.tell(self, self._text(space, chosen))
         return self.spec.described(space.call(chosen, self.dtype, self.device))
 
     def drawn(self, chosen: Choice) -> Call:
@@ -194,34 +199,39 @@ class Examination:
             Failure: Some number is off by more than rounding.
             Exception: Whatever the subject raises.
         """
-        call = self.drawn(chosen)
-        wanted = chosen["gradients"]
+        try:
+            self._judge(chosen, explain)
+        except Exception as error:
+            vars(error)["replay"] = self.text(chosen)
+            if isinstance(error, Failure):
+                error.repeat = self.repeat(chosen)
+            else:
+                vars(error)["__notes__"] = [self.repeat(chosen)]  # `add_note`: from Python 3.11
+            raise
+
+    def _judge(self, chosen: Choice, explain: bool) -> None:
+        call, wanted = self.drawn(chosen), chosen["gradients"]
         names = ["query", "key", "value"] if wanted == "all" else [] if wanted == NONE else [wanted]
         if wanted == "all":
             names += ["attn_mask"] if call.bias is not None else []
             names += ["sinks"] if chosen.get("sinks") else []
-        try:
-            judge_call(
-                "",
-                self._run(self.spec, wanted == NONE),
-                call,
-                Criteria(
-                    fully_masked=self.spec.fully_masked, reference=self._reference(), seed=self.seed
-                ),
-                names=names,
-                code=self.spec.subject,
-                explain=explain,
-            )
-        except Failure as failure:
-            failure.repeat = self.repeat(chosen)
-            raise
-        except Exception as error:
-            vars(error)["__notes__"] = [self.repeat(chosen)]  # as `add_note`, new in Python 3.11
-            raise
+        blind = self.spec.fully_masked if self.space.declared.empty else "undefined"
+        judge_call(
+            "",
+            self._run(self.spec, wanted == NONE),
+            call,
+            Criteria(fully_masked=blind, reference=self._reference(), seed=self.seed),
+            names=names,
+            code=self.spec.subject,
+            explain=explain,
+        )
 
     def text(self, chosen: Choice) -> str:
         """Return a choice as a text that `Replay` takes, whatever else is examined."""
-        named = {**self.space.named(chosen), "dtype": dtype_name(self.dtype), "seed": self.seed}
+        return self._text(self.space, chosen)
+
+    def _text(self, space: Space, chosen: Choice) -> str:
+        named = {**space.named(chosen), "dtype": dtype_name(self.dtype), "seed": self.seed}
         return text_of(named)
 
     def repeat(self, chosen: Choice) -> str:
@@ -341,156 +351,13 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         from_the_end=spec.alignment == "bottom_right",
         near=any(rule is not None for rule in far),
         numbers=_numbers(spec),
-        empty=spec.fully_masked != "undefined",
+        # Who takes no mask may not know of such queries: then it has to be typed.
+        empty=spec.fully_masked != "undefined"
+        and (spec.mask is not None or "fully_masked" in spec.typed),
         # Of a step that is rounded on purpose, everybody has a gradient of his own.
         gradients=spec.gradients and spec.rounded is None,
         longest=min(seen.shape) if isinstance(seen, Tensor) else None,
         few_shapes=spec.few_shapes,
-    )
-
-
-# --- what a check needs to be declared: the reason why it is skipped, or None
-
-Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
-
-
-def all_of(*needs: Need) -> Need:
-    """Return the need for all of some: the reason is the first."""
-    return lambda spec: next((reason for need in needs if (reason := need(spec))), None)
-
-
-def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | None = None) -> Need:
-    """Return the need for what holds; the reason names a parameter that sounds like the field."""
-
-    def need(spec: AttentionSpec) -> str | None:
-        if holds(spec):
-            return None
-        return (undeclared(spec, field) if field else "") or reason
-
-    return need
-
-
-takes_mask = _need(lambda spec: spec.mask is not None, "it does not take a mask", "mask")
-takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal", "causal")
-takes_groups = _need(lambda spec: spec.grouped and spec.has_heads,
-                     "it is not declared to take grouped heads")  # fmt: skip
-takes_scale = _need(lambda spec: spec.scale_argument is not None, "its signature has no scale")
-takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
-declares_fully_masked = _need(lambda spec: spec.fully_masked != "undefined",
-                              'fully_masked="undefined" declares nothing')  # fmt: skip
-returns_weights = _need(lambda spec: spec.returns not in ("output", "lse"),
-                        "it is declared to return no weights")  # fmt: skip
-returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
-has_gradients = _need(lambda spec: spec.gradients and spec.rounded is None,
-                      "it is declared to have no gradients")  # fmt: skip
-
-
-def _always(spec: AttentionSpec, *names: str) -> bool:
-    """Whether a subject always does any of these; not where it takes a keyword of it."""
-    given = [getattr(spec, name) for name in names]
-    return any(not (one is None or isinstance(one, str) or (type(one) is int and not one))
-               for one in given)  # fmt: skip
-
-
-has_no_positions = _need(
-    lambda spec: (
-        not _always(spec, "window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
-    ),
-    "padding on the left would move its positions",
-)
-
-
-def takes_option(name: str) -> Need:
-    """Return the need for a keyword of a feature, one of `OPTIONS`."""
-
-    def need(spec: AttentionSpec) -> str | None:
-        if keyword_of(spec, name) is not None:
-            return None
-        if getattr(spec, name, None) is not None:
-            return f"its own {name} are part of every call"
-        return f"it takes no {name}"
-
-    return need
-
-
-takes_float_mask = _need(
-    lambda spec: spec.mask in ("additive", "any"), "its mask is not declared to be of floats"
-)
-# By its alignment, or by a mask.
-decodes_in_chunks = _need(
-    lambda spec: (
-        not _always(spec, "may_see", "score_mod", "prefix")
-        and (
-            spec.causal == "bottom_right"
-            or (spec.mask is not None and not _always(spec, "window", "chunk", "alibi"))
-        )
-    ),
-    "a chunk cannot be told where it stands, or what it may see",
-)
-
-
-def is_causal_block(spec: AttentionSpec) -> str | None:
-    """Need a block that is causal, and whose cache can be used if it has one."""
-    if spec.causal is None:
-        return "it is not declared to be causal"
-    model = model_of(spec)
-    if model.decode is None and name_of_cache(model.module) is not None:
-        return "it has a cache, but SequenceModel(..., decode=) does not say how"
-    return None
-
-
-def takes_padding_mask(spec: AttentionSpec) -> str | None:
-    """Need a block that takes a mask."""
-    if model_of(spec).mask is not None:
-        return None
-    names = spec.sounding_like("mask")
-    if not names:
-        return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
-    return (
-        f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
-        f"mask_argument={names[0]!r})"
-    )
-
-
-def says_whether_it_has_positions(spec: AttentionSpec) -> str | None:
-    """Need a block that says whether order matters, and to which it does not matter anyway."""
-    if spec.causal is not None:
-        return "to a causal block the order of tokens matters in any case"
-    if model_of(spec).has_positions is None:
-        return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
-    return None
-
-
-def model_of(spec: AttentionSpec) -> SequenceModel:
-    """Return the block of a specification, and how it is called."""
-    subject = spec.implementation
-    model = subject if isinstance(subject, SequenceModel) else recognise(subject)
-    told: dict[str, Any] = {}
-    if spec.lengths is not None:
-        told = {"mask": "lengths", "mask_argument": spec.lengths}
-    elif spec.mask is not None and spec.mask_argument != "attn_mask":
-        told = {"mask": spec.mask, "mask_argument": spec.mask_argument}
-    elif spec.memory is not None and model is not subject:
-        told = {"mask": None, "mask_argument": None}  # what is known is about its own sequence
-    if spec.memory is not None:
-        told["memory_argument"] = spec.memory
-    return replace(model, arguments={**model.arguments, **(spec.arguments or {})}, **told)
-
-
-_MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
-
-
-def undeclared(spec: AttentionSpec, field: Sound) -> str:
-    """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
-    is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
-    if is_declared or spec.is_block or spec.is_captured:
-        return ""
-    names = spec.sounding_like(field)
-    if not names or names == [getattr(spec, f"{field}_argument")]:
-        return ""  # or it is declared to be None
-    return (
-        f"it takes {names[0]}=, and the specification does not say what that means: "
-        f"AttentionSpec(..., {field}_argument={names[0]!r}, {field}=...), {_MEANINGS[field]}"
     )
 
 

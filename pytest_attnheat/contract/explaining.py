@@ -14,20 +14,12 @@ from torch import Tensor
 from pytest_attnheat.attention.defects import Defect
 from pytest_attnheat.attention.plan import Case, Plan, carry_out
 from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, residual_text
-from pytest_attnheat.contract.matching import NOWHERE, Explanation, errors, measure, nearly
-from pytest_attnheat.contract.probing import Probe, ask, in_dtype, with_identity
-from pytest_attnheat.contract.searching import (
-    Search,
-    explain_alone,
-    explain_by_constant,
-    explain_in_pairs,
-    explain_step_by_step,
-)
+from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly
+from pytest_attnheat.contract.probing import Probe, ask, with_identity
+from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import dtype_name
 
-# Above so many weights in all cases, pairs take too long.
-_MOST_WEIGHTS_IN_PAIRS = 40_000
 _MOST_TIES = 4
 _LISTED = 4
 _LONG = 100
@@ -43,7 +35,7 @@ def explained(
 ) -> Diagnosis:
     """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
     dtype = dtype_name(probes[0].dtype)
-    correct = Explanation((), Plan(), measure(Plan(), probes))
+    correct = Explanation(fit=measure(probes))
     base = Diagnosis(name, dtype, correct.reproduces, residual=correct.fit.residual)
     if correct.reproduces:
         sentence = f"{name} is attention as declared; residual {residual_text(base.residual)}"
@@ -58,9 +50,9 @@ def explained(
             sentence=f"{name} is off by {correct.fit.excess:.2g} times what rounding may do, too "
             f"little to tell by what; residual {residual_text(correct.fit.residual)}",
         )
-    searched, explanations = _search(probes, keep=spec is not None)
+    found, explanations = _search(probes, keep=spec is not None)
     fitting, near, others = _sorted(explanations, nearly(probes))
-    diagnosis = replace(diagnosis, compared=searched.compared, unseen=tuple(searched.unseen))
+    diagnosis = replace(diagnosis, compared=found.compared, unseen=tuple(found.unseen))
     if not fitting:
         return _unexplained(diagnosis, correct, [*near, *others])
     best, *rest = fitting
@@ -85,25 +77,25 @@ def explained(
 
 def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explanation]]:
     """Look for one defect, a constant, two defects, a defect and a constant, more defects."""
-    alone = explain_alone(probes, keep=keep)
-    found = list(alone.explanations)
-    if any(one.reproduces for one in found):
-        return alone, found
-    constants = explain_by_constant(probes, [Explanation((), Plan(), NOWHERE)])
-    found += constants
-    alone.compared += len(constants)
-    small = sum(math.prod(one.case.shape) for one in probes) <= _MOST_WEIGHTS_IN_PAIRS
-    if any(one.reproduces for one in found) or not small:
-        return alone, found
-    found += explain_in_pairs(probes, alone)
-    if any(one.reproduces for one in found):
-        return alone, found
-    constants = explain_by_constant(probes, alone.explanations)
-    alone.compared += len(constants)
-    found += constants
-    if any(one.reproduces for one in constants):
-        return alone, found
-    return alone, found + explain_step_by_step(probes, alone, constants)
+    search = Search(probes, keep=keep)
+    found = list(search.singles)
+    fitted: list[Explanation] = []
+
+    def with_constant() -> list[Explanation]:
+        fitted.extend(search.by_constant(search.singles))
+        return fitted
+
+    attempts: tuple[Callable[[], list[Explanation]], ...] = (
+        lambda: search.by_constant([Explanation()]),
+        search.in_pairs,
+        with_constant,
+        lambda: search.step_by_step(fitted),
+    )
+    for attempt in attempts:
+        if any(one.reproduces for one in found):
+            break
+        found += attempt()
+    return search, found
 
 
 def _sorted(
@@ -116,6 +108,8 @@ def _sorted(
     for one in explanations:
         kind = fitting if one.reproduces else near if one.fit.excess <= limit else others
         kind.append(one)
+    alone = {one.names for one in fitting}
+    fitting = [one for one in fitting if not any((d.form_of,) in alone for d in one.defects)]
     # Coarse steps explain less exactly than others: they come last.
     fitting.sort(key=lambda one: (len(one.defects), sum(d.seen != "exactly" for d in one.defects)))
     others.sort(key=lambda one: one.fit.residual)
@@ -280,7 +274,7 @@ def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Prob
         "causal with a mask": lambda case: case.causal and case.mask is not None,
         "with fewer key heads than heads": lambda case: case.key.shape[1] < case.query.shape[1],
         "with other lengths of queries and keys": lambda case: case.shape[2] != case.shape[3],
-        "with rows that are fully masked": lambda case: case.name == "fully masked row",
+        "with rows that are fully masked": lambda case: case.has_empty_rows,
         "with large scores": lambda case: case.name.startswith("large scores"),
         "with a scale= of its own": lambda case: case.scale_given,
     }
@@ -326,9 +320,9 @@ def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
     of values. None where the subject refuses such values.
     """
     weights = torch.zeros(one.case.shape, dtype=torch.float64)
-    for case, columns in with_identity(one.case):
+    for case, columns in with_identity(spec, one):
         try:
-            output = ask(spec, in_dtype(case, one.dtype), one.dtype)
+            output = ask(spec, case, one.dtype)
         except Exception:
             return None
         weights[..., columns] = output[..., : columns.stop - columns.start]

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.mistakes import Expected, expected, finite
-from pytest_attnheat.attention.plan import NotApplicable, Plan, carry_out
+from pytest_attnheat.attention.mistakes import Expected, expected
+from pytest_attnheat.attention.outcomes import Decisions, Outcomes, kept_outcomes, stacked
+from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.contract.probing import Probe
 
@@ -26,6 +27,8 @@ _OTHER_WAY = 0.25
 _MOST_STEPS = 8.0
 # Explanations that are off by less than so many times what is allowed are not excluded.
 _NEARLY, _NEARLY_IN_HALF = 10.0, 2.0
+# So many numbers are compared at once.
+_AT_ONCE = 2**20
 
 
 @dataclass(frozen=True)
@@ -41,26 +44,30 @@ class Fit:
     excess: float
 
 
-@dataclass(frozen=True)
+PERFECT, NOWHERE = Fit(0.0, 0.0), Fit(math.inf, math.inf)
+
+
+def worst(fits: Iterable[Fit]) -> Fit:
+    """Return the worst of some fits."""
+    known = [PERFECT, *fits]
+    return Fit(max(fit.residual for fit in known), max(fit.excess for fit in known))
+
+
+@dataclass(eq=False, slots=True)
 class Explanation:
     """A plan that might be what the subject computes.
 
     Attributes:
         defects: What makes it differ from the correct plan; none for the correct plan.
-        plan: The plan.
+        decided: What the plan decides otherwise than the correct one.
         fit: How far it is from the answers.
         constant: The constant that was fitted, if any.
     """
 
-    defects: tuple[Defect, ...]
-    plan: Plan
-    fit: Fit
+    defects: tuple[Defect, ...] = ()
+    decided: Decisions = field(default_factory=dict)
+    fit: Fit = NOWHERE
     constant: float | None = None
-
-    def change(self, plan: Plan) -> Plan:
-        """Return another plan with what a single defect does to the correct one."""
-        (defect,) = self.defects
-        return next(change for change in defect.changes if change(Plan()) == self.plan)(plan)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -72,8 +79,10 @@ class Explanation:
         """Whether every answer is reproduced to within rounding."""
         return self.fit.excess <= 1.0
 
-
-NOWHERE = Fit(math.inf, math.inf)
+    @property
+    def is_coarse(self) -> bool:
+        """Whether one of the defects is a coarse step."""
+        return any(defect.seen == "rounding" for defect in self.defects)
 
 
 def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tensor]:
@@ -86,30 +95,13 @@ def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tenso
     return wanted.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)
 
 
-def measure(plan: Plan, probes: Sequence[Probe], *, tolerant: bool = False) -> Fit:
-    """Return how far a plan is from all answers.
-
-    Args:
-        plan: The plan.
-        probes: Cases and answers.
-        tolerant: Let a few rows be rounded the other way, for plans with a coarse step.
-    """
-    return fit_outcomes(plan, [expected(plan, one.case) for one in probes], probes, tolerant)
+def measure(probes: Sequence[Probe]) -> Fit:
+    """Return how far correct attention is from all answers."""
+    return worst(_fit(*errors(one)) for one in probes)
 
 
-def _worst(fits: Iterable[Fit]) -> Fit:
-    known = list(fits)
-    return Fit(max(fit.residual for fit in known), max(fit.excess for fit in known))
-
-
-def _fit(plan: Plan, outcome: Expected | None, probe: Probe, tolerant: bool) -> Fit:
-    if outcome is None:
-        return NOWHERE
-    error, allowed = errors(probe, outcome)
-    ratio = error / allowed
-    if tolerant:
-        ratio = _without_other_way(ratio, error, plan, outcome)
-    return Fit(float(error.square().mean().sqrt()), float(ratio.max()))
+def _fit(error: Tensor, ratio_of: Tensor) -> Fit:
+    return Fit(float(error.square().mean().sqrt()), float((error / ratio_of).max()))
 
 
 def nearly(probes: Sequence[Probe]) -> float:
@@ -120,58 +112,50 @@ def nearly(probes: Sequence[Probe]) -> float:
     return _NEARLY if is_fine(probes[0].dtype) else _NEARLY_IN_HALF
 
 
-def is_tolerant(defects: Sequence[Defect]) -> bool:
-    """Whether one of some defects is a coarse step."""
-    return any(defect.seen == "rounding" for defect in defects)
+class Answers:
+    """What a subject answered, and how far what plans give is from it."""
 
+    def __init__(self, probes: Sequence[Probe], *, keep: bool) -> None:
+        self.probes = list(probes)
+        of = kept_outcomes if keep else Outcomes
+        self.outcomes = [of(one.case) for one in probes]
+        self._fits: list[dict[Expected | None, Fit]] = [{None: NOWHERE} for _ in probes]
 
-def _without_other_way(ratio: Tensor, error: Tensor, plan: Plan, outcome: Expected) -> Tensor:
-    dtype = plan.scores_dtype or plan.weights_dtype
-    if dtype is None:
-        return ratio
-    steps = 2.0 if plan.scores_dtype is None else outcome.largest_score.clamp(2.0, _MOST_STEPS)
-    other_way = (ratio > 1.0) & (error <= steps * torch.finfo(dtype).eps)
-    if float(other_way.double().mean()) > _OTHER_WAY:
-        return ratio
-    return ratio.masked_fill(other_way, 1.0)
+    def compare(self, i: int, explanations: Iterable[Explanation]) -> list[Fit]:
+        """Return how far plans are from the answer to case `i`: all at once, each once."""
+        fits, outcomes = self._fits[i], self.outcomes[i]
+        some = list(explanations)
+        given = [outcomes.of(one.decided) for one in some]
+        new = [one for one in dict.fromkeys(given) if one is not None and one not in fits]
+        at_once = max(1, _AT_ONCE // max(1, self.probes[i].output.numel()))
+        for start in range(0, len(new), at_once):
+            part = new[start : start + at_once]
+            error, allowed = errors(self.probes[i], stacked(part))
+            residual = error.square().mean((1, 2, 3)).sqrt().tolist()
+            excess = (error / allowed).amax((1, 2, 3)).tolist()
+            fits.update(zip(part, map(Fit, residual, excess), strict=True))
+        return [
+            self._tolerant(i, one, outcome) if one.is_coarse else fits[outcome]
+            for one, outcome in zip(some, given, strict=True)
+        ]
 
+    def _tolerant(self, i: int, one: Explanation, outcome: Expected | None) -> Fit:
+        """How far a plan with a coarse step is, of which a few rows are rounded the other way."""
+        fit = self._fits[i][outcome]
+        coarse = {name: dtype for name, dtype in one.decided.items() if name.endswith("_dtype")}
+        if outcome is None or not coarse or fit.excess <= 1.0:
+            return fit
+        error, allowed = errors(self.probes[i], outcome)
+        steps: Tensor | float = 2.0
+        if coarse.keys() & {"scores_dtype", "products_dtype"}:
+            steps = outcome.largest_score.clamp(2.0, _MOST_STEPS)
+        eps = max(torch.finfo(dtype).eps for dtype in coarse.values())
+        other_way = (error > allowed) & (error <= steps * eps)
+        if float(other_way.double().mean()) > _OTHER_WAY:
+            return fit
+        return Fit(fit.residual, float((error / allowed).masked_fill(other_way, 1.0).max()))
 
-def fit_outcomes(
-    plan: Plan, outcomes: Sequence[Expected | None], probes: Sequence[Probe], tolerant: bool
-) -> Fit:
-    """Return how far what a plan gives is from all answers."""
-    judged = zip(outcomes, probes, strict=True)
-    return _worst(_fit(plan, outcome, one, tolerant) for outcome, one in judged)
-
-
-def roughly_off(plan: Plan, probe: Probe) -> float:
-    """Return how far a plan is from an answer, in a norm that is quick to compute."""
-    try:
-        output = carry_out(plan, probe.case).output
-    except NotApplicable:
-        return math.inf
-    given, differs = probe.output, 0.0
-    off = length(output - given)
-    if not math.isfinite(off):
-        differs = float((output.isfinite() != given.isfinite()).double().mean())
-        output, given = finite(output), finite(given)
-        off = length(finite(output - given))
-    return off / max(length(output) + length(given), 1e-30) + differs
-
-
-def length(tensor: Tensor) -> float:
-    """Return the length of a tensor as a vector."""
-    return float(torch.linalg.vector_norm(tensor))
-
-
-def measure_until(
-    limit: float, defects: Sequence[Defect], plan: Plan, probes: Sequence[Probe]
-) -> Fit:
-    """Measure a plan case by case, and stop where it is farther off than a limit."""
-    fit = Fit(0.0, 0.0)
-    tolerant = is_tolerant(defects)
-    for one in probes:
-        fit = _worst([fit, measure(plan, [one], tolerant=tolerant)])
-        if fit.residual > limit:
-            break
-    return fit
+    def measured(self, one: Explanation) -> Explanation:
+        """Return an explanation with how far it is from all answers."""
+        fits = (self.compare(i, [one])[0] for i in range(len(self.probes)))
+        return replace(one, fit=worst(fits))

@@ -8,374 +8,322 @@ yet explained what explained those before it is extended by one defect.
 
 from __future__ import annotations
 
+import heapq
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
+from collections.abc import Callable, Iterator, Sequence
 from itertools import product
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.mistakes import Expected, expected, finite
-from pytest_attnheat.attention.plan import Case, Plan
+from pytest_attnheat.attention.outcomes import Decisions, decisions_of, is_large, together
+from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.matching import (
-    NOWHERE,
-    Explanation,
-    fit_outcomes,
-    is_tolerant,
-    length,
-    measure,
-    measure_until,
-    nearly,
-    roughly_off,
-)
+from pytest_attnheat.contract.matching import PERFECT, Answers, Explanation, nearly, worst
 from pytest_attnheat.contract.probing import Probe
 
 # Constants are not looked for within so many times what rounding does.
 _STEPS = 4.0
-# So many pairs are compared on all cases.
-_FINALISTS = 300
+# What the factors of the scores that are tried first are powers of, and how near the nearest of
+# them comes, as a part of the output, where one between them fits.
+_GRID, _NEAR = [step * 0.5 for step in range(-8, 9)], 0.3
+# So many pairs are measured in full that reproduce nothing, to say how far the next best is.
+_NEXT = 20
 # So many explanations of the cases so far are kept.
 _KEPT = 12
-# Above so many weights a case comes last, and few explanations are tried on it.
-_LARGE, _KEPT_LARGE = 2000, 2
-# What is farther off than this does not reproduce a case, however it rounds.
-_FAR = 0.2
-_NOTHING = Explanation((), Plan(), NOWHERE)
-
-# What single defects give on the usual cases: about 10 MB for the cases of one specification.
-_kept = lru_cache(maxsize=8192)(expected)
-Compute: TypeAlias = Callable[[Plan, Case], Expected | None]
+# On a case that comes last few explanations are tried.
+_KEPT_LARGE = 2
+_BY_NAME = {defect.name: defect for defect in DEFECTS}
 
 
-@dataclass
 class Search:
-    """What was compared.
+    """The search among the known defects for what a subject computes.
 
     Attributes:
-        explanations: Every plan that was compared, with its fit.
+        answers: What it answered.
+        singles: Every plan with one defect that was compared, with its fit.
         unseen: Defects that change nothing on these cases.
-        compared: How many plans there were.
-        telling: For each case, how many plans change it.
+        compared: How many plans were compared.
+        telling: For each case, how many of the singles change it.
     """
 
-    explanations: list[Explanation]
-    unseen: list[str]
-    compared: int
-    telling: list[int]
+    def __init__(self, probes: Sequence[Probe], *, keep: bool = False) -> None:
+        """Compare the answers with attention that carries each known defect.
 
-
-def explain_alone(
-    probes: Sequence[Probe], catalogue: Sequence[Defect] = DEFECTS, *, keep: bool = False
-) -> Search:
-    """Compare the answers with attention that carries each known defect.
-
-    Args:
-        probes: Cases and answers.
-        catalogue: The known defects.
-        keep: Keep what the defects give on these cases, for the next subject that is asked them.
-    """
-    search = Search([], [], 0, [0] * len(probes))
-    cases = tuple(one.case for one in probes)
-    for defect in catalogue:
-        coarse = defect.seen == "rounding"
+        Args:
+            probes: Cases and answers.
+            keep: Keep what they give on these cases, for the next subject that is asked them.
+        """
+        self.answers = Answers(probes, keep=keep)
+        self._begun: list[Explanation] = []  # pairs that reproduce the first case that is wrong
+        self.singles: list[Explanation] = []
+        self.unseen: list[str] = []
+        self.telling = [0] * len(probes)
         # Coarse steps do not show in answers that are as coarse.
-        skipped = coarse and not is_fine(probes[0].dtype)
-        variants = () if skipped else (_variants_kept if keep else _variants)(defect, cases)
-        for variant in variants:
-            fit = fit_outcomes(variant.plan, variant.outcomes, probes, coarse)
-            if fit.excess <= 1.0 and _only_masks_rows(variant.plan, probes):
+        known = [d for d in DEFECTS if d.seen != "rounding" or is_fine(probes[0].dtype)]
+        for defect in known:
+            self._add(defect)
+        self.compared = len(self.singles)
+        fits = [self.answers.compare(i, self.singles) for i in range(len(probes))]
+        for one, own in zip(self.singles, zip(*fits, strict=True), strict=True):
+            one.fit = worst(own)
+        self.singles = [one for one in self.singles if not self._only_masks_rows(one)]
+
+    def _add(self, defect: Defect) -> None:
+        """Add the variants of a defect that change something, and not the same as another."""
+        outcomes = self.answers.outcomes
+        healthy = tuple(of.healthy for of in outcomes)
+        known = {healthy}
+        for change in defect.changes:
+            decided = decisions_of(change)
+            if len(decided) > 1 and "fully_masked" in decided:
+                # What becomes of rows without keys is a defect of its own.
+                rows = {"fully_masked": decided["fully_masked"]}
+                known.add(tuple(of.of(rows) for of in outcomes))
+            given = tuple(of.of(decided) for of in outcomes)
+            if given in known:
                 continue
-            search.explanations.append(Explanation((defect,), variant.plan, fit))
-            for i, changes in enumerate(variant.changes):
-                search.telling[i] += changes
-        search.compared += len(variants)
-        if defect.changes and not variants:
-            search.unseen.append(defect.name)
-    return search
+            known.add(given)
+            self.singles.append(Explanation((defect,), decided))
+            for i, (one, right) in enumerate(zip(given, healthy, strict=True)):
+                self.telling[i] += one is not right
+        if defect.changes and (not self.singles or self.singles[-1].defects != (defect,)):
+            self.unseen.append(defect.name)
 
+    def _only_masks_rows(self, one: Explanation) -> bool:
+        """Whether answers that a plan reproduces show only what it makes of rows without keys."""
+        if not one.reproduces or len(one.decided) == 1 or "fully_masked" not in one.decided:
+            return False
+        simpler = Explanation((), {"fully_masked": one.decided["fully_masked"]})
+        return self.answers.measured(simpler).reproduces
 
-@dataclass(frozen=True, eq=False)
-class _Variant:
-    """A plan with one defect, what it gives on some cases, and whether it changes each of them."""
+    def _in_order(self) -> list[int]:
+        """The numbers of the cases, those first that the fewest defects change; large ones last."""
+        probes = self.answers.probes
+        return sorted(range(len(probes)), key=lambda i: (is_large(probes[i].case), self.telling[i]))
 
-    plan: Plan
-    outcomes: tuple[Expected | None, ...]
-    changes: tuple[bool, ...]
+    def in_pairs(self) -> list[Explanation]:
+        """Compare the answers with attention that carries two defects.
 
+        All pairs are compared on the first case that is wrong, what comes near on the next.
 
-def _variants(
-    defect: Defect, cases: tuple[Case, ...], outcome_of: Compute = expected
-) -> tuple[_Variant, ...]:
-    """The variants of a defect that change something in some case, and not the same as another."""
-    healthy = tuple(outcome_of(Plan(), case) for case in cases)
-    variants: list[_Variant] = []
-    for change in defect.changes:
-        plan = change(Plan())
-        outcomes = tuple(outcome_of(plan, case) for case in cases)
-        changes = tuple(not _equal(a, b) for a, b in zip(outcomes, healthy, strict=True))
-        only_masked_rows = replace(Plan(), fully_masked=plan.fully_masked)
-        known = [variant.outcomes for variant in variants]
-        if plan.fully_masked is not None and plan != only_masked_rows:
-            # What becomes of rows without keys is a defect of its own.
-            known.append(tuple(outcome_of(only_masked_rows, case) for case in cases))
-        if any(changes) and not any(_same(outcomes, other) for other in known):
-            variants.append(_Variant(plan, outcomes, changes))
-    return tuple(variants)
-
-
-@lru_cache(maxsize=512)
-def _variants_kept(defect: Defect, cases: tuple[Case, ...]) -> tuple[_Variant, ...]:
-    return _variants(defect, cases, _kept)
-
-
-def _only_masks_rows(plan: Plan, probes: Sequence[Probe]) -> bool:
-    """Whether answers that a plan reproduces show only what it makes of rows without keys."""
-    simpler = replace(Plan(), fully_masked=plan.fully_masked)
-    if plan.fully_masked is None or plan == simpler:
-        return False
-    outcomes = [expected(simpler, one.case) for one in probes]
-    return fit_outcomes(simpler, outcomes, probes, False).excess <= 1.0
-
-
-def _same(one: Sequence[Expected | None], other: Sequence[Expected | None]) -> bool:
-    return all(_equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def _equal(one: Expected | None, other: Expected | None) -> bool:
-    if one is None or other is None:
-        return one is other
-    if torch.equal(one.output, other.output):
-        return True
-    return torch.allclose(one.output, other.output, rtol=1e-9, atol=1e-12, equal_nan=True)
-
-
-def explain_in_pairs(probes: Sequence[Probe], alone: Search) -> list[Explanation]:
-    """Compare the answers with attention that carries two defects.
-
-    All pairs are compared on the one case that most defects change, roughly; those that come near
-    on all cases, until they are farther off than the best that is excluded.
-    """
-    order = sorted(range(len(probes)), key=lambda i: -alone.telling[i])
-    ordered = [probes[i] for i in order]
-    rough = [(roughly_off(plan, ordered[0]), defects, plan) for defects, plan in pairs_of(alone)]
-    rough.sort(key=lambda triple: triple[0])
-    alone.compared += len(rough)
-    limit = math.inf
-    finished = []
-    for off, defects, plan in rough[:_FINALISTS]:
-        if math.isinf(off):
-            break
-        fit = measure_until(limit, defects, plan, ordered)
-        finished.append(Explanation(defects, plan, fit))
-        if fit.excess > nearly(probes):
-            limit = min(limit, fit.residual)
-    return finished
-
-
-Single: TypeAlias = tuple[Defect, Plan]
-Pair: TypeAlias = tuple[tuple[Defect, Defect], Plan]
-
-
-def pairs_of(alone: Search) -> tuple[Pair, ...]:
-    """Return every plan with two of the defects that were compared alone."""
-    return _pairs(tuple((one.defects[0], one.plan) for one in alone.explanations))
-
-
-@lru_cache(maxsize=8)
-def _pairs(singles: tuple[Single, ...]) -> tuple[Pair, ...]:
-    """Every plan with two defects once, in both orders where they do not commute."""
-    known = {plan for _, plan in singles} | {Plan()}
-    changes = [
-        (defect, next(change for change in defect.changes if change(Plan()) == plan))
-        for defect, plan in singles
-    ]
-    pairs = []
-    for (first, plan), (second, change) in product(singles, changes):
-        both = plan if first is second else change(plan)
-        if both not in known:
-            known.add(both)
-            pairs.append(((first, second), both))
-    return tuple(pairs)
-
-
-# --- constants
-
-
-def explain_by_constant(
-    probes: Sequence[Probe], bases: Sequence[Explanation], catalogue: Sequence[Defect] = DEFECTS
-) -> list[Explanation]:
-    """Fit one constant, besides each of some plans, on the first answer; measure it on all."""
-    by_name = {defect.name: defect for defect in catalogue}
-    fits: dict[str, Callable[[Plan, Probe], float | None]] = {
-        "temperature": _temperature,
-        "output_factor": _output_factor,
-    }
-    found = []
-    limit = math.inf
-    for base in bases:
-        for name, fit in fits.items():
-            if name not in by_name:
-                continue
-            constant = fit(base.plan, probes[0])
-            if constant is None or abs(constant - 1.0) < _least_step(base.plan, probes[0]):
-                continue
-            plan = _with_constant(base.plan, name, constant)
-            defects = (*base.defects, by_name[name])
-            quality = measure_until(limit, defects, plan, probes)
-            found.append(Explanation(defects, plan, quality, constant))
-            if quality.excess > nearly(probes):
-                limit = min(limit, quality.residual)
-    return found
-
-
-def _least_step(plan: Plan, probe: Probe) -> float:
-    """How far from 1 a constant must be not to be fitted to rounding."""
-    coarse = plan.scores_dtype or plan.weights_dtype
-    rounded = torch.finfo(coarse).eps if coarse else 0.0
-    return max(1e-6, _STEPS * probe.tolerance, _STEPS * rounded)
-
-
-def _with_constant(plan: Plan, name: str, constant: float) -> Plan:
-    if name == "temperature":
-        return replace(plan, temperature=plan.temperature * constant)
-    return replace(plan, output_factor=plan.output_factor * constant)
-
-
-def _output_factor(plan: Plan, probe: Probe) -> float | None:
-    result = expected(plan, probe.case)
-    if result is None or not bool((result.output.isfinite() == probe.output.isfinite()).all()):
-        return None
-    output, given = finite(result.output), finite(probe.output)
-    length = float(output.square().sum())
-    return float((output * given).sum()) / length if length > 0 else None
-
-
-def _temperature(plan: Plan, probe: Probe) -> float | None:
-    """The factor of the scores that comes nearest: a coarse search, then Gauss and Newton."""
-
-    def off(logarithm: float) -> Tensor | None:
-        result = expected(_with_constant(plan, "temperature", math.exp(logarithm)), probe.case)
-        return None if result is None else finite(result.output - probe.output).flatten()
-
-    nothing = off(0.0)
-    if nothing is None or not bool(nothing.any()):
-        return None
-    grid = [step * 0.5 for step in range(-8, 9)]
-    best = min(grid, key=lambda at: _size(off(at)))
-    for _ in range(12):
-        here, there = off(best), off(best + 1e-5)
-        if here is None or there is None:
-            return None
-        slope = (there - here) / 1e-5
-        steepness = float(slope.square().sum())
-        if steepness <= 0.0:
-            return None
-        step = float((slope * here).sum()) / steepness
-        best -= max(-0.5, min(0.5, step))
-        if abs(step) < 1e-14:
-            break
-    return math.exp(best)
-
-
-def _size(vector: Tensor | None) -> float:
-    return math.inf if vector is None else length(vector)
-
-
-# --- several defects, step by step
-
-
-def explain_step_by_step(
-    probes: Sequence[Probe], alone: Search, fitted: Sequence[Explanation]
-) -> list[Explanation]:
-    """Compare the answers with attention that carries several defects, one more at each step.
-
-    Args:
-        probes: Cases and answers.
-        alone: What single defects give; what is compared besides is counted there.
-        fitted: What defects give with a constant besides, which may explain the first case.
-
-    Returns:
-        What reproduces every answer, if anything does.
-    """
-    order = sorted(range(len(probes)), key=lambda i: (_is_large(probes[i]), alone.telling[i]))
-    explained: list[Probe] = []
-    kept = [_NOTHING]
-    for one in (probes[i] for i in order):
-        explained.append(one)
-        kept = _those_that_reproduce(kept, explained) or _extended(kept, explained, alone, fitted)
-        if not kept:
+        Returns:
+            What comes near on all cases, and the best of what does not.
+        """
+        limit = nearly(self.answers.probes)
+        correct = Explanation()
+        ordered = self._in_order()
+        right = {i: self.answers.compare(i, [correct])[0].excess <= 1.0 for i in ordered}
+        ordered.sort(key=right.__getitem__)  # those that are wrong first: they exclude most
+        if is_large(self.answers.probes[ordered[0]].case):
             return []
-        kept.sort(key=lambda explanation: len(explanation.defects))
-        del kept[_KEPT:]
-    return [_measured(one, probes) for one in kept if one.defects]
+        alive, others = list(self._pairs()), list[Explanation]()
+        self.compared += len(alive)
+        for i in ordered:
+            for one, fit in zip(alive, self.answers.compare(i, alive), strict=True):
+                one.fit = worst((one.fit, fit))
+            others += [one for one in alive if one.fit.excess > limit]
+            alive = [one for one in alive if one.fit.excess <= limit]
+            if i == ordered[0]:
+                self._begun = [one for one in alive if one.reproduces]
+        best = heapq.nsmallest(_NEXT, others, key=lambda one: one.fit.residual)
+        return alive + [self.answers.measured(one) for one in best]
 
+    def _pairs(self) -> Iterator[Explanation]:
+        """Every plan with two defects, in both orders where they decide one thing differently."""
+        for number, first in enumerate(self.singles):
+            for second in self.singles[number + 1 :]:
+                defects = first.defects + second.defects
+                if first.defects == second.defects:
+                    continue
+                both = together(first.decided, second.decided)
+                yield Explanation(defects, both, PERFECT)
+                if len(both) < len(first.decided) + len(second.decided):
+                    other = together(second.decided, first.decided)
+                    if other != both:
+                        yield Explanation(defects[::-1], other, PERFECT)
 
-def _is_large(one: Probe) -> bool:
-    batch, heads, query_len, key_len = one.case.shape
-    return batch * heads * query_len * key_len > _LARGE
+    # --- constants
 
+    def by_constant(
+        self, bases: Sequence[Explanation], i: int = 0, *, factors: bool = False
+    ) -> list[Explanation]:
+        """Fit one constant, besides each of some plans, to one answer; measure it on all.
 
-def _extended(
-    kept: Sequence[Explanation],
-    explained: Sequence[Probe],
-    alone: Search,
-    fitted: Sequence[Explanation],
-) -> list[Explanation]:
-    """What explains the last case as well, by the fewest more defects."""
-    bases = kept[:_KEPT_LARGE] if _is_large(explained[-1]) else kept
-    attempts: list[Callable[[], list[Explanation]]] = [
-        lambda: _with_one_more(bases, alone),
-        # One constant at most: a second one would be fitted to what the first left.
-        lambda: explain_by_constant(explained[-1:], [one for one in bases if one.constant is None]),
-    ]
-    if len(explained) == 1:
-        # Nothing is known yet: two at once may be needed to begin with.
-        attempts.append(lambda: list(fitted))
-        attempts.append(lambda: [Explanation(*pair, NOWHERE) for pair in pairs_of(alone)])
-    for attempt in attempts:
-        tried = attempt()
-        alone.compared += len(tried)
-        if found := _those_that_reproduce(tried, explained):
-            return _simplest(found, bases)
-    return []
+        Args:
+            bases: The plans.
+            i: The case of the answer that it is fitted to.
+            factors: Fit factors of the output alone.
+
+        Returns:
+            What was fitted, which need not reproduce anything.
+        """
+        probe, outcomes = self.answers.probes[i], self.answers.outcomes[i]
+        alike: dict[Expected, list[Explanation]] = {}
+        for base in bases:
+            if (outcome := outcomes.of(base.decided)) is not None:
+                alike.setdefault(outcome, []).append(base)
+        found: list[Explanation] = []
+        limit = math.inf
+        for outcome, some in alike.items():
+            constants: dict[str, float | None] = {}
+            if not factors:
+                constants["temperature"] = self._temperature(some[0].decided, outcome, i)
+            constants["output_factor"] = _output_factor(outcome, probe)
+            for (name, constant), base in product(constants.items(), some):
+                if constant is None or abs(constant - 1.0) < _least_step(base.decided, probe):
+                    continue
+                defects = (*base.defects, _BY_NAME[name])
+                decided = _with_constant(base.decided, name, constant)
+                one = self._until(limit, Explanation(defects, decided, PERFECT, constant), i)
+                found.append(one)
+                if one.fit.excess > nearly(self.answers.probes):
+                    limit = min(limit, one.fit.residual)
+        self.compared += len(found)
+        return found
+
+    def _until(self, limit: float, one: Explanation, first: int) -> Explanation:
+        """Measure case by case, from one of them on, until it is farther off than a limit."""
+        count = len(self.answers.probes)
+        for i in (first, *(i for i in range(count) if i != first)):
+            one.fit = worst((one.fit, *self.answers.compare(i, [one])))
+            if one.fit.residual > limit:
+                break
+        return one
+
+    def _temperature(self, decided: Decisions, outcome: Expected, i: int) -> float | None:
+        """The factor of the scores that comes nearest: a coarse search, then Gauss and Newton."""
+        probe, outcomes = self.answers.probes[i], self.answers.outcomes[i]
+
+        def off(result: Expected | None) -> Tensor:
+            return torch.tensor(math.inf) if result is None else _off(result, probe)
+
+        def exactly(logarithm: float) -> Tensor:
+            return off(expected(Plan(**_with_constant(decided, "temperature", math.exp(logarithm))),
+                                probe.case))  # fmt: skip
+
+        if not bool(_off(outcome, probe).any()):
+            return None
+        sizes = {
+            at: length(off(outcomes.of(_with_constant(decided, "temperature", math.exp(at)))))
+            for at in _GRID
+        }
+        best = min(_GRID, key=sizes.__getitem__)
+        if not sizes[best] <= _NEAR * length(finite(probe.output)):
+            return None
+        for _ in range(12):
+            here = exactly(best)
+            slope = (exactly(best + 1e-5) - here) / 1e-5
+            steepness = float(slope.square().sum())
+            if not 0.0 < steepness < math.inf:
+                return None
+            step = float((slope * here).sum()) / steepness
+            best -= max(-0.5, min(0.5, step))
+            if abs(step) < 1e-14:
+                break
+        return math.exp(best)
+
+    # --- several defects, step by step
+
+    def step_by_step(self, fitted: Sequence[Explanation]) -> list[Explanation]:
+        """Compare the answers with attention that carries several defects, one more at each step.
+
+        Args:
+            fitted: What defects give with a constant besides, which may explain the first case.
+
+        Returns:
+            What reproduces every answer, if anything does.
+        """
+        explained: list[int] = []
+        kept = [Explanation()]
+        for i in self._in_order():
+            explained.append(i)
+            kept = self._those_that_reproduce(kept, explained) or self._extended(
+                kept, explained, fitted
+            )
+            if not kept:
+                return []
+            kept.sort(key=lambda one: len(one.defects))
+            del kept[_KEPT:]
+        return [self.answers.measured(one) for one in kept if one.defects]
+
+    def _extended(
+        self, kept: Sequence[Explanation], explained: Sequence[int], fitted: Sequence[Explanation]
+    ) -> list[Explanation]:
+        """What explains the last case as well, by the fewest more defects."""
+        last = explained[-1]
+        bases = kept[:_KEPT_LARGE] if is_large(self.answers.probes[last].case) else kept
+        attempts: list[Callable[[], list[Explanation]]] = [
+            lambda: self._with_one_more(bases),
+            # One constant at most: a second one would be fitted to what the first left.
+            lambda: self.by_constant([one for one in bases if one.constant is None], last),
+        ]
+        if not any(one.defects for one in kept):
+            # Nothing is known yet: two at once may be needed to begin with.
+            attempts += [lambda: list(fitted), lambda: self._begun]
+        for attempt in attempts:
+            tried = attempt()
+            self.compared += len(tried)
+            if found := self._those_that_reproduce(tried, explained):
+                return _simplest(found, bases)
+        return []
+
+    def _with_one_more(self, bases: Sequence[Explanation]) -> list[Explanation]:
+        tried = []
+        for base in bases:
+            for single in self.singles:
+                decided = together(base.decided, single.decided)
+                if single.defects[0] not in base.defects and decided != base.decided:
+                    defects = (*base.defects, *single.defects)
+                    tried.append(Explanation(defects, decided, PERFECT, base.constant))
+        return tried
+
+    def _those_that_reproduce(
+        self, tried: Sequence[Explanation], explained: Sequence[int]
+    ) -> list[Explanation]:
+        left = list(tried)
+        for i in reversed(explained):  # the last case first: it tells most of them apart
+            fits = self.answers.compare(i, left)
+            left = [one for one, fit in zip(left, fits, strict=True) if fit.excess <= 1.0]
+        return left
 
 
 def _simplest(found: list[Explanation], bases: Sequence[Explanation]) -> list[Explanation]:
     """Without what says nothing but what becomes of rows that have no keys."""
-    known = {replace(base.plan, fully_masked=None) for base in bases}
-    only_masked_rows = [one for one in found if replace(one.plan, fully_masked=None) in known]
+    known = [_but_for_rows(base.decided) for base in bases]
+    only_masked_rows = [one for one in found if _but_for_rows(one.decided) in known]
     return only_masked_rows or found
 
 
-def _with_one_more(bases: Sequence[Explanation], alone: Search) -> list[Explanation]:
-    tried: dict[Plan, Explanation] = {}
-    for base in bases:
-        for single in alone.explanations:
-            (defect,) = single.defects
-            plan = single.change(base.plan)
-            if defect not in base.defects and plan != base.plan:
-                defects = (*base.defects, defect)
-                tried.setdefault(plan, Explanation(defects, plan, NOWHERE, base.constant))
-    return list(tried.values())
+def _but_for_rows(decided: Decisions) -> Decisions:
+    return {name: one for name, one in decided.items() if name != "fully_masked"}
 
 
-def _those_that_reproduce(
-    tried: Sequence[Explanation], explained: Sequence[Probe]
-) -> list[Explanation]:
-    last = explained[-1]
-    near = [one for one in tried if roughly_off(one.plan, last) < _FAR]
-    # The last case first: it tells most of them apart.
-    return [
-        one
-        for one in near
-        if all(_measured(one, [seen]).reproduces for seen in reversed(explained))
-    ]
+def _least_step(decided: Decisions, probe: Probe) -> float:
+    """How far from 1 a constant must be not to be fitted to rounding."""
+    coarse = [dtype for name, dtype in decided.items() if name.endswith("_dtype")]
+    rounded = max((torch.finfo(dtype).eps for dtype in coarse), default=0.0)
+    return max(1e-6, _STEPS * probe.tolerance, _STEPS * rounded)
 
 
-def _measured(one: Explanation, probes: Sequence[Probe]) -> Explanation:
-    return replace(one, fit=measure(one.plan, probes, tolerant=is_tolerant(one.defects)))
+def _with_constant(decided: Decisions, name: str, constant: float) -> Decisions:
+    return {**decided, name: decided.get(name, 1.0) * constant}
+
+
+def _off(outcome: Expected, probe: Probe) -> Tensor:
+    return finite(outcome.output - probe.output).flatten()
+
+
+def length(tensor: Tensor) -> float:
+    """Return the length of a tensor as a vector."""
+    return float(torch.linalg.vector_norm(tensor))
+
+
+def _output_factor(outcome: Expected, probe: Probe) -> float | None:
+    if not bool((outcome.output.isfinite() == probe.output.isfinite()).all()):
+        return None
+    output, given = finite(outcome.output), finite(probe.output)
+    size = float(output.square().sum())
+    return float((output * given).sum()) / size if size > 0 else None

@@ -5,21 +5,20 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
-from pytest_attnheat.contract.accepted import Returns, check_fields, check_subject
+from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
 from pytest_attnheat.contract.asking import KEYWORDS, Answer
 from pytest_attnheat.inputs import misuse
 
@@ -34,6 +33,9 @@ _USUAL = {
     "sinks": ("sinks", "s_aux", "learnable_sink"),
     "alibi": ("alibi_slopes",),
 }
+# What is declared of every call, unless it is a keyword.
+_ALWAYS = ("alignment", "window", "chunk", "prefix", "sink_keys", "scale", "softcap", "score_mod",
+           "sinks", "rounded", "fully_masked")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -148,34 +150,40 @@ class AttentionSpec:
     reference: Callable[..., Any] | None = None
     arguments: Mapping[str, Any] | None = None
     memory: str | None = None
+    # Itself: `replace` hands it on, and so tells what was typed from what was filled in.
+    _made: AttentionSpec | None = field(default=None, repr=False, compare=False, kw_only=True)
+
+    def __new__(cls, *given: Any, **named: Any) -> AttentionSpec:
+        """Note which fields are typed, which a dataclass does not tell from its defaults."""
+        spec = super().__new__(cls)
+        vars(spec)["_typed"] = {one.name for one in fields(cls)[: len(given)]} | set(named)
+        return spec
 
     def __post_init__(self) -> None:
-        check_subject(self.subject)
-        if self.inputs is None and _is_block(self.subject):
-            got = f"{type(self.subject).__name__}, which is not called with query, key and value"
-            accepted = (
-                "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"
-            )
-            raise ValueError(misuse("subject", got, accepted))
+        check_subject(self)
+        if self._made is not None:
+            self._forget(self._made)
         check_fields(self)
-        if self.inputs is not None:
-            self._check_block(self.inputs)
         self._complete()
+        check_rules(self)
 
-    def _check_block(self, inputs: Tensor) -> None:
-        """Refuse what does not fit the inputs of a block."""
-        batch, length = inputs.shape[:2]
-        own = getattr(self.subject, "arguments", None) or {}
-        if self.memory is not None and self.memory not in {**own, **(self.arguments or {})}:
-            raise ValueError(misuse("memory", repr(self.memory), "the name of one of arguments"))
-        if isinstance(self.documents, str):
-            accepted = f"of a block, numbers of shape {(batch, length)} or {(length,)}"
-            raise ValueError(misuse("documents", repr(self.documents), accepted))
-        if self.documents is not None:
-            as_documents(self.documents, (batch, length))
-        if isinstance(self.may_see, Tensor) and self.may_see.shape != (length, length):
-            accepted = f"a function, or booleans of shape {(length, length)}"
-            raise ValueError(misuse("may_see", f"shape {tuple(self.may_see.shape)}", accepted))
+    def __getstate__(self) -> dict[str, Any]:
+        """Be copied and sent without what cannot be."""
+        return {name: one for name, one in vars(self).items() if name != "parameters"}
+
+    @property
+    def typed(self) -> frozenset[str]:
+        """The names of the fields that were given, and not left to their defaults."""
+        return frozenset(vars(self)["_typed"])
+
+    def _forget(self, before: AttentionSpec) -> None:
+        """Forget what was filled in for another subject, and was not typed since."""
+        names = [one.name for one in fields(AttentionSpec) if one.name in before.typed
+                 or getattr(self, one.name) is not getattr(before, one.name)]  # fmt: skip
+        filled = vars(before)["_filled"] if self.subject is not before.subject else {}
+        for name in filled.keys() - set(names):
+            object.__setattr__(self, name, AttentionSpec.__dataclass_fields__[name].default)
+        vars(self)["_typed"] = set(names)
 
     def _complete(self) -> None:
         """Fill in what the subject's own name and signature say."""
@@ -193,17 +201,17 @@ class AttentionSpec:
             found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
             self._check_named("mask_argument", "attn_mask")
             self._check_named("causal_argument", "is_causal")
-            for field in KEYWORDS:
-                if isinstance(given := getattr(self, field), str) and not self.takes(given):
-                    self._check_named(field, "")
-            found |= {field: name for field, names in _USUAL.items() for name in names
-                      if getattr(self, field) is None and self.names(name)
+            for keyword in self._keywords:
+                self._check_named(keyword, "")
+            found |= {usual: name for usual, names in _USUAL.items() for name in names
+                      if getattr(self, usual) is None and self.names(name)
                       and (self.parameters is not None or name == "scale")}  # fmt: skip
             if self.mask == "keep" and self.parameters is None:  # PyTorch's own
                 found["mask"] = "any"
             found |= self._without_keywords()
         for name, value in found.items():
             object.__setattr__(self, name, value)
+        vars(self).update(_filled=found, _made=self)
 
     def _without_keywords(self) -> dict[str, Any]:
         """What is left of the mask and of causality if the subject has no keyword for them.
@@ -228,14 +236,12 @@ class AttentionSpec:
             left["causal"] = None if self.causal == "top_left" else self.causal
         return left
 
-    def _check_named(self, field: str, default: str) -> None:
+    def _check_named(self, name: str, default: str) -> None:
         """Refuse a keyword that was given and that the subject has no parameter for."""
-        keyword = getattr(self, field)
+        keyword = getattr(self, name)
         if keyword != default and not self.takes(keyword):
-            raise ValueError(
-                f"{field}: got {keyword!r}; accepted is a parameter of the subject: "
-                f"{', '.join(self.parameters or {})}"
-            )
+            accepted = f"a parameter of the subject: {', '.join(self.parameters or {})}"
+            raise ValueError(misuse(name, repr(keyword), accepted))
 
     @property
     def heads(self) -> int | None:
@@ -290,6 +296,12 @@ class AttentionSpec:
                 found.append(name)
         return found
 
+    @property
+    def _keywords(self) -> dict[str, str]:
+        """The keywords of features that are declared, by field."""
+        given = {name: getattr(self, name) for name in KEYWORDS}
+        return {name: keyword for name, keyword in given.items() if isinstance(keyword, str)}
+
     def _lacks(self, keyword: str, kind: Sound) -> bool:
         """Whether a keyword is not taken, or not by the parameter that is meant for its kind."""
         elsewhere = not self.names(keyword) and bool(self.sounding_like(kind))
@@ -312,7 +324,7 @@ class AttentionSpec:
             return ""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         known = {self.mask_argument, self.causal_argument}
-        known |= {given for field in KEYWORDS if isinstance(given := getattr(self, field), str)}
+        known |= set(self._keywords.values())
         needed = [p for p in (self.parameters or {}).values() if p.default is p.empty
                   and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
         first = [p for p in needed if p.kind in positional][:3]
@@ -344,21 +356,7 @@ class AttentionSpec:
             self._slopes[heads] = self.alibi(heads)
         slopes = self._slopes[heads] if callable(self.alibi) else self.alibi
         seen = _by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
-        given: dict[str, Any] = {
-            "alignment": self.alignment,
-            "window": self.window,
-            "chunk": self.chunk,
-            "prefix": self.prefix,
-            "sink_keys": self.sink_keys,
-            "may_see": seen,
-            "scale": self.scale,
-            "softcap": self.softcap,
-            "alibi": slopes,
-            "score_mod": self.score_mod,
-            "sinks": self.sinks,
-            "rounded": self.rounded,
-            "fully_masked": self.fully_masked,
-        }
+        given = {name: getattr(self, name) for name in _ALWAYS} | {"alibi": slopes, "may_see": seen}
         return {name: value for name, value in given.items() if not isinstance(value, str | None)
                 or name in ("alignment", "fully_masked")}  # fmt: skip
 
@@ -441,18 +439,6 @@ class AttentionSpec:
 def _both(mask: Tensor, causal: Tensor) -> Tensor:
     """A mask that hides what a causal one hides as well."""
     return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)
-
-
-def _is_block(subject: object) -> bool:
-    """Whether a subject is a module whose forward takes fewer than three tensors."""
-    if not isinstance(subject, nn.Module) or isinstance(subject, nn.MultiheadAttention):
-        return False
-    taken = inspect.signature(subject.forward).parameters.values()
-    if any(p.kind is p.VAR_POSITIONAL for p in taken):
-        return False
-    needed = [p for p in taken if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    named = {"query", "key", "value", "q", "k", "v"} & {p.name for p in taken}
-    return len(needed) < 3 and len(named) < 3
 
 
 def _by_position(seen: Tensor) -> MaySee:

@@ -14,7 +14,7 @@ from pytest_attnheat.attention.levels import SIZES
 from pytest_attnheat.contract.combinations import Refusals
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.report import examinations_of
+from pytest_attnheat.contract.running import examinations_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import misuse
 

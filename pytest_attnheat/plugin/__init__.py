@@ -7,6 +7,7 @@ standard library and pytest, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Generator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +34,17 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     config.stash[settings.SETTINGS] = settings.read_settings(config)
     config.stash[summary.USED] = set()
+    config.stash[settings.ISOLATED] = []
+    config.add_cleanup(lambda: settings.end_processes(config))
+    if config.getoption("attn_replay") is not None:
+        from pytest_attnheat.plugin import checking
+
+        checking.replayed(config)  # what is mistyped is an error at once
+    if config.getoption("attn_json") and not hasattr(config, "workerinput"):
+        from pytest_attnheat.plugin.json_file import JsonFile
+
+        path = Path(config.invocation_params.dir, config.getoption("attn_json"))
+        config.pluginmanager.register(JsonFile(path), "attnheat_json")
     if config.getoption("attn_check") and config.args_source is not config.ArgsSource.ARGS:
         config.args = []  # nothing but the examination was asked for
 

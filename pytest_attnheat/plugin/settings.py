@@ -5,8 +5,9 @@ The options are read in every run, and so without torch.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -53,15 +54,19 @@ class Settings(NamedTuple):
         dtypes: Dtype names.
         seed: The seed where the marker gives none.
         require_device: Whether an absent device fails a test instead of skipping it.
+        time_limit: How long one call of an isolated implementation may take, in seconds.
     """
 
     devices: tuple[str, ...]
     dtypes: tuple[str, ...]
     seed: int
     require_device: bool
+    time_limit: float
 
 
 SETTINGS = pytest.StashKey[Settings]()
+# The implementations that are called in processes of their own.
+ISOLATED = pytest.StashKey[list[Any]]()
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -113,6 +118,21 @@ def add_options(parser: pytest.Parser) -> None:
         '"sizes=1x2 causal=True dtype=float32"',
     )
     group.addoption(
+        "--attn-isolate",
+        action="store_true",
+        help="call each examined implementation in a process of its own, so that a crash or a hang "
+        "of it is a failure. What is compiled is isolated anyway, where it can be",
+    )
+    option_and_ini(
+        "attn_time_limit",
+        "120",
+        "SECONDS",
+        "how long one call of an isolated implementation may take",
+    )
+    group.addoption(
+        "--attn-json", metavar="FILE", help="write what the examination found as JSON, for programs"
+    )
+    group.addoption(
         "--attn-update",
         choices=("missing", "changed", "all"),
         help="write baselines of heatmap_compare tests. missing: those there are none of; "
@@ -140,6 +160,7 @@ def read_settings(config: pytest.Config) -> Settings:
         seed=_setting(config, "attn_seed", _read_seed),
         require_device=config.getoption("attn_require_device")
         or config.getini("attn_require_device"),
+        time_limit=_setting(config, "attn_time_limit", _read_seconds),
     )
 
 
@@ -185,6 +206,16 @@ def _read_seed(text: str, source: str) -> int:
     return int(text)
 
 
+def _read_seconds(text: str, source: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise ValueError(misuse(source, repr(text), "a number of seconds above 0"))
+    return seconds
+
+
 def chosen_devices(config: pytest.Config) -> list[str]:
     """Name the devices that are chosen, here or not; a usage error if torch knows one of none."""
     try:
@@ -205,6 +236,12 @@ def device_of_test(config: pytest.Config, name: str) -> torch.device:
     if config.stash[SETTINGS].require_device:
         pytest.fail(f"{absent}, and --attn-require-device is set", pytrace=False)
     pytest.skip(absent)
+
+
+def end_processes(config: pytest.Config) -> None:
+    """End the processes of implementations that were isolated so far."""
+    for one in config.stash[ISOLATED]:
+        one.close()
 
 
 @pytest.hookspec

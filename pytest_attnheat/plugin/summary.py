@@ -170,7 +170,7 @@ def shorten(reports: Sequence[pytest.TestReport]) -> None:
     """
     places: dict[tuple[str, ...], str] = {}
     for report in reports:
-        verdict = _verdict_of(report)
+        verdict = verdict_of(report)
         if verdict is None or verdict["outcome"] != "failed" or not verdict["reason"]:
             continue
         alike = tuple(verdict[key] for key in ("subject", "where", "check", "reason"))
@@ -191,12 +191,13 @@ def _say_alone(longrepr: Any, text: str) -> None:
         longrepr.chain = longrepr.chain[-1:]
 
 
-def _verdict_of(report: pytest.TestReport) -> Found | None:
+def verdict_of(report: pytest.TestReport) -> Found | None:
     """What a check found, with what became of it, and where its picture lies."""
     found = getattr(report, VERDICT, None)
     if found is None:
         return None
     return {
+        **found["result"],
         **found,
         "outcome": "xfailed" if hasattr(report, "wasxfail") else report.outcome,
         "where": report.nodeid.partition("[")[0].rpartition("::")[0],
@@ -210,7 +211,7 @@ def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
     What failed comes last, where a log is read from; else in an order that workers do not change.
     """
     subjects: dict[tuple[str, str], list[Found]] = {}
-    for verdict in map(_verdict_of, reports):
+    for verdict in map(verdict_of, reports):
         if verdict is not None:
             subjects.setdefault((verdict["subject"], verdict["where"]), []).append(verdict)
 
@@ -251,13 +252,14 @@ def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
     if diagnoses and (not declarations or any(verdict["named"] for verdict in failed)):
         yield "diagnosis", diagnoses[0]
     if failed and not diagnoses:
-        for outside in _unique(failed, "outside") if not declarations else ():
+        for outside in _unique(failed, "inside") if not declarations else ():
             yield "diagnosis", outside
         yield from _by_reason(failed)
     for picture in _unique(failed, "picture")[:1]:
         yield "picture", picture
     if not failed:
-        for check, note in dict.fromkeys((one["check"], one["note"]) for one in found):
+        passed = (one for one in found if one["outcome"] == "passed")
+        for check, note in dict.fromkeys((one["check"], one["message"]) for one in passed):
             yield from ((check, line) for line in note.splitlines())
     for hint in dict.fromkeys(hint for verdict in found for hint in verdict["hints"]):
         yield "hint", hint

@@ -20,6 +20,7 @@ from pytest_attnheat.assertions.behaviour.functions import (
 )
 from pytest_attnheat.assertions.behaviour.model_decoding import (
     MOST_SINGLE_TOKENS,
+    Decoder,
     Evidence,
     ModelDecoder,
     Plan,
@@ -106,7 +107,7 @@ def assert_decode_matches_prefill(
     check_count(inputs, _NAME)
     with borrowed(subject, *(t for t in inputs if isinstance(t, Tensor)), seed=seed):
         own = seed if training else None
-        decoder: _FunctionDecoder | ModelDecoder
+        decoder: Decoder
         if len(inputs) == 3:
             function = as_function(subject, inputs, arguments, seed=own)
             if as_described(subject) is not None and alignment is None:
@@ -118,14 +119,14 @@ def assert_decode_matches_prefill(
                 refuse_memory(model, lengths)
                 model = model.padded_as(lengths, "left")
             decoder = model_decoder(model, alignment)
-        plans = list(_plans(decoder.length, decoder.most_single, chunks, _padding(decoder)))
+        plans = list(_plans(decoder, chunks))
         with torch.no_grad():
             _check(subject, decoder, plans, tolerance=tolerance, seed=seed, training=training)
 
 
 def _check(
     subject: object,
-    decoder: _FunctionDecoder | ModelDecoder,
+    decoder: Decoder,
     plans: Sequence[Plan],
     *,
     tolerance: float | None,
@@ -158,21 +159,14 @@ def _check(
         )
 
 
-def _padding(decoder: _FunctionDecoder | ModelDecoder) -> int:
-    """How many tokens come first that are padding in some sample: they are no step of their own."""
-    judged = decoder.subject.judged() if isinstance(decoder, ModelDecoder) else None
-    return 0 if judged is None else int((~judged).sum(-1).max())
-
-
-def _plans(
-    length: int, most_single: int, chunks: Sequence[int] | None, padding: int
-) -> Iterator[Plan]:
+def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:
     """Yield how a sequence is cut; the first chunk has a token after all padding.
 
     Raises:
         TypeError: A size is not a whole number.
         ValueError: There is nothing to decode, or the sizes do not add up.
     """
+    length = decoder.subject.observers
     if length < 2:
         raise ValueError(misuse(_NAME, f"a sequence of {length} token", "two or more"))
     if chunks is not None:
@@ -182,8 +176,11 @@ def _plans(
             raise ValueError(misuse("chunks", list(chunks), accepted))
         yield Plan(sizes, _in_chunks(sizes))
         return
+    # Tokens that are padding in some sample come first: they are no step of their own.
+    judged = decoder.subject.judged() if isinstance(decoder, ModelDecoder) else None
+    padding = 0 if judged is None else int((~judged).sum(-1).max())
     prompt = padding + 1 if padding else 0
-    single = min(length - prompt, most_single)
+    single = min(length - prompt, decoder.most_single)
     first = [length - single] if length > single else []
     words = f"token by token after a prompt of {length - single}" if first else "token by token"
     yield Plan(first + [1] * single, words)
@@ -235,28 +232,24 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
         if is_causal:
             mask = mask.masked_fill(~causal, False if mask.dtype == torch.bool else -math.inf)
         else:
-            _refuse_later_keys(permitted(given, (*subject.leading, *lengths)) & ~causal)
-    return _FunctionDecoder(subject, mask, alignment == "bottom_right")
-
-
-def _refuse_later_keys(later: Tensor) -> None:
-    if bool(later.any()):
-        query, key = later.nonzero()[0, -2:].tolist()
-        raise ValueError(
-            misuse(
-                MASK,
-                f"one in which query {query} may see key {key}, which comes after it",
-                "a mask that is causal, aligned to the bottom right",
-            )
-        )
+            later = permitted(given, (*subject.leading, *lengths)) & ~causal
+            if bool(later.any()):
+                query, key = later.nonzero()[0, -2:].tolist()
+                got = f"one in which query {query} may see key {key}, which comes after it"
+                accepted = "a mask that is causal, aligned to the bottom right"
+                raise ValueError(misuse(MASK, got, accepted))
+    own_causal = alignment == "bottom_right"
+    how = "with is_causal=True, aligned to the bottom right" if own_causal else None
+    return _FunctionDecoder(
+        subject, how or "with its rows of the mask", MOST_SINGLE_TOKENS, mask, own_causal
+    )
 
 
 @dataclass(frozen=True)
-class _FunctionDecoder:
+class _FunctionDecoder(Decoder):
     """An attention function that is given some queries, and the keys up to the last of them.
 
     Attributes:
-        subject: The function, all inputs, and the arguments for all of them.
         mask: Who may see what, spelled out, (..., query_len, key_len).
         own_causal: Whether chunks are called with `is_causal=True`.
     """
@@ -265,64 +258,38 @@ class _FunctionDecoder:
     mask: Tensor
     own_causal: bool
 
-    @property
-    def length(self) -> int:
-        return self.subject.query.shape[-2]
-
-    @property
-    def most_single(self) -> int:
-        return MOST_SINGLE_TOKENS
-
-    @property
-    def how(self) -> str:
-        if self.own_causal:
-            return "with is_causal=True, aligned to the bottom right"
-        return "with its rows of the mask"
-
-    def decode(self, steps: Sequence[range]) -> Tensor:
-        return torch.cat([self._part(step).run() for step in steps], -2)
-
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        return dtype
-
-    def _part(self, step: range) -> AttentionFunction:
+    def part(self, step: range) -> AttentionFunction:
         """The function with the queries of a chunk, all keys up to it, and its masks."""
-        last = self._key_of(step.stop)
-        masks: dict[str, Any] = {MASK: self.mask[..., step.start : step.stop, :last]}
+        function, rows = self.subject, slice(step.start, step.stop)
+        last = step.stop + function.length - function.observers
+        masks: dict[str, Any] = {MASK: self.mask[..., rows, :last]}
         if self.own_causal:
-            masks = {} if self.subject.mask is None else masks
+            masks = {} if function.mask is None else masks
             masks["is_causal"] = True
         elif len(step) == 1 and self._sees_all_before[step.start]:
             masks = {}
-        rows = slice(step.start, step.stop)
-        others = {
-            name: value
-            for name, value in self.subject.arguments.items()
-            if name not in (MASK, "is_causal")
-        }
-        part = self.subject.given(
-            query=self.subject.query[..., rows, :],
-            key=self.subject.key[..., :last, :],
-            value=self.subject.value[..., :last, :],
+        kept = {k: v for k, v in function.arguments.items() if k not in (MASK, "is_causal")}
+        return replace(
+            function,
+            query=function.query[..., rows, :],
+            key=function.key[..., :last, :],
+            value=function.value[..., :last, :],
+            arguments={**kept, **masks},
         )
-        return replace(part, arguments={**others, **masks})
 
     @cached_property
     def _sees_all_before(self) -> list[bool]:
         """For each query, whether it may see all keys up to its own, and none is biased."""
-        lengths = self.length, self.subject.length
+        lengths = self.subject.observers, self.subject.length
         later = ~causal_mask(*lengths, alignment="bottom_right", device=self.mask.device)
         nothing_hidden = self.mask if self.mask.dtype == torch.bool else self.mask == 0
         seen: list[bool] = (nothing_hidden | later).reshape(-1, *lengths).all(-1).all(0).tolist()
         return seen
 
-    def _key_of(self, query: int) -> int:
-        return query + self.subject.key.shape[-2] - self.length
-
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
         """Name the known defect that gives the last chunk that is off, and not the prefill."""
         step = evidence.plan.step_of(tokens_off(broken)[-1])
-        rows, part = slice(step.start, step.stop), self._part(step)
+        rows, part = slice(step.start, step.stop), self.part(step)
         alignment: Alignment | None = "bottom_right" if self.own_causal else None
         known = part.mistake(evidence.decoded[..., rows, :], alignment)
         if known is None or known == part.mistake(evidence.whole[..., rows, :], alignment):

@@ -119,6 +119,11 @@ class AttentionFunction:
         return self.key.shape[-2]
 
     @property
+    def observers(self) -> int:
+        """How many rows its output has, for each head."""
+        return self.query.shape[-2]
+
+    @property
     def group(self) -> int:
         """How many query heads share one head of keys and values."""
         if self.query.ndim < 3:
@@ -163,6 +168,11 @@ class AttentionFunction:
         if self.mask is not None and self.mask.ndim > 1:
             tensors[MASK] = self.mask.detach()
         return tensors
+
+    @property
+    def is_cheap(self) -> bool:
+        """Yes: one call is nothing beside that of a model."""
+        return True
 
     def run(
         self,
@@ -405,14 +415,6 @@ class AttentionFunction:
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
         """Suggest that keys and mask part."""
         return "does the mask follow its keys, or are keys found by their place?"
-
-    def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
-        """Itself, if its signature has `dropout_p`, or anything where it holds no module."""
-        taken = parameters_of(self.function)
-        if taken is None:  # A builtin: F.scaled_dot_product_attention.
-            return self
-        takes_any = any(one.kind == one.VAR_KEYWORD for one in taken.values())
-        return self if "dropout_p" in taken or (takes_any and not has_module) else None
 
 
 def _called(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, TypeAlias
 
 import torch
@@ -14,9 +14,11 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.functions import MASK
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
+from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
 from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.callables import borrowed, changed
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -82,13 +84,14 @@ def assert_layout_invariant(
     """
     __tracebackhide__ = True
     called = as_subject(subject, inputs, arguments, seed=seed if training else None)
-    given = called.tensors
     with borrowed(subject, *inputs, seed=seed):
-        settled(subject, lambda: _run(called, _contiguous(given)), training=training, seed=seed)
-        check = _Check(called, gradients, tolerance, seed, training)
-        check.unwritten(given)
-        for trial in _trials(given):
-            check.holds(trial)
+        plain = _Plain(called, called.tensors, tolerance, seed)
+        settled(subject, plain.run, training=training, seed=seed)
+        laid = _contiguous(plain.tensors)
+        _run(called, laid)
+        _check_unwritten(laid, plain.tensors, dict.fromkeys(laid, 0), "")
+        for trial in _trials(plain):
+            _check(trial, gradients=gradients, training=training)
 
 
 def _run(subject: Subject, tensors: _Tensors) -> Tensor:
@@ -97,123 +100,62 @@ def _run(subject: Subject, tensors: _Tensors) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Check:
-    """Compares the subject for some layout with itself for contiguous inputs.
+class _Plain:
+    """Contiguous inputs, and what they give: the same must be given wherever they lie in memory.
 
     Attributes:
         subject: What is called.
-        gradients: Whether gradients are compared.
+        tensors: Its inputs.
         tolerance: As the caller gave it.
         seed: What the gradient of the output is drawn from.
-        training: Whether the subject may be random.
     """
 
     subject: Subject
-    gradients: bool
+    tensors: _Tensors
     tolerance: float | None
     seed: int
-    training: bool
 
-    def unwritten(self, given: _Tensors) -> None:
-        """Check that a call leaves contiguous inputs as they are."""
-        __tracebackhide__ = True
-        inputs = _contiguous(given)
-        before, versions = _contiguous(inputs), _versions(inputs)
-        _run(self.subject, inputs)
-        _check_unwritten(inputs, before, versions, "")
+    def run(self) -> Tensor:
+        """Call the subject, with copies: it may write to them."""
+        return _run(self.subject, _contiguous(self.tensors))
 
-    def holds(self, trial: _Trial) -> None:
-        """Check one layout."""
-        __tracebackhide__ = True
-        plain, versions = _contiguous(trial.laid), _versions(trial.laid)
-        expected = _run(self.subject, _contiguous(plain))
-        got = self._tried(trial, lambda: _run(self.subject, trial.laid))
-        _check_unwritten(trial.laid, plain, versions, f" with {trial.what}")
-        check_rows(
-            _NAME,
-            got,
-            expected,
-            claim=f"rows change with {trial.what}",
-            allowed=self._allowed(got, plain),
-            judged=self.subject.given(**plain).judged(),
-            cause=lambda _: self._cause(trial, got),
-            repeat=f"seed={self.seed}",
-            again=lambda: _run(self.subject, trial.laid),
-        )
-        if self.gradients:
-            self._same_gradients(trial, plain, got)
+    @cached_property
+    def output(self) -> Tensor:
+        """What it gives."""
+        return self.run()
 
-    def _tried(self, trial: _Trial, run: Callable[[], Any]) -> Any:
-        """Call the subject with a layout, which it must not refuse."""
-        __tracebackhide__ = True
-        try:
-            return run()
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except Exception as error:
-            text = (str(error).splitlines() or [""])[0]
-            cause = ".view() needs memory of its own kind: .reshape(), or .contiguous() before it"
-            raise Failure(
-                _NAME,
-                f"the subject raises with {trial.what}",
-                worst=Place(f"{type(error).__name__}: {text}"),
-                cause=cause if "view" in text else None,
-                tensor=Checked.of(trial.laid[trial.names[0]]),
-            ) from error
+    @cached_property
+    def judged(self) -> Tensor | None:
+        """Which rows of it mean something."""
+        return self.subject.given(**self.tensors).judged()
 
-    def _same_gradients(self, trial: _Trial, plain: _Tensors, output: Tensor) -> None:
-        __tracebackhide__ = True
-        try:
-            expected = self._gradients(plain)
-        except RuntimeError:  # there is no backward for this
-            return
-        got = self._tried(trial, lambda: self._gradients(trial.laid)) if expected else {}
-        for name, gradient in expected.items():
-            dtype = coarsest(gradient, output)
-            check_rows(
-                _NAME,
-                got.get(name, torch.zeros_like(gradient)),
-                gradient,
-                claim=f"rows of the gradient of {name} change with {trial.what}",
-                allowed=_gradient_tolerance(self.tolerance, dtype),
-                judged=gradient.isfinite().all(-1),
-                may_be_none=True,
-                floor=torch.maximum(
-                    _floor(name, expected, plain), self._subtracted(name, plain, dtype)
-                ),
-                place=partial(output_place, name=f"{name}.grad"),
-                cause=lambda _: RANDOM_CAUSE if self.training else None,
-                repeat=f"seed={self.seed}",
-            )
+    @cached_property
+    def allowed(self) -> float | Tensor:
+        """By what part of its size a row of the output may change.
 
-    def _subtracted(self, name: str, tensors: _Tensors, dtype: torch.dtype) -> Tensor:
-        """The size below which the gradient of query or key is what a subtraction leaves.
-
-        The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight and
-        the mean is taken with the weights. Where attention is saturated g equals its mean, and
-        what is left is the rounding of g, times the key (for the query) or the queries that see it
-        (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that product,
-        and `_ROUNDED_SCORE` in wider dtypes, whose tolerance is many eps: several times what the
-        kernels of PyTorch were seen to need. The price is that in saturated attention an error in
-        the gradient of queries and keys, which is nearly all rounding there, may pass.
+        A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
+        scores that are this large half of that was measured in float32.
         """
-        if self.subject.scale is None or name not in ("query", "key"):
-            return torch.zeros((), dtype=torch.float64, device=tensors[name].device)
-        query, key, value = (tensors[n] for n in ("query", "key", "value"))
-        scale = abs(self.subject.scale)
-        # The gradient of the output is drawn with a variance of 1.
-        weight_gradient = _largest_row(value) * math.sqrt(value.shape[-1])
-        other = _largest_row(key)
-        if name == "key":
-            seen_by = query.shape[-2] * self.subject.group
-            other = _largest_row(query) * math.sqrt(seen_by)
-        units = _ROUNDED_SCORE if is_fine(dtype) else _ROUNDED
-        rounded = units * torch.finfo(dtype).eps
-        product = weight_gradient * other * scale
-        return rounded * product / _gradient_tolerance(None, dtype)
+        inputs = [tensor for name, tensor in self.tensors.items() if name != MASK]
+        dtype = coarsest(self.output, *(one for one in inputs if one.is_floating_point()))
+        allowed = check_relative(self.tolerance, dtype)
+        if self.tolerance is not None or self.subject.scale is None:
+            return allowed
+        scale = math.sqrt(self.tensors["query"].shape[-1]) * abs(self.subject.scale)
+        rounded = _rms(self.tensors["query"]) * _rms(self.tensors["key"])
+        rounded = rounded * (scale * torch.finfo(wide_dtype(dtype)).eps)
+        return rounded.clamp(min=allowed, max=max(allowed, _MOST))
 
-    def _gradients(self, tensors: _Tensors) -> dict[str, Tensor]:
-        """Return the gradients of the inputs that have one."""
+    @cached_property
+    def gradients(self) -> dict[str, Tensor]:
+        """Those of its inputs; none where there is no backward."""
+        try:
+            return self.gradients_of(self.tensors)
+        except RuntimeError:
+            return {}
+
+    def gradients_of(self, tensors: _Tensors) -> dict[str, Tensor]:
+        """Return the gradients of the inputs that have one, where they lie so."""
         leaves = {
             name: tensor.detach().requires_grad_(tensor.is_floating_point() and name != MASK)
             for name, tensor in tensors.items()
@@ -225,80 +167,138 @@ class _Check:
             return {}
         generator = torch.Generator().manual_seed(self.seed)
         drawn = torch.randn(output.shape, generator=generator).to(output)
-        judged = self.subject.given(**tensors).judged()
-        if judged is not None:
-            drawn = drawn.masked_fill(~judged.expand(drawn.shape[:-1]).unsqueeze(-1), 0.0)
+        if self.judged is not None:
+            drawn = drawn.masked_fill(~self.judged.expand(drawn.shape[:-1]).unsqueeze(-1), 0.0)
         found = torch.autograd.grad(
             output, list(wanted.values()), drawn, allow_unused=True, materialize_grads=True
         )
         return dict(zip(wanted, found, strict=True))
 
-    def _cause(self, trial: _Trial, got: Tensor) -> str | None:
-        """Try how else the memory could have been read."""
-        if self.training:
-            return RANDOM_CAUSE
-        readings = {
-            "strides are ignored: memory is read as if it were contiguous": None,
-            "the storage offset is ignored: memory is read from its beginning": 0,
-        }
-        for said, offset in readings.items():
-            found = {name: _read_at(trial.laid[name], offset) for name in trial.names}
-            read = {name: tensor for name, tensor in found.items() if tensor is not None}
-            if read:
-                as_read = _contiguous({**trial.laid, **read})
-                if holds(partial(self._gives, got, as_read)):
-                    return said
-        return None
+    def gradient_allowed(self, name: str) -> tuple[float, Tensor]:
+        """By what part of its size a row of a gradient may change, and the least size of a row.
 
-    def _gives(self, output: Tensor, tensors: _Tensors) -> bool:
-        """Whether the output is the one for these tensors."""
-        return not differ(output, _run(self.subject, tensors), self._allowed(output, tensors))
-
-    def _allowed(self, output: Tensor, tensors: _Tensors) -> float | Tensor:
-        """By what part of its size a row of the output may change.
-
-        A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
-        scores that are this large half of that was measured in float32.
+        Where all keys are the same the query has no gradient, but rounding leaves some. What counts
+        is by how much an input changes the loss, next to the one that changes it most.
         """
-        inputs = [tensor for name, tensor in tensors.items() if name != MASK]
-        dtype = coarsest(output, *(tensor for tensor in inputs if tensor.is_floating_point()))
-        allowed = check_relative(self.tolerance, dtype)
-        if self.tolerance is not None or self.subject.scale is None:
-            return allowed
-        query, key = tensors["query"], tensors["key"]
-        scale = math.sqrt(query.shape[-1]) * abs(self.subject.scale)
-        rounded = _rms(query) * _rms(key) * (scale * torch.finfo(wide_dtype(dtype)).eps)
-        return rounded.clamp(min=allowed, max=max(allowed, _MOST))
+        dtype = coarsest(self.gradients[name], self.output)
+        own = _rms(self.tensors[name]).clamp(min=torch.finfo(torch.float32).tiny)
+        floor = torch.maximum(self._moved / own, self._subtracted(name, dtype))
+        return _gradient_tolerance(self.tolerance, dtype), floor
+
+    def _subtracted(self, name: str, dtype: torch.dtype) -> Tensor:
+        """The size below which the gradient of query or key is what a subtraction leaves.
+
+        The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight and
+        the mean is taken with the weights. Where attention is saturated g equals its mean, and
+        what is left is the rounding of g, times the key (for the query) or the queries that see it
+        (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that product,
+        and `_ROUNDED_SCORE` in wider dtypes, whose tolerance is many eps: several times what the
+        kernels of PyTorch were seen to need. The price is that in saturated attention an error in
+        the gradient of queries and keys, which is nearly all rounding there, may pass.
+        """
+        tensors = self.tensors
+        if self.subject.scale is None or name not in ("query", "key"):
+            return torch.zeros((), dtype=torch.float64, device=tensors[name].device)
+        other = tensors["key" if name == "query" else "query"]
+        # The gradient of the output is drawn with a variance of 1.
+        product = _rms(tensors["value"], -1).amax() * math.sqrt(tensors["value"].shape[-1])
+        product = product * _rms(other, -1).amax()
+        if name == "key":
+            product = product * math.sqrt(tensors["query"].shape[-2] * self.subject.group)
+        units = _ROUNDED_SCORE if is_fine(dtype) else _ROUNDED
+        rounded = units * torch.finfo(dtype).eps * abs(self.subject.scale)
+        return product * (rounded / _gradient_tolerance(None, dtype))
+
+    @cached_property
+    def _moved(self) -> Tensor:
+        """By how much the input that changes the loss most changes it."""
+        moved = [_rms(one) * _rms(self.tensors[name]) for name, one in self.gradients.items()]
+        return torch.stack(moved).amax()
+
+
+def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
+    """Check one layout."""
+    __tracebackhide__ = True
+    plain, repeat = trial.plain, f"seed={trial.plain.seed}"
+    versions = _versions(trial.laid)
+    got = _tried(trial, trial.run)
+    _check_unwritten(trial.laid, plain.tensors, versions, f" with {trial.what}")
+    check_rows(
+        _NAME,
+        got,
+        plain.output,
+        claim=f"rows change with {trial.what}",
+        allowed=plain.allowed,
+        judged=plain.judged,
+        cause=lambda _: RANDOM_CAUSE if training else _cause(trial, got),
+        repeat=repeat,
+        again=trial.run,
+    )
+    if not gradients or not plain.gradients:
+        return
+    found = _tried(trial, lambda: plain.gradients_of(trial.laid))
+    for name, gradient in plain.gradients.items():
+        other = found.get(name, torch.zeros_like(gradient))
+        if torch.equal(other, gradient):  # one read, and all else is saved
+            continue
+        allowed, floor = plain.gradient_allowed(name)
+        check_rows(
+            _NAME,
+            other,
+            gradient,
+            claim=f"rows of the gradient of {name} change with {trial.what}",
+            allowed=allowed,
+            judged=gradient.isfinite().all(-1),
+            may_be_none=True,
+            floor=floor,
+            place=partial(output_place, name=f"{name}.grad"),
+            cause=lambda _: RANDOM_CAUSE if training else None,
+            repeat=repeat,
+        )
+
+
+def _tried(trial: _Trial, run: Callable[[], Any]) -> Any:
+    """Call the subject with a layout, which it must not refuse."""
+    __tracebackhide__ = True
+    try:
+        return run()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:
+        text = (str(error).splitlines() or [""])[0]
+        cause = ".view() needs memory of its own kind: .reshape(), or .contiguous() before it"
+        raise Failure(
+            _NAME,
+            f"the subject raises with {trial.what}",
+            worst=Place(f"{type(error).__name__}: {text}"),
+            cause=cause if "view" in text else None,
+            tensor=Checked.of(trial.laid[trial.names[0]]),
+        ) from error
+
+
+def _cause(trial: _Trial, got: Tensor) -> str | None:
+    """Try how else the memory could have been read."""
+    readings = {
+        "strides are ignored: memory is read as if it were contiguous": None,
+        "the storage offset is ignored: memory is read from its beginning": 0,
+    }
+    for said, offset in readings.items():
+        found = {name: _read_at(trial.laid[name], offset) for name in trial.names}
+        read = {name: tensor for name, tensor in found.items() if tensor is not None}
+        as_read = replace(trial.plain, tensors={**trial.laid, **read})
+        if read and holds(lambda: not differ(got, as_read.output, as_read.allowed)):  # noqa: B023
+            return said
+    return None
 
 
 def _gradient_tolerance(tolerance: object, dtype: torch.dtype) -> float:
     allowed = check_relative(tolerance, dtype)
-    if tolerance is not None:
-        return allowed
-    return max(allowed, min(_GRADIENT_FACTOR * allowed, _GRADIENT_MOST))
+    most = min(_GRADIENT_FACTOR * allowed, _GRADIENT_MOST) if tolerance is None else 0.0
+    return max(allowed, most)
 
 
-def _floor(name: str, gradients: _Tensors, inputs: _Tensors) -> Tensor:
-    """The size below which the gradient of an input may be nothing but rounding.
-
-    Where all keys are the same the query has no gradient, but rounding leaves some. What counts is
-    by how much an input changes the loss, next to the one that changes it most.
-    """
-    moved = [_rms(gradient) * _rms(inputs[other]) for other, gradient in gradients.items()]
-    own = _rms(inputs[name]).clamp(min=torch.finfo(torch.float32).tiny)
-    return torch.stack(moved).amax() / own
-
-
-def _largest_row(tensor: Tensor) -> Tensor:
-    return _finite(tensor).square().mean(-1).sqrt().amax()
-
-
-def _rms(tensor: Tensor) -> Tensor:
-    return _finite(tensor).square().mean().sqrt()
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return tensor.detach().double().nan_to_num(posinf=0.0, neginf=0.0)
+def _rms(tensor: Tensor, dim: int | None = None) -> Tensor:
+    return finite(tensor.detach().double()).square().mean(dim).sqrt()
 
 
 def _versions(tensors: _Tensors) -> dict[str, int]:
@@ -343,14 +343,20 @@ class _Trial:
     """Some inputs in another layout.
 
     Attributes:
-        what: Names them and the layout.
+        plain: The same contents, contiguous.
+        what: Names the inputs and the layout.
         names: Which inputs.
         laid: All inputs.
     """
 
+    plain: _Plain
     what: str
     names: Sequence[str]
     laid: _Tensors
+
+    def run(self) -> Tensor:
+        """Call the subject."""
+        return _run(self.plain.subject, self.laid)
 
 
 def _contiguous(tensors: _Tensors) -> dict[str, Tensor]:
@@ -361,24 +367,34 @@ def _contiguous(tensors: _Tensors) -> dict[str, Tensor]:
     }
 
 
-def _trials(given: _Tensors) -> Iterator[_Trial]:
+def _trials(plain: _Plain) -> Iterator[_Trial]:
     """List the layouts of each input alone and of all together."""
+    given = plain.tensors
     groups = [[name] for name in given]
     if len(given) > 1:
         groups.append(list(given))
-    for layout, make in [*_LAYOUTS.items(), *_expansions(given)]:
+    # With stride 0: over the batch, over heads as in grouped attention, over the length.
+    expansions: dict[str, _Layout] = {
+        f"expanded over dimension {dim}, with stride 0": partial(_expanded, dim)
+        for dim in range(max(tensor.ndim for tensor in given.values()) - 1)
+    }
+    for layout, make in {**_LAYOUTS, **expansions}.items():
         for names in groups:
             made = {name: make(name, given[name]) for name in names}
             laid = {name: tensor for name, tensor in made.items() if tensor is not None}
             if laid:
                 order = _PERMUTED.get(given[next(iter(laid))].ndim, "(..., length, heads, width)")
                 said = f"{_listed(list(laid))} {layout.format(order)}"
-                yield _Trial(said, list(laid), {**_contiguous(given), **laid})
+                whole = {**_contiguous(given), **laid}
+                # What is expanded holds other numbers.
+                same = layout not in expansions
+                own = plain if same else replace(plain, tensors=_contiguous(whole))
+                yield _Trial(own, said, list(laid), whole)
     packed = packed_together(given)
     if packed:
         names = list(packed)
         said = f"{_listed(names)} packed in one projection (batch, length, heads and widths)"
-        yield _Trial(said, names, {**_contiguous(given), **packed})
+        yield _Trial(plain, said, names, {**_contiguous(given), **packed})
 
 
 def _listed(names: list[str]) -> str:
@@ -408,12 +424,6 @@ def _shifted(name: str, tensor: Tensor) -> Tensor | None:
     return memory[1:].view(tensor.shape)
 
 
-def _expansions(given: _Tensors) -> Iterator[tuple[str, _Layout]]:
-    """The layouts with stride 0: over the batch, over heads as grouped attention, over length."""
-    for dim in range(max(tensor.ndim for tensor in given.values()) - 1):
-        yield f"expanded over dimension {dim}, with stride 0", partial(_expanded, dim)
-
-
 def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
     if dim >= tensor.ndim - 1 or tensor.shape[dim] == 1:
         return None
@@ -425,25 +435,21 @@ def packed_together(given: _Tensors) -> _Tensors:
 
     Nothing where their lengths differ: then one projection cannot have made them.
     """
-    names = [name for name in ("query", "key", "value") if name in given]
     # The heads of grouped attention may differ in number; they lie side by side in memory.
-    headed = [given[name].ndim > 3 for name in names]
-    turned = [
-        given[name].transpose(-3, -2) if heads else given[name].unsqueeze(-2)
-        for name, heads in zip(names, headed, strict=True)
-    ]
-    if len({tensor.shape[:-2] for tensor in turned}) != 1 or len(names) < 3:
+    turned = {
+        name: given[name].transpose(-3, -2) if given[name].ndim > 3 else given[name].unsqueeze(-2)
+        for name in ("query", "key", "value")
+        if name in given
+    }
+    if len({tensor.shape[:-2] for tensor in turned.values()}) != 1 or len(turned) < 3:
         return {}
-    widths = [tensor.shape[-2:].numel() for tensor in turned]
-    packed = torch.cat([tensor.flatten(-2) for tensor in turned], -1)
-    parts = torch.split(packed, widths, -1)
-    views = [
-        part.view(*part.shape[:-1], *like.shape[-2:])
-        for part, like in zip(parts, turned, strict=True)
-    ]
+    rows = [tensor.flatten(-2) for tensor in turned.values()]
+    parts = torch.split(torch.cat(rows, -1), [row.shape[-1] for row in rows], -1)
     return {
-        name: view.transpose(-3, -2) if heads else view.squeeze(-2)
-        for name, view, heads in zip(names, views, headed, strict=True)
+        name: torch.unflatten(part, -1, like.shape[-2:]).transpose(-3, -2)
+        if given[name].ndim > 3
+        else part
+        for (name, like), part in zip(turned.items(), parts, strict=True)
     }
 
 

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
+from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys
+from pytest_attnheat.assertions.behaviour.models import Subject
+from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds
 from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -21,6 +24,7 @@ from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
 _FAINT = 0.02
+_NO_MASK = "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
 # A picture takes one call of the subject for each of its columns.
 _ROWS, _COLUMNS = 6, 16
 
@@ -36,25 +40,30 @@ def describe(fault: Fault, search: Search) -> Failure:
     crop = None
     if worst.element is not None:
         crop = _Crop(search, worst.observer, worst.element, fault.replacements[0].content)
-    return Failure(
-        _NAME,
+    return _failure(
+        search,
         f"outputs depend on what they must not see{_only_in(fault, search)}",
+        worst.place(),
         broken=fault.broken,
         of=fault.judged,
-        worst=worst.place(),
         first=None if first is worst else first.place(),
         cause=_cause(fault, worst, crop),
         assumed=search.claim.assumed,
-        tensor=Checked.of(search.base),
         tolerance=search.allowed,
-        repeat=f"seed={search.seed}",
-        again=search.subject.run,
         picture="" if crop is None else crop.draw(),
     )
 
 
+def _failure(search: Search, claim: str, worst: Place, **more: Any) -> Failure:
+    tensor, repeat = Checked.of(search.base), f"seed={search.seed}"
+    again = search.subject.run
+    return Failure(_NAME, claim, worst=worst, tensor=tensor, repeat=repeat, again=again, **more)
+
+
 def _only_in(fault: Fault, search: Search) -> str:
-    """Say where all of it is, if that is one of several batch entries or heads."""
+    """Say whether that is all, and where it is, if that is one of several entries or heads."""
+    if not fault.counted:
+        return ", at least: not each was judged by all that it must not see"
     if fault.entries != 1 or search.claim.judged[..., 0].numel() == 1:
         return ""
     return f", all in {_entry_name(fault.worst[:-1])}"
@@ -64,59 +73,68 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
     if fault.method == "nan":
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     if crop is not None:
-        return _cause_in(crop)
-    if worst.query is not None:
-        return "softmax over the query axis (dim=-2)?"
-    if worst.is_another_head:
-        return (
-            "grouped heads in another order (repeat in place of repeat_interleave), heads split "
-            "without a transpose, or softmax over the heads?"
-        )
+        return _cause_inside(worst, _cause_in(crop))
+    known = worst.search.subject.mistake(worst.search.base)
+    if known or worst.query is not None or worst.is_another_head:
+        return known
     return "softmax or a normalisation over the batch, or another entry's keys?"
+
+
+def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
+    """Say what the attention inside a model does, where that says more than what is seen."""
+    search, subject, element = worst.search, worst.search.subject, worst.element
+    assert element is not None
+    if isinstance(subject, AttentionFunction) or subject.model.memory_argument is not None:
+        return seen
+    real, name, inside = subject.real, subject.mask_argument, Inside(subject)
+    is_padding = real is not None and not bool(real[worst.observer[0], element])
+    if real is not None and not is_padding:
+        untold = replace(subject, real=None, positions=None)
+        if holds(lambda: not worst.moves_too(untold)):
+            return (
+                f"without {name} it does not: the causal mask is lost where {name} is given: "
+                "joined by | in place of &?"
+            )
+    if said := inside.why_seen(search.may_see, search.claim.judged):
+        fact = "" if seen is None else seen.partition(": ")[0]
+        return f"{fact}; {said}" if fact else said
+    if real is not None and is_padding:
+        said = inside.why_queries_are_hidden(real)
+        if said is None and seen in (None, _NO_MASK):
+            said = inside.why_padding_is_seen(real)
+        seen = said or seen
+    return None if seen == _NO_MASK and inside.has_mask else seen
 
 
 def describe_not_finite(search: Search, broken: Tensor) -> Failure:
     """Return the failure about outputs that are NaN or inf with nothing replaced."""
     place = index_of(broken.flatten().int().argmax(), broken.shape)
     held = search.base[place].sum().item()
-    return Failure(
-        _NAME,
-        "outputs are not finite with nothing replaced",
-        broken=int(broken.sum()),
-        of=broken.numel(),
-        worst=Place(f"{output_place(place)} holds {held}", place, held),
-        tensor=Checked.of(search.base),
-        repeat=f"seed={search.seed}",
-        again=search.subject.run,
-    )
+    worst = Place(f"{output_place(place)} holds {held}", place, held)
+    claim, of = "outputs are not finite with nothing replaced", broken.numel()
+    return _failure(search, claim, worst, broken=int(broken.sum()), of=of)
 
 
 def _blindness(fault: Fault, search: Search) -> Failure:
     observer, replaced = fault.worst, fault.replacements[0]
     subject = search.subject
-    seen = search.may_see[observer]
-    missed = (
-        seen & _own_elements(search, replaced.elements, observer)
-        if replaced.elements is not None
-        else seen
-    )
+    missed = search.may_see[observer]
+    if replaced.elements is not None:
+        missed = missed & replaced.elements[_key_entry(search, observer)]
     numbers = missed.nonzero().flatten().tolist()
     crop = _Crop(search, observer, numbers[-1], "larger")
     unseen = (
         f"{subject.observer} {observer[-1]} does not see {_listed(subject.element, numbers)}: "
         f"whatever is there, {output_place(observer)} stays the same"
     )
-    return Failure(
-        _NAME,
+    return _failure(
+        search,
         f"outputs do not depend on what they must see{_only_in(fault, search)}",
+        Place(unseen, observer),
         broken=fault.broken,
         of=fault.judged,
-        worst=Place(unseen, observer),
         cause=_cause_of_blindness(search, observer, numbers),
         assumed=search.claim.assumed,
-        tensor=Checked.of(search.base),
-        repeat=f"seed={search.seed}",
-        again=search.subject.run,
         picture=crop.draw(),
     )
 
@@ -167,7 +185,7 @@ class _Mover:
             own = queries[self.observer[:-1]].nonzero().flatten().tolist()
             self.query = _narrow(own, lambda some: self._moves(self._queries(some)))[0]
             return
-        forbidden = _own_elements(self.search, elements, self.observer)
+        forbidden = elements[_key_entry(self.search, self.observer)]
         forbidden = forbidden & ~self.search.may_see[self.observer]
         if bool(forbidden.any()) and self._moves(self._elements(forbidden)):
             numbers = forbidden.nonzero().flatten().tolist()
@@ -177,6 +195,13 @@ class _Mover:
         else:
             entries = [tuple(at) for at in elements.any(-1).nonzero().tolist()]
             self.entry = _narrow(entries, lambda some: self._moves(self._of_entries(some)))[0]
+
+    def moves_too(self, subject: Subject) -> bool:
+        """Whether the same elements move the same output of another subject."""
+        assert self.element is not None
+        replaced, seed = self._numbered([self.element]), self.search.seed
+        got = subject.run_replaced(replaced, seed=seed)[self.observer]
+        return differ(got[None], subject.run()[self.observer][None], self.search.allowed)
 
     def _moves(self, replaced: Replacement) -> bool:
         return self.search.change_at(replaced, self.observer) >= self.change * 1e-3
@@ -267,14 +292,14 @@ def _cause_in(crop: _Crop) -> str | None:
     extra = _elements_too_many(crop, wrongly)
     if extra == 1:
         return "each sees one place too many: a causal mask that is off by one?"
-    strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
-    if strongest.numel() and float(crop.changes[wrongly].max()) < _FAINT * float(strongest.max()):
-        return (
-            "far fainter than what may be seen: a fill of the mask that is too small, or a mean or "
-            "a norm over the whole length?"
-        )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
-        return "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
+        strongest = max(crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist(), default=0.0)
+        if float(crop.changes[wrongly].max()) < _FAINT * strongest:
+            return (
+                "far fainter than what may be seen: a fill of the mask that is too small, or a "
+                "mean or a norm over the whole length?"
+            )
+        return _NO_MASK
     if extra is None:
         return None
     return (
@@ -285,19 +310,14 @@ def _cause_in(crop: _Crop) -> str | None:
 
 def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
     """How many elements each sees beyond the last that it may see; None if not all see as many."""
-    ahead = _steps_ahead(crop)
+    numbers = torch.arange(crop.columns.start, crop.columns.stop)
+    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
+    last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
+    ahead = numbers - last
     extra = int(ahead[wrongly].max())
     if extra < 1 or not bool((wrongly == (crop.forbidden & (ahead >= 1) & (ahead <= extra))).all()):
         return None
     return extra
-
-
-def _steps_ahead(crop: _Crop) -> Tensor:
-    """How many elements beyond the last that an observer may see each is."""
-    numbers = torch.arange(crop.columns.start, crop.columns.stop)
-    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
-    last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
-    return numbers - last
 
 
 # --- The picture
@@ -311,11 +331,6 @@ def _entry_name(lead: tuple[int, ...]) -> str:
 def _key_entry(search: Search, observer: tuple[int, ...]) -> tuple[int, ...]:
     """Return the batch entry and the head of the keys that an observer sees."""
     return as_of_keys(observer[:-1], search.subject.group)
-
-
-def _own_elements(search: Search, elements: Tensor, observer: tuple[int, ...]) -> Tensor:
-    """Those of the keys that an observer shares, (key_len,)."""
-    return elements[_key_entry(search, observer)]
 
 
 def _no_elements(search: Search) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import TypeAlias
 
@@ -11,12 +11,8 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import relative_change
-from pytest_attnheat.assertions.behaviour.subject import (
-    Subject,
-    for_each_query_head,
-    of_any,
-    of_the_first,
-)
+from pytest_attnheat.assertions.behaviour.models import Subject
+from pytest_attnheat.assertions.behaviour.subject import for_each_query_head, of_any, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, touched
 from pytest_attnheat.attention.chunks import index_of
 
@@ -26,8 +22,10 @@ _TRIALS = 12
 _MOST_BLIND = 8
 # The sizes of the blocks that kernels work in: there masks break.
 _BLOCKS = (128, 64, 32, 16)
-# A function is cheap: every observer is judged, in no more passes than this.
-_MOST_PASSES = 32
+# What is cheap has every observer judged, in no more passes, and backward passes, than this.
+_MOST_PASSES, _MOST_BACKWARD = 32, 64
+# Once something is found, so many more passes count it, and fewer where they are not cheap.
+_MOST_COUNTING, _MOST_DEAR = 128, 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,7 @@ class Fault:
         worst: The index of the worst output (*leading, query).
         first: That of the first.
         replacements: What was replaced when the worst and the first were found.
+        counted: Whether all that is broken was looked for; else there is at least so much.
     """
 
     blind: bool
@@ -54,6 +53,7 @@ class Fault:
     worst: tuple[int, ...]
     first: tuple[int, ...]
     replacements: tuple[Replacement, Replacement]
+    counted: bool = True
 
 
 # An observer and what it depends on, or does not.
@@ -80,23 +80,51 @@ class Search:
             claim: What it may depend on.
             base: Its output with nothing replaced.
             allowed: By what part of its size an output may change.
-            passes: How many observers are judged for each batch entry and head.
-            seed: What replacements are drawn from.
+            passes: How many observers are judged for each batch entry and head, at least.
+            seed: What observers and replacements are drawn from.
 
         Raises:
             ValueError: Nothing is forbidden: any dependence would be right.
         """
         self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
         self.may_see, self.claim = claim.may_see, claim
-        self._passes = passes
         # What a query gives that may see nothing is a matter of declaration, not of leaks.
-        self._judged = claim.judged & base.isfinite().all(-1) & claim.may_see.any(-1)
-        self._watched = self._judged & ~claim.may_see.all(-1)
+        self.judged = claim.judged & base.isfinite().all(-1) & claim.may_see.any(-1)
+        self._watched = self.judged & ~claim.may_see.all(-1)
         if not bool(self._watched.any()) and next(self._others(), None) is None:
             raise ValueError(
                 "assert_no_leakage: every output may see every input, so there is nothing to "
                 "check; say causal=, lengths=, documents= or may_see=, or pass a larger batch"
             )
+        rows, entries = self._watched.shape[-1], self._watched[..., 0].numel()
+        # All together is to cost no more than some twelve forward passes of a large model.
+        self._passes, self._backward = passes, 0 if subject.has_queries else -(-passes // 4)
+        if subject.is_cheap:
+            each = subject.has_queries and rows <= _MOST_PASSES
+            wanted = rows if each else -(-rows // entries)
+            self._passes = min(max(passes, wanted), max(passes, _MOST_PASSES))
+            left = 0 if subject.has_queries else wanted - self._passes
+            self._backward = min(max(left, 0), _MOST_BACKWARD)
+        ends = 2 if subject.has_queries else 4
+        self._targets = _targets(rows, entries * (self._passes + self._backward), ends, seed)
+        # Which observers had all that they must not see replaced, and which were followed back.
+        self.hidden = torch.zeros_like(self._watched)
+        self.followed = torch.zeros_like(self._watched)
+
+    def says_what_it_judged(self) -> str:
+        """Say of how many outputs the search is sure, once it found nothing."""
+        hidden, followed = (
+            int((of & self._watched).sum()) for of in (self.hidden, self.followed & ~self.hidden)
+        )
+        of = int(self._watched.sum())
+        observers = f"outputs that must not see some {self.subject.element}"
+        if hidden == of:
+            return f"all {of} {observers} were judged, each with all of that replaced"
+        more = f", {followed} more by their gradients" * bool(followed)
+        return (
+            f"{hidden} of {of} {observers} were judged, each with all of that replaced{more}; "
+            f"passes={self._watched.shape[-1]} judges each"
+        )
 
     def not_finite(self) -> Tensor:
         """Which judged outputs are NaN or inf with nothing replaced; those that see nothing may."""
@@ -129,54 +157,35 @@ class Search:
             ValueError: It is not differentiable, and that is not optional.
         """
         blind: Fault | None = None
+        hidden = [] if set(methods) == {"gradient"} else self._hidden()
+        tally = _Tally(self, [*self._others(), *hidden] if "perturbation" in methods else [])
         if "perturbation" in methods:
-            replacements = [*self._others(), *self._hidden()]
-            leak, blind = self._perturb(replacements, "perturbation")
-            if leak is not None:
-                return leak
+            if tally.found:
+                return self._counted(tally, "perturbation")
+            blind = self._never_moved(tally.reached & ~tally.felt, int(tally.reached.sum()))
         if "nan" in methods:
-            replacements = [Replacement(r.elements, None, "nan") for r in self._hidden()]
-            leak, _ = self._perturb(replacements, "nan")
-            if leak is not None:
-                return leak
+            by_nan = _Tally(self, [Replacement(r.elements, None, "nan") for r in hidden])
+            if by_nan.found:
+                return self._counted(by_nan, "nan")
         if "gradient" in methods:
-            leak, unseen = self._follow_gradients(optional=optional)
+            leak, unseen = self._follow_gradients(tally, optional=optional)
             if leak is not None:
                 return leak
             blind = unseen or blind  # which names the elements
         return blind if must_see else None
 
-    def _perturb(
-        self, replacements: Sequence[Replacement], method: str
-    ) -> tuple[Fault | None, Fault | None]:
-        """Replace, and find outputs that change but must not, or that never change but must."""
-        zeros = torch.zeros(self.claim.judged.shape, dtype=torch.float64, device=self.base.device)
-        leak, found_by = zeros.clone(), zeros.long()
-        judged, reached, felt = zeros.bool(), zeros.bool(), zeros.bool()
-        for number, replaced in enumerate(replacements):
-            change = self.change(replaced)
-            may_change = self._reached(replaced)
-            reached |= self._judged & may_change
-            if replaced.queries is not None:
-                may_change = may_change | replaced.queries
-            mine = self._judged & ~may_change
-            felt |= change > 0
-            judged |= mine
-            worse = mine & (change > leak)
-            leak = torch.where(worse, change, leak)
-            found_by = torch.where(worse, torch.full_like(found_by, number), found_by)
-
-        broken = leak > self.allowed
-        blind = self._never_moved(reached & ~felt, int(reached.sum()))
-        if not bool(broken.any()):
-            return None, blind
-        at = (
-            index_of(leak.argmax(), leak.shape),
-            index_of(broken.flatten().int().argmax(), broken.shape),
-        )
-        by = [replacements[int(found_by[one])] for one in at]
-        counts = int(broken.sum()), int(judged.sum()), int(broken.any(-1).sum())
-        return Fault(False, method, *counts, *at, (by[0], by[1])), blind
+    def _counted(self, tally: _Tally, method: str) -> Fault:
+        """Count what is broken: of each observer, with all that it must not see replaced."""
+        rows = self._watched.shape[-1]
+        more = [] if self.subject.has_queries else [*self._others(of_model=False)][2:]
+        most = _MOST_COUNTING if self.subject.is_cheap else _MOST_DEAR
+        left = [row for row in range(rows) if bool((self._watched & ~self.hidden)[..., row].any())]
+        for row in left if len(left) <= most else []:
+            more.append(self._hide(torch.full_like(self._watched[..., 0], row, dtype=torch.long)))
+        for replaced in more:
+            content = "nan" if method == "nan" else replaced.content
+            tally.add(replace(replaced, content=content))
+        return tally.fault(method, counted=bool((self.hidden | ~self._watched).all()))
 
     def _never_moved(self, unfelt: Tensor, of: int) -> Fault | None:
         """Outputs that stay the same even if all that they may see is replaced at once.
@@ -203,30 +212,30 @@ class Search:
         )
         return all(self.change_at(content, observer) == 0 for content in contents)
 
-    def _reached(self, replaced: Replacement) -> Tensor:
+    def reached(self, replaced: Replacement) -> Tensor:
         """Which outputs may see what is replaced."""
         if replaced.elements is None:
             return torch.zeros_like(self.claim.judged)
         return touched(self.may_see, for_each_query_head(replaced.elements, self.subject.group))
 
-    def _hidden(self) -> Iterator[Replacement]:
+    def _hidden(self) -> list[Replacement]:
         """In each pass, for each batch entry and head, all that one observer must not see."""
         if not bool(self._watched.any()):
-            return
-        entries = self._watched[..., 0].numel()
-        passes = self._passes
-        if self.subject.has_queries:
-            rows = self._watched.shape[-1]
-            wanted = rows if rows <= _MOST_PASSES else -(-rows // entries)
-            passes = min(max(passes, wanted), _MOST_PASSES)
-        for number in range(passes):
-            observers = self._observers(self._watched, number, passes)
-            forbidden = ~self._seen_by(observers)
-            forbidden &= self._watched.any(-1, keepdim=True)
-            content = "larger" if number % 2 else "same"
-            towards = observers if number % 2 else None
-            elements = of_the_first(forbidden, self.subject.group)
-            yield Replacement(elements, content=content, towards=towards)
+            return []
+        some = [self._observers(self._watched, number) for number in range(self._passes)]
+        return [self._hide(observers, larger=n % 2 == 1) for n, observers in enumerate(some)]
+
+    def _hide(self, observers: Tensor, *, larger: bool = False) -> Replacement:
+        """Replace all that one observer (*leading) per batch entry and head must not see."""
+        self.hidden.scatter_(-1, observers.unsqueeze(-1), True)
+        elements = of_the_first(self._forbidden(observers), self.subject.group)
+        if larger:
+            return Replacement(elements, content="larger", towards=observers)
+        return Replacement(elements)
+
+    def _forbidden(self, observers: Tensor) -> Tensor:
+        """What they must not see, (*leading, key_len); nothing where all may see everything."""
+        return ~self._seen_by(observers) & self._watched.any(-1, keepdim=True)
 
     def _seen_by(self, observers: Tensor) -> Tensor:
         """What one observer (*leading) per batch entry and head may see, (*leading, key_len)."""
@@ -234,20 +243,24 @@ class Search:
         index = observers[..., None, None].expand(*observers.shape, 1, key_len)
         return self.may_see.gather(-2, index).squeeze(-2)
 
-    def _observers(self, candidates: Tensor, number: int, of: int) -> Tensor:
-        """Choose an observer per batch entry and head, so that all passes spread over the rows."""
+    def _observers(self, candidates: Tensor, number: int) -> Tensor:
+        """The observer of each batch entry and head in a pass, so that all spread over the rows."""
         none = ~candidates.any(-1, keepdim=True)
-        candidates = candidates | (none & self._judged)
+        candidates = candidates | (none & self.judged)
         length, entries = candidates.shape[-1], candidates[..., 0].numel()
-        targets = _targets(length, entries, number, of)
-        own = torch.tensor(targets, device=candidates.device).reshape(*candidates.shape[:-1], 1)
+        chosen = self._targets[number * entries : (number + 1) * entries]
+        own = torch.tensor(chosen, device=candidates.device).reshape(*candidates.shape[:-1], 1)
         rows = torch.arange(length, device=candidates.device)
         # The nearest row that can be one; argmin takes the first of two.
         away = (rows - own).abs().masked_fill(~candidates, 2 * length)
         return away.argmin(-1)
 
-    def _others(self) -> Iterator[Replacement]:
-        """Every second batch entry, head and query, and then the rest."""
+    def _others(self, *, of_model: bool = True) -> Iterator[Replacement]:
+        """Every second batch entry, head and query, and then the rest.
+
+        Args:
+            of_model: Whether a whole model is to be called no more than twice.
+        """
         shape = self.claim.judged.shape
         takes_queries = self.subject.has_queries
         for dim in range(len(shape) - (0 if takes_queries else 1)):
@@ -255,7 +268,7 @@ class Search:
             groups = self.subject.group if is_head else 1
             # Any two numbers differ in some bit; for a whole model one must do.
             bits = (max(1, shape[dim] // groups) - 1).bit_length()
-            bits = bits if takes_queries else min(bits, 1)
+            bits = bits if takes_queries or not of_model else min(bits, 1)
             for bit, odd in product(range(bits), (0, 1)):
                 number = torch.arange(shape[dim], device=self.base.device) // groups
                 chosen = (number >> bit) % 2 == odd
@@ -269,33 +282,45 @@ class Search:
                     elements = of_the_first(whole, self.subject.group)
                 yield Replacement(elements, queries if takes_queries else None)
 
-    def _follow_gradients(self, *, optional: bool) -> tuple[Fault | None, Fault | None]:
+    def _follow_gradients(
+        self, tally: _Tally, *, optional: bool
+    ) -> tuple[Fault | None, Fault | None]:
         """Where the gradient of a few observers is 0, and where not."""
         # A whole model is dear: one backward pass, if its batch makes that several observers.
         count = 2 if self.subject.has_queries or len(self.claim.judged) == 1 else 1
-        chosen = [self._observers(self._judged, number, count) for number in range(count)]
+        chosen = [self._observers(self.judged, number) for number in range(count)]
         rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
+        last = range(self._passes, self._passes + self._backward)
+        groups = [self._observers(self._watched, number) for number in last]
+        forbidden = [self._forbidden(observers) for observers in groups]
+        in_groups = [self.judged & ~touched(self.may_see, elements) for elements in forbidden]
         try:
-            gradients = self.subject.gradient(rows)
+            gradients = self.subject.gradient([*rows, *in_groups])
         except (RuntimeError, NotImplementedError) as error:
             if optional:
                 return None, None
             raise ValueError(
                 f'by="gradient": the subject is not differentiable: {error}'
             ) from error
+        for replaced in self._suspects(groups, forbidden, gradients[count:]):
+            tally.add(replaced)
+        if tally.found:
+            return self._counted(tally, "perturbation"), None
         leaks: list[_Pair] = []
         unseen: list[_Pair] = []
         judged = 0
-        for row, gradient in zip(rows, gradients, strict=True):
+        for row, gradient in zip(rows, gradients, strict=False):
             felt = for_each_query_head(gradient, self.subject.group)
             seen = self._seen_by(row.int().argmax(-1))
             active = row.any(-1, keepdim=True)
             judged += int(active.sum())
             scale = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
+            # The embedding of equal token ids may also be looked up for something else, such as
+            # the source of an encoder: then the gradient is not that of the input.
             leaks += [
-                pair
-                for pair in self._pairs(row, ~(felt <= scale) & ~seen & active)
-                if self._is_real(*pair)
+                (observer, elements)
+                for observer, elements in self._pairs(row, ~(felt <= scale) & ~seen & active)
+                if not self.subject.is_tokens or self.change_at(elements, observer) > 0
             ]
             strongest = felt.masked_fill(~seen, 0).argmax(-1)
             for observer, elements in self._pairs(row, (felt == 0) & seen & active):
@@ -303,11 +328,30 @@ class Search:
                 unseen += [] if blind is None else [(observer, blind)]
         return _of_pairs(leaks, judged, blind=False), _of_pairs(unseen, judged, blind=True)
 
+    def _suspects(
+        self, groups: Sequence[Tensor], forbidden: Sequence[Tensor], gradients: Sequence[Tensor]
+    ) -> Iterator[Replacement]:
+        """Yield elements that a group of observers must not see, and that have a gradient.
+
+        The gradient of all of them together finds a single pair; other inputs there prove it.
+
+        Args:
+            groups: An observer per batch entry, (batch,); its group may see no more than it does.
+            forbidden: What they must not see, (batch, length).
+            gradients: Of the groups, (batch, length).
+        """
+        for observers, elements, felt in zip(groups, forbidden, gradients, strict=True):
+            self.followed.scatter_(-1, observers.unsqueeze(-1), True)
+            rounded = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
+            found = elements & ~(felt <= rounded)
+            if bool(found.any()):
+                yield Replacement(found, content="larger")
+
     def _as_rows(self, observers: Tensor, number: int) -> Tensor:
         """Mark the observers, of the heads that share their keys only one."""
         rows = torch.zeros_like(self.claim.judged)
         rows.scatter_(-1, observers.unsqueeze(-1), True)
-        rows &= self._judged
+        rows &= self.judged
         if self.subject.group > 1:
             head = torch.arange(rows.shape[-2], device=rows.device)
             mine = head % self.subject.group == number % self.subject.group
@@ -323,16 +367,6 @@ class Search:
             alone[tuple(at)] = elements[tuple(at)]
             pairs.append((observer, Replacement(of_any(alone, self.subject.group))))
         return pairs
-
-    def _is_real(self, observer: tuple[int, ...], replaced: Replacement) -> bool:
-        """Whether a gradient is that of the input.
-
-        The embedding of equal token ids may also be looked up for something else, such as the
-        source of an encoder.
-        """
-        if not self.subject.is_tokens:
-            return True
-        return self.change_at(replaced, observer) > 0
 
     def _blind(
         self, observer: tuple[int, ...], replaced: Replacement, strongest: int
@@ -350,7 +384,7 @@ class Search:
             some = suspects.pop(0)
             elements = torch.zeros_like(replaced.elements)
             elements[tuple(some.T)] = True
-            towards = torch.full_like(self._judged[..., 0], observer[-1], dtype=torch.long)
+            towards = torch.full_like(self.judged[..., 0], observer[-1], dtype=torch.long)
             like = Replacement(elements, content="larger", like=strongest)
             if self.change_at(like, observer) == 0 and self._stays(observer, elements, towards):
                 return Replacement(elements)
@@ -359,19 +393,82 @@ class Search:
         return None
 
 
-def _targets(length: int, entries: int, number: int, of: int) -> list[int]:
-    """Choose a row for each batch entry and head, for one pass of several.
+class _Tally:
+    """Which outputs change with what they must not see, over some replacements.
 
-    All rows, where all passes have room for them; else the ends of blocks and an even spread.
+    Attributes:
+        reached: Which may see something that was replaced.
+        felt: Which changed at all.
     """
-    if of * entries >= length:
-        slots = range(number * entries, (number + 1) * entries)
-        return [(slot + slot // length) % length for slot in slots]  # another one each time round
-    ends = dict.fromkeys(end - 1 for block in _BLOCKS for end in range(block, length, block))
-    chosen = list(ends)[: of * entries // 2]
-    rest = of * entries - len(chosen)
-    chosen += [round(i * (length - 1) / max(1, rest - 1)) for i in range(rest)]
-    return sorted(chosen)[number::of]
+
+    def __init__(self, search: Search, replacements: Sequence[Replacement]) -> None:
+        """Make the replacements, one after the other."""
+        self._search = search
+        judged = search.claim.judged
+        self._leak = torch.zeros(judged.shape, dtype=torch.float64, device=search.base.device)
+        self._found_by = torch.zeros_like(self._leak, dtype=torch.long)
+        self._judged, self.reached, self.felt = (torch.zeros_like(judged) for _ in range(3))
+        self._replacements: list[Replacement] = []
+        for replaced in replacements:
+            self.add(replaced)
+
+    def add(self, replaced: Replacement) -> None:
+        """Make one more replacement."""
+        change, may_change = self._search.change(replaced), self._search.reached(replaced)
+        judged = self._search.judged
+        self.reached |= judged & may_change
+        if replaced.queries is not None:
+            may_change = may_change | replaced.queries
+        mine = judged & ~may_change
+        self.felt |= change > 0
+        self._judged |= mine
+        worse = mine & (change > self._leak)
+        self._leak = torch.where(worse, change, self._leak)
+        self._found_by = self._found_by.masked_fill(worse, len(self._replacements))
+        self._replacements.append(replaced)
+
+    @property
+    def _broken(self) -> Tensor:
+        return self._leak > self._search.allowed
+
+    @property
+    def found(self) -> bool:
+        """Whether any changed by more than is allowed."""
+        return bool(self._broken.any())
+
+    def fault(self, method: str, *, counted: bool) -> Fault:
+        """Say what was found, and how much of it."""
+        broken = self._broken
+        at = (
+            index_of(self._leak.argmax(), self._leak.shape),
+            index_of(broken.flatten().int().argmax(), broken.shape),
+        )
+        by = [self._replacements[int(self._found_by[one])] for one in at]
+        counts = int(broken.sum()), int(self._judged.sum()), int(broken.any(-1).sum())
+        return Fault(False, method, *counts, *at, (by[0], by[1]), counted)
+
+
+def _targets(length: int, slots: int, ends: int, seed: int) -> list[int]:
+    """Choose a row for each batch entry and head of each pass.
+
+    All rows, where there is room for them; else some ends of blocks, and an even spread that moves
+    with the seed.
+
+    Args:
+        length: How many rows there are.
+        slots: How many are chosen.
+        ends: Of how many that are chosen one is the end of a block.
+        seed: The seed.
+    """
+    if slots >= length:  # another one each time round
+        return [(slot + slot // length + seed) % length for slot in range(slots)]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = dict.fromkeys(end - 1 for block in _BLOCKS for end in range(block, length, block))
+    chosen = list(blocks)[: slots // ends]
+    rest = slots - len(chosen)
+    spread = (torch.arange(rest) + torch.rand(rest, generator=generator)) * (length / rest)
+    chosen += spread.long().clamp(max=length - 1).tolist()
+    return [chosen[at] for at in torch.randperm(slots, generator=generator).tolist()]
 
 
 def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | None:
@@ -379,6 +476,6 @@ def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | No
         return None
     observer, replaced = pairs[0]
     entries = len({observer[:-1] for observer, _ in pairs})
-    return Fault(
-        blind, "gradient", len(pairs), judged, entries, observer, observer, (replaced, replaced)
-    )
+    # What leaks is known of a few observers; of all others nothing.
+    both, counted = (replaced, replaced), blind
+    return Fault(blind, "gradient", len(pairs), judged, entries, observer, observer, both, counted)

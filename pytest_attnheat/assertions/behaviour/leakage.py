@@ -39,6 +39,7 @@ def assert_no_leakage(
     tolerance: float | None = None,
     seed: int = 0,
     training: bool = False,
+    judged: Callable[[str], object] | None = None,
     **arguments: Any,
 ) -> None:
     """Assert that no output depends on what it must not see, and each on what it must see.
@@ -48,7 +49,10 @@ def assert_no_leakage(
     (and head) has another observer, from which all that it must not see is
     hidden, so that a few passes judge many of them: more with a larger batch. Half of the
     batch (and of the heads, and of the queries) is replaced as well, and the other half must
-    not change. The gradients of an observer per batch entry are 0 exactly where it may not look.
+    not change. The gradients of an observer per batch entry are 0 exactly where it may not look;
+    of a model, so are those of all that may see no more than another observer does.
+
+    Of a long sequence a part is judged: which, moves with the seed. `judged=print` says how much.
 
     Args:
         subject: An attention function, called as `subject(query, key, value, **arguments)`, or a
@@ -74,11 +78,14 @@ def assert_no_leakage(
         by: `"perturbation"` (other inputs), `"gradient"`, `"nan"` (NaN in what must
             not be seen; PyTorch's own kernels let it through, since 0 * NaN is NaN), or several.
             By default the first two, or the first where the subject is not differentiable.
-        passes: In how many passes observers are judged.
+        passes: In how many passes observers are judged, at least. A function, or a model of which
+            a call is a matter of milliseconds, has up to 32.
         tolerance: By what part of its size an output may change. By default 2 eps of its
             dtype: the shapes are the same, so nothing is added up in another order.
         seed: Where observers and replacements are drawn from.
         training: Allow a subject that is random, and repeat every call from the seed.
+        judged: Called with a sentence that says how many outputs a pass has judged, for instance
+            `print`, or the `append` of a list.
         **arguments: Further arguments of every call: `attn_mask`, `is_causal`, `src_mask` ...
 
     Raises:
@@ -110,6 +117,8 @@ def assert_no_leakage(
             fault = search.first_fault(methods, optional=by is None, must_see=wanted)
             if fault is not None:
                 raise describe(fault, search)
+            if judged is not None:
+                judged(f"assert_no_leakage: {search.says_what_it_judged()}")
 
 
 def _methods(by: object) -> tuple[Method, ...]:

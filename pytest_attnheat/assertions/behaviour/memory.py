@@ -9,9 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subject import Subject
 from pytest_attnheat.assertions.behaviour.visibility import Claim, Padding, Stated
 from pytest_attnheat.attention.vocabulary import Side
 
@@ -85,8 +84,10 @@ class MemorySubject(ModelSubject):
         """Name a row of the output."""
         return output_place(index)
 
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from one that changes something else."""
         if felt:
             return "outputs feel what the padding of the memory holds: it is not masked there"
+        if felt is None:
+            return None
         return "outputs do not feel what the padding of the memory holds, only that it is there"

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import output_place
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import (
     CachedDecoding,
     decoded,
     refuse_unused_cache,
 )
-from pytest_attnheat.assertions.behaviour.subject import begin, differ
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.inputs import misuse
 
@@ -82,17 +82,13 @@ class Evidence:
 
     def is_explained_by(self, candidate: Callable[[], Tensor], step: range) -> bool:
         """Whether the outputs of a chunk are those of a candidate (..., chunk, width)."""
-        got = self.decoded[..., step.start : step.stop, :]
-        try:
-            expected = candidate()
-        except Exception:  # A subject that cannot be called so is no reason to hide the failure.
-            return False
-        return expected.shape == got.shape and self.alike(got, expected, step)
+        return holds(lambda: self.alike(self.decoded, candidate(), step))
 
-    def alike(self, got: Tensor, expected: Tensor, step: range) -> bool:
-        """Whether two outputs of a chunk are the same."""
-        judged = None if self.judged is None else self.judged[..., step.start : step.stop]
-        return not differ(got, expected, self.allowed, judged)
+    def alike(self, whole: Tensor, chunk: Tensor, step: range) -> bool:
+        """Whether outputs of the whole sequence are those of a chunk there."""
+        rows = slice(step.start, step.stop)
+        judged = None if self.judged is None else self.judged[..., rows]
+        return not differ(whole[..., rows, :], chunk, self.allowed, judged)
 
 
 def tokens_off(broken: Tensor) -> list[int]:
@@ -101,106 +97,118 @@ def tokens_off(broken: Tensor) -> list[int]:
     return tokens
 
 
+@dataclass(frozen=True)
+class Decoder:
+    """Code under test that is given chunk after chunk.
+
+    Attributes:
+        subject: The code, all inputs, and further arguments.
+        how: What decoding is done with, as part of a sentence.
+        most_single: How many tokens are decoded one by one.
+    """
+
+    subject: Subject
+    how: str
+    most_single: int
+
+    def decode(self, steps: Sequence[range]) -> Tensor:
+        """Return the outputs (..., length, width), each chunk with all that comes before it."""
+        return torch.cat([self.part(step).run()[..., -len(step) :, :] for step in steps], -2)
+
+    def part(self, step: range) -> Subject:
+        """The code with all up to the end of a chunk; the last rows of its output are those."""
+        raise NotImplementedError
+
+    def precision(self, dtype: torch.dtype) -> torch.dtype:
+        """Return the dtype whose rounding is to be expected in outputs of a dtype."""
+        return dtype
+
+    def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
+        """Say why they differ, where the numbers show it.
+
+        Args:
+            evidence: What is known.
+            broken: Which rows are off, (..., length).
+        """
+        raise NotImplementedError
+
+
 def model_decoder(subject: ModelSubject, alignment: Alignment | None) -> ModelDecoder:
     """Return how a model is called in chunks; ValueError if it is given an alignment."""
     if alignment is not None:
         accepted = "None for a sequence model, which is not told that it is causal"
         raise ValueError(misuse("alignment", repr(alignment), accepted))
-    return ModelDecoder(subject, _has_cache(subject))
-
-
-def _has_cache(subject: ModelSubject) -> bool:
+    after = "" if subject.real is None else ", after padding on the left"
+    cached = ModelDecoder(subject, f"with the cache{after}", MOST_SINGLE_TOKENS, has_cache=True)
     decode = subject.model.decode
-    if isinstance(decode, CachedDecoding):
-        # Only the model itself knows: BERT takes a cache, and returns none.
-        with torch.no_grad():
-            _, cache = ModelDecoder(subject, has_cache=True).step(range(1), None)
-        return cache is not None
     if decode is None:
         refuse_unused_cache(subject.model.module)
-    return decode is not None
+    elif not isinstance(decode, CachedDecoding):
+        return cached
+    else:
+        # Only the model itself knows: BERT takes a cache, and returns none.
+        with torch.no_grad():
+            _, cache = cached.step(range(1), None)
+        if cache is not None:
+            return cached
+    return ModelDecoder(subject, f"without a cache{after}", MOST_PREFIXES, has_cache=False)
 
 
 @dataclass(frozen=True)
-class ModelDecoder:
+class ModelDecoder(Decoder):
     """A sequence model that is given chunk after chunk with its cache, or longer prefixes.
 
     Attributes:
-        subject: The model, its inputs and further arguments.
         has_cache: Whether it decodes with a cache.
     """
 
     subject: ModelSubject
     has_cache: bool
 
-    @property
-    def length(self) -> int:
-        """How many tokens there are."""
-        return self.subject.inputs.shape[1]
-
-    @property
-    def most_single(self) -> int:
-        """How many of them are decoded one by one."""
-        return MOST_SINGLE_TOKENS if self.has_cache else MOST_PREFIXES
-
-    @property
-    def how(self) -> str:
-        """What decoding is done with, as part of a sentence."""
-        words = "with the cache" if self.has_cache else "without a cache"
-        return words if self.subject.real is None else f"{words}, after padding on the left"
-
     def decode(self, steps: Sequence[range]) -> Tensor:
         """Return the output (batch, length, width) in chunks."""
+        if not self.has_cache:
+            return super().decode(steps)
         outputs: list[Tensor] = []
         cache: Any = None
         for step in steps:
-            if self.has_cache:
-                output, cache = self.step(step, cache)
-            else:
-                output = self._run([*range(step.stop)])[:, step.start :]
+            output, cache = self.step(step, cache)
             outputs.append(output)
         return torch.cat(outputs, 1)
 
+    def part(self, step: range) -> ModelSubject:
+        """The model with the prefix up to the end of a chunk."""
+        return self.subject.cut(range(step.stop))
+
     def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype whose rounding is to be expected in outputs of a dtype."""
-        # Models of transformers do softmax, norms and rotations in float32 in any case.
+        """Models of transformers do softmax, norms and rotations in float32 in any case."""
         return torch.float32 if dtype == torch.float64 else dtype
 
     def step(self, step: range, cache: Any) -> tuple[Tensor, Any]:
         """Decode one chunk with a cache; the output (batch, chunk, width) and the new cache."""
-        model = self.subject.model
-        if model.decode is None:
-            raise ValueError(f"{model.name} decodes without a cache")
-        chunk = self.subject.inputs[:, step.start : step.stop]
-        here = self.subject.cut(range(step.stop))
-        arguments = model.keywords(
-            chunk,
-            here.arguments,
-            here.real,
-            None if here.positions is None else here.positions[:, step.start :],
-        )
-        if here.positions is None and model.positions_argument in arguments:
-            arguments[model.positions_argument] = arguments[model.positions_argument][
-                ..., step.start :
-            ]
+        model, here = self.subject.model, self.part(step)
+        assert model.decode is not None
+        chunk, own = here.inputs[:, step.start :], here.positions
+        positions = None if own is None else own[:, step.start :]
+        arguments = model.keywords(chunk, here.arguments, here.real, positions)
+        if positions is None and (name := model.positions_argument) in arguments:
+            arguments[name] = arguments[name][..., step.start :]
         begin(self.subject.seed)
         given = chunk if model.batch_first else chunk.transpose(0, 1)
         result, cache = decoded(model.decode, given.clone(), cache, **arguments)
         return model.read(result, chunk), cache
 
-    def _run(self, tokens: Sequence[int], positions: Sequence[int] | None = None) -> Tensor:
-        """Run the model on some tokens at once, without a cache."""
+    def _run(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Run the model on some tokens at once, at some positions, without a cache."""
         here = self.subject.cut(tokens)
-        at = None
-        if positions is not None:
-            at = torch.tensor(positions, device=here.inputs.device).repeat(here.batch, 1)
+        at = torch.tensor(positions, device=here.inputs.device).repeat(here.batch, 1)
         return here.run(positions=at)
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
         """Compare the first chunk that is off with its prefix, the last with likely mistakes."""
         tokens = tokens_off(broken)
         first, step = (evidence.plan.step_of(token) for token in (tokens[0], tokens[-1]))
-        if self._looks_ahead(evidence, first):
+        if holds(lambda: not evidence.alike(evidence.whole, Decoder.decode(self, [first]), first)):
             also = " without a cache, too," if self.has_cache else ""
             return (
                 f"{name_tokens(first)}:{also} the output changes when later tokens are cut off: "
@@ -224,41 +232,29 @@ class ModelDecoder:
             )
         return None
 
-    def _looks_ahead(self, evidence: Evidence, step: range) -> bool:
-        """Whether a chunk without a cache differs, too, once later tokens are cut off."""
-        try:
-            prefix = self._run([*range(step.stop)])[:, step.start :]
-        except Exception:  # No reason to hide the failure.
-            return False
-        return not evidence.alike(prefix, evidence.whole[:, step.start : step.stop], step)
-
     def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
+        """Yield what may be wrong, in words, and the output of the chunk that it gives."""
         if step.start == 0:
             return
         yield "of this chunk alone: the cache is not used", lambda: self.step(step, None)[0]
+        own, all_before = [*step], [*range(step.stop)]
+        tried: list[tuple[str, list[int], list[int]]] = []  # tokens and their positions
         if self.subject.model.positions_argument is not None:
-            restarted = [
-                at for chunk in plan.steps if chunk.start <= step.start for at in range(len(chunk))
-            ]
-            yield (
-                "with positions that start again at 0 in each chunk",
-                lambda: self._run([*range(step.stop)], restarted)[:, step.start :],
-            )
-            for words, off in (("small", -1), ("large", 1)):
-                shifted = [at + off * (at >= plan.sizes[0]) for at in range(step.stop)]
-                yield (
-                    f"with positions that are one too {words} after the first chunk",
-                    lambda at=shifted: self._run([*range(step.stop)], at)[:, step.start :],  # type: ignore[misc]
-                )
-        own = [*step]
+            chunks = [chunk for chunk in plan.steps if chunk.start <= step.start]
+            again = [at for chunk in chunks for at in range(len(chunk))]
+            tried = [("with positions that start again at 0 in each chunk", all_before, again)]
+            for word, off in (("small", -1), ("large", 1)):
+                words = f"with positions that are one too {word} after the first chunk"
+                shifted = [at + off * (at >= plan.sizes[0]) for at in all_before]
+                tried.append((words, all_before, shifted))
         histories: dict[str, list[int]] = {
             "of this chunk alone at its positions: the cache is not used": [],
-            "without the first token of the cache": [*range(1, step.start)],
-            "without the token just before, the last of the cache": [*range(step.start - 1)],
+            "without the first token of the cache": all_before[1 : step.start],
+            "without the token just before, the last of the cache": all_before[: step.start - 1],
         }
-        for words, history in histories.items():
-            tokens = history + own
-            yield words, lambda tokens=tokens: self._run(tokens, tokens)[:, -len(own) :]  # type: ignore[misc]
+        tried += [(words, before + own, before + own) for words, before in histories.items()]
+        for words, tokens, at in tried:
+            yield words, lambda tokens=tokens, at=at: self._run(tokens, at)[:, -len(own) :]  # type: ignore[misc]
 
 
 def _why_some_entries(broken: Tensor) -> str | None:

@@ -11,23 +11,18 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
+from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.memory import memory_of
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import Subject, coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
 from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
 from pytest_attnheat.attention.vocabulary import SIDES, Side
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.capture.capturing import capture_attention
+from pytest_attnheat.callables import borrowed
 from pytest_attnheat.inputs import check_number, misuse, positive
 
 _NAME = "assert_padding_invariant"
-_ROTATED = (
-    "keys that are moved alike change their products with one another, and values do not change: "
-    "positions do not act by their difference alone; if they are rotations, are the pairs that are "
-    "rotated and the frequencies laid out alike (halves or neighbours)?"
-)
 
 
 def assert_padding_invariant(
@@ -160,7 +155,7 @@ class _Trial:
             raise
         except Exception as error:
             given, total = self.subject.length, self.padding.total
-            if self.subject.has_queries or total <= given or holds(self._takes_as_many):
+            if self.subject.has_queries or total <= given or holds(lambda: self._runs("nothing")):
                 raise
             told_of = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -169,9 +164,9 @@ class _Trial:
                 f"{told_of}; pass a shorter sequence or a smaller amount="
             ) from error
 
-    def _takes_as_many(self) -> bool:
-        """Whether the module runs on as many tokens if it is told of no padding."""
-        self.subject.pad(self.padding, "nothing").run()
+    def _runs(self, told: Told) -> bool:
+        """Whether the subject runs at all if it is told this of its padding."""
+        self.subject.pad(self.padding, told).run()
         return True
 
     def check(self, sides: Sequence[_Trial], *, training: bool) -> None:
@@ -192,47 +187,50 @@ class _Trial:
         )
 
     def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:
-        """Try what else the output could be: that without a mask, or that with the opposite."""
-        felt = self._felt(got)
+        """Say what the attention inside does, or what else the output is like."""
+        subject, side, real = self.subject, self.padding.side, self.padded.judged()
+        inside, felt = None, self._felt(got)
+        if isinstance(subject, ModelSubject) and isinstance(self.padded, ModelSubject):
+            inside = Inside(self.padded)
+            if real is not None and (said := inside.why_queries_are_hidden(real)):
+                return said
         # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
         if (
             felt is not False
             and holds(lambda: self._alike(got, self.run("all real")))
-            and not (self.padding.side == "right" and self._acts_on_the_left())
+            and not (side == "right" and self._acts_on_the_left())
         ):
             return self._ignored()
         if holds(lambda: self._alike(self.run("opposite"), self.expected)):
             return (
                 "the mask is read as its opposite: the output is right where True and False change"
             )
-        side = self.padding.side
-        if not self.subject.has_queries and side == "left" and bool(got.isnan().any()):
+        if not subject.has_queries and side == "left" and bool(got.isnan().any()):
             return (
                 "nan spreads from the padding: under a causal mask padding on the left may see "
                 "nothing, and 0 * nan is nan"
             )
-        cause = self.subject.cause_of_padding(side, felt=felt)
-        if side == "left" and not felt and holds(self._is_rotated_by_more):
-            cause = _ROTATED
-        if any(holds(other.passes) for other in sides):
-            return f"only on the {side}: {cause}"
-        return cause if felt is False else None
+        only = any(holds(other.passes) for other in sides)
+        cause = None
+        if inside is not None and real is not None:
+            cause = self._cause_inside(inside, real, felt=felt)
+        if cause is None and (only or felt is False or (felt and inside is not None)):
+            cause = subject.cause_of_padding(side, felt=felt)
+        return f"only on the {side}: {cause}" if only and cause else cause
 
-    def _is_rotated_by_more(self) -> bool:
-        """Whether padding changes products of keys in the first layer, but no values."""
-        model, length = self.subject, self.padding.lengths[0]
-        assert isinstance(model, ModelSubject)
-        (module,), one = modules_in(model.model.module), model.samples(torch.tensor([0]))
-        found = []
-        runs: list[Callable[[], Any]] = [self.padded.run, lambda: one.run(one.inputs[:, :length])]
-        for run in runs:
-            with capture_attention(module, allow_unseen=True) as trace:
-                run()
-            tensors = (trace[0].key, trace[0].value)
-            found.append([t[:1, ..., -length:, :] for t in tensors if t is not None])
-        (moved, moved_values), (keys, values) = found
-        changed = differ(moved @ moved.mT, keys @ keys.mT, self.allowed)
-        return changed and not differ(moved_values, values, self.allowed)
+    def _cause_inside(self, inside: Inside, real: Tensor, *, felt: bool | None) -> str | None:
+        """Say what the attention of a model does with padding, or with other places."""
+        subject = self.subject
+        assert isinstance(subject, ModelSubject)
+        if subject.model.memory_argument is None and (said := subject.cause_of_mask()):
+            return said
+        if said := inside.why_padding_is_seen(real):
+            return said
+        if felt:
+            return inside.why_seen(real.unsqueeze(-2), real)
+        first = subject.samples(torch.tensor([0]))
+        alone = Inside(first.cut(range(self.padding.lengths[0])))
+        return inside.why_places_are_felt(alone) if self.padding.side == "left" else None
 
     def _alike(self, one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, self.allowed, self.padded.judged())

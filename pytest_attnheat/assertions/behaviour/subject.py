@@ -1,8 +1,8 @@
-"""Code under test: what the assertions ask of it, and what is the same for every kind of it.
+"""What is the same for every kind of code under test.
 
 A subject is an attention function (`functions`), which has the signature of
 `torch.nn.functional.scaled_dot_product_attention`, or a sequence model (`models`), which is given
-one sequence and returns one. The assertions speak to both through `Subject`.
+one sequence and returns one. Both have the same methods: `models.Subject` is either.
 
 Query heads that follow one another may share one head of keys and values: then `group` is how
 many share one; with 1, everything stays as it is, also without any heads.
@@ -10,187 +10,15 @@ many share one; with 1, everything stays as it is, also without any heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import identical, modules_in
 from pytest_attnheat.inputs import misuse
-
-if TYPE_CHECKING:
-    from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-    from pytest_attnheat.assertions.behaviour.visibility import (
-        Claim,
-        Padding,
-        Replacement,
-        Stated,
-        Told,
-    )
-
-
-class Subject(Protocol):
-    """Code under test, its inputs and how it is called.
-
-    Its *elements* are what an output may depend on: keys, each with its value, or tokens.
-    """
-
-    @property
-    def batch(self) -> int:
-        """How many samples there are; 0 for inputs without a leading dimension."""
-
-    @property
-    def length(self) -> int:
-        """How many elements there are."""
-
-    @property
-    def group(self) -> int:
-        """How many query heads share one head of keys and values."""
-
-    @property
-    def scale(self) -> float | None:
-        """What scores are multiplied by; None where that is not known."""
-
-    @property
-    def tensors(self) -> Mapping[str, Tensor]:
-        """What it is called with, by name: its inputs, and its mask if that has rows."""
-
-    @property
-    def ordered(self) -> str:
-        """What is put in another order by `reorder`, as the subject of a sentence."""
-
-    @property
-    def observer(self) -> str:
-        """What a row of its output is called."""
-
-    @property
-    def element(self) -> str:
-        """What an element is called."""
-
-    @property
-    def has_queries(self) -> bool:
-        """Whether queries are inputs of their own; else its elements are the rows of its output."""
-
-    @property
-    def is_tokens(self) -> bool:
-        """Whether its inputs are token ids, so that gradients are those of their embeddings."""
-
-    @property
-    def mask_argument(self) -> str | None:
-        """The keyword under which it is told of padding."""
-
-    # mypy takes this signature for any other.
-    def run(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Call it, with other tensors where they are given by name.
-
-        It is given copies of its own inputs and arguments, since it may write to them. If it may
-        be random, each call starts from its seed.
-        """
-
-    def given(self, **tensors: Tensor) -> Subject:
-        """The same with other tensors."""
-
-    def judged(self) -> Tensor | None:
-        """Which rows of its output mean something, boolean; None for all."""
-
-    def samples(self, which: Tensor) -> Subject:
-        """The same for some samples."""
-
-    def reorder(self, order: Tensor) -> Subject:
-        """The same with its elements in another order."""
-
-    def restore(self, output: Tensor, order: Tensor) -> Tensor:
-        """The output of a reordered subject as it should be in the order of before."""
-
-    def mistake(self, output: Tensor) -> str | None:
-        """Name the known defect of attention that gives this output, None if none is known."""
-
-    def cause_of_order(self, base: Tensor, allowed: float) -> str:
-        """Say why the order of elements may be felt.
-
-        Args:
-            base: Its output.
-            allowed: By what part of its size a row may change.
-        """
-
-    def claim(self, stated: Stated) -> tuple[Subject, Claim]:
-        """Return what its rows may see, and the same subject, told of its padding.
-
-        Raises:
-            TypeError: Something stated is of the wrong type.
-            ValueError: Something stated does not fit, or is not for this kind of subject.
-        """
-
-    def run_replaced(self, replaced: Replacement, *, seed: int) -> Tensor:
-        """The output (*leading, query_len, width), with something replaced."""
-
-    def gradient(self, observers: Sequence[Tensor]) -> list[Tensor]:
-        """How strongly the chosen observers depend on each element, (*leading of the keys, length).
-
-        Args:
-            observers: For each result, boolean (*leading, query_len).
-
-        Raises:
-            RuntimeError: The output is not differentiable.
-        """
-
-    def paddings(self, lengths: object, amount: int) -> list[tuple[Sequence[int], int]]:
-        """How many elements of each sample are real, and how many there are with padding.
-
-        Args:
-            lengths: How many tokens of each sample are real, as the caller gave them.
-            amount: How many elements of padding are added to the longest.
-        """
-
-    def check_padding(self, *, needs_mask: bool) -> None:
-        """Refuse one that cannot be padded.
-
-        Raises:
-            ValueError: It has to be told of its padding and cannot be, or is given arguments that
-                are as long as its inputs.
-        """
-
-    def pad(self, padding: Padding, told: Told = "truth") -> Subject:
-        """The same with padding."""
-
-    def takes_positions(self, side: Side) -> bool:
-        """Whether it is told the positions of its elements, where padding is on this side."""
-
-    def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
-        """The output without padding and what it is told of it: of a model of every sample alone.
-
-        Args:
-            lengths: How many tokens of each sample are real.
-            positions: Whether it is told the positions of its elements.
-        """
-
-    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
-        """The same output in the shape of that with padding, NaN where it means nothing."""
-
-    def name_padding(self, padding: Padding) -> str:
-        """Say what rows do that change with padding."""
-
-    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
-        """Name a row of the output with padding."""
-
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
-        """Say what to look at where padding on one side is wrong.
-
-        Args:
-            side: The side.
-            felt: Whether the output changes with what the padding holds; None for unknown.
-        """
-
-    def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
-        """Return itself if it takes `dropout_p`, None if only a module may know of dropout.
-
-        Args:
-            has_module: Whether it is or holds a module.
-        """
 
 
 def check_count(inputs: Sequence[object], assertion: str) -> None:

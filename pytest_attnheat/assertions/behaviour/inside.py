@@ -1,0 +1,208 @@
+"""What the attention inside a model does, in a call of which something is wrong.
+
+Each of these is told by what was captured in that very call. Where nothing was captured, or not
+all that may be attention was understood, nothing is said.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.assertions.behaviour.subject import differ, holds
+from pytest_attnheat.callables import modules_in
+from pytest_attnheat.capture.capturing import capture_attention
+from pytest_attnheat.capture.record import AttentionRecord, name_of
+
+_Says = TypeVar("_Says", bound=Callable[..., str | None])
+# Weights that are larger are no rounding.
+_FELT = 1e-5
+_ROTATED = (
+    "keys that are moved alike change their products with one another, and values do not change: "
+    "positions do not act by their difference alone; if they are rotations, are the pairs that are "
+    "rotated and the frequencies laid out alike (halves or neighbours)?"
+)
+
+
+def _careful(say: _Says) -> _Says:
+    """Say nothing where what was captured cannot be read: the failure itself is to be reported."""
+
+    @functools.wraps(say)
+    def said(*given: Any) -> str | None:
+        try:
+            return say(*given)
+        except Exception:  # weights may take too much memory, or masks be lost
+            return None
+
+    return cast(_Says, said)
+
+
+class Inside:
+    """The attention of a sequence with itself that a model performs in one call.
+
+    Attributes:
+        records: What was captured; nothing where some attention may have been missed.
+        into_linear: What its linear layers were given.
+    """
+
+    def __init__(self, subject: ModelSubject) -> None:
+        """Call it."""
+        self.into_linear: list[Tensor] = []
+        try:
+            self.records = self._look(subject)
+        except Exception:  # code that is compiled, or attention that takes too much memory
+            self.records = []
+        square = (subject.batch, subject.length, subject.length)
+        own = subject.model.memory_argument is None
+        self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
+
+    def _look(self, subject: ModelSubject) -> list[AttentionRecord]:
+        modules = modules_in(subject.model.module)
+        linear = [part for m in modules for part in m.modules() if isinstance(part, nn.Linear)]
+        handles = [part.register_forward_pre_hook(self._note) for part in linear]
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # the failure itself is to be reported
+                with capture_attention(modules[0], allow_unseen=True) as trace:
+                    subject.run()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [] if trace.unseen else list(trace)
+
+    def _note(self, module: nn.Module, given: tuple[object, ...]) -> None:
+        if given and isinstance(given[0], Tensor):
+            self.into_linear.append(given[0].detach())
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether anything is masked in it, as far as that was seen."""
+        return any(holds(lambda r=r: r.mask is not None) for r in self.records)  # type: ignore[misc]
+
+    @_careful
+    def why_seen(self, may_see: Tensor, judged: Tensor) -> str | None:
+        """Say what lets a token see what it must not, where the attention inside does not.
+
+        Args:
+            may_see: Boolean (batch, length, length).
+            judged: Boolean (batch, length): the tokens whose output means something.
+        """
+        forbidden = (~may_see & judged.unsqueeze(-1)).unsqueeze(1)
+        if not self._squares or not all(_hides(record, forbidden) for record in self._squares):
+            return None
+        for record in self._squares:
+            if record.output is not None and self._is_merged_wrongly(record.output):
+                return (
+                    f"heads are merged in the wrong order after attention in {name_of(record)}: "
+                    "its output goes on by a reshape without transpose(1, 2)"
+                )
+        count = len(self._squares)
+        each = "no attention inside" if count > 1 else f"attention in {name_of(self._squares[0])}"
+        does = "lets it be" if count > 1 else "does not let it be"
+        return f"{each} {does} seen: it is seen outside of attention"
+
+    def _is_merged_wrongly(self, output: Tensor) -> bool:
+        batch, _, length, _ = output.shape
+        wrong, right = (t.reshape(batch, length, -1) for t in (output, output.transpose(1, 2)))
+        given = [g.reshape(wrong.shape) for g in self.into_linear if g.numel() == wrong.numel()]
+        found = [any(torch.equal(g.to(t), t) for g in given) for t in (wrong, right)]
+        return found[0] and not found[1]
+
+    @_careful
+    def why_queries_are_hidden(self, real: Tensor) -> str | None:
+        """Say which attention hides rows in place of columns.
+
+        Args:
+            real: Boolean (batch, length), True where a token is no padding.
+        """
+        for record in self._squares:
+            if _hides_queries(record, real):
+                return (
+                    f"the mask is applied to queries in place of keys in {name_of(record)}: rows "
+                    "of padding are hidden, and its columns are not"
+                )
+        return None
+
+    @_careful
+    def why_padding_is_seen(self, real: Tensor) -> str | None:
+        """Say which attention does not hide padding; `real` is (batch, length)."""
+        for record in self._squares:
+            weights = record.weights.to(real.device)
+            padding = ~real[:, None, None, :] & real[:, None, :, None]
+            on_padding = weights.nan_to_num().masked_fill(~padding, 0.0)
+            share = float(on_padding.sum(-1).max())
+            if share < _FELT:
+                continue
+            least = on_padding.masked_fill(~padding, math.inf).amin(-1)
+            several = padding.sum(-1) > 1
+            alike = bool(
+                ((on_padding.amax(-1) - least) <= _FELT)[several.expand(least.shape)].all()
+            )
+            why = "no mask hides it there"
+            if bool(several.any()) and alike:
+                why = "each the same: the mask multiplies scores, or inputs; it must fill with -inf"
+            return (
+                f"padding gets up to {share:.2g} of the attention of a real token in "
+                f"{name_of(record)}, {why}"
+            )
+        return None
+
+    @_careful
+    def why_places_are_felt(self, alone: Inside) -> str | None:
+        """Say what changes in the first attention where tokens are at other places.
+
+        Args:
+            alone: The same tokens, the first sample alone, at the beginning.
+        """
+        if not self._squares or not alone._squares:
+            return None
+        moved, kept = (
+            _operands(r, alone._squares[0].shape[-1]) for r in (self._squares[0], alone._squares[0])
+        )
+        allowed = 1e-4
+        (query, key, value), (own_query, own_key, own_value) = moved, kept
+        if differ(value, own_value, allowed):
+            return None  # that of absolute positions
+        if differ(key @ key.mT, own_key @ own_key.mT, allowed):
+            return _ROTATED
+        if differ(query @ key.mT, own_query @ own_key.mT, allowed):
+            return (
+                "queries and keys that are moved alike change their scores, and values do not "
+                "change: are queries rotated by the positions that keys are rotated by?"
+            )
+        return (
+            "queries, keys and values of the first attention are the same at other places: it is "
+            "later that places are felt"
+        )
+
+
+def _operands(record: AttentionRecord, length: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of the last tokens of the first sample."""
+    query, key, value = record.query, record.key, record.value
+    assert query is not None
+    assert key is not None
+    assert value is not None
+    return query[:1, ..., -length:, :], key[:1, ..., -length:, :], value[:1, ..., -length:, :]
+
+
+def _hides(record: AttentionRecord, forbidden: Tensor) -> bool:
+    """Whether all that is forbidden, (batch, 1, length, length), is masked."""
+    mask = record.mask
+    return mask is not None and not bool((mask.to(forbidden.device) & forbidden).any())
+
+
+def _hides_queries(record: AttentionRecord, real: Tensor) -> bool:
+    """Whether rows of padding may see nothing, and real ones may see all padding."""
+    mask = record.mask
+    if mask is None:
+        return False
+    seen = mask.expand(record.shape).any(1).to(real.device)
+    of_padding = real.unsqueeze(-1) & ~real.unsqueeze(-2)
+    return bool(seen[of_padding].all()) and not bool(seen[~real].any())

@@ -1,0 +1,292 @@
+"""What plans give on one case, computed once for all plans that decide alike what matters on it.
+
+Most decisions of a plan are never looked at on a case: those about masks where there is no mask.
+And most that are looked at change nothing: blocks that are longer than the keys. So it is watched
+which decisions each step of a plan reads, and what it comes to. What two plans give is the same
+from the first step on at which all before came to the same.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.decisions import Change, Misreading
+from pytest_attnheat.attention.misreadings import in_order
+from pytest_attnheat.attention.plan import (
+    Case,
+    NotApplicable,
+    Outcome,
+    Plan,
+    Step,
+    carry_out,
+    directly,
+    misread,
+)
+from pytest_attnheat.attention.tolerance import answer_units
+
+# The decisions of a plan that differ from those of the correct one, by name.
+Decisions: TypeAlias = Mapping[str, Any]
+# Cases with more weights are large.
+_LARGE = 2000
+_USUAL: dict[str, Any] = {one.name: getattr(Plan(), one.name) for one in fields(Plan)}
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a plan gives on a case, and what judging it takes.
+
+    Attributes:
+        output: (batch, heads, query_len, value_dim)
+        largest_score: The largest score of each row, (batch, heads, query_len).
+        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
+        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
+    """
+
+    output: Tensor
+    largest_score: Tensor
+    ordinary: float | Tensor
+    unjudged: Tensor | None
+
+    def errors(
+        self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compare it with what was found, (batch, heads, query_len, value_dim).
+
+        Args:
+            found: An answer in float64.
+            dtype: The dtype that it was computed in.
+            least: The least part of a row by which it may be off.
+            most: The most.
+
+        Returns:
+            The error of each row as a part of its size and what rounding may do (see **Answers**
+            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
+            finite has the largest error that there is, 2; rows that are not judged have 0.
+        """
+        differs = found.isfinite() != self.output.isfinite()
+        off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
+        least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
+        error = off / torch.maximum(*sizes).clamp_(min=least_size)
+        error.masked_fill_(differs.any(-1), 2.0)
+        if self.unjudged is not None:
+            error.masked_fill_(self.unjudged, 0.0)
+        allowed = answer_units(dtype) * torch.finfo(dtype).eps * (2.0 + self.largest_score)
+        return error, allowed.clamp_(min=least, max=max(most, least))
+
+
+def expected(plan: Plan, case: Case, step: Step = directly) -> Expected | None:
+    """Carry out a plan, each step by `step`; None where it cannot be carried out."""
+    try:
+        result = carry_out(plan, case, step)
+    except NotApplicable:
+        return None
+    outcome: Expected = step(_judgeable, plan, case, result)
+    return outcome
+
+
+def _judgeable(plan: Plan, case: Case, result: Outcome) -> Expected:
+    largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
+    if plan.dim != "keys" or plan.merge != "transpose":
+        # A row of the output is not made by its own scores alone.
+        largest_score = torch.full_like(largest_score, float(largest_score.max()))
+    unjudged = None
+    if case.fully_masked == "undefined":
+        unjudged = ~case.seen.any(-1)
+    ordinary = float(finite(result.value).square().mean().sqrt())
+    return Expected(result.output, largest_score, ordinary, unjudged)
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Return a tensor with 0 in place of NaN and inf."""
+    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def rms(rows: Tensor) -> Tensor:
+    """Return the root of the mean square of each row."""
+    return rows.square().mean(-1).sqrt()
+
+
+def decisions_of(change: Change) -> Decisions:
+    """Return what a defect decides."""
+    plan = change(Plan())
+    return {name: getattr(plan, name) for name in _USUAL if getattr(plan, name) != _USUAL[name]}
+
+
+def together(first: Decisions, second: Decisions) -> dict[str, Any]:
+    """Return what is decided where the second comes on top of the first."""
+    both = {**first, **second}
+    for name in first.keys() & second.keys():
+        if isinstance(first[name], frozenset):
+            both[name] = first[name] | second[name]
+    return both
+
+
+def is_large(case: Case) -> bool:
+    """Return whether a case has so many weights that few plans are tried on it."""
+    return math.prod(case.shape) > _LARGE
+
+
+class _Node:
+    """A point in carrying out plans: which decision is read next, or that a step ends here."""
+
+    __slots__ = ("by_value", "ends", "name", "outcome", "reached", "then")
+
+    def __init__(self) -> None:
+        self.name: str | None = None
+        self.by_value: dict[Any, _Node] = {}
+        self.then: _Node | None = None  # where a step ends: the point of all that came to the same
+        self.reached: Any = None  # what that step came to, if it is kept
+        self.ends = False
+        self.outcome: Expected | None = None
+
+    def next(self, decided: Decisions) -> _Node | None:
+        """Return where a plan goes from here, None if that is not known."""
+        if self.name is None:
+            return self.then
+        return self.by_value.get(decided.get(self.name, _USUAL[self.name]))
+
+
+class _KnownError(Exception):
+    """What comes of a plan is known from here on."""
+
+
+class _Watched(Plan):
+    """A plan that tells which of its decisions are read."""
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        # A copy of it tells nothing: all was read to make it.
+        if name in _USUAL and (told := super().__getattribute__("__dict__").get("told")):
+            told(name, value)
+        return value
+
+
+class Outcomes:
+    """What plans give on a case.
+
+    Attributes:
+        case: The case.
+        healthy: What correct attention gives. What hardly differs from it is the same object.
+    """
+
+    def __init__(self, case: Case) -> None:
+        self.case = case
+        # What steps came to on long inputs takes too much room, but for those of correct attention.
+        self._keeps = not is_large(case)
+        self._root = _Node()
+        # By the step before and what it came to.
+        self._states: dict[tuple[int, int], _Node] = {}
+        self._known: dict[int, Expected] = {}
+        self._readings: dict[tuple[Case, Misreading], Case] = {}
+        self.healthy: Expected | None = None
+        self.healthy = self.of({})
+
+    def of(self, decided: Decisions) -> Expected | None:
+        """Return what a plan gives, None if it cannot be carried out; the same is one object."""
+        end = _end(self._root, decided)
+        return self._computed(decided) if end is None else end.outcome
+
+    def _computed(self, decided: Decisions) -> Expected | None:
+        """Carry out a plan, but for the steps that are known."""
+        node = last = self._root
+        seen = set[str]()
+
+        def told(name: str, value: Any) -> None:
+            nonlocal node
+            if name not in seen:
+                seen.add(name)
+                node.name = name
+                node = node.by_value.setdefault(value, _Node())
+
+        def step(function: Callable[..., Any], *arguments: Any) -> Any:
+            nonlocal node, last
+            known: _Node | None = node
+            while known is not None and known.then is None:
+                known = known.next(decided)
+            if known is not None and known.then is not None and known.then.reached is not None:
+                node = last = known.then
+                return node.reached
+            seen.clear()
+            reached = self._read_as(plan) if function is misread else function(*arguments)
+            same = id(last), _digest(reached)
+            node.then = self._states.setdefault(same, _Node())
+            node = last = node.then
+            if _end(node, decided) is not None:
+                raise _KnownError
+            if node.reached is not None:
+                return node.reached
+            if self._keeps or isinstance(reached, Case) or self.healthy is None:
+                node.reached = reached
+            return reached
+
+        plan = object.__new__(_Watched)
+        vars(plan).update(_USUAL, **decided, told=told)
+        try:
+            outcome = expected(plan, self.case, step)
+        except _KnownError:
+            return self.of(decided)
+        node.outcome, node.ends = self._one(outcome), True
+        return node.outcome
+
+    def _read_as(self, plan: Plan) -> Case:
+        """The case as a plan reads it, each misreading done once."""
+        case = self.case
+        for reading in in_order(plan.misread):
+            if (case, reading) not in self._readings:
+                self._readings[case, reading] = reading(case)
+            case = self._readings[case, reading]
+        return case
+
+    def _one(self, outcome: Expected | None) -> Expected | None:
+        if outcome is None:
+            return None
+        if self.healthy is not None and _equal(outcome, self.healthy):
+            return self.healthy
+        return self._known.setdefault(_digest(outcome), outcome)
+
+
+def _end(node: _Node | None, decided: Decisions) -> _Node | None:
+    """Where a plan ends up, None if that is not known."""
+    while node is not None and not node.ends:
+        node = node.next(decided)
+    return node
+
+
+kept_outcomes = lru_cache(maxsize=64)(Outcomes)
+
+
+def _digest(reached: object) -> int:
+    """A number that tells what was reached from all else, as long as that is kept."""
+    if isinstance(reached, Expected):
+        reached = reached.output, reached.largest_score
+    if isinstance(reached, Case):
+        reached = tuple(getattr(reached, one.name) for one in fields(Case) if one.name != "earlier")
+    if isinstance(reached, tuple):
+        return hash(tuple(map(_digest, reached)))
+    if isinstance(reached, Tensor):
+        return hash((reached.shape, reached.contiguous().numpy().tobytes()))
+    return hash(repr(reached))
+
+
+def _equal(one: Expected, other: Expected) -> bool:
+    if torch.equal(one.output, other.output):
+        return True
+    return torch.allclose(one.output, other.output, rtol=1e-9, atol=1e-12, equal_nan=True)
+
+
+def stacked(outcomes: Iterable[Expected]) -> Expected:
+    """Return several outcomes of a case as one, with a dimension before all others."""
+    some = list(outcomes)
+    return Expected(
+        torch.stack([one.output for one in some]),
+        torch.stack([one.largest_score for one in some]),
+        torch.tensor([one.ordinary for one in some], dtype=torch.float64)[:, None, None, None],
+        some[0].unjudged,
+    )

@@ -1,0 +1,113 @@
+"""What a specification says wrongly, or leaves unsaid: which other one would be right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
+from pytest_attnheat.contract.captured import causal_inside
+from pytest_attnheat.contract.examination import Check, Examination, Skipped
+from pytest_attnheat.contract.needs import undeclared
+from pytest_attnheat.contract.spec import AttentionSpec
+
+_MASKS = ({"mask": "keep"}, {"mask": "drop"})
+_LAYOUTS = ({"layout": "bhld"}, {"layout": "blhd"})
+_EMPTY_ROWS = ({"fully_masked": "zero"}, {"fully_masked": "uniform"}, {"fully_masked": "nan"})
+# What else may have been meant, by the check that fails where the declaration is wrong.
+_OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
+    "shape_and_dtype": _LAYOUTS,
+    "plain": (*_LAYOUTS, {"window": (None, 0)}),
+    "masked": _MASKS,
+    "no_leakage_through_mask": _MASKS,
+    "padding": _MASKS,
+    "causal_rectangular": ({"causal": "top_left"}, {"causal": "bottom_right"}, *_EMPTY_ROWS),
+    "fully_masked": (*_EMPTY_ROWS, *_MASKS),
+}
+_OF_BLOCKS: dict[str, tuple[dict[str, Any], ...]] = {
+    "no_leakage": ({"causal": None}, {"causal": "top_left"}),
+    "decoding": ({"causal": None},),
+    "attention_inside": ({"causal": None},),
+}
+# What the other declaration says, in words; of causality only where a block is judged.
+_WORDS = {
+    ("mask", "keep"): "True where a query may attend",
+    ("mask", "drop"): "True where a query must not attend",
+    ("window", (None, 0)): "it is always causal",
+    ("causal", None): "each output depends on the whole sequence, as in an encoder; if it is to "
+    "be causal, its mask is missing",
+}
+_DECODER = (
+    "no output depends on a later token, as in a decoder; if it is to be an encoder, some mask "
+    "hides too much"
+)
+
+
+def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
+    """What a specification leaves unsaid of parameters that look like a mask or causality."""
+    found = (undeclared(spec, "mask"), undeclared(spec, "causal"))
+    return tuple(text for text in found if text)
+
+
+def wrong_declaration(check: Check, examination: Examination) -> str:
+    """Say which other declaration would be right, if there is one, of a check that failed."""
+    spec = examination.spec
+    if _leaves_causal_aside(check, examination):
+        argument = spec.causal_argument
+        return (
+            f"wrong declaration: causal={spec.causal!r} is declared, but {argument}=True changes "
+            f"nothing, and no parameter is called {argument}: declare causal=None, or its "
+            "causal_argument"
+        )
+    for field, other in _others(check, spec):
+        declared = getattr(spec, field)
+        if declared == other or not _passes(check, examination, {field: other}):
+            continue
+        source = "declared" if field in spec.typed else "the default"
+        words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
+        return (
+            f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"
+            + (f": {words}" if words else "")
+        )
+    return ""
+
+
+def _others(check: Check, spec: AttentionSpec) -> Iterator[tuple[str, Any]]:
+    """What else may be declared; of a block that is causal inside, nothing about causality."""
+    if spec.is_block and spec.causal is not None and causal_inside(spec):
+        return
+    for changes in (_OF_BLOCKS if spec.is_block else _OTHERWISE).get(check.name, ()):
+        yield from changes.items()
+
+
+def _passes(check: Check, examination: Examination, changes: dict[str, Any]) -> bool:
+    """Whether a check passes with another declaration."""
+    spec = replace(examination.spec, **changes)
+    # A block that is not a decoder does not decode: whether it is one, leaks tell, and whether its
+    # attention is right for that, what is captured inside.
+    telling = [one for one in BLOCK_CHECKS if one.name in ("no_leakage", "attention_inside")]
+    for one in telling if spec.is_block else [check]:
+        try:
+            one.examine(replace(examination, spec=spec))
+        except Skipped:
+            if not spec.is_block:
+                return False
+        except Exception:  # neither is right
+            return False
+    return True
+
+
+def _leaves_causal_aside(check: Check, examination: Examination) -> bool:
+    """Whether the subject takes any keyword, and is_causal is one of those it does not know."""
+    spec = examination.spec
+    if check.name != "causal" or spec.is_block or spec.names(spec.causal_argument):
+        return False
+    try:
+        call = examination.case(sizes=(7, 7))
+        outputs = [spec.ask(replace(call, causal=causal)).output for causal in (False, True)]
+    except Exception:  # then that is what is wrong
+        return False
+    return torch.equal(*outputs)

@@ -1,0 +1,231 @@
+"""Checks in a process of their own: what crashes or hangs there fails, and the run goes on.
+
+There is one process for each subject, and a new one after a crash. It is forked where that is safe,
+so that any subject can be asked. Where there is a GPU, which no fork may use, a new Python is
+started, and the subject has to be one that it can import. The two talk through a pipe.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pytest_attnheat.attention.levels import Choice, Declared, Space, read, shrunk
+from pytest_attnheat.callables import accelerators, is_compiled
+from pytest_attnheat.contract.combinations import REPLAY, Replay
+from pytest_attnheat.contract.diagnosis import Diagnosis
+from pytest_attnheat.contract.examination import Check, Examination
+from pytest_attnheat.contract.running import KNOWN, Result
+from pytest_attnheat.contract.serving import serve
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.inputs import check_number, dtype_name, misuse
+
+# How long one call may take, in seconds, and a new Python to start.
+TIME_LIMIT, _START_LIMIT = 120.0, 300.0
+# After so many crashes with nothing between them that ran, no more is asked.
+_MOST_IN_A_ROW = 5
+# How many smaller calls are tried of one that crashed.
+_MOST_SMALLER = 30
+
+
+class _DiedError(Exception):
+    """The process ended, or was ended, before it answered; in words."""
+
+
+@dataclass
+class Isolated:
+    """Runs the checks of one subject in a process of its own; to be closed in the end.
+
+    Attributes:
+        spec: What is examined.
+        checks: The checks that may be run besides those of the package.
+        time_limit: How long one call may take, in seconds.
+    """
+
+    spec: AttentionSpec
+    checks: Sequence[Check] = ()
+    time_limit: float = TIME_LIMIT
+    _process: Any = None
+    _pipe: Any = None
+    _call: str = ""
+    _crashed: list[str] = field(default_factory=list)
+    _deadly: dict[str, str] = field(default_factory=dict)
+    _declared: dict[Any, Declared] = field(default_factory=dict)
+
+    def run(self, check: Check, examination: Examination, expected: str | None = None) -> Result:
+        """Run a check there, as `run_check` does here."""
+        shown = dtype_name(examination.dtype), str(examination.device)
+        result = Result(check.name, *shown, "failed")
+        if len(self._crashed) >= _MOST_IN_A_ROW:
+            return result.saying("skipped", f"not asked: it crashed in {', '.join(self._crashed)}")
+        replay = getattr(check.run, "__self__", None) if check.name == REPLAY else None
+        try:
+            self._space_of(examination)
+            found: Result = self._ask("run", examination, check.name, replay, expected)
+        except _DiedError as died:
+            self._crashed.append(check.name)
+            if expected is not None:
+                return result.saying("xfailed", expected)
+            return self._crash(result, examination, str(died))
+        if found.status != "skipped":
+            self._crashed.clear()
+        return found
+
+    def diagnosed(
+        self, examination: Examination, result: Result, *, search: bool = True
+    ) -> tuple[Diagnosis | None, str]:
+        """Diagnose there what failed, as `diagnosis_of` does here."""
+        try:
+            found: tuple[Diagnosis | None, str] = self._ask("diagnose", examination, result, search)
+        except _DiedError:  # the result says it
+            return None, ""
+        return found
+
+    def __enter__(self) -> Isolated:
+        """Be closed in the end."""
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        """Close it."""
+        self.close()
+
+    def start(self) -> None:
+        """Start the process; ValueError if its subject cannot be sent to it."""
+        forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+        forks = forks and not accelerators()
+        given: Any = (self.spec, self.checks, self._deadly)
+        try:
+            given = given if forks else pickle.dumps(given)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            got = f"{self.spec.name}, which cannot be sent to another process ({error})"
+            accepted = "a function or class at the top of a module, which another Python can import"
+            raise ValueError(misuse("isolate", got, accepted)) from None
+        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+        self._pipe, theirs = context.Pipe()
+        sent = (theirs, self._pipe if forks else None, given)
+        self._process = context.Process(target=serve, args=sent, daemon=True)
+        with warnings.catch_warnings():  # of a fork beside other threads, which it does without
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self._process.start()
+        theirs.close()
+        self._answer(_START_LIMIT)
+
+    def close(self) -> None:
+        """End the process, and all that it started."""
+        if self._process is not None:
+            self._pipe.close()
+            try:
+                os.killpg(self._process.pid, signal.SIGKILL)
+            except (AttributeError, OSError):  # it has ended, or has no group of its own
+                self._process.kill()
+            self._process.join()
+        self._process = self._pipe = None
+
+    def _ask(self, kind: str, examination: Examination, *told: Any) -> Any:
+        """Send a command, and return the answer."""
+        if self._process is None:
+            self.start()
+        with suppress(OSError):  # if it has ended, that is read from the pipe
+            self._pipe.send_bytes(pickle.dumps((kind, _parts(examination), told)))
+        return self._answer(self.time_limit)
+
+    def _answer(self, limit: float) -> Any:
+        """Return the next answer; each call that is drawn meanwhile may take its time."""
+        self._call, died = "", f"did not answer within {limit:g} s, its time_limit"
+        try:
+            while self._pipe.poll(limit):
+                kind, told = pickle.loads(self._pipe.recv_bytes())
+                if kind == "answer":
+                    return told
+                if kind == "fault":
+                    died = f"left its GPU unusable: {told}"
+                    break
+                self._call = told
+        except (EOFError, OSError):
+            self._process.join(limit)
+            died = _ending(self._process.exitcode)
+        self.close()
+        died = f"the subject {died}"
+        if self._call:
+            self._deadly[self._call] = died
+        raise _DiedError(died)
+
+    def _space_of(self, examination: Examination) -> Space:
+        """The calls that can be made; what crashes while that is found out can not be."""
+        parts = _parts(examination)
+        while parts not in self._declared and not self.spec.is_block:
+            try:
+                self._declared[parts] = self._ask("declared", examination)
+            except _DiedError:
+                if not self._call:
+                    raise
+        return Space(self._declared.get(parts, Declared()), {}, examination.seed)
+
+    def _crash(self, result: Result, examination: Examination, said: str) -> Result:
+        """The result of a crash, with the smallest call found that ends in the same way."""
+        replay, until, one = self._call, time.monotonic() + self.time_limit, replace(examination)
+
+        def ends(chosen: Choice) -> bool:
+            try:  # as long as one call may take
+                if time.monotonic() < until:
+                    self._ask("run", one, REPLAY, Replay.of(one.text(chosen)), None)
+            except _DiedError as died:
+                return str(died) == said
+            return False
+
+        try:
+            if replay and "did not answer" not in said:
+                vars(one)["space"] = self._space_of(one)
+                chosen = read(Replay.of(replay).levels, one.space)
+                replay = one.text(shrunk(chosen, ends, one.space, most=_MOST_SMALLER))
+        except (_DiedError, ValueError):  # not even that can be asked
+            pass
+        again = f'\n  repeat   --attn-replay="{replay}" --attn-isolate' if replay else ""
+        return replace(result.saying("failed", said), message=said + again, replay=replay)
+
+
+def _parts(examination: Examination) -> tuple[Any, ...]:
+    return examination.dtype, examination.device, examination.seed, examination.quick
+
+
+def _ending(code: int | None) -> str:
+    if code is None or code >= 0:
+        return f"ended its process with exit code {code}"
+    return f"ended its process: {signal.Signals(-code).name} ({signal.strsignal(-code)})"
+
+
+def isolated(
+    spec: AttentionSpec, checks: Sequence[Check], wanted: bool | None, time_limit: float
+) -> tuple[Isolated | None, str]:
+    """Return what runs the checks of a subject in a process of its own, or why nothing does.
+
+    Args:
+        spec: What is examined.
+        checks: The checks that are asked.
+        wanted: Whether it is to; None for what is compiled, if that can be sent.
+        time_limit: How long one call may take, in seconds.
+
+    Raises:
+        TypeError, ValueError: It is wanted and cannot be; or the limit is no positive number.
+    """
+    if not check_number(time_limit, "time_limit") > 0:
+        raise ValueError(misuse("time_limit", repr(time_limit), "seconds above 0"))
+    if spec.is_captured or not (is_compiled(spec.subject) if wanted is None else wanted):
+        return None, ""
+    found = Isolated(spec, [one for one in checks if one not in KNOWN], time_limit)
+    try:
+        found.start()
+    except ValueError as error:
+        if wanted:
+            raise
+        return None, f"it is compiled, and is not examined in a process of its own: {error}"
+    return found, ""

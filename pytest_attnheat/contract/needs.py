@@ -1,0 +1,135 @@
+"""What a check needs to be declared: the reason why it is skipped, or None."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from pytest_attnheat.assertions.behaviour.sequences import name_of_cache
+from pytest_attnheat.contract.asking import keyword_of, model_of
+from pytest_attnheat.contract.spec import AttentionSpec, Sound
+
+Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
+
+
+def all_of(*needs: Need) -> Need:
+    """Return the need for all of some: the reason is the first."""
+    return lambda spec: next((reason for need in needs if (reason := need(spec))), None)
+
+
+def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | None = None) -> Need:
+    """Return the need for what holds; the reason names a parameter that sounds like the field."""
+
+    def need(spec: AttentionSpec) -> str | None:
+        if holds(spec):
+            return None
+        return (undeclared(spec, field) if field else "") or reason
+
+    return need
+
+
+takes_mask = _need(lambda spec: spec.mask is not None, "it does not take a mask", "mask")
+takes_causal = _need(lambda spec: spec.takes_causal, "it does not take is_causal", "causal")
+takes_groups = _need(lambda spec: spec.grouped and spec.has_heads,
+                     "it is not declared to take grouped heads")  # fmt: skip
+takes_dropout = _need(lambda spec: spec.dropout, "it is not declared to take dropout_p")
+declares_fully_masked = _need(lambda spec: spec.fully_masked != "undefined",
+                              'fully_masked="undefined" declares nothing')  # fmt: skip
+returns_weights = _need(lambda spec: spec.returns not in ("output", "lse"),
+                        "it is declared to return no weights")  # fmt: skip
+returns_lse = _need(lambda spec: spec.returns == "lse", "it is declared to return no log-sum-exp")
+has_gradients = _need(lambda spec: spec.gradients and spec.rounded is None,
+                      "it is declared to have no gradients")  # fmt: skip
+
+
+def _always(spec: AttentionSpec, *names: str) -> bool:
+    """Whether a subject always does any of these; not where it takes a keyword of it."""
+    given = [getattr(spec, name) for name in names]
+    return any(not (one is None or isinstance(one, str) or (type(one) is int and not one))
+               for one in given)  # fmt: skip
+
+
+has_no_positions = _need(
+    lambda spec: (
+        not _always(spec, "window", "chunk", "may_see", "score_mod", "prefix", "sink_keys", "alibi")
+    ),
+    "padding on the left would move its positions",
+)
+
+
+def takes_option(name: str) -> Need:
+    """Return the need for a keyword of a feature, one of `OPTIONS`."""
+
+    def need(spec: AttentionSpec) -> str | None:
+        if keyword_of(spec, name) is not None:
+            return None
+        if getattr(spec, name, None) is not None:
+            return f"its own {name} are part of every call"
+        return f"it takes no {name}"
+
+    return need
+
+
+takes_float_mask = _need(
+    lambda spec: spec.mask in ("additive", "any"), "its mask is not declared to be of floats"
+)
+# By its alignment, or by a mask.
+decodes_in_chunks = _need(
+    lambda spec: (
+        not _always(spec, "may_see", "score_mod", "prefix")
+        and (
+            spec.causal == "bottom_right"
+            or (spec.mask is not None and not _always(spec, "window", "chunk", "alibi"))
+        )
+    ),
+    "a chunk cannot be told where it stands, or what it may see",
+)
+
+
+def is_causal_block(spec: AttentionSpec) -> str | None:
+    """Need a block that is causal, and whose cache can be used if it has one."""
+    if spec.causal is None:
+        return "it is not declared to be causal"
+    model = model_of(spec)
+    if model.decode is None and name_of_cache(model.module) is not None:
+        return "it has a cache, but SequenceModel(..., decode=) does not say how"
+    return None
+
+
+def takes_padding_mask(spec: AttentionSpec) -> str | None:
+    """Need a block that takes a mask."""
+    if model_of(spec).mask is not None:
+        return None
+    names = spec.sounding_like("mask")
+    if not names:
+        return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
+    return (
+        f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
+        f"mask_argument={names[0]!r})"
+    )
+
+
+def says_whether_it_has_positions(spec: AttentionSpec) -> str | None:
+    """Need a block that says whether order matters, and to which it does not matter anyway."""
+    if spec.causal is not None:
+        return "to a causal block the order of tokens matters in any case"
+    if model_of(spec).has_positions is None:
+        return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
+    return None
+
+
+_MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
+
+
+def undeclared(spec: AttentionSpec, field: Sound) -> str:
+    """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
+    is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
+    if is_declared or spec.is_block or spec.is_captured:
+        return ""
+    names = spec.sounding_like(field)
+    if not names or names == [getattr(spec, f"{field}_argument")]:
+        return ""  # or it is declared to be None
+    return (
+        f"it takes {names[0]}=, and the specification does not say what that means: "
+        f"AttentionSpec(..., {field}_argument={names[0]!r}, {field}=...), {_MEANINGS[field]}"
+    )

@@ -1,0 +1,283 @@
+"""Running checks: what one found, and what is said of it."""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+import torch
+
+from pytest_attnheat.assertions.behaviour import sequences
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
+from pytest_attnheat.attention.devices import names_of, resolve
+from pytest_attnheat.callables import is_compiled
+from pytest_attnheat.contract import asking
+from pytest_attnheat.contract.captured import diagnose_records, records_of
+from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
+from pytest_attnheat.contract.combinations import REPLAY
+from pytest_attnheat.contract.data import as_data
+from pytest_attnheat.contract.declarations import hints_of, wrong_declaration
+from pytest_attnheat.contract.diagnosing import diagnose
+from pytest_attnheat.contract.diagnosis import Diagnosis
+from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import dtype_name, misuse
+
+Status: TypeAlias = Literal["passed", "failed", "skipped", "xfailed"]
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one check found.
+
+    Attributes:
+        name: The name of the check.
+        dtype: The dtype, as a name.
+        device: The device, as a name.
+        status: `"passed"`, `"failed"`, `"skipped"` or `"xfailed"`.
+        message: Why it failed, the reason why it was skipped or expected to fail, or what is worth
+            a word where it passed.
+        declaration: What is wrongly declared, where that is why it failed.
+        reason: The message in one line: what does not hold, and the likely cause.
+        replay: The smallest call that still goes wrong, as `check_attention(replay=...)` takes it;
+            empty where that is no call of its own.
+        failure: What the check raised, where that is a failure with fields.
+    """
+
+    name: str
+    dtype: str
+    device: str
+    status: Status
+    message: str = ""
+    declaration: str = ""
+    reason: str = ""
+    replay: str = ""
+    failure: Failure | None = None
+
+    def saying(self, status: Status, message: str) -> Result:
+        """Return it with another status, and a message whose first line is the reason."""
+        reason = message.partition("\n")[0]
+        return replace(self, status=status, message=message, reason=reason)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain data; of a failure, its numbers as well."""
+        names = [one.name for one in fields(self) if one.name != "failure"]
+        numbers = ("claim", "cause", "broken", "of", "worst", "first", "tolerance", "cases")
+        told = {name: getattr(self.failure, name, None) for name in numbers}
+        said = as_data({name: getattr(self, name) for name in names} | told)
+        counts = getattr(self.message, "counts", None)  # of pairs, say
+        return {"check": said.pop("name"), **said, "counts": counts}
+
+
+def diagnosis_of(
+    spec: AttentionSpec, result: Result, seed: int = 0, *, search: bool = True
+) -> tuple[Diagnosis | None, str]:
+    """Diagnose what failed, and say what is known of attention in the call of a block that failed.
+
+    Args:
+        spec: What is claimed.
+        result: What failed.
+        seed: Where inputs are drawn from.
+        search: Whether to look for what attention in a block is instead, if it is wrong.
+
+    Returns:
+        The diagnosis, None of what answers nothing at all; and the sentence.
+    """
+    failure = result.failure
+    again = None if failure is None else failure.again
+    if result.name == REPLAY:  # nothing but that call is made
+        return None, ""
+    try:
+        if not spec.is_block:
+            return diagnose(spec, seed=seed), ""
+        if result.name == "attention_inside":
+            return diagnose_records(spec, search=search), ""
+        if again is None:
+            said = result.name == "call" or (failure is not None and failure.broken is None)
+            return None, "" if said else "not captured: it is not one call that failed"
+        called = getattr(again, "__self__", None)
+        if not isinstance(called, ModelSubject) or called.real is not None:
+            spec = _anywhere(spec)  # else it was called on its inputs
+        # What a query gives that sees nothing means nothing here: it is padding itself.
+        for declared in dict.fromkeys((spec.fully_masked, "zero", "uniform", "nan")):
+            found = diagnose_records(replace(spec, fully_masked=declared), again, search=False)
+            if found.healthy:
+                return found, _inside(found, spec)
+        found = diagnose_records(spec, again, search=search)
+    except Exception as error:  # a subject may raise anything; the checks tell what
+        return None, f"nothing was judged in the call that failed: {error}" * spec.is_block
+    return found, _inside(found, spec)
+
+
+def _anywhere(spec: AttentionSpec) -> AttentionSpec:
+    """What is declared that holds wherever positions begin, and however long a call is."""
+    causal = None if spec.prefix else spec.causal
+    window = None if spec.sink_keys else spec.window
+    return replace(
+        spec, causal=causal, window=window, chunk=None, prefix=0, sink_keys=0, may_see=None,
+        documents=None,
+    )  # fmt: skip
+
+
+# Of a compiled block; capturing sets compiled code aside.
+TWO_CODES = "attention inside was captured in the eager code, which is not the compiled code"
+
+
+def _inside(found: Diagnosis, spec: AttentionSpec) -> str:
+    """Say of the call that failed whether attention in it is right, and where to look if it is."""
+    words = found.sentence if found.healthy else f"in the call that failed: {found.sentence}"
+    if found.healthy and not found.refused:
+        words = (
+            f"in the call that failed, {words}: what is wrong happens outside of it: in the mask "
+            "it was given, where heads are split or merged, or before or after attention"
+        )
+    elif found.healthy:
+        words = f"in the call that failed, {words}; not judged: {', '.join(found.refused)}"
+    return words + (f" ({TWO_CODES})" if is_compiled(spec.subject) else "")
+
+
+# All checks of the package.
+KNOWN = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS)
+
+
+def checks_of(
+    spec: AttentionSpec, given: Sequence[Check] | None = None, *, quick: bool = False
+) -> tuple[Check, ...]:
+    """Return the checks that a specification is asked: those that are given, or all of its kind.
+
+    Raises:
+        TypeError: Something else than checks is given.
+        ValueError: None are given.
+    """
+    if given is None:
+        known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
+        return tuple(check for check in known if check.quick or not quick)
+    accepted = "one or more checks, as Check(name, sentence, function), or None for all"
+    if not all(isinstance(one, Check) for one in given):
+        raise TypeError(misuse("checks", repr(given), accepted))
+    if not given:
+        raise ValueError(misuse("checks", repr(given), accepted))
+    return tuple(given)
+
+
+def examinations_of(
+    spec: AttentionSpec,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    devices: Sequence[str] | None = None,
+    dtypes: Sequence[str] | None = None,
+) -> list[Examination]:
+    """Return an examination for each dtype and device of a specification.
+
+    Args:
+        spec: What is claimed.
+        quick: Take the first of the dtypes alone.
+        seed: Where the inputs are drawn from.
+        devices: The names of devices, in place of those that are declared or else present.
+        dtypes: Which of the declared dtypes to take; all by default. What is examined as it was
+            captured, or with inputs of its own, has one dtype.
+    """
+    if devices is None:
+        devices = ["cpu"] if spec.is_captured else spec.devices or names_of(("auto",))
+    if spec.inputs is not None:
+        own = [spec.inputs.dtype if spec.inputs.is_floating_point() else torch.float32]
+    elif spec.is_captured:
+        own = [next((record.dtype for record in records_of(spec)), torch.float32)]
+    else:
+        taken = [name for name in spec.dtypes if dtypes is None or name in dtypes]
+        own = [getattr(torch, name) for name in taken[: 1 if quick else None]]
+    return [
+        Examination(spec, dtype, torch.device(name), seed, quick)
+        for name in devices
+        for dtype in own
+        if not (name.startswith("mps") and dtype == torch.float64)  # there is none of it there
+    ]
+
+
+def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
+    """Run one check; whatever the subject raises is an answer."""
+    dtype, device = dtype_name(examination.dtype), str(examination.device)
+    result = Result(check.name, dtype, device, "passed")
+    try:
+        resolve(device)
+    except LookupError as absent:
+        return result.saying("skipped", str(absent))
+    try:
+        if unmet := examination.spec.unmet:
+            raise Skipped(unmet)
+        note = check.examine(examination)
+    except Skipped as reason:
+        return result.saying("skipped", str(reason))
+    except Exception as error:  # the code under test may raise anything
+        if is_refusal(error):
+            return result.saying("skipped", f"the subject refuses: {error}")
+        if expected is not None:
+            return result.saying("xfailed", expected)
+        declaration = wrong_declaration(check, examination)
+        result = replace(result, declaration=declaration, replay=getattr(error, "replay", ""))
+        return _failed(result, error, examination)
+    return replace(result, message=note or "")
+
+
+def _failed(result: Result, error: Exception, examination: Examination) -> Result:
+    if isinstance(error, Failure):
+        reason = "; ".join(part for part in (error.headline, error.cause) if part)
+        # Its traceback would keep every tensor of the call.
+        kept = error.with_traceback(None)
+        return replace(result, status="failed", message=str(error), reason=reason, failure=kept)
+    if isinstance(error, AssertionError) and not _is_of_subject(error):
+        return result.saying("failed", "\n".join([str(error), *_notes(error)]))
+    raised = result.saying("failed", _raised(error, examination))
+    # What a specification leaves unsaid may be why a call went wrong.
+    hints = hints_of(examination.spec) if isinstance(error, TypeError) else ()
+    said = "; ".join([raised.message, *hints])
+    return replace(raised, message="\n".join([said, *_notes(error)]))
+
+
+def _notes(error: Exception) -> list[str]:
+    """What was noted of an error on its way up: which call raised it, and how to repeat it."""
+    return [f"  {line}" for note in getattr(error, "__notes__", ()) for line in note.splitlines()]
+
+
+def _raised(error: Exception, examination: Examination) -> str:
+    """Say what was raised in the place of an answer, in words of a specification."""
+    if isinstance(error, ValueError) and _is_random(examination):
+        return examination.in_training() or (
+            "it gives another output at each call, so that no comparison means anything: dropout "
+            "that is always on?"
+        )
+    said = str(error)
+    if not said and isinstance(error, AssertionError):  # a bare assert: its line says what it wants
+        said = traceback.extract_tb(error.__traceback__)[-1].line or ""
+    return f"it raised {type(error).__name__}: {said}{_place(error, examination.spec)}"
+
+
+def _is_of_subject(error: AssertionError) -> bool:
+    """Whether the subject raised it, and not a check."""
+    callers = (asking.__file__, sequences.__file__)
+    return any(frame.filename in callers for frame in traceback.extract_tb(error.__traceback__))
+
+
+def _place(error: Exception, spec: AttentionSpec) -> str:
+    """The innermost line of the subject's own file that the error came from."""
+    subject = spec.subject if spec.is_captured else getattr(spec.subject, "module", spec.subject)
+    try:
+        file = inspect.getfile(subject if inspect.isfunction(subject) else type(subject))
+    except TypeError:  # it was written in another language
+        return ""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f" ({Path(file).name}:{frames[-1].lineno})" if frames else ""
+
+
+def _is_random(examination: Examination) -> bool:
+    try:
+        first, second = examination.answer(), examination.answer()
+    except Exception:  # then that is what is wrong
+        return False
+    return not torch.equal(first.nan_to_num(), second.nan_to_num())

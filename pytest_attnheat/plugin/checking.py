@@ -1,0 +1,263 @@
+"""Checks as pytest calls them, and what the checks of one implementation share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import dtype_name
+from pytest_attnheat.plugin.settings import (
+    ISOLATED,
+    SETTINGS,
+    chosen_devices,
+    device_of_test,
+    end_processes,
+)
+from pytest_attnheat.plugin.summary import DIAGNOSIS_DRAWN
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.combinations import Replay
+    from pytest_attnheat.contract.examination import Check, Examination
+    from pytest_attnheat.contract.isolated import Isolated
+    from pytest_attnheat.contract.running import Result
+    from pytest_attnheat.contract.spec import AttentionSpec
+    from pytest_attnheat.heatmaps.figure import HeatmapFigure
+
+
+def calls_of(
+    config: pytest.Config,
+    spec: AttentionSpec,
+    expected: Mapping[str, str],
+    checks: Sequence[Check] | None,
+    *,
+    quick: bool,
+) -> Iterator[CheckCall]:
+    """Make the calls of the checks of one implementation."""
+    from pytest_attnheat.contract.running import checks_of
+
+    call = replayed(config)
+    examined = _Examined(config, spec, checks)
+    examinations, unselected = examined.examinations(quick=quick and not (call and call.dtype))
+    asked = checks_of(spec, checks, quick=quick)
+    if call is not None:
+        examinations, asked = call.among(examinations), (call.check,)
+    for examination in examinations:
+        for check in asked:
+            reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
+            yield CheckCall(examined, check, examination, reason, unselected)
+
+
+def replayed(config: pytest.Config) -> Replay | None:
+    """The call that `--attn-replay` names."""
+    from pytest_attnheat.contract.combinations import Replay
+
+    try:
+        text = config.getoption("attn_replay")
+        return None if text is None else Replay.of(text)
+    except ValueError as error:
+        raise pytest.UsageError(f"--attn-replay: {error}") from None
+
+
+class CheckCall:
+    """One check of one implementation, in one dtype and on one device, to be called.
+
+    Attributes:
+        name: What it is called in test ids.
+        result: What it found; as long as it was not called, why it is skipped, or nothing.
+    """
+
+    def __init__(
+        self,
+        examined: _Examined,
+        check: Check,
+        examination: Examination,
+        expected: str | None,
+        unselected: str,
+    ) -> None:
+        from pytest_attnheat.contract.running import Result
+
+        dtype, device = dtype_name(examination.dtype), str(examination.device)
+        self._place = dtype if device == "cpu" else f"{dtype}-{device}"
+        self.name = f"{examination.spec.name}-{check.name}-{self._place}"
+        self.result = Result(check.name, dtype, device, "skipped", reason=unselected)
+        self._examined, self._check, self._examination = examined, check, examination
+        self._expected, self._inside = expected, ""
+
+    def __call__(self) -> None:
+        """Check it; fails, skips or xfails the test."""
+        __tracebackhide__ = True
+        if self.result.reason:
+            pytest.skip(self.result.reason)
+        name = str(self._examination.device)
+        self.result = replace(self.result, reason=f"the device {name} is absent")
+        device = device_of_test(self._examined.config, name)
+        examination = replace(self._examination, device=device)
+        self.result = result = self._examined.run(self._check, examination, self._expected)
+        if result.status == "skipped":
+            pytest.skip(result.message)
+        if result.status == "xfailed":
+            pytest.xfail(result.message)
+        if result.status == "failed":
+            raise self._failure(examination)
+
+    def _failure(self, examination: Examination) -> FailedCheckError:
+        """The error: what does not hold, the diagnosis, and the check's own message."""
+        declaration = self.result.declaration
+        diagnosis, draw, self._inside = self._examined.diagnosed(examination, self.result)
+        claim = declaration or f"not so: {self._check.sentence}"
+        # A wrong declaration says where to look itself.
+        outside = "" if declaration else self._inside
+        text = "\n\n".join(part for part in (diagnosis, outside, self.result.message) if part)
+        return FailedCheckError(self._check.name, claim, text, draw)
+
+    @property
+    def verdict(self) -> dict[str, Any]:
+        """What it found, in words and numbers alone."""
+        result = self.result.as_dict() | {"inside": self._inside}
+        return {**self._examined.told, "place": self._place, "result": result}
+
+    def __repr__(self) -> str:
+        """Name the check, as a test id does."""
+        return f"<check {self.name}>"
+
+
+class FailedCheckError(Failure):
+    """A check that failed; the first of an implementation has the diagnosis, and draws it."""
+
+    # Tests show it by its name alone, as they do pytest's own.
+    __module__ = "builtins"
+
+    def __init__(
+        self, check: str, claim: str, text: str, draw: Callable[[], HeatmapFigure] | None
+    ) -> None:
+        super().__init__(check, claim, draw=draw, drawn=DIAGNOSIS_DRAWN)
+        self._text = text
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Be found again by a function: there is no such class in builtins."""
+        return _failed_check, self.args, super().__reduce__()[2]
+
+    @property
+    def headline(self) -> str:
+        """What does not hold."""
+        return self.claim
+
+    def __str__(self) -> str:
+        """Say all of it: the headline, the diagnosis, and the check's own message."""
+        return f"{self.headline}\n\n{self._text}"
+
+
+def _failed_check(*args: Any) -> FailedCheckError:
+    """Make the error anew, without its fields."""
+    return FailedCheckError.__new__(FailedCheckError, *args)
+
+
+class _Examined:
+    """What all checks of one implementation share.
+
+    Attributes:
+        config: The configuration of the run.
+        spec: What is claimed.
+        checks: The checks that are asked; None for all of its kind.
+        told: What each verdict says of it, in words and numbers alone.
+    """
+
+    def __init__(
+        self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check] | None
+    ) -> None:
+        from pytest_attnheat.contract.data import spec_data
+        from pytest_attnheat.contract.declarations import hints_of
+
+        self.config, self.spec, self.checks = config, spec, checks
+        self.told: dict[str, Any] = {"subject": spec.name, "hints": list(hints_of(spec))}
+        if config.getoption("attn_json"):
+            self.told["spec"] = spec_data(spec)
+
+    def run(self, check: Check, examination: Examination, expected: str | None) -> Result:
+        """Run a check, here or in a process of its own."""
+        from pytest_attnheat.contract.running import run_check
+
+        worker = self._worker
+        run = run_check if worker is None else worker.run
+        return run(check, examination, expected)
+
+    @cached_property
+    def _worker(self) -> Isolated | None:
+        """The process of the subject, if it has one; that of another subject is ended."""
+        from pytest_attnheat.contract.isolated import isolated
+
+        end_processes(self.config)
+        wanted = self.config.getoption("attn_isolate") or None
+        limit = self.config.stash[SETTINGS].time_limit
+        try:
+            worker, hint = isolated(self.spec, self.checks or (), wanted, limit)
+        except ValueError as error:
+            pytest.fail(str(error), pytrace=False)
+        self.told["hints"] += [hint] if hint else []
+        if worker is not None:
+            self.config.stash[ISOLATED].append(worker)
+        return worker
+
+    def diagnosed(
+        self, examination: Examination, result: Result
+    ) -> tuple[str, Callable[[], HeatmapFigure] | None, str]:
+        """The diagnosis and what draws it, the first time, then its sentence alone.
+
+        And what is known of attention in the call of a block that failed.
+        """
+        sentence = self.told.get("diagnosis", "")
+        shown = sentence and f"diagnose: {sentence}"
+        if "diagnosis" in self.told and not self.spec.is_block:
+            return shown, None, ""
+        from pytest_attnheat.contract.data import diagnosis_data
+        from pytest_attnheat.contract.running import diagnosis_of
+
+        search, worker = not sentence, self._worker
+        if worker is None:
+            diagnosis, inside = diagnosis_of(self.spec, result, search=search)
+        else:
+            diagnosis, inside = worker.diagnosed(examination, result, search=search)
+        self.told = {"diagnosis": "", "named": False} | self.told
+        if sentence or diagnosis is None or diagnosis.healthy:
+            return shown, None, inside
+        self.told |= {"diagnosis": diagnosis.sentence, "named": bool(diagnosis.defects)}
+        if "spec" in self.told:
+            self.told["diagnosed"] = diagnosis_data(diagnosis)
+        draw = None if diagnosis.expected_weights is None else diagnosis.draw
+        return str(diagnosis), draw, inside
+
+    def examinations(self, *, quick: bool) -> tuple[list[Examination], str]:
+        """Its examinations on the selected devices and in the selected dtypes.
+
+        If nothing that is declared is selected, one of the others, and why it is skipped: a test
+        without any checks would vanish.
+        """
+        from pytest_attnheat.contract.running import examinations_of
+
+        settings = self.config.stash[SETTINGS]
+        given = self.config.getoption("attn_dtype") is not None
+        devices = names = chosen_devices(self.config)
+        declared = ("cpu",) if self.spec.is_captured else self.spec.devices
+        if declared is not None:
+            by_name = settings.devices not in (("auto",), ("all",))
+            devices = _in_both(declared, names) if by_name else list(declared)
+        dtypes = settings.dtypes if given else None
+        examinations = examinations_of(self.spec, quick=quick, devices=devices, dtypes=dtypes)
+        if examinations:
+            return examinations, ""
+        return examinations_of(self.spec, quick=True, devices=["cpu"]), (
+            f"selected are {', '.join(names)} and {', '.join(settings.dtypes)}, but it is declared "
+            f"for {', '.join(declared or names)} and {', '.join(self.spec.dtypes)}"
+        )
+
+
+def _in_both(declared: Sequence[str], chosen: Sequence[str]) -> list[str]:
+    """The devices that two lists name; of "cuda" and "cuda:1", the one with a number."""
+    pairs = [sorted((one, other), key=len) for one in declared for other in chosen]
+    found = [exact for kind, exact in pairs if kind in (exact, exact.partition(":")[0])]
+    return list(dict.fromkeys(found))
