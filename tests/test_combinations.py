@@ -317,7 +317,7 @@ def test_the_option_replaces_all_checks_by_that_call(pytester):
 def test_the_option_refuses_what_is_no_call(pytester):
     pytester.makepyfile(test_it=SUBJECTS)
     result = pytester.runpytest("--attn-replay=dtype=float8")
-    result.stdout.fnmatch_lines(["*--attn-replay: replay: got 'dtype=float8'; accepted is *"])
+    result.stderr.fnmatch_lines(["*--attn-replay: replay: got 'dtype=float8'; accepted is *"])
     result = pytester.runpytest("--attn-replay=softcap=True", "-rs")
     assert result.parseoutcomes() == {"skipped": 2}
     result.stdout.fnmatch_lines(["SKIPPED *replay: got 'softcap=True'; accepted is feature=level*"])

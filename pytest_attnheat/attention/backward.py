@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -117,6 +118,8 @@ _FORWARD_ALONE = (
 # What a backward pass computes the weights from once more, and what it subtracts.
 _AGAIN = (("saved", "saved"), ("own", "saved"), ("own", "own"))
 _ONE = torch.ones((), dtype=torch.float64)
+# Above so many scores, attempts would take longer than a few seconds: each has several products.
+_MOST_SCORES = 2**16
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,6 +134,7 @@ class Saved:
         lse: The logarithm of the sum of each row, (batch, heads, query_len, 1).
         kept: What dropout does to each weight, (batch, heads, query_len, key_len), or 1.
         right: The row term D, (batch, heads, query_len, 1).
+        allowed: By which part of its size a row of a gradient may be off by rounding.
     """
 
     call: Call
@@ -140,6 +144,7 @@ class Saved:
     lse: Tensor
     kept: Tensor
     right: Tensor
+    allowed: float
 
     @classmethod
     def of(cls, call: Call, kept: Tensor | None) -> Saved:
@@ -152,7 +157,11 @@ class Saved:
             lse = torch.logaddexp(lse, case.sinks.double()[:, None, None].expand_as(lse))
         drop = _ONE if kept is None else kept.double().view(case.shape)
         output = finite(forward.weights * drop) @ forward.value
-        return cls(call, case, above, forward, lse, drop, (above * output).sum(-1, keepdim=True))
+        right = (above * output).sum(-1, keepdim=True)
+        largest = 2 + float(finite(_masked(forward)).abs().max())
+        units = answer_units(case.dtype) * torch.finfo(case.dtype).eps * largest
+        allowed = min(max(answer_tolerance(case.dtype), units), MOST_ALLOWED)
+        return cls(call, case, above, forward, lse, drop, right, allowed)
 
 
 def _masked(outcome: Outcome) -> Tensor:
@@ -178,7 +187,7 @@ def likely_backward_mistake(
         kept: What dropout did to each weight, (..., query_len, key_len): it became 0, or was
             divided by 1 - p.
     """
-    if too_large(call) or call.upstream is None or call.rounded:
+    if too_large(call, _MOST_SCORES) or call.upstream is None or call.rounded:
         return None
     found = {name: one.detach().cpu().double() for name, one in gradients.items()}
     with torch.no_grad():
@@ -231,9 +240,6 @@ def _off(
     attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Saved
 ) -> dict[str, tuple[float, bool]]:
     """By how much each gradient that was found differs, and whether by rounding alone."""
-    dtype, scores = saved.case.dtype, finite(_masked(saved.forward))
-    units = answer_units(dtype) * torch.finfo(dtype).eps * (2 + float(scores.abs().max()))
-    allowed = min(max(answer_tolerance(dtype), units), MOST_ALLOWED)
     compared = {}
     for name, one in found.items():
         rows = one.reshape(-1, *one.shape[-1:])
@@ -243,25 +249,38 @@ def _off(
             continue
         error, size = rms(finite(rows - exact)), finite(exact)
         least = size.square().mean().sqrt()
-        fits = bool((error <= allowed * rms(size).clamp(min=float(least))).all())
+        fits = bool((error <= saved.allowed * rms(size).clamp(min=float(least))).all())
         compared[name] = float(error.square().mean().sqrt()), fits
     return compared
 
 
 def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
     """What each known mistake gives: of the backward pass alone, or of the weights in it."""
-    every: list[tuple[str, Plan]] = [*attempts(saved.case, BACKWARD, BackwardPlan())]
+    every = [(s, _felt(plan, saved)) for s, plan in attempts(saved.case, BACKWARD, BackwardPlan())]
     right = Plan()
     for sentence, plan in attempts(saved.case):
         # What a backward pass may do wrong as well, and does otherwise on this call.
         if plan != right and all(getattr(plan, n) == getattr(right, n) for n in _FORWARD_ALONE):
             every += [(sentence, _started(plan, *how)) for how in _AGAIN]
-    for sentence, plan in every:
-        assert isinstance(plan, BackwardPlan)
-        try:
-            yield sentence, plan, carried_back(plan, saved)
-        except NotApplicable:
-            continue
+    for sentence, again in dict.fromkeys(every):
+        if again != BackwardPlan():
+            with suppress(NotApplicable):
+                yield sentence, again, carried_back(again, saved)
+
+
+def _felt(plan: Plan, saved: Saved) -> BackwardPlan:
+    """The plan of a backward pass without what changes nothing on a call."""
+    assert isinstance(plan, BackwardPlan)
+    case, usual = saved.case, BackwardPlan()
+    missing = {
+        ("group_sum",): case.group == 1,
+        ("bias_sum",): case.bias is None,
+        ("score_slope",): case.softcap is None and case.score_mod is None,
+        ("skipped_block",): not case.hides,
+        ("kept_of_scores", "kept_of_values"): saved.kept.ndim == 0,
+    }
+    names = [name for some, gone in missing.items() if gone for name in some]
+    return replace(plan, **{name: getattr(usual, name) for name in names})
 
 
 def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
