@@ -131,9 +131,9 @@ def listed(named: Sequence[str]) -> str:
     return ", or ".join([*named[:MOST_NAMED], *rest])
 
 
-def too_large(call: Call, most: int = _MOST_SCORES) -> bool:
+def too_large(call: Call) -> bool:
     """Return whether no mistake is looked for: it would take too long, or is elsewhere."""
-    if call.maps * call.query_len * call.key_len > most:
+    if call.maps * call.query_len * call.key_len > _MOST_SCORES:
         return True
     # Functions may hold tensors of that device.
     return call.query.device.type != "cpu" and bool(call.may_see or call.score_mod)
