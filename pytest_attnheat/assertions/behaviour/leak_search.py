@@ -95,8 +95,10 @@ class Search:
                 "check; say causal=, lengths=, documents= or may_see=, or pass a larger batch"
             )
         rows, entries = self._watched.shape[-1], self._watched[..., 0].numel()
-        # All together is to cost no more than some twelve forward passes of a large model.
-        self._passes, self._backward = passes, 0 if subject.has_queries else -(-passes // 4)
+        # All together is to cost no more than some twelve forward passes of a large model: one pass
+        # in four of it is a backward pass.
+        self._backward = 0 if subject.has_queries else passes // 4
+        self._passes = passes - self._backward
         if subject.is_cheap:
             each = subject.has_queries and rows <= _MOST_PASSES
             wanted = rows if each else -(-rows // entries)
@@ -155,6 +157,8 @@ class Search:
             ValueError: It is not differentiable, and that is not optional.
         """
         blind: Fault | None = None
+        if "gradient" not in methods:
+            self._passes, self._backward = self._passes + self._backward, 0
         hidden = [] if set(methods) == {"gradient"} else self._hidden()
         tally = _Tally(self, [*self._others(), *hidden] if "perturbation" in methods else [])
         if "perturbation" in methods:
