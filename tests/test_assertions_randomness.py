@@ -185,7 +185,7 @@ def test_a_module_in_training_mode_is_refused_without_dropout():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", [sdpa, plain], ids=["torch", "plain"])
 def test_dropout_of_weights_passes_in_every_dtype(function, dtype):
-    for seed, p in enumerate((0.05, 0.1, 0.5, 0.9)):
+    for seed, p in enumerate((0.05, 0.9)):
         inputs = qkv(seed=10 * seed, dtype=dtype)
         assert_deterministic(function, *inputs, dropout=p, seed=seed, runs=100)
     assert_deterministic(function, *inputs, dropout=0.1, is_causal=True)
@@ -383,7 +383,7 @@ def test_weights_that_are_dropped_together_or_never_together_are_told(drop, lag,
 @pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"mask": True}], ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 def test_of_a_large_input_a_part_is_enough(arguments, group):
-    query, key, value = qkv(2, 8, 600, 600)
+    query, key, value = qkv(2, 8, 300, 300)
     calls = []
 
     def attention(query, key, value, **given):
@@ -391,7 +391,7 @@ def test_of_a_large_input_a_part_is_enough(arguments, group):
         return sdpa(query, key, value, **given)
 
     if arguments.pop("mask", False):
-        arguments = {"attn_mask": torch.ones(600, 600, dtype=torch.bool).tril()}
+        arguments = {"attn_mask": torch.ones(300, 300, dtype=torch.bool).tril()}
     heads = slice(None, None, group)
     grouped = {"enable_gqa": True} if group > 1 else {}
     assert_deterministic(

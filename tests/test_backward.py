@@ -6,9 +6,17 @@ from functools import partial
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pytest_attnheat import Failure, assert_gradients_match
+from pytest_attnheat import AttentionSpec, Failure, assert_gradients_match, check_attention
+from pytest_attnheat.attention.backward import Saved, carried_back, likely_backward_mistake
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.computation import plain
+from pytest_attnheat.attention.decisions import BackwardPlan
+from pytest_attnheat.attention.levels import Declared, Space
+from pytest_attnheat.contract.checks import CHECKS
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -43,8 +51,9 @@ class ByHand(torch.autograd.Function):
         ctx.lse = torch.zeros(query.shape[:-1]).double()
         for b, h, g in heads_of(query, key):
             scores, _ = scored(query[b, h], key[b, g], bias, b, h, options)
-            total = scores.exp().sum(-1) + (0 if sinks is None else sinks[h].exp())
-            ctx.lse[b, h] = total.log()
+            ctx.lse[b, h] = scores.logsumexp(-1)
+            if sinks is not None:
+                ctx.lse[b, h] = torch.logaddexp(ctx.lse[b, h], sinks[h])
             weights = (scores - ctx.lse[b, h][:, None]).exp().nan_to_num(0.0)
             output[b, h] = (weights * ctx.kept[b, h]) @ value[b, g]
         ctx.save_for_backward(*wide, output)
@@ -121,7 +130,7 @@ class ByHand(torch.autograd.Function):
                 found[4][h] -= ((sinks[h] - ctx.lse[b, h]).exp() * term).sum()
         if wrong == "exchanged":
             found[0], found[1] = found[1], found[0]
-        if wrong == "no gradient of the sinks":
+        if wrong == "no gradient of the sinks" and sinks is not None:
             found[4] = 0 * found[4]
         return (*(None if t is None else t.to(ctx.dtype) for t in found), None)
 
@@ -169,15 +178,12 @@ def scored(query, key, bias, b, h, options):
         slope = 1 - (scores / options.softcap) ** 2
     if bias is not None:
         scores = scores + bias[min(b, len(bias) - 1), min(h, bias.shape[1] - 1)]
-    hidden = torch.zeros(scores.shape, dtype=torch.bool)
-    for i in range(scores.shape[0]):
-        for j in range(scores.shape[1]):
-            at = i + options.corner
-            hidden[i, j] = (options.causal and j > at) or (
-                options.window is not None and not -options.window[0] <= j - i <= options.window[1]
-            )
+    at, to = torch.arange(scores.shape[0])[:, None], torch.arange(scores.shape[1])
+    hidden = (to > at + options.corner) & options.causal
+    if options.window is not None:
+        hidden |= (at - to > options.window[0]) | (to - at > options.window[1])
     if options.mask is not None:
-        hidden |= ~options.mask[min(b, len(options.mask) - 1), 0]
+        hidden |= ~options.mask[min(b, len(options.mask) - 1), min(h, options.mask.shape[1] - 1)]
     return scores.masked_fill(hidden, -math.inf), slope
 
 
@@ -240,15 +246,21 @@ MISTAKES = {
     "scale times ln 2": ("causal", "whose backward pass mixes exp and exp2"),
     "no row term": ("causal", "whose backward pass leaves out the row term"),
     "row term of dO": ("plain", "whose backward pass takes sum(dO) for the row term"),
-    "row term of the next row": ("masked", "takes the row term sum(dO * O) of another row"),
-    "row term of the key head": ("grouped", "takes the row term sum(dO * O) of another head"),
+    "row term of the next row": (
+        "masked",
+        "whose backward pass takes the row term sum(dO * O) of another row",
+    ),
+    "row term of the key head": (
+        "grouped",
+        "whose backward pass takes the row term sum(dO * O) of another head",
+    ),
     "keys 4": ("plain", "that ignores the last keys, those after the last whole block"),
     "queries 4": ("causal", "whose last queries, those after the last whole block, get zeros"),
-    "skipped 2": ("causal", "whose backward pass skips blocks that are masked in part"),
+    "skipped 2": ("masked", "whose backward pass skips blocks that are masked in part"),
     "no softcap slope": ("capped", "whose backward pass leaves out the slope of softcap"),
     "sink left out": ("sinks", "that leaves out sinks"),
     "detached": ("plain", "whose weights are detached"),
-    "exchanged": ("square", "whose gradients of query and key are exchanged"),
+    "exchanged": ("square", "that exchanges the gradients of query and key"),
 }
 
 
@@ -261,27 +273,135 @@ def asked(name, dtype=torch.float64):
     return tensors(lengths, key_heads=key_heads, dtype=dtype), options
 
 
-def failed(function, given, options):
+def failed(function, inputs, options):
     with pytest.raises(Failure) as error:
-        assert_gradients_match(function, *given, **options)
+        assert_gradients_match(function, *inputs, **options)
     return error.value
 
 
 @pytest.mark.parametrize("name", CALLS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_right_backward_pass_is_left_alone(name, dtype):
-    given, options = asked(name, dtype)
-    assert_gradients_match(with_mistake(""), *given, **options)
+    inputs, options = asked(name, dtype)
+    assert_gradients_match(with_mistake(""), *inputs, **options)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("wrong", MISTAKES)
-def test_a_wrong_backward_pass_is_found_and_named(wrong, dtype):
+def test_a_wrong_backward_pass_is_found_and_named_and_nothing_else_is(wrong, dtype):
     name, words = MISTAKES[wrong]
-    given, options = asked(name, dtype)
-    cause = failed(with_mistake(wrong), given, options).cause
-    assert cause.startswith("the output is right; the gradient")
-    assert words in cause
+    inputs, options = asked(name, dtype)
+    failure = failed(with_mistake(wrong), inputs, options)
+    one, several = f"is that of attention {words}", f"are those of attention {words}"
+    assert failure.cause.startswith("the output is right; the gradient")
+    assert one in failure.cause or several in failure.cause
+    assert " or that " not in failure.cause
+    assert " or whose " not in failure.cause
+    assert "the output is right" not in failure.claim  # it is said once
+
+
+def test_one_wrong_gradient_is_told_of_by_its_name():
+    inputs, options = asked("grouped")
+
+    def wrong_key_alone(query, key, value, enable_gqa=False):
+        """The key has a backward pass of its own."""
+        right = attention(query, key.detach(), value)
+        wrong = attention(query.detach(), key, value.detach(), wrong="wrong heads")
+        return right + (wrong - wrong.detach())
+
+    failure = failed(wrong_key_alone, inputs, options)
+    assert failure.cause == (
+        "the output is right; the gradient of key is that of attention that sums over the wrong "
+        "heads of a group"
+    )
+
+
+def test_gradients_that_follow_a_wrong_output_are_told_as_such():
+    def unscaled(query, key, value):
+        return (query @ key.mT).softmax(-1) @ value
+
+    cause = failed(unscaled, tensors(), {}).cause
+    assert cause == (
+        "the gradients of query, key and value follow the output, which is wrong: it is that of "
+        "attention whose scores are not scaled"
+    )
+
+    def doubled(query, key, value):
+        return 2 * sdpa(query, key, value) + query.sin().sum()
+
+    cause = failed(doubled, tensors(), {}).cause
+    assert cause == "the output is wrong as well: assert_matches_reference tells how"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("part", [0.01, 0.1, 1.0])
+def test_gradients_that_no_known_mistake_gives_have_no_name(part, dtype):
+    query, key, value = tensors(key_heads=2, dtype=dtype)
+    call = Call(query, key, value, causal=True, softcap=2.0, upstream=drawn(2, 4, 5, 6).to(dtype))
+    right = plain(call)
+    wrong = {n: (one + part * drawn(*one.shape, seed=5)).to(dtype) for n, one in right.items()}
+    del wrong["output"]
+    assert likely_backward_mistake(call, wrong) is None
+
+
+SPACE = Space(
+    Declared(
+        masks=frozenset(("boolean", "additive")), causal=True, grouped=True, few_shapes=True,
+        options=frozenset(("scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths")),
+        numbers=("ordinary", "large", "tiny"),
+    )
+)  # fmt: skip
+
+
+@given(
+    st.sampled_from(SPACE.covering().cases), st.integers(0, 99), st.sampled_from(("saved", "own"))
+)
+def test_the_right_backward_pass_gives_the_gradients_of_autograd(chosen, seed, how):
+    call = replace(SPACE, seed=seed).call(chosen, torch.float64)
+    call = replace(call, upstream=drawn(*call.query.shape[:-1], call.value.shape[-1], seed=seed))
+    saved = Saved.of(call, None)
+    plan = BackwardPlan(weights_from=how, row_term=how, fully_masked="zero")
+    found, right = dict(carried_back(plan, saved)), plain(call)
+    assert found.keys() == right.keys() - {"output"}
+    for name, one in found.items():
+        allowed = 1e-9 * (1 + float(right[name].abs().max()))
+        assert torch.allclose(one.view(right[name].shape), right[name], rtol=0, atol=allowed)
+
+
+def examined_with(wrong):
+    def function(query, key, value, attn_mask=None, is_causal=False, softcap=None, sinks=None,
+                 enable_gqa=False):  # fmt: skip
+        return attention(
+            query, key, value, attn_mask, is_causal, softcap=softcap, sinks=sinks, wrong=wrong
+        )
+
+    spec = AttentionSpec(function, mask="keep", dtypes=("float32",), few_shapes=True)
+    checks = [one for one in CHECKS if one.name in ("gradients", "gradients_masked", "pairs")]
+    return check_attention(spec, checks=checks)
+
+
+def test_the_examination_leaves_a_right_backward_pass_alone():
+    assert not examined_with("").failed
+
+
+@pytest.mark.parametrize(
+    ("wrong", "checks", "words"),
+    [
+        ("no row term", ["gradients", "gradients_masked", "pairs"], "leaves out the row term"),
+        ("causal forgotten", ["pairs"], "that is not causal when asked to be"),
+        ("mask forgotten", ["gradients_masked", "pairs"], "that ignores the mask"),
+        ("wrong heads", ["pairs"], "that sums over the wrong heads of a group"),
+        ("no softcap slope", ["pairs"], "leaves out the slope of softcap"),
+        ("no gradient of the sinks", ["pairs"], "that leaves out sinks"),
+    ],
+)
+def test_the_examination_names_a_wrong_backward_pass(wrong, checks, words):
+    report = examined_with(wrong)
+    assert [one.name for one in report.failed] == checks
+    for result in report.failed:
+        assert "the output is right; the gradient" in result.failure.cause
+        assert words in result.failure.cause
+        assert " or " not in result.failure.cause.replace(", or of a function", "")
 
 
 DROPPED = {
@@ -294,10 +414,10 @@ DROPPED = {
 @pytest.mark.parametrize("dtype", DTYPES[:2])
 @pytest.mark.parametrize("wrong", DROPPED)
 def test_a_backward_pass_that_is_wrong_about_dropout_is_named(wrong, dtype):
-    given, options = asked("causal", dtype)
+    inputs, options = asked("causal", dtype)
     options["dropout_p"] = 0.3
-    assert_gradients_match(with_mistake(""), *given, **options)
-    failure = failed(with_mistake(wrong), given, options)
+    assert_gradients_match(with_mistake(""), *inputs, **options)
+    failure = failed(with_mistake(wrong), inputs, options)
     assert "is not that of the output it gives with dropout" in failure.claim
     assert DROPPED[wrong] in failure.cause
 
@@ -308,6 +428,5 @@ def test_another_dropout_in_the_backward_pass_is_found_and_has_no_name():
         again = sdpa(query, key, value, dropout_p=dropout_p)
         return again + (output - again).detach()
 
-    given = tensors()
-    failure = failed(other, given, {"dropout_p": 0.3})
+    failure = failed(other, tensors(), {"dropout_p": 0.3})
     assert failure.cause is None

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention import computation
-from pytest_attnheat.attention.backward import likely_backward_mistake, listed
+from pytest_attnheat.attention.backward import likely_backward_mistake, names_of
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.mistakes import likely_mistake
@@ -203,7 +203,7 @@ def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:
 def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:
     """What is broken, and what else is and is not."""
     if one.missing:
-        missing = listed([other.name for other in broken if other.missing])
+        missing = names_of([other.name for other in broken if other.missing])
         claim = f"no gradient reaches {missing}, where attention in float64 has one"
         rest = [other for other in broken if not other.missing]
     else:
@@ -217,7 +217,7 @@ def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:
 def _titles(several: list[Judgement]) -> str:
     if several[0].name == "output":
         return "the output"
-    return f"the gradient{'s' * (len(several) > 1)} of {listed([one.name for one in several])}"
+    return f"the gradient{'s' * (len(several) > 1)} of {names_of([one.name for one in several])}"
 
 
 def _worst(one: Judgement) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,18 +20,20 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BackwardPlan, Plan
-from pytest_attnheat.attention.defects import BACKWARD
+from pytest_attnheat.attention.decisions import BLOCKS, BackwardPlan, Defect, Plan
+from pytest_attnheat.attention.decisions import backward_defect as _backward
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.mistakes import (
     AS_WELL,
     MOST_ALLOWED,
-    MOST_NAMED,
     PART,
     as_case,
     changes,
     finite,
     fitting,
+    listed,
     rms,
+    simplest,
     too_large,
 )
 from pytest_attnheat.attention.plan import (
@@ -44,6 +47,61 @@ from pytest_attnheat.attention.plan import (
 )
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
+# What a backward pass may do wrong of itself. It may also compute the weights once more with any
+# defect of the forward pass: see `attention.backward`.
+BACKWARD: tuple[Defect, ...] = (
+    _backward("backward_row_term_left_out",
+              "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
+              row_term="none"),
+    _backward("backward_row_term_from_upstream",
+              "whose backward pass takes sum(dO) for the row term sum(dO * O)",
+              row_term="upstream"),
+    _backward("backward_row_term_of_another_row",
+              "whose backward pass takes the row term sum(dO * O) of another row",
+              row_term=["next_row", "previous_row", "first_row"]),
+    _backward("backward_row_term_of_another_head",
+              "whose backward pass takes the row term sum(dO * O) of another head or sample",
+              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
+                        "first_sample"]),
+    _backward("backward_scale_missing", "whose backward pass leaves out the scale",
+              gradient_scale="missing"),
+    _backward("backward_scale_twice", "whose backward pass applies the scale twice",
+              gradient_scale="twice"),
+    _backward("backward_of_exp2",
+              "whose backward pass mixes exp and exp2: log2(e) is missing or too much",
+              gradient_scale=["base_two", "base_e"]),
+    _backward("backward_softcap_slope_missing",
+              "whose backward pass leaves out the slope of softcap, or of a function of the score",
+              score_slope="missing"),
+    _backward("backward_groups_tiled", "that sums over the wrong heads of a group",
+              "XunhaoLai/native-sparse-attention-triton#27", group_sum="tile",
+              grouping=["interleave", "tile"]),
+    _backward("backward_group_not_summed",
+              "that keeps one head of a group, where the gradient sums over all",
+              group_sum=["first", "last"]),
+    _backward("backward_group_averaged", "that takes the mean over a group of heads, not the sum",
+              group_sum="mean"),
+    _backward("backward_bias_not_summed",
+              "that does not sum over the dimensions in which the bias is broadcast",
+              bias_sum=["first", "last", "mean"]),
+    _backward("backward_weights_detached",
+              "whose weights are detached: a gradient passes through the values alone",
+              detached=True),
+    _backward("backward_exchanged", "that exchanges the gradients of query and key",
+              exchanged=True),
+    _backward("backward_dropout_ignored",
+              "whose backward pass does not apply the dropout of the forward pass",
+              kept_of_scores=["ignored", "applied"], kept_of_values=["ignored", "applied"],
+              row_term=["saved", "own"]),
+    _backward("backward_dropout_not_rescaled",
+              "whose backward pass does not divide by 1 - p what dropout left",
+              kept_of_scores=["not_rescaled", "applied"],
+              kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
+    _backward("backward_partly_masked_blocks_skipped",
+              "whose backward pass skips blocks that are masked in part",
+              skipped_block=list(BLOCKS), form_of="causal_before_blocks"),
+)  # fmt: skip
+
 # Decisions that change the weights in another way than by the scores and by what is masked.
 _FORWARD_ALONE = (
     "split", "merge", "weights_of_heads", "scale_after", "overflow", "products_dtype",
@@ -53,10 +111,12 @@ _FORWARD_ALONE = (
 # What a backward pass computes the weights from once more, and what it subtracts.
 _AGAIN = (("saved", "saved"), ("own", "saved"), ("own", "own"))
 _ONE = torch.ones((), dtype=torch.float64)
+# Above so many numbers in scores and tensors, some hundred attempts would take too long.
+_MOST_NUMBERS = 2**18
 
 
 @dataclass(frozen=True, eq=False)
-class _Saved:
+class Saved:
     """What the forward pass leaves for the backward pass.
 
     Attributes:
@@ -67,6 +127,7 @@ class _Saved:
         lse: The logarithm of the sum of each row, (batch, heads, query_len, 1).
         kept: What dropout does to each weight, (batch, heads, query_len, key_len), or 1.
         right: The row term D, (batch, heads, query_len, 1).
+        allowed: By which part of its size a row of a gradient may be off by rounding.
     """
 
     call: Call
@@ -76,10 +137,14 @@ class _Saved:
     lse: Tensor
     kept: Tensor
     right: Tensor
+    allowed: float
 
     @classmethod
-    def of(cls, call: Call, kept: Tensor | None) -> _Saved:
+    def of(cls, call: Call, kept: Tensor | None) -> Saved:
+        """Compute a call that has the gradient of its output."""
         case = as_case(call)
+        tensors = {n: getattr(case, n).double() for n in ("query", "key", "value")}
+        case = replace(case, **tensors)
         assert case.upstream is not None
         forward, above = carry_out(Plan(), case), case.upstream.double()
         lse = _masked(forward).logsumexp(-1, keepdim=True)
@@ -87,7 +152,11 @@ class _Saved:
             lse = torch.logaddexp(lse, case.sinks.double()[:, None, None].expand_as(lse))
         drop = _ONE if kept is None else kept.double().view(case.shape)
         output = finite(forward.weights * drop) @ forward.value
-        return cls(call, case, above, forward, lse, drop, (above * output).sum(-1, keepdim=True))
+        right = (above * output).sum(-1, keepdim=True)
+        largest = 2 + float(finite(_masked(forward)).abs().max())
+        units = answer_units(case.dtype) * torch.finfo(case.dtype).eps * largest
+        allowed = min(max(answer_tolerance(case.dtype), units), MOST_ALLOWED)
+        return cls(call, case, above, forward, lse, drop, right, allowed)
 
 
 def _masked(outcome: Outcome) -> Tensor:
@@ -113,94 +182,114 @@ def likely_backward_mistake(
         kept: What dropout did to each weight, (..., query_len, key_len): it became 0, or was
             divided by 1 - p.
     """
-    if too_large(call) or call.upstream is None or call.rounded:
+    numbers = call.maps * (call.query_len + call.key_len) * sum(t.shape[-1] for t in call.tensors)
+    if numbers > _MOST_NUMBERS or too_large(call) or call.upstream is None or call.rounded:
         return None
     found = {name: one.detach().cpu().double() for name, one in gradients.items()}
     with torch.no_grad():
-        saved = _Saved.of(call, kept)
-        off = _off(_carried_back(BackwardPlan(), saved), found, saved)
-        wrong = [name for name in found if (name in wrong if wrong else not off[name][1])]
-        by = {name: off[name][0] for name in wrong}
+        saved = Saved.of(call, kept)
+        off = {
+            name: _off(exact, found[name], saved)
+            for name, exact in carried_back(BackwardPlan(), saved)
+            if name in found
+        }
+        by = {n: size for n, (size, same) in off.items() if (n in wrong if wrong else not same)}
         if not by or not all(0 < size < math.inf for size in by.values()):
             return None
-        which = f"the gradient{'s' * (len(by) > 1)} of {listed(list(by))}"
+        which = f"the gradient{'s' * (len(by) > 1)} of {names_of([n for n in found if n in by])}"
         if output is not None:
             return _of_a_wrong_output(fitting(call, output), found, which, saved)
         fits: dict[str, tuple[bool, float]] = {}
-        for sentence, plan, attempt in _attempted(saved):
+        for sentence, plan in _attempted(saved):
             if (plan.detached or plan.exchanged) and not {"query", "key"} <= by.keys():
                 continue  # of one tensor alone, that is not known
-            off = _off(attempt, found, saved)
-            share = max(off[name][0] / by[name] for name in by)
-            if share < PART and all(off[name][1] for name in by):
-                # One that gives what is right as well comes first.
-                size = not all(fitting for _, fitting in off.values()), share
+            if size := _fit(plan, found, by, saved):
                 fits[sentence] = min(size, fits.get(sentence, size))
     if not fits:
         return None
     others, share = min(fits.values())
-    nearest = sorted(fits, key=lambda one: fits[one])[:MOST_NAMED]
-    named = [s for s in nearest if fits[s][0] == others and fits[s][1] <= AS_WELL * share]
-    return f"{which} {'are those' if len(by) > 1 else 'is that'} of attention {', or '.join(named)}"
+    near = [s for s, (no, far) in fits.items() if no == others and far <= AS_WELL * share]
+    named = simplest(near, (*DEFECTS, *BACKWARD))
+    are = "are those" if len(by) > 1 else "is that"
+    return f"{which} {are} of attention {listed(named)}"
 
 
 def _of_a_wrong_output(
-    causes: Mapping[str, Plan], found: Mapping[str, Tensor], which: str, saved: _Saved
+    causes: Mapping[str, Plan], found: Mapping[str, Tensor], which: str, saved: Saved
 ) -> str | None:
     """Say whether the gradients are those of an output that is wrong."""
-    named = f"that of attention {', or '.join(causes)}"
+    named = f"that of attention {listed(list(causes))}"
     for plan in causes.values():
-        again = _carried_back(_started(plan, "own", "own"), saved)
-        if all(fits for _, fits in _off(again, found, saved).values()):
+        again = carried_back(_started(plan, "own", "own"), saved)
+        if all(_off(one, found[name], saved)[1] for name, one in again if name in found):
             return f"{which} follow the output, which is wrong: it is {named}"
     return f"the output is wrong: it is {named}" if causes else None
 
 
-def listed(names: list[str]) -> str:
+def names_of(names: list[str]) -> str:
     """Return names as a list in a sentence."""
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _off(
-    attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: _Saved
-) -> dict[str, tuple[float, bool]]:
-    """By how much each gradient that was found differs, and whether by rounding alone."""
-    dtype, scores = saved.case.dtype, finite(_masked(saved.forward))
-    units = answer_units(dtype) * torch.finfo(dtype).eps * (2 + float(scores.abs().max()))
-    allowed = min(max(answer_tolerance(dtype), units), MOST_ALLOWED)
-    compared = {}
-    for name, one in found.items():
-        rows = one.reshape(-1, *one.shape[-1:])
-        exact = attempt[name].reshape(rows.shape)
-        if bool((rows.isfinite() != exact.isfinite()).any()):
-            compared[name] = math.inf, False
-            continue
-        error, size = rms(finite(rows - exact)), finite(exact)
-        least = size.square().mean().sqrt()
-        fits = bool((error <= allowed * rms(size).clamp(min=float(least))).all())
-        compared[name] = float(error.square().mean().sqrt()), fits
-    return compared
+def _fit(
+    plan: BackwardPlan, found: Mapping[str, Tensor], by: Mapping[str, float], saved: Saved
+) -> tuple[bool, float] | None:
+    """How far a plan is from what was found: what gives all that is right as well comes first.
+
+    None if it does not give each gradient that is wrong.
+    """
+    misses, share = False, 0.0
+    with suppress(NotApplicable):
+        for name, exact in carried_back(plan, saved):
+            if name in found:
+                off, fits = _off(exact, found[name], saved)
+                share = max(share, off / by[name]) if name in by else share
+                if name in by and (not fits or share >= PART):
+                    return None
+                misses |= not fits
+        return misses, share
+    return None
 
 
-def _attempted(saved: _Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
-    """What each known mistake gives: of the backward pass alone, or of the weights in it."""
-    every: list[tuple[str, BackwardPlan]] = []
-    for defect, change in changes(BACKWARD):
-        plan = change(BackwardPlan())
-        assert isinstance(plan, BackwardPlan)
-        every.append((defect.sentence, plan))
-    for defect, change in changes():
+def _off(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
+    """By how much a gradient differs, and whether by rounding alone."""
+    found = found.reshape(-1, *found.shape[-1:])
+    exact = exact.reshape(found.shape)
+    error, size = rms(found - exact), rms(exact)
+    if not bool(error.isfinite().all()):
+        return math.inf, False
+    fits = bool((error <= saved.allowed * size.clamp(min=float(rms(size)))).all())
+    return float(rms(error)), fits
+
+
+def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan]]:
+    """Yield each known mistake: of the backward pass alone, or of the weights in it."""
+    every = [
+        (one.sentence, _felt(change(BackwardPlan()), saved)) for one, change in changes(BACKWARD)
+    ]
+    for one, change in changes():
         forward = change(Plan())
         if _is_of_both(forward, saved):
-            every += [(defect.sentence, _started(forward, *how)) for how in _AGAIN]
-    for sentence, plan in every:
-        try:
-            yield sentence, plan, _carried_back(plan, saved)
-        except NotApplicable:
-            continue
+            every += [(one.sentence, _started(forward, *how)) for how in _AGAIN]
+    yield from (one for one in dict.fromkeys(every) if one[1] != BackwardPlan())
 
 
-def _is_of_both(plan: Plan, saved: _Saved) -> bool:
+def _felt(plan: Plan, saved: Saved) -> BackwardPlan:
+    """The plan of a backward pass without what changes nothing on a call."""
+    assert isinstance(plan, BackwardPlan)
+    case, usual = saved.case, BackwardPlan()
+    missing = {
+        ("group_sum",): case.group == 1,
+        ("bias_sum",): case.bias is None,
+        ("score_slope",): case.softcap is None and case.score_mod is None,
+        ("skipped_block",): not case.hides,
+        ("kept_of_scores", "kept_of_values"): saved.kept.ndim == 0,
+    }
+    names = [name for some, gone in missing.items() if gone for name in some]
+    return replace(plan, **{name: getattr(usual, name) for name in names})
+
+
+def _is_of_both(plan: Plan, saved: Saved) -> bool:
     """Whether a backward pass may be wrong like this as well, and is something else then."""
     right = Plan()
     if any(getattr(plan, name) != getattr(right, name) for name in _FORWARD_ALONE):
@@ -220,8 +309,8 @@ def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
     return BackwardPlan(**vars(plan) | again)
 
 
-def _carried_back(plan: BackwardPlan, saved: _Saved) -> dict[str, Tensor]:
-    """Return the gradients, by name, of a backward pass.
+def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor]]:
+    """Yield the gradients, by name, of a backward pass.
 
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes.
@@ -242,25 +331,24 @@ def _carried_back(plan: BackwardPlan, saved: _Saved) -> dict[str, Tensor]:
         "base_two": scale * math.log(2),
         "base_e": scale / math.log(2),
     }[plan.gradient_scale]
-    found = {
-        "query": (scores * slope) @ key * scale,
-        "key": _of_groups(plan, (scores * slope).mT @ query * scale, case),
-        "value": _of_groups(plan, (weights * kept[plan.kept_of_values]).mT @ above, case),
-    }
+    products = scores * slope
+    names = ("query", "key")
+    if plan.exchanged:
+        if case.query.shape != case.key.shape:
+            raise NotApplicable("gradients of other shapes cannot be exchanged")
+        names = ("key", "query")
+    yield names[0], products @ key * scale
+    yield names[1], _of_groups(plan, products.mT @ query * scale, case)
+    yield "value", _of_groups(plan, (weights * kept[plan.kept_of_values]).mT @ above, case)
     if case.sinks is not None:
         sinks = case.sinks.double()[:, None, None]
         attached = read.sinks is not None and not plan.detached
-        found["sinks"] = (-(sinks - saved.lse).exp() * term * attached).sum((0, 2, 3))
+        yield "sinks", (-(sinks - saved.lse).exp() * term * attached).sum((0, 2, 3))
     if case.bias is not None:
-        found["attn_mask"] = _of_bias(plan, scores * bias_slope, saved.call)
-    if plan.exchanged:
-        if found["query"].shape != found["key"].shape:
-            raise NotApplicable("gradients of other shapes cannot be exchanged")
-        found["query"], found["key"] = found["key"], found["query"]
-    return found
+        yield "attn_mask", _of_bias(plan, scores * bias_slope, saved.call)
 
 
-def _weights(plan: BackwardPlan, again: Outcome, saved: _Saved) -> Tensor:
+def _weights(plan: BackwardPlan, again: Outcome, saved: Saved) -> Tensor:
     """The weights that the backward pass computes once more."""
     weights = again.weights.clone()
     if plan.weights_from == "saved":
@@ -274,7 +362,7 @@ def _weights(plan: BackwardPlan, again: Outcome, saved: _Saved) -> Tensor:
     return weights
 
 
-def _row_term(plan: BackwardPlan, saved: _Saved, own: Tensor) -> Tensor:
+def _row_term(plan: BackwardPlan, saved: Saved, own: Tensor) -> Tensor:
     """D in the formulas above, (batch, heads, query_len, 1)."""
     right, heads = saved.right, torch.arange(saved.case.heads)
     return {
@@ -329,9 +417,7 @@ def _of_bias(plan: BackwardPlan, whole: Tensor, call: Call) -> Tensor:
 
 def _total(how: str, parts: Tensor, dim: int) -> Tensor:
     """The sum of some parts, or what a mistake takes for it; the dimension is kept."""
-    one = {
-        "first": parts.narrow(dim, 0, 1),
-        "last": parts.narrow(dim, parts.shape[dim] - 1, 1),
-        "mean": parts.mean(dim, keepdim=True),
-    }
-    return one.get(how, parts.sum(dim, keepdim=True))
+    last = parts.shape[dim] - 1
+    if how in ("first", "last"):
+        return parts.narrow(dim, 0 if how == "first" else last, 1)
+    return parts.mean(dim, keepdim=True) if how == "mean" else parts.sum(dim, keepdim=True)

@@ -217,9 +217,11 @@ def defect(
     return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen, form_of)
 
 
-def backward_defect(name: str, sentence: str, issue: str | None = None, **choices: Any) -> Defect:
+def backward_defect(
+    name: str, sentence: str, issue: str | None = None, *, form_of: str = "", **choices: Any
+) -> Defect:
     """A defect of the backward pass alone: the output is right."""
-    return Defect(name, sentence, _changes(**choices), issue, backward=True)
+    return Defect(name, sentence, _changes(**choices), issue, form_of=form_of, backward=True)
 
 
 def _setting(fields: dict[str, Any]) -> Change:

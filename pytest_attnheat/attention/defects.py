@@ -15,7 +15,6 @@ from pytest_attnheat.attention.call import FEATURES
 from pytest_attnheat.attention.decisions import BLOCKS, ROWS
 from pytest_attnheat.attention.decisions import Change as Change
 from pytest_attnheat.attention.decisions import Defect as Defect
-from pytest_attnheat.attention.decisions import backward_defect as _backward
 from pytest_attnheat.attention.decisions import defect as _defect
 from pytest_attnheat.attention.misreadings import (
     BESIDES,
@@ -267,57 +266,3 @@ DEFECTS: tuple[Defect, ...] = (
     *PADDED,
     *_NUMBERS,
 )
-
-# What a backward pass may do wrong of itself. It may also compute the weights once more with any
-# defect of the forward pass: see `attention.backward`.
-BACKWARD: tuple[Defect, ...] = (
-    _backward("backward_row_term_left_out",
-              "whose backward pass leaves out the row term: sum(dO * O) is not subtracted from dP",
-              row_term="none"),
-    _backward("backward_row_term_from_upstream",
-              "whose backward pass takes sum(dO) for the row term sum(dO * O)",
-              row_term="upstream"),
-    _backward("backward_row_term_of_another_row",
-              "whose backward pass takes the row term sum(dO * O) of another row",
-              row_term=["next_row", "previous_row", "first_row"]),
-    _backward("backward_row_term_of_another_head",
-              "whose backward pass takes the row term sum(dO * O) of another head or sample",
-              row_term=["next_head", "previous_head", "first_head", "key_head", "next_sample",
-                        "first_sample"]),
-    _backward("backward_scale_missing", "whose backward pass leaves out the scale",
-              gradient_scale="missing"),
-    _backward("backward_scale_twice", "whose backward pass applies the scale twice",
-              gradient_scale="twice"),
-    _backward("backward_of_exp2",
-              "whose backward pass mixes exp and exp2: log2(e) is missing or too much",
-              gradient_scale=["base_two", "base_e"]),
-    _backward("backward_softcap_slope_missing",
-              "whose backward pass leaves out the slope of softcap, or of a function of the score",
-              score_slope="missing"),
-    _backward("backward_groups_tiled", "that sums over the wrong heads of a group",
-              "XunhaoLai/native-sparse-attention-triton#27", group_sum="tile",
-              grouping=["interleave", "tile"]),
-    _backward("backward_group_not_summed",
-              "that keeps one head of a group, where the gradient sums over all",
-              group_sum=["first", "last"]),
-    _backward("backward_group_averaged", "that takes the mean over a group of heads, not the sum",
-              group_sum="mean"),
-    _backward("backward_bias_not_summed",
-              "that does not sum over the dimensions in which the bias is broadcast",
-              bias_sum=["first", "last", "mean"]),
-    _backward("backward_weights_detached",
-              "whose weights are detached: a gradient passes through the values alone",
-              detached=True),
-    _backward("backward_exchanged", "whose gradients of query and key are exchanged",
-              exchanged=True),
-    _backward("backward_dropout_ignored",
-              "whose backward pass does not apply the dropout of the forward pass",
-              kept_of_scores=["ignored", "applied"], kept_of_values=["ignored", "applied"],
-              row_term=["saved", "own"]),
-    _backward("backward_dropout_not_rescaled",
-              "whose backward pass does not divide by 1 - p what dropout left",
-              kept_of_scores=["not_rescaled", "applied"],
-              kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
-    _backward("backward_partly_masked_blocks_skipped",
-              "whose backward pass skips blocks that are masked in part", skipped_block=BLOCKS),
-)  # fmt: skip

@@ -7,7 +7,7 @@ where that is small. The examination (`pytest_attnheat.contract`) asks more call
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -42,11 +42,15 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         call: What was to be computed.
         output: What was computed instead, (..., query_len, value_dim).
     """
-    named = list(fitting(call, output))
+    named = fitting(call, output)
+    return f"the output is that of attention {listed(list(named))}" if named else None
+
+
+def listed(named: Sequence[str]) -> str:
+    """Return what may all be the mistake, in words."""
     more = len(named) - MOST_NAMED
     rest = [f"{more} more that give the same"] if more > 0 else []
-    listed = ", or ".join([*named[:MOST_NAMED], *rest])
-    return f"the output is that of attention {listed}" if named else None
+    return ", or ".join([*named[:MOST_NAMED], *rest])
 
 
 def too_large(call: Call) -> bool:
@@ -97,13 +101,19 @@ def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
         for defect, change in changes():
             decided = decisions_of(change)
             to_blame = len(decided) == 1 or decided.get("fully_masked") not in rows
-            if to_blame and (size := off(decided)) < fits.get(defect.name, (math.inf,))[0]:
-                fits[defect.name] = size, change(Plan())
+            if to_blame and (size := off(decided)) < fits.get(defect.sentence, (math.inf,))[0]:
+                fits[defect.sentence] = size, change(Plan())
     least = min((size for size, _ in fits.values()), default=0.0)
     most = AS_WELL * max(least, answer_tolerance(torch.float64))
-    near = {name: plan for name, (size, plan) in fits.items() if size <= most}
-    return {one.sentence: near[one.name] for one in DEFECTS
-            if one.name in near and one.form_of not in near}  # fmt: skip
+    near = {sentence: plan for sentence, (size, plan) in fits.items() if size <= most}
+    return {sentence: near[sentence] for sentence in simplest(near)}
+
+
+def simplest(named: Collection[str], catalogue: Sequence[Defect] = DEFECTS) -> list[str]:
+    """Leave out of some sentences those of mistakes that are a form of another one of them."""
+    of_name = {one.name: one.sentence for one in catalogue}
+    forms = {one.sentence for one in catalogue if of_name.get(one.form_of) in named}
+    return [sentence for sentence in named if sentence not in forms]
 
 
 def changes(catalogue: Sequence[Defect] = DEFECTS) -> Iterator[tuple[Defect, Change]]:
