@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -110,6 +111,8 @@ _FORWARD_ALONE = (
 # What a backward pass computes the weights from once more, and what it subtracts.
 _AGAIN = (("saved", "saved"), ("own", "saved"), ("own", "own"))
 _ONE = torch.ones((), dtype=torch.float64)
+# Above so many numbers in scores and tensors, some hundred attempts would take too long.
+_MOST_NUMBERS = 2**18
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,6 +127,7 @@ class Saved:
         lse: The logarithm of the sum of each row, (batch, heads, query_len, 1).
         kept: What dropout does to each weight, (batch, heads, query_len, key_len), or 1.
         right: The row term D, (batch, heads, query_len, 1).
+        allowed: By which part of its size a row of a gradient may be off by rounding.
     """
 
     call: Call
@@ -133,11 +137,14 @@ class Saved:
     lse: Tensor
     kept: Tensor
     right: Tensor
+    allowed: float
 
     @classmethod
     def of(cls, call: Call, kept: Tensor | None) -> Saved:
         """Compute a call that has the gradient of its output."""
         case = as_case(call)
+        tensors = {n: getattr(case, n).double() for n in ("query", "key", "value")}
+        case = replace(case, **tensors)
         assert case.upstream is not None
         forward, above = carry_out(Plan(), case), case.upstream.double()
         lse = _masked(forward).logsumexp(-1, keepdim=True)
@@ -145,7 +152,11 @@ class Saved:
             lse = torch.logaddexp(lse, case.sinks.double()[:, None, None].expand_as(lse))
         drop = _ONE if kept is None else kept.double().view(case.shape)
         output = finite(forward.weights * drop) @ forward.value
-        return cls(call, case, above, forward, lse, drop, (above * output).sum(-1, keepdim=True))
+        right = (above * output).sum(-1, keepdim=True)
+        largest = 2 + float(finite(_masked(forward)).abs().max())
+        units = answer_units(case.dtype) * torch.finfo(case.dtype).eps * largest
+        allowed = min(max(answer_tolerance(case.dtype), units), MOST_ALLOWED)
+        return cls(call, case, above, forward, lse, drop, right, allowed)
 
 
 def _masked(outcome: Outcome) -> Tensor:
@@ -171,28 +182,28 @@ def likely_backward_mistake(
         kept: What dropout did to each weight, (..., query_len, key_len): it became 0, or was
             divided by 1 - p.
     """
-    if too_large(call) or call.upstream is None or call.rounded:
+    numbers = call.maps * (call.query_len + call.key_len) * sum(t.shape[-1] for t in call.tensors)
+    if numbers > _MOST_NUMBERS or too_large(call) or call.upstream is None or call.rounded:
         return None
     found = {name: one.detach().cpu().double() for name, one in gradients.items()}
     with torch.no_grad():
         saved = Saved.of(call, kept)
-        off = _off(carried_back(BackwardPlan(), saved), found, saved)
-        wrong = [name for name in found if (name in wrong if wrong else not off[name][1])]
-        by = {name: off[name][0] for name in wrong}
+        off = {
+            name: _off(exact, found[name], saved)
+            for name, exact in carried_back(BackwardPlan(), saved)
+            if name in found
+        }
+        by = {n: size for n, (size, same) in off.items() if (n in wrong if wrong else not same)}
         if not by or not all(0 < size < math.inf for size in by.values()):
             return None
-        which = f"the gradient{'s' * (len(by) > 1)} of {names_of(list(by))}"
+        which = f"the gradient{'s' * (len(by) > 1)} of {names_of([n for n in found if n in by])}"
         if output is not None:
             return _of_a_wrong_output(fitting(call, output), found, which, saved)
         fits: dict[str, tuple[bool, float]] = {}
-        for sentence, plan, attempt in _attempted(saved):
+        for sentence, plan in _attempted(saved):
             if (plan.detached or plan.exchanged) and not {"query", "key"} <= by.keys():
                 continue  # of one tensor alone, that is not known
-            off = _off(attempt, found, saved)
-            share = max(off[name][0] / by[name] for name in by)
-            if share < PART and all(off[name][1] for name in by):
-                # One that gives what is right as well comes first.
-                size = not all(fitting for _, fitting in off.values()), share
+            if size := _fit(plan, found, by, saved):
                 fits[sentence] = min(size, fits.get(sentence, size))
     if not fits:
         return None
@@ -210,7 +221,7 @@ def _of_a_wrong_output(
     named = f"that of attention {listed(list(causes))}"
     for plan in causes.values():
         again = carried_back(_started(plan, "own", "own"), saved)
-        if all(fits for _, fits in _off(again, found, saved).values()):
+        if all(_off(one, found[name], saved)[1] for name, one in again if name in found):
             return f"{which} follow the output, which is wrong: it is {named}"
     return f"the output is wrong: it is {named}" if causes else None
 
@@ -220,42 +231,62 @@ def names_of(names: list[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
-def _off(
-    attempt: Mapping[str, Tensor], found: Mapping[str, Tensor], saved: Saved
-) -> dict[str, tuple[float, bool]]:
-    """By how much each gradient that was found differs, and whether by rounding alone."""
-    dtype, scores = saved.case.dtype, finite(_masked(saved.forward))
-    units = answer_units(dtype) * torch.finfo(dtype).eps * (2 + float(scores.abs().max()))
-    allowed = min(max(answer_tolerance(dtype), units), MOST_ALLOWED)
-    compared = {}
-    for name, one in found.items():
-        rows = one.reshape(-1, *one.shape[-1:])
-        exact = attempt[name].reshape(rows.shape)
-        if bool((rows.isfinite() != exact.isfinite()).any()):
-            compared[name] = math.inf, False
-            continue
-        error, size = rms(finite(rows - exact)), finite(exact)
-        least = size.square().mean().sqrt()
-        fits = bool((error <= allowed * rms(size).clamp(min=float(least))).all())
-        compared[name] = float(error.square().mean().sqrt()), fits
-    return compared
+def _fit(
+    plan: BackwardPlan, found: Mapping[str, Tensor], by: Mapping[str, float], saved: Saved
+) -> tuple[bool, float] | None:
+    """How far a plan is from what was found: what gives all that is right as well comes first.
+
+    None if it does not give each gradient that is wrong.
+    """
+    misses, share = False, 0.0
+    with suppress(NotApplicable):
+        for name, exact in carried_back(plan, saved):
+            if name in found:
+                off, fits = _off(exact, found[name], saved)
+                share = max(share, off / by[name]) if name in by else share
+                if name in by and (not fits or share >= PART):
+                    return None
+                misses |= not fits
+        return misses, share
+    return None
 
 
-def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan, dict[str, Tensor]]]:
-    """What each known mistake gives: of the backward pass alone, or of the weights in it."""
-    every: list[tuple[str, Plan]] = [
-        (defect.sentence, change(BackwardPlan())) for defect, change in changes(BACKWARD)
+def _off(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
+    """By how much a gradient differs, and whether by rounding alone."""
+    found = found.reshape(-1, *found.shape[-1:])
+    exact = exact.reshape(found.shape)
+    error, size = rms(found - exact), rms(exact)
+    if not bool(error.isfinite().all()):
+        return math.inf, False
+    fits = bool((error <= saved.allowed * size.clamp(min=float(rms(size)))).all())
+    return float(rms(error)), fits
+
+
+def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan]]:
+    """Yield each known mistake: of the backward pass alone, or of the weights in it."""
+    every = [
+        (one.sentence, _felt(change(BackwardPlan()), saved)) for one, change in changes(BACKWARD)
     ]
-    for defect, change in changes():
+    for one, change in changes():
         forward = change(Plan())
         if _is_of_both(forward, saved):
-            every += [(defect.sentence, _started(forward, *how)) for how in _AGAIN]
-    for sentence, plan in every:
-        assert isinstance(plan, BackwardPlan)
-        try:
-            yield sentence, plan, carried_back(plan, saved)
-        except NotApplicable:
-            continue
+            every += [(one.sentence, _started(forward, *how)) for how in _AGAIN]
+    yield from (one for one in dict.fromkeys(every) if one[1] != BackwardPlan())
+
+
+def _felt(plan: Plan, saved: Saved) -> BackwardPlan:
+    """The plan of a backward pass without what changes nothing on a call."""
+    assert isinstance(plan, BackwardPlan)
+    case, usual = saved.case, BackwardPlan()
+    missing = {
+        ("group_sum",): case.group == 1,
+        ("bias_sum",): case.bias is None,
+        ("score_slope",): case.softcap is None and case.score_mod is None,
+        ("skipped_block",): not case.hides,
+        ("kept_of_scores", "kept_of_values"): saved.kept.ndim == 0,
+    }
+    names = [name for some, gone in missing.items() if gone for name in some]
+    return replace(plan, **{name: getattr(usual, name) for name in names})
 
 
 def _is_of_both(plan: Plan, saved: Saved) -> bool:
@@ -278,8 +309,8 @@ def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
     return BackwardPlan(**vars(plan) | again)
 
 
-def carried_back(plan: BackwardPlan, saved: Saved) -> dict[str, Tensor]:
-    """Return the gradients, by name, of a backward pass.
+def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor]]:
+    """Yield the gradients, by name, of a backward pass.
 
     Raises:
         NotApplicable: The plan cannot be carried out on these shapes.
@@ -300,22 +331,21 @@ def carried_back(plan: BackwardPlan, saved: Saved) -> dict[str, Tensor]:
         "base_two": scale * math.log(2),
         "base_e": scale / math.log(2),
     }[plan.gradient_scale]
-    found = {
-        "query": (scores * slope) @ key * scale,
-        "key": _of_groups(plan, (scores * slope).mT @ query * scale, case),
-        "value": _of_groups(plan, (weights * kept[plan.kept_of_values]).mT @ above, case),
-    }
+    products = scores * slope
+    names = ("query", "key")
+    if plan.exchanged:
+        if case.query.shape != case.key.shape:
+            raise NotApplicable("gradients of other shapes cannot be exchanged")
+        names = ("key", "query")
+    yield names[0], products @ key * scale
+    yield names[1], _of_groups(plan, products.mT @ query * scale, case)
+    yield "value", _of_groups(plan, (weights * kept[plan.kept_of_values]).mT @ above, case)
     if case.sinks is not None:
         sinks = case.sinks.double()[:, None, None]
         attached = read.sinks is not None and not plan.detached
-        found["sinks"] = (-(sinks - saved.lse).exp() * term * attached).sum((0, 2, 3))
+        yield "sinks", (-(sinks - saved.lse).exp() * term * attached).sum((0, 2, 3))
     if case.bias is not None:
-        found["attn_mask"] = _of_bias(plan, scores * bias_slope, saved.call)
-    if plan.exchanged:
-        if found["query"].shape != found["key"].shape:
-            raise NotApplicable("gradients of other shapes cannot be exchanged")
-        found["query"], found["key"] = found["key"], found["query"]
-    return found
+        yield "attn_mask", _of_bias(plan, scores * bias_slope, saved.call)
 
 
 def _weights(plan: BackwardPlan, again: Outcome, saved: Saved) -> Tensor:
@@ -387,9 +417,7 @@ def _of_bias(plan: BackwardPlan, whole: Tensor, call: Call) -> Tensor:
 
 def _total(how: str, parts: Tensor, dim: int) -> Tensor:
     """The sum of some parts, or what a mistake takes for it; the dimension is kept."""
-    one = {
-        "first": parts.narrow(dim, 0, 1),
-        "last": parts.narrow(dim, parts.shape[dim] - 1, 1),
-        "mean": parts.mean(dim, keepdim=True),
-    }
-    return one.get(how, parts.sum(dim, keepdim=True))
+    last = parts.shape[dim] - 1
+    if how in ("first", "last"):
+        return parts.narrow(dim, 0 if how == "first" else last, 1)
+    return parts.mean(dim, keepdim=True) if how == "mean" else parts.sum(dim, keepdim=True)

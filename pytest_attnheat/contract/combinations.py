@@ -196,13 +196,16 @@ def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Cho
 
 def _cause(examination: Examination, smallest: Choice, first: Choice) -> str | None:
     """The likely cause, told by a larger call: of one or two numbers, too much is true."""
-    for sizes in (examination.space.choice(), first, smallest):
+    ordinary = examination.space.choice()
+    of_its_heads = {**ordinary, "group": smallest["group"], "key_heads": smallest["key_heads"]}
+    for sizes in (ordinary, of_its_heads, first, smallest):
         chosen = {**smallest, **{name: sizes[name] for name in SIZES}}
         try:
             if examination.space.declared.possible(chosen):
                 examination.judge(chosen)
         except Failure as failure:
-            return failure.cause
+            if failure.cause:
+                return failure.cause
         except Exception:  # the smallest is what is told of
             continue
     return None
