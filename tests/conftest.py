@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # In-process pytester runs unload what they imported. A second import of torch in one
 # interpreter crashes it, a second matplotlib would have a second class Figure, and a second room
 # of ours a second class of everything: import them here, once, first.
+import hypothesis.core  # its pytest plugin imports it, a second long, in every run
+import hypothesis.reporting
+import hypothesis.statistics  # noqa: F401
 import matplotlib.pyplot
 import matplotlib.style
 import matplotlib.testing.compare

@@ -6,7 +6,13 @@ import re
 import pytest
 import torch
 
-from pytest_attnheat import assert_doubly_stochastic, assert_row_stochastic, assert_uniform
+from pytest_attnheat import (
+    assert_doubly_stochastic,
+    assert_masked,
+    assert_row_stochastic,
+    assert_support,
+    assert_uniform,
+)
 
 SHAPE = (2, 4, 32, 24)
 TRIL = torch.ones(32, 24, dtype=torch.bool).tril(-1)
@@ -325,3 +331,21 @@ def test_sparse_weights_that_are_off_are_not_called_dropout(seed):
 def test_a_row_too_long_to_sample_fails_without_a_cause_of_that_kind():
     weights = torch.full((1, 200_000), 1 / 400_000)
     assert cause_of(weights) is None
+
+
+def test_a_masked_key_with_far_less_weight_is_not_said_to_get_it_like_the_others():
+    mask = torch.tensor([[True, True, True, False, False]])
+    weights = scores(1, 5).masked_fill(~mask, -9.0).softmax(-1)
+    for check in (assert_masked, assert_support):
+        assert cause_of(weights, check=check, mask=mask) is None
+    weights = scores(1, 5).softmax(-1)
+    assert "no mask was applied?" in cause_of(weights, check=assert_masked, mask=mask)
+
+
+def test_a_map_of_zeros_is_no_head_that_was_left_out_where_all_are():
+    mask = torch.ones(6, 6, dtype=torch.bool).tril()
+    weights = scores(1, 3, 6, 6).masked_fill(~mask, -torch.inf).softmax(-1)
+    nothing = cause_of(weights * 0, check=assert_support, mask=mask)
+    assert "nothing holds weight where the mask permits it: never written?" in nothing
+    weights[:, 1] = 0
+    assert "a head that was left out?" in cause_of(weights, check=assert_support, mask=mask)

@@ -270,19 +270,17 @@ def test_lengths_that_do_not_fit_are_refused():
 @pytest.mark.parametrize(("name", "implementation"), CACHED)
 def test_models_of_transformers_pass_with_their_cache(name, implementation, length):
     model = of_transformers(name, implementation)
-    for seed in range(2):
-        assert_decode_matches_prefill(model, tokens(2, length, seed=seed))
+    assert_decode_matches_prefill(model, tokens(2, length))
     assert_decode_matches_prefill(model, tokens(2, 6), chunks=[2, 3, 1])
     real = torch.ones(2, length, dtype=torch.long)
     assert_decode_matches_prefill(model, tokens(2, length), attention_mask=real)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "implementation"), CACHED)
 def test_models_of_transformers_pass_in_other_dtypes(name, implementation, dtype):
     model = of_transformers(name, implementation, dtype)
-    for seed in range(2):
-        assert_decode_matches_prefill(model, tokens(2, 9, seed=seed))
+    assert_decode_matches_prefill(model, tokens(2, 9))
 
 
 def test_the_cache_of_transformers_is_used():

@@ -87,13 +87,12 @@ def test_modules_of_pytorch_pass_with_padding_and_without(assertion, batch_first
         assertion(module, inputs[0], lengths=[5, 2, 1])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
 def test_models_of_transformers_take_every_sample_for_itself(name, implementation, dtype):
     model = of_transformers(name, implementation, dtype)
-    for seed in range(2):
-        assert_batch_independent(model, tokens(3, 5, seed), seed=seed)
-        assert_batch_independent(model, tokens(6, 4, seed), lengths=[4, 1, 2, 3, 4, 4], seed=seed)
+    assert_batch_independent(model, tokens(3, 5))
+    assert_batch_independent(model, tokens(6, 4), lengths=[4, 1, 2, 3, 4, 4])
 
 
 @BOTH
@@ -204,7 +203,7 @@ def test_a_sample_that_its_place_changes_is_named():
     assert "cause    sample 1 changes with no other sample, but with its place in" in message
 
 
-@pytest.mark.parametrize("sample", range(9))
+@pytest.mark.parametrize("sample", [0, 3, 8])
 def test_one_wrong_sample_of_nine_is_found_also_where_it_is_not_run_alone(sample):
     def wrong(query, key, value):
         output = SDPA(query, key, value)
@@ -513,5 +512,5 @@ def test_a_memory_that_may_be_a_mask_is_refused():
 
 @pytest.mark.parametrize("lengths", ["ab", object(), [None, 1]], ids=["text", "object", "none"])
 def test_lengths_that_are_no_numbers_are_refused_in_words(lengths):
-    with pytest.raises(TypeError, match=r"lengths: got .*accepted is whole numbers, one for each"):
+    with pytest.raises(TypeError, match=r"lengths: got .*accepted is one whole number from 0 to"):
         assert_batch_independent(encoder_layer(), randn(2, 5, WIDTH), lengths=lengths)

@@ -63,9 +63,7 @@ def packed(tensor):
 def test_functions_of_pytorch_and_by_hand_pass_whatever_their_mask(function, arguments, dtype):
     mask = arguments.get("attn_mask")
     given = {} if mask is None or mask.dtype == torch.bool else {"attn_mask": mask.to(dtype)}
-    for seed in range(3):
-        inputs = qkv(seed=seed, dtype=dtype)
-        assert_layout_invariant(function, *inputs, seed=seed, **{**arguments, **given})
+    assert_layout_invariant(function, *qkv(dtype=dtype), **{**arguments, **given})
 
 
 def test_grouped_heads_and_inputs_of_any_number_of_dimensions_pass():
@@ -77,7 +75,7 @@ def test_grouped_heads_and_inputs_of_any_number_of_dimensions_pass():
         assert_layout_invariant(SDPA, *(t[(0,) * drop] if drop < 3 else t[None] for t in qkv()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_modules_of_pytorch_pass(batch_first, dtype):
     attention = copy.deepcopy(multihead(batch_first)).to(dtype)
@@ -407,7 +405,7 @@ def test_a_gradient_may_round_more_than_an_output_unless_the_caller_says_otherwi
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_that_are_nothing_but_rounding_are_not_compared_by_their_size(dtype):
-    for seed in range(5):
+    for seed in range(2):
         query, key, value = qkv(seed=seed, dtype=dtype)
         # Equal keys, and a softmax that is one-hot: the query has no gradient in theory.
         assert_layout_invariant(SDPA, query, key[..., :1, :].expand(key.shape), value, seed=seed)
@@ -416,7 +414,7 @@ def test_gradients_that_are_nothing_but_rounding_are_not_compared_by_their_size(
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("size", [5.0, 10.0, 30.0])
+@pytest.mark.parametrize("size", [5.0, 30.0])
 def test_gradients_of_saturated_attention_pass_and_wrong_ones_do_not(size, dtype):
     class Misread(torch.autograd.Function):
         @staticmethod
@@ -434,7 +432,7 @@ def test_gradients_of_saturated_attention_pass_and_wrong_ones_do_not(size, dtype
     def wrong_of_value(query, key, value, **options):
         return SDPA(query, key, Misread.apply(value), **options)
 
-    for seed in range(6):
+    for seed in range(2):
         query, key, value = (randn(2, 4, 12, 16, seed=3 * seed + i) for i in range(3))
         inputs = [t.to(dtype) for t in (size * query, size * key, value)]
         assert_layout_invariant(SDPA, *inputs, is_causal=True, seed=seed)
@@ -448,11 +446,9 @@ def test_gradients_of_saturated_attention_pass_and_wrong_ones_do_not(size, dtype
 @pytest.mark.parametrize("low", [torch.bfloat16, torch.float16], ids=str)
 def test_what_autocast_computes_is_held_to_its_dtype(low):
     with torch.autocast("cpu", dtype=low):
-        for seed in range(3):
-            inputs = qkv(seed=seed)
-            assert_layout_invariant(SDPA, *inputs, seed=seed)
-            assert_layout_invariant(lambda q, k, v: SDPA(q, k, v).float(), *inputs, seed=seed)
-            assert_layout_invariant(encoder_layer(), randn(2, 5, WIDTH, seed=seed), seed=seed)
+        assert_layout_invariant(SDPA, *qkv())
+        assert_layout_invariant(lambda q, k, v: SDPA(q, k, v).float(), *qkv())
+        assert_layout_invariant(encoder_layer(), randn(2, 5, WIDTH))
         message_of(lambda q, k, v: SDPA(q, packed(k), v), *qkv())
 
 

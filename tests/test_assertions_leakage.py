@@ -23,7 +23,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import AttentionSpec, SequenceModel, assert_no_leakage
 
-FUNCTIONS = [sdpa, plain, flex]
+# flex_attention computes in one way whatever the dtype, and takes seconds to run.
+FUNCTIONS = [*((f, dtype) for f in (sdpa, plain) for dtype in DTYPES), (flex, torch.float32)]
 
 
 def message_of(subject, *inputs, **options):
@@ -65,16 +66,14 @@ def attention(
 # --- attention functions that are right
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("function", "dtype"), FUNCTIONS, ids=str)
 def test_a_causal_function_passes(function, dtype):
     assert_no_leakage(function, *qkv(dtype=dtype), is_causal=True)
     assert_no_leakage(function, *qkv(query_len=4, key_len=9, dtype=dtype), is_causal=True)
     assert_no_leakage(function, *qkv(query_len=9, key_len=4, dtype=dtype), is_causal=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("function", "dtype"), FUNCTIONS, ids=str)
 def test_a_masked_function_passes(function, dtype):
     mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5
     mask[:, :, 2] = False  # a query that may see nothing
@@ -137,10 +136,9 @@ def test_an_own_alignment_can_be_declared():
 # --- sequence models that are right
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
-def test_models_of_transformers_pass(name, implementation, dtype):
-    model = of_transformers(name, implementation, dtype)
+def test_models_of_transformers_pass(name, implementation):
+    model = of_transformers(name, implementation, torch.bfloat16)
     causal = name != "bert"
     if causal:
         assert_no_leakage(model, tokens(2, 12))
@@ -214,8 +212,8 @@ def test_the_cause_of_a_leaking_function_is_named(defect, cause):
 @pytest.mark.parametrize(
     ("dim", "other", "cause"),
     [
-        (-2, "depends on query", "softmax over the query axis (dim=-2)?"),
-        (1, "depends on head 0, its own is ", "softmax over the heads?"),
+        (-2, "depends on query", "softmax runs over the queries (dim=-2)"),
+        (1, "depends on head 0, its own is ", "softmax runs over the heads (dim=1)"),
         (0, "depends on batch entry 0, its own is 1;", "over the batch"),
     ],
 )
@@ -239,7 +237,7 @@ def test_grouped_heads_in_another_order_are_found():
     query, _, _ = qkv(heads=6)
     message = message_of(tiled, query, *qkv(heads=3)[1:], enable_gqa=True)
     assert "query 5 depends on key head 2, its own is 1" in message
-    assert "grouped heads in another order (repeat in place of repeat_interleave)" in message
+    assert "in the wrong order (repeat in place of repeat_interleave)" in message
 
 
 def test_a_query_that_sees_too_little_is_found():
@@ -378,7 +376,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match="has no elements"):
         assert_no_leakage(sdpa, query[:0], key[:0], value[:0])
     with pytest.raises(
-        ValueError, match=r"lengths: got \[9, 5\]; accepted is 3 numbers from 1 to 9"
+        ValueError, match=r"lengths: got shape \(2,\) for 3 batch entries; accepted is one"
     ):
         assert_no_leakage(encoder_layer(), randn(3, 9, WIDTH), lengths=[9, 5])
     with pytest.raises(TypeError, match=r"documents: got torch\.float32"):
@@ -616,8 +614,9 @@ def test_the_last_query_is_asked_whether_it_sees_itself():
 
 
 @pytest.mark.parametrize("block", [16, 32, 64])
-@pytest.mark.parametrize("length", [64, 128, 256])
-def test_a_mask_that_is_open_at_the_ends_of_blocks_is_found(length, block):
+def test_a_mask_that_is_open_at_the_ends_of_blocks_is_found(block):
+    length = 128
+
     def leaking(query, key, value, is_causal):
         mask = torch.ones(length, length, dtype=torch.bool).tril()
         ends = torch.arange(block - 1, length - 1, block)
@@ -625,8 +624,7 @@ def test_a_mask_that_is_open_at_the_ends_of_blocks_is_found(length, block):
         return sdpa(query, key, value, mask)
 
     inputs = qkv(2, 4, length, length)
-    if block < length:
-        assert "one step in its future" in message_of(leaking, *inputs, is_causal=True)
+    assert "one step in its future" in message_of(leaking, *inputs, is_causal=True)
 
 
 @pytest.mark.parametrize(("reader", "read"), [(0, 2), (0, 3), (1, 3), (4, 6)])

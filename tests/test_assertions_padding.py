@@ -79,7 +79,7 @@ def test_encoders_of_pytorch_pass_with_any_lengths(lengths):
             assert_padding_invariant(module, inputs, lengths=lengths, seed=seed)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("name", "implementation"), TRANSFORMERS)
 def test_models_of_transformers_pass(name, implementation, dtype):
     model = of_transformers(name, implementation, dtype)
@@ -502,9 +502,11 @@ def test_arguments_out_of_range_are_refused():
         with pytest.raises((ValueError, TypeError), match=r"amount: got .*a whole number from 1"):
             assert_padding_invariant(layer, inputs, amount=amount)
     for lengths in ([5], [5, 6], [0, 5], [[5, 5]]):
-        with pytest.raises((ValueError, TypeError), match=r"lengths: got .*one for each sample"):
+        with pytest.raises(
+            (ValueError, TypeError), match=r"lengths: got .*for each (sample|batch entry)"
+        ):
             assert_padding_invariant(layer, inputs, lengths=lengths)
-    with pytest.raises(TypeError, match=r"lengths: got .*whole numbers"):
+    with pytest.raises(TypeError, match=r"lengths: got .*one whole number"):
         assert_padding_invariant(layer, inputs, lengths=[1.0, 2.0])
     with pytest.raises(
         ValueError, match=r"lengths: got .*; accepted is None for an attention function"

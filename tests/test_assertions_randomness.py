@@ -383,7 +383,7 @@ def test_weights_that_are_dropped_together_or_never_together_are_told(drop, lag,
 @pytest.mark.parametrize("arguments", [{}, {"is_causal": True}, {"mask": True}], ids=str)
 @pytest.mark.parametrize("group", [1, 4])
 def test_of_a_large_input_a_part_is_enough(arguments, group):
-    query, key, value = qkv(2, 8, 600, 600)
+    query, key, value = qkv(2, 8, 300, 300)
     calls = []
 
     def attention(query, key, value, **given):
@@ -391,7 +391,7 @@ def test_of_a_large_input_a_part_is_enough(arguments, group):
         return sdpa(query, key, value, **given)
 
     if arguments.pop("mask", False):
-        arguments = {"attn_mask": torch.ones(600, 600, dtype=torch.bool).tril()}
+        arguments = {"attn_mask": torch.ones(300, 300, dtype=torch.bool).tril()}
     heads = slice(None, None, group)
     grouped = {"enable_gqa": True} if group > 1 else {}
     assert_deterministic(

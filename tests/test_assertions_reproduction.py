@@ -190,8 +190,10 @@ def test_the_operands_are_left_alone():
     assert all(torch.equal(*pair) for pair in zip(before, (WEIGHTS, VALUE, OUTPUT), strict=True))
 
 
-@pytest.mark.parametrize("elements", [8, 50, 300])
-@pytest.mark.parametrize("name", ["four", "merged", "grouped, merged", "shared", "two dimensions"])
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [("four", 50), ("merged", 300), ("grouped, merged", 50), ("shared", 50), ("two dimensions", 8)],
+)
 def test_no_element_is_missed_where_pieces_meet(monkeypatch, name, elements):
     monkeypatch.setattr(reproduction, "_ELEMENTS", elements)
     weights, value, output = ACCEPTED[name]
@@ -277,14 +279,14 @@ def test_a_passing_assertion_waits_for_the_device_once(pretend):
 
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("backend", ["FLASH_ATTENTION", "MATH"])
-@pytest.mark.parametrize("spread", [1, 2, 8])
-@pytest.mark.parametrize(("query_len", "key_len", "dim"), [(7, 1, 8), (33, 64, 32), (16, 1024, 64)])
+@pytest.mark.parametrize("spread", [1, 8])
+@pytest.mark.parametrize(("query_len", "key_len", "dim"), [(7, 1, 8), (16, 512, 64)])
 def test_fused_attention_passes_with_weights_computed_apart(
     dtype, backend, spread, query_len, key_len, dim
 ):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     mask = torch.ones(query_len, key_len, dtype=torch.bool).tril(max(0, key_len - query_len))
-    for seed in range(3):
+    for seed in range(2):
         query = (spread**0.5 * normal(2, 4, query_len, dim, seed=seed)).to(dtype)
         key = (spread**0.5 * normal(2, 4, key_len, dim, seed=seed + 50)).to(dtype)
         value = (normal(2, 4, key_len, dim, seed=seed + 100) + seed % 2).to(dtype)
@@ -374,8 +376,6 @@ def test_the_message_says_all_that_a_ci_log_needs():
         "allowed 1.8e-04)\n"
         "  first    output[0, 0, 3, 1] is 7.5, weights @ value gives 7 (off by 5.0e-01; "
         "allowed 7.0e-05)\n"
-        "  cause    every head has the same weights: averaged over heads? "
-        "nn.MultiheadAttention returns each head's own with average_attn_weights=False\n"
         "  tensor   float32 (1, 3, 4, 2) on cpu"
     )
 
@@ -474,6 +474,17 @@ CAUSES = {
     "one head zero": (
         (WEIGHTS, VALUE, OUTPUT * torch.tensor([1, 0, 1, 1])[:, None, None]),
         "the output of this map is zero throughout: a head or batch entry that was left out?",
+    ),
+    "one head scaled": (
+        (WEIGHTS, VALUE, OUTPUT * torch.tensor([1, 1.5, 1, 1])[:, None, None]),
+        "output of this map is 1.5 times weights @ value",
+    ),
+    "each query scaled": ((WEIGHTS, VALUE, OUTPUT * torch.linspace(0.5, 0.9, 6)[:, None]), None),
+    "uniform in all heads": ((WEIGHTS * 0 + 1 / 8, VALUE, OUTPUT), None),
+    "nearly causal": ((SQUARE, VALUE, (causal(SQUARE) @ VALUE).roll(1, -1)), None),
+    "weights that are zero here and there": (
+        (LONG * (torch.arange(40) % 3 > 0), LONG_VALUE, LONG @ LONG_VALUE),
+        None,
     ),
     "one element": ((WEIGHTS, VALUE, OUTPUT + torch.eye(5)[0] * (OUTPUT > 0.9)), None),
     "something else": ((WEIGHTS, VALUE, normal(2, 4, 6, 5, seed=9)), None),

@@ -113,11 +113,6 @@ def test_a_missing_baseline_fails_with_the_command_that_makes_it(pytester):
     )
 
 
-def test_a_missing_baseline_fails_in_every_mode(pytester, mode):
-    pytester.makepyfile(PICTURE)
-    pytester.runpytest(*mode).assert_outcomes(failed=1)
-
-
 def test_a_picture_of_another_size_fails(pytester, generate):
     path = pytester.makepyfile(PICTURE)
     generate()
@@ -125,37 +120,40 @@ def test_a_picture_of_another_size_fails(pytester, generate):
     pytester.runpytest().stdout.fnmatch_lines(["*the data agree, but the picture has another size"])
 
 
-@pytest.mark.parametrize(
-    ("body", "returned"),
-    [("show_heatmaps(np.eye(3), 'k', 'q')", "NoneType"), ("return np.eye(3)", "ndarray")],
-)
-def test_a_test_that_returns_no_figure_fails_in_every_mode(pytester, mode, body, returned):
+def test_no_picture_no_baseline_and_an_error_fail_in_every_mode(pytester, mode):
     pytester.makepyfile(
-        f"""
+        """
         import numpy as np, pytest
         from pytest_attnheat import show_heatmaps
 
-        @pytest.mark.heatmap_compare
-        def test_picture():
-            {body}
+        pytestmark = pytest.mark.heatmap_compare
+
+        def test_none():
+            show_heatmaps(np.eye(3), "k", "q")
+
+        def test_array():
+            return np.eye(3)
+
+        def test_missing():
+            return show_heatmaps(np.eye(3), "k", "q")
+
+        def test_mine():
+            raise KeyError("mine")
+
+        def test_skipped():
+            pytest.skip("no")
+
+        async def test_async():
+            return show_heatmaps(np.eye(3), "k", "q")
         """
     )
     result = pytester.runpytest(*mode)
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines([f"*the test returned {returned}*return show_heatmaps(...)*"])
-
-
-def test_a_failing_test_reports_its_own_error(pytester, mode):
-    pytester.makepyfile(PICTURE.replace("return", "raise KeyError('mine')\n    return"))
-    result = pytester.runpytest(*mode)
-    result.assert_outcomes(failed=1)
+    result.assert_outcomes(failed=5, skipped=1)
+    for returned in ("NoneType", "ndarray"):
+        result.stdout.fnmatch_lines([f"*the test returned {returned}*return show_heatmaps(...)*"])
     result.stdout.fnmatch_lines(["E * KeyError: 'mine'"])
-    result.stdout.no_fnmatch_line("*heatmap_compare:*")
-
-
-def test_a_skipped_test_is_skipped(pytester, mode):
-    pytester.makepyfile(PICTURE.replace("return", "pytest.skip('no')\n    return"))
-    pytester.runpytest(*mode).assert_outcomes(skipped=1)
+    result.stdout.fnmatch_lines(["*there is no baseline *test_missing.png yet"])
+    result.stdout.fnmatch_lines(["*an async test returns its figure to the event loop*"])
 
 
 def test_the_users_style_does_not_show(pytester, mode, generate):
@@ -227,36 +225,32 @@ def test_two_files_of_one_name_do_not_share_a_baseline_unseen(pytester, mode):
     result.stdout.fnmatch_lines(["*share the baseline a.test_m.test_picture.png*"])
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ("tolerence=3", "*got tolerence; accepted is * filename, baseline_dir, tolerance"),
-        ("'a.png'", "*got 'a.png'; accepted is the keyword arguments*"),
-        ("filename='a.jpg'", "*filename: got 'a.jpg'; accepted is a name of letters*"),
-        ("filename='a/b.png'", "*filename: got 'a/b.png'*for folders see baseline_dir=*"),
-        ("filename='a_.png'", "*not ending in '_'*"),
-        ("filename='a.png.png'", "*with one ending: .png or .svg*"),
-        ("filename=3", "*filename: got 3*"),
-        ("baseline_dir=3", "*baseline_dir: got 3; accepted is a folder"),
-        ("tolerance='x'", "*tolerance: got 'x'; accepted is a number from 0"),
-        ("tolerance=-1", "*tolerance: got -1*"),
-        ("tolerance=float('nan')", "*tolerance: got nan*"),
-    ],
-)
-def test_marker_arguments_that_are_not_known_fail_the_test(pytester, arguments, message):
-    marked = f"@pytest.mark.heatmap_compare({arguments})"
-    pytester.makepyfile(PICTURE.replace("@pytest.mark.heatmap_compare", marked))
-    result = pytester.runpytest()
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines([message])
+MARKED_WRONGLY = {
+    "tolerence=3": "*got tolerence; accepted is * filename, baseline_dir, tolerance",
+    "'a.png'": "*got 'a.png'; accepted is the keyword arguments*",
+    "filename='a.jpg'": "*filename: got 'a.jpg'; accepted is a name of letters*",
+    "filename='a/b.png'": "*filename: got 'a/b.png'*for folders see baseline_dir=*",
+    "filename='a_.png'": "*not ending in '_'*",
+    "filename='a.png.png'": "*with one ending: .png or .svg*",
+    "filename=3": "*filename: got 3*",
+    "baseline_dir=3": "*baseline_dir: got 3; accepted is a folder",
+    "tolerance='x'": "*tolerance: got 'x'; accepted is a number from 0",
+    "tolerance=-1": "*tolerance: got -1*",
+    "tolerance=float('nan')": "*tolerance: got nan*",
+}
 
 
-def test_a_wrong_marker_is_said_by_a_worker_too(pytester):
-    marked = "@pytest.mark.heatmap_compare(foo=1)"
-    pytester.makepyfile(PICTURE.replace("@pytest.mark.heatmap_compare", marked))
-    result = pytester.runpytest("-n", "1")
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*got foo; accepted is the keyword arguments*"])
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["one process", "a worker"])
+def test_marker_arguments_that_are_not_known_fail_the_test(pytester, workers):
+    tests = [
+        f"@pytest.mark.heatmap_compare({arguments})\ndef test_{number}(): ...\n"
+        for number, arguments in enumerate(MARKED_WRONGLY)
+    ]
+    pytester.makepyfile("import pytest\n" + "".join(tests))
+    result = pytester.runpytest(*workers)
+    result.assert_outcomes(failed=len(tests))
+    for message in MARKED_WRONGLY.values():
+        result.stdout.fnmatch_lines([message])
 
 
 def test_the_marker_of_pytest_mpl_beside_ours_is_refused(pytester, mode):
@@ -287,13 +281,6 @@ def test_a_marker_that_comes_late_still_compares_or_fails(pytester, mode, when):
         """
     )
     pytester.runpytest(*mode).assert_outcomes(failed=1)
-
-
-def test_an_async_test_fails_with_the_reason(pytester, mode):
-    pytester.makepyfile(PICTURE.replace("def test", "async def test"))
-    result = pytester.runpytest(*mode)
-    result.assert_outcomes(failed=1)
-    result.stdout.fnmatch_lines(["*an async test returns its figure to the event loop*"])
 
 
 def test_an_item_that_is_no_function_fails(pytester, mode):

@@ -156,22 +156,31 @@ def test_a_record_that_is_not_known_is_no_call():
 # --- masks that are lost
 
 
-def test_a_mask_that_may_have_been_lost_is_not_called_none():
-    def attend(block, q, k, v):
-        return (softmax(torch.maximum(q @ k.mT, -CAUSAL.float() * 9))) @ v
+def test_a_mask_is_told_by_what_hides_it_whatever_function_does():
+    hidden = torch.where(CAUSAL, torch.inf, -torch.inf)
+    (record,) = traced(
+        Block(lambda block, q, k, v: torch.minimum(q @ k.mT, hidden).softmax(-1) @ v)
+    )
+    assert torch.equal(record.mask.expand(2, 4, 9, 9)[0, 0], CAUSAL)
+    assert record.scale == 1
 
-    (record,) = traced(Block(lambda block, q, k, v: torch.minimum(
-        q @ k.mT, torch.where(CAUSAL, torch.inf, -torch.inf)).softmax(-1) @ v))  # fmt: skip
+
+def test_a_mask_that_depends_on_the_product_is_not_called_none():
+    def attend(block, q, k, v):
+        scores = q @ k.mT
+        return (scores + (scores - 1).sign().clamp(max=0) * 1e9).softmax(-1) @ v
+
+    (record,) = traced(Block(attend))
     assert record.mask_lost
-    with pytest.raises(ValueError, match="the mask is not known: its scores went through minimum"):
+    with pytest.raises(
+        ValueError, match="the mask is not known: its scores went through add, which"
+    ):
         _ = record.mask
     with pytest.raises(ValueError, match="attention whose mask is not known: its scores went"):
         assert_masked(record)
     assert_row_stochastic(record)
     (masked,) = [r for r in check_attention(record).results if r.name == "masks"]
     assert masked.status == "skipped"
-    (record,) = traced(Block(attend))
-    assert torch.equal(record.mask.expand(2, 4, 9, 9)[0, 0], CAUSAL)  # it was seen afterwards
 
 
 # --- the scale

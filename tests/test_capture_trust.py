@@ -136,7 +136,7 @@ def test_a_record_waits_once_for_the_device(monkeypatch, pretend, keep, parts):
         (query @ key.mT / 2).softmax(-1) @ value
     assert len(trace) == 2
     waits = [name for name in seen.names if name == "aten::_local_scalar_dense"]
-    assert len(waits) == 2  # statistics are copied to the host besides
+    assert len(waits) == 2  # statistics, and what explains scores, are copied to the host besides
 
 
 def test_many_keys_do_not_make_a_record_wrong():

@@ -312,12 +312,11 @@ def test_a_warning_points_at_the_with_statement():
 
 
 def test_weights_that_go_into_something_else_than_a_product_are_named():
-    class Summing(nn.Module):
+    class Choosing(nn.Module):
         def forward(self, x):
-            weights = (x @ x.mT).softmax(-1)
-            return (weights.unsqueeze(-1) * x.unsqueeze(1)).sum(-2)
+            return x.gather(1, (x @ x.mT).softmax(-1).argmax(-1, keepdim=True).expand_as(x))
 
-    model = nn.Sequential(nn.Identity(), Summing())
+    model = nn.Sequential(nn.Identity(), Choosing())
     with capture_attention(model, allow_empty=True, allow_unseen=True) as trace:
         model(torch.randn(2, 3, 4))
     assert [str(unseen) for unseen in trace.unseen] == [

@@ -141,12 +141,6 @@ SPELLINGS = (
     in_place, into_given_memory, with_the_maximum_subtracted, with_log_softmax, with_nan_to_num,
 )  # fmt: skip
 
-# Their scores were turned, or made weights by something else than a softmax.
-NOT_UNDERSTOOD = (
-    with_queries_last, from_the_right, with_log_softmax, with_the_maximum_subtracted,
-    with_einsum_in_another_order,
-)  # fmt: skip
-
 
 @pytest.mark.parametrize("attend", SPELLINGS, ids=lambda f: f.__name__)
 def test_every_spelling(attend):
@@ -162,10 +156,8 @@ def test_every_spelling(attend):
 @pytest.mark.parametrize("attend", SPELLINGS, ids=lambda f: f.__name__)
 def test_what_a_record_tells_of_queries_keys_and_scale_makes_its_weights(attend):
     record, _ = captured(attend, QUERY, KEY, VALUE)
-    understood = attend not in NOT_UNDERSTOOD
-    assert (record.scale is not None) == understood
-    if understood:
-        assert_weights(record, plain_weights(record.query, record.key, scale=record.scale))
+    assert record.scale == 0.5
+    assert_weights(record, plain_weights(record.query, record.key, scale=record.scale))
 
 
 def test_heads_one_by_one_are_records_of_one_head():
@@ -333,17 +325,18 @@ MOVES = {
 
 
 @pytest.mark.parametrize("move", MOVES.values(), ids=MOVES)
-def test_scores_that_were_moved_do_not_tell_wrong_queries_and_masks(move):
+def test_scores_that_were_moved_move_queries_keys_and_masks(move):
     def attend(q, k, v):
         return move((q @ k.mT / 2).masked_fill(~MASK, -torch.inf)).softmax(-1) @ v
 
     record, _ = captured(attend, QUERY, KEY, VALUE)
     scores = (QUERY @ KEY.mT / 2).masked_fill(~MASK, -torch.inf)
     assert_weights(record, plain_softmax(move(scores)))
-    assert record.query is record.key is record.given_mask is record.scale is None
+    again = plain_weights(record.query, record.key, allowed=record.mask, scale=record.scale)
+    assert_weights(record, again)
 
 
-def test_a_mask_in_a_layout_of_windows_leaves_weights_right_and_the_scale_unknown():
+def test_a_mask_in_a_layout_of_windows_is_told_in_that_of_the_weights():
     windows = MASK[:, :1].view(1, 2, 1, 5, 7)
 
     def attend(q, k, v):
@@ -352,7 +345,8 @@ def test_a_mask_in_a_layout_of_windows_leaves_weights_right_and_the_scale_unknow
 
     record, _ = captured(attend, QUERY, KEY, VALUE)
     assert_weights(record, plain_weights(QUERY, KEY, allowed=MASK))
-    assert record.scale is None
+    assert torch.equal(record.mask.expand(2, 3, 5, 7), MASK.expand(2, 3, 5, 7))
+    assert record.scale == 0.5
 
 
 # --- what people get wrong is recorded as it is
@@ -459,7 +453,7 @@ def test_weights_that_were_joined_for_the_product():
     record, _ = captured(attend, QUERY, KEY, VALUE)
     assert record.shape == (2, 3, 5, 7)
     assert_weights(record, plain_weights(QUERY, KEY, allowed=MASK))
-    assert torch.equal(record.mask, MASK)
+    assert torch.equal(record.mask, MASK.expand(2, 3, 5, 7))
     assert torch.equal(record.query, QUERY)
 
 

@@ -256,9 +256,6 @@ def test_a_replay_is_of_the_dtype_and_the_seed_that_it_names(quick):
     ("text", "reason"),
     [
         ("softcap=True", "replay: got 'softcap=True'; accepted is feature=level, of sizes, *"),
-        ("sizes=1xx", "replay: got '1xx'; accepted is one of 5x7, *"),
-        ("causal=maybe", "replay: got 'maybe'; accepted is one of False, True"),
-        ("sizes=1x2 empty=True", "choice: got *"),
         ("dtype=float16", "it is not examined in float16"),
     ],
 )
@@ -267,6 +264,20 @@ def test_a_replay_that_does_not_fit_is_skipped_with_the_reason(text, reason):
     (result,) = check_attention(spec, replay=text).results
     assert result.status == "skipped"
     assert re.match(re.escape(reason).replace(r"\*", ".*"), result.message)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("cauzal=True", "replay: got 'cauzal=True'; accepted is feature=level, of sizes, *"),
+        ("sizes=1xx", "replay: got '1xx'; accepted is one of 5x7, *"),
+        ("causal=maybe", "replay: got 'maybe'; accepted is one of False, True"),
+        ("sizes=1x2 empty=True", "choice: got *"),
+    ],
+)
+def test_a_replay_that_is_a_call_of_no_subject_is_refused(text, reason):
+    with pytest.raises(ValueError, match=re.escape(reason).replace(r"\*", ".*")):
+        check_attention(attention, replay=text)
 
 
 def test_a_block_is_not_replayed():

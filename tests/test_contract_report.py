@@ -1,6 +1,8 @@
 """The examination finds every planted defect, and finds nothing in correct implementations."""
 
 import dataclasses
+import json
+import math
 import re
 import warnings
 
@@ -37,6 +39,7 @@ from pytest_attnheat import (
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.asking import KEYWORDS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
+from pytest_attnheat.contract.data import as_data
 from pytest_attnheat.failure import Failure
 
 ONE_DTYPE = ("float32",)
@@ -58,7 +61,7 @@ def statuses(report, name):
 # --- correct implementations
 
 
-def math(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, enable_gqa=False):
+def by_math(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, enable_gqa=False):
     with sdpa_kernel(SDPBackend.MATH):
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
 
@@ -69,12 +72,12 @@ def flash(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, 
         return sdpa(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa=enable_gqa)
 
 
-CORRECT = [sdpa, math, plain, plus_one, scaled_query, repeated_keys]
+CORRECT = [sdpa, by_math, plain, plus_one, scaled_query, repeated_keys]
 
 
 @pytest.mark.parametrize("function", CORRECT, ids=lambda f: f.__name__)
 def test_correct_functions_pass_in_every_dtype(function):
-    report = check_attention(function)
+    report = check_attention(function, checks=CHECKS if function is sdpa else NAMED)
     assert report.passed, str(report)
     assert {result.dtype for result in report.results} == {
         "float64", "float32", "float16", "bfloat16",
@@ -83,7 +86,7 @@ def test_correct_functions_pass_in_every_dtype(function):
 
 
 def test_a_fused_kernel_that_refuses_some_inputs_passes():
-    report = check_attention(flash)
+    report = check_attention(flash, checks=[BY_NAME[n] for n in ("plain", "masked", "dropout")])
     assert report.passed, str(report)
     assert statuses(report, "plain") == statuses(report, "masked") == {"passed"}
     assert statuses(report, "dropout") == {"skipped"}
@@ -115,7 +118,8 @@ def test_flex_attention_passes_in_every_dtype():
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        report = check_attention(flex_attention)
+        some = ("plain", "masked", "causal", "grouped", "scale_argument", "gradients")
+        report = check_attention(flex_attention, checks=[BY_NAME[name] for name in some])
     assert report.passed, str(report)
     assert report.spec.name == "flex_attention"
     assert statuses(report, "gradients") == {"skipped"}  # there is no backward on a CPU
@@ -128,8 +132,10 @@ def test_another_layout_and_meaning_of_the_mask_are_declared():
         mask = None if dropped is None else ~dropped
         return sdpa(*turned, attn_mask=mask).transpose(1, 2)
 
-    spec = AttentionSpec(own, layout="blhd", mask="drop", mask_argument="dropped")
-    report = check_attention(spec)
+    spec = AttentionSpec(
+        own, layout="blhd", mask="drop", mask_argument="dropped", dtypes=("float32", "bfloat16")
+    )
+    report = check_attention(spec, checks=NAMED)
     assert report.passed, str(report)
     assert statuses(report, "masked") == {"passed"}
     assert statuses(report, "causal") == {"skipped"}
@@ -151,7 +157,7 @@ def test_one_head_without_a_dimension_of_heads_is_examined():
 
 @pytest.mark.parametrize("name", ["eager", "sdpa"])
 def test_the_attention_functions_of_transformers_pass(name):
-    report = check_attention(transformers_attention(name))
+    report = check_attention(transformers_attention(name), checks=NAMED)
     assert report.passed, str(report)
     assert statuses(report, "masked") == statuses(report, "grouped") == {"passed"}
     with pytest.raises(ValueError, match="name: got 'flasher'; accepted is one of 'eager', "):
@@ -315,9 +321,11 @@ def test_a_defect_of_a_block_is_found():
 def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     subject = attention_with("softmax_over_queries")
     spec = AttentionSpec(subject, name="mine", dtypes=("float32", "float64"))
-    report = check_attention(spec, checks=NAMED)
+    some = ("plain", "masked", "grouped")
+    report = check_attention(spec, checks=[BY_NAME[name] for name in some])
     assert not report.passed
     assert report.diagnosis.defects == ("softmax_over_queries",)
+    assert repr(report) == f"<Report {str(report).splitlines()[0]}>"
     lines = str(report).splitlines()
     skipped = sum(result.status == "skipped" for result in report.results)
     asked = len(report.results) - skipped
@@ -327,7 +335,8 @@ def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     assert any(line.split() == ["plain", "failed", "failed"] for line in lines)
     assert any(line.split() == ["grouped", "skipped", "skipped"] for line in lines)
     assert "plain (float32, cpu)" in lines
-    assert "it computes" not in str(check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE)))
+    right = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE), checks=[BY_NAME["plain"]])
+    assert "it computes" not in str(right)
 
 
 def test_the_quick_form_asks_less_and_still_finds_much():
@@ -358,17 +367,100 @@ def test_a_failed_check_keeps_its_failure_and_says_it_in_one_line():
     assert "that of attention whose scores are not scaled" in result.reason
 
 
+def test_a_report_is_plain_data_that_says_all_of_it():
+    def wrong(query, key, value):
+        return (query @ key.mT).softmax(-1) @ value
+
+    spec = AttentionSpec(wrong, softcap=None, may_see=lambda b, h, q, k: k >= 0, dtypes=ONE_DTYPE)
+    report = check_attention(spec, checks=[BY_NAME[n] for n in ("plain", "masked", "pairs")])
+    data = json.loads(json.dumps(report.as_dict(), allow_nan=False))
+    assert data["version"] == 1
+    assert (data["subject"], data["passed"]) == ("wrong", False)
+    assert data["counts"] == {"passed": 0, "failed": 2, "skipped": 1, "xfailed": 0}
+    assert data["spec"]["typed"] == ["dtypes", "may_see", "softcap", "subject"]
+    assert data["spec"]["may_see"].endswith("<lambda>")
+    assert data["diagnosis"]["defects"] == ["scale_missing"]
+    assert "scores are not scaled" in data["diagnosis"]["sentence"]
+    plain, masked, pairs = data["results"]
+    failure = report.failed[0].failure
+    assert (plain["check"], plain["dtype"], plain["device"]) == ("plain", "float32", "cpu")
+    assert (plain["message"], plain["cause"]) == (report.failed[0].message, failure.cause)
+    assert (plain["broken"], plain["of"]) == (failure.broken, failure.of)
+    assert plain["worst"]["index"] == list(failure.worst.index)
+    assert (masked["status"], masked["reason"]) == ("skipped", "it does not take a mask")
+    again = check_attention(spec, replay=pairs["replay"])
+    assert [result.status for result in again.results] == ["failed"]
+
+
+def test_the_data_of_a_report_count_the_pairs_and_hold_no_number_that_json_lacks():
+    spec = AttentionSpec(lambda q, k, v: sdpa(q, k, v), gradients=False, dtypes=ONE_DTYPE)
+    report = check_attention(spec, checks=[BY_NAME["pairs"]])
+    (result,) = report.as_dict()["results"]
+    counts = result["counts"]
+    assert f"{counts['asked']:,} pairs of levels in {counts['calls']} calls" in result["message"]
+    assert as_data({"a": math.inf, "b": [math.nan, -math.inf, 0.5], "c": torch.ones(2, 3)}) == {
+        "a": "inf", "b": ["nan", "-inf", 0.5], "c": "float32 (2, 3)",
+    }  # fmt: skip
+
+
 def test_own_checks_may_be_added():
     def never_negative(examination):
         if bool((examination.spec.ask(examination.case()).output < 0).any()):
             raise AssertionError("an output is negative")
 
     own = Check("never_negative", "no output is negative", never_negative)
-    report = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE), checks=[*CHECKS, own])
+    report = check_attention(AttentionSpec(sdpa, dtypes=ONE_DTYPE), checks=[BY_NAME["plain"], own])
     assert failed(report) == ["never_negative"]
 
 
+def test_what_is_no_check_is_refused_in_words():
+    for ask in (lambda given: check_attention(sdpa, checks=given),
+                lambda given: parametrize_with_checks([sdpa], checks=given)):  # fmt: skip
+        with pytest.raises(TypeError, match=r"checks: got \['plain'\]; accepted is one or"):
+            ask(["plain"])
+        with pytest.raises(ValueError, match=r"checks: got \[\]; accepted is one or more checks"):
+            ask([])
+
+
 # --- specifications
+
+
+def test_what_was_read_off_one_subject_is_not_kept_for_another():
+    def own(query, key, value, scale=None):
+        return query
+
+    spec = dataclasses.replace(AttentionSpec(sdpa, causal="top_left"), subject=own)
+    plain = AttentionSpec(own)
+    for name in ("name", "mask", "grouped", "dropout", "scale_argument"):
+        assert getattr(spec, name) == getattr(plain, name), name
+    assert dataclasses.replace(AttentionSpec(sdpa, name="mine"), subject=own).name == "mine"
+    assert dataclasses.replace(AttentionSpec(own), subject=sdpa).mask == "any"
+    assert spec.typed == {"subject", "causal"}
+
+
+def test_what_was_typed_is_not_called_a_default():
+    leaking = AttentionSpec(encoder_layer(), inputs=randn(2, 9, WIDTH), causal="top_left")
+    (check,) = (check for check in BLOCK_CHECKS if check.name == "no_leakage")
+    (result,) = check_attention(leaking, checks=[check]).failed
+    assert result.declaration.startswith("wrong declaration: causal='top_left' is declared, but")
+
+
+@pytest.mark.parametrize(
+    ("declared", "error", "message"),
+    [
+        ({"score_mod": lambda score, batch, head: score}, ValueError, "raised TypeError"),
+        ({"score_mod": lambda score, b, h, q, k: 3.0}, TypeError, "one that returned float"),
+        ({"score_mod": lambda score, b, h, q, k: q > k}, ValueError, "one that returned bool"),
+        ({"may_see": lambda q, k: q > k}, ValueError, "raised TypeError"),
+        ({"may_see": lambda b, h, q, k: 1.0 * k}, ValueError, "one that returned float32"),
+        ({"sinks": torch.zeros(3), "layout": "bld"}, ValueError, "'bld', which has no heads"),
+    ],
+)
+def test_what_the_subject_would_be_blamed_for_is_refused_where_it_is_declared(
+    declared, error, message
+):
+    with pytest.raises(error, match=message):
+        AttentionSpec(sdpa, **declared)
 
 
 def test_a_specification_reads_what_the_signature_says():
@@ -453,7 +545,8 @@ def test_a_bad_specification_is_refused_when_it_is_made(fields, error, says):
 
 def test_every_field_of_a_specification_is_checked():
     checked = {name for fields, _, _ in REFUSED for name in dict(fields)}
-    assert checked == {field.name for field in dataclasses.fields(AttentionSpec)}
+    names = {field.name for field in dataclasses.fields(AttentionSpec)}
+    assert checked == {name for name in names if not name.startswith("_")}
 
 
 def test_an_output_in_another_layout_than_declared_is_refused():
@@ -481,7 +574,7 @@ def test_a_window_is_counted_from_the_declared_corner_without_a_keyword_for_caus
 
     spec = examined("bottom_right", "bottom_right")
     assert (spec.causal, spec.takes_causal) == ("bottom_right", False)
-    report = check_attention(spec)
+    report = check_attention(spec, checks=NAMED)
     assert report.passed, str(report)
     assert statuses(report, "plain") == {"passed"}
     assert statuses(report, "causal") == statuses(report, "decoding") == {"skipped"}

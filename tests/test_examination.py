@@ -1,5 +1,7 @@
 """The examination under pytest, as a user sees it."""
 
+import json
+import multiprocessing
 import re
 from fnmatch import fnmatch
 from pathlib import Path
@@ -8,6 +10,7 @@ import pytest
 
 from pytest_attnheat.contract.checks import CHECKS
 from pytest_attnheat.plugin.checking import _in_both
+from pytest_attnheat.plugin.settings import DTYPE_NAMES
 
 # The number of checks in the quick form.
 QUICK = sum(check.quick for check in CHECKS)
@@ -42,9 +45,13 @@ def test_each_check_is_a_test_with_a_readable_id(contract):
     contract.makepyfile(
         """
         from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from pytest_attnheat.contract.checks import CHECKS
         from right import attention
 
-        @parametrize_with_checks([AttentionSpec(attention, dtypes=("float32", "bfloat16"))])
+        some = [check for check in CHECKS if check.name in ("plain", "returned_weights")]
+
+        @parametrize_with_checks(
+            [AttentionSpec(attention, dtypes=("float32", "bfloat16"))], checks=some)
         def test_contract(check):
             check()
         """
@@ -126,15 +133,12 @@ def test_an_unknown_expected_failure_is_an_error(contract):
     )
 
 
-@pytest.mark.parametrize(
-    "options", [("--tb=no",), ("-n", "2", "-q")], ids=["alone", "on two workers"]
-)
-def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch, options):
+def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch):
     monkeypatch.setenv("CI", "true")  # where pytest prints every line of a message again
     contract.makepyfile(test_other="def test_other(): raise RuntimeError('not asked for')")
     result = contract.runpytest(
         "--attn-check=right:attention", "--attn-check=wrong:attention", "--attn-check-quick",
-        "-rsf", *options,
+        "-rsf", "--tb=no", "--junitxml=junit.xml", "--attn-json=out/found.json",
     )  # fmt: skip
     result.stdout.fnmatch_lines(
         ["FAILED wrong:attention::attention-causal-float32 - not so: with is_causal it is causal *"]
@@ -151,6 +155,49 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch, 
     assert "not asked for" not in text
     assert text.count(diagnosis) == 1
     assert result.ret == pytest.ExitCode.TESTS_FAILED
+    junit = (contract.path / "junit.xml").read_text(encoding="utf-8")
+    assert 'message="not so: without a mask it is attention, as exactly as its dtype' in junit
+    assert "  wrong      " in junit
+    assert "<propert" not in junit
+    assert "attention examination" not in junit
+    right, wrong = subjects_of(contract.path / "out" / "found.json")
+    assert (right["passed"], right["where"]) == (True, "right:attention")
+    assert right["counts"]["skipped"] + right["counts"]["passed"] == QUICK
+    assert (wrong["passed"], wrong["counts"]["failed"]) == (False, 7)
+    assert wrong["diagnosis"]["defects"] == ["scale_missing"]
+    (plain,) = (result for result in wrong["results"] if result["check"] == "plain")
+    assert (plain["status"], plain["dtype"], plain["device"]) == ("failed", "float32", "cpu")
+    assert plain["replay"] == "gradients=none dtype=float32 seed=0"
+    assert list((contract.path / "out").iterdir()) == [contract.path / "out" / "found.json"]
+
+
+def subjects_of(file):
+    """What a file of `--attn-json` says of each subject."""
+    data = json.loads(file.read_text(encoding="utf-8"))
+    assert data["version"] == 1
+    return data["subjects"]
+
+
+def test_a_crash_is_a_failed_test_and_the_run_goes_on(contract):
+    contract.makepyfile(
+        crashing="""
+        import os
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+        def attention(query, key, value, is_causal=False):
+            if is_causal:
+                os.abort()
+            return sdpa(query, key, value)
+        """
+    )
+    result = contract.runpytest(
+        "--attn-check=crashing:attention", "--attn-check-quick", "--attn-isolate", "-v"
+    )
+    result.stdout.fnmatch_lines(["*-plain-float32 PASSED*", "*-causal-float32 FAILED*"])
+    result.stdout.fnmatch_lines(["the subject ended its process: SIGABRT (Aborted)"])
+    result.stdout.fnmatch_lines(["  because    causal, *: the subject ended its process: *"])
+    assert result.ret == pytest.ExitCode.TESTS_FAILED
+    assert not multiprocessing.active_children()
 
 
 def test_files_that_are_named_are_run_as_well(contract):
@@ -302,10 +349,18 @@ def test_workers_share_the_devices_of_an_examination_and_agree_on_the_ids(contra
             check()
         """
     )
-    result = contract.runpytest_subprocess("-n", "2", "--attn-device=cuda", "-v")
+    options = ("-n", "2", "-p", "no:hypothesispytest", "-p", "no:pytest_mpl")
+    result = contract.runpytest_subprocess(
+        *options, "--attn-device=cuda", "-v", "--attn-json=found.json"
+    )
     result.assert_outcomes(passed=6, failed=4)
     result.stdout.fnmatch_lines(["*-own_0-float32-cuda?*"])
     assert_said_once(result.stdout.str())
+    assert result.stdout.str().count("4 of 10 checks failed") == 1
+    (told,) = subjects_of(contract.path / "found.json")
+    own = [result["dtype"] for result in told["results"] if result["check"] == "own"]
+    assert own == sorted(DTYPE_NAMES)
+    assert told["counts"] == {"passed": 6, "failed": 4, "skipped": 0, "xfailed": 0}
 
 
 def test_a_test_that_fails_before_its_check_does_not_hide_what_the_others_found(contract):
@@ -324,15 +379,6 @@ def test_a_test_that_fails_before_its_check_does_not_hide_what_the_others_found(
     result.stdout.fnmatch_lines(["  because    *: the test itself failed"])
 
 
-def test_junit_has_the_claim_and_the_whole_message_and_nothing_else(contract):
-    contract.runpytest("--attn-check=wrong:attention", "--attn-check-quick", "--junitxml=junit.xml")
-    text = (contract.path / "junit.xml").read_text(encoding="utf-8")
-    assert 'message="not so: without a mask it is attention, as exactly as its dtype' in text
-    assert "  wrong      " in text
-    assert "<propert" not in text
-    assert "attention examination" not in text
-
-
 def test_a_run_without_an_examination_loads_nothing_of_it(pytester):
     pytester.makepyfile(
         """
@@ -345,7 +391,7 @@ def test_a_run_without_an_examination_loads_nothing_of_it(pytester):
             assert not any(name.startswith("pytest_attnheat.contract") for name in loaded)
         """
     )
-    result = pytester.runpytest_subprocess("-p", "no:mpl")
+    result = pytester.runpytest_subprocess("-p", "no:mpl", "-p", "no:hypothesispytest")
     assert result.parseoutcomes() == {"passed": 1}
     assert "attention examination" not in result.stdout.str()
 
@@ -392,7 +438,7 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
         "  nothing    was examined; most often, the subject refuses: not here",
         "block (subjects:every): 2 of 5 checks failed, 2 skipped",
         "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
-        "  because    no_leakage: assert_no_leakage: 12 of 18 outputs depend on what they must *",
+        "  because    no_leakage: assert_no_leakage: 16 of 18 outputs depend on what they must *",
         "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
         f"turned (subjects:every): 2 of 4 checks failed, {QUICK - 4} skipped",
         "  declared   wrong declaration: layout='bhld' is the default, but the code means 'blhd'",

@@ -497,6 +497,10 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"cmap": "nope"}, "cmap: got 'nope'; accepted is a Colormap, or"),
         ({"cmap": None}, "cmap: got None"),
         ({"dpi": 0}, "dpi: got 0"),
+        ({"dpi": "a"}, "dpi: got str; accepted is a number"),
+        ({"figsize": 3}, r"figsize: got 3; accepted is \(width, height\)"),
+        ({"highlight": 3}, "highlight: got 3; accepted is a list"),
+        ({"titles": 3}, "titles: got 3; accepted is a list"),
         ({"dpi": float("nan")}, "dpi: got nan"),
         ({"figsize": (1000, 1000)}, "100000 x 100000 pixels"),
         ({"numbers": ".2q"}, "accepted is True, False or a format"),
@@ -508,7 +512,7 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
     ],
 )
 def test_misuse_says_what_was_given_and_what_is_accepted(options, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         show_heatmaps(softmax_maps(4, 4), "Keys", "Queries", **options)
 
 

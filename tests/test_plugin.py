@@ -298,31 +298,23 @@ HEAVY = """
 """
 
 
-@pytest.mark.parametrize(
-    "test_file",
-    [
-        None,
-        "def test_a(tmp_path): pass",
-        "import pytest_attnheat\n\ndef test_a(): assert pytest_attnheat.__version__",
-    ],
-    ids=["nothing", "no_fixture", "import"],
-)
-def test_a_run_without_attention_loads_nothing_heavy(pytester, monkeypatch, test_file):
+@pytest.mark.parametrize("more", [["--collect-only"], []], ids=["nothing", "no fixture"])
+def test_a_run_without_attention_loads_nothing_heavy(pytester, monkeypatch, more):
     pytester.makepyfile(watch=HEAVY)
-    if test_file:
-        pytester.makepyfile(test_file=test_file)
+    if not more:
+        file = "import pytest_attnheat\n\ndef test_a(tmp_path): assert pytest_attnheat.__version__"
+        pytester.makepyfile(test_file=file)
     monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
-    options = ("-p", "watch", "-p", "no:pytest_mpl", "--attn-device=cpu,cuda")
-    for more in (["--collect-only"], []):
-        result = pytester.runpytest_subprocess(*options, *more)
-        result.stdout.fnmatch_lines("HEAVY [[][]] True")
+    options = ("-p", "watch", "-p", "no:pytest_mpl", "-p", "no:hypothesispytest")
+    result = pytester.runpytest_subprocess(*options, "--attn-device=cpu,cuda", *more)
+    result.stdout.fnmatch_lines("HEAVY [[][]] True")
 
 
 def test_the_plugin_can_be_switched_off(pytester, monkeypatch):
     pytester.makepyfile(watch=HEAVY, test_file="def test_a(attention): pass")
     monkeypatch.setenv("PYTHONPATH", str(pytester.path), prepend=os.pathsep)
     result = pytester.runpytest_subprocess(
-        "-p", "watch", "-p", "no:attnheat", "-p", "no:pytest_mpl"
+        "-p", "watch", "-p", "no:attnheat", "-p", "no:pytest_mpl", "-p", "no:hypothesispytest"
     )
     result.assert_outcomes(errors=1)
     result.stdout.fnmatch_lines(["*fixture 'attention' not found*", "HEAVY [[][]] False"])
@@ -339,11 +331,8 @@ def test_it_loads_by_name_where_plugins_are_not_loaded_by_themselves(pytester, m
     "options",
     [
         ["-n", "1"],
-        ["-p", "no:cacheprovider"],
-        ["--import-mode=importlib"],
-        ["-W", "error"],
-        ["--strict-markers", "--strict-config"],
-        ["-p", "no:xdist"],
+        ["--import-mode=importlib", "-W", "error", "--strict-markers", "--strict-config"],
+        ["-p", "no:xdist", "-p", "no:cacheprovider"],
     ],
     ids=" ".join,
 )

@@ -135,10 +135,11 @@ def test_unused_baselines_are_listed_and_kept(project, pytester):
 
 def test_two_workers_do_all_this_as_one_process_does(pytester):
     """The life of baselines in as few runs as can be: workers are slow to start."""
-    workers = ("-n", "2")
+    # Two share the work; one alone is enough to see that what it finds reaches the summary.
+    two, workers = ("-n", "2"), ("-n", "1")
     several = SEVERAL.replace(", torch", "").replace("torch", "np")
     pytester.makepyfile(test_a=PICTURES + several)
-    result = pytester.runpytest("--attn-update=missing", *workers)
+    result = pytester.runpytest("--attn-update=missing", *two)
     result.assert_outcomes(passed=4)
     result.stdout.fnmatch_lines_random([f"wrote baseline_images/{name} (new)" for name in NAMES])
     folder = pytester.path / "baseline_images"

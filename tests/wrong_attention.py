@@ -16,7 +16,7 @@ BLOCK = 4
 
 def usual_slopes(heads):
     """The slopes of ALiBi for a power of two of heads."""
-    return torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]).double()
+    return torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.double)
 
 
 def declared_for(*names):
@@ -212,10 +212,10 @@ def _own_slopes(has, slopes, heads, factor):
     if "alibi_of_first_head" in has:
         return torch.stack([slopes[0]] * heads)
     if "alibi_off_by_one" in has:
-        return torch.tensor([2.0 ** (-8 * h / heads) for h in range(heads)]).double()
+        return torch.tensor([2.0 ** (-8 * h / heads) for h in range(heads)], dtype=torch.double)
     if "alibi_of_other_heads" in has:
         count = 1
-        while count <= heads:
+        while count < heads:
             count *= 2
         return usual_slopes(count)[:heads]
     return slopes * factor if "alibi_scaled" in has else slopes
@@ -514,6 +514,7 @@ def _in_parts(has, scores, block):
     total = torch.cat([lse for _, lse in states], -1)
     if "lse_in_base_two" in has:
         total = total * log2e
+    total = total - total.amax(-1, keepdim=True)
     powers = torch.exp2(total) if "merge_in_base_two" in has else torch.exp(total)
     share = powers / powers.sum(-1, keepdim=True)
     return torch.cat([own * share[..., i : i + 1] for i, (own, _) in enumerate(states)], -1)

@@ -142,6 +142,12 @@ def _assert_one(
         assertion(**arguments)
     except Failure as failure:
         failure.layer = f"{record.layer or '(no module)'}, call {record.call}"
+        if failure.cause is None and record.dropout > 0 and "output" in arguments:
+            mode = "training" if record.training else "evaluation"
+            failure.cause = (
+                f"dropout of {record.dropout:g} was applied within, in {mode} mode: the weights "
+                "are those before it"
+            )
         raise
 
 

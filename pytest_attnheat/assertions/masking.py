@@ -338,18 +338,14 @@ def _read_lengths(lengths: object, weights: Operand) -> list[int]:
     return real
 
 
-def _says_masked(index: Index, weight: float) -> str:
+def _says(which: str, index: Index, weight: float) -> str:
     return (
-        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask forbids "
-        "(allowed 0)"
+        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask {which}"
     )
 
 
-def _says_permitted(index: Index, weight: float) -> str:
-    return (
-        f"weights[{_commas(index)}] gives {weight:.3g} to key {index[-1]}, which the mask "
-        "permits (allowed: more than 0)"
-    )
+_says_masked: Says = partial(_says, "forbids (allowed 0)")
+_says_permitted: Says = partial(_says, "permits (allowed: more than 0)")
 
 
 def _steps(count: int) -> str:

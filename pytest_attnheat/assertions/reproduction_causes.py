@@ -25,7 +25,8 @@ _SAMPLE = 2**20
 _MAPS = 32
 _QUERIES = 32
 
-Cause = Callable[[Product], "str | None"]
+# Of the product, the map with the worst element, and the queries that it was sampled at.
+Cause = Callable[[Product, Sample, torch.Tensor], "str | None"]
 
 
 def likely_cause(product: Product) -> str | None:
@@ -33,28 +34,33 @@ def likely_cause(product: Product) -> str | None:
     key_len, value_dim = product.value.shape[-2:]
     if key_len * min(value_dim, CHANNELS) > _SAMPLE:
         return None
-    return next((text for cause in _CAUSES if (text := cause(product)) is not None), None)
+    queries = _queries(product, 1)
+    worst = product.take(product.worst[:-2], queries)
+    found = (cause(product, worst, queries) for cause in _CAUSES)
+    return next((sentence for sentence in found if sentence is not None), None)
 
 
-def constant_factor(product: Product) -> str | None:
+def constant_factor(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
     """The output is a multiple of the product."""
-    sample = _worst_map(product)
-    made = sample.weights @ sample.value
+    made = worst.weights @ worst.value
     length = float(made.square().sum())
     if not (math.isfinite(length) and length > 0):
         return None
-    factor = float((made * sample.output).sum()) / length
+    factor = float((made * worst.output).sum()) / length
     if abs(factor) < 1e-6 or abs(factor - 1) <= product.slack:
         return None
-    if not sample.made_by(sample.weights, sample.value, factor):
+    if not worst.made_by(worst.weights, worst.value, factor):
         return None
+    places = _indices(product.output.shape[:-2])
+    others = [product.take(place, queries) for place in (places[0], places[-1])]
+    all_are = all(other.made_by(other.weights, other.value, factor) for other in others)
     return (
-        f"output is {factor:.3g} times weights @ value: a scale after the softmax, or dropout "
-        "that rescaled only one of them?"
+        f"output {'' if all_are else 'of this map '}is {factor:.3g} times weights @ value: a scale "
+        "after the softmax, or dropout that rescaled only one of them?"
     )
 
 
-def made_by_another(product: Product) -> str | None:
+def made_by_another(product: Product, _: Sample, __: torch.Tensor) -> str | None:
     """The worst map is made by the weights of another head or batch entry, and of no third."""
     own, places = product.worst[:-2], _indices(product.output.shape[:-2])
     key_len, value_dim = product.value.shape[-2:]
@@ -80,21 +86,18 @@ def made_by_another(product: Product) -> str | None:
     )
 
 
-def rearranged(product: Product) -> str | None:
+def rearranged(product: Product, _: Sample, __: torch.Tensor) -> str | None:
     """Heads of the value were repeated as a whole, or heads merged without a transpose."""
-    given = product.weights, product.value, product.output
-    if not (product.grouped or product.merged) or sum(math.prod(x.shape) for x in given) > _SAMPLE:
+    operands = product.weights, product.value, product.output, product.given
+    if (
+        not (product.grouped or product.merged)
+        or sum(math.prod(x.shape) for x in operands) > _SAMPLE
+    ):
         return None
-    weights, value, output = (
-        mask_at(x, tuple(slice(0, size) for size in x.shape)).double().cpu() for x in given
+    weights, value, output, given = (
+        mask_at(x, tuple(slice(0, size) for size in x.shape)).double().cpu() for x in operands
     )
     shape = output.shape
-    *_, query_len, value_dim = shape
-
-    def merged(product: torch.Tensor) -> torch.Tensor:
-        rows = product.reshape(shape[0], query_len, -1, value_dim)
-        return rows.transpose(1, 2).reshape(shape)
-
     if product.grouped:
         value_heads, members = shape[-4:-2]
         heads = (torch.arange(value_heads * members, device="cpu") % value_heads).tolist()
@@ -104,63 +107,51 @@ def rearranged(product: Product) -> str | None:
                 f"head h uses head h % {value_heads} of value, not h // {members}: repeat (tile) "
                 "in place of repeat_interleave?"
             )
-    size = merged(weights.abs() @ value.abs())
-    if product.merged and bool(
-        ((merged(weights @ value) - output).abs() <= product.slack * size).all()
+    if product.merged and Sample(weights, value, given.reshape(shape), product.slack).made_by(
+        weights, value
     ):
         return "heads were merged without a transpose: output.transpose(1, 2).flatten(2)?"
     return None
 
 
-def transposed(product: Product) -> str | None:
+def transposed(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
     """The queries and keys of the weights have changed places."""
     query_len, key_len = product.weights.shape[-2:]
-    if query_len != key_len:
+    if query_len != key_len or worst.made_by(worst.weights, worst.value):
         return None
-    queries = _queries(product, 1)
-    leading = product.worst[:-2]
-    sample = product.take(leading, queries)
-    place = tuple(slice(i, i + 1) for i in leading)
+    place = tuple(slice(i, i + 1) for i in product.worst[:-2])
     index = (*place, slice(0, query_len), slice(0, key_len))
-    columns = gather(product.weights, index, queries, -1).mT
-    if sample.made_by(sample.weights, sample.value):
-        return None
-    return (
-        "output is weights.mT @ value: queries and keys of the weights have changed places?"
-        if sample.made_by(columns, sample.value)
-        else None
-    )
+    if worst.made_by(gather(product.weights, index, queries, -1).mT, worst.value):
+        return "output is weights.mT @ value: queries and keys of the weights have changed places?"
+    return None
 
 
-def causal_elsewhere(product: Product) -> str | None:
+def causal_elsewhere(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
     """The output is that of causal attention, and the weights are not causal."""
     query_len, key_len = product.weights.shape[-2:]
-    queries = _queries(product, 1)
-    sample = product.take(product.worst[:-2], queries)
     alignments: tuple[Alignment, ...] = ("top_left", "bottom_right")
     for alignment in alignments[: 1 if query_len == key_len else 2]:
         mask = causal_mask(query_len, key_len, alignment=alignment, device="cpu")[queries]
-        kept = sample.weights * mask
+        kept = worst.weights * mask
         total = kept.sum(-1, keepdim=True)
-        if torch.equal(kept, sample.weights) or bool((total <= 0).any()):
+        if torch.equal(kept, worst.weights) or bool((total <= 0).any()):
             continue
-        if sample.made_by(kept / total, sample.value):
+        if worst.made_by(kept / total, worst.value):
             return "output is that of causal attention, and these weights are not: mask left out?"
     return None
 
 
-def averaged(product: Product) -> str | None:
-    """Every head has the same weights."""
-    if product.output.ndim < 4:
-        return None
+def averaged(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
+    """Every head has the same weights, which are not merely uniform."""
     leading = product.worst[:-2]
     head = len(leading) - product.head_dims
     places = [(*leading[:head], *inner) for inner in _indices(product.output.shape[head:-2])]
-    if len(places) < 2:
+    if product.output.ndim < 4 or len(places) < 2:
         return None
-    queries = _queries(product, 1)
-    first, *others = (product.take(place, queries) for place in places[:_MAPS])
-    if not all(torch.equal(other.weights, first.weights) for other in others):
+    some = worst.weights[worst.weights != 0]
+    uniform = not len(some) or float(some.max() - some.min()) <= product.slack * float(some.max())
+    others = (product.take(place, queries).weights for place in places[:_MAPS])
+    if uniform or not all(torch.equal(weights, worst.weights) for weights in others):
         return None
     return (
         "every head has the same weights: averaged over heads? nn.MultiheadAttention returns each "
@@ -168,9 +159,9 @@ def averaged(product: Product) -> str | None:
     )
 
 
-def zero(product: Product) -> str | None:
+def zero(product: Product, worst: Sample, _: torch.Tensor) -> str | None:
     """The output, or that of the worst map, is zero."""
-    if bool((_worst_map(product).output != 0).any()):
+    if bool((worst.output != 0).any()):
         return None
     shape = product.output.shape
     if all(not bool((product.output[index] != 0).any()) for index in pieces(shape, _SAMPLE)):
@@ -182,12 +173,11 @@ def zero(product: Product) -> str | None:
     return "the output of this map is zero throughout: a head or batch entry that was left out?"
 
 
-def dropout(product: Product) -> str | None:
+def dropout(_: Product, worst: Sample, __: torch.Tensor) -> str | None:
     """The weights went through dropout."""
-    rows = _worst_map(product).weights
-    if not bool(rows.isfinite().all()):
+    if not bool(worst.weights.isfinite().all()):
         return None
-    sentence = causes.dropout(rows, None)
+    sentence = causes.dropout(worst.weights, None)
     return sentence and f"{sentence.rstrip('?')}, and the output was not?"
 
 
@@ -201,10 +191,6 @@ _CAUSES: tuple[Cause, ...] = (
     averaged,
     dropout,
 )
-
-
-def _worst_map(product: Product) -> Sample:
-    return product.take(product.worst[:-2], _queries(product, 1))
 
 
 def _queries(product: Product, maps: int) -> torch.Tensor:

@@ -317,22 +317,18 @@ def _entropy_within(
     minimum: float | None, maximum: float | None, unit: str, slack: float
 ) -> list[Claim[Block]]:
     """Claim that the entropy of rows with a permitted key is within bounds."""
-    bounds = ((minimum, 1.0, "below"), (maximum, -1.0, "above"))
-    return [
-        _entropy_bound(bound, sign, word, unit, slack)
-        for bound, sign, word in bounds
-        if bound is not None
-    ]
-
-
-def _entropy_bound(bound: float, sign: float, word: str, unit: str, slack: float) -> Claim[Block]:
     per_nat = 1 / math.log(2) if unit == "bits" else 1.0
-    return of_rows(
-        f"rows have an entropy {word} {bound:.6g} {unit}",
-        "entropy",
-        lambda block: block.entropy * per_nat,
-        f"has an entropy ({unit}) of",
-        deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
-        allowed=slack,
-        unit=unit,
-    )
+
+    def claim(bound: float, sign: float, word: str) -> Claim[Block]:
+        return of_rows(
+            f"rows have an entropy {word} {bound:.6g} {unit}",
+            "entropy",
+            lambda block: block.entropy * per_nat,
+            f"has an entropy ({unit}) of",
+            deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
+            allowed=slack,
+            unit=unit,
+        )
+
+    least = [] if minimum is None else [claim(minimum, 1.0, "below")]
+    return least if maximum is None else [*least, claim(maximum, -1.0, "above")]

@@ -20,15 +20,15 @@ from torch import Tensor
 from torch.nn import functional as F  # noqa: N812
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.decisions import BackwardPlan, Plan
-from pytest_attnheat.attention.defects import DEFECTS, Defect, changes_of
-from pytest_attnheat.attention.misreadings import BLOCKS
+from pytest_attnheat.attention.decisions import BLOCKS, BackwardPlan, Defect, Plan
+from pytest_attnheat.attention.decisions import backward_defect as _backward
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.mistakes import (
     AS_WELL,
     MOST_ALLOWED,
     PART,
     as_case,
-    attempts,
+    changes,
     finite,
     fitting,
     listed,
@@ -36,6 +36,7 @@ from pytest_attnheat.attention.mistakes import (
     simplest,
     too_large,
 )
+from pytest_attnheat.attention.outcomes import Outcomes, decisions_of
 from pytest_attnheat.attention.plan import (
     Case,
     NotApplicable,
@@ -46,13 +47,6 @@ from pytest_attnheat.attention.plan import (
     whole_blocks,
 )
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
-
-
-def _backward(
-    name: str, sentence: str, issue: str | None = None, *, form_of: str = "", **choices: Any
-) -> Defect:
-    return Defect(name, sentence, changes_of(**choices), issue, form_of=form_of, backward=True)
-
 
 # What a backward pass may do wrong of itself. It may also compute the weights once more with any
 # defect of the forward pass: see `attention.backward`.
@@ -271,12 +265,18 @@ def _off(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
 
 def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan]]:
     """Yield each known mistake: of the backward pass alone, or of the weights in it."""
-    every = [(s, _felt(plan, saved)) for s, plan in attempts(saved.case, BACKWARD, BackwardPlan())]
-    right = Plan()
-    for sentence, plan in attempts(saved.case):
+    every = [
+        (defect.sentence, _felt(change(BackwardPlan()), saved))
+        for defect, change in changes(BACKWARD)
+    ]
+    outcomes = Outcomes(saved.case)
+    for defect, change in changes():
+        decided = decisions_of(change)
         # What a backward pass may do wrong as well, and does otherwise on this call.
-        if plan != right and all(getattr(plan, n) == getattr(right, n) for n in _FORWARD_ALONE):
-            every += [(sentence, _started(plan, *how)) for how in _AGAIN]
+        if decided.keys().isdisjoint(_FORWARD_ALONE) and (
+            outcomes.of(decided) not in (None, outcomes.healthy)
+        ):
+            every += [(defect.sentence, _started(change(Plan()), *how)) for how in _AGAIN]
     yield from (one for one in dict.fromkeys(every) if one[1] != BackwardPlan())
 
 

@@ -277,6 +277,7 @@ class Positions:
 
     def within(self, left: int | None, right: int | None) -> Tensor:
         """Return which keys are at most so many before and after a query; None is no limit."""
-        near = torch.ones_like(self.behind, dtype=torch.bool)
-        near = near if left is None else near & (self.behind <= left)
-        return near if right is None else near & (self.behind >= -right)
+        if right is None:
+            return self.behind <= (self.behind if left is None else left)
+        near = self.behind >= -right
+        return near if left is None else near & (self.behind <= left)

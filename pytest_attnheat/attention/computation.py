@@ -37,19 +37,23 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.parts import Part, add, parts_of, rounded
+from pytest_attnheat.attention.chunks import spans
+from pytest_attnheat.attention.parts import Part, add, flattened, own_rows, parts_of, rounded
 from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
+# So many scores at a time stay near the processor while weights are made of them.
+_BLOCK = 2**18
 _EXP_UNITS = 20
 # A score that is off by more than this says no more.
 _LARGEST_EXPONENT = 600.0
@@ -186,15 +190,52 @@ def plain(call: Call) -> dict[str, Tensor]:
 
 
 def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some maps, some of their queries, and their weights (maps, rows, key_len) in a dtype.
+    """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
 
-    The weight of a sink is left out.
+    Keys after the last that causality shows any of these queries are left out, as is the weight of
+    a sink. A query that may attend to nothing has zeros.
     """
-    for part in parts_of(call, dtype):
-        scores = _scores(call, part)
-        # Nothing to hide, and no second copy of the scores.
-        plain = call.sees_all and part.sinks is None
-        yield part.maps, part.rows, scores.softmax(-1) if plain else _weights(call, part, scores)[0]
+    flat, own = flattened(call)
+    shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
+    unusual = call.score_mod, call.lengths, call.prefix or None
+    cut = call.causal and all(one is None for one in unusual)
+    others = replace(call, causal=False, mask=None, bias=None) if cut else call
+    positional = call.alibi is not None or call.score_mod is not None
+    rows = max(1, min(call.query_len, _BLOCK // call.key_len))
+    together, device = max(1, _BLOCK // (rows * call.key_len)), call.query.device
+    for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
+        end = min(max(span.stop + shift, 1), call.key_len) if cut else call.key_len
+        query, key = (flat[name][own[name][some]] for name in ("query", "key"))
+        products = query[:, span].to(dtype) @ key[:, :end].to(dtype).mT
+        scores = call.capped(products.mul_(call.factor))
+        maps = torch.arange(call.maps, device=device)[some]
+        seen = None if others.sees_all else others.permitted(maps, span)
+        hidden = [] if seen is None else [~seen[..., :end]]
+        for name in ("bias", "mask"):
+            if name in flat:
+                given = flat[name][own[name][some]][:, own_rows(flat[name], span), :end]
+                hidden.append(given == -math.inf if name == "bias" else ~given)
+                scores = scores.add_(given.to(dtype)) if name == "bias" else scores
+        if positional:
+            at = call.positions(maps, span)
+            distant = call.distant(at, dtype)
+            scores = scores if distant is None else scores.add_(distant[..., :end])
+            scores = call.modified(scores, at)
+        for rule in hidden:
+            scores.masked_fill_(rule, -math.inf)
+        if cut and (first := max(span.start + shift + 1, 0)) < end:
+            stands = torch.arange(span.start, span.stop, device=device)[:, None] + shift
+            later = torch.arange(first, end, device=device) > stands
+            scores[..., first:].masked_fill_(later, -math.inf)
+        if call.sinks is not None:
+            column = call.sinks.detach().to(dtype)[maps % call.heads, None, None]
+            column = column.expand(*scores.shape[:2], 1)
+            scores = torch.cat([scores, column], -1)
+        empty = None if cut and shift >= 0 and not hidden else scores.isneginf().all(-1, True)
+        torch.softmax(scores, -1, out=scores)
+        if empty is not None:
+            scores.masked_fill_(empty, 0.0)
+        yield some, span, scores if call.sinks is None else scores[..., :-1]
 
 
 def _once_more(call: Call, *steps: str) -> float:

@@ -6,8 +6,10 @@ See `defects`.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import product
+from typing import Any, Literal, TypeAlias
 
 import torch
 
@@ -15,12 +17,16 @@ Source: TypeAlias = Literal["query", "key", "value"]
 Natural: TypeAlias = Literal["natural", "zero", "uniform", "nan"]
 
 
+# Another call in place of what is asked; see `misreadings`, which knows what a case is.
+Misreading: TypeAlias = Callable[[Any], Any]
+
+
 @dataclass(frozen=True)
 class Plan:
     """One decision per field; the defaults are correct attention.
 
     Attributes:
-        misread: How the call is misread, names of `misreadings.MISREADINGS`.
+        misread: How the call is misread, of `misreadings`: functions of a case.
         query_from: The tensor used as queries; likewise `key_from` and `value_from`.
         split: How heads are split off the embedding: by "transpose", or wrongly by "reshape".
         merge: How heads are merged, likewise, or "averaged".
@@ -71,7 +77,7 @@ class Plan:
         masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
     """
 
-    misread: frozenset[str] = frozenset()
+    misread: frozenset[Misreading] = frozenset()
     query_from: Source = "query"
     key_from: Source = "key"
     value_from: Source = "value"
@@ -159,3 +165,72 @@ class BackwardPlan(Plan):
     kept_of_scores: Literal["applied", "ignored", "not_rescaled"] = "applied"
     kept_of_values: Literal["applied", "ignored", "not_rescaled"] = "applied"
     skipped_block: int = 0
+
+
+Change: TypeAlias = Callable[[Plan], Plan]
+# Constants that are found by fitting, and patterns that random numbers leave.
+Seen: TypeAlias = Literal["exactly", "fitted", "rounding", "randomness", "garbage"]
+
+
+@dataclass(frozen=True)
+class Defect:
+    """A known mistake.
+
+    Attributes:
+        name: A short name, as of a variable.
+        sentence: What attention with it does; it follows the word "attention". The fitted
+            constant stands in place of `{constant}`.
+        changes: What it does to the plan, in each of its forms; the first one is the most usual.
+        issue: A public issue that reports it.
+        form_of: A simpler defect, which is named in its place where it gives the same output.
+        seen: How it is found: its output is reproduced "exactly" (to within rounding), or with
+            a constant that is "fitted"; by "rounding" that another order of the same steps may
+            do differently in a few rows; by "randomness", which no plan reproduces; or with NaN
+            as "garbage" in masked keys, which correct attention may well feel.
+        backward: Whether it is one of the backward pass: its changes are of a `BackwardPlan`.
+    """
+
+    name: str
+    sentence: str
+    changes: tuple[Change, ...] = ()
+    issue: str | None = None
+    seen: Seen = "exactly"
+    form_of: str = ""
+    backward: bool = False
+
+    def change(self, plan: Plan) -> Plan:
+        """Return the plan with this defect, in its most usual form."""
+        return self.changes[0](plan) if self.changes else plan
+
+
+def _changes(**choices: Any) -> tuple[Change, ...]:
+    """One change for each combination; a list holds choices, anything else is the only one."""
+    lists = [choice if isinstance(choice, list) else [choice] for choice in choices.values()]
+    return tuple(_setting(dict(zip(choices, chosen, strict=True))) for chosen in product(*lists))
+
+
+def defect(
+    name: str, sentence: str, issue: str | None = None, *, seen: Seen = "exactly",
+    form_of: str = "", **choices: Any
+) -> Defect:  # fmt: skip
+    """A defect with one change for each combination of some decisions of a plan."""
+    return Defect(name, sentence, _changes(**choices) if choices else (), issue, seen, form_of)
+
+
+def backward_defect(
+    name: str, sentence: str, issue: str | None = None, *, form_of: str = "", **choices: Any
+) -> Defect:
+    """A defect of the backward pass alone: the output is right."""
+    return Defect(name, sentence, _changes(**choices), issue, form_of=form_of, backward=True)
+
+
+def _setting(fields: dict[str, Any]) -> Change:
+    named = fields.pop("misread", ())
+    more = frozenset([named] if callable(named) else named)
+    return lambda plan: replace(plan, misread=plan.misread | more, **fields)
+
+
+# Rows that the defect leaves without keys: as declared, or what the numbers then give.
+ROWS: list[Natural | None] = [None, "natural"]
+# The blocks that keys and queries are usually taken in, and small ones for small cases.
+BLOCKS = [2, 4, 8, 16, 32, 64, 128]

@@ -9,12 +9,13 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import FEATURES, Call, Positions
+from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -65,15 +66,9 @@ class Case(Call):
         return replace(self, alignment=other)  # type: ignore[arg-type]
 
 
-Misreading: TypeAlias = Callable[[Case], Case]
-# The blocks that keys and queries are usually taken in, and small ones for small cases.
-BLOCKS = (2, 4, 8, 16, 32, 64, 128)
 _USUAL: dict[str, Any] = {field.name: field.default for field in fields(Case)}
 # Where positions hide no key, all of a padded tail is seen.
 _HIDING = ("causal", "window", "chunk", "documents", "lengths", "may_see")
-# What has a decision of its own, or is only what others are counted from.
-IGNORED = tuple(name for name in ("mask", "causal", *FEATURES) if name not in ("alignment",
-                "scale"))  # fmt: skip
 
 
 def _has(case: Case, name: str) -> bool:
@@ -81,7 +76,9 @@ def _has(case: Case, name: str) -> bool:
     return isinstance(given, Tensor) or given != _USUAL[name]
 
 
-def _without(*names: str) -> Misreading:
+def without(*names: str) -> Misreading:
+    """Leave out some features of a call."""
+
     def misread(case: Case) -> Case:
         given = {name: _USUAL[name] for name in names if _has(case, name)}
         return replace(case, **given) if given else case
@@ -122,6 +119,26 @@ def _transposed(case: Case, given: Tensor) -> Tensor:
     return given.mT
 
 
+def _roll(by: int, case: Case, mask: Tensor) -> Tensor:
+    return mask.roll(by, 0)
+
+
+def _first_sample(case: Case, given: Tensor) -> Tensor:
+    return given[:1].expand(case.shape)
+
+
+def _first_head(case: Case, given: Tensor) -> Tensor:
+    return given[:, :1].expand(case.shape)
+
+
+def _first(case: Case, given: Tensor) -> Tensor:
+    return given[:1].expand_as(given)
+
+
+def _scaled(case: Case, given: Tensor) -> Tensor:
+    return torch.where(given.isinf(), given, given * case.factor)
+
+
 def _tiled(case: Case, mask: Tensor) -> Tensor:
     batch, heads = mask.shape[:2]
     return mask[torch.arange(batch * heads).reshape(batch, heads) % batch, torch.arange(heads)]
@@ -151,6 +168,10 @@ def _longer(more: int, case: Case, given: Any) -> Any:
     return max(given + more, 0) or given
 
 
+def _one_off(name: str) -> list[Misreading]:
+    return [_read(name, partial(_longer, more)) for more in (1, -1)]
+
+
 def _rolled(more: int, case: Case, documents: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     return documents[0], documents[1].roll(more, -1)
 
@@ -177,19 +198,18 @@ def _in_blocks(block: int, to_the_end: bool, case: Case) -> Case:
 # --- numbers that are added to scores, and sinks
 
 
-def _alibi_as(case: Case, added: Tensor | None) -> Case:
-    if added is None:
-        return case
-    added = added.view(case.shape)
-    return replace(case, alibi=None, bias=added if case.bias is None else case.bias + added)
-
-
-def _signed(case: Case) -> Case:
-    """A key after the query is as if it were nearer than the query's own."""
+def _as_bias(added: Callable[[Case], Any], case: Case) -> Case:
+    """ALiBi with other distances: a bias in its place."""
     if case.alibi is None:
         return case
+    bias = added(case).view(case.shape)
+    return replace(case, alibi=None, bias=bias if case.bias is None else case.bias + bias)
+
+
+def _signed(case: Case) -> Tensor:
+    assert case.alibi is not None
     at = _at(case)
-    return _alibi_as(case, -case.alibi.double()[at.head] * at.behind)
+    return -case.alibi.double()[at.head] * at.behind
 
 
 def _next_slopes(first: int, case: Case, slopes: Tensor) -> Tensor:
@@ -204,14 +224,6 @@ def _slopes_of(count: Callable[[float], float], case: Case, slopes: Tensor) -> T
     """The usual slopes of another number of heads: a power of two that is near."""
     heads = 2 ** count(math.log2(len(slopes)))
     return 2.0 ** (-8.0 / heads * torch.arange(1, len(slopes) + 1, dtype=slopes.dtype))
-
-
-def _scaled_bias(case: Case, bias: Tensor) -> Tensor:
-    return torch.where(bias.isinf(), bias, bias * case.factor)
-
-
-def _bias_as_keep(case: Case) -> Case:
-    return case if case.bias is None else _ruled(case, (case.bias != 0), bias=None)
 
 
 def _padded(block: int, masked_too: bool, case: Case) -> Case:
@@ -242,65 +254,180 @@ def _remembered(*names: str) -> Misreading:
     return misread
 
 
-MISREADINGS: dict[str, Misreading] = {
-    **{f"no {name}": _without(name) for name in IGNORED},
-    "no rules": _without(*IGNORED),
-    "scale missing": _scale(lambda case: 1.0),
-    "scale squared": _scale(lambda case: case.factor**2),
-    "scale inverse": _scale(lambda case: 1.0 / case.factor if case.factor else math.inf),
-    "scale of value_width": _scale(lambda case: case.value.shape[-1] ** -0.5),
-    "scale of embedding": _scale(lambda case: (case.heads * case.query.shape[-1]) ** -0.5),
-    "scale of key_len": _scale(lambda case: case.key_len**-0.5),
-    "scale of query_len": _scale(lambda case: case.query_len**-0.5),
-    "scale of heads": _scale(lambda case: case.heads**-0.5),
-    "scale absolute": _scale(lambda case: abs(case.factor)),
-    "scale default": _scale(lambda case: None if case.scale_given else case.scale),
-    "mask inverted": _read("mask", lambda case, mask: ~mask),
-    "mask transposed": _read("mask", _transposed),
-    "mask rolled": _read("mask", lambda case, mask: mask.roll(1, 0)),
-    "mask rolled back": _read("mask", lambda case, mask: mask.roll(-1, 0)),
-    "mask first sample": _read("mask", lambda case, mask: mask[:1].expand(case.shape)),
-    "mask first head": _read("mask", lambda case, mask: mask[:, :1].expand(case.shape)),
-    "mask tiled": _read("mask", _tiled),
-    "causal": lambda case: case if case.causal else replace(case, causal=True),
-    **{f"causal to the end of blocks of {block}": partial(_in_blocks, block, True)
-       for block in BLOCKS},
-    **{f"causal before blocks of {block}": partial(_in_blocks, block, False) for block in BLOCKS},
-    "window swapped": _read("window", lambda case, window: window[::-1]),
-    **{f"window {more}": partial(_wider, more) for more in ((1, 0), (-1, 0), (0, 1), (0, -1))},
-    **{f"window {more} decoding": partial(_wider, more, decoding=True)
-       for more in ((1, 0), (-1, 0))},
-    **{f"{name} elsewhere": partial(_counted_elsewhere, name) for name in ("window", "chunk")},
-    **{f"{name} {more:+}": _read(name, partial(_longer, more))
-       for name in ("chunk", "prefix", "sink_keys", "lengths") for more in (1, -1)},
-    **{f"documents {more:+}": _read("documents", partial(_rolled, more)) for more in (1, -1)},
-    "alibi reversed": _read("alibi", lambda case, slopes: slopes.flip(0)),
-    "alibi first head": _read("alibi", lambda case, slopes: slopes[:1].expand_as(slopes)),
-    "alibi negative": _read("alibi", lambda case, slopes: -slopes),
-    "alibi scaled": _read("alibi", lambda case, slopes: slopes * case.factor),
-    "alibi from 0": _read("alibi", partial(_next_slopes, 0)),
-    "alibi from 2": _read("alibi", partial(_next_slopes, 2)),
-    "alibi of more heads": _read("alibi", partial(_slopes_of, math.ceil)),
-    "alibi of fewer heads": _read("alibi", partial(_slopes_of, math.floor)),
-    "alibi of any number of heads": _read("alibi", partial(_slopes_of, float)),
-    "alibi elsewhere": lambda case: _alibi_as(
-        case, case.other_corner().distant(_at(case.other_corner()), torch.float64)),
-    "alibi signed": _signed,
-    "bias scaled": _read("bias", _scaled_bias),
-    "bias first head": _read("bias", lambda case, bias: bias[:, :1].expand(case.shape)),
-    "bias first sample": _read("bias", lambda case, bias: bias[:1].expand(case.shape)),
-    "bias transposed": _read("bias", _transposed),
-    "bias of -inf alone": _read("bias", lambda case, bias: bias.masked_fill(bias.isfinite(), 0.0)),
-    "bias as keep": _bias_as_keep,
-    "sinks first head": _read("sinks", lambda case, sinks: sinks[:1].expand_as(sinks)),
-    "sinks of key heads": _read("sinks", lambda case, sinks:
-                                sinks[torch.arange(case.heads) // case.group]),
-    "sinks scaled": _read("sinks", lambda case, sinks: sinks * case.factor),
-    **{f"sinks {n} times": _read("sinks", partial(_counted, n, 0)) for n in (2, 4, 8)},
-    **{f"sinks in blocks of {n}": _read("sinks", partial(_counted, 0, n)) for n in BLOCKS},
-    **{f"padded to {block}": partial(_padded, block, True) for block in BLOCKS},
-    **{f"padded to {block} without a mask": partial(_padded, block, False) for block in BLOCKS},
-    "earlier answer": _remembered("query", "key", "value", "mask", "bias"),
-    "earlier mask": _remembered("mask", "bias"),
-    "earlier keys": _remembered("key", "value"),
-}  # fmt: skip
+# --- the defects that are misreadings; each entry holds its forms
+
+SCALE = (
+    defect("scale_missing", "whose scores are not scaled", misread=_scale(lambda case: 1.0)),
+    defect("scale_squared", "whose scores are scaled twice (divided by head_dim, not by its root)",
+           misread=_scale(lambda case: case.factor**2)),
+    defect("scale_inverted",
+           "whose scores are divided by the scale, not multiplied: times sqrt(head_dim)",
+           "esceptico/perceiver-io#9",
+           misread=_scale(lambda case: 1.0 / case.factor if case.factor else math.inf)),
+    defect("scale_from_value_width", "whose scale is taken from the width of the values",
+           misread=_scale(lambda case: case.value.shape[-1] ** -0.5)),
+    defect("scale_from_embedding",
+           "whose scale is taken from the whole embedding, heads * head_dim",
+           "Graylab/DL4Proteins-notebooks#12",
+           misread=_scale(lambda case: (case.heads * case.query.shape[-1]) ** -0.5)),
+    defect("scale_from_key_len", "whose scale is taken from the number of keys",
+           misread=_scale(lambda case: case.key_len**-0.5)),
+    defect("scale_from_query_len", "whose scale is taken from the number of queries",
+           misread=_scale(lambda case: case.query_len**-0.5)),
+    defect("scale_from_heads", "whose scale is taken from the number of heads",
+           misread=_scale(lambda case: case.heads**-0.5)),
+    defect("scale_absolute", "that takes the absolute value of a negative scale",
+           misread=_scale(lambda case: abs(case.factor))),
+    defect("scale_argument_ignored", "that ignores the scale it is given",
+           misread=_scale(lambda case: None if case.scale_given else case.scale)),
+)  # fmt: skip
+
+MASK = (
+    defect("mask_inverted", "whose mask is inverted: it attends exactly where it may not",
+           "lucidrains/x-transformers#160", misread=_read("mask", lambda case, mask: ~mask),
+           fully_masked=ROWS),
+    defect("mask_ignored", "that ignores the mask", "TransformerLensOrg/TransformerLens#1005",
+           misread=without("mask")),
+    defect("mask_transposed", "whose mask is transposed", misread=_read("mask", _transposed),
+           fully_masked=ROWS),
+    defect("mask_of_another_sample",
+           "whose samples use the mask of the sample before or after them",
+           misread=[_read("mask", partial(_roll, 1)), _read("mask", partial(_roll, -1))],
+           fully_masked=ROWS),
+    defect("mask_of_first_sample", "whose samples all use the mask of the first one",
+           misread=_read("mask", _first_sample), fully_masked=ROWS),
+    defect("mask_of_first_head", "whose heads all use the mask of the first one",
+           misread=_read("mask", _first_head), fully_masked=ROWS),
+    defect("mask_tiled_over_heads",
+           "whose mask is repeated over heads in the order of samples (repeat, not "
+           "repeat_interleave)", misread=_read("mask", _tiled), fully_masked=ROWS),
+)  # fmt: skip
+
+WINDOW = (
+    defect("window_ignored", "without its window", misread=without("window")),
+    defect("window_other_corner", "whose window is counted from the other corner",
+           misread=partial(_counted_elsewhere, "window"), fully_masked=ROWS),
+    defect("window_swapped", "whose window has its left and right sides exchanged",
+           misread=_read("window", lambda case, window: window[::-1]), fully_masked=ROWS),
+    defect("window_left_too_wide", "whose window reaches one key too far to the left",
+           "huggingface/transformers#39408", misread=partial(_wider, (1, 0))),
+    defect("window_left_too_narrow", "whose window misses its last key on the left",
+           misread=partial(_wider, (-1, 0)), fully_masked=ROWS),
+    defect("window_right_too_wide", "whose window reaches one key too far to the right",
+           misread=partial(_wider, (0, 1))),
+    defect("window_right_too_narrow", "whose window misses its last key on the right",
+           misread=partial(_wider, (0, -1)), fully_masked=ROWS),
+    defect("window_left_too_wide_with_cache",
+           "whose window reaches one key too far to the left, but only where there are more keys "
+           "than queries, as with a cache", misread=partial(_wider, (1, 0), decoding=True),
+           form_of="window_left_too_wide"),
+    defect("window_left_too_narrow_with_cache",
+           "whose window misses its last key on the left, but only where there are more keys "
+           "than queries, as with a cache", misread=partial(_wider, (-1, 0), decoding=True),
+           fully_masked=ROWS, form_of="window_left_too_narrow"),
+)  # fmt: skip
+
+CAUSAL = (
+    defect("causal_ignored", "that is not causal when asked to be", misread=without("causal")),
+    defect("causal_always", "that is causal without being asked",
+           misread=lambda case: case if case.causal else replace(case, causal=True)),
+    defect("causal_in_blocks", "whose queries see all keys up to the end of their block",
+           misread=[partial(_in_blocks, block, True) for block in BLOCKS],
+           form_of="causal_ignored"),
+    defect("causal_before_blocks",
+           "whose queries see no key of their own block, only those before",
+           misread=[partial(_in_blocks, block, False) for block in BLOCKS], fully_masked=ROWS),
+)  # fmt: skip
+
+# What a call may have besides: left out, or another one.
+BESIDES = (
+    *(defect(f"{name}_ignored", f"that leaves out {name}", misread=without(name))
+      for name in FEATURES if name not in ("alignment", "scale", "window")),
+    defect("chunk_off_by_one", "whose chunks are one position too long or too short",
+           misread=_one_off("chunk")),
+    defect("chunk_other_corner", "whose chunks are counted from the other corner",
+           misread=partial(_counted_elsewhere, "chunk"), fully_masked=ROWS),
+    defect("prefix_off_by_one", "whose prefix is one key too long or too short",
+           misread=_one_off("prefix"), form_of="prefix_ignored"),
+    defect("sink_keys_off_by_one", "that always sees one first key too many or too few",
+           misread=_one_off("sink_keys")),
+    defect("lengths_off_by_one", "whose samples have one real key too many or too few",
+           misread=_one_off("lengths"), fully_masked=ROWS),
+    defect("documents_off_by_one", "whose documents begin one key too late or too early",
+           misread=[_read("documents", partial(_rolled, more)) for more in (1, -1)],
+           fully_masked=ROWS),
+    defect("sinks_in_every_part", "that counts its sinks once for each part of the keys",
+           misread=[_read("sinks", partial(_counted, n, 0)) for n in (2, 4, 8)]
+           + [_read("sinks", partial(_counted, 0, block)) for block in BLOCKS]),
+    defect("sinks_of_other_heads",
+           "whose heads use the sink of another head, the first or the key head that serves them",
+           misread=[_read("sinks", _first), _read("sinks", lambda case, sinks:
+                    sinks[torch.arange(case.heads) // case.group])]),
+    defect("sinks_scaled", "whose sinks are multiplied by the scale",
+           misread=_read("sinks", _scaled)),
+    defect("alibi_other_corner", "whose ALiBi distances are counted from the other corner",
+           misread=partial(_as_bias, lambda case: case.other_corner().distant(
+               _at(case.other_corner()), torch.float64))),
+    defect("alibi_signed", "whose ALiBi takes no absolute value: keys after the query gain",
+           misread=partial(_as_bias, _signed)),
+    defect("alibi_negative", "whose ALiBi has the wrong sign: far keys gain",
+           misread=_read("alibi", lambda case, slopes: -slopes)),
+    defect("alibi_reversed", "whose ALiBi slopes are in the reversed order of heads",
+           misread=_read("alibi", lambda case, slopes: slopes.flip(0))),
+    defect("alibi_of_first_head", "whose heads all use the ALiBi slope of the first one",
+           misread=_read("alibi", _first)),
+    defect("alibi_off_by_one", "whose ALiBi slopes are those of the head before or after",
+           misread=[_read("alibi", partial(_next_slopes, first)) for first in (0, 2)]),
+    defect("alibi_of_other_heads", "whose ALiBi slopes are those of another number of heads",
+           misread=[_read("alibi", partial(_slopes_of, count))
+                    for count in (math.ceil, math.floor, float)]),
+    defect("alibi_scaled", "whose ALiBi is multiplied by the scale: it is added before",
+           misread=_read("alibi", _scaled)),
+    defect("bias_scaled", "whose bias is multiplied by the scale: it is added before",
+           misread=_read("bias", _scaled)),
+    defect("bias_of_first_head", "whose heads all use the bias of the first one",
+           misread=_read("bias", _first_head), fully_masked=ROWS),
+    defect("bias_of_first_sample", "whose samples all use the bias of the first one",
+           misread=_read("bias", _first_sample), fully_masked=ROWS),
+    defect("bias_transposed", "whose bias is transposed", misread=_read("bias", _transposed),
+           fully_masked=ROWS),
+    defect("bias_as_boolean",
+           "that reads its bias as a boolean mask: only -inf is felt, finite numbers are not",
+           misread=_read("bias", lambda case, bias: bias.masked_fill(bias.isfinite(), 0.0)),
+           form_of="bias_ignored"),
+    defect("bias_as_keep",
+           "that reads its bias as a boolean mask: it attends where the bias is not 0",
+           misread=lambda case: case if case.bias is None else _ruled(
+               case, case.bias != 0, bias=None), fully_masked=ROWS, form_of="bias_ignored"),
+)  # fmt: skip
+
+PADDED = (
+    defect("padded_keys_attended",
+           "that attends to keys of zeros, with which it fills the last block of keys",
+           misread=[partial(_padded, block, masked_too)
+                    for block in BLOCKS for masked_too in (True, False)]),
+)  # fmt: skip
+
+# What the same code was asked before comes again.
+HISTORY = (
+    defect("answer_of_earlier_call",
+           "that gives the answer of an earlier call again: it knows it by its shape or address, "
+           "not by its numbers", misread=_remembered("query", "key", "value", "mask", "bias")),
+    defect("mask_of_earlier_call", "that uses the mask of an earlier call again",
+           "ml-explore/mlx#3071", misread=_remembered("mask", "bias"), fully_masked=ROWS),
+    defect("keys_of_earlier_call", "that uses the keys and values of an earlier call again",
+           misread=_remembered("key", "value")),
+)  # fmt: skip
+
+# In this order a case is misread; no matter which comes first, but always the same.
+_ORDER = {
+    reading: number
+    for number, one in enumerate((*SCALE, *MASK, *WINDOW, *CAUSAL, *BESIDES, *PADDED, *HISTORY))
+    for change in one.changes
+    for reading in change(Plan()).misread
+}
+
+
+def in_order(readings: frozenset[Misreading]) -> list[Misreading]:
+    """Return misreadings in the order in which they are done."""
+    return sorted(readings, key=lambda reading: _ORDER.get(reading, -1))

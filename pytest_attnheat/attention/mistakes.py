@@ -8,25 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.defects import DEFECTS, ROWS, Defect
-from pytest_attnheat.attention.plan import (
-    Case,
-    NotApplicable,
-    Outcome,
-    Plan,
-    Step,
-    carry_out,
-    directly,
-    reduced,
-)
-from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
+from pytest_attnheat.attention.decisions import Change, Defect
+from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.outcomes import Decisions, Outcomes, decisions_of
+from pytest_attnheat.attention.outcomes import Expected as Expected
+from pytest_attnheat.attention.outcomes import expected as expected
+from pytest_attnheat.attention.outcomes import finite as finite
+from pytest_attnheat.attention.outcomes import rms as rms
+from pytest_attnheat.attention.plan import Case, Plan
+from pytest_attnheat.attention.tolerance import answer_tolerance
 
 # Above so many scores some hundred attempts would take longer than a few seconds.
 _MOST_SCORES = 2**18
@@ -36,81 +33,6 @@ PART, AS_WELL = 0.25, 2.0
 # Rounding never excuses more than this part of a row.
 MOST_ALLOWED = 0.125
 MOST_NAMED = 3
-
-
-@dataclass(frozen=True, eq=False)
-class Expected:
-    """What a plan gives on a case, and what judging it takes.
-
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
-        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
-    """
-
-    output: Tensor
-    largest_score: Tensor
-    ordinary: float | Tensor
-    unjudged: Tensor | None
-
-    def errors(
-        self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
-    ) -> tuple[Tensor, Tensor]:
-        """Compare it with what was found, (batch, heads, query_len, value_dim).
-
-        Args:
-            found: An answer in float64.
-            dtype: The dtype that it was computed in.
-            least: The least part of a row by which it may be off.
-            most: The most.
-
-        Returns:
-            The error of each row as a part of its size and what rounding may do (see **Answers**
-            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
-            finite has the largest error that there is, 2; rows that are not judged have 0.
-        """
-        differs = found.isfinite() != self.output.isfinite()
-        off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
-        least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
-        error = off / torch.maximum(*sizes).clamp_(min=least_size)
-        error.masked_fill_(differs.any(-1), 2.0)
-        if self.unjudged is not None:
-            error.masked_fill_(self.unjudged, 0.0)
-        allowed = answer_units(dtype) * torch.finfo(dtype).eps * (2.0 + self.largest_score)
-        return error, allowed.clamp_(min=least, max=max(most, least))
-
-
-def expected(plan: Plan, case: Case, step: Step = directly) -> Expected | None:
-    """Carry out a plan, each step by `step`; None where it cannot be carried out."""
-    try:
-        result = carry_out(plan, case, step)
-    except NotApplicable:
-        return None
-    outcome: Expected = step(_judgeable, plan, case, result)
-    return outcome
-
-
-def _judgeable(plan: Plan, case: Case, result: Outcome) -> Expected:
-    largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
-    if plan.dim != "keys" or plan.merge != "transpose":
-        # A row of the output is not made by its own scores alone.
-        largest_score = torch.full_like(largest_score, float(largest_score.max()))
-    unjudged = None
-    if case.fully_masked == "undefined":
-        unjudged = ~case.seen.any(-1)
-    ordinary = float(finite(result.value).square().mean().sqrt())
-    return Expected(result.output, largest_score, ordinary, unjudged)
-
-
-def finite(tensor: Tensor) -> Tensor:
-    """Return a tensor with 0 in place of NaN and inf."""
-    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def rms(rows: Tensor) -> Tensor:
-    """Return the root of the mean square of each row."""
-    return rows.square().mean(-1).sqrt()
 
 
 def likely_mistake(call: Call, output: Tensor) -> str | None:
@@ -149,36 +71,42 @@ def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
     case = as_case(call)
     found = output.detach().cpu().double().reshape(*case.shape[:3], -1)
     with torch.no_grad():
-        right = expected(Plan(), case)
+        outcomes = Outcomes(case)
+        right = outcomes.healthy
         assert right is not None
         judged = slice(None) if right.unjudged is None else ~right.unjudged
         if not bool(found[judged].isfinite().all(-1).any()):
             return {}  # whatever gives nothing but NaN would fit
-        wrong_by, _ = _off(right, found, case)
+        wrong_by = _off(right, found, case)[0]
         if wrong_by <= answer_tolerance(torch.float64):  # the attempts are off by as much
             return {}
-        tried: dict[Plan, float] = {Plan(): math.inf}
+        tried: dict[Expected | None, float] = {None: math.inf, right: math.inf}
 
-        def off(plan: Plan) -> float:
-            if plan not in tried:
-                tried[plan] = _off_if_fitting(plan, found, case)
-            return tried[plan] if tried[plan] < PART * wrong_by else math.inf
+        def off(decided: Decisions) -> float:
+            outcome = outcomes.of(decided)
+            if outcome not in tried:
+                assert outcome is not None
+                size, fits = _off(outcome, found, case)
+                tried[outcome] = size if fits and size < PART * wrong_by else math.inf
+            return tried[outcome]
 
         # If only rows without keys are wrong, nothing else is to blame for them.
-        alone = {Plan(fully_masked=row) for row in ROWS if case.has_empty_rows}
-        rows = {plan.fully_masked for plan in alone if off(plan) < math.inf}
+        alone = [
+            {"fully_masked": row}
+            for row in ("zero", "uniform", "nan", "natural")
+            if case.has_empty_rows
+        ]
+        rows = [one["fully_masked"] for one in alone if off(one) < math.inf]
         fits: dict[str, tuple[float, Plan]] = {}
-        for sentence, plan in attempts(case):
-            to_blame = plan.fully_masked not in rows or plan in alone
-            if to_blame and off(plan) < fits.get(sentence, (math.inf,))[0]:
-                fits[sentence] = off(plan), plan
-    nearest = max(
-        min((size for size, _ in fits.values()), default=0.0), answer_tolerance(torch.float64)
-    )
-    as_near = {
-        sentence: plan for sentence, (size, plan) in fits.items() if size <= AS_WELL * nearest
-    }
-    return {sentence: as_near[sentence] for sentence in simplest(as_near)}
+        for defect, change in changes():
+            decided = decisions_of(change)
+            to_blame = len(decided) == 1 or decided.get("fully_masked") not in rows
+            if to_blame and (size := off(decided)) < fits.get(defect.sentence, (math.inf,))[0]:
+                fits[defect.sentence] = size, change(Plan())
+    least = min((size for size, _ in fits.values()), default=0.0)
+    most = AS_WELL * max(least, answer_tolerance(torch.float64))
+    near = {sentence: plan for sentence, (size, plan) in fits.items() if size <= most}
+    return {sentence: near[sentence] for sentence in simplest(near)}
 
 
 def simplest(named: Collection[str], catalogue: Sequence[Defect] = DEFECTS) -> list[str]:
@@ -188,26 +116,11 @@ def simplest(named: Collection[str], catalogue: Sequence[Defect] = DEFECTS) -> l
     return [sentence for sentence in named if sentence not in forms]
 
 
-def attempts(
-    case: Case, catalogue: Sequence[Defect] = DEFECTS, start: Plan | None = None
-) -> Iterator[tuple[str, Plan]]:
-    """Yield each mistake that is seen exactly: its sentence, and what it may change on a case.
-
-    Args:
-        case: What was to be computed.
-        catalogue: The mistakes.
-        start: What is right but for the mistake; `Plan()` by default.
-    """
-    start = Plan() if start is None else start
+def changes(catalogue: Sequence[Defect] = DEFECTS) -> Iterator[tuple[Defect, Change]]:
+    """Yield each mistake that is seen exactly, in each of its forms."""
     for defect in catalogue:
-        for change in defect.changes if defect.seen == "exactly" else ():
-            yield defect.sentence, reduced(change(start), case)
-
-
-def _off_if_fitting(plan: Plan, found: Tensor, case: Case) -> float:
-    attempt = expected(plan, case)
-    size, fits = (math.inf, False) if attempt is None else _off(attempt, found, case)
-    return size if fits else math.inf
+        if defect.seen == "exactly":
+            yield from ((defect, change) for change in defect.changes)
 
 
 def _off(attempt: Expected, found: Tensor, case: Case) -> tuple[float, bool]:
@@ -226,14 +139,17 @@ def as_case(call: Call) -> Case:
         if given is None:
             return None
         given = given.detach().cpu()
+        return given.double() if given.is_floating_point() else given
+
+    def batched(name: str) -> Tensor | None:
+        if (given := here(name)) is None:
+            return None
         given = given[(None,) * max(0, 3 - given.ndim)]
         last = given.shape[-3:]
         return given.expand(*lead, *last).reshape(lead.numel(), *last)
 
     own: dict[str, Any] = {f.name: getattr(call, f.name) for f in fields(Call)}
-    own |= {name: here(name) for name in ("query", "key", "value", "mask", "bias", "upstream")}
-    own |= {
-        name: own[name] if own[name] is None else own[name].cpu() for name in ("alibi", "sinks")
-    }
+    own |= {n: batched(n) for n in ("query", "key", "value", "mask", "bias", "upstream")}
+    own |= {n: here(n) for n in ("alibi", "sinks")}
     own |= {"scale_given": call.scale is not None, "dtype": call.query.dtype}
     return Case(**own)

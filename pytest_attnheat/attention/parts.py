@@ -40,7 +40,7 @@ def parts_of(call: Call, dtype: torch.dtype) -> Iterator[Part]:
     row_bytes = _MATRICES * 8 * call.key_len
     rows = max(1, min(call.query_len, chunks.CHUNK_BYTES // row_bytes))
     together = max(1, chunks.CHUNK_BYTES // (row_bytes * rows))
-    flat, own = _flattened(call)
+    flat, own = flattened(call)
     numbers = torch.arange(call.maps, device=call.query.device)
     for some, span in product(
         chunks.spans(call.maps, together), chunks.spans(call.query_len, rows)
@@ -49,17 +49,16 @@ def parts_of(call: Call, dtype: torch.dtype) -> Iterator[Part]:
         maps = numbers[some]
         mine["sinks"] = maps % call.heads
         part = {
-            name: tensor[mine[name]][:, _own_rows(tensor, span)]
+            name: tensor[mine[name]][:, own_rows(tensor, span)]
             for name, tensor in flat.items()
             if name not in ("key", "value")
         }
         bias = part.get("bias")
         shape = (len(maps), span.stop - span.start, call.key_len)
-        permitted = torch.ones(shape, dtype=torch.bool, device=maps.device)
         hidden = None if bias is None else bias != -math.inf
+        permitted = torch.ones((), dtype=torch.bool, device=maps.device)
         for rule in (call.permitted(maps, span), part.get("mask"), hidden):
-            if rule is not None:
-                permitted &= rule
+            permitted = permitted if rule is None else permitted & rule
         if bias is not None:
             # Their weight is 0 by the mask; a -inf left in the scores would make NaN.
             bias = bias.masked_fill(bias == -math.inf, 0.0).to(dtype)
@@ -75,12 +74,12 @@ def parts_of(call: Call, dtype: torch.dtype) -> Iterator[Part]:
             bias=bias,
             distant=call.distant(at, dtype),
             sinks=None if call.sinks is None else call.sinks.detach().to(dtype)[at.head],
-            permitted=permitted,
+            permitted=permitted.expand(shape),
             upstream=part["upstream"].to(dtype) if "upstream" in part else None,
         )
 
 
-def _flattened(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def flattened(call: Call) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """All inputs as (maps, length, width), and for each which of its maps each query map uses."""
     given = {
         name: tensor
@@ -103,7 +102,8 @@ def _own_maps(tensor: Tensor, query: Tensor, *, grouped: bool) -> Tensor:
     return index.expand(query.shape[:-2]).reshape(-1)
 
 
-def _own_rows(tensor: Tensor, rows: slice) -> slice:
+def own_rows(tensor: Tensor, rows: slice) -> slice:
+    """Rows of a tensor that has them all, or one for all."""
     return rows if tensor.shape[-2] > 1 else slice(0, 1)
 
 
@@ -128,7 +128,7 @@ def add(total: Tensor, name: str, part: Part, found: Tensor) -> None:
     elif name == "attn_mask":
         found = found.sum(-1, keepdim=True) if flat.shape[-1] == 1 else found
         found = found.sum(-2, keepdim=True) if flat.shape[-2] == 1 else found
-        rows = _own_rows(flat, part.rows)
+        rows = own_rows(flat, part.rows)
         flat[:, rows].index_add_(0, part.own["bias"], found)
     else:
         flat[part.own["query"], part.rows] = found

@@ -17,9 +17,9 @@ from torch import Tensor
 from pytest_attnheat.attention.call import Positions
 from pytest_attnheat.attention.decisions import Plan as Plan
 from pytest_attnheat.attention.decisions import Source
-from pytest_attnheat.attention.misreadings import MISREADINGS
 from pytest_attnheat.attention.misreadings import Case as Case
 from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
+from pytest_attnheat.attention.misreadings import in_order
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,63 +76,9 @@ def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
 
 def misread(plan: Plan, case: Case) -> Case:
     """Return a case as a plan reads it."""
-    for name in sorted(plan.misread):
-        case = MISREADINGS[name](case)
+    for reading in in_order(plan.misread):
+        case = reading(case)
     return case
-
-
-def reduced(plan: Plan, case: Case) -> Plan:
-    """Return a plan with those decisions alone that may change something on a case.
-
-    Plans that are reduced to one give one outcome; what is reduced to `Plan()` changes nothing.
-    """
-    read, names = case, []
-    for name in sorted(plan.misread):
-        try:
-            changed = MISREADINGS[name](read)
-        except NotApplicable:
-            return plan
-        names += [name] if changed is not read else []
-        read = changed
-    usual: dict[str, Any] = {"misread": frozenset(names)}
-    if read.softcap is None:
-        usual["softcap"] = "declared"
-    if read.sinks is None or plan.dim != "keys":
-        usual["sinks"] = "declared"
-    if case.dtype != torch.float16:
-        usual["overflow"] = False
-    if read.group == 1:
-        usual["grouping"] = "interleave"
-    if not read.causal:
-        usual |= {"causal": "declared", "causal_shift": 0}
-    if not read.causal or read.mask is None:
-        usual["together"] = "both"
-    if not _is_shifted(plan, read):
-        usual["causal_shift"] = 0
-    if (plan.normaliser, plan.dim) == ("softmax", "keys"):
-        if plan.part >= read.key_len + (read.sinks is not None):
-            usual["part"] = 0
-        if not plan.masking.startswith("after") and not (plan.part and read.hides):
-            usual["empty_slices"] = "nan"
-    for name, length in (("key_block", read.key_len), ("query_block", read.query_len)):
-        block = getattr(plan, name)
-        if block and whole_blocks(plan, block, length) == length:
-            usual[name] = 0
-    plan = replace(plan, **usual)
-    usual = {}
-    if not plan.causal_shift:
-        usual["causal_shift_where"] = "all"
-    if not plan.part:
-        usual["merging"] = "exact"
-    if not plan.key_block and not plan.query_block:
-        usual["blocks"] = "whole"
-    as_declared = not (plan.causal_shift or plan.key_block) and plan.dropped_key == "none"
-    if as_declared and plan.causal == "declared" and plan.dim == "keys":
-        if not read.has_empty_rows:
-            usual["fully_masked"] = None
-        if not read.hides and plan.normaliser not in ("scores", "log_softmax", "sigmoid", "relu"):
-            usual |= {"masking": "fill", "covers": "all", "fill": -math.inf}
-    return replace(plan, **usual)
 
 
 # --- queries, keys and values

@@ -158,6 +158,8 @@ def read_lengths(lengths: object, key_len: int, *, batch: int | None = None) -> 
         array = np.asarray(lengths.detach().cpu() if isinstance(lengths, Tensor) else lengths)
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(misuse("lengths", repr(lengths), accepted)) from None
+    if array.ndim > 1 and array.dtype.kind in "biu":
+        accepted += "; of a mask that is True where a token is real, mask.sum(-1)"
     numbers = array.flatten().tolist()
     real = [number for number in map(as_whole, numbers) if number is not None]
     if len(real) < len(numbers):

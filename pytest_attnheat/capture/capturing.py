@@ -14,11 +14,7 @@ from torch import Tensor, nn
 
 from pytest_attnheat.callables import accelerators, borrowed, random_states, set_random_states
 from pytest_attnheat.capture import CaptureError, CaptureWarning, watching
-from pytest_attnheat.capture.changes import (
-    compiled_code_set_aside,
-    find_unseen,
-    would_take_fast_path,
-)
+from pytest_attnheat.capture.changes import compiled_code_set_aside, find_unseen, may_take_fast_path
 from pytest_attnheat.capture.record import name_of
 from pytest_attnheat.capture.recording import KEPT, Keep, Recording, Wanted
 from pytest_attnheat.capture.selection import Selection, checked_patterns, float_dtype, selection
@@ -27,7 +23,7 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.capture.watching import Layers
 from pytest_attnheat.inputs import misuse, one_of
 
-_FAST_PATH = "{}: PyTorch's fast path was off while it was watched"
+_FAST_PATH = "{}: PyTorch's fast path, if it takes it, was off while it was watched"
 
 
 @contextmanager
@@ -83,7 +79,7 @@ def capture_attention(
     """
     wanted = _checked(model, keep, layers, heads, queries, dtype, max_bytes)
     trace = Trace()
-    running = Layers(model, lambda module, *given: _note_fast_path(running, trace, module, *given))
+    running = Layers(model, lambda module: _note_fast_path(running, trace, module))
     recording = Recording(wanted, running, trace)
     repetition = _Repetition(model) if verify else None
     with ExitStack() as stack:
@@ -144,13 +140,12 @@ def _watched(recording: Recording) -> Iterator[None]:
         outer.recorders.remove(recording)
 
 
-def _note_fast_path(
-    running: Layers, trace: Trace, module: nn.Module, name: str, args: Any, kwargs: Any
-) -> None:
-    if not would_take_fast_path(module, args, kwargs, running.hooked):
+def _note_fast_path(running: Layers, trace: Trace, module: nn.Module) -> None:
+    if not may_take_fast_path(module):
         return
+    *outer, name = running.running
     # A layer's fast path does not call its attention: only the layer ran differently.
-    if not any(_FAST_PATH.format(outer) in trace.changes for outer in running.running[:-1]):
+    if not any(_FAST_PATH.format(one) in trace.changes for one in outer):
         trace._change(_FAST_PATH.format(name))
 
 

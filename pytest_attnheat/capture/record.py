@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.computation import weights as weights_of
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, permits
+from pytest_attnheat.callables import accelerators
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.carried import Carried
 from pytest_attnheat.capture.selection import Selection, batch_entry, chosen, float_dtype, within
@@ -73,6 +76,7 @@ class AttentionRecord:
         strange: What was done to the scores that is not understood, if anything: scale, softcap
             and sinks are not known then.
         mask_lost: Whether that may have hidden keys, and no mask was seen.
+        kind: "linear" if the weights are those that linear attention implies and never holds.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
@@ -115,6 +119,7 @@ class AttentionRecord:
     score_mod: ScoreMod | None = field(default=None, repr=False)
     strange: str = ""
     mask_lost: bool = False
+    kind: Literal["attention", "linear"] = "attention"
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)
@@ -262,10 +267,10 @@ class AttentionRecord:
                 f"accepted is {readable(self.most_bytes)}. "
                 "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
             )
-        with apart(self.query.device):
-            weights = torch.empty(shape, dtype=dtype, device=self.query.device)
+        with apart():
+            weights = torch.zeros(shape, dtype=dtype, device=self.query.device)
             for maps, rows, part in parts_of(self, entry):
-                weights.flatten(0, 1)[maps, rows] = part
+                weights.flatten(0, 1)[maps, rows, : part.shape[-1]] = part
             return weights
 
     def select(
@@ -285,7 +290,7 @@ class AttentionRecord:
             record = record._with_heads(*self._found("heads", heads, self.shape[1], self.heads))
         if queries is not None:
             numbers, here = self._found("queries", queries, self.shape[2], self.queries)
-            record = replace(record._with_rows(2, here), queries=numbers)
+            record = replace(record.of_rows(2, here), queries=numbers)
         return record
 
     def _found(
@@ -304,13 +309,13 @@ class AttentionRecord:
 
     def _with_heads(self, numbers: Tensor, here: Tensor) -> AttentionRecord:
         return replace(
-            self._with_rows(1, here),
+            self.of_rows(1, here),
             heads=numbers,
             key=_taken(self.key, 1, here // self.group),
             value=_taken(self.value, 1, here // sharing(self, self.value)),
         )
 
-    def _with_rows(self, dim: int, here: Tensor) -> AttentionRecord:
+    def of_rows(self, dim: int, here: Tensor) -> AttentionRecord:
         """Take some of what there is per query head (`dim` 1) or per query (2)."""
         statistics = None
         if self.statistics is not None:
@@ -325,15 +330,24 @@ class AttentionRecord:
         return replace(self, **kept, sinks=sinks, statistics=statistics)
 
 
-@contextmanager
-def apart(device: torch.device) -> Iterator[None]:
-    """Compute without gradients, autocast, and the functions of modes: it is not the model's."""
-    with (
-        torch.no_grad(),
-        torch.autocast(device.type, enabled=False),
-        torch._C.DisableTorchFunction(),
-    ):
-        yield
+class apart:  # noqa: N801
+    """Compute without gradients, autocast and modes: it is not the model's, and counts nowhere."""
+
+    def __enter__(self) -> None:
+        self._grad, self._others = torch.is_grad_enabled(), ExitStack()
+        torch._C._set_grad_enabled(False)
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        if torch._C._is_any_autocast_enabled():
+            for kind in ("cpu", *accelerators()):
+                self._others.enter_context(torch.autocast(kind, enabled=False))
+        if _len_torch_dispatch_stack():
+            self._others.enter_context(_disable_current_modes())
+
+    def __exit__(self, *error: object) -> None:
+        self._others.close()
+        self._functions.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._grad)
 
 
 def parts_of(
@@ -347,7 +361,8 @@ def parts_of(
         entry: The only batch entry that is wanted; None for all.
 
     Yields:
-        Some maps, counted through batch entries and heads, some of their queries, and the weights.
+        Some maps, counted through batch entries and heads, some of their queries, and the weights;
+        those of the last keys may be left out where they are zero.
     """
     kept = record.kept_weights
     if 0 in record.shape_here:
@@ -363,19 +378,18 @@ def parts_of(
 
 def statistics_of(record: AttentionRecord) -> Statistics:
     """Return what the rows of a record are like; its weights are never held at once."""
-    source = record.kept_weights if record.query is None else record.query
-    assert source is not None
     shape = record.shape_here[:3]
     sums, entropy, maximum = (torch.zeros(shape, device="cpu").float() for _ in range(3))
     found = Statistics(sums, entropy, maximum, torch.full(shape, -1, device="cpu"))
     if record.shape_here[3] == 0:
         return found
-    with apart(source.device):
+    with apart():
         totals = [total.flatten(0, 1) for total in (sums, entropy, maximum, found.most_attended)]
         for *where, part in parts_of(record):
             wide = part.to(wide_dtype(part.dtype))
             largest, key = wide.max(-1)
-            entropies = -torch.special.xlogy(wide, wide).sum(-1)
+            # Faster than `xlogy`; of weights without a logarithm nothing is left either way.
+            entropies = -wide.clamp_min(torch.finfo(wide.dtype).tiny).log_().mul_(wide).sum(-1)
             for total, of_part in zip(totals, (wide.sum(-1), entropies, largest, key), strict=True):
                 total[tuple(where)] = of_part.to(total)
     return found

@@ -16,7 +16,6 @@ from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.carried import Carried, carried_by
 from pytest_attnheat.capture.record import (
     AttentionRecord,
-    apart,
     name_of,
     parts_of,
     readable,
@@ -26,7 +25,7 @@ from pytest_attnheat.capture.record import (
 from pytest_attnheat.capture.selection import Selection, matches
 from pytest_attnheat.capture.tags import Tags
 from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers
+from pytest_attnheat.capture.watching import Layers, Refused, Undo
 from pytest_attnheat.inputs import wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]
@@ -74,15 +73,15 @@ class Recording:
         self._bytes = 0
         self._expected: dict[int, str] = {}
 
-    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> None:
-        """Keep what is wanted of an attention that happened."""
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Undo:
+        """Keep what is wanted of an attention that happened; return what takes it back."""
         layer = self._layers.current
         if layer is None:
             self.miss(record.source, "it happened outside of the model that is captured")
-            return
+            return lambda: None
         self._trace._saw(self._layers.running)
         if not self._wanted.wants(layer):
-            return
+            return lambda: None
         record = replace(
             record,
             layer=layer,
@@ -94,11 +93,20 @@ class Recording:
             carried=tuple(self._carried(layer, record, tags)),
         )
         self._calls[layer] += 1
-        source = record.value
-        assert source is not None
-        with apart(source.device):
-            self._make_room(record)
-            self._trace._append(self._kept(self._selected(record), used))
+        try:
+            selected = self._selected(record)
+            asked = self._make_room(record)
+        except (CaptureMemoryError, ValueError) as error:
+            raise Refused(error) from error
+        kept = self._kept(selected, used)
+        self._trace._append(kept)
+
+        def undo() -> None:
+            self._trace._remove(kept)
+            self._calls[layer] -= 1
+            self._bytes -= asked
+
+        return undo
 
     def _carried(self, layer: str, record: AttentionRecord, tags: Tags) -> Iterator[Carried]:
         """What the module carries. Sinks that were used, and did not join, are used otherwise."""
@@ -134,16 +142,19 @@ class Recording:
             return record
         return record.select(heads=self._wanted.heads, queries=self._wanted.queries)
 
-    def _make_room(self, record: AttentionRecord) -> None:
-        """Raise before memory is spent."""
+    def _make_room(self, record: AttentionRecord) -> int:
+        """Raise before memory is spent; return how much will be."""
         asked = self._needed(record, self._wanted.keep)
         if self._bytes + asked > self._wanted.max_bytes:
             raise CaptureMemoryError(self._too_much(record, asked))
         self._bytes += asked
+        return asked
 
     def _needed(self, record: AttentionRecord, keep: Keep) -> int:
         """How many bytes a record takes; worked out on shapes alone."""
-        light = self._selected(_mapped(record, _TENSORS, lambda tensor: tensor.to("meta")))
+        light = record
+        if self._wanted.heads is not None or self._wanted.queries is not None:
+            light = self._selected(_mapped(record, _TENSORS, lambda tensor: tensor.to("meta")))
         rows = light.shape_here[0] * light.shape_here[1] * light.shape_here[2]
         sizes = {n: _bytes(getattr(light, n)) for n in _TENSORS}
         if keep == "statistics":
@@ -171,39 +182,28 @@ class Recording:
 
     def _kept(self, record: AttentionRecord, used: Tensor | None) -> AttentionRecord:
         used = None if used is None else _selected_weights(used, record)
+        record = _verified(record, used)
         if self._wanted.keep == "inputs":
-            record = _verified(record, used, whole=False)
             return _mapped(record, _TENSORS, copied)
         if self._wanted.keep == "statistics":
-            record = _verified(record, used, whole=False)
             kept = replace(record, statistics=statistics_of(record), score_mod=None)
             kept = _mapped(kept, ("sink_weights",), copied)
             others = [name for name in _TENSORS if name != "sink_weights"]
             return _mapped(kept, others, lambda tensor: None)
-        weights = record.weights.detach()
-        # Weights that were rounded for keeping would be blamed for that.
-        precise = weights.dtype.itemsize >= wide_dtype(record.dtype).itemsize
-        if used is None and precise and record.dropout == 0:
-            record = _verified(record, weights, whole=True)
-        else:
-            record = _verified(record, used, whole=used is not None)
-        record = replace(record, kept_weights=weights)
-        kept = _mapped(record, _WITH_WEIGHTS, copied)
-        inputs = ("query", "key", "value", "output")
-        return replace(_mapped(kept, inputs, lambda tensor: None), score_mod=None)
+        kept = replace(record, kept_weights=record.weights.detach(), score_mod=None)
+        kept = _mapped(kept, _WITH_WEIGHTS, copied)
+        return _mapped(kept, ("query", "key", "value", "output"), lambda tensor: None)
 
 
-def _verified(record: AttentionRecord, used: Tensor | None, *, whole: bool) -> AttentionRecord:
+def _verified(record: AttentionRecord, used: Tensor | None) -> AttentionRecord:
+    """The record with its residual, in a few queries of every head."""
     if record.dropout > 0 and used is None:
         return replace(record, unverified=f"dropout of {record.dropout:g} was applied within")
-    output = record.output
+    output, query = record.output, record.query
     assert output is not None
-    if output.shape[-1] == 0:
-        return replace(record, unverified="its values have no channels")
-    asked = record if used is None else replace(record, kept_weights=used)
-    worst = _worst_row(asked if whole else _sampled(asked))
-    if whole:
-        return replace(record, residual=float(worst))
+    if output.shape[-1] == 0 or (query is not None and query.shape[-1] == 0):
+        return replace(record, unverified="its queries or values have no channels")
+    worst = _worst_row(_sampled(record if used is None else replace(record, kept_weights=used)))
     # NaN, perhaps in a row that was not compared. The sum tells with one read, if it is finite.
     residual = float(torch.where(output.sum().isfinite(), worst, torch.inf))
     if residual == torch.inf:
@@ -218,7 +218,7 @@ def _sampled(record: AttentionRecord) -> AttentionRecord:
         return record
     here = torch.linspace(0, query_len - 1, _SAMPLED, device="cpu").round().long()
     numbers = here if record.queries is None else record.queries[here]
-    return record.select(queries=numbers.tolist())
+    return replace(record.of_rows(2, here), queries=numbers)
 
 
 def _worst_row(record: AttentionRecord) -> Tensor:
@@ -232,20 +232,19 @@ def _worst_row(record: AttentionRecord) -> Tensor:
     assert output is not None
     wide = wide_dtype(output.dtype)
     worst = torch.zeros((), dtype=wide, device=output.device)
-    with apart(output.device):
-        outputs, values_of = output.flatten(0, 1), value.flatten(0, 1)
-        # Which value each query head uses: groups share one, and none is shared by batch entries.
-        own = torch.arange(len(outputs), device=value.device) // sharing(record, value)
-        for maps, rows, part in parts_of(record):
-            weights, values = part.to(wide), values_of[own[maps]].to(wide)
-            # Norms over as many channels: their ratio is that of the rms.
-            made = weights @ values - outputs[maps, rows].to(wide)
-            off = torch.linalg.vector_norm(made, dim=-1)
-            size = torch.linalg.vector_norm(weights.abs() @ values.abs(), dim=-1)
-            # Zero by zero, a row without keys, is no error. NaN is one.
-            relative = torch.where(off == 0, 0.0, off / size).nan_to_num(nan=torch.inf)
-            if relative.numel():
-                worst = worst.maximum(relative.max())
+    outputs, values_of = output.flatten(0, 1), value.flatten(0, 1)
+    # Which value each query head uses: groups share one, and none is shared by batch entries.
+    own = torch.arange(len(outputs), device=value.device) // sharing(record, value)
+    for maps, rows, part in parts_of(record):
+        weights, values = part.to(wide), values_of[own[maps], : part.shape[-1]].to(wide)
+        # Norms over as many channels: their ratio is that of the rms.
+        made = weights @ values - outputs[maps, rows].to(wide)
+        off = torch.linalg.vector_norm(made, dim=-1)
+        size = torch.linalg.vector_norm(weights.abs() @ values.abs(), dim=-1)
+        # Zero by zero, a row without keys, is no error. NaN is one.
+        relative = torch.where(off == 0, 0.0, off / size).nan_to_num(nan=torch.inf)
+        if relative.numel():
+            worst = worst.maximum(relative.max())
     return worst
 
 

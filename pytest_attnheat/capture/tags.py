@@ -1,9 +1,16 @@
-"""What is known about where a tensor comes from, and what its axes are, while a model runs."""
+"""What is known about where a tensor comes from while a model runs, and what moves along with it.
+
+A product of two activations may become attention. Beside its result go three tensors that broadcast
+to it: the number of the row of the left operand in each place, that of the right operand, and what
+would be there if the product were zero. They are moved by the very functions that move the scores,
+and the last is changed by all that changes the scores: at the end it is the bias and the mask.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,51 +18,103 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 
-@dataclass
-class Scores:
-    """A product of two activations, and what was done to it since.
+@dataclass(frozen=True, eq=False)
+class Origin:
+    """A product of two activations.
 
     Attributes:
-        left: (..., query_len, head_dim)
-        right: (..., key_len, head_dim)
-        scale: What it was multiplied by since, times the factors of left and right.
-        steps: The numbers that it was multiplied by since, as they came.
-        softcap: It is softcap * tanh(scale * left @ right.mT / softcap) + bias.
-        bias: What was added since.
-        mask: Boolean, False where it was overwritten by something hugely negative.
-        soft: Whether that was a finite number.
-        shifted: Whether something was added that is the same for all keys.
-        sinks: (..., query_len, 1) that was joined to the keys; None for nothing.
-        strange: What was done that is not understood. If empty, these tell all.
-        lost: Whether that may have hidden keys.
-        kept: Whether its axes still are those of the product.
-        factors: What left and right had been multiplied by before.
+        left: (..., rows, inner)
+        right: (..., columns, inner)
+        factors: What left and right had been multiplied by before; NaN for what is not known.
     """
 
     left: Tensor
     right: Tensor
-    scale: float = 1.0
-    steps: tuple[float, ...] = ()
-    softcap: float | None = None
-    bias: Tensor | None = None
-    mask: Tensor | None = None
-    soft: bool = False
-    shifted: bool = False
-    sinks: Tensor | None = None
-    strange: str = ""
-    lost: bool = False
-    kept: bool = True
     factors: tuple[float, float] = (1.0, 1.0)
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
+class Scores:
+    """What goes along with a product and all that is made of it; tensors broadcast to its shape.
+
+    Attributes:
+        origin: The product; None for scores that were made in another way.
+        rows: The row of the left operand, counted through its leading axes; -1 for none. Like
+            the columns on the CPU, where nobody waits for what they say.
+        columns: The row of the right operand; -1 for none. Without a product, the number of the
+            key.
+        zero: What it would be if the product were zero.
+        steps: The numbers that it was multiplied by since.
+        softcap: What a tanh was multiplied by since.
+        went: The functions that changed it.
+        coarsest: The dtype with the largest rounding error that it has had.
+        done: Whether these are weights already, and `zero` is of before.
+    """
+
+    origin: Origin | None
+    rows: Tensor
+    columns: Tensor
+    zero: Tensor
+    steps: tuple[float, ...] = ()
+    softcap: float | None = None
+    went: tuple[str, ...] = ()
+    coarsest: torch.dtype = torch.float32
+    done: bool = False
+
+    @classmethod
+    def of(cls, origin: Origin, zero: Tensor, dtype: torch.dtype) -> Scores:
+        """Return what goes along with a product of (..., rows, columns)."""
+        left, right = origin.left, origin.right
+        rows = torch.arange(left.shape[:-1].numel(), device="cpu").view(*left.shape[:-1], 1)
+        columns = torch.arange(right.shape[:-1].numel(), device="cpu")
+        columns = columns.view(*right.shape[:-2], 1, right.shape[-2])
+        return cls(origin, rows, columns, zero, coarsest=dtype)
+
+    def moved(self, shape: torch.Size, move: Callable[[Tensor], Any]) -> Iterator[Scores]:
+        """Yield what goes along with each result of a function that moved a tensor of a shape."""
+        whole = (tensor.expand(shape) for tensor in (self.rows, self.columns, self.zero))
+        made = [move(tensor) for tensor in whole]
+        for parts in [made] if isinstance(made[0], Tensor) else zip(*made, strict=True):
+            rows, columns, zero = map(without_repetition, parts)
+            yield replace(self, rows=rows, columns=columns, zero=zero)
+
+    def cast(self, output: Tensor) -> Scores:
+        """Return what goes along with a copy of another dtype or device."""
+        zero = self.zero.to(output.device, output.dtype)
+        return replace(self, zero=zero, coarsest=coarser(self.coarsest, zero.dtype))
+
+
+def without_repetition(tensor: Tensor) -> Tensor:
+    """A tensor of which axes that only repeat are one long: it broadcasts to what it was."""
+    for axis, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[axis] > 1:
+            tensor = tensor.narrow(axis, 0, 1)
+    return tensor
+
+
+def coarser(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype with the largest rounding error."""
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """Some rows of what a softmax was given, and what went along, all (rows, some of the keys)."""
+
+    given: Tensor
+    rows: Tensor
+    columns: Tensor
+    zero: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Tag:
     """What is known of one tensor.
 
     Attributes:
         before: Its shape (batch, heads, length, width) before batch and heads were joined, or
             heads were packed into queries.
-        scores: Set if it descends from a product of activations.
+        scores: What goes along with it, if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
         dtype: That of the softmax; None if it is not known.
         clean: Those before dropout, in the same layout; None where that is the tensor itself.
@@ -66,7 +125,15 @@ class Tag:
         softmaxes: The numbers of the softmaxes that it comes from.
         factor: The number it was multiplied by: queries may be scaled in place of scores. NaN if
             something that is not understood was done to it since.
-        sink: The weights of the sink that were left out, (..., query_len, 1).
+        sink: The weights and the scores of the sink that was left out, (..., query_len, 1) each.
+        sample: Of what the softmax was given.
+        routes: Whether these are weights over the classes of a layer.
+        of_experts: Whether it holds what several layers made, beside one another.
+        operands: Two tensors that broadcast, of which it is the product element by element.
+        unnormalised: The product with a value, of weights that their sum has yet to divide.
+        part: Of weights of some of the keys: the first of them, and how many there are in all.
+        parts: The products with values of such parts so far, by their first keys.
+        attended: The attention that it is the result of.
     """
 
     before: tuple[int, ...] | None = None
@@ -80,7 +147,15 @@ class Tag:
     turned: bool = False
     softmaxes: tuple[int, ...] = ()
     factor: float = 1.0
-    sink: Tensor | None = None
+    sink: tuple[Tensor, Tensor] | None = None
+    sample: Sample | None = None
+    routes: bool = False
+    of_experts: bool = False
+    operands: tuple[Tensor, Tensor] | None = None
+    unnormalised: Any = None
+    part: tuple[int, int] | None = None
+    parts: dict[int, Any] = field(default_factory=dict)
+    attended: Any = None
 
 
 class Tags:
@@ -95,6 +170,12 @@ class Tags:
             return None
         found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
         return found
+
+    def __setitem__(self, tensor: Any, tag: Tag) -> None:
+        if isinstance(tensor, Tensor):
+            self._of[tensor] = tag
+
+    put = __setitem__
 
     def use(self, *given: object) -> None:
         """Remember parameters, of one number per head perhaps, that something was done to."""
@@ -111,10 +192,6 @@ class Tags:
         tag = self[tensor]
         return 1.0 if tag is None else tag.factor
 
-    def __setitem__(self, tensor: Any, tag: Tag) -> None:
-        if isinstance(tensor, Tensor):
-            self._of[tensor] = tag
-
 
 def without_factor(tensor: Tensor, factor: float) -> Tensor:
     """A tensor before it was multiplied by a number: in float32 where its dtype would round it."""
@@ -122,100 +199,3 @@ def without_factor(tensor: Tensor, factor: float) -> Tensor:
         return tensor
     exact = math.frexp(factor)[0] in (0.5, -0.5) or tensor.element_size() >= 4
     return (tensor if exact else tensor.float()) / factor
-
-
-@dataclass(frozen=True)
-class Shaping:
-    """How the leading axes of an attention are batch entries and heads.
-
-    Attributes:
-        lead: The leading axes of the queries.
-        batch: Number of batch entries.
-        heads: Number of heads.
-        packed: How many heads that share keys were written as queries of one; 1 for none.
-        joined: Whether more than one leading axis is one of heads.
-    """
-
-    lead: tuple[int, ...]
-    batch: int
-    heads: int
-    packed: int = 1
-    joined: bool = False
-
-    @classmethod
-    def of(cls, query: Tensor, tag: Tag | None, heads: int | None, key: Tensor) -> Shaping:
-        """Read the axes of a query (..., query_len, head_dim).
-
-        A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
-        unless it was made by joining (batch, heads), or `heads` says what it holds.
-
-        Args:
-            query: The queries.
-            tag: What is known of them.
-            heads: How many heads a 3-D batch axis holds, if that is known.
-            key: The keys; their leading axes may broadcast.
-        """
-        lead = tuple(query.shape[:-2])
-        before = None if tag is None else tag.before
-        if len(lead) == 1:
-            if before is not None and before[0] * before[1] == lead[0]:
-                return cls(lead, before[0], before[1])
-            if heads is not None and lead[0] % heads == 0:
-                return cls(lead, lead[0] // heads, heads)
-            return cls(lead, lead[0], 1)
-        if len(lead) == 2 and before is not None and before[2] == 1:
-            group = query.shape[-2]
-            if before[:2] == (lead[0], lead[1] * group) and key.shape[-3] == lead[1]:
-                return cls(lead, lead[0], before[1], packed=group)
-        return cls(lead, math.prod(lead[:-1]), lead[-1] if lead else 1)
-
-    @classmethod
-    def of_weights(
-        cls, weights: Tensor, before: tuple[int, ...] | None, heads: int | None
-    ) -> Shaping:
-        """Read the axes of weights (..., query_len, key_len); with 5-D, heads are in groups."""
-        lead = tuple(weights.shape[:-2])
-        if len(lead) > 2:
-            return cls(lead, lead[0], math.prod(lead[1:]), joined=True)
-        tag = None if before is None else Tag(before=before)
-        return cls.of(weights, tag, heads, weights)
-
-    def weights_shape(self, query_len: int, key_len: int) -> tuple[int, int, int, int]:
-        """(batch, heads, query_len, key_len)."""
-        return self.batch, self.heads, 1 if self.packed > 1 else query_len, key_len
-
-    def queries(self, tensor: Tensor) -> Tensor:
-        """A tensor with a row per query, (..., query_len, width), as 4-D."""
-        width = tensor.shape[-1]
-        length = 1 if self.packed > 1 else tensor.shape[-2]
-        return tensor.reshape(self.batch, self.heads, length, width)
-
-    def keys(self, tensor: Tensor) -> Tensor:
-        """A tensor with a row per key, (..., key_len, width), as 4-D; it may have fewer heads."""
-        lead = tuple(tensor.shape[:-2])
-        length, width = tensor.shape[-2:]
-        if len(lead) < 2 or self.joined:
-            tensor = tensor.expand(*self.lead, length, width) if lead != self.lead else tensor
-            return tensor.reshape(self.batch, self.heads, length, width)
-        tensor = tensor.expand(*self.lead[:-1], lead[-1], length, width)
-        return tensor.reshape(self.batch, lead[-1], length, width)
-
-    def mask(self, tensor: Tensor) -> Tensor:
-        """Something that broadcasts to the weights, as 4-D that does."""
-        missing = len(self.lead) + 2 - tensor.ndim
-        if missing > 0:
-            tensor = tensor[(None,) * missing]
-        lead = tuple(tensor.shape[:-2])
-        rows, keys = tensor.shape[-2:]
-        if all(size == 1 for size in lead):
-            tensor = tensor.reshape(1, 1, rows, keys)
-            if self.packed == 1 or rows == 1:
-                return tensor
-            lead = (1, 1)
-        if self.packed > 1:
-            tensor = tensor.expand(lead[0], self.heads // self.packed, self.packed, keys)
-            return tensor.reshape(lead[0], self.heads, 1, keys)
-        if len(lead) == 2:
-            return tensor
-        tensor = tensor.expand(*self.lead, rows, keys)
-        return tensor.reshape(self.batch, self.heads, rows, keys)

@@ -210,6 +210,9 @@ class Trace(Sequence[AttentionRecord]):
     def _append(self, record: AttentionRecord) -> None:
         self._records.append(record)
 
+    def _remove(self, record: AttentionRecord) -> None:
+        self._records.remove(record)
+
     def _saw(self, running: Iterable[str]) -> None:
         self._within.update(running)
 

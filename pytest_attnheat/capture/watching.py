@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -13,24 +15,65 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from pytest_attnheat.capture.record import AttentionRecord
+from pytest_attnheat.capture.record import AttentionRecord, apart
 from pytest_attnheat.capture.tags import Tags
 
-# Makes a record, and the weights that were multiplied, if they are known.
-Read = Callable[[], tuple[AttentionRecord, Tensor | None]]
-# (module, its name, positional arguments, keywords)
-Entered = Callable[[nn.Module, str, tuple[Any, ...], dict[str, Any]], None]
-# (watcher, function, arguments, keywords) -> what the function returns.
+_TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
+# Takes a record back that is but a part of an attention.
+Undo = Callable[[], None]
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Keywords = dict[str, Any]
-Source = Callable[["Watcher", Function, Args, Keywords], Any]
+
+
+@dataclass(frozen=True)
+class Call:
+    """A function of torch that is about to be called.
+
+    Attributes:
+        watcher: Who sees it.
+        func: The function.
+        args: Its arguments.
+        kwargs: Its keywords.
+    """
+
+    watcher: Watcher
+    func: Function
+    args: Args
+    kwargs: Keywords
+
+    def given(self, place: int, name: str, default: Any = None) -> Any:
+        """Return an argument by its place or by its name."""
+        return self.args[place] if len(self.args) > place else self.kwargs.get(name, default)
+
+
+# Called with what the function returned.
+After = Callable[[Any], None]
+
+
+@dataclass(frozen=True)
+class Instead:
+    """What is run in place of a function, as code that does the same can be watched."""
+
+    run: Callable[[], Any]
+
+
+# Told before the function is called.
+Source = Callable[[Call], "After | Instead | None"]
+
+
+class Refused(Exception):  # noqa: N818
+    """What the user asked for cannot be: the error within is meant to end the model."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
 
 
 class Recorder(Protocol):
     """Who wants to know of attention."""
 
-    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> None:
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Undo:
         """An attention happened; `used` are the weights that were multiplied, if known."""
 
     def miss(self, what: str, why: str) -> None:
@@ -71,24 +114,43 @@ class Watcher(TorchFunctionMode):
         args: Args = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        """Call the function; what might be attention through the source that knows it."""
+        """Call the function; before and after it, let the source that knows it look on."""
+        kwargs = dict(kwargs or {})
         try:
             source = self._sources[func]
         except KeyError:
             source = self._sources[func] = self._source_of(func)
-        if source is None:
-            return func(*args, **(kwargs or {}))
-        return source(self, func, args, dict(kwargs or {}))
+        if source is None or self.idle:
+            return func(*args, **kwargs)
+        after = self._guarded(func, source, Call(self, func, args, kwargs))
+        if isinstance(after, Instead):
+            return after.run()
+        output = func(*args, **kwargs)
+        if after is not None:
+            self._guarded(func, after, output)
+        return output
+
+    def _guarded(self, func: Function, step: Callable[..., Any], *given: Any) -> Any:
+        """Compute something of our own: it cannot end or change the model, and counts nowhere."""
+        try:
+            with apart():
+                return step(*given)
+        except Refused as refused:
+            raise refused.error from None
+        except Exception as error:
+            why = f"the capture could not follow it ({type(error).__name__}: {error})"
+            if torch._C._functorch.maybe_current_level() is not None:
+                why = _TRANSFORMED
+            self.miss(getattr(func, "__name__", str(func)), why.splitlines()[0])
+            return None
 
     @property
     def idle(self) -> bool:
-        """Whether nothing is to be told: a backward pass calls the model's code again."""
-        return in_backward()
+        """Whether nothing is to be told: a backward pass or a tracer calls the model's code."""
+        return in_backward() or torch._C._get_tracing_state() is not None
 
     def expect(self) -> tuple[int, ...]:
         """Tell all recorders of a softmax that should become attention; return its number."""
-        if self.idle:
-            return ()
         self._softmaxes += 1
         for recorder in self.recorders:
             recorder.expect(self._softmaxes)
@@ -99,37 +161,23 @@ class Watcher(TorchFunctionMode):
         for recorder in self.recorders:
             recorder.found(numbers)
 
-    def tell(self, what: str, read: Read) -> None:
-        """Hand an attention to all recorders; what fails to be read is missed, and the model runs.
+    def tell(self, record: AttentionRecord, used: Tensor | None = None) -> list[Undo]:
+        """Hand an attention to all recorders; return what takes it back.
 
         Args:
-            what: What happened, should it not be readable.
-            read: Makes the record.
+            record: The attention.
+            used: The weights that were multiplied, if they are known.
         """
-        if self.idle:
-            return
-        try:
-            record, used = read()
-        except Exception as error:
-            self.miss(what, f"its layout is not understood ({error})")
-            return
         tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
         if any(map(is_functorch_wrapped_tensor, tensors)):
-            self.miss(what, "it ran inside of torch.func (vmap, grad ...)")
-            return
-        for recorder in self.recorders:
-            recorder.take(record, used, self.tags)
+            self.miss(record.source, _TRANSFORMED)
+            return []
+        return [recorder.take(record, used, self.tags) for recorder in self.recorders]
 
     def miss(self, what: str, why: str) -> None:
         """Tell all recorders of what cannot be read."""
-        if not self.idle:
-            for recorder in self.recorders:
-                recorder.miss(what, why)
-
-
-def argument(args: Args, kwargs: Keywords, place: int, name: str, default: Any = None) -> Any:
-    """Return an argument that a function was called with, by its place or by its name."""
-    return args[place] if len(args) > place else kwargs.get(name, default)
+        for recorder in self.recorders:
+            recorder.miss(what, why)
 
 
 def in_backward() -> bool:
@@ -162,25 +210,23 @@ def paused() -> Iterator[None]:
 class Layers:
     """The modules of one model that are running, innermost last.
 
-    It listens with hooks on each module. Scripted modules take none: they are taken to have run
-    where the module around them ran.
+    It listens with hooks on each module; one for all would make compiled modules warn. Scripted
+    modules take none: they are taken to have run where the module around them ran.
 
     Attributes:
         ran: The modules that ran in the thread of the capture, by name, in order.
         elsewhere: Those that ran in other threads, in which nobody watched.
-        hooked: Those that had hooks before.
     """
 
-    def __init__(self, model: nn.Module | None, entered: Entered) -> None:
+    def __init__(self, model: nn.Module | None, entered: Callable[[nn.Module], None]) -> None:
         self.ran: dict[str, nn.Module] = {}
         self.elsewhere: dict[str, nn.Module] = {}
-        self.hooked: set[nn.Module] = set()
         self._modules: dict[str, nn.Module] = {}
         self._top: nn.Module | None = None
         if model is not None:
             self._top = top = original(model)
             named = top.named_modules()
-            self._modules = {name or type(top).__name__: module for name, module in named}
+            self._modules = {plain_name(name) or type(top).__name__: one for name, one in named}
         self._entered = entered
         self._thread = threading.get_ident()
         self._running: list[str] = []
@@ -189,15 +235,12 @@ class Layers:
     def start(self) -> None:
         """Begin to listen."""
         for name, module in self._modules.items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            if module._forward_hooks or module._forward_pre_hooks:
-                self.hooked.add(module)
-            enter, leave = self._hooks(name)
-            self._handles += [
-                module.register_forward_pre_hook(enter, with_kwargs=True),
-                module.register_forward_hook(leave, always_call=True),
-            ]
+            if not isinstance(module, torch.jit.ScriptModule):
+                enter, leave = partial(self._enter, name), partial(self._leave, name)
+                self._handles += [
+                    module.register_forward_pre_hook(enter),
+                    module.register_forward_hook(leave, always_call=True),
+                ]
 
     def stop(self) -> None:
         """Stop listening."""
@@ -234,25 +277,31 @@ class Layers:
                 found[name] = module
         return found
 
-    def _hooks(self, name: str) -> tuple[Callable[..., None], Callable[..., None]]:
-        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if threading.get_ident() != self._thread:
-                # Else a capture of that thread sees it, or a backward pass runs it again.
-                if current() is None and not in_backward():
-                    self.elsewhere.setdefault(name, module)
-                return
-            self._running.append(name)
-            self.ran.setdefault(name, module)
-            self._entered(module, name, args, kwargs)
+    def _enter(self, name: str, module: nn.Module, args: object) -> None:
+        if threading.get_ident() != self._thread:
+            # Else a capture of that thread sees it, or a backward pass runs it again.
+            if current() is None and not in_backward():
+                self.elsewhere.setdefault(name, module)
+            return
+        self._running.append(name)
+        self.ran.setdefault(name, module)
+        self._entered(module)
 
-        def leave(module: nn.Module, args: tuple[Any, ...], output: object) -> None:
-            if threading.get_ident() != self._thread or name not in self._running:
-                return
-            # An exception in another pre-hook leaves modules on the stack that are never left.
-            while self._running.pop() != name:
-                pass
+    def _leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
+        if threading.get_ident() != self._thread or name not in self._running:
+            return
+        # An exception in a pre-hook leaves modules on the stack that are never left.
+        while self._running.pop() != name:
+            pass
 
-        return enter, leave
+
+# What wrappers add to the names of the modules within.
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def plain_name(name: str) -> str:
+    """The name of a module without what parallel, sharded and compiled wrappers add to it."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
 
 
 def original(model: nn.Module) -> nn.Module:

@@ -24,13 +24,13 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import diagnose_records
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
+from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.explaining import explained, filled, inferred_weights
 from pytest_attnheat.contract.matching import Explanation, errors, measure
 from pytest_attnheat.contract.probing import (
     Probe,
     ask,
     blueprints,
-    in_dtype,
     one_thread,
     probe,
     with_identity,
@@ -92,7 +92,9 @@ def diagnose(
     for name in (name for name in _DTYPES if name in spec.dtypes):
         with one_thread(), random_kept([torch.device(one) for one in (spec.devices or ())[:1]]):
             torch.manual_seed(seed)
-            probes, refused_here = _answers(spec, seed, getattr(torch, name))
+            device = torch.device((spec.devices or ("cpu",))[0])
+            examination = Examination(spec, getattr(torch, name), device, seed)
+            probes, refused_here = _answers(examination)
             if not probes:
                 refused[name] = next(iter(refused_here.values()), "")
                 continue
@@ -119,18 +121,15 @@ def diagnose(
 # --- asking
 
 
-def _answers(
-    spec: AttentionSpec, seed: int, dtype: torch.dtype
-) -> tuple[list[Probe], dict[str, str]]:
+def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
     """Ask the subject all cases; return its answers, and why others were refused."""
     probes, refused = [], {}
-    tolerance = _tolerance(spec, dtype)
-    for blueprint in blueprints(spec):
-        answer = probe(spec, blueprint, seed, dtype, tolerance)
+    tolerance = _tolerance(examination.spec, examination.dtype)
+    for blueprint in blueprints(examination.spec):
+        answer = probe(examination, blueprint, tolerance)
         if isinstance(answer, Probe):
             probes.append(answer)
-        # Grouped heads are worth a word only where they are declared.
-        elif blueprint.judged and (blueprint.name != "grouped heads" or spec.grouped is True):
+        elif answer is not None and blueprint.judged:
             refused[blueprint.name] = answer
     return probes, refused
 
@@ -255,8 +254,8 @@ def _without_dropout(
     for one in probes:
         if not one.judged or math.prod(one.case.shape) > _LARGE:
             continue
-        for case, _ in with_identity(one.case):
-            rounded = replace(one, case=in_dtype(case, one.dtype))
+        for case, _ in with_identity(spec, one):
+            rounded = replace(one, case=case)
             together = _together(spec, rounded)
             if together is None:
                 return None

@@ -15,7 +15,7 @@ from pytest_attnheat.attention.defects import Defect
 from pytest_attnheat.attention.plan import Case, Plan, carry_out
 from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, residual_text
 from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly
-from pytest_attnheat.contract.probing import Probe, ask, in_dtype, with_identity
+from pytest_attnheat.contract.probing import Probe, ask, with_identity
 from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import dtype_name
@@ -274,7 +274,7 @@ def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Prob
         "causal with a mask": lambda case: case.causal and case.mask is not None,
         "with fewer key heads than heads": lambda case: case.key.shape[1] < case.query.shape[1],
         "with other lengths of queries and keys": lambda case: case.shape[2] != case.shape[3],
-        "with rows that are fully masked": lambda case: case.name == "fully masked row",
+        "with rows that are fully masked": lambda case: case.has_empty_rows,
         "with large scores": lambda case: case.name.startswith("large scores"),
         "with a scale= of its own": lambda case: case.scale_given,
     }
@@ -320,9 +320,9 @@ def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
     of values. None where the subject refuses such values.
     """
     weights = torch.zeros(one.case.shape, dtype=torch.float64)
-    for case, columns in with_identity(one.case):
+    for case, columns in with_identity(spec, one):
         try:
-            output = ask(spec, in_dtype(case, one.dtype), one.dtype)
+            output = ask(spec, case, one.dtype)
         except Exception:
             return None
         weights[..., columns] = output[..., : columns.stop - columns.start]

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import Defect
 from pytest_attnheat.attention.mistakes import Expected, expected
+from pytest_attnheat.attention.outcomes import Decisions, Outcomes, kept_outcomes, stacked
 from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import is_fine
-from pytest_attnheat.contract.outcomes import Decisions, Outcomes, kept_outcomes, stacked
 from pytest_attnheat.contract.probing import Probe
 
 _MOST_ALLOWED = 0.5

@@ -1,7 +1,9 @@
 """Small cases on which defects of attention differ, and the answers of a subject to them.
 
-All sizes of a case differ where they may, so that no two of them can be confused, and head_dim
-differs between cases, so that a constant is not taken for a function of it.
+Cases are choices of levels (see `attention.levels`), as those of the examination are. All sizes of
+a case differ where they may, so that no two of them can be confused. head_dim differs between
+cases, so that a constant is not taken for a function of it, and so do lengths, so that what an
+earlier call left behind is felt in the one case that is about it.
 """
 
 from __future__ import annotations
@@ -10,45 +12,29 @@ import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space
 from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.asking import Answer
+from pytest_attnheat.contract.examination import Examination, Skipped
 from pytest_attnheat.contract.spec import AttentionSpec
 
-# The longest case of a window.
+# The longest case of a window or a chunk.
 _WIDEST = 300
 # How far apart large scores of a row are: exp overflows and vanishes in float64 too.
 _FAR_APART = 900.0
 # What is added to all scores of a low row; a correct softmax does not feel it.
 _LOW = 30.0
 
-
-class Sizes(NamedTuple):
-    """The sizes of a case; 0 key heads are as many as heads."""
-
-    batch: int
-    heads: int
-    query_len: int
-    key_len: int
-    head_dim: int
-    value_dim: int
-    key_heads: int = 0
-
-
-# What a plain case becomes; the number is the seed.
+# What is made of a drawn case; the number is the seed.
 Change: TypeAlias = Callable[[Case, int], Case]
-
-
-def _plain(case: Case, seed: int) -> Case:
-    return case
 
 
 @dataclass(frozen=True)
@@ -57,14 +43,14 @@ class Blueprint:
 
     Attributes:
         name: Its name.
-        sizes: The sizes to try, one after another, until the subject accepts them.
-        change: What makes it of a plain case.
+        levels: What is chosen for it; the rest is ordinary.
+        change: What is made of it when it is drawn.
         judged: Whether a wrong answer is a defect, or only worth a note.
     """
 
     name: str
-    sizes: tuple[Sizes, ...]
-    change: Change = _plain
+    levels: dict[str, Any] = field(default_factory=dict)
+    change: Change = lambda case, seed: case
     judged: bool = True
 
 
@@ -87,28 +73,6 @@ class Probe:
     judged: bool = True
 
 
-def blueprints(spec: AttentionSpec) -> tuple[Blueprint, ...]:
-    """Return the cases for what a specification declares."""
-    masked, causal = spec.mask is not None, spec.takes_causal
-    cases = [*_CASES]
-    cases += _CAUSAL_CASES if causal else ()
-    cases += _MASK_CASES if masked else ()
-    if masked and spec.fully_masked != "undefined":
-        cases.append(Blueprint("fully masked row", _RECTANGLE, _fully_masked))
-    cases += _TOGETHER_CASES if masked and causal else ()
-    if spec.has_heads and spec.grouped is not False:
-        cases.append(Blueprint("grouped heads", _GROUPED))
-    if spec.window is not None:
-        cases.append(Blueprint("window", _window_sizes(spec.window)))
-    if spec.scale_argument is not None:
-        cases.append(Blueprint("scale=", _RECTANGLE, _scaled))
-    # The largest comes last: the others tell most plans from the subject.
-    cases.append(Blueprint("long", _LONG))
-    if masked:
-        cases.append(Blueprint("NaN in masked keys", _PADDED, _garbage, judged=False))
-    return tuple(cases)
-
-
 def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     """Call the subject with copies of a case.
 
@@ -124,22 +88,36 @@ def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
 def answer_to(
     spec: AttentionSpec, case: Case, dtype: torch.dtype, *, dropout: float = 0.0
 ) -> Answer:
-    """Call the subject as `ask` does, and return all it answers."""
+    """Call the subject as `ask` does, and return all it answers.
+
+    What it was to be asked before is asked first, in the same memory.
+    """
     device = spec.devices[0] if spec.devices else "cpu"
-    query, key, value = (
-        tensor.to(device, dtype, copy=True) for tensor in (case.query, case.key, case.value)
-    )
-    call = replace(
-        case,
-        query=query,
-        key=key,
-        value=value,
-        mask=None if case.mask is None else case.mask.to(device, copy=True),
-        bias=None if case.bias is None else case.bias.to(device, dtype, copy=True),
-    )
+
+    def moved(tensor: Tensor) -> Tensor:
+        own = dtype if tensor.is_floating_point() else tensor.dtype
+        return tensor.to(device, own, copy=True)
+
+    call = _mapped(case, moved)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        if case.earlier is not None:
+            before = _mapped(case.earlier, moved)
+            spec.ask(before)
+            for name in ("query", "key", "value", "mask", "bias"):
+                if (tensor := getattr(before, name)) is not None:
+                    tensor.copy_(getattr(call, name))
+            call = before
         return spec.ask(call, dropout=dropout)
+
+
+def _mapped(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
+    """The same with other tensors."""
+    given = {one.name: getattr(case, one.name) for one in fields(Case)}
+    new: dict[str, Any] = {n: change(t) for n, t in given.items() if isinstance(t, Tensor)}
+    if case.documents is not None:
+        new["documents"] = tuple(map(change, case.documents))
+    return replace(case, **new)
 
 
 @contextmanager
@@ -153,147 +131,132 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def probe(
-    spec: AttentionSpec, blueprint: Blueprint, seed: int, dtype: torch.dtype, tolerance: float
-) -> Probe | str:
-    """Return a case with the subject's answer, or why it was refused in all sizes."""
-    refusal = ""
-    for case in _versions(spec, blueprint, seed):
-        rounded = in_dtype(case, dtype)
+def probe(examination: Examination, blueprint: Blueprint, tolerance: float) -> Probe | str | None:
+    """Return a case with the subject's answer.
+
+    Returns:
+        Why it was refused, in all its sizes, or None if it is not among what is declared.
+    """
+    refusal = None
+    dtype = examination.dtype
+    for case in _versions(examination, blueprint):
         try:
-            output = ask(spec, rounded, dtype)
+            output = ask(examination.spec, case, dtype)
         except Exception as error:
             # Whatever a subject raises is a refusal; the first one is about the usual sizes.
             text = str(error).strip().split("\n")[0]
             refusal = refusal or f"{type(error).__name__}: {text}"
         else:
-            return Probe(rounded, output, dtype, tolerance, blueprint.judged)
+            return Probe(case, output, dtype, tolerance, blueprint.judged)
     return refusal
 
 
+def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
+    """The case as it is wanted, then as those take it who take few shapes alone."""
+    declared, levels = examination.space.declared, blueprint.levels
+    if declared.few_shapes:
+        levels = {name: level for name, level in levels.items() if name not in SIZES}
+    is_square = declared.square or (levels.get("causal") and declared.square_if_causal)
+    differs = blueprint.name.endswith(_OTHER_LENGTHS)
+    if is_square and differs:
+        return
+    if is_square and "sizes" in levels:
+        levels = {**levels, "sizes": (max(levels["sizes"]),) * 2}
+    usual = {"head_dim": 16}
+    full = {"shape": "(B, H, L, S)"} if "mask" in levels and "shape" not in levels else {}
+    equal = usual | {"value_dim": "equal"} | ({} if differs else {"sizes": (7, 7)})
+    known = declared.levels()
+    for more in ({}, usual, full, usual | full, equal):
+        wanted = {**levels, **({} if declared.few_shapes else more)}
+        if any(wanted[n] not in known.get(n, ()) for n in wanted if n not in SIZES):
+            continue
+        try:
+            chosen = examination.choice(**wanted)
+        except Skipped:
+            continue
+        yield _drawn(examination, blueprint, chosen)
+
+
+def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Case:
+    declared, seed = examination.space.declared, examination.seed
+    heads = declared.heads or chosen["key_heads"] * chosen["group"]
+    # No plan knows of steps that are rounded on purpose.
+    always = {n: one for n, one in examination.spec.always(heads).items() if n != "rounded"}
+    return _case(
+        blueprint.name,
+        blueprint.change,
+        declared,
+        tuple(always.items()),
+        tuple(chosen.items()),
+        examination.dtype,
+        seed,
+    )
+
+
+# Cases are kept, and compared by identity: what plans make of them is kept as well (see
+# `outcomes`), so that the second subject takes much less time than the first.
 @lru_cache(maxsize=256)
+def _case(
+    name: str,
+    change: Change,
+    declared: Declared,
+    always: Levels,
+    chosen: Levels,
+    dtype: torch.dtype,
+    seed: int,
+) -> Case:
+    levels = dict(chosen)
+    call = Space(declared, dict(always), seed).call(levels, dtype)
+    given = {one.name: getattr(call, one.name) for one in fields(call)}
+    scaled = levels.get("scale", NONE) != NONE
+    case = Case(**given, name=name, dtype=dtype, scale_given=scaled)
+    case = _mapped(case, lambda t: t.double() if t.is_floating_point() else t)
+    return in_dtype(change(case, seed), dtype)
+
+
 def in_dtype(case: Case, dtype: torch.dtype) -> Case:
     """Round the inputs of a case to a dtype, in which it is asked, and keep them in float64."""
     query, key, value = (t.to(dtype).double() for t in (case.query, case.key, case.value))
     return replace(case, query=query, key=key, value=value, dtype=dtype)
 
 
-def with_identity(case: Case) -> Iterator[tuple[Case, slice]]:
+def with_identity(spec: AttentionSpec, one: Probe) -> list[tuple[Case, slice]]:
     """Return cases whose outputs are the columns of the weights, and which columns.
 
-    Values are an identity matrix, in parts of value_dim columns: some subjects take no other width.
+    Values are an identity matrix; in parts as wide as the values were, where the subject takes no
+    other width.
     """
-    key_len, width = case.value.shape[-2:]
-    for start in range(0, key_len, width):
-        columns = slice(start, min(start + width, key_len))
-        part = torch.zeros(key_len, width, dtype=torch.float64)
+    whole = _with_identity(one.case, one.case.key_len)
+    try:
+        ask(spec, whole[0][0], one.dtype)
+    except Exception:
+        return _with_identity(one.case, one.case.value.shape[-1])
+    return whole
+
+
+@lru_cache(maxsize=128)
+def _with_identity(case: Case, width: int) -> list[tuple[Case, slice]]:
+    parts = []
+    for start in range(0, case.key_len, width):
+        columns = slice(start, min(start + width, case.key_len))
+        part = torch.zeros(case.key_len, width, dtype=torch.float64)
         part[columns, : columns.stop - start] = torch.eye(columns.stop - start)
-        yield replace(case, value=part.expand(case.value.shape).clone()), columns
+        whole = part.expand(*case.key.shape[:2], -1, -1).clone()
+        parts.append((replace(case, value=whole), columns))
+    return parts
 
 
-def _versions(spec: AttentionSpec, blueprint: Blueprint, seed: int) -> Iterator[Case]:
-    """The case in all sizes, and where it has a mask also with the mask in full shape."""
-    for sizes in blueprint.sizes:
-        heads = (spec.heads or sizes.heads) if spec.has_heads else 1
-        key_heads = (sizes.key_heads or heads) if spec.has_heads else 1
-        if heads % key_heads:
-            continue
-        sizes = sizes._replace(heads=heads, key_heads=key_heads)
-        case = _build(blueprint.change, _always(spec, heads), sizes, seed, blueprint.name)
-        yield case
-        if case.mask is not None and case.mask.shape != case.shape:
-            yield _with_full_mask(case)
+# --- what is made of drawn cases
 
 
-def _always(spec: AttentionSpec, heads: int) -> tuple[tuple[str, Any], ...]:
-    """What every case has, but for steps that are rounded: no plan knows of those."""
-    return tuple((name, one) for name, one in spec.always(heads).items() if name != "rounded")
-
-
-# Cases are kept, and compared by identity: what plans make of them is kept as well (see
-# `matching`), so that the second subject takes much less time than the first.
-@lru_cache(maxsize=256)
-def _build(
-    change: Change, always: tuple[tuple[str, Any], ...], sizes: Sizes, seed: int, name: str
-) -> Case:
-    batch, heads, query_len, key_len, width, value_dim, key_heads = sizes
-    query = draw(f"{name} query", seed, batch, heads, query_len, width)
-    key = draw(f"{name} key", seed, batch, key_heads, key_len, width)
-    value = draw(f"{name} value", seed, batch, key_heads, key_len, value_dim)
-    return change(Case(query, key, value, name=name, **dict(always)), seed)
-
-
-@lru_cache(maxsize=256)
-def _with_full_mask(case: Case) -> Case:
-    mask = None if case.mask is None else case.mask.expand(case.shape).clone()
+def _clear(case: Case, seed: int) -> Case:
+    """Without a row of the mask that is all True or all False."""
+    if case.mask is None or case.mask.shape[-2] == 1:
+        return case
+    mask, rows = case.mask.clone(), torch.arange(case.query_len)
+    mask[..., rows, rows % case.key_len] = True
+    mask[..., rows, (rows + 1) % case.key_len] = False
     return replace(case, mask=mask)
-
-
-# --- sizes
-
-# A long case has one map: torch computes more than 32768 numbers in threads, which cost more here
-# than they save.
-# Many implementations need equal lengths and widths, and some a width that is a multiple of 16.
-_SQUARE = (Sizes(3, 4, 6, 6, 5, 5), Sizes(3, 4, 6, 6, 16, 16))
-_RECTANGLE = (Sizes(2, 3, 5, 7, 6, 4), Sizes(2, 3, 6, 6, 6, 6), Sizes(2, 3, 6, 6, 16, 16))
-_PADDED = (Sizes(3, 2, 5, 7, 6, 4), Sizes(3, 2, 7, 7, 6, 6), Sizes(3, 2, 7, 7, 16, 16))
-_WIDE = (Sizes(2, 3, 5, 8, 4, 6), Sizes(2, 3, 8, 8, 4, 4), Sizes(2, 3, 8, 8, 32, 32))
-_TALL = (Sizes(2, 3, 8, 5, 4, 6),)
-_GROUPED = (
-    Sizes(2, 6, 5, 7, 6, 4, key_heads=2),
-    Sizes(2, 6, 6, 6, 6, 6, key_heads=2),
-    Sizes(2, 6, 6, 6, 16, 16, key_heads=2),
-)
-_LONG = (Sizes(1, 1, 131, 133, 8, 3), Sizes(1, 1, 131, 131, 8, 8), Sizes(1, 1, 131, 131, 16, 16))
-
-
-def _window_sizes(window: tuple[int | None, int | None]) -> tuple[Sizes, ...]:
-    # A side that ends nowhere needs no room to end in.
-    ends = (side for side in window if side is not None and side <= _WIDEST)
-    length = min(sum(ends) + 4, _WIDEST)
-    return (
-        Sizes(1, 2, length, length + 2, 6, 4),
-        Sizes(1, 2, length, length, 6, 6),
-        Sizes(1, 2, length, length, 16, 16),
-    )
-
-
-# --- cases
-
-
-def _causal(case: Case, seed: int) -> Case:
-    return replace(case, causal=True)
-
-
-def _mask(case: Case, seed: int) -> Tensor:
-    """One mask for all maps, without a row or a column that is all True or all False."""
-    mask = draw(f"{case.name} mask", seed, case.query_len, case.key_len) > 0
-    for row in range(case.query_len):
-        mask[row, row % case.key_len] = True
-        mask[row, (row + 1) % case.key_len] = False
-    return mask
-
-
-def _masked(case: Case, seed: int) -> Case:
-    return replace(case, mask=_mask(case, seed))
-
-
-def _masked_causal(case: Case, seed: int) -> Case:
-    """No row loses all its keys: those of the diagonal are permitted, in both alignments."""
-    mask = _mask(case, seed)
-    first = case.key_len - case.query_len if case.alignment == "bottom_right" else 0
-    rows = torch.arange(max(0, -first), case.query_len)
-    mask[rows, (rows + first).clamp(max=case.key_len - 1)] = True
-    return replace(case, mask=mask, causal=True)
-
-
-def _padded(case: Case, seed: int) -> Case:
-    mask = padding_mask([case.key_len - less for less in (3, 1, 4)], case.key_len, device="cpu")
-    return replace(case, mask=mask.repeat(1, 1, case.query_len, 1))
-
-
-def _scaled(case: Case, seed: int) -> Case:
-    return replace(case, scale=0.3, scale_given=True)
 
 
 def _large_scores(case: Case, seed: int) -> Case:
@@ -317,45 +280,91 @@ def _large_scores(case: Case, seed: int) -> Case:
 
 def _large_scores_masked(case: Case, seed: int) -> Case:
     """The key that such a query would choose is masked."""
-    mask = _mask(case, seed)
-    case = replace(_large_scores(case, seed), mask=mask)
-    place = case.key[0, 0, :, 0]
-    highest, lowest = place.argmax(), place.argmin()
-    mask[0, highest], mask[0, lowest] = False, True
-    mask[1, lowest], mask[1, highest] = False, True
+    case = _clear(_large_scores(case, seed), seed)
+    if case.mask is not None and case.mask.shape[-2] > 1:
+        place = case.key[0, 0, :, 0]
+        chosen = torch.stack([place.argmax(), place.argmin()])
+        case.mask[..., [0, 1], chosen] = False
+        case.mask[..., [0, 1], chosen.flip(0)] = True
     return case
 
 
-def _fully_masked(case: Case, seed: int) -> Case:
-    """Some rows of some samples have no permitted key."""
-    mask = _mask(case, seed).repeat(case.shape[0], 1, 1, 1)
-    mask[0, :, 1] = False
-    mask[-1, :, 3] = False
-    return replace(case, mask=mask)
-
-
 def _garbage(case: Case, seed: int) -> Case:
-    case.value[:, :, -1] = math.nan
-    return _padded(case, seed)
+    """NaN in the value of the last key, which is masked."""
+    case = _clear(case, seed)
+    if case.mask is not None:
+        case.mask[..., -1] = False
+        case.value[:, :, -1] = math.nan
+    return case
 
 
+def _again(case: Case, seed: int) -> Case:
+    """Just before, the same is asked with other numbers."""
+    other = None if case.mask is None else case.mask.flip(-1)
+    return replace(
+        case,
+        earlier=replace(
+            case, query=-case.query, key=case.key.roll(1, -1), value=-case.value, mask=other
+        ),
+    )
+
+
+# --- cases
+
+# A mask for each sample, of keys alone, and for each head.
+_OF_KEYS, _PER_HEAD = "(B, 1, 1, S)", "(B, H, L, S)"
+_MASK: dict[str, Any] = {"mask": "boolean"}
+_CAUSAL: dict[str, Any] = {"causal": True}
+# Other lengths of queries and keys are what the name of a case ends with.
+_OTHER_LENGTHS = ("more keys", "more queries", "one query")
+
+
+def _sized(query_len: int, key_len: int, head_dim: int = 8, **others: Any) -> dict[str, Any]:
+    return {"sizes": (query_len, key_len), "head_dim": head_dim, "key_heads": 3, **others}
+
+
+_SQUARE: dict[str, Any] = {"batch": 3, "key_heads": 4, "value_dim": "equal"}
 _CASES = (
-    Blueprint("plain", _RECTANGLE),
-    Blueprint("square", _SQUARE),
-    Blueprint("large scores", _RECTANGLE, _large_scores),
+    Blueprint("plain", _sized(5, 7)),
+    Blueprint("square", _sized(6, 6, 5, **_SQUARE)),
+    Blueprint("large scores", _sized(5, 8, 7), _large_scores),
+    Blueprint("causal, more keys", _sized(5, 9, 7, **_CAUSAL)),
+    Blueprint("causal, more queries", _sized(8, 5, 6, **_CAUSAL)),
+    Blueprint("causal, one query", _sized(1, 9, 9, **_CAUSAL)),
+    Blueprint("causal, square", _sized(7, 7, 5, **_SQUARE, **_CAUSAL)),
+    Blueprint("mask", _sized(5, 6, **_MASK), _clear),
+    Blueprint("mask, square", _sized(8, 8, 5, **_SQUARE, **_MASK), _clear),
+    Blueprint("mask of keys", _sized(6, 7, 9, batch=3, key_heads=2, shape=_OF_KEYS, **_MASK)),
+    Blueprint("mask per head", _sized(4, 7, shape=_PER_HEAD, **_MASK), _clear),
+    Blueprint("large scores, mask", _sized(6, 8, 7, **_MASK), _large_scores_masked),
+    Blueprint("additive mask", _sized(4, 8, mask="additive")),
+    Blueprint("additive mask of numbers", _sized(4, 6, 7, mask="additive", fill="finite")),
+    Blueprint("mask, causal, more keys", _sized(6, 9, 7, **_MASK, **_CAUSAL)),
+    Blueprint("mask, causal, square", _sized(9, 9, 6, **_SQUARE, **_MASK, **_CAUSAL)),
+    Blueprint("fully masked row", _sized(7, 8, empty=True, **_MASK)),
+    Blueprint("mask, asked again", _sized(4, 5, **_MASK), _again),
+    Blueprint("grouped", _sized(7, 9, key_heads=2, group=3)),
+    Blueprint("scale=0.7", _sized(3, 7, scale=0.7)),
+    Blueprint("scale=-0.4", _sized(3, 8, scale=-0.4)),
+    Blueprint("documents", _sized(10, 10, 6, documents=True)),
+    *(
+        Blueprint(", ".join([name, *more]), _sized(4 + at, 10, 6, **{name: True}, **more))
+        for at, name in enumerate(("softcap", "sinks", "alibi", "bias", "lengths"))
+        for more in ({}, _MASK)
+    ),
+    Blueprint("NaN in masked keys", _sized(5, 5, 7, batch=3, **_MASK), _garbage, judged=False),
 )
-_CAUSAL_CASES = (
-    Blueprint("causal", _WIDE, _causal),
-    Blueprint("causal, more queries than keys", _TALL, _causal),
-    Blueprint("causal square", _SQUARE, _causal),
-)
-_MASK_CASES = (
-    Blueprint("mask", _RECTANGLE, _masked),
-    Blueprint("square mask", _SQUARE, _masked),
-    Blueprint("padding", _PADDED, _padded),
-    Blueprint("large scores, masked", _RECTANGLE, _large_scores_masked),
-)
-_TOGETHER_CASES = (
-    Blueprint("mask and causal", _WIDE, _masked_causal),
-    Blueprint("square mask and causal", _SQUARE, _masked_causal),
-)
+
+
+def blueprints(spec: AttentionSpec) -> list[Blueprint]:
+    """Return the cases of attention; which are asked depends on what is declared."""
+    far = [side for side in (spec.window or ()) if side is not None and side <= _WIDEST]
+    far += [2 * spec.chunk] if spec.chunk is not None and spec.chunk <= _WIDEST else []
+    cases = list(_CASES)
+    if far:
+        length = min(sum(far) + 4, _WIDEST)
+        levels = {"sizes": (length, length + 2), "batch": 1, "key_heads": 2, "head_dim": 10}
+        cases.append(Blueprint("window" if spec.window else "chunk", levels))
+    # The largest comes last: the others tell most plans from the subject.
+    long = _sized(131, 133, batch=1, key_heads=1, **(_CAUSAL if spec.takes_causal else {}))
+    return [*cases, Blueprint("long", long)]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.misreadings import without
 from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
@@ -44,7 +45,7 @@ _KINDS = (
     _Kind("returned_per_head", "those of each head", averaged=False),
     _Kind("returned_transposed", "transposed: a row for each key", lambda r: r.weights.mT),
     _Kind("returned_before_mask", "from before the mask",
-          plan=Plan(misread=frozenset({"no mask", "no causal", "no window"}))),
+          plan=Plan(misread=frozenset({without("mask", "causal", "window")}))),
     _Kind("returned_scores", "the scores, from before the softmax", _masked_scores),
     _Kind("returned_scores", "the scores, from before the mask", lambda r: r.scores),
     _Kind("returned_unnormalised", "not divided by their sum",

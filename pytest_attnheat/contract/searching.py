@@ -18,10 +18,10 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.mistakes import Expected, expected, finite
+from pytest_attnheat.attention.outcomes import Decisions, decisions_of, is_large, together
 from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.contract.matching import PERFECT, Answers, Explanation, nearly, worst
-from pytest_attnheat.contract.outcomes import Decisions, decisions_of, is_large, together
 from pytest_attnheat.contract.probing import Probe
 
 # Constants are not looked for within so many times what rounding does.

@@ -100,21 +100,20 @@ def paint(
     for row, top in enumerate(layout.tops):
         for column, left in enumerate(layout.lefts):
             if framed:
-                _outline(canvas, Box(left, top, *layout.panel), 1, _FRAME)
+                _outline(canvas, Box(left, top, *layout.panel), _FRAME)
             panel = canvas[top : top + layout.panel[1], left : left + layout.panel[0]]
             panel[:] = _enlarged(levels[row, column], layout)
             if leaks[row, column].any():
                 _stripe(panel, _enlarged(leaks[row, column], layout), _BLACK)
     _stripe(canvas, canvas == _MASKED, _STRIPE)
     if layout.bar is not None:
-        _outline(canvas, layout.bar, 1, _FRAME)
+        _outline(canvas, layout.bar, _FRAME)
         left, top, wide, tall = layout.bar
         gradient = np.linspace(_count(cmap) - 1, 0, tall).round().astype(np.uint16)
         canvas[top : top + tall, left : left + wide] = gradient[:, None]
     for box in highlight:
-        _outline(canvas, box, 1, _BLACK)
-        _outline(canvas, _grown(box, 1), 1, _WHITE)
-        _outline(canvas, _grown(box, 2), 1, _BLACK)
+        for away, code in enumerate((_BLACK, _WHITE, _BLACK)):
+            _outline(canvas, box, code, away)
     return _palette(cmap)[canvas].view(np.uint8).reshape(height, width, 4)
 
 
@@ -189,16 +188,12 @@ def _stripe(canvas: Levels, where: npt.NDArray[np.bool_], code: int) -> None:
         canvas[where & ((down + across) % 4 == 0)] = code
 
 
-def _grown(box: Box, by: int) -> Box:
-    return Box(box.left - by, box.top - by, box.width + 2 * by, box.height + 2 * by)
-
-
-def _outline(canvas: Levels, box: Box, width: int, code: int) -> None:
-    """Draw a line around a box, outside of it, as far as it lies within the canvas."""
-    left, top = max(0, box.left), max(0, box.top)
-    right, bottom = box.left + box.width, box.top + box.height
-    outer_left, outer_top = max(0, left - width), max(0, top - width)
-    canvas[outer_top:top, outer_left : right + width] = code
-    canvas[bottom : bottom + width, outer_left : right + width] = code
-    canvas[outer_top : bottom + width, outer_left:left] = code
-    canvas[outer_top : bottom + width, right : right + width] = code
+def _outline(canvas: Levels, box: Box, code: int, away: int = 0) -> None:
+    """Draw a line around a box, so far away from it, as far as it lies within the canvas."""
+    left, top = box.left - away - 1, box.top - away - 1
+    right, bottom = box.left + box.width + away, box.top + box.height + away
+    across, down = slice(max(0, left), right + 1), slice(max(0, top), bottom + 1)
+    canvas[max(0, top) : max(0, top + 1), across] = code
+    canvas[bottom : bottom + 1, across] = code
+    canvas[down, max(0, left) : max(0, left + 1)] = code
+    canvas[down, right : right + 1] = code

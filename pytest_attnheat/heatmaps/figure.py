@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import math
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -18,7 +18,7 @@ from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
-from pytest_attnheat.inputs import misuse, one_of
+from pytest_attnheat.inputs import check_number, misuse, one_of
 
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1
@@ -153,9 +153,9 @@ def show_heatmaps(
     if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
         got = f"{numbers!r} for {math.prod(maps.shape)} cells"
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
-    if dpi is not None and not 0 < dpi < math.inf:
+    if dpi is not None and not check_number(dpi, "dpi") > 0:
         raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
-    outlined = [_checked_index(index, maps.shape) for index in highlight]
+    outlined = [_checked_index(index, maps.shape) for index in _listed("highlight", highlight)]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
     figure = HeatmapFigure(dpi=dpi, facecolor="white")
@@ -175,10 +175,16 @@ def show_heatmaps(
     return figure
 
 
+def _listed(name: str, given: Iterable[Any]) -> list[Any]:
+    if not isinstance(given, Iterable):
+        raise TypeError(misuse(name, repr(given), "a list"))
+    return list(given)
+
+
 def _texts(name: str, texts: Sequence[str] | None, count: int, what: str) -> Sequence[str] | None:
     if texts is None:
         return None
-    given = [texts] if isinstance(texts, str) else [str(text) for text in texts]
+    given = [texts] if isinstance(texts, str) else [str(text) for text in _listed(name, texts)]
     if len(given) != count:
         accepted = f"as many as there are {what}: {count}"
         raise ValueError(misuse(name, f"{len(given)} text(s)", accepted))
@@ -217,7 +223,10 @@ def _size(
 ) -> tuple[int, int]:
     if figsize is None:
         return design.natural_size(dpi, _number_width(design.words, maps))
-    inches = tuple(float(side) for side in figsize)
+    try:
+        inches = tuple(float(side) for side in figsize)
+    except (TypeError, ValueError):
+        inches = ()
     if len(inches) != 2 or not all(0 < side < float("inf") for side in inches):
         accepted = "(width, height) in inches, or None for a size that fits"
         raise ValueError(misuse("figsize", repr(figsize), accepted))

@@ -255,31 +255,13 @@ def _block_max(array: Array, axis: int, size: int) -> Array:
     length = array.shape[axis]
     if size == 1:
         return array
+    if not is_tensor(array):
+        return np.maximum.reduceat(array, np.arange(0, length, size), axis)
     whole = length // size * size
-    parts = []
-    if whole:
-        parts.append(_amax(_split_axis(_narrow(array, axis, 0, whole), axis, size), axis))
+    parts = [array.narrow(axis, 0, whole).unflatten(axis, (-1, size)).amax(axis)] if whole else []
     if whole < length:
-        parts.append(_amax(_narrow(array, axis, whole, length), axis, keep=True))
-    return parts[0] if len(parts) == 1 else _concatenate(parts, axis)
-
-
-def _narrow(array: Array, axis: int, start: int, stop: int) -> Array:
-    return array[..., start:stop, :] if axis == -2 else array[..., start:stop]
-
-
-def _split_axis(array: Array, axis: int, size: int) -> Array:
-    """Turn an axis into (runs, size); a tensor's is always a view, whatever its strides."""
-    position = array.ndim + axis
-    if is_tensor(array):
-        return array.unflatten(position, (-1, size))
-    return array.reshape(*array.shape[:position], -1, size, *array.shape[position + 1 :])
-
-
-def _amax(array: Array, axis: int, *, keep: bool = False) -> Array:
-    if is_tensor(array):
-        return array.amax(axis, keepdim=keep)
-    return array.max(axis, keepdims=keep)
+        parts.append(array.narrow(axis, whole, length - whole).amax(axis, keepdim=True))
+    return _concatenate(parts, axis)
 
 
 def _where(condition: Array, array: Array, other: float) -> Array:
@@ -296,6 +278,8 @@ def _choose(condition: Array, array: Array, other: Array) -> Array:
 
 
 def _concatenate(parts: list[Array], axis: int = -2) -> Array:
+    if len(parts) == 1:
+        return parts[0]
     if is_tensor(parts[0]):
         return sys.modules["torch"].cat(parts, axis)
     return np.concatenate(parts, axis)
@@ -350,11 +334,9 @@ def pool_cells(cells: Cells, block: tuple[int, int]) -> Cells:
     """Pool cells once more."""
     if block == (1, 1):
         return cells
-    shown, held, masked = np.where(cells.masked, -np.inf, cells.values), cells.values, cells.masked
-    for axis, size in ((2, block[0]), (3, block[1])):
-        starts = np.arange(0, shown.shape[axis], size)
-        shown = np.maximum.reduceat(shown, starts, axis=axis)
-        held = np.maximum.reduceat(held, starts, axis=axis)
-        masked = np.logical_and.reduceat(masked, starts, axis=axis)
+    shown, held, free = (
+        _block_amax(array, block)
+        for array in (np.where(cells.masked, -np.inf, cells.values), cells.values, ~cells.masked)
+    )
     blocks = cells.block[0] * block[0], cells.block[1] * block[1]
-    return Cells(np.where(masked, held, shown).astype(np.float32), masked, blocks)
+    return Cells(np.where(free, shown, held).astype(np.float32), ~free, blocks)

@@ -218,12 +218,12 @@ def _write_ticks(
     keys = _Axis(layout.lefts, layout.panel[0], design.shape[3], words.keys, lettering)
     for label, x in keys.ticks(width):
         colors.tick(image, int(x), bottom + 1, 1, length)
-        pen.tick(label, x, bottom + length + pad, "below", turned=turned)
+        pen.write(label, x, bottom + length + pad, SMALL, va="top", rotation=90 if turned else 0)
     left = layout.area.left
     queries = _Axis(layout.tops, layout.panel[1], design.shape[2], words.queries, lettering)
     for label, y in queries.ticks(height):
         colors.tick(image, left - 1 - length, int(y), length, 1)
-        pen.tick(label, left - length - pad, y, "left")
+        pen.write(label, left - length - pad, y, SMALL, ha="right")
 
 
 @dataclass(frozen=True)

@@ -88,9 +88,8 @@ def encode(shown: Shown) -> str | None:
         "matplotlib": matplotlib.__version__,
         "freetype": ft2font.__freetype_version__,
     }
-    narrow = _narrow(values, shown.dtype)
-    parts = [_shuffled(narrow), np.packbits(shown.cells.masked).tobytes()]
-    body = base64.b64encode(zlib.compress(b"".join(parts), 1)).decode("ascii")
+    packed = _packed(values, shown.dtype) + np.packbits(shown.cells.masked).tobytes()
+    body = base64.b64encode(zlib.compress(packed, 1)).decode("ascii")
     return json.dumps(header, separators=(",", ":")) + "\n" + body
 
 
@@ -99,21 +98,25 @@ def metadata_of(record: str, kind: str) -> dict[str, str]:
     return {KEYWORD: record} if kind == "png" else {"Source": f"{KEYWORD}:{record}"}
 
 
-def _narrow(values: Floats, dtype: str) -> npt.NDArray[Any]:
-    """Return values in the width of the dtype that they came from, losing nothing."""
-    if dtype == "float16":
-        return values.astype(np.float16)
-    if dtype == "bfloat16":
-        return (values.view(np.uint32) >> 16).astype(np.uint16)
-    return values
+def _stored(dtype: str) -> str:
+    """Return how the values of a dtype are written: in its own width, the bits of bfloat16."""
+    return {"float16": "<f2", "bfloat16": "<u2"}.get(dtype, "<f4")
 
 
-def _shuffled(values: npt.NDArray[Any]) -> bytes:
+def _packed(values: Floats, dtype: str) -> bytes:
     """Return all first bytes, then all second ones ...: exponents compress, mantissas do not."""
-    width = values.dtype.itemsize
-    little = values.astype(values.dtype.newbyteorder("<"), copy=False)
-    octets = np.ascontiguousarray(little).view(np.uint8).reshape(-1, width)
-    return bytes(octets.T.tobytes())
+    own: npt.NDArray[Any] = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values
+    narrow = np.ascontiguousarray(own.astype(_stored(dtype)))
+    return bytes(narrow.view(np.uint8).reshape(-1, narrow.itemsize).T.tobytes())
+
+
+def _unpacked(data: bytes, dtype: str) -> Floats:
+    stored = np.dtype(_stored(dtype))
+    octets = np.frombuffer(data, np.uint8).reshape(stored.itemsize, -1)
+    values = np.ascontiguousarray(octets.T).view(stored).ravel()
+    if dtype == "bfloat16":
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
 
 
 def decode(record: str) -> Heatmaps:
@@ -145,13 +148,12 @@ def _decode(header: dict[str, Any], body: str) -> Heatmaps:
     if cells != (*shape[:2], -(-shape[2] // block[0]), -(-shape[3] // block[1])):
         raise ValueError(f"{cells} cells do not follow from {shape} in blocks of {block}")
     dtype = str(header["dtype"])
-    width = 2 if dtype in ("float16", "bfloat16") else 4
-    expected = count * width + -(-count // 8)
+    split = count * np.dtype(_stored(dtype)).itemsize
+    expected = split + -(-count // 8)
     unpacker = zlib.decompressobj()
     data = unpacker.decompress(base64.b64decode(body, validate=True), expected + 1)
     if len(data) != expected or not unpacker.eof:
         raise ValueError(f"it holds {len(data)} bytes, not {expected}")
-    split = count * width
     masked = np.unpackbits(np.frombuffer(data[split:], np.uint8), count=count).astype(bool)
     limits = np.array(header["limits"], dtype=np.float64)
     if limits.shape != (*cells[:2], 2):
@@ -160,7 +162,7 @@ def _decode(header: dict[str, Any], body: str) -> Heatmaps:
     if not isinstance(labels, dict):
         raise ValueError("its labels are not named")
     return Heatmaps(
-        values=_widened(data[:split], dtype).reshape(cells),
+        values=_unpacked(data[:split], dtype).reshape(cells),
         masked=masked.reshape(cells),
         block=(block[0], block[1]),
         shape=(shape[0], shape[1], shape[2], shape[3]),
@@ -178,15 +180,6 @@ def _sizes(given: Any, count: int) -> tuple[int, ...]:
     if len(sizes) != count or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"{given!r} are not {count} sizes")
     return sizes
-
-
-def _widened(data: bytes, dtype: str) -> Floats:
-    width = 2 if dtype in ("float16", "bfloat16") else 4
-    little = np.ascontiguousarray(np.frombuffer(data, np.uint8).reshape(width, -1).T)
-    if dtype == "bfloat16":
-        bits = little.view("<u2").ravel().astype(np.uint32) << 16
-        return bits.view(np.float32)
-    return little.view("<f2" if dtype == "float16" else "<f4").ravel().astype(np.float32)
 
 
 def read_heatmaps(path: str | Path) -> Heatmaps:

@@ -197,15 +197,12 @@ def _parts(
     """Yield some weights as float32 or float64, no more than `_PART` of them at a time."""
     wide = wide_dtype(operand.dtype)
     for box in pieces((rows.stop - rows.start, keys.stop - keys.start), _PART):
-        index: Index = (
-            *outer,
-            *(_moved(span, by) for span, by in zip(box, (rows, keys), strict=True)),
+        inner = tuple(
+            slice(by.start + span.start, by.start + span.stop)
+            for span, by in zip(box, (rows, keys), strict=True)
         )
+        index: Index = (*outer, *inner)
         yield operand[index].to(wide)
-
-
-def _moved(span: slice, by: slice) -> slice:
-    return slice(span.start + by.start, span.stop + by.start)
 
 
 def _any_permitted(mask: Operand, outer: tuple[int, ...], rows: slice, keys: slice) -> bool:

@@ -111,12 +111,8 @@ def shorten(text: str, lettering: Lettering, longest: float) -> str:
 
 def round_up(number: int) -> int:
     """Return the next of 1, 2, 5, 10, 20, 50 ... that is not smaller."""
-    power = 1
-    while True:
-        for step in (1, 2, 5):
-            if step * power >= number:
-                return step * power
-        power *= 10
+    power = int(10 ** (len(str(number)) - 1))
+    return next(step * power for step in (1, 2, 5, 10) if step * power >= number)
 
 
 @dataclass(frozen=True)
@@ -268,13 +264,6 @@ class Pen:
         pad = PAD * self._em
         label, size, half = self._fitted(text, min(room, height - 2 * pad), 1.0)
         self.write(label, x, min(max(y, half + pad), height - half - pad), size, rotation=90)
-
-    def tick(self, label: Label, x: float, y: float, side: str, *, turned: bool = False) -> None:
-        """Write a tick label that ends at (x, y): below it or left of it."""
-        if side == "below":
-            self.write(label, x, y, SMALL, va="top", rotation=90 if turned else 0)
-        else:
-            self.write(label, x, y, SMALL, ha="right")
 
     def beside(self, text: str, x: float, y: float, room: float) -> None:
         """Write a text right of (x, y), smaller where it would need more than `room` pixels."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -167,15 +166,16 @@ class _Probe:
         """Say where an output is, and where it might be."""
         got, least, most = (float(t[index]) for t in (output, low, high))
         query, name = f"query {index[-2]}", f"{output_place(index)} is {got:.6g}"
-        side, bound = ("above the largest", most) if got > most else ("below the smallest", least)
-        beside = f"but every value that {query} may see is {least:.6g}"
-        if least != most:
-            beside = f"{side} value that {query} may see, {bound:.6g}"
-        limit = self.allowed * max(abs(least), abs(most))
-        said = f"{name}, {beside} (off by {abs(got - bound):.1e}; allowed {limit:.1e})"
         if not math.isfinite(got):
             said = f"{name}; the values that {query} may see are from {least:.6g} to {most:.6g}"
-        return Place(said, index, got)
+            return Place(said, index, got)
+        side, bound = ("above the largest", most) if got > most else ("below the smallest", least)
+        beside = f"{side} value that {query} may see, {bound:.6g}"
+        if least == most:
+            beside = f"but every value that {query} may see is {least:.6g}"
+        limit = self.allowed * max(abs(least), abs(most))
+        off = f"(off by {abs(got - bound):.1e}; allowed {limit:.1e})"
+        return Place(f"{name}, {beside} {off}", index, got)
 
     def _cause(self, output: Tensor, worst: tuple[int, ...], judged: Tensor) -> str | None:
         """Name a known defect, or say what the weights show where values are 1 or 0."""
@@ -238,31 +238,21 @@ def visible_range(subject: AttentionFunction, value: Tensor) -> tuple[Tensor, Te
         last = last.clamp(max=value.shape[-2] - 1)
         low, high = wide.cummin(-2).values[..., last, :], wide.cummax(-2).values[..., last, :]
     else:
-        low, high = _range_behind_mask(wide, _collapsed(subject.may_see()))
+        low, high = _range_behind_mask(wide, subject.may_see())
     return low.double(), high.double()
 
 
-def _collapsed(seen: Tensor) -> Tensor:
-    """The same mask with one entry along each dimension it is expanded over."""
-    return seen[tuple(slice(0, 1 if step == 0 else None) for step in seen.stride())]
-
-
 def _range_behind_mask(value: Tensor, seen: Tensor) -> tuple[Tensor, Tensor]:
-    """The range of visible values, a few queries of one head at a time.
+    """The range of visible values, a few queries at a time.
 
     Args:
         value: (..., key_len, value_dim)
-        seen: Boolean (..., query_len, key_len), any dimension possibly 1.
+        seen: Boolean (..., query_len, key_len).
     """
-    seen = seen.expand(*seen.shape[:-1], value.shape[-2])
-    leading = value.shape[:-2]
-    shape = (*leading, seen.shape[-2], value.shape[-1])
-    low, high = value.new_empty(shape), value.new_empty(shape)
-    bytes_per_query = 2 * value.shape[-2:].numel() * value.element_size()
-    for index in itertools.product(*map(range, leading)):
-        visible = seen[tuple(i if n > 1 else 0 for i, n in zip(index, seen.shape, strict=False))]
-        for chunk in query_chunks(shape[-2], bytes_per_query):
-            hidden = ~visible[chunk].unsqueeze(-1)
-            low[index][chunk] = value[index].masked_fill(hidden, math.inf).amin(-2)
-            high[index][chunk] = value[index].masked_fill(hidden, -math.inf).amax(-2)
-    return low, high
+    low, high = [], []
+    for chunk in query_chunks(seen.shape[-2], 2 * value.numel() * value.element_size()):
+        hidden = ~seen[..., chunk, :].unsqueeze(-1)
+        rows = value.unsqueeze(-3)
+        low.append(rows.masked_fill(hidden, math.inf).amin(-2))
+        high.append(rows.masked_fill(hidden, -math.inf).amax(-2))
+    return torch.cat(low, -2), torch.cat(high, -2)

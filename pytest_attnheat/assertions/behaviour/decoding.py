@@ -232,24 +232,17 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
         if is_causal:
             mask = mask.masked_fill(~causal, False if mask.dtype == torch.bool else -math.inf)
         else:
-            _refuse_later_keys(permitted(given, (*subject.leading, *lengths)) & ~causal)
+            later = permitted(given, (*subject.leading, *lengths)) & ~causal
+            if bool(later.any()):
+                query, key = later.nonzero()[0, -2:].tolist()
+                got = f"one in which query {query} may see key {key}, which comes after it"
+                accepted = "a mask that is causal, aligned to the bottom right"
+                raise ValueError(misuse(MASK, got, accepted))
     own_causal = alignment == "bottom_right"
     how = "with is_causal=True, aligned to the bottom right" if own_causal else None
     return _FunctionDecoder(
         subject, how or "with its rows of the mask", MOST_SINGLE_TOKENS, mask, own_causal
     )
-
-
-def _refuse_later_keys(later: Tensor) -> None:
-    if bool(later.any()):
-        query, key = later.nonzero()[0, -2:].tolist()
-        raise ValueError(
-            misuse(
-                MASK,
-                f"one in which query {query} may see key {key}, which comes after it",
-                "a mask that is causal, aligned to the bottom right",
-            )
-        )
 
 
 @dataclass(frozen=True)

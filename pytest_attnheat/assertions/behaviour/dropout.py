@@ -83,70 +83,53 @@ def check_dropout_of_weights(
         cause=lambda _: "dropout falls on the outputs, not on the weights",
         repeat=f"seed={seed}",
     )
-    count = _Count(assertion, weights, share, seed)
     torch.manual_seed(seed)
-    for _ in range(runs):
-        count.add(run(identity, share))
-        if count.regarded >= _ENOUGH_WEIGHTS and count.runs > 1:
-            break
-    count.check()
+    observed, each = [run(identity, share)], int(_judged(weights).sum())
+    while len(observed) < runs and (len(observed) < 2 or len(observed) * each < _ENOUGH_WEIGHTS):
+        observed.append(run(identity, share))
+    _Count(assertion, weights, share, seed, torch.stack(observed)).check()
+
+
+def _judged(weights: Tensor) -> Tensor:
+    """Which weights may be told from dropped ones: others are rounded too coarsely, or to 0."""
+    return weights > 2 * torch.finfo(weights.dtype).smallest_normal
 
 
 class _Count:
-    """What happened to the weights in several calls with dropout.
+    """What happened to the weights in several calls with dropout."""
 
-    Attributes:
-        assertion: Its name.
-        weights: Without dropout, (..., query_len, key_len).
-        share: The probability that a weight is dropped.
-        seed: Where the random numbers started.
-        first: The weights after dropout in the first call.
-        judged: Which weights are not 0 without dropout.
-        off: How far each weight that was kept is from its share at most, as a part of it.
-        masks: Which weights were dropped in each call.
-    """
-
-    def __init__(self, assertion: str, weights: Tensor, share: float, seed: int) -> None:
-        self.assertion, self.weights, self.share, self.seed = assertion, weights, share, seed
-        self.wide = weights.double()
-        # Below, a weight that is kept is rounded too coarsely, or to the zero of a dropped one.
-        self.judged = weights > 2 * torch.finfo(weights.dtype).smallest_normal
-        self.each = int(self.judged.sum())
-        self.off = torch.zeros_like(self.wide)
-        self.first = weights
-        self.masks: list[Tensor] = []
-        self._axes = range(-weights.ndim, 0)
-        self._sums = self.wide.new_zeros(2)
-        self._mixed = self.judged.new_zeros(weights.ndim)
-
-    @property
-    def runs(self) -> int:
-        """How many calls were counted."""
-        return len(self.masks)
-
-    @property
-    def regarded(self) -> int:
-        """How many weights are judged in all calls."""
-        return self.each * self.runs
-
-    def add(self, observed: Tensor) -> None:
-        """Count one more call, without a read by the host.
+    def __init__(
+        self, assertion: str, weights: Tensor, share: float, seed: int, observed: Tensor
+    ) -> None:
+        """Count it.
 
         Args:
-            observed: The weights after dropout, (..., query_len, key_len).
+            assertion: The name of the assertion.
+            weights: Without dropout, (..., query_len, key_len).
+            share: The probability that a weight is dropped.
+            seed: Where the random numbers started.
+            observed: After dropout, (calls, ..., query_len, key_len).
         """
-        dropped = (observed == 0) & self.judged
-        kept = self.judged & ~dropped
-        if not self.masks:
-            self.first = observed
-        self.masks.append(dropped)
-        judged_sum = observed.double().masked_fill(~self.judged, 0.0).sum()
-        self._sums = self._sums + torch.stack([judged_sum, self.wide.masked_fill(~kept, 0.0).sum()])
-        ratio = observed.double() * (1 - self.share) / self.wide
-        off = (ratio - 1).abs().nan_to_num(nan=math.inf).masked_fill(~kept, 0.0)
-        self.off = torch.maximum(self.off, off)
-        mixed = [(dropped.any(axis) & kept.any(axis)).any() for axis in self._axes]
-        self._mixed = self._mixed | torch.stack(mixed)
+        self.assertion, self.weights, self.share, self.seed = assertion, weights, share, seed
+        self.wide, self.judged, self.runs = weights.double(), _judged(weights), len(observed)
+        self.each = int(self.judged.sum())
+        self.regarded = self.each * self.runs
+        self.first = observed[0]
+        self.masks = (observed == 0) & self.judged
+        kept = self.judged & ~self.masks
+        self._axes = range(-weights.ndim, 0)
+        # How far each weight that was kept is from its share at most, as a part of it.
+        off = (observed.double() * (1 - share) / self.wide - 1).abs().nan_to_num(nan=math.inf)
+        self.off = off.masked_fill(~kept, 0.0).amax(0)
+        # Along which axes weights were dropped and kept in one line.
+        mixed = [(self.masks.any(axis) & kept.any(axis)).any() for axis in self._axes]
+        counts = [self.masks.sum(), (self.masks == self.masks[0]).all(), *mixed]
+        dropped, fixed, *mixes = torch.stack([count.long() for count in counts]).tolist()
+        self.dropped, self.fixed = dropped, bool(fixed)
+        self.mixed = {axis for axis, is_mixed in zip(self._axes, mixes, strict=True) if is_mixed}
+        # What weights after dropout add up to, and those that were kept, before it.
+        self.total = float(observed.double().masked_fill(~self.judged, 0.0).sum())
+        self.kept = float(self.wide.expand(kept.shape)[kept].sum())
 
     def check(self) -> None:
         """Check that this is what dropout does.
@@ -162,25 +145,12 @@ class _Count:
                 f"dropout={self.share:g} drops any"
             )
             raise ValueError(misuse("runs", got, "more of them, or a larger input"))
-        self._read()
         self._check_that_some_are_dropped()
         self._check_that_each_is_on_its_own()
         self._check_share()
         self._check_rest()
         self._check_sum()
         self._check_pairs()
-
-    def _read(self) -> None:
-        """Read what was counted."""
-        masks = torch.stack(self.masks)
-        counts = torch.stack([masks.sum(), (masks == masks[0]).all()])
-        dropped, fixed, *mixed = torch.cat([counts, self._mixed.to(counts)]).tolist()
-        # How many weights were dropped, and whether the same in all calls; along which axes
-        # weights were dropped and kept in one line; what weights after dropout add up to, and what
-        # those that were kept add up to before it.
-        self.dropped, self.fixed = int(dropped), bool(fixed)
-        self.mixed = {axis for axis, is_mixed in zip(self._axes, mixed, strict=True) if is_mixed}
-        self.total, self.kept = self._sums.tolist()
 
     def _fail(
         self, claim: str, worst: str | Place, cause: str | None, **numbers: int | float
@@ -316,10 +286,12 @@ class _Count:
         Pairs of one test have no weight in common, so that they are independent of each other.
         """
         __tracebackhide__ = True
-        p, dropped, tests = self.share, torch.stack(self.masks), list(self._pairings())
+        p, tests = self.share, list(self._pairings())
         counts: list[list[int]] = torch.stack(
             [
-                torch.stack([_pairs(mask, axis, ones, others) for mask in (self.judged, dropped)])
+                torch.stack(
+                    [_pairs(mask, axis, ones, others) for mask in (self.judged, self.masks)]
+                )
                 for axis, _, ones, others in tests
             ]
         ).tolist()

@@ -416,14 +416,6 @@ class AttentionFunction:
         """Suggest that keys and mask part."""
         return "does the mask follow its keys, or are keys found by their place?"
 
-    def with_dropout(self, *, has_module: bool) -> AttentionFunction | None:
-        """Itself, if its signature has `dropout_p`, or anything where it holds no module."""
-        taken = parameters_of(self.function)
-        if taken is None:  # A builtin: F.scaled_dot_product_attention.
-            return self
-        takes_any = any(one.kind == one.VAR_KEYWORD for one in taken.values())
-        return self if "dropout_p" in taken or (takes_any and not has_module) else None
-
 
 def _called(
     function: Callable[..., Any], inputs: Sequence[Tensor], arguments: Mapping[str, Any]

@@ -199,9 +199,10 @@ class _Plain:
         tensors = self.tensors
         if self.subject.scale is None or name not in ("query", "key"):
             return torch.zeros((), dtype=torch.float64, device=tensors[name].device)
+        other = tensors["key" if name == "query" else "query"]
         # The gradient of the output is drawn with a variance of 1.
-        product = _largest_row(tensors["value"]) * math.sqrt(tensors["value"].shape[-1])
-        product = product * _largest_row(tensors["key" if name == "query" else "query"])
+        product = _rms(tensors["value"], -1).amax() * math.sqrt(tensors["value"].shape[-1])
+        product = product * _rms(other, -1).amax()
         if name == "key":
             product = product * math.sqrt(tensors["query"].shape[-2] * self.subject.group)
         units = _ROUNDED_SCORE if is_fine(dtype) else _ROUNDED
@@ -292,17 +293,12 @@ def _cause(trial: _Trial, got: Tensor) -> str | None:
 
 def _gradient_tolerance(tolerance: object, dtype: torch.dtype) -> float:
     allowed = check_relative(tolerance, dtype)
-    if tolerance is not None:
-        return allowed
-    return max(allowed, min(_GRADIENT_FACTOR * allowed, _GRADIENT_MOST))
+    most = min(_GRADIENT_FACTOR * allowed, _GRADIENT_MOST) if tolerance is None else 0.0
+    return max(allowed, most)
 
 
-def _largest_row(tensor: Tensor) -> Tensor:
-    return finite(tensor.detach().double()).square().mean(-1).sqrt().amax()
-
-
-def _rms(tensor: Tensor) -> Tensor:
-    return finite(tensor.detach().double()).square().mean().sqrt()
+def _rms(tensor: Tensor, dim: int | None = None) -> Tensor:
+    return finite(tensor.detach().double()).square().mean(dim).sqrt()
 
 
 def _versions(tensors: _Tensors) -> dict[str, int]:
@@ -377,7 +373,11 @@ def _trials(plain: _Plain) -> Iterator[_Trial]:
     groups = [[name] for name in given]
     if len(given) > 1:
         groups.append(list(given))
-    expansions = dict(_expansions(given))
+    # With stride 0: over the batch, over heads as in grouped attention, over the length.
+    expansions: dict[str, _Layout] = {
+        f"expanded over dimension {dim}, with stride 0": partial(_expanded, dim)
+        for dim in range(max(tensor.ndim for tensor in given.values()) - 1)
+    }
     for layout, make in {**_LAYOUTS, **expansions}.items():
         for names in groups:
             made = {name: make(name, given[name]) for name in names}
@@ -424,12 +424,6 @@ def _shifted(name: str, tensor: Tensor) -> Tensor | None:
     return memory[1:].view(tensor.shape)
 
 
-def _expansions(given: _Tensors) -> Iterator[tuple[str, _Layout]]:
-    """The layouts with stride 0: over the batch, over heads as grouped attention, over length."""
-    for dim in range(max(tensor.ndim for tensor in given.values()) - 1):
-        yield f"expanded over dimension {dim}, with stride 0", partial(_expanded, dim)
-
-
 def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
     if dim >= tensor.ndim - 1 or tensor.shape[dim] == 1:
         return None
@@ -441,25 +435,21 @@ def packed_together(given: _Tensors) -> _Tensors:
 
     Nothing where their lengths differ: then one projection cannot have made them.
     """
-    names = [name for name in ("query", "key", "value") if name in given]
     # The heads of grouped attention may differ in number; they lie side by side in memory.
-    headed = [given[name].ndim > 3 for name in names]
-    turned = [
-        given[name].transpose(-3, -2) if heads else given[name].unsqueeze(-2)
-        for name, heads in zip(names, headed, strict=True)
-    ]
-    if len({tensor.shape[:-2] for tensor in turned}) != 1 or len(names) < 3:
+    turned = {
+        name: given[name].transpose(-3, -2) if given[name].ndim > 3 else given[name].unsqueeze(-2)
+        for name in ("query", "key", "value")
+        if name in given
+    }
+    if len({tensor.shape[:-2] for tensor in turned.values()}) != 1 or len(turned) < 3:
         return {}
-    widths = [tensor.shape[-2:].numel() for tensor in turned]
-    packed = torch.cat([tensor.flatten(-2) for tensor in turned], -1)
-    parts = torch.split(packed, widths, -1)
-    views = [
-        part.view(*part.shape[:-1], *like.shape[-2:])
-        for part, like in zip(parts, turned, strict=True)
-    ]
+    rows = [tensor.flatten(-2) for tensor in turned.values()]
+    parts = torch.split(torch.cat(rows, -1), [row.shape[-1] for row in rows], -1)
     return {
-        name: view.transpose(-3, -2) if heads else view.squeeze(-2)
-        for name, view, heads in zip(names, views, headed, strict=True)
+        name: torch.unflatten(part, -1, like.shape[-2:]).transpose(-3, -2)
+        if given[name].ndim > 3
+        else part
+        for (name, like), part in zip(turned.items(), parts, strict=True)
     }
 
 

@@ -40,21 +40,24 @@ def describe(fault: Fault, search: Search) -> Failure:
     crop = None
     if worst.element is not None:
         crop = _Crop(search, worst.observer, worst.element, fault.replacements[0].content)
-    return Failure(
-        _NAME,
+    return _failure(
+        search,
         f"outputs depend on what they must not see{_only_in(fault, search)}",
+        worst.place(),
         broken=fault.broken,
         of=fault.judged,
-        worst=worst.place(),
         first=None if first is worst else first.place(),
         cause=_cause(fault, worst, crop),
         assumed=search.claim.assumed,
-        tensor=Checked.of(search.base),
         tolerance=search.allowed,
-        repeat=f"seed={search.seed}",
-        again=search.subject.run,
         picture="" if crop is None else crop.draw(),
     )
+
+
+def _failure(search: Search, claim: str, worst: Place, **more: Any) -> Failure:
+    tensor, repeat = Checked.of(search.base), f"seed={search.seed}"
+    again = search.subject.run
+    return Failure(_NAME, claim, worst=worst, tensor=tensor, repeat=repeat, again=again, **more)
 
 
 def _only_in(fault: Fault, search: Search) -> str:
@@ -71,13 +74,9 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     if crop is not None:
         return _cause_inside(worst, _cause_in(crop))
-    if worst.query is not None:
-        return "softmax over the query axis (dim=-2)?"
-    if worst.is_another_head:
-        return (
-            "grouped heads in another order (repeat in place of repeat_interleave), heads split "
-            "without a transpose, or softmax over the heads?"
-        )
+    known = worst.search.subject.mistake(worst.search.base)
+    if known or worst.query is not None or worst.is_another_head:
+        return known
     return "softmax or a normalisation over the batch, or another entry's keys?"
 
 
@@ -101,7 +100,9 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
         return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
         said = inside.why_queries_are_hidden(real)
-        seen = said or (seen if seen not in (None, _NO_MASK) else inside.why_padding_is_seen(real))
+        if said is None and seen in (None, _NO_MASK):
+            said = inside.why_padding_is_seen(real)
+        seen = said or seen
     return None if seen == _NO_MASK and inside.has_mask else seen
 
 
@@ -109,44 +110,31 @@ def describe_not_finite(search: Search, broken: Tensor) -> Failure:
     """Return the failure about outputs that are NaN or inf with nothing replaced."""
     place = index_of(broken.flatten().int().argmax(), broken.shape)
     held = search.base[place].sum().item()
-    return Failure(
-        _NAME,
-        "outputs are not finite with nothing replaced",
-        broken=int(broken.sum()),
-        of=broken.numel(),
-        worst=Place(f"{output_place(place)} holds {held}", place, held),
-        tensor=Checked.of(search.base),
-        repeat=f"seed={search.seed}",
-        again=search.subject.run,
-    )
+    worst = Place(f"{output_place(place)} holds {held}", place, held)
+    claim, of = "outputs are not finite with nothing replaced", broken.numel()
+    return _failure(search, claim, worst, broken=int(broken.sum()), of=of)
 
 
 def _blindness(fault: Fault, search: Search) -> Failure:
     observer, replaced = fault.worst, fault.replacements[0]
     subject = search.subject
-    seen = search.may_see[observer]
-    missed = (
-        seen & _own_elements(search, replaced.elements, observer)
-        if replaced.elements is not None
-        else seen
-    )
+    missed = search.may_see[observer]
+    if replaced.elements is not None:
+        missed = missed & replaced.elements[_key_entry(search, observer)]
     numbers = missed.nonzero().flatten().tolist()
     crop = _Crop(search, observer, numbers[-1], "larger")
     unseen = (
         f"{subject.observer} {observer[-1]} does not see {_listed(subject.element, numbers)}: "
         f"whatever is there, {output_place(observer)} stays the same"
     )
-    return Failure(
-        _NAME,
+    return _failure(
+        search,
         f"outputs do not depend on what they must see{_only_in(fault, search)}",
+        Place(unseen, observer),
         broken=fault.broken,
         of=fault.judged,
-        worst=Place(unseen, observer),
         cause=_cause_of_blindness(search, observer, numbers),
         assumed=search.claim.assumed,
-        tensor=Checked.of(search.base),
-        repeat=f"seed={search.seed}",
-        again=search.subject.run,
         picture=crop.draw(),
     )
 
@@ -197,7 +185,7 @@ class _Mover:
             own = queries[self.observer[:-1]].nonzero().flatten().tolist()
             self.query = _narrow(own, lambda some: self._moves(self._queries(some)))[0]
             return
-        forbidden = _own_elements(self.search, elements, self.observer)
+        forbidden = elements[_key_entry(self.search, self.observer)]
         forbidden = forbidden & ~self.search.may_see[self.observer]
         if bool(forbidden.any()) and self._moves(self._elements(forbidden)):
             numbers = forbidden.nonzero().flatten().tolist()
@@ -304,13 +292,13 @@ def _cause_in(crop: _Crop) -> str | None:
     extra = _elements_too_many(crop, wrongly)
     if extra == 1:
         return "each sees one place too many: a causal mask that is off by one?"
-    strongest = crop.changes[rightly & crop.judged.unsqueeze(-1)]
-    if strongest.numel() and float(crop.changes[wrongly].max()) < _FAINT * float(strongest.max()):
-        return (
-            "far fainter than what may be seen: a fill of the mask that is too small, or a mean or "
-            "a norm over the whole length?"
-        )
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
+        strongest = max(crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist(), default=0.0)
+        if float(crop.changes[wrongly].max()) < _FAINT * strongest:
+            return (
+                "far fainter than what may be seen: a fill of the mask that is too small, or a "
+                "mean or a norm over the whole length?"
+            )
         return _NO_MASK
     if extra is None:
         return None
@@ -322,19 +310,14 @@ def _cause_in(crop: _Crop) -> str | None:
 
 def _elements_too_many(crop: _Crop, wrongly: Tensor) -> int | None:
     """How many elements each sees beyond the last that it may see; None if not all see as many."""
-    ahead = _steps_ahead(crop)
+    numbers = torch.arange(crop.columns.start, crop.columns.stop)
+    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
+    last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
+    ahead = numbers - last
     extra = int(ahead[wrongly].max())
     if extra < 1 or not bool((wrongly == (crop.forbidden & (ahead >= 1) & (ahead <= extra))).all()):
         return None
     return extra
-
-
-def _steps_ahead(crop: _Crop) -> Tensor:
-    """How many elements beyond the last that an observer may see each is."""
-    numbers = torch.arange(crop.columns.start, crop.columns.stop)
-    whole = crop.search.may_see[crop.observer[:-1]][crop.rows].cpu()
-    last = torch.where(whole, torch.arange(whole.shape[-1]), -1).amax(-1, keepdim=True)
-    return numbers - last
 
 
 # --- The picture
@@ -348,11 +331,6 @@ def _entry_name(lead: tuple[int, ...]) -> str:
 def _key_entry(search: Search, observer: tuple[int, ...]) -> tuple[int, ...]:
     """Return the batch entry and the head of the keys that an observer sees."""
     return as_of_keys(observer[:-1], search.subject.group)
-
-
-def _own_elements(search: Search, elements: Tensor, observer: tuple[int, ...]) -> Tensor:
-    """Those of the keys that an observer shares, (key_len,)."""
-    return elements[_key_entry(search, observer)]
 
 
 def _no_elements(search: Search) -> Tensor:

@@ -89,15 +89,16 @@ class Search:
         self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
         self.may_see, self.claim = claim.may_see, claim
         # What a query gives that may see nothing is a matter of declaration, not of leaks.
-        self._judged = claim.judged & base.isfinite().all(-1) & claim.may_see.any(-1)
-        self._watched = self._judged & ~claim.may_see.all(-1)
+        self.judged = claim.judged & base.isfinite().all(-1) & claim.may_see.any(-1)
+        self._watched = self.judged & ~claim.may_see.all(-1)
         if not bool(self._watched.any()) and next(self._others(), None) is None:
             raise ValueError(
                 "assert_no_leakage: every output may see every input, so there is nothing to "
                 "check; say causal=, lengths=, documents= or may_see=, or pass a larger batch"
             )
         rows, entries = self._watched.shape[-1], self._watched[..., 0].numel()
-        self._passes, self._backward = passes, 0 if subject.has_queries else passes
+        # All together is to cost no more than some twelve forward passes of a large model.
+        self._passes, self._backward = passes, 0 if subject.has_queries else -(-passes // 4)
         if subject.is_cheap:
             each = subject.has_queries and rows <= _MOST_PASSES
             wanted = rows if each else -(-rows // entries)
@@ -133,10 +134,6 @@ class Search:
     def change(self, replaced: Replacement) -> Tensor:
         """By what part of its size each output changes, (*leading, query_len)."""
         return relative_change(self._output(replaced), self.base)
-
-    def judge(self, replaced: Replacement) -> tuple[Tensor, Tensor, Tensor]:
-        """How each output changes, which may see what is replaced, and which are judged."""
-        return self.change(replaced), self._reached(replaced), self._judged
 
     def change_at(self, replaced: Replacement, observer: tuple[int, ...]) -> float:
         """By how much the output of one observer changes, the largest of its channels."""
@@ -215,7 +212,7 @@ class Search:
         )
         return all(self.change_at(content, observer) == 0 for content in contents)
 
-    def _reached(self, replaced: Replacement) -> Tensor:
+    def reached(self, replaced: Replacement) -> Tensor:
         """Which outputs may see what is replaced."""
         if replaced.elements is None:
             return torch.zeros_like(self.claim.judged)
@@ -249,7 +246,7 @@ class Search:
     def _observers(self, candidates: Tensor, number: int) -> Tensor:
         """The observer of each batch entry and head in a pass, so that all spread over the rows."""
         none = ~candidates.any(-1, keepdim=True)
-        candidates = candidates | (none & self._judged)
+        candidates = candidates | (none & self.judged)
         length, entries = candidates.shape[-1], candidates[..., 0].numel()
         chosen = self._targets[number * entries : (number + 1) * entries]
         own = torch.tensor(chosen, device=candidates.device).reshape(*candidates.shape[:-1], 1)
@@ -291,12 +288,12 @@ class Search:
         """Where the gradient of a few observers is 0, and where not."""
         # A whole model is dear: one backward pass, if its batch makes that several observers.
         count = 2 if self.subject.has_queries or len(self.claim.judged) == 1 else 1
-        chosen = [self._observers(self._judged, number) for number in range(count)]
+        chosen = [self._observers(self.judged, number) for number in range(count)]
         rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
         last = range(self._passes, self._passes + self._backward)
         groups = [self._observers(self._watched, number) for number in last]
         forbidden = [self._forbidden(observers) for observers in groups]
-        in_groups = [self._judged & ~touched(self.may_see, elements) for elements in forbidden]
+        in_groups = [self.judged & ~touched(self.may_see, elements) for elements in forbidden]
         try:
             gradients = self.subject.gradient([*rows, *in_groups])
         except (RuntimeError, NotImplementedError) as error:
@@ -318,10 +315,12 @@ class Search:
             active = row.any(-1, keepdim=True)
             judged += int(active.sum())
             scale = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
+            # The embedding of equal token ids may also be looked up for something else, such as
+            # the source of an encoder: then the gradient is not that of the input.
             leaks += [
-                pair
-                for pair in self._pairs(row, ~(felt <= scale) & ~seen & active)
-                if self._is_real(*pair)
+                (observer, elements)
+                for observer, elements in self._pairs(row, ~(felt <= scale) & ~seen & active)
+                if not self.subject.is_tokens or self.change_at(elements, observer) > 0
             ]
             strongest = felt.masked_fill(~seen, 0).argmax(-1)
             for observer, elements in self._pairs(row, (felt == 0) & seen & active):
@@ -352,7 +351,7 @@ class Search:
         """Mark the observers, of the heads that share their keys only one."""
         rows = torch.zeros_like(self.claim.judged)
         rows.scatter_(-1, observers.unsqueeze(-1), True)
-        rows &= self._judged
+        rows &= self.judged
         if self.subject.group > 1:
             head = torch.arange(rows.shape[-2], device=rows.device)
             mine = head % self.subject.group == number % self.subject.group
@@ -368,16 +367,6 @@ class Search:
             alone[tuple(at)] = elements[tuple(at)]
             pairs.append((observer, Replacement(of_any(alone, self.subject.group))))
         return pairs
-
-    def _is_real(self, observer: tuple[int, ...], replaced: Replacement) -> bool:
-        """Whether a gradient is that of the input.
-
-        The embedding of equal token ids may also be looked up for something else, such as the
-        source of an encoder.
-        """
-        if not self.subject.is_tokens:
-            return True
-        return self.change_at(replaced, observer) > 0
 
     def _blind(
         self, observer: tuple[int, ...], replaced: Replacement, strongest: int
@@ -395,7 +384,7 @@ class Search:
             some = suspects.pop(0)
             elements = torch.zeros_like(replaced.elements)
             elements[tuple(some.T)] = True
-            towards = torch.full_like(self._judged[..., 0], observer[-1], dtype=torch.long)
+            towards = torch.full_like(self.judged[..., 0], observer[-1], dtype=torch.long)
             like = Replacement(elements, content="larger", like=strongest)
             if self.change_at(like, observer) == 0 and self._stays(observer, elements, towards):
                 return Replacement(elements)
@@ -425,7 +414,8 @@ class _Tally:
 
     def add(self, replaced: Replacement) -> None:
         """Make one more replacement."""
-        change, may_change, judged = self._search.judge(replaced)
+        change, may_change = self._search.change(replaced), self._search.reached(replaced)
+        judged = self._search.judged
         self.reached |= judged & may_change
         if replaced.queries is not None:
             may_change = may_change | replaced.queries
@@ -486,6 +476,6 @@ def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | No
         return None
     observer, replaced = pairs[0]
     entries = len({observer[:-1] for observer, _ in pairs})
-    return Fault(
-        blind, "gradient", len(pairs), judged, entries, observer, observer, (replaced, replaced)
-    )
+    # What leaks is known of a few observers; of all others nothing.
+    both, counted = (replaced, replaced), blind
+    return Fault(blind, "gradient", len(pairs), judged, entries, observer, observer, both, counted)

@@ -32,7 +32,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.reference import causal_mask
+from pytest_attnheat.attention.reference import causal_mask, read_lengths
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import copied, modules_in
@@ -172,14 +172,11 @@ class ModelSubject:
 
     def cause_of_order(self, base: Tensor, allowed: float) -> str:
         """Tell a causal mask from anything else that knows the order."""
-        if holds(lambda: self._first_is_alone(base, allowed)):
+        # Others that are copies of the first leave it as it was.
+        copies = self.inputs[:, :1].expand(self.inputs.shape).clone()
+        if holds(lambda: not differ(self.run(copies)[:, :1], base[:, :1], allowed)):
             return "the first token does not feel the others: a causal mask?"
         return "the order of tokens is felt: position embeddings, or rotary or relative positions?"
-
-    def _first_is_alone(self, base: Tensor, allowed: float) -> bool:
-        """Whether the first token's output stays where all others become copies of it."""
-        copies = self.inputs[:, :1].expand(self.inputs.shape).clone()
-        return not differ(self.run(copies)[:, :1], base[:, :1], allowed)
 
     def along(self, name: str, *, square: bool = False) -> tuple[int, ...]:
         """Which dimensions of a tensor argument are those of the sequence.
@@ -204,7 +201,9 @@ class ModelSubject:
         second = ndim > 1 and shape[0] in (1, self.batch) and shape[1] == length
         rows = ndim > 1 and shape[-2:] == (length, length) and name not in self._by_token
         keys = shape[-1] == length and (ndim == 1 or (ndim > 2 and set(shape[1:-1]) == {1}))
-        if ndim == 3 and ((rows and second) or keys) and self._may_be_width(argument):
+        width = self.inputs.shape[2] if self.inputs.ndim == 3 else length
+        may_be_width = argument.is_floating_point() and width == length  # features as wide as that
+        if ndim == 3 and ((rows and second) or keys) and may_be_width:
             got = f"{shape}, whose last dimension may be the length of the sequence or a width"
             accepted = f"a boolean mask, or inputs whose length is not {length}"
             raise ValueError(misuse(name, got, accepted))
@@ -224,11 +223,6 @@ class ModelSubject:
     def _by_token(self) -> tuple[str | None, ...]:
         """The arguments that are (batch, length), of as many samples as tokens too."""
         return (self.model.mask_argument, self.model.positions_argument)
-
-    def _may_be_width(self, argument: Tensor) -> bool:
-        """Whether floats may be features as wide as the sequence is long."""
-        width = self.inputs.shape[2] if self.inputs.ndim == 3 else self.length
-        return argument.is_floating_point() and width == self.length
 
     def _arguments(self) -> Mapping[str, Any]:
         """The arguments, none of which can be read in two ways."""
@@ -327,10 +321,10 @@ class ModelSubject:
             TypeError: The lengths are not whole numbers.
             ValueError: There is not one for each sample, or one is not in 1 to the length.
         """
-        given = [self.length] * self.batch if lengths is None else _as_list(lengths)
-        if not isinstance(given, list) or any(type(n) is not int for n in given):
-            raise TypeError(misuse("lengths", repr(given), "whole numbers, one for each sample"))
-        if len(given) != self.batch or min(given) < 1 or max(given) > self.length:
+        if lengths is None:
+            return [self.length] * self.batch
+        given = read_lengths(lengths, self.length, batch=self.batch)
+        if min(given) < 1:
             accepted = f"{self.batch} numbers from 1 to {self.length}, one for each sample"
             raise ValueError(misuse("lengths", given, accepted))
         return given
@@ -400,26 +394,28 @@ class ModelSubject:
         token = number if padding.side == "right" else number - (padding.total - count)
         return f"{output_place(index)} (token {token} of the {count} of sample {sample})"
 
-    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
-        """Tell a mask that does not hide from positions."""
+    def cause_of_mask(self) -> str | None:
+        """Say whether a mask that hides nothing changes the output."""
         everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
         base = self.run()
         allowed = output_tolerance(base.dtype)
-        if holds(lambda: differ(self.run(real=everything), base, allowed)):
-            return (
-                "a mask that hides nothing changes the output: is the causal mask lost where "
-                "another is given, as by | in place of &?"
-            )
+        if not holds(lambda: differ(self.run(real=everything), base, allowed)):
+            return None
+        return (
+            "a mask that hides nothing changes the output: is the causal mask lost where another "
+            "is given, as by | in place of &?"
+        )
+
+    def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
+        """Tell a mask that does not hide from positions."""
         if felt:
             return "real tokens feel what the padding holds: it is not masked there"
+        if side == "right" and felt is None:
+            return None
         if side == "right":
             return (
-                None
-                if felt is None
-                else (
-                    "real tokens do not feel what the padding holds, only that it is there: are "
-                    "positions, or a scale, taken from the length of the batch?"
-                )
+                "real tokens do not feel what the padding holds, only that it is there: are "
+                "positions, or a scale, taken from the length of the batch?"
             )
         argument = self.model.positions_argument
         if argument is None:
@@ -428,9 +424,6 @@ class ModelSubject:
                 "them, with SequenceModel(..., positions_argument=...)"
             )
         return f"are the positions in {argument} used?"
-
-    def with_dropout(self, *, has_module: bool) -> None:
-        """Nothing: its dropout is its own."""
 
 
 Subject: TypeAlias = AttentionFunction | ModelSubject
@@ -445,14 +438,6 @@ def _at(rows: Tensor, index: Tensor) -> Tensor:
     """Rows (batch, length, ...) at an index (batch, other length)."""
     wide = index.reshape(*index.shape, *[1] * (rows.ndim - 2))
     return rows.gather(1, wide.expand(*index.shape, *rows.shape[2:]))
-
-
-def _as_list(lengths: object) -> object:
-    """The numbers of a list or a tensor, or what is neither as it is."""
-    try:
-        return torch.as_tensor(lengths).tolist()
-    except (TypeError, ValueError, RuntimeError):
-        return lengths
 
 
 def _reordered(argument: Tensor, dims: Sequence[int], order: Tensor) -> Tensor:

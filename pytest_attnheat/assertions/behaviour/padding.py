@@ -155,7 +155,7 @@ class _Trial:
             raise
         except Exception as error:
             given, total = self.subject.length, self.padding.total
-            if self.subject.has_queries or total <= given or holds(self._takes_as_many):
+            if self.subject.has_queries or total <= given or holds(lambda: self._runs("nothing")):
                 raise
             told_of = (str(error).splitlines() or [""])[0]
             raise ValueError(
@@ -164,9 +164,9 @@ class _Trial:
                 f"{told_of}; pass a shorter sequence or a smaller amount="
             ) from error
 
-    def _takes_as_many(self) -> bool:
-        """Whether the module runs on as many tokens if it is told of no padding."""
-        self.subject.pad(self.padding, "nothing").run()
+    def _runs(self, told: Told) -> bool:
+        """Whether the subject runs at all if it is told this of its padding."""
+        self.subject.pad(self.padding, told).run()
         return True
 
     def check(self, sides: Sequence[_Trial], *, training: bool) -> None:
@@ -220,12 +220,15 @@ class _Trial:
 
     def _cause_inside(self, inside: Inside, real: Tensor, *, felt: bool | None) -> str | None:
         """Say what the attention of a model does with padding, or with other places."""
+        subject = self.subject
+        assert isinstance(subject, ModelSubject)
+        if subject.model.memory_argument is None and (said := subject.cause_of_mask()):
+            return said
         if said := inside.why_padding_is_seen(real):
             return said
         if felt:
             return inside.why_seen(real.unsqueeze(-2), real)
-        first = self.subject.samples(torch.tensor([0]))
-        assert isinstance(first, ModelSubject)
+        first = subject.samples(torch.tensor([0]))
         alone = Inside(first.cut(range(self.padding.lengths[0])))
         return inside.why_places_are_felt(alone) if self.padding.side == "left" else None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights, why_factor
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import check_count
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, identical, modules_in, random_states
+from pytest_attnheat.callables import borrowed, identical, modules_in, parameters_of, random_states
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
 
@@ -87,9 +88,14 @@ def assert_deterministic(
         >>> assert_deterministic(F.scaled_dot_product_attention, query, key, value, dropout=0.1)
     """
     __tracebackhide__ = True
-    share = None if dropout is None else _probability(dropout)
+    share = None if dropout is None else check_number(dropout, "dropout")
+    if share is not None and not 0 < share < 1:
+        raise ValueError(misuse("dropout", repr(share), "0 < dropout < 1, or None"))
     runs, seed = positive("runs", runs), seed_number(seed)
-    call = _as_call(subject, inputs, arguments)
+    if "dropout_p" in arguments:
+        raise ValueError(misuse("dropout_p", arguments["dropout_p"], "dropout= in its place"))
+    check_count(inputs, _NAME)
+    call = _Call(as_subject(subject, inputs, arguments), modules_in(subject))
     with borrowed(subject, *call.called.tensors.values(), seed=seed), torch.no_grad():
         if share is None:
             _refuse_training(call.modules)
@@ -98,7 +104,7 @@ def assert_deterministic(
         if share is None:
             return
         call.train(True)
-        function = call.called.with_dropout(has_module=bool(call.modules))
+        function = _with_dropout(call)
         if function is None and not call.modules:
             got = f"{share:g} for a subject that takes no dropout_p and holds no module"
             accepted = "None, since nothing says where its dropout is"
@@ -108,15 +114,9 @@ def assert_deterministic(
         else:
             _check_training(call, evaluated, share, runs=runs, seed=seed)
             _check_declared(call, evaluated, share)
-            if call.is_linear if unbiased is None else unbiased:
+            # Of multi-head attention the output is linear in its weights after dropout.
+            if isinstance(subject, nn.MultiheadAttention) if unbiased is None else unbiased:
                 _check_mean(call, evaluated, share, runs=runs, seed=seed)
-
-
-def _probability(dropout: object) -> float:
-    given = check_number(dropout, "dropout")
-    if not 0 < given < 1:
-        raise ValueError(misuse("dropout", repr(given), "0 < dropout < 1, or None"))
-    return given
 
 
 @dataclass(frozen=True)
@@ -126,12 +126,10 @@ class _Call:
     Attributes:
         called: The subject.
         modules: The modules that it is or holds.
-        is_linear: Whether its output is linear in its weights after dropout.
     """
 
     called: Subject
     modules: list[nn.Module]
-    is_linear: bool
 
     def run(self) -> Tensor:
         """Call it."""
@@ -148,14 +146,16 @@ class _Call:
         return "in evaluation mode" if self.modules else "without dropout"
 
 
-def _as_call(
-    subject: Callable[..., Any], inputs: Sequence[object], arguments: dict[str, Any]
-) -> _Call:
-    modules, is_linear = modules_in(subject), isinstance(subject, nn.MultiheadAttention)
-    if "dropout_p" in arguments:
-        raise ValueError(misuse("dropout_p", arguments["dropout_p"], "dropout= in its place"))
-    check_count(inputs, _NAME)
-    return _Call(as_subject(subject, inputs, arguments), modules, is_linear)
+def _with_dropout(call: _Call) -> AttentionFunction | None:
+    """The function, if its signature has `dropout_p`, or anything where it holds no module."""
+    if not isinstance(call.called, AttentionFunction):
+        return None
+    taken = parameters_of(call.called.function)
+    if taken is None:  # A builtin: F.scaled_dot_product_attention.
+        return call.called
+    takes_any = any(one.kind == one.VAR_KEYWORD for one in taken.values())
+    takes = "dropout_p" in taken or (takes_any and not call.modules)
+    return call.called if takes else None
 
 
 def _refuse_training(modules: Sequence[nn.Module]) -> None:
@@ -239,31 +239,24 @@ def _random_state() -> tuple[object, ...]:
 def _noting_who_draws(modules: Sequence[nn.Module]) -> Iterator[list[str]]:
     """Collect the names of the innermost modules that draw random numbers."""
     drawing: list[str] = []
-    handles = []
     open_calls: list[tuple[tuple[object, ...], int]] = []
 
-    def enter(module: nn.Module, given: object) -> None:
+    def enter(*_: object) -> None:
         open_calls.append((_random_state(), len(drawing)))
 
-    def leave(name: str, module: nn.Module) -> None:
+    def leave(name: str) -> None:
         before, noted = open_calls.pop()
-        inner_drew = len(drawing) > noted
-        if not inner_drew and before != _random_state():
+        if len(drawing) == noted and before != _random_state():
             drawing.append(name)
 
-    for parent in modules:
-        for path, module in parent.named_modules():
-            kind = type(module).__name__
+    with ExitStack() as stack:
+        for path, part in (named for module in modules for named in module.named_modules()):
+            kind = type(part).__name__
             name = f"{path} ({kind})" if path else kind
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(
-                module.register_forward_hook(lambda module, *_, name=name: leave(name, module))
-            )
-    try:
+            stack.callback(part.register_forward_pre_hook(enter).remove)
+            hook = part.register_forward_hook(lambda *_, name=name: leave(name))
+            stack.callback(hook.remove)
         yield drawing
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 # --- training mode
@@ -299,8 +292,7 @@ def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, 
 def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
     """Check that some dropout of the module has the declared probability."""
     __tracebackhide__ = True
-    layers = _probabilities(call.modules)
-    others = [value for module in call.modules for value in _attributes_named_dropout(module)]
+    layers, others = _probabilities(call.modules)
     if not layers or any(math.isclose(p, share, rel_tol=1e-6) for p in (*layers.values(), *others)):
         return
     found = " and ".join(f"p={p:g}" for p in sorted(set(layers.values())))
@@ -315,32 +307,28 @@ def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
     )
 
 
-def _probabilities(modules: Sequence[nn.Module]) -> dict[str, float]:
-    """With what probability each layer drops, by its path; those that never do left out.
+def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list[float]]:
+    """With what probability each layer drops, by its path; and other numbers named like dropout.
 
-    A layer that never drops says nothing of dropout that is done by a function beside it.
+    A layer that never drops says nothing of dropout that is done by a function beside it, of
+    which a module keeps the probability as `self.attention_dropout`.
     """
-    found: dict[str, float] = {}
-    for module in modules:
-        for path, part in module.named_modules():
-            p = 0.0
-            if isinstance(part, nn.modules.dropout._DropoutNd):
-                p = float(part.p)
-            elif isinstance(part, nn.MultiheadAttention):
-                p = float(part.dropout)
-            if p:
-                found[path or type(part).__name__] = p
-    return found
-
-
-def _attributes_named_dropout(module: nn.Module) -> list[float]:
-    """The numbers that a module keeps for dropout by a function, as `self.attention_dropout`."""
-    return [
-        float(value)
-        for part in module.modules()
-        for name, value in vars(part).items()
-        if isinstance(value, (int, float)) and ("drop" in name.lower() or name == "p")
-    ]
+    layers: dict[str, float] = {}
+    others: list[float] = []
+    for path, part in (named for module in modules for named in module.named_modules()):
+        p = 0.0
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            p = float(part.p)
+        elif isinstance(part, nn.MultiheadAttention):
+            p = float(part.dropout)
+        if p:
+            layers[path or type(part).__name__] = p
+        others += [
+            float(value)
+            for name, value in vars(part).items()
+            if isinstance(value, (int, float)) and ("drop" in name.lower() or name == "p")
+        ]
+    return layers, others
 
 
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:

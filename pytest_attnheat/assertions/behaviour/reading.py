@@ -113,7 +113,12 @@ def as_function(
     if key.shape[-2] != value.shape[-2]:
         given = f"key {tuple(key.shape)} and value {tuple(value.shape)}"
         raise ValueError(misuse("key and value", given, "the same length"))
-    _check_leading(query, key, value, grouped=_may_group(function, arguments))
+    _check_leading(
+        query,
+        key,
+        value,
+        grouped=bool(arguments.get("enable_gqa")) or isinstance(function, Described),
+    )
     for name, argument in arguments.items():
         if name != MASK and isinstance(argument, Tensor) and argument.dtype == torch.bool:
             accepted = (
@@ -125,10 +130,6 @@ def as_function(
         function = Multihead(function)
     own = {name: copied(argument) for name, argument in arguments.items()}
     return AttentionFunction(function, query, key, value, own, seed)
-
-
-def _may_group(function: object, arguments: Mapping[str, Any]) -> bool:
-    return bool(arguments.get("enable_gqa")) or isinstance(function, Described)
 
 
 def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) -> None:
@@ -202,27 +203,24 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
 
     Keys are kept together if a mask is given: a query might be left without any.
     """
-    query, key, value = function.query, function.key, function.value
-    mask = function.mask
+    query, key, arguments = function.query, function.key, dict(function.arguments)
+    mask, is_causal = function.mask, bool(arguments.get("is_causal"))
     keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)
-    group = function.group
-    most_heads = _MOST_HEADS if keys <= _MOST_KEYS else 2
     kept = [min(size, 2) for size in query.shape[:-2]]
     own = list(kept)
     if kept:
-        own[-1] = min(key.shape[-3], max(2, most_heads // group))
-        kept[-1] = own[-1] * group
+        most_heads = _MOST_HEADS if keys <= _MOST_KEYS else 2
+        own[-1] = min(key.shape[-3], max(2, most_heads // function.group))
+        kept[-1] = own[-1] * function.group
     leading = math.prod(kept)
     queries = min(query.shape[-2], max(4, most // (leading * keys)))
-    if mask is None and function.arguments.get("is_causal"):
+    if mask is None and is_causal:
         # As many queries as keys: then causal is the same, whichever corner it is aligned to.
         square = max(4, math.isqrt(most // leading))
         queries, keys = min(query.shape[-2], square), min(key.shape[-2], square)
-    spaced = torch.linspace(0, query.shape[-2] - 1, queries, device=query.device).long()
-    arguments = dict(function.arguments)
-    rows = spaced if mask is not None else torch.arange(queries, device=query.device)
-    if arguments.get("is_causal"):
-        rows = torch.arange(queries, device=query.device)
+    rows = torch.arange(queries, device=query.device)
+    if mask is not None and not is_causal:
+        rows = torch.linspace(0, query.shape[-2] - 1, queries, device=query.device).long()
     if mask is not None:
         some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
         arguments[MASK] = _corner(some, kept)
@@ -230,7 +228,7 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
         function,
         query=_corner(query[..., rows, :], kept),
         key=_corner(key[..., :keys, :], own),
-        value=_corner(value[..., :keys, :], own),
+        value=_corner(function.value[..., :keys, :], own),
         arguments=arguments,
     )
 

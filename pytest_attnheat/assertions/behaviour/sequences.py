@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
@@ -292,15 +293,11 @@ def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
     mask = "attention_mask" if "attention_mask" in taken else None
     return SequenceModel(
         module,
-        mask=None if mask is None else _whole_numbers,
+        mask=None if mask is None else Tensor.long,
         mask_argument=mask,
         positions_argument="position_ids" if "position_ids" in taken else None,
         decode=CachedDecoding(module) if "past_key_values" in taken else None,
     )
-
-
-def _whole_numbers(real: Tensor) -> Tensor:
-    return real.long()
 
 
 class CachedDecoding:
@@ -365,11 +362,7 @@ def name_of_cache(module: Callable[..., Any]) -> str | None:
     """Return the parameter under which a module takes a cache, told by its name, or None."""
     module = getattr(module, "_orig_mod", module)  # What torch.compile wraps.
     taken = parameters_of(module) or ()
-    return next((name for name in taken if _is_name_of_cache(name)), None)
-
-
-def _is_name_of_cache(name: str) -> bool:
-    return "cache" in name.lower() or name.startswith("past") or name.endswith("_past")
+    return next((n for n in taken if re.search("cache|^past|_past$", n.lower())), None)
 
 
 def decode_takes(model: SequenceModel) -> bool:

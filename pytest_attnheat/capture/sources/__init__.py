@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional
 
 from pytest_attnheat.capture.sources import flex, sdpa, written
-from pytest_attnheat.capture.watching import Args, Function, Keywords, Source, Watcher
+from pytest_attnheat.capture.watching import Call, Function, Source
 
 # Operators of these names do attention and tell nothing, as far as names tell.
 _ATTENTION = re.compile(r"attention|attn|sdpa|flash|mha(_|$)", re.IGNORECASE)
@@ -40,11 +40,10 @@ def _source_of_operator(func: Any) -> Source | None:
     return written.source_of(name, func) if namespace == "aten" else None
 
 
-def _name(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
-    """Call an operator that cannot be read, and tell that it happened."""
-    operator = isinstance(func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
-    watcher.miss(
-        str(func) if operator else func.__name__,
+def _name(call: Call) -> None:
+    """Tell that an operator happened that cannot be read."""
+    operator = isinstance(call.func, torch._ops.OpOverload | torch._ops.OpOverloadPacket)
+    call.watcher.miss(
+        str(call.func) if operator else call.func.__name__,
         "a fused operator, which does not tell its mask, scale and causality",
     )
-    return func(*args, **kwargs)

@@ -11,21 +11,23 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from pytest_attnheat.attention.call import ScoreMod
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.watching import Args, Function, Keywords, Watcher
+from pytest_attnheat.capture.watching import After, Call
 from pytest_attnheat.inputs import wide_dtype
 
 SOURCE = "flex_attention"
 
 
-def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
-    """Call the operator behind `flex_attention`, and tell what it was given.
+def see(call: Call) -> After:
+    """Tell what the operator behind `flex_attention` was given.
 
     It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
     pair whether it may attend), scale, and options of the kernel.
     """
-    result = func(*args, **kwargs)
-    watcher.tell(SOURCE, lambda: (_record(args, result[0]), None))
-    return result
+
+    def after(result: Any) -> None:
+        call.watcher.tell(_record(call.args, result[0]))
+
+    return after
 
 
 def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
@@ -76,7 +78,8 @@ def _frozen(score_mod: Callable[..., Tensor], query: Tensor) -> Callable[..., Te
     try:
         from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
-        with torch.no_grad(), TransformGetItemToIndex():  # As flex_attention itself traces it.
+        # As flex_attention itself traces it.
+        with torch.no_grad(), torch._C._EnableTorchFunction(), TransformGetItemToIndex():
             graph = make_fx(score_mod)(score, *numbers)
     except Exception:  # It does what cannot be traced, as nothing that can be compiled does.
         return score_mod

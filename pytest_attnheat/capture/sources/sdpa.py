@@ -14,40 +14,44 @@ from torch.nn import functional
 
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.tags import Shaping, without_factor
-from pytest_attnheat.capture.watching import Args, Function, Keywords, Watcher, argument
+from pytest_attnheat.capture.shaping import Shaping
+from pytest_attnheat.capture.tags import without_factor
+from pytest_attnheat.capture.watching import After, Call, Instead, Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 SOURCE = "scaled_dot_product_attention"
 
 
-def see(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
-    """Call it, and tell what it was given."""
-    output = func(*args, **kwargs)
-    given = {**dict(zip(_NAMES, args, strict=False)), **kwargs}
-    query, key, value = given["query"], given["key"], given["value"]
-    strange = next((t for t in (query, key, value) if t.is_nested or t.is_sparse), None)
-    if strange is not None or not isinstance(output, Tensor) or output.is_meta:
-        kind = "nested" if strange is not None and strange.is_nested else "unusual"
-        watcher.miss(SOURCE, f"it was given {kind} tensors")
-        return output
-    watcher.tell(SOURCE, lambda: (_record(watcher, given, output), None))
-    return output
+def see(call: Call) -> After:
+    """Tell what it was given."""
+    watcher, given = call.watcher, {**dict(zip(_NAMES, call.args, strict=False)), **call.kwargs}
+    tensors = given["query"], given["key"], given["value"]
+
+    def after(output: Any) -> None:
+        strange = next((t for t in tensors if t.is_nested or t.is_sparse), None)
+        if strange is not None or not isinstance(output, Tensor) or output.is_meta:
+            kind = "nested" if strange is not None and strange.is_nested else "unusual"
+            watcher.miss(SOURCE, f"it was given {kind} tensors")
+            return
+        watcher.tell(_record(watcher, given, output))
+
+    return after
 
 
 def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> AttentionRecord:
     query, key, value = given["query"], given["key"], given["value"]
     tag, factors = watcher.tags[query], (watcher.tags.factor(query), watcher.tags.factor(key))
+    before = None if tag is None else tag.before
     if query.dtype != output.dtype:  # Autocast, within the function.
         query, key, value = (t.to(output.dtype) for t in (query, key, value))
     if query.ndim == 3 and given.get("enable_gqa"):  # Its first axis is one of heads.
         query, key, value, output = (t.unsqueeze(0) for t in (query, key, value, output))
     if query.shape[:-2] != output.shape[:-2]:  # One query for several keys.
         query = query.expand(*output.shape[:-2], *query.shape[-2:])
-    shaping = Shaping.of(query, tag, watcher.heads, key)
+    shaping = Shaping.of(query, before, watcher.heads, key)
     mask, bias, causal = _mask(given)
     scale = given.get("scale")
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
     # Some models scale queries in place of scores.
     query, key = (without_factor(t, f) for t, f in zip((query, key), factors, strict=True))
     return AttentionRecord(
@@ -84,19 +88,24 @@ def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignmen
     return None, mask, causal
 
 
-def see_within(watcher: Watcher, func: Function, args: Args, kwargs: Keywords) -> Any:
+def see_within(call: Call) -> Instead:
     """Run `multi_head_attention_forward` under the watcher: what happens within is seen.
 
     A mode is set aside while it handles a function, and the function would hand itself to the
     mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
     """
-    before = watcher.heads
-    watcher.heads = argument(args, kwargs, 4, "num_heads")
-    try:
-        with watcher:
-            return _unasking()(*args, **kwargs)
-    finally:
-        watcher.heads = before
+    watcher = call.watcher
+
+    def run() -> Any:
+        before = watcher.heads
+        watcher.heads = call.given(4, "num_heads")
+        try:
+            with watcher:
+                return _unasking()(*call.args, **call.kwargs)
+        finally:
+            watcher.heads = before
+
+    return Instead(run)
 
 
 @lru_cache(maxsize=1)

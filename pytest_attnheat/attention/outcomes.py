@@ -10,23 +10,107 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import Change
-from pytest_attnheat.attention.misreadings import MISREADINGS
-from pytest_attnheat.attention.mistakes import Expected, expected
-from pytest_attnheat.attention.plan import Case, Plan, misread
+from pytest_attnheat.attention.decisions import Change, Misreading
+from pytest_attnheat.attention.misreadings import in_order
+from pytest_attnheat.attention.plan import (
+    Case,
+    NotApplicable,
+    Outcome,
+    Plan,
+    Step,
+    carry_out,
+    directly,
+    misread,
+)
+from pytest_attnheat.attention.tolerance import answer_units
 
 # The decisions of a plan that differ from those of the correct one, by name.
 Decisions: TypeAlias = Mapping[str, Any]
 # Cases with more weights are large.
 _LARGE = 2000
 _USUAL: dict[str, Any] = {one.name: getattr(Plan(), one.name) for one in fields(Plan)}
+
+
+@dataclass(frozen=True, eq=False)
+class Expected:
+    """What a plan gives on a case, and what judging it takes.
+
+    Attributes:
+        output: (batch, heads, query_len, value_dim)
+        largest_score: The largest score of each row, (batch, heads, query_len).
+        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
+        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
+    """
+
+    output: Tensor
+    largest_score: Tensor
+    ordinary: float | Tensor
+    unjudged: Tensor | None
+
+    def errors(
+        self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
+    ) -> tuple[Tensor, Tensor]:
+        """Compare it with what was found, (batch, heads, query_len, value_dim).
+
+        Args:
+            found: An answer in float64.
+            dtype: The dtype that it was computed in.
+            least: The least part of a row by which it may be off.
+            most: The most.
+
+        Returns:
+            The error of each row as a part of its size and what rounding may do (see **Answers**
+            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
+            finite has the largest error that there is, 2; rows that are not judged have 0.
+        """
+        differs = found.isfinite() != self.output.isfinite()
+        off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
+        least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
+        error = off / torch.maximum(*sizes).clamp_(min=least_size)
+        error.masked_fill_(differs.any(-1), 2.0)
+        if self.unjudged is not None:
+            error.masked_fill_(self.unjudged, 0.0)
+        allowed = answer_units(dtype) * torch.finfo(dtype).eps * (2.0 + self.largest_score)
+        return error, allowed.clamp_(min=least, max=max(most, least))
+
+
+def expected(plan: Plan, case: Case, step: Step = directly) -> Expected | None:
+    """Carry out a plan, each step by `step`; None where it cannot be carried out."""
+    try:
+        result = carry_out(plan, case, step)
+    except NotApplicable:
+        return None
+    outcome: Expected = step(_judgeable, plan, case, result)
+    return outcome
+
+
+def _judgeable(plan: Plan, case: Case, result: Outcome) -> Expected:
+    largest_score = finite(result.scores).abs().masked_fill_(~result.permitted, 0.0).amax(-1)
+    if plan.dim != "keys" or plan.merge != "transpose":
+        # A row of the output is not made by its own scores alone.
+        largest_score = torch.full_like(largest_score, float(largest_score.max()))
+    unjudged = None
+    if case.fully_masked == "undefined":
+        unjudged = ~case.seen.any(-1)
+    ordinary = float(finite(result.value).square().mean().sqrt())
+    return Expected(result.output, largest_score, ordinary, unjudged)
+
+
+def finite(tensor: Tensor) -> Tensor:
+    """Return a tensor with 0 in place of NaN and inf."""
+    return torch.nan_to_num(tensor, nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def rms(rows: Tensor) -> Tensor:
+    """Return the root of the mean square of each row."""
+    return rows.square().mean(-1).sqrt()
 
 
 def decisions_of(change: Change) -> Decisions:
@@ -69,6 +153,10 @@ class _Node:
         return self.by_value.get(decided.get(self.name, _USUAL[self.name]))
 
 
+class _KnownError(Exception):
+    """What comes of a plan is known from here on."""
+
+
 class _Watched(Plan):
     """A plan that tells which of its decisions are read."""
 
@@ -90,22 +178,20 @@ class Outcomes:
 
     def __init__(self, case: Case) -> None:
         self.case = case
-        # What steps came to on long inputs takes too much room.
+        # What steps came to on long inputs takes too much room, but for those of correct attention.
         self._keeps = not is_large(case)
         self._root = _Node()
         # By the step before and what it came to.
         self._states: dict[tuple[int, int], _Node] = {}
         self._known: dict[int, Expected] = {}
-        self._readings: dict[tuple[Case, str], Case] = {}
+        self._readings: dict[tuple[Case, Misreading], Case] = {}
         self.healthy: Expected | None = None
         self.healthy = self.of({})
 
     def of(self, decided: Decisions) -> Expected | None:
         """Return what a plan gives, None if it cannot be carried out; the same is one object."""
-        node: _Node | None = self._root
-        while node is not None and not node.ends:
-            node = node.next(decided)
-        return self._computed(decided) if node is None else node.outcome
+        end = _end(self._root, decided)
+        return self._computed(decided) if end is None else end.outcome
 
     def _computed(self, decided: Decisions) -> Expected | None:
         """Carry out a plan, but for the steps that are known."""
@@ -132,25 +218,30 @@ class Outcomes:
             same = id(last), _digest(reached)
             node.then = self._states.setdefault(same, _Node())
             node = last = node.then
+            if _end(node, decided) is not None:
+                raise _KnownError
             if node.reached is not None:
                 return node.reached
-            if self._keeps or isinstance(reached, Case):
+            if self._keeps or isinstance(reached, Case) or self.healthy is None:
                 node.reached = reached
             return reached
 
         plan = object.__new__(_Watched)
         vars(plan).update(_USUAL, **decided, told=told)
-        outcome = expected(plan, self.case, step)
+        try:
+            outcome = expected(plan, self.case, step)
+        except _KnownError:
+            return self.of(decided)
         node.outcome, node.ends = self._one(outcome), True
         return node.outcome
 
     def _read_as(self, plan: Plan) -> Case:
         """The case as a plan reads it, each misreading done once."""
         case = self.case
-        for name in sorted(plan.misread):
-            if (case, name) not in self._readings:
-                self._readings[case, name] = MISREADINGS[name](case)
-            case = self._readings[case, name]
+        for reading in in_order(plan.misread):
+            if (case, reading) not in self._readings:
+                self._readings[case, reading] = reading(case)
+            case = self._readings[case, reading]
         return case
 
     def _one(self, outcome: Expected | None) -> Expected | None:
@@ -159,6 +250,13 @@ class Outcomes:
         if self.healthy is not None and _equal(outcome, self.healthy):
             return self.healthy
         return self._known.setdefault(_digest(outcome), outcome)
+
+
+def _end(node: _Node | None, decided: Decisions) -> _Node | None:
+    """Where a plan ends up, None if that is not known."""
+    while node is not None and not node.ends:
+        node = node.next(decided)
+    return node
 
 
 kept_outcomes = lru_cache(maxsize=64)(Outcomes)

@@ -1,0 +1,106 @@
+"""How the leading axes of an attention are batch entries and heads."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shaping:
+    """How the leading axes of an attention are batch entries and heads.
+
+    Attributes:
+        lead: The leading axes of the queries.
+        batch: Number of batch entries.
+        heads: Number of heads.
+        packed: How many heads that share keys were written as queries of one; 1 for none.
+        joined: Whether more than one leading axis is one of heads.
+    """
+
+    lead: tuple[int, ...]
+    batch: int
+    heads: int
+    packed: int = 1
+    joined: bool = False
+
+    @classmethod
+    def of(
+        cls, query: Tensor, before: tuple[int, ...] | None, heads: int | None, key: Tensor
+    ) -> Shaping:
+        """Read the axes of a query (..., query_len, head_dim).
+
+        A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
+        unless it was made by joining (batch, heads), or `heads` says what it holds.
+
+        Args:
+            query: The queries.
+            before: Their shape before they were reshaped, see `tags.Tag`.
+            heads: How many heads a 3-D batch axis holds, if that is known.
+            key: The keys; their leading axes may broadcast.
+        """
+        lead = tuple(query.shape[:-2])
+        if len(lead) == 1:
+            if before is not None and before[0] * before[1] == lead[0]:
+                return cls(lead, before[0], before[1])
+            if heads is not None and lead[0] % heads == 0:
+                return cls(lead, lead[0] // heads, heads)
+            return cls(lead, lead[0], 1)
+        # With one head of keys these may as well be the queries of one head, as they are written.
+        if len(lead) == 2 and before is not None and before[2] == 1 and lead[1] > 1:
+            group = query.shape[-2]
+            if before[:2] == (lead[0], lead[1] * group) and key.shape[-3] == lead[1]:
+                return cls(lead, lead[0], before[1], packed=group)
+        return cls(lead, math.prod(lead[:-1]), lead[-1] if lead else 1)
+
+    @classmethod
+    def of_weights(
+        cls, weights: Tensor, before: tuple[int, ...] | None, heads: int | None
+    ) -> Shaping:
+        """Read the axes of weights (..., query_len, key_len); with 5-D, heads are in groups."""
+        lead = tuple(weights.shape[:-2])
+        if len(lead) > 2:
+            return cls(lead, lead[0], math.prod(lead[1:]), joined=True)
+        return cls.of(weights, before, heads, weights)
+
+    def weights_shape(self, query_len: int, key_len: int) -> tuple[int, int, int, int]:
+        """(batch, heads, query_len, key_len)."""
+        return self.batch, self.heads, 1 if self.packed > 1 else query_len, key_len
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """A tensor with a row per query, (..., query_len, width), as 4-D."""
+        width = tensor.shape[-1]
+        length = 1 if self.packed > 1 else tensor.shape[-2]
+        return tensor.reshape(self.batch, self.heads, length, width)
+
+    def keys(self, tensor: Tensor) -> Tensor:
+        """A tensor with a row per key, (..., key_len, width), as 4-D; it may have fewer heads."""
+        lead = tuple(tensor.shape[:-2])
+        length, width = tensor.shape[-2:]
+        if len(lead) < 2 or self.joined:
+            tensor = tensor.expand(*self.lead, length, width) if lead != self.lead else tensor
+            return tensor.reshape(self.batch, self.heads, length, width)
+        tensor = tensor.expand(*self.lead[:-1], lead[-1], length, width)
+        return tensor.reshape(self.batch, lead[-1], length, width)
+
+    def mask(self, tensor: Tensor) -> Tensor:
+        """Something that broadcasts to the weights, as 4-D that does."""
+        missing = len(self.lead) + 2 - tensor.ndim
+        if missing > 0:
+            tensor = tensor[(None,) * missing]
+        lead = tuple(tensor.shape[:-2])
+        rows, keys = tensor.shape[-2:]
+        if all(size == 1 for size in lead):
+            tensor = tensor.reshape(1, 1, rows, keys)
+            if self.packed == 1 or rows == 1:
+                return tensor
+            lead = (1, 1)
+        if self.packed > 1:
+            tensor = tensor.expand(lead[0], self.heads // self.packed, self.packed, keys)
+            return tensor.reshape(lead[0], self.heads, 1, keys)
+        if len(lead) == 2:
+            return tensor
+        tensor = tensor.expand(*self.lead, rows, keys)
+        return tensor.reshape(self.batch, self.heads, rows, keys)
