@@ -219,3 +219,12 @@ def test_an_output_of_the_caller_is_held_against_the_value_of_the_record(hidden)
     assert_reproduces_output(trace, output=trace[0].output)
     with pytest.raises(AssertionError, match="layer    Layer, call 0"):
         assert_reproduces_output(trace, output=trace[0].output + 1)
+
+
+def test_dropout_within_an_attention_is_told_where_its_output_is_not_reproduced():
+    torch.manual_seed(0)
+    query, key, value = torch.randn(3, 1, 2, 6, 8)
+    with capture_attention() as trace:
+        torch.nn.functional.scaled_dot_product_attention(query, key, value, dropout_p=0.5)
+    with pytest.raises(AssertionError, match=r"cause +dropout of 0\.5 was applied within"):
+        assert_reproduces_output(trace)

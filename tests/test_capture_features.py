@@ -246,11 +246,8 @@ def test_a_scale_that_may_be_meant_is_no_defect(block, hint):
 
 
 WRONG = {
-    "none": (Block(by(1.0)), "scale_missing"),
-    "inverted": (Block(by(8**0.5)), "scale_inverted"),
     "twice": (
         Block(lambda block, q, k, v: softmax((q * 8**-0.5) @ k.mT * 8**-0.5) @ v), "scale_squared"),
-    "of the embedding": (Block(by(32**-0.5)), "scale_from_embedding"),
     "of the embedding, carried": (Block(by(32**-0.5), scale=32**-0.5), "scale_from_embedding"),
     "another than is carried": (Block(by(8**-0.5), scaling=0.2), "scale_dropped"),
 }  # fmt: skip

@@ -1,5 +1,7 @@
 """Each check is needed: some defect is found by it and few others."""
 
+from functools import partial
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
@@ -225,6 +227,56 @@ def test_what_takes_every_feature_passes():
     assert report.passed, str(report)
     asked = {result.name for result in report.results if result.status == "passed"}
     assert {"pairs", *FEATURES} <= asked
+
+
+def failing(subject, name, **declared):
+    """The replay of one check of a subject, None where it passes."""
+    spec = AttentionSpec(subject, dtypes=("float32",), **declared)
+    (result,) = check_attention(spec, checks=[one for one in CHECKS if one.name == name]).results
+    assert result.status in ("passed", "failed"), result.message
+    return result.replay if result.status == "failed" else None
+
+
+def from_the_end(query, key, value, is_causal=False):
+    """Causal from the bottom right; NaN where nothing is seen."""
+    behind = torch.arange(query.shape[-2])[:, None] - torch.arange(key.shape[-2])
+    hidden = behind + key.shape[-2] - query.shape[-2] < 0
+    scores = query @ key.mT / query.shape[-1] ** 0.5
+    return (scores.masked_fill(hidden, -torch.inf) if is_causal else scores).softmax(-1) @ value
+
+
+def test_more_queries_than_keys_are_asked_from_the_bottom_right_and_judged_where_declared():
+    def one_too_far(query, key, value, is_causal=False):
+        if is_causal and query.shape[-2] > key.shape[-2]:
+            key, value = key[..., 1:, :], value[..., 1:, :]
+        return from_the_end(query, key, value, is_causal=is_causal)
+
+    def zeros(query, key, value, is_causal=False):
+        return from_the_end(query, key, value, is_causal=is_causal).nan_to_num(0.0)
+
+    ask = partial(failing, name="causal_rectangular", causal="bottom_right")
+    assert ask(one_too_far).startswith("sizes=9x5 causal=True ")
+    assert ask(from_the_end) is None
+    assert ask(from_the_end, fully_masked="zero").startswith("sizes=9x5 causal=True ")
+    assert ask(zeros, fully_masked="zero") is ask(from_the_end, fully_masked="nan") is None
+
+
+def test_a_batch_entry_without_any_key_is_asked_where_it_is_declared():
+    def clamped(query, key, value, *, lengths=None):
+        return featured(query, key, value, lengths=lengths if lengths is None else lengths.clamp(1))
+
+    ask = partial(failing, name="lengths", lengths="lengths")
+    assert ask(clamped) is None
+    assert "lengths=empty" in ask(clamped, fully_masked="zero")
+    assert ask(featured, fully_masked="nan") is None
+
+
+def test_a_window_wider_than_all_calls_is_asked_in_one_that_it_shortens():
+    def unlimited(query, key, value):
+        return from_the_end(query, key, value, is_causal=True)
+
+    declared = {"window": (2500, 0), "causal": "bottom_right", "fully_masked": "undefined"}
+    assert failing(unlimited, "block_lengths", **declared).startswith("sizes=3x2505 ")
 
 
 def test_every_check_is_needed():

@@ -45,17 +45,25 @@ OVER_QUERIES = "attention whose softmax runs over the queries (dim=-2)"
 PLAIN = {"mask": None, "causal": None}
 
 
+def with_keyword(subject, name):
+    """The same with one keyword more; it is told of documents by those of the keys alone."""
+
+    def attention(query, key, value, attn_mask=None, is_causal=False, scale=None, **given):
+        given = {n: (t, t) if n == "documents" else t for n, t in given.items() if t is not None}
+        return subject(query, key, value, attn_mask, is_causal, scale=scale, **given)
+
+    return attention
+
+
 def specimen(*names, dtypes=("float64",), **declared):
     """A subject with planted defects, and what is declared about it."""
     needed = declared_for(*names)
-    return AttentionSpec(
-        attention_with(*names, **needed),
-        name="mine",
-        grouped=True,
-        dtypes=dtypes,
-        **needed,
-        **declared,
-    )
+    subject = attention_with(*names, **needed)
+    given = [one for one in ("bias", "documents", "lengths") if any(one in name for name in names)]
+    if given:
+        subject = with_keyword(subject.with_more, given[0])
+        needed[given[0]] = given[0]
+    return AttentionSpec(subject, name="mine", grouped=True, dtypes=dtypes, **needed, **declared)
 
 
 @functools.cache

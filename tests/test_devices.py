@@ -8,6 +8,9 @@ import torch
 from pytest_attnheat.attention.devices import check_device, names_of, resolve, visible_devices
 from pytest_attnheat.callables import borrowed
 
+# What a process of pytest need not load: it takes as long as the rest.
+LIGHT = ("-p", "no:hypothesispytest", "-p", "no:pytest_mpl")
+
 
 @pytest.mark.parametrize("name", ["cpu", "cuda", "cuda:1", "mps", "mps:0", "xpu:3", "hpu", "mtia"])
 def test_every_device_that_torch_has_a_name_for_is_accepted(name):
@@ -68,7 +71,7 @@ def test_a_registered_device_type_is_one_like_the_others(pytester):
             assert names_of(("auto",)) == ["cpu", "pretend"]
         """
     )
-    options = ("--attn-device=cpu,pretend,pretend:1,pretend:7", "-v", "-rs")
+    options = ("--attn-device=cpu,pretend,pretend:1,pretend:7", "-v", "-rs", *LIGHT)
     result = pytester.runpytest_subprocess(*options)
     result.assert_outcomes(passed=4, skipped=1)
     result.stdout.fnmatch_lines(["*::test_a?pretend? PASSED*"])
@@ -86,7 +89,7 @@ def test_a_type_that_torch_turns_out_not_to_know_is_an_error_at_collection(pytes
         def test_a(check): check()
         """,
     )
-    result = pytester.runpytest_subprocess("--attn-device=quantum")
+    result = pytester.runpytest_subprocess("--attn-device=quantum", *LIGHT)
     result.assert_outcomes(errors=2)
     said = "got 'quantum', which the torch that is installed does not know; accepted is *"
     result.stdout.fnmatch_lines([f"test_checks.py::test_a: attn_device: {said}"])

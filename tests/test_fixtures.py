@@ -165,11 +165,12 @@ ON_WORKERS = {
 
 @pytest.fixture(scope="module")
 def on_workers(tmp_path_factory):
-    """The lines of one run on three workers."""
+    """The lines of one run on two workers."""
     folder = tmp_path_factory.mktemp("on_workers")
     for name, text in ON_WORKERS.items():
         (folder / name).write_text(textwrap.dedent(text), encoding="utf-8")
-    command = [sys.executable, "-m", "pytest", "-n", "3", "-v", "-rA"]
+    light = ["-p", "no:hypothesispytest", "-p", "no:pytest_mpl"]  # each worker loads all plugins
+    command = [sys.executable, "-m", "pytest", "-n", "2", "-v", "-rA", *light]
     run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
     return run.stdout.splitlines()
 

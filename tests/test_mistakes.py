@@ -1,6 +1,5 @@
 """The known defect that gives a wrong output is named, and nothing else is."""
 
-
 import pytest
 import torch
 

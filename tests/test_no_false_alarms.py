@@ -85,7 +85,7 @@ def test_grouped_heads_pass_in_every_dtype(function, dtype):
 
 # Its gradients are judged below, its layouts by the examination of it (`test_contract_report`),
 # and what it sees by the tests of these assertions.
-OWN = ("reference", "gradients", "layout", "convex", "leakage", "leakage, masked")
+OWN = ("reference", "gradients", "layout", "leakage", "leakage, masked")
 ON_FLEX = [n for n in ON_FUNCTIONS if n not in OWN]
 
 

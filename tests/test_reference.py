@@ -116,6 +116,7 @@ def test_padding_masks_by_side(lengths, side, expected):
         ([True], TypeError, "got dtype bool; .*whole number"),
         ("a", TypeError, "lengths: got 'a'; .*whole number"),
         (None, TypeError, "lengths: got None; .*whole number"),
+        (torch.ones(2, 3).long(), ValueError, r"lengths: got shape \(2, 3\).*mask\.sum\(-1\)"),
     ],
 )
 def test_lengths_are_checked(lengths, error, said):

@@ -405,7 +405,8 @@ def _own_mask(has, mask):
         return torch.stack([mask[:, 0] for _ in range(heads)], 1)
     if "mask_tiled_over_heads" in has:
         # (batch * heads, ...) scores against a mask that was repeated as a whole.
-        folded = mask[:, 0].repeat(heads, 1, 1)
+        order = [(b * heads + h) % batch for b in range(batch) for h in range(heads)]
+        folded = torch.stack([mask[b, i % heads] for i, b in enumerate(order)])
         return folded.reshape(batch, heads, *mask.shape[2:])
     return mask
 

@@ -36,6 +36,8 @@ def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
         if found is not None:
             yield Unseen(name, "a scripted module", f"{found[1]} happens in compiled code")
     for name, module in layers.ran.items():
+        if name in layers.noted["convolution"] - layers.noted["product"]:
+            continue  # What convolves may be called attention, and is none.
         if _is_attention(module) and not _accounted_for(name, layers, trace):
             yield Unseen(name, type(module).__name__, "it ran, and no attention was seen in it")
 

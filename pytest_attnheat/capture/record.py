@@ -76,6 +76,7 @@ class AttentionRecord:
         strange: What was done to the scores that is not understood, if anything: scale, softcap
             and sinks are not known then.
         mask_lost: Whether that may have hidden keys, and no mask was seen.
+        doubt: What about its shape is a guess; empty if the call says all.
         kind: "linear" if the weights are those that linear attention implies and never holds.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
@@ -83,6 +84,7 @@ class AttentionRecord:
         queries: Which queries these are; None for all.
         training: Whether that module was in training mode.
         call: How many attentions this layer had performed before, in this capture.
+        step: How often the model itself had been called before: the step of `generate()`.
         residual: How far weights times value are from the output, in rows that were compared
             when it was captured: the worst row, relative to what its weights and the sizes of
             the values make. NaN where that cannot be asked; `unverified` says why.
@@ -108,6 +110,7 @@ class AttentionRecord:
     heads: Tensor | None = None
     queries: Tensor | None = None
     call: int = 0
+    step: int = 0
     training: bool = False
     residual: float = float("nan")
     tolerance: float = 0.0
@@ -119,6 +122,7 @@ class AttentionRecord:
     score_mod: ScoreMod | None = field(default=None, repr=False)
     strange: str = ""
     mask_lost: bool = False
+    doubt: str = ""
     kind: Literal["attention", "linear"] = "attention"
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)

@@ -86,6 +86,7 @@ class Recording:
             record,
             layer=layer,
             call=self._calls[layer],
+            step=max(self._layers.step, 0),
             training=self._layers.training,
             tolerance=residual_tolerance(record.dtype),
             weights_dtype=self._wanted.dtype,
@@ -130,6 +131,10 @@ class Recording:
         """Forget those that did."""
         for number in numbers:
             self._expected.pop(number, None)
+
+    def note(self, kind: str) -> None:
+        """Note in which modules something ran."""
+        self._layers.noted[kind].update(self._layers.running)
 
     def unread(self) -> list[Unseen]:
         """The softmaxes of which no attention was seen to come."""

@@ -17,53 +17,42 @@ class Shaping:
         batch: Number of batch entries.
         heads: Number of heads.
         packed: How many heads that share keys were written as queries of one; 1 for none.
-        joined: Whether more than one leading axis is one of heads.
     """
 
     lead: tuple[int, ...]
     batch: int
     heads: int
     packed: int = 1
-    joined: bool = False
 
     @classmethod
-    def of(
-        cls, query: Tensor, before: tuple[int, ...] | None, heads: int | None, key: Tensor
-    ) -> Shaping:
-        """Read the axes of a query (..., query_len, head_dim).
+    def of(cls, rows: Tensor, before: tuple[int, ...] | None, heads: int | None) -> Shaping:
+        """Read the axes of queries or weights (..., query_len, width).
 
         A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
-        unless it was made by joining (batch, heads), or `heads` says what it holds.
+        unless it was made by joining (batch, heads), or `heads` says what it holds. With more,
+        heads are taken to be in groups.
 
         Args:
-            query: The queries.
+            rows: The queries, or weights.
             before: Their shape before they were reshaped, see `tags.Tag`.
             heads: How many heads a 3-D batch axis holds, if that is known.
-            key: The keys; their leading axes may broadcast.
         """
-        lead = tuple(query.shape[:-2])
-        if len(lead) == 1:
-            if before is not None and before[0] * before[1] == lead[0]:
-                return cls(lead, before[0], before[1])
-            if heads is not None and lead[0] % heads == 0:
-                return cls(lead, lead[0] // heads, heads)
-            return cls(lead, lead[0], 1)
-        # With one head of keys these may as well be the queries of one head, as they are written.
-        if len(lead) == 2 and before is not None and before[2] == 1 and lead[1] > 1:
-            group = query.shape[-2]
-            if before[:2] == (lead[0], lead[1] * group) and key.shape[-3] == lead[1]:
-                return cls(lead, lead[0], before[1], packed=group)
-        return cls(lead, math.prod(lead[:-1]), lead[-1] if lead else 1)
+        lead = tuple(rows.shape[:-2])
+        group = rows.shape[-2] if len(lead) == 2 else 1
+        if before is not None and before[:3] == (lead[0], lead[-1] * group, 1):
+            return cls(lead, lead[0], before[1], packed=group)
+        if len(lead) != 1:
+            return cls(lead, lead[0] if lead else 1, math.prod(lead[1:]))
+        if before is not None and before[0] * before[1] == lead[0]:
+            return cls(lead, before[0], before[1])
+        heads = heads if heads is not None and lead[0] % heads == 0 else 1
+        return cls(lead, lead[0] // heads, heads)
 
-    @classmethod
-    def of_weights(
-        cls, weights: Tensor, before: tuple[int, ...] | None, heads: int | None
-    ) -> Shaping:
-        """Read the axes of weights (..., query_len, key_len); with 5-D, heads are in groups."""
-        lead = tuple(weights.shape[:-2])
-        if len(lead) > 2:
-            return cls(lead, lead[0], math.prod(lead[1:]), joined=True)
-        return cls.of(weights, before, heads, weights)
+    @property
+    def doubt(self) -> str:
+        """What about this is a guess."""
+        many = len(self.lead) > 2 and sum(size > 1 for size in self.lead) > 1
+        return f"which of its leading axes {self.lead} are heads is not known" if many else ""
 
     def weights_shape(self, query_len: int, key_len: int) -> tuple[int, int, int, int]:
         """(batch, heads, query_len, key_len)."""
@@ -71,15 +60,14 @@ class Shaping:
 
     def queries(self, tensor: Tensor) -> Tensor:
         """A tensor with a row per query, (..., query_len, width), as 4-D."""
-        width = tensor.shape[-1]
         length = 1 if self.packed > 1 else tensor.shape[-2]
-        return tensor.reshape(self.batch, self.heads, length, width)
+        return tensor.reshape(self.batch, self.heads, length, tensor.shape[-1])
 
     def keys(self, tensor: Tensor) -> Tensor:
         """A tensor with a row per key, (..., key_len, width), as 4-D; it may have fewer heads."""
         lead = tuple(tensor.shape[:-2])
         length, width = tensor.shape[-2:]
-        if len(lead) < 2 or self.joined:
+        if len(lead) < 2 or len(self.lead) > 2:
             tensor = tensor.expand(*self.lead, length, width) if lead != self.lead else tensor
             return tensor.reshape(self.batch, self.heads, length, width)
         tensor = tensor.expand(*self.lead[:-1], lead[-1], length, width)

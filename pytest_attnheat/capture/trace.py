@@ -78,6 +78,19 @@ class Trace(Sequence[AttentionRecord]):
         return tuple(dict.fromkeys(record.layer for record in self._records))
 
     @property
+    def steps(self) -> tuple[int, ...]:
+        """The calls of the model, from 0, in which attention happened: steps of `generate()`."""
+        return tuple(dict.fromkeys(record.step for record in self._records))
+
+    def at(self, *, step: int) -> Trace:
+        """Return a trace of one step, or ValueError if there is none; -1 is the last."""
+        steps = self.steps
+        wanted = steps[step] if -len(steps) <= step < 0 else step
+        if wanted not in steps:
+            raise ValueError(misuse("step", repr(step), f"one of {list(steps)}"))
+        return self._with(record for record in self._records if record.step == wanted)
+
+    @property
     def untrusted(self) -> tuple[AttentionRecord, ...]:
         """The records that their own output does not confirm."""
         return tuple(record for record in self._records if not record.trusted)

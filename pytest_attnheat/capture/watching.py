@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -85,6 +86,9 @@ class Recorder(Protocol):
     def found(self, numbers: tuple[int, ...]) -> None:
         """These did."""
 
+    def note(self, kind: str) -> None:
+        """A convolution happened, or a product of activations."""
+
 
 class Watcher(TorchFunctionMode):
     """Sees each function of torch that is called in its thread; nested captures share one.
@@ -120,7 +124,11 @@ class Watcher(TorchFunctionMode):
             source = self._sources[func]
         except KeyError:
             source = self._sources[func] = self._source_of(func)
-        if source is None or self.idle:
+        if source is None or in_backward():
+            return func(*args, **kwargs)
+        if torch._C._get_tracing_state() is not None:  # What we computed would become its code.
+            if "softmax" in (name := getattr(func, "__name__", "")) or "attention" in name:
+                self.miss(name, "it was traced by torch.jit, and is not recorded")
             return func(*args, **kwargs)
         after = self._guarded(func, source, Call(self, func, args, kwargs))
         if isinstance(after, Instead):
@@ -144,17 +152,17 @@ class Watcher(TorchFunctionMode):
             self.miss(getattr(func, "__name__", str(func)), why.splitlines()[0])
             return None
 
-    @property
-    def idle(self) -> bool:
-        """Whether nothing is to be told: a backward pass or a tracer calls the model's code."""
-        return in_backward() or torch._C._get_tracing_state() is not None
-
     def expect(self) -> tuple[int, ...]:
         """Tell all recorders of a softmax that should become attention; return its number."""
         self._softmaxes += 1
         for recorder in self.recorders:
             recorder.expect(self._softmaxes)
         return (self._softmaxes,)
+
+    def note(self, kind: str) -> None:
+        """Tell all recorders of a convolution, or of a product of activations."""
+        for recorder in self.recorders:
+            recorder.note(kind)
 
     def found(self, numbers: tuple[int, ...]) -> None:
         """Tell all recorders that softmaxes became attention, or were seen not to."""
@@ -216,11 +224,15 @@ class Layers:
     Attributes:
         ran: The modules that ran in the thread of the capture, by name, in order.
         elsewhere: Those that ran in other threads, in which nobody watched.
+        noted: Those in which something ran that is told by its kind: "convolution", "product".
+        step: How often the model itself was called before this call.
     """
 
     def __init__(self, model: nn.Module | None, entered: Callable[[nn.Module], None]) -> None:
         self.ran: dict[str, nn.Module] = {}
         self.elsewhere: dict[str, nn.Module] = {}
+        self.noted: dict[str, set[str]] = defaultdict(set)
+        self.step = -1
         self._modules: dict[str, nn.Module] = {}
         self._top: nn.Module | None = None
         if model is not None:
@@ -283,6 +295,7 @@ class Layers:
             if current() is None and not in_backward():
                 self.elsewhere.setdefault(name, module)
             return
+        self.step += not self._running
         self._running.append(name)
         self.ran.setdefault(name, module)
         self._entered(module)

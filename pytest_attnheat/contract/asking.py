@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, as_meant, recognise
-from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.call import Call, MaySee
 from pytest_attnheat.attention.levels import OPTIONS
 
 if TYPE_CHECKING:
@@ -169,3 +169,12 @@ def model_of(spec: AttentionSpec) -> SequenceModel:
     if spec.memory is not None:
         told["memory_argument"] = spec.memory
     return replace(model, arguments={**model.arguments, **(spec.arguments or {})}, **told)
+
+
+def by_position(seen: Tensor) -> MaySee:
+    """Return the function of positions that booleans (query_len, key_len) stand for."""
+
+    def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return seen.to(key.device)[query, key]
+
+    return may_see

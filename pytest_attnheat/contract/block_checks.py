@@ -265,8 +265,8 @@ def captured_dropout(examination: Examination) -> None:
             layer=f"{layer_of(first)}, rate {first.dropout:g}",
             cause="dropout that does not ask for self.training",
         )
-    if not any(record.layer for record in records):
-        raise Skipped("no module was captured, so none is in evaluation mode")
+    if not any(record.layer and not record.training for record in records):
+        raise Skipped("no module was captured in evaluation mode")
 
 
 def _ask_each(records: Sequence[AttentionRecord], ask: Callable[[AttentionRecord], None]) -> None:

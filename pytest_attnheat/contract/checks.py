@@ -184,16 +184,16 @@ def block_lengths(examination: Examination) -> None:
         examination.judge(examination.choice(sizes=sizes, gradients=NONE, **few))
 
 
-for _name, _sentence, _levels in (
-    ("softcap", "softcap bounds the scores before the mask", {}),
-    ("sinks", "a sink joins the sum of each row, and has no value", {}),
-    ("alibi", "a score falls with the distance of query and key", {}),
-    ("bias", "a bias is added to the scores", {}),
-    ("documents", "a query sees its own document alone", {"sizes": (7, 7)}),
-    ("lengths", "keys beyond the length of a batch entry are not seen", {}),
-):
-    _about = f"With {_name}, all else ordinary."
-    _judged(_name, _sentence, _about, {_name: True, **_levels}, quick=True)
+for _name, _sentence, _calls in (
+    ("softcap", "softcap bounds the scores before the mask", [{"softcap": True}]),
+    ("sinks", "a sink joins the sum of each row, and has no value", [{"sinks": True}]),
+    ("alibi", "a score falls with the distance of query and key", [{"alibi": True}]),
+    ("bias", "a bias is added to the scores", [{"bias": True}]),
+    ("documents", "a query sees its own document alone", [{"documents": True, "sizes": (7, 7)}]),
+    ("lengths", "keys beyond the length of a batch entry are not seen",
+     [{"lengths": True}, {"lengths": "empty"}]),
+):  # fmt: skip
+    _judged(_name, _sentence, f"With {_name}, all else ordinary.", *_calls, quick=True)
 _judged("gradients", "its gradients are those of attention",
         "Of query, key and value, for a random gradient of the output.",
         {"gradients": "all"})  # fmt: skip

@@ -25,12 +25,13 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import diagnose_records
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.explaining import explained, filled, inferred_weights
+from pytest_attnheat.contract.explaining import explained, filled
 from pytest_attnheat.contract.matching import Explanation, errors, measure
 from pytest_attnheat.contract.probing import (
     Probe,
     ask,
     blueprints,
+    inferred_weights,
     one_thread,
     probe,
     with_identity,

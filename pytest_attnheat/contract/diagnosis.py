@@ -47,6 +47,7 @@ class Diagnosis:
         constant: The constant that was fitted, if one of the defects has one.
         sentence: What it computes.
         where: Which "cases", "heads", "batch" entries, "queries" ... are wrong, and which are not.
+        shows: What else the numbers show where nothing reproduces the answers, a sentence each.
         excluded: The known defects that were compared and do not reproduce the answers.
         unseen: The known defects that would change nothing in these cases.
         refused: Why cases were not answered, by name.
@@ -71,6 +72,7 @@ class Diagnosis:
     constant: float | None = None
     sentence: str = ""
     where: dict[str, str] = field(default_factory=dict)
+    shows: tuple[str, ...] = ()
     excluded: tuple[str, ...] = ()
     unseen: tuple[str, ...] = ()
     refused: dict[str, str] = field(default_factory=dict)
@@ -85,6 +87,7 @@ class Diagnosis:
         """The message: the sentence, where, what else it might be, and the weights as text."""
         lines = [f"diagnose: {self.sentence}"]
         entries = {
+            "shows": "; ".join(self.shows),
             **self.where,
             "or": "; ".join(" and ".join(names) for names in self.alternatives),
             "next best": self._next_best(),

@@ -14,8 +14,9 @@ from torch import Tensor
 from pytest_attnheat.attention.defects import Defect
 from pytest_attnheat.attention.plan import Case, Plan, carry_out
 from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, residual_text
-from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly
-from pytest_attnheat.contract.probing import Probe, ask, with_identity
+from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly, wrong_rows
+from pytest_attnheat.contract.observing import observed
+from pytest_attnheat.contract.probing import Probe, inferred_weights
 from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import dtype_name
@@ -54,6 +55,8 @@ def explained(
     fitting, near, others = _sorted(explanations, nearly(probes))
     diagnosis = replace(diagnosis, compared=found.compared, unseen=tuple(found.unseen))
     if not fitting:
+        shows = () if spec is None else observed(spec, probes)
+        diagnosis = replace(diagnosis, shows=shows)
         return _unexplained(diagnosis, correct, [*near, *others])
     best, *rest = fitting
     alternatives = _unique(one.names for one in [*rest, *near])
@@ -135,7 +138,9 @@ def _excluded(
 def _unexplained(
     diagnosis: Diagnosis, correct: Explanation, explanations: Sequence[Explanation]
 ) -> Diagnosis:
-    nearest = min(explanations, key=lambda one: one.fit.residual, default=correct)
+    # Two defects or a constant come near to much that they have nothing to do with.
+    alone = [one for one in explanations if len(one.defects) == 1 and one.constant is None]
+    nearest = min(alone, key=lambda one: one.fit.residual, default=correct)
     sentence = (
         f"{diagnosis.subject} is not attention as declared (residual "
         f"{residual_text(correct.fit.residual)}), and no known defect gives its output"
@@ -143,7 +148,7 @@ def _unexplained(
     if any(len(one.defects) > 1 for one in explanations):
         sentence += ", nor any two of them"
     # What takes away only a part of the error explains nothing.
-    if nearest.fit.residual <= EXPLAINS * correct.fit.residual:
+    if nearest.fit.residual <= EXPLAINS * correct.fit.residual and not diagnosis.shows:
         sentence += f"; most of the error is that of {_described(nearest)} (residual "
         sentence += f"{residual_text(nearest.fit.residual)})"
     if coarse := _as_if_coarse(diagnosis):
@@ -217,12 +222,6 @@ def where_wrong(probes: Sequence[Probe]) -> dict[str, str]:
     where["queries"] = _queries(first, rows)
     where["pattern"] = _pattern([one for one, _ in wrong], right, probes)
     return {name: text for name, text in where.items() if text}
-
-
-def wrong_rows(one: Probe) -> Tensor:
-    """Return which rows of an answer are wrong, (batch, heads, query_len)."""
-    error, allowed = errors(one)
-    return error > allowed
 
 
 def _indices(flags: Tensor) -> list[int]:
@@ -311,19 +310,3 @@ def shown(spec: AttentionSpec | None, probes: Sequence[Probe]) -> dict[str, Any]
         "case": one.case.name,
         "place": (batch, head),
     }
-
-
-def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
-    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len).
-
-    Its output for values that are an identity matrix: the weights, as long as the output is a sum
-    of values. None where the subject refuses such values.
-    """
-    weights = torch.zeros(one.case.shape, dtype=torch.float64)
-    for case, columns in with_identity(spec, one):
-        try:
-            output = ask(spec, case, one.dtype)
-        except Exception:
-            return None
-        weights[..., columns] = output[..., : columns.stop - columns.start]
-    return weights

@@ -55,7 +55,7 @@ class Isolated:
     checks: Sequence[Check] = ()
     time_limit: float = TIME_LIMIT
     _process: Any = None
-    _pipe: Any = None
+    _pipe: Any = None  # of bytes that are pickled here: torch would share tensors through files
     _call: str = ""
     _crashed: list[str] = field(default_factory=list)
     _deadly: dict[str, str] = field(default_factory=dict)
@@ -84,19 +84,10 @@ class Isolated:
         self, examination: Examination, result: Result, *, search: bool = True
     ) -> tuple[Diagnosis | None, str]:
         """Diagnose there what failed, as `diagnosis_of` does here."""
-        try:
+        with suppress(_DiedError):  # the result says it
             found: tuple[Diagnosis | None, str] = self._ask("diagnose", examination, result, search)
-        except _DiedError:  # the result says it
-            return None, ""
-        return found
-
-    def __enter__(self) -> Isolated:
-        """Be closed in the end."""
-        return self
-
-    def __exit__(self, *raised: object) -> None:
-        """Close it."""
-        self.close()
+            return found
+        return None, ""
 
     def start(self) -> None:
         """Start the process; ValueError if its subject cannot be sent to it."""
@@ -117,7 +108,12 @@ class Isolated:
             warnings.simplefilter("ignore", DeprecationWarning)
             self._process.start()
         theirs.close()
-        self._answer(_START_LIMIT)
+        try:
+            self._answer(_START_LIMIT)
+        except _DiedError as died:
+            accepted = 'a call under `if __name__ == "__main__":`, where a script makes it'
+            got = f"{self.spec.name}, whose process did not start ({died})"
+            raise ValueError(misuse("isolate", got, accepted)) from None
 
     def close(self) -> None:
         """End the process, and all that it started."""

@@ -95,6 +95,12 @@ def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tenso
     return wanted.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)
 
 
+def wrong_rows(one: Probe) -> Tensor:
+    """Return which rows of an answer are wrong, (batch, heads, query_len)."""
+    error, allowed = errors(one)
+    return error > allowed
+
+
 def measure(probes: Sequence[Probe]) -> Fit:
     """Return how far correct attention is from all answers."""
     return worst(_fit(*errors(one)) for one in probes)

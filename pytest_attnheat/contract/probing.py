@@ -156,6 +156,10 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
     declared, levels = examination.space.declared, blueprint.levels
     if declared.few_shapes:
         levels = {name: level for name, level in levels.items() if name not in SIZES}
+    if declared.heads is not None:  # then a group tells how many heads keys have
+        groups = [n for n in declared.levels()["group"] if n > 1][:1] or [1]
+        own = {"group": groups[0]} if "group" in levels else {}
+        levels = {n: level for n, level in levels.items() if n not in ("key_heads", "group")} | own
     is_square = declared.square or (levels.get("causal") and declared.square_if_causal)
     differs = blueprint.name.endswith(_OTHER_LENGTHS)
     if is_square and differs:
@@ -244,6 +248,22 @@ def _with_identity(case: Case, width: int) -> list[tuple[Case, slice]]:
         whole = part.expand(*case.key.shape[:2], -1, -1).clone()
         parts.append((replace(case, value=whole), columns))
     return parts
+
+
+def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
+    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len).
+
+    Its output for values that are an identity matrix: the weights, as long as the output is a sum
+    of values. None where the subject refuses such values.
+    """
+    weights = torch.zeros(one.case.shape, dtype=torch.float64)
+    for case, columns in with_identity(spec, one):
+        try:
+            output = ask(spec, case, one.dtype)
+        except Exception:
+            return None
+        weights[..., columns] = output[..., : columns.stop - columns.start]
+    return weights
 
 
 # --- what is made of drawn cases
@@ -342,6 +362,7 @@ _CASES = (
     Blueprint("mask, causal, more keys", _sized(6, 9, 7, **_MASK, **_CAUSAL)),
     Blueprint("mask, causal, square", _sized(9, 9, 6, **_SQUARE, **_MASK, **_CAUSAL)),
     Blueprint("fully masked row", _sized(7, 8, empty=True, **_MASK)),
+    Blueprint("asked again", _sized(3, 5), _again),
     Blueprint("mask, asked again", _sized(4, 5, **_MASK), _again),
     Blueprint("grouped", _sized(7, 9, key_heads=2, group=3)),
     Blueprint("scale=0.7", _sized(3, 7, scale=0.7)),

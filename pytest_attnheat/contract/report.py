@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, TypeAlias
@@ -210,7 +210,7 @@ def check_attention(
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
     worker, hint = isolated(spec, asked, isolate, time_limit)
-    with worker or nullcontext():
+    with nullcontext() if worker is None else closing(worker):
         run = run_check if worker is None else worker.run
         results = [
             run(check, examination, expected.get(check.name))

@@ -246,10 +246,8 @@ class AttentionSpec:
     @property
     def heads(self) -> int | None:
         """How many query heads it has, if numbers per head are declared; else None."""
-        for given in (self.sinks, self.alibi):
-            if isinstance(given, Tensor):
-                return len(given)
-        return None
+        given = (one for one in (self.sinks, self.alibi) if isinstance(one, Tensor))
+        return next(map(len, given), None)
 
     @property
     def alignment(self) -> Alignment:
@@ -259,9 +257,8 @@ class AttentionSpec:
     @property
     def takes_causal(self) -> bool:
         """Whether the subject can be asked to be causal, by `causal_argument`."""
-        if self.causal is None or self.is_block or self.is_captured:
-            return False
-        return not self._lacks(self.causal_argument, "causal")
+        asked = self.causal is not None and not (self.is_block or self.is_captured)
+        return asked and not self._lacks(self.causal_argument, "causal")
 
     @property
     def is_block(self) -> bool:
@@ -289,12 +286,11 @@ class AttentionSpec:
 
     def sounding_like(self, kind: Sound) -> list[str]:
         """The parameters of the subject that sound like a mask, or like causality."""
-        found = []
-        for name in self.parameters or {}:
-            kinds = [k for k, words in _SOUNDS.items() if any(w in name.lower() for w in words)]
-            if kinds[:1] == [kind]:
-                found.append(name)
-        return found
+        return [
+            name for name in self.parameters or {}
+            if [k for k, words in _SOUNDS.items() if any(w in name.lower() for w in words)][:1]
+            == [kind]
+        ]  # fmt: skip
 
     @property
     def _keywords(self) -> dict[str, str]:
@@ -355,7 +351,9 @@ class AttentionSpec:
         if callable(self.alibi) and heads not in self._slopes:
             self._slopes[heads] = self.alibi(heads)
         slopes = self._slopes[heads] if callable(self.alibi) else self.alibi
-        seen = _by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
+        seen = (
+            asking.by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
+        )
         given = {name: getattr(self, name) for name in _ALWAYS} | {"alibi": slopes, "may_see": seen}
         return {name: value for name, value in given.items() if not isinstance(value, str | None)
                 or name in ("alignment", "fully_masked")}  # fmt: skip
@@ -436,15 +434,13 @@ class AttentionSpec:
         return self.ask(call, dropout=dropout_p).output
 
 
+# What `help` shows: that of the fields, not of `__new__`.
+_OWN = inspect.signature(AttentionSpec.__init__)
+AttentionSpec.__signature__ = _OWN.replace(  # type: ignore[attr-defined]
+    parameters=[one for name, one in _OWN.parameters.items() if name not in ("self", "_made")]
+)
+
+
 def _both(mask: Tensor, causal: Tensor) -> Tensor:
     """A mask that hides what a causal one hides as well."""
     return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)
-
-
-def _by_position(seen: Tensor) -> MaySee:
-    """Return the function of positions that booleans (query_len, key_len) stand for."""
-
-    def may_see(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return seen.to(key.device)[query, key]
-
-    return may_see

@@ -136,7 +136,9 @@ def _check(
     __tracebackhide__ = True
     whole = settled(subject, decoder.subject.run, training=training, seed=seed)
     judged = decoder.subject.judged()
-    allowed = check_relative(tolerance, decoder.precision(whole.dtype))
+    # Models of transformers do softmax, norms and rotations in float32 in any case.
+    is_model = isinstance(decoder, ModelDecoder) and whole.dtype == torch.float64
+    allowed = check_relative(tolerance, torch.float32 if is_model else whole.dtype)
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
         if decoded.shape != whole.shape:

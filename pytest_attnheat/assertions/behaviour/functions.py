@@ -11,7 +11,6 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.subject import begin, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import (
     LARGER,
@@ -343,9 +342,6 @@ class AttentionFunction:
         """Once, with further keys."""
         return [((), self.length + amount)]
 
-    def check_padding(self, *, needs_mask: bool) -> None:
-        """Any function is told of padding by its mask."""
-
     def pad(self, padding: Padding, told: Told = "truth") -> AttentionFunction:
         """Further keys and values, and a mask that forbids them."""
         spelled, amount = self.explicit(), padding.total - self.length
@@ -392,25 +388,13 @@ class AttentionFunction:
         turned[..., -1, :] = direction.nan_to_num(posinf=0.0, neginf=0.0).to(padding)
         return turned
 
-    def takes_positions(self, side: Side) -> bool:
-        """No: keys have no positions."""
-        return False
-
     def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
         """The output without padding, with the mask as it is given if it is not a flag."""
         return (self.explicit() if self.arguments.get("is_causal") else self).run()
 
-    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
-        """The output as it is: padding keys have no row."""
-        return alone
-
     def name_padding(self, padding: Padding) -> str:
         """Say how many keys were added."""
         return f"rows change with {padding.total - self.length} masked keys on the {padding.side}"
-
-    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
-        """Name a row as without padding."""
-        return output_place(index)
 
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str:
         """Suggest that keys and mask part."""

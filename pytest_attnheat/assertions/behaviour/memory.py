@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.behaviour.visibility import Claim, Padding, Stated
@@ -51,6 +50,7 @@ class MemorySubject(ModelSubject):
     queries: Tensor = field(kw_only=True)
 
     element = "memory element"
+    pads_rows = False
 
     @property
     def observers(self) -> int:
@@ -68,21 +68,12 @@ class MemorySubject(ModelSubject):
         """The memory of some samples, and what looks it up."""
         return replace(super().samples(which), queries=self.queries[which])  # type: ignore[call-arg, return-value]
 
-    def takes_positions(self, side: Side) -> bool:
-        """Positions are those of the sequence."""
-        return False
-
-    def beside(self, alone: Tensor, padding: Padding) -> Tensor:
-        """The same rows: padding of the memory adds none."""
-        return alone
-
     def name_padding(self, padding: Padding) -> str:
         """Say on which side the padding of the memory is."""
         return f"rows change with padding of the memory on the {padding.side}"
 
-    def name_row(self, index: tuple[int, ...], padding: Padding) -> str:
-        """Name a row of the output."""
-        return output_place(index)
+    def cause_of_mask(self) -> None:
+        """None: a mask of the memory is not joined to that of the sequence."""
 
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from one that changes something else."""

@@ -119,10 +119,6 @@ class Decoder:
         """The code with all up to the end of a chunk; the last rows of its output are those."""
         raise NotImplementedError
 
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype whose rounding is to be expected in outputs of a dtype."""
-        return dtype
-
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
         """Say why they differ, where the numbers show it.
 
@@ -179,10 +175,6 @@ class ModelDecoder(Decoder):
     def part(self, step: range) -> ModelSubject:
         """The model with the prefix up to the end of a chunk."""
         return self.subject.cut(range(step.stop))
-
-    def precision(self, dtype: torch.dtype) -> torch.dtype:
-        """Models of transformers do softmax, norms and rotations in float32 in any case."""
-        return torch.float32 if dtype == torch.float64 else dtype
 
     def step(self, step: range, cache: Any) -> tuple[Tensor, Any]:
         """Decode one chunk with a cache; the output (batch, chunk, width) and the new cache."""

@@ -67,6 +67,7 @@ class ModelSubject:
     ordered = "the sequence is"
     observer = element = "token"
     has_queries = False
+    pads_rows = True  # padding adds rows to its output
 
     @property
     def is_tokens(self) -> bool:
@@ -366,7 +367,7 @@ class ModelSubject:
 
     def takes_positions(self, side: Side) -> bool:
         """On the right the positions follow from the inputs, and are those by default."""
-        return side == "left" and self.model.positions_argument is not None
+        return self.pads_rows and side == "left" and self.model.positions_argument is not None
 
     def alone(self, lengths: Sequence[int], *, positions: bool) -> Tensor:
         """The outputs of samples alone, (batch, most tokens, width), NaN beyond their tokens."""
@@ -396,10 +397,12 @@ class ModelSubject:
 
     def cause_of_mask(self) -> str | None:
         """Say whether a mask that hides nothing changes the output."""
-        everything = self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
-        base = self.run()
-        allowed = output_tolerance(base.dtype)
-        if not holds(lambda: differ(self.run(real=everything), base, allowed)):
+        plain = replace(self, real=None, positions=None)
+        everything = replace(
+            plain, real=self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
+        )
+        base = plain.run()
+        if not holds(lambda: differ(everything.run(), base, output_tolerance(base.dtype))):
             return None
         return (
             "a mask that hides nothing changes the output: is the causal mask lost where another "

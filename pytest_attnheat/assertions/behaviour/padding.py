@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
+from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.memory import memory_of
@@ -95,7 +95,8 @@ def assert_padding_invariant(
     called = memory_of(called) or called
     if sides is None and isinstance(called, ModelSubject) and called.model.mask == "lengths":
         given = ("right",)
-    called.check_padding(needs_mask=value is None and list(given) != ["right"])
+    if isinstance(called, ModelSubject):
+        called.check_padding(needs_mask=value is None and list(given) != ["right"])
     paddings = called.paddings(lengths, amount)
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
         base = settled(subject, called.run, training=training, seed=seed)
@@ -135,11 +136,19 @@ class _Trial:
     @property
     def expected(self) -> Tensor:
         """The output without the padding, in the shape of that with it."""
-        positions = self.subject.takes_positions(self.padding.side)
+        model = self._model
+        positions = model is not None and model.takes_positions(self.padding.side)
         if positions not in self.alone:
             lengths = self.padding.lengths
             self.alone[positions] = self.subject.alone(lengths, positions=positions)
-        return self.subject.beside(self.alone[positions], self.padding)
+        alone = self.alone[positions]
+        return alone if model is None else model.beside(alone, self.padding)
+
+    @property
+    def _model(self) -> ModelSubject | None:
+        """The subject, if padding adds rows to its output."""
+        subject = self.subject
+        return subject if isinstance(subject, ModelSubject) and subject.pads_rows else None
 
     @cached_property
     def padded(self) -> Subject:
@@ -180,57 +189,66 @@ class _Trial:
             claim=self.subject.name_padding(self.padding),
             allowed=self.allowed,
             judged=self.padded.judged(),
-            place=lambda index: self.subject.name_row(index, self.padding),
+            place=self._place,
             cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
             repeat=f"seed={self.padding.seed}",
             again=self.run,
         )
 
+    def _place(self, index: tuple[int, ...]) -> str:
+        model = self._model
+        return output_place(index) if model is None else model.name_row(index, self.padding)
+
     def _cause(self, got: Tensor, sides: Sequence[_Trial]) -> str | None:
         """Say what the attention inside does, or what else the output is like."""
-        subject, side, real = self.subject, self.padding.side, self.padded.judged()
-        inside, felt = None, self._felt(got)
-        if isinstance(subject, ModelSubject) and isinstance(self.padded, ModelSubject):
+        subject, side, felt = self.subject, self.padding.side, self._felt(got)
+        inside, real = None, self.padded.judged()
+        if isinstance(self.padded, ModelSubject) and real is not None:
             inside = Inside(self.padded)
-            if real is not None and (said := inside.why_queries_are_hidden(real)):
+            if said := inside.why_queries_are_hidden(real):
                 return said
-        # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
-        if (
-            felt is not False
-            and holds(lambda: self._alike(got, self.run("all real")))
-            and not (side == "right" and self._acts_on_the_left())
-        ):
-            return self._ignored()
         if holds(lambda: self._alike(self.run("opposite"), self.expected)):
             return (
                 "the mask is read as its opposite: the output is right where True and False change"
             )
-        if not subject.has_queries and side == "left" and bool(got.isnan().any()):
+        has_nan = bool(got.isnan().any())
+        if not subject.has_queries and side == "left" and has_nan:
             return (
                 "nan spreads from the padding: under a causal mask padding on the left may see "
                 "nothing, and 0 * nan is nan"
             )
+        if inside is not None and real is not None and isinstance(self.padded, ModelSubject):
+            said = self.padded.cause_of_mask()
+            if felt and not has_nan:
+                said = said or inside.why_seen(real.unsqueeze(-2), real)
+            if said:
+                return said
+        # Of a causal model the mask rightly changes something on the left alone.
+        left = replace(self, padding=replace(self.padding, side="left"))
+        # Where the padding is not felt, as after the tokens of a causal module, no mask is needed.
+        if (
+            felt is not False
+            and holds(lambda: self._alike(got, self.run("all real")))
+            and not (
+                side == "right" and holds(lambda: not left._alike(left.run(), left.run("all real")))
+            )
+        ):
+            return self._ignored()
         only = any(holds(other.passes) for other in sides)
         cause = None
         if inside is not None and real is not None:
-            cause = self._cause_inside(inside, real, felt=felt)
+            cause = inside.why_padding_is_seen(real)
+            if cause is None and side == "left" and not felt:
+                cause = inside.why_places_are_felt(self._alone_inside())
         if cause is None and (only or felt is False or (felt and inside is not None)):
             cause = subject.cause_of_padding(side, felt=felt)
         return f"only on the {side}: {cause}" if only and cause else cause
 
-    def _cause_inside(self, inside: Inside, real: Tensor, *, felt: bool | None) -> str | None:
-        """Say what the attention of a model does with padding, or with other places."""
-        subject = self.subject
-        assert isinstance(subject, ModelSubject)
-        if subject.model.memory_argument is None and (said := subject.cause_of_mask()):
-            return said
-        if said := inside.why_padding_is_seen(real):
-            return said
-        if felt:
-            return inside.why_seen(real.unsqueeze(-2), real)
-        first = subject.samples(torch.tensor([0]))
-        alone = Inside(first.cut(range(self.padding.lengths[0])))
-        return inside.why_places_are_felt(alone) if self.padding.side == "left" else None
+    def _alone_inside(self) -> Inside:
+        """What the first sample does without padding."""
+        first = self.subject.samples(torch.tensor([0]))
+        assert isinstance(first, ModelSubject)
+        return Inside(first.cut(range(self.padding.lengths[0])))
 
     def _alike(self, one: Tensor, other: Tensor) -> bool:
         return not differ(one, other, self.allowed, self.padded.judged())
@@ -246,11 +264,6 @@ class _Trial:
     def passes(self) -> bool:
         """Whether padding on this side changes nothing."""
         return self._alike(self.run(), self.expected)
-
-    def _acts_on_the_left(self) -> bool:
-        """Whether the mask changes something there; of a causal model it rightly may only there."""
-        left = replace(self, padding=replace(self.padding, side="left"))
-        return holds(lambda: not self._alike(left.run(), left.run("all real")))
 
     def _ignored(self) -> str:
         argument = self.subject.mask_argument

@@ -93,7 +93,7 @@ def _tensordot(left: Tensor, right: Tensor, dims: Any, output: Tensor) -> Produc
     else:
         axes = tuple(one[0] if isinstance(one, list | tuple) else one for one in dims)
         axes = () if any(isinstance(one, list | tuple) and len(one) != 1 for one in dims) else axes
-    if len(axes) != 2:
+    if len(axes) != 2 or left.shape[axes[0]] != right.shape[axes[1]]:
         return None
     a, b = list(ascii_lowercase[: left.ndim]), list(ascii_uppercase[: right.ndim])
     b[axes[1]] = a[axes[0]]

@@ -134,7 +134,7 @@ def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
     scores, used = tag.scores, product.left
-    shaping = Shaping.of_weights(used, _before(watcher, tag, product), watcher.heads)
+    shaping = Shaping.of(used, _before(watcher, tag, product), watcher.heads)
     factors = scores.origin.factors if scores is not None and scores.origin is not None else ()
     numbers = factors if scores is None else (*factors, *scores.steps)
     scale = math.prod(number for number in numbers if not math.isnan(number))
@@ -143,6 +143,7 @@ def _record(
     record = AttentionRecord(
         layer="",
         source=tag.source,
+        doubt=shaping.doubt,
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
         query=known.query,

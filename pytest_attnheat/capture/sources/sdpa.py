@@ -48,7 +48,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
         query, key, value, output = (t.unsqueeze(0) for t in (query, key, value, output))
     if query.shape[:-2] != output.shape[:-2]:  # One query for several keys.
         query = query.expand(*output.shape[:-2], *query.shape[-2:])
-    shaping = Shaping.of(query, before, watcher.heads, key)
+    shaping = Shaping.of(query, before, watcher.heads)
     mask, bias, causal = _mask(given)
     scale = given.get("scale")
     scale = max(query.shape[-1], 1) ** -0.5 if scale is None else float(scale)
@@ -57,6 +57,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     return AttentionRecord(
         layer="",
         source=SOURCE,
+        doubt=shaping.doubt,
         shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
         dtype=output.dtype,
         query=shaping.queries(query),

@@ -48,6 +48,11 @@ def _multiplied(base: str, call: Call) -> After:
     return after
 
 
+def _convolved(base: str, call: Call) -> After | None:
+    call.watcher.note("convolution")
+    return moved.anything(base, call)  # Which may mix heads.
+
+
 def _summed(base: str, call: Call) -> After | None:
     """The sum of two tensors that were multiplied element by element."""
     source = call.given(0, "input")
@@ -88,6 +93,7 @@ def _product(watcher: Watcher, product: Product, output: Tensor) -> None:
         if _is_attention(watcher, candidate):
             watcher.tags[output] = Tag(attended=tell(watcher, candidate))
             return
+    watcher.note("product")
     scores = _scores(watcher, product)
     if not _is_parameter(product.right_source):
         exponential = left is not None and left.scores is not None and left.scores.done
@@ -214,6 +220,7 @@ def _dropped(base: str, call: Call) -> After | None:
 _SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
     (_PRODUCTS, _multiplied),
     ({"sum"}, _summed),
+    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved),
     ({"linear"}, _projected),
     (_SHARES, _shared),
     (_DROPOUTS, _dropped),

@@ -1,0 +1,233 @@
+"""What the numbers of a wrong answer show where no known defect gives it.
+
+Each sentence is a law that was looked for in the weights of two wrong cases, and that holds in
+both: what it leaves is hundreds of times smaller than what it explains.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.outcomes import finite
+from pytest_attnheat.attention.plan import Case, Plan, carry_out
+from pytest_attnheat.attention.tolerance import is_fine
+from pytest_attnheat.contract.matching import wrong_rows
+from pytest_attnheat.contract.probing import Probe, inferred_weights
+from pytest_attnheat.contract.spec import AttentionSpec
+
+# A law may leave this part of what it explains. Rounding leaves less of weights above the
+# smallest, in float32; a law of another kind leaves a twentieth and more.
+_LEFT = 3e-3
+_SMALLEST = 1e-2
+_CASES = 2
+# Caps that are looked for, as powers of e: below, weights are all equal; above, nothing is capped.
+_CAPS = [step / 16 for step in range(-32, 81)]
+
+
+@dataclass(frozen=True, eq=False)
+class _Seen:
+    """The weights of one case as they were found, and what goes into them.
+
+    Attributes:
+        case: The case.
+        weights: As the subject uses them, (batch, heads, query_len, key_len).
+        right: Those of correct attention.
+        scores: Of correct attention.
+        used: Which weights are large enough to tell their score.
+        output: Of the subject.
+        wanted: The output of correct attention.
+    """
+
+    case: Case
+    weights: Tensor
+    right: Tensor
+    scores: Tensor
+    used: Tensor
+    output: Tensor
+    wanted: Tensor
+
+    def centred(self, numbers: Tensor) -> Tensor:
+        """Return numbers less the mean of their row, which a softmax does not feel; 0 unused."""
+        kept = numbers.masked_fill(~self.used, 0.0)
+        mean = kept.sum(-1, keepdim=True) / self.used.sum(-1, keepdim=True).clamp(min=1)
+        return (kept - mean).masked_fill(~self.used, 0.0)
+
+    @property
+    def effective(self) -> Tensor:
+        """The scores whose softmax the weights are, centred."""
+        return self.centred(self.weights.clamp(min=1e-30).log())
+
+
+def observed(spec: AttentionSpec, probes: Sequence[Probe]) -> tuple[str, ...]:
+    """Return what the weights of wrong answers show, a sentence each."""
+    if not is_fine(probes[0].dtype):
+        return ()
+    wrong = [one for one in probes if bool(wrong_rows(one).any()) and _is_plain(one)]
+    wrong.sort(key=lambda one: not one.case.sees_all)
+    seen = [found for one in wrong[:_CASES] if (found := _seen(spec, one)) is not None]
+
+    def said(laws: Sequence[Callable[[_Seen], str]]) -> tuple[str, ...]:
+        every = ([law(one) for one in seen] for law in laws)
+        return tuple(each[0] for each in every if each and all(each))
+
+    if of_output := said((_combined, _moved)):
+        return of_output
+    # Of what is no weighted sum of values, an identity matrix shows nothing.
+    if not all(map(_is_sum, seen)):
+        return said((_is_no_sum,))
+    return said((_sink, _softcap, _monotone, _distance, _positions))
+
+
+def _is_plain(one: Probe) -> bool:
+    small = math.prod(one.case.shape) <= 2000 and not one.case.name.startswith("large")
+    return small and bool(one.output.isfinite().all())
+
+
+def _seen(spec: AttentionSpec, one: Probe) -> _Seen | None:
+    weights = inferred_weights(spec, one)
+    if weights is None or not bool(weights.isfinite().all()):
+        return None
+    right = carry_out(Plan(), one.case)
+    used = right.permitted & (weights > _SMALLEST) & (right.weights > _SMALLEST)
+    used &= used.sum(-1, keepdim=True) > 1
+    scores = finite(right.scores)
+    return _Seen(one.case, weights, right.weights, scores, used, one.output, right.output)
+
+
+def _is_sum(one: _Seen) -> bool:
+    """Whether the output is what the weights that were found make of the values."""
+    value = finite(one.case.value).repeat_interleave(one.case.group, 1)
+    off = one.weights @ value - one.output
+    return float(off.abs().max()) <= _LEFT * float(one.output.abs().max())
+
+
+def _is_no_sum(one: _Seen) -> str:
+    right = bool(((one.weights - one.right).abs() <= _LEFT).all())
+    weights = "right" if right else "others"
+    return (
+        ""
+        if _is_sum(one)
+        else "its output is no weighted sum of the values: for values that are "
+        f"an identity matrix its weights are {weights}, and they do not make the output"
+    )
+
+
+def _holds(found: Tensor, law: Tensor) -> bool:
+    """Whether a law gives numbers that are not all nearly 0."""
+    size = float(found.square().mean().sqrt())
+    return size > _LEFT and float((found - law).square().mean().sqrt()) <= _LEFT * size
+
+
+def _sink(one: _Seen) -> str:
+    sums = one.weights.sum(-1)
+    shown = one.used.any(-1)
+    if not bool(shown.any()) or not bool((sums[shown] < 1 - _LEFT).all() & (sums > 0).all()):
+        return ""
+    if not bool(((one.weights / sums.unsqueeze(-1) - one.right).abs() <= _LEFT).all()):
+        return ""
+    whole = one.scores.masked_fill(one.right == 0, -math.inf).logsumexp(-1)
+    sinks = (whole + (1 / sums - 1).log()).movedim(1, 0).flatten(1)
+    if not bool((sinks.amax(1) - sinks.amin(1) <= _LEFT * (1 + sinks.abs().amax(1))).all()):
+        return ""
+    return f"its rows sum to less than 1, {_each('as if a sink of', sinks.mean(1))} joined the sum"
+
+
+def _each(words: str, numbers: Tensor) -> str:
+    """One number for all heads, or one for each."""
+    texts = [f"{round(float(number), 3) + 0.0:.3g}" for number in numbers]
+    same = bool((numbers - numbers[0]).abs().max() <= _LEFT * (1 + numbers.abs().max()))
+    return f"{words} {texts[0]}" if same else f"{words} {', '.join(texts)} (by head)"
+
+
+def _softcap(one: _Seen) -> str:
+    found = one.effective
+
+    def off(logarithm: float) -> float:
+        cap = math.exp(logarithm)
+        return float((found - one.centred(cap * torch.tanh(one.scores / cap))).square().mean())
+
+    best = min(_CAPS, key=off)
+    for step in (2.0**-n for n in range(5, 20)):
+        best = min((best - step, best, best + step), key=off)
+    cap = math.exp(best)
+    if best > _CAPS[-2] or not _holds(found, one.centred(cap * torch.tanh(one.scores / cap))):
+        return ""
+    if _holds(found, one.centred(one.scores)):  # nothing is capped
+        return ""
+    return f"its weights are those of scores that saturate: {cap:.3g} * tanh(score / {cap:.3g})"
+
+
+def _monotone(one: _Seen) -> str:
+    """Whether weights grow with their scores, but otherwise than with exp of them."""
+    found, scores = one.effective, one.scores
+    sums_to_one = bool(((one.weights.sum(-1) - 1).abs() <= _LEFT).all())
+    if not sums_to_one or _holds(found, one.centred(scores)) or _softcap(one):
+        return ""
+    both = one.used.unsqueeze(-1) & one.used.unsqueeze(-2)
+    more = scores.unsqueeze(-1) - scores.unsqueeze(-2)
+    heavier = found.unsqueeze(-1) - found.unsqueeze(-2)
+    if not bool(((more * heavier >= 0) | ~both | (more.abs() < _LEFT)).all()):
+        return ""
+    return "in every row the weights are in the order of the scores, but not as exp of them"
+
+
+def _distance(one: _Seen) -> str:
+    added = one.centred(one.effective - one.scores)
+    query_len, key_len = one.case.shape[2:]
+    at, to = torch.arange(query_len)[:, None], torch.arange(key_len)
+    for corner, stands in (("top left", at), ("bottom right", at + key_len - query_len)):
+        far = one.centred((stands - to).abs().double().expand(one.case.shape))
+        slopes = (added * far).sum((0, 2, 3)) / far.square().sum((0, 2, 3)).clamp(min=1e-30)
+        if _holds(added, slopes[:, None, None] * far):
+            where = f", counted from the {corner}" * (query_len != key_len)
+            lost = _each("its scores lose", -slopes)
+            return f"{lost} with each position between query and key{where}: a bias by distance"
+    return ""
+
+
+def _positions(one: _Seen) -> str:
+    """Whether what is added to the scores is the same for all samples."""
+    one = replace(one, used=one.used.all(0).expand_as(one.used))
+    added = one.centred(one.effective - one.scores)
+    if one.case.shape[0] < 2 or not _holds(added, added[:1].expand_as(added)) or _distance(one):
+        return ""
+    return "what is added to its scores is the same in all samples: a bias by position"
+
+
+def _combined(one: _Seen) -> str:
+    """Whether the output is that of correct attention, and a part of something else."""
+    query, value = one.case.query, one.case.value
+    mean = value.mean(2, keepdim=True).repeat_interleave(one.case.group, 1)
+    others = {
+        "of the mean of the values": mean.expand_as(one.wanted),
+        "": torch.ones_like(one.wanted),
+    }
+    if query.shape == one.wanted.shape:
+        others["of the query"] = query
+    for what, other in others.items():
+        parts = torch.stack([one.wanted.flatten(), other.flatten()], 1)
+        factors = torch.linalg.lstsq(parts, one.output.flatten()[:, None]).solution
+        if float((parts @ factors).sub(one.output.flatten()[:, None]).abs().max()) <= _LEFT**2:
+            first, second = (f"{float(factor):.3g}" for factor in factors)
+            return f"its output is {first} times the right one, and {second} {what}".rstrip()
+    return ""
+
+
+def _moved(one: _Seen) -> str:
+    """Whether each row of the output is right elsewhere."""
+    width = one.output.shape[-1]
+    off = torch.cdist(one.output.reshape(-1, width), one.wanted.reshape(-1, width))
+    least, at = off.min(1)
+    lead = one.output.shape[:3]
+    if float(least.max()) > _LEFT**2 or len(set(at.tolist())) < at.numel():
+        return ""
+    places = torch.stack(torch.unravel_index(at, lead))
+    own = torch.stack(torch.unravel_index(torch.arange(at.numel()), lead))
+    names = [name for name, differs in zip(("batch entry", "head", "query"),
+             (places != own).any(1).tolist(), strict=True) if differs]  # fmt: skip
+    return f"its rows are right, but in the place of others: of another {' and '.join(names)}"

@@ -1,0 +1,326 @@
+"""Kinds of attention and of what is none, each by the smallest program that shows it."""
+
+import pytest
+import torch
+from capture_oracles import assert_weights, draw, plain_softmax, plain_weights, three
+from torch import nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.flop_counter import FlopCounterMode
+
+from pytest_attnheat import assert_row_stochastic, capture_attention
+from pytest_attnheat.capture.watching import plain_name
+
+X = draw("x", 2, 6, 8)
+CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
+LINEAR = nn.Linear(8, 8)
+TO_POSITIONS, TO_ONE = nn.Linear(8, 6), nn.Linear(8, 1)
+
+
+def traced(function, *args, **options):
+    with capture_attention(allow_empty=True, **options) as trace:
+        function(*args)
+    return trace
+
+
+def only(function, *args):
+    trace = traced(function, *args)
+    (record,) = trace
+    assert record.trusted
+    assert trace.unseen == ()
+    return record
+
+
+# --- one head
+
+
+def one_head(x):
+    return x.view(2, 6, 1, 8).transpose(1, 2)
+
+
+@pytest.mark.parametrize("attend", [
+    lambda q: F.scaled_dot_product_attention(q, q, q, is_causal=True),
+    lambda q: (q @ q.mT / 8**0.5).masked_fill(~CAUSAL, -torch.inf).softmax(-1) @ q,
+], ids=["fused", "written"])  # fmt: skip
+def test_one_head_that_was_transposed_into_place_is_one_head(attend):
+    record = only(lambda: attend(one_head(X)))
+    assert record.shape == (2, 1, 6, 6)
+    assert_weights(record, plain_weights(X[:, None], X[:, None], allowed=CAUSAL))
+    assert torch.equal(record.mask.expand(2, 1, 6, 6)[1, 0], CAUSAL)
+
+
+def test_which_of_many_leading_axes_are_heads_is_said_to_be_a_guess():
+    windows = draw("w", 2, 3, 4, 6, 8)
+    record = only(lambda: F.scaled_dot_product_attention(windows, windows, windows))
+    assert record.doubt == "which of its leading axes (2, 3, 4) are heads is not known"
+    assert only(lambda: F.scaled_dot_product_attention(X, X, X)).doubt == ""
+
+
+# --- what was added, and moved afterwards
+
+
+def test_a_bias_before_scores_are_turned_is_not_in_the_way():
+    query, key, value = three(2, queries=3, keys=4)
+    bias = draw("bias", 2, 3, 4)
+
+    def attend():
+        scores = (query @ key.mT + bias).mT + torch.zeros(2, 4, 3)
+        return scores.softmax(1).mT @ value
+
+    record = only(attend)
+    assert_weights(record, plain_weights(query, key, scale=1.0, bias=bias).unsqueeze(1))
+    assert torch.equal(record.bias[:, 0], bias)
+    assert torch.equal(record.query[:, 0], query)
+
+
+def test_products_that_are_no_attention_may_be_moved_as_a_model_likes():
+    a, b = draw("a", 2, 3, 5), draw("b", 2, 5, 4)
+
+    def run():
+        scores = a @ b + draw("c", 2, 3, 4)
+        turned = scores.mT + draw("d", 2, 4, 3)
+        return turned.reshape(2, 12) + draw("e", 2, 12)
+
+    expected = run()
+    with capture_attention(allow_empty=True) as trace:
+        assert torch.equal(run(), expected)
+    assert trace.unseen == ()
+
+
+def test_a_bias_that_batch_and_heads_were_one_axis_for_keeps_the_mask():
+    """As Bloom has it: ALiBi within `baddbmm`, and a mask in four axes."""
+    query, key, value = three(2, 3, queries=6, keys=6)
+    alibi = draw("alibi", 6, 1, 6)
+
+    def attend():
+        scores = alibi.baddbmm(query.flatten(0, 1), key.flatten(0, 1).mT, beta=1.0, alpha=0.5)
+        hidden = torch.zeros(2, 1, 6, 6).masked_fill(~CAUSAL, torch.finfo(torch.float32).min)
+        weights = F.softmax(scores.view(2, 3, 6, 6) + hidden, -1)
+        return torch.bmm(weights.view(6, 6, 6), value.flatten(0, 1))
+
+    record = only(attend)
+    assert torch.equal(record.mask.expand(2, 3, 6, 6), CAUSAL.expand(2, 3, 6, 6))
+    visible = alibi.view(2, 3, 1, 6).masked_fill(~CAUSAL, 0.0)
+    assert torch.equal(record.bias.expand(2, 3, 6, 6), visible)
+    assert record.scale == 0.5
+
+
+def test_sinks_that_are_joined_and_shifted_with_the_scores_are_sinks():
+    """As GPT-OSS has it: the maximum of both is subtracted, and the sink is left out."""
+    query, key, value = three(2, 3, queries=6, keys=6)
+    sinks = nn.Parameter(torch.tensor([0.5, 2.0, -1.0]))
+
+    def attend():
+        scores = (query @ key.mT / 2).masked_fill(~CAUSAL, -torch.inf)
+        both = torch.cat([scores, sinks.view(1, 3, 1, 1).expand(2, -1, 6, 1)], -1)
+        both = both - both.max(-1, keepdim=True).values
+        return both.softmax(-1)[..., :-1] @ value
+
+    record = only(attend)
+    assert torch.equal(record.mask.expand(2, 3, 6, 6)[0, 0], CAUSAL)
+    assert torch.equal(record.sinks, sinks)
+    assert_row_stochastic(record)
+    torch.testing.assert_close(1 - record.weights.sum(-1), record.sink_weights)
+
+
+# --- what runs in another dtype
+
+
+def test_a_product_in_half_precision_is_judged_as_one():
+    query, key, value = three(2, 3, queries=6, keys=6)
+
+    def attend():
+        weights = (query @ key.mT / 2).float().softmax(-1)
+        return weights @ value
+
+    with torch.autocast("cpu", torch.bfloat16):
+        record = only(attend)
+    assert record.dtype == torch.bfloat16
+    assert record.scale == 0.5
+
+
+# --- a value that is weighed in other ways
+
+
+def scores_of(x):
+    return x @ x.mT
+
+
+WEIGHED = {
+    "a sum": lambda w, h: (w * h).sum(1),
+    "a sum, values first": lambda w, h: torch.sum(h * w, dim=1, keepdim=True),
+    "einsum": lambda w, h: torch.einsum("bn,bnd->bd", w.squeeze(-1), h),
+    "einsum, values first": lambda w, h: torch.einsum("bnd,bn->bd", h, w.squeeze(-1)),
+    "bmm": lambda w, h: torch.bmm(w.mT, h),
+    "turned": lambda w, h: h.mT @ w,
+}
+
+
+@pytest.mark.parametrize("weigh", WEIGHED.values(), ids=WEIGHED)
+def test_attention_pooling_in_every_spelling(weigh):
+    record = only(lambda: weigh(TO_ONE(X).softmax(1), X))
+    assert record.shape == (2, 1, 1, 6)
+    assert_weights(record, plain_softmax(TO_ONE(X)[..., 0])[:, None, None])
+    assert record.mask is None
+
+
+def test_a_sum_of_weights_for_each_query():
+    record = only(lambda: (scores_of(X).softmax(-1).unsqueeze(-1) * X.unsqueeze(1)).sum(2))
+    assert_weights(record, plain_softmax(scores_of(X))[:, None])
+    assert record.scale == 1
+
+
+def test_scores_by_multiplying_and_adding_up_are_those_of_queries_and_keys():
+    record = only(lambda: (X.unsqueeze(2) * X.unsqueeze(1)).sum(-1).div(3).softmax(-1) @ X)
+    assert record.scale == pytest.approx(1 / 3)
+    assert torch.equal(record.query[:, 0], X)
+
+
+def test_a_product_by_tensordot():
+    record = only(lambda: torch.tensordot(scores_of(X[0]).softmax(-1), X[0], dims=1))
+    assert record.shape == (1, 1, 6, 6)
+
+
+def test_a_sum_that_divides_after_the_value():
+    def attend(x):
+        shares = (scores_of(x) / 3).exp()
+        return shares @ x / shares.sum(-1, keepdim=True)
+
+    record = only(lambda: attend(X))
+    assert record.source == "exp, divided by its sum afterwards"
+    assert record.scale == pytest.approx(1 / 3)
+    assert_weights(record, plain_softmax(scores_of(X) / 3)[:, None])
+
+
+def test_what_divides_by_something_else_is_not_called_attention():
+    assert len(traced(lambda: scores_of(X).exp() @ X / 7.0)) == 0
+
+
+def test_weights_that_a_layer_makes_over_positions_are_read():
+    """The sequence-to-sequence tutorial: as many weights as positions, out of a linear layer."""
+    record = only(lambda: torch.bmm(TO_POSITIONS(X[:, :1]).softmax(-1), X))
+    assert_weights(record, plain_softmax(TO_POSITIONS(X[:, :1]))[:, None])
+    assert record.query is None
+
+
+def test_heads_that_talk_before_and_after_the_softmax():
+    query, key, value = three(2, 3)
+    mixing = nn.Parameter(draw("mixing", 3, 3))
+
+    def mixed(weights):
+        return torch.einsum("hg,bgij->bhij", mixing, weights)
+
+    record = only(lambda: mixed(mixed(query @ key.mT).softmax(-1)) @ value)
+    expected = mixed(plain_softmax(mixed(query @ key.mT)).float())
+    assert_weights(record, expected.detach(), atol=1e-5, rtol=0)
+
+
+# --- linear attention, and parts of one softmax
+
+
+def test_linear_attention_is_named_as_what_it_is():
+    query, key, value = three(2, 3)
+
+    def attend():
+        return query.softmax(-1) @ (key.softmax(-2).mT @ value)
+
+    record = only(attend)
+    assert record.kind == "linear"
+    assert record.shape == (2, 3, 5, 7)
+    assert_weights(record, query.softmax(-1) @ key.softmax(-2).mT)
+    assert_row_stochastic(record.weights)
+    assert record.call == 0
+
+
+def test_parts_of_one_softmax_are_put_together():
+    query, key, value = three(2, 3)
+
+    def attend():
+        weights = (query @ key.mT).softmax(-1)
+        return weights[..., 3:] @ value[:, :, 3:] + weights[..., :3] @ value[:, :, :3]
+
+    record = only(attend)
+    assert record.shape == (2, 3, 5, 7)
+    assert_weights(record, plain_weights(query, key, scale=1.0))
+    assert_row_stochastic(record.weights)
+
+
+# --- names, steps, and what attention may be called
+
+
+def test_names_do_not_tell_of_wrappers():
+    assert plain_name("module._orig_mod.layers.0._fsdp_wrapped_module.attn") == "layers.0.attn"
+    model = nn.Sequential()
+    model.module = nn.MultiheadAttention(8, 2, batch_first=True)
+    outer = nn.ModuleDict({"block": model})
+    with torch.no_grad(), capture_attention(outer) as trace:
+        outer.forward = lambda x: model.module(x, x, x)[0]
+        outer(X)
+    assert trace.layers == ("block",)
+
+
+class Attend(nn.Module):
+    def forward(self, x):
+        return F.scaled_dot_product_attention(x, x, x)
+
+
+def test_a_step_is_a_call_of_the_model():
+    model = nn.Sequential(Attend(), Attend())
+    with capture_attention(model) as trace:
+        for length in (6, 1, 1):
+            model(X[:, :length])
+    assert trace.steps == (0, 1, 2)
+    assert [record.shape[2] for record in trace.at(step=0)] == [6, 6]
+    assert [record.step for record in trace.at(step=-1)] == [2, 2]
+    with pytest.raises(ValueError, match=r"one of \[0, 1, 2\]"):
+        trace.at(step=3)
+
+
+class ConvAttention(nn.Module):
+    """Called so, and a gate: no product, no softmax."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(6, 6, 3, padding=1)
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.conv(x))
+
+
+def test_a_convolution_may_be_called_attention():
+    model = nn.Sequential(ConvAttention())
+    with capture_attention(model, allow_empty=True) as trace:
+        model(X)
+    assert trace.unseen == ()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+def test_what_is_traced_is_named_and_holds_nothing_of_ours():
+    expected = [node.kind() for node in torch.jit.trace(Attend(), X).graph.nodes()]
+    with capture_attention(allow_empty=True, allow_unseen=True) as trace:
+        found = torch.jit.trace(Attend(), X)
+    assert [node.kind() for node in found.graph.nodes()] == expected
+    assert [str(unseen) for unseen in trace.unseen] == [
+        "(no layer): scaled_dot_product_attention: it was traced by torch.jit, and is not recorded"
+    ]
+
+
+def test_tensors_without_numbers_leave_no_record_and_are_named():
+    x = X.to("meta")
+    trace = traced(lambda: F.scaled_dot_product_attention(x, x, x), allow_unseen=True)
+    assert [unseen.why for unseen in trace.unseen] == ["it was given unusual tensors"]
+    trace = traced(lambda: scores_of(x).softmax(-1) @ x, allow_unseen=True)
+    assert len(trace) == 0
+    assert len(trace.unseen) == 1
+
+
+@pytest.mark.parametrize("keep", ["inputs", "weights", "statistics"])
+def test_operations_of_a_capture_are_not_counted(keep):
+    def count(**options):
+        with FlopCounterMode(display=False) as counter:
+            if options:
+                traced(lambda: (scores_of(X).softmax(-1) @ X, Attend()(X)), **options)
+            else:
+                (scores_of(X).softmax(-1) @ X, Attend()(X))
+        return counter.get_total_flops()
+
+    assert count(keep=keep) == count()
