@@ -265,9 +265,8 @@ def _off(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
 
 def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan]]:
     """Yield each known mistake: of the backward pass alone, or of the weights in it."""
-    every = [
-        (defect.sentence, _felt(change(BackwardPlan()), saved))
-        for defect, change in changes(BACKWARD)
+    every: list[tuple[str, Plan]] = [
+        (defect.sentence, change(BackwardPlan())) for defect, change in changes(BACKWARD)
     ]
     outcomes = Outcomes(saved.case)
     for defect, change in changes():
@@ -277,22 +276,9 @@ def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan]]:
             outcomes.of(decided) not in (None, outcomes.healthy)
         ):
             every += [(defect.sentence, _started(change(Plan()), *how)) for how in _AGAIN]
-    yield from (one for one in dict.fromkeys(every) if one[1] != BackwardPlan())
-
-
-def _felt(plan: Plan, saved: Saved) -> BackwardPlan:
-    """The plan of a backward pass without what changes nothing on a call."""
-    assert isinstance(plan, BackwardPlan)
-    case, usual = saved.case, BackwardPlan()
-    missing = {
-        ("group_sum",): case.group == 1,
-        ("bias_sum",): case.bias is None,
-        ("score_slope",): case.softcap is None and case.score_mod is None,
-        ("skipped_block",): not case.hides,
-        ("kept_of_scores", "kept_of_values"): saved.kept.ndim == 0,
-    }
-    names = [name for some, gone in missing.items() if gone for name in some]
-    return replace(plan, **{name: getattr(usual, name) for name in names})
+    for sentence, plan in every:
+        assert isinstance(plan, BackwardPlan)
+        yield sentence, plan
 
 
 def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
