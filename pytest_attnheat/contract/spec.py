@@ -6,7 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -152,12 +152,6 @@ class AttentionSpec:
     memory: str | None = None
     # Itself: `replace` hands it on, and so tells what was typed from what was filled in.
     _made: AttentionSpec | None = field(default=None, repr=False, compare=False, kw_only=True)
-
-    def __new__(cls, *given: Any, **named: Any) -> AttentionSpec:
-        """Note which fields are typed, which a dataclass does not tell from its defaults."""
-        spec = super().__new__(cls)
-        vars(spec)["_typed"] = {one.name for one in fields(cls)[: len(given)]} | set(named)
-        return spec
 
     def __post_init__(self) -> None:
         check_subject(self)
@@ -434,11 +428,18 @@ class AttentionSpec:
         return self.ask(call, dropout=dropout_p).output
 
 
-# What `help` shows: that of the fields, not of `__new__`.
-_OWN = inspect.signature(AttentionSpec.__init__)
-AttentionSpec.__signature__ = _OWN.replace(  # type: ignore[attr-defined]
-    parameters=[one for name, one in _OWN.parameters.items() if name not in ("self", "_made")]
-)
+_FIELDS = [one.name for one in fields(AttentionSpec)]
+_init = AttentionSpec.__init__
+
+
+@wraps(_init)
+def _noting(self: AttentionSpec, *given: Any, **named: Any) -> None:
+    """Note which fields are typed, which a dataclass does not tell from its defaults."""
+    vars(self)["_typed"] = {*_FIELDS[: len(given)], *named}
+    _init(self, *given, **named)
+
+
+AttentionSpec.__init__ = _noting  # type: ignore[method-assign]
 
 
 def _both(mask: Tensor, causal: Tensor) -> Tensor:
