@@ -90,9 +90,9 @@ def main() -> None:
     torch.set_num_threads(1)
     for times in ("first", "later"):
         unnamed = ratio_of_wrong(torch.tanh, named=False)
-        report(f"wrong and unnamed, the {times} subject, against the calls", unnamed, "<=", 60)
+        report(f"wrong and unnamed, the {times} subject, against the calls", unnamed, "<=", 200)
     named = ratio_of_wrong(lambda query: query * query.shape[-1] ** 0.5, named=True)
-    report("wrong and named, against the calls", named, "<=", 30)
+    report("wrong and named, against the calls", named, "<=", 80)
     report("everything in four dtypes, against the calls alone", ratio(), "<=", 20)
     report("quick, against the calls alone", ratio(quick=True), "<=", 25)
 

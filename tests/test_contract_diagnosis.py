@@ -514,7 +514,7 @@ def test_what_the_numbers_show_is_in_the_message():
 
 def test_an_error_that_only_masks_show_is_placed():
     found = diagnosed("mask_of_first_sample")
-    assert found.where["pattern"] == "wrong only in cases with a mask"
+    assert found.where["pattern"] == "wrong in every case with a mask, right in every other"
     found = diagnosed("causal_ignored")
     assert found.where["pattern"] == "wrong in every case causal, right in every other"
 
