@@ -25,6 +25,8 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.parts import parts_of
 
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
+# A fine one and a coarse one, where the dtype decides little.
+TWO = ["float32", "bfloat16"]
 
 sdpa = F.scaled_dot_product_attention
 
@@ -125,14 +127,16 @@ CORRECT = {
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("how", CORRECT)
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [(how, dtype) for n, how in enumerate(CORRECT) for dtype in (DTYPES[n % 2], DTYPES[2 + n % 2])],
+)
 def test_correct_attention_raises_no_alarm_on_any_hard_case(how, dtype):
     for name in HARD_CASES:
         on_case(CORRECT[how], name, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_grouped_keys_may_be_repeated_explicitly(dtype):
     def repeated(query, key, value, enable_gqa):
         groups = query.shape[-3] // key.shape[-3]
@@ -144,7 +148,7 @@ def test_grouped_keys_may_be_repeated_explicitly(dtype):
         assert_matches_reference(sdpa, *grouped, enable_gqa=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_flex_attention_raises_no_alarm(dtype):
     flex = pytest.importorskip("torch.nn.attention.flex_attention")
 
@@ -165,7 +169,7 @@ def test_flex_attention_raises_no_alarm(dtype):
             )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", TWO)
 def test_the_attention_functions_of_transformers_raise_no_alarm(dtype):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     fused = pytest.importorskip("transformers.integrations.sdpa_attention")
@@ -217,7 +221,7 @@ def test_more_options_are_passed_on():
     assert_matches_reference(function, *inputs(1, 2), dropout_p=0.0, flavour="plain")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize("shape", [(6, 8), (1, 8), (2, 1, 6, 8), (2, 3, 1, 8)], ids=str)
 def test_a_float_mask_is_added_and_its_gradient_judged(shape, dtype):
     query, key, value = inputs(2, 3, dtype=getattr(torch, dtype))
@@ -254,17 +258,17 @@ def finite_masks(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_mask_of_finite_numbers_excuses_nothing(dtype):
     tensors = inputs(1, 2, dtype=getattr(torch, dtype))
-    for mask in finite_masks(dtype):
+    several = assert_matches_reference, assert_gradients_match
+    for number, mask in enumerate(finite_masks(dtype)):
         message(lambda q, k, v, attn_mask: 0 * sdpa(q, k, v), *tensors, attn_mask=mask)
-        for check in (assert_matches_reference, assert_gradients_match):
-            text = message(
-                lambda q, k, v, attn_mask: 1.2 * sdpa(q, k, v, attn_mask=attn_mask),
-                *tensors,
-                attn_mask=mask,
-                check=check,
-            )
-            assert "query" in text
-            assert "value" in text
+        text = message(
+            lambda q, k, v, attn_mask: 1.2 * sdpa(q, k, v, attn_mask=attn_mask),
+            *tensors,
+            attn_mask=mask,
+            check=several[number % 2],
+        )
+        assert "query" in text
+        assert "value" in text
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -497,7 +501,7 @@ def test_the_first_place_is_named_where_it_is_not_the_worst():
     assert ", 9, 9] is " in text.splitlines()[1]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_a_wrong_scale_is_seen(dtype):
     def embedding(query, key, value):
         return sdpa(query, key, value, scale=(2 * query.shape[-1]) ** -0.5)
@@ -514,7 +518,7 @@ def test_a_scale_after_the_softmax_is_named(dtype):
     assert re.search(words, text), text
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize("name", ["padding_left", "padding_right", "sliding_window"])
 def test_an_inverted_mask_is_seen(name, dtype):
     def inverted(query, key, value, attn_mask):
@@ -523,7 +527,7 @@ def test_an_inverted_mask_is_seen(name, dtype):
     assert "elements of the output are not those" in message_on(inverted, name, dtype=dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_a_causal_mask_to_the_other_corner_is_seen(dtype):
     def bottom_right(query, key, value, is_causal):
         query_len, key_len = query.shape[-2], key.shape[-2]
@@ -562,7 +566,7 @@ def test_a_sum_kept_in_low_precision_is_seen(dtype):
     assert "times the reference" not in text  # any factor fits outputs that are all alike
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_nan_in_one_row_is_named_and_never_excused(dtype):
     def function(query, key, value):
         return sdpa(query, key, value).index_fill(-2, torch.tensor([3]), math.nan)
@@ -634,7 +638,7 @@ def test_gradients_of_nan_for_fully_masked_rows_are_named():
         assert_gradients_match(cleaned, case.query, case.key, case.value, **case.arguments)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_groups_in_another_order_are_named(dtype):
     def tiled(query, key, value, enable_gqa):
         groups = query.shape[-3] // key.shape[-3]
@@ -670,7 +674,30 @@ def test_a_softmax_in_lower_precision_is_named(dtype, narrow):
     assert words in text
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_that_is_wrong_at_one_place_is_no_step_in_lower_precision():
+    class Off(torch.autograd.Function):
+        """Its gradient is off by little everywhere, and by much in one row."""
+
+        @staticmethod
+        def forward(ctx, tensor, row):
+            ctx.row = row
+            return tensor.clone()
+
+        @staticmethod
+        def backward(ctx, above):
+            noise = torch.linspace(-1, 1, above.numel()).sin().view(above.shape)
+            wrong = above * (1 + 2e-3 * noise)
+            wrong[..., ctx.row, :] *= 1.5
+            return wrong, None
+
+    def text(row):
+        return message(lambda q, k, v: sdpa(q, Off.apply(k, row), v), *inputs(1, 2))
+
+    assert "within the rounding of a narrower dtype" in text([])
+    assert "within the rounding of a narrower dtype" not in text([3])
+
+
+@pytest.mark.parametrize("dtype", TWO)
 def test_one_leak_into_the_future_in_a_long_row_is_seen(dtype):
     def leaks(query, key, value, is_causal):
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
@@ -690,7 +717,7 @@ def scaled(scale):
     return function
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize(
     ("name", "scale", "words"),
     [
@@ -745,7 +772,7 @@ MISTAKEN = [
 ]
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize(("name", "function", "words"), MISTAKEN)
 def test_a_usual_wrong_mask_is_named(name, function, words, dtype):
     text = message_on(function, name, dtype=dtype)
@@ -925,7 +952,7 @@ def capped(query, key, value, attn_mask=None, is_causal=False, limit=2.0):
     return finish(scores, permitted(query, key, attn_mask, is_causal), value)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", TWO)
 def test_another_reference_can_be_given(dtype):
     for name in ("gaussian", "causal", "padding_left", "length_65", "fully_masked_rows"):
         on_case(capped, name, dtype=dtype, reference=capped)

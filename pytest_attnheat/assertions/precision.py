@@ -20,6 +20,7 @@ from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
     Run,
+    asking,
     called,
     check_call,
     check_criteria,
@@ -35,9 +36,13 @@ from pytest_attnheat.assertions.precision_judgement import Context, Judgement, c
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, DeclaredFullyMasked
+from pytest_attnheat.attention.vocabulary import (
+    DECLARED_FULLY_MASKED,
+    HIDDEN_FROM,
+    DeclaredFullyMasked,
+)
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import misuse, one_of
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
@@ -127,7 +132,9 @@ def assert_matches_reference(
         (function, reference),
         (query, key, value),
         given,
-        Criteria(fully_masked, None, factor, gradients, training, seed),
+        Criteria(factor, training, seed),
+        fully_masked,
+        gradients=gradients,
     )
 
 
@@ -169,7 +176,8 @@ def assert_gradients_match(
         (function, reference),
         (query, key, value),
         given,
-        Criteria(fully_masked, None, factor, True, training, seed),
+        Criteria(factor, training, seed),
+        fully_masked,
         output=False,
     )
 
@@ -180,7 +188,9 @@ def _compare(
     inputs: tuple[Tensor | Call, Tensor | None, Tensor | None],
     given: dict[str, Any],
     criteria: Criteria,
+    fully_masked: DeclaredFullyMasked,
     *,
+    gradients: bool = True,
     output: bool = True,
 ) -> None:
     __tracebackhide__ = True
@@ -188,35 +198,27 @@ def _compare(
     if reference is not None and not callable(reference):
         raise TypeError(misuse("reference", type(reference).__name__, "a function, or None"))
     check_criteria(criteria)
+    one_of("fully_masked", fully_masked, DECLARED_FULLY_MASKED)
+    run_reference, shape = None, None
     # The caller may be in inference mode or under no_grad; autograd needs neither.
     with torch.inference_mode(False), torch.enable_grad():
         if isinstance(inputs[0], Call):
-            described, call, names = described_call(
-                function, inputs, {**given, "reference": reference}
-            )
-            expected = described.expected()
-            criteria = replace(
-                criteria,
-                fully_masked=call.fully_masked,
-                reference=None if expected is None else lambda call: expected.ask(call).output,
-            )
-            judge_call(
-                assertion, lambda call: described.ask(call).output, call, criteria,
-                names=names if criteria.gradients else [], code=function, output=output,
-            )  # fmt: skip
-            return
-        subject, call, run = called(function, inputs, given)
-        call = replace(call, fully_masked=criteria.fully_masked)
-        names = ["query", "key", "value"] if criteria.gradients else []
-        for name, tensor in (("attn_mask", given.get("attn_mask")), ("sinks", call.sinks)):
-            if criteria.gradients and tensor is not None and tensor.requires_grad:
-                names.append(name)
-        if reference is not None:
-            criteria = replace(criteria, reference=runner(replace(subject, function=reference)))
-        shape = None if subject.mask is None else tuple(subject.mask.shape)
+            given = {**given, "reference": reference}
+            described, call, names = described_call(function, inputs, given)
+            run, expected = asking(described), described.expected()
+            run_reference = None if expected is None else asking(expected)
+        else:
+            subject, call, run = called(function, inputs, given)
+            call = replace(call, fully_masked=fully_masked)
+            own = {"attn_mask": given.get("attn_mask"), "sinks": call.sinks}
+            names = ["query", "key", "value"]
+            names += [n for n, one in own.items() if one is not None and one.requires_grad]
+            if reference is not None:
+                run_reference = runner(replace(subject, function=reference))
+            shape = None if subject.mask is None else tuple(subject.mask.shape)
         judge_call(
-            assertion, run, call, criteria, names=names, code=function, output=output,
-            mask_shape=shape,
+            assertion, run, call, replace(criteria, reference=run_reference),
+            names=names if gradients else [], code=function, output=output, mask_shape=shape,
         )  # fmt: skip
 
 
@@ -253,12 +255,12 @@ def judge_call(
     check_call(call)
     with torch.inference_mode(False), torch.enable_grad():
         masked_rows = _masked_rows(call)
-        upstream = _upstream(call, criteria, masked_rows) if names else None
+        upstream = _upstream(call, criteria.seed, masked_rows) if names else None
         call = replace(call, upstream=upstream)
         found = run_once(run, call, names, code, training=criteria.training, seed=criteria.seed)
         expected, plain = _expected(call, criteria, names, code)
         if criteria.reference is not None:
-            _check_reference(expected, call, criteria, masked_rows)
+            _check_reference(expected, call, masked_rows)
         judgements = [
             _judge(name, found[name], expected, plain[name], call, criteria, masked_rows)
             for name in ["output", *names]
@@ -292,7 +294,7 @@ def _masked_rows(call: Call) -> Tensor:
     return rows & (call.sinks == -math.inf)[:, None].to(rows.device)
 
 
-def _upstream(call: Call, criteria: Criteria, masked_rows: Tensor) -> Tensor:
+def _upstream(call: Call, seed: int, masked_rows: Tensor) -> Tensor:
     """The gradient of the output: Gaussian, in the dtype of the inputs.
 
     Zero for a query without any key, unless its output is zero: what flows back from there
@@ -301,12 +303,12 @@ def _upstream(call: Call, criteria: Criteria, masked_rows: Tensor) -> Tensor:
     any gradient of keys and values.
     """
     shape = (*call.query.shape[:-1], call.value.shape[-1])
-    drawn = draw("gradient of the output", criteria.seed, *shape).to(call.query)
+    drawn = draw("gradient of the output", seed, *shape).to(call.query)
     without = torch.zeros_like(masked_rows)
     if call.bias is not None:
         scores = (*call.query.shape[:-1], call.key_len)
         without = ~call.visible(HIDDEN_FROM).expand(scores).any(-1) & ~masked_rows
-    without = without if criteria.fully_masked == "zero" else without | masked_rows
+    without = without if call.fully_masked == "zero" else without | masked_rows
     return drawn.masked_fill(without.unsqueeze(-1), 0.0)
 
 
@@ -347,13 +349,11 @@ def _callers_reference(
     return computation.Reference(exact, scale, scale, info.eps / 2), plain
 
 
-def _check_reference(
-    expected: computation.Reference, call: Call, criteria: Criteria, masked_rows: Tensor
-) -> None:
+def _check_reference(expected: computation.Reference, call: Call, masked_rows: Tensor) -> None:
     """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
     for name, exact in expected.exact.items():
         bad = ~exact.isfinite()
-        if criteria.fully_masked in ("nan", "undefined"):
+        if call.fully_masked in ("nan", "undefined"):
             bad = bad & ~_excused(name, exact, masked_rows, call)
         if bool(bad.any()):
             place = ", ".join(map(str, bad.nonzero()[0].tolist()))
@@ -363,7 +363,7 @@ def _check_reference(
             if name == "output" and not bool((bad & ~masked_rows.unsqueeze(-1)).any()):
                 accepted += (
                     " (there, a query may attend to no key, and "
-                    f'fully_masked="{criteria.fully_masked}" is declared; if NaN is meant, '
+                    f'fully_masked="{call.fully_masked}" is declared; if NaN is meant, '
                     'fully_masked="nan")'
                 )
             raise ValueError(misuse("reference", got, accepted))
@@ -390,15 +390,15 @@ def _judge(
     exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
     judged = torch.ones_like(exact, dtype=torch.bool)
     rows = masked_rows.unsqueeze(-1)
-    if criteria.fully_masked in ("nan", "undefined"):
+    if call.fully_masked in ("nan", "undefined"):
         if name in ("output", "query"):
-            keep = name == "output" and criteria.fully_masked == "nan"
+            keep = name == "output" and call.fully_masked == "nan"
             judged = judged if keep else judged & ~rows
             exact = exact.masked_fill(rows, math.nan) if keep else exact
         else:
             unknown = exact.isnan() if found is None else found.isnan() | exact.isnan()
             judged = ~(unknown & _excused(name, exact, masked_rows, call))
-    elif criteria.fully_masked == "zero" and name == "output":
+    elif call.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(
         name,

@@ -22,9 +22,8 @@ from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.subject import as_input, settled
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES
-from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.inputs import check_number, dtype_name, misuse, one_of, seed_number
+from pytest_attnheat.inputs import check_number, dtype_name, misuse, seed_number
 
 Function: TypeAlias = Callable[..., Any]
 
@@ -40,30 +39,22 @@ class Criteria:
     """How it is judged.
 
     Attributes:
-        fully_masked: What the output is for a query that may attend to nothing.
-        reference: What is compared with in place of attention; None for attention.
         factor: How many times the rounding of a plain computation is allowed.
-        gradients: Whether gradients are compared.
         training: Whether the subject may draw random numbers, each call from `seed`.
         seed: That seed, and that of the gradient of the output.
+        reference: What is compared with in place of attention; None for attention.
     """
 
-    fully_masked: DeclaredFullyMasked = "zero"
-    reference: Run | None = None
     factor: float = 2.0
-    gradients: bool = True
     training: bool = False
     seed: int = 0
+    reference: Run | None = None
 
 
 def check_criteria(criteria: Criteria) -> None:
     """Refuse what is unknown or out of range."""
-    one_of("fully_masked", criteria.fully_masked, DECLARED_FULLY_MASKED)
-    _check_factor(criteria.factor)
     seed_number(criteria.seed)
-
-
-def _check_factor(factor: object) -> None:
+    factor: object = criteria.factor
     if isinstance(factor, bool) or not isinstance(factor, Real):
         raise TypeError(misuse("factor", type(factor).__name__, "a number above 0"))
     if not 0 < float(factor) < math.inf:
@@ -131,11 +122,16 @@ def described_call(
     return described, described.described(call), names if described.gradients else []
 
 
+def asking(described: Described) -> Run:
+    """Return how a function is called that says what it does."""
+    return lambda call: described.ask(call).output
+
+
 def runner(subject: AttentionFunction) -> Run:
     """Return how a function is called with another call of the same options."""
     described = as_described(subject.function)
     if described is not None:
-        return lambda call: described.ask(call).output
+        return asking(described)
 
     def run(call: Call) -> Tensor:
         changed: dict[str, Any] = {}

@@ -36,6 +36,7 @@ from pytest_attnheat.attention.mistakes import (
     simplest,
     too_large,
 )
+from pytest_attnheat.attention.outcomes import Outcomes, decisions_of
 from pytest_attnheat.attention.plan import (
     Case,
     NotApplicable,
@@ -264,41 +265,20 @@ def _off(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
 
 def _attempted(saved: Saved) -> Iterator[tuple[str, BackwardPlan]]:
     """Yield each known mistake: of the backward pass alone, or of the weights in it."""
-    every = [
-        (one.sentence, _felt(change(BackwardPlan()), saved)) for one, change in changes(BACKWARD)
+    every: list[tuple[str, Plan]] = [
+        (defect.sentence, change(BackwardPlan())) for defect, change in changes(BACKWARD)
     ]
-    for one, change in changes():
-        forward = change(Plan())
-        if _is_of_both(forward, saved):
-            every += [(one.sentence, _started(forward, *how)) for how in _AGAIN]
-    yield from (one for one in dict.fromkeys(every) if one[1] != BackwardPlan())
-
-
-def _felt(plan: Plan, saved: Saved) -> BackwardPlan:
-    """The plan of a backward pass without what changes nothing on a call."""
-    assert isinstance(plan, BackwardPlan)
-    case, usual = saved.case, BackwardPlan()
-    missing = {
-        ("group_sum",): case.group == 1,
-        ("bias_sum",): case.bias is None,
-        ("score_slope",): case.softcap is None and case.score_mod is None,
-        ("skipped_block",): not case.hides,
-        ("kept_of_scores", "kept_of_values"): saved.kept.ndim == 0,
-    }
-    names = [name for some, gone in missing.items() if gone for name in some]
-    return replace(plan, **{name: getattr(usual, name) for name in names})
-
-
-def _is_of_both(plan: Plan, saved: Saved) -> bool:
-    """Whether a backward pass may be wrong like this as well, and is something else then."""
-    right = Plan()
-    if any(getattr(plan, name) != getattr(right, name) for name in _FORWARD_ALONE):
-        return False
-    try:
-        other = vars(carry_out(plan, saved.case))
-    except NotApplicable:
-        return False
-    return not all(torch.equal(other[name], one) for name, one in vars(saved.forward).items())
+    outcomes = Outcomes(saved.case)
+    for defect, change in changes():
+        decided = decisions_of(change)
+        # What a backward pass may do wrong as well, and does otherwise on this call.
+        if decided.keys().isdisjoint(_FORWARD_ALONE) and (
+            outcomes.of(decided) not in (None, outcomes.healthy)
+        ):
+            every += [(defect.sentence, _started(change(Plan()), *how)) for how in _AGAIN]
+    for sentence, plan in every:
+        assert isinstance(plan, BackwardPlan)
+        yield sentence, plan
 
 
 def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:

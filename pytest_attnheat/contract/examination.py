@@ -210,17 +210,17 @@ class Examination:
             raise
 
     def _judge(self, chosen: Choice, explain: bool) -> None:
-        call, wanted = self.drawn(chosen), chosen["gradients"]
+        blind = self.spec.fully_masked if self.space.declared.empty else "undefined"
+        call, wanted = replace(self.drawn(chosen), fully_masked=blind), chosen["gradients"]
         names = ["query", "key", "value"] if wanted == "all" else [] if wanted == NONE else [wanted]
         if wanted == "all":
             names += ["attn_mask"] if call.bias is not None else []
             names += ["sinks"] if chosen.get("sinks") else []
-        blind = self.spec.fully_masked if self.space.declared.empty else "undefined"
         judge_call(
             "",
             self._run(self.spec, wanted == NONE),
             call,
-            Criteria(fully_masked=blind, reference=self._reference(), seed=self.seed),
+            Criteria(reference=self._reference(), seed=self.seed),
             names=names,
             code=self.spec.subject,
             explain=explain,
