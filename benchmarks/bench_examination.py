@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,9 +60,39 @@ def ratio(**options: Any) -> float:
     return sorted(ratios)[ROUNDS // 2]
 
 
+class Wrong(Timed):
+    """The same with other queries, which may be a defect that has a name, or none."""
+
+    def __init__(self, change: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.change = change
+
+    def __call__(self, query: torch.Tensor, *others: Any, **named: Any) -> torch.Tensor:
+        """Call it with another query."""
+        return super().__call__(self.change(query), *others, **named)
+
+
+def ratio_of_wrong(change: Callable[[torch.Tensor], torch.Tensor], named: bool) -> float:
+    """Return how many times as long as its calls an examination of wrong code takes."""
+    subject = Wrong(change)
+    spec = AttentionSpec(subject, name="wrong", mask="any", dtypes=("float32",))
+    start = time.perf_counter()
+    outcome = check_attention(spec)
+    assert outcome.diagnosis is not None
+    assert bool(outcome.diagnosis.defects) == named, str(outcome)
+    whole = time.perf_counter() - start
+    print(f"  {whole:.2f} s, {subject.calls} calls in {subject.taken:.2f} s")
+    return whole / subject.taken
+
+
 def main() -> None:
-    """Print both forms of it."""
+    """Print both forms of it, and what it takes where it has to be told what is wrong."""
     torch.set_num_threads(1)
+    for times in ("first", "later"):
+        unnamed = ratio_of_wrong(torch.tanh, named=False)
+        report(f"wrong and unnamed, the {times} subject, against the calls", unnamed, "<=", 200)
+    named = ratio_of_wrong(lambda query: query * query.shape[-1] ** 0.5, named=True)
+    report("wrong and named, against the calls", named, "<=", 80)
     report("everything in four dtypes, against the calls alone", ratio(), "<=", 20)
     report("quick, against the calls alone", ratio(quick=True), "<=", 25)
 

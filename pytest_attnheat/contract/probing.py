@@ -386,6 +386,8 @@ def blueprints(spec: AttentionSpec) -> list[Blueprint]:
         length = min(sum(far) + 4, _WIDEST)
         levels = {"sizes": (length, length + 2), "batch": 1, "key_heads": 2, "head_dim": 10}
         cases.append(Blueprint("window" if spec.window else "chunk", levels))
-    # The largest comes last: the others tell most plans from the subject.
-    long = _sized(131, 133, batch=1, key_heads=1, **(_CAUSAL if spec.takes_causal else {}))
-    return [*cases, Blueprint("long", long)]
+    # The largest come last: the others tell most plans from the subject. Whole blocks of 16 to 64
+    # are more than the first 128.
+    single = {"batch": 1, "key_heads": 1}
+    cases.append(Blueprint("long, causal", _sized(131, 133, **single, **_CAUSAL)))
+    return [*cases, Blueprint("long", _sized(195, 197, **single))]
