@@ -11,16 +11,16 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import CHECKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from wrong_attention import attention_with, declared_for
+from wrong_attention import planted_with
 
 GROUPED = ("groups_tiled", "first_key_head_only")
 
 
 def planted(name: str) -> AttentionSpec:
     """Return an implementation with one defect, and what it should have been."""
-    declared = declared_for(name)
+    subject, declared = planted_with(name)
     return AttentionSpec(
-        attention_with(name, **declared),
+        subject,
         name=name,
         grouped=True if name in GROUPED else None,
         dtypes=("float32",),

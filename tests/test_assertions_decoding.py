@@ -17,7 +17,6 @@ from attention_subjects import (
     causal_encoder,
     encoder,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -147,8 +146,7 @@ def test_attention_aligned_to_the_bottom_right_passes_if_this_is_said():
         assert_decode_matches_prefill(bottom_right, *qkv())
 
 
-def test_flex_and_multihead_attention_pass():
-    assert_decode_matches_prefill(flex, *qkv(length := 5, 3, length, length))
+def test_multihead_attention_passes():  # flex_attention: see test_no_false_alarms
     inputs = (randn(2, 5, WIDTH),) * 3
     assert_decode_matches_prefill(multihead(), *inputs)
     assert_decode_matches_prefill(multihead(batch_first=False), *inputs)

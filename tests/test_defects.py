@@ -3,6 +3,7 @@
 The implementations are those of `wrong_attention`, which knows nothing of the catalogue.
 """
 
+import functools
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,13 @@ from wrong_attention import BLOCK, attention_with, declared_for
 
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
+from pytest_attnheat.contract.probing import Probe
+from pytest_attnheat.contract.searching import Search
 
 EXACT = {defect.name: defect for defect in DEFECTS if defect.seen in ("exactly", "rounding")}
 # What is given by keyword in a call; all else is what the implementation always does.
+# What gives the very same answers to these cases, and says so of itself.
+ALIKE = {"sinks_outside_maximum": ["empty_parts_nan"], "products_overflow": ["products_in_float16"]}
 GIVEN = ("bias", "documents", "lengths", "alibi")
 
 
@@ -38,58 +43,55 @@ def masked(case, heads=None):
     return replace(case, mask=mask)
 
 
-def large(case):
-    """Scores that differ by thousands: they overflow in float16, and exp of them in float64."""
-    return replace(case, query=case.query * 10000)
+def kind_of(name):
+    """What the cases of a defect have, besides what is declared for it."""
+    kinds = {"bias": "bias", "documents": "documents", "lengths": "lengths", "earlier": "earlier",
+             "argument": "scale", "maximum_sub": "large", "renormalised": "large", "tiled_over":
+             "of samples", "overflow": "float16", "s_only": "long", "fully": "empty", "outside":
+             "empty", "empty": "empty"}  # fmt: skip
+    return next((kind for part, kind in kinds.items() if part in name), "")
+
+
+@functools.cache
+def cases_of(kind, declared):
+    """Cases of one kind, once for all defects that show on them: what they give is kept as well."""
+    base, square = plain(**dict(declared)), plain(**dict(declared), query_len=6, key_len=6)
+    causal = replace(base, causal=True)
+    earlier = masked(plain(seed=30))
+    bias = drawn(*base.shape, seed=9).masked_fill(drawn(*base.shape, seed=8) > 1, 0.0)
+    bias[..., 3:5] = -torch.inf
+    of_keys = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1]])
+    documents, lengths = (of_keys[:, :6], of_keys), torch.tensor([8, 6])
+    empty = drawn(*base.shape, seed=7) > 0
+    empty[:, :, 2], empty[:, :, 4, :BLOCK] = False, False
+    usual = [base, causal, masked(causal), replace(square, causal=True), masked(square)]
+    usual += [replace(causal, alignment="bottom_right")]
+    far = masked(replace(base, query=base.query * 10000))  # exp of its scores is inf or 0
+    return {
+        "": usual,
+        "bias": [replace(base, bias=bias), masked(replace(base, bias=bias.nan_to_num(neginf=-2))),
+                 replace(square, bias=drawn(*square.shape, seed=4))],
+        "documents": [replace(base, documents=documents), replace(causal, documents=documents)],
+        "lengths": [replace(case, lengths=lengths) for case in (base, causal, masked(causal))],
+        "earlier": [replace(masked(base), earlier=replace(earlier, mask=earlier.mask.flip(-2)))],
+        "scale": [replace(case, scale=0.7, scale_given=True) for case in usual[:2]],
+        "large": [far, masked(base)],
+        "float16": [replace(far, dtype=torch.float16)],
+        "of samples": [masked(plain(3), heads=1)],
+        "long": [plain(query_len=40, key_len=43)],
+        "empty": [*usual, replace(base, mask=empty)],
+    }[kind]  # fmt: skip
 
 
 def cases_for(name):
-    """Cases on which a defect shows, of the usual kinds and of what it is about."""
+    """Cases on which a defect shows."""
     declared = declared_for(name)
-    declared |= {"value_dim": 5} if name == "scale_from_value_width" else {}
-    slopes = declared.pop("alibi", None)
-    if slopes is not None:
-        heads = 3 if name == "alibi_of_other_heads" else 4
-        declared["alibi"] = slopes(heads)
-        base = plain(heads=heads, key_heads=1, **declared)
-    else:
-        base = plain(**declared)
-    square = plain(query_len=6, key_len=6, **declared) if slopes is None else base
-    cases = [base, replace(base, causal=True), masked(base), masked(replace(base, causal=True))]
-    cases += [square, replace(square, causal=True), masked(square)]
-    cases += [replace(base, alignment="bottom_right", causal=True)]
-    bias = drawn(*base.shape, seed=9).masked_fill(drawn(*base.shape, seed=8) > 1, 0.0)
-    bias[..., 3:5] = -torch.inf
-    if "bias" in name:
-        cases = [replace(base, bias=bias), masked(replace(base, bias=bias.nan_to_num(neginf=-2)))]
-        cases += [replace(square, bias=drawn(*square.shape, seed=4))]
-    if "documents" in name:
-        of_keys = torch.tensor([[0, 0, 0, 1, 1, 1, 2, 2, 2], [0, 0, 0, 0, 0, 1, 1, 1, 1]])
-        documents = (of_keys[:, :6], of_keys)
-        cases = [replace(case, documents=documents) for case in cases[:2]]
-    if "lengths" in name:
-        lengths = torch.tensor([8, 6])
-        cases = [replace(case, lengths=lengths) for case in cases[:4]]
-    if name == "scale_argument_ignored":
-        cases = [replace(case, scale=0.7, scale_given=True) for case in cases]
-    if name in ("no_maximum_subtracted", "products_overflow"):
-        cases = [large(base), large(masked(base))]
-    if name == "mask_after_softmax_renormalised":
-        cases += [large(masked(base))]
-    if name == "mask_tiled_over_heads":
-        cases = [masked(plain(3), heads=1)]
-    if name == "products_overflow":
-        cases = [replace(case, dtype=torch.float16) for case in cases]
-    if "first" in name and "only" in name:
-        cases = [plain(query_len=20, key_len=23, **declared)]
-    if "earlier" in name:
-        earlier = masked(plain(seed=30))
-        cases = [replace(masked(plain()), earlier=replace(earlier, mask=~earlier.mask))]
-    if "fully_masked" in name or "outside" in name or name == "empty_parts_nan":
-        mask = drawn(*base.shape, seed=7) > 0
-        mask[:, :, 2], mask[:, :, 4, :BLOCK] = False, False
-        cases += [replace(base, mask=mask)]
-    return cases
+    if name in ("scale_from_value_width", "scale_argument_ignored"):
+        declared["value_dim"] = 5
+    if "alibi" in declared:
+        declared |= {"heads": 3 if name == "alibi_of_other_heads" else 4, "key_heads": 1}
+        declared["alibi"] = declared["alibi"](declared["heads"])
+    return cases_of(kind_of(name), tuple(declared.items()))
 
 
 def answer(name, case):
@@ -138,3 +140,15 @@ def test_a_plan_gives_exactly_what_an_implementation_with_the_defect_gives(name)
     assert any(not agrees(found, outcome(Plan(), case)) for case, found in kept)
     plans = [change(Plan()) for change in EXACT[name].changes]
     assert any(all(agrees(found, outcome(p, case)) for case, found in kept) for p in plans)
+
+
+@pytest.mark.parametrize("name", [name for name in EXACT if EXACT[name].seen == "exactly"])
+def test_what_an_implementation_with_a_defect_answers_is_given_its_name_and_no_other(name):
+    answers = [(case, answer(name, case)) for case in cases_for(name)]
+    probes = [Probe(case, found, torch.float64, 1e-9)
+              for case, found in answers if found is not None]  # fmt: skip
+    fitting = {one.names[0] for one in Search(probes, keep=True).singles if one.reproduces}
+    assert {one for one in fitting if EXACT[one].form_of not in fitting} == {
+        name,
+        *ALIKE.get(name, ()),
+    }

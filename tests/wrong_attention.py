@@ -5,6 +5,8 @@ compare it with itself. Lengths come first in this house (batch, length, heads, 
 made of positions, and softmax is written out.
 """
 
+import functools
+
 import torch
 
 INF = float("inf")
@@ -12,8 +14,10 @@ INF = float("inf")
 # The two numbers that are fitted, and the rate of dropout.
 TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25
 BLOCK = 4
+SINKS = torch.tensor([0.5, -1.0, 1.5, 0.2], dtype=torch.double)
 
 
+@functools.cache
 def usual_slopes(heads):
     """The slopes of ALiBi for a power of two of heads."""
     return torch.tensor([2.0 ** (-8 * (h + 1) / heads) for h in range(heads)], dtype=torch.double)
@@ -31,7 +35,7 @@ def declared_for(*names):
     if any("softcap" in name for name in names):
         declared["softcap"] = 1.5
     if any("sinks" in name for name in names):
-        declared["sinks"] = torch.tensor([0.5, -1.0, 1.5, 0.2]).double()
+        declared["sinks"] = SINKS
     if any("alibi" in name for name in names) or "softcap_after_bias" in names:
         declared["alibi"] = usual_slopes
     if any("chunk" in name for name in names):
@@ -69,6 +73,8 @@ def attention_with(
 
     def attention(query, key, value, attn_mask=None, is_causal=False, *, scale=None, **given):
         scale = own_scale if scale is None else scale
+        if torch.is_tensor(given.get("documents")):  # as many queries as keys
+            given["documents"] = (given["documents"], given["documents"])
         asked = {"query": query, "key": key, "value": value, "mask": attn_mask, **given}
         asked = _with_memories(planted, memory, asked)
         query, key, value, attn_mask = (asked.pop(n) for n in ("query", "key", "value", "mask"))
@@ -80,6 +86,14 @@ def attention_with(
 
     narrow.with_more = attention  # type: ignore[attr-defined]
     return narrow
+
+
+def planted_with(*names):
+    """An implementation with defects, and what is to be declared of it."""
+    declared = declared_for(*names)
+    subject = attention_with(*names, **declared)
+    keywords = {k: k for k in ("bias", "documents", "lengths") if any(k in name for name in names)}
+    return (subject.with_more if keywords else subject), {**declared, **keywords}
 
 
 def _with_memories(has, memory, asked):

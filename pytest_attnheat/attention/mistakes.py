@@ -91,16 +91,13 @@ def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
             return tried[outcome]
 
         # If only rows without keys are wrong, nothing else is to blame for them.
-        alone = [
-            {"fully_masked": row}
-            for row in ("zero", "uniform", "nan", "natural")
-            if case.has_empty_rows
-        ]
-        rows = [one["fully_masked"] for one in alone if off(one) < math.inf]
+        rows = case.has_empty_rows and any(
+            off({"fully_masked": row}) < math.inf for row in ("zero", "uniform", "nan", "natural")
+        )
         fits: dict[str, tuple[float, Plan]] = {}
         for defect, change in changes():
             decided = decisions_of(change)
-            to_blame = len(decided) == 1 or decided.get("fully_masked") not in rows
+            to_blame = len(decided) == 1 or not (rows and "fully_masked" in decided)
             if to_blame and (size := off(decided)) < fits.get(defect.sentence, (math.inf,))[0]:
                 fits[defect.sentence] = size, change(Plan())
     least = min((size for size, _ in fits.values()), default=0.0)

@@ -13,15 +13,13 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.subject import for_each_query_head, of_any, of_the_first
-from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, touched
+from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, spread_rows, touched
 from pytest_attnheat.attention.chunks import index_of
 
 # How many sets of elements are tried before an output is believed to depend on all of them.
 _TRIALS = 12
 # How many outputs that no pass moved are looked at.
 _MOST_BLIND = 8
-# The sizes of the blocks that kernels work in: there masks break.
-_BLOCKS = (128, 64, 32, 16)
 # What is cheap has every observer judged, in no more passes, and backward passes, than this.
 _MOST_PASSES, _MOST_BACKWARD = 32, 64
 # Once something is found, so many more passes count it, and fewer where they are not cheap.
@@ -97,8 +95,10 @@ class Search:
                 "check; say causal=, lengths=, documents= or may_see=, or pass a larger batch"
             )
         rows, entries = self._watched.shape[-1], self._watched[..., 0].numel()
-        # All together is to cost no more than some twelve forward passes of a large model.
-        self._passes, self._backward = passes, 0 if subject.has_queries else -(-passes // 4)
+        # All together is to cost no more than some twelve forward passes of a large model: one pass
+        # in four of it is a backward pass.
+        self._backward = 0 if subject.has_queries else passes // 4
+        self._passes = passes - self._backward
         if subject.is_cheap:
             each = subject.has_queries and rows <= _MOST_PASSES
             wanted = rows if each else -(-rows // entries)
@@ -106,7 +106,7 @@ class Search:
             left = 0 if subject.has_queries else wanted - self._passes
             self._backward = min(max(left, 0), _MOST_BACKWARD)
         ends = 2 if subject.has_queries else 4
-        self._targets = _targets(rows, entries * (self._passes + self._backward), ends, seed)
+        self._targets = spread_rows(rows, entries * (self._passes + self._backward), ends, seed)
         # Which observers had all that they must not see replaced, and which were followed back.
         self.hidden = torch.zeros_like(self._watched)
         self.followed = torch.zeros_like(self._watched)
@@ -157,6 +157,8 @@ class Search:
             ValueError: It is not differentiable, and that is not optional.
         """
         blind: Fault | None = None
+        if "gradient" not in methods:
+            self._passes, self._backward = self._passes + self._backward, 0
         hidden = [] if set(methods) == {"gradient"} else self._hidden()
         tally = _Tally(self, [*self._others(), *hidden] if "perturbation" in methods else [])
         if "perturbation" in methods:
@@ -446,29 +448,6 @@ class _Tally:
         by = [self._replacements[int(self._found_by[one])] for one in at]
         counts = int(broken.sum()), int(self._judged.sum()), int(broken.any(-1).sum())
         return Fault(False, method, *counts, *at, (by[0], by[1]), counted)
-
-
-def _targets(length: int, slots: int, ends: int, seed: int) -> list[int]:
-    """Choose a row for each batch entry and head of each pass.
-
-    All rows, where there is room for them; else some ends of blocks, and an even spread that moves
-    with the seed.
-
-    Args:
-        length: How many rows there are.
-        slots: How many are chosen.
-        ends: Of how many that are chosen one is the end of a block.
-        seed: The seed.
-    """
-    if slots >= length:  # another one each time round
-        return [(slot + slot // length + seed) % length for slot in range(slots)]
-    generator = torch.Generator().manual_seed(seed)
-    blocks = dict.fromkeys(end - 1 for block in _BLOCKS for end in range(block, length, block))
-    chosen = list(blocks)[: slots // ends]
-    rest = slots - len(chosen)
-    spread = (torch.arange(rest) + torch.rand(rest, generator=generator)) * (length / rest)
-    chosen += spread.long().clamp(max=length - 1).tolist()
-    return [chosen[at] for at in torch.randperm(slots, generator=generator).tolist()]
 
 
 def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | None:

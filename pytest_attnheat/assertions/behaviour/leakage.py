@@ -78,7 +78,8 @@ def assert_no_leakage(
         by: `"perturbation"` (other inputs), `"gradient"`, `"nan"` (NaN in what must
             not be seen; PyTorch's own kernels let it through, since 0 * NaN is NaN), or several.
             By default the first two, or the first where the subject is not differentiable.
-        passes: In how many passes observers are judged, at least. A function, or a model of which
+        passes: In how many passes observers are judged; of a large model one in four is a backward
+            pass, if gradients are asked. A function, or a model of which
             a call is a matter of milliseconds, has up to 32.
         tolerance: By what part of its size an output may change. By default 2 eps of its
             dtype: the shapes are the same, so nothing is added up in another order.

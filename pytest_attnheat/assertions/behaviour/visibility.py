@@ -27,6 +27,9 @@ LARGER = 8.0
 # Padding is drawn at these multiples of the scale of the inputs: what is large is felt.
 _SCALES = (3.0, 10.0)
 
+# The sizes of the blocks that kernels work in: there masks break.
+_BLOCKS = (128, 64, 32, 16)
+
 # What a subject is told of its padding: the truth, that all is real, the opposite, or nothing.
 Told: TypeAlias = Literal["truth", "all real", "opposite", "nothing"]
 # Says why an observer may not see an element, by the index of one and the number of the other.
@@ -320,3 +323,26 @@ def touched(may_see: Tensor, elements: Tensor) -> Tensor:
         for rows in query_chunks(query_len, key_len):
             result[at][rows] = (may_see[at][rows] & elements[at]).any(-1)
     return result
+
+
+def spread_rows(length: int, slots: int, ends: int, seed: int) -> list[int]:
+    """Choose a row for each batch entry and head of each pass.
+
+    All rows, where there is room for them; else some ends of blocks, and an even spread that moves
+    with the seed.
+
+    Args:
+        length: How many rows there are.
+        slots: How many are chosen.
+        ends: Of how many that are chosen one is the end of a block.
+        seed: The seed.
+    """
+    if slots >= length:  # another one each time round
+        return [(slot + slot // length + seed) % length for slot in range(slots)]
+    generator = torch.Generator().manual_seed(seed)
+    blocks = dict.fromkeys(end - 1 for block in _BLOCKS for end in range(block, length, block))
+    chosen = list(blocks)[: slots // ends]
+    rest = slots - len(chosen)
+    spread = (torch.arange(rest) + torch.rand(rest, generator=generator)) * (length / rest)
+    chosen += spread.long().clamp(max=length - 1).tolist()
+    return [chosen[at] for at in torch.randperm(slots, generator=generator).tolist()]
