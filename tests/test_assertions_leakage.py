@@ -24,7 +24,9 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from pytest_attnheat import AttentionSpec, SequenceModel, assert_no_leakage
 
 # flex_attention computes in one way whatever the dtype, and takes seconds to run.
-FUNCTIONS = [*((f, dtype) for f in (sdpa, plain) for dtype in DTYPES), (flex, torch.float32)]
+_SOME = [*((f, dtype) for f in (sdpa, plain) for dtype in DTYPES), (flex, torch.float32)]
+# Two processes have to call a test alike.
+FUNCTIONS = [pytest.param(f, dtype, id=f"{f.__name__}-{dtype}") for f, dtype in _SOME]
 
 
 def message_of(subject, *inputs, **options):
@@ -66,14 +68,14 @@ def attention(
 # --- attention functions that are right
 
 
-@pytest.mark.parametrize(("function", "dtype"), FUNCTIONS, ids=str)
+@pytest.mark.parametrize(("function", "dtype"), FUNCTIONS)
 def test_a_causal_function_passes(function, dtype):
     assert_no_leakage(function, *qkv(dtype=dtype), is_causal=True)
     assert_no_leakage(function, *qkv(query_len=4, key_len=9, dtype=dtype), is_causal=True)
     assert_no_leakage(function, *qkv(query_len=9, key_len=4, dtype=dtype), is_causal=True)
 
 
-@pytest.mark.parametrize(("function", "dtype"), FUNCTIONS, ids=str)
+@pytest.mark.parametrize(("function", "dtype"), FUNCTIONS)
 def test_a_masked_function_passes(function, dtype):
     mask = torch.rand(2, 1, 6, 6, generator=torch.Generator().manual_seed(0)) > 0.5
     mask[:, :, 2] = False  # a query that may see nothing

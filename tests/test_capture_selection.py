@@ -289,8 +289,8 @@ def test_many_bytes_may_be_written_as_a_float():
 # --- memory
 
 
-WHOLE = 8 * 2048 * 2048 * 4
-LONG = torch.zeros(1, 8, 2048, 4)
+WHOLE = 8 * 1024 * 1024 * 4
+LONG = torch.zeros(1, 8, 1024, 4)
 MIB = 2**20
 
 
@@ -304,18 +304,18 @@ def test_a_cap_is_raised_before_memory_is_spent():
     assert memory.peak < MIB
     lines = str(caught.value).splitlines()
     assert lines == [
-        "capture_attention: attention (1, 8, 2048, 2048) in the block takes 134 MB with "
-        "keep='weights'; 0 records hold 0 B of the 134 MB allowed.",
+        "capture_attention: attention (1, 8, 1024, 1024) in the block takes 33.6 MB with "
+        "keep='weights'; 0 records hold 0 B of the 33.6 MB allowed.",
         "  accepted: layers=['...'], heads=[0], queries=slice(0, 64), max_bytes=...",
-        "  or keep='inputs', which takes 1.05 MB of it",
-        "  or keep='statistics', which takes 328 kB of it",
+        "  or keep='inputs', which takes 524 kB of it",
+        "  or keep='statistics', which takes 164 kB of it",
     ]
 
 
 def test_what_is_selected_is_what_counts():
     with capture_attention(keep="weights", heads=[0], queries=slice(0, 64), max_bytes=MIB) as trace:
         F.scaled_dot_product_attention(LONG, LONG, LONG)
-    assert trace[0].weights.shape == (1, 1, 64, 2048)
+    assert trace[0].weights.shape == (1, 1, 64, 1024)
 
 
 def test_all_records_together_are_within_the_cap():
@@ -347,17 +347,17 @@ def test_weights_asked_for_later_are_within_the_cap():
         trace[0].weights  # noqa: B018
     assert memory.peak < MIB
     assert str(caught.value) == (
-        "the block: weights (1, 8, 2048, 2048) in float32 take 134 MB; accepted is 10.5 MB. "
+        "the block: weights (1, 8, 1024, 1024) in float32 take 33.6 MB; accepted is 10.5 MB. "
         "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
     )
-    assert trace[0].select(heads=[0], queries=range(64)).weights.shape == (1, 1, 64, 2048)
+    assert trace[0].select(heads=[0], queries=range(64)).weights.shape == (1, 1, 64, 1024)
 
 
 def test_statistics_never_hold_the_weights():
     with Memory() as memory, capture_attention(keep="statistics") as trace:
         F.scaled_dot_product_attention(LONG, LONG, LONG)
     assert memory.peak < WHOLE
-    torch.testing.assert_close(trace[0].statistics.row_sum, torch.ones(1, 8, 2048))
+    torch.testing.assert_close(trace[0].statistics.row_sum, torch.ones(1, 8, 1024))
 
 
 def test_inputs_never_hold_the_weights():

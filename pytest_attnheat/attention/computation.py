@@ -231,7 +231,8 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
             column = call.sinks.detach().to(dtype)[maps % call.heads, None, None]
             column = column.expand(*scores.shape[:2], 1)
             scores = torch.cat([scores, column], -1)
-        empty = None if cut and shift >= 0 and not hidden else scores.isneginf().all(-1, True)
+        some_empty = hidden or (cut and shift < 0)
+        empty = scores.amax(-1, keepdim=True).isneginf() if some_empty else None
         torch.softmax(scores, -1, out=scores)
         if empty is not None:
             scores.masked_fill_(empty, 0.0)

@@ -38,8 +38,8 @@ class Shaping:
             heads: How many heads a 3-D batch axis holds, if that is known.
         """
         lead = tuple(rows.shape[:-2])
-        group = rows.shape[-2] if len(lead) == 2 else 1
-        if before is not None and before[:3] == (lead[0], lead[-1] * group, 1):
+        group = rows.shape[-2]
+        if before and len(lead) == 2 and before[:3] == (lead[0], lead[1] * group, 1):
             return cls(lead, lead[0], before[1], packed=group)
         if len(lead) != 1:
             return cls(lead, lead[0] if lead else 1, math.prod(lead[1:]))

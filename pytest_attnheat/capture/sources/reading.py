@@ -39,7 +39,9 @@ def tell(watcher: Watcher, product: Product) -> Attended | None:
     attended = _told(watcher, tag, product)
     if tag.part is None or attended is None:
         return attended
-    tag.parts[tag.part[0]] = attended
+    # The model may add the other parts to this one in place.
+    own = replace(product, output=product.output.clone())
+    tag.parts[tag.part[0]] = replace(attended, product=own)
     if sum(one.product.left.shape[-1] for one in tag.parts.values()) < tag.part[1]:
         return None
     return _told(watcher, replace(tag, scores=None, clean=None), _together(tag.parts))
