@@ -46,6 +46,8 @@ def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
     """Return the parameters of a callable, None where they are not known, as of a builtin."""
     # Of a module, that of __call__ names none.
     called = subject.forward if isinstance(subject, nn.Module) else subject
+    if "__signature__" in vars(type(subject)):  # of the class, not of what it makes
+        called = subject.__call__
     try:
         return inspect.signature(called).parameters
     except (TypeError, ValueError):
