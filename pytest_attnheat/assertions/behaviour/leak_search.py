@@ -291,6 +291,9 @@ class Search:
         # A whole model is dear: one backward pass, if its batch makes that several observers.
         count = 2 if self.subject.has_queries or len(self.claim.judged) == 1 else 1
         chosen = [self._observers(self.judged, number) for number in range(count)]
+        # One that must see the most: what is blind to something far away shows there or nowhere.
+        most = self.may_see.sum(-1).mul(self.judged).reshape(-1, self.judged.shape[-1])[-1].argmax()
+        chosen[-1].view(-1)[-1] = most
         rows = [self._as_rows(observers, number) for number, observers in enumerate(chosen)]
         last = range(self._passes, self._passes + self._backward)
         groups = [self._observers(self._watched, number) for number in last]
