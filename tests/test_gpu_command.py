@@ -43,7 +43,7 @@ def test_a_dry_run_collects_the_tests_and_tries_each_benchmark(gpu, monkeypatch,
     for said in (
         f"| torch | {torch.__version__} |", "| dry run | tests were collected only",
         " tests collected (", "cpu: a copy reads and writes", "float32, against weights.sum(-1)",
-        "forward with capture / without", "one map of 10 x 10: ours / textbook",
+        "forward with keep='inputs' / without", "one map of 10 x 10: ours / textbook",
     ):  # fmt: skip
         assert said in text
 
