@@ -92,3 +92,11 @@ def test_what_may_be_left_open_is_not_compared():
     assert likely_mistake(call, output).endswith("whose scores are not scaled")
     call = Call(query, key, value, mask=mask, fully_masked="zero")
     assert likely_mistake(call, output) is None
+
+
+def test_an_output_of_zeros_is_called_that_and_nothing_else():
+    query, key, value = (torch.randn(1, 2, 5, 8) for _ in range(3))
+    call = Call(query, key, value)
+    assert likely_mistake(call, torch.zeros_like(value)) == "every number of the output is 0"
+    hidden = torch.zeros(5, 5, dtype=torch.bool)
+    assert likely_mistake(Call(query, key, value, mask=hidden), torch.zeros_like(value)) is None

@@ -43,6 +43,8 @@ def likely_mistake(call: Call, output: Tensor) -> str | None:
         output: What was computed instead, (..., query_len, value_dim).
     """
     named = fitting(call, output)
+    if named and not bool(output.any()):  # whatever drops all there is fits, and says less
+        return "every number of the output is 0"
     return f"the output is that of attention {listed(list(named))}" if named else None
 
 
