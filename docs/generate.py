@@ -32,11 +32,9 @@ def checks(registry: str) -> Rows:
         yield f"`{check.name}`", check.sentence, check.issue or "", "yes" if check.quick else ""
 
 
-def defects() -> Rows:
+def defects(module: str, table: str) -> Rows:
     """The catalogue of defects: name, what attention with it does, issue."""
-    from pytest_attnheat.attention.defects import DEFECTS
-
-    for defect in DEFECTS:
+    for defect in getattr(import_module(f"pytest_attnheat.attention.{module}"), table):
         sentence = re.sub(r"\{constant.*?\}", "c", defect.sentence)
         yield f"`{defect.name}`", sentence, defect.issue or ""
 
@@ -111,11 +109,13 @@ CHECK_HEAD = (
     "a public issue it would have caught",
     "quick",
 )
+DEFECT_HEAD = ("defect", "attention", "a public issue that reports it")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "checks": (CHECK_HEAD, lambda: checks("CHECKS")),
     "checks of a block": (CHECK_HEAD, lambda: checks("BLOCK_CHECKS")),
     "checks of a trace": (CHECK_HEAD, lambda: checks("CAPTURED_CHECKS")),
-    "defects": (("defect", "attention", "a public issue that reports it"), defects),
+    "defects": (DEFECT_HEAD, lambda: defects("defects", "DEFECTS")),
+    "defects of a backward pass": (DEFECT_HEAD, lambda: defects("backward", "BACKWARD")),
     "hard cases": (("case", "what breaks on it"), hard_cases),
     "scoring functions": (("name", "class", "what it is", "source"), scoring_functions),
     "options": (("option", "ini", "meaning"), options),
