@@ -353,3 +353,23 @@ def test_the_end_of_a_run_says_how_many_pairs_were_asked(pytester):
             "  pairs      * pairs of levels in * calls per dtype, all that can occur together",
         ]
     )
+
+
+@pytest.mark.parametrize(
+    ("error", "fails"),
+    [
+        (RuntimeError("CUDA error: misaligned address"), True),
+        (RuntimeError("The size of tensor a (65) must match the size of tensor b (64)"), True),
+        (IndexError("list index out of range"), True),
+        (ValueError("causal attention takes at most 64 keys"), False),
+    ],
+)
+def test_what_breaks_with_some_lengths_alone_is_no_word_of_somebody_who_declines(error, fails):
+    def short(query, key, value, attn_mask=None, is_causal=False):
+        if is_causal and key.shape[-2] > 64:
+            raise error
+        return attention(query, key, value, attn_mask, is_causal)
+
+    report = check_attention(AttentionSpec(short, dtypes=("float32",)), checks=PAIRS)
+    assert report.passed != fails
+    assert str(error) in str(report)

@@ -322,9 +322,17 @@ def _overflow(one: Judgement, context: Context) -> str | None:
     if one.name != "output" and bool(maps.any()):
         return f"{text}: the gradient of a softmax of -inf, from rows without any permitted key?"
     if context.top_score is not None and context.top_score > limit:
+        name, product = dtype_name(context.dtype), abs(context.top_score / context.call.factor)
+        text = f"{text}; scores reach {context.top_score:.3g}"
+        # Then it is not known which of the two it was.
+        if product > torch.finfo(context.dtype).max:
+            return (
+                f"{text}, products before the scale {product:.3g}, beyond what {name} holds: "
+                "multiplied in it and scaled after, or the row maximum was not subtracted?"
+            )
         return (
-            f"{text}; scores reach {context.top_score:.3g} and exp of {dtype_name(context.dtype)} "
-            f"overflows from {limit:.3g} on: the row maximum was not subtracted?"
+            f"{text} and exp of {name} overflows from {limit:.3g} on: the row maximum was not "
+            "subtracted?"
         )
     return text
 

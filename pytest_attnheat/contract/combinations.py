@@ -35,6 +35,9 @@ from pytest_attnheat.inputs import dtype_name, misuse
 
 # Features whose levels may be refused: all but what is asked of the answer.
 _ASKED = ("numbers", "gradients")
+# How a device says that it failed, and PyTorch that shapes do not fit.
+_OF_DEVICES = ("CUDA error", "HIP error", "illegal memory access", "misaligned address")
+_OF_SHAPES = ("The size of tensor", "must match", "out of range", "out of bounds", "expected size")
 # What was in calls that were refused is asked again, so often.
 _ROUNDS = 4
 # The check that a replay is.
@@ -92,7 +95,7 @@ class Refusals:
         try:
             self.examination.spec.ask(call)
         except Exception as error:
-            return None if is_about_dtypes(error) else _words(error)
+            return None if _is_raw(error, levels) else _words(error)
         return None
 
     @property
@@ -107,6 +110,19 @@ class Refusals:
             if words is not None:
                 said.setdefault(words, []).append(text_of(dict(some)))
         return "; ".join(f"{', '.join(levels)} ({words})" for words, levels in said.items())
+
+
+def _is_raw(error: Exception, levels: Mapping[str, Any]) -> bool:
+    """Whether an error is no word of somebody who declines.
+
+    A device that fails is one. So are shapes that do not fit where two things come together that
+    are taken each alone, one of them lengths: who declines lengths declines them with anything.
+    """
+    text = str(error)
+    if is_about_dtypes(error) or any(words in text for words in _OF_DEVICES):
+        return True
+    fits_not = isinstance(error, IndexError) or any(words in text for words in _OF_SHAPES)
+    return fits_not and len(levels) > 1 and "sizes" in levels and "shape" not in levels
 
 
 def _words(error: Exception) -> str:
@@ -204,8 +220,11 @@ def _cause(examination: Examination, smallest: Choice, first: Choice) -> str | N
             if examination.space.declared.possible(chosen):
                 examination.judge(chosen)
         except Failure as failure:
-            if failure.cause:
-                return failure.cause
+            cause = failure.cause
+            # What is counted or measured in another call is not true of the smallest.
+            named = cause and (" of attention " in cause or not re.search(r"\d", cause))
+            if named or (cause and sizes is smallest):
+                return cause
         except Exception:  # the smallest is what is told of
             continue
     return None
