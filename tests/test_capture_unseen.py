@@ -330,3 +330,21 @@ def test_logits_of_pairs_are_not_taken_for_attention(last):
     with capture_attention(allow_empty=True) as trace:
         last(images @ texts.mT)
     assert not trace.unseen
+
+
+def test_an_export_is_left_alone_and_named():
+    class Exported(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.project, self.out = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, hidden):
+            heads = self.project(hidden).unflatten(-1, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+            attended = nn.functional.scaled_dot_product_attention(*heads.unbind(0))
+            return self.out(attended.transpose(1, 2).flatten(-2))
+
+    model, hidden = Exported(), torch.randn(2, 5, 8)
+    with capture_attention(model, allow_empty=True, allow_unseen=True) as trace:
+        exported = torch.export.export(model, (hidden,))
+    assert torch.equal(exported.module()(hidden), model(hidden))
+    assert "torch.export" in trace.unseen[0].why

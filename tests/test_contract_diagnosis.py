@@ -759,3 +759,11 @@ def test_a_plan_that_does_not_fit_the_shapes_says_so():
     query, key, value = qkv()
     with pytest.raises(NotApplicable, match="other sizes"):
         carry_out(Plan(value_from="key"), Case(query, key, value))
+
+
+def test_a_log_sum_exp_is_not_taken_for_weights():
+    def attention(query, key, value):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        return scores.softmax(-1) @ value, scores.logsumexp(-1)
+
+    assert diagnose(AttentionSpec(attention, returns="lse", dtypes=("float64",))).healthy

@@ -126,9 +126,9 @@ class Watcher(TorchFunctionMode):
             source = self._sources[func] = self._source_of(func)
         if source is None or in_backward():
             return func(*args, **kwargs)
-        if torch._C._get_tracing_state() is not None:  # What we computed would become its code.
+        if (tracer := _tracer()) is not None:  # What we computed would become its code.
             if "softmax" in (name := getattr(func, "__name__", "")) or "attention" in name:
-                self.miss(name, "it was traced by torch.jit, and is not recorded")
+                self.miss(name, f"it was traced by {tracer}, and is not recorded")
             return func(*args, **kwargs)
         after = self._guarded(func, source, Call(self, func, args, kwargs))
         if isinstance(after, Instead):
@@ -186,6 +186,14 @@ class Watcher(TorchFunctionMode):
         """Tell all recorders of what cannot be read."""
         for recorder in self.recorders:
             recorder.miss(what, why)
+
+
+def _tracer() -> str | None:
+    """What makes code of the operations that run, or runs them without numbers; None if nothing."""
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit"
+    fake = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return None if fake is None else "torch.export or another mode of fake tensors"
 
 
 def in_backward() -> bool:
