@@ -366,6 +366,8 @@ def test_bad_arguments_are_refused():
         assert_no_leakage(sdpa, query, key)
     with pytest.raises(ValueError, match=r"by: got 'luck'; accepted is \('perturbation'"):
         assert_no_leakage(sdpa, query, key, value, by="luck")
+    with pytest.raises(TypeError, match="judged: got 'x'; accepted is what takes a sentence"):
+        assert_no_leakage(sdpa, query, key, value, is_causal=True, judged="x")
     with pytest.raises(ValueError, match="passes: got 0"):
         assert_no_leakage(sdpa, query, key, value, passes=0)
     with pytest.raises(ValueError, match="causal: got True; accepted is None for an attention fun"):
