@@ -67,6 +67,8 @@ def _failure(search: Search, claim: str, worst: Place, **more: Any) -> Failure:
 
 def _only_in(fault: Fault, search: Search) -> str:
     """Say whether that is all, and where it is, if that is one of several entries or heads."""
+    if fault.blind and not fault.counted:
+        return ", at least: not each output was judged"
     if not fault.counted:
         return ", at least: not each was judged by all that it must not see"
     if fault.entries != 1 or search.claim.judged[..., 0].numel() == 1:
