@@ -27,6 +27,8 @@ _FAINT = 0.02
 _NO_MASK = "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
 # A picture takes one call of the subject for each of its columns.
 _ROWS, _COLUMNS = 6, 16
+# How many elements with the largest gradients are tried, to find the one that counts most.
+_TRIED = 8
 
 
 def describe(fault: Fault, search: Search) -> Failure:
@@ -39,7 +41,10 @@ def describe(fault: Fault, search: Search) -> Failure:
         first = _Mover(search, fault.first, fault.replacements[1])
     crop = None
     if worst.element is not None:
-        crop = _Crop(search, worst.observer, worst.element, fault.replacements[0].content)
+        content = fault.replacements[0].content
+        crop = _Crop(search, worst.observer, worst.element, content)
+        while worst.take([crop.strongest]):
+            crop = _Crop(search, worst.observer, worst.element, content)
     return _failure(
         search,
         f"outputs depend on what they must not see{_only_in(fault, search)}",
@@ -62,6 +67,8 @@ def _failure(search: Search, claim: str, worst: Place, **more: Any) -> Failure:
 
 def _only_in(fault: Fault, search: Search) -> str:
     """Say whether that is all, and where it is, if that is one of several entries or heads."""
+    if fault.blind and not fault.counted:
+        return ", at least: not each output was judged"
     if not fault.counted:
         return ", at least: not each was judged by all that it must not see"
     if fault.entries != 1 or search.claim.judged[..., 0].numel() == 1:
@@ -188,13 +195,43 @@ class _Mover:
         forbidden = elements[_key_entry(self.search, self.observer)]
         forbidden = forbidden & ~self.search.may_see[self.observer]
         if bool(forbidden.any()) and self._moves(self._elements(forbidden)):
+            given = self._replaced
+            self._replaced = replace(given, content=_drawn_content(given.content))
+            if self._change(self._elements(forbidden)) > self.search.allowed:
+                self.change = self.search.change_at(self._elements(forbidden), self.observer)
+            else:
+                self._replaced = given
             numbers = forbidden.nonzero().flatten().tolist()
             numbers = _narrow(numbers, lambda some: self._moves(self._numbered(some)))
             self.element = numbers[0]
             self.change = self.search.change_at(self._numbered(numbers), self.observer)
+            self.take(self._likely(forbidden))
         else:
             entries = [tuple(at) for at in elements.any(-1).nonzero().tolist()]
             self.entry = _narrow(entries, lambda some: self._moves(self._of_entries(some)))[0]
+
+    def take(self, numbers: Sequence[int]) -> bool:
+        """Take the one that moves the output most when it is replaced alone, if it is another."""
+        assert self.element is not None
+        before = self.element
+        self.element = max([before, *numbers], key=lambda n: self._change(self._numbered([n])))
+        if self.element != before:
+            self.change = self.search.change_at(self._numbered([self.element]), self.observer)
+        return self.element != before
+
+    def _change(self, replaced: Replacement) -> float:
+        return float(self.search.change(replaced)[self.observer])
+
+    def _likely(self, forbidden: Tensor) -> list[int]:
+        """Those of the forbidden elements that have the largest gradients."""
+        row = torch.zeros_like(self.search.claim.judged)
+        row[self.observer] = True
+        try:
+            (gradient,) = self.search.subject.gradient([row])
+        except Exception:  # it is not differentiable
+            return []
+        own = gradient[_key_entry(self.search, self.observer)].masked_fill(~forbidden, -1.0)
+        return own.topk(min(_TRIED, int(forbidden.sum()))).indices.tolist()
 
     def moves_too(self, subject: Subject) -> bool:
         """Whether the same elements move the same output of another subject."""
@@ -293,7 +330,8 @@ def _cause_in(crop: _Crop) -> str | None:
     if extra == 1:
         return "each sees one place too many: a causal mask that is off by one?"
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
-        strongest = max(crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist(), default=0.0)
+        allowed = crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist()
+        strongest = max(allowed or [crop.change_by_all_seen_rightly()])
         if float(crop.changes[wrongly].max()) < _FAINT * strongest:
             return (
                 "far fainter than what may be seen: a fill of the mask that is too small, or a "
@@ -346,6 +384,11 @@ def _spread(search: Search, own: Tensor, observer: tuple[int, ...]) -> Tensor:
     return elements
 
 
+def _drawn_content(content: str) -> str:
+    """What the elements of a picture are replaced by: what is larger is felt."""
+    return "nan" if content == "nan" else "larger"
+
+
 class _Crop:
     """How strongly a few observers depend on a few elements, each replaced alone."""
 
@@ -353,7 +396,7 @@ class _Crop:
         self, search: Search, observer: tuple[int, ...], element: int, content: str
     ) -> None:
         self.search, self.observer = search, observer
-        content = "nan" if content == "nan" else "larger"
+        content = _drawn_content(content)
         query_len, key_len = search.may_see.shape[-2:]
         self.rows = _window(observer[-1], query_len, _ROWS)
         self.columns = _window(element, key_len, _COLUMNS)
@@ -369,10 +412,22 @@ class _Crop:
         self.changes = torch.stack(changes, -1)
         self.changes[~self.judged] = 0
 
+    def change_by_all_seen_rightly(self) -> float:
+        """By how much its observer changes with all that it may see, of which none is near."""
+        own = _spread(self.search, self.search.may_see[self.observer], self.observer)
+        return float(self.search.change(Replacement(own, None, "larger"))[self.observer])
+
     @property
     def sees(self) -> Tensor:
         """Which observer depends on which element."""
         return self.changes > self.search.allowed
+
+    @property
+    def strongest(self) -> int:
+        """The element that its observer must not see and depends on most."""
+        row = self.observer[-1] - self.rows.start
+        wrong = self.changes[row].masked_fill(~self.forbidden[row], -1.0)
+        return int(self.columns.start) + int(wrong.argmax())
 
     @property
     def steps(self) -> Tensor:

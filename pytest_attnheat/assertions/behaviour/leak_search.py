@@ -204,7 +204,8 @@ class Search:
             towards = torch.full_like(unfelt[..., 0], observer[-1], dtype=torch.long)
             if self._stays(observer, shared, towards):
                 pairs.append((observer, Replacement(shared)))
-        return _of_pairs(pairs, of, blind=True)
+        counted = int(unfelt.sum()) <= _MOST_BLIND and of == int(self.judged.sum())
+        return _of_pairs(pairs, of, blind=True, counted=counted)
 
     def _stays(self, observer: tuple[int, ...], elements: Tensor, towards: Tensor | None) -> bool:
         contents = (
@@ -331,7 +332,12 @@ class Search:
             for observer, elements in self._pairs(row, (felt == 0) & seen & active):
                 blind = self._blind(observer, elements, int(strongest[observer[:-1]]))
                 unseen += [] if blind is None else [(observer, blind)]
-        return _of_pairs(leaks, judged, blind=False), _of_pairs(unseen, judged, blind=True)
+        # What leaks is known of a few observers; of all others nothing.
+        counted = judged == int(self.judged.sum())
+        return (
+            _of_pairs(leaks, judged, blind=False),
+            _of_pairs(unseen, judged, blind=True, counted=counted),
+        )
 
     def _suspects(
         self, groups: Sequence[Tensor], forbidden: Sequence[Tensor], gradients: Sequence[Tensor]
@@ -453,11 +459,12 @@ class _Tally:
         return Fault(False, method, *counts, *at, (by[0], by[1]), counted)
 
 
-def _of_pairs(pairs: Sequence[_Pair], judged: int, *, blind: bool) -> Fault | None:
+def _of_pairs(
+    pairs: Sequence[_Pair], judged: int, *, blind: bool, counted: bool = False
+) -> Fault | None:
     if not pairs:
         return None
     observer, replaced = pairs[0]
     entries = len({observer[:-1] for observer, _ in pairs})
-    # What leaks is known of a few observers; of all others nothing.
-    both, counted = (replaced, replaced), blind
+    both = replaced, replaced
     return Fault(blind, "gradient", len(pairs), judged, entries, observer, observer, both, counted)

@@ -92,7 +92,7 @@ def assert_no_leakage(
     Raises:
         Failure: An output depends on what it must not see, or on nothing that it must
             see. The message names both, the worst and the first, and draws the dependence.
-        TypeError: The subject is not callable, or an input is not a tensor of numbers.
+        TypeError: The subject or `judged` is not callable, or an input is no tensor of numbers.
         ValueError: Shapes do not fit; nothing is forbidden; the subject answers at random; or
             `by="gradient"` is passed and it is not differentiable.
 
@@ -103,6 +103,8 @@ def assert_no_leakage(
     __tracebackhide__ = True
     methods = _methods(by)
     passes = positive("passes", passes)
+    if judged is not None and not callable(judged):
+        raise TypeError(misuse("judged", repr(judged), "what takes a sentence, such as print"))
     check_count(inputs, "assert_no_leakage")
     stated = Stated(causal, alignment, lengths, side, documents, may_see)
     whole = as_subject(subject, inputs, arguments, seed=seed if training else None)

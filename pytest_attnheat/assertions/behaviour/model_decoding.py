@@ -220,7 +220,8 @@ class ModelDecoder(Decoder):
             return (
                 _why_some_entries(broken)
                 or _why_from_some_token(broken, evidence.plan)
-                or "the first chunk is right: look at what is cached, and at the positions after it"
+                or "the first chunk is right, what comes with a cache is not: the cached keys, "
+                "the positions, or the mask of a later chunk"
             )
         return None
 
