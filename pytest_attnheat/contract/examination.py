@@ -202,6 +202,8 @@ class Examination:
         try:
             self._judge(chosen, explain)
         except Exception as error:
+            if hasattr(error, "isolated"):  # of a process of its own: it says how to repeat it
+                raise
             vars(error)["replay"] = self.text(chosen)
             if isinstance(error, Failure):
                 error.repeat = self.repeat(chosen)
