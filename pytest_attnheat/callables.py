@@ -111,6 +111,22 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
             _restore(buffers)
 
 
+class ExitError(Exception):
+    """A subject raised SystemExit: an error like any other, where it would end the run."""
+
+
+ExitError.__name__ = "SystemExit"  # what it is called where it is told of
+
+
+@contextmanager
+def exits_as_errors() -> Iterator[None]:
+    """Let SystemExit be an error of the code under test, raised in the same place."""
+    try:
+        yield
+    except SystemExit as error:
+        raise ExitError(str(error)).with_traceback(error.__traceback__) from None
+
+
 @contextmanager
 def random_kept(devices: Iterable[torch.device]) -> Iterator[None]:
     """Leave the random state of the CPU and of some devices as it was found."""

@@ -54,6 +54,52 @@ NOT_FOUND = ("masked_nan_felt", "products_overflow")
 FOUND = [defect.name for defect in DEFECTS if defect.name not in NOT_FOUND][::2]
 
 
+class Exiting(torch.nn.Module):
+    """Ends Python where a sequence is alone, or always."""
+
+    def __init__(self, always):
+        super().__init__()
+        self.always = always
+
+    def forward(self, hidden):
+        if self.always or len(hidden) == 1:
+            raise SystemExit("no more")
+        return hidden
+
+
+@pytest.mark.parametrize(("always", "name"), [(False, "batch"), (True, "call")])
+def test_a_block_that_exits_fails_the_checks_in_which_it_does(always, name):
+    spec = AttentionSpec(Exiting(always).eval(), inputs=randn(2, 5, WIDTH), causal=None)
+    found = {result.name: result for result in check_attention(spec).failed}
+    assert found[name].reason.startswith("it raised SystemExit: no more (test_contract_report.py:")
+    assert not always or list(found) == [name]
+
+
+def test_what_exits_in_its_backward_pass_fails():
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, value):
+            return value.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            raise SystemExit
+
+    def exiting(query, key, value):
+        return sdpa(query, key, Backward.apply(value))
+
+    report = check_attention(AttentionSpec(exiting, dtypes=ONE_DTYPE), checks=NAMED)
+    assert any(result.reason.startswith("it raised SystemExit") for result in report.failed)
+
+
+def test_what_is_interrupted_ends_the_examination():
+    def interrupted(query, key, value):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        check_attention(interrupted, quick=True)
+
+
 def failed(report):
     return list(dict.fromkeys(result.name for result in report.failed))
 

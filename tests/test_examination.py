@@ -200,6 +200,43 @@ def test_a_crash_is_a_failed_test_and_the_run_goes_on(contract):
     assert not multiprocessing.active_children()
 
 
+@pytest.mark.parametrize("options", [(), ("--attn-isolate",)])
+def test_what_exits_fails_the_checks_in_which_it_does(contract, options):
+    contract.makepyfile(
+        exiting="""
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+        def attention(query, key, value, is_causal=False):
+            if is_causal:
+                raise SystemExit(3)
+            return sdpa(query, key, value)
+        """
+    )
+    result = contract.runpytest(
+        "--attn-check=exiting:attention", "--attn-check-quick", "-v", *options
+    )
+    result.stdout.fnmatch_lines(["*-plain-float32 PASSED*", "*-causal-float32 FAILED*"])
+    result.stdout.fnmatch_lines(["it raised SystemExit: 3 (exiting.py:5)"])
+    result.stdout.fnmatch_lines(["  because    causal: it raised SystemExit: 3 (exiting.py:5)"])
+    result.stdout.no_fnmatch_line("*Traceback*")
+    result.stdout.no_fnmatch_line("*is absent*")
+
+
+def test_a_check_that_is_broken_off_is_not_said_to_lack_its_device(contract):
+    contract.makepyfile(
+        breaking="""
+        class Stop(BaseException):
+            pass
+
+        def attention(query, key, value):
+            raise Stop("here")
+        """
+    )
+    result = contract.runpytest("--attn-check=breaking:attention", "--attn-check-quick", "--tb=no")
+    result.stdout.fnmatch_lines(["  because    *: the test itself failed"])
+    result.stdout.no_fnmatch_line("*is absent*")
+
+
 def test_files_that_are_named_are_run_as_well(contract):
     contract.makepyfile(test_other="def test_other(): pass")
     result = contract.runpytest(

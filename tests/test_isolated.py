@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+from contextlib import closing
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from pytest_attnheat import AttentionSpec, check_attention
 from pytest_attnheat.contract import isolated
 from pytest_attnheat.contract.checks import CHECKS, Check
+from pytest_attnheat.contract.combinations import Replay
+from pytest_attnheat.contract.running import examinations_of
 
 BY_NAME = {check.name: check for check in CHECKS}
 
@@ -38,7 +41,11 @@ def test_a_crash_is_a_failure_with_its_smallest_call_and_the_others_are_asked():
     said = found["causal"]
     assert said.reason == "the subject ended its process: SIGSEGV (Segmentation fault)"
     assert said.replay == "sizes=1x1 key_heads=1 head_dim=8 causal=True dtype=float32 seed=0"
-    assert f'--attn-replay="{said.replay}" --attn-isolate' in said.message
+    assert said.message.splitlines()[1:] == [
+        f'  repeat   --attn-replay="{said.replay}" --attn-isolate',
+        f'           check_attention(..., replay="{said.replay}", isolate=True)',
+    ]
+    assert [one["isolated"] for one in report.as_dict()["results"]] == [False, True, False]
     again = check_attention(report.spec, replay=said.replay, isolate=True)
     assert [result.reason for result in again.failed] == [said.reason]
 
@@ -49,10 +56,34 @@ def test_a_hang_is_a_failure_and_its_process_is_ended():
             time.sleep(1000)
         return sdpa(query, key, value)
 
-    _, found = examined(hanging, "block_lengths", "plain", time_limit=2)
+    report, found = examined(hanging, "block_lengths", "plain", time_limit=2)
     assert found["block_lengths"].reason == "the subject did not answer within 2 s, its time_limit"
-    assert found["block_lengths"].replay.startswith("sizes=31x31 ")
+    replay = found["block_lengths"].replay
+    assert replay.startswith("sizes=31x31 ")
+    assert found["block_lengths"].message.splitlines()[1:] == [
+        f'  repeat   --attn-replay="{replay}" --attn-isolate --attn-time-limit=2',
+        f'           check_attention(..., replay="{replay}", isolate=True, time_limit=2)',
+    ]
+    assert report.as_dict()["results"][0]["isolated"]
     assert found["plain"].status == "passed"
+
+
+def test_a_call_that_is_known_to_crash_says_the_same_again():
+    def crashing(query, key, value):
+        if query.shape[-2] == key.shape[-2] == 7:
+            os.abort()
+        return sdpa(query, key, value)
+
+    spec = AttentionSpec(crashing, dtypes=("float32",))
+    replay = "sizes=7x7 dtype=float32 seed=0"
+    (examination,) = examinations_of(spec)
+    worker, _ = isolated.isolated(spec, (), True, 3.5)
+    with closing(worker):
+        found = [worker.run(Replay.of(replay).check, examination) for _ in range(2)]
+    first, second = (one.message.splitlines() for one in found)
+    assert all(one.isolated and one.status == "failed" for one in found)
+    assert second[1:] == [line.replace(found[0].replay, found[1].replay) for line in first[1:]]
+    assert first[1].endswith("--attn-isolate --attn-time-limit=3.5")
 
 
 def test_what_crashes_always_is_not_asked_for_ever():

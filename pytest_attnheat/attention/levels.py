@@ -8,6 +8,7 @@ smaller: see `text_of`, `read` and `shrunk`.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -308,12 +309,14 @@ def _level(given: str, known: tuple[Any, ...]) -> Any:
     for level in known:
         if _shown(level) == given:
             return level
-    try:
-        sizes = tuple(int(size) for size in given.split("x"))
-    except ValueError:
-        accepted = ", ".join(map(_shown, known))
-        raise ValueError(misuse("replay", repr(given), f"one of {accepted}")) from None
-    return sizes if isinstance(known[0], tuple) else sizes[0]
+    is_pair, is_number = isinstance(known[0], tuple), type(known[0]) is int
+    size = "[1-9][0-9]{0,8}"
+    if (is_pair or is_number) and re.fullmatch(f"{size}x{size}" if is_pair else size, given):
+        sizes = tuple(int(one) for one in given.split("x"))
+        return sizes if is_pair else sizes[0]
+    accepted = f"one of {', '.join(map(_shown, known))}"
+    accepted += ", or two others from 1" * is_pair + ", or another number from 1" * is_number
+    raise ValueError(misuse("replay", repr(given), accepted))
 
 
 def shrunk(

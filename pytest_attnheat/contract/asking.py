@@ -13,6 +13,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, as_meant, recognise
 from pytest_attnheat.attention.call import Call, MaySee
 from pytest_attnheat.attention.levels import OPTIONS
+from pytest_attnheat.callables import exits_as_errors
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -47,7 +48,8 @@ def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0) -> Answer:
     if dropout:
         arguments["dropout_p"] = dropout
     inputs = [_to_layout(spec, tensor) for tensor in (call.query, call.key, call.value)]
-    result = spec.implementation(*inputs, **arguments)
+    with exits_as_errors():
+        result = spec.implementation(*inputs, **arguments)
     output, besides = result, None
     if isinstance(result, tuple | list) and result:
         output = result[0]

@@ -15,7 +15,7 @@ from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
 from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
@@ -35,6 +35,7 @@ from pytest_attnheat.failure import Failure, Place, number_text
 _MOST_WEIGHTS = 200_000
 
 
+@exits_as_errors()
 def records_of(
     spec: AttentionSpec, call: Callable[[], object] | None = None
 ) -> Sequence[AttentionRecord]:

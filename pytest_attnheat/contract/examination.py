@@ -26,7 +26,7 @@ from pytest_attnheat.attention.levels import (
     Space,
     text_of,
 )
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
 from pytest_attnheat.contract.asking import UndeclaredError, keyword_of, model_of
 from pytest_attnheat.contract.needs import Need, takes_causal, takes_mask
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -202,6 +202,8 @@ class Examination:
         try:
             self._judge(chosen, explain)
         except Exception as error:
+            if hasattr(error, "isolated"):  # of a process of its own: it says how to repeat it
+                raise
             vars(error)["replay"] = self.text(chosen)
             if isinstance(error, Failure):
                 error.repeat = self.repeat(chosen)
@@ -273,7 +275,7 @@ class Examination:
         """What a block raises when it is called as it is declared; None if it answers."""
         model, inputs = self._as_declared
         try:
-            with borrowed(model.module, inputs, seed=self.seed), torch.no_grad():
+            with exits_as_errors(), borrowed(model.module, inputs, seed=self.seed), torch.no_grad():
                 model(inputs)
         except Exception as error:  # whatever code under test raises
             return error
@@ -394,7 +396,8 @@ class Check:
         """
         if self.needs is not None and (reason := self.needs(examination.spec)):
             raise Skipped(reason)
-        return self.run(examination)
+        with exits_as_errors():  # of a backward pass, say
+            return self.run(examination)
 
 
 _REGISTERED: dict[Kind, list[Check]] = {kind: [] for kind in get_args(Kind)}

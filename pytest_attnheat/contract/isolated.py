@@ -27,6 +27,7 @@ from pytest_attnheat.contract.examination import Check, Examination
 from pytest_attnheat.contract.running import KNOWN, Result
 from pytest_attnheat.contract.serving import serve
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import check_number, dtype_name, misuse
 
 # How long one call may take, in seconds, and a new Python to start.
@@ -58,13 +59,14 @@ class Isolated:
     _pipe: Any = None  # of bytes that are pickled here: torch would share tensors through files
     _call: str = ""
     _crashed: list[str] = field(default_factory=list)
-    _deadly: dict[str, str] = field(default_factory=dict)
+    _deadly: dict[str, Failure] = field(default_factory=dict)
     _declared: dict[Any, Declared] = field(default_factory=dict)
 
     def run(self, check: Check, examination: Examination, expected: str | None = None) -> Result:
         """Run a check there, as `run_check` does here."""
         shown = dtype_name(examination.dtype), str(examination.device)
         result = Result(check.name, *shown, "failed")
+        crashed = replace(result, isolated=True)
         if len(self._crashed) >= _MOST_IN_A_ROW:
             return result.saying("skipped", f"not asked: it crashed in {', '.join(self._crashed)}")
         replay = getattr(check.run, "__self__", None) if check.name == REPLAY else None
@@ -74,8 +76,8 @@ class Isolated:
         except _DiedError as died:
             self._crashed.append(check.name)
             if expected is not None:
-                return result.saying("xfailed", expected)
-            return self._crash(result, examination, str(died))
+                return crashed.saying("xfailed", expected)
+            return self._crash(crashed, examination, str(died))
         if found.status != "skipped":
             self._crashed.clear()
         return found
@@ -152,7 +154,7 @@ class Isolated:
         self.close()
         died = f"the subject {died}"
         if self._call:
-            self._deadly[self._call] = died
+            self._deadly[self._call] = self._failure(self._call, died)
         raise _DiedError(died)
 
     def _space_of(self, examination: Examination) -> Space:
@@ -185,8 +187,23 @@ class Isolated:
                 replay = one.text(shrunk(chosen, ends, one.space, most=_MOST_SMALLER))
         except (_DiedError, ValueError):  # not even that can be asked
             pass
-        again = f'\n  repeat   --attn-replay="{replay}" --attn-isolate' if replay else ""
-        return replace(result.saying("failed", said), message=said + again, replay=replay)
+        message = str(self._failure(replay, said))
+        return replace(result.saying("failed", message), replay=replay)
+
+    def _failure(self, call: str, said: str) -> Failure:
+        """The failure of a call that ends its process, or none that is known; with its repeat."""
+        option = argument = repeat = ""
+        if self.time_limit != TIME_LIMIT:
+            limit = f"{self.time_limit:.15g}"
+            option, argument = f" --attn-time-limit={limit}", f", time_limit={limit}"
+        if call:
+            repeat = (
+                f'--attn-replay="{call}" --attn-isolate{option}\n'
+                f'check_attention(..., replay="{call}", isolate=True{argument})'
+            )
+        failure = Failure("", said, repeat=repeat or None)
+        vars(failure).update(replay=call, isolated=True)
+        return failure
 
 
 def _parts(examination: Examination) -> tuple[Any, ...]:

@@ -46,6 +46,7 @@ class Result:
         reason: The message in one line: what does not hold, and the likely cause.
         replay: The smallest call that still goes wrong, as `check_attention(replay=...)` takes it;
             empty where that is no call of its own.
+        isolated: Whether it ended its process, or never answered: a replay needs `isolate=True`.
         failure: What the check raised, where that is a failure with fields.
     """
 
@@ -57,6 +58,7 @@ class Result:
     declaration: str = ""
     reason: str = ""
     replay: str = ""
+    isolated: bool = False
     failure: Failure | None = None
 
     def saying(self, status: Status, message: str) -> Result:
@@ -221,6 +223,7 @@ def run_check(check: Check, examination: Examination, expected: str | None = Non
             return result.saying("xfailed", expected)
         declaration = wrong_declaration(check, examination)
         result = replace(result, declaration=declaration, replay=getattr(error, "replay", ""))
+        result = replace(result, isolated=getattr(error, "isolated", False))
         return _failed(result, error, examination)
     return replace(result, message=note or "")
 

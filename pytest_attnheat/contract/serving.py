@@ -8,6 +8,7 @@ import pickle
 import signal
 import threading
 import time
+from copy import copy
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -63,13 +64,13 @@ def _end_with(parent: int) -> None:
 class _Served:
     """What can be asked; examinations and results are kept, as they hold what cannot be sent.
 
-    Calls that are deadly are known by now, each with what it does to its process.
+    Calls that are deadly are known by now, each with the failure that it is.
     """
 
     pipe: Any
     spec: AttentionSpec
     checks: dict[str, Check]
-    deadly: dict[str, str]
+    deadly: dict[str, Failure]
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def send(self, kind: str, told: Any) -> None:
@@ -85,9 +86,7 @@ class _Served:
     def _tell(self, examination: Examination, call: str) -> None:
         self.check_device(examination.device)
         if call in self.deadly:
-            known = Failure("", self.deadly[call], repeat=f'--attn-replay="{call}" --attn-isolate')
-            vars(known)["replay"] = call
-            raise known
+            raise copy(self.deadly[call])
         self.send("call", call)
 
     def check_device(self, device: torch.device) -> None:

@@ -96,6 +96,7 @@ class CheckCall:
         name = str(self._examination.device)
         self.result = replace(self.result, reason=f"the device {name} is absent")
         device = device_of_test(self._examined.config, name)
+        self.result = replace(self.result, status="failed", reason="")
         examination = replace(self._examination, device=device)
         self.result = result = self._examined.run(self._check, examination, self._expected)
         if result.status == "skipped":
