@@ -40,6 +40,7 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.asking import KEYWORDS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.data import as_data
+from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.examination import Skipped
 from pytest_attnheat.contract.running import examinations_of
 from pytest_attnheat.failure import Failure
@@ -838,6 +839,40 @@ def test_a_diagnosis_of_what_its_cases_do_not_show_is_not_printed():
     assert failed(report) == ["block_lengths"]
     assert report.diagnosis.healthy
     assert "is attention as declared" not in str(report)
+
+
+class Masked(torch.nn.Module):
+    """Takes a mask, and leaves it aside."""
+
+    def forward(self, masked_tokens, attention_mask=None):
+        return masked_tokens * 2
+
+
+def test_a_parameter_of_a_block_that_sounds_like_a_mask_gets_a_hint():
+    hint = (
+        "it takes attention_mask=, and nothing says what that means: SequenceModel(module, "
+        "mask=..., mask_argument='attention_mask')"
+    )
+    block = Masked().eval()
+    told = {"inputs": randn(2, 5, WIDTH), "causal": None}
+    for subject in (block, SequenceModel(block)):
+        report = check_attention(AttentionSpec(subject, **told), quick=True)
+        assert report.as_dict()["hints"] == [hint]
+        assert f"hint: {hint}" in str(report).splitlines()
+        reasons = {result.name: result.message for result in report.results}
+        assert reasons["padding"] == hint
+
+
+def test_a_block_whose_mask_is_declared_gets_no_hint():
+    block, told = Masked().eval(), {"inputs": randn(2, 5, WIDTH), "causal": None}
+    model = SequenceModel(block, mask="keep", mask_argument="attention_mask")
+    declared = [
+        AttentionSpec(model, **told),
+        AttentionSpec(block, mask_argument="attention_mask", **told),
+        AttentionSpec(block, mask=None, **told),
+        AttentionSpec(block, arguments={"attention_mask": None}, **told),
+    ]
+    assert [hints_of(spec) for spec in declared] == [()] * len(declared)
 
 
 def test_a_subject_that_raises_whatever_it_is_asked_is_still_reported():

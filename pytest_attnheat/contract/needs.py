@@ -100,9 +100,19 @@ def takes_padding_mask(spec: AttentionSpec) -> str | None:
     """Need a block that takes a mask."""
     if model_of(spec).mask is not None:
         return None
-    names = spec.sounding_like("mask")
-    if not names:
-        return "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
+    return _undeclared_mask(spec) or (
+        "nothing says that it takes a mask: SequenceModel(module, mask=, mask_argument=)"
+    )
+
+
+def _undeclared_mask(spec: AttentionSpec) -> str:
+    """Say which parameter of a block looks like a mask, where nothing is declared of any."""
+    model = model_of(spec)
+    given = {*model.arguments, next(iter(spec.parameters or {}), "")}  # the first is the input
+    names = [name for name in spec.sounding_like("mask") if name not in given]
+    if model.mask is not None or not names:
+        return ""
+    names.sort(key=lambda name: "padding" not in name)
     return (
         f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
         f"mask_argument={names[0]!r})"
@@ -123,8 +133,11 @@ _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'b
 
 def undeclared(spec: AttentionSpec, field: Sound) -> str:
     """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
+    if spec.is_block:
+        is_none = spec.mask is None and "mask" in spec.typed
+        return _undeclared_mask(spec) if field == "mask" and not is_none else ""
     is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
-    if is_declared or spec.is_block or spec.is_captured:
+    if is_declared or spec.is_captured:
         return ""
     names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:

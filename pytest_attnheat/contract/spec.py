@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.callables import parameters_of
@@ -267,7 +268,8 @@ class AttentionSpec:
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter] | None:
         """The parameters of the subject; None for a builtin, whose signature is not known."""
-        return parameters_of(self.implementation)
+        called = self.implementation
+        return parameters_of(called.module if isinstance(called, SequenceModel) else called)
 
     def names(self, keyword: str) -> bool:
         """Whether the signature has a keyword; that of a builtin is PyTorch's own."""
