@@ -61,7 +61,7 @@ def test_a_mask_of_the_memory_that_is_ignored_is_found():
     assert "cause    real changes nothing: it is ignored" in str(error.value)
     with pytest.raises(AssertionError) as error:
         assert_no_leakage(looking("ignored"), states, memory=MEMORY, lengths=[4, 2, 3])
-    assert " sees memory element 2, padding (of its sequence 2 tokens are real)" in str(error.value)
+    assert " sees memory element 3, padding (of its sequence 2 tokens are real)" in str(error.value)
 
 
 def test_a_memory_that_is_missing_or_does_not_fit_is_refused():
