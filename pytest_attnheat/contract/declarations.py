@@ -71,6 +71,7 @@ def wrong_declaration(check: Check, examination: Examination) -> str:
         return (
             f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"
             + (f": {words}" if words else "")
+            + ("; or it reads floats as booleans" * (field == "mask" and declared == "additive"))
         )
     return ""
 
