@@ -299,7 +299,7 @@ def packed(query, key, value):
 # The assertion, a subject that does not pass, its arguments, and how often the host waits while
 # attention passes. What is learnt by trying grows with the sizes: 2 batch entries, 3 heads, 6 keys.
 ON_CALLABLES = [
-    ("assert_no_leakage", leaking, {"is_causal": True}, 19),
+    ("assert_no_leakage", leaking, {"is_causal": True}, 22),
     ("assert_padding_invariant", by_position, {}, 5),
     ("assert_batch_independent", mixing, {}, 3),
     ("assert_key_permutation_invariant", by_position, {}, 4),
