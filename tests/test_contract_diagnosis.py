@@ -434,7 +434,7 @@ def test_an_unknown_defect_is_not_named_but_placed():
     found = diagnose(AttentionSpec(noisy_head, dtypes=("float64",), **PLAIN))
     assert not found.healthy
     assert found.defects == ()
-    assert "no known defect gives its output, nor any two of them" in found.sentence
+    assert "no known defect gives its output, nor any pair of them that was tried" in found.sentence
     assert found.where["heads"] == "only head 1 of 4"
     assert "softmax_over_queries" in found.excluded
     assert 0.01 < found.residual < 1.0

@@ -146,7 +146,7 @@ def _unexplained(
         f"{residual_text(correct.fit.residual)}), and no known defect gives its output"
     )
     if any(len(one.defects) > 1 for one in explanations):
-        sentence += ", nor any two of them"
+        sentence += ", nor any pair of them that was tried"
     # What takes away only a part of the error explains nothing.
     if nearest.fit.residual <= EXPLAINS * correct.fit.residual and not diagnosis.shows:
         sentence += f"; most of the error is that of {_described(nearest)} (residual "
