@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.outcomes import rms
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, misuse
@@ -46,16 +47,12 @@ def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.
         (..., length) in float64. A row with NaN or inf is off by inf, also where both have it.
     """
     wanted = expected.detach().to(got.device, torch.float64)
-    size = _rms(wanted)
+    size = rms(wanted)
     usual = size.masked_fill(size.isinf(), torch.nan).nanmedian().nan_to_num(nan=0.0)
-    off = _rms(got.detach().to(torch.float64) - wanted)
+    off = rms(got.detach().to(torch.float64) - wanted)
     relative = off / torch.maximum(size, usual).clamp(min=floor)
     relative = torch.where(off == 0, torch.zeros_like(off), relative)
     return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
-
-
-def _rms(rows: Tensor) -> Tensor:
-    return rows.square().mean(-1).sqrt()
 
 
 def check_rows(

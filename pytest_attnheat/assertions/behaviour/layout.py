@@ -17,6 +17,7 @@ from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
+from pytest_attnheat.attention.backward import names_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.tolerance import is_fine
@@ -384,7 +385,7 @@ def _trials(plain: _Plain) -> Iterator[_Trial]:
             laid = {name: tensor for name, tensor in made.items() if tensor is not None}
             if laid:
                 order = _PERMUTED.get(given[next(iter(laid))].ndim, "(..., length, heads, width)")
-                said = f"{_listed(list(laid))} {layout.format(order)}"
+                said = f"{names_of(list(laid))} {layout.format(order)}"
                 whole = {**_contiguous(given), **laid}
                 # What is expanded holds other numbers.
                 same = layout not in expansions
@@ -393,12 +394,8 @@ def _trials(plain: _Plain) -> Iterator[_Trial]:
     packed = packed_together(given)
     if packed:
         names = list(packed)
-        said = f"{_listed(names)} packed in one projection (batch, length, heads and widths)"
+        said = f"{names_of(names)} packed in one projection (batch, length, heads and widths)"
         yield _Trial(plain, said, names, {**_contiguous(given), **packed})
-
-
-def _listed(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _permuted(name: str, tensor: Tensor) -> Tensor | None:
