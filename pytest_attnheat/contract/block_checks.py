@@ -297,7 +297,8 @@ def attention_inside(examination: Examination) -> str:
         raise Skipped("; ".join(reasons[:3]) or "no attention was captured")
     if wrong:
         claim = "attentions that were captured are not what their queries, keys and values make"
-        raise Failure("", claim, broken=len(wrong), of=judged, cause=wrong[0].sentence)
+        said = "; ".join([wrong[0].sentence, *wrong[0].shows])
+        raise Failure("", claim, broken=len(wrong), of=judged, cause=said)
     return "; ".join(hints)
 
 

@@ -106,7 +106,7 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
         fact = "" if seen is None else seen.partition(": ")[0]
         return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
-        said = inside.why_queries_are_hidden(real)
+        said = inside.why_mask_fails(real)
         if said is None and seen in (None, _NO_MASK):
             said = inside.why_padding_is_seen(real)
         seen = said or seen
@@ -334,8 +334,8 @@ def _cause_in(crop: _Crop) -> str | None:
         strongest = max(allowed or [crop.change_by_all_seen_rightly()])
         if float(crop.changes[wrongly].max()) < _FAINT * strongest:
             return (
-                "far fainter than what may be seen: a fill of the mask that is too small, or a "
-                "mean or a norm over the whole length?"
+                "far fainter than what may be seen: a fill of the mask that is too small, a mask "
+                "that is applied after the softmax, or a mean or a norm over the whole length?"
             )
         return _NO_MASK
     if extra is None:
