@@ -86,7 +86,8 @@ def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     Raises:
         Exception: Whatever the subject raises.
     """
-    return answer_to(spec, case, dtype).output.detach().double().cpu()
+    found = answer_to(spec, case, dtype).output.detach()
+    return found.to("cpu", torch.float64, copy=True)  # the next call may write into its memory
 
 
 def answer_to(

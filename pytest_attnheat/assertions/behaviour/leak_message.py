@@ -140,15 +140,17 @@ def _blindness(fault: Fault, search: Search) -> Failure:
         Place(unseen, observer),
         broken=fault.broken,
         of=fault.judged,
-        cause=_cause_of_blindness(search, observer, numbers),
+        cause=_cause_of_blindness(search, observer, numbers, crop),
         assumed=search.claim.assumed,
         picture=crop.draw(),
     )
 
 
 def _cause_of_blindness(
-    search: Search, observer: tuple[int, ...], missed: Sequence[int]
+    search: Search, observer: tuple[int, ...], missed: Sequence[int], crop: _Crop
 ) -> str | None:
+    if not bool((crop.changes != 0).any()) and len(crop.changes) > 1:
+        return "none of the outputs around it changes either: is an earlier answer given again?"
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     future = [number for number in numbers if number > observer[-1]]
     if future and set(missed) <= set(future):
