@@ -44,6 +44,7 @@ from pytest_attnheat.contract.needs import (
     decodes_in_chunks,
     has_gradients,
     has_no_positions,
+    may_be_causal,
     returns_lse,
     returns_weights,
     takes_causal,
@@ -262,12 +263,12 @@ def batch(examination: Examination) -> None:
 
 
 @check("decoding", "decoded in chunks it gives what it gives at once",
-       needs=all_of(takes_causal, decodes_in_chunks))  # fmt: skip
+       needs=all_of(may_be_causal, decodes_in_chunks))  # fmt: skip
 def decoding(examination: Examination) -> None:
     """Token by token, and in chunks."""
     if examination.space.declared.square:
         raise Skipped("it takes as many keys as queries alone")
-    call = examination.case(causal=True, sizes=(7, 7))
+    call = examination.case(causal=examination.spec.takes_causal, sizes=(7, 7))
     assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
