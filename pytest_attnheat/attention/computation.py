@@ -23,10 +23,10 @@ a weight is off by ::
 
 (t is the smallest subnormal) and an output by `W @ |v|`. That is u times the weighted mean of
 |v|, and a part for the scores, which vanishes where one key has all the weight. Added to u in W
-is the rounding of the logarithm of a row's normaliser, in float32 or wider: FlashAttention keeps
-that, and recomputes the weights from it. The gradients follow in the same way, see
-`_gradient_scales`. Every element has a scale of its own, so that a key with a value of 1e4
-excuses no other place.
+is the rounding of the logarithm of a row's normaliser (as large as the highest score, or a higher
+sink), in float32 or wider: FlashAttention keeps that, and recomputes the weights from it. The
+gradients follow in the same way, see `_gradient_scales`. Every element has a scale of its own, so
+that a key with a value of 1e4 excuses no other place.
 
 What a key with a weight of 0 scores must not matter, or a mask of -1e9 would excuse anything: its
 d_ij counts only through its weight, and a normaliser is as large as the largest score of its row.
@@ -333,7 +333,10 @@ def _lse_scale(units: _Units, part: Part, row: _Row, lse: Tensor) -> Tensor:
 def _logarithm(units: _Units, part: Part, row: _Row) -> Tensor:
     """How far rounding may move the logarithm of a row's normaliser, (maps, rows, 1)."""
     largest = row.scores.masked_fill(~part.permitted, -math.inf).amax(-1, keepdim=True)
-    return largest.abs_().nan_to_num_(posinf=0.0).mul_(units.sums)
+    off = largest.abs().nan_to_num_(posinf=0.0)
+    if part.sinks is not None:  # which may be most of it: that of the keys is rounded beside it
+        off = torch.maximum(off, torch.maximum(largest, part.sinks).abs_().nan_to_num_(posinf=0.0))
+    return off.mul_(units.sums)
 
 
 def _highest(units: _Units, part: Part, row: _Row) -> Tensor:
@@ -396,7 +399,7 @@ def _gradient_scales(
     dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
     of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
     are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
-    each off by the rounding of those. The slope of softcap is off by a few units of itself and,
+    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys. The slope of softcap is off by a few units of itself and,
     through its argument, of the score.
     """
     weights, logarithm = row.weights, _logarithm(units, part, row)
@@ -404,7 +407,10 @@ def _gradient_scales(
     mean = (weights * felt).sum(-1, keepdim=True)
     away = felt.sub_(mean).abs_()
     step = (above.abs() @ part.value.abs().mT).mul_(units.one + logarithm.clamp(max=1.0))
-    mean_off = (unsure * away).add_(weights * step).sum(-1, keepdim=True)
+    mean_step = (weights * step).sum(-1, keepdim=True)
+    mean_off = (unsure * away).sum(-1, keepdim=True).add_(mean_step)
+    if row.sink is not None:  # beside a sink that has most of it, the mean over the keys alone
+        step.add_(mean_step / weights.sum(-1, keepdim=True).clamp_(min=units.tiny))
     off = step.add_(mean_off).mul_(weights).add_(away * unsure)
     off.masked_fill_(~part.permitted, 0.0)
     off += _highest(units, part, row) * off.sum(-1, keepdim=True)
