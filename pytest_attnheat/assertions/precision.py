@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.differences import check_by_differences
 from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
     Run,
     asking,
     called,
+    check_by_differences,
     check_call,
     check_criteria,
     copies,

@@ -11,12 +11,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.functions import MASK
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_relative,
+    check_rows,
+    coarsest,
+    differ,
+    holds,
+    output_place,
+    settled,
+)
 from pytest_attnheat.attention.backward import names_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.mistakes import finite
