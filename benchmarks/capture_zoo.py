@@ -41,6 +41,8 @@ from pytest_attnheat import capture_attention
 RESULTS = Path(__file__).with_name("capture_zoo.jsonl")
 MEMORY, SECONDS = 10 * 2**30, 60
 SAME = 1e-5
+# So many seconds it is tried to make a model run.
+TRYING = 10.0
 # From best to worst: a type is as its worst implementation.
 WORDS = ("none", "right", "named", "marked", "silent", "crash", "not built")
 
@@ -166,8 +168,11 @@ def of_transformers(name: str) -> Case:
     import zoo_models as zoo
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    override, why = zoo.OVERRIDES.get(name, {}), ["it has no class of a model"]
+    override, why = zoo.OVERRIDES.get(name, {}), []
+    until = time.perf_counter() + TRYING
     for rules in zoo.KINDS:
+        if time.perf_counter() > until:
+            break
         try:
             config = zoo.config_of(CONFIG_MAPPING[name], rules, override.get("config"))
             kinds = zoo.classes_of(name, config)
@@ -183,11 +188,15 @@ def of_transformers(name: str) -> Case:
 
             try:
                 model = build("eager")
+            except ImportError as error:
+                raise LookupError(f"ImportError: {' '.join(str(error).split())}"[:250]) from error
             except Exception as error:
                 why.append(f"{rules} {kind.__name__}: {type(error).__name__}: {error}")
                 continue
             given = zoo.INPUTS.get(name)
             for inputs in [given(config)] if given else zoo.inputs_of(model, config):
+                if time.perf_counter() > until:
+                    break
                 try:
                     with torch.no_grad():
                         model(**inputs)
@@ -199,7 +208,7 @@ def of_transformers(name: str) -> Case:
                     lambda model, inputs=inputs: attentions(model(**inputs, output_attentions=True)),
                     f"{rules} {kind.__name__} {' '.join(inputs)}",
                 )  # fmt: skip
-    raise LookupError("\n".join(one[:250] for one in why[:8]))
+    raise LookupError("\n".join(one[:250] for one in why[:8]) or "it has no class of a model")
 
 
 def attentions(output: Any) -> list[Tensor]:
@@ -283,18 +292,19 @@ def main() -> None:
     if asked.libraries:
         import zoo_libraries
 
-        every, find = zoo_libraries.names(), zoo_libraries.find
+        every, find, load = zoo_libraries.names(), zoo_libraries.find, zoo_libraries.load
     else:
         import transformers.masking_utils
         import transformers.modeling_utils  # noqa: F401
 
-        every, find = type_names(), of_transformers
+        every, find, load = type_names(), of_transformers, lambda name: None
     known = read(asked.results)
     names = asked.names or [name for name in every if name not in known]
     if asked.slice:
         names = every[:: max(len(every) // asked.slice, 1)]
     if not asked.table:
         for number, name in enumerate(names, 1):
+            load(name)
             result = apart(name, find)
             known[name] = result
             with asked.results.open("a", encoding="utf-8") as file:

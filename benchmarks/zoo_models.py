@@ -24,7 +24,7 @@ VOCABULARY = 128
 LAYERS, HEADS, KEY_HEADS, WIDTH, HEAD_WIDTH = 2, 4, 2, 32, 8
 IMAGE, PATCH, WINDOW, POSITIONS = 32, 8, 4, 64
 # A model of more parameters than this is not small.
-MOST_PARAMETERS = 60_000_000
+MOST_PARAMETERS = 150_000_000
 
 Change = Callable[[int], int]
 
@@ -59,9 +59,9 @@ RULES: tuple[tuple[str, Change], ...] = tuple(
         (r"heads$|^n_head$|_heads_|attention_heads", at_most(HEADS)),
         (r"head_dim$|^d_kv$|head_size$|dim_head$|^head_dim|^(mamba_)?d_head$|^mamba_d_head$",
          at_most(HEAD_WIDTH)),
+        (r"^n_group$|^topk_group$|^n_groups$|first_k_dense|num_expert_group", at_most(1)),
         (r"experts_per_tok|top_?k$|topk|^moe_k$|experts_per", at_most(2)),
         (r"experts$|^num_local_experts$|^moe_num_experts$", at_most(4)),
-        (r"^n_group$|^topk_group$|^n_groups$|first_k_dense", at_most(1)),
         (r"layer_interval$|every_n_layers$|layer_period$|sliding_window_pattern|sparse_step$",
          at_most(2)),
         (r"layer_offset$|max_window_layers|num_kv_shared_layers|^num_(mtp|nextn)", at_most(1)),
@@ -143,7 +143,7 @@ def _changes(default: Any, rules: list[tuple[str, Change]], override: dict[str, 
     """The fields of a configuration that are not as by default."""
     made: dict[str, Any] = {}
     subs = set(getattr(type(default), "sub_configs", None) or {})
-    names = {f.name for f in dataclasses.fields(default)} | {
+    names = {f.name for f in dataclasses.fields(default) if _known(default, f.name)} | {
         name for name, value in vars(default).items() if name in subs
     }
     layers = max(LAYERS, len(set(getattr(default, "layer_types", None) or ())))
@@ -186,6 +186,15 @@ _KEPT = {
     "architectures", "id2label", "label2id", "num_labels", "chunk_size_feed_forward",
     "transformers_version", "dtype", "problem_type",
 }  # fmt: skip
+
+
+def _known(config: Any, name: str) -> bool:
+    """Whether a field has one value; some differ from layer to layer."""
+    try:
+        getattr(config, name, None)
+    except Exception:  # A class of its own says so.
+        return False
+    return True
 
 
 # The class of a type.

@@ -32,6 +32,7 @@ _SAME = {
     "_reshape_copy", "nan_to_num_", "lift_fresh", "stack", "slice_scatter",
 }  # fmt: skip
 _PRODUCTS = {"bmm", "mm", "baddbmm", "addmm", "mv", "dot", "addbmm", "_scaled_mm"}
+_FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 _MOST = 200_000
 
 
@@ -87,6 +88,9 @@ class Seen(TorchDispatchMode):
             self.softmaxes.append(found)
             self._keep(result, found)
             return output
+        if name == _FUSED:
+            self.softmaxes.append(_of_fused(self.running, *args, **(kwargs or {})))
+            return output
         weights = [(one, self._of.get(_place(one))) for one in tensors]
         known = next(((one, of) for one, of in weights if of is not None), None)
         if name in _PRODUCTS:
@@ -114,6 +118,23 @@ class Seen(TorchDispatchMode):
     def _keep(self, tensor: Tensor, of: Softmax) -> None:
         self._of[_place(tensor)] = of
         self._alive.append(tensor)
+
+
+def _of_fused(
+    running: list[str], query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0,
+    is_causal: bool = False, *, attn_mask: Tensor | None = None, scale: float | None = None,
+) -> Softmax:  # fmt: skip
+    """What fused attention computes, where a model chose it itself."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = query.double() @ key.double().mT * scale
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
+    if is_causal:
+        hidden = torch.ones_like(hidden).triu(1)
+    if attn_mask is not None:
+        scores = scores + attn_mask.double()
+        hidden = hidden | (scores <= HIDDEN)
+    weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num().float()
+    return Softmax(running[-1] if running else "", weights, hidden, attends=True)
 
 
 def _place(tensor: Tensor) -> int:

@@ -93,7 +93,7 @@ def _moved(base: str, call: Call) -> After | None:
     tag = tags[source]
     if tag is None:
         tags.use(source)
-        if not isinstance(source, Tensor) or source.ndim != 4:
+        if not isinstance(source, Tensor) or source.ndim not in (4, 5):
             return None
     shape, turns = source.shape, base in _TURNS  # A function in place changes the shape.
     # What repeats cannot be viewed in every shape in which its whole can.
@@ -120,7 +120,7 @@ def _moved(base: str, call: Call) -> After | None:
             tags[made] = replace(
                 own, scores=scores, clean=clean, parametric=own.parametric and last,
                 turned=own.turned or (own.weights and turns),
-                before=before or (own.before if made.shape == shape else None),
+                before=before or _still(own.before, shape, made),
                 **(_cut(own, source, made) if base in _PARTS and own.weights else {}),
             )  # fmt: skip
 
@@ -128,13 +128,28 @@ def _moved(base: str, call: Call) -> After | None:
 
 
 def _before(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
-    """The shape of a 4-D tensor of which batch and heads, or heads and queries, were joined."""
+    """The shape of a tensor of which batch and heads, or heads and queries, were joined.
+
+    Before batch and heads there may be an axis of queries, keys and values.
+    """
+    if len(shape) == 5 and output.shape == (shape[0], shape[1] * shape[2], *shape[3:]):
+        return tuple(shape)
     if len(shape) != 4 or shape[-1:] != output.shape[-1:] or 0 in shape:
         return None
     if output.ndim == 3 and tuple(output.shape) == (shape[0] * shape[1], *shape[2:]):
         return tuple(shape)
     packs = output.ndim == 4 and shape[2] == 1 and output.shape[0] == shape[0]
     return tuple(shape) if packs and output.shape[1] * output.shape[2] == shape[1] else None
+
+
+def _still(
+    before: tuple[int, ...] | None, shape: torch.Size, made: Tensor
+) -> tuple[int, ...] | None:
+    """What that shape is now: that of one of queries, keys and values, or no other."""
+    if before is None or made.shape == shape:
+        return before
+    one = len(before) == 5 and made.shape == (before[1] * before[2], *before[3:])
+    return before[1:] if one else None
 
 
 def _cut(tag: Tag, source: Tensor, made: Tensor) -> dict[str, Any]:

@@ -145,6 +145,7 @@ def _record(
     record = AttentionRecord(
         layer="",
         source=tag.source,
+        kind="pooling" if scores is not None and scores.origin is None else "attention",
         doubt=shaping.doubt,
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
