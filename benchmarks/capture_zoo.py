@@ -4,13 +4,13 @@
     python benchmarks/capture_zoo.py bert llama      # these, whatever is known of them
     python benchmarks/capture_zoo.py --slice 60      # every so many of them, in a minute or two
     python benchmarks/capture_zoo.py --libraries     # of those libraries that are installed
-    python benchmarks/capture_zoo.py --table         # print what is known
+    python benchmarks/capture_zoo.py --summary       # keep what the docs show of it
 
-Each model is small and random, and runs in a process of its own with eager and fused attention, with
-padding where it takes a mask. Its records are held by position against every softmax that PyTorch's
-dispatcher saw, and against what the model returns as its attentions; masks against the scores that
-went into the softmax; its output against that without a capture. Results go to a file of one line
-each, `--results`.
+Each model is small and random, and runs in a process of its own with eager and fused attention,
+and padding where it takes a mask. Its records are held by position against every softmax that
+PyTorch's dispatcher saw, and against what the model returns as its attentions; masks against the
+scores that went into the softmax; its output against that without a capture. Results go to a file
+of one line each, `--results`; the exit code is 1 if anything is silent or crashes.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ import os
 import resource
 import signal
 import sys
+import tempfile
 import time
 import warnings
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +38,11 @@ from zoo_oracle import Verdict, judge, watched
 
 from pytest_attnheat import capture_attention
 
-RESULTS = Path(__file__).with_name("capture_zoo.jsonl")
+RESULTS, SUMMARY = Path(tempfile.gettempdir()), Path(__file__).with_suffix(".json")
 MEMORY, SECONDS = 10 * 2**30, 60
 SAME = 1e-5
-# So many seconds it is tried to make a model run.
-TRYING = 10.0
+# So many seconds of its own time it is tried to make a model run.
+TRYING = 4.0
 # From best to worst: a type is as its worst implementation.
 WORDS = ("none", "right", "named", "marked", "silent", "crash", "not built")
 
@@ -108,7 +108,7 @@ def _captured(case: Case, model: nn.Module, *, fused: bool) -> dict[str, Any]:
     verdict = judge(trace, seen, returned, lambda layer: heads_of(model, layer), fused=fused)
     _compare_outputs(verdict, plain, captured, exact=not trace.changes)
     kept = {k: v[:6] if isinstance(v, list) else v for k, v in vars(verdict).items()}
-    return {"word": verdict.word, **kept, "unseen": [str(u)[:160] for u in trace.unseen][:6]}
+    return {"word": verdict.word, **kept}
 
 
 def _compare_outputs(
@@ -169,12 +169,12 @@ def of_transformers(name: str) -> Case:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     override, why = zoo.OVERRIDES.get(name, {}), []
-    until = time.perf_counter() + TRYING
+    until = time.process_time() + TRYING
     for rules in zoo.KINDS:
-        if time.perf_counter() > until:
+        if time.process_time() > until:
             break
         try:
-            config = zoo.config_of(CONFIG_MAPPING[name], rules, override.get("config"))
+            config = zoo.config_of(CONFIG_MAPPING[name], rules, override)
             kinds = zoo.classes_of(name, config)
         except Exception as error:
             why.append(f"{rules}: {type(error).__name__}: {error}")
@@ -195,17 +195,20 @@ def of_transformers(name: str) -> Case:
                 continue
             given = zoo.INPUTS.get(name)
             for inputs in [given(config)] if given else zoo.inputs_of(model, config):
-                if time.perf_counter() > until:
+                if time.process_time() > until:
                     break
                 try:
                     with torch.no_grad():
                         model(**inputs)
                 except Exception as error:
-                    why.append(f"{rules} {kind.__name__} {[*inputs]}: {type(error).__name__}: {error}")
+                    why.append(
+                        f"{rules} {kind.__name__} {[*inputs]}: {type(error).__name__}: {error}"
+                    )
                     continue
                 return Case(
                     name, build, lambda model, inputs=inputs: model(**inputs), ("eager", "sdpa"),
-                    lambda model, inputs=inputs: attentions(model(**inputs, output_attentions=True)),
+                    lambda model, inputs=inputs: attentions(
+                        model(**inputs, output_attentions=True)),
                     f"{rules} {kind.__name__} {' '.join(inputs)}",
                 )  # fmt: skip
     raise LookupError("\n".join(one[:250] for one in why[:8]) or "it has no class of a model")
@@ -242,7 +245,9 @@ def apart(name: str, find: Callable[[str], Case]) -> dict[str, Any]:
     with os.fdopen(reading, "rb") as stream:
         data = stream.read()
     _, status = os.waitpid(child, 0)
-    ended = f"it ended with signal {status & 127}" if status & 127 else f"it ended with {status >> 8}"
+    ended = (
+        f"it ended with signal {status & 127}" if status & 127 else f"it ended with {status >> 8}"
+    )
     result = json.loads(data) if data else {"name": name, "word": "not built", "why": ended}
     return {**result, "seconds": round(time.perf_counter() - started, 1)}
 
@@ -273,44 +278,107 @@ def read(path: Path) -> dict[str, dict[str, Any]]:
     return {result["name"]: result for result in map(json.loads, lines)}
 
 
-def table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """How many are how."""
-    counts = Counter(result["word"] for result in results.values())
-    return "\n".join(f"{counts[word]:>5} {word}" for word in WORDS)
+# What the docs show.
+
+
+def summary(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The names of what is right, and of all else what is to be said of it."""
+    found: dict[str, Any] = {word: {} for word in WORDS}
+    for name, result in sorted(results.items()):
+        found[result["word"]][name] = _said(result)
+    found["right"], found["none"] = sorted(found["right"]), sorted(found["none"])
+    return found
+
+
+def _said(result: Mapping[str, Any]) -> str:
+    for one in (result, *(result.get(i, {}) for i in ("eager", "sdpa", ""))):
+        if one.get("word") in ("not offered", "none"):
+            continue
+        lists = [one.get(k) or [] for k in ("wrong", "silent", "marked", "named", "unseen")]
+        said = next((texts[0] for texts in lists if texts), one.get("why", ""))
+        if said:
+            lines = [line for line in said.splitlines() if line.strip()]
+            return " ".join(lines[0].split())[:160] if lines else ""
+    return ""
+
+
+def tables(known: Mapping[str, Any]) -> str:
+    """Two tables: how many are how, and what is said of those that are not right."""
+    head = ["", "with attention", "right", "named", "marked", "silent", "crash", "not built"]
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    rest = ["| | | what is said |", "|---|---|---|"]
+    for part, words in known.items():
+        counts = {word: len(words[word]) for word in WORDS}
+        with_attention = sum(counts[word] for word in WORDS[1:-1])
+        cells = [with_attention, *(counts[word] for word in WORDS[1:])]
+        lines.append(f"| {part} | {' | '.join(map(str, cells))} |")
+        for word in WORDS[2:-1]:
+            rest += [
+                f"| {name} | {word} | {text.replace('|', '/')} |"
+                for name, text in words[word].items()
+            ]
+    return "\n".join([*lines, "", *rest])
+
+
+def versions(libraries: Iterable[str]) -> str:
+    """PyTorch and these, with their versions."""
+    named = importlib.metadata.packages_distributions()
+    known = ((name, named.get(name)) for name in libraries)
+    found = [f"{one} {importlib.metadata.version(d[0])}" for one, d in known if d]
+    return ", ".join(found)
 
 
 def main() -> None:
     """Run what is asked for, or print what is known."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", help="types, or cases of libraries")
     parser.add_argument("--libraries", action="store_true", help="libraries, not transformers")
     parser.add_argument("--slice", type=int, help="so many of all, evenly")
-    parser.add_argument("--table", action="store_true", help="only print what is known")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--again", help="those that are so far: 'not built', for instance")
+    parser.add_argument("--results", type=Path, help="where results go, one a line")
+    parser.add_argument("--summary", action="store_true", help="write what the docs show")
+    parser.add_argument("--table", action="store_true", help="print what the docs show")
     asked = parser.parse_args()
+    if asked.table:
+        print(tables(json.loads(SUMMARY.read_text(encoding="utf-8"))))
+        return
     torch.set_num_threads(1)
     if asked.libraries:
         import zoo_libraries
 
         every, find, load = zoo_libraries.names(), zoo_libraries.find, zoo_libraries.load
+        modules = list(dict.fromkeys(name.partition(": ")[0] for name in every))
+        part = f"cases of {len(modules)} libraries"
     else:
         import transformers.masking_utils
-        import transformers.modeling_utils  # noqa: F401
+        import transformers.modeling_utils
 
         every, find, load = type_names(), of_transformers, lambda name: None
-    known = read(asked.results)
+        part = f"model types of transformers {transformers.__version__}"
+    path = asked.results or RESULTS / f"capture_zoo{'_libraries' * asked.libraries}.jsonl"
+    known = read(path)
+    if asked.summary:
+        before = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
+        kept = {k: v for k, v in before.items() if ("libraries" in k) != asked.libraries}
+        kept[part] = summary(known)
+        SUMMARY.write_text(json.dumps(dict(sorted(kept.items(), reverse=True)), indent=1) + "\n")
+        return
     names = asked.names or [name for name in every if name not in known]
     if asked.slice:
         names = every[:: max(len(every) // asked.slice, 1)]
-    if not asked.table:
-        for number, name in enumerate(names, 1):
-            load(name)
-            result = apart(name, find)
-            known[name] = result
-            with asked.results.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(result) + "\n")
-            print(f"{number}/{len(names)} {name}: {result['word']} {result['seconds']} s", flush=True)
-    print(table({name: known[name] for name in known if name in set(names) or asked.table}))
+    if asked.again:
+        names = [name for name in known if known[name]["word"] in asked.again.split(",")]
+    worst = "none"
+    for number, name in enumerate(names, 1):
+        load(name)
+        result = apart(name, find)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        said = f"{result['word']}, {result['seconds']} s  {_said(result)}"
+        print(f"{number}/{len(names)} {name}: {said}", flush=True)
+        if result["word"] != "not built":
+            worst = max(worst, result["word"], key=WORDS.index)
+    sys.exit(worst in ("silent", "crash"))
 
 
 if __name__ == "__main__":

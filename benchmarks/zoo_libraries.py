@@ -41,7 +41,9 @@ class _Absent(Loader, MetaPathFinder):
     """Stands in for torchvision, of which models import but transforms of images."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        return (
+            ModuleSpec(name, self, is_package=True) if name.split(".")[0] == "torchvision" else None
+        )
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         return _Empty(spec.name)
@@ -207,8 +209,8 @@ def x_transformers(lib: Any) -> Cases:
         ), on(words(), words(7), mask=real()),
     )  # fmt: skip
     cases["images"] = lambda: (
-        lib.ViTransformerWrapper(image_size=32, patch_size=8, num_classes=5, attn_layers=lib.Encoder(
-            dim=32, depth=2, heads=4)), on(drawn(*IMAGES)),
+        lib.ViTransformerWrapper(image_size=32, patch_size=8, num_classes=5,
+                                 attn_layers=lib.Encoder(dim=32, depth=2, heads=4)), on(drawn(*IMAGES)),
     )  # fmt: skip
     return cases
 
@@ -226,7 +228,6 @@ def vit_pytorch(lib: Any) -> Cases:
 
         return make
 
-    stages = {"image_size": 64, "num_classes": 5}
     return {
         "ViT": of("vit", "ViT", **plain, dim_head=8),
         "ViT, one head": of("vit", "ViT", **plain | {"heads": 1}, dim_head=8),
@@ -264,7 +265,8 @@ def vit_pytorch(lib: Any) -> Cases:
         "CrossFormer": of("crossformer", "CrossFormer", num_classes=5, dim=(32, 32, 32, 32),
                           depth=(1, 1, 1, 1), image_size=224),
         "ScalableViT": of("scalable_vit", "ScalableViT", num_classes=5, dim=32, heads=(2, 4, 4, 4),
-                          depth=(1, 1, 1, 1), ssa_dim_key=(8, 8, 8, 8), reduction_factor=(8, 4, 2, 1),
+                          depth=(1, 1, 1, 1), ssa_dim_key=(8, 8, 8, 8),
+                          reduction_factor=(8, 4, 2, 1),
                           window_size=(8, 4, None, None), image_size=256),
         "SepViT": of("sep_vit", "SepViT", num_classes=5, dim=32, dim_head=8, heads=(1, 2, 4, 4),
                      depth=(1, 1, 1, 1), window_size=7, image_size=224),
@@ -340,7 +342,8 @@ def timm(lib: Any) -> Cases:
         "levit_128s": (224, {}), "crossvit_9_240": (240, {}), "pit_ti_224": (224, {}),
         "visformer_tiny": (224, {}), "volo_d1_224": (224, {"layers": [1, 1, 1, 1]}),
         "edgenext_xx_small": (64, {}), "efficientformer_l1": (224, {}),
-        "efficientformerv2_s0": (224, {}), "efficientvit_m0": (224, {}), "efficientvit_b0": (64, {}),
+        "efficientformerv2_s0": (224, {}), "efficientvit_m0": (224, {}),
+        "efficientvit_b0": (64, {}),
         "fastvit_sa12": (64, {}), "hiera_tiny_224": (224, {"stages": (1, 1, 1, 1)}),
         "mvitv2_tiny": (224, {"depths": (1, 1, 1, 1)}), "nest_tiny": (224, {"depths": (1, 1, 1)}),
         "davit_tiny": (64, {"depths": (1, 1, 1, 1)}), "gcvit_xxtiny": (224, {}),
@@ -366,7 +369,11 @@ def diffusers(lib: Any) -> Cases:
             made = module.Attention(query_dim=32, heads=4, dim_head=8, **given)
             if processor:
                 made.set_processor(getattr(module, processor)())
-            other = drawn(2, 7, given["cross_attention_dim"]) if "cross_attention_dim" in given else None
+            other = (
+                drawn(2, 7, given["cross_attention_dim"])
+                if "cross_attention_dim" in given
+                else None
+            )
             return made, on(drawn(2, 12, 32), encoder_hidden_states=other)
 
         return make
@@ -441,7 +448,8 @@ def diffusers(lib: Any) -> Cases:
             text_embedding_mask=real(7), encoder_hidden_states_t5=drawn(2, 7, 32),
             text_embedding_mask_t5=real(7), image_meta_size=drawn(2, 6), style=torch.tensor([0, 0]),
             image_rotary_emb=None),
-        "CogVideoXTransformer3DModel": made("CogVideoXTransformer3DModel", {**heads, "in_channels": 4,
+        "CogVideoXTransformer3DModel": made("CogVideoXTransformer3DModel", {**heads,
+            "in_channels": 4,
             "out_channels": 4, "time_embed_dim": 8, "text_embed_dim": 24, "num_layers": 2,
             "sample_width": 8, "sample_height": 8, "sample_frames": 5, "patch_size": 2,
             "temporal_compression_ratio": 4, "max_text_seq_length": 7}, drawn(2, 2, 4, 8, 8),
@@ -464,7 +472,8 @@ def diffusers(lib: Any) -> Cases:
             "num_embeddings": 5, "additional_embeddings": 4}, drawn(2, 16), 3, drawn(2, 16),
             drawn(2, 5, 16)),
         "StableAudioDiTModel": made("StableAudioDiTModel", {**heads, "sample_size": 16,
-            "in_channels": 4, "num_layers": 2, "num_key_value_attention_heads": 2, "out_channels": 4,
+            "in_channels": 4, "num_layers": 2, "num_key_value_attention_heads": 2,
+            "out_channels": 4,
             "cross_attention_dim": 16, "time_proj_dim": 16, "global_states_input_dim": 16,
             "cross_attention_input_dim": 16}, drawn(2, 4, 16), moment, drawn(2, 7, 16),
             drawn(2, 1, 16), rotary_embedding=(drawn(17, 4), drawn(17, 4))),
@@ -491,7 +500,8 @@ def open_clip(lib: Any) -> Cases:
 
     return {
         "CLIP": of("CLIP"), "CustomTextCLIP": of("CustomTextCLIP"),
-        "CLIP, attention pool": of("CustomTextCLIP", vision={"attentional_pool": True, "attn_pooler_heads": 4}),
+        "CLIP, attention pool": of(
+            "CustomTextCLIP", vision={"attentional_pool": True, "attn_pooler_heads": 4}),
         "CLIP, no causal mask": of("CustomTextCLIP", text={"no_causal_mask": True}),
         "CoCa": of("CoCa", vision={"attentional_pool": True, "attn_pooler_heads": 4,
                    "output_tokens": True}, text={"embed_cls": True, "output_tokens": True},
@@ -502,7 +512,9 @@ def open_clip(lib: Any) -> Cases:
 
 def _lucid(module: str, kind: str, given: dict[str, Any], *call: Any, **named: Any) -> Cases:
     """A case of a library that has a module for one idea."""
-    return {kind: lambda: (getattr(importlib.import_module(module), kind)(**given), on(*call, **named))}
+    return {
+        kind: lambda: (getattr(importlib.import_module(module), kind)(**given), on(*call, **named))
+    }
 
 
 TOKENS = {"num_tokens": 100, "dim": 32, "depth": 2, "heads": 4}
@@ -551,14 +563,17 @@ def local_attention(lib: Any) -> Cases:
     given = {"dim": 8, "window_size": 4, "autopad": True}
 
     def heads(**more: Any) -> Made:
-        return lib.LocalAttention(**given, **more), on(*(drawn(2, 4, 16, 8, seed=i) for i in (1, 2, 3)))
+        return lib.LocalAttention(**given, **more), on(
+            *(drawn(2, 4, 16, 8, seed=i) for i in (1, 2, 3))
+        )
 
     return {
         "causal": lambda: heads(causal=True, look_backward=1),
         "both sides": lambda: heads(look_backward=1, look_forward=1),
         "exact window": lambda: heads(causal=True, exact_windowsize=True),
         "LocalTransformer": lambda: (
-            lib.LocalTransformer(num_tokens=100, dim=32, depth=2, max_seq_len=16, local_attn_window_size=4,
+            lib.LocalTransformer(num_tokens=100, dim=32, depth=2, max_seq_len=16,
+                                 local_attn_window_size=4,
                                  heads=4, dim_head=8), on(words(16))),
         "LocalMHA": lambda: (lib.LocalMHA(dim=32, dim_head=8, heads=4, window_size=4, causal=True),
                              on(drawn(2, 16, 32), mask=real(16))),
@@ -593,8 +608,8 @@ def perceiver(lib: Any) -> Cases:
     return {
         "Perceiver": lambda: (lib.Perceiver(**given), on(drawn(2, 8, 8, 3))),
         "PerceiverIO": lambda: (
-            lib.PerceiverIO(dim=16, queries_dim=16, logits_dim=5, depth=1, num_latents=5, latent_dim=32,
-                            cross_heads=1, latent_heads=4, cross_dim_head=8, latent_dim_head=8),
+            lib.PerceiverIO(dim=16, queries_dim=16, logits_dim=5, depth=1, num_latents=5,
+                            latent_dim=32, cross_heads=1, latent_heads=4, cross_dim_head=8, latent_dim_head=8),
             on(drawn(2, 12, 16), queries=drawn(6, 16), mask=real())),
     }  # fmt: skip
 
@@ -618,15 +633,23 @@ def conformer(lib: Any) -> Cases:
 @library("nystrom_attention")
 def nystrom(lib: Any) -> Cases:
     """Three factors in place of weights."""
-    return {"NystromAttention": lambda: (
-        lib.NystromAttention(dim=32, dim_head=8, heads=4, num_landmarks=4), on(drawn(2, 16, 32)))}
+    return {
+        "NystromAttention": lambda: (
+            lib.NystromAttention(dim=32, dim_head=8, heads=4, num_landmarks=4),
+            on(drawn(2, 16, 32)),
+        )
+    }
 
 
 @library("sinkhorn_transformer")
 def sinkhorn(lib: Any) -> Cases:
     """Sorted blocks of keys."""
-    return {"SinkhornTransformerLM": lambda: (
-        lib.SinkhornTransformerLM(**TOKENS, max_seq_len=16, bucket_size=4), on(words(16)))}
+    return {
+        "SinkhornTransformerLM": lambda: (
+            lib.SinkhornTransformerLM(**TOKENS, max_seq_len=16, bucket_size=4),
+            on(words(16)),
+        )
+    }
 
 
 @library("tab_transformer_pytorch")
@@ -723,7 +746,9 @@ def flamingo(lib: Any) -> Cases:
 @library("soft_moe_pytorch")
 def soft_moe(lib: Any) -> Cases:
     """Experts that take weighted means of tokens."""
-    return {"SoftMoE": lambda: (lib.SoftMoE(dim=32, seq_len=12, num_experts=4), on(drawn(2, 12, 32)))}
+    return {
+        "SoftMoE": lambda: (lib.SoftMoE(dim=32, seq_len=12, num_experts=4), on(drawn(2, 12, 32)))
+    }
 
 
 @library("bs_roformer")
@@ -746,10 +771,11 @@ def bs_roformer(lib: Any) -> Cases:
 @library("torchtune")
 def torchtune(lib: Any) -> Cases:
     """Layers of torchtune, which puts queries and keys together itself."""
+
     def llama(window: int = 0) -> Made:
         module = importlib.import_module("torchtune.models.llama3")
-        return module.llama3(vocab_size=100, num_layers=2, num_heads=4, num_kv_heads=2, embed_dim=32,
-                             max_seq_len=32, intermediate_dim=48), on(words())  # fmt: skip
+        return module.llama3(vocab_size=100, num_layers=2, num_heads=4, num_kv_heads=2,
+                             embed_dim=32, max_seq_len=32, intermediate_dim=48), on(words())  # fmt: skip
 
     def gemma() -> Made:
         module = importlib.import_module("torchtune.models.gemma2")
@@ -763,6 +789,7 @@ def torchtune(lib: Any) -> Cases:
 @library("whisper")
 def whisper(lib: Any) -> Cases:
     """OpenAI's own Whisper."""
+
     def of(fused: bool) -> Made:
         module = importlib.import_module("whisper.model")
         module.MultiHeadAttention.use_sdpa = fused
@@ -775,6 +802,7 @@ def whisper(lib: Any) -> Cases:
 @library("esm")
 def esm(lib: Any) -> Cases:
     """Protein models."""
+
     def two() -> Made:
         found = importlib.import_module("esm.model.esm2").ESM2(num_layers=2, embed_dim=32,
                                                              attention_heads=4)  # fmt: skip
@@ -787,6 +815,7 @@ def esm(lib: Any) -> Cases:
 @library("torchscale")
 def torchscale(lib: Any) -> Cases:
     """Encoders and decoders with options."""
+
     def of(part: str, **more: Any) -> Callable[[], Made]:
         def make() -> Made:
             config = importlib.import_module("torchscale.architecture.config")
@@ -801,13 +830,18 @@ def torchscale(lib: Any) -> Cases:
 
         return make
 
-    return {"Encoder": of("encoder"), "Encoder, relative": of("encoder", rel_pos_buckets=8,
-            max_rel_pos=16), "Decoder": of("decoder"), "Encoder, multiway": of("encoder", multiway=True)}
+    return {
+        "Encoder": of("encoder"),
+        "Encoder, relative": of("encoder", rel_pos_buckets=8, max_rel_pos=16),
+        "Decoder": of("decoder"),
+        "Encoder, multiway": of("encoder", multiway=True),
+    }
 
 
 @library("curated_transformers")
 def curated(lib: Any) -> Cases:
     """Attention in layers of curated-transformers."""
+
     def of(fused: bool) -> Made:
         layers = importlib.import_module("curated_transformers.layers")
         made = layers.SelfAttention(
@@ -840,9 +874,12 @@ def rtdl(lib: Any) -> Cases:
 @library("entmax")
 def entmax(lib: Any) -> Cases:
     """Sparse weights."""
+
     def of(function: str) -> Made:
         def forward(project: nn.Module, inputs: Tensor) -> Tensor:
-            q, k, v = (t.unflatten(-1, (4, 8)).transpose(1, 2) for t in project(inputs).chunk(3, -1))
+            q, k, v = (
+                t.unflatten(-1, (4, 8)).transpose(1, 2) for t in project(inputs).chunk(3, -1)
+            )
             return getattr(lib, function)(q @ k.mT / 8**0.5, dim=-1) @ v
 
         return Of(forward, nn.Linear(32, 96)), on(drawn(2, 12, 32))
@@ -872,12 +909,15 @@ def torch_geometric(lib: Any) -> Cases:
 @library("speechbrain")
 def speechbrain(lib: Any) -> Cases:
     """Attention of speech models."""
+
     def of(kind: str, **given: Any) -> Made:
         module = importlib.import_module("speechbrain.nnet.attention")
         inputs = drawn(2, 12, 32)
         made = getattr(module, kind)(**given)
         if kind == "RelPosMHAXL":
-            positions = importlib.import_module("speechbrain.nnet.attention").RelPosEncXL(32)(inputs)
+            positions = importlib.import_module("speechbrain.nnet.attention").RelPosEncXL(32)(
+                inputs
+            )
             return made, on(inputs, inputs, inputs, positions)
         return made, on(inputs, inputs, inputs)
 
@@ -897,6 +937,7 @@ def speechbrain(lib: Any) -> Cases:
 @library("kornia")
 def kornia(lib: Any) -> Cases:
     """Matching of images."""
+
     def full() -> Made:
         module = importlib.import_module("kornia.feature.loftr.loftr_module.linear_attention")
         return module.FullAttention(), on(*(drawn(2, 12, 4, 8, seed=i) for i in (1, 2, 3)))
@@ -911,6 +952,7 @@ def kornia(lib: Any) -> Cases:
 @library("monai")
 def monai(lib: Any) -> Cases:
     """Networks of medical images."""
+
     def nets(kind: str, given: dict[str, Any], *shape: int) -> Callable[[], Made]:
         return lambda: (getattr(importlib.import_module("monai.networks.nets"), kind)(**given),
                         on(drawn(*shape)))  # fmt: skip
@@ -939,6 +981,7 @@ def monai(lib: Any) -> Cases:
 @library("litgpt")
 def litgpt(lib: Any) -> Cases:
     """One model of many configurations."""
+
     def of(**given: Any) -> Callable[[], Made]:
         sizes = {"block_size": 32, "vocab_size": 100, "padded_vocab_size": 100, "n_layer": 2,
                  "n_head": 4, "n_embd": 32, "intermediate_size": 48}  # fmt: skip
@@ -955,23 +998,33 @@ def litgpt(lib: Any) -> Cases:
 @library("transformer_lens")
 def transformer_lens(lib: Any) -> Cases:
     """Models with hooks everywhere."""
+
     def of(**given: Any) -> Callable[[], Made]:
-        sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4, "d_vocab": 100,
+        sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4,
+                 "d_vocab": 100,
                  "act_fn": "gelu", "device": "cpu"}  # fmt: skip
         return lambda: (lib.HookedTransformer(lib.HookedTransformerConfig(**{**sizes, **given})),
                         on(words()))  # fmt: skip
 
-    return {"plain": of(), "rotary": of(positional_embedding_type="rotary", rotary_dim=8),
-            "ALiBi": of(positional_embedding_type="alibi"), "grouped": of(n_key_value_heads=2),
-            "shortformer": of(positional_embedding_type="shortformer"),
-            "local": of(attn_types=["global", "local"], window_size=4, use_local_attn=True)}
+    return {
+        "plain": of(),
+        "rotary": of(positional_embedding_type="rotary", rotary_dim=8),
+        "ALiBi": of(positional_embedding_type="alibi"),
+        "grouped": of(n_key_value_heads=2),
+        "shortformer": of(positional_embedding_type="shortformer"),
+        "local": of(attn_types=["global", "local"], window_size=4, use_local_attn=True),
+    }
 
 
 @library("lambda_networks")
 def lambda_networks(lib: Any) -> Cases:
     """No weights of queries and keys."""
-    return {"LambdaLayer": lambda: (
-        lib.LambdaLayer(dim=32, dim_out=32, n=64, dim_k=8, heads=4, dim_u=1), on(drawn(2, 32, 8, 8)))}
+    return {
+        "LambdaLayer": lambda: (
+            lib.LambdaLayer(dim=32, dim_out=32, n=64, dim_k=8, heads=4, dim_u=1),
+            on(drawn(2, 32, 8, 8)),
+        )
+    }
 
 
 @library("halonet_pytorch")
@@ -985,8 +1038,12 @@ def halonet(lib: Any) -> Cases:
 @library("axial_attention")
 def axial(lib: Any) -> Cases:
     """Rows, then columns."""
-    return {"AxialAttention": lambda: (
-        lib.AxialAttention(dim=32, dim_index=1, heads=4, num_dimensions=2), on(drawn(2, 32, 6, 5)))}
+    return {
+        "AxialAttention": lambda: (
+            lib.AxialAttention(dim=32, dim_index=1, heads=4, num_dimensions=2),
+            on(drawn(2, 32, 6, 5)),
+        )
+    }
 
 
 @library("memory_efficient_attention_pytorch")
@@ -1022,16 +1079,30 @@ def recurrent_memory(lib: Any) -> Cases:
 @library("simple_hierarchical_transformer")
 def hierarchical(lib: Any) -> Cases:
     """Several lengths at once."""
-    return {"HierarchicalTransformer": lambda: (
-        lib.HierarchicalTransformer(num_tokens=100, dim=32, depth=1, seq_len=16,
-                                    hierarchies=(1, 2), window_sizes=(8, None)), on(words(16)))}
+    return {
+        "HierarchicalTransformer": lambda: (
+            lib.HierarchicalTransformer(
+                num_tokens=100,
+                dim=32,
+                depth=1,
+                seq_len=16,
+                hierarchies=(1, 2),
+                window_sizes=(8, None),
+            ),
+            on(words(16)),
+        )
+    }
 
 
 @library("taylor_series_linear_attention")
 def taylor(lib: Any) -> Cases:
     """Linear attention by a series."""
-    return {"TaylorSeriesLinearAttn": lambda: (
-        lib.TaylorSeriesLinearAttn(dim=32, dim_head=8, heads=4), on(drawn(2, 12, 32)))}
+    return {
+        "TaylorSeriesLinearAttn": lambda: (
+            lib.TaylorSeriesLinearAttn(dim=32, dim_head=8, heads=4),
+            on(drawn(2, 12, 32)),
+        )
+    }
 
 
 @library("timesformer_pytorch")
@@ -1045,6 +1116,7 @@ def timesformer(lib: Any) -> Cases:
 @library("cross_transformers_pytorch")
 def cross_transformers(lib: Any) -> Cases:
     """A query image and a support set."""
+
     def make() -> Made:
         backbone = nn.Conv2d(3, 32, 8, stride=8)
         model = lib.CrossTransformer(dim=32, dim_key=16, dim_value=16)
@@ -1115,9 +1187,12 @@ def self_attention_cv(lib: Any) -> Cases:
 @library("labml_nn")
 def labml(lib: Any) -> Cases:
     """Annotated implementations: time first."""
+
     def of(module: str, kind: str, *given: Any, same: bool = True) -> Callable[[], Made]:
         def make() -> Made:
-            found = getattr(importlib.import_module(f"labml_nn.transformers.{module}"), kind)(*given)
+            found = getattr(importlib.import_module(f"labml_nn.transformers.{module}"), kind)(
+                *given
+            )
             x = drawn(12, 2, 32)
             mask = torch.ones(12, 12, 1).tril()
             return found, lambda model: model(query=x, key=x, value=x, mask=mask)
@@ -1128,9 +1203,11 @@ def labml(lib: Any) -> Cases:
         "MultiHeadAttention": of("mha", "MultiHeadAttention", 4, 32, 0.0),
         "AlibiMultiHeadAttention": of("alibi", "AlibiMultiHeadAttention", 4, 32, 0.0),
         "RotaryPEMultiHeadAttention": of("rope", "RotaryPEMultiHeadAttention", 4, 32, 0.5, 0.0),
-        "RelativeMultiHeadAttention": of("xl.relative_mha", "RelativeMultiHeadAttention", 4, 32, 0.0),
+        "RelativeMultiHeadAttention": of(
+            "xl.relative_mha", "RelativeMultiHeadAttention", 4, 32, 0.0),
         "GraphAttentionLayer": lambda: (
-            importlib.import_module("labml_nn.graphs.gat").GraphAttentionLayer(32, 32, 4, dropout=0.0),
+            importlib.import_module("labml_nn.graphs.gat").GraphAttentionLayer(
+                32, 32, 4, dropout=0.0),
             on(drawn(9, 32), torch.ones(9, 9, 1, dtype=torch.bool))),
     }  # fmt: skip
 
@@ -1138,6 +1215,7 @@ def labml(lib: Any) -> Cases:
 @library("tsai")
 def tsai(lib: Any) -> Cases:
     """Time series."""
+
     def of(module: str, kind: str, *given: Any, **more: Any) -> Callable[[], Made]:
         return lambda: (getattr(importlib.import_module(f"tsai.models.{module}"), kind)(
             *given, **more), on(drawn(2, 3, 16)))  # fmt: skip

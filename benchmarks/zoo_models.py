@@ -64,7 +64,8 @@ RULES: tuple[tuple[str, Change], ...] = tuple(
         (r"experts$|^num_local_experts$|^moe_num_experts$", at_most(4)),
         (r"layer_interval$|every_n_layers$|layer_period$|sliding_window_pattern|sparse_step$",
          at_most(2)),
-        (r"layer_offset$|max_window_layers|num_kv_shared_layers|^num_(mtp|nextn)", at_most(1)),
+        (r"num_kv_shared_layers", at_most(0)),
+        (r"layer_offset$|max_window_layers|^num_(mtp|nextn)", at_most(1)),
         (r"(^|_)layers$|^depth$|_depth$|num_blocks$|^n_layer$|^layers$|decoder_blocks$"
          r"|num_hidden_layers|_layers_", at_most(LAYERS)),
         (r"num_queries|num_query|num_latents|num_object|n_latents|latent_query_num|"
@@ -128,6 +129,17 @@ def changed(name: str, value: Any, rules: list[tuple[str, Change]], layers: int)
     return value
 
 
+def _sections(value: Any, half: int) -> Any:
+    """Parameters of rotations, whose sections of pictures share half of the width of a head."""
+    if not isinstance(value, dict):
+        return value
+    made = {name: _sections(one, half) for name, one in value.items()}
+    for name in [one for one in made if one == "mrope_section"]:
+        many = len(made[name])
+        made[name] = [half - (many - 1) * (half // many)] + [half // many] * (many - 1)
+    return made
+
+
 def _kinds_of(kinds: list[str], layers: int) -> list[str]:
     distinct = list(dict.fromkeys(kinds))
     return (distinct + [kinds[-1]] * layers)[: max(layers, min(len(distinct), 4))]
@@ -162,8 +174,13 @@ def _changes(default: Any, rules: list[tuple[str, Change]], override: dict[str, 
             made[name] = min(value, layers) if type(value) is int else value
         elif name in _KEPT:
             continue
+        elif value is None and name in _IF_NONE:
+            made[name] = _IF_NONE[name]
         else:
             new = changed(name, value, rules, layers)
+            if name in ("rope_parameters", "rope_scaling") and isinstance(value, dict):
+                part = value.get("partial_rotary_factor") or 1
+                new = _sections(value, int(HEAD_WIDTH * part) // 2)
             per_layer = isinstance(value, (list, tuple)) and many and len(value) == many
             if per_layer and not all(isinstance(one, str) for one in value):
                 new = type(value)(list(value)[:layers])
@@ -177,6 +194,11 @@ def _changes(default: Any, rules: list[tuple[str, Change]], override: dict[str, 
     return made
 
 
+# Fields that a model needs, though they have no default.
+_IF_NONE = {
+    "prediction_length": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1,
+    "topk_group": 1, "n_group": 1, "moe_topk": 2,
+}  # fmt: skip
 # How many heads have keys of their own, and how many have queries; in the order of their names.
 _SHARED = {
     "num_key_value_heads": "num_attention_heads",
@@ -276,8 +298,10 @@ def strengthen(model: nn.Module, seed: int = 0) -> None:
                 parameter.copy_(drawn * strong * inner**-0.5)
             elif isinstance(module, nn.Embedding) and parameter.numel() > 1:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator))
-            elif parameter.ndim > 0 and float(parameter.std(unbiased=False)) == 0 and (
-                float(parameter.flatten()[0]) == 0 and parameter.ndim > 1
+            elif (
+                parameter.ndim > 0
+                and float(parameter.std(unbiased=False)) == 0
+                and (float(parameter.flatten()[0]) == 0 and parameter.ndim > 1)
             ):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
 
@@ -335,7 +359,9 @@ def all_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    vocabulary = min(_first(_found(config, "vocab_size", "text_vocab_size"), VOCABULARY), WORDS.stop)
+    vocabulary = min(
+        _first(_found(config, "vocab_size", "text_vocab_size"), VOCABULARY), WORDS.stop
+    )
     low = min(WORDS.start, max(vocabulary - 2, 0))
     ids = torch.randint(low, max(vocabulary, low + 1), (BATCH, LENGTH), generator=generator)
     mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
@@ -377,7 +403,7 @@ def all_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
         "grid_thw": grid, "image_grid_thw": grid,
         "pixel_mask": torch.ones(BATCH, *sides, dtype=torch.long),
         "encoder_hidden_states": draw(BATCH, LENGTH, width),
-        "past_values": draw(BATCH, 32),
+        "query_embeds": draw(BATCH, 6, width),
     }  # fmt: skip
     if "grid_thw" in inspect.signature(model.forward).parameters:
         known["hidden_states"] = known["pixel_values"] = patches
@@ -391,5 +417,31 @@ def all_inputs(model: nn.Module, config: Any) -> dict[str, Any]:
 
 
 # What the rules do not find: fields of the configuration by type, and inputs.
-OVERRIDES: dict[str, dict[str, Any]] = {}
-INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {}
+OVERRIDES: dict[str, dict[str, Any]] = {
+    "esm": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 8, "attn_layer_indices": [1],
+              "layer_types": ["linear_attention", "full_attention"]},
+    "blt": {"encoder_hash_byte_group_vocab": 64},
+    "bridgetower_vision_model": {"hidden_size": 128},
+}  # fmt: skip
+
+
+def _spectrogram(config: Any) -> dict[str, Any]:
+    return {"input_values": torch.randn(BATCH, config.max_length, config.num_mel_bins)}
+
+
+def _series(config: Any) -> dict[str, Any]:
+    past = config.context_length + max(config.lags_sequence)
+    return {
+        "past_values": torch.randn(BATCH, past), "past_observed_mask": torch.ones(BATCH, past),
+        "past_time_features": torch.randn(BATCH, past, config.num_time_features),
+        "future_values": torch.randn(BATCH, config.prediction_length),
+        "future_time_features": torch.randn(
+            BATCH, config.prediction_length, config.num_time_features),
+    }  # fmt: skip
+
+
+INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
+    "audio-spectrogram-transformer": _spectrogram, "autoformer": _series, "informer": _series,
+    "time_series_transformer": _series,
+}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What `capture_zoo.py` holds captures against: every softmax that ran, seen by PyTorch's dispatcher.
+"""What `capture_zoo.py` holds captures against: every softmax that PyTorch's dispatcher sees.
 
 The oracle knows nothing of the capture: it looks at operators, below everything that Python calls,
 remembers what each softmax returned, and follows that through memory to the product that uses it.
@@ -66,7 +66,9 @@ class Seen(TorchDispatchMode):
         self.running: list[str] = []
         self._of: dict[int, Softmax] = {}
         self._alive: list[Any] = []
-        self._fixed = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+        self._fixed = {
+            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
+        }
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -199,6 +201,7 @@ class Verdict:
         marked: What is wrong or doubtful, and said.
         named: What was not read, and is named in `unseen`.
         silent: What was not read, and is not named.
+        unseen: What the trace names.
     """
 
     attentions: int = 0
@@ -211,6 +214,7 @@ class Verdict:
     marked: list[str] = field(default_factory=list)
     named: list[str] = field(default_factory=list)
     silent: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
 
     @property
     def word(self) -> str:
@@ -221,7 +225,9 @@ class Verdict:
             return "marked"
         if self.named:
             return "named"
-        return "right" if self.records else "none"
+        if self.records:
+            return "right"
+        return "named" if self.unseen else "none"
 
 
 def judge(
@@ -248,7 +254,8 @@ def judge(
             used.add(softmax)
             softmax.attends = True
             verdict.worst = max(verdict.worst, off)
-            peaks.append(float(weights.nan_to_num().max()) * weights.shape[-1])
+            if weights.shape[-1] > 1:
+                peaks.append(float(weights.nan_to_num().max()) * weights.shape[-1])
             said = _said(record)
             faults = [*_mask_faults(record, softmax, hidden), *_layout_faults(record, heads_of)]
             if record.kind != "attention":
@@ -274,6 +281,7 @@ def judge(
             text += ", it pools" if softmax.pools else ""
             (verdict.named if _is_named(softmax, trace) else verdict.silent).append(text)
     _compare_returned(verdict, trace, returned, close)
+    verdict.unseen = [str(unseen)[:160] for unseen in trace.unseen]
     verdict.peak = round(min(peaks, default=0.0), 2)
     return verdict
 
@@ -345,9 +353,7 @@ def _is_named(softmax: Softmax, trace: Trace) -> bool:
     return any(n == inner or inner.startswith(f"{n}.") or n.startswith(f"{inner}.") for n in names)
 
 
-def _compare_returned(
-    verdict: Verdict, trace: Trace, returned: list[Tensor], close: float
-) -> None:
+def _compare_returned(verdict: Verdict, trace: Trace, returned: list[Tensor], close: float) -> None:
     """Say which of the weights that the model returned are a record, shape and all."""
     found, left = 0, list(trace)
     for weights in returned:
