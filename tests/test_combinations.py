@@ -63,6 +63,21 @@ def test_what_is_refused_by_three_features_at_once_is_no_failure():
     assert "causal=True scale=0.7 (NotImplementedError: too much)" in ask_pairs(examined(three))
 
 
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [("attn_mask should not be set when is_causal=True", True), ("no numbers came out", False)],
+)
+def test_an_error_about_two_arguments_declines_them_in_some_of_its_ways(words, passes):
+    def in_one_way(query, key, value, attn_mask=None, is_causal=False, scale=None):
+        if attn_mask is not None and is_causal and scale is not None and len(query) == 1:
+            raise RuntimeError(words)
+        return attention(query, key, value, attn_mask, is_causal, scale)
+
+    report = check_attention(AttentionSpec(in_one_way, dtypes=("float32",)), checks=PAIRS)
+    assert report.passed == passes
+    assert words in report.results[0].message
+
+
 def no_mask_if_causal(query, key, value, attn_mask=None, is_causal=False, scale=None):
     return attention(query, key, value, None if is_causal else attn_mask, is_causal, scale)
 

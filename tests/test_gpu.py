@@ -69,6 +69,18 @@ def of_backend(name):
     return attention
 
 
+# What PyTorch's fused kernels of 16-bit numbers do, and do not say. FlashAttention and cuDNN give
+# NaN where the scale is negative; cuDNN gives a query that may attend to nothing a mean of values.
+KNOWN = ("scale=-0.4", "empty=True", "a fully masked row", "dropped together")
+
+
+def wrong_in(report):
+    """What is wrong with each check that failed, without those whose calls all have one thing."""
+    for result in report.failed:
+        known = [words for words in KNOWN if words in result.message]
+        yield known[0] if known else result.message
+
+
 KERNELS = [
     *[(None, dtype) for dtype in DTYPES],
     *[("MATH", dtype) for dtype in DTYPES],
@@ -81,7 +93,11 @@ KERNELS = [
 def test_pytorchs_kernels_raise_no_alarm(backend, dtype):
     if not ON_CUDA and backend not in (None, "MATH"):
         pytest.skip("a kernel of a GPU")
-    passes(spec_of(sdpa if backend is None else of_backend(backend), dtype))
+    subject = sdpa if backend is None else of_backend(backend)
+    report = check_attention(spec_of(subject, dtype))
+    known = KNOWN if dtype in HALF and backend != "MATH" else ()
+    assert not set(wrong_in(report)) - set(known), str(report)
+    assert any(result.status == "passed" for result in report.results)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -225,8 +241,8 @@ def test_tf32_of_the_whole_process_changes_no_verdict():
 
 @cuda_alone
 def test_a_defect_that_only_a_gpu_has_is_said_of_the_gpu():
-    def wrong_there(query, key, value, attn_mask=None, is_causal=False):
-        return sdpa(query, key, value, attn_mask, is_causal=is_causal and not query.is_cuda)
+    def wrong_there(query, key, value, is_causal=False):
+        return sdpa(query, key, value, is_causal=is_causal and not query.is_cuda)
 
     report = check_attention(AttentionSpec(wrong_there, dtypes=["float32"]))
     assert {result.device for result in report.failed} == {"cuda"}
@@ -268,13 +284,11 @@ def test_what_needs_more_memory_than_there_is_is_told_so():
 
 
 @cuda_alone
-def test_inputs_on_two_devices_are_refused_with_both_names():
-    weights = torch.eye(3, device=NAME)[None]
-    mask = torch.ones(3, 3, dtype=torch.bool)
-    try:
-        attn.assert_masked(weights, mask)
-    except Exception as error:
-        assert not isinstance(error, RuntimeError), error
+def test_a_mask_on_the_cpu_serves_weights_of_a_gpu():
+    mask = torch.ones(3, 3, dtype=torch.bool).tril()
+    attn.assert_masked(torch.eye(3, device=NAME)[None], mask)
+    with pytest.raises(AssertionError, match="on cuda"):
+        attn.assert_masked(torch.full((1, 3, 3), 1 / 3, device=NAME), mask)
 
 
 # --- assertions on calls
@@ -440,5 +454,5 @@ def test_a_message_of_a_gpu_tensor_names_no_more_than_that_of_the_cpu():
     for device in ("cpu", NAME):
         with pytest.raises(AssertionError) as caught:
             attn.assert_row_stochastic(weights.to(device))
-        said.append(str(caught.value).replace(", cuda:0", "").replace(" on cuda:0", ""))
+        said.append(str(caught.value).replace(" on cuda:0", "").replace(" on cpu", ""))
     assert said[0] == said[1]

@@ -82,12 +82,18 @@ class Reference:
     top_score: float | None = None
 
 
+# Of two numbers of 2 * 11 bits, the product of the lower halves is 2 ** -22 of the whole; the
+# halves themselves are cut off below as much.
+_SPLIT = 2.0**-21
+
+
 @dataclass(frozen=True)
 class _Units:
     """The roundoff of a computation in the dtype of a call.
 
     Attributes:
-        one: That of the dtype, with what a long sum adds to it.
+        one: That of the dtype, with what a long sum adds to it. On a GPU, fused kernels make a
+            float32 product of products of halves in TF32, and leave the smallest of them out.
         sums: That of the dtype that sums are kept in: float32 or wider, as in
             `pytest_attnheat.attention.tolerance`.
         tiny: The smallest number that the dtype holds.
@@ -107,7 +113,9 @@ class _Units:
         tiny = info.smallest_normal * info.eps
         is_exact = call.query.dtype == torch.float64
         exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
-        return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
+        split = call.query.dtype == torch.float32 and call.query.device.type != "cpu"
+        one = info.eps / 2 + math.sqrt(steps) * sums + (_SPLIT if split else 0.0)
+        return cls(one, sums, tiny, exp)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecor
     if getattr(subject, "__module__", "") == "torch.nn.attention.flex_attention":
         if not is_compiled(subject):
             return AttentionSpec(_flex, name="flex_attention")
-        compiled = partial(_flex, attend=subject)
+        compiled = partial(_flex, attend=cast(Callable[..., Any], subject))
         return AttentionSpec(compiled, name="flex_attention (compiled)", few_shapes=True)
     return AttentionSpec(subject)
 
