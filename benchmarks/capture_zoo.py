@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from zoo_oracle import Verdict, judge, watched
 
-from pytest_attnheat import capture_attention
+from pytest_attnheat import AttentionRecord, capture_attention
 
 RESULTS, SUMMARY = Path(tempfile.gettempdir()), Path(__file__).with_suffix(".json")
 MEMORY, SECONDS = 10 * 2**30, 60
@@ -105,7 +105,7 @@ def _captured(case: Case, model: nn.Module, *, fused: bool) -> dict[str, Any]:
             captured = list(tensors_in(run()))
     except Exception as error:
         return {"word": "crash", "why": f"{type(error).__name__}: {error}"[:300]}
-    verdict = judge(trace, seen, returned, lambda layer: heads_of(model, layer), fused=fused)
+    verdict = judge(trace, seen, returned, lambda record: heads_of(model, record), fused=fused)
     _compare_outputs(verdict, plain, captured, exact=not trace.changes)
     kept = {k: v[:6] if isinstance(v, list) else v for k, v in vars(verdict).items()}
     return {"word": verdict.word, **kept}
@@ -133,17 +133,18 @@ def _returned(case: Case, model: nn.Module) -> list[Tensor]:
         return []
 
 
-def heads_of(model: nn.Module, layer: str) -> set[int]:
-    """How many heads a module, or one around it, says that it has."""
+def heads_of(model: nn.Module, record: AttentionRecord) -> set[int]:
+    """How many heads a module, or one around it, says that it has; of pooling only itself."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads")
+    layer = "" if record.layer == type(model).__name__ else record.layer
     while True:
-        module = model.get_submodule(layer) if layer and layer != type(model).__name__ else model
+        module = model.get_submodule(layer)
         for holder in (module, getattr(module, "config", None)):
             for name in names:
                 value = getattr(holder, name, None)
-                if type(value) is int:
+                if type(value) is int and value > 0:
                     return {value}
-        if not layer or layer == type(model).__name__:
+        if not layer or record.kind == "pooling":
             return set()
         layer = layer.rpartition(".")[0]
 

@@ -210,7 +210,8 @@ def x_transformers(lib: Any) -> Cases:
     )  # fmt: skip
     cases["images"] = lambda: (
         lib.ViTransformerWrapper(image_size=32, patch_size=8, num_classes=5,
-                                 attn_layers=lib.Encoder(dim=32, depth=2, heads=4)), on(drawn(*IMAGES)),
+                                 attn_layers=lib.Encoder(dim=32, depth=2, heads=4)),
+        on(drawn(*IMAGES)),
     )  # fmt: skip
     return cases
 
@@ -609,7 +610,8 @@ def perceiver(lib: Any) -> Cases:
         "Perceiver": lambda: (lib.Perceiver(**given), on(drawn(2, 8, 8, 3))),
         "PerceiverIO": lambda: (
             lib.PerceiverIO(dim=16, queries_dim=16, logits_dim=5, depth=1, num_latents=5,
-                            latent_dim=32, cross_heads=1, latent_heads=4, cross_dim_head=8, latent_dim_head=8),
+                            latent_dim=32, cross_heads=1, latent_heads=4, cross_dim_head=8,
+                            latent_dim_head=8),
             on(drawn(2, 12, 16), queries=drawn(6, 16), mask=real())),
     }  # fmt: skip
 
@@ -774,8 +776,9 @@ def torchtune(lib: Any) -> Cases:
 
     def llama(window: int = 0) -> Made:
         module = importlib.import_module("torchtune.models.llama3")
-        return module.llama3(vocab_size=100, num_layers=2, num_heads=4, num_kv_heads=2,
-                             embed_dim=32, max_seq_len=32, intermediate_dim=48), on(words())  # fmt: skip
+        model = module.llama3(vocab_size=100, num_layers=2, num_heads=4, num_kv_heads=2,
+                              embed_dim=32, max_seq_len=32, intermediate_dim=48)  # fmt: skip
+        return model, on(words())
 
     def gemma() -> Made:
         module = importlib.import_module("torchtune.models.gemma2")

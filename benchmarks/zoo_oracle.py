@@ -6,6 +6,8 @@ remembers what each softmax returned, and follows that through memory to the pro
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -24,6 +26,8 @@ HIDDEN = -5e3
 # Weights as the eager model had them, and those of fused attention through some layers.
 CLOSE, CLOSE_FUSED = 2e-6, 3e-4
 
+# A softmax in a module of these classes weighs what is no sequence: branches, streams, layers.
+NOT_ATTENTION = re.compile(r"SelectiveKernel|HyperConnection|DepthAttention|AttnRes|SplitAttn")
 _SOFTMAX = {"_softmax", "_safe_softmax"}
 # What the numbers of weights go through unless they are used.
 _SAME = {
@@ -44,14 +48,15 @@ class Softmax:
         module: The innermost module in which it ran.
         weights: What it returned, keys last.
         hidden: Which scores were low enough to hide their keys, keys last.
+        wild: Whether scores are so large that a low one need not hide anything.
         attends: Whether it multiplied something that is no parameter.
         pools: Whether that was element by element.
-        returned: Whether it stands for weights that the model returned.
     """
 
     module: str
     weights: Tensor
     hidden: Tensor
+    wild: bool = False
     attends: bool = False
     pools: bool = False
 
@@ -64,6 +69,7 @@ class Seen(TorchDispatchMode):
         self.softmaxes: list[Softmax] = []
         self.operands: list[Tensor] = []
         self.running: list[str] = []
+        self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
         self._of: dict[int, Softmax] = {}
         self._alive: list[Any] = []
         self._fixed = {
@@ -85,7 +91,7 @@ class Seen(TorchDispatchMode):
             module = self.running[-1] if self.running else ""
             found = Softmax(
                 module, result.movedim(dim, -1).clone().float(),
-                (given <= HIDDEN).movedim(dim, -1).clone(),
+                (given <= HIDDEN).movedim(dim, -1).clone(), _are_wild(given),
             )  # fmt: skip
             self.softmaxes.append(found)
             self._keep(result, found)
@@ -122,6 +128,11 @@ class Seen(TorchDispatchMode):
         self._alive.append(tensor)
 
 
+def _are_wild(scores: Tensor) -> bool:
+    plain = scores.masked_fill((scores <= -9e3) | scores.isnan(), 0.0).abs()
+    return plain.numel() > 0 and bool(((plain > 500) & (plain < torch.inf)).any())
+
+
 def _of_fused(
     running: list[str], query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0,
     is_causal: bool = False, *, attn_mask: Tensor | None = None, scale: float | None = None,
@@ -136,7 +147,8 @@ def _of_fused(
         scores = scores + attn_mask.double()
         hidden = hidden | (scores <= HIDDEN)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num().float()
-    return Softmax(running[-1] if running else "", weights, hidden, attends=True)
+    module = running[-1] if running else ""
+    return Softmax(module, weights, hidden, _are_wild(scores), attends=True)
 
 
 def _place(tensor: Tensor) -> int:
@@ -231,22 +243,26 @@ class Verdict:
 
 
 def judge(
-    trace: Trace, seen: Seen, returned: list[Tensor], heads_of: Callable[[str], set[int]],
-    *, fused: bool,
+    trace: Trace, seen: Seen, returned: list[Tensor],
+    heads_of: Callable[[AttentionRecord], set[int]], *, fused: bool,
 ) -> Verdict:  # fmt: skip
     """Compare a trace with what was seen, and with what the model returned."""
     verdict = Verdict(sum(s.attends for s in seen.softmaxes), len(trace))
     close = CLOSE_FUSED if fused else CLOSE
-    left, used, peaks = list(seen.softmaxes), set(), []
+    used: set[Softmax] = set()
+    # Modules of which weights are what a product was given, made of one or more softmaxes.
+    made: set[str] = set()
+    peaks = []
+    of_layers = Counter(record.layer for record in trace if record.shape[1] == 1)
     for record in trace:
-        place = f"{record.layer} {record.source} {record.shape}"
-        try:
-            weights = record.compute_weights(torch.float32)
-        except Exception as error:
-            verdict.wrong.append(f"{place}: weights: {type(error).__name__}: {error}"[:200])
-            continue
+        weights = record.compute_weights(torch.float32)
+        said, faults = _said(record), list[str]()
+        heads = heads_of(record)
+        one_by_one = any(of_layers[record.layer] % many == 0 for many in heads)
+        if heads and record.shape[1] not in heads and not (record.shape[1] == 1 and one_by_one):
+            faults.append(f"it has {record.shape[1]} heads, its module {sorted(heads)}")
         found = next(
-            ((s, hidden, off) for s in left if s not in used
+            ((s, hidden, off) for s in seen.softmaxes if s not in used
              for hidden, off in _alike(s, record, weights, close)), None,
         )  # fmt: skip
         if found is not None:
@@ -254,29 +270,25 @@ def judge(
             used.add(softmax)
             softmax.attends = True
             verdict.worst = max(verdict.worst, off)
-            if weights.shape[-1] > 1:
-                peaks.append(float(weights.nan_to_num().max()) * weights.shape[-1])
-            said = _said(record)
-            faults = [*_mask_faults(record, softmax, hidden), *_layout_faults(record, heads_of)]
-            if record.kind != "attention":
-                faults.append(f"recorded as {record.kind}")
-            if not record.trusted:
-                faults.append(f"residual {record.residual:.1e}")
-            for fault in faults:
-                (verdict.marked if said else verdict.wrong).append(f"{place}: {fault} {said}"[:200])
-            verdict.right += not faults
-        elif any(_equal(weights, one, close) for one in seen.operands):
-            verdict.right += 1
-            said = _said(record)
-            if record.kind != "attention" or record.doubt:
-                verdict.marked.append(f"{place}: {said}"[:200])
+            faults += _mask_faults(record, softmax, hidden)
+        elif record.kind == "linear" or any(_equal(weights, one, close) for one in seen.operands):
+            made.add(record.layer)
+            faults += ["its mask is not known"] * record.mask_lost
         else:
-            said = _said(record)
-            (verdict.marked if said else verdict.wrong).append(
-                f"{place}: weights are those of no softmax {said}"[:200]
-            )
-    for softmax in left:
-        if softmax.attends and softmax not in used:
+            faults.append("weights are those of no softmax")
+        if weights.shape[-1] > 1:
+            peaks.append(float(weights.nan_to_num().max()) * weights.shape[-1])
+        if record.kind == "linear" and not _implied(weights, seen):
+            faults.append("weights are not those that two softmaxes imply")
+        faults += ["linear attention"] * (record.kind == "linear")
+        faults += [f"residual {record.residual:.1e}"] * (not record.trusted)
+        place = f"{record.layer} {record.source} {record.shape}"
+        for fault in faults:
+            (verdict.marked if said else verdict.wrong).append(f"{place}: {fault} ({said})"[:200])
+        verdict.right += not faults
+    for softmax in seen.softmaxes:
+        apart = softmax not in used and (softmax.module or seen.kinds[""]) not in made
+        if softmax.attends and apart and not NOT_ATTENTION.search(seen.kinds[softmax.module]):
             text = f"{softmax.module}: softmax {tuple(softmax.weights.shape)} has no record"
             text += ", it pools" if softmax.pools else ""
             (verdict.named if _is_named(softmax, trace) else verdict.silent).append(text)
@@ -284,6 +296,28 @@ def judge(
     verdict.unseen = [str(unseen)[:160] for unseen in trace.unseen]
     verdict.peak = round(min(peaks, default=0.0), 2)
     return verdict
+
+
+def _implied(weights: Tensor, seen: Seen) -> bool:
+    """Whether weights are one softmax over features times another one over keys."""
+    for outer in seen.softmaxes:
+        for inner in seen.softmaxes:
+            a, b = outer.weights, inner.weights
+            if a.ndim != b.ndim or a.shape[:-2] != b.shape[:-2]:
+                continue
+            for right in (b, b.mT):
+                fits = a.shape[-1] == right.shape[-2]
+                if fits and _proportional(a @ right, weights):
+                    return True
+    return False
+
+
+def _proportional(made: Tensor, weights: Tensor) -> bool:
+    if made.numel() != weights.numel():
+        return False
+    made = made.reshape(weights.shape)
+    scale = float(weights.norm() / made.norm())
+    return float((made * scale - weights).abs().max()) < 1e-4
 
 
 def _said(record: AttentionRecord) -> str:
@@ -331,6 +365,7 @@ def _equal(weights: Tensor, operand: Tensor, close: float) -> bool:
 def _mask_faults(record: AttentionRecord, softmax: Softmax, hidden: Tensor) -> Iterator[str]:
     if record.mask_lost:
         yield "its mask is not known"
+    if record.mask_lost or softmax.wild:
         return
     mask = record.mask
     seen = torch.ones(record.shape, dtype=torch.bool) if mask is None else mask.expand(record.shape)
@@ -339,12 +374,6 @@ def _mask_faults(record: AttentionRecord, softmax: Softmax, hidden: Tensor) -> I
     if bool(wrong.any()):
         where = tuple(wrong.nonzero()[0].tolist())
         yield f"its mask is wrong in {int(wrong.sum())} of {wrong.numel()}, first {where}"
-
-
-def _layout_faults(record: AttentionRecord, heads_of: Callable[[str], set[int]]) -> Iterator[str]:
-    heads = heads_of(record.layer)
-    if heads and record.shape[1] not in heads:
-        yield f"it has {record.shape[1]} heads, its module {sorted(heads)}"
 
 
 def _is_named(softmax: Softmax, trace: Trace) -> bool:
