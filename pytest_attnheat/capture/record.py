@@ -79,7 +79,8 @@ class AttentionRecord:
             and sinks are not known then.
         mask_lost: Whether that may have hidden keys, and no mask was seen.
         doubt: What about its shape is a guess; empty if the call says all.
-        kind: "linear" if the weights are those that linear attention implies and never holds.
+        kind: "linear" if the weights are those that linear attention implies and never holds,
+            "pooling" if they are a softmax of what was not seen to be queries times keys.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
@@ -125,7 +126,7 @@ class AttentionRecord:
     strange: str = ""
     mask_lost: bool = False
     doubt: str = ""
-    kind: Literal["attention", "linear"] = "attention"
+    kind: Literal["attention", "linear", "pooling"] = "attention"
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)
