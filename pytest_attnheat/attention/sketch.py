@@ -58,6 +58,8 @@ class Side:
 
     def folded(self, span: int) -> Side:
         """Return the numbers of groups of so many neighbours, of rows or columns not grouped."""
+        if span == 1:
+            return self
         starts = np.arange(0, self.signed.shape[1], span)
 
         def added(numbers: Numbers) -> Numbers:

@@ -16,9 +16,10 @@ import os
 import re
 import stat
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from xml.sax.saxutils import unescape
 
 import matplotlib
@@ -39,6 +40,8 @@ from pytest_attnheat.heatmaps.maps import Bools, Cells, Floats, pool_cells
 from pytest_attnheat.heatmaps.picture import Shown
 from pytest_attnheat.heatmaps.writing import LABELS
 from pytest_attnheat.inputs import misuse
+
+T = TypeVar("T")
 
 # The text chunk of a PNG, and the marker in the `dc:source` of an SVG.
 KEYWORD = "attnheat"
@@ -121,7 +124,11 @@ def encode(shown: Shown) -> str:
         sums = {name: _checksum(text) for name, text in header["labels"].items()}
         head = json.dumps({**header, "labels": sums}, separators=(",", ":"))
     # What is sketched is small beside the time that its picture took.
-    level = 1 if shown.whole is None else 6
+    return joined(head, content, level=1 if shown.whole is None else 6)
+
+
+def joined(head: str, content: bytes, *, level: int) -> str:
+    """Return a line of JSON and some bytes as text."""
     return head + "\n" + base64.b64encode(zlib.compress(content, level)).decode("ascii")
 
 
@@ -170,23 +177,44 @@ def decode(record: str) -> Heatmaps:
     Raises:
         ValueError: It is damaged, or of a version that is not known.
     """
-    head, _, body = record[: _LONGEST_HEADER + 1].partition("\n")
+    return parted(record, VERSIONS, _decode)
+
+
+def parted(
+    text: str, versions: Sequence[int], read: Callable[[dict[str, Any], Callable[[int], bytes]], T]
+) -> T:
+    """Read what `joined` wrote: `read` gets the JSON, and a function that returns so many bytes.
+
+    Raises:
+        ValueError: It is damaged, or of a version that is not known.
+    """
+    head, _, _ = text[: _LONGEST_HEADER + 1].partition("\n")
     if len(head) > _LONGEST_HEADER:
         raise ValueError("its header is too long")
-    body = record[len(head) + 1 :]
+
+    def unpack(expected: int) -> bytes:
+        if expected > _LARGEST_FILE:
+            raise ValueError(f"{expected} bytes are more than a record holds")
+        unpacker = zlib.decompressobj()
+        body = base64.b64decode(text[len(head) + 1 :], validate=True)
+        data = unpacker.decompress(body, expected + 1)
+        if len(data) != expected or not unpacker.eof:
+            raise ValueError(f"it holds {len(data)} bytes, not {expected}")
+        return data
+
     try:
         header = json.loads(head)
-        if header["version"] not in VERSIONS:
-            raise ValueError(f"version {header['version']!r} is not known, only {VERSIONS}")
-        return _decode(header, body)
+        if header["version"] not in versions:
+            raise ValueError(f"version {header['version']!r} is not known, only {versions}")
+        return read(header, unpack)
     except (KeyError, TypeError, OverflowError, RecursionError, zlib.error,
             binascii.Error) as error:  # fmt: skip
         raise ValueError(f"its data is damaged ({type(error).__name__}: {error})") from None
 
 
-def _decode(header: dict[str, Any], body: str) -> Heatmaps:
-    cells, shape = _sizes(header["cells"], 4), _sizes(header["shape"], 4)
-    block = _sizes(header["block"], 2)
+def _decode(header: dict[str, Any], unpack: Callable[[int], bytes]) -> Heatmaps:
+    cells, shape = sizes_of(header["cells"], 4), sizes_of(header["shape"], 4)
+    block = sizes_of(header["block"], 2)
     count = math.prod(cells)
     if count > MOST_CELLS:
         raise ValueError(f"{count} cells are more than a record holds")
@@ -199,12 +227,7 @@ def _decode(header: dict[str, Any], body: str) -> Heatmaps:
     numbers = (shape[0] * shape[1], shape[2], shape[3])
     if step:
         expected += packed_size(numbers, column_sums=column_sums)
-        if expected > _LARGEST_FILE:
-            raise ValueError(f"a sketch of {shape} is more than a record holds")
-    unpacker = zlib.decompressobj()
-    data = unpacker.decompress(base64.b64decode(body, validate=True), expected + 1)
-    if len(data) != expected or not unpacker.eof:
-        raise ValueError(f"it holds {len(data)} bytes, not {expected}")
+    data = unpack(expected)
     masked = np.unpackbits(np.frombuffer(data[split:end], np.uint8), count=count).astype(bool)
     limits = np.array(header["limits"], dtype=np.float64)
     if limits.shape != (*cells[:2], 2):
@@ -248,7 +271,8 @@ def _checked_masks(given: Any, shape: tuple[int, ...]) -> list[list[int]] | None
     return found
 
 
-def _sizes(given: Any, count: int) -> tuple[int, ...]:
+def sizes_of(given: Any, count: int) -> tuple[int, ...]:
+    """Return so many sizes; ValueError for anything else."""
     sizes = tuple(given)
     if len(sizes) != count or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"{given!r} are not {count} sizes")
