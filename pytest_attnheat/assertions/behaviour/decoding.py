@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.functions import (
     MASK,
     AttentionFunction,
@@ -29,7 +28,12 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     tokens_off,
 )
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
-from pytest_attnheat.assertions.behaviour.subject import check_count, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_count,
+    check_relative,
+    check_rows,
+    settled,
+)
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment

@@ -10,9 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import for_each_query_head, of_any, of_the_first
+from pytest_attnheat.assertions.behaviour.subject import (
+    for_each_query_head,
+    of_any,
+    of_the_first,
+    relative_change,
+)
 from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, spread_rows, touched
 from pytest_attnheat.attention.chunks import index_of
 

@@ -9,14 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import (
     CachedDecoding,
     decoded,
     refuse_unused_cache,
 )
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.inputs import misuse
 
