@@ -285,7 +285,9 @@ def _moved(one: _Seen) -> str:
     own = torch.stack(torch.unravel_index(torch.arange(at.numel()), lead))
     if len(set(at.tolist())) < at.numel():
         head = places[1].view(lead)[0, :, 0].tolist()
-        if bool((places != own)[[0, 2]].any()) or bool((places[1].view(lead) != torch.tensor(head)[:, None]).any()):
+        if bool((places != own)[[0, 2]].any()) or bool(
+            (places[1].view(lead) != torch.tensor(head)[:, None]).any()
+        ):
             return ""
         said = [f"head {own} that of head {n}" for own, n in enumerate(head) if n != own]
         return f"its rows are right, but some twice: {', '.join(said)}"
