@@ -60,12 +60,14 @@ class Criteria:
         training: Whether the subject may draw random numbers, each call from `seed`.
         seed: That seed, and that of the gradient of the output.
         reference: What is compared with in place of attention; None for attention.
+        tolerance: What is allowed anyway, as a part of the largest number of a map.
     """
 
     factor: float = 2.0
     training: bool = False
     seed: int = 0
     reference: Run | None = None
+    tolerance: float = 0.0
 
 
 def check_criteria(criteria: Criteria) -> None:

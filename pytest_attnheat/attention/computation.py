@@ -52,8 +52,9 @@ from pytest_attnheat.inputs import wide_dtype
 
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
-# So many scores at a time stay near the processor while weights are made of them.
-_BLOCK = 2**18
+# So many scores at a time stay near the processor while weights are made of them; on a GPU, to
+# start a kernel for fewer takes longer than they do.
+_BLOCK, _BLOCK_ON_ACCELERATOR = 2**18, 2**25
 _EXP_UNITS = 20
 # A score that is off by more than this says no more.
 _LARGEST_EXPONENT = 600.0
@@ -90,7 +91,8 @@ class _Units:
         one: That of the dtype, with what a long sum adds to it.
         sums: That of the dtype that sums are kept in: float32 or wider, as in
             `pytest_attnheat.attention.tolerance`.
-        tiny: The smallest number that the dtype holds.
+        tiny: The smallest number that the dtype holds; on a GPU, whose kernels may take a smaller
+            one for zero, the smallest normal one of float32.
         exp: How far exp is off by its approximation, as a part of itself.
     """
 
@@ -107,6 +109,8 @@ class _Units:
         tiny = info.smallest_normal * info.eps
         is_exact = call.query.dtype == torch.float64
         exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
+        if call.query.device.type != "cpu" and not is_exact:
+            tiny = max(tiny, torch.finfo(torch.float32).smallest_normal)
         return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
 
 
@@ -201,8 +205,10 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
     cut = call.causal and all(one is None for one in unusual)
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
-    rows = max(1, min(call.query_len, _BLOCK // call.key_len))
-    together, device = max(1, _BLOCK // (rows * call.key_len)), call.query.device
+    device = call.query.device
+    block = _BLOCK if device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+    rows = max(1, min(call.query_len, block // call.key_len))
+    together = max(1, block // (rows * call.key_len))
     for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
         end = min(max(span.stop + shift, 1), call.key_len) if cut else call.key_len
         query, key = (flat[name][own[name][some]] for name in ("query", "key"))

@@ -136,9 +136,7 @@ def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
 
 
 def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
-    own = spec.tolerance or 0.0
-    coarser = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    return max(answer_tolerance(dtype), own * max(coarser, 1.0))
+    return max(answer_tolerance(dtype), spec.tolerance or 0.0)
 
 
 def _diagnosed(

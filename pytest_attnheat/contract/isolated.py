@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from pytest_attnheat.attention.devices import fault_of
 from pytest_attnheat.attention.levels import Choice, Declared, Space, read, shrunk
 from pytest_attnheat.callables import accelerators, is_compiled
 from pytest_attnheat.contract.combinations import REPLAY, Replay
@@ -320,11 +321,8 @@ class _Served:
 
     def check_device(self, device: torch.device) -> None:
         """End where a call made a GPU unusable: each further one would be blamed for it."""
-        try:
-            if device.type != "cpu" and hasattr(getattr(torch, device.type), "synchronize"):
-                getattr(torch, device.type).synchronize()
-        except RuntimeError as error:
-            self.send("fault", str(error).partition("\n")[0])
+        if fault := fault_of(device):
+            self.send("fault", fault)
             os._exit(1)
 
     def run(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour import sequences
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.attention.devices import names_of, resolve
+from pytest_attnheat.attention.devices import fault_of, names_of, resolve
 from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.captured import diagnose_records, records_of
@@ -98,7 +98,7 @@ def diagnosis_of(
         return None, ""
     try:
         if not spec.is_block:
-            return diagnose(spec, seed=seed), ""
+            return diagnose(replace(spec, devices=[result.device]), seed=seed), ""
         if result.name == "attention_inside":
             return diagnose_records(spec, search=search), ""
         if again is None:
@@ -205,13 +205,30 @@ def examinations_of(
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
-    """Run one check; whatever the subject raises is an answer."""
+    """Run one check; whatever the subject raises is an answer.
+
+    So is a fault of its device, whatever was answered; nothing is asked of a device after one.
+    """
     dtype, device = dtype_name(examination.dtype), str(examination.device)
     result = Result(check.name, dtype, device, "passed")
     try:
         resolve(device)
     except LookupError as absent:
         return result.saying("skipped", str(absent))
+    if fault := fault_of(examination.device):
+        return result.saying("skipped", f"this process has lost its GPU: {fault}")
+    result = _asked(result, check, examination, expected)
+    if fault := fault_of(examination.device):
+        lost = (
+            f"the subject left its GPU unusable: {fault}",
+            "  hint     isolate=True, or --attn-isolate, asks it in a process of its own, with the "
+            "call that does it",
+        )
+        return result.saying("failed", "\n".join(lost))
+    return result
+
+
+def _asked(result: Result, check: Check, examination: Examination, expected: str | None) -> Result:
     try:
         if unmet := examination.spec.unmet:
             raise Skipped(unmet)

@@ -424,8 +424,12 @@ def _stepped(name: str, tensor: Tensor) -> Tensor | None:
 
 
 def _shifted(name: str, tensor: Tensor) -> Tensor | None:
-    memory = torch.cat([tensor.flatten()[-1:], tensor.flatten()])
-    return memory[1:].view(tensor.shape)
+    # Kernels of a GPU load 16 bytes at once. Some of PyTorch's fault elsewhere, and with a fault
+    # the whole process loses its GPU.
+    step = 1 if tensor.device.type == "cpu" else max(1, _ALIGNED // tensor.element_size())
+    flat = tensor.flatten()
+    memory = torch.cat([flat[-1:].expand(step), flat])
+    return memory[step:].view(tensor.shape)
 
 
 def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
@@ -457,12 +461,13 @@ def packed_together(given: _Tensors) -> _Tensors:
     }
 
 
+_ALIGNED = 16  # bytes
 # In words, and how; None where a tensor cannot lie so.
 _LAYOUTS: dict[str, _Layout] = {
     "permuted from {}": _permuted,
     "transposed, the last dimension not contiguous": _transposed,
     "sliced, every second row of a larger tensor": _stepped,
-    "at a storage offset of one element": _shifted,
+    "at another storage offset": _shifted,
 }
 
 
