@@ -48,6 +48,19 @@ def test_one_head_that_was_transposed_into_place_is_one_head(attend):
     assert torch.equal(record.mask.expand(2, 1, 6, 6)[1, 0], CAUSAL)
 
 
+def test_batch_and_heads_may_be_joined_while_queries_keys_and_values_are_one_tensor():
+    together = draw("qkv", 2, 6, 3, 4, 8)
+
+    def attend():
+        query, key, value = together.permute(2, 0, 3, 1, 4).reshape(3, 8, 6, 8).unbind(0)
+        return (query * 0.5 @ key.mT).softmax(-1) @ value
+
+    record = only(attend)
+    assert record.shape == (2, 4, 6, 6)
+    query, key, _ = together.permute(2, 0, 3, 1, 4)
+    assert_weights(record, plain_weights(query, key, scale=0.5))
+
+
 def test_which_of_many_leading_axes_are_heads_is_said_to_be_a_guess():
     windows = draw("w", 2, 3, 4, 6, 8)
     record = only(lambda: F.scaled_dot_product_attention(windows, windows, windows))
@@ -161,6 +174,7 @@ def test_attention_pooling_in_every_spelling(weigh):
     assert record.shape == (2, 1, 1, 6)
     assert_weights(record, plain_softmax(TO_ONE(X)[..., 0])[:, None, None])
     assert record.mask is None
+    assert record.kind == "pooling"
 
 
 def test_a_sum_of_weights_for_each_query():
@@ -171,6 +185,7 @@ def test_a_sum_of_weights_for_each_query():
 
 def test_scores_by_multiplying_and_adding_up_are_those_of_queries_and_keys():
     record = only(lambda: (X.unsqueeze(2) * X.unsqueeze(1)).sum(-1).div(3).softmax(-1) @ X)
+    assert record.kind == "attention"
     assert record.scale == pytest.approx(1 / 3)
     assert torch.equal(record.query[:, 0], X)
 

@@ -39,10 +39,9 @@ from pytest_attnheat import (
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.asking import KEYWORDS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
-from pytest_attnheat.contract.data import as_data
 from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.examination import Skipped
-from pytest_attnheat.contract.running import examinations_of
+from pytest_attnheat.contract.running import as_data, examinations_of
 from pytest_attnheat.failure import Failure
 
 ONE_DTYPE = ("float32",)

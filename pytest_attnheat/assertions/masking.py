@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
-from pytest_attnheat.assertions.causal import CausalRule, causal_cause
 from pytest_attnheat.assertions.causes import Evidence, likely_cause
 from pytest_attnheat.assertions.claims import (
     Claim,
@@ -25,7 +24,13 @@ from pytest_attnheat.assertions.claims import (
     masks_nothing,
     permitted_is_positive,
 )
-from pytest_attnheat.assertions.masking_causes import mask_cause, padding_cause, support_cause
+from pytest_attnheat.assertions.masking_causes import (
+    CausalRule,
+    causal_cause,
+    mask_cause,
+    padding_cause,
+    support_cause,
+)
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
 from pytest_attnheat.attention.reference import padding_mask, read_lengths

@@ -23,9 +23,9 @@ _BYTES = 2**20
 _ROWS = 2**18
 _BLOCK_ROWS = 2**17
 # A piece is summed and then searched for signs: the second reading should come from a cache.
-# On a GPU that is the second-level cache, and fewer launches count for more.
+# On a GPU fewer launches count for more.
 _BYTES_ON_CPU = 2**22
-_BYTES_ON_ACCELERATOR = 2**25
+_BYTES_ON_ACCELERATOR = 2**28
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

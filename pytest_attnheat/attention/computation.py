@@ -23,10 +23,10 @@ a weight is off by ::
 
 (t is the smallest subnormal) and an output by `W @ |v|`. That is u times the weighted mean of
 |v|, and a part for the scores, which vanishes where one key has all the weight. Added to u in W
-is the rounding of the logarithm of a row's normaliser, in float32 or wider: FlashAttention keeps
-that, and recomputes the weights from it. The gradients follow in the same way, see
-`_gradient_scales`. Every element has a scale of its own, so that a key with a value of 1e4
-excuses no other place.
+is the rounding of the logarithm of a row's normaliser (as large as the highest score, or a higher
+sink), in float32 or wider: FlashAttention keeps that, and recomputes the weights from it. The
+gradients follow in the same way, see `_gradient_scales`. Every element has a scale of its own, so
+that a key with a value of 1e4 excuses no other place.
 
 What a key with a weight of 0 scores must not matter, or a mask of -1e9 would excuse anything: its
 d_ij counts only through its weight, and a normaliser is as large as the largest score of its row.
@@ -50,9 +50,9 @@ from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
-# So many scores at a time stay near the processor while weights are made of them; an accelerator
-# wants more. Products of fewer rows are slow.
-_BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**24, 64
+# So many scores at a time stay near the processor while weights are made of them; on a GPU, to
+# start a kernel for fewer takes longer than they do. Products of fewer rows are slow.
+_BLOCK, _BLOCK_ON_ACCELERATOR, _ROWS = 2**17, 2**25, 64
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
 _EXP_UNITS = 20
@@ -91,7 +91,8 @@ class _Units:
         one: That of the dtype, with what a long sum adds to it.
         sums: That of the dtype that sums are kept in: float32 or wider, as in
             `pytest_attnheat.attention.tolerance`.
-        tiny: The smallest number that the dtype holds.
+        tiny: The smallest number that the dtype holds; on a GPU, whose kernels may take a smaller
+            one for zero, the smallest normal one of float32.
         exp: How far exp is off by its approximation, as a part of itself.
     """
 
@@ -108,6 +109,8 @@ class _Units:
         tiny = info.smallest_normal * info.eps
         is_exact = call.query.dtype == torch.float64
         exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
+        if call.query.device.type != "cpu" and not is_exact:
+            tiny = max(tiny, torch.finfo(torch.float32).smallest_normal)
         return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
 
 
@@ -211,7 +214,7 @@ def weights(
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
     device = call.query.device
-    block = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
+    block = _BLOCK if device.type == "cpu" else _BLOCK_ON_ACCELERATOR
     rows = min(call.query_len, max(_ROWS, block // call.key_len))
     together = max(1, block // (rows * call.key_len))
     for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
@@ -354,7 +357,10 @@ def _lse_scale(units: _Units, part: Part, row: _Row, lse: Tensor) -> Tensor:
 def _logarithm(units: _Units, part: Part, row: _Row) -> Tensor:
     """How far rounding may move the logarithm of a row's normaliser, (maps, rows, 1)."""
     largest = row.scores.masked_fill(~part.permitted, -math.inf).amax(-1, keepdim=True)
-    return largest.abs_().nan_to_num_(posinf=0.0).mul_(units.sums)
+    off = largest.abs().nan_to_num_(posinf=0.0)
+    if part.sinks is not None:  # which may be most of it: that of the keys is rounded beside it
+        off = torch.maximum(off, torch.maximum(largest, part.sinks).abs_().nan_to_num_(posinf=0.0))
+    return off.mul_(units.sums)
 
 
 def _highest(units: _Units, part: Part, row: _Row) -> Tensor:
@@ -417,15 +423,18 @@ def _gradient_scales(
     dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
     of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
     are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
-    each off by the rounding of those. The slope of softcap is off by a few units of itself and,
-    through its argument, of the score.
+    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys.
+    The slope of softcap is off by a few units of itself and, through its argument, of the score.
     """
     weights, logarithm = row.weights, _logarithm(units, part, row)
     felt = above @ part.value.mT
     mean = (weights * felt).sum(-1, keepdim=True)
     away = felt.sub_(mean).abs_()
     step = (above.abs() @ part.value.abs().mT).mul_(units.one + logarithm.clamp(max=1.0))
-    mean_off = (unsure * away).add_(weights * step).sum(-1, keepdim=True)
+    mean_step = (weights * step).sum(-1, keepdim=True)
+    mean_off = (unsure * away).sum(-1, keepdim=True).add_(mean_step)
+    if row.sink is not None:  # beside a sink that has most of it, the mean over the keys alone
+        step.add_(mean_step / weights.sum(-1, keepdim=True).clamp_(min=units.tiny))
     off = step.add_(mean_off).mul_(weights).add_(away * unsure)
     off.masked_fill_(~part.permitted, 0.0)
     off += _highest(units, part, row) * off.sum(-1, keepdim=True)

@@ -26,6 +26,8 @@ from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
 
 # Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20
+# Weights that are smaller may be 0 by rounding.
+_SEEN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class AttentionRecord:
             and sinks are not known then.
         mask_lost: Whether that may have hidden keys, and no mask was seen.
         doubt: What about its shape is a guess; empty if the call says all.
-        kind: "linear" if the weights are those that linear attention implies and never holds.
+        kind: "linear" if the weights are those that linear attention implies and never holds,
+            "pooling" if they are a softmax of what was not seen to be queries times keys.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
@@ -123,7 +126,7 @@ class AttentionRecord:
     strange: str = ""
     mask_lost: bool = False
     doubt: str = ""
-    kind: Literal["attention", "linear"] = "attention"
+    kind: Literal["attention", "linear", "pooling"] = "attention"
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)
@@ -177,6 +180,25 @@ class AttentionRecord:
             return self.given_mask
         seen = permits(self.bias)
         return self.given_mask if bool(seen.all()) else _both(self.given_mask, seen)
+
+    @property
+    def masked_late(self) -> Tensor | None:
+        """Where weights are not set to 0 after the softmax, as by a mask that was applied there.
+
+        Boolean, broadcastable to the weights; None where none are. What is 0 must be alike in all
+        heads, or of one head only grow fewer from row to row: dropout is neither.
+        """
+        known = (self.kept_weights, self.query, self.key, self.scale)
+        if any(part is None for part in known) or self.strange or self.mask_lost:
+            return None
+        kept = self.compute_weights(torch.float64)
+        whole = replace(self, kept_weights=None).compute_weights(torch.float64)
+        cut, used = (kept == 0) & (whole > _SEEN), kept != 0
+        hidden = cut.any(1, keepdim=True)
+        alike = kept.shape[1] > 1 or not bool((hidden[:, :, 1:] & ~hidden[:, :, :-1]).any())
+        if not alike or not bool(hidden.any()) or bool((used & hidden).any()):
+            return None
+        return ~hidden
 
     @property
     def trusted(self) -> bool:

@@ -9,7 +9,7 @@ and the last is changed by all that changes the scores: at the end it is the bia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -114,6 +114,7 @@ class Tag:
     Attributes:
         before: Its shape (batch, heads, length, width) before batch and heads were joined, or
             heads were packed into queries.
+        windows: Whether its third axis from the right is one of windows of rows.
         scores: What goes along with it, if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
         dtype: That of the softmax; None if it is not known.
@@ -137,6 +138,7 @@ class Tag:
     """
 
     before: tuple[int, ...] | None = None
+    windows: bool = False
     scores: Scores | None = None
     weights: bool = False
     dtype: torch.dtype | None = None
@@ -193,6 +195,12 @@ class Tags:
         """The number that a tensor was multiplied by; 1 if none is known."""
         tag = self[tensor]
         return 1.0 if tag is None else tag.factor
+
+
+def doubt_of(sources: Iterable[Tag | None]) -> str:
+    """What about the axes of an attention is a guess, by where its tensors come from."""
+    windows = any(tag is not None and tag.windows for tag in sources)
+    return "whether its axis of heads is one of windows is not known" if windows else ""
 
 
 def without_factor(tensor: Tensor, factor: float) -> Tensor:

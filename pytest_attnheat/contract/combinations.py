@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -80,7 +81,24 @@ class Refusals:
         if is_refusal(error):  # it takes more than two
             graded = chosen["gradients"] != NONE
             self.known[(("gradients", chosen["gradients"]),) if graded else special] = _words(error)
-        return is_refusal(error)
+        elif self._names_two(named, error):
+            self.known[special] = _words(error)
+        return is_refusal(error) or self.known.get(special) is not None
+
+    def _names_two(self, named: Mapping[str, Any], error: Exception) -> bool:
+        """Whether an error is about two of the arguments that were given, by their keywords.
+
+        "attn_mask should not be set when is_causal": a subject may take both in some of its ways
+        to compute, and decline them in others.
+        """
+        if not isinstance(error, RuntimeError | ValueError):
+            return False
+        spec = self.examination.spec
+        of_levels = {"mask": spec.mask_argument, "causal": spec.causal_argument}
+        of_levels["scale"] = spec.scale_argument or ""
+        words = [of_levels.get(name, getattr(spec, name, None)) for name in named]
+        given = {word for word in words if isinstance(word, str) and word}
+        return sum(word in str(error) for word in given) > 1
 
     def _refused(self, some: Levels) -> bool:
         if some not in self.known:
@@ -169,6 +187,7 @@ def ask_pairs(examination: Examination) -> Counted:
                     continue
                 wrong.append((chosen, error))
             asked.append(chosen)
+    wrong += _refused_between(examination, refusals, asked)
     if wrong:
         _raise_smallest(examination, wrong, asked)
     if not asked:
@@ -179,6 +198,22 @@ def ask_pairs(examination: Examination) -> Counted:
     more = f"\n{refused} more calls were refused: {refusals}" if refused else ""
     counts = {"asked": pairs, "of": covering.pairs, "calls": len(asked), "refused": refused}
     return Counted(f"{note} together{more}", counts)
+
+
+def _refused_between(
+    examination: Examination, refusals: Refusals, asked: Sequence[Choice]
+) -> _Wrong:
+    """The lengths that are refused where longer ones are taken: that is no limit, but a bug."""
+    found: _Wrong = []
+    for some in refusals.levels:
+        sizes = dict(some).get("sizes") if len(some) == 1 else None
+        longer = [one["sizes"] for one in asked]
+        if sizes and any(all(map(operator.lt, sizes, other)) for other in longer):
+            chosen = examination.space.choice(sizes=sizes)
+            error = _error(chosen, examination)
+            if error is not None and not is_refusal(error):
+                found.append((chosen, error))
+    return found
 
 
 def _error(chosen: Choice, examination: Examination) -> Exception | None:

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_rows
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.reading import part_of
+from pytest_attnheat.assertions.behaviour.subject import check_rows
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
 from pytest_attnheat.failure import Checked, Failure, Place

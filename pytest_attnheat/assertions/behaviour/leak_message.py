@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
 from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds
+from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds, output_place
 from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -106,7 +105,7 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
         fact = "" if seen is None else seen.partition(": ")[0]
         return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
-        said = inside.why_queries_are_hidden(real)
+        said = inside.why_mask_fails(real)
         if said is None and seen in (None, _NO_MASK):
             said = inside.why_padding_is_seen(real)
         seen = said or seen
@@ -140,15 +139,17 @@ def _blindness(fault: Fault, search: Search) -> Failure:
         Place(unseen, observer),
         broken=fault.broken,
         of=fault.judged,
-        cause=_cause_of_blindness(search, observer, numbers),
+        cause=_cause_of_blindness(search, observer, numbers, crop),
         assumed=search.claim.assumed,
         picture=crop.draw(),
     )
 
 
 def _cause_of_blindness(
-    search: Search, observer: tuple[int, ...], missed: Sequence[int]
+    search: Search, observer: tuple[int, ...], missed: Sequence[int], crop: _Crop
 ) -> str | None:
+    if not bool((crop.changes != 0).any()) and len(crop.changes) > 1:
+        return "none of the outputs around it changes either: is an earlier answer given again?"
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     future = [number for number in numbers if number > observer[-1]]
     if future and set(missed) <= set(future):
@@ -334,8 +335,8 @@ def _cause_in(crop: _Crop) -> str | None:
         strongest = max(allowed or [crop.change_by_all_seen_rightly()])
         if float(crop.changes[wrongly].max()) < _FAINT * strongest:
             return (
-                "far fainter than what may be seen: a fill of the mask that is too small, or a "
-                "mean or a norm over the whole length?"
+                "far fainter than what may be seen: a fill of the mask that is too small, a mask "
+                "that is applied after the softmax, or a mean or a norm over the whole length?"
             )
         return _NO_MASK
     if extra is None:

@@ -10,9 +10,13 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import relative_change
 from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import for_each_query_head, of_any, of_the_first
+from pytest_attnheat.assertions.behaviour.subject import (
+    for_each_query_head,
+    of_any,
+    of_the_first,
+    relative_change,
+)
 from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, spread_rows, touched
 from pytest_attnheat.attention.chunks import index_of
 
@@ -118,6 +122,8 @@ class Search:
         )
         of = int(self._watched.sum())
         observers = f"outputs that must not see some {self.subject.element}"
+        if not of:  # batch entries, heads and queries
+            return "every output may see its whole sequence; of others, nothing was seen"
         if hidden == of:
             return f"all {of} {observers} were judged, each with all of that replaced"
         more = f", {followed} more by their gradients" * bool(followed)

@@ -10,10 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
 from pytest_attnheat.assertions.behaviour.visibility import (
     Claim,
     Embedded,
@@ -412,7 +411,10 @@ class ModelSubject:
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from positions."""
         if felt:
-            return "real tokens feel what the padding holds: it is not masked there"
+            return (
+                "real tokens feel what the padding holds: no mask hides it, or only after the "
+                "softmax"
+            )
         if side == "right" and felt is None:
             return None
         if side == "right":

@@ -10,13 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.memory import memory_of
 from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_relative,
+    check_rows,
+    coarsest,
+    differ,
+    holds,
+    output_place,
+    settled,
+)
 from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
 from pytest_attnheat.attention.vocabulary import SIDES, Side
 from pytest_attnheat.callables import borrowed
@@ -205,7 +212,7 @@ class _Trial:
         inside, real = None, self.padded.judged()
         if isinstance(self.padded, ModelSubject) and real is not None:
             inside = Inside(self.padded)
-            if said := inside.why_queries_are_hidden(real):
+            if said := inside.why_mask_fails(real):
                 return said
         if holds(lambda: self._alike(self.run("opposite"), self.expected)):
             return (

@@ -14,7 +14,14 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping
 from pytest_attnheat.capture.sources.numbers import explained, sample_of
 from pytest_attnheat.capture.sources.products import Product
-from pytest_attnheat.capture.tags import Scores, Tag, coarser, without_factor, without_repetition
+from pytest_attnheat.capture.tags import (
+    Scores,
+    Tag,
+    coarser,
+    doubt_of,
+    without_factor,
+    without_repetition,
+)
 from pytest_attnheat.capture.watching import Undo, Watcher
 
 
@@ -129,6 +136,7 @@ class _Known:
     sinks: Tensor | None = None
     soft: bool = False
     strange: str = ""
+    doubt: str = ""
     lost: bool = False
 
 
@@ -136,7 +144,10 @@ def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
     scores, used = tag.scores, product.left
-    shaping = Shaping.of(used, _before(watcher, tag, product), watcher.heads)
+    sources = _sources(watcher, tag, product)
+    # The shape (batch, heads, ...) that some tensor of this attention had before it was 3-D.
+    before = next((t.before for t in sources if t is not None and t.before is not None), None)
+    shaping = Shaping.of(used, before, watcher.heads)
     factors = scores.origin.factors if scores is not None and scores.origin is not None else ()
     numbers = factors if scores is None else (*factors, *scores.steps)
     scale = math.prod(number for number in numbers if not math.isnan(number))
@@ -145,7 +156,8 @@ def _record(
     record = AttentionRecord(
         layer="",
         source=tag.source,
-        doubt=shaping.doubt,
+        kind="pooling" if scores is not None and scores.origin is None else "attention",
+        doubt=shaping.doubt or known.doubt or doubt_of(sources),
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
         query=known.query,
@@ -169,12 +181,12 @@ def _record(
     return record, shaping.queries(used)
 
 
-def _before(watcher: Watcher, tag: Tag, product: Product) -> tuple[int, ...] | None:
-    """The shape (batch, heads, ...) that some tensor of this attention had before it was 3-D."""
+def _sources(watcher: Watcher, tag: Tag, product: Product) -> list[Tag | None]:
+    """The tags of weights, values, queries and keys."""
     sources = [tag, watcher.tags[product.right_source]]
     if tag.scores is not None and tag.scores.origin is not None:
         sources += [watcher.tags[tag.scores.origin.left], watcher.tags[tag.scores.origin.right]]
-    return next((t.before for t in sources if t is not None and t.before is not None), None)
+    return sources
 
 
 def _known(tag: Tag, product: Product, shaping: Shaping, scale: float) -> _Known:
@@ -230,6 +242,7 @@ def _find_operands(known: _Known, scores: Scores, product: Product, shaping: Sha
         key = _taken(right, _of_heads(columns[..., 0, :], shaping))
     if query is None or key is None:
         known.strange = known.strange or "were moved in a way that is not understood"
+        known.doubt = "which of its axes are queries is not known"
         return
     known.query = without_factor(shaping.queries(query), of_left)
     known.key = without_factor(key, of_right)

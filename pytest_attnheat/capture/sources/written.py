@@ -44,8 +44,17 @@ def _multiplied(base: str, call: Call) -> After:
         product = read_product(base, call.args, call.kwargs, output)
         if product is not None:
             _product(call.watcher, product, output)
+            return
+        every = [one for given in call.args for one in _listed(given)]
+        tag = next((t for t in map(call.watcher.tags.__getitem__, every) if t and t.weights), None)
+        if tag is not None and not tag.routes:
+            call.watcher.miss(tag.source, f"its result went into {base}, which cannot be read")
 
     return after
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, tuple | list) else [given]
 
 
 def _convolved(base: str, call: Call) -> After | None:
