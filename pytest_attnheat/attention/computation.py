@@ -265,7 +265,7 @@ def _maps_of(tensor: Tensor, own: Tensor, some: slice) -> Tensor:
 
 
 def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """factor * left @ right, in one step."""
+    """The product times a factor, in one step."""
     return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
 
 
