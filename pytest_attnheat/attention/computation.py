@@ -51,8 +51,8 @@ from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
 # So many scores at a time stay near the processor while weights are made of them; on a GPU, to
-# start a kernel for fewer takes longer than they do. Products of fewer rows are slow.
-_BLOCK, _BLOCK_ON_ACCELERATOR, _ROWS = 2**17, 2**25, 64
+# start kernels for fewer takes longer than they do. Products of fewer rows are slow.
+_BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**25, 64
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
 _EXP_UNITS = 20
@@ -214,7 +214,7 @@ def weights(
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
     device = call.query.device
-    block = _BLOCK if device.type == "cpu" else _BLOCK_ON_ACCELERATOR
+    block = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
     rows = min(call.query_len, max(_ROWS, block // call.key_len))
     together = max(1, block // (rows * call.key_len))
     for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
@@ -265,7 +265,7 @@ def _maps_of(tensor: Tensor, own: Tensor, some: slice) -> Tensor:
 
 
 def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """The product times a factor, in one step."""
+    """Return factor * left @ right, made in one step."""
     return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
 
 
