@@ -393,3 +393,17 @@ def test_what_breaks_with_some_lengths_alone_is_no_word_of_somebody_who_declines
     report = check_attention(AttentionSpec(short, dtypes=("float32",)), checks=PAIRS)
     assert report.passed != fails
     assert str(error) in str(report)
+
+
+def test_a_declared_tolerance_allows_what_is_off_by_a_part_of_the_largest_number():
+    def in_bfloat16(query, key, value, is_causal=False):
+        query, key, value = (t.bfloat16().to(t.dtype) for t in (query, key, value))
+        return plain(query, key, value, is_causal=is_causal)
+
+    spec = AttentionSpec(in_bfloat16, dtypes=("float32",), gradients=False)
+    few = [check for check in CHECKS if check.name in ("plain", "causal")]
+    exactly = check_attention(spec, checks=few)
+    assert len(exactly.failed) == 2
+    assert check_attention(replace(spec, tolerance=0.1), checks=few).passed
+    half = check_attention(replace(spec, tolerance=1e-4), checks=few)
+    assert "or tolerance=0.0001 of the largest number of a head" in half.failed[0].message

@@ -188,7 +188,7 @@ def fields_of(spec):
 
 
 WRONG = {
-    "tail counted": "zero-padded",
+    "tail counted": "keys of zeros",
     "one key more": "causal",
     "other corner": "corner",
     "no rescale": "",
@@ -221,7 +221,9 @@ def test_products_in_tf32_are_found_where_float32_is_promised():
     report = check_attention(spec_of(rough, "float32", gradients=False))
     print(report)
     assert report.failed
-    passes(spec_of(rough, "float32", gradients=False, tolerance=2e-3))
+    # What is large is off by more than a part of itself: exp makes factors of errors.
+    checks = [check for check in CHECKS if check.name in ("plain", "causal", "grouped")]
+    passes(spec_of(rough, "float32", gradients=False, tolerance=1e-2), checks=checks)
 
 
 @cuda_alone
@@ -250,6 +252,14 @@ def test_a_defect_that_only_a_gpu_has_is_said_of_the_gpu():
     print(report)
 
 
+@cuda_alone
+def test_dropout_that_drops_weights_of_two_queries_together_is_found():
+    """As cuDNN does, which PyTorch 2.11 prefers on Hopper; of queries 2 and 4 apart."""
+    inputs = [t.to(NAME) for t in qkv(2, 4, 64, 64, 64, dtype=torch.bfloat16)]
+    with pytest.raises(AssertionError, match="2 apart along dimension -2 are dropped together"):
+        attn.assert_deterministic(sdpa, *inputs, dropout=0.1, is_causal=True)
+
+
 # --- faults of the device
 
 
@@ -269,6 +279,34 @@ def test_a_fault_of_the_device_is_a_failure_and_the_run_goes_on():
     assert [result.status for result in report.results] == ["passed", "failed", "passed"]
     assert "left its GPU unusable" in report.failed[0].message
     torch.ones(2, device="cuda").sum().item()  # this process still has its GPU
+
+
+@cuda_alone
+def test_a_fault_in_this_process_is_told_once_and_nothing_more_is_asked(pytester):
+    pytester.makepyfile(
+        """
+        import torch
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+        from pytest_attnheat import AttentionSpec, check_attention
+
+        def faulty(query, key, value, is_causal=False):
+            if is_causal:
+                return query[:, :, torch.full((1,), 10**6, device=query.device)] + 0
+            return sdpa(query, key, value)
+
+        def test_it():
+            spec = AttentionSpec(faulty, dtypes=["float32"], devices=["cuda"], square=False)
+            report = check_attention(spec)
+            print(report)
+            assert len(report.failed) == 1
+            assert {r.reason[:30] for r in report.results if r.status == "skipped"} >= {
+                "this process has lost its GPU:"
+            }
+        """
+    )
+    result = pytester.runpytest_subprocess("-s")
+    print("\n".join(result.outlines[-60:]))
+    assert result.parseoutcomes() == {"passed": 1}
 
 
 @cuda_alone
@@ -391,12 +429,13 @@ def test_a_model_that_generates_is_captured_step_by_step():
     assert [record.weights.shape[-1] for record in trace.at(step=2)] == [7, 7]
 
 
-def test_a_block_on_the_gpu_is_examined():
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_block_on_the_gpu_is_examined(dtype):
     pytest.importorskip("transformers")
     from copy import deepcopy
 
-    model = deepcopy(of_transformers("llama", "sdpa")).to(NAME)
-    spec = spec_of(model, "float32", inputs=tokens(2, 9).to(NAME))
+    model = deepcopy(of_transformers("llama", "sdpa")).to(NAME, DTYPES[dtype])
+    spec = spec_of(model, dtype, inputs=tokens(2, 9).to(NAME))
     passes(spec)
     with torch.no_grad(), attn.capture_attention(model) as trace:
         model(tokens(2, 9).to(NAME))

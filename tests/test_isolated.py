@@ -109,8 +109,8 @@ def test_a_gpu_that_is_lost_is_told_once_and_nothing_more_is_asked_of_it(monkeyp
     lost, skipped = report.results[1:]
     assert lost.message.splitlines() == [
         "the subject left its GPU unusable: CUDA error: misaligned address",
-        "  hint     isolate=True, or --attn-isolate, asks it in a process of its own, with the call "
-        "that does it",
+        "  hint     isolate=True, or --attn-isolate, asks it in a process of its own, with the "
+        "call that does it",
     ]
     assert skipped.reason == "this process has lost its GPU: CUDA error: misaligned address"
 

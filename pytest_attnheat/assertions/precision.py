@@ -206,6 +206,7 @@ def _compare(
             given = {**given, "reference": reference}
             described, call, names = described_call(function, inputs, given)
             run, expected = asking(described), described.expected()
+            criteria = replace(criteria, tolerance=described.tolerance or 0.0)
             run_reference = None if expected is None else asking(expected)
         else:
             subject, call, run = called(function, inputs, given)
@@ -276,6 +277,7 @@ def judge_call(
             fully_masked=masked_rows,
             top_score=expected.top_score,
             factor=criteria.factor,
+            tolerance=criteria.tolerance,
             repeat=f"seed={criteria.seed}",
             broken=[one.name for one in judgements if bool(one.broken.any())],
             # Beside a reference of the caller's no mistake is known.
@@ -408,6 +410,7 @@ def _judge(
         scale,
         least,
         factor=criteria.factor,
+        tolerance=criteria.tolerance,
         dtype=call.query.dtype,
         judged=judged,
     )

@@ -28,7 +28,7 @@ from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, modules_in, seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, dtype_name, misuse, seed_number
 
@@ -60,12 +60,14 @@ class Criteria:
         training: Whether the subject may draw random numbers, each call from `seed`.
         seed: That seed, and that of the gradient of the output.
         reference: What is compared with in place of attention; None for attention.
+        tolerance: What is allowed anyway, as a part of the largest number of a map.
     """
 
     factor: float = 2.0
     training: bool = False
     seed: int = 0
     reference: Run | None = None
+    tolerance: float = 0.0
 
 
 def check_criteria(criteria: Criteria) -> None:
@@ -333,7 +335,7 @@ def check_by_differences(
         # Needed by every call, so that the same kernel runs in all of them.
         given = {**tensors, **changed}
         leaves = {name: one.detach().clone().requires_grad_() for name, one in given.items()}
-        torch.manual_seed(seed)
+        seed_all(seed)
         return subject.run(**leaves), list(leaves.values())
 
     def run(changed: dict[str, Tensor]) -> Tensor:

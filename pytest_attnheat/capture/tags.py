@@ -170,9 +170,10 @@ class Tags:
     def __init__(self) -> None:
         self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._used: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._ids: set[int] = set()  # Of those that have one, or had: most tensors have none.
 
     def __getitem__(self, tensor: object) -> Tag | None:
-        if not isinstance(tensor, Tensor):
+        if id(tensor) not in self._ids or not isinstance(tensor, Tensor):
             return None
         found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
         return found
@@ -180,6 +181,7 @@ class Tags:
     def __setitem__(self, tensor: Any, tag: Tag) -> None:
         if isinstance(tensor, Tensor):
             self._of[tensor] = tag
+            self._ids.add(id(tensor))
 
     put = __setitem__
 

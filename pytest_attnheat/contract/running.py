@@ -98,7 +98,7 @@ def diagnosis_of(
         return None, ""
     try:
         if not spec.is_block:
-            return diagnose(spec, seed=seed), ""
+            return diagnose(replace(spec, devices=[result.device]), seed=seed), ""
         if result.name == "attention_inside":
             return diagnose_records(spec, search=search), ""
         if again is None:

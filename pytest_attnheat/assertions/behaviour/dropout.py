@@ -13,6 +13,7 @@ from pytest_attnheat.assertions.behaviour.reading import part_of
 from pytest_attnheat.assertions.behaviour.subject import check_rows
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
+from pytest_attnheat.callables import seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse
 
@@ -54,7 +55,7 @@ def check_dropout_of_weights(
 
     def run(value: Tensor, dropout_p: float, *, seeded: bool = False) -> Tensor:
         if seeded:
-            torch.manual_seed(seed)
+            seed_all(seed)
         return function.run(value=value.clone(), dropout_p=dropout_p)
 
     weights = function.run(value=identity.clone())
@@ -83,7 +84,7 @@ def check_dropout_of_weights(
         cause=lambda _: "dropout falls on the outputs, not on the weights",
         repeat=f"seed={seed}",
     )
-    torch.manual_seed(seed)
+    seed_all(seed)
     observed, each = [run(identity, share)], int(_judged(weights).sum())
     while len(observed) < runs and (len(observed) < 2 or len(observed) * each < _ENOUGH_WEIGHTS):
         observed.append(run(identity, share))

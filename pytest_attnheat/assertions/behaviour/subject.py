@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.outcomes import rms
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import identical, modules_in
+from pytest_attnheat.callables import identical, modules_in, seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_tolerance, misuse
 
@@ -66,7 +66,7 @@ def as_input(tensor: object, name: str) -> Tensor:
 def begin(seed: int | None) -> None:
     """Start the random numbers of a call, if there is a seed for them."""
     if seed is not None:
-        torch.manual_seed(seed)
+        seed_all(seed)
 
 
 def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed: int) -> Tensor:
