@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from panel_figures import figures, panel_hash
@@ -242,12 +243,19 @@ def test_scores_behind_a_mask_are_nothing_to_count():
     assert not any("masked" in text for text in texts(figure))
 
 
-@pytest.mark.parametrize("name", ["tab10", "Set3", "viridis", "RdBu", "Paired"])
-def test_any_colormap_gives_a_value_the_colour_that_matplotlib_gives_it(name):
+@pytest.mark.parametrize(
+    "cmap",
+    ["tab10", "Set3", "viridis", "RdBu", "Paired", pyplot.cm.Reds, ListedColormap(["w", "r", "k"]),
+     LinearSegmentedColormap.from_list("own", ["w", "b"], N=1000)],
+    ids=lambda cmap: getattr(cmap, "name", cmap),
+)  # fmt: skip
+def test_any_colormap_or_its_name_gives_a_value_the_colour_that_matplotlib_gives_it(cmap):
     values = np.linspace(0.01, 0.99, 50).astype(np.float32).reshape(5, 10)
-    figure = show_heatmaps(values, "Keys", "Queries", cmap=name)
-    oracle = np.array(matplotlib.colormaps[name](values, bytes=True))[..., :3]
-    np.testing.assert_array_equal(cell_colors(figure)[0, 0], oracle)
+    figure = show_heatmaps(values, "Keys", "Queries", cmap=cmap)
+    colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    oracle = np.array(colormap(values, bytes=True), np.int16)[..., :3]
+    # Of 1000 colours, 256 are drawn.
+    assert np.abs(cell_colors(figure)[0, 0] - oracle).max() <= (colormap.N > 256)
 
 
 def test_the_largest_numbers_there_are_keep_their_order():
@@ -434,6 +442,16 @@ def test_a_highlight_without_a_key_outlines_the_whole_query():
     changed = np.argwhere((pixels(plain) != pixels(marked)).any(-1))
     assert np.ptp(changed[:, 1]) == layout.panel[0] + 5
     assert changed[:, 0].max() == layout.tops[0] + layout.panel[1] + 2
+
+
+def test_a_canvas_gives_the_pixels_that_are_saved():
+    figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")
+    figure.canvas.draw()
+    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    np.testing.assert_array_equal(drawn, pixels(figure))
+    file = io.BytesIO()
+    figure.canvas.print_png(file)
+    np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), drawn)
 
 
 # -- formats -----------------------------------------------------------------------------------

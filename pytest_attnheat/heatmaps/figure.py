@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
@@ -159,6 +160,7 @@ def show_heatmaps(
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
     figure = HeatmapFigure(dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)  # so that its pixels can be asked for without saving it
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
