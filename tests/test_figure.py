@@ -98,6 +98,18 @@ def test_labels_and_titles_are_written():
     assert {"Keys", "Queries", "one", "two", "first", "second", "All"} <= set(texts(figure))
 
 
+def test_no_name_of_an_axis_writes_nothing():
+    figure = show_heatmaps(softmax_maps(4, 4), None, None)
+    assert not {"None", "none"} & set(texts(figure))
+    assert sheet(figure).layout.panel > sheet(show_heatmaps(torch.eye(4), "K", "Q")).layout.panel
+
+
+def test_both_queries_of_the_textbooks_call_have_their_label():
+    weights = torch.full((1, 1, 2, 10), 0.1)
+    figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
+    assert texts(figure)[2:9] == ["0", "2", "4", "6", "8", "0", "1"]
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["plain", "requires_grad", "transposed", "expanded", "numpy"])
 def test_any_tensor_is_drawn_as_its_values_in_float64_would_be(dtype, kind):
@@ -186,6 +198,15 @@ def test_a_constant_map_is_drawn(value):
     low, high = show_heatmaps(torch.full((3, 3), value), "K", "Q").picture.shown.scale.range
     assert low <= value <= high
     assert low < high
+
+
+@pytest.mark.parametrize("scale", ["shared", "panel"])
+def test_no_two_ends_of_a_scale_are_written_alike(scale):
+    values = torch.tensor([[5.0, 5.0 + 7.6294e-6]])
+    written = texts(show_heatmaps(values, "K", "Q", scale=scale, figsize=(4, 4)))
+    assert {"shared": "+8e-6", "panel": "5 – +8e-6"}[scale] in written
+    assert "5 – 5" not in written
+    assert written.count("5") < 2
 
 
 def test_given_limits_hold():
