@@ -34,7 +34,6 @@ from pytest_attnheat.baselines.compare import compare_data, tolerance_for
 from pytest_attnheat.heatmaps.colors import Scale
 from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
 from pytest_attnheat.heatmaps.layout import Layout
-from pytest_attnheat.heatmaps.maps import Cells
 from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
 
@@ -342,7 +341,7 @@ def _sheets(
     """
     scale = Scale(data.limits[..., 0], data.limits[..., 1], data.scale == "shared")
     if data.block == shown.cells.block:
-        cells = Cells(data.values, data.masked, data.block)
+        cells = replace(shown.cells, values=data.values, masked=data.masked)
         yield compose(replace(shown, cells=cells, scale=scale), size, dpi)
         return
     cells = shown.cells

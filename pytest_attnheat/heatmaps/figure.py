@@ -24,7 +24,7 @@ from matplotlib.transforms import Bbox
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout
-from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest, whole_of
+from pytest_attnheat.heatmaps.maps import Maps, has_both_signs, pool, read_maps, smallest, whole_of
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
@@ -196,7 +196,7 @@ def show_heatmaps(
     key_labels: Sequence[str] | None = None,
     query_labels: Sequence[str] | None = None,
     mask: object = None,
-    scale: Literal["shared", "panel"] = "shared",
+    scale: Literal["shared", "largest", "panel"] = "shared",
     vmin: float | None = None,
     vmax: float | None = None,
     colorbar: bool = True,
@@ -209,7 +209,8 @@ def show_heatmaps(
 
     Every cell is a whole number of pixels. Maps with more weights than the figure has pixels
     are pooled in whole blocks to their largest weight, on their own device, and the figure says
-    so: a single weight of 1 among millions of zeros stays visible.
+    so: a single weight of 1 among millions of zeros stays visible. Of signed values, such as
+    differences, the one farthest from zero is kept.
 
     Args:
         matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
@@ -231,7 +232,8 @@ def show_heatmaps(
         mask: Boolean, True where a query may attend; broadcast to the maps. Cells where it may
             not are striped grey, whatever their weight.
         scale: "shared" for one colour scale for all panels, 0 to 1 where all values are in that
-            range and else from the smallest to the largest; "panel" for one scale a panel, its
+            range and else from the smallest to the largest; "largest" for a shared one that ends
+            at the largest value, where weights are all small; "panel" for one scale a panel, its
             range written above it.
         vmin: Lower end of the shared scale.
         vmax: Upper end of the shared scale.
@@ -263,7 +265,7 @@ def show_heatmaps(
         query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
         numbers=_number_format(numbers),
     )
-    one_of("scale", scale, ("shared", "panel"))
+    one_of("scale", scale, ("shared", "largest", "panel"))
     if scale == "panel" and not (vmin is None and vmax is None):
         got = f"{vmin!r} and {vmax!r} with scale='panel'"
         raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
@@ -289,11 +291,14 @@ def show_heatmaps(
     size = _size(figsize, design, maps, figure.dpi)
     figure.set_size_inches((_inches(size[0], figure.dpi), _inches(size[1], figure.dpi)))
     cells = pool(maps, design.block_for(size, figure.dpi))
+    positive = vmin is not None and vmax is not None and vmin >= 0
+    low = 0.0 if positive else smallest(maps, cells)
+    scales = shared_scale(cells, low, vmin, vmax, tight=scale == "largest")
+    if has_both_signs(cells, low):
+        pooled = cells.block != (1, 1)
+        cells = pool(maps, cells.block, signed=True) if pooled else replace(cells, signed=True)
     if scale == "panel":
         scales = panel_scales(cells)
-    else:
-        known = vmin is not None and vmax is not None
-        scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
     complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
     whole = None if complete else whole_of(maps)
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
