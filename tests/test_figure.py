@@ -17,7 +17,7 @@ from matplotlib.text import Text
 from panel_figures import figures, panel_hash
 from PIL import Image
 
-from pytest_attnheat import show_heatmaps
+from pytest_attnheat import show_difference, show_heatmaps
 
 
 def softmax_maps(*shape, seed=0):
@@ -485,6 +485,50 @@ def test_a_title_of_a_novel_is_cut_in_no_time():
 def test_numbers_that_have_no_room_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"figsize: got .*no room for numbers.*or None"):
         show_heatmaps(softmax_maps(50, 50), "K", "Q", numbers=True)
+
+
+# -- differences -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_difference_shows_the_panel_that_differs_most_and_where(as_array):
+    one = softmax_maps(2, 3, 6, 6)
+    other = one.clone()
+    other[0, 0, 1, 1] += 0.2
+    other[1, 2, 4, 5] -= 0.3 - 0.3 * one[1, 2, 4, 5]
+    figure = show_difference(
+        one.numpy() if as_array else one.double(), other, key_labels=list("abcdef")
+    )
+    shown = figure.picture.shown
+    expected = torch.stack([one[1, 2], other[1, 2], (one - other)[1, 2].abs()])[None]
+    np.testing.assert_allclose(shown.cells.values, expected, atol=1e-7)
+    assert shown.highlight == [(0, panel, 4, 5) for panel in range(3)]
+    assert {"expected", "actual", "difference", "a"} <= set(texts(figure))
+    worst = expected[0, 2].max()
+    title = f"panel [1, 2]: largest difference {worst:.2g} at query 4, key 5"
+    assert title in texts(figure)
+
+
+def test_equal_maps_have_no_difference_and_masked_weights_are_not_compared():
+    one, mask = softmax_maps(5, 5), torch.ones(5, 5).tril().bool()
+    other = one.clone()
+    other[0, 4] = 0.9
+    scores = one.masked_fill(~mask, -torch.inf)
+    for pair, options in (((one, other), {"mask": mask}), ((scores, scores), {})):
+        figure = show_difference(*pair, **options)
+        assert "no difference" in texts(figure)
+        assert not figure.picture.shown.highlight
+        assert not any("NaN" in text for text in texts(figure))
+    other[2, 2] = torch.nan
+    figure = show_difference(one, other)
+    assert "largest difference inf at query 2, key 2" in texts(figure)
+
+
+def test_maps_of_different_shapes_have_no_difference_to_show():
+    with pytest.raises(
+        ValueError, match=r"actual: got shape \(1, 1, 4, 3\); accepted is \(1, 1, 4, 4\)"
+    ):
+        show_difference(softmax_maps(4, 4), softmax_maps(4, 3))
 
 
 # -- highlights --------------------------------------------------------------------------------

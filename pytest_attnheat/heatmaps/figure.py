@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axes._base import _AxesBase
 from matplotlib.backend_bases import RendererBase
@@ -24,7 +26,16 @@ from matplotlib.transforms import Bbox
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout
-from pytest_attnheat.heatmaps.maps import Maps, has_both_signs, pool, read_maps, smallest, whole_of
+from pytest_attnheat.heatmaps.maps import (
+    Bools,
+    Maps,
+    distance,
+    has_both_signs,
+    pool,
+    read_maps,
+    smallest,
+    whole_of,
+)
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
@@ -311,6 +322,61 @@ def show_heatmaps(
             ax.set_axis_off()
         ax.add_artist(Picture(shown, ax))
     return figure
+
+
+def show_difference(
+    expected: object, actual: object, *, mask: object = None, **options: Any
+) -> HeatmapFigure:
+    """Draw two maps and how far they are apart, side by side on one scale.
+
+    Of grids of maps, the one is drawn that differs most. The largest difference is outlined.
+
+    Args:
+        expected: Weights, of a kind and shape that `show_heatmaps` takes.
+        actual: Others of the same shape, of any kind.
+        mask: Boolean, True where a query may attend. Where it may not is striped, and not compared.
+        **options: Further arguments of `show_heatmaps`: `figsize`, `key_labels`, `scale` ...
+
+    Raises:
+        TypeError: Something other than real numbers, or a mask that is not boolean.
+        ValueError: Nothing to show, or shapes that do not fit together.
+    """
+    __tracebackhide__ = True
+    one, other = read_maps(expected, mask), read_maps(actual, mask)
+    if one.shape != other.shape:
+        raise ValueError(misuse("actual", f"shape {other.shape}", f"{one.shape}, as expected has"))
+    most, worst = -1.0, (0, 0, 0, 0)
+    for row, column in product(range(one.shape[0]), range(one.shape[1])):
+        apart = distance(one.map(row, column), other.map(row, column))
+        apart[~one.permitted(row, column)] = 0
+        if apart.max() > most:
+            most = float(apart.max())
+            worst = (row, column, *divmod(int(apart.argmax()), one.shape[3]))
+    row, column, query, key = worst
+    where = f"panel [{row}, {column}]: " * (one.shape[:2] != (1, 1))
+    said = f"{where}largest difference {most:.2g} at query {query}, key {key}"
+    pair = [one.map(row, column), other.map(row, column)]
+    masks = [one.permitted(row, column)] * 2
+    title = said if most else "no difference"
+    return triptych(pair, masks, worst if most else None, title=title, **options)
+
+
+def triptych(
+    pair: Sequence[npt.NDArray[Any]],
+    masks: Sequence[Bools],
+    worst: tuple[int, int, int, int] | None,
+    **options: Any,
+) -> HeatmapFigure:
+    """Draw two maps (queries, keys) and their difference, and outline where it is worst."""
+    defaults: dict[str, Any] = {
+        "xlabel": "Keys",
+        "ylabel": "Queries",
+        "titles": ["expected", "actual", "difference"],
+        "figsize": None,
+        "mask": np.stack([*masks, np.any(masks, axis=0)]),
+        "highlight": [] if worst is None else [(0, panel, *worst[2:]) for panel in range(3)],
+    }
+    return show_heatmaps([*pair, distance(*pair)], **{**defaults, **options})
 
 
 def _listed(name: str, given: Iterable[Any]) -> list[Any]:

@@ -48,6 +48,26 @@ class Maps:
     shape: tuple[int, int, int, int]
     dtype: str
 
+    def map(self, row: int, column: int) -> npt.NDArray[np.float64]:
+        """Return a copy of one map on the host."""
+        chosen = self.rows[row][column]
+        array = chosen.cpu().double().numpy() if is_tensor(chosen) else chosen
+        return np.array(array, dtype=np.float64)
+
+    def permitted(self, row: int, column: int) -> Bools:
+        """Return where the queries of one map may attend."""
+        if self.mask is None:
+            return np.ones(self.shape[2:], np.bool_)
+        return _to_numpy_bool(self.mask[row, column])
+
+
+def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return how far numbers are apart; infinity where one is none or infinite, and only that."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(other - one, dtype=np.float64)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
+
 
 @dataclass(frozen=True)
 class Whole:
