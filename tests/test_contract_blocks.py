@@ -516,7 +516,7 @@ SOME = [defect.name for defect in DEFECTS][4::11]
 WIDE = 24
 
 
-@pytest.mark.parametrize(("name", "kind"), zip(SOME, itertools.cycle(KINDS), strict=False))
+@pytest.mark.parametrize(("name", "kind"), [*zip(SOME, itertools.cycle(KINDS), strict=False)])
 def test_no_cause_that_is_named_of_a_block_with_a_defect_is_false(name, kind):
     torch.manual_seed(0)
     module = Language(name) if kind == "language" else Planted(name, kind == "decoder")

@@ -431,7 +431,9 @@ def test_misuse_is_refused(arguments, error):
 def test_products_that_overflow_are_named_in_float16():
     def attention(query, key, value):
         wide = torch.promote_types(query.dtype, torch.float32)
-        narrow = query @ key.mT if query.dtype == torch.float16 else query.to(wide) @ key.to(wide).mT
+        narrow = (
+            query @ key.mT if query.dtype == torch.float16 else query.to(wide) @ key.to(wide).mT
+        )
         weights = (narrow.to(wide) * query.shape[-1] ** -0.5).softmax(-1)
         return (weights @ value.to(wide)).to(value.dtype)
 
@@ -448,7 +450,9 @@ def test_a_defect_in_some_calls_alone_is_named_with_that_condition():
 
     found = diagnose(AttentionSpec(attention, dtypes=("float64",)))
     assert found.defects == ("keys_as_values",)
-    assert ", in each case in which it is wrong, equals attention that uses its keys" in found.sentence
+    assert (
+        ", in each case in which it is wrong, equals attention that uses its keys" in found.sentence
+    )
 
 
 def test_a_mask_of_which_no_defect_knows_is_told_by_the_keys_that_are_seen():
@@ -525,8 +529,12 @@ def with_sinks(query, key, value):
             "the place of others: of another head",
         ),
         (
-            lambda q, k, v: subjects.plain(q, k, v)[:, [0, 1, 1]] if q.shape[1] == 3 else
-            subjects.plain(q, k, v), "some twice: head 2 that of head 1",
+            lambda q, k, v: (
+                subjects.plain(q, k, v)[:, [0, 1, 1]]
+                if q.shape[1] == 3
+                else subjects.plain(q, k, v)
+            ),
+            "some twice: head 2 that of head 1",
         ),
         (
             lambda q, k, v: subjects.plain(q, k, v) * torch.arange(1.0, q.shape[2] + 1)[:, None],
@@ -559,7 +567,10 @@ def test_what_the_numbers_show_is_in_the_message():
 
 def test_an_error_that_only_masks_show_is_placed():
     found = diagnosed("mask_of_first_sample")
-    assert found.where["pattern"] == "all of the wrong cases are with a mask, and none of the right ones"
+    assert (
+        found.where["pattern"]
+        == "all of the wrong cases are with a mask, and none of the right ones"
+    )
     found = diagnosed("causal_ignored")
     assert found.where["pattern"] == "all of the wrong cases are causal, and none of the right ones"
 

@@ -393,8 +393,8 @@ def _gradient_scales(
     dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
     of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
     are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
-    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys. The slope of softcap is off by a few units of itself and,
-    through its argument, of the score.
+    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys.
+    The slope of softcap is off by a few units of itself and, through its argument, of the score.
     """
     weights, logarithm = row.weights, _logarithm(units, part, row)
     felt = above @ part.value.mT

@@ -34,11 +34,7 @@ from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.contract.captured import assert_rows, diagnoses, layer_of, records_of
 from pytest_attnheat.contract.examination import Check, Examination, Skipped, check, registered
-from pytest_attnheat.contract.needs import (
-    is_causal_block,
-    order_may_matter,
-    takes_padding_mask,
-)
+from pytest_attnheat.contract.needs import is_causal_block, order_may_matter, takes_padding_mask
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure
 

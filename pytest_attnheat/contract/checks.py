@@ -227,7 +227,7 @@ def no_leakage_through_mask(examination: Examination) -> None:
 
 def _assert_no_leakage(examination: Examination, call: Call) -> None:
     told = {"attn_mask": call.mask, "is_causal": call.causal or None}
-    given = {name: one for name, one in told.items() if one is not None}
+    given: dict[str, Any] = {name: one for name, one in told.items() if one is not None}
     assert_no_leakage(examination.spec, *call.tensors, **given)
 
 

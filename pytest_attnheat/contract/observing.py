@@ -173,8 +173,10 @@ def _multiplied(one: _Seen) -> str:
     """Whether weights are the right ones, each times a number that their softmax does not know."""
     known = one.right > _SMALLEST
     factors = torch.where(known, one.weights / one.right, math.nan)
-    rest = (one.weights - one.right)[~known]
-    if bool((rest.abs() > _SMALLEST).any()) or bool(((factors - 1).abs() <= _LEFT)[known].all()):
+    elsewhere = one.weights[one.right < _LEAST]
+    if bool((elsewhere.abs() > _SMALLEST).any()) or _sink(one):
+        return ""
+    if bool(((factors - 1).abs() <= _LEFT)[known].all()):
         return ""
     zero = factors.abs() <= _LEFT
     if bool((zero | ((factors - 1).abs() <= _LEFT))[known].all()):
@@ -285,7 +287,9 @@ def _moved(one: _Seen) -> str:
     own = torch.stack(torch.unravel_index(torch.arange(at.numel()), lead))
     if len(set(at.tolist())) < at.numel():
         head = places[1].view(lead)[0, :, 0].tolist()
-        if bool((places != own)[[0, 2]].any()) or bool((places[1].view(lead) != torch.tensor(head)[:, None]).any()):
+        if bool((places != own)[[0, 2]].any()) or bool(
+            (places[1].view(lead) != torch.tensor(head)[:, None]).any()
+        ):
             return ""
         said = [f"head {own} that of head {n}" for own, n in enumerate(head) if n != own]
         return f"its rows are right, but some twice: {', '.join(said)}"

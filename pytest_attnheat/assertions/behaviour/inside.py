@@ -67,9 +67,7 @@ class Inside:
         own = subject.model.memory_argument is None
         self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
 
-    def _look(
-        self, subject: ModelSubject, run: Callable[[], object]
-    ) -> list[AttentionRecord]:
+    def _look(self, subject: ModelSubject, run: Callable[[], object]) -> list[AttentionRecord]:
         modules = modules_in(subject.model.module)
         linear = [part for m in modules for part in m.modules() if isinstance(part, nn.Linear)]
         handles = [part.register_forward_pre_hook(self._note) for part in linear]
@@ -186,7 +184,6 @@ class Inside:
             "later that places are felt"
         )
 
-
     @_careful
     def why_chunk_differs(self, step: range, at_once: Inside) -> str | None:
         """Say what differs in the first attention of a chunk that comes with a cache.
@@ -203,7 +200,7 @@ class Inside:
                 continue
             said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
             if said:
-                return f"in {name_of(own)} {said}"
+                return f"in {name_of(own)}, {said}"
         return None
 
 
@@ -240,8 +237,8 @@ def _why_masks_differ(own: AttentionRecord, whole: AttentionRecord, step: range)
     corner = torch.equal(sees, top.expand_as(sees))
     why = "aligned to the top left, not to the bottom right" if corner else "another one"
     return (
-        f"token {step[off[0]]} sees {counts[0]} of {step.stop} keys with the cache, and {counts[1]} "
-        f"at once: the {'causal ' * corner}mask of a later chunk is {why}"
+        f"token {step[off[0]]} sees {counts[0]} of {step.stop} keys with the cache, and "
+        f"{counts[1]} at once: the {'causal ' * corner}mask of a later chunk is {why}"
     )
 
 
@@ -263,7 +260,9 @@ def _why_operands_differ(own: AttentionRecord, whole: AttentionRecord, step: ran
 
 def _seen(record: AttentionRecord) -> Tensor:
     """Where queries may attend, of the shape of the weights."""
-    return torch.ones(record.shape).bool() if record.mask is None else record.mask.expand(record.shape)
+    return (
+        torch.ones(record.shape).bool() if record.mask is None else record.mask.expand(record.shape)
+    )
 
 
 def _operands(record: AttentionRecord, length: int) -> tuple[Tensor, Tensor, Tensor]:
