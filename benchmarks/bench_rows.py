@@ -19,6 +19,7 @@ from timing import copy_bandwidth, options, seconds
 from pytest_attnheat import assert_row_stochastic
 
 SHAPE = (64, 1024, 1024)  # 256 MB in float32
+ON_ACCELERATOR = (64, 4096, 4096)  # 4 GB: what is smaller is read before its kernels are started
 ROUNDS = 25
 
 Action = Callable[[], object]
@@ -98,14 +99,17 @@ def on_cpu(weights: torch.Tensor) -> None:
 
 
 def on_accelerator(weights: torch.Tensor, device: str) -> None:
-    """Print the bandwidth on a device beside that of a copy, which reads and writes."""
+    """Print the bandwidth on a device beside that of a copy, which reads and writes.
+
+    Weights are read twice, for their sums and their signs: half of the bandwidth is the most.
+    """
     target = torch.empty_like(weights)
     times = ratio(lambda: assert_row_stochastic(weights), lambda: target.copy_(weights), device)
     bandwidth = copy_bandwidth(device)
     print(f"{device}, a copy on the device reads and writes {bandwidth / 1e9:.3g} GB/s")
     share = 100 / (2 * times)
     name = f"{device}, float32, bandwidth against a device copy"
-    report(name, share, 60, "%", at_most=False)
+    report(name, share, 40, "%", at_most=False)
     module = getattr(torch, torch.device(device).type)
     if hasattr(module, "max_memory_allocated"):
         module.reset_peak_memory_stats()
@@ -118,14 +122,15 @@ def on_accelerator(weights: torch.Tensor, device: str) -> None:
 def main() -> None:
     """Print every figure."""
     given = options(__doc__)
-    shape = (2, 64, 64) if given.quick else SHAPE
+    shape = (2, 64, 64) if given.quick else SHAPE if given.device == "cpu" else ON_ACCELERATOR
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, Python {sys.version[:6]}")
-    weights = torch.randn(shape, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    generator = torch.Generator(given.device).manual_seed(0)
+    weights = torch.randn(shape, generator=generator, device=given.device).softmax(-1)
     print(f"{shape}, {weights.nbytes / 2**20:.3g} MB in float32, {ROUNDS} rounds")
     if given.device == "cpu":
         on_cpu(weights)
     else:
-        on_accelerator(weights.to(given.device), given.device)
+        on_accelerator(weights, given.device)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ STEEP = torch.linspace(-2, 2, 36).reshape(6, 6)
 PERMUTED = "permuted from (batch, length, heads, width)"
 TRANSPOSED = "transposed, the last dimension not contiguous"
 STEPPED = "sliced, every second row of a larger tensor"
-SHIFTED = "at a storage offset of one element"
+SHIFTED = "at another storage offset"
 EXPANDED = "expanded over dimension 0, with stride 0"
 PACKED = "packed in one projection (batch, length, heads and widths)"
 
@@ -157,7 +157,7 @@ def test_a_storage_offset_that_is_ignored_is_named():
         return SDPA(query, key, value.as_strided(value.shape, value.stride(), 0))
 
     message = message_of(from_the_beginning, *qkv())
-    assert "36 of 36 rows change with value at a storage offset of one element\n" in message
+    assert "36 of 36 rows change with value at another storage offset\n" in message
     assert "cause    the storage offset is ignored: memory is read from its beginning" in message
 
 

@@ -1259,7 +1259,12 @@ def test_sdpa_on_an_accelerator_raises_no_alarm(dtype, accelerator):
     for name in HARD_CASES:
         case = hard_case(name, dtype=dtype, device=accelerator)
         state = module.get_rng_state()
-        assert_matches_reference(sdpa, case.query, case.key, case.value, **case.arguments)
+        # cuDNN gives a query that may attend to nothing a mean of values, and says so nowhere.
+        fused = accelerator.type == "cuda" and dtype in ("float16", "bfloat16")
+        meant = "undefined" if fused else "zero"
+        assert_matches_reference(
+            sdpa, case.query, case.key, case.value, fully_masked=meant, **case.arguments
+        )
         assert torch.equal(state, module.get_rng_state())
     with pytest.raises(AssertionError, match=f"on {accelerator}:0"):
         assert_matches_reference(

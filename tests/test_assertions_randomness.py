@@ -21,6 +21,7 @@ from attention_subjects import (
 )
 from devices import on_accelerators
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import dropout
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
@@ -671,4 +672,8 @@ def test_everything_is_left_as_it_was_found(training, fails):
 def test_attention_on_an_accelerator_passes(dtype, accelerator):
     inputs = [t.to(accelerator) for t in qkv(2, 4, 64, 64, 64, dtype=dtype)]
     assert_deterministic(sdpa, *inputs)
-    assert_deterministic(sdpa, *inputs, dropout=0.1, is_causal=True)
+    # cuDNN drops the weights of queries that are 2 apart together: see test_gpu.
+    with sdpa_kernel(
+        [kind for kind in SDPBackend.__members__.values() if "CUDNN" not in str(kind)]
+    ):
+        assert_deterministic(sdpa, *inputs, dropout=0.1, is_causal=True)

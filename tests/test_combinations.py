@@ -63,6 +63,21 @@ def test_what_is_refused_by_three_features_at_once_is_no_failure():
     assert "causal=True scale=0.7 (NotImplementedError: too much)" in ask_pairs(examined(three))
 
 
+@pytest.mark.parametrize(
+    ("words", "passes"),
+    [("attn_mask should not be set when is_causal=True", True), ("no numbers came out", False)],
+)
+def test_an_error_about_two_arguments_declines_them_in_some_of_its_ways(words, passes):
+    def in_one_way(query, key, value, attn_mask=None, is_causal=False, scale=None):
+        if attn_mask is not None and is_causal and scale is not None and len(query) == 1:
+            raise RuntimeError(words)
+        return attention(query, key, value, attn_mask, is_causal, scale)
+
+    report = check_attention(AttentionSpec(in_one_way, dtypes=("float32",)), checks=PAIRS)
+    assert report.passed == passes
+    assert words in report.results[0].message
+
+
 def no_mask_if_causal(query, key, value, attn_mask=None, is_causal=False, scale=None):
     return attention(query, key, value, None if is_causal else attn_mask, is_causal, scale)
 
@@ -378,3 +393,17 @@ def test_what_breaks_with_some_lengths_alone_is_no_word_of_somebody_who_declines
     report = check_attention(AttentionSpec(short, dtypes=("float32",)), checks=PAIRS)
     assert report.passed != fails
     assert str(error) in str(report)
+
+
+def test_a_declared_tolerance_allows_what_is_off_by_a_part_of_the_largest_number():
+    def in_bfloat16(query, key, value, is_causal=False):
+        query, key, value = (t.bfloat16().to(t.dtype) for t in (query, key, value))
+        return plain(query, key, value, is_causal=is_causal)
+
+    spec = AttentionSpec(in_bfloat16, dtypes=("float32",), gradients=False)
+    few = [check for check in CHECKS if check.name in ("plain", "causal")]
+    exactly = check_attention(spec, checks=few)
+    assert len(exactly.failed) == 2
+    assert check_attention(replace(spec, tolerance=0.1), checks=few).passed
+    half = check_attention(replace(spec, tolerance=1e-4), checks=few)
+    assert "or tolerance=0.0001 of the largest number of a head" in half.failed[0].message

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import AttentionSpec, check_attention
-from pytest_attnheat.contract import isolated
+from pytest_attnheat.contract import isolated, running
 from pytest_attnheat.contract.checks import CHECKS, Check
 from pytest_attnheat.contract.combinations import Replay
 from pytest_attnheat.contract.running import examinations_of
@@ -92,6 +92,27 @@ def test_what_crashes_always_is_not_asked_for_ever():
     assert report.failed
     assert found["plain"].reason == "the subject ended its process: SIGABRT (Aborted)"
     assert not report.passed
+
+
+def test_a_gpu_that_is_lost_is_told_once_and_nothing_more_is_asked_of_it(monkeypatch):
+    faults = []
+
+    def faulty(query, key, value, is_causal=False):
+        if is_causal:
+            faults.append("CUDA error: misaligned address")
+        return sdpa(query, key, value, is_causal=is_causal)
+
+    monkeypatch.setattr(running, "fault_of", lambda device: "".join(faults[:1]))
+    spec = AttentionSpec(faulty, dtypes=("float32",), square=False)
+    report = check_attention(spec, checks=some("plain", "causal", "batch"))
+    assert [result.status for result in report.results] == ["passed", "failed", "skipped"]
+    lost, skipped = report.results[1:]
+    assert lost.message.splitlines() == [
+        "the subject left its GPU unusable: CUDA error: misaligned address",
+        "  hint     isolate=True, or --attn-isolate, asks it in a process of its own, with the "
+        "call that does it",
+    ]
+    assert skipped.reason == "this process has lost its GPU: CUDA error: misaligned address"
 
 
 def test_what_only_computes_wrongly_is_diagnosed_as_it_would_be_here():

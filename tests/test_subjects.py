@@ -32,9 +32,8 @@ from pytest_attnheat import (
     assert_no_leakage,
     assert_padding_invariant,
 )
-from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence
-from pytest_attnheat.assertions.behaviour.subject import settled
+from pytest_attnheat.assertions.behaviour.subject import check_rows, relative_change, settled
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import borrowed, modules_in
 

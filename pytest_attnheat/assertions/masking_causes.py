@@ -8,9 +8,11 @@ on nearly all that it permits and the claimed one does not.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.causes import (
     NEARLY_ALL,
@@ -23,7 +25,8 @@ from pytest_attnheat.assertions.causes import (
 from pytest_attnheat.assertions.claims import by_row
 from pytest_attnheat.assertions.scan import blocks, row_of
 from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.vocabulary import Side
+from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment, Side
+from pytest_attnheat.inputs import misuse, one_of, whole_number
 
 # The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17
@@ -32,6 +35,10 @@ _SAMPLE_ENTRIES = 64
 _HEADS_NAMED = 4
 # Masked keys with less than this part of the largest permitted weight hold a little of it.
 _LITTLE = 0.05
+Candidate = tuple[Tensor, str]
+
+# How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
+_UNIFORM = 2**-8
 
 
 def named(evidence: Evidence, found: Iterable[str | None]) -> str | None:
@@ -166,7 +173,7 @@ def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> st
     )
 
 
-def other_padding(seen: torch.Tensor, lengths: Sequence[int], side: Side) -> str | None:
+def other_padding(seen: Tensor, lengths: Sequence[int], side: Side) -> str | None:
     """Batch entries are masked, but as if other keys were padding; `seen` as of `_seen_keys`."""
     key_len = seen.shape[-1]
     if len(seen) < len(lengths):
@@ -182,7 +189,7 @@ def other_padding(seen: torch.Tensor, lengths: Sequence[int], side: Side) -> str
     return None
 
 
-def no_padding(seen: torch.Tensor, lengths: Sequence[int]) -> str | None:
+def no_padding(seen: Tensor, lengths: Sequence[int]) -> str | None:
     """Every key of every batch entry gets weight."""
     padded = [i for i, length in enumerate(lengths[: len(seen)]) if length < seen.shape[-1]]
     if not padded or not bool(seen[padded].all()):
@@ -190,11 +197,11 @@ def no_padding(seen: torch.Tensor, lengths: Sequence[int]) -> str | None:
     return "padding gets weight like the rest: no padding mask was applied?"
 
 
-def _real(lengths: Sequence[int], key_len: int, side: Side) -> torch.Tensor:
+def _real(lengths: Sequence[int], key_len: int, side: Side) -> Tensor:
     return padding_mask(lengths, key_len, side=side, device="cpu").flatten(1)
 
 
-def _seen_keys(evidence: Evidence) -> torch.Tensor:
+def _seen_keys(evidence: Evidence) -> Tensor:
     """Return which keys of each batch entry get weight from any query, ``(batch, keys)``."""
     weights, place = evidence.weights, evidence.place[1:]
     query_len, key_len = weights.shape[-2:]
@@ -281,3 +288,163 @@ def whole_after_dropout(evidence: Evidence) -> str | None:
         f"{zeros:.0%} of the weights are zero, and rows without a zero sum to {factor:.3g}: "
         f"weights after dropout (p about {p:.2g})?"
     )
+
+
+# --- causal attention as a rule, and what weights in the future or far in the past may follow
+
+
+@dataclass(frozen=True)
+class CausalRule:
+    """Which keys a causal query may attend to.
+
+    Attributes:
+        query_len: Number of queries.
+        key_len: Number of keys.
+        alignment: Where query 0 stands.
+        window: How many keys before its own position a query may attend to, None for all.
+    """
+
+    query_len: int
+    key_len: int
+    alignment: Alignment
+    window: int | None
+
+    @classmethod
+    def read(cls, query_len: int, key_len: int, alignment: object, window: object) -> CausalRule:
+        """Read the arguments of `assert_causal`."""
+        if alignment is None and query_len != key_len:
+            got = f"None for {query_len} queries and {key_len} keys"
+            raise ValueError(
+                misuse(
+                    "alignment",
+                    got,
+                    "'top_left' (query 0 stands at key 0: what is_causal=True means in PyTorch) "
+                    "or 'bottom_right' (the last query stands at the last key: decoding with a "
+                    "cache)",
+                )
+            )
+        if alignment is not None:
+            one_of("alignment", alignment, ALIGNMENTS)
+        named = cast("Alignment", alignment or "top_left")
+        return cls(query_len, key_len, named, _keys_before(window))
+
+    @property
+    def offset(self) -> int:
+        """The position of query 0, counted in keys."""
+        return self.key_len - self.query_len if self.alignment == "bottom_right" else 0
+
+    def __str__(self) -> str:
+        """Say it in the words of the arguments."""
+        named = "" if self.query_len == self.key_len else f" with alignment={self.alignment!r}"
+        window = "" if self.window is None else f" and window={self.window}"
+        return f"causal attention{named}{window}"
+
+    def rows(self, queries: Tensor) -> Tensor:
+        """Return the mask of some queries, ``(n, key_len)``; nothing wider than it is made."""
+        keys = torch.arange(self.key_len, device=queries.device)
+        position = queries.unsqueeze(-1) + self.offset
+        permitted = keys <= position
+        return permitted if self.window is None else permitted & (keys >= position - self.window)
+
+
+def _keys_before(window: object) -> int | None:
+    """Return how many keys before its own position a query may attend to, None for all."""
+    if window is None:
+        return None
+    accepted = (
+        "None, a whole number from 0 (how many keys before its own position a query may attend "
+        "to) or a pair (left, 0)"
+    )
+    sides = window if isinstance(window, (tuple, list)) else (window, 0)
+    try:
+        if len(sides) != 2:
+            raise TypeError
+        left, right = (whole_number("window", side, least=0) for side in sides)
+    except (TypeError, ValueError) as error:
+        raise type(error)(misuse("window", repr(window), accepted)) from None
+    if right != 0:
+        got = f"{window!r}, which reaches into the future"
+        raise ValueError(
+            f"{misuse('window', got, accepted)}. For a window on both sides there is "
+            "assert_masked with sliding_window_mask"
+        )
+    return left
+
+
+def causal_cause(evidence: Evidence, rule: CausalRule, numbers: Tensor) -> str | None:
+    """Return a likely cause of weight in the future, or before the window, or None.
+
+    Args:
+        evidence: What was found.
+        rule: What was claimed.
+        numbers: Which query each row is of, ``(queries,)``.
+    """
+    telling = evidence.telling()
+    candidates = _first_that_explains(telling, _causal_candidates(numbers[telling.queries], rule))
+    causes = (finite_mask(telling), candidates, _uniform_rows(telling), not_a_number(evidence))
+    return named(evidence, causes)
+
+
+def _uniform_rows(evidence: Evidence) -> str | None:
+    """Rows that break the mask hold one number throughout, as fully masked rows may."""
+    leaks = ((evidence.rows != 0) & ~evidence.permitted).any(-1)
+    broken = evidence.rows[leaks]
+    key_len = broken.shape[-1]
+    if key_len < 2 or not bool(leaks.any()) or bool(leaks.all()):
+        return None
+    if bool(((broken * key_len - 1).abs() > _UNIFORM).any()):
+        return None
+    return (
+        "these rows are uniform: fully masked, by a finite number? Pass the whole mask to "
+        'assert_masked with fully_masked="uniform"'
+    )
+
+
+def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]:
+    """Yield other masks that causal code may have used by mistake.
+
+    The widest first where some are the same: in small maps a window that is
+    one too wide is no window, and a diagonal that is off by one no mask.
+    """
+    # How many keys each key is behind each query, below 0 in its future.
+    keys = torch.arange(rule.key_len, device="cpu")
+    behind = queries.unsqueeze(-1) + rule.offset - keys
+    if rule.query_len != rule.key_len:
+        name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
+        other = replace(rule, alignment=name).rows(queries)
+        yield other, f'weight lies exactly where alignment="{name}" permits it'
+    yield (
+        torch.ones_like(behind, dtype=torch.bool),
+        ("every query gives weight to every key: no mask was applied?"),
+    )
+    if rule.window is None:
+        yield (
+            behind >= -1,
+            "every query sees exactly one key of its future: the diagonal is off by one?",
+        )
+    else:
+        yield behind >= 0, f"every query sees all keys before it: no window of {rule.window}?"
+        yield (
+            (behind >= 0) & (behind <= rule.window + 1),
+            "every query sees exactly one key before its window: the window is one key too wide?",
+        )
+        yield (
+            (behind >= -1) & (behind <= rule.window),
+            "every query sees exactly one key of its future: the diagonal is off by one?",
+        )
+        yield (
+            behind.abs() <= rule.window,
+            "the window reaches as far into the future as into the past: no causal mask?",
+        )
+    yield behind <= 0, "every query sees itself and its future, not its past: mask.mT?"
+    yield (
+        ~rule.rows(queries),
+        "all weight lies on keys that causal attention forbids: a mask of the opposite meaning?",
+    )
+
+
+def _first_that_explains(evidence: Evidence, candidates: Iterable[Candidate]) -> str | None:
+    for other, sentence in candidates:
+        if evidence.explained_by(other):
+            return sentence
+    return None

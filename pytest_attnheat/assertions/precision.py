@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.differences import check_by_differences
 from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
     Run,
     asking,
     called,
+    check_by_differences,
     check_call,
     check_criteria,
     copies,
@@ -206,6 +206,7 @@ def _compare(
             given = {**given, "reference": reference}
             described, call, names = described_call(function, inputs, given)
             run, expected = asking(described), described.expected()
+            criteria = replace(criteria, tolerance=described.tolerance or 0.0)
             run_reference = None if expected is None else asking(expected)
         else:
             subject, call, run = called(function, inputs, given)
@@ -246,10 +247,6 @@ def judge_call(
         output: Whether the output is judged.
         mask_shape: The shape of the mask as the caller has it, which places are named by.
         explain: Whether a failure looks for what was computed instead, which takes time.
-
-    Raises:
-        Failure: Some element is off by more than is allowed.
-        Exception: As `assert_matches_reference`.
     """
     __tracebackhide__ = True
     check_call(call)
@@ -276,6 +273,7 @@ def judge_call(
             fully_masked=masked_rows,
             top_score=expected.top_score,
             factor=criteria.factor,
+            tolerance=criteria.tolerance,
             repeat=f"seed={criteria.seed}",
             broken=[one.name for one in judgements if bool(one.broken.any())],
             # Beside a reference of the caller's no mistake is known.
@@ -408,6 +406,7 @@ def _judge(
         scale,
         least,
         factor=criteria.factor,
+        tolerance=criteria.tolerance,
         dtype=call.query.dtype,
         judged=judged,
     )

@@ -95,6 +95,7 @@ class Context:
         fully_masked: (..., query_len), True where a query may attend to no key.
         top_score: The largest permitted score; None if unknown.
         factor: As given by the caller.
+        tolerance: What is allowed anyway, as a part of the largest number of a map.
         repeat: What it takes to see the same again.
         broken: The names of those that are off, the output's whether it is judged or not.
         explain: Whether to look for what was computed instead, which takes time.
@@ -106,6 +107,7 @@ class Context:
     fully_masked: Tensor
     top_score: float | None
     factor: float
+    tolerance: float
     repeat: str
     broken: Collection[str]
     explain: bool
@@ -132,10 +134,12 @@ def judge(
     factor: float,
     dtype: torch.dtype,
     judged: Tensor,
+    tolerance: float = 0.0,
 ) -> Judgement:
     """Lay a tensor of the subject beside its reference; None counts as zeros.
 
-    Where scale and least are 0 the tensor must be exact. It may have fewer than two dimensions,
+    Where scale and least are 0 the tensor must be exact; elsewhere it may be off by `tolerance`, as
+    a part of the largest number of its matrix. It may have fewer than two dimensions,
     as a mask (key_len,): it is judged as a matrix, and named as it is.
     """
     shape = tuple(exact.shape)
@@ -145,13 +149,17 @@ def judge(
     off = ((plain - exact).abs() / scale).nan_to_num(nan=0.0, posinf=0.0)
     # Where the plain computation overflows, it says nothing about rounding.
     usual = off.masked_fill(~judged, 0.0).amax((-2, -1), keepdim=True)
+    allowed = factor * torch.maximum(usual * scale, least)
+    if tolerance:
+        anyway = tolerance * exact.nan_to_num(nan=0.0).abs().amax((-2, -1), keepdim=True)
+        allowed = torch.where(scale + least > 0, torch.maximum(allowed, anyway), allowed)
     return Judgement(
         name=name,
         found=torch.zeros_like(exact) if found is None else _as_matrices(found.detach()).to(exact),
         exact=exact,
         plain=plain,
         scale=scale,
-        allowed=factor * torch.maximum(usual * scale, least),
+        allowed=allowed,
         judged=judged,
         dtype=dtype if found is None else found.dtype,
         shape=shape,
@@ -164,11 +172,7 @@ def _as_matrices(tensor: Tensor) -> Tensor:
 
 
 def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> None:
-    """Raise a failure about the first tensor that breaks the rule.
-
-    Raises:
-        Failure: Some element of some tensor is off by more than is allowed.
-    """
+    """Raise a failure about the first tensor that breaks the rule."""
     __tracebackhide__ = True
     if broken := [judgement for judgement in judgements if judgement.name in context.broken]:
         raise _failure(assertion, broken, context)
@@ -255,6 +259,8 @@ def _compared(one: Judgement, place: tuple[int, ...], context: Context) -> str:
         if math.isfinite(error):
             text += f", the subject {error / plain:.2g} times as much"
     rule = f"factor={context.factor:g} on what rounding may come to"
+    if context.tolerance:
+        rule += f", or tolerance={context.tolerance:g} of the largest number of a head"
     return f"{line}\n{text} ({rule})"
 
 

@@ -49,8 +49,7 @@ import torch
 
 from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.claims import Claim, Spot, find, first_broken
-from pytest_attnheat.assertions.product import Product
-from pytest_attnheat.assertions.reproduction_causes import likely_cause
+from pytest_attnheat.assertions.product import Product, likely_cause
 from pytest_attnheat.assertions.scan import mask_at
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.failure import number_text

@@ -50,10 +50,11 @@ from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
+# So many scores at a time stay near the processor while weights are made of them; on a GPU, to
+# start kernels for fewer takes longer than they do. Products of fewer rows are slow.
+_BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**25, 64
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
-# So many scores at a time stay near the processor while weights are made of them.
-_BLOCK = 2**18
 _EXP_UNITS = 20
 # A score that is off by more than this says no more.
 _LARGEST_EXPONENT = 600.0
@@ -90,7 +91,8 @@ class _Units:
         one: That of the dtype, with what a long sum adds to it.
         sums: That of the dtype that sums are kept in: float32 or wider, as in
             `pytest_attnheat.attention.tolerance`.
-        tiny: The smallest number that the dtype holds.
+        tiny: The smallest number that the dtype holds; on a GPU, whose kernels may take a smaller
+            one for zero, the smallest normal one of float32.
         exp: How far exp is off by its approximation, as a part of itself.
     """
 
@@ -107,6 +109,8 @@ class _Units:
         tiny = info.smallest_normal * info.eps
         is_exact = call.query.dtype == torch.float64
         exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
+        if call.query.device.type != "cpu" and not is_exact:
+            tiny = max(tiny, torch.finfo(torch.float32).smallest_normal)
         return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
 
 
@@ -189,11 +193,19 @@ def plain(call: Call) -> dict[str, Tensor]:
     return found
 
 
-def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+def weights(
+    call: Call, dtype: torch.dtype, *, into: Tensor | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
 
     Keys after the last that causality shows any of these queries are left out, as is the weight of
     a sink. A query that may attend to nothing has zeros.
+
+    Args:
+        call: What is computed.
+        dtype: That of the computation.
+        into: (maps, query_len, key_len), of that dtype: memory that the weights are made in, where
+            there are no sinks.
     """
     flat, own = flattened(call)
     shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
@@ -201,28 +213,33 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
     cut = call.causal and all(one is None for one in unusual)
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
-    rows = max(1, min(call.query_len, _BLOCK // call.key_len))
-    together, device = max(1, _BLOCK // (rows * call.key_len)), call.query.device
+    device = call.query.device
+    block = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
+    rows = min(call.query_len, max(_ROWS, block // call.key_len))
+    together = max(1, block // (rows * call.key_len))
     for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
+        if span.start == 0:
+            mine = {name: _maps_of(tensor, own[name], some) for name, tensor in flat.items()}
+            query, key = (mine[name].to(dtype) for name in ("query", "key"))
+            key = key.mT.expand(len(query), -1, -1)
+            maps = torch.arange(call.maps, device=device)[some]
         end = min(max(span.stop + shift, 1), call.key_len) if cut else call.key_len
-        query, key = (flat[name][own[name][some]] for name in ("query", "key"))
-        products = query[:, span].to(dtype) @ key[:, :end].to(dtype).mT
-        scores = call.capped(products.mul_(call.factor))
-        maps = torch.arange(call.maps, device=device)[some]
+        scores = call.capped(_scaled(query[:, span], key[..., :end], call.factor))
         seen = None if others.sees_all else others.permitted(maps, span)
-        hidden = [] if seen is None else [~seen[..., :end]]
-        for name in ("bias", "mask"):
-            if name in flat:
-                given = flat[name][own[name][some]][:, own_rows(flat[name], span), :end]
-                hidden.append(given == -math.inf if name == "bias" else ~given)
-                scores = scores.add_(given.to(dtype)) if name == "bias" else scores
+        given = {
+            name: mine[name][:, own_rows(mine[name], span), :end]
+            for name in ("bias", "mask")
+            if name in mine
+        }
+        if "bias" in given:
+            scores = scores.add_(given["bias"].to(dtype))
         if positional:
             at = call.positions(maps, span)
             distant = call.distant(at, dtype)
             scores = scores if distant is None else scores.add_(distant[..., :end])
             scores = call.modified(scores, at)
-        for rule in hidden:
-            scores.masked_fill_(rule, -math.inf)
+        for rule in (seen if seen is None else seen[..., :end], given.get("mask")):
+            scores = scores if rule is None else torch.where(rule, scores, -math.inf)
         if cut and (first := max(span.start + shift + 1, 0)) < end:
             stands = torch.arange(span.start, span.stop, device=device)[:, None] + shift
             later = torch.arange(first, end, device=device) > stands
@@ -231,12 +248,25 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
             column = call.sinks.detach().to(dtype)[maps % call.heads, None, None]
             column = column.expand(*scores.shape[:2], 1)
             scores = torch.cat([scores, column], -1)
-        some_empty = hidden or (cut and shift < 0)
+        some_empty = given or seen is not None or (cut and shift < 0)
         empty = scores.amax(-1, keepdim=True).isneginf() if some_empty else None
-        torch.softmax(scores, -1, out=scores)
-        if empty is not None:
-            scores.masked_fill_(empty, 0.0)
-        yield some, span, scores if call.sinks is None else scores[..., :-1]
+        made = scores if into is None or call.sinks is not None else into[some, span, :end]
+        torch.softmax(scores, -1, out=made)
+        if empty is not None and bool(empty.any()):
+            made.masked_fill_(empty, 0.0)
+        yield some, span, made if call.sinks is None else made[..., :-1]
+
+
+def _maps_of(tensor: Tensor, own: Tensor, some: slice) -> Tensor:
+    """What some maps use of a tensor: a view where each has its own, or all of them one."""
+    if len(tensor) == 1:
+        return tensor
+    return tensor[some] if len(tensor) == len(own) else tensor[own[some]]
+
+
+def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """Return factor * left @ right, made in one step."""
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
 
 
 def _once_more(call: Call, *steps: str) -> float:

@@ -118,3 +118,19 @@ def resolve(name: str, *, worker: int = 0, argument: str = "devices") -> torch.d
         listed = ", ".join(_every_device(present))
         raise LookupError(f"attention device {name!r} is absent (present: {listed})")
     return torch.device(kind) if kind == "cpu" else torch.device(kind, number)
+
+
+def fault_of(device: torch.device) -> str:
+    """Return in what words a device fails, if it does; "" if it answers.
+
+    After a fault of a kernel, a GPU answers its process nothing any more but that.
+    """
+    import torch
+
+    if device.type == "cpu" or not hasattr(torch.get_device_module(device), "synchronize"):
+        return ""
+    try:
+        torch.get_device_module(device).synchronize(device)
+    except RuntimeError as error:
+        return str(error).partition("\n")[0]
+    return ""

@@ -6,13 +6,13 @@ What a misreading computes is right attention of another call. What the call lac
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pytest_attnheat.attention.call import FEATURES, Call, Positions
 from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan, defect
@@ -234,12 +234,22 @@ def _slopes_of(count: Callable[[float], float], case: Case, slopes: Tensor) -> T
     return 2.0 ** (-8.0 / heads * torch.arange(1, len(slopes) + 1, dtype=slopes.dtype))
 
 
+def _is_merely_causal(case: Case, hiding: Sequence[str]) -> bool:
+    """Whether the one thing that hides keys is causality, from the top left, in a forward pass."""
+    others = case.mask, case.bias, case.upstream
+    return hiding == ["causal"] and case.alignment == "top_left" and others == (None,) * 3
+
+
 def _padded(block: int, masked_too: bool, case: Case) -> Case:
     """Keys and values of zeros up to a whole block: scores of 0, that is a sink."""
     more = -case.key_len % block
-    shut = any(_has(case, name) for name in _HIDING) or (case.mask is not None and not masked_too)
-    if not more or shut:
+    hiding = [name for name in _HIDING if _has(case, name)]
+    given = hiding or (case.mask is not None and not masked_too)
+    if not more or (given and not _is_merely_causal(case, hiding)):
         return case
+    if hiding:  # a query sees those of its own position and before
+        key, value = (nn.functional.pad(t, (0, 0, 0, more)) for t in (case.key, case.value))
+        return replace(case, key=key, value=value)
     tail = torch.full((case.heads,), math.log(more), dtype=torch.float64)
     return replace(case, sinks=tail if case.sinks is None else case.sinks.double().logaddexp(tail))
 
@@ -405,7 +415,8 @@ BESIDES = (
            form_of="bias_ignored"),
     defect("bias_as_keep",
            "that reads its bias as a boolean mask: it attends where the bias is not 0",
-           misread=[_where_not_zero, lambda case: _where_not_zero(_inverted(case))],
+           misread=[_where_not_zero, lambda case: case if case.bias is None else
+                    _where_not_zero(_inverted(case))],
            fully_masked=ROWS, form_of="bias_ignored"),
 )  # fmt: skip
 

@@ -54,7 +54,7 @@ from pytest_attnheat.contract.needs import (
     takes_mask,
     takes_option,
 )
-from pytest_attnheat.contract.returned_lse import judge_lse
+from pytest_attnheat.contract.returned import judge_lse
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure, Place
 

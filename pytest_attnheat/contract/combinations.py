@@ -81,7 +81,24 @@ class Refusals:
         if is_refusal(error):  # it takes more than two
             graded = chosen["gradients"] != NONE
             self.known[(("gradients", chosen["gradients"]),) if graded else special] = _words(error)
-        return is_refusal(error)
+        elif self._names_two(named, error):
+            self.known[special] = _words(error)
+        return is_refusal(error) or self.known.get(special) is not None
+
+    def _names_two(self, named: Mapping[str, Any], error: Exception) -> bool:
+        """Whether an error is about two of the arguments that were given, by their keywords.
+
+        "attn_mask should not be set when is_causal": a subject may take both in some of its ways
+        to compute, and decline them in others.
+        """
+        if not isinstance(error, RuntimeError | ValueError):
+            return False
+        spec = self.examination.spec
+        of_levels = {"mask": spec.mask_argument, "causal": spec.causal_argument}
+        of_levels["scale"] = spec.scale_argument or ""
+        words = [of_levels.get(name, getattr(spec, name, None)) for name in named]
+        given = {word for word in words if isinstance(word, str) and word}
+        return sum(word in str(error) for word in given) > 1
 
     def _refused(self, some: Levels) -> bool:
         if some not in self.known:

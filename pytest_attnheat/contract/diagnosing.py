@@ -20,7 +20,7 @@ from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.callables import random_kept
+from pytest_attnheat.callables import random_kept, seed_all
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import diagnose_records
@@ -93,7 +93,7 @@ def diagnose(
     last: Diagnosis | None = None
     for name in (name for name in _DTYPES if name in spec.dtypes):
         with one_thread(), random_kept([torch.device(one) for one in (spec.devices or ())[:1]]):
-            torch.manual_seed(seed)
+            seed_all(seed)
             device = torch.device((spec.devices or ("cpu",))[0])
             examination = Examination(spec, getattr(torch, name), device, seed)
             probes, refused_here = _answers(examination)
@@ -137,9 +137,7 @@ def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
 
 
 def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
-    own = spec.tolerance or 0.0
-    coarser = torch.finfo(dtype).eps / torch.finfo(torch.float32).eps
-    return max(answer_tolerance(dtype), own * max(coarser, 1.0))
+    return max(answer_tolerance(dtype), spec.tolerance or 0.0)
 
 
 def _diagnosed(

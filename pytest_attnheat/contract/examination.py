@@ -222,7 +222,9 @@ class Examination:
             "",
             self._run(self.spec, wanted == NONE),
             call,
-            Criteria(reference=self._reference(), seed=self.seed),
+            Criteria(
+                reference=self._reference(), seed=self.seed, tolerance=self.spec.tolerance or 0.0
+            ),
             names=names,
             code=self.spec.subject,
             explain=explain,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -33,7 +35,10 @@ def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecor
         inputs = draw("block", 0, _BATCH, _LENGTH, width).to(dtype)
         return AttentionSpec(subject, inputs=inputs, causal=None)
     if getattr(subject, "__module__", "") == "torch.nn.attention.flex_attention":
-        return AttentionSpec(_flex, name="flex_attention")
+        if not is_compiled(subject):
+            return AttentionSpec(_flex, name="flex_attention")
+        compiled = partial(_flex, attend=cast(Callable[..., Any], subject))
+        return AttentionSpec(compiled, name="flex_attention (compiled)", few_shapes=True)
     return AttentionSpec(subject)
 
 
@@ -56,8 +61,9 @@ def _flex(
     *,
     scale: float | None = None,
     enable_gqa: bool = False,
+    attend: Callable[..., Any] | None = None,
 ) -> Any:
-    """`flex_attention`, with a mask as its block mask."""
+    """`flex_attention`, or what it was compiled to, with a mask as its block mask."""
     import warnings
 
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -75,6 +81,8 @@ def _flex(
         block_mask = create_block_mask(
             may_attend, shape[0], shape[1], shape[2], shape[3], device=str(query.device)
         )
+    if attend is not None:
+        return attend(query, key, value, block_mask=block_mask, scale=scale, enable_gqa=enable_gqa)
     # Not compiled: each of the many small shapes would be compiled anew, and, even where nobody
     # compiles, traced anew.
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6

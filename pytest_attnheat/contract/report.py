@@ -13,7 +13,6 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.block_checks import ORDERLESS
 from pytest_attnheat.contract.combinations import Replay
-from pytest_attnheat.contract.data import report_data
 from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Check
@@ -26,6 +25,7 @@ from pytest_attnheat.contract.running import (
     checks_of,
     diagnosis_of,
     examinations_of,
+    report_data,
     run_check,
 )
 from pytest_attnheat.contract.spec import AttentionSpec

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 import inspect
+import math
 import traceback
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour import sequences
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.attention.devices import names_of, resolve
+from pytest_attnheat.attention.devices import fault_of, names_of, resolve
 from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.captured import diagnose_records, records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.combinations import REPLAY
-from pytest_attnheat.contract.data import as_data
 from pytest_attnheat.contract.declarations import hints_of, wrong_declaration
 from pytest_attnheat.contract.diagnosing import diagnose
 from pytest_attnheat.contract.diagnosis import Diagnosis
@@ -96,7 +98,7 @@ def diagnosis_of(
         return None, ""
     try:
         if not spec.is_block:
-            return diagnose(spec, seed=seed), ""
+            return diagnose(replace(spec, devices=[result.device]), seed=seed), ""
         if result.name == "attention_inside":
             return diagnose_records(spec, search=search), ""
         if again is None:
@@ -203,13 +205,30 @@ def examinations_of(
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
-    """Run one check; whatever the subject raises is an answer."""
+    """Run one check; whatever the subject raises is an answer.
+
+    So is a fault of its device, whatever was answered; nothing is asked of a device after one.
+    """
     dtype, device = dtype_name(examination.dtype), str(examination.device)
     result = Result(check.name, dtype, device, "passed")
     try:
         resolve(device)
     except LookupError as absent:
         return result.saying("skipped", str(absent))
+    if fault := fault_of(examination.device):
+        return result.saying("skipped", f"this process has lost its GPU: {fault}")
+    result = _asked(result, check, examination, expected)
+    if fault := fault_of(examination.device):
+        lost = (
+            f"the subject left its GPU unusable: {fault}",
+            "  hint     isolate=True, or --attn-isolate, asks it in a process of its own, with the "
+            "call that does it",
+        )
+        return result.saying("failed", "\n".join(lost))
+    return result
+
+
+def _asked(result: Result, check: Check, examination: Examination, expected: str | None) -> Result:
     try:
         if unmet := examination.spec.unmet:
             raise Skipped(unmet)
@@ -284,3 +303,73 @@ def _is_random(examination: Examination) -> bool:
     except Exception:  # then that is what is wrong
         return False
     return not torch.equal(first.nan_to_num(), second.nan_to_num())
+
+
+# --- a report as plain data: what `json.dumps` writes, for people and programs that mend code
+
+# Raised when a key changes its meaning or goes; a new key does not raise it.
+VERSION = 1
+
+
+def as_data(value: Any) -> Any:
+    """Return a value as texts, numbers, lists and dictionaries.
+
+    A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
+    name; a function or a module goes by its name. Of a dataclass, tensors are left out.
+    """
+    if isinstance(value, str):
+        return str(value)  # of a subclass as well, which workers cannot send
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {str(name): as_data(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [as_data(one) for one in value]
+    if isinstance(value, Tensor):
+        return f"{dtype_name(value)} {tuple(value.shape)}"
+    if isinstance(value, torch.dtype):
+        return dtype_name(value)
+    if is_dataclass(value) and not isinstance(value, type):
+        given = {one.name: getattr(value, one.name) for one in fields(value)}
+        return {name: as_data(one) for name, one in given.items() if not isinstance(one, Tensor)}
+    return str(getattr(value, "__qualname__", type(value).__qualname__))
+
+
+def report_data(
+    spec: Any, results: Sequence[Mapping[str, Any]], diagnosis: Any, hints: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Return a report as plain data.
+
+    Args:
+        spec: What was examined, a specification or its data.
+        results: `Result.as_dict()` of each.
+        diagnosis: What it computes instead, a `Diagnosis` or its data; None without one.
+        hints: What a reader may want to declare or know.
+        seed: Where the inputs were drawn from.
+    """
+    counts = Counter(result["status"] for result in results)
+    return {
+        "version": VERSION,
+        "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
+        "passed": not counts["failed"] and counts["skipped"] < len(results),
+        "counts": {status: counts[status] for status in ("passed", "failed", "skipped", "xfailed")},
+        "spec": spec if isinstance(spec, Mapping) else spec_data(spec),
+        "seed": seed,
+        "hints": list(hints),
+        "diagnosis": diagnosis_data(diagnosis),
+        "results": list(results),
+    }
+
+
+def spec_data(spec: Any) -> dict[str, Any]:
+    """Return what a specification declares, and which of it was typed."""
+    names = [one.name for one in fields(spec) if not one.name.startswith("_")]
+    said = {name: as_data(getattr(spec, name)) for name in names}
+    return said | {"typed": sorted(spec.typed)}
+
+
+def diagnosis_data(diagnosis: Any) -> Any:
+    """Return a diagnosis as data."""
+    return diagnosis.as_dict() if hasattr(diagnosis, "as_dict") else as_data(diagnosis)

@@ -79,8 +79,8 @@ class AttentionSpec:
             `"uniform"` (the mean of all values), `"nan"`, or `"undefined"`: not judged.
         dtypes: The dtypes in which it is examined.
         devices: The devices; all that are present by default.
-        tolerance: How far its float32 output may be off, as a part of its size; by default as
-            `assert_matches_reference`.
+        tolerance: How far its output and its gradients may be off besides rounding, as a part of
+            the largest number of a head; by default as `assert_matches_reference` allows.
         softcap: Scores become softcap * tanh(score / softcap): a number that it always uses, or
             the keyword under which it takes one; by default a keyword such as `softcap` that its
             signature has. Likewise all that follows where a keyword is accepted.

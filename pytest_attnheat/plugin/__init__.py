@@ -41,7 +41,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
         checking.replayed(config)  # what is mistyped is an error at once
     if config.getoption("attn_json") and not hasattr(config, "workerinput"):
-        from pytest_attnheat.plugin.json_file import JsonFile
+        from pytest_attnheat.plugin.summary import JsonFile
 
         path = Path(config.invocation_params.dir, config.getoption("attn_json"))
         config.pluginmanager.register(JsonFile(path), "attnheat_json")

@@ -174,8 +174,8 @@ class _Examined:
     def __init__(
         self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check] | None
     ) -> None:
-        from pytest_attnheat.contract.data import spec_data
         from pytest_attnheat.contract.declarations import hints_of
+        from pytest_attnheat.contract.running import spec_data
 
         self.config, self.spec, self.checks = config, spec, checks
         self.told: dict[str, Any] = {"subject": spec.name, "hints": list(hints_of(spec))}
@@ -218,8 +218,7 @@ class _Examined:
         shown = sentence and f"diagnose: {sentence}"
         if "diagnosis" in self.told and not self.spec.is_block:
             return shown, None, ""
-        from pytest_attnheat.contract.data import diagnosis_data
-        from pytest_attnheat.contract.running import diagnosis_of
+        from pytest_attnheat.contract.running import diagnosis_data, diagnosis_of
 
         search, worker = not sentence, self._worker
         if worker is None:

@@ -6,6 +6,7 @@ that workers need nothing else to hand them on.
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.plugin.naming import SUFFIXES
+from pytest_attnheat.plugin.naming import SUFFIXES, TRACE_SUFFIX
 
 # What a report carries its comparisons and its verdict as, and a worker the baselines it uses.
 COMPARED = "attnheat_compared"
@@ -33,7 +34,7 @@ class Outcome(NamedTuple):
     Attributes:
         baseline: its path, as shown.
         status: that of the verdict, or "written".
-        compared: "data", "pixels".
+        compared: "data", "sketch", "pixels".
         drawn_by: the matplotlib of the baseline.
         reason: one line.
         pictures: files left behind, by name.
@@ -123,12 +124,19 @@ def _of_pictures(config: pytest.Config, reports: Sequence[pytest.TestReport]) ->
     outcomes = [Outcome(**one) for report in reports for one in getattr(report, COMPARED, ())]
     compared = [outcome for outcome in outcomes if outcome.status != "written"]
     if compared:
-        kinds = ("data", "pixels")
-        data, pixels = (sum(kind in outcome.compared for outcome in compared) for kind in kinds)
-        yield f"{data} compared as data, {pixels} as pixels"
+        kinds = ("data", "pixels", "sketch")
+        data, pixels, sketches = (sum(kind in o.compared for o in compared) for kind in kinds)
+        pooled = f", {sketches} with a sketch of pooled weights" if sketches else ""
+        yield f"{data} compared as data, {pixels} as pixels{pooled}"
     without_data = [o.baseline for o in compared if o.compared == ("pixels",)]
     if without_data:
         yield f"compared by pixels alone, as they carry no data: {', '.join(without_data)}"
+    unsketched = [o.baseline for o in compared if o.status == "pooled"]
+    if unsketched:
+        yield (
+            f"compared by pooled weights alone, as they carry no sketch: {', '.join(unsketched)}; "
+            "to refresh them: pytest --attn-update=all"
+        )
     other_text = [outcome for outcome in compared if outcome.status == "text"]
     if other_text:
         versions = ", ".join(sorted({outcome.drawn_by for outcome in other_text}))
@@ -156,7 +164,11 @@ def _unused(config: pytest.Config) -> Iterator[str]:
     for folder in sorted(folders):
         for path in sorted(folder.glob("*")):
             is_used = any(path.match(pattern) for pattern in used)
-            if path.suffix in SUFFIXES and not is_used and not path.name.startswith("."):
+            if (
+                path.suffix in (*SUFFIXES, TRACE_SUFFIX)
+                and not is_used
+                and not path.name.startswith(".")
+            ):
                 yield f"unused {shown(config, path)}"
 
 
@@ -281,3 +293,46 @@ def _by_reason(failed: Sequence[Found]) -> Iterator[tuple[str, str]]:
         yield "because", f"{', '.join(names[:3])}{others}: {reason or 'the test itself failed'}"
     if len(checks) > _MOST_KINDS:
         yield "because", f"... and {len(checks) - _MOST_KINDS} more reasons"
+
+
+# -- as data: `--attn-json`: what the examination found, in one file ------------------------------
+
+
+class JsonFile:
+    """Gathers the verdicts of a run, those of workers too, and writes them when it ends."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._subjects: dict[tuple[str, str], list[dict[str, Any]]] = {}
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Keep the verdict of a check."""
+        verdict = verdict_of(report)
+        if verdict is not None:
+            subject = verdict["where"], verdict["subject"]
+            self._subjects.setdefault(subject, []).append(dict(verdict))
+
+    # After all others: some may still fail.
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self) -> None:
+        """Write the file, whole or not at all."""
+        from pytest_attnheat.contract.running import VERSION
+
+        subjects = [_subject(where, found) for (where, _), found in sorted(self._subjects.items())]
+        text = json.dumps({"version": VERSION, "subjects": subjects}, indent=1, allow_nan=False)
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        part.write_text(f"{text}\n", encoding="utf-8")
+        part.replace(self._path)
+
+
+def _subject(where: str, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What `Report.as_dict` says of one subject, and where it was examined."""
+    from pytest_attnheat.contract.running import report_data
+
+    diagnosed = [verdict["diagnosed"] for verdict in found if "diagnosed" in verdict]
+    hints = list(dict.fromkeys(hint for verdict in found for hint in verdict["hints"]))
+    found = sorted(found, key=lambda verdict: verdict["number"])  # workers end in any order
+    results = [verdict["result"] | {"status": verdict["outcome"]} for verdict in found]
+    data = report_data(found[0]["spec"], results, next(iter(diagnosed), None), hints, 0)
+    return {"where": where, **data}

@@ -10,11 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, output_place
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, wrong_shape
 from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.behaviour.subject import coarsest, for_each_query_head, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_relative,
+    coarsest,
+    for_each_query_head,
+    output_place,
+    settled,
+)
 from pytest_attnheat.attention.chunks import index_of, query_chunks
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.callables import borrowed

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows
 from pytest_attnheat.assertions.behaviour.functions import (
     MASK,
     AttentionFunction,
@@ -29,7 +28,12 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     tokens_off,
 )
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
-from pytest_attnheat.assertions.behaviour.subject import check_count, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_count,
+    check_relative,
+    check_rows,
+    settled,
+)
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.scoring import broadcast
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
@@ -162,12 +166,7 @@ def _check(
 
 
 def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:
-    """Yield how a sequence is cut; the first chunk has a token after all padding.
-
-    Raises:
-        TypeError: A size is not a whole number.
-        ValueError: There is nothing to decode, or the sizes do not add up.
-    """
+    """Yield how a sequence is cut; the first chunk has a token after all padding."""
     length = decoder.subject.observers
     if length < 2:
         raise ValueError(misuse(_NAME, f"a sequence of {length} token", "two or more"))
@@ -206,9 +205,6 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
     Args:
         subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
         alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
-
-    Raises:
-        ValueError: It is not causal, or the lengths do not fit.
     """
     if alignment is not None:
         one_of("alignment", alignment, ALIGNMENTS)

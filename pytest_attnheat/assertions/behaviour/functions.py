@@ -64,6 +64,10 @@ class Described(Protocol):
     def gradients(self) -> bool:
         """Whether it has gradients."""
 
+    @property
+    def tolerance(self) -> float | None:
+        """How far it may be off anyway, as a part of the largest number of a head."""
+
 
 def as_described(function: object) -> Described | None:
     """Return a function that says what it does of itself; None for any other."""

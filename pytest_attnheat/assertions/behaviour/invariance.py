@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_relative,
+    check_rows,
+    coarsest,
+    differ,
+    holds,
+    output_place,
+    settled,
+)
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.inputs import misuse
 

@@ -11,12 +11,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative, check_rows, output_place
 from pytest_attnheat.assertions.behaviour.functions import MASK
 from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import coarsest, differ, holds, settled
+from pytest_attnheat.assertions.behaviour.subject import (
+    check_relative,
+    check_rows,
+    coarsest,
+    differ,
+    holds,
+    output_place,
+    settled,
+)
 from pytest_attnheat.attention.backward import names_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.mistakes import finite
@@ -417,8 +424,12 @@ def _stepped(name: str, tensor: Tensor) -> Tensor | None:
 
 
 def _shifted(name: str, tensor: Tensor) -> Tensor | None:
-    memory = torch.cat([tensor.flatten()[-1:], tensor.flatten()])
-    return memory[1:].view(tensor.shape)
+    # Kernels of a GPU load 16 bytes at once. Some of PyTorch's fault elsewhere, and with a fault
+    # the whole process loses its GPU.
+    step = 1 if tensor.device.type == "cpu" else max(1, _ALIGNED // tensor.element_size())
+    flat = tensor.flatten()
+    memory = torch.cat([flat[-1:].expand(step), flat])
+    return memory[step:].view(tensor.shape)
 
 
 def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
@@ -450,12 +461,13 @@ def packed_together(given: _Tensors) -> _Tensors:
     }
 
 
+_ALIGNED = 16  # bytes
 # In words, and how; None where a tensor cannot lie so.
 _LAYOUTS: dict[str, _Layout] = {
     "permuted from {}": _permuted,
     "transposed, the last dimension not contiguous": _transposed,
     "sliced, every second row of a larger tensor": _stepped,
-    "at a storage offset of one element": _shifted,
+    "at another storage offset": _shifted,
 }
 
 

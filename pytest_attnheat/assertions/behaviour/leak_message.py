@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
 from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds
+from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds, output_place
 from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.failure import Checked, Failure, Place

@@ -8,12 +8,11 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import check_relative
 from pytest_attnheat.assertions.behaviour.leak_message import describe, describe_not_finite
 from pytest_attnheat.assertions.behaviour.leak_search import Search
 from pytest_attnheat.assertions.behaviour.memory import claims_of
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import check_count, settled
+from pytest_attnheat.assertions.behaviour.subject import check_count, check_relative, settled
 from pytest_attnheat.assertions.behaviour.visibility import Stated
 from pytest_attnheat.attention.vocabulary import Alignment, Side
 from pytest_attnheat.callables import borrowed

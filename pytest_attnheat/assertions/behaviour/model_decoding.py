@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import (
@@ -17,7 +16,7 @@ from pytest_attnheat.assertions.behaviour.sequences import (
     decoded,
     refuse_unused_cache,
 )
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.inputs import misuse
 

@@ -10,10 +10,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import output_place
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds
+from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
 from pytest_attnheat.assertions.behaviour.visibility import (
     Claim,
     Embedded,

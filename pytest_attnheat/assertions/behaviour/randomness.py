@@ -13,12 +13,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import check_rows, relative_change
 from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights, why_factor
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import check_count
+from pytest_attnheat.assertions.behaviour.subject import check_count, check_rows, relative_change
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.callables import borrowed, identical, modules_in, parameters_of, random_states
 from pytest_attnheat.failure import Checked, Failure, Place

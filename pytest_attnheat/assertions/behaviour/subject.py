@@ -6,27 +6,30 @@ one sequence and returns one. Both have the same methods: `models.Subject` is ei
 
 Query heads that follow one another may share one head of keys and values: then `group` is how
 many share one; with 1, everything stays as it is, also without any heads.
+
+Two outputs are compared row by row. A row is one position of the output. It is off by the root mean
+square of its difference, as a part of its size: the root mean square of what it should be, or of
+the median row where that is larger, so that a row of zeros has a scale.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.difference import relative_change
+from pytest_attnheat.attention.chunks import index_of
+from pytest_attnheat.attention.outcomes import rms
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import identical, modules_in
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.callables import identical, modules_in, seed_all
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import check_tolerance, misuse
 
 
 def check_count(inputs: Sequence[object], assertion: str) -> None:
-    """Refuse what are inputs neither of an attention function nor of a sequence model.
-
-    Raises:
-        TypeError: There are neither three of them nor one.
-    """
+    """Refuse what are inputs neither of an attention function nor of a sequence model."""
     if len(inputs) not in (1, 3):
         raise TypeError(
             f"{assertion}: got {len(inputs)} inputs; accepted is query, key and value of an "
@@ -35,12 +38,7 @@ def check_count(inputs: Sequence[object], assertion: str) -> None:
 
 
 def as_input(tensor: object, name: str) -> Tensor:
-    """Return an input of a subject, detached.
-
-    Raises:
-        TypeError: Not a dense tensor that holds numbers.
-        ValueError: No elements.
-    """
+    """Return an input of a subject, detached."""
     accepted = "a dense torch.Tensor with numbers in it"
     if not isinstance(tensor, Tensor):
         raise TypeError(misuse(name, type(tensor).__name__, accepted))
@@ -59,7 +57,7 @@ def as_input(tensor: object, name: str) -> Tensor:
 def begin(seed: int | None) -> None:
     """Start the random numbers of a call, if there is a seed for them."""
     if seed is not None:
-        torch.manual_seed(seed)
+        seed_all(seed)
 
 
 def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed: int) -> Tensor:
@@ -70,9 +68,6 @@ def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed
         call: Calls it.
         training: Whether the caller allows randomness: then every call starts from `seed`.
         seed: That seed.
-
-    Raises:
-        ValueError: The two outputs differ by more than rounding, and `training` is False.
     """
     begin(seed if training else None)
     first = call()
@@ -165,3 +160,122 @@ def _grouped(of_queries: Tensor, group: int, dim: int) -> Tensor:
     # Counted from the end, a dimension is then that of the heads within a group.
     assert dim < 0
     return torch.unflatten(of_queries, dim, (-1, group))
+
+
+def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = False) -> float:
+    """Return the tolerance that the caller gave, as `check_tolerance`; for None, of the dtype."""
+    default = tolerance is None
+    return output_tolerance(dtype, strict=strict) if default else check_tolerance(tolerance)
+
+
+def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.0) -> Tensor:
+    """Return by what part of its size each row of `got` is off.
+
+    Args:
+        got: (..., length, width)
+        expected: The same shape, on any device.
+        floor: The size that a row has at least, where all of them may be nothing but rounding.
+
+    Returns:
+        (..., length) in float64. A row with NaN or inf is off by inf, also where both have it.
+    """
+    wanted = expected.detach().to(got.device, torch.float64)
+    size = rms(wanted)
+    usual = size.masked_fill(size.isinf(), torch.nan).nanmedian().nan_to_num(nan=0.0)
+    off = rms(got.detach().to(torch.float64) - wanted)
+    relative = off / torch.maximum(size, usual).clamp(min=floor)
+    relative = torch.where(off == 0, torch.zeros_like(off), relative)
+    return relative.nan_to_num(nan=torch.inf, posinf=torch.inf)
+
+
+def check_rows(
+    assertion: str,
+    got: Tensor,
+    expected: Tensor,
+    *,
+    claim: str | Callable[[Tensor], str],
+    allowed: float | Tensor,
+    judged: Tensor | None = None,
+    may_be_none: bool = False,
+    floor: float | Tensor = 0.0,
+    place: Callable[[tuple[int, ...]], str] | None = None,
+    cause: Callable[[Tensor], str | None] | None = None,
+    repeat: str | None = None,
+    again: Callable[[], object] | None = None,
+) -> None:
+    """Raise a Failure if any judged row of `got` is not what is expected.
+
+    As long as none is, the host reads once from the device.
+
+    Args:
+        assertion: Its name.
+        got: (..., length, width)
+        expected: The same shape.
+        claim: What broken rows do, for instance "outputs change with the padding"; or what says
+            so, from the relative changes (..., length), 0 where not judged.
+        allowed: The largest relative change of a row.
+        judged: Which rows are judged, boolean (..., length); all by default.
+        may_be_none: Whether it is right that no row is judged.
+        floor: The size that a row has at least, see `relative_change`.
+        place: Names a row by its index; "output[0, 3]" by default.
+        cause: Looks at the same changes for a likely cause.
+        repeat: What it takes to see the same again.
+        again: Makes the call once more that gave `got`.
+    """
+    __tracebackhide__ = True
+    change = relative_change(got, expected, floor=floor)
+    if judged is None:
+        judged = torch.ones_like(change, dtype=torch.bool)
+    judged = judged.to(change.device).expand(change.shape)
+    change = change.masked_fill(~judged, 0.0)
+    broken = ~(change <= allowed)
+    counted, wrong = torch.stack([judged.sum(), broken.sum()]).tolist()
+    if counted == 0 and not may_be_none:
+        raise ValueError(f"{assertion}: no row of the output is left to compare")
+    if wrong == 0:
+        return
+    limit = float(allowed)
+    worst = index_of(change.argmax(), change.shape)
+    first = index_of(broken.flatten().int().argmax(), broken.shape)
+    name = place or output_place
+
+    def placed(index: tuple[int, ...], beside: str = "") -> Place:
+        said = f"{name(index)} {_off(got, expected, change, index)}{beside}"
+        return Place(said, index, float(change[index]))
+
+    raise Failure(
+        assertion,
+        claim if isinstance(claim, str) else claim(change),
+        broken=wrong,
+        of=counted,
+        worst=placed(worst, f" (allowed {limit:.1e})"),
+        first=None if first == worst else placed(first),
+        cause=cause(change) if cause is not None else None,
+        tensor=Checked.of(got),
+        tolerance=limit,
+        repeat=repeat,
+        again=again,
+    )
+
+
+def output_place(index: tuple[int, ...], name: str = "output") -> str:
+    """Name a row of the output, or of another tensor."""
+    return f"{name}[{', '.join(map(str, index))}]"
+
+
+def _off(got: Tensor, expected: Tensor, change: Tensor, index: tuple[int, ...]) -> str:
+    """Say how far a row is off: absolutely, and as a part of its size."""
+    row, wanted = got[index].detach(), expected[index].detach().to(got.device)
+    if not bool(row.isfinite().all()):
+        return f"holds {_not_finite(row)}"
+    if not bool(wanted.isfinite().all()):
+        return f"is compared with a row that holds {_not_finite(wanted)}"
+    largest = float((row.double() - wanted.double()).abs().max())
+    said = f"is off by up to {largest:.3g}"
+    # Where most rows are zeros there is no size to compare with.
+    share = float(change[index])
+    return f"{said}, {share:.2g} of its size" if math.isfinite(share) else said
+
+
+def _not_finite(row: Tensor) -> str:
+    return "nan" if bool(row.isnan().any()) else "inf"
