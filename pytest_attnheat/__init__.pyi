@@ -53,6 +53,7 @@ from .attention.scoring import (
     ScaledDotProductScore as ScaledDotProductScore,
     register_scoring_function as register_scoring_function,
 )
+from .baselines.traces import assert_same_attention as assert_same_attention
 from .capture import (
     CaptureError as CaptureError,
     CaptureMemoryError as CaptureMemoryError,

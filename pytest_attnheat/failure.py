@@ -33,11 +33,13 @@ class Place:
             1.0e-05)".
         index: Its index, as far as one number or row can be pointed at; else None.
         value: What was found there; None where that is no number.
+        tensor: What it is a place in, "output" or "query.grad", where several were compared.
     """
 
     text: str
     index: tuple[int, ...] | None = None
     value: float | None = None
+    tensor: str | None = None
 
     def __str__(self) -> str:
         """Say it."""

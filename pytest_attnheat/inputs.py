@@ -37,6 +37,19 @@ def one_of(name: str, given: object, known: Sequence[str]) -> None:
         raise ValueError(misuse(name, repr(given), f"one of {', '.join(map(repr, known))}"))
 
 
+# Before torch is loaded, names of dtypes are read too.
+DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
+
+
+def dtype_names(name: str, given: object) -> tuple[str, ...]:
+    """Return one or several names of dtypes as a tuple; ValueError for anything else."""
+    names = (given,) if isinstance(given, str) else given
+    if not isinstance(names, (tuple, list)) or not all(one in DTYPE_NAMES for one in names):
+        accepted = f"one or a list of {', '.join(DTYPE_NAMES)}"
+        raise ValueError(misuse(name, repr(given), accepted))
+    return tuple(names)
+
+
 def whole_number(name: str, given: object, *, least: int) -> int:
     """Return a whole number of Python, NumPy or torch.
 

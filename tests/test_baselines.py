@@ -1,5 +1,7 @@
 """A marked picture is compared with its baseline, and never passes without."""
 
+import os
+
 import matplotlib
 import numpy as np
 import pytest
@@ -149,7 +151,7 @@ def test_no_picture_no_baseline_and_an_error_fail_in_every_mode(pytester, mode):
     )
     result = pytester.runpytest(*mode)
     result.assert_outcomes(failed=5, skipped=1)
-    for returned in ("NoneType", "ndarray"):
+    for returned in ("None", "ndarray"):
         result.stdout.fnmatch_lines([f"*the test returned {returned}*return show_heatmaps(...)*"])
     result.stdout.fnmatch_lines(["E * KeyError: 'mine'"])
     result.stdout.fnmatch_lines(["*there is no baseline *test_missing.png yet"])
@@ -215,6 +217,54 @@ def test_two_tests_that_share_a_file_fail_both(pytester, mode):
     )
 
 
+SHARED = """
+import numpy as np, pytest
+from pytest_attnheat import show_heatmaps
+
+@pytest.mark.parametrize("factor", [1, 1 + 1e-7, 0.5])
+@pytest.mark.heatmap_compare(share=True)
+def test_kernels(factor):
+    return show_heatmaps(np.eye(4) * factor, "Keys", "Queries")
+"""
+
+
+def test_implementations_that_say_so_share_one_baseline(pytester):
+    pytester.makepyfile(test_a=SHARED.replace(", 0.5", ""))
+    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=2)
+    files = [path.name for path in (pytester.path / "baseline_images").iterdir()]
+    assert files == ["test_a.test_kernels.png"]
+    pytester.makepyfile(test_a=SHARED)
+    result = pytester.runpytest("--attn-update=missing")
+    result.assert_outcomes(passed=2, failed=1)
+    result.stdout.fnmatch_lines(["FAILED test_a.py::test_kernels[[]0.5] *"])
+
+
+def test_what_a_test_of_this_run_wrote_is_not_written_anew_by_one_that_differs(pytester):
+    pytester.makepyfile(test_a=SHARED)
+    pytester.runpytest("--attn-update=all").assert_outcomes(passed=2, failed=1)
+
+
+@pytest.mark.parametrize("how", ["a file is in the way", "a pipe is the baseline"])
+def test_what_cannot_be_written_or_read_does_not_hide_the_message(pytester, generate, how):
+    pytester.makepyfile(test_a=PICTURE.replace("np.eye(6)", "np.eye(6) / 2"))
+    generate()
+    pytester.makepyfile(test_a=PICTURE)
+    if how.startswith("a file"):
+        (pytester.path / "attn-artifacts").write_text(how)
+        lines = [
+            "*the data differ from the baseline *: 6 of 36 cells differ",
+            "*pictures * not writ*",
+        ]
+    else:
+        baseline = pytester.path / "baseline_images" / "test_a.test_picture.png"
+        baseline.unlink()
+        os.mkfifo(baseline)
+        lines = ["*cannot be read: it is not a file, but a folder, a pipe or a device"]
+    result = pytester.runpytest()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(lines)
+
+
 def test_two_files_of_one_name_do_not_share_a_baseline_unseen(pytester, mode):
     for folder in ("tests/a", "a"):
         path = pytester.mkdir(folder) if "/" not in folder else pytester.path / folder
@@ -226,7 +276,7 @@ def test_two_files_of_one_name_do_not_share_a_baseline_unseen(pytester, mode):
 
 
 MARKED_WRONGLY = {
-    "tolerence=3": "*got tolerence; accepted is * filename, baseline_dir, tolerance",
+    "tolerence=3": "*got tolerence; accepted is * filename, baseline_dir, *",
     "'a.png'": "*got 'a.png'; accepted is the keyword arguments*",
     "filename='a.jpg'": "*filename: got 'a.jpg'; accepted is a name of letters*",
     "filename='a/b.png'": "*filename: got 'a/b.png'*for folders see baseline_dir=*",
@@ -234,6 +284,8 @@ MARKED_WRONGLY = {
     "filename='a.png.png'": "*with one ending: .png or .svg*",
     "filename=3": "*filename: got 3*",
     "baseline_dir=3": "*baseline_dir: got 3; accepted is a folder",
+    "precision='int8'": "*precision: got 'int8'; accepted is one or a list of float16, *",
+    "share=1": "*share: got 1; accepted is True or False",
     "tolerance='x'": "*tolerance: got 'x'; accepted is a number from 0",
     "tolerance=-1": "*tolerance: got -1*",
     "tolerance=float('nan')": "*tolerance: got nan*",

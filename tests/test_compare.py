@@ -1,5 +1,6 @@
 """Two pictures compared: what differs is found and named, and nothing else is."""
 
+import os
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
+import planted
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -18,7 +20,8 @@ from pytest_attnheat.baselines import judging
 from pytest_attnheat.baselines.compare import compare_data
 from pytest_attnheat.heatmaps import record
 
-GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (12, 12, 64, 64), (1, 1, 512, 512)]
+GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (1, 1, 512, 512)]
+PLANTED = [(1, 1, 10), (2, 4, 16), (1, 1, 512)]
 
 
 def softmax(*shape, seed=0):
@@ -75,34 +78,134 @@ def small_change(weights):
     weights[last(weights)][2, 3] += 0.001
 
 
-DEFECTS = [transposed, swapped, one_row_one_hot, future_leak, half, logits, small_change]
+def as_users_do(weights, **options):
+    """Draw one map at the default size, and a grid of them at its own."""
+    options = {"figsize": (2.5, 2.5) if weights[..., 0, 0].size == 1 else None, **options}
+    return show_heatmaps(weights, "Keys", "Queries", **options)
 
 
-@pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("defect", DEFECTS)
-def test_every_defect_is_found_in_every_grid(tmp_path, grid, defect):
-    if defect is swapped and grid[:2] == (1, 1):
-        pytest.skip("one head cannot be swapped with itself")
-    weights = softmax(*grid)
-    broken = weights.clone()
-    defect(broken)
-    found = verdict(tmp_path, draw(weights), draw(broken))
-    assert found.status == "data"
-    assert not found.passed
+def shown(weights, **options):
+    """The data of a picture, without any file."""
+    return record.decode(record.encode(as_users_do(weights, **options).picture.shown))
+
+
+@pytest.fixture(scope="module", params=PLANTED, ids=str)
+def planted_grid(request):
+    scores = planted.scores_of(*request.param)
+    return scores, shown(planted.softmax(scores))
+
+
+@pytest.mark.parametrize("kind", planted.KINDS)
+def test_every_planted_change_is_found_and_named_where_all_weights_are_shown(planted_grid, kind):
+    scores, before = planted_grid
+    if kind not in planted.kinds_of(scores.shape[1]):
+        pytest.skip("there is one head alone")
+    found = compare_data(before, shown(planted.KINDS[kind](scores)))
+    assert found is not None
+    if kind in planted.SAID and before.complete:
+        assert any(planted.SAID[kind] in line for line in found.details)
+
+
+def test_of_more_cells_than_a_file_keeps_every_change_is_found():
+    scores = planted.scores_of(12, 12, 96)
+    before = shown(planted.softmax(scores))
+    assert not before.complete
+    for kind in ("a median weight set to 0", "one head times 0.95", "0.2 of a row on a future key"):
+        assert compare_data(before, shown(planted.KINDS[kind](scores))) is not None
+
+
+def test_a_change_that_pooling_hides_is_found_with_its_row_and_column():
+    scores = planted.scores_of(1, 1, 512)
+    before = planted.softmax(scores)
+    after = before.copy()
+    after[0, 0, 301, 100] += 0.001
+    after[0, 0, 300, 100] -= 0.001
+    found = compare_data(shown(before), shown(after))
+    assert found.reason == "weights differ within pooled cells, most in panel [0, 0]"
+    assert found.details[0] == "queries         300, 301 differ"
+    assert found.details[1] == "keys            100 differ"
+    assert found.details[2].startswith("row sums        of 300: expected 1, got 0.999")
+    assert found.worst == (0, 0, 75, 25)
+
+
+def test_queries_that_trade_places_within_pooled_cells_are_named():
+    scores = planted.scores_of(1, 1, 512)
+    found = compare_data(
+        shown(planted.softmax(scores)), shown(planted.KINDS["two queries swapped"](scores))
+    )
+    assert any(
+        "relation        the queries are permuted: 255 shows what was 256, 256 shows what was 255"
+        in line
+        for line in found.details
+    )
+
+
+def test_a_map_with_its_small_weights_removed_is_no_longer_equal(tmp_path):
+    weights = softmax(1, 1, 512, 512)
+    largest = torch.nn.functional.max_pool2d(weights, 4)
+    kept = largest.repeat_interleave(4, -1).repeat_interleave(4, -2)
+    figures = [
+        show_heatmaps(w, "k", "q") for w in (weights, torch.where(weights == kept, weights, 0.0))
+    ]
+    found = verdict(tmp_path, *figures)
+    assert (found.status, found.compared) == ("data", ("data", "sketch"))
+    assert "row sums" in str(found.details)
+
+
+def test_a_mask_that_changed_within_a_pooled_cell_is_a_difference():
+    weights, mask = softmax(1, 1, 512, 512), torch.ones(512, 512).bool()
+    other = mask.clone()
+    other[5, 7] = False
+    weights[0, 0, 5, 7] = 0
+    read = [shown(weights.numpy(), mask=m.numpy()) for m in (mask, other)]
+    assert compare_data(*read).reason == "the mask changed in [0, 0], within pooled cells"
+    again = shown(weights.numpy(), mask=mask.expand(1, 1, 512, 512).contiguous().numpy())
+    assert compare_data(read[0], again) is None
+    assert "the picture has none" in compare_data(read[0], shown(weights.numpy())).reason
+
+
+def test_a_pooled_baseline_from_before_there_were_sketches_is_still_read(tmp_path):
+    figure = show_heatmaps(softmax(512, 512), "k", "q")
+    whole = figure.picture.shown
+    figure.picture.shown = replace(whole, whole=None)
+    judging.save(figure, tmp_path / "a.png")
+    figure.picture.shown = whole
+    found = judging.check(figure, tmp_path / "a.png", tmp_path)
+    assert (found.status, found.passed, found.compared) == ("pooled", True, ("data", "pixels"))
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
 @pytest.mark.parametrize("grid", GRIDS)
 def test_the_same_picture_is_equal(tmp_path, grid, kind):
-    found = verdict(tmp_path, draw(softmax(*grid)), draw(softmax(*grid)), kind)
-    assert (found.status, found.compared) == ("equal", ("data", "pixels"))
+    figures = [as_users_do(softmax(*grid).numpy()) for _ in range(2)]
+    found = verdict(tmp_path, *figures, kind)
+    kinds = ("data", "pixels") if grid[-1] < 90 else ("data", "sketch", "pixels")
+    assert (found.status, found.compared) == ("equal", kinds)
 
 
-@pytest.mark.parametrize("kind", ["png", "svg"])
-def test_rounding_on_another_device_is_no_difference(tmp_path, kind):
-    weights = softmax(4, 4, 32, 32)
+@pytest.mark.parametrize(
+    ("grid", "kind"),
+    [
+        ((4, 4, 8, 8), "png"),
+        ((4, 4, 8, 8), "svg"),
+        ((1, 1, 300, 300), "png"),
+        ((12, 12, 90, 90), "png"),
+    ],
+)
+def test_rounding_on_another_device_is_no_difference(tmp_path, grid, kind):
+    weights = softmax(*grid)
     other = weights * (1 + 1e-6 * torch.randn(weights.shape))
-    assert verdict(tmp_path, draw(weights), draw(other), kind).status == "equal"
+    before, after = (as_users_do(w.numpy()) for w in (weights, other))
+    assert verdict(tmp_path, before, after, kind).status == "equal"
+
+
+def test_a_cell_of_another_colour_is_found_where_a_file_does_not_keep_all_cells(tmp_path):
+    weights = softmax(12, 12, 90, 90).numpy()
+    before, after = (as_users_do(w) for w in (weights, weights.copy()))
+    assert after.picture.shown.whole is not None
+    after.picture.shown.cells.values[3, 4, 5, 6] += 0.02
+    after.picture._sheets.clear()  # drawn with the old value
+    assert verdict(tmp_path, before, after).status == "panels"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -312,15 +415,23 @@ def test_a_baseline_is_never_half_written(tmp_path, monkeypatch):
     judging.save(draw(softmax(1, 1, 4, 4)), path)
     whole = path.read_bytes()
 
-    def fails(self, name, **options):
-        Path(name).write_bytes(b"half")
+    def fails(self, other):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Figure, "savefig", fails)
+    monkeypatch.setattr(Path, "replace", fails)
     with pytest.raises(KeyboardInterrupt):
         judging.save(draw(softmax(1, 1, 4, 4)), path)
     assert path.read_bytes() == whole
     assert [file.name for file in tmp_path.iterdir()] == ["a.png"]
+
+
+def test_what_a_killed_process_left_is_removed_when_a_baseline_is_written(tmp_path):
+    old, new = tmp_path / ".attnheat-old", tmp_path / ".attnheat-new"
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    judging.write(b"whole", tmp_path / "a.png")
+    assert sorted(file.name for file in tmp_path.iterdir()) == [".attnheat-new", "a.png"]
 
 
 def test_the_coarser_dtype_decides_what_is_a_difference():

@@ -217,3 +217,9 @@ def test_nothing_given_is_modified():
     before = values.clone()
     pool(read_maps(values, mask), (3, 3))
     assert torch.equal(values, before)
+
+
+def test_a_tensor_whose_negative_bit_is_set_is_drawn():
+    weights = torch.complex(torch.zeros(3, 3), torch.eye(3)).conj().imag
+    assert weights.is_neg()
+    assert pool(read_maps(weights), (1, 1)).values.min() == -1

@@ -272,7 +272,7 @@ def test_several_pictures_of_one_test_are_compared_by_name(pytester):
     result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
 
 
-@pytest.mark.parametrize("name", ["''", "'figure'"])
+@pytest.mark.parametrize("name", ["''", "'figure'", "'Figure'"])
 def test_a_name_that_is_taken_or_empty_is_refused(pytester, name):
     pytester.makepyfile(
         f"""

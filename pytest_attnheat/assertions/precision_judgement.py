@@ -201,7 +201,8 @@ def _failure(assertion: str, broken: list[Judgement], context: Context) -> Failu
 
 
 def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:
-    return Place(text, _own_index(one, at), float(one.found[at]))
+    tensor = one.name if one.name == "output" else f"{one.name}.grad"
+    return Place(text, _own_index(one, at), float(one.found[at]), tensor)
 
 
 def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:

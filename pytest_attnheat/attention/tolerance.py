@@ -36,19 +36,33 @@ that of rows.
 rounds the weights, the sums and the output to the dtype of the model: four eps in half precision
 (4e-3, 3e-2). Sums in float32 and float64 are in another order: the floor of rows.
 
-**Pictures** (`picture_tolerance`), the same computation on two devices, each cell relative to
-itself and to what is typical of its panel: 2 eps, and the floor of rows in float32 and wider.
+**Baselines** (`drift_tolerance`), the same model run again, elsewhere, in another precision or by
+another kernel. An error of a score is one of the logarithm of its weight: a weight w of maps whose
+largest is m may differ by ``tolerance * w * (1 + log(m / w))``, which holds all layers of a trained
+model of six: 2.5e-6 between kernels in float32 and against float64, 3.5e-3 in float16, 3.6e-2 in
+bfloat16. The tolerance is 8 eps in half precision and the floor of rows in float32 and wider, grows
+with the root of the number of layers beyond 16, as the errors of layers are independent, and has
+``sqrt(key_len) * eps(float32)`` for the sums of long rows. Beside that, each weight may differ by
+the tolerance times what is typical of its map, and times a hundredth of the largest: what is
+smaller than half precision can hold is zero there.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
 
 if TYPE_CHECKING:  # pictures are compared without torch
+    import numpy as np
+    import numpy.typing as npt
     import torch
+
+    Numbers = npt.NDArray[np.float64]
+    Bools = npt.NDArray[np.bool_]
 
 # Where the rule would let a row sum to half of what it should, it asserts nothing.
 _MEANINGLESS = 0.5
@@ -58,7 +72,12 @@ _STRICT_UNITS, _LOOSE_UNITS = 2.0, 8.0
 _LOOSE_FLOORS = {"float64": 1e-11, "float32": 2e-5}
 _RESIDUALS = {"float16": 4e-3, "bfloat16": 3e-2}
 _COARSEST_RESIDUAL = 0.1
-_PICTURES = {"bfloat16": 1.6e-2, "float16": 2e-3}
+_DRIFTS = {"bfloat16": 6.25e-2, "float16": 7.8e-3}
+# Layers whose errors the numbers above hold.
+_SHALLOW = 16
+_FLOAT32_EPS = 2.0**-23
+# Of the largest weight of a map, by how much of the tolerance all of them may differ.
+_OF_LARGEST = 1e-2
 
 
 def row_tolerance(dtype: torch.dtype, key_len: int) -> float:
@@ -135,9 +154,41 @@ def residual_tolerance(dtype: torch.dtype) -> float:
     return _FLOORS.get(name, _RESIDUALS.get(name, _COARSEST_RESIDUAL))
 
 
-def picture_tolerance(dtype: str) -> float:
-    """Return by what part a cell of a picture may differ; the dtype is a name."""
-    return _PICTURES.get(dtype, _FLOORS["float32"])
+def drift_tolerance(dtypes: Iterable[str], depth: int, key_len: int) -> float:
+    """Return by what part weights of a model may differ from those of another run of it.
+
+    Args:
+        dtypes: What both runs, and others that are to be served, compute in: the coarsest counts.
+        depth: How many layers there are.
+        key_len: How many weights a row has.
+    """
+    coarsest = max(_DRIFTS.get(dtype, _FLOORS["float32"]) for dtype in dtypes)
+    return coarsest * math.sqrt(max(1, depth / _SHALLOW)) + math.sqrt(key_len) * _FLOAT32_EPS
+
+
+def drift_allowed(values: Numbers, hidden: Bools, tolerance: float) -> Numbers:
+    """Return by how much each number of some maps may differ, (..., queries, keys).
+
+    Args:
+        values: Weights or scores, (..., queries, keys).
+        hidden: The same shape; True for what does not count as a weight of its map.
+        tolerance: That of `drift_tolerance`, or one of the user's.
+    """
+    import numpy as np
+
+    sizes = np.where(np.isfinite(values), np.abs(values), 0.0)
+    counted = np.where(hidden | (values <= HIDDEN_FROM), 0.0, sizes)
+    largest = counted.max(axis=(-2, -1), keepdims=True)
+    flat = np.where(counted > 0, counted, np.nan).reshape(*values.shape[:-2], -1)
+    typical, known = np.zeros(flat.shape[:-1]), largest[..., 0, 0] > 0
+    typical[known] = np.nanmedian(flat[known], axis=-1)
+    typical = typical[..., None, None]
+    # Weights are at most 1; among scores, one that stands out must not excuse the others.
+    largest = np.where(largest > 1, np.minimum(largest, np.maximum(1, 1e3 * typical)), largest)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        logarithms = np.where(sizes > 0, np.maximum(np.log(largest / sizes), 0), 0.0)
+    allowed: Numbers = tolerance * (sizes * (1 + logarithms) + typical + _OF_LARGEST * largest)
+    return allowed
 
 
 def _eps(dtype: torch.dtype) -> float:

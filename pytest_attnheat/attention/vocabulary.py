@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, TypeAlias, cast, get_args
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
-import torch
-from torch import Tensor
+from pytest_attnheat.inputs import dtype_name, one_of
 
-from pytest_attnheat.inputs import one_of
+if TYPE_CHECKING:  # pictures are sketched without torch
+    from torch import Tensor
 
 # Where query 0 stands if lengths differ: at key 0, or so that the last query is at the last key.
 Alignment: TypeAlias = Literal["top_left", "bottom_right"]
@@ -46,7 +46,7 @@ def permits(mask: Tensor) -> Tensor:
         mask: Boolean, True where a query may attend; or floats that are added to the scores, of
             which `HIDDEN_FROM` and less hide. NaN hides nothing: it is felt.
     """
-    return mask if mask.dtype == torch.bool else ~(mask <= HIDDEN_FROM)
+    return mask if dtype_name(mask) == "bool" else ~(mask <= HIDDEN_FROM)
 
 
 def check_fully_masked(value: object) -> FullyMasked:

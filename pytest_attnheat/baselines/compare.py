@@ -1,44 +1,32 @@
-"""Two pictures compared: by the data that they carry, and by their pixels where the data agree.
+"""Two pictures compared by the data that they carry.
 
-What differs in the data is said in the words of attention: which cell, how far, and, where the
-numbers show it, how the one follows from the other.
-
-The data of a baseline, drawn anew, must give the very pixels that it has: panels are the same
-bytes under every matplotlib. Text is not, and is only told apart.
+What differs is said in the words of attention: which cell, how far, and, where the numbers show
+it, how the one follows from the other.
 """
 
 from __future__ import annotations
 
-import base64
-import io
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Literal
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
-from matplotlib import ft2font
-from PIL import Image
 
-from pytest_attnheat.attention.tolerance import picture_tolerance
+from pytest_attnheat.attention.sketch import Numbers, Sketch
+from pytest_attnheat.attention.tolerance import drift_allowed, drift_tolerance
 from pytest_attnheat.failure import number_text
-from pytest_attnheat.heatmaps.colors import Scale
-from pytest_attnheat.heatmaps.layout import Layout
-from pytest_attnheat.heatmaps.maps import Cells
-from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, compose
 from pytest_attnheat.heatmaps.record import Heatmaps
 
 # A relation is named where it explains the values to this part of their range.
 _CLOSE = 1e-3
+# Sums of rows that differ by less are not mentioned.
+_SUM_MOVED = 1e-4
+# A weight so small may be zero.
+_NOTHING = 1e-6
+# Of more queries or keys, it is not asked whether they trade places.
+_MOST_PLACES = 512
 
 Panels = npt.NDArray[np.float64]  # (panels, queries, keys)
-Pixels = npt.NDArray[np.uint8]
-# The image of a picture among others of an SVG, by the name that `picture` gives it.
-_IMAGE = re.compile(rf'data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)"(?=[^>]*id="{IMAGE_ID}")')
-Outcome = Literal["equal", "text", "size", "panels", "rest"]
 
 
 @dataclass(frozen=True)
@@ -56,21 +44,28 @@ class DataDifference:
     worst: tuple[int, int, int, int] | None = None
 
 
-def tolerance_for(expected: Heatmaps, actual: Heatmaps) -> float:
-    """Return the tolerance that follows from the coarser dtype of two pictures."""
-    return max(picture_tolerance(data.dtype) for data in (expected, actual))
+def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str] = ()) -> float:
+    """Return what follows from both dtypes, rows of panels, which are layers, and keys.
+
+    Args:
+        expected: The data of the baseline.
+        actual: The data of the picture.
+        precision: Other dtypes, by name, in which the same model must agree.
+    """
+    dtypes = (expected.dtype, actual.dtype, *precision)
+    return drift_tolerance(dtypes, expected.shape[0], expected.shape[3])
 
 
 def compare_data(
     expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None
 ) -> DataDifference | None:
-    """Compare what two pictures show.
+    """Compare what two pictures show, and the sketches of maps that they show pooled.
 
     Args:
         expected: The data of the baseline.
         actual: The data of the picture.
-        tolerance: Largest accepted difference of a cell, relative to its value plus the median
-            of the values of its panel; by default that of the coarser dtype (`tolerance_for`).
+        tolerance: By what part of itself a weight may differ (`drift_allowed`); by default that of
+            `tolerance_for`.
 
     Returns:
         The difference, or None.
@@ -89,26 +84,127 @@ def compare_data(
         )
     if tolerance is None:
         tolerance = tolerance_for(expected, actual)
-    difference = _compare_cells(expected, actual, tolerance)
+    return (
+        _compare_cells(expected, actual, tolerance)
+        or _compare_sketches(expected, actual, tolerance)
+        or _compare_masks(expected, actual)
+        or _compare_limits(expected, actual, tolerance)
+    )
+
+
+def _compare_limits(
+    expected: Heatmaps, actual: Heatmaps, tolerance: float
+) -> DataDifference | None:
     moved = np.abs(expected.limits - actual.limits)
-    typical = _typical(expected)[..., None]
-    if difference is None and (moved > tolerance * (np.abs(expected.limits) + typical)).any():
-        panel = np.unravel_index(int(moved.max(-1).argmax()), moved.shape[:2])
-        old, new = (
-            "..".join(
-                number_text(float(end), beside=float(by))
-                for end, by in zip(data.limits[panel], moved[panel], strict=True)
-            )
-            for data in (expected, actual)
+    if not moved.any():
+        return None
+    # The ends of a scale move with the weights that they are taken from.
+    allowed = tolerance * np.abs(expected.limits) + allowed_of(expected, tolerance).max(
+        (0, 1, 2, 3)
+    )
+    if not (moved > allowed).any():
+        return None
+    panel = np.unravel_index(int(moved.max(-1).argmax()), moved.shape[:2])
+    old, new = (
+        "..".join(
+            number_text(float(end), beside=float(by))
+            for end, by in zip(data.limits[panel], moved[panel], strict=True)
         )
-        return DataDifference(f"the colour scale changed from {old} to {new}", [])
-    return difference
+        for data in (expected, actual)
+    )
+    return DataDifference(f"the colour scale changed from {old} to {new}", [])
+
+
+def _compare_masks(expected: Heatmaps, actual: Heatmaps) -> DataDifference | None:
+    """Compare the masks of maps that are pooled: their cells do not show them all."""
+    if expected.masks == actual.masks or expected.sketch is None or actual.sketch is None:
+        return None
+    if expected.masks is None or actual.masks is None:
+        without = "the baseline" if expected.masks is None else "the picture"
+        return DataDifference(f"the mask changed: {without} has none", [])
+    pairs = np.argwhere(np.array(expected.masks) != np.array(actual.masks))
+    panels = [(int(row), int(column)) for row, column in pairs]
+    return DataDifference(f"the mask changed in {_listed(panels)}, within pooled cells", [])
+
+
+def _compare_sketches(
+    expected: Heatmaps, actual: Heatmaps, tolerance: float
+) -> DataDifference | None:
+    """Compare what stands for weights that the cells do not show."""
+    if expected.sketch is None or actual.sketch is None:
+        return None
+    excess = expected.sketch.excess(actual.sketch, tolerance)
+    worst = np.maximum(excess[0].max(1), excess[1].max(1))
+    if not (worst > 1).any():
+        return None
+    panel = int(worst.argmax())
+    place = divmod(panel, expected.shape[1])
+    query, key = (int(side[panel].argmax()) for side in excess)
+    panels = [divmod(int(number), expected.shape[1]) for number in np.flatnonzero(worst > 1)]
+    details = [
+        *said_of_sketches(expected.sketch, actual.sketch, excess, panel),
+        f"panels          {_listed(panels)} of {expected.shape[0]} x {expected.shape[1]}",
+    ]
+    reason = f"weights differ within pooled cells, most in panel {list(place)}"
+    return DataDifference(reason, details, (*place, *_cell_of(expected, query, key)))
+
+
+def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
+    return query // data.block[0], key // data.block[1]
+
+
+def said_of_sketches(
+    expected: Sketch, actual: Sketch, excess: tuple[Numbers, Numbers], number: int
+) -> list[str]:
+    """Say which queries and keys of one map differ, and what the worst query sums to."""
+    lines = [
+        f"{name:<15} {numbered(np.flatnonzero(found[number] > 1), side.span)} differ"
+        for name, found, side in (
+            ("queries", excess[0], expected.rows),
+            ("keys", excess[1], expected.columns),
+        )
+        if (found[number] > 1).any()
+    ]
+    for name, found, one, other in (
+        ("queries", excess[0], expected.rows, actual.rows),
+        ("keys", excess[1], expected.columns, actual.columns),
+    ):
+        places = np.flatnonzero(found[number] > 1)
+        if one.span == 1 and 1 < len(places) <= _MOST_PLACES:
+            before, after = (side.signed[number, places][:, None] for side in (one, other))
+            order = np.abs(before.T - after).argmin(axis=1)
+            near = np.abs(before[order] - after) <= _CLOSE * np.abs(before - after)
+            if near.all() and len(set(order)) == len(order):
+                lines.append(f"relation        the {name} are permuted{_moves(order, places)}")
+    query, (one, other) = int(excess[0][number].argmax()), (expected.rows, actual.rows)
+    if excess[0][number, query] > 1 and one.sums is not None and other.sums is not None:
+        before, after = float(one.sums[number, query]), float(other.sums[number, query])
+        if abs(after - before) > _SUM_MOVED * abs(before):
+            where = numbered([query], one.span)
+            lines.append(f"row sums        of {where}: expected {before:.6g}, got {after:.6g}")
+    return lines
+
+
+def numbered(groups: Iterable[int], span: int) -> str:
+    """Say which groups of so many neighbours there are: "3, 17", or "64..127"."""
+    found = [f"{g * span}..{g * span + span - 1}" if span > 1 else str(g) for g in groups]
+    return (
+        ", ".join(found)
+        if len(found) <= 4
+        else (f"{', '.join(found[:3])} and {len(found) - 3} more")
+    )
+
+
+def allowed_of(data: Heatmaps, tolerance: float) -> npt.NDArray[np.float64]:
+    """Return by how much each cell may differ, (rows, columns, queries, keys)."""
+    return drift_allowed(data.values.astype(np.float64), data.masked, tolerance)
 
 
 def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> DataDifference | None:
-    finite = np.where(np.isfinite(expected.values), expected.values, 0).astype(np.float64)
-    allowed = tolerance * (np.abs(finite) + _typical(expected)[..., None, None])
     off = _distance(expected, actual)
+    if not off.any():
+        return None
+    allowed = allowed_of(expected, tolerance)
     broken = ~(off <= allowed)
     if not broken.any():
         return None
@@ -126,22 +222,10 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
     relation = _relation(expected, actual, panels)
     if relation is not None:
         details.append(f"relation        {relation}")
+    sketches = _compare_sketches(expected, actual, tolerance)
+    details += [] if sketches is None else sketches.details[:-1]
     reason = f"{int(broken.sum())} of {broken.size} cells differ"
     return DataDifference(reason, details, index)
-
-
-def _typical(data: Heatmaps) -> npt.NDArray[np.float64]:
-    """Return the median of what each panel holds besides zeros, (rows, columns).
-
-    Not the largest value: a fill of -1e9 would allow anything everywhere else.
-    """
-    values = np.abs(data.values).astype(np.float64)
-    values[~np.isfinite(values) | (values == 0)] = np.nan
-    flat = values.reshape(*values.shape[:2], -1)
-    some = ~np.isnan(flat).all(-1)
-    typical = np.zeros(flat.shape[:2])
-    typical[some] = np.nanmedian(flat[some], axis=-1)
-    return typical
 
 
 def _distance(expected: Heatmaps, actual: Heatmaps) -> npt.NDArray[np.float64]:
@@ -179,19 +263,29 @@ def _relation(expected: Heatmaps, actual: Heatmaps, panels: list[tuple[int, int]
         return None
     # An explanation must leave far less than "nothing changed" does.
     allowed = min(_CLOSE * np.abs(other).max(), 0.1 * np.abs(other - one).max())
-    for sentence, explained in _explanations(one, other, panels):
+    heads = np.where(shown, expected.values, 0).mean(axis=1, dtype=np.float64)[chosen[0]]
+    for sentence, explained in _explanations(one, other, panels, heads):
         if np.abs(explained - other).max() <= allowed:
             return sentence
     return None
 
 
 def _explanations(
-    one: Panels, other: Panels, panels: list[tuple[int, int]]
+    one: Panels, other: Panels, panels: list[tuple[int, int]], heads: Panels
 ) -> Iterator[tuple[str, Panels]]:
-    """Yield what could have happened to the baseline, and what that would have made of it."""
+    """Yield what could have happened to the baseline, and what that would have made of it.
+
+    Args:
+        one: Of the baseline, the panels that differ.
+        other: What they are now.
+        panels: Where they are.
+        heads: Of the baseline, the mean of all panels in the row of each.
+    """
     sources = [int(np.abs(one - panel).max(axis=(1, 2)).argmin()) for panel in other]
     if len(panels) > 1 and len(set(sources)) == len(sources):
         yield _permutation(panels, sources), one[sources]
+    if len(panels) > 1:
+        yield "each panel is the mean of its row of panels: heads are averaged", heads
     if one.shape[1] == one.shape[2]:
         yield "transposed: queries and keys are exchanged", one.swapaxes(1, 2)
     factor = float((one * other).sum() / max((one * one).sum(), 1e-300))
@@ -206,6 +300,11 @@ def _explanations(
             moved[inside] = other[inside]
             if one.shape[axis] > 2:
                 yield f"shifted by one {name}, to {direction} numbers", moved
+    for axis, name in ((1, "queries"), (2, "keys")):
+        if one.shape[axis] <= _MOST_PLACES:
+            order = _order(one[0], other[0], axis - 1)
+            if len(set(order)) == len(order):
+                yield f"the {name} are permuted{_moves(order)}", np.take(one, order, axis)
     if (one > 0).all():
         scores = np.log(one)
         scores += (other - scores).mean(axis=2, keepdims=True)
@@ -220,6 +319,61 @@ def _explanations(
                 f"the {name} are normalised differently: each is multiplied by its own number",
                 one * (sums[1] / sums[0]),
             )
+    if (one >= 0).all() and (other >= 0).all():
+        yield from _other_softmaxes(one, other)
+
+
+def _other_softmaxes(one: Panels, other: Panels) -> Iterator[tuple[str, Panels]]:
+    """Yield what else weights could have been made of their scores by."""
+    seen = (one > 0) & (other > 0)
+    if np.where(seen, 0, np.maximum(one, other)).max() > _NOTHING:  # what was hidden is seen
+        return
+    logarithms = np.log(np.where(seen, one, 1))
+    others = np.log(np.where(seen, other, 1))
+    counts = np.maximum(seen.sum(axis=2, keepdims=True), 1)
+
+    def centred(numbers: Panels) -> Panels:
+        mean = numbers.sum(axis=2, keepdims=True) / counts
+        return np.where(seen, numbers - mean, 0)
+
+    scores, wanted = centred(logarithms), centred(others)
+    factor = float((scores * wanted).sum() / max(float((scores**2).sum()), 1e-300))
+    exponent = np.where(seen, np.exp(factor * (scores - scores.max(axis=2, keepdims=True))), 0)
+    total = np.maximum(exponent.sum(axis=2, keepdims=True), 1e-300)
+    yield (
+        f"its scores are multiplied by {factor:.4g}: another temperature or scale",
+        (exponent / total * one.sum(axis=2, keepdims=True)),
+    )
+    odds = np.where(seen & (other < 1), others - np.log1p(-np.minimum(other, 1 - 1e-16)), 0)
+    shift = np.where(seen, odds - logarithms, 0).sum(axis=2, keepdims=True) / counts
+    sigmoid = np.where(seen, 1 / (1 + np.exp(-(logarithms + shift))), 0)
+    yield "it is the sigmoid of its scores, in place of their softmax", sigmoid
+    if np.allclose(other.sum(axis=1)[seen.any(axis=1)], 1, atol=_CLOSE):
+        rows, ratio = np.zeros(counts.shape), np.where(seen, others - logarithms, 0)
+        for _ in range(50):  # a factor for each row and each column, by turns
+            left = np.where(seen, ratio - rows, 0).sum(axis=1, keepdims=True)
+            left = left / np.maximum(seen.sum(axis=1, keepdims=True), 1)
+            rows = np.where(seen, ratio - left, 0).sum(axis=2, keepdims=True) / counts
+        found = np.where(seen, np.exp(logarithms + rows), 0)
+        columns = np.maximum(found.sum(axis=1, keepdims=True), 1e-300)
+        yield "its softmax runs over the queries, in place of the keys", found / columns
+
+
+def _order(one: Panels, other: Panels, axis: int) -> npt.NDArray[np.int64]:
+    """Return which query (or key) of one map each of another is nearest to."""
+    rows, others = (np.moveaxis(panel, axis, 0) for panel in (one, other))
+    far = (rows**2).sum(1)[None] + (others**2).sum(1)[:, None] - 2 * others @ rows.T
+    found: npt.NDArray[np.int64] = far.argmin(axis=1)
+    return found
+
+
+def _moves(order: npt.NDArray[np.int64], places: npt.NDArray[np.int64] | None = None) -> str:
+    """Say what moved where, of some places; by default of all."""
+    names = np.arange(len(order)) if places is None else places
+    moved = np.flatnonzero(order != np.arange(len(order)))
+    said = ", ".join(f"{names[at]} shows what was {names[order[at]]}" for at in moved[:3])
+    more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
+    return f": {said}{more}"
 
 
 def _permutation(panels: list[tuple[int, int]], sources: list[int]) -> str:
@@ -229,90 +383,3 @@ def _permutation(panels: list[tuple[int, int]], sources: list[int]) -> str:
     ]
     more = f" and {len(moves) - 3} more" if len(moves) > 3 else ""
     return f"the panels are permuted: {', '.join(moves[:3])}{more}"
-
-
-# -- by their pixels ----------------------------------------------------------------------------
-
-
-def compare_pixels(
-    picture: Picture, data: Heatmaps, expected: Path, actual: Path, dpi: float
-) -> Outcome:
-    """Compare two files of a picture whose data agree.
-
-    Args:
-        picture: The picture that was drawn.
-        data: The data of the baseline.
-        expected: The baseline, PNG or SVG.
-        actual: The file that was saved from the picture.
-        dpi: The resolution of the picture.
-
-    Returns:
-        "equal"; "text" where only text differs, which another matplotlib or FreeType drew;
-        "size" or "panels" where these differ; "rest" where something else does, under the same
-        matplotlib and FreeType.
-    """
-    images = [_read(path) for path in (expected, actual)]
-    if images[0].shape != images[1].shape:
-        return "size"
-    scale = Scale(data.limits[..., 0], data.limits[..., 1], data.scale == "shared")
-    cells = Cells(data.values, data.masked, data.block)
-    height, width = images[1].shape[:2]
-    sheet = compose(replace(picture.shown, cells=cells, scale=scale), (width, height), dpi)
-    painted: npt.NDArray[np.bool_] = sheet.image[..., 3] == 255
-    channels = images[0].shape[2]
-    # What the user has drawn over the panels hides them: there the pictures must agree as they are.
-    own = picture.prepare((width, height), dpi).image[..., :channels]
-    seen = painted & (images[1] == own).all(-1)
-    has_numbers = picture.shown.design.words.numbers is not None
-    if has_numbers:
-        seen &= _edges(sheet.layout, painted.shape)
-    if not np.array_equal(images[0][seen], sheet.image[seen][:, :channels]):
-        return "panels"
-    # Numbers in cells are not such an overlay: they change with the data, and with the text.
-    overlay = painted & ~seen & (not has_numbers)
-    # Where even the data are equal to the bit, nothing at all may differ.
-    exact = np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)
-    compared = np.ones_like(painted) if exact else ~painted | overlay
-    # The numbers of an SVG cannot be told from its other texts.
-    same_rest = (has_numbers and not exact) or _rest(expected) == _rest(actual)
-    if same_rest and np.array_equal(images[0][compared], images[1][compared]):
-        return "equal"
-    if not np.array_equal(images[0][overlay], images[1][overlay]):
-        return "rest"
-    by = (matplotlib.__version__, ft2font.__freetype_version__)
-    return "text" if (data.matplotlib, data.freetype) != by else "rest"
-
-
-def _read(path: Path) -> Pixels:
-    """Return RGB of a PNG, or RGBA of the image that an SVG holds."""
-    if path.suffix == ".png":
-        with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
-    found = _IMAGE.search(path.read_text("utf-8"))
-    if found is None:
-        raise ValueError("it has no image of show_heatmaps")
-    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
-        # The image of an SVG stands on its head, as its transform turns it around.
-        return np.asarray(image.convert("RGBA"))[::-1]
-
-
-def _rest(path: Path) -> str:
-    """Return what an SVG draws besides its image: paths, which are its text."""
-    if path.suffix == ".png":
-        return ""
-    text = path.read_text("utf-8")
-    body = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
-    return _IMAGE.sub("", body)
-
-
-def _edges(layout: Layout, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
-    """Return everything but the inside of cells, where numbers stand."""
-    edges = np.ones(shape, dtype=np.bool_)
-    wide, high = layout.cell
-    down = np.arange(layout.panel[1]) % high == 0
-    across = np.arange(layout.panel[0]) % wide == 0
-    for top in layout.tops:
-        for left in layout.lefts:
-            panel = edges[top : top + layout.panel[1], left : left + layout.panel[0]]
-            panel[:] = down[:, None] | across[None, :]
-    return edges

@@ -1,31 +1,57 @@
 """A picture against its baseline: first the data that both carry, then their pixels.
 
+The data of a baseline, drawn anew, must give the very pixels that it has: panels are the same
+bytes under every matplotlib. Text is not, and is only told apart.
+
 This module knows files and figures, and nothing of pytest.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import os
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
+import matplotlib
 import numpy as np
-from matplotlib import rc_context
+import numpy.typing as npt
+from matplotlib import ft2font, rc_context
 from matplotlib.figure import Figure
 from PIL import Image
 
-from pytest_attnheat.baselines.compare import compare_data, compare_pixels
+from pytest_attnheat.attention.tolerance import drift_allowed
+from pytest_attnheat.baselines.compare import compare_data, tolerance_for
+from pytest_attnheat.heatmaps.colors import Scale
 from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
+from pytest_attnheat.heatmaps.layout import Layout
+from pytest_attnheat.heatmaps.maps import Cells
+from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
 
-Status = Literal["equal", "text", "missing", "unreadable", "data", "panels", "pixels"]
+Status = Literal["equal", "text", "pooled", "missing", "unreadable", "data", "panels", "pixels"]
+Outcome = Literal["equal", "text", "size", "panels", "rest"]
+Pixels = npt.NDArray[np.uint8]
 
 # For figures without data: pytest-mpl's own default, 2, does not see a changed head.
 PIXEL_TOLERANCE = 0.1
 _ROWS_SHOWN = 5
+# The image of a picture among others of an SVG, by the name that `picture` gives it.
+_IMAGE = re.compile(rf'data:image/png;base64,\s*([A-Za-z0-9+/=\s]+)"(?=[^>]*id="{IMAGE_ID}")')
+# Colours between a cell and what it may be at most, of which each is drawn.
+_MOST_STEPS = 16
+# What a file is called before it is whole. A process that is killed leaves it; after so many
+# seconds, the next one removes it.
+_PART, _ABANDONED = ".attnheat-", 600
 # What Pillow raises for images so large that they could fill the memory.
 _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
@@ -35,11 +61,12 @@ class Verdict:
     """What a comparison found.
 
     Attributes:
-        status: "equal"; "text" (only text differs, drawn by another matplotlib); or why it fails:
+        status: "equal"; "text" (only text differs, drawn by another matplotlib); "pooled" (equal,
+            but the baseline is from before there were sketches of pooled maps); or why it fails:
             "missing", "unreadable", "data", "panels", "pixels".
         reason: one line for a failure.
         details: further lines.
-        compared: what was compared: "data", "pixels" or both.
+        compared: what was compared: "data", "sketch", "pixels".
         artifacts: files left behind, by name.
         drawn_by: the matplotlib of the baseline.
     """
@@ -54,10 +81,16 @@ class Verdict:
     @property
     def passed(self) -> bool:
         """Whether the picture is that of its baseline."""
-        return self.status in ("equal", "text")
+        return self.status in ("equal", "text", "pooled")
 
 
-def check(figure: Figure, baseline: Path, folder: Path, tolerance: float | None = None) -> Verdict:
+def check(
+    figure: Figure,
+    baseline: Path,
+    folder: Path,
+    tolerance: float | None = None,
+    precision: Sequence[str] = (),
+) -> Verdict:
     """Compare a figure with its baseline.
 
     Args:
@@ -65,20 +98,18 @@ def check(figure: Figure, baseline: Path, folder: Path, tolerance: float | None 
             another one by all pixels.
         baseline: A PNG or SVG file.
         folder: Where the pictures are written.
-        tolerance: For data, relative to the largest value; by default that of the dtype. For
-            other figures, the root mean square of the pixel differences, of 255; 0.1 by default.
+        tolerance: For data, by what part of itself a weight may differ; by default what follows
+            from dtypes, layers and length. For other figures, the root mean square of the pixel
+            differences, of 255; 0.1 by default.
+        precision: Other dtypes, by name, in which the same model must agree.
     """
     actual = folder / f"actual{baseline.suffix}"
     save(figure, actual)
     if not baseline.exists():
         return Verdict("missing", artifacts={"actual": actual})
     try:
-        if (
-            isinstance(figure, HeatmapFigure)
-            and find_record(baseline) is not None
-            and find_record(actual) is not None
-        ):
-            return _check_heatmaps(figure, baseline, actual, tolerance)
+        if isinstance(figure, HeatmapFigure) and find_record(baseline) is not None:
+            return _check_heatmaps(figure, baseline, actual, tolerance, precision)
         return _check_images(baseline, actual, folder, tolerance)
     except (OSError, ValueError, SyntaxError, *_TOO_LARGE) as error:
         return Verdict("unreadable", str(error), artifacts={"actual": actual})
@@ -95,22 +126,35 @@ def keep(verdict: Verdict, folder: Path) -> dict[str, Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure as a baseline: in another file first, so that no file is ever half written.
+    """Save a figure as a baseline.
+
+    Raises:
+        OSError: The folder or the file cannot be written to.
+    """
+    # What tells the day or the version would change the file and not the picture.
+    metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
+    file = io.BytesIO()
+    # So would ids that are drawn at random for each SVG.
+    with rc_context({"svg.hashsalt": "attnheat"}):
+        figure.savefig(file, format=path.suffix[1:], metadata=metadata)
+    write(file.getvalue(), path)
+
+
+def write(content: bytes, path: Path) -> None:
+    """Write a file: under another name first, so that none is ever half written.
 
     Raises:
         OSError: The folder or the file cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(
-        prefix=f".{path.stem[:40]}-", suffix=path.suffix, dir=path.parent
-    )
-    os.close(handle)
+    for part in path.parent.glob(f"{_PART}*"):
+        with suppress(OSError):  # another process may remove it too
+            if time.time() - part.stat().st_mtime > _ABANDONED:
+                part.unlink()
+    handle, name = tempfile.mkstemp(prefix=_PART, dir=path.parent)
     try:
-        # What tells the day or the version would change the file and not the picture.
-        metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
-        # So would ids that are drawn at random for each SVG.
-        with rc_context({"svg.hashsalt": "attnheat"}):
-            figure.savefig(name, metadata=metadata)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
         Path(name).chmod(0o644)
         Path(name).replace(path)
     except BaseException:
@@ -119,12 +163,24 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def _check_heatmaps(
-    figure: HeatmapFigure, baseline: Path, actual: Path, tolerance: float | None
+    figure: HeatmapFigure,
+    baseline: Path,
+    actual: Path,
+    tolerance: float | None,
+    precision: Sequence[str],
 ) -> Verdict:
-    expected, drawn = read_heatmaps(baseline), read_heatmaps(actual)
+    drawn = read_heatmaps(actual)
+    kinds = ("data",) if drawn.complete else ("data", "sketch")
+    if baseline.read_bytes() == actual.read_bytes():
+        return Verdict("equal", compared=(*kinds, "pixels"), drawn_by=drawn.matplotlib)
+    expected = read_heatmaps(baseline)
+    if tolerance is None:
+        tolerance = tolerance_for(expected, drawn, precision)
     difference = compare_data(expected, drawn, tolerance)
+    pooled = expected.sketch is None and not expected.complete
+    kinds = ("data",) if pooled else kinds
     artifacts = {"expected": baseline, "actual": actual}
-    compared: dict[str, Any] = {"compared": ("data",), "drawn_by": expected.matplotlib}
+    compared: dict[str, Any] = {"compared": kinds, "drawn_by": expected.matplotlib}
     if difference is not None:
         details = list(difference.details)
         if difference.worst is not None:
@@ -134,10 +190,10 @@ def _check_heatmaps(
             artifacts["difference"] = triptych
             details += _in_text(expected, drawn, row, column, query)
         return Verdict("data", difference.reason, details, artifacts=artifacts, **compared)
-    compared["compared"] = ("data", "pixels")
-    outcome = compare_pixels(figure.picture, expected, baseline, actual, figure.dpi)
+    compared["compared"] = (*kinds, "pixels")
+    outcome = compare_pixels(figure.picture, expected, baseline, actual, figure.dpi, tolerance)
     if outcome in ("equal", "text"):
-        status: Status = "equal" if outcome == "equal" else "text"
+        status: Status = "pooled" if pooled else "equal" if outcome == "equal" else "text"
         return Verdict(status, **compared)
     reason = {
         "size": "the data agree, but the picture has another size",
@@ -217,3 +273,121 @@ def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query:
         )
         lines += text.splitlines()
     return lines
+
+
+# -- by their pixels ----------------------------------------------------------------------------
+
+
+def compare_pixels(
+    picture: Picture, data: Heatmaps, expected: Path, actual: Path, dpi: float, tolerance: float
+) -> Outcome:
+    """Compare two files of a picture whose data agree.
+
+    Args:
+        picture: The picture that was drawn.
+        data: The data of the baseline.
+        expected: The baseline, PNG or SVG.
+        actual: The file that was saved from the picture.
+        dpi: The resolution of the picture.
+        tolerance: By what part of itself a weight may differ that no cell of the data shows.
+
+    Returns:
+        "equal"; "text" where only text differs, which another matplotlib or FreeType drew;
+        "size" or "panels" where these differ; "rest" where something else does, under the same
+        matplotlib and FreeType.
+    """
+    images = [_read(path) for path in (expected, actual)]
+    if images[0].shape != images[1].shape:
+        return "size"
+    height, width = images[1].shape[:2]
+    sheets = _sheets(picture.shown, data, (width, height), dpi, tolerance)
+    sheet = next(sheets)
+    painted: npt.NDArray[np.bool_] = sheet.image[..., 3] == 255
+    channels = images[0].shape[2]
+    # What the user has drawn over the panels hides them: there the pictures must agree as they are.
+    own = picture.prepare((width, height), dpi).image[..., :channels]
+    seen = painted & (images[1] == own).all(-1)
+    has_numbers = picture.shown.design.words.numbers is not None
+    if has_numbers:
+        seen &= _edges(sheet.layout, painted.shape)
+    wrong = seen
+    for drawn in chain([sheet], sheets):
+        wrong = wrong & (images[0] != drawn.image[..., :channels]).any(-1)
+        if not wrong.any():
+            break
+    else:
+        return "panels"
+    # Numbers in cells are not such an overlay: they change with the data, and with the text.
+    overlay = painted & ~seen & (not has_numbers)
+    # Where even the data are equal to the bit, nothing at all may differ.
+    exact = np.array_equal(data.values, picture.shown.cells.values, equal_nan=True)
+    compared = np.ones_like(painted) if exact else ~painted | overlay
+    # The numbers of an SVG cannot be told from its other texts.
+    same_rest = (has_numbers and not exact) or _rest(expected) == _rest(actual)
+    if same_rest and np.array_equal(images[0][compared], images[1][compared]):
+        return "equal"
+    if not np.array_equal(images[0][overlay], images[1][overlay]):
+        return "rest"
+    by = (matplotlib.__version__, ft2font.__freetype_version__)
+    return "text" if (data.matplotlib, data.freetype) != by else "rest"
+
+
+def _sheets(
+    shown: Shown, data: Heatmaps, size: tuple[int, int], dpi: float, tolerance: float
+) -> Iterator[Sheet]:
+    """Draw the data of a baseline anew.
+
+    Where a file has fewer cells than its picture, those of the other picture are drawn in their
+    place, then as far off as they may be.
+    """
+    scale = Scale(data.limits[..., 0], data.limits[..., 1], data.scale == "shared")
+    if data.block == shown.cells.block:
+        cells = Cells(data.values, data.masked, data.block)
+        yield compose(replace(shown, cells=cells, scale=scale), size, dpi)
+        return
+    cells = shown.cells
+    yield compose(replace(shown, scale=scale), size, dpi)
+    values = cells.values.astype(np.float64)
+    allowed = np.where(cells.masked, 0, drift_allowed(values, cells.masked, tolerance))
+    colors = 256 * allowed.max() / max(float((scale.high - scale.low).min()), 1e-300)
+    steps = int(min(max(1, np.ceil(colors)), _MOST_STEPS))
+    for number in range(1, steps + 1):
+        for sign in (1, -1):
+            moved = (values + sign * number / steps * allowed).astype(np.float32)
+            near = replace(shown, cells=replace(cells, values=moved), scale=scale)
+            yield compose(near, size, dpi)
+
+
+def _read(path: Path) -> Pixels:
+    """Return RGB of a PNG, or RGBA of the image that an SVG holds."""
+    if path.suffix == ".png":
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    found = _IMAGE.search(path.read_text("utf-8"))
+    if found is None:
+        raise ValueError("it has no image of show_heatmaps")
+    with Image.open(io.BytesIO(base64.b64decode(found[1]))) as image:
+        # The image of an SVG stands on its head, as its transform turns it around.
+        return np.asarray(image.convert("RGBA"))[::-1]
+
+
+def _rest(path: Path) -> str:
+    """Return what an SVG draws besides its image: paths, which are its text."""
+    if path.suffix == ".png":
+        return ""
+    text = path.read_text("utf-8")
+    body = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    return _IMAGE.sub("", body)
+
+
+def _edges(layout: Layout, shape: tuple[int, ...]) -> npt.NDArray[np.bool_]:
+    """Return everything but the inside of cells, where numbers stand."""
+    edges = np.ones(shape, dtype=np.bool_)
+    wide, high = layout.cell
+    down = np.arange(layout.panel[1]) % high == 0
+    across = np.arange(layout.panel[0]) % wide == 0
+    for top in layout.tops:
+        for left in layout.lefts:
+            panel = edges[top : top + layout.panel[1], left : left + layout.panel[0]]
+            panel[:] = down[:, None] | across[None, :]
+    return edges

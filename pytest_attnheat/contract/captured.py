@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -155,6 +156,11 @@ def _diagnosed(
 ) -> Diagnosis | str:
     """Diagnose one record; a reason where what was done to its scores is not understood."""
     name = _place(record)
+    # Weights that are 0 after the softmax tell of a mask where they were to be divided again.
+    late = record.masked_late
+    if late is not None:
+        given = record.given_mask
+        record = replace(record, given_mask=late if given is None else given & late)
     held = held_to(record, spec, name, own=own)
     assert record.output is not None
     output = record.output.detach().double().cpu()
@@ -166,6 +172,7 @@ def _diagnosed(
     weights = replace(record, most_bytes=_MOST_WEIGHTS * 8).compute_weights(torch.float64)
     with one_thread():
         diagnosis = explained(name, [probe], {}, search=False)
+        told = partial(explained, name, [probe], {}, lambda one: weights.cpu(), search=search)
         if diagnosis.healthy:
             notes = (held.hint,) if held.hint else ()
             return replace(diagnosis, inferred_weights=weights.cpu(), notes=notes)
@@ -181,9 +188,9 @@ def _diagnosed(
                 return _up_to_a_scale(diagnosis, held.case.factor * (factor.constant or 1.0))
             if not any(one.reproduces for one in known.singles):
                 return f"its scores {record.strange}"
-            diagnosis = explained(name, [probe], {}, search=search)
+            diagnosis = told()
         else:
-            diagnosis = explained(name, [probe], {}, search=search)
+            diagnosis = told()
     return replace(diagnosis, inferred_weights=weights.cpu())
 
 
@@ -209,7 +216,7 @@ def _lacking(diagnosis: Diagnosis, held: Held, residual: float, probe: Probe) ->
         sentence=f"{diagnosis.subject} equals attention {words}; residual "
         f"{residual_text(residual)}",
         where=where_wrong([probe]),
-        **shown(None, [probe]),
+        **shown(lambda one: None, [probe]),
     )
 
 

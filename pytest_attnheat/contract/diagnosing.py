@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -126,7 +127,7 @@ def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
     """Ask the subject all cases; return its answers, and why others were refused."""
     probes, refused = [], {}
     tolerance = _tolerance(examination.spec, examination.dtype)
-    for blueprint in blueprints(examination.spec):
+    for blueprint in blueprints(examination.spec, examination.dtype):
         answer = probe(examination, blueprint, tolerance)
         if isinstance(answer, Probe):
             probes.append(answer)
@@ -149,7 +150,7 @@ def _diagnosed(
         if random is not None:
             return random
     judged = [one for one in probes if one.judged]
-    diagnosis = explained(spec.name, judged, refused, spec)
+    diagnosis = explained(spec.name, judged, refused, partial(inferred_weights, spec), keep=True)
     if diagnosis.healthy:
         diagnosis = with_returned(diagnosis, spec, judged)
     notes = [_garbage_note(one) for one in probes if not one.judged]

@@ -14,9 +14,9 @@ from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
-from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest
+from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest, whole_of
 from pytest_attnheat.heatmaps.picture import Picture, Shown
-from pytest_attnheat.heatmaps.record import encode, metadata_of
+from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
 from pytest_attnheat.inputs import check_number, misuse, one_of
 
@@ -54,8 +54,8 @@ class HeatmapFigure(Figure):
         if kind == "png":
             options = kwargs.get("pil_kwargs") or {}
             kwargs["pil_kwargs"] = {"compress_level": _PNG_LEVEL, **options}
-        if kind in ("png", "svg") and (record := encode(self.picture.shown)) is not None:
-            carried = metadata_of(record, kind)
+        if kind in ("png", "svg"):
+            carried = metadata_of(encode(self.picture.shown), kind)
             kwargs["metadata"] = {**carried, **(kwargs.get("metadata") or {})}
         # "auto" is the figure's own white, whatever the user's settings ask for.
         kwargs.setdefault("facecolor", "auto")
@@ -148,7 +148,7 @@ def show_heatmaps(
     if scale == "panel" and not (vmin is None and vmax is None):
         got = f"{vmin!r} and {vmax!r} with scale='panel'"
         raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
-    if cmap not in matplotlib.colormaps and not isinstance(cmap, Colormap):
+    if not isinstance(cmap, Colormap) and cmap not in list(matplotlib.colormaps):
         raise ValueError(misuse("cmap", repr(cmap), "a Colormap, or the name of one"))
     if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
         got = f"{numbers!r} for {math.prod(maps.shape)} cells"
@@ -169,7 +169,10 @@ def show_heatmaps(
     else:
         known = vmin is not None and vmax is not None
         scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
-    figure.picture = Picture(Shown(design, cells, scales, cmap, outlined, maps.dtype), figure)
+    complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
+    whole = None if complete else whole_of(maps)
+    shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
+    figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)
     figure.picture.prepare(size, figure.dpi)
     return figure

@@ -8,6 +8,7 @@ tensor can only be given by somebody who has.
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
+from pytest_attnheat.attention.sketch import Sketch, Sketcher
 from pytest_attnheat.inputs import dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
@@ -42,6 +44,19 @@ class Maps:
     mask: Array | None
     shape: tuple[int, int, int, int]
     dtype: str
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is known of maps besides the cells that they are pooled to.
+
+    Attributes:
+        sketch: of their weights.
+        masks: a checksum of the mask of each map, by row and column; None without a mask.
+    """
+
+    sketch: Sketch
+    masks: list[list[int]] | None
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,7 @@ def _number_tensor(tensor: Array) -> Array:
         kind = "nested" if tensor.is_nested else tensor.layout
         got = f"a tensor without dense values (layout {kind}, device {tensor.device})"
         raise TypeError(f"{_refused(got)}. Pass a dense one, for example tensor.to_dense()")
-    return tensor.detach()
+    return tensor.detach().resolve_neg()
 
 
 def _read_mask(mask: Any, shape: tuple[int, ...], as_tensor: bool) -> Array | None:
@@ -198,6 +213,27 @@ def pool(maps: Maps, block: tuple[int, int]) -> Cells:
     if maps.mask is not None:
         masked |= ~np.stack([_to_numpy_bool(permitted) for _, permitted in rows])
     return Cells(values, masked, block)
+
+
+def whole_of(maps: Maps) -> Whole:
+    """Sketch maps in full, where the data live."""
+    rows, columns, queries, keys = maps.shape
+    sketcher = Sketcher(rows * columns, queries, keys)
+    for index, row in enumerate(maps.rows):
+        sketcher.add(slice(index * columns, (index + 1) * columns), slice(0, queries), row)
+    return Whole(sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask))
+
+
+def _checksums(mask: Array) -> list[list[int]]:
+    """Return a checksum of each map of a mask, made once where a view repeats it."""
+    strides = mask.stride() if is_tensor(mask) else mask.strides
+    rows, columns = (slice(0, 1) if step == 0 else slice(None) for step in strides[:2])
+    sums = [
+        [zlib.crc32(np.packbits(_to_numpy_bool(one)).tobytes()) for one in row]
+        for row in mask[rows, columns]
+    ]
+    found: list[list[int]] = np.broadcast_to(sums, tuple(mask.shape[:2])).tolist()
+    return found
 
 
 def _pool_row(row: Array, mask: Array | None, block: tuple[int, int]) -> tuple[Array, Array | None]:

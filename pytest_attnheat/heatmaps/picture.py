@@ -20,7 +20,7 @@ from matplotlib.transforms import Affine2D, Bbox
 
 from pytest_attnheat.heatmaps import colors
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, pool_cells
+from pytest_attnheat.heatmaps.maps import Cells, Whole, pool_cells
 from pytest_attnheat.heatmaps.writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
 from pytest_attnheat.inputs import misuse
 
@@ -40,6 +40,8 @@ class Shown:
         cmap: the colours.
         highlight: what is outlined: cells (row, column, query, key), queries (row, column, query).
         dtype: the dtype that the values were given in, by name.
+        whole: what is known of the maps besides their cells, where these are pooled, or too many
+            for a record; else None.
     """
 
     design: Design
@@ -48,6 +50,7 @@ class Shown:
     cmap: str | Colormap
     highlight: Sequence[tuple[int, ...]]
     dtype: str
+    whole: Whole | None = None
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import json
 import math
 import os
 import re
+import stat
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from xml.sax.saxutils import unescape
 
 import matplotlib
@@ -24,17 +27,32 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib import ft2font
 
-from pytest_attnheat.heatmaps.maps import Bools, Floats
+from pytest_attnheat.attention.sketch import (
+    Sketch,
+    from_planes,
+    packed,
+    packed_size,
+    planes,
+    unpacked,
+)
+from pytest_attnheat.attention.tolerance import drift_tolerance
+from pytest_attnheat.heatmaps.maps import Bools, Cells, Floats, pool_cells
 from pytest_attnheat.heatmaps.picture import Shown
 from pytest_attnheat.heatmaps.writing import LABELS
 from pytest_attnheat.inputs import misuse
 
+T = TypeVar("T")
+
 # The text chunk of a PNG, and the marker in the `dc:source` of an SVG.
 KEYWORD = "attnheat"
-VERSION = 1
-# Pictures of more cells carry no data: files would grow by megabytes for each baseline.
-MOST_CELLS = 1 << 20
+# The first knew no sketches.
+VERSIONS = (1, 2)
+# Of more cells, files would grow by megabytes for each baseline: they are pooled to fewer.
+MOST_CELLS, _FEWER_CELLS = 1 << 20, 1 << 14
+# The sums of columns are kept where the sketch has at most so many rows and columns for each cell.
+_SPARE = 1 / 8
 _LONGEST_HEADER = 1 << 20
+_MUCH = 1 << 18
 _LARGEST_FILE = 1 << 28
 
 
@@ -53,6 +71,9 @@ class Heatmaps:
             query_labels, and the format of numbers; None where nothing is.
         scale: "shared" or "panel".
         limits: (rows, columns, 2), the ends of the colour scale of each panel.
+        sketch: where `values` are not all weights, what stands for these; None in files from before
+            there were sketches.
+        masks: then, a checksum of the mask of each map, by row and column; None for no mask.
         matplotlib: the version of matplotlib that drew the picture.
         freetype: the version of FreeType that drew its text.
     """
@@ -67,30 +88,69 @@ class Heatmaps:
     limits: npt.NDArray[np.float64]
     matplotlib: str
     freetype: str
+    sketch: Sketch | None = None
+    masks: list[list[int]] | None = None
+
+    @property
+    def complete(self) -> bool:
+        """Whether `values` are all weights that were given."""
+        return self.values.shape == self.shape
 
 
-def encode(shown: Shown) -> str | None:
-    """Write the record of a picture, or None where it has too many cells for one."""
-    values = shown.cells.values
-    if values.size > MOST_CELLS:
-        return None
-    words = shown.design.words
+def encode(shown: Shown) -> str:
+    """Write the record of a picture."""
+    words, cells, shape = shown.design.words, _few(shown.cells), shown.design.shape
     limits = np.stack([shown.scale.low, shown.scale.high], axis=-1)
-    header = {
-        "version": VERSION,
-        "cells": list(values.shape),
-        "block": list(shown.cells.block),
-        "shape": list(shown.design.shape),
+    header: dict[str, Any] = {
+        "version": VERSIONS[-1],
+        "cells": list(cells.values.shape),
+        "block": list(cells.block),
+        "shape": list(shape),
         "dtype": shown.dtype,
         "labels": {name: getattr(words, name) for name in LABELS},
         "scale": "shared" if shown.scale.shared else "panel",
-        "limits": limits.tolist(),
+        "limits": limits[0, 0].tolist() if shown.scale.shared else limits.tolist(),
         "matplotlib": matplotlib.__version__,
         "freetype": ft2font.__freetype_version__,
     }
-    packed = _packed(values, shown.dtype) + np.packbits(shown.cells.masked).tobytes()
-    body = base64.b64encode(zlib.compress(packed, 1)).decode("ascii")
-    return json.dumps(header, separators=(",", ":")) + "\n" + body
+    content = _packed(cells.values, shown.dtype) + np.packbits(cells.masked).tobytes()
+    if shown.whole is not None:
+        room = _SPARE * math.prod(cells.values.shape[2:]) >= shape[2] + shape[3]
+        step = (1 if room else 4) * drift_tolerance([shown.dtype], 1, shape[3])
+        content += packed(shown.whole.sketch, step, column_sums=room)
+        header["sketch"] = {"step": step, "column_sums": room}
+        header["masks"] = shown.whole.masks
+    head = json.dumps(header, separators=(",", ":"))
+    if len(head) > _LONGEST_HEADER:  # of what it would not read, it keeps a checksum
+        sums = {name: _checksum(text) for name, text in header["labels"].items()}
+        head = json.dumps({**header, "labels": sums}, separators=(",", ":"))
+    return joined(head, content)
+
+
+def joined(head: str, content: bytes) -> str:
+    """Return a line of JSON and some bytes as text."""
+    # Of much, what repeats at once is enough: to look for more takes longer than to draw it.
+    strategy = zlib.Z_RLE if len(content) > _MUCH else zlib.Z_DEFAULT_STRATEGY
+    packer = zlib.compressobj(strategy=strategy)
+    body = packer.compress(content) + packer.flush()
+    return head + "\n" + base64.b64encode(body).decode("ascii")
+
+
+def _few(cells: Cells) -> Cells:
+    """Pool cells that are too many for a file."""
+    if cells.values.size <= MOST_CELLS:
+        return cells
+    maps, (queries, keys), side = cells.values[..., 0, 0].size, cells.values.shape[2:], 1
+    while maps * -(-queries // side) * -(-keys // side) > _FEWER_CELLS and side < max(
+        queries, keys
+    ):
+        side += 1
+    return pool_cells(cells, (side, side))
+
+
+def _checksum(text: object) -> object:
+    whole = json.dumps(text)
+    return text if len(whole) < 100 else f"sha256 {hashlib.sha256(whole.encode()).hexdigest()}"
 
 
 def metadata_of(record: str, kind: str) -> dict[str, str]:
@@ -104,16 +164,12 @@ def _stored(dtype: str) -> str:
 
 
 def _packed(values: Floats, dtype: str) -> bytes:
-    """Return all first bytes, then all second ones ...: exponents compress, mantissas do not."""
     own: npt.NDArray[Any] = values.view(np.uint32) >> 16 if dtype == "bfloat16" else values
-    narrow = np.ascontiguousarray(own.astype(_stored(dtype)))
-    return bytes(narrow.view(np.uint8).reshape(-1, narrow.itemsize).T.tobytes())
+    return planes(own.astype(_stored(dtype)))
 
 
 def _unpacked(data: bytes, dtype: str) -> Floats:
-    stored = np.dtype(_stored(dtype))
-    octets = np.frombuffer(data, np.uint8).reshape(stored.itemsize, -1)
-    values = np.ascontiguousarray(octets.T).view(stored).ravel()
+    values = from_planes(data, _stored(dtype))
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
@@ -125,23 +181,44 @@ def decode(record: str) -> Heatmaps:
     Raises:
         ValueError: It is damaged, or of a version that is not known.
     """
-    head, _, body = record[: _LONGEST_HEADER + 1].partition("\n")
+    return parted(record, VERSIONS, _decode)
+
+
+def parted(
+    text: str, versions: Sequence[int], read: Callable[[dict[str, Any], Callable[[int], bytes]], T]
+) -> T:
+    """Read what `joined` wrote: `read` gets the JSON, and a function that returns so many bytes.
+
+    Raises:
+        ValueError: It is damaged, or of a version that is not known.
+    """
+    head, _, _ = text[: _LONGEST_HEADER + 1].partition("\n")
     if len(head) > _LONGEST_HEADER:
         raise ValueError("its header is too long")
-    body = record[len(head) + 1 :]
+
+    def unpack(expected: int) -> bytes:
+        if expected > _LARGEST_FILE:
+            raise ValueError(f"{expected} bytes are more than a record holds")
+        unpacker = zlib.decompressobj()
+        body = base64.b64decode(text[len(head) + 1 :], validate=True)
+        data = unpacker.decompress(body, expected + 1)
+        if len(data) != expected or not unpacker.eof:
+            raise ValueError(f"it holds {len(data)} bytes, not {expected}")
+        return data
+
     try:
         header = json.loads(head)
-        if header["version"] != VERSION:
-            raise ValueError(f"version {header['version']!r} is not known, only {VERSION}")
-        return _decode(header, body)
+        if header["version"] not in versions:
+            raise ValueError(f"version {header['version']!r} is not known, only {versions}")
+        return read(header, unpack)
     except (KeyError, TypeError, OverflowError, RecursionError, zlib.error,
             binascii.Error) as error:  # fmt: skip
         raise ValueError(f"its data is damaged ({type(error).__name__}: {error})") from None
 
 
-def _decode(header: dict[str, Any], body: str) -> Heatmaps:
-    cells, shape = _sizes(header["cells"], 4), _sizes(header["shape"], 4)
-    block = _sizes(header["block"], 2)
+def _decode(header: dict[str, Any], unpack: Callable[[int], bytes]) -> Heatmaps:
+    cells, shape = sizes_of(header["cells"], 4), sizes_of(header["shape"], 4)
+    block = sizes_of(header["block"], 2)
     count = math.prod(cells)
     if count > MOST_CELLS:
         raise ValueError(f"{count} cells are more than a record holds")
@@ -149,14 +226,15 @@ def _decode(header: dict[str, Any], body: str) -> Heatmaps:
         raise ValueError(f"{cells} cells do not follow from {shape} in blocks of {block}")
     dtype = str(header["dtype"])
     split = count * np.dtype(_stored(dtype)).itemsize
-    expected = split + -(-count // 8)
-    unpacker = zlib.decompressobj()
-    data = unpacker.decompress(base64.b64decode(body, validate=True), expected + 1)
-    if len(data) != expected or not unpacker.eof:
-        raise ValueError(f"it holds {len(data)} bytes, not {expected}")
-    masked = np.unpackbits(np.frombuffer(data[split:], np.uint8), count=count).astype(bool)
+    end = expected = split + -(-count // 8)
+    step, column_sums = _how_sketched(header.get("sketch"))
+    numbers = (shape[0] * shape[1], shape[2], shape[3])
+    if step:
+        expected += packed_size(numbers, column_sums=column_sums)
+    data = unpack(expected)
+    masked = np.unpackbits(np.frombuffer(data[split:end], np.uint8), count=count).astype(bool)
     limits = np.array(header["limits"], dtype=np.float64)
-    if limits.shape != (*cells[:2], 2):
+    if limits.shape not in ((2,), (*cells[:2], 2)):  # one scale for all, or one for each panel
         raise ValueError(f"its limits have the shape {limits.shape}")
     labels = header["labels"]
     if not isinstance(labels, dict):
@@ -169,13 +247,36 @@ def _decode(header: dict[str, Any], body: str) -> Heatmaps:
         dtype=dtype,
         labels=labels,
         scale=str(header["scale"]),
-        limits=limits,
+        limits=np.broadcast_to(limits, (*cells[:2], 2)),
         matplotlib=str(header["matplotlib"]),
         freetype=str(header["freetype"]),
+        sketch=unpacked(data[end:], numbers, step, column_sums=column_sums) if step else None,
+        masks=_checked_masks(header.get("masks"), cells[:2]),
     )
 
 
-def _sizes(given: Any, count: int) -> tuple[int, ...]:
+def _how_sketched(given: Any) -> tuple[float, bool]:
+    """Return by what a sketch was rounded, 0 where there is none, and whether it sums columns."""
+    if given is None:
+        return 0.0, False
+    step, column_sums = float(given["step"]), given["column_sums"]
+    if not 0 < step < 1 or not isinstance(column_sums, bool):
+        raise ValueError(f"{given!r} is no sketch")
+    return step, column_sums
+
+
+def _checked_masks(given: Any, shape: tuple[int, ...]) -> list[list[int]] | None:
+    if given is None:
+        return None
+    sums = np.array(given)
+    if sums.shape != shape or sums.dtype.kind not in "iu":
+        raise ValueError("its masks are no checksums of its maps")
+    found: list[list[int]] = sums.tolist()
+    return found
+
+
+def sizes_of(given: Any, count: int) -> tuple[int, ...]:
+    """Return so many sizes; ValueError for anything else."""
     sizes = tuple(given)
     if len(sizes) != count or not all(type(size) is int and size > 0 for size in sizes):
         raise ValueError(f"{given!r} are not {count} sizes")
@@ -212,7 +313,10 @@ def find_record(file: Path) -> str | None:
         FileNotFoundError: There is no such file.
         ValueError: It is neither PNG nor SVG, or damaged.
     """
-    if file.stat().st_size > _LARGEST_FILE:
+    about = file.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError("it is not a file, but a folder, a pipe or a device")
+    if about.st_size > _LARGEST_FILE:
         raise ValueError(f"it is larger than {_LARGEST_FILE >> 20} MB")
     with file.open("rb") as stream:
         start = stream.read(8)

@@ -144,7 +144,20 @@ def heatmap_regression(
     Takes figures or weights, as often as the test likes; each needs a name. The comparison is
     that of the marker heatmap_compare.
     """
-    with pictures.regression_of(request.node) as regression:
+    with pictures.regression_of(request.node, pictures.HeatmapRegression) as regression:
+        yield regression
+
+
+@pytest.fixture
+def attention_regression(
+    request: pytest.FixtureRequest,
+) -> Generator[pictures.AttentionRegression, None, None]:
+    """Compare captured attention with a baseline: `attention_regression.check(trace)`.
+
+    No picture is drawn: of each head the baseline has a sketch and a few statistics. A failure
+    names the first layer and head that moved. `--attn-update` writes baselines.
+    """
+    with pictures.regression_of(request.node, pictures.AttentionRegression) as regression:
         yield regression
 
 

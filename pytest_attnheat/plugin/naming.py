@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import dtype_names, misuse
 
 # What a baseline may be.
 SUFFIXES = (".png", ".svg")
-_ARGUMENTS = ("filename", "baseline_dir", "tolerance")
+# And what that of a trace is.
+TRACE_SUFFIX = ".attn"
+_ARGUMENTS = ("filename", "baseline_dir", "tolerance", "precision", "share")
 _LONGEST_NAME = 150
 # What pytest-mpl would make another name of: brackets, further suffixes, a last underscore.
 _FILENAME = re.compile(r"[A-Za-z0-9 .+=,@_-]*[A-Za-z0-9 .+=,@-]")
@@ -27,10 +29,14 @@ class Expected(NamedTuple):
     Attributes:
         path: the image file.
         tolerance: of the data, relative; None for that of the dtype.
+        precision: other dtypes, by name, that it serves.
+        share: whether several tests may have it.
     """
 
     path: Path
     tolerance: float | None
+    precision: tuple[str, ...] = ()
+    share: bool = False
 
 
 def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
@@ -42,12 +48,17 @@ def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
         raise ValueError(misuse("the marker", given, accepted))
     if any(True for _ in item.iter_markers("mpl_image_compare")):
         raise ValueError("the test is marked mpl_image_compare as well; one of them is enough")
-    filename = marker.kwargs.get("filename", stem_of(item) + ".png")
+    share = marker.kwargs.get("share", False)
+    if not isinstance(share, bool):
+        raise ValueError(misuse("share", repr(share), "True or False"))
+    filename = marker.kwargs.get("filename", stem_of(item, parameters=not share) + ".png")
     folder = marker.kwargs.get("baseline_dir", default_folder(item))
     if not isinstance(folder, (str, Path)):
         raise ValueError(misuse("baseline_dir", repr(folder), "a folder"))
     path = item.config.rootpath / folder / _checked_filename(filename)
-    return Expected(path, checked_tolerance(marker.kwargs.get("tolerance")))
+    tolerance = checked_tolerance(marker.kwargs.get("tolerance"))
+    precision = dtype_names("precision", marker.kwargs.get("precision", ()))
+    return Expected(path, tolerance, precision, share)
 
 
 def _checked_filename(filename: Any) -> str:
@@ -87,9 +98,10 @@ def default_folder(item: pytest.Item) -> Path:
     return Path("baseline_images")
 
 
-def stem_of(item: pytest.Item) -> str:
+def stem_of(item: pytest.Item, *, parameters: bool = True) -> str:
     """Name a test by its module, class, function and parameters other than the device."""
     parts = parts_for_all_devices(item)
+    parts = parts if parameters else parts[:2]
     names = [part for part in parts[0].removesuffix(".py").split("/") if part not in _ANYWHERE]
     return safe_name("-".join([".".join([*names, *parts[1].split("::")]), *parts[2:]]))
 

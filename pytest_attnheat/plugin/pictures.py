@@ -1,4 +1,4 @@
-"""Pictures held against baselines in pytest: `heatmap_compare` and `heatmap_regression`.
+"""Pictures and traces held against baselines in pytest: `heatmap_compare` and the regressions.
 
 A marked test never passes without a comparison, with or without `--mpl`. The comparison is that of
 `baselines.judging`; under `--mpl` pytest-mpl repeats it for its own reports.
@@ -10,14 +10,14 @@ import functools
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import pytest
 
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import dtype_names, misuse
 from pytest_attnheat.plugin.naming import (
     Expected,
     checked_tolerance,
@@ -31,13 +31,16 @@ from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html,
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines.judging import Verdict
+    from pytest_attnheat.capture.trace import Trace
 
 # What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
 _MPL_PASSES, _MPL_FAILS = 256.0, -1.0
 
 # A string says why the test cannot be compared.
 _EXPECTED = pytest.StashKey["Expected | str"]()
-# Which tests use the fixture, by the beginning of their baselines' names.
+# Baselines that tests of this run wrote.
+_WRITTEN = pytest.StashKey[set[Path]]()
+# Which tests use a fixture, by the beginning of their baselines' names.
 _STEMS = pytest.StashKey[dict[str, set[str]]]()
 
 
@@ -50,8 +53,9 @@ def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
     tests_of: dict[str, list[tuple[pytest.Item, Expected]]] = {}
     stems: dict[str, set[str]] = {}
     config.stash[_STEMS] = stems
+    config.stash[_WRITTEN] = set()
     for item in items:
-        if "heatmap_regression" in getattr(item, "fixturenames", ()):
+        if {"heatmap_regression", "attention_regression"} & set(getattr(item, "fixturenames", ())):
             # Which names it will check is not known before it runs.
             stem = str(config.rootpath / default_folder(item) / stem_of(item))
             config.stash[USED].add(f"{stem}.*")
@@ -79,14 +83,14 @@ def _read(item: pytest.Item, marker: pytest.Mark) -> Expected | str:
 
 
 def _settle(sharers: list[tuple[pytest.Item, Expected]]) -> None:
-    """Let tests that differ by their device alone share a baseline, and no others."""
+    """Let tests share a baseline that differ by their device alone, or that all say so."""
     names = sorted({"::".join(parts_for_all_devices(item)) for item, _ in sharers})
     for item, expected in sharers:
         item.config.stash[USED].add(str(expected.path))
-        if len(names) > 1:
+        if len(names) > 1 and not all(other.share for _, other in sharers):
             item.stash[_EXPECTED] = (
                 f"{' and '.join(names)} share the baseline {expected.path.name}; give one of them "
-                "another filename="
+                "another filename=, or share=True to all of them"
             )
         else:
             _hand_to_mpl(item, expected)
@@ -176,7 +180,7 @@ def _run(item: pytest.Function, expected: Expected) -> Generator[None, Any, Any]
     by_mpl = _mpl_option(item, "--mpl")
 
     def judge(figure: Any) -> Any:
-        message = compare_with(item, figure, expected, "heatmap_compare")
+        message = compare_figure(item, figure, expected, "heatmap_compare")
         failures.extend([message] if message else [])
         if by_mpl:
             marker = item.get_closest_marker("mpl_image_compare")
@@ -225,8 +229,9 @@ def _figure(returned: Any) -> Any:
     from matplotlib.figure import Figure
 
     if not isinstance(returned, Figure):
+        what = "None" if returned is None else type(returned).__name__
         _fail(
-            f"the test returned {type(returned).__name__}, so there is nothing to compare; "
+            f"the test returned {what}, so there is nothing to compare; "
             "accepted is the figure: return show_heatmaps(...)"
         )
     return returned
@@ -236,30 +241,49 @@ def _fail(reason: str) -> None:
     pytest.fail(f"heatmap_compare: {reason}", pytrace=False)
 
 
-def compare_with(item: pytest.Item, figure: Any, expected: Expected, caller: str) -> str | None:
+def compare_figure(item: pytest.Item, figure: Any, expected: Expected, caller: str) -> str | None:
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
     from pytest_attnheat.baselines import judging
 
+    def check(folder: Path) -> Verdict:
+        return judging.check(figure, expected.path, folder, expected.tolerance, expected.precision)
+
+    return _compare(item, check, expected, caller)
+
+
+def _compare(
+    item: pytest.Item, check: Callable[[Path], Verdict], expected: Expected, caller: str
+) -> str | None:
+    """Compare what `check` leaves as `actual` in a folder, or write it as the baseline."""
+    from pytest_attnheat.baselines import judging
+
     with tempfile.TemporaryDirectory(prefix="attnheat-") as work:
-        verdict = judging.check(figure, expected.path, Path(work), expected.tolerance)
-        if _is_to_write(item.config, verdict):
+        verdict, unkept = check(Path(work)), ""
+        if _is_to_write(item, expected, verdict):
+            actual = Path(work) / f"actual{expected.path.suffix}"
             try:
-                judging.save(figure, expected.path)
+                judging.write(actual.read_bytes(), expected.path)
             except OSError as error:
                 return f"{caller}: {expected.path} cannot be written: {error}"
+            item.config.stash[_WRITTEN].add(expected.path)
             _note(item, expected, verdict, "written")
             return None
-        if verdict.passed:
-            _note(item, expected, verdict, verdict.status)
-            return None
-        kept = judging.keep(verdict, _artifacts(item.config) / expected.path.stem)
+        kept: dict[str, Path] = {}
+        if not verdict.passed:
+            try:
+                kept = judging.keep(verdict, _artifacts(item.config) / expected.path.stem)
+            except OSError as error:
+                unkept = f"pictures        not written: {error}"
     _note(item, expected, verdict, verdict.status, kept)
-    return f"{caller}: {_message(item, expected, verdict, kept)}"
+    if verdict.passed:
+        return None
+    return f"{caller}: {_message(item, expected, verdict, kept, unkept)}"
 
 
-def _is_to_write(config: pytest.Config, verdict: Verdict) -> bool:
-    update = config.getoption("--attn-update")
-    if update is None or verdict.status == "equal":
+def _is_to_write(item: pytest.Item, expected: Expected, verdict: Verdict) -> bool:
+    update = item.config.getoption("--attn-update")
+    # What another test wrote in this run is shared, and must be what this one draws.
+    if update is None or verdict.status == "equal" or expected.path in item.config.stash[_WRITTEN]:
         return False
     statuses = {"missing": ("missing",), "changed": ("missing", "data", "panels", "pixels")}
     return update == "all" or verdict.status in statuses[update]
@@ -272,7 +296,9 @@ def _artifacts(config: pytest.Config) -> Path:
     return Path(config.rootpath, config.getini("attn_artifacts"))
 
 
-def _message(item: pytest.Item, expected: Expected, verdict: Verdict, kept: dict[str, Path]) -> str:
+def _message(
+    item: pytest.Item, expected: Expected, verdict: Verdict, kept: dict[str, Path], unkept: str
+) -> str:
     baseline = shown(item.config, expected.path)
     what = {
         "missing": f"there is no baseline {baseline} yet",
@@ -286,7 +312,7 @@ def _message(item: pytest.Item, expected: Expected, verdict: Verdict, kept: dict
     if verdict.status == "unreadable":
         update = "all"
     lines = [what, *verdict.details]
-    lines += [f"{name:<15} {path}" for name, path in kept.items()]
+    lines += [unkept] if unkept else [f"{name:<15} {path}" for name, path in kept.items()]
     lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
     return "\n  ".join(lines)
 
@@ -316,15 +342,45 @@ def _note(
     )
 
 
-class HeatmapRegression:
-    """Compares figures or weights with baselines by name, as often as a test likes."""
+class _Regression:
+    """What compares with baselines by name, as often as a test likes.
+
+    Attributes:
+        caller: What it is called in messages.
+    """
+
+    caller = ""
 
     def __init__(self, item: pytest.Item) -> None:
         self._item = item
-        self._names: set[str] = set()
+        self._names: dict[str, str] = {}
         self._folder = item.config.rootpath / default_folder(item)
 
-    def check(self, figure: Any, name: str, *, tolerance: float | None = None) -> None:
+    def _expected(self, name: str, suffix: str, tolerance: Any, precision: Any) -> Expected:
+        """Return the baseline of a name; ValueError if it is taken: some file systems fold case."""
+        taken = ", ".join(sorted(self._names.values())) or "none"
+        if not isinstance(name, str) or name.casefold() in self._names:
+            accepted = f"a name of its own for each of a test, in any case (taken: {taken})"
+            raise ValueError(misuse("name", repr(name), accepted))
+        self._names[name.casefold()] = name
+        stem = f"{stem_of(self._item)}.{safe_name(name)}" if name else stem_of(self._item)
+        names = dtype_names("precision", precision)
+        return Expected(self._folder / f"{stem}{suffix}", checked_tolerance(tolerance), names)
+
+
+class HeatmapRegression(_Regression):
+    """Compares figures or weights with baselines by name, as often as a test likes."""
+
+    caller = "heatmap_regression"
+
+    def check(
+        self,
+        figure: Any,
+        name: str,
+        *,
+        tolerance: float | None = None,
+        precision: str | Sequence[str] = (),
+    ) -> None:
         """Compare a picture with its baseline.
 
         Args:
@@ -332,33 +388,74 @@ class HeatmapRegression:
                 columns, queries, keys), which `show_heatmaps` draws.
             name: What tells this picture from the others of the test; part of the file name.
             tolerance: As in the marker.
+            precision: As in the marker.
 
         Raises:
             ValueError: The name is taken or empty.
         """
         __tracebackhide__ = True
-        if not name or name in self._names:
-            taken = ", ".join(sorted(self._names)) or "none"
-            accepted = f"a name of its own for each picture of a test (taken: {taken})"
-            raise ValueError(misuse("name", repr(name), accepted))
-        self._names.add(name)
+        if not name:
+            raise ValueError(misuse("name", repr(name), "a name of its own for each picture"))
+        expected = self._expected(name, ".png", tolerance, precision)
         if not hasattr(figure, "savefig"):
             from pytest_attnheat.heatmaps.figure import show_heatmaps
 
             figure = show_heatmaps(figure, xlabel="Keys", ylabel="Queries", figsize=None)
-        path = self._folder / f"{stem_of(self._item)}.{safe_name(name)}.png"
-        expected = Expected(path, checked_tolerance(tolerance))
-        message = compare_with(self._item, figure, expected, "heatmap_regression")
+        message = compare_figure(self._item, figure, expected, self.caller)
         if message is not None:
             pytest.fail(message, pytrace=False)
 
 
+class AttentionRegression(_Regression):
+    """Compares captured attention with baselines, without pictures."""
+
+    caller = "attention_regression"
+
+    def check(
+        self,
+        trace: Trace,
+        name: str = "",
+        *,
+        tolerance: float | None = None,
+        precision: str | Sequence[str] = (),
+    ) -> None:
+        """Compare what was captured with its baseline, layer by layer and head by head.
+
+        Args:
+            trace: What `capture_attention` returned.
+            name: What tells it from the others of the test; part of the file name.
+            tolerance: As in `assert_same_attention`.
+            precision: As in `assert_same_attention`.
+
+        Raises:
+            TypeError: It is no trace.
+            ValueError: The name is taken, or the trace keeps no weights.
+        """
+        __tracebackhide__ = True
+        from pytest_attnheat.baselines import traces
+
+        expected = self._expected(name, ".attn", tolerance, precision)
+        layers = traces.layers_of(trace)
+
+        def check(folder: Path) -> Verdict:
+            return traces.check(
+                layers, expected.path, folder, expected.tolerance, expected.precision
+            )
+
+        message = _compare(self._item, check, expected, self.caller)
+        if message is not None:
+            pytest.fail(message, pytrace=False)
+
+
+R = TypeVar("R", bound=_Regression)
+
+
 @contextmanager
-def regression_of(item: pytest.Item) -> Iterator[HeatmapRegression]:
-    """Compare pictures by name while a test runs, in the style of baselines."""
+def regression_of(item: pytest.Item, kind: type[R]) -> Iterator[R]:
+    """Compare by name while a test runs, in the style of baselines."""
     stem = str(item.config.rootpath / default_folder(item) / stem_of(item)).casefold()
     sharers = sorted(item.config.stash[_STEMS].get(stem, ()))
     if len(sharers) > 1:
-        pytest.fail(f"heatmap_regression: {' and '.join(sharers)} share baselines", pytrace=False)
-    with baseline_style():
-        yield HeatmapRegression(item)
+        pytest.fail(f"{kind.caller}: {' and '.join(sharers)} share baselines", pytrace=False)
+    with baseline_style() if kind is HeatmapRegression else nullcontext():
+        yield kind(item)

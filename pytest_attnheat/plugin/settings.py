@@ -12,15 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import pytest
 
 from pytest_attnheat.attention import devices
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import DTYPE_NAMES, misuse
 
 if TYPE_CHECKING:
     import torch
 
     from pytest_attnheat.attention.scoring import ScoringFactory
 
-# Names are checked before torch is loaded, and so are listed here as well as in cases.py.
-DTYPE_NAMES = ("float16", "bfloat16", "float32", "float64")
 _DEVICES = f"auto, all, or a comma-separated list of {devices.ACCEPTED}"
 _DTYPES = f"a comma-separated list of {', '.join(DTYPE_NAMES)}"
 _SEED = "a whole number from 0"
@@ -36,11 +34,13 @@ MARKERS = (
     "pytest_attnheat.make_attention.",
     f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "
     "pytest-attnheat leaves on a test.",
-    "heatmap_compare(filename=, baseline_dir=, tolerance=): compare the figure that this test "
-    "returns with its baseline, with and without --mpl: first the data that both carry, then "
-    "their pixels. One baseline serves all devices; it lies in mpl-baseline-path (default: "
-    "baseline_images), named after the test; filename may end in .png or .svg. tolerance is "
-    "relative to cell and panel (default: that of the dtype). --attn-update writes baselines.",
+    "heatmap_compare(filename=, baseline_dir=, tolerance=, precision=, share=): compare the "
+    "figure that this test returns with its baseline, with and without --mpl: first the data "
+    "that both carry, then their pixels. One baseline serves all devices; it lies in mpl-"
+    "baseline-path (default: baseline_images), named after the test; filename may end in .png "
+    "or .svg. tolerance is relative to cell and panel (default: that of the dtype); precision "
+    "names other dtypes that it serves; share=True lets several tests have it. --attn-update "
+    "writes baselines.",
 )
 
 _Setting = TypeVar("_Setting")

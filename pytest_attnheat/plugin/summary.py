@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.plugin.naming import SUFFIXES
+from pytest_attnheat.plugin.naming import SUFFIXES, TRACE_SUFFIX
 
 # What a report carries its comparisons and its verdict as, and a worker the baselines it uses.
 COMPARED = "attnheat_compared"
@@ -34,7 +34,7 @@ class Outcome(NamedTuple):
     Attributes:
         baseline: its path, as shown.
         status: that of the verdict, or "written".
-        compared: "data", "pixels".
+        compared: "data", "sketch", "pixels".
         drawn_by: the matplotlib of the baseline.
         reason: one line.
         pictures: files left behind, by name.
@@ -124,12 +124,19 @@ def _of_pictures(config: pytest.Config, reports: Sequence[pytest.TestReport]) ->
     outcomes = [Outcome(**one) for report in reports for one in getattr(report, COMPARED, ())]
     compared = [outcome for outcome in outcomes if outcome.status != "written"]
     if compared:
-        kinds = ("data", "pixels")
-        data, pixels = (sum(kind in outcome.compared for outcome in compared) for kind in kinds)
-        yield f"{data} compared as data, {pixels} as pixels"
+        kinds = ("data", "pixels", "sketch")
+        data, pixels, sketches = (sum(kind in o.compared for o in compared) for kind in kinds)
+        pooled = f", {sketches} with a sketch of pooled weights" if sketches else ""
+        yield f"{data} compared as data, {pixels} as pixels{pooled}"
     without_data = [o.baseline for o in compared if o.compared == ("pixels",)]
     if without_data:
         yield f"compared by pixels alone, as they carry no data: {', '.join(without_data)}"
+    unsketched = [o.baseline for o in compared if o.status == "pooled"]
+    if unsketched:
+        yield (
+            f"compared by pooled weights alone, as they carry no sketch: {', '.join(unsketched)}; "
+            "to refresh them: pytest --attn-update=all"
+        )
     other_text = [outcome for outcome in compared if outcome.status == "text"]
     if other_text:
         versions = ", ".join(sorted({outcome.drawn_by for outcome in other_text}))
@@ -157,7 +164,11 @@ def _unused(config: pytest.Config) -> Iterator[str]:
     for folder in sorted(folders):
         for path in sorted(folder.glob("*")):
             is_used = any(path.match(pattern) for pattern in used)
-            if path.suffix in SUFFIXES and not is_used and not path.name.startswith("."):
+            if (
+                path.suffix in (*SUFFIXES, TRACE_SUFFIX)
+                and not is_used
+                and not path.name.startswith(".")
+            ):
                 yield f"unused {shown(config, path)}"
 
 
@@ -321,9 +332,7 @@ def _subject(where: str, found: list[dict[str, Any]]) -> dict[str, Any]:
 
     diagnosed = [verdict["diagnosed"] for verdict in found if "diagnosed" in verdict]
     hints = list(dict.fromkeys(hint for verdict in found for hint in verdict["hints"]))
-    results = sorted(
-        (verdict["result"] | {"status": verdict["outcome"]} for verdict in found),
-        key=lambda result: (result["device"], result["dtype"]),
-    )
+    found = sorted(found, key=lambda verdict: verdict["number"])  # workers end in any order
+    results = [verdict["result"] | {"status": verdict["outcome"]} for verdict in found]
     data = report_data(found[0]["spec"], results, next(iter(diagnosed), None), hints, 0)
     return {"where": where, **data}

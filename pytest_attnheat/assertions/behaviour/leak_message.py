@@ -105,7 +105,7 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
         fact = "" if seen is None else seen.partition(": ")[0]
         return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
-        said = inside.why_queries_are_hidden(real)
+        said = inside.why_mask_fails(real)
         if said is None and seen in (None, _NO_MASK):
             said = inside.why_padding_is_seen(real)
         seen = said or seen
@@ -139,15 +139,17 @@ def _blindness(fault: Fault, search: Search) -> Failure:
         Place(unseen, observer),
         broken=fault.broken,
         of=fault.judged,
-        cause=_cause_of_blindness(search, observer, numbers),
+        cause=_cause_of_blindness(search, observer, numbers, crop),
         assumed=search.claim.assumed,
         picture=crop.draw(),
     )
 
 
 def _cause_of_blindness(
-    search: Search, observer: tuple[int, ...], missed: Sequence[int]
+    search: Search, observer: tuple[int, ...], missed: Sequence[int], crop: _Crop
 ) -> str | None:
+    if not bool((crop.changes != 0).any()) and len(crop.changes) > 1:
+        return "none of the outputs around it changes either: is an earlier answer given again?"
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     future = [number for number in numbers if number > observer[-1]]
     if future and set(missed) <= set(future):
@@ -333,8 +335,8 @@ def _cause_in(crop: _Crop) -> str | None:
         strongest = max(allowed or [crop.change_by_all_seen_rightly()])
         if float(crop.changes[wrongly].max()) < _FAINT * strongest:
             return (
-                "far fainter than what may be seen: a fill of the mask that is too small, or a "
-                "mean or a norm over the whole length?"
+                "far fainter than what may be seen: a fill of the mask that is too small, a mask "
+                "that is applied after the softmax, or a mean or a norm over the whole length?"
             )
         return _NO_MASK
     if extra is None:

@@ -119,6 +119,8 @@ class Search:
         )
         of = int(self._watched.sum())
         observers = f"outputs that must not see some {self.subject.element}"
+        if not of:  # batch entries, heads and queries
+            return "every output may see its whole sequence; of others, nothing was seen"
         if hidden == of:
             return f"all {of} {observers} were judged, each with all of that replaced"
         more = f", {followed} more by their gradients" * bool(followed)

@@ -212,7 +212,7 @@ class _Trial:
         inside, real = None, self.padded.judged()
         if isinstance(self.padded, ModelSubject) and real is not None:
             inside = Inside(self.padded)
-            if said := inside.why_queries_are_hidden(real):
+            if said := inside.why_mask_fails(real):
                 return said
         if holds(lambda: self._alike(self.run("opposite"), self.expected)):
             return (

@@ -1,0 +1,303 @@
+"""Captured attention against that of another run: the first layer and head that moved is named."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention, softmax
+
+from pytest_attnheat import Failure, assert_same_attention, capture_attention
+from pytest_attnheat.attention.sketch import Side, Sketch
+from pytest_attnheat.baselines import traces
+
+LAYERS, HEADS, WIDTH, LENGTH = 4, 4, 32, 24
+
+
+class Block(torch.nn.Module):
+    """Causal attention of four heads, fused or written out, and a residual."""
+
+    def __init__(self, fused):
+        super().__init__()
+        self.fused, self.project = fused, torch.nn.Linear(WIDTH, 3 * WIDTH)
+        self.out, self.norm = torch.nn.Linear(WIDTH, WIDTH), torch.nn.LayerNorm(WIDTH)
+
+    def forward(self, hidden):
+        parts = self.project(self.norm(hidden)).chunk(3, -1)
+        query, key, value = (
+            part.unflatten(-1, (HEADS, WIDTH // HEADS)).transpose(1, 2) for part in parts
+        )
+        if self.fused:
+            mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        else:
+            scores = query @ key.mT / math.sqrt(WIDTH // HEADS)
+            later = torch.ones(scores.shape[-2:]).triu(1).bool()
+            mixed = softmax(scores.masked_fill(later, -torch.inf), -1) @ value
+        return hidden + self.out(mixed.transpose(1, 2).flatten(2))
+
+
+def model_of(fused=True, change=lambda model: None, name="layers"):
+    torch.manual_seed(0)
+    layers = torch.nn.Sequential(*(Block(fused) for _ in range(LAYERS)))
+    for layer in layers:
+        layer.project.weight.data *= 3
+    change(layers)
+    return torch.nn.ModuleDict({name: layers})[name] if name == "layers" else Named(layers)
+
+
+class Named(torch.nn.Module):
+    def __init__(self, layers):
+        super().__init__()
+        self.blocks = layers
+
+    def forward(self, hidden):
+        return self.blocks(hidden)
+
+
+def traced(model, dtype=torch.float32, **options):
+    hidden = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad(), capture_attention(model, **options) as trace:
+        model.to(dtype)(hidden.to(dtype))
+    return trace
+
+
+@pytest.fixture(scope="module")
+def trace():
+    return traced(model_of())
+
+
+def failure(trace, **options):
+    def change(model):
+        with torch.no_grad():
+            options["change"](model)
+
+    with pytest.raises(Failure) as caught:
+        assert_same_attention(traced(model_of(change=change)), trace)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("fused", "dtype", "precision"),
+    [
+        (True, torch.float32, ()),
+        (False, torch.float32, ()),
+        (True, torch.float64, ()),
+        (False, torch.float64, "float64"),
+        (True, torch.bfloat16, ()),
+        (False, torch.float16, ["bfloat16"]),
+    ],
+)
+def test_another_implementation_and_precision_attend_alike(trace, fused, dtype, precision):
+    other = traced(model_of(fused), dtype)
+    assert_same_attention(other, trace, precision=precision)
+    assert_same_attention(trace, other, precision=precision)
+
+
+def test_the_first_layer_and_head_that_moved_are_named_and_those_before_agree(trace):
+    def change(model):
+        head = slice(2 * 8, 3 * 8)  # the queries of head 2
+        model[1].project.weight[head] *= 1.01
+
+    found = failure(trace, change=change)
+    assert (
+        found.layer
+        == "1 is the first that moved, number 2 of 4; the 1 before agree; its heads 2 moved"
+    )
+    assert found.first.text.startswith("1, head 2 of batch entry 0: queries ")
+    assert found.of == LAYERS * HEADS * 2
+    assert found.broken == 2 + 2 * HEADS * 2
+    assert "entropy" in str(found)
+
+
+def test_heads_that_trade_places_as_in_a_wrong_conversion_are_named(trace):
+    def change(model):
+        rows = torch.arange(3 * WIDTH).view(3, HEADS, -1)[:, [1, 0, 2, 3]].flatten()
+        model[2].project.weight.copy_(model[2].project.weight[rows])
+        model[2].project.bias.copy_(model[2].project.bias[rows])
+
+    found = failure(trace, change=change)
+    assert found.layer.startswith("2 is the first that moved, number 3 of 4; the 2 before agree")
+    assert found.cause == "the heads are permuted: 0 is what was 1, 1 is what was 0"
+
+
+def test_renamed_layers_are_matched_in_order(trace):
+    renamed = traced(model_of(name="blocks"))
+    assert renamed.layers != trace.layers
+    assert_same_attention(renamed, trace)
+
+    with pytest.raises(Failure, match="4 renamed layers are those of the same place"):
+        assert_same_attention(
+            traced(model_of(name="blocks", change=lambda m: m[0].project.weight.data.mul_(1.1))),
+            trace,
+        )
+
+
+def test_layers_that_are_gone_and_shapes_that_changed_are_said(trace):
+    with pytest.raises(Failure, match="there are 3 attentions, not 4; gone: 3"):
+        assert_same_attention(trace[:3], trace)
+    with pytest.raises(
+        Failure, match=r"0: the shape changed from \(2, 4, 24, 24\) to \(2, 1, 24, 24"
+    ):
+        assert_same_attention(trace.select(heads=[0]), trace)
+
+
+def test_of_one_weight_the_query_and_key_are_named(trace):
+    kept = traced(model_of(), keep="weights")
+    kept[0].kept_weights[1, 3, 20, 5] += 0.001
+    with pytest.raises(Failure) as caught:
+        assert_same_attention(kept, trace)
+    assert caught.value.broken == 1
+    assert caught.value.first.text.startswith(
+        "0, head 3 of batch entry 1: queries 20 differ, keys 5 differ, row sums of 20: expected 1, "
+    )
+
+
+def test_statistics_are_those_of_plain_loops(trace):
+    layer = traces.layers_of(trace)[0]
+    weights = trace[0].weights.double().flatten(0, 1)
+    for number, panel in enumerate(weights):
+        rows = [row[row > 0] for row in panel]
+        expected = [
+            np.mean([float(-(row * row.log()).sum()) for row in rows]),
+            np.mean([float(row.max()) for row in rows]),
+            float(panel[:, 0].mean()),
+            sum(float(panel[i, i - 1]) for i in range(1, LENGTH)) / LENGTH,
+            float(panel.diagonal().mean()),
+        ]
+        np.testing.assert_allclose(layer.statistics[number], expected, rtol=1e-5)
+
+
+def test_what_is_no_trace_or_keeps_no_weights_is_refused(trace):
+    with pytest.raises(TypeError, match="trace: got list; accepted is what capture_attention ret"):
+        assert_same_attention([], trace)
+    with pytest.raises(ValueError, match="trace: got no attention; accepted is one or more"):
+        assert_same_attention(trace[:0], trace)
+    with pytest.raises(ValueError, match=r'without weights \(keep="statistics"\)'):
+        assert_same_attention(traced(model_of(), keep="statistics"), trace)
+    with pytest.raises(ValueError, match="precision: got 'int8'; accepted is one or a list of"):
+        assert_same_attention(trace, trace, precision="int8")
+    with pytest.raises(ValueError, match="tolerance: got 2"):
+        assert_same_attention(trace, trace, tolerance=2)
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def saved(layers, tmp_path):
+    path = tmp_path / "a.attn"
+    path.write_text(traces.encode(layers))
+    return path
+
+
+def test_what_is_read_from_a_file_is_what_was_captured(trace, tmp_path):
+    layers = traces.layers_of(trace)
+    read = traces.read(saved(layers, tmp_path))
+    assert [layer.name for layer in read] == ["0", "1", "2", "3"]
+    assert traces.compare_layers(read, layers) is None
+
+
+def test_a_file_of_many_heads_and_tokens_is_small_and_shows_one_weight(tmp_path):
+    # The sketch of random numbers compresses worse than that of attention.
+    generator = np.random.default_rng(0)
+
+    def side(maps, count):
+        sums, signed, norms = generator.normal(size=(3, maps, count))
+        return Side(np.abs(sums), signed, np.abs(norms) + 0.1)
+
+    layers = [
+        traces.Layer(
+            f"model.layers.{number}.self_attn",
+            (1, 32, 4096, 4096),
+            "bfloat16",
+            Sketch(side(32, 4096), side(32, 4096)),
+            generator.normal(size=(32, 5)),
+        )
+        for number in range(32)
+    ]
+    path = saved(layers, tmp_path)
+    assert path.stat().st_size <= 1_000_000
+    assert traces.compare_layers(traces.read(path), layers) is None
+    layers[3].sketch.rows.signed[7, 4000] += 40
+    found = traces.compare_layers(traces.read(path), layers)
+    assert found.layer.startswith(
+        "model.layers.3.self_attn is the first that moved, number 4 of 32"
+    )
+    assert "head 7: queries 3" in found.first.text
+
+
+def test_a_file_holds_only_text_and_no_pickle(trace, tmp_path):
+    head, _, body = saved(traces.layers_of(trace), tmp_path).read_text().partition("\n")
+    assert json.loads(head)["version"] == 1
+    assert body.isascii()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: "",
+        lambda text: "{}",
+        lambda text: "[" * 100_000,
+        lambda text: text[: len(text) // 2],
+        lambda text: text.replace('"version":1', '"version":7'),
+        lambda text: text.replace("[2,4,24,24]", "[2,4,24,2400]"),
+        lambda text: text.replace("[2,4,24,24]", "[2,4,24,24000000000]"),
+        lambda text: text.replace("[2,4,24,24]", "[2,4,24]"),
+        lambda text: text.replace("[2,4,24,24]", "[2,4,24,true]"),
+        lambda text: text.replace("[1,1]", "[0,1]"),
+        lambda text: text.replace('"float32"', "3"),
+        lambda text: text.partition("[")[0] + "[]}\n" + text.partition("\n")[2],
+        lambda text: text.partition("\n")[0] + "\n????",
+        lambda text: text + "\u4e2d",
+    ],
+)
+def test_a_damaged_file_is_refused(trace, tmp_path, change):
+    path = saved(traces.layers_of(trace), tmp_path)
+    path.write_text(change(path.read_text()))
+    found = traces.check(traces.layers_of(trace), path, tmp_path)
+    assert found.status == "unreadable"
+    assert found.reason
+
+
+TEST = """
+    import torch
+    from test_traces import model_of, traced
+
+    def test_model(attention_regression):
+        attention_regression.check(traced(model_of(CHANGE)))
+        attention_regression.check(traced(model_of()), "again")
+"""
+
+
+def test_the_fixture_writes_compares_and_names_what_moved(pytester):
+    path = pytester.makepyfile(test_a=TEST.replace("CHANGE", ""))
+    result = pytester.runpytest()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        ["attention_regression: there is no baseline baseline_images/test_a.test_model.attn yet"]
+    )
+    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=1)
+    files = sorted(file.name for file in (pytester.path / "baseline_images").iterdir())
+    assert files[0] == "test_a.test_model.again.attn"
+    result = pytester.runpytest("--attn-unused")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["2 compared as data, 0 as pixels"])
+    result.stdout.no_fnmatch_line("unused *")
+    path.write_text(
+        path.read_text()
+        .replace("CHANGE", "")
+        .replace('model_of()), "again"', 'model_of()[:3]), "again"')
+        .replace("model_of()))", "model_of(change=lambda m: m[2].project.weight.data.mul_(1.1))))")
+    )
+    result = pytester.runpytest()
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "attention_regression: the data differ from the baseline *: * of 32 maps moved",
+            "  layer    2 is the first that moved, number 3 of 4; the 2 before agree; *",
+            "  to accept it    pytest --attn-update=changed 'test_a.py::test_model'",
+        ]
+    )
+    pytester.runpytest("--attn-update=changed").assert_outcomes(passed=1)
+    result = pytester.runpytest()
+    result.assert_outcomes(passed=1)
