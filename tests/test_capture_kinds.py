@@ -287,9 +287,10 @@ def test_blocks_of_queries_that_are_put_together_are_marked_as_parts(attend):
 @pytest.mark.parametrize("put", [
     lambda outputs: torch.cat(outputs, -1),
     lambda outputs: torch.stack(outputs, 1),
+    lambda outputs: torch.cat([one.unsqueeze(1) for one in outputs], 1),
     lambda outputs: torch.cat(outputs),
     lambda outputs: outputs[0] + outputs[1],
-], ids=["channels", "stacked", "batch", "added"])  # fmt: skip
+], ids=["channels", "stacked", "heads", "batch", "added"])  # fmt: skip
 def test_heads_and_batch_entries_that_are_put_together_are_no_parts(put):
     trace = traced(lambda: put([scores_of(one).softmax(-1) @ one for one in (X, X + 1)]))
     assert [record.part for record in trace] == ["", ""]
