@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_attnheat.attention.devices import visible_devices
 
@@ -221,3 +223,27 @@ def copied(argument: Any) -> Any:
         return argument
     once = tuple(slice(0, 1) if step == 0 else slice(None) for step in argument.stride())
     return argument.detach()[once].clone().expand(argument.shape)
+
+
+class apart:  # noqa: N801
+    """Compute without gradients, autocast and modes: it is not the model's, and counts nowhere."""
+
+    def __enter__(self) -> None:
+        self._grad, self._others = torch.is_grad_enabled(), None
+        torch._C._set_grad_enabled(False)
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        casts, modes = torch._C._is_any_autocast_enabled(), _len_torch_dispatch_stack()
+        if not casts and not modes:  # This runs twice for each function of torch.
+            return
+        self._others = ExitStack()
+        for kind in ("cpu", *accelerators()) if casts else ():
+            self._others.enter_context(torch.autocast(kind, enabled=False))
+        if modes:
+            self._others.enter_context(_disable_current_modes())
+
+    def __exit__(self, *error: object) -> None:
+        if self._others is not None:
+            self._others.close()
+        self._functions.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._grad)

@@ -28,7 +28,8 @@ from pytest_attnheat.attention.sketch import (
 from pytest_attnheat.attention.tolerance import drift_tolerance
 from pytest_attnheat.baselines.compare import numbered, said_of_sketches
 from pytest_attnheat.baselines.judging import Verdict
-from pytest_attnheat.capture.record import AttentionRecord, apart, name_of, parts_of
+from pytest_attnheat.callables import apart
+from pytest_attnheat.capture.record import AttentionRecord, name_of, parts_of
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.failure import Failure, Place
 from pytest_attnheat.heatmaps.record import joined, parted, sizes_of

@@ -139,6 +139,7 @@ class Tag:
         part: Of weights of some of the keys: the first of them, and how many there are in all.
         parts: The products with values of such parts so far, by their first keys.
         attended: The attention that it is the result of.
+        grouped: "exp" for an exponential, "sums" for its sums over groups: edges of a graph.
     """
 
     before: tuple[int, ...] | None = None
@@ -162,6 +163,7 @@ class Tag:
     part: tuple[int, int] | None = None
     parts: dict[int, Any] = field(default_factory=dict)
     attended: Any = None
+    grouped: str = ""
 
 
 class Tags:

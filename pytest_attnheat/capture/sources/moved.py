@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pytest_attnheat.capture.sources.reading import tell_divided
+from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
 from pytest_attnheat.capture.tags import Scores, Tag, coarser
 from pytest_attnheat.capture.watching import After, Call, Function
 
@@ -36,6 +36,8 @@ _PARTS = {"getitem", "narrow", "select", "slice", "index_select"}
 _PAIRS = {"view_as_complex", "view_as_real"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
 _FACTORS = ("mul", "div", "multiply", "divide")
+# Of groups that an index tells.
+_SUMS_OF_GROUPS = {"index_add", "scatter_add", "scatter_reduce", "index_put"}
 # After these, scores are weights that lack but their sum.
 _EXPONENTIALS = {"exp", "exp2", "log_softmax"}
 
@@ -192,9 +194,15 @@ def _paired(base: str, call: Call) -> After | None:
 
 def anything(base: str, call: Call) -> After | None:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
-    tags, every = call.watcher.tags, [*call.args[:3], *call.kwargs.values()]
+    most = 4 if base in _SUMS_OF_GROUPS else 3
+    tags, every = call.watcher.tags, [*call.args[:most], *call.kwargs.values()]
     tags.use(*every)
     known = [tags[one] for one in every]
+    grouped = [tag.grouped if tag is not None else "" for tag in known]
+    if any(grouped) or (base == "exp" and not any(known)):
+        if (now := _of_groups(call, base, grouped)) != "":
+            return lambda output: tags.put(output, Tag(grouped=now))
+        known = [tag if of == "" else None for tag, of in zip(known, grouped, strict=True)]
     number = _factor_of(base, every)
     if number is None and not any(known):
         return (lambda output: _outer(call, every, output)) if base in _FACTORS[:2] else None
@@ -227,6 +235,16 @@ def anything(base: str, call: Call) -> After | None:
             tags[output] = replace(tag, scores=scores, parametric=False)
 
     return after
+
+
+def _of_groups(call: Call, base: str, grouped: list[str]) -> str:
+    """What comes next in a softmax over groups of elements, as the edges of a graph."""
+    if base in ("div", "divide") and grouped[:2] == ["exp", "sums"]:
+        why = "its rows are groups of elements, as the edges of a graph are, and no matrix"
+        call.watcher.miss("exp, divided by its sums", why)
+    if base in ("add", "clamp", "clamp_min"):
+        return grouped[0]
+    return "exp" if base == "exp" else "sums" if base in _SUMS_OF_GROUPS else ""
 
 
 def _outer(call: Call, every: list[Any], output: Any) -> None:
@@ -306,6 +324,9 @@ def _follow(
     output: Any,
 ) -> None:  # fmt: skip
     """Keep track of what queries or keys were multiplied by, and of their axes, as they rotate."""
+    if base == "add" and len(known) == 2 and all(map(attended_of, known)):  # Parts of an attention.
+        call.watcher.tags[output] = known[1] or Tag()
+        return
     factors = [1.0 if tag is None else tag.factor for tag in known]
     factor = math.prod(factors)
     if number is not None:
@@ -360,6 +381,10 @@ def _joined(base: str, call: Call) -> After | None:
     tags.use(*parts)
     known = [tags[one] for one in parts]
     first = next((tag for tag in known if tag is not None and (tag.scores or tag.weights)), None)
+    found = map(attended_of, known)
+    pieces = [(one, of) for one, of in zip(parts, found, strict=True) if of is not None]
+    if base != "stack" and len(pieces) > 1:
+        mark_blocks(pieces, call.given(1, "dim", 0))
     if base == "stack" and first is None:
         return lambda output: tags.put(output, Tag(of_experts=True))
     if not any(known):
