@@ -92,6 +92,16 @@ def test_windows_are_not_called_heads_without_a_doubt(attend):
     assert record.doubt == "whether its axis of heads is one of windows is not known"
 
 
+def test_blocks_of_pictures_of_each_head_are_not_called_heads_without_a_doubt():
+    def attend():
+        blocks = PICTURE.reshape(8, 8, 3, 2).permute(0, 2, 3, 1)
+        return (blocks @ blocks.mT).softmax(-1) @ blocks
+
+    record = only(attend)
+    assert record.shape == (8, 3, 2, 2)
+    assert record.doubt == "whether its axis of heads is one of windows is not known"
+
+
 def test_channels_in_two_axes_are_not_called_heads_without_a_doubt():
     points = draw("points", 2, 6, 2, 3)
     record = only(lambda: torch.einsum("bij,bjdc->bidc", scores_of(X).softmax(-1), points))
