@@ -338,7 +338,9 @@ def _alike(
     given, hidden = softmax.weights, softmax.hidden
     if record.sink_weights is not None or given.shape[-1] == weights.shape[-1] + 1:
         given, hidden = given[..., : weights.shape[-1]], hidden[..., : weights.shape[-1]]
-    if record.heads is not None or given.shape[-1] != weights.shape[-1]:
+    if record.kind == "pooling" and given.shape[-1] == 1 and given.numel() == weights.numel():
+        given, hidden = given.reshape(weights.shape), hidden.reshape(weights.shape)
+    if given.shape[-1] != weights.shape[-1]:
         return
     if given.numel() != weights.numel():
         # One map for all heads or batch entries may be broadcast.

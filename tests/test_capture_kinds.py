@@ -121,6 +121,19 @@ def test_weights_in_a_product_that_cannot_be_read_are_named():
     ]
 
 
+def test_a_softmax_over_the_edges_of_each_node_is_named():
+    nodes, edges = torch.tensor([0, 0, 1, 2, 2]), draw("edges", 5, 4)
+
+    def attend():
+        shares = (edges - edges.amax()).exp()
+        sums = torch.zeros(3, 4).scatter_add_(0, nodes[:, None].expand_as(edges), shares) + 1e-16
+        return shares / sums.index_select(0, nodes)
+
+    assert [str(unseen) for unseen in traced(attend).unseen] == [
+        "(no layer): softmax over groups: each has a length of its own, as in a graph"
+    ]
+
+
 def test_which_of_many_leading_axes_are_heads_is_said_to_be_a_guess():
     windows = draw("w", 2, 3, 4, 6, 8)
     record = only(lambda: F.scaled_dot_product_attention(windows, windows, windows))

@@ -197,6 +197,8 @@ def anything(base: str, call: Call) -> After | None:
     known = [tags[one] for one in every]
     number = _factor_of(base, every)
     if number is None and not any(known):
+        if base == "exp":
+            return lambda output: tags.put(output, Tag(grouped="exp"))
         return (lambda output: _outer(call, every, output)) if base in _FACTORS[:2] else None
     place = next((i for i, t in enumerate(known) if t and (t.weights or t.scores)), None)
     if place is None:
@@ -227,6 +229,14 @@ def anything(base: str, call: Call) -> After | None:
             tags[output] = replace(tag, scores=scores, parametric=False)
 
     return after
+
+
+def _gathered(base: str, call: Call) -> After | None:
+    """Sums of groups of rows, as of the edges of each node of a graph."""
+    known = [call.watcher.tags[one] for one in (*call.args, *call.kwargs.values())]
+    if not any(tag is not None and tag.grouped == "exp" for tag in known):
+        return None
+    return lambda output: call.watcher.tags.put(output, Tag(grouped="sum"))
 
 
 def _outer(call: Call, every: list[Any], output: Any) -> None:
@@ -306,6 +316,9 @@ def _follow(
     output: Any,
 ) -> None:  # fmt: skip
     """Keep track of what queries or keys were multiplied by, and of their axes, as they rotate."""
+    grouped = [None if tag is None else tag.grouped for tag in known]
+    if base in ("div", "divide") and grouped[:2] == ["exp", "sum"]:
+        call.watcher.miss("softmax over groups", "each has a length of its own, as in a graph")
     factors = [1.0 if tag is None else tag.factor for tag in known]
     factor = math.prod(factors)
     if number is not None:
@@ -320,10 +333,12 @@ def _follow(
             shapes = [one.shape[-2:] for one in every if isinstance(one, Tensor)]
             classes = parametric and made.shape[-2:] in shapes
             axes = _axes(known, every, made)
-            if factor != 1 or classes or axes.before or axes.windows:
+            sums = "sum" if "sum" in grouped else ""
+            if factor != 1 or classes or axes.before or axes.windows or sums:
                 call.watcher.tags[made] = Tag(
-                    factor=factor, parametric=classes, before=axes.before, windows=axes.windows
-                )
+                    factor=factor, parametric=classes, before=axes.before, windows=axes.windows,
+                    grouped=sums,
+                )  # fmt: skip
 
 
 def _axes(known: list[Tag | None], every: Sequence[Any], made: Tensor) -> Tag:
@@ -435,4 +450,5 @@ SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
     (_PAIRS, _paired),
     (_JOINS, _joined),
     ({"setitem"}, _overwritten),
+    ({"scatter_add", "index_add", "scatter_reduce"}, _gathered),
 )
