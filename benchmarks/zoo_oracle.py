@@ -338,12 +338,16 @@ def _alike(
     given, hidden = softmax.weights, softmax.hidden
     if record.sink_weights is not None or given.shape[-1] == weights.shape[-1] + 1:
         given, hidden = given[..., : weights.shape[-1]], hidden[..., : weights.shape[-1]]
-    if record.heads is not None or given.shape[-1] != weights.shape[-1]:
+    if record.kind == "pooling" and given.shape[-1] == 1 and given.numel() == weights.numel():
+        given, hidden = given.reshape(weights.shape), hidden.reshape(weights.shape)
+    if given.shape[-1] != weights.shape[-1]:
         return
     if given.numel() != weights.numel():
         # One map for all heads or batch entries may be broadcast.
         if given.ndim == weights.ndim and _broadcasts(given, weights):
             given, hidden = given.expand_as(weights), hidden.expand_as(weights)
+        elif record.doubt and weights.numel() % given.numel() == 0:
+            given, hidden = (_repeated(one, weights) for one in (given, hidden))
         else:
             return
     axes = range(given.ndim - 1)
@@ -354,6 +358,12 @@ def _alike(
         if off <= close and bool((laid.isnan() == weights.isnan()).all()):
             yield hidden.permute(*order, -1).reshape(weights.shape), off
             return
+
+
+def _repeated(given: Tensor, weights: Tensor) -> Tensor:
+    """A map for each of some heads as one for each of more, beside one another."""
+    many = weights.numel() // given.numel()
+    return given.unsqueeze(-3).expand(*given.shape[:-2], many, *given.shape[-2:]).flatten(-4, -3)
 
 
 def _broadcasts(given: Tensor, weights: Tensor) -> bool:

@@ -147,7 +147,7 @@ def _before(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
     if len(new) == len(old) == 3 and new[0] == old[0] and new[1] * new[2] == old[1] * old[2]:
         # (length, batch, heads * width): a head's width is split off, and the rest joins the batch.
         return (old[1], new[1] // old[1], new[0], new[2]) if new[1] % old[1] == 0 else None
-    if len(new) == 3 and len(old) == 4 and new[0] * new[1] == old[0] * old[1]:
+    if len(old) >= 4 and old[0] < new[0] and new[0] * new[1] == old[0] * old[1]:
         # The same of pictures, (batch, heads * width, rows, columns).
         return (old[0], new[0] // old[0], new[2], new[1]) if new[0] % old[0] == 0 else None
     packs = len(new) == len(old) == 4 and old[2] == 1 and new[0] == old[0] and new[3] == old[3]
@@ -161,7 +161,7 @@ def _still(
     if before is None or made.shape == shape:
         return before
     before = before[1:] if len(before) == 5 else before
-    return before if made.ndim == 3 and len(made) == before[0] * before[1] else None
+    return before if made.ndim >= 3 and len(made) == before[0] * before[1] else None
 
 
 def _in_windows(shape: torch.Size, made: Tensor) -> bool:
