@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from pytest_attnheat import Failure, assert_same_attention, capture_attention
@@ -32,7 +33,7 @@ class Block(torch.nn.Module):
             mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             scores = query @ key.mT / math.sqrt(WIDTH // HEADS)
-            later = torch.ones(scores.shape[-2:]).triu(1).bool()
+            later = torch.ones(scores.shape[-2:], device=scores.device).triu(1).bool()
             mixed = softmax(scores.masked_fill(later, -torch.inf), -1) @ value
         return hidden + self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -55,10 +56,10 @@ class Named(torch.nn.Module):
         return self.blocks(hidden)
 
 
-def traced(model, dtype=torch.float32, **options):
+def traced(model, dtype=torch.float32, device="cpu", **options):
     hidden = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), capture_attention(model, **options) as trace:
-        model.to(dtype)(hidden.to(dtype))
+        model.to(dtype)(hidden.to(device, dtype))
     return trace
 
 
@@ -92,6 +93,11 @@ def test_another_implementation_and_precision_attend_alike(trace, fused, dtype, 
     other = traced(model_of(fused), dtype)
     assert_same_attention(other, trace, precision=precision)
     assert_same_attention(trace, other, precision=precision)
+
+
+@on_accelerators([torch.float32])
+def test_another_device_attends_alike(trace, accelerator, dtype):
+    assert_same_attention(traced(model_of().to(accelerator), dtype, accelerator), trace)
 
 
 def test_the_first_layer_and_head_that_moved_are_named_and_those_before_agree(trace):
