@@ -75,6 +75,15 @@ def plugins_together(session: nox.Session) -> None:
 
 
 @nox.session
+def zoo(session: nox.Session) -> None:
+    """Capture sixty model types of transformers, and hold each against every softmax that ran."""
+    install_pinned(session)
+    results = Path(session.create_tmp(), "zoo.jsonl").resolve()
+    asked = session.posargs or ["--slice", "60"]
+    session.run("python", "benchmarks/capture_zoo.py", "--results", str(results), *asked)
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it beside nothing of the repository, and use it in a project."""
     folder = Path(session.create_tmp()).resolve()

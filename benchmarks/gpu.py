@@ -41,6 +41,7 @@ NEEDED = {
 }
 ENVIRONMENT = ROOT / ".venv-gpu"
 _FIRST_LINES = 12
+NOTES = "## What was found\n"  # and what stands below it is kept
 
 
 @dataclass(frozen=True)
@@ -270,7 +271,14 @@ def write(path: Path, machine: dict[str, str], parts: Sequence[Part], done: list
     for outcome in done:
         lines += ["", f"## {outcome.part.name.capitalize()}", "", *_shown(outcome)]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path.write_text("\n".join(lines) + f"\n{_notes(path)}", encoding="utf-8")
+
+
+def _notes(path: Path) -> str:
+    """What somebody wrote below the report of before."""
+    before = path.read_text(encoding="utf-8") if path.exists() else ""
+    _, mark, notes = before.partition(NOTES)
+    return f"\n{mark}{notes}" if mark else ""
 
 
 def _shown(outcome: Outcome) -> list[str]:
@@ -284,15 +292,17 @@ def _shown(outcome: Outcome) -> list[str]:
 
 def _tests_shown(outcome: Outcome) -> list[str]:
     """Count the tests, and give the first lines of each that failed."""
+    # Of one process, and of several.
+    line = r"^tests/\S+::.* {word}\b|^\[gw\d+\].* {word} tests/"
     counts = {
-        word: len(re.findall(rf"^tests/\S+::.* {word}\b", outcome.text, re.MULTILINE))
+        word: len(re.findall(line.format(word=word), outcome.text, re.MULTILINE))
         for word in ("PASSED", "FAILED", "ERROR", "SKIPPED")
     }
     lines = [", ".join(f"{count} {word.lower()}" for word, count in counts.items() if count)]
     collected = re.search(r"^.*tests collected.*$", outcome.text, re.MULTILINE)
     if collected:
         lines = [collected[0].strip("= ")]
-    failed = re.split(r"^_{3,} (.+?) _{3,}$", outcome.text, flags=re.MULTILINE)[1:]
+    failed = re.split(r"^_+ (test_.+?) _+$", outcome.text, flags=re.MULTILINE)[1:]
     for name, told in zip(failed[::2], failed[1::2], strict=True):
         errors = re.findall(r"^E .*$|^\S+\.py:\d+: .*$", told, re.MULTILINE)
         lines += ["", f"`{name}`", "", "```", *errors[:_FIRST_LINES], "```"]

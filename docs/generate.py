@@ -128,6 +128,8 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
 MEASURED = {
     "defects": (("benchmarks/defect_matrix.py", "--table"), 0),
     "captures": (("benchmarks/capture_table.py",), 0),
+    "zoo": (("benchmarks/capture_zoo.py", "--table"), 0),
+    "not right in the zoo": (("benchmarks/capture_zoo.py", "--table"), 1),
     "changed pictures": (("benchmarks/baseline_table.py",), 0),
     "versions of matplotlib": (("benchmarks/baseline_table.py",), 1),
 }

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
-    from pytest_attnheat.inputs import Operand
 
 # Of a number in a sentence, significant digits; 17 tell any two float64 apart.
 _LEAST_DIGITS, _MOST_DIGITS = 6, 17
@@ -34,11 +33,13 @@ class Place:
             1.0e-05)".
         index: Its index, as far as one number or row can be pointed at; else None.
         value: What was found there; None where that is no number.
+        tensor: What it is a place in, "output" or "query.grad", where several were compared.
     """
 
     text: str
     index: tuple[int, ...] | None = None
     value: float | None = None
+    tensor: str | None = None
 
     def __str__(self) -> str:
         """Say it."""
@@ -54,7 +55,7 @@ class Checked:
     device: str
 
     @classmethod
-    def of(cls, tensor: Operand | torch.Tensor) -> Checked:
+    def of(cls, tensor: torch.Tensor) -> Checked:
         """Describe a tensor, or what is read as one."""
         return cls(dtype_name(tensor), tuple(tensor.shape), str(tensor.device))
 

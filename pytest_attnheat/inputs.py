@@ -13,13 +13,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any, TypeAlias, cast
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-Index: TypeAlias = tuple["slice | int", ...]
 
 
 def misuse(name: str, got: object, accepted: str) -> str:
@@ -99,54 +97,6 @@ _ACCEPTED = (
 ACCEPTED_MASK = "a boolean torch.Tensor or numpy.ndarray, True where a query may attend"
 
 
-class ArrayPieces:
-    """A NumPy array that torch cannot wrap, handed out as copies of pieces.
-
-    Torch knows neither negative strides nor foreign byte order. Copying the
-    array whole would cost as much memory as the array; a piece does not.
-    """
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        """Keep the array; nothing is copied before a piece is asked for."""
-        import numpy as np
-        import torch
-
-        self._array = array
-        self._native = array.dtype.newbyteorder("=")
-        self.dtype = torch.from_numpy(np.empty(0, self._native)).dtype
-        self.device = torch.device("cpu")
-        self.shape = torch.Size(array.shape)
-
-    @property
-    def ndim(self) -> int:
-        """The number of dimensions."""
-        return self._array.ndim
-
-    @property
-    def mT(self) -> ArrayPieces:  # noqa: N802 (the name torch uses)
-        """The same array with its last two dimensions swapped."""
-        return ArrayPieces(self._array.swapaxes(-2, -1))
-
-    def view(self, index: Index) -> ArrayPieces:
-        """Look at a part; nothing is copied."""
-        return ArrayPieces(self._array[index])
-
-    def __getitem__(self, index: Index) -> torch.Tensor:
-        """Copy one piece into a tensor."""
-        import numpy as np
-        import torch
-
-        return torch.from_numpy(np.array(self._array[index], dtype=self._native, order="C"))
-
-
-Operand: TypeAlias = "torch.Tensor | ArrayPieces"
-
-
-def view(operand: Operand, index: Index) -> Operand:
-    """Return a part of an operand without copying it."""
-    return operand.view(index) if isinstance(operand, ArrayPieces) else operand[index]
-
-
 class _Writable:
     """The memory of a read-only array, under a writable flag.
 
@@ -162,7 +112,7 @@ class _Writable:
 
 def as_weights(
     value: object, name: str = "weights", dimensions: str = "(..., queries, keys)"
-) -> Operand:
+) -> torch.Tensor:
     """Return attention weights ready to be read, sharing memory wherever possible.
 
     Args:
@@ -171,8 +121,7 @@ def as_weights(
         dimensions: What its dimensions are, for the errors.
 
     Returns:
-        A detached tensor of shape ``(..., queries, keys)``, or an
-        `ArrayPieces` where torch cannot share the array's memory.
+        A detached tensor of shape ``(..., queries, keys)``.
 
     Raises:
         TypeError: Not a dense tensor or array of a real float dtype.
@@ -192,7 +141,7 @@ def as_weights(
     return operand
 
 
-def as_mask(mask: object, weights: Operand) -> Operand | None:
+def as_mask(mask: object, weights: torch.Tensor) -> torch.Tensor | None:
     """Return a mask with as many dimensions as the weights, not expanded.
 
     Args:
@@ -221,10 +170,7 @@ def as_mask(mask: object, weights: Operand) -> Operand | None:
     if not broadcasts(given, wanted):
         accepted = f"a shape that broadcasts to that of the weights, {wanted}"
         raise ValueError(misuse("mask", f"shape {given}", accepted))
-    missing = len(wanted) - len(given)
-    if missing == 0:
-        return operand
-    return as_mask(_with_leading_ones(operand, missing), weights)
+    return operand[(None,) * (len(wanted) - len(given))]
 
 
 def check_tolerance(value: object) -> float:
@@ -265,7 +211,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def dtype_name(operand: Operand | torch.dtype) -> str:
+def dtype_name(operand: torch.Tensor | torch.dtype) -> str:
     """Return the dtype as users write it, without the prefix."""
     return str(getattr(operand, "dtype", operand)).removeprefix("torch.")
 
@@ -278,17 +224,10 @@ def _is_known_float(dtype: torch.dtype) -> bool:
     return dtype in wide or str(dtype).startswith("torch.float8_")
 
 
-def _with_leading_ones(operand: Operand, count: int) -> Operand:
-    index = cast("Index", (None,) * count)
-    return view(operand, index)
-
-
-def _as_operand(value: object, name: str, accepted: str) -> Operand:
+def _as_operand(value: object, name: str, accepted: str) -> torch.Tensor:
     import numpy as np
     import torch
 
-    if isinstance(value, ArrayPieces):
-        return value
     if isinstance(value, torch.Tensor):
         return _from_torch(value, name, accepted)
     if isinstance(value, np.ndarray):
@@ -309,7 +248,7 @@ def _from_torch(tensor: torch.Tensor, name: str, accepted: str) -> torch.Tensor:
     return tensor.detach()
 
 
-def _from_numpy(array: np.ndarray[Any, Any], name: str, accepted: str) -> Operand:
+def _from_numpy(array: np.ndarray[Any, Any], name: str, accepted: str) -> torch.Tensor:
     import numpy as np
     import torch
 
@@ -319,7 +258,8 @@ def _from_numpy(array: np.ndarray[Any, Any], name: str, accepted: str) -> Operan
     if array.dtype.newbyteorder("=") not in (np.bool_, np.float16, np.float32, np.float64):
         raise TypeError(misuse(name, f"dtype {array.dtype}", accepted))
     if not _torch_can_share(array):
-        return ArrayPieces(array)
+        # Negative strides, or a foreign byte order: torch knows neither.
+        array = np.array(array, dtype=array.dtype.newbyteorder("="), order="C")
     if not array.flags.writeable:
         array = np.asarray(_Writable(array))
     return torch.from_numpy(array)

@@ -474,7 +474,7 @@ def test_everything_works_on_an_accelerator(assertion, dtype, accelerator):
     assertion(SDPA, *inputs, attn_mask=RAGGED.to(accelerator))
 
     def wrong(query, key, value):
-        bias = torch.arange(key.shape[-2], device=accelerator, dtype=dtype)
+        bias = torch.arange(key.shape[-2], device=accelerator, dtype=dtype)[None]
         return SDPA(query, key, value, bias) + query.mean((0, -1)).unsqueeze(-1)
 
     assert f"on {accelerator}:0" in message_of(assertion, wrong, *inputs)

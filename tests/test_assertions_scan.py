@@ -205,7 +205,6 @@ MEMORY = r"""
         lambda: torch.full((1, 2**24), 2**-24, dtype=torch.float64),
         lambda: torch.full((2**21, 4, 4), 1 / 4),
         lambda: torch.ones((2**25, 1)),
-        lambda: np.full((32, 1024, 1024), 1 / 1024, dtype=np.float32)[..., ::-1],
     ):
         weights = weights()
         passing = [extra(lambda: check(weights)) for check in checks]
@@ -223,7 +222,7 @@ def test_128_mb_are_checked_with_at_most_16_mb_more():
         [sys.executable, "-c", textwrap.dedent(MEMORY)], capture_output=True, text=True, check=False
     )
     assert run.returncode == 0, run.stderr
-    assert len(run.stdout.splitlines()) == 8
+    assert len(run.stdout.splitlines()) == 7
     for line in run.stdout.splitlines():
         assert all(int(more) <= 16 * KB_PER_MB for more in line.split()[:4]), line
 

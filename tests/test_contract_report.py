@@ -127,7 +127,7 @@ CORRECT = [sdpa, by_math, plain, plus_one, scaled_query, repeated_keys]
 
 @pytest.mark.parametrize("function", CORRECT, ids=lambda f: f.__name__)
 def test_correct_functions_pass_in_every_dtype(function):
-    report = check_attention(function, checks=CHECKS if function is sdpa else NAMED)
+    report = check_attention(function, checks=NAMED)
     assert report.passed, str(report)
     assert {result.dtype for result in report.results} == {
         "float64", "float32", "float16", "bfloat16",
@@ -200,7 +200,7 @@ def test_one_head_without_a_dimension_of_heads_is_examined():
 
     spec = AttentionSpec(single, layout="bld", mask="additive", mask_argument="mask",
                          fully_masked="undefined", dtypes=ONE_DTYPE)  # fmt: skip
-    report = check_attention(spec)
+    report = check_attention(spec, checks=NAMED)
     assert set(failed(report)) <= {"gradients_masked"}, str(report)
     assert statuses(report, "masked") == {"passed"}
 
@@ -295,7 +295,13 @@ def finds(check, examination):
 def test_what_the_planted_defects_are_planted_in_is_right(names):
     declared = declared_for(*names)
     sound = AttentionSpec(attention_with(**declared), dtypes=ONE_DTYPE, **declared)
-    assert check_attention(sound).passed
+    # With the pairs of all that is declared where nothing else asks them.
+    assert check_attention(sound, checks=CHECKS if names else NAMED).passed
+
+
+def test_the_pairs_of_a_correct_function_pass_in_half_precision():
+    spec = AttentionSpec(sdpa, dtypes=("bfloat16",))
+    assert statuses(check_attention(spec, checks=[BY_NAME["pairs"]]), "pairs") == {"passed"}
 
 
 @pytest.mark.parametrize(

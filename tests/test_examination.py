@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from pytest_attnheat.contract.checks import CHECKS
+from pytest_attnheat.inputs import DTYPE_NAMES
 from pytest_attnheat.plugin.checking import _in_both
-from pytest_attnheat.plugin.settings import DTYPE_NAMES
 
 # The number of checks in the quick form.
 QUICK = sum(check.quick for check in CHECKS)

@@ -9,7 +9,7 @@ import pytest
 
 from pytest_attnheat import plugin
 from pytest_attnheat.attention import cases, devices, scoring
-from pytest_attnheat.plugin import settings
+from pytest_attnheat.inputs import DTYPE_NAMES
 
 NAMES = scoring.scoring_names()
 
@@ -87,7 +87,7 @@ def test_help_markers_and_fixtures_read_like_documentation(pytester):
 
 
 def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
-    assert cases.DTYPES == settings.DTYPE_NAMES
+    assert cases.DTYPES == DTYPE_NAMES
 
 
 # --- marker

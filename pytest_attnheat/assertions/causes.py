@@ -16,12 +16,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.claims import Finding, Index
 from pytest_attnheat.assertions.scan import Block, evenly, row_of
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import row_rounding
-from pytest_attnheat.inputs import Operand, dtype_name
+from pytest_attnheat.inputs import dtype_name
 
 # The most weights, and rows, that a sample holds: 1 MB in float64.
 _SAMPLE = 2**17
@@ -43,15 +44,15 @@ class Evidence:
         permitted: Their mask, ``(n, keys)``.
     """
 
-    weights: Operand
-    mask: Operand | None
+    weights: Tensor
+    mask: Tensor | None
     finding: Finding[Any]
-    queries: torch.Tensor
-    rows: torch.Tensor
-    permitted: torch.Tensor
+    queries: Tensor
+    rows: Tensor
+    permitted: Tensor
 
     @classmethod
-    def spread(cls, weights: Operand, mask: Operand | None, finding: Finding[Any]) -> Evidence:
+    def spread(cls, weights: Tensor, mask: Tensor | None, finding: Finding[Any]) -> Evidence:
         """Sample rows with a permitted key, evenly spaced; none where a row is too long."""
         *lead, key_len = weights.shape
         most = min(_SAMPLE_ROWS, _SAMPLE // key_len)
@@ -60,7 +61,7 @@ class Evidence:
         return found.only(found.permitted.any(-1))
 
     @classmethod
-    def of_map(cls, weights: Operand, mask: Operand | None, finding: Finding[Any]) -> Evidence:
+    def of_map(cls, weights: Tensor, mask: Tensor | None, finding: Finding[Any]) -> Evidence:
         """Sample rows of the map with the worst weight, evenly spaced, the worst among them."""
         *place, worst, _ = finding.worst.index
         most = min(_SAMPLE_ROWS, max(1, _SAMPLE // weights.shape[-1]))
@@ -69,7 +70,7 @@ class Evidence:
 
     @classmethod
     def _of(
-        cls, weights: Operand, mask: Operand | None, finding: Finding[Any], indices: list[Index]
+        cls, weights: Tensor, mask: Tensor | None, finding: Finding[Any], indices: list[Index]
     ) -> Evidence:
         queries = torch.tensor([index[-1] for index in indices], dtype=torch.long, device="cpu")
         rows = rows_of(weights, indices, weights.shape[-1]).double()
@@ -88,7 +89,7 @@ class Evidence:
         """Which map the worst weight is in."""
         return self.finding.worst.index[: self.weights.ndim - 2]
 
-    def only(self, some: torch.Tensor) -> Evidence:
+    def only(self, some: Tensor) -> Evidence:
         """Leave out the other rows."""
         return replace(
             self, queries=self.queries[some], rows=self.rows[some], permitted=self.permitted[some]
@@ -98,7 +99,7 @@ class Evidence:
         """Leave out rows with NaN and rows of zeros, which say nothing about a mask."""
         return self.only(self.rows.isfinite().all(-1) & (self.rows != 0).any(-1))
 
-    def explained_by(self, other: torch.Tensor) -> bool:
+    def explained_by(self, other: Tensor) -> bool:
         """Tell whether the weights are those of another mask, ``(n, keys)``."""
         extra, common = other & ~self.permitted, other & self.permitted
         if int(extra.sum()) < 2 or bool((self.rows[~other] != 0).any()):
@@ -106,7 +107,7 @@ class Evidence:
         permitted = (extra, common) if bool(common.any()) else (extra,)
         return all(share(self.rows[some] > 0) >= NEARLY_ALL for some in permitted)
 
-    def lacks_exactly(self, missing: torch.Tensor) -> bool:
+    def lacks_exactly(self, missing: Tensor) -> bool:
         """Tell whether these permitted weights, and hardly any others, are zero."""
         missing = missing & self.permitted
         kept = self.permitted & ~missing
@@ -118,18 +119,18 @@ class Evidence:
 Cause = Callable[[Evidence], "str | None"]
 
 
-def rows_of(operand: Operand, indices: Sequence[Index], key_len: int) -> torch.Tensor:
+def rows_of(operand: Tensor, indices: Sequence[Index], key_len: int) -> Tensor:
     """Return some rows of weights or of a mask, ``(n, keys)``, on the CPU."""
     rows = [row_of(operand, index).expand(key_len) for index in indices]
     return torch.stack(rows) if rows else torch.zeros(0, key_len, dtype=operand.dtype)
 
 
-def share(of: torch.Tensor) -> float:
+def share(of: Tensor) -> float:
     """Return the share of True, 0 of nothing."""
     return float(of.double().mean()) if of.numel() else 0.0
 
 
-def likely_cause(weights: Operand, mask: Operand | None, finding: Finding[Block]) -> str | None:
+def likely_cause(weights: Tensor, mask: Tensor | None, finding: Finding[Block]) -> str | None:
     """Return the first cause that the numbers show, or None."""
     if finding.claim.lines.transposed and finding.claim.kind == "sum" and not finding.nans:
         return "the rows do sum to 1: a plain softmax, or too few Sinkhorn iterations?"
@@ -281,7 +282,7 @@ def low_precision(evidence: Evidence) -> str | None:
     return None
 
 
-def dropout(rows: torch.Tensor, permitted: torch.Tensor | None) -> str | None:
+def dropout(rows: Tensor, permitted: Tensor | None) -> str | None:
     """Zeros strewn at random, and sums that vary around one as those zeros make them.
 
     Dropout with probability p keeps a weight as w / (1 - p). The variance of a row sum is then p
@@ -418,7 +419,7 @@ def _sums_to_one_along(evidence: Evidence, dim: int) -> Literal["", "all", "some
     return "some" if bool(empty.any()) else "all"
 
 
-def _before_the_last_weight(rows: torch.Tensor) -> torch.Tensor:
+def _before_the_last_weight(rows: Tensor) -> Tensor:
     # Trailing zeros are more likely a causal or padding mask than dropout.
     after = (rows != 0).flip(-1).int().cumsum(-1).flip(-1)
     return after > 0

@@ -17,12 +17,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.scan import Block, Elements, any_key
 from pytest_attnheat.attention.chunks import index_within
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.failure import Checked, Failure, Place, number_text
-from pytest_attnheat.inputs import Operand
 
 if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -100,24 +100,24 @@ class Claim(Generic[P]):
 
     statement: str
     kind: str
-    regards: Callable[[P], torch.Tensor]
-    value: Callable[[P], torch.Tensor]
-    deviation: Callable[[P], torch.Tensor]
-    allowed: float | Callable[[P], torch.Tensor]
+    regards: Callable[[P], Tensor]
+    value: Callable[[P], Tensor]
+    deviation: Callable[[P], Tensor]
+    allowed: float | Callable[[P], Tensor]
     says: Callable[[P, Spot], str]
     given: Callable[[Index], Index] = tuple
     lines: Lines = ROWS
     unit: str = ""
 
-    def limit(self, part: P) -> float | torch.Tensor:
+    def limit(self, part: P) -> float | Tensor:
         """Return what is allowed in a part."""
         return self.allowed(part) if callable(self.allowed) else self.allowed
 
-    def breaks(self, part: P) -> torch.Tensor:
+    def breaks(self, part: P) -> Tensor:
         """Return which of a part break the claim."""
         return self.regards(part) & ~(self.deviation(part) <= self.limit(part))
 
-    def excess(self, part: P, breaks: torch.Tensor) -> torch.Tensor:
+    def excess(self, part: P, breaks: Tensor) -> Tensor:
         """Return by how much each is further off than allowed, below 0 where it is not.
 
         NaN is worst, and infinity is worse than any number.
@@ -129,7 +129,7 @@ class Claim(Generic[P]):
 
 def first_broken(parts: Iterable[P], claims: Sequence[Claim[P]]) -> Claim[P] | None:
     """Return the first claim that is broken anywhere, waiting for the device once."""
-    found: torch.Tensor | None = None
+    found: Tensor | None = None
     for part in parts:
         broken = torch.stack([claim.breaks(part).any() for claim in claims])
         found = broken if found is None else found.logical_or_(broken)
@@ -166,7 +166,7 @@ class Finding(Generic[P]):
     def failure(
         self,
         assertion: str,
-        checked: Operand,
+        checked: Tensor,
         cause: str | None,
         *,
         names_first: bool = True,
@@ -252,11 +252,11 @@ def _spot(claim: Claim[P], part: P, at: int) -> Spot:
 def of_rows(
     statement: str,
     kind: str,
-    value: Callable[[Block], torch.Tensor],
+    value: Callable[[Block], Tensor],
     verb: str,
     *,
-    deviation: Callable[[Block], torch.Tensor] | None = None,
-    regards: Callable[[Block], torch.Tensor] = lambda block: block.attends,
+    deviation: Callable[[Block], Tensor] | None = None,
+    regards: Callable[[Block], Tensor] = lambda block: block.attends,
     allowed: float = 0.0,
     lines: Lines = ROWS,
     unit: str = "",
@@ -289,7 +289,7 @@ def _measured(spot: Spot) -> str:
 
 
 def fully_masked_rows(
-    mask: Operand | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
+    mask: Tensor | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
 ) -> list[Claim[Block]]:
     """Claim that rows without a permitted key hold what was declared."""
     if mask is None:
@@ -321,7 +321,7 @@ def fully_masked_rows(
     ]
 
 
-def _farthest_from_zero(block: Block) -> torch.Tensor:
+def _farthest_from_zero(block: Block) -> Tensor:
     return torch.where(block.high > block.low.neg(), block.high, block.low)
 
 
@@ -339,7 +339,7 @@ def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
         every_row: Whether it is also about fully masked rows.
     """
 
-    def regards(part: Elements) -> torch.Tensor:
+    def regards(part: Elements) -> Tensor:
         masked = ~part.permitted
         if not every_row:
             masked = masked & part.block.attends.unsqueeze(-1)
@@ -372,7 +372,7 @@ def permitted_is_positive(says: Says) -> Claim[Elements]:
 def by_row(claim: Claim[Elements]) -> Claim[Block]:
     """Claim that a row holds no element that breaks a claim."""
 
-    def broken(block: Block) -> torch.Tensor:
+    def broken(block: Block) -> Tensor:
         return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or)
 
     return _quick(claim.statement, claim.kind, broken)
@@ -381,7 +381,7 @@ def by_row(claim: Claim[Elements]) -> Claim[Block]:
 def masks_nothing() -> Claim[Block]:
     """Claim that rows have no masked key."""
 
-    def masks(block: Block) -> torch.Tensor:
+    def masks(block: Block) -> Tensor:
         return block.reduce(
             lambda part: any_key(~part.permitted).expand(part.values.shape[:-1]), torch.logical_or
         )
@@ -389,7 +389,7 @@ def masks_nothing() -> Claim[Block]:
     return _quick("rows have a masked key", "permits", masks)
 
 
-def _quick(statement: str, kind: str, broken: Callable[[Block], torch.Tensor]) -> Claim[Block]:
+def _quick(statement: str, kind: str, broken: Callable[[Block], Tensor]) -> Claim[Block]:
     """Claim something that is asked, of every row, and never counted."""
     return Claim(
         statement=statement,

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.captured import NothingForbiddenError, Weights, takes_records
 from pytest_attnheat.assertions.causes import Evidence, likely_cause
@@ -42,10 +43,10 @@ from pytest_attnheat.attention.vocabulary import (
     Side,
     check_fully_masked,
 )
-from pytest_attnheat.inputs import ACCEPTED_MASK, Operand, as_mask, as_weights, misuse, one_of
+from pytest_attnheat.inputs import ACCEPTED_MASK, as_mask, as_weights, misuse, one_of
 
-Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any]"
-Lengths: TypeAlias = "Sequence[int] | torch.Tensor | np.ndarray[Any, Any]"
+Mask: TypeAlias = "Tensor | np.ndarray[Any, Any]"
+Lengths: TypeAlias = "Sequence[int] | Tensor | np.ndarray[Any, Any]"
 
 _WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
@@ -99,7 +100,7 @@ def _assert_causal(
     alignment: Alignment | None = None,
     window: int | tuple[int, int] | None = None,
     fully_masked: FullyMasked = "zero",
-    queries: torch.Tensor | None = None,
+    queries: Tensor | None = None,
     query_len: int | None = None,
 ) -> None:
     """`assert_causal`, of some queries of a record too, at the positions that they had."""
@@ -119,7 +120,7 @@ def _assert_causal(
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    permitted = cast("Operand", as_mask(rule.rows(numbers.to(operand.device)), operand))
+    permitted = cast("Tensor", as_mask(rule.rows(numbers.to(operand.device)), operand))
     masked = _Masked("assert_causal", operand, permitted, declared)
     if not masked.check(says, lambda evidence: causal_cause(evidence, rule, numbers)):
         got = (
@@ -242,7 +243,7 @@ def assert_padding_masked(
     mask = padding_mask(real, operand.shape[-1], side=side, device=operand.device).view(
         -1, *[1] * (operand.ndim - 2), operand.shape[-1]
     )
-    permitted = cast("Operand", as_mask(mask, operand))
+    permitted = cast("Tensor", as_mask(mask, operand))
     masked = _Masked("assert_padding_masked", operand, permitted, declared)
 
     def says(index: Index, weight: float) -> str:
@@ -260,8 +261,8 @@ class _Masked:
     """What is checked, under which name and mask."""
 
     assertion: str
-    weights: Operand
-    mask: Operand
+    weights: Tensor
+    mask: Tensor
     declared: FullyMasked
 
     def check(
@@ -315,7 +316,7 @@ class _Masked:
         return fully_masked_rows(self.mask, self.declared, allowed)
 
 
-def _read_weights(weights: object) -> Operand:
+def _read_weights(weights: object) -> Tensor:
     operand = as_weights(weights)
     if str(operand.dtype) == "torch.float8_e8m0fnu":
         got = "dtype float8_e8m0fnu, which has no zero, so that no key can be masked in it"
@@ -323,14 +324,14 @@ def _read_weights(weights: object) -> Operand:
     return operand
 
 
-def _required_mask(mask: object, weights: Operand) -> Operand:
+def _required_mask(mask: object, weights: Tensor) -> Tensor:
     permitted = as_mask(mask, weights)
     if permitted is None:
         raise TypeError(misuse("mask", "None", ACCEPTED_MASK))
     return permitted
 
 
-def _read_lengths(lengths: object, weights: Operand) -> list[int]:
+def _read_lengths(lengths: object, weights: Tensor) -> list[int]:
     """Return the lengths as plain numbers."""
     batch, key_len = weights.shape[0], weights.shape[-1]
     if weights.ndim < 3:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.causes import (
     NEARLY_ALL,
@@ -34,7 +35,7 @@ _SAMPLE_ENTRIES = 64
 _HEADS_NAMED = 4
 # Masked keys with less than this part of the largest permitted weight hold a little of it.
 _LITTLE = 0.05
-Candidate = tuple[torch.Tensor, str]
+Candidate = tuple[Tensor, str]
 
 # How far a weight of a uniform row is from 1 / key_len, as a part of it: bfloat16 rounds so.
 _UNIFORM = 2**-8
@@ -172,7 +173,7 @@ def padded_queries(evidence: Evidence, lengths: Sequence[int], side: Side) -> st
     )
 
 
-def other_padding(seen: torch.Tensor, lengths: Sequence[int], side: Side) -> str | None:
+def other_padding(seen: Tensor, lengths: Sequence[int], side: Side) -> str | None:
     """Batch entries are masked, but as if other keys were padding; `seen` as of `_seen_keys`."""
     key_len = seen.shape[-1]
     if len(seen) < len(lengths):
@@ -188,7 +189,7 @@ def other_padding(seen: torch.Tensor, lengths: Sequence[int], side: Side) -> str
     return None
 
 
-def no_padding(seen: torch.Tensor, lengths: Sequence[int]) -> str | None:
+def no_padding(seen: Tensor, lengths: Sequence[int]) -> str | None:
     """Every key of every batch entry gets weight."""
     padded = [i for i, length in enumerate(lengths[: len(seen)]) if length < seen.shape[-1]]
     if not padded or not bool(seen[padded].all()):
@@ -196,11 +197,11 @@ def no_padding(seen: torch.Tensor, lengths: Sequence[int]) -> str | None:
     return "padding gets weight like the rest: no padding mask was applied?"
 
 
-def _real(lengths: Sequence[int], key_len: int, side: Side) -> torch.Tensor:
+def _real(lengths: Sequence[int], key_len: int, side: Side) -> Tensor:
     return padding_mask(lengths, key_len, side=side, device="cpu").flatten(1)
 
 
-def _seen_keys(evidence: Evidence) -> torch.Tensor:
+def _seen_keys(evidence: Evidence) -> Tensor:
     """Return which keys of each batch entry get weight from any query, ``(batch, keys)``."""
     weights, place = evidence.weights, evidence.place[1:]
     query_len, key_len = weights.shape[-2:]
@@ -310,13 +311,7 @@ class CausalRule:
 
     @classmethod
     def read(cls, query_len: int, key_len: int, alignment: object, window: object) -> CausalRule:
-        """Read the arguments of `assert_causal`.
-
-        Raises:
-            TypeError: The window is neither a whole number nor a pair of them.
-            ValueError: The alignment is unknown, or missing where it matters; or the window is
-                below 0 or reaches into the future.
-        """
+        """Read the arguments of `assert_causal`."""
         if alignment is None and query_len != key_len:
             got = f"None for {query_len} queries and {key_len} keys"
             raise ValueError(
@@ -344,7 +339,7 @@ class CausalRule:
         window = "" if self.window is None else f" and window={self.window}"
         return f"causal attention{named}{window}"
 
-    def rows(self, queries: torch.Tensor) -> torch.Tensor:
+    def rows(self, queries: Tensor) -> Tensor:
         """Return the mask of some queries, ``(n, key_len)``; nothing wider than it is made."""
         keys = torch.arange(self.key_len, device=queries.device)
         position = queries.unsqueeze(-1) + self.offset
@@ -376,7 +371,7 @@ def _keys_before(window: object) -> int | None:
     return left
 
 
-def causal_cause(evidence: Evidence, rule: CausalRule, numbers: torch.Tensor) -> str | None:
+def causal_cause(evidence: Evidence, rule: CausalRule, numbers: Tensor) -> str | None:
     """Return a likely cause of weight in the future, or before the window, or None.
 
     Args:
@@ -405,7 +400,7 @@ def _uniform_rows(evidence: Evidence) -> str | None:
     )
 
 
-def _causal_candidates(queries: torch.Tensor, rule: CausalRule) -> Iterator[Candidate]:
+def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]:
     """Yield other masks that causal code may have used by mistake.
 
     The widest first where some are the same: in small maps a window that is

@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
 from pytest_attnheat.assertions.scan import Block, blocks, mask_at
 from pytest_attnheat.failure import Failure, exponent
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
-from pytest_attnheat.inputs import Operand, view
 
 if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -27,7 +26,7 @@ _MOST_MARKED = 32
 
 
 def failure(
-    assertion: str, weights: Operand, mask: Operand | None, finding: Finding[Any], cause: str | None
+    assertion: str, weights: Tensor, mask: Tensor | None, finding: Finding[Any], cause: str | None
 ) -> Failure:
     """Return the failure of a claim about rows or weights, with its pictures.
 
@@ -60,7 +59,7 @@ def failure(
     )
 
 
-def _small_picture(weights: Operand, mask: Operand | None, claim: Claim[Block], row: Index) -> str:
+def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], row: Index) -> str:
     """Return a small heatmap of a row and its neighbours, the broken ones pointed at."""
     *place, number = row
     size = weights.shape[-2]
@@ -68,14 +67,9 @@ def _small_picture(weights: Operand, mask: Operand | None, claim: Claim[Block], 
     window = slice(first, min(first + _ROWS_SHOWN, size))
     block = Block(weights, mask, (*(slice(i, i + 1) for i in place), window))
     breaks = claim.breaks(block).flatten().tolist()
-    # The text view takes what the public function takes, and whatever an assertion reads.
-    part, permitted = (
-        None if operand is None else cast("torch.Tensor", _rows_at(operand, place, window))
-        for operand in (weights, mask)
-    )
     return format_heatmap(
-        cast("torch.Tensor", part),
-        mask=permitted,
+        _rows_at(weights, place, window),
+        mask=None if mask is None else _rows_at(mask, place, window),
         first_row=first,
         marked=[first + i for i, broken in enumerate(breaks) if broken],
         notes=_notes(claim, block),
@@ -101,7 +95,7 @@ def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
 
 
 def _draw(
-    weights: torch.Tensor, mask: torch.Tensor | None, claim: Claim[Block], worst: int, title: str
+    weights: Tensor, mask: Tensor | None, claim: Claim[Block], worst: int, title: str
 ) -> HeatmapFigure:
     """Draw a map with its broken rows outlined, the worst among them."""
     from pytest_attnheat.heatmaps.figure import show_heatmaps
@@ -119,7 +113,7 @@ def _draw(
     )
 
 
-def _broken(weights: torch.Tensor, mask: torch.Tensor | None, claim: Claim[Block]) -> list[int]:
+def _broken(weights: Tensor, mask: Tensor | None, claim: Claim[Block]) -> list[int]:
     broken: list[int] = []
     for block in blocks(weights, mask):
         breaks = claim.breaks(block).nonzero().flatten().tolist()
@@ -129,13 +123,14 @@ def _broken(weights: torch.Tensor, mask: torch.Tensor | None, claim: Claim[Block
     return broken
 
 
-def _rows_at(operand: Operand, place: Sequence[int], rows: slice) -> Operand:
+def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:
     """Look at some rows of one map of the weights, or of their mask; nothing is copied."""
     own = (0 if size == 1 else i for size, i in zip(operand.shape, place, strict=False))
-    return view(operand, (*own, rows if operand.shape[-2] > 1 else slice(0, 1)))
+    index = (*own, rows if operand.shape[-2] > 1 else slice(0, 1))
+    return operand[index]
 
 
-def _map_at(operand: Operand, row: Index) -> torch.Tensor:
+def _map_at(operand: Tensor, row: Index) -> Tensor:
     """Return the map that holds a row."""
     box = (slice(i, i + 1) for i in row[:-1])
     part = mask_at(operand, (*box, slice(None), slice(None)))

@@ -28,7 +28,7 @@ from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.callables import borrowed, modules_in
+from pytest_attnheat.callables import borrowed, modules_in, seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, dtype_name, misuse, seed_number
 
@@ -94,10 +94,6 @@ def called(
         function: The function.
         inputs: Query, key and value.
         given: Its keywords. Fields of `Call` are passed on if its signature has them.
-
-    Raises:
-        TypeError: An option is of the wrong type, or an input no tensor of floats.
-        ValueError: Shapes do not fit, or an option is out of range.
     """
     for name in ("is_causal", "enable_gqa"):
         if not isinstance(given.get(name, False), bool):
@@ -193,10 +189,6 @@ def run_once(
         code: The subject itself, whose modules and random state are left as they were.
         training: Whether it may draw random numbers, each call from `seed`.
         seed: That seed.
-
-    Raises:
-        TypeError: It returns no tensor.
-        ValueError: It returns another shape or no floats, or two calls differ.
     """
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
 
@@ -319,11 +311,6 @@ def check_by_differences(
         subject: The function, which is left as it was found.
         share: The share of weights that it drops.
         seed: Where its random numbers start in every call, and where directions are drawn from.
-
-    Raises:
-        Failure: A slope along some direction is another.
-        TypeError: The dtype is too coarse for differences.
-        ValueError: Two calls from one seed differ.
     """
     tensors = {"query": subject.query, "key": subject.key, "value": subject.value}
     dtype = subject.query.dtype
@@ -335,7 +322,7 @@ def check_by_differences(
         # Needed by every call, so that the same kernel runs in all of them.
         given = {**tensors, **changed}
         leaves = {name: one.detach().clone().requires_grad_() for name, one in given.items()}
-        torch.manual_seed(seed)
+        seed_all(seed)
         return subject.run(**leaves), list(leaves.values())
 
     def run(changed: dict[str, Tensor]) -> Tensor:

@@ -172,11 +172,7 @@ def _as_matrices(tensor: Tensor) -> Tensor:
 
 
 def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> None:
-    """Raise a failure about the first tensor that breaks the rule.
-
-    Raises:
-        Failure: Some element of some tensor is off by more than is allowed.
-    """
+    """Raise a failure about the first tensor that breaks the rule."""
     __tracebackhide__ = True
     if broken := [judgement for judgement in judgements if judgement.name in context.broken]:
         raise _failure(assertion, broken, context)
@@ -205,7 +201,8 @@ def _failure(assertion: str, broken: list[Judgement], context: Context) -> Failu
 
 
 def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:
-    return Place(text, _own_index(one, at), float(one.found[at]))
+    tensor = one.name if one.name == "output" else f"{one.name}.grad"
+    return Place(text, _own_index(one, at), float(one.found[at]), tensor)
 
 
 def _claim(one: Judgement, broken: list[Judgement], right: bool) -> str:

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product as every_combination
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import Index
@@ -17,7 +17,7 @@ from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.inputs import Operand, as_weights, misuse
+from pytest_attnheat.inputs import as_weights, misuse
 
 # What a cause may miss, in units of what rounding does to a row.
 _SLACK = 4.0
@@ -56,23 +56,17 @@ class Product:
         worst: The element of `output` that is farthest off, once it is known.
     """
 
-    weights: Operand
-    value: Operand
-    output: Operand
-    given: Operand
+    weights: Tensor
+    value: Tensor
+    output: Tensor
+    given: Tensor
     merged: bool
     grouped: bool
     worst: Index = ()
 
     @classmethod
     def read(cls, weights: object, value: object, output: object) -> Product:
-        """Read what the caller passed.
-
-        Raises:
-            TypeError: An argument is not a dense float tensor or array, or they lie on different
-                devices.
-            ValueError: An argument is empty, or the shapes do not fit.
-        """
+        """Read what the caller passed."""
         operands = {
             name: as_weights(given, name, _DIMENSIONS[name])
             for name, given in (("weights", weights), ("value", value), ("output", output))
@@ -82,18 +76,12 @@ class Product:
         if len(set(devices.values())) > 1:
             on = ", ".join(f"{name} on {device}" for name, device in devices.items())
             raise TypeError(misuse(names, on, "three on one device"))
-        # A NumPy array that torch cannot share has views of its own.
-        viewable = [
-            operand if isinstance(operand, torch.Tensor) else given
-            for operand, given in zip(operands.values(), (weights, value, output), strict=True)
-        ]
         try:
-            w, v, o, merged, grouped = _see(*viewable)
+            seen = _see(*operands.values())
         except _MisfitError:
             shapes = ", ".join(str(tuple(operand.shape)) for operand in operands.values())
             raise ValueError(misuse(names, shapes, _ACCEPTED)) from None
-        given = operands["output"]
-        return cls(as_weights(w), as_weights(v), as_weights(o), given, merged, grouped)
+        return cls(*seen[:3], operands["output"], *seen[3:])
 
     @property
     def coarsest(self) -> torch.dtype:
@@ -127,7 +115,7 @@ class Product:
             return (*batch, query, head * self.output.shape[-1] + channel)
         return (*leading, query, channel)
 
-    def take(self, leading: Index, queries: torch.Tensor, channels: int = CHANNELS) -> Sample:
+    def take(self, leading: Index, queries: Tensor, channels: int = CHANNELS) -> Sample:
         """Return one map in float64: some queries, all keys, at most so many channels."""
         value_dim = self.output.shape[-1]
         some = torch.tensor(evenly(value_dim, channels), device="cpu")
@@ -146,12 +134,12 @@ class Product:
 class Sample:
     """Weights ``(n, keys)``, value ``(keys, c)`` and output ``(n, c)`` of one map."""
 
-    weights: torch.Tensor
-    value: torch.Tensor
-    output: torch.Tensor
+    weights: Tensor
+    value: Tensor
+    output: Tensor
     slack: float
 
-    def made_by(self, weights: torch.Tensor, value: torch.Tensor, factor: float = 1.0) -> bool:
+    def made_by(self, weights: Tensor, value: Tensor, factor: float = 1.0) -> bool:
         """Tell whether the output is another product, within rounding."""
         expected = factor * (weights @ value)
         size = abs(factor) * (weights.abs() @ value.abs())
@@ -163,7 +151,9 @@ class _MisfitError(Exception):
     """Shapes that do not fit together."""
 
 
-def _see(weights: Any, value: Any, output: Any) -> tuple[Any, Any, Any, bool, bool]:
+def _see(
+    weights: Tensor, value: Tensor, output: Tensor
+) -> tuple[Tensor, Tensor, Tensor, bool, bool]:
     """Return views of shapes that broadcast, whether heads are merged and whether grouped."""
     shared = weights.ndim == 3 and value.ndim == 4
     if shared:
@@ -189,18 +179,14 @@ def _see(weights: Any, value: Any, output: Any) -> tuple[Any, Any, Any, bool, bo
     return weights, value, output, merged, grouped
 
 
-def _split(array: Any, dim: int, inner: int) -> Any:
+def _split(tensor: Tensor, dim: int, inner: int) -> Tensor:
     """Return a view in which a dimension is two, the second of size `inner`."""
-    shape = list(array.shape)
-    at = dim % len(shape)
-    if shape[at] % inner:
+    if tensor.shape[dim] % inner:
         raise _MisfitError
-    return array.reshape(*shape[:at], shape[at] // inner, inner, *shape[at + 1 :])
+    return torch.unflatten(tensor, dim, (-1, inner))
 
 
-def gather(
-    operand: Operand, index: tuple[slice, ...], numbers: torch.Tensor, dim: int
-) -> torch.Tensor:
+def gather(operand: Tensor, index: tuple[slice, ...], numbers: Tensor, dim: int) -> Tensor:
     """Return a map with only some numbers of a dimension, one at a time: the map may be large."""
     parts = []
     for number in numbers.tolist():
@@ -214,7 +200,7 @@ def gather(
 # --- likely causes: another product is named only where it gives every sampled element
 
 # Of the product, the map with the worst element, and the queries that it was sampled at.
-Cause = Callable[[Product, Sample, torch.Tensor], "str | None"]
+Cause = Callable[[Product, Sample, Tensor], "str | None"]
 
 
 def likely_cause(product: Product) -> str | None:
@@ -228,7 +214,7 @@ def likely_cause(product: Product) -> str | None:
     return next((sentence for sentence in found if sentence is not None), None)
 
 
-def constant_factor(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
+def constant_factor(product: Product, worst: Sample, queries: Tensor) -> str | None:
     """The output is a multiple of the product."""
     made = worst.weights @ worst.value
     length = float(made.square().sum())
@@ -248,7 +234,7 @@ def constant_factor(product: Product, worst: Sample, queries: torch.Tensor) -> s
     )
 
 
-def made_by_another(product: Product, _: Sample, __: torch.Tensor) -> str | None:
+def made_by_another(product: Product, _: Sample, __: Tensor) -> str | None:
     """The worst map is made by the weights of another head or batch entry, and of no third."""
     own, places = product.worst[:-2], _indices(product.output.shape[:-2])
     key_len, value_dim = product.value.shape[-2:]
@@ -274,7 +260,7 @@ def made_by_another(product: Product, _: Sample, __: torch.Tensor) -> str | None
     )
 
 
-def rearranged(product: Product, _: Sample, __: torch.Tensor) -> str | None:
+def rearranged(product: Product, _: Sample, __: Tensor) -> str | None:
     """Heads of the value were repeated as a whole, or heads merged without a transpose."""
     operands = product.weights, product.value, product.output, product.given
     if (
@@ -282,9 +268,7 @@ def rearranged(product: Product, _: Sample, __: torch.Tensor) -> str | None:
         or sum(math.prod(x.shape) for x in operands) > _SAMPLE
     ):
         return None
-    weights, value, output, given = (
-        mask_at(x, tuple(slice(0, size) for size in x.shape)).double().cpu() for x in operands
-    )
+    weights, value, output, given = (operand.double().cpu() for operand in operands)
     shape = output.shape
     if product.grouped:
         value_heads, members = shape[-4:-2]
@@ -302,7 +286,7 @@ def rearranged(product: Product, _: Sample, __: torch.Tensor) -> str | None:
     return None
 
 
-def transposed(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
+def transposed(product: Product, worst: Sample, queries: Tensor) -> str | None:
     """The queries and keys of the weights have changed places."""
     query_len, key_len = product.weights.shape[-2:]
     if query_len != key_len or worst.made_by(worst.weights, worst.value):
@@ -314,7 +298,7 @@ def transposed(product: Product, worst: Sample, queries: torch.Tensor) -> str | 
     return None
 
 
-def causal_elsewhere(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
+def causal_elsewhere(product: Product, worst: Sample, queries: Tensor) -> str | None:
     """The output is that of causal attention, and the weights are not causal."""
     query_len, key_len = product.weights.shape[-2:]
     alignments: tuple[Alignment, ...] = ("top_left", "bottom_right")
@@ -329,7 +313,7 @@ def causal_elsewhere(product: Product, worst: Sample, queries: torch.Tensor) -> 
     return None
 
 
-def averaged(product: Product, worst: Sample, queries: torch.Tensor) -> str | None:
+def averaged(product: Product, worst: Sample, queries: Tensor) -> str | None:
     """Every head has the same weights, which are not merely uniform."""
     leading = product.worst[:-2]
     head = len(leading) - product.head_dims
@@ -347,7 +331,7 @@ def averaged(product: Product, worst: Sample, queries: torch.Tensor) -> str | No
     )
 
 
-def zero(product: Product, worst: Sample, _: torch.Tensor) -> str | None:
+def zero(product: Product, worst: Sample, _: Tensor) -> str | None:
     """The output, or that of the worst map, is zero."""
     if bool((worst.output != 0).any()):
         return None
@@ -361,7 +345,7 @@ def zero(product: Product, worst: Sample, _: torch.Tensor) -> str | None:
     return "the output of this map is zero throughout: a head or batch entry that was left out?"
 
 
-def dropout(_: Product, worst: Sample, __: torch.Tensor) -> str | None:
+def dropout(_: Product, worst: Sample, __: Tensor) -> str | None:
     """The weights went through dropout."""
     if not bool(worst.weights.isfinite().all()):
         return None
@@ -381,7 +365,7 @@ _CAUSES: tuple[Cause, ...] = (
 )
 
 
-def _queries(product: Product, maps: int) -> torch.Tensor:
+def _queries(product: Product, maps: int) -> Tensor:
     query_len, key_len = product.weights.shape[-2:]
     most = min(_QUERIES, max(1, _SAMPLE // (key_len * maps)))
     return torch.tensor(evenly(query_len, most), device="cpu")

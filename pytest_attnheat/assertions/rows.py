@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.causes import likely_cause
@@ -32,7 +32,6 @@ from pytest_attnheat.assertions.scan import (
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
 from pytest_attnheat.inputs import (
-    Operand,
     as_mask,
     as_weights,
     check_number,
@@ -41,7 +40,7 @@ from pytest_attnheat.inputs import (
     one_of,
 )
 
-Mask: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | None"
+Mask: TypeAlias = "Tensor | np.ndarray[Any, Any] | None"
 
 
 @partial(takes_records, with_sinks=True)
@@ -250,7 +249,7 @@ def assert_entropy(
 
 def _read(
     weights: object, mask: object, fully_masked: object, tolerance: object
-) -> tuple[Operand, Operand | None, FullyMasked, float]:
+) -> tuple[Tensor, Tensor | None, FullyMasked, float]:
     """Check the arguments that all assertions share."""
     operand = as_weights(weights)
     permitted = as_mask(mask, operand)
@@ -275,9 +274,7 @@ def _bounds(minimum: object, maximum: object, unit: str) -> tuple[float | None, 
     return least, most
 
 
-def _check(
-    name: str, weights: Operand, mask: Operand | None, claims: Sequence[Claim[Block]]
-) -> None:
+def _check(name: str, weights: Tensor, mask: Tensor | None, claims: Sequence[Claim[Block]]) -> None:
     """Raise a Failure about the first claim that does not hold."""
     __tracebackhide__ = True
     broken = first_broken(blocks(weights, mask), claims)
@@ -288,7 +285,7 @@ def _check(
 
 
 def _distribution(
-    mask: Operand | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
+    mask: Tensor | None, declared: FullyMasked, allowed: float, lines: Lines = ROWS
 ) -> list[Claim[Block]]:
     """Claim that rows sum to one and hold no negative weight, however small."""
     return [

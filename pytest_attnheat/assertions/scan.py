@@ -6,15 +6,15 @@ extra memory does not depend on the size or on the strides of the tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.inputs import ArrayPieces, Operand, wide_dtype
+from pytest_attnheat.inputs import wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20
@@ -30,12 +30,12 @@ _BYTES_ON_ACCELERATOR = 2**28
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _piece_elements(weights: Operand) -> int:
+def _piece_elements(weights: Tensor) -> int:
     """Return how many weights the thorough reading looks at together."""
     return _BYTES // wide_dtype(weights.dtype).itemsize
 
 
-def mask_at(mask: Operand, index: tuple[slice, ...]) -> torch.Tensor:
+def mask_at(mask: Tensor, index: tuple[slice, ...]) -> Tensor:
     """Return the part of a mask, or weights, that belongs to a box: not expanded, not moved."""
     own = tuple(
         slice(0, 1) if size == 1 else span for size, span in zip(mask.shape, index, strict=True)
@@ -43,7 +43,7 @@ def mask_at(mask: Operand, index: tuple[slice, ...]) -> torch.Tensor:
     return mask[own]
 
 
-def row_of(operand: Operand, index: tuple[int, ...]) -> torch.Tensor:
+def row_of(operand: Tensor, index: tuple[int, ...]) -> Tensor:
     """Return one row of weights or of a mask, ``(keys,)`` or ``(1,)``, on the CPU."""
     spans = (*(slice(i, i + 1) for i in index), slice(0, operand.shape[-1]))
     return mask_at(operand, spans).cpu().flatten()
@@ -55,12 +55,12 @@ def evenly(size: int, most: int) -> list[int]:
     return [i * size // count for i in range(count)]
 
 
-def any_key(mask: torch.Tensor) -> torch.Tensor:
+def any_key(mask: Tensor) -> Tensor:
     """Return `mask.any(-1)`, as a maximum: on a CPU that is ten times faster."""
     return mask.view(torch.uint8).amax(-1) > 0
 
 
-def rows_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> bool:
+def rows_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: float) -> bool:
     """Tell quickly whether all rows are distributions, those without a key zero.
 
     True is certain. False means that the thorough reading must decide: minus
@@ -78,81 +78,37 @@ def rows_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> b
     return sound is not None and bool(sound)
 
 
-def rows_and_columns_sum_to_one(weights: Operand, mask: Operand | None, allowed: float) -> bool:
+def rows_and_columns_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: float) -> bool:
     """Tell the same of rows and columns, and wait for the device once."""
     rows = _sound(weights, mask, allowed)
     columns = _sound(weights.mT, None if mask is None else mask.mT, allowed)
     return rows is not None and columns is not None and bool(rows & columns)
 
 
-def _sound(weights: Operand, mask: Operand | None, allowed: float) -> torch.Tensor | None:
+def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | None:
     """Return whether all rows pass, as a scalar on their device; None if they must be read."""
-    if isinstance(weights, ArrayPieces) or isinstance(mask, ArrayPieces):
-        return None  # these are copied, so only small pieces of them may be asked for
-    if weights.is_neg() or weights.shape[-1] > _BYTES_ON_CPU // 8:
+    key_len, size = weights.shape[-1], weights.element_size()
+    if weights.is_neg() or key_len > _BYTES_ON_CPU // 8:
         return None  # the sign is kept apart from the bits; a row must fit into a piece
-    *lead, key_len = weights.shape
-    # Allocated once: small results kept from each round would split the freed memory of the last.
-    limit, buffer = _plan(weights)
-    most = min(_ROWS, math.prod(lead))
-    sums = torch.empty(most, dtype=wide_dtype(weights.dtype), device=weights.device)
+    on_cpu = weights.device.type == "cpu"
+    # On a CPU, summing half precision into float32 directly takes ten times as long as converting
+    # a piece that then stays in the cache.
+    convert = size < (4 if on_cpu else 2)
+    budget = _BYTES_ON_CPU if on_cpu or convert else _BYTES_ON_ACCELERATOR
+    limit = max(min(budget // max(size, 4), _ROWS * key_len), key_len)
     sound = torch.ones((), dtype=torch.bool, device=weights.device)
-    for rows in pieces(lead, _ROWS):
-        block = weights[rows]
-        totals = sums[: block.numel() // key_len].view(block.shape[:-1])
-        sound &= _add_up(block, totals, limit, buffer) >= 0
-        is_zero = None if mask is None else totals == 0
-        good = totals.sub_(1).abs_() <= allowed
-        if mask is not None and is_zero is not None:
-            attends = any_key(mask_at(mask, (*rows, slice(0, key_len)))).to(weights.device)
-            good = torch.where(attends, good, is_zero)
+    for index in pieces(weights.shape, limit):
+        piece = weights[index]
+        # The sign bit makes an integer of the same width negative, and integers are compared faster
+        # than floats. NaN and infinity need no look of their own: they show in the sum.
+        sound &= piece.view(_SIGNED[size]).amin() >= 0
+        totals = (piece.float() if convert else piece).sum(-1, dtype=wide_dtype(weights.dtype))
+        good = totals.sub(1).abs_() <= allowed
+        if mask is not None:
+            attends = any_key(mask_at(mask, index)).to(weights.device)
+            good = torch.where(attends, good, totals == 0)
         sound &= good.all()
     return sound
-
-
-def _add_up(
-    block: torch.Tensor, totals: torch.Tensor, limit: int, buffer: torch.Tensor | None
-) -> torch.Tensor:
-    """Write the sum of each row to `totals`; return a number below 0 if any weight is.
-
-    The sign bit makes an integer of the same width negative, and integers are compared faster than
-    floats. NaN and infinity need no look of their own: they show in the sum.
-    """
-    flat, flat_totals = _flatten_rows(block, totals)
-    signed = flat.view(_SIGNED[block.element_size()])
-    lows = []
-    for index in pieces(flat.shape, limit):
-        rows = index[:-1]
-        piece = flat[rows]
-        if buffer is not None:
-            piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
-        torch.sum(piece, -1, dtype=totals.dtype, out=flat_totals[rows])
-        lows.append(torch.amin(signed[rows]))
-    return torch.stack(lows).amin()
-
-
-def _flatten_rows(block: torch.Tensor, totals: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    # Two dimensions are cheaper to cut than five; strides that do not allow it are kept.
-    try:
-        return block.view(-1, block.shape[-1]), totals.view(-1)
-    except RuntimeError:
-        return block, totals
-
-
-def _plan(weights: torch.Tensor) -> tuple[int, torch.Tensor | None]:
-    """Return the elements per piece, and a buffer where pieces must be converted first.
-
-    On a CPU, summing half precision into float32 directly takes ten times as
-    long as converting a piece that then stays in the cache.
-    """
-    on_cpu = weights.device.type == "cpu"
-    convert = weights.element_size() < (4 if on_cpu else 2)
-    budget = _BYTES_ON_CPU if on_cpu or convert else _BYTES_ON_ACCELERATOR
-    limit = max(budget // max(weights.element_size(), 4), weights.shape[-1])
-    if not convert:
-        return limit, None
-    elements = min(limit, weights.numel())
-    return limit, torch.empty(elements, dtype=torch.float32, device=weights.device)
 
 
 class Block:
@@ -162,7 +118,7 @@ class Block:
     ``weights[index].shape[:-1]``. Rows longer than a piece are read in parts.
     """
 
-    def __init__(self, weights: Operand, mask: Operand | None, index: tuple[slice, ...]) -> None:
+    def __init__(self, weights: Tensor, mask: Tensor | None, index: tuple[slice, ...]) -> None:
         """Look at `weights[index]`; nothing is read yet."""
         self.index = index
         self.key_len = weights.shape[-1]
@@ -180,7 +136,7 @@ class Block:
             whole = len(self._key_spans) == 1
             yield Elements(self, keys, self._whole if whole else self._values(keys))
 
-    def permitted(self, keys: slice) -> torch.Tensor:
+    def permitted(self, keys: slice) -> Tensor:
         """Return the mask of some keys, not expanded; without a mask, every key is permitted."""
         if self._mask is None:
             ones = (1,) * (len(self.index) + 1)
@@ -188,44 +144,42 @@ class Block:
         return mask_at(self._mask, (*self.index, keys)).to(self.device)
 
     def reduce(
-        self,
-        measure: Callable[[Elements], torch.Tensor],
-        combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    ) -> torch.Tensor:
+        self, measure: Callable[[Elements], Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
         """Measure each part and combine the results."""
         return reduce(combine, map(measure, self.elements()))
 
-    def _values(self, keys: slice) -> torch.Tensor:
+    def _values(self, keys: slice) -> Tensor:
         index = (*self.index, keys)
         return self._weights[index].to(wide_dtype(self._weights.dtype))
 
     # The numbers alone: a block that kept its elements would be kept by them.
     @cached_property
-    def _whole(self) -> torch.Tensor:
+    def _whole(self) -> Tensor:
         return self._values(self._key_spans[0])
 
     @cached_property
-    def total(self) -> torch.Tensor:
+    def total(self) -> Tensor:
         """The sum of each row."""
         return self.reduce(lambda part: part.values.sum(-1), torch.add)
 
     @cached_property
-    def low(self) -> torch.Tensor:
+    def low(self) -> Tensor:
         """The smallest weight of each row."""
         return self.reduce(lambda part: part.values.amin(-1), torch.minimum)
 
     @cached_property
-    def high(self) -> torch.Tensor:
+    def high(self) -> Tensor:
         """The largest weight of each row."""
         return self.reduce(lambda part: part.values.amax(-1), torch.maximum)
 
     @cached_property
-    def numbers(self) -> torch.Tensor:
+    def numbers(self) -> Tensor:
         """How many weights of each row are not NaN."""
         return self.reduce(lambda part: (part.values == part.values).sum(-1), torch.add)
 
     @cached_property
-    def entropy(self) -> torch.Tensor:
+    def entropy(self) -> Tensor:
         """The entropy of each row in nats, 0 log 0 being 0."""
         negative = self.reduce(
             lambda part: torch.xlogy(part.values, part.values).sum(-1), torch.add
@@ -233,10 +187,10 @@ class Block:
         return 0 - negative  # not neg(), which makes -0 of the 0 of a one-hot row
 
     @cached_property
-    def permitted_keys(self) -> torch.Tensor:
+    def permitted_keys(self) -> Tensor:
         """The number of keys to which each row may attend."""
 
-        def count(part: Elements) -> torch.Tensor:
+        def count(part: Elements) -> Tensor:
             permitted, values = part.permitted, part.values
             # A mask of one key stands for all of them; counting before expanding is cheaper.
             copies = values.shape[-1] // permitted.shape[-1]
@@ -245,23 +199,23 @@ class Block:
         return self.reduce(count, torch.add)
 
     @cached_property
-    def attends(self) -> torch.Tensor:
+    def attends(self) -> Tensor:
         """Whether each row may attend to any key."""
         return self.reduce(
             lambda part: any_key(part.permitted).expand(part.values.shape[:-1]), torch.logical_or
         )
 
     @cached_property
-    def leaked(self) -> torch.Tensor:
+    def leaked(self) -> Tensor:
         """The largest magnitude at a masked key of each row; NaN counts as none."""
 
-        def largest(part: Elements) -> torch.Tensor:
+        def largest(part: Elements) -> Tensor:
             nothing = part.permitted | part.values.isnan()
             return part.values.abs().masked_fill_(nothing, 0).amax(-1)
 
         return self.reduce(largest, torch.maximum)
 
-    def misfit(self, *, masked: bool) -> torch.Tensor:
+    def misfit(self, *, masked: bool) -> Tensor:
         """Return how far each row strays from uniform, as a part of a uniform weight.
 
         Args:
@@ -270,7 +224,7 @@ class Block:
         """
         count = self.permitted_keys if masked else torch.full_like(self.low, self.key_len)
 
-        def farthest(part: Elements) -> torch.Tensor:
+        def farthest(part: Elements) -> Tensor:
             relative = part.values * count.unsqueeze(-1)
             everywhere = not masked or self._mask is None
             relative -= 1 if everywhere else part.permitted.to(relative.dtype)
@@ -285,7 +239,7 @@ class Elements:
 
     block: Block
     keys: slice
-    values: torch.Tensor
+    values: Tensor
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -293,19 +247,19 @@ class Elements:
         return (*self.block.index, self.keys)
 
     @property
-    def permitted(self) -> torch.Tensor:
+    def permitted(self) -> Tensor:
         """Where the mask permits, not expanded."""
         return self.block.permitted(self.keys)
 
 
-def blocks(weights: Operand, mask: Operand | None) -> Iterator[Block]:
+def blocks(weights: Tensor, mask: Tensor | None) -> Iterator[Block]:
     """Yield all rows, in blocks of bounded size."""
     limit = max(1, min(_BLOCK_ROWS, _piece_elements(weights) // weights.shape[-1]))
     for rows in pieces(weights.shape[:-1], limit):
         yield Block(weights, mask, rows)
 
 
-def elements(weights: Operand, mask: Operand | None) -> Iterator[Elements]:
+def elements(weights: Tensor, mask: Tensor | None) -> Iterator[Elements]:
     """Yield all weights, in parts of bounded size."""
     for block in blocks(weights, mask):
         yield from block.elements()

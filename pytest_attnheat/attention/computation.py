@@ -23,10 +23,10 @@ a weight is off by ::
 
 (t is the smallest subnormal) and an output by `W @ |v|`. That is u times the weighted mean of
 |v|, and a part for the scores, which vanishes where one key has all the weight. Added to u in W
-is the rounding of the logarithm of a row's normaliser, in float32 or wider: FlashAttention keeps
-that, and recomputes the weights from it. The gradients follow in the same way, see
-`_gradient_scales`. Every element has a scale of its own, so that a key with a value of 1e4
-excuses no other place.
+is the rounding of the logarithm of a row's normaliser (as large as the highest score, or a higher
+sink), in float32 or wider: FlashAttention keeps that, and recomputes the weights from it. The
+gradients follow in the same way, see `_gradient_scales`. Every element has a scale of its own, so
+that a key with a value of 1e4 excuses no other place.
 
 What a key with a weight of 0 scores must not matter, or a mask of -1e9 would excuse anything: its
 d_ij counts only through its weight, and a normaliser is as large as the largest score of its row.
@@ -50,11 +50,11 @@ from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
+# So many scores at a time stay near the processor while weights are made of them; on a GPU, to
+# start kernels for fewer takes longer than they do. Products of fewer rows are slow.
+_BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**25, 64
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
-# So many scores at a time stay near the processor while weights are made of them; on a GPU, to
-# start a kernel for fewer takes longer than they do.
-_BLOCK, _BLOCK_ON_ACCELERATOR = 2**18, 2**25
 _EXP_UNITS = 20
 # A score that is off by more than this says no more.
 _LARGEST_EXPONENT = 600.0
@@ -193,11 +193,19 @@ def plain(call: Call) -> dict[str, Tensor]:
     return found
 
 
-def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tensor]]:
+def weights(
+    call: Call, dtype: torch.dtype, *, into: Tensor | None = None
+) -> Iterator[tuple[slice, slice, Tensor]]:
     """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
 
     Keys after the last that causality shows any of these queries are left out, as is the weight of
     a sink. A query that may attend to nothing has zeros.
+
+    Args:
+        call: What is computed.
+        dtype: That of the computation.
+        into: (maps, query_len, key_len), of that dtype: memory that the weights are made in, where
+            there are no sinks.
     """
     flat, own = flattened(call)
     shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
@@ -206,29 +214,32 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
     device = call.query.device
-    block = _BLOCK if device.type == "cpu" else _BLOCK_ON_ACCELERATOR
-    rows = max(1, min(call.query_len, block // call.key_len))
+    block = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
+    rows = min(call.query_len, max(_ROWS, block // call.key_len))
     together = max(1, block // (rows * call.key_len))
     for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
+        if span.start == 0:
+            mine = {name: _maps_of(tensor, own[name], some) for name, tensor in flat.items()}
+            query, key = (mine[name].to(dtype) for name in ("query", "key"))
+            key = key.mT.expand(len(query), -1, -1)
+            maps = torch.arange(call.maps, device=device)[some]
         end = min(max(span.stop + shift, 1), call.key_len) if cut else call.key_len
-        query, key = (flat[name][own[name][some]] for name in ("query", "key"))
-        products = query[:, span].to(dtype) @ key[:, :end].to(dtype).mT
-        scores = call.capped(products.mul_(call.factor))
-        maps = torch.arange(call.maps, device=device)[some]
+        scores = call.capped(_scaled(query[:, span], key[..., :end], call.factor))
         seen = None if others.sees_all else others.permitted(maps, span)
-        hidden = [] if seen is None else [~seen[..., :end]]
-        for name in ("bias", "mask"):
-            if name in flat:
-                given = flat[name][own[name][some]][:, own_rows(flat[name], span), :end]
-                hidden.append(given == -math.inf if name == "bias" else ~given)
-                scores = scores.add_(given.to(dtype)) if name == "bias" else scores
+        given = {
+            name: mine[name][:, own_rows(mine[name], span), :end]
+            for name in ("bias", "mask")
+            if name in mine
+        }
+        if "bias" in given:
+            scores = scores.add_(given["bias"].to(dtype))
         if positional:
             at = call.positions(maps, span)
             distant = call.distant(at, dtype)
             scores = scores if distant is None else scores.add_(distant[..., :end])
             scores = call.modified(scores, at)
-        for rule in hidden:
-            scores.masked_fill_(rule, -math.inf)
+        for rule in (seen if seen is None else seen[..., :end], given.get("mask")):
+            scores = scores if rule is None else torch.where(rule, scores, -math.inf)
         if cut and (first := max(span.start + shift + 1, 0)) < end:
             stands = torch.arange(span.start, span.stop, device=device)[:, None] + shift
             later = torch.arange(first, end, device=device) > stands
@@ -237,12 +248,25 @@ def weights(call: Call, dtype: torch.dtype) -> Iterator[tuple[slice, slice, Tens
             column = call.sinks.detach().to(dtype)[maps % call.heads, None, None]
             column = column.expand(*scores.shape[:2], 1)
             scores = torch.cat([scores, column], -1)
-        some_empty = hidden or (cut and shift < 0)
+        some_empty = given or seen is not None or (cut and shift < 0)
         empty = scores.amax(-1, keepdim=True).isneginf() if some_empty else None
-        torch.softmax(scores, -1, out=scores)
-        if empty is not None:
-            scores.masked_fill_(empty, 0.0)
-        yield some, span, scores if call.sinks is None else scores[..., :-1]
+        made = scores if into is None or call.sinks is not None else into[some, span, :end]
+        torch.softmax(scores, -1, out=made)
+        if empty is not None and bool(empty.any()):
+            made.masked_fill_(empty, 0.0)
+        yield some, span, made if call.sinks is None else made[..., :-1]
+
+
+def _maps_of(tensor: Tensor, own: Tensor, some: slice) -> Tensor:
+    """What some maps use of a tensor: a view where each has its own, or all of them one."""
+    if len(tensor) == 1:
+        return tensor
+    return tensor[some] if len(tensor) == len(own) else tensor[own[some]]
+
+
+def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
+    """Return factor * left @ right, made in one step."""
+    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
 
 
 def _once_more(call: Call, *steps: str) -> float:
@@ -333,7 +357,10 @@ def _lse_scale(units: _Units, part: Part, row: _Row, lse: Tensor) -> Tensor:
 def _logarithm(units: _Units, part: Part, row: _Row) -> Tensor:
     """How far rounding may move the logarithm of a row's normaliser, (maps, rows, 1)."""
     largest = row.scores.masked_fill(~part.permitted, -math.inf).amax(-1, keepdim=True)
-    return largest.abs_().nan_to_num_(posinf=0.0).mul_(units.sums)
+    off = largest.abs().nan_to_num_(posinf=0.0)
+    if part.sinks is not None:  # which may be most of it: that of the keys is rounded beside it
+        off = torch.maximum(off, torch.maximum(largest, part.sinks).abs_().nan_to_num_(posinf=0.0))
+    return off.mul_(units.sums)
 
 
 def _highest(units: _Units, part: Part, row: _Row) -> Tensor:
@@ -396,15 +423,18 @@ def _gradient_scales(
     dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
     of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
     are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
-    each off by the rounding of those. The slope of softcap is off by a few units of itself and,
-    through its argument, of the score.
+    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys.
+    The slope of softcap is off by a few units of itself and, through its argument, of the score.
     """
     weights, logarithm = row.weights, _logarithm(units, part, row)
     felt = above @ part.value.mT
     mean = (weights * felt).sum(-1, keepdim=True)
     away = felt.sub_(mean).abs_()
     step = (above.abs() @ part.value.abs().mT).mul_(units.one + logarithm.clamp(max=1.0))
-    mean_off = (unsure * away).add_(weights * step).sum(-1, keepdim=True)
+    mean_step = (weights * step).sum(-1, keepdim=True)
+    mean_off = (unsure * away).sum(-1, keepdim=True).add_(mean_step)
+    if row.sink is not None:  # beside a sink that has most of it, the mean over the keys alone
+        step.add_(mean_step / weights.sum(-1, keepdim=True).clamp_(min=units.tiny))
     off = step.add_(mean_off).mul_(weights).add_(away * unsure)
     off.masked_fill_(~part.permitted, 0.0)
     off += _highest(units, part, row) * off.sum(-1, keepdim=True)

@@ -144,6 +144,14 @@ def _tiled(case: Case, mask: Tensor) -> Tensor:
     return mask[torch.arange(batch * heads).reshape(batch, heads) % batch, torch.arange(heads)]
 
 
+_inverted = _read("mask", lambda case, mask: ~mask)
+
+
+def _where_not_zero(case: Case) -> Case:
+    """A bias that is read as a mask; a mask that is told by 0 and -inf is inverted then."""
+    return case if case.bias is None else _ruled(case, case.bias != 0, bias=None)
+
+
 # --- positions
 
 
@@ -294,7 +302,7 @@ SCALE = (
 
 MASK = (
     defect("mask_inverted", "whose mask is inverted: it attends exactly where it may not",
-           "lucidrains/x-transformers#160", misread=_read("mask", lambda case, mask: ~mask),
+           "lucidrains/x-transformers#160", misread=_inverted,
            fully_masked=ROWS),
     defect("mask_ignored", "that ignores the mask", "TransformerLensOrg/TransformerLens#1005",
            misread=without("mask")),
@@ -407,8 +415,9 @@ BESIDES = (
            form_of="bias_ignored"),
     defect("bias_as_keep",
            "that reads its bias as a boolean mask: it attends where the bias is not 0",
-           misread=lambda case: case if case.bias is None else _ruled(
-               case, case.bias != 0, bias=None), fully_masked=ROWS, form_of="bias_ignored"),
+           misread=[_where_not_zero, lambda case: case if case.bias is None else
+                    _where_not_zero(_inverted(case))],
+           fully_masked=ROWS, form_of="bias_ignored"),
 )  # fmt: skip
 
 PADDED = (

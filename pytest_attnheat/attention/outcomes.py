@@ -146,11 +146,17 @@ class _Node:
         self.ends = False
         self.outcome: Expected | None = None
 
-    def next(self, decided: Decisions) -> _Node | None:
-        """Return where a plan goes from here, None if that is not known."""
-        if self.name is None:
-            return self.then
-        return self.by_value.get(decided.get(self.name, _USUAL[self.name]))
+
+def _end(node: _Node | None, decided: Decisions, *, of_step: bool = False) -> _Node | None:
+    """Where a plan, or the step that it is at, ends up from a node; None if that is not known."""
+    # Most of the time of a diagnosis is spent here.
+    while node is not None and not node.ends and not (of_step and node.name is None):
+        name = node.name
+        if name is None:
+            node = node.then
+        else:
+            node = node.by_value.get(decided[name] if name in decided else _USUAL[name])
+    return node
 
 
 class _KnownError(Exception):
@@ -184,14 +190,18 @@ class Outcomes:
         # By the step before and what it came to.
         self._states: dict[tuple[int, int], _Node] = {}
         self._known: dict[int, Expected] = {}
+        self._given: dict[Any, Expected | None] = {}
         self._readings: dict[tuple[Case, Misreading], Case] = {}
         self.healthy: Expected | None = None
         self.healthy = self.of({})
 
     def of(self, decided: Decisions) -> Expected | None:
         """Return what a plan gives, None if it cannot be carried out; the same is one object."""
-        end = _end(self._root, decided)
-        return self._computed(decided) if end is None else end.outcome
+        asked = tuple(decided.items())
+        if asked not in self._given:
+            end = _end(self._root, decided)
+            self._given[asked] = self._computed(decided) if end is None else end.outcome
+        return self._given[asked]
 
     def _computed(self, decided: Decisions) -> Expected | None:
         """Carry out a plan, but for the steps that are known."""
@@ -207,9 +217,7 @@ class Outcomes:
 
         def step(function: Callable[..., Any], *arguments: Any) -> Any:
             nonlocal node, last
-            known: _Node | None = node
-            while known is not None and known.then is None:
-                known = known.next(decided)
+            known = _end(node, decided, of_step=True)
             if known is not None and known.then is not None and known.then.reached is not None:
                 node = last = known.then
                 return node.reached
@@ -250,13 +258,6 @@ class Outcomes:
         if self.healthy is not None and _equal(outcome, self.healthy):
             return self.healthy
         return self._known.setdefault(_digest(outcome), outcome)
-
-
-def _end(node: _Node | None, decided: Decisions) -> _Node | None:
-    """Where a plan ends up, None if that is not known."""
-    while node is not None and not node.ends:
-        node = node.next(decided)
-    return node
 
 
 kept_outcomes = lru_cache(maxsize=64)(Outcomes)

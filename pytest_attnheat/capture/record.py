@@ -26,6 +26,8 @@ from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
 
 # Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20
+# Weights that are smaller may be 0 by rounding.
+_SEEN = 1e-6
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ class AttentionRecord:
             and sinks are not known then.
         mask_lost: Whether that may have hidden keys, and no mask was seen.
         doubt: What about its shape is a guess; empty if the call says all.
-        kind: "linear" if the weights are those that linear attention implies and never holds.
+        kind: "linear" if the weights are those that linear attention implies and never holds,
+            "pooling" if they are a softmax of what was not seen to be queries times keys.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
@@ -123,7 +126,7 @@ class AttentionRecord:
     strange: str = ""
     mask_lost: bool = False
     doubt: str = ""
-    kind: Literal["attention", "linear"] = "attention"
+    kind: Literal["attention", "linear", "pooling"] = "attention"
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)
@@ -156,7 +159,7 @@ class AttentionRecord:
             )
         if self.mask_lost:
             raise ValueError(f"{name_of(self)}: the mask is not known: its scores {self.strange}")
-        return _both(self.mask_besides_causality, _causal(self))
+        return both(self.mask_besides_causality, _causal(self))
 
     @property
     def hides_softly(self) -> bool:
@@ -176,7 +179,26 @@ class AttentionRecord:
         if self.bias is None:
             return self.given_mask
         seen = permits(self.bias)
-        return self.given_mask if bool(seen.all()) else _both(self.given_mask, seen)
+        return self.given_mask if bool(seen.all()) else both(self.given_mask, seen)
+
+    @property
+    def masked_late(self) -> Tensor | None:
+        """Where weights are not set to 0 after the softmax, as by a mask that was applied there.
+
+        Boolean, broadcastable to the weights; None where none are. What is 0 must be alike in all
+        heads, or of one head only grow fewer from row to row: dropout is neither.
+        """
+        known = (self.kept_weights, self.query, self.key, self.scale)
+        if any(part is None for part in known) or self.strange or self.mask_lost:
+            return None
+        kept = self.compute_weights(torch.float64)
+        whole = replace(self, kept_weights=None).compute_weights(torch.float64)
+        cut, used = (kept == 0) & (whole > _SEEN), kept != 0
+        hidden = cut.any(1, keepdim=True)
+        alike = kept.shape[1] > 1 or not bool((hidden[:, :, 1:] & ~hidden[:, :, :-1]).any())
+        if not alike or not bool(hidden.any()) or bool((used & hidden).any()):
+            return None
+        return ~hidden
 
     @property
     def trusted(self) -> bool:
@@ -213,7 +235,7 @@ class AttentionRecord:
         query, key, value = (t[some] for t in (self.query, self.key, self.value) if t is not None)
         mask, causal = self.given_mask, self.causal
         if self.queries is not None:
-            mask, causal = _both(mask, _causal(self)), None
+            mask, causal = both(mask, _causal(self)), None
         return Call(
             query,
             key,
@@ -272,9 +294,13 @@ class AttentionRecord:
                 "Take record.select(heads=[0], queries=range(64)).weights, or a larger max_bytes"
             )
         with apart():
-            weights = torch.zeros(shape, dtype=dtype, device=self.query.device)
-            for maps, rows, part in parts_of(self, entry):
-                weights.flatten(0, 1)[maps, rows, : part.shape[-1]] = part
+            weights = torch.empty(shape, dtype=dtype, device=self.query.device)
+            for maps, rows, part in parts_of(self, entry, weights.flatten(0, 1)):
+                of_part = weights.flatten(0, 1)[maps, rows]
+                own, hidden = of_part.tensor_split([part.shape[-1]], -1)
+                if not own.is_set_to(part):
+                    own.copy_(part)
+                hidden.zero_()  # What causality hides.
             return weights
 
     def select(
@@ -338,24 +364,28 @@ class apart:  # noqa: N801
     """Compute without gradients, autocast and modes: it is not the model's, and counts nowhere."""
 
     def __enter__(self) -> None:
-        self._grad, self._others = torch.is_grad_enabled(), ExitStack()
+        self._grad, self._others = torch.is_grad_enabled(), None
         torch._C._set_grad_enabled(False)
         self._functions = torch._C.DisableTorchFunction()
         self._functions.__enter__()
-        if torch._C._is_any_autocast_enabled():
-            for kind in ("cpu", *accelerators()):
-                self._others.enter_context(torch.autocast(kind, enabled=False))
-        if _len_torch_dispatch_stack():
+        casts, modes = torch._C._is_any_autocast_enabled(), _len_torch_dispatch_stack()
+        if not casts and not modes:  # This runs twice for each function of torch.
+            return
+        self._others = ExitStack()
+        for kind in ("cpu", *accelerators()) if casts else ():
+            self._others.enter_context(torch.autocast(kind, enabled=False))
+        if modes:
             self._others.enter_context(_disable_current_modes())
 
     def __exit__(self, *error: object) -> None:
-        self._others.close()
+        if self._others is not None:
+            self._others.close()
         self._functions.__exit__(None, None, None)
         torch._C._set_grad_enabled(self._grad)
 
 
 def parts_of(
-    record: AttentionRecord, entry: int | None = None
+    record: AttentionRecord, entry: int | None = None, into: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
     """Go through the weights of a record in parts of bounded size; see `apart`.
 
@@ -363,6 +393,7 @@ def parts_of(
         record: Has weights, or is known as a call; then they are computed in float32 or, where
             the model was in it, float64.
         entry: The only batch entry that is wanted; None for all.
+        into: (maps, query_len, key_len): memory to make them in, where that spares a copy.
 
     Yields:
         Some maps, counted through batch entries and heads, some of their queries, and the weights;
@@ -373,7 +404,9 @@ def parts_of(
         return
     if kept is None:
         call = record.as_call(batch=entry)
-        yield from weights_of(call, wide_dtype(call.query.dtype))
+        dtype = wide_dtype(call.query.dtype)
+        fits = into is not None and into.dtype == dtype
+        yield from weights_of(call, dtype, into=into if fits else None)
         return
     kept = (kept if entry is None else kept[entry : entry + 1]).flatten(0, 1)
     for maps, rows, _ in pieces(kept.shape, max(_PART_BYTES // kept.itemsize, 1)):
@@ -433,7 +466,7 @@ def readable(count: int) -> str:
     return f"{size:.3g} GB"
 
 
-def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """What two masks permit; None is one that permits everything."""
     if one is None or other is None:
         return one if other is None else other

@@ -9,7 +9,7 @@ and the last is changed by all that changes the scores: at the end it is the bia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -26,11 +26,15 @@ class Origin:
         left: (..., rows, inner)
         right: (..., columns, inner)
         factors: What left and right had been multiplied by before; NaN for what is not known.
+        before: The shape of one of them before its axes were joined, see `Tag`.
+        windows: Whether one of them has windows, see `Tag`.
     """
 
     left: Tensor
     right: Tensor
     factors: tuple[float, float] = (1.0, 1.0)
+    before: tuple[int, ...] | None = None
+    windows: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +118,7 @@ class Tag:
     Attributes:
         before: Its shape (batch, heads, length, width) before batch and heads were joined, or
             heads were packed into queries.
+        windows: Whether its third axis from the right is one of windows of rows.
         scores: What goes along with it, if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
         dtype: That of the softmax; None if it is not known.
@@ -137,6 +142,7 @@ class Tag:
     """
 
     before: tuple[int, ...] | None = None
+    windows: bool = False
     scores: Scores | None = None
     weights: bool = False
     dtype: torch.dtype | None = None
@@ -164,9 +170,10 @@ class Tags:
     def __init__(self) -> None:
         self._of: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._used: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._ids: set[int] = set()  # Of those that have one, or had: most tensors have none.
 
     def __getitem__(self, tensor: object) -> Tag | None:
-        if not isinstance(tensor, Tensor):
+        if id(tensor) not in self._ids or not isinstance(tensor, Tensor):
             return None
         found: Tag | None = self._of.get(tensor)  # type: ignore[no-untyped-call]
         return found
@@ -174,6 +181,7 @@ class Tags:
     def __setitem__(self, tensor: Any, tag: Tag) -> None:
         if isinstance(tensor, Tensor):
             self._of[tensor] = tag
+            self._ids.add(id(tensor))
 
     put = __setitem__
 
@@ -191,6 +199,17 @@ class Tags:
         """The number that a tensor was multiplied by; 1 if none is known."""
         tag = self[tensor]
         return 1.0 if tag is None else tag.factor
+
+
+def before_of(sources: Iterable[Tag | Origin | None]) -> tuple[int, ...] | None:
+    """The shape (batch, heads, ...) that some tensor of an attention had before it was 3-D."""
+    return next((one.before for one in sources if one is not None and one.before), None)
+
+
+def doubt_of(sources: Iterable[Tag | Origin | None]) -> str:
+    """What about the axes of an attention is a guess, by where its tensors come from."""
+    windows = any(one is not None and one.windows for one in sources)
+    return "whether its axis of heads is one of windows is not known" if windows else ""
 
 
 def without_factor(tensor: Tensor, factor: float) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,6 +17,7 @@ from pytest_attnheat.assertions.behaviour.invariance import (
 )
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
+from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
 from pytest_attnheat.assertions.behaviour.reading import as_sequence
@@ -33,14 +34,15 @@ from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.contract.captured import assert_rows, diagnoses, layer_of, records_of
 from pytest_attnheat.contract.examination import Check, Examination, Skipped, check, registered
-from pytest_attnheat.contract.needs import (
-    is_causal_block,
-    says_whether_it_has_positions,
-    takes_padding_mask,
-)
+from pytest_attnheat.contract.needs import is_causal_block, order_may_matter, takes_padding_mask
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure
 
+# What is said of a block that seems to hold positions, and does not feel them.
+ORDERLESS = (
+    "the order of tokens changes nothing, though it seems to hold positions: declare "
+    "SequenceModel(..., has_positions=True) if they are to be felt, else False"
+)
 # What modules call a window, or a chunk, of their own.
 _WINDOWS = ("sliding_window", "attention_chunk_size")
 
@@ -177,13 +179,28 @@ def block_decoding(examination: Examination) -> None:
 
 @check("positions", "the order of tokens matters if it has positions, and if not it does not",
        "block", issue="speechbrain/speechbrain#2276",
-       needs=says_whether_it_has_positions)  # fmt: skip
+       needs=order_may_matter)  # fmt: skip
 def block_positions(examination: Examination) -> None:
     """Without a mask, and with one that hides nothing."""
     model, inputs = examination.block()
+    if model.has_positions is None:
+        raise Skipped(_unsaid_positions(examination))
     if not model.has_positions:
         assert_key_permutation_invariant(model, inputs, seed=examination.seed)
         return
+    for masked, told, base in _orderless(examination):
+        raise Failure(
+            "",
+            "the order of tokens changes nothing" + " under a mask that hides none" * masked,
+            cause="positions are declared, and not used: are they added, and not masked away?",
+            tensor=Checked.of(base),
+            again=told.run,
+        )
+
+
+def _orderless(examination: Examination) -> Iterator[tuple[bool, ModelSubject, Tensor]]:
+    """Yield each call, without a mask and with one, to which the order of tokens is nothing."""
+    model, inputs = examination.block()
     subject = as_sequence(model, inputs, {})
     order = torch.arange(subject.length).roll(1).to(inputs.device)
     reals = [None, torch.ones_like(inputs[..., 0] if inputs.ndim > 2 else inputs).bool()]
@@ -192,14 +209,20 @@ def block_positions(examination: Examination) -> None:
         with borrowed(model.module, inputs, seed=examination.seed), torch.no_grad():
             base, moved = told.run(), told.restore(told.reorder(order).run(), order)
         if not differ(moved, base, output_tolerance(base.dtype)):
-            raise Failure(
-                "",
-                "the order of tokens changes nothing"
-                + (" under a mask that hides none" if real is not None else ""),
-                cause="positions are declared, and not used: are they added, and not masked away?",
-                tensor=Checked.of(base),
-                again=told.run,
-            )
+            yield real is not None, told, base
+
+
+def _unsaid_positions(examination: Examination) -> str:
+    """Why positions are not asked of what may have some: what it holds seems to be positions."""
+    model, inputs = examination.block()
+    modules = [part for module in modules_in(model.module) for part in module.modules()]
+    looked_up = sum(isinstance(part, torch.nn.Embedding) for part in modules)
+    names = [name for part in modules for name in (*part._parameters, *part._buffers)]
+    holds = looked_up > (not inputs.is_floating_point()) or any("pos" in name for name in names)
+    with suppress(Exception):  # it takes no other order
+        if holds and next(_orderless(examination), None) is not None:
+            return ORDERLESS
+    return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
 
 
 @check("layout", "strides of the inputs change nothing", "block", issue="pytorch/pytorch#181133")
@@ -297,7 +320,8 @@ def attention_inside(examination: Examination) -> str:
         raise Skipped("; ".join(reasons[:3]) or "no attention was captured")
     if wrong:
         claim = "attentions that were captured are not what their queries, keys and values make"
-        raise Failure("", claim, broken=len(wrong), of=judged, cause=wrong[0].sentence)
+        said = "; ".join([wrong[0].sentence, *wrong[0].shows])
+        raise Failure("", claim, broken=len(wrong), of=judged, cause=said)
     return "; ".join(hints)
 
 

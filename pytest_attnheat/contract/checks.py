@@ -44,6 +44,7 @@ from pytest_attnheat.contract.needs import (
     decodes_in_chunks,
     has_gradients,
     has_no_positions,
+    may_be_causal,
     returns_lse,
     returns_weights,
     takes_causal,
@@ -225,12 +226,9 @@ def no_leakage_through_mask(examination: Examination) -> None:
 
 
 def _assert_no_leakage(examination: Examination, call: Call) -> None:
-    assert_no_leakage(
-        examination.function(call),
-        *call.tensors,
-        may_see=call.visible().expand(*call.query.shape[:-1], call.key_len),
-        enable_gqa=call.group > 1,
-    )
+    told = {"attn_mask": call.mask, "is_causal": call.causal or None}
+    given: dict[str, Any] = {name: one for name, one in told.items() if one is not None}
+    assert_no_leakage(examination.spec, *call.tensors, **given)
 
 
 @check("padding", "padding that the mask hides changes nothing",
@@ -265,12 +263,12 @@ def batch(examination: Examination) -> None:
 
 
 @check("decoding", "decoded in chunks it gives what it gives at once",
-       needs=all_of(takes_causal, decodes_in_chunks))  # fmt: skip
+       needs=all_of(may_be_causal, decodes_in_chunks))  # fmt: skip
 def decoding(examination: Examination) -> None:
     """Token by token, and in chunks."""
     if examination.space.declared.square:
         raise Skipped("it takes as many keys as queries alone")
-    call = examination.case(causal=True, sizes=(7, 7))
+    call = examination.case(causal=examination.spec.takes_causal, sizes=(7, 7))
     assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
@@ -283,9 +281,20 @@ def layout(examination: Examination) -> None:
 @check("repeats", "the same input gives the same output", quick=True,
        issue="pytorch/pytorch#124464")  # fmt: skip
 def repeats(examination: Examination) -> None:
-    """In evaluation mode, whatever the random state."""
+    """In evaluation mode, whatever the random state, and what was answered stays as it is."""
     examination.refuse_training()
-    assert_deterministic(examination.spec, *examination.case().tensors)
+    call = examination.case()
+    assert_deterministic(examination.spec, *call.tensors)
+    answer = examination.spec.ask(call).output
+    before = answer.detach().clone()
+    examination.spec.ask(replace(call, value=-call.value))
+    if not torch.equal(answer.nan_to_num(), before.nan_to_num()):
+        raise Failure(
+            "",
+            "an answer changes when the subject is called again",
+            cause="it returns the same memory at each call, and writes the next answer into it",
+            tensor=Checked.of(before),
+        )
 
 
 @check("dropout", "dropout drops the declared share of weights, and rescales the others",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -186,6 +187,7 @@ def ask_pairs(examination: Examination) -> Counted:
                     continue
                 wrong.append((chosen, error))
             asked.append(chosen)
+    wrong += _refused_between(examination, refusals, asked)
     if wrong:
         _raise_smallest(examination, wrong, asked)
     if not asked:
@@ -196,6 +198,22 @@ def ask_pairs(examination: Examination) -> Counted:
     more = f"\n{refused} more calls were refused: {refusals}" if refused else ""
     counts = {"asked": pairs, "of": covering.pairs, "calls": len(asked), "refused": refused}
     return Counted(f"{note} together{more}", counts)
+
+
+def _refused_between(
+    examination: Examination, refusals: Refusals, asked: Sequence[Choice]
+) -> _Wrong:
+    """The lengths that are refused where longer ones are taken: that is no limit, but a bug."""
+    found: _Wrong = []
+    for some in refusals.levels:
+        sizes = dict(some).get("sizes") if len(some) == 1 else None
+        longer = [one["sizes"] for one in asked]
+        if sizes and any(all(map(operator.lt, sizes, other)) for other in longer):
+            chosen = examination.space.choice(sizes=sizes)
+            error = _error(chosen, examination)
+            if error is not None and not is_refusal(error):
+                found.append((chosen, error))
+    return found
 
 
 def _error(chosen: Choice, examination: Examination) -> Exception | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.callables import random_kept
+from pytest_attnheat.callables import random_kept, seed_all
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import diagnose_records
@@ -92,7 +93,7 @@ def diagnose(
     last: Diagnosis | None = None
     for name in (name for name in _DTYPES if name in spec.dtypes):
         with one_thread(), random_kept([torch.device(one) for one in (spec.devices or ())[:1]]):
-            torch.manual_seed(seed)
+            seed_all(seed)
             device = torch.device((spec.devices or ("cpu",))[0])
             examination = Examination(spec, getattr(torch, name), device, seed)
             probes, refused_here = _answers(examination)
@@ -126,7 +127,7 @@ def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
     """Ask the subject all cases; return its answers, and why others were refused."""
     probes, refused = [], {}
     tolerance = _tolerance(examination.spec, examination.dtype)
-    for blueprint in blueprints(examination.spec):
+    for blueprint in blueprints(examination.spec, examination.dtype):
         answer = probe(examination, blueprint, tolerance)
         if isinstance(answer, Probe):
             probes.append(answer)
@@ -149,7 +150,7 @@ def _diagnosed(
         if random is not None:
             return random
     judged = [one for one in probes if one.judged]
-    diagnosis = explained(spec.name, judged, refused, spec)
+    diagnosis = explained(spec.name, judged, refused, partial(inferred_weights, spec), keep=True)
     if diagnosis.healthy:
         diagnosis = with_returned(diagnosis, spec, judged)
     notes = [_garbage_note(one) for one in probes if not one.judged]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +23,8 @@ _LINES_OF_REPR = 2
 _FAINT = 0.5
 # An explanation that leaves more than this of the error is not worth naming.
 EXPLAINS = 0.2
+# Numbers are named in at most so many ranges.
+_RANGES = 4
 # Of what `as_dict` returns: a key that is left out, or means another thing, makes another version.
 VERSION = 1
 
@@ -225,6 +228,18 @@ def _side_by_side(blocks: Sequence[Sequence[str]]) -> list[str]:
 def residual_text(number: float) -> str:
     """Return a residual as text: two digits."""
     return f"{number:.1e}" if number < 0.01 else f"{number:.2g}"
+
+
+def number_list(noun: str, numbers: Sequence[int]) -> str:
+    """Name numbers in a few ranges, as in "keys 0..4, 7", or by their count."""
+    breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
+    runs = [numbers[first:stop] for first, stop in pairwise([0, *breaks, len(numbers)])]
+    several = f"{noun[:-1]}ies" if noun.endswith("y") and noun != "key" else f"{noun}s"
+    if not numbers or len(runs) > _RANGES:
+        edges = f" ({numbers[0]} to {numbers[-1]})" if numbers else ""
+        return f"{len(numbers) or 'no'} {several}{edges}"
+    texts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
+    return f"{noun if len(numbers) == 1 else several} {', '.join(texts)}"
 
 
 def plain_data(value: Any) -> Any:

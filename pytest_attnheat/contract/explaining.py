@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,12 +12,11 @@ from torch import Tensor
 
 from pytest_attnheat.attention.defects import Defect
 from pytest_attnheat.attention.plan import Case, Plan, carry_out
-from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, residual_text
+from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
 from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly, wrong_rows
 from pytest_attnheat.contract.observing import observed
-from pytest_attnheat.contract.probing import Probe, inferred_weights
+from pytest_attnheat.contract.probing import Probe, WeightsOf
 from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import dtype_name
 
 _MOST_TIES = 4
@@ -30,11 +28,21 @@ def explained(
     name: str,
     probes: Sequence[Probe],
     refused: dict[str, str],
-    spec: AttentionSpec | None = None,
+    weights: WeightsOf = lambda one: None,
     *,
     search: bool = True,
+    keep: bool = False,
 ) -> Diagnosis:
-    """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
+    """Say what reproduces the answers: correct attention, a defect, two, or nothing.
+
+    Args:
+        name: What answered.
+        probes: What it was asked, and answered.
+        refused: Why other cases were not answered, by name.
+        weights: What it used as weights.
+        search: Whether to look for what it is instead, if it is wrong.
+        keep: Keep what defects give on these cases, for the next subject that is asked them.
+    """
     dtype = dtype_name(probes[0].dtype)
     correct = Explanation(fit=measure(probes))
     base = Diagnosis(name, dtype, correct.reproduces, residual=correct.fit.residual)
@@ -43,7 +51,7 @@ def explained(
         return replace(base, sentence=sentence, refused=refused)
     if not search:
         return replace(base, sentence=f"{name} is not attention as declared", refused=refused)
-    diagnosis = replace(base, refused=refused, where=where_wrong(probes), **shown(spec, probes))
+    diagnosis = replace(base, refused=refused, where=where_wrong(probes), **shown(weights, probes))
     if correct.fit.excess <= nearly(probes):
         # Any small change might explain that, so none is named.
         return replace(
@@ -51,12 +59,11 @@ def explained(
             sentence=f"{name} is off by {correct.fit.excess:.2g} times what rounding may do, too "
             f"little to tell by what; residual {residual_text(correct.fit.residual)}",
         )
-    found, explanations = _search(probes, keep=spec is not None)
+    found, explanations = _search(probes, keep=keep)
     fitting, near, others = _sorted(explanations, nearly(probes))
     diagnosis = replace(diagnosis, compared=found.compared, unseen=tuple(found.unseen))
     if not fitting:
-        shows = () if spec is None else observed(spec, probes)
-        diagnosis = replace(diagnosis, shows=shows)
+        diagnosis = replace(diagnosis, shows=observed(weights, probes))
         return _unexplained(diagnosis, correct, [*near, *others])
     best, *rest = fitting
     alternatives = _unique(one.names for one in [*rest, *near])
@@ -79,7 +86,7 @@ def explained(
 
 
 def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explanation]]:
-    """Look for one defect, a constant, two defects, a defect and a constant, more defects."""
+    """Look for one defect, a constant, one in some cases alone, two, one and a constant, more."""
     search = Search(probes, keep=keep)
     found = list(search.singles)
     fitted: list[Explanation] = []
@@ -90,6 +97,7 @@ def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explan
 
     attempts: tuple[Callable[[], list[Explanation]], ...] = (
         lambda: search.by_constant([Explanation()]),
+        search.in_some_cases,
         search.in_pairs,
         with_constant,
         lambda: search.step_by_step(fitted),
@@ -175,7 +183,8 @@ def _as_if_coarse(diagnosis: Diagnosis) -> str:
 
 
 def _sentence(name: str, best: Explanation, rest: Sequence[Explanation], other: Explanation) -> str:
-    text = f"{name} equals {_described(best)}"
+    where = ", in each case in which it is wrong," if best.partly else ""
+    text = f"{name}{where} equals {_described(best)}"
     if rest:
         ties = "; or ".join(_described(one) for one in rest[:_MOST_TIES])
         text += f" (or, which these cases cannot tell apart: {ties})"
@@ -241,7 +250,7 @@ def _only(
         return ""
     union = sorted({index for indices, _ in several for index in indices})
     most = max(size for _, size in several)
-    return f"only {_numbers(noun, union, most)}"
+    return f"only {number_list(noun, union)} of {most}"
 
 
 def _queries(one: Probe, rows: Tensor) -> str:
@@ -250,18 +259,7 @@ def _queries(one: Probe, rows: Tensor) -> str:
     query_len = one.case.shape[2]
     if len(queries) == query_len:
         return ""
-    return f"only {_numbers('queries', queries, query_len)} in {one.case.name}"
-
-
-def _numbers(noun: str, numbers: Sequence[int], size: int) -> str:
-    """Say which of some numbers below a size they are, in a few ranges or by their count."""
-    breaks = [i for i in range(1, len(numbers)) if numbers[i] != numbers[i - 1] + 1]
-    edges = [0, *breaks, len(numbers)]
-    runs = [numbers[first:stop] for first, stop in pairwise(edges)]
-    if len(runs) > _LISTED:
-        return f"{len(numbers)} of {size} {noun} ({numbers[0]} to {numbers[-1]})"
-    texts = [f"{run[0]}..{run[-1]}" if len(run) > 2 else ", ".join(map(str, run)) for run in runs]
-    return f"{noun} {', '.join(texts)} of {size}"
+    return f"only {number_list('query', queries)} of {query_len} in {one.case.name}"
 
 
 def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Probe]) -> str:
@@ -278,15 +276,13 @@ def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Prob
         "with a scale= of its own": lambda case: case.scale_given,
     }
     cases = [one.case for one in probes if one.case.name in right]
-    if not cases:
+    common = [text for text, has in features.items() if all(has(one.case) for one in wrong)]
+    if not cases or len(wrong) < 2 or not common:  # of one case, anything might be what matters
         return ""
-    for text, has in features.items():
-        if all(has(one.case) for one in wrong) and not any(has(case) for case in cases):
-            return f"wrong in every case {text}, right in every other"
-    for text, has in features.items():
-        if all(has(one.case) for one in wrong):
-            return f"wrong only in cases {text}"
-    return ""
+    for text in common:
+        if not any(features[text](case) for case in cases):
+            return f"all of the wrong cases are {text}, and none of the right ones"
+    return f"all of the wrong cases are {common[0]}, and some of the right ones"
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -294,7 +290,7 @@ def _listed(names: Sequence[str]) -> str:
     return f"{shown} and {len(names) - _LISTED} more cases" if len(names) > _LISTED else shown
 
 
-def shown(spec: AttentionSpec | None, probes: Sequence[Probe]) -> dict[str, Any]:
+def shown(weights: WeightsOf, probes: Sequence[Probe]) -> dict[str, Any]:
     """The weights of the smallest wrong case that has finite numbers, if there is one."""
     wrong = [one for one in probes if bool(wrong_rows(one).any())]
     wrong.sort(key=lambda one: not bool(one.output.isfinite().all()))
@@ -303,10 +299,9 @@ def shown(spec: AttentionSpec | None, probes: Sequence[Probe]) -> dict[str, Any]
     error, allowed = errors(one)
     ratio = torch.nan_to_num(error / allowed).amax(-1)
     batch, head = divmod(int(ratio.argmax()), ratio.shape[1])
-    inferred = None if spec is None else inferred_weights(spec, one)
     return {
         "expected_weights": result.weights,
-        "inferred_weights": inferred,
+        "inferred_weights": weights(one),
         "case": one.case.name,
         "place": (batch, head),
     }

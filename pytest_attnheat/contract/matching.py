@@ -62,12 +62,14 @@ class Explanation:
         decided: What the plan decides otherwise than the correct one.
         fit: How far it is from the answers.
         constant: The constant that was fitted, if any.
+        partly: Whether it is compared with the wrong answers alone: it would change right ones.
     """
 
     defects: tuple[Defect, ...] = ()
     decided: Decisions = field(default_factory=dict)
     fit: Fit = NOWHERE
     constant: float | None = None
+    partly: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -73,6 +73,15 @@ def takes_option(name: str) -> Need:
 takes_float_mask = _need(
     lambda spec: spec.mask in ("additive", "any"), "its mask is not declared to be of floats"
 )
+# By an argument, or always.
+may_be_causal = _need(
+    lambda spec: (
+        spec.takes_causal
+        or (spec.causal == "bottom_right" and spec.window is not None and spec.window[1] == 0)
+    ),
+    "it does not take is_causal",
+    "causal",
+)
 # By its alignment, or by a mask.
 decodes_in_chunks = _need(
     lambda spec: (
@@ -119,13 +128,9 @@ def _undeclared_mask(spec: AttentionSpec) -> str:
     )
 
 
-def says_whether_it_has_positions(spec: AttentionSpec) -> str | None:
-    """Need a block that says whether order matters, and to which it does not matter anyway."""
-    if spec.causal is not None:
-        return "to a causal block the order of tokens matters in any case"
-    if model_of(spec).has_positions is None:
-        return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
-    return None
+order_may_matter = _need(
+    lambda spec: spec.causal is None, "to a causal block the order of tokens matters in any case"
+)
 
 
 _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}

@@ -16,15 +16,20 @@ from torch import Tensor
 from pytest_attnheat.attention.outcomes import finite
 from pytest_attnheat.attention.plan import Case, Plan, carry_out
 from pytest_attnheat.attention.tolerance import is_fine
+from pytest_attnheat.contract.diagnosis import number_list
 from pytest_attnheat.contract.matching import wrong_rows
-from pytest_attnheat.contract.probing import Probe, inferred_weights
-from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.contract.probing import Probe, WeightsOf
 
 # A law may leave this part of what it explains. Rounding leaves less of weights above the
 # smallest, in float32; a law of another kind leaves a twentieth and more.
 _LEFT = 3e-3
 _SMALLEST = 1e-2
+# Below, a weight is 0 but for rounding.
+_LEAST = 1e-6
 _CASES = 2
+# Of fewer rows a law with a constant is no law.
+_FEWEST = 3
+_MOST_WEIGHTS = 20_000
 # Caps that are looked for, as powers of e: below, weights are all equal; above, nothing is capped.
 _CAPS = [step / 16 for step in range(-32, 81)]
 
@@ -38,6 +43,7 @@ class _Seen:
         weights: As the subject uses them, (batch, heads, query_len, key_len).
         right: Those of correct attention.
         scores: Of correct attention.
+        permitted: Where queries may attend.
         used: Which weights are large enough to tell their score.
         output: Of the subject.
         wanted: The output of correct attention.
@@ -47,6 +53,7 @@ class _Seen:
     weights: Tensor
     right: Tensor
     scores: Tensor
+    permitted: Tensor
     used: Tensor
     output: Tensor
     wanted: Tensor
@@ -63,40 +70,45 @@ class _Seen:
         return self.centred(self.weights.clamp(min=1e-30).log())
 
 
-def observed(spec: AttentionSpec, probes: Sequence[Probe]) -> tuple[str, ...]:
+def observed(weights: WeightsOf, probes: Sequence[Probe]) -> tuple[str, ...]:
     """Return what the weights of wrong answers show, a sentence each."""
     if not is_fine(probes[0].dtype):
         return ()
     wrong = [one for one in probes if bool(wrong_rows(one).any()) and _is_plain(one)]
     wrong.sort(key=lambda one: not one.case.sees_all)
-    seen = [found for one in wrong[:_CASES] if (found := _seen(spec, one)) is not None]
+    seen = [found for one in wrong[:_CASES] if (found := _seen(one, weights(one))) is not None]
+
+    told = [one for one in seen if one.case.query_len >= _FEWEST]
 
     def said(laws: Sequence[Callable[[_Seen], str]]) -> tuple[str, ...]:
-        every = ([law(one) for one in seen] for law in laws)
+        every = ([law(one) for one in told] for law in laws)
         return tuple(each[0] for each in every if each and all(each))
 
     if of_output := said((_combined, _moved)):
         return of_output
+    if seen and all(others := [_other_mask(one) for one in seen]):
+        return ("its weights are right but for the mask", *others)
     # Of what is no weighted sum of values, an identity matrix shows nothing.
-    if not all(map(_is_sum, seen)):
+    if not all(map(_is_sum, told)):
         return said((_is_no_sum,))
-    return said((_sink, _softcap, _monotone, _distance, _positions))
+    return said((_sink, _multiplied, _softcap, _monotone, _distance, _positions))
 
 
 def _is_plain(one: Probe) -> bool:
-    small = math.prod(one.case.shape) <= 2000 and not one.case.name.startswith("large")
+    small = math.prod(one.case.shape) <= _MOST_WEIGHTS and not one.case.name.startswith("large")
     return small and bool(one.output.isfinite().all())
 
 
-def _seen(spec: AttentionSpec, one: Probe) -> _Seen | None:
-    weights = inferred_weights(spec, one)
+def _seen(one: Probe, weights: Tensor | None) -> _Seen | None:
     if weights is None or not bool(weights.isfinite().all()):
         return None
     right = carry_out(Plan(), one.case)
     used = right.permitted & (weights > _SMALLEST) & (right.weights > _SMALLEST)
     used &= used.sum(-1, keepdim=True) > 1
     scores = finite(right.scores)
-    return _Seen(one.case, weights, right.weights, scores, used, one.output, right.output)
+    return _Seen(
+        one.case, weights, right.weights, scores, right.permitted, used, one.output, right.output
+    )
 
 
 def _is_sum(one: _Seen) -> bool:
@@ -135,6 +147,51 @@ def _sink(one: _Seen) -> str:
     if not bool((sinks.amax(1) - sinks.amin(1) <= _LEFT * (1 + sinks.abs().amax(1))).all()):
         return ""
     return f"its rows sum to less than 1, {_each('as if a sink of', sinks.mean(1))} joined the sum"
+
+
+def _other_mask(one: _Seen) -> str:
+    """Whether weights are those of the right scores under another mask."""
+    seen = one.weights > _SMALLEST
+    law = one.scores.masked_fill(~(one.weights > _LEAST), -math.inf).softmax(-1).nan_to_num()
+    if not bool(((law - one.weights).abs() <= _LEFT).all()):
+        return ""
+    off = (seen & ~one.permitted) | (~seen & (one.right > _SMALLEST))
+    if not bool(off.any()):
+        return ""
+    batch, head, query, _ = off.nonzero()[0].tolist()
+    found, wanted = (
+        number_list("key", some[batch, head, query].nonzero().flatten().tolist())
+        for some in (one.weights > _LEAST, one.permitted)
+    )
+    return (
+        f"in {one.case.name}, head [{batch}, {head}], query {query} sees {found}, and may see "
+        f"{wanted}"
+    )
+
+
+def _multiplied(one: _Seen) -> str:
+    """Whether weights are the right ones, each times a number that their softmax does not know."""
+    known = one.right > _SMALLEST
+    factors = torch.where(known, one.weights / one.right, math.nan)
+    elsewhere = one.weights[one.right < _LEAST]
+    if bool((elsewhere.abs() > _SMALLEST).any()) or _sink(one):
+        return ""
+    if bool(((factors - 1).abs() <= _LEFT)[known].all()):
+        return ""
+    zero = factors.abs() <= _LEFT
+    if bool((zero | ((factors - 1).abs() <= _LEFT))[known].all()):
+        return (
+            f"{int(zero.sum())} of its weights are 0 and all others right: they are set to 0 after "
+            "the softmax, and rows are not divided by their sum again"
+        )
+    for what, dims in (("query", (3,)), ("key", (1, 2))):
+        mean = factors.nanmean(dims, keepdim=True)
+        several = known & (known.sum(dims, keepdim=True) > 1)
+        alike = ((factors - mean).abs() <= _LEFT * mean.abs())[known]
+        if bool(several.any()) and bool(alike.all()):
+            least, most = (f"{float(edge):.3g}" for edge in mean[~mean.isnan()].aminmax())
+            return f"its weights are right but for a factor of each {what}, {least} to {most}"
+    return ""
 
 
 def _each(words: str, numbers: Tensor) -> str:
@@ -224,10 +281,18 @@ def _moved(one: _Seen) -> str:
     off = torch.cdist(one.output.reshape(-1, width), one.wanted.reshape(-1, width))
     least, at = off.min(1)
     lead = one.output.shape[:3]
-    if float(least.max()) > _LEFT**2 or len(set(at.tolist())) < at.numel():
+    if float(least.max()) > _LEFT**2:
         return ""
     places = torch.stack(torch.unravel_index(at, lead))
     own = torch.stack(torch.unravel_index(torch.arange(at.numel()), lead))
+    if len(set(at.tolist())) < at.numel():
+        head = places[1].view(lead)[0, :, 0].tolist()
+        if bool((places != own)[[0, 2]].any()) or bool(
+            (places[1].view(lead) != torch.tensor(head)[:, None]).any()
+        ):
+            return ""
+        said = [f"head {own} that of head {n}" for own, n in enumerate(head) if n != own]
+        return f"its rows are right, but some twice: {', '.join(said)}"
     names = [name for name, differs in zip(("batch entry", "head", "query"),
              (places != own).any(1).tolist(), strict=True) if differs]  # fmt: skip
     return f"its rows are right, but in the place of others: of another {' and '.join(names)}"

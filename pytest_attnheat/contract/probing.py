@@ -73,6 +73,10 @@ class Probe:
     judged: bool = True
 
 
+# What was used as weights, (batch, heads, query_len, key_len); None where that is not known.
+WeightsOf: TypeAlias = Callable[[Probe], Tensor | None]
+
+
 def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     """Call the subject with copies of a case.
 
@@ -82,7 +86,8 @@ def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     Raises:
         Exception: Whatever the subject raises.
     """
-    return answer_to(spec, case, dtype).output.detach().double().cpu()
+    found = answer_to(spec, case, dtype).output.detach()
+    return found.to("cpu", torch.float64, copy=True)  # the next call may write into its memory
 
 
 def answer_to(
@@ -377,7 +382,7 @@ _CASES = (
 )
 
 
-def blueprints(spec: AttentionSpec) -> list[Blueprint]:
+def blueprints(spec: AttentionSpec, dtype: torch.dtype) -> list[Blueprint]:
     """Return the cases of attention; which are asked depends on what is declared."""
     far = [side for side in (spec.window or ()) if side is not None and side <= _WIDEST]
     far += [2 * spec.chunk] if spec.chunk is not None and spec.chunk <= _WIDEST else []
@@ -386,6 +391,8 @@ def blueprints(spec: AttentionSpec) -> list[Blueprint]:
         length = min(sum(far) + 4, _WIDEST)
         levels = {"sizes": (length, length + 2), "batch": 1, "key_heads": 2, "head_dim": 10}
         cases.append(Blueprint("window" if spec.window else "chunk", levels))
+    if dtype == torch.float16:  # refused where it computes in float16 all the way
+        cases.append(Blueprint("overflowing products", _sized(5, 7, numbers="overflowing")))
     # The largest come last: the others tell most plans from the subject. Whole blocks of 16 to 64
     # are more than the first 128.
     single = {"batch": 1, "key_heads": 1}

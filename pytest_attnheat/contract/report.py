@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.block_checks import ORDERLESS
 from pytest_attnheat.contract.combinations import Replay
 from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.diagnosis import Diagnosis
@@ -126,6 +127,7 @@ class Report:
     def _hints(self) -> list[str]:
         inside = [r for r in self.results if r.name == "attention_inside" and r.status == "passed"]
         said = [result.message for result in inside if result.message]
+        said += dict.fromkeys(r.message for r in self.results if r.message == ORDERLESS)
         return [*self.hints, *hints_of(self.spec), *said]
 
     def _head(self) -> str:

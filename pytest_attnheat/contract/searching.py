@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import product
+from itertools import groupby, product
 
 import torch
 from torch import Tensor
@@ -104,6 +104,25 @@ class Search:
         """The numbers of the cases, those first that the fewest defects change; large ones last."""
         probes = self.answers.probes
         return sorted(range(len(probes)), key=lambda i: (is_large(probes[i].case), self.telling[i]))
+
+    def in_some_cases(self) -> list[Explanation]:
+        """Return the defects that reproduce every wrong answer, in one form of them or another.
+
+        Where they would change answers that are right, the subject has them in some calls alone.
+        """
+        count = range(len(self.answers.probes))
+        wrong = [i for i in count if self.answers.compare(i, [Explanation()])[0].excess > 1.0]
+        found = []
+        for defects, forms in groupby(self.singles, key=lambda one: one.defects):
+            some = list(forms)
+            fits = list(zip(*(self.answers.compare(i, some) for i in wrong), strict=True))
+            whole = min(map(worst, fits), key=lambda fit: fit.excess)
+            if whole.excess > 1.0:
+                each = (min(of, key=lambda fit: fit.excess) for of in zip(*fits, strict=True))
+                whole = worst(each)
+            if whole.excess <= 1.0:
+                found.append(Explanation(defects, fit=whole, partly=True))
+        return found
 
     def in_pairs(self) -> list[Explanation]:
         """Compare the answers with attention that carries two defects.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.inputs import Index, Operand, as_mask, as_weights, misuse, positive, wide_dtype
+from pytest_attnheat.inputs import as_mask, as_weights, misuse, positive, wide_dtype
 
 _GLYPHS = "▁▂▃▄▅▆▇█"
 _NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
@@ -90,9 +90,9 @@ def format_heatmap(
     limits = {"max_columns": max_columns, "max_rows": max_rows, "max_maps": max_maps}
     for name, limit in limits.items():
         positive(name, limit)
-    if isinstance(operand, torch.Tensor) and operand.numel() <= _FETCHED:
+    if operand.numel() <= _FETCHED:
         operand = operand.cpu()
-        permitted = permitted.cpu() if isinstance(permitted, torch.Tensor) else permitted
+        permitted = permitted if permitted is None else permitted.cpu()
     if not vmin < vmax:
         raise ValueError(misuse("vmin, vmax", f"{vmin} and {vmax}", "vmin < vmax"))
     if notes is not None and len(notes) != operand.shape[-2]:
@@ -143,7 +143,7 @@ def map_name(outer: tuple[int, ...]) -> str:
     return f"{'head' if len(outer) == 2 else 'map'} {list(outer)}"
 
 
-def _sums(operand: Operand, outer: tuple[int, ...], rows: list[slice]) -> list[str]:
+def _sums(operand: torch.Tensor, outer: tuple[int, ...], rows: list[slice]) -> list[str]:
     if _pooled(rows):
         return []
     every_key = slice(0, operand.shape[-1])
@@ -167,8 +167,8 @@ def _beside(texts: Sequence[str], rows: list[slice]) -> list[str]:
 
 
 def _cell(
-    operand: Operand,
-    mask: Operand | None,
+    operand: torch.Tensor,
+    mask: torch.Tensor | None,
     outer: tuple[int, ...],
     rows: slice,
     keys: slice,
@@ -192,7 +192,7 @@ def _cell(
 
 
 def _parts(
-    operand: Operand, outer: tuple[int, ...], rows: slice, keys: slice
+    operand: torch.Tensor, outer: tuple[int, ...], rows: slice, keys: slice
 ) -> Iterator[torch.Tensor]:
     """Yield some weights as float32 or float64, no more than `_PART` of them at a time."""
     wide = wide_dtype(operand.dtype)
@@ -201,13 +201,13 @@ def _parts(
             slice(by.start + span.start, by.start + span.stop)
             for span, by in zip(box, (rows, keys), strict=True)
         )
-        index: Index = (*outer, *inner)
+        index: tuple[int | slice, ...] = (*outer, *inner)
         yield operand[index].to(wide)
 
 
-def _any_permitted(mask: Operand, outer: tuple[int, ...], rows: slice, keys: slice) -> bool:
+def _any_permitted(mask: torch.Tensor, outer: tuple[int, ...], rows: slice, keys: slice) -> bool:
     own_outer = tuple(0 if size == 1 else i for size, i in zip(mask.shape, outer, strict=False))
     own_rows = slice(0, 1) if mask.shape[-2] == 1 else rows
     own_keys = slice(0, 1) if mask.shape[-1] == 1 else keys
-    index: Index = (*own_outer, own_rows, own_keys)
+    index: tuple[int | slice, ...] = (*own_outer, own_rows, own_keys)
     return bool(mask[index].any())

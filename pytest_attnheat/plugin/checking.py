@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -46,10 +47,9 @@ def calls_of(
     asked = checks_of(spec, checks, quick=quick)
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
-    for examination in examinations:
-        for check in asked:
-            reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
-            yield CheckCall(examined, check, examination, reason, unselected)
+    for number, (examination, check) in enumerate(product(examinations, asked)):
+        reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
+        yield CheckCall(examined, check, examination, reason, unselected, number)
 
 
 def replayed(config: pytest.Config) -> Replay | None:
@@ -78,6 +78,7 @@ class CheckCall:
         examination: Examination,
         expected: str | None,
         unselected: str,
+        number: int,
     ) -> None:
         from pytest_attnheat.contract.running import Result
 
@@ -87,12 +88,13 @@ class CheckCall:
         self.result = Result(check.name, dtype, device, "skipped", reason=unselected)
         self._examined, self._check, self._examination = examined, check, examination
         self._expected, self._inside = expected, ""
+        self._unselected, self._number = unselected, number
 
     def __call__(self) -> None:
         """Check it; fails, skips or xfails the test."""
         __tracebackhide__ = True
-        if self.result.reason:
-            pytest.skip(self.result.reason)
+        if self._unselected:
+            pytest.skip(self._unselected)
         name = str(self._examination.device)
         self.result = replace(self.result, reason=f"the device {name} is absent")
         device = device_of_test(self._examined.config, name)
@@ -120,7 +122,8 @@ class CheckCall:
     def verdict(self) -> dict[str, Any]:
         """What it found, in words and numbers alone."""
         result = self.result.as_dict() | {"inside": self._inside}
-        return {**self._examined.told, "place": self._place, "result": result}
+        own = {"place": self._place, "number": self._number, "result": result}
+        return {**self._examined.told, **own}
 
     def __repr__(self) -> str:
         """Name the check, as a test id does."""

@@ -166,12 +166,7 @@ def _check(
 
 
 def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:
-    """Yield how a sequence is cut; the first chunk has a token after all padding.
-
-    Raises:
-        TypeError: A size is not a whole number.
-        ValueError: There is nothing to decode, or the sizes do not add up.
-    """
+    """Yield how a sequence is cut; the first chunk has a token after all padding."""
     length = decoder.subject.observers
     if length < 2:
         raise ValueError(misuse(_NAME, f"a sequence of {length} token", "two or more"))
@@ -210,9 +205,6 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
     Args:
         subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
         alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
-
-    Raises:
-        ValueError: It is not causal, or the lengths do not fit.
     """
     if alignment is not None:
         one_of("alignment", alignment, ALIGNMENTS)
@@ -231,7 +223,11 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
         raise ValueError(misuse("alignment", repr(alignment), accepted))
     causal = causal_mask(*lengths, alignment="bottom_right", device=subject.query.device)
     mask = causal
-    if given is None:
+    # What says of itself that it sees no later key needs no argument for that.
+    is_told = "is_causal" in subject.arguments or alignment != "bottom_right"
+    if given is None and not is_told and not bool((subject.may_see() & ~causal).any()):
+        mask = subject.may_see()
+    elif given is None:
         subject = replace(subject, arguments={**subject.arguments, "is_causal": True})
     else:
         mask = given.expand(broadcast(given.shape, lengths))
@@ -245,10 +241,11 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
                 accepted = "a mask that is causal, aligned to the bottom right"
                 raise ValueError(misuse(MASK, got, accepted))
     own_causal = alignment == "bottom_right"
-    how = "with is_causal=True, aligned to the bottom right" if own_causal else None
-    return _FunctionDecoder(
-        subject, how or "with its rows of the mask", MOST_SINGLE_TOKENS, mask, own_causal
-    )
+    how = "with its rows of the mask"
+    if own_causal:
+        by = "is_causal=True" if subject.arguments.get("is_causal") else "what it always hides"
+        how = f"with {by}, aligned to the bottom right"
+    return _FunctionDecoder(subject, how, MOST_SINGLE_TOKENS, mask, own_causal)
 
 
 @dataclass(frozen=True)
@@ -271,7 +268,7 @@ class _FunctionDecoder(Decoder):
         masks: dict[str, Any] = {MASK: self.mask[..., rows, :last]}
         if self.own_causal:
             masks = {} if function.mask is None else masks
-            masks["is_causal"] = True
+            masks |= {name: True for name in ("is_causal",) if function.arguments.get(name)}
         elif len(step) == 1 and self._sees_all_before[step.start]:
             masks = {}
         kept = {k: v for k, v in function.arguments.items() if k not in (MASK, "is_causal")}

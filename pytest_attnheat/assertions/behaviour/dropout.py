@@ -13,6 +13,7 @@ from pytest_attnheat.assertions.behaviour.reading import part_of
 from pytest_attnheat.assertions.behaviour.subject import check_rows
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import is_fine, output_tolerance
+from pytest_attnheat.callables import seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse
 
@@ -39,11 +40,6 @@ def check_dropout_of_weights(
         share: The probability that a weight is dropped.
         runs: How many calls are made at most to count dropped weights.
         seed: Where the random numbers start.
-
-    Raises:
-        Failure: The weights are not dropped one by one with this probability, or what is
-            kept is not divided by `1 - share`.
-        ValueError: There are too few weights to tell.
     """
     __tracebackhide__ = True
     function = part_of(function, _MOST_WEIGHTS)
@@ -54,7 +50,7 @@ def check_dropout_of_weights(
 
     def run(value: Tensor, dropout_p: float, *, seeded: bool = False) -> Tensor:
         if seeded:
-            torch.manual_seed(seed)
+            seed_all(seed)
         return function.run(value=value.clone(), dropout_p=dropout_p)
 
     weights = function.run(value=identity.clone())
@@ -83,7 +79,7 @@ def check_dropout_of_weights(
         cause=lambda _: "dropout falls on the outputs, not on the weights",
         repeat=f"seed={seed}",
     )
-    torch.manual_seed(seed)
+    seed_all(seed)
     observed, each = [run(identity, share)], int(_judged(weights).sum())
     while len(observed) < runs and (len(observed) < 2 or len(observed) * each < _ENOUGH_WEIGHTS):
         observed.append(run(identity, share))
@@ -132,12 +128,7 @@ class _Count:
         self.kept = float(self.wide.expand(kept.shape)[kept].sum())
 
     def check(self) -> None:
-        """Check that this is what dropout does.
-
-        Raises:
-            Failure: It is not.
-            ValueError: There were too few weights to tell.
-        """
+        """Check that this is what dropout does."""
         __tracebackhide__ = True
         if self.regarded * -math.log1p(-self.share) < -math.log(_FALSE_ALARM):
             got = (

@@ -28,6 +28,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
 )
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
 from pytest_attnheat.callables import copied, parameters_of
 from pytest_attnheat.inputs import dtype_name, misuse
@@ -204,7 +205,7 @@ class AttentionFunction:
             )
         if output.ndim < 2 or output.shape[:-1] != query.shape[:-1]:
             raise ValueError(wrong_shape(output, (*query.shape[:-1], value.shape[-1])))
-        return output
+        return output.clone()  # the next call may write into the same memory
 
     def given(self, **tensors: Tensor) -> AttentionFunction:
         """The same with other inputs, or another mask."""
@@ -297,12 +298,12 @@ class AttentionFunction:
         elif self.arguments.get("is_causal") or described:
             call = replace(self.call, mask=None, bias=None)
             call = call if described else replace(call, alignment=stated.alignment)
-            words = since("which its specification forbids")
+            seen = call.visible().expand(shape)
+            rules = [Rule(seen, since("which its specification forbids"))]
             if call.causal:
-                words = in_the_future(
-                    shape[-1] - shape[-2] if call.alignment == "bottom_right" else 0
-                )
-            rules = [Rule(call.visible().expand(shape), words)]
+                first = shape[-1] - shape[-2] if call.alignment == "bottom_right" else 0
+                before = causal_mask(*shape[-2:], alignment=call.alignment, device=seen.device)
+                rules.insert(0, Rule(seen | before, in_the_future(first)))
         if stated.may_see is None and self.mask is not None:
             rules.append(Rule(permitted(self.mask, shape), since("which attn_mask forbids")))
         may_be_causal = "if the function is always causal, say so with may_see="

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.subject import differ, holds
+from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, name_of
@@ -24,6 +26,8 @@ from pytest_attnheat.capture.record import AttentionRecord, name_of
 _Says = TypeVar("_Says", bound=Callable[..., str | None])
 # Weights that are larger are no rounding.
 _FELT = 1e-5
+# How far rows may be apart, as a part of their size, that should be the same.
+_ALIKE = 1e-4
 _ROTATED = (
     "keys that are moved alike change their products with one another, and values do not change: "
     "positions do not act by their difference alone; if they are rotations, are the pairs that are "
@@ -52,18 +56,18 @@ class Inside:
         into_linear: What its linear layers were given.
     """
 
-    def __init__(self, subject: ModelSubject) -> None:
-        """Call it."""
+    def __init__(self, subject: ModelSubject, run: Callable[[], object] | None = None) -> None:
+        """Call it, or run what calls it."""
         self.into_linear: list[Tensor] = []
         try:
-            self.records = self._look(subject)
+            self.records = self._look(subject, run or subject.run)
         except Exception:  # code that is compiled, or attention that takes too much memory
             self.records = []
         square = (subject.batch, subject.length, subject.length)
         own = subject.model.memory_argument is None
         self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
 
-    def _look(self, subject: ModelSubject) -> list[AttentionRecord]:
+    def _look(self, subject: ModelSubject, run: Callable[[], object]) -> list[AttentionRecord]:
         modules = modules_in(subject.model.module)
         linear = [part for m in modules for part in m.modules() if isinstance(part, nn.Linear)]
         handles = [part.register_forward_pre_hook(self._note) for part in linear]
@@ -71,7 +75,7 @@ class Inside:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the failure itself is to be reported
                 with capture_attention(modules[0], allow_unseen=True) as trace:
-                    subject.run()
+                    run()
         finally:
             for handle in handles:
                 handle.remove()
@@ -104,9 +108,10 @@ class Inside:
                     "its output goes on by a reshape without transpose(1, 2)"
                 )
         count = len(self._squares)
-        each = "no attention inside" if count > 1 else f"attention in {name_of(self._squares[0])}"
-        does = "lets it be" if count > 1 else "does not let it be"
-        return f"{each} {does} seen: it is seen outside of attention"
+        each = f"of {count} attentions none lets it be seen"
+        if count == 1:
+            each = f"attention in {name_of(self._squares[0])} does not let it be seen"
+        return f"{each}: it is seen outside of what was captured"
 
     def _is_merged_wrongly(self, output: Tensor) -> bool:
         batch, _, length, _ = output.shape
@@ -116,13 +121,19 @@ class Inside:
         return found[0] and not found[1]
 
     @_careful
-    def why_queries_are_hidden(self, real: Tensor) -> str | None:
-        """Say which attention hides rows in place of columns.
+    def why_mask_fails(self, real: Tensor) -> str | None:
+        """Say which attention hides rows in place of columns, or what it hides too late.
 
         Args:
             real: Boolean (batch, length), True where a token is no padding.
         """
         for record in self._squares:
+            late = record.masked_late
+            if late is not None and _least_sum(record, real) < 1 - _FELT:
+                return (
+                    f"the mask is applied after the softmax in {name_of(record)}: rows of weights "
+                    "sum to less than 1, and feel what is hidden"
+                )
             if _hides_queries(record, real):
                 return (
                     f"the mask is applied to queries in place of keys in {name_of(record)}: rows "
@@ -140,17 +151,9 @@ class Inside:
             share = float(on_padding.sum(-1).max())
             if share < _FELT:
                 continue
-            least = on_padding.masked_fill(~padding, math.inf).amin(-1)
-            several = padding.sum(-1) > 1
-            alike = bool(
-                ((on_padding.amax(-1) - least) <= _FELT)[several.expand(least.shape)].all()
-            )
-            why = "no mask hides it there"
-            if bool(several.any()) and alike:
-                why = "each the same: the mask multiplies scores, or inputs; it must fill with -inf"
             return (
                 f"padding gets up to {share:.2g} of the attention of a real token in "
-                f"{name_of(record)}, {why}"
+                f"{name_of(record)}{_why_it_gets_some(record, weights, padding)}"
             )
         return None
 
@@ -166,13 +169,12 @@ class Inside:
         moved, kept = (
             _operands(r, alone._squares[0].shape[-1]) for r in (self._squares[0], alone._squares[0])
         )
-        allowed = 1e-4
         (query, key, value), (own_query, own_key, own_value) = moved, kept
-        if differ(value, own_value, allowed):
+        if differ(value, own_value, _ALIKE):
             return None  # that of absolute positions
-        if differ(key @ key.mT, own_key @ own_key.mT, allowed):
+        if differ(key @ key.mT, own_key @ own_key.mT, _ALIKE):
             return _ROTATED
-        if differ(query @ key.mT, own_query @ own_key.mT, allowed):
+        if differ(query @ key.mT, own_query @ own_key.mT, _ALIKE):
             return (
                 "queries and keys that are moved alike change their scores, and values do not "
                 "change: are queries rotated by the positions that keys are rotated by?"
@@ -181,6 +183,86 @@ class Inside:
             "queries, keys and values of the first attention are the same at other places: it is "
             "later that places are felt"
         )
+
+    @_careful
+    def why_chunk_differs(self, step: range, at_once: Inside) -> str | None:
+        """Say what differs in the first attention of a chunk that comes with a cache.
+
+        Args:
+            step: The tokens of the chunk.
+            at_once: The whole sequence.
+        """
+        calls = Counter(record.layer for record in at_once._squares)
+        known = {(one.layer, one.call): one for one in at_once._squares}
+        for own in self.records:
+            whole = known.get((own.layer, own.call % (calls[own.layer] or 1)))
+            if whole is None or own.shape[2:] != (len(step), step.stop):
+                continue
+            said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
+            if said:
+                return f"in {name_of(own)}, {said}"
+        return None
+
+
+def _why_it_gets_some(record: AttentionRecord, weights: Tensor, padding: Tensor) -> str:
+    """What its weights show of a mask: that there is none, or that it makes scores 0."""
+    query, key, bias = record.query, record.key, record.bias
+    if query is None or key is None:
+        return ""
+    scale = query.shape[-1] ** -0.5 if record.scale is None else record.scale
+    scores = query.double() @ key.double().repeat_interleave(record.group, 1).mT * scale
+    if not record.mask_lost and record.mask is not None:
+        scores = scores.masked_fill(~record.mask, -math.inf)
+    scores = scores if bias is None else scores + bias.nan_to_num(neginf=0.0)
+    rows = padding.any(-1, keepdim=True).expand_as(scores)
+    laws = {
+        "each the same: the mask multiplies scores, or inputs; it must fill with -inf": (
+            scores.masked_fill(padding, 0.0)
+        ),
+        "no mask hides it there": scores,
+    }
+    for why, law in laws.items():
+        if bool(((law.softmax(-1) - weights.double()).abs() <= _ALIKE)[rows].all()):
+            return f", {why}"
+    return ""
+
+
+def _why_masks_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+    sees, saw = _seen(own), _seen(whole)[:, :, step.start : step.stop, : step.stop]
+    off = (sees != saw).any(-1).any(1).any(0).nonzero().flatten().tolist()
+    if not off:
+        return None
+    counts = [int(one[:, :, off[0]].sum(-1).max()) for one in (sees, saw)]
+    top = causal_mask(*own.shape[2:], alignment="top_left", device=sees.device)
+    corner = torch.equal(sees, top.expand_as(sees))
+    why = "aligned to the top left, not to the bottom right" if corner else "another one"
+    return (
+        f"token {step[off[0]]} sees {counts[0]} of {step.stop} keys with the cache, and "
+        f"{counts[1]} at once: the {'causal ' * corner}mask of a later chunk is {why}"
+    )
+
+
+def _why_operands_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+    """Whether the cache, or the queries, are not what they are at once."""
+    before, here = slice(step.start), slice(step.start, step.stop)
+    parts = {"cached keys": ("key", before), "cached values": ("value", before)}
+    parts |= {"new keys": ("key", here), "new values": ("value", here)}
+    for words, (name, rows) in parts.items():
+        one, other = (getattr(record, name)[..., rows, :] for record in (own, whole))
+        if differ(one, other, _ALIKE):
+            return f"the {words} are others than at once"
+    assert own.query is not None
+    assert whole.query is not None
+    if differ(own.query, whole.query[..., here, :], _ALIKE):
+        return "the queries of a later chunk are others than at once"
+    return None
+
+
+def _seen(record: AttentionRecord) -> Tensor:
+    """Where queries may attend, of the shape of the weights."""
+    return (
+        torch.ones(record.shape).bool() if record.mask is None else record.mask.expand(record.shape)
+    )
 
 
 def _operands(record: AttentionRecord, length: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,6 +278,12 @@ def _hides(record: AttentionRecord, forbidden: Tensor) -> bool:
     """Whether all that is forbidden, (batch, 1, length, length), is masked."""
     mask = record.mask
     return mask is not None and not bool((mask.to(forbidden.device) & forbidden).any())
+
+
+def _least_sum(record: AttentionRecord, real: Tensor) -> float:
+    """The least sum of a row of weights of a real token."""
+    sums = record.weights.sum(-1)
+    return float(sums.masked_fill(~real.to(sums.device).unsqueeze(1), 1.0).min())
 
 
 def _hides_queries(record: AttentionRecord, real: Tensor) -> bool:

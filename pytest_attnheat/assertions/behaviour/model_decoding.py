@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import (
     CachedDecoding,
@@ -219,6 +220,9 @@ class ModelDecoder(Decoder):
             return (
                 _why_some_entries(broken)
                 or _why_from_some_token(broken, evidence.plan)
+                or Inside(self.subject, lambda: self.decode(evidence.plan.steps)).why_chunk_differs(
+                    first, Inside(self.subject)
+                )
                 or "the first chunk is right, what comes with a cache is not: the cached keys, "
                 "the positions, or the mask of a later chunk"
             )

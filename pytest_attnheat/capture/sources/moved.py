@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from numbers import Number
@@ -93,7 +93,7 @@ def _moved(base: str, call: Call) -> After | None:
     tag = tags[source]
     if tag is None:
         tags.use(source)
-        if not isinstance(source, Tensor) or source.ndim != 4:
+        if not isinstance(source, Tensor) or not 3 <= source.ndim <= 5 or base in _TURNS:
             return None
     shape, turns = source.shape, base in _TURNS  # A function in place changes the shape.
     # What repeats cannot be viewed in every shape in which its whole can.
@@ -113,14 +113,17 @@ def _moved(base: str, call: Call) -> After | None:
         cleans = none if own.clean is None else move(own.clean)
         cleans = [cleans] if isinstance(cleans, Tensor) else cleans
         for made, scores, clean in zip(results, of_each, cleans, strict=True):
-            before = None if turns or len(results) > 1 else _before(shape, made)
-            if tag is None and before is None:
+            alone = not turns and len(results) == 1
+            before = _before(shape, made) if alone else None
+            windows = alone and len(shape) >= 3 and _in_windows(shape, made)
+            if tag is None and before is None and not windows:
                 continue
             last = not turns and made.shape[-1:] == shape[-1:]
             tags[made] = replace(
                 own, scores=scores, clean=clean, parametric=own.parametric and last,
                 turned=own.turned or (own.weights and turns),
-                before=before or (own.before if made.shape == shape else None),
+                before=before or _still(own.before, shape, made),
+                windows=windows or (own.windows and made.shape[-1:] == shape[-1:]),
                 **(_cut(own, source, made) if base in _PARTS and own.weights else {}),
             )  # fmt: skip
 
@@ -128,13 +131,43 @@ def _moved(base: str, call: Call) -> After | None:
 
 
 def _before(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
-    """The shape of a 4-D tensor of which batch and heads, or heads and queries, were joined."""
-    if len(shape) != 4 or shape[-1:] != output.shape[-1:] or 0 in shape:
+    """The shape (batch, heads, ...) of a tensor of which these, or heads and queries, were joined.
+
+    Before batch and heads there may be an axis of queries, keys and values.
+    """
+    old, new = tuple(shape), tuple(output.shape)
+    if 0 in old or len(new) < 3:
         return None
-    if output.ndim == 3 and tuple(output.shape) == (shape[0] * shape[1], *shape[2:]):
-        return tuple(shape)
-    packs = output.ndim == 4 and shape[2] == 1 and output.shape[0] == shape[0]
-    return tuple(shape) if packs and output.shape[1] * output.shape[2] == shape[1] else None
+    if len(old) == 5 and new == (old[0], old[1] * old[2], *old[3:]):
+        return old
+    if len(new) == 3 and len(old) >= 4 and old[-1] == new[-1] and new[0] == old[0] * old[1]:
+        return (*old[:2], *new[1:])
+    if len(new) == len(old) == 3 and new[0] == old[0] and new[1] * new[2] == old[1] * old[2]:
+        # (length, batch, heads * width): a head's width is split off, and the rest joins the batch.
+        return (old[1], new[1] // old[1], new[0], new[2]) if new[1] % old[1] == 0 else None
+    if len(new) == 3 and len(old) == 4 and new[0] * new[1] == old[0] * old[1]:
+        # The same of pictures, (batch, heads * width, rows, columns).
+        return (old[0], new[0] // old[0], new[2], new[1]) if new[0] % old[0] == 0 else None
+    packs = len(new) == len(old) == 4 and old[2] == 1 and new[0] == old[0] and new[3] == old[3]
+    return old if packs and new[1] * new[2] == old[1] else None
+
+
+def _still(
+    before: tuple[int, ...] | None, shape: torch.Size, made: Tensor
+) -> tuple[int, ...] | None:
+    """What that shape is now: that of one of queries, keys and values, or no other."""
+    if before is None or made.shape == shape:
+        return before
+    before = before[1:] if len(before) == 5 else before
+    return before if made.ndim == 3 and len(made) == before[0] * before[1] else None
+
+
+def _in_windows(shape: torch.Size, made: Tensor) -> bool:
+    """Whether rows were split into windows, (..., windows, rows, width)."""
+    *lead, rows, width = shape
+    return made.ndim > 3 and made.shape[-1] == width and tuple(made.shape[:-3]) == tuple(lead) and (
+        1 < made.shape[-3] < rows == made.shape[-3] * made.shape[-2]
+    )  # fmt: skip
 
 
 def _cut(tag: Tag, source: Tensor, made: Tensor) -> dict[str, Any]:
@@ -181,8 +214,12 @@ def anything(base: str, call: Call) -> After | None:
             clean = tag.clean
             if clean is not None:
                 clean = _repeated(call, base, lambda one: clean if one is source else one)
-            scores = tag.scores if output.shape[:-2] == shape[:-2] else None
-            tags[output] = replace(tag, clean=clean, scores=scores, sink=None)
+            grown = output.shape[:-2] != shape[:-2]
+            of = tuple(one for one in every if isinstance(one, Tensor)) if grown else ()
+            tags[output] = replace(
+                tag, clean=clean, scores=None if grown else tag.scores, sink=None,
+                operands=(of[0], of[1]) if len(of) == 2 else None,
+            )  # fmt: skip
         elif tag.weights or not _is_pointwise(base):
             _outer(call, every, output)
         elif tag.scores is not None:
@@ -268,7 +305,7 @@ def _follow(
     call: Call, base: str, number: float | None, known: list[Tag | None], every: list[Any],
     output: Any,
 ) -> None:  # fmt: skip
-    """Keep track of the number that queries or keys were multiplied by, as they are rotated."""
+    """Keep track of what queries or keys were multiplied by, and of their axes, as they rotate."""
     factors = [1.0 if tag is None else tag.factor for tag in known]
     factor = math.prod(factors)
     if number is not None:
@@ -282,8 +319,18 @@ def _follow(
         if isinstance(made, Tensor) and made.is_floating_point():
             shapes = [one.shape[-2:] for one in every if isinstance(one, Tensor)]
             classes = parametric and made.shape[-2:] in shapes
-            if factor != 1 or classes:
-                call.watcher.tags[made] = Tag(factor=factor, parametric=classes)
+            axes = _axes(known, every, made)
+            if factor != 1 or classes or axes.before or axes.windows:
+                call.watcher.tags[made] = Tag(
+                    factor=factor, parametric=classes, before=axes.before, windows=axes.windows
+                )
+
+
+def _axes(known: list[Tag | None], every: Sequence[Any], made: Tensor) -> Tag:
+    """The tag of what has the axes of the result but for its width, if its axes are known."""
+    both = zip(known, every, strict=True)
+    named = ((tag, one) for tag, one in both if tag is not None and (tag.before or tag.windows))
+    return next((tag for tag, one in named if one.shape[:-1] == made.shape[:-1]), Tag())
 
 
 def _factor_of(base: str, every: list[Any]) -> float | None:
@@ -321,7 +368,11 @@ def _joined(base: str, call: Call) -> After | None:
     def after(output: Tensor) -> None:
         if first is None:
             factors = {1.0 if tag is None else tag.factor for tag in known}
-            tags[output] = Tag(factor=factors.pop() if len(factors) == 1 else math.nan)
+            axes = _axes(known, parts, output)
+            tags[output] = Tag(
+                factor=factors.pop() if len(factors) == 1 else math.nan,
+                before=axes.before, windows=axes.windows,
+            )  # fmt: skip
         elif all(tag is not None and tag.weights for tag in known):
             cleans = [one if tag is None or tag.clean is None else tag.clean
                       for one, tag in zip(parts, known, strict=True)]  # fmt: skip

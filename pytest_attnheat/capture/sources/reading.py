@@ -14,7 +14,15 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping
 from pytest_attnheat.capture.sources.numbers import explained, sample_of
 from pytest_attnheat.capture.sources.products import Product
-from pytest_attnheat.capture.tags import Scores, Tag, coarser, without_factor, without_repetition
+from pytest_attnheat.capture.tags import (
+    Scores,
+    Tag,
+    before_of,
+    coarser,
+    doubt_of,
+    without_factor,
+    without_repetition,
+)
 from pytest_attnheat.capture.watching import Undo, Watcher
 
 
@@ -32,11 +40,12 @@ def tell(watcher: Watcher, product: Product) -> Attended | None:
     tag = watcher.tags[product.left_source]
     assert tag is not None
     watcher.found(tag.softmaxes)
+    alike = _repeat_beside(product)
     product = _spread(product)
     within = _attended(watcher.tags[product.right_source])
     if within is not None and _is_linear(tag, within.tag):
         return _tell_linear(watcher, tag, product, within)
-    attended = _told(watcher, tag, product)
+    attended = _told(watcher, tag, product, **alike)
     if tag.part is None or attended is None:
         return attended
     # The model may add the other parts to this one in place.
@@ -106,6 +115,16 @@ def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tenso
     _told(watcher, tag, product)
 
 
+def _repeat_beside(product: Product) -> dict[str, str]:
+    """The doubt about weights that repeat along an axis of values: it may be one of channels."""
+    weights, lead = product.left.shape[:-2], product.output.shape[:-2]
+    sizes = zip(reversed(weights), reversed(lead[1:]), strict=False)
+    if len(weights) >= len(lead) - 1 > 0 and all(a == b for a, b in sizes):
+        return {}
+    repeat = len(lead) > 1 and lead[1:].numel() > 1
+    return {"doubt": "its weights repeat along an axis that may be no head"} if repeat else {}
+
+
 def _spread(product: Product) -> Product:
     """The product with weights that have all leading axes of the values."""
     lead, left_of = product.output.shape[:-2], product.left_of
@@ -129,6 +148,7 @@ class _Known:
     sinks: Tensor | None = None
     soft: bool = False
     strange: str = ""
+    doubt: str = ""
     lost: bool = False
 
 
@@ -136,8 +156,10 @@ def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
     scores, used = tag.scores, product.left
-    shaping = Shaping.of(used, _before(watcher, tag, product), watcher.heads)
-    factors = scores.origin.factors if scores is not None and scores.origin is not None else ()
+    origin = None if scores is None else scores.origin
+    sources = tag, watcher.tags[product.right_source], origin
+    shaping = Shaping.of(used, before_of(sources), watcher.heads)
+    factors = () if origin is None else origin.factors
     numbers = factors if scores is None else (*factors, *scores.steps)
     scale = math.prod(number for number in numbers if not math.isnan(number))
     known = _known(tag, product, shaping, math.prod(scores.steps) if scores is not None else 1.0)
@@ -145,7 +167,8 @@ def _record(
     record = AttentionRecord(
         layer="",
         source=tag.source,
-        doubt=shaping.doubt,
+        kind="pooling" if scores is not None and scores.origin is None else "attention",
+        doubt=shaping.doubt or known.doubt or doubt_of(sources),
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
         query=known.query,
@@ -167,14 +190,6 @@ def _record(
         kept_weights=shaping.queries(clean),
     )
     return record, shaping.queries(used)
-
-
-def _before(watcher: Watcher, tag: Tag, product: Product) -> tuple[int, ...] | None:
-    """The shape (batch, heads, ...) that some tensor of this attention had before it was 3-D."""
-    sources = [tag, watcher.tags[product.right_source]]
-    if tag.scores is not None and tag.scores.origin is not None:
-        sources += [watcher.tags[tag.scores.origin.left], watcher.tags[tag.scores.origin.right]]
-    return next((t.before for t in sources if t is not None and t.before is not None), None)
 
 
 def _known(tag: Tag, product: Product, shaping: Shaping, scale: float) -> _Known:
@@ -230,6 +245,7 @@ def _find_operands(known: _Known, scores: Scores, product: Product, shaping: Sha
         key = _taken(right, _of_heads(columns[..., 0, :], shaping))
     if query is None or key is None:
         known.strange = known.strange or "were moved in a way that is not understood"
+        known.doubt = "which of its axes are queries is not known"
         return
     known.query = without_factor(shaping.queries(query), of_left)
     known.key = without_factor(key, of_right)

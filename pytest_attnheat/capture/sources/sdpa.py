@@ -15,7 +15,7 @@ from torch.nn import functional
 from pytest_attnheat.attention.vocabulary import Alignment
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.tags import without_factor
+from pytest_attnheat.capture.tags import doubt_of, without_factor
 from pytest_attnheat.capture.watching import After, Call, Instead, Watcher
 
 _NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
@@ -57,7 +57,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     return AttentionRecord(
         layer="",
         source=SOURCE,
-        doubt=shaping.doubt,
+        doubt=shaping.doubt or doubt_of([tag]),
         shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
         dtype=output.dtype,
         query=shaping.queries(query),

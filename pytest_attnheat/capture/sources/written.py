@@ -18,7 +18,7 @@ from pytest_attnheat.capture.sources import moved
 from pytest_attnheat.capture.sources.numbers import rows_are_distributions, sample_of, seen_in
 from pytest_attnheat.capture.sources.products import Product, read_product, read_sum
 from pytest_attnheat.capture.sources.reading import tell
-from pytest_attnheat.capture.tags import Origin, Scores, Tag
+from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
 from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "mv", "tensordot"}
@@ -44,8 +44,17 @@ def _multiplied(base: str, call: Call) -> After:
         product = read_product(base, call.args, call.kwargs, output)
         if product is not None:
             _product(call.watcher, product, output)
+            return
+        every = [one for given in call.args for one in _listed(given)]
+        tag = next((t for t in map(call.watcher.tags.__getitem__, every) if t and t.weights), None)
+        if tag is not None and not tag.routes:
+            call.watcher.miss(tag.source, f"its result went into {base}, which cannot be read")
 
     return after
+
+
+def _listed(given: Any) -> list[Any]:
+    return list(given) if isinstance(given, tuple | list) else [given]
 
 
 def _convolved(base: str, call: Call) -> After | None:
@@ -111,7 +120,10 @@ def _scores(watcher: Watcher, product: Product) -> Scores:
     shape, zero = product.output.shape, product.output.new_zeros([1] * product.output.ndim)
     if product.added is not None:
         zero = product.added.detach().expand(shape)
-    origin = Origin(product.left.detach(), product.right.mT.detach(), factors)
+    sources = watcher.tags[product.left_source], watcher.tags[product.right_source]
+    windows = any(tag is not None and tag.windows for tag in sources)
+    left, right = product.left.detach(), product.right.mT.detach()
+    origin = Origin(left, right, factors, before_of(sources), windows)
     (scores,) = Scores.of(origin, zero, product.output.dtype).moved(shape, product.back)
     return replace(scores, steps=() if product.scale == 1 else (product.scale,))
 
