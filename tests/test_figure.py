@@ -503,6 +503,8 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"titles": 3}, "titles: got 3; accepted is a list"),
         ({"dpi": float("nan")}, "dpi: got nan"),
         ({"figsize": (1000, 1000)}, "100000 x 100000 pixels"),
+        ({"figsize": (1e308, 1)}, r"figsize: got \(1e\+308, 1\)"),
+        ({"cmap": ["Reds"]}, r"cmap: got \['Reds'\]; accepted is a Colormap, or"),
         ({"numbers": ".2q"}, "accepted is True, False or a format"),
         ({"highlight": [(0, 0, 9, 0)]}, r"highlight: got \(0, 0, 9, 0\)"),
         ({"highlight": [(0, 0)]}, r"within the shape \(1, 1, 4, 4\)"),
