@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -467,11 +468,12 @@ def test_a_highlight_without_a_key_outlines_the_whole_query():
 
 def test_a_canvas_gives_the_pixels_that_are_saved():
     figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")
-    figure.canvas.draw()
-    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    canvas: Any = figure.canvas
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
     np.testing.assert_array_equal(drawn, pixels(figure))
     file = io.BytesIO()
-    figure.canvas.print_png(file)
+    canvas.print_png(file)
     np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), drawn)
 
 
