@@ -57,6 +57,24 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
+def assert_no_text_is_cut_off_or_overlaps(figure):
+    width, height = pixels(figure).shape[1::-1]
+    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
+    extents = [t.get_window_extent(renderer) for t in figure.findobj(Text) if t.get_text()]
+    for extent in extents:
+        assert extent.x0 >= -1
+        assert extent.x1 <= width + 1
+        assert extent.y0 >= -1
+        assert extent.y1 <= height + 1
+    for index, one in enumerate(extents):
+        for other in extents[:index]:
+            overlap = (
+                min(one.x1, other.x1) - max(one.x0, other.x0),
+                min(one.y1, other.y1) - max(one.y0, other.y0),
+            )
+            assert min(overlap) < 1, "two texts overlap by more than rounding"
+
+
 def reds(values):
     """Colour values of 0 to 1 as matplotlib itself does."""
     return np.array(matplotlib.colormaps["Reds"](np.asarray(values, np.float64), bytes=True))[
@@ -368,21 +386,7 @@ CASES = {
 def test_no_text_is_cut_off_and_none_overlaps_another(case):
     weights, options = CASES[case]
     figure = show_heatmaps(weights, "Keys of the map", "Queries", **options)
-    width, height = pixels(figure).shape[1::-1]
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    extents = [t.get_window_extent(renderer) for t in figure.findobj(Text) if t.get_text()]
-    for extent in extents:
-        assert extent.x0 >= -1
-        assert extent.x1 <= width + 1
-        assert extent.y0 >= -1
-        assert extent.y1 <= height + 1
-    for index, one in enumerate(extents):
-        for other in extents[:index]:
-            overlap = (
-                min(one.x1, other.x1) - max(one.x0, other.x0),
-                min(one.y1, other.y1) - max(one.y0, other.y0),
-            )
-            assert min(overlap) < 1, "two texts overlap by more than rounding"
+    assert_no_text_is_cut_off_or_overlaps(figure)
 
 
 def test_tokens_of_any_script_are_drawn_without_a_warning():
@@ -464,6 +468,89 @@ def test_a_highlight_without_a_key_outlines_the_whole_query():
     changed = np.argwhere((pixels(plain) != pixels(marked)).any(-1))
     assert np.ptp(changed[:, 1]) == layout.panel[0] + 5
     assert changed[:, 0].max() == layout.tops[0] + layout.panel[1] + 2
+
+
+# -- what people do with a figure --------------------------------------------------------------
+
+
+def mark(axes, key, query, size=1):
+    axes.plot([key], [query], "s", color="lime", markersize=size, markeredgewidth=0)
+
+
+def is_lime(image):
+    return (image == (0, 255, 0)).all(-1)
+
+
+@pytest.mark.parametrize("side", [6, 600])
+def test_a_point_of_an_axes_lies_on_its_key_and_query(side):
+    figure = show_heatmaps(softmax_maps(2, 3, side, side), "K", "Q", figsize=(6, 4))
+    assert len(figure.axes) == 6
+    key, query = side // 2, side - 1
+    mark(figure.axes[4], key, query, 3)
+    for dpi in (100, 150):
+        down, across = np.argwhere(is_lime(pixels(figure, dpi=dpi))).mean(0)
+        layout = (
+            sheet(figure).layout if dpi == 100 else figure.picture.prepare((900, 600), 150).layout
+        )
+        block = figure.picture.block(layout)
+        left = layout.lefts[1] + (key + 0.5) / block[1] * layout.cell[0]
+        top = layout.tops[1] + (query + 0.5) / block[0] * layout.cell[1]
+        assert (across, down) == (pytest.approx(left, abs=1.5), pytest.approx(top, abs=1.5))
+
+
+def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
+    figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q", figsize=(5, 5))
+    before = pixels(figure)
+    tight = pixels(figure, bbox_inches="tight")
+    assert not figure._localaxes
+    assert figure.gca() is figure.axes[0]
+    np.testing.assert_array_equal(pixels(figure), before)
+    np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)
+    figure.delaxes(figure.axes[0])
+    assert len(figure.axes) == 3
+
+
+@pytest.mark.parametrize("figsize", [(5, 5), None])
+def test_titles_of_matplotlib_have_lines_of_their_own(figsize):
+    figure = show_heatmaps(
+        softmax_maps(2, 2, 7, 7), "K", "Q", ["a", "b"], figsize, title="given", scale="panel"
+    )
+    cell = sheet(figure).layout.cell
+    figure.suptitle("All", color="blue")
+    figure.axes[0].set_title("upper")
+    figure.axes[1].set_title("left", loc="left", size=6)
+    figure.axes[3].set_title("lower")
+    figure.tight_layout()
+    assert "given" not in texts(figure)
+    assert {"All", "upper", "left", "lower", "a", "b"} <= set(texts(figure))
+    assert_no_text_is_cut_off_or_overlaps(figure)
+    if figsize is None:
+        assert sheet(figure).layout.cell == cell
+
+
+def test_a_picture_fills_an_axes_or_a_subfigure_of_another_figure():
+    weights = softmax_maps(6, 6)
+    host = Figure(figsize=(8, 4))
+    left, right = host.subfigures(1, 2)
+    own = show_heatmaps(weights, "K", "Q", ax=right)
+    np.testing.assert_array_equal(pixels(host)[:, 400:], pixels(own))
+    axes = left.add_axes((0.25, 0.25, 0.75, 0.75))
+    own = show_heatmaps(weights, "K", "Q", ax=axes)
+    np.testing.assert_array_equal(pixels(host)[:300, 100:400], pixels(own))
+    with pytest.raises(TypeError, match="ax: got 3; accepted is an Axes or a SubFigure"):
+        show_heatmaps(weights, "K", "Q", ax=3)
+
+
+def test_a_black_background_has_white_texts_and_numbers_stay_as_they_are():
+    figure = show_heatmaps(torch.eye(2), "Keys", "Queries", figsize=None, numbers=True)
+    dark, plain = pixels(figure, facecolor="black"), pixels(figure)
+    panel = sheet(figure).layout.area
+    below = np.s_[panel.top + panel.height + 8 :]
+    assert (dark[below].max(), plain[below].min()) == (255, 0)
+    inside = np.s_[panel.top : panel.top + panel.height, panel.left : panel.left + panel.width]
+    np.testing.assert_array_equal(dark[inside], plain[inside])
+    figure.set_facecolor("navy")
+    assert pixels(figure)[below].max() == 255
 
 
 def test_a_canvas_gives_the_pixels_that_are_saved():
