@@ -2,7 +2,7 @@
 
     python benchmarks/baseline_table.py
 
-Prints two tables in Markdown. The first plants defects in grids of attention maps. The second
+Prints two tables in Markdown. The first plants changes in grids of attention maps. The second
 compares the same pictures drawn by different versions of matplotlib, for each of which it makes an
 environment. Both methods judge the same files. Exits with 1 if heatmap_compare missed a defect or
 raised a false alarm.
@@ -13,79 +13,39 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from environments import VERSIONS, make, run
+from environments import ROOT, VERSIONS, make, run
 from matplotlib.testing.compare import compare_images
 
-from pytest_attnheat import show_heatmaps
+from pytest_attnheat import Heatmaps, show_heatmaps
 from pytest_attnheat.baselines import judging
+from pytest_attnheat.baselines.compare import compare_data
+from pytest_attnheat.heatmaps.record import decode, encode
+
+sys.path.insert(0, str(ROOT / "tests"))
+import planted
 
 Weights = npt.NDArray[np.float32]
 
 # pytest-mpl's default tolerance: a root mean square of the pixel differences, of 255.
 MPL_TOLERANCE = 2
-GRIDS = [(1, 1, 10), (2, 4, 16), (6, 6, 32), (12, 12, 64), (1, 1, 512)]
-
-
-def softmax(rows: int, columns: int, size: int) -> Weights:
-    """Draw causal weights from a seed."""
-    scores = np.random.default_rng(0).normal(size=(rows, columns, size, size)) * 2
-    scores = np.where(np.tril(np.ones((size, size), bool)), scores, -np.inf)
-    exponent = np.exp(scores - scores.max(-1, keepdims=True))
-    weights: Weights = (exponent / exponent.sum(-1, keepdims=True)).astype(np.float32)
-    return weights
-
-
-def _transposed(weights: Weights) -> None:
-    weights[-1, -1] = weights[-1, -1].T.copy()
-
-
-def _swapped(weights: Weights) -> None:
-    weights[0, 0], weights[-1, -1] = weights[-1, -1].copy(), weights[0, 0].copy()
-
-
-def _one_hot(weights: Weights) -> None:
-    weights[-1, -1, 5] = np.eye(weights.shape[-1])[2]
-
-
-def _leak(weights: Weights) -> None:
-    weights[-1, -1, 1] = np.eye(weights.shape[-1])[-1]
-
-
-def _half(weights: Weights) -> None:
-    weights *= 0.5
-
-
-def _logits(weights: Weights) -> None:
-    with np.errstate(divide="ignore"):
-        np.log(weights, out=weights)
-
-
-def _small(weights: Weights) -> None:
-    weights[-1, -1, 3, 2] += 0.001
-
-
-DEFECTS: dict[str, Callable[[Weights], None]] = {
-    "one head transposed": _transposed,
-    "two heads swapped": _swapped,
-    "one row one-hot": _one_hot,
-    "one weight on a future key": _leak,
-    "all weights times 0.5": _half,
-    "logits instead of weights": _logits,
-    "one weight changed by 0.001": _small,
-}
+# Grids of the table, and others in which changes are counted: rows, columns, queries and keys.
+SHOWN = [(1, 1, 10), (2, 4, 16), (6, 6, 32), (12, 12, 96), (1, 1, 512), (1, 1, 4096)]
+GRIDS = [
+    (1, 1, 16), (1, 1, 64), (1, 1, 200), (1, 1, 1000), (1, 1, 2048), (1, 2, 10), (1, 8, 24),
+    (2, 2, 300), (3, 3, 12), (4, 4, 64), (6, 12, 16), (8, 8, 40), (12, 12, 10), (12, 12, 64),
+    (1, 12, 128),
+]  # fmt: skip
 
 
 def draw(weights: Weights) -> Any:
-    """Draw a grid of maps with at least two pixels per cell where 1500 pixels allow it."""
-    pixels = min(1500, weights.shape[1] * weights.shape[3] * 2 + 100)
-    size = max(2.5, pixels / 100)
-    return show_heatmaps(weights, "Keys", "Queries", figsize=(size, size))
+    """Draw as users do: one map at the default size, a grid of them at its own."""
+    size = (2.5, 2.5) if weights.shape[:2] == (1, 1) else None
+    return show_heatmaps(weights, "Keys", "Queries", figsize=size)
 
 
 def seen_by_mpl(expected: Path, actual: Path) -> bool:
@@ -94,29 +54,46 @@ def seen_by_mpl(expected: Path, actual: Path) -> bool:
 
 
 def defects_table(folder: Path) -> bool:
-    """Print which defects are caught; return whether heatmap_compare caught all."""
-    print("| defect | " + " | ".join(f"{r} x {c} of {n} x {n}" for r, c, n in GRIDS) + " |")
-    print("| --- |" + " --- |" * len(GRIDS))
+    """Print which changes are caught; return whether heatmap_compare caught all."""
+    print("| change | " + " | ".join(f"{r} x {c} of {n} x {n}" for r, c, n in SHOWN) + " |")
+    print("| --- |" + " --- |" * len(SHOWN))
     complete = True
-    for name, defect in DEFECTS.items():
+    for kind, change in planted.KINDS.items():
         cells = []
-        for grid in GRIDS:
-            if defect is _swapped and grid[:2] == (1, 1):
+        for grid in SHOWN:
+            if kind not in planted.kinds_of(grid[1]):
                 cells.append("")
                 continue
-            weights = softmax(*grid)
-            broken = weights.copy()
-            defect(broken)
+            scores = planted.scores_of(*grid)
             baseline, other = folder / "baseline.png", folder / "other.png"
-            judging.save(draw(weights), baseline)
-            figure = draw(broken)
+            judging.save(draw(planted.softmax(scores)), baseline)
+            figure = draw(change(scores))
             judging.save(figure, other)
             by_mpl = seen_by_mpl(baseline, other)
             by_us = not judging.check(figure, baseline, folder / "work").passed
             complete &= by_us
             cells.append(f"{_word(by_mpl)} / {_word(by_us)}")
-        print(f"| {name} | " + " | ".join(cells) + " |")
+        print(f"| {kind} | " + " | ".join(cells) + " |")
     return complete
+
+
+def count_missed() -> tuple[int, int]:
+    """Return how many changes were planted in all grids, and how many heatmap_compare missed."""
+    made = missed = 0
+    for grid in (*SHOWN, *GRIDS):
+        scores = planted.scores_of(*grid)
+        before = data_of(planted.softmax(scores))
+        for kind in planted.kinds_of(grid[1]):
+            made += 1
+            if compare_data(before, data_of(planted.KINDS[kind](scores))) is None:
+                missed += 1
+                print(f"MISSED: {kind} in {grid}")
+    return made, missed
+
+
+def data_of(weights: Weights) -> Heatmaps:
+    """Return what a picture of weights carries."""
+    return decode(encode(draw(weights).picture.shown))
 
 
 def _word(caught: bool) -> str:
@@ -183,11 +160,13 @@ def main() -> int:
         (folder / "work").mkdir()
         print("Defects: pytest-mpl at its defaults / heatmap_compare\n")
         complete = defects_table(folder)
+        made, missed = count_missed()
+        print(f"\n{made} changes in {len(SHOWN) + len(GRIDS)} grids, {missed} missed")
         print("\nFalse alarms: pytest-mpl at its defaults / heatmap_compare\n")
         quiet = versions_table(folder)
     print(f"\nheatmap_compare: {'nothing' if complete else 'SOMETHING'} missed, "
           f"{'no' if quiet else 'A'} false alarm")  # fmt: skip
-    return 0 if complete and quiet else 1
+    return 0 if complete and quiet and not missed else 1
 
 
 if __name__ == "__main__":

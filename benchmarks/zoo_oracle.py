@@ -70,11 +70,17 @@ class Seen(TorchDispatchMode):
         self.operands: list[Tensor] = []
         self.running: list[str] = []
         self.kinds = {name: type(module).__name__ for name, module in model.named_modules()}
+        self.kinds[self.kinds[""]] = self.kinds[""]
         self._of: dict[int, Softmax] = {}
         self._alive: list[Any] = []
         self._fixed = {
             t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
         }
+
+    @property
+    def module(self) -> str:
+        """The innermost module that runs: of the model itself its class, as in records."""
+        return (self.running[-1] if self.running else "") or self.kinds[""]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -88,16 +94,15 @@ class Seen(TorchDispatchMode):
         tensors = [one for one in _flat(args) if isinstance(one, Tensor) and not one.is_meta]
         if name in _SOFTMAX and result.ndim > 0:
             given, dim = args[0], args[1] % result.ndim
-            module = self.running[-1] if self.running else ""
             found = Softmax(
-                module, result.movedim(dim, -1).clone().float(),
+                self.module, result.movedim(dim, -1).clone().float(),
                 (given <= HIDDEN).movedim(dim, -1).clone(), _are_wild(given),
             )  # fmt: skip
             self.softmaxes.append(found)
             self._keep(result, found)
             return output
         if name == _FUSED:
-            self.softmaxes.append(_of_fused(self.running, *args, **(kwargs or {})))
+            self.softmaxes.append(_of_fused(self.module, *args, **(kwargs or {})))
             return output
         weights = [(one, self._of.get(_place(one))) for one in tensors]
         known = next(((one, of) for one, of in weights if of is not None), None)
@@ -134,7 +139,7 @@ def _are_wild(scores: Tensor) -> bool:
 
 
 def _of_fused(
-    running: list[str], query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0,
+    module: str, query: Tensor, key: Tensor, value: Tensor, dropout: float = 0.0,
     is_causal: bool = False, *, attn_mask: Tensor | None = None, scale: float | None = None,
 ) -> Softmax:  # fmt: skip
     """What fused attention computes, where a model chose it itself."""
@@ -147,7 +152,6 @@ def _of_fused(
         scores = scores + attn_mask.double()
         hidden = hidden | (scores <= HIDDEN)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num().float()
-    module = running[-1] if running else ""
     return Softmax(module, weights, hidden, _are_wild(scores), attends=True)
 
 
@@ -287,7 +291,7 @@ def judge(
             (verdict.marked if said else verdict.wrong).append(f"{place}: {fault} ({said})"[:200])
         verdict.right += not faults
     for softmax in seen.softmaxes:
-        apart = softmax not in used and (softmax.module or seen.kinds[""]) not in made
+        apart = softmax not in used and softmax.module not in made
         if softmax.attends and apart and not NOT_ATTENTION.search(seen.kinds[softmax.module]):
             text = f"{softmax.module}: softmax {tuple(softmax.weights.shape)} has no record"
             text += ", it pools" if softmax.pools else ""

@@ -17,7 +17,7 @@ TO_POSITIONS, TO_ONE = nn.Linear(8, 6), nn.Linear(8, 1)
 
 
 def traced(function, *args, **options):
-    with capture_attention(allow_empty=True, **options) as trace:
+    with capture_attention(allow_empty=True, allow_unseen=True, **options) as trace:
         function(*args)
     return trace
 
@@ -59,6 +59,56 @@ def test_batch_and_heads_may_be_joined_while_queries_keys_and_values_are_one_ten
     assert record.shape == (2, 4, 6, 6)
     query, key, _ = together.permute(2, 0, 3, 1, 4)
     assert_weights(record, plain_weights(query, key, scale=0.5))
+
+
+LONG_FIRST, PICTURE = draw("long", 6, 2, 32), draw("picture", 2, 32, 3, 2)
+HEADS_IN_BATCH = {
+    "a head's width is split off, time first": (
+        lambda: LONG_FIRST.view(6, 8, 8).transpose(0, 1),
+        lambda: LONG_FIRST.view(6, 2, 4, 8).permute(1, 2, 0, 3),
+    ),
+    "channels first": (lambda: PICTURE.reshape(8, 8, 6).mT, lambda: PICTURE.view(2, 4, 8, 6).mT),
+    "a picture for each head": (
+        lambda: PICTURE.view(2, 4, 8, 3, 2).permute(0, 1, 3, 4, 2).reshape(8, 6, 8),
+        lambda: PICTURE.view(2, 4, 8, 6).mT,
+    ),
+}
+
+
+@pytest.mark.parametrize(("joined", "apart"), HEADS_IN_BATCH.values(), ids=HEADS_IN_BATCH)
+def test_heads_that_join_the_batch_in_other_ways_are_heads(joined, apart):
+    record = only(lambda: (lambda q: (q * 0.5 @ q.mT).softmax(-1) @ q)(joined()))
+    assert_weights(record, plain_weights(apart(), apart(), scale=0.5))
+    assert record.doubt == ""
+
+
+@pytest.mark.parametrize("attend", [
+    lambda q: (q * 0.5 @ q.mT).softmax(-1) @ q,
+    lambda q: F.scaled_dot_product_attention(q, q, q),
+], ids=["written", "fused"])  # fmt: skip
+def test_windows_are_not_called_heads_without_a_doubt(attend):
+    record = only(lambda: attend(X.view(2, 3, 2, 8)))
+    assert record.shape == (2, 3, 2, 2)
+    assert record.doubt == "whether its axis of heads is one of windows is not known"
+
+
+def test_channels_in_two_axes_are_not_called_heads_without_a_doubt():
+    points = draw("points", 2, 6, 2, 3)
+    record = only(lambda: torch.einsum("bij,bjdc->bidc", scores_of(X).softmax(-1), points))
+    assert record.doubt == "its weights repeat along an axis that may be no head"
+
+
+def test_values_of_each_query_leave_a_doubt_about_the_axes():
+    heads, pairs = draw("heads", 2, 4, 6, 8), draw("pairs", 2, 6, 6, 3)
+    record = only(lambda: torch.einsum("bhij,bijd->bhid", (heads @ heads.mT).softmax(-1), pairs))
+    assert record.doubt == "which of its axes are queries is not known"
+
+
+def test_weights_in_a_product_that_cannot_be_read_are_named():
+    trace = traced(lambda: torch.einsum("bnd,bnd->bd", LINEAR(X).softmax(1), X))
+    assert [str(unseen) for unseen in trace.unseen] == [
+        "(no layer): softmax: its result went into einsum, which cannot be read"
+    ]
 
 
 def test_which_of_many_leading_axes_are_heads_is_said_to_be_a_guess():
@@ -165,6 +215,7 @@ WEIGHED = {
     "einsum, values first": lambda w, h: torch.einsum("bnd,bn->bd", h, w.squeeze(-1)),
     "bmm": lambda w, h: torch.bmm(w.mT, h),
     "turned": lambda w, h: h.mT @ w,
+    "a sum, of more axes": lambda w, h: (w[:, None].mT * h[:, None].mT).sum(-1, keepdim=True),
 }
 
 
@@ -432,9 +483,9 @@ def test_what_is_traced_is_named_and_holds_nothing_of_ours():
 
 def test_tensors_without_numbers_leave_no_record_and_are_named():
     x = X.to("meta")
-    trace = traced(lambda: F.scaled_dot_product_attention(x, x, x), allow_unseen=True)
+    trace = traced(lambda: F.scaled_dot_product_attention(x, x, x))
     assert [unseen.why for unseen in trace.unseen] == ["it was given unusual tensors"]
-    trace = traced(lambda: scores_of(x).softmax(-1) @ x, allow_unseen=True)
+    trace = traced(lambda: scores_of(x).softmax(-1) @ x)
     assert len(trace) == 0
     assert len(trace.unseen) == 1
 

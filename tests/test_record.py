@@ -5,6 +5,7 @@ import io
 import json
 import tracemalloc
 import zlib
+from dataclasses import replace
 
 import matplotlib
 import numpy as np
@@ -14,7 +15,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pytest_attnheat import read_heatmaps, show_heatmaps
-from pytest_attnheat.heatmaps.record import decode
+from pytest_attnheat.heatmaps.record import decode, encode
 
 KINDS = ["png", "svg"]
 
@@ -91,6 +92,24 @@ def test_a_picture_of_too_many_cells_carries_fewer_and_a_sketch(tmp_path):
     assert read.values.size < 1 << 14
     np.testing.assert_allclose(read.sketch.rows.sums[0], weights.double().sum(1), rtol=1e-5)
     assert read.values.max() == weights.max()
+
+
+def test_no_record_is_written_that_its_own_reader_refuses(tmp_path):
+    labels = ["\u4e2d" * 200 + str(number) for number in range(1000)]
+    figure = show_heatmaps(torch.eye(1000), "k", "q", key_labels=labels, figsize=(6, 6))
+    read = read_heatmaps(save(figure, tmp_path))
+    assert read.shape == (1, 1, 1000, 1000)
+    assert read.labels["key_labels"].startswith("sha256 ")
+    many = show_heatmaps(torch.rand(300, 300, 1, 1), "k", "q", figsize=(40, 40), colorbar=False)
+    assert decode(encode(many.picture.shown)).limits.shape == (300, 300, 2)
+
+
+@pytest.mark.parametrize("shape", [(512, 512), (1000, 1000), (3, 300, 300)])
+def test_a_sketch_makes_a_file_at_most_a_quarter_larger(tmp_path, shape):
+    figure = show_heatmaps(softmax(*shape), "k", "q")
+    with_sketch = save(figure, tmp_path).stat().st_size
+    figure.picture.shown = replace(figure.picture.shown, whole=None)
+    assert with_sketch <= 1.25 * save(figure, tmp_path).stat().st_size
 
 
 def test_a_record_is_compact(tmp_path):
@@ -196,6 +215,7 @@ def test_a_record_written_by_hand_is_read():
         {"dtype": "float16"},
         {"labels": []},
         {"limits": [[0, 1]]},
+        {"limits": [0, 1, 2]},
         {"limits": [[["a", 1]]]},
         {"limits": None},
         {"freetype": None},

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 
 from pytest_attnheat.attention.sketch import Sketcher, packed, packed_size, unpacked
 
@@ -66,7 +67,18 @@ def test_it_is_the_same_of_tensors_and_arrays_in_any_blocks(make):
     maps = softmax(2, 30, 20)
     whole, parts = sketch(maps.numpy()), sketch(make(maps), parts=7)
     for one, other in zip(numbers(whole), numbers(parts), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-12)
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-12)
+
+
+@on_accelerators([torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.5, np.nan])
+def test_it_is_the_same_of_tensors_of_another_device(accelerator, dtype, value):
+    maps = softmax(2, 30, 20).to(dtype)
+    maps[1, 2, 3] = value
+    for one, other in zip(
+        numbers(sketch(maps)), numbers(sketch(maps.to(accelerator))), strict=True
+    ):
+        np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-12)
 
 
 def test_half_precision_is_added_up_as_it_is():

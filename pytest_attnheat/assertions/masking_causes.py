@@ -311,13 +311,7 @@ class CausalRule:
 
     @classmethod
     def read(cls, query_len: int, key_len: int, alignment: object, window: object) -> CausalRule:
-        """Read the arguments of `assert_causal`.
-
-        Raises:
-            TypeError: The window is neither a whole number nor a pair of them.
-            ValueError: The alignment is unknown, or missing where it matters; or the window is
-                below 0 or reaches into the future.
-        """
+        """Read the arguments of `assert_causal`."""
         if alignment is None and query_len != key_len:
             got = f"None for {query_len} queries and {key_len} keys"
             raise ValueError(

@@ -247,10 +247,6 @@ def judge_call(
         output: Whether the output is judged.
         mask_shape: The shape of the mask as the caller has it, which places are named by.
         explain: Whether a failure looks for what was computed instead, which takes time.
-
-    Raises:
-        Failure: Some element is off by more than is allowed.
-        Exception: As `assert_matches_reference`.
     """
     __tracebackhide__ = True
     check_call(call)

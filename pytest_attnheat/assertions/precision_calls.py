@@ -94,10 +94,6 @@ def called(
         function: The function.
         inputs: Query, key and value.
         given: Its keywords. Fields of `Call` are passed on if its signature has them.
-
-    Raises:
-        TypeError: An option is of the wrong type, or an input no tensor of floats.
-        ValueError: Shapes do not fit, or an option is out of range.
     """
     for name in ("is_causal", "enable_gqa"):
         if not isinstance(given.get(name, False), bool):
@@ -193,10 +189,6 @@ def run_once(
         code: The subject itself, whose modules and random state are left as they were.
         training: Whether it may draw random numbers, each call from `seed`.
         seed: That seed.
-
-    Raises:
-        TypeError: It returns no tensor.
-        ValueError: It returns another shape or no floats, or two calls differ.
     """
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
 
@@ -319,11 +311,6 @@ def check_by_differences(
         subject: The function, which is left as it was found.
         share: The share of weights that it drops.
         seed: Where its random numbers start in every call, and where directions are drawn from.
-
-    Raises:
-        Failure: A slope along some direction is another.
-        TypeError: The dtype is too coarse for differences.
-        ValueError: Two calls from one seed differ.
     """
     tensors = {"query": subject.query, "key": subject.key, "value": subject.value}
     dtype = subject.query.dtype

@@ -172,11 +172,7 @@ def _as_matrices(tensor: Tensor) -> Tensor:
 
 
 def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> None:
-    """Raise a failure about the first tensor that breaks the rule.
-
-    Raises:
-        Failure: Some element of some tensor is off by more than is allowed.
-    """
+    """Raise a failure about the first tensor that breaks the rule."""
     __tracebackhide__ = True
     if broken := [judgement for judgement in judgements if judgement.name in context.broken]:
         raise _failure(assertion, broken, context)

@@ -66,13 +66,7 @@ class Product:
 
     @classmethod
     def read(cls, weights: object, value: object, output: object) -> Product:
-        """Read what the caller passed.
-
-        Raises:
-            TypeError: An argument is not a dense float tensor or array, or they lie on different
-                devices.
-            ValueError: An argument is empty, or the shapes do not fit.
-        """
+        """Read what the caller passed."""
         operands = {
             name: as_weights(given, name, _DIMENSIONS[name])
             for name, given in (("weights", weights), ("value", value), ("output", output))

@@ -248,10 +248,6 @@ def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
     Args:
         options: Some of OPTIONS by name. `scoring` and `dtype` may be lists.
         scorings: The known scoring functions.
-
-    Raises:
-        TypeError: A size or the seed is not a whole number.
-        ValueError: An option or a name is unknown, a list is empty, or a number too small.
     """
     for name, given in options.items():
         one_of("option", name, OPTIONS)

@@ -415,7 +415,8 @@ BESIDES = (
            form_of="bias_ignored"),
     defect("bias_as_keep",
            "that reads its bias as a boolean mask: it attends where the bias is not 0",
-           misread=[_where_not_zero, lambda case: _where_not_zero(_inverted(case))],
+           misread=[_where_not_zero, lambda case: case if case.bias is None else
+                    _where_not_zero(_inverted(case))],
            fully_masked=ROWS, form_of="bias_ignored"),
 )  # fmt: skip
 

@@ -126,7 +126,8 @@ class Sketcher:
         self._rows = np.zeros((3, maps, queries))
         self._columns = np.zeros((3, maps, keys))
         # A block and its squares: memory that is new each time takes longer than the sums.
-        self._memory = np.empty((2, min(_BLOCK, maps * queries * keys)))
+        size = min(_BLOCK, maps * queries * keys)
+        self._block, self._squares = np.empty(size), np.empty(size)
 
     def add(self, maps: slice, rows: slice, part: Array) -> None:
         """Add some rows of some maps, (maps, rows, keys); the last keys may be left out."""
@@ -135,39 +136,48 @@ class Sketcher:
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
             here = slice(top + r.start, top + r.stop)
             among = slice(first + m.start, first + m.stop)
-            block = self._wide(part[m, r, k])
-            of_rows, of_columns = self._numbers(block, here, k)
-            if not (of_rows[2] < HIDDEN_FROM**2).all():
-                of_rows, of_columns = self._numbers(_cleaned(block), here, k)
-            self._rows[:, among, here] += of_rows
-            self._columns[:, among, k] += of_columns
+            block, squares = self._squared(part[m, r, k])
+            found = self._numbers(block, squares, here, k)
+            if not (found[0][2] < HIDDEN_FROM**2).all():
+                block = _cleaned(block)
+                found = self._numbers(block, block * block, here, k)
+            self._rows[:, among, here] += found[0]
+            self._columns[:, among, k] += found[1]
 
-    def _wide(self, part: Array) -> Array:
-        """Return a block as float64 where it is, an array on the host."""
+    def _squared(self, part: Array) -> tuple[Array, Array]:
+        """Return a block as float64 where it is, an array on the host, and its squares."""
         if _is_tensor(part):
             if part.device.type not in ("cpu", "mps"):
-                return part.double()
+                wide = part.double()
+                return wide, wide * wide
             part = part.float() if part.itemsize < 4 else part
             part = part.cpu().numpy()
-        block = self._memory[0, : part.size].reshape(part.shape)
+        block = self._block[: part.size].reshape(part.shape)
         np.copyto(block, part, casting="unsafe")
-        return block
+        # Norms need no digits: float32 is enough, and faster.
+        given = part if part.dtype == np.float32 else block
+        squares = self._squares.view(given.dtype)[: part.size].reshape(part.shape)
+        with np.errstate(over="ignore"):
+            return block, np.multiply(given, given, out=squares)
 
-    def _numbers(self, block: Array, rows: slice, columns: slice) -> tuple[Numbers, Numbers]:
+    def _numbers(
+        self, block: Array, squares: Array, rows: slice, columns: slice
+    ) -> tuple[Numbers, Numbers]:
         """Return sums, signed sums and sums of squares of rows and columns: (3, maps, rows), ..."""
         left, right = self._left[:, rows], self._right[:, columns]
+        up, across = left[0], right[0]
         if _is_tensor(block):
             left, right = (
                 sys.modules["torch"].from_numpy(n).to(block.device) for n in (left, right)
             )
-            squares = block * block
+            up, across = left[0], right[0]
         else:
-            squares = self._memory[1, : block.size].reshape(block.shape)
-            np.multiply(block, block, out=squares)
-        with np.errstate(invalid="ignore"):  # what is infinite is seen to later
+            up, across = (ones.astype(squares.dtype) for ones in (up, across))
+        # What is infinite is seen to later.
+        with np.errstate(invalid="ignore", over="ignore"):
             both, sums = block @ right.T, left @ block
-            of_rows = both[..., 0], both[..., 1], squares @ right[0]
-            of_columns = sums[..., 0, :], sums[..., 1, :], left[0] @ squares
+            of_rows = both[..., 0], both[..., 1], squares @ across
+            of_columns = sums[..., 0, :], sums[..., 1, :], up @ squares
         return _stacked(of_rows), _stacked(of_columns)
 
     def sketch(self) -> Sketch:

@@ -337,7 +337,7 @@ def encode(layers: Sequence[Layer]) -> str:
         content += packed(layer.sketch.folded((spans[0], spans[1])), step)
         content += planes(layer.statistics.astype("<f4"))
     head = json.dumps({"version": VERSIONS[-1], "layers": header}, separators=(",", ":"))
-    return joined(head, content, level=6)
+    return joined(head, content)
 
 
 def read(path: Path) -> list[Layer]:

@@ -163,7 +163,7 @@ class AttentionRecord:
             )
         if self.mask_lost:
             raise ValueError(f"{name_of(self)}: the mask is not known: its scores {self.strange}")
-        return _both(self.mask_besides_causality, _causal(self))
+        return both(self.mask_besides_causality, _causal(self))
 
     @property
     def hides_softly(self) -> bool:
@@ -183,7 +183,7 @@ class AttentionRecord:
         if self.bias is None:
             return self.given_mask
         seen = permits(self.bias)
-        return self.given_mask if bool(seen.all()) else _both(self.given_mask, seen)
+        return self.given_mask if bool(seen.all()) else both(self.given_mask, seen)
 
     @property
     def masked_late(self) -> Tensor | None:
@@ -239,7 +239,7 @@ class AttentionRecord:
         query, key, value = (t[some] for t in (self.query, self.key, self.value) if t is not None)
         mask, causal = self.given_mask, self.causal
         if self.queries is not None:
-            mask, causal = _both(mask, _causal(self)), None
+            mask, causal = both(mask, _causal(self)), None
         return Call(
             query,
             key,
@@ -435,7 +435,7 @@ def sharing(record: AttentionRecord, keys: Tensor | None) -> int:
     return 1 if keys is None else record.shape_here[1] // max(keys.shape[1], 1) or 1
 
 
-def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """What two masks permit; None is one that permits everything."""
     if one is None or other is None:
         return one if other is None else other

@@ -26,11 +26,15 @@ class Origin:
         left: (..., rows, inner)
         right: (..., columns, inner)
         factors: What left and right had been multiplied by before; NaN for what is not known.
+        before: The shape of one of them before its axes were joined, see `Tag`.
+        windows: Whether one of them has windows, see `Tag`.
     """
 
     left: Tensor
     right: Tensor
     factors: tuple[float, float] = (1.0, 1.0)
+    before: tuple[int, ...] | None = None
+    windows: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -199,9 +203,14 @@ class Tags:
         return 1.0 if tag is None else tag.factor
 
 
-def doubt_of(sources: Iterable[Tag | None]) -> str:
+def before_of(sources: Iterable[Tag | Origin | None]) -> tuple[int, ...] | None:
+    """The shape (batch, heads, ...) that some tensor of an attention had before it was 3-D."""
+    return next((one.before for one in sources if one is not None and one.before), None)
+
+
+def doubt_of(sources: Iterable[Tag | Origin | None]) -> str:
     """What about the axes of an attention is a guess, by where its tensors come from."""
-    windows = any(tag is not None and tag.windows for tag in sources)
+    windows = any(one is not None and one.windows for one in sources)
     return "whether its axis of heads is one of windows is not known" if windows else ""
 
 

@@ -106,11 +106,7 @@ class _Margins(NamedTuple):
 
 
 def plan(content: Content, size: tuple[int, int], dpi: float) -> Layout:
-    """Lay out a figure of `size` pixels.
-
-    Raises:
-        ValueError: The figure is too small to show every panel with readable labels.
-    """
+    """Lay out a figure of `size` pixels."""
     points = LARGEST_FONT
     while True:
         em = points * dpi / 72

@@ -81,12 +81,7 @@ def is_tensor(value: object) -> bool:
 
 
 def read_maps(matrices: object, mask: object = None) -> Maps:
-    """Check what a user gave and view it as a grid of maps.
-
-    Raises:
-        TypeError: Not numbers, or a mask that is not boolean.
-        ValueError: No element, a wrong number of dimensions, or maps of different shapes.
-    """
+    """Check what a user gave and view it as a grid of maps."""
     rows = _rows(matrices)
     shapes = {tuple(row.shape) for row in rows}
     if len(shapes) > 1:

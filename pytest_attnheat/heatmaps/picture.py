@@ -128,11 +128,7 @@ class Picture(Artist):
 
 
 def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
-    """Compose a picture of `size` pixels.
-
-    Raises:
-        ValueError: The size has no room for all that the picture shows.
-    """
+    """Compose a picture of `size` pixels."""
     design = shown.design
     grid = (shown.cells.values.shape[2], shown.cells.values.shape[3])
     notes = len(_notes(shown.cells, shown.scale))

@@ -52,6 +52,7 @@ MOST_CELLS, _FEWER_CELLS = 1 << 20, 1 << 14
 # The sums of columns are kept where the sketch has at most so many rows and columns for each cell.
 _SPARE = 1 / 8
 _LONGEST_HEADER = 1 << 20
+_MUCH = 1 << 18
 _LARGEST_FILE = 1 << 28
 
 
@@ -108,7 +109,7 @@ def encode(shown: Shown) -> str:
         "dtype": shown.dtype,
         "labels": {name: getattr(words, name) for name in LABELS},
         "scale": "shared" if shown.scale.shared else "panel",
-        "limits": limits.tolist(),
+        "limits": limits[0, 0].tolist() if shown.scale.shared else limits.tolist(),
         "matplotlib": matplotlib.__version__,
         "freetype": ft2font.__freetype_version__,
     }
@@ -123,13 +124,16 @@ def encode(shown: Shown) -> str:
     if len(head) > _LONGEST_HEADER:  # of what it would not read, it keeps a checksum
         sums = {name: _checksum(text) for name, text in header["labels"].items()}
         head = json.dumps({**header, "labels": sums}, separators=(",", ":"))
-    # What is sketched is small beside the time that its picture took.
-    return joined(head, content, level=1 if shown.whole is None else 6)
+    return joined(head, content)
 
 
-def joined(head: str, content: bytes, *, level: int) -> str:
+def joined(head: str, content: bytes) -> str:
     """Return a line of JSON and some bytes as text."""
-    return head + "\n" + base64.b64encode(zlib.compress(content, level)).decode("ascii")
+    # Of much, what repeats at once is enough: to look for more takes longer than to draw it.
+    strategy = zlib.Z_RLE if len(content) > _MUCH else zlib.Z_DEFAULT_STRATEGY
+    packer = zlib.compressobj(strategy=strategy)
+    body = packer.compress(content) + packer.flush()
+    return head + "\n" + base64.b64encode(body).decode("ascii")
 
 
 def _few(cells: Cells) -> Cells:
@@ -230,7 +234,7 @@ def _decode(header: dict[str, Any], unpack: Callable[[int], bytes]) -> Heatmaps:
     data = unpack(expected)
     masked = np.unpackbits(np.frombuffer(data[split:end], np.uint8), count=count).astype(bool)
     limits = np.array(header["limits"], dtype=np.float64)
-    if limits.shape != (*cells[:2], 2):
+    if limits.shape not in ((2,), (*cells[:2], 2)):  # one scale for all, or one for each panel
         raise ValueError(f"its limits have the shape {limits.shape}")
     labels = header["labels"]
     if not isinstance(labels, dict):
@@ -243,7 +247,7 @@ def _decode(header: dict[str, Any], unpack: Callable[[int], bytes]) -> Heatmaps:
         dtype=dtype,
         labels=labels,
         scale=str(header["scale"]),
-        limits=limits,
+        limits=np.broadcast_to(limits, (*cells[:2], 2)),
         matplotlib=str(header["matplotlib"]),
         freetype=str(header["freetype"]),
         sketch=unpacked(data[end:], numbers, step, column_sums=column_sums) if step else None,

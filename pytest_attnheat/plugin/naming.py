@@ -40,11 +40,7 @@ class Expected(NamedTuple):
 
 
 def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
-    """Read the marker of a test.
-
-    Raises:
-        ValueError: An argument is unknown or out of range.
-    """
+    """Read the marker of a test."""
     unknown = sorted(set(marker.kwargs) - set(_ARGUMENTS))
     if unknown or marker.args:
         given = ", ".join([*map(repr, marker.args), *unknown])

@@ -166,12 +166,7 @@ def _check(
 
 
 def _plans(decoder: Decoder, chunks: Sequence[int] | None) -> Iterator[Plan]:
-    """Yield how a sequence is cut; the first chunk has a token after all padding.
-
-    Raises:
-        TypeError: A size is not a whole number.
-        ValueError: There is nothing to decode, or the sizes do not add up.
-    """
+    """Yield how a sequence is cut; the first chunk has a token after all padding."""
     length = decoder.subject.observers
     if length < 2:
         raise ValueError(misuse(_NAME, f"a sequence of {length} token", "two or more"))
@@ -210,9 +205,6 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
     Args:
         subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
         alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
-
-    Raises:
-        ValueError: It is not causal, or the lengths do not fit.
     """
     if alignment is not None:
         one_of("alignment", alignment, ALIGNMENTS)

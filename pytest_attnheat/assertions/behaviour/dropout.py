@@ -40,11 +40,6 @@ def check_dropout_of_weights(
         share: The probability that a weight is dropped.
         runs: How many calls are made at most to count dropped weights.
         seed: Where the random numbers start.
-
-    Raises:
-        Failure: The weights are not dropped one by one with this probability, or what is
-            kept is not divided by `1 - share`.
-        ValueError: There are too few weights to tell.
     """
     __tracebackhide__ = True
     function = part_of(function, _MOST_WEIGHTS)
@@ -133,12 +128,7 @@ class _Count:
         self.kept = float(self.wide.expand(kept.shape)[kept].sum())
 
     def check(self) -> None:
-        """Check that this is what dropout does.
-
-        Raises:
-            Failure: It is not.
-            ValueError: There were too few weights to tell.
-        """
+        """Check that this is what dropout does."""
         __tracebackhide__ = True
         if self.regarded * -math.log1p(-self.share) < -math.log(_FALSE_ALARM):
             got = (

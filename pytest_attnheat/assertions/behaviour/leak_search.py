@@ -84,9 +84,6 @@ class Search:
             allowed: By what part of its size an output may change.
             passes: How many observers are judged for each batch entry and head, at least.
             seed: What observers and replacements are drawn from.
-
-        Raises:
-            ValueError: Nothing is forbidden: any dependence would be right.
         """
         self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
         self.may_see, self.claim = claim.may_see, claim
@@ -158,9 +155,6 @@ class Search:
             methods: "perturbation", "gradient", "nan".
             optional: Whether a subject that is not differentiable may go without "gradient".
             must_see: Whether blindness counts.
-
-        Raises:
-            ValueError: It is not differentiable, and that is not optional.
         """
         blind: Fault | None = None
         if "gradient" not in methods:

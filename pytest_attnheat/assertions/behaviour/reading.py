@@ -47,11 +47,6 @@ def as_subject(
         lengths: How many tokens of each sample are real, (batch,); the rest is padding on the
             right. None for no mask. For sequence models only.
         seed: Where each call starts its random numbers; None: from where they are.
-
-    Raises:
-        TypeError: There are neither one nor three inputs, or what they are given to or they
-            themselves are of the wrong type.
-        ValueError: Shapes do not fit, or lengths are given to a subject that takes no mask.
     """
     if len(inputs) == 3 and not isinstance(subject, SequenceModel):
         if lengths is not None:
@@ -90,12 +85,7 @@ def as_function(
     *,
     seed: int | None = None,
 ) -> AttentionFunction:
-    """Return an attention function with its inputs, after checking them.
-
-    Raises:
-        TypeError: Not callable, or query, key and value are not float tensors of one dtype.
-        ValueError: Their shapes do not fit together, or one has no elements.
-    """
+    """Return an attention function with its inputs, after checking them."""
     if not callable(function):
         accepted = "a callable, called as function(query, key, value)"
         raise TypeError(misuse(_SUBJECT, type(function).__name__, accepted))
@@ -153,13 +143,7 @@ def _check_leading(query: Tensor, key: Tensor, value: Tensor, *, grouped: bool) 
 def as_sequence(
     subject: object, inputs: object, arguments: Mapping[str, Any], *, seed: int | None = None
 ) -> ModelSubject:
-    """Return a sequence model with its inputs, after checking them.
-
-    Raises:
-        TypeError: Not callable, or the inputs are not a tensor of floats or token ids.
-        ValueError: The inputs are not (batch, length) or (batch, length, width), or have no
-            elements.
-    """
+    """Return a sequence model with its inputs, after checking them."""
     if not callable(subject):
         accepted = "a callable, called as module(inputs)"
         raise TypeError(misuse(_SUBJECT, type(subject).__name__, accepted))

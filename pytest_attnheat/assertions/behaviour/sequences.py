@@ -342,11 +342,7 @@ def _tensors(result: Any) -> list[Tensor]:
 
 
 def refuse_unused_cache(module: Callable[..., Any]) -> None:
-    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does.
-
-    Raises:
-        ValueError: It does.
-    """
+    """Refuse a module that takes a cache: prefixes alone would pass whatever its cache does."""
     cache = name_of_cache(module)
     if cache is not None:
         module = getattr(module, "_orig_mod", module)

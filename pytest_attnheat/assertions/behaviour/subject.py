@@ -29,11 +29,7 @@ from pytest_attnheat.inputs import check_tolerance, misuse
 
 
 def check_count(inputs: Sequence[object], assertion: str) -> None:
-    """Refuse what are inputs neither of an attention function nor of a sequence model.
-
-    Raises:
-        TypeError: There are neither three of them nor one.
-    """
+    """Refuse what are inputs neither of an attention function nor of a sequence model."""
     if len(inputs) not in (1, 3):
         raise TypeError(
             f"{assertion}: got {len(inputs)} inputs; accepted is query, key and value of an "
@@ -42,12 +38,7 @@ def check_count(inputs: Sequence[object], assertion: str) -> None:
 
 
 def as_input(tensor: object, name: str) -> Tensor:
-    """Return an input of a subject, detached.
-
-    Raises:
-        TypeError: Not a dense tensor that holds numbers.
-        ValueError: No elements.
-    """
+    """Return an input of a subject, detached."""
     accepted = "a dense torch.Tensor with numbers in it"
     if not isinstance(tensor, Tensor):
         raise TypeError(misuse(name, type(tensor).__name__, accepted))
@@ -77,9 +68,6 @@ def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed
         call: Calls it.
         training: Whether the caller allows randomness: then every call starts from `seed`.
         seed: That seed.
-
-    Raises:
-        ValueError: The two outputs differ by more than rounding, and `training` is False.
     """
     begin(seed if training else None)
     first = call()
@@ -233,10 +221,6 @@ def check_rows(
         cause: Looks at the same changes for a likely cause.
         repeat: What it takes to see the same again.
         again: Makes the call once more that gave `got`.
-
-    Raises:
-        Failure: Some row is off.
-        ValueError: No row is judged.
     """
     __tracebackhide__ = True
     change = relative_change(got, expected, floor=floor)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
 from numbers import Number
@@ -324,7 +324,7 @@ def _follow(
     call: Call, base: str, number: float | None, known: list[Tag | None], every: list[Any],
     output: Any,
 ) -> None:  # fmt: skip
-    """Keep track of the number that queries or keys were multiplied by, as they are rotated."""
+    """Keep track of what queries or keys were multiplied by, and of their axes, as they rotate."""
     if base == "add" and len(known) == 2 and all(map(attended_of, known)):  # Parts of an attention.
         call.watcher.tags[output] = known[1] or Tag()
         return
@@ -341,8 +341,18 @@ def _follow(
         if isinstance(made, Tensor) and made.is_floating_point():
             shapes = [one.shape[-2:] for one in every if isinstance(one, Tensor)]
             classes = parametric and made.shape[-2:] in shapes
-            if factor != 1 or classes:
-                call.watcher.tags[made] = Tag(factor=factor, parametric=classes)
+            axes = _axes(known, every, made)
+            if factor != 1 or classes or axes.before or axes.windows:
+                call.watcher.tags[made] = Tag(
+                    factor=factor, parametric=classes, before=axes.before, windows=axes.windows
+                )
+
+
+def _axes(known: list[Tag | None], every: Sequence[Any], made: Tensor) -> Tag:
+    """The tag of what has the axes of the result but for its width, if its axes are known."""
+    both = zip(known, every, strict=True)
+    named = ((tag, one) for tag, one in both if tag is not None and (tag.before or tag.windows))
+    return next((tag for tag, one in named if one.shape[:-1] == made.shape[:-1]), Tag())
 
 
 def _factor_of(base: str, every: list[Any]) -> float | None:
@@ -384,7 +394,11 @@ def _joined(base: str, call: Call) -> After | None:
     def after(output: Tensor) -> None:
         if first is None:
             factors = {1.0 if tag is None else tag.factor for tag in known}
-            tags[output] = Tag(factor=factors.pop() if len(factors) == 1 else math.nan)
+            axes = _axes(known, parts, output)
+            tags[output] = Tag(
+                factor=factors.pop() if len(factors) == 1 else math.nan,
+                before=axes.before, windows=axes.windows,
+            )  # fmt: skip
         elif all(tag is not None and tag.weights for tag in known):
             cleans = [one if tag is None or tag.clean is None else tag.clean
                       for one, tag in zip(parts, known, strict=True)]  # fmt: skip

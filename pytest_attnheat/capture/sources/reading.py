@@ -17,6 +17,7 @@ from pytest_attnheat.capture.sources.products import Product
 from pytest_attnheat.capture.tags import (
     Scores,
     Tag,
+    before_of,
     coarser,
     doubt_of,
     without_factor,
@@ -38,14 +39,15 @@ def tell(watcher: Watcher, product: Product) -> Attended | None:
     """Tell the recorders of a product of weights and values."""
     tag = watcher.tags[product.left_source]
     assert tag is not None
+    alike = _repeat_beside(product)
     product = _spread(product)
     within = attended_of(watcher.tags[product.right_source])
     if tag.part is None:
         watcher.found(tag.softmaxes)
         if within is not None and _is_linear(tag, within.tag):
             return _tell_linear(watcher, tag, product, within)
-        return _told(watcher, tag, product)
-    attended = _told(watcher, tag, product, **_OF_SOME_KEYS)
+        return _told(watcher, tag, product, **alike)
+    attended = _told(watcher, tag, product, **alike, **_OF_SOME_KEYS)
     if attended is None:
         return None
     # The model may add the other parts to this one in place.
@@ -141,6 +143,16 @@ def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tenso
     _told(watcher, tag, product)
 
 
+def _repeat_beside(product: Product) -> dict[str, str]:
+    """The doubt about weights that repeat along an axis of values: it may be one of channels."""
+    weights, lead = product.left.shape[:-2], product.output.shape[:-2]
+    sizes = zip(reversed(weights), reversed(lead[1:]), strict=False)
+    if len(weights) >= len(lead) - 1 > 0 and all(a == b for a, b in sizes):
+        return {}
+    repeat = len(lead) > 1 and lead[1:].numel() > 1
+    return {"doubt": "its weights repeat along an axis that may be no head"} if repeat else {}
+
+
 def _spread(product: Product) -> Product:
     """The product with weights that have all leading axes of the values."""
     lead, left_of = product.output.shape[:-2], product.left_of
@@ -172,11 +184,10 @@ def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
     scores, used = tag.scores, product.left
-    sources = _sources(watcher, tag, product)
-    # The shape (batch, heads, ...) that some tensor of this attention had before it was 3-D.
-    before = next((t.before for t in sources if t is not None and t.before is not None), None)
-    shaping = Shaping.of(used, before, watcher.heads)
-    factors = scores.origin.factors if scores is not None and scores.origin is not None else ()
+    origin = None if scores is None else scores.origin
+    sources = tag, watcher.tags[product.right_source], origin
+    shaping = Shaping.of(used, before_of(sources), watcher.heads)
+    factors = () if origin is None else origin.factors
     numbers = factors if scores is None else (*factors, *scores.steps)
     scale = math.prod(number for number in numbers if not math.isnan(number))
     known = _known(tag, product, shaping, math.prod(scores.steps) if scores is not None else 1.0)
@@ -207,14 +218,6 @@ def _record(
         kept_weights=shaping.queries(clean),
     )
     return record, shaping.queries(used)
-
-
-def _sources(watcher: Watcher, tag: Tag, product: Product) -> list[Tag | None]:
-    """The tags of weights, values, queries and keys."""
-    sources = [tag, watcher.tags[product.right_source]]
-    if tag.scores is not None and tag.scores.origin is not None:
-        sources += [watcher.tags[tag.scores.origin.left], watcher.tags[tag.scores.origin.right]]
-    return sources
 
 
 def _known(tag: Tag, product: Product, shaping: Shaping, scale: float) -> _Known:

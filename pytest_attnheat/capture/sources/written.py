@@ -18,7 +18,7 @@ from pytest_attnheat.capture.sources import moved
 from pytest_attnheat.capture.sources.numbers import rows_are_distributions, sample_of, seen_in
 from pytest_attnheat.capture.sources.products import Product, read_product, read_sum
 from pytest_attnheat.capture.sources.reading import tell
-from pytest_attnheat.capture.tags import Origin, Scores, Tag
+from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
 from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "mv", "tensordot"}
@@ -120,7 +120,10 @@ def _scores(watcher: Watcher, product: Product) -> Scores:
     shape, zero = product.output.shape, product.output.new_zeros([1] * product.output.ndim)
     if product.added is not None:
         zero = product.added.detach().expand(shape)
-    origin = Origin(product.left.detach(), product.right.mT.detach(), factors)
+    sources = watcher.tags[product.left_source], watcher.tags[product.right_source]
+    windows = any(tag is not None and tag.windows for tag in sources)
+    left, right = product.left.detach(), product.right.mT.detach()
+    origin = Origin(left, right, factors, before_of(sources), windows)
     (scores,) = Scores.of(origin, zero, product.output.dtype).moved(shape, product.back)
     return replace(scores, steps=() if product.scale == 1 else (product.scale,))
 
