@@ -60,6 +60,7 @@ def base_of(name: str) -> str:
 _OPERATORS = {"truediv": "div"} | {
     name: name for name in ("add", "sub", "mul", "pow", "matmul", "neg", "getitem", "setitem")
 }
+_NOTHING = Tag()
 # Called often, and nothing comes of them.
 SILENT = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "item", "tolist",
@@ -109,7 +110,7 @@ def _moved(base: str, call: Call) -> After | None:
 
     def after(output: Any) -> None:
         results = [output] if isinstance(output, Tensor) else list(output)
-        own = tag or Tag()
+        own = tag or _NOTHING
         none = [None] * len(results)
         of_each = none if own.scores is None else own.scores.moved(shape, move)
         cleans = none if own.clean is None else move(own.clean)
