@@ -121,10 +121,15 @@ def test_weights_in_a_product_that_cannot_be_read_are_named():
     ]
 
 
-def test_a_softmax_over_the_edges_of_each_node_is_named():
-    nodes, edges = torch.tensor([0, 0, 1, 2, 2]), draw("edges", 5, 4)
+@pytest.mark.parametrize("score", [
+    lambda: draw("edges", 5, 4),
+    lambda: (draw("from", 5, 4, 8) * draw("to", 5, 4, 8)).sum(-1),
+], ids=["of a layer", "of a product"])  # fmt: skip
+def test_a_softmax_over_the_edges_of_each_node_is_named(score):
+    nodes = torch.tensor([0, 0, 1, 2, 2])
 
     def attend():
+        edges = score()
         shares = (edges - edges.amax()).exp()
         sums = torch.zeros(3, 4).scatter_add_(0, nodes[:, None].expand_as(edges), shares) + 1e-16
         return shares / sums.index_select(0, nodes)

@@ -138,8 +138,7 @@ class Tag:
         unnormalised: The product with a value, of weights that their sum has yet to divide.
         part: Of weights of some of the keys: the first of them, and how many there are in all.
         parts: The products with values of such parts so far, by their first keys.
-        grouped: "exp" for what exp made of something else than scores, "sum" for what was added up
-            of that in groups.
+        grouped: "exp" for what exp made, "sum" for what was added up of that in groups.
         attended: The attention that it is the result of.
     """
 
