@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -591,7 +592,7 @@ def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
     figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q", figsize=(5, 5))
     before = pixels(figure)
     tight = pixels(figure, bbox_inches="tight")
-    assert not figure._localaxes
+    assert not vars(figure)["_localaxes"]
     assert figure.gca() is figure.axes[0]
     np.testing.assert_array_equal(pixels(figure), before)
     np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)
@@ -644,11 +645,12 @@ def test_a_black_background_has_white_texts_and_numbers_stay_as_they_are():
 
 def test_a_canvas_gives_the_pixels_that_are_saved():
     figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")
-    figure.canvas.draw()
-    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    canvas: Any = figure.canvas
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
     np.testing.assert_array_equal(drawn, pixels(figure))
     file = io.BytesIO()
-    figure.canvas.print_png(file)
+    canvas.print_png(file)
     np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), drawn)
 
 
@@ -719,6 +721,8 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"titles": 3}, "titles: got 3; accepted is a list"),
         ({"dpi": float("nan")}, "dpi: got nan"),
         ({"figsize": (1000, 1000)}, "100000 x 100000 pixels"),
+        ({"figsize": (1e308, 1)}, r"figsize: got \(1e\+308, 1\)"),
+        ({"cmap": ["Reds"]}, r"cmap: got \['Reds'\]; accepted is a Colormap, or"),
         ({"numbers": ".2q"}, "accepted is True, False or a format"),
         ({"highlight": [(0, 0, 9, 0)]}, r"highlight: got \(0, 0, 9, 0\)"),
         ({"highlight": [(0, 0)]}, r"within the shape \(1, 1, 4, 4\)"),

@@ -431,7 +431,7 @@ def _size(
         inches = tuple(float(side) for side in figsize)
     except (TypeError, ValueError):
         inches = ()
-    if len(inches) != 2 or not all(0 < side < float("inf") for side in inches):
+    if len(inches) != 2 or not all(0 < side * dpi < math.inf for side in inches):
         accepted = "(width, height) in inches, or None for a size that fits"
         raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.

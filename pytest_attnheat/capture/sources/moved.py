@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pytest_attnheat.capture.sources.reading import tell_divided
+from pytest_attnheat.capture.shaping import in_windows, joined, still_joined
+from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
 from pytest_attnheat.capture.tags import Scores, Tag, coarser
 from pytest_attnheat.capture.watching import After, Call, Function
 
@@ -36,6 +37,8 @@ _PARTS = {"getitem", "narrow", "select", "slice", "index_select"}
 _PAIRS = {"view_as_complex", "view_as_real"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
 _FACTORS = ("mul", "div", "multiply", "divide")
+# Of groups that an index tells.
+_SUMS_OF_GROUPS = {"index_add", "scatter_add", "scatter_reduce", "index_put"}
 # After these, scores are weights that lack but their sum.
 _EXPONENTIALS = {"exp", "exp2", "log_softmax"}
 
@@ -58,6 +61,7 @@ def base_of(name: str) -> str:
 _OPERATORS = {"truediv": "div"} | {
     name: name for name in ("add", "sub", "mul", "pow", "matmul", "neg", "getitem", "setitem")
 }
+_NOTHING = Tag()
 # Called often, and nothing comes of them.
 SILENT = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "item", "tolist",
@@ -107,67 +111,27 @@ def _moved(base: str, call: Call) -> After | None:
 
     def after(output: Any) -> None:
         results = [output] if isinstance(output, Tensor) else list(output)
-        own = tag or Tag()
+        own = tag or _NOTHING
         none = [None] * len(results)
         of_each = none if own.scores is None else own.scores.moved(shape, move)
         cleans = none if own.clean is None else move(own.clean)
         cleans = [cleans] if isinstance(cleans, Tensor) else cleans
         for made, scores, clean in zip(results, of_each, cleans, strict=True):
             alone = not turns and len(results) == 1
-            before = _before(shape, made) if alone else None
-            windows = alone and len(shape) >= 3 and _in_windows(shape, made)
+            before = joined(shape, made) if alone else None
+            windows = alone and len(shape) >= 3 and in_windows(shape, made)
             if tag is None and before is None and not windows:
                 continue
             last = not turns and made.shape[-1:] == shape[-1:]
             tags[made] = replace(
                 own, scores=scores, clean=clean, parametric=own.parametric and last,
                 turned=own.turned or (own.weights and turns),
-                before=before or _still(own.before, shape, made),
+                before=before or still_joined(own.before, shape, made),
                 windows=windows or (own.windows and made.shape[-1:] == shape[-1:]),
                 **(_cut(own, source, made) if base in _PARTS and own.weights else {}),
             )  # fmt: skip
 
     return after
-
-
-def _before(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
-    """The shape (batch, heads, ...) of a tensor of which these, or heads and queries, were joined.
-
-    Before batch and heads there may be an axis of queries, keys and values.
-    """
-    old, new = tuple(shape), tuple(output.shape)
-    if 0 in old or len(new) < 3:
-        return None
-    if len(old) == 5 and new == (old[0], old[1] * old[2], *old[3:]):
-        return old
-    if len(new) == 3 and len(old) >= 4 and old[-1] == new[-1] and new[0] == old[0] * old[1]:
-        return (*old[:2], *new[1:])
-    if len(new) == len(old) == 3 and new[0] == old[0] and new[1] * new[2] == old[1] * old[2]:
-        # (length, batch, heads * width): a head's width is split off, and the rest joins the batch.
-        return (old[1], new[1] // old[1], new[0], new[2]) if new[1] % old[1] == 0 else None
-    if len(new) == 3 and len(old) == 4 and new[0] * new[1] == old[0] * old[1]:
-        # The same of pictures, (batch, heads * width, rows, columns).
-        return (old[0], new[0] // old[0], new[2], new[1]) if new[0] % old[0] == 0 else None
-    packs = len(new) == len(old) == 4 and old[2] == 1 and new[0] == old[0] and new[3] == old[3]
-    return old if packs and new[1] * new[2] == old[1] else None
-
-
-def _still(
-    before: tuple[int, ...] | None, shape: torch.Size, made: Tensor
-) -> tuple[int, ...] | None:
-    """What that shape is now: that of one of queries, keys and values, or no other."""
-    if before is None or made.shape == shape:
-        return before
-    before = before[1:] if len(before) == 5 else before
-    return before if made.ndim == 3 and len(made) == before[0] * before[1] else None
-
-
-def _in_windows(shape: torch.Size, made: Tensor) -> bool:
-    """Whether rows were split into windows, (..., windows, rows, width)."""
-    *lead, rows, width = shape
-    return made.ndim > 3 and made.shape[-1] == width and tuple(made.shape[:-3]) == tuple(lead) and (
-        1 < made.shape[-3] < rows == made.shape[-3] * made.shape[-2]
-    )  # fmt: skip
 
 
 def _cut(tag: Tag, source: Tensor, made: Tensor) -> dict[str, Any]:
@@ -192,9 +156,15 @@ def _paired(base: str, call: Call) -> After | None:
 
 def anything(base: str, call: Call) -> After | None:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
-    tags, every = call.watcher.tags, [*call.args[:3], *call.kwargs.values()]
+    most = 4 if base in _SUMS_OF_GROUPS else 3
+    tags, every = call.watcher.tags, [*call.args[:most], *call.kwargs.values()]
     tags.use(*every)
     known = [tags[one] for one in every]
+    grouped = [tag.grouped if tag is not None else "" for tag in known]
+    if any(grouped) or (base == "exp" and not any(known)):
+        if (now := _of_groups(call, base, grouped)) != "":
+            return lambda output: tags.put(output, Tag(grouped=now))
+        known = [None if tag and tag.grouped and tag.scores is None else tag for tag in known]
     number = _factor_of(base, every)
     if number is None and not any(known):
         return (lambda output: _outer(call, every, output)) if base in _FACTORS[:2] else None
@@ -224,9 +194,20 @@ def anything(base: str, call: Call) -> After | None:
             _outer(call, every, output)
         elif tag.scores is not None:
             scores = _changed(tag.scores, call, base, number, output)
-            tags[output] = replace(tag, scores=scores, parametric=False)
+            grouped = "exp" if base == "exp" else tag.grouped
+            tags[output] = replace(tag, scores=scores, parametric=False, grouped=grouped)
 
     return after
+
+
+def _of_groups(call: Call, base: str, grouped: list[str]) -> str:
+    """What comes next in a softmax over groups of elements, as the edges of a graph."""
+    if base in ("div", "divide") and grouped[:2] == ["exp", "sums"]:
+        why = "its rows are groups of elements, as the edges of a graph are, and no matrix"
+        call.watcher.miss("exp, divided by its sums", why)
+    if base in ("add", "clamp", "clamp_min"):
+        return grouped[0] if grouped[0] == "sums" else ""
+    return "exp" if base == "exp" else "sums" if base in _SUMS_OF_GROUPS else ""
 
 
 def _outer(call: Call, every: list[Any], output: Any) -> None:
@@ -306,6 +287,9 @@ def _follow(
     output: Any,
 ) -> None:  # fmt: skip
     """Keep track of what queries or keys were multiplied by, and of their axes, as they rotate."""
+    if base == "add" and len(known) == 2 and all(map(attended_of, known)):  # Parts of an attention.
+        call.watcher.tags[output] = known[1] or Tag()
+        return
     factors = [1.0 if tag is None else tag.factor for tag in known]
     factor = math.prod(factors)
     if number is not None:
@@ -360,6 +344,10 @@ def _joined(base: str, call: Call) -> After | None:
     tags.use(*parts)
     known = [tags[one] for one in parts]
     first = next((tag for tag in known if tag is not None and (tag.scores or tag.weights)), None)
+    found = map(attended_of, known)
+    pieces = [(one, of) for one, of in zip(parts, found, strict=True) if of is not None]
+    if base != "stack" and len(pieces) > 1:
+        mark_blocks(pieces, call.given(1, "dim", 0))
     if base == "stack" and first is None:
         return lambda output: tags.put(output, Tag(of_experts=True))
     if not any(known):
