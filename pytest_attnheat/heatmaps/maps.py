@@ -7,6 +7,7 @@ tensor can only be given by somebody who has.
 
 from __future__ import annotations
 
+import math
 import sys
 import zlib
 from collections.abc import Sequence
@@ -302,8 +303,11 @@ def _extreme(array: Array, allowed: Array | None, block: tuple[int, int], *, sig
     high = _block_amax(shown, block)
     if not signed:
         return high
-    # -inf is what masked scores hold: it counts on neither side.
-    low = -_block_amax(_where(shown != -float("inf"), -array, -float("inf")), block)
+    low = _block_amax(
+        array if allowed is None else _where(allowed, array, math.inf), block, least=True
+    )
+    if bool((low == -math.inf).any()):  # what masked scores hold counts on neither side
+        low = _block_amax(_where(shown != -math.inf, array, math.inf), block, least=True)
     return _choose(-low > high, low, high)
 
 
@@ -323,25 +327,29 @@ def _ordered(array: Array) -> Array:
     return array.double() if name in ("torch.uint16", "torch.uint32", "torch.uint64") else array
 
 
-def _block_amax(array: Array, block: tuple[int, int]) -> Array:
-    fewer = _block_max(array, -2, block[0])
+def _block_amax(array: Array, block: tuple[int, int], *, least: bool = False) -> Array:
+    """Take the maximum of each block, or the minimum."""
+    fewer = _block_max(array, -2, block[0], least=least)
     if is_tensor(fewer) and fewer.device.type == "cpu":
         # torch is slow along a last axis that is not a multiple of the vector width.
-        return _block_max(fewer.mT.contiguous(), -2, block[1]).mT
-    return _block_max(fewer, -1, block[1])
+        return _block_max(fewer.mT.contiguous(), -2, block[1], least=least).mT
+    return _block_max(fewer, -1, block[1], least=least)
 
 
-def _block_max(array: Array, axis: int, size: int) -> Array:
+def _block_max(array: Array, axis: int, size: int, *, least: bool) -> Array:
     """Take the maximum of each run of `size` along an axis; the last run may be shorter."""
     length = array.shape[axis]
     if size == 1:
         return array
     if not is_tensor(array):
-        return np.maximum.reduceat(array, np.arange(0, length, size), axis)
-    whole = length // size * size
-    parts = [array.narrow(axis, 0, whole).unflatten(axis, (-1, size)).amax(axis)] if whole else []
+        extreme = np.minimum if least else np.maximum
+        return extreme.reduceat(array, np.arange(0, length, size), axis)
+    torch = sys.modules["torch"]
+    reduce, whole = torch.amin if least else torch.amax, length // size * size
+    cut = array.narrow(axis, 0, whole).unflatten(axis, (-1, size)) if whole else None
+    parts = [] if cut is None else [reduce(cut, axis)]
     if whole < length:
-        parts.append(array.narrow(axis, whole, length - whole).amax(axis, keepdim=True))
+        parts.append(reduce(array.narrow(axis, whole, length - whole), axis, keepdim=True))
     return _concatenate(parts, axis)
 
 
