@@ -1,9 +1,12 @@
 """The project's own pictures, held against `baseline_images/` as a user's would be."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
-from pytest_attnheat import causal_mask, show_heatmaps
+from pytest_attnheat import Trace, capture_attention, causal_mask, show_difference, show_heatmaps
 
 pytestmark = pytest.mark.heatmap_compare
 SENTENCE = "[CLS] The cat , said $x$ , sat on an antidisestablishmentarian mat . [SEP]"
@@ -82,6 +85,34 @@ def test_one_weight_in_4096_by_4096():
 
 def test_twelve_by_twelve_heads():
     return show_heatmaps(softmax(12, 12, 32, 32), "Keys", "Queries", figsize=(7, 7))
+
+
+def test_two_maps_compared():
+    expected = softmax(2, 3, 8, 8)
+    actual = expected.clone()
+    actual[1, 1, 3] = actual[1, 1, 3].roll(1)
+    return show_difference(expected, actual)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A decoder of 6 layers and 8 heads, in the order in which it attends."""
+    query = uniform(6, 1, 8, len(TOKENS), 16).mul(6).sub(3)
+    with capture_attention() as trace:
+        for layer in query:
+            scaled_dot_product_attention(layer, layer.roll(1, -1), layer, is_causal=True)
+    return Trace(
+        replace(record, layer=f"decoder.layers.{index}.attention", call=0)
+        for index, record in enumerate(trace)
+    )
+
+
+def test_a_model_at_a_glance(model):
+    return model.show(figsize="small")
+
+
+def test_one_query_of_three_layers(model):
+    return model[:3].show(query=9, tokens=TOKENS)
 
 
 def test_one_query_of_a_decoder():
