@@ -583,11 +583,9 @@ def test_a_point_of_an_axes_lies_on_its_key_and_query(side):
     assert len(figure.axes) == 6
     key, query = side // 2, side - 1
     mark(figure.axes[4], key, query, 3)
-    for dpi in (100, 150):
+    for dpi in (100, 150, 50):
         down, across = np.argwhere(is_lime(pixels(figure, dpi=dpi))).mean(0)
-        layout = (
-            sheet(figure).layout if dpi == 100 else figure.picture.prepare((900, 600), 150).layout
-        )
+        layout = figure.picture.prepare((6 * dpi, 4 * dpi), dpi).layout
         high, wide = np.multiply(layout.block, figure.picture.shown.cells.block)
         left = layout.lefts[1] + (key + 0.5) / wide * layout.cell[0]
         top = layout.tops[1] + (query + 0.5) / high * layout.cell[1]

@@ -129,7 +129,7 @@ def test_cells_pooled_again_are_as_if_pooled_at_once(signed):
     twice = pool_cells(pool(maps, (2, 3), signed=signed), (3, 2))
     once = pool(maps, (6, 6), signed=signed)
     assert isinstance(twice, Cells)
-    assert twice.block == once.block
+    assert (twice.block, twice.signed) == (once.block, once.signed)
     np.testing.assert_array_equal(twice.masked, once.masked)
     np.testing.assert_array_equal(twice.values[~twice.masked], once.values[~once.masked])
 
