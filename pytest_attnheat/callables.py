@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C import _len_torch_dispatch_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_attnheat.attention.devices import visible_devices
 
@@ -97,7 +99,11 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
     """
     modules = [part for module in modules_in(subject) for part in module.modules()]
     modes = [(module, module.training) for module in modules]
-    buffers = [_Buffer(module, name) for module in modules for name in module._buffers]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
     python, numpy = random.getstate(), np.random.get_state()
     with random_kept(t.device for t in tensors):
         seed_all(seed)
@@ -177,26 +183,16 @@ def _module(kind: str) -> Any:
     return getattr(torch, kind, None)
 
 
-class _Buffer:
-    """A buffer of a module, for instance the running mean of a batch norm."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
-        self._tensor = module._buffers[name]
-        self._copy = None if self._tensor is None else self._tensor.detach().clone()
-
-    def restore(self) -> tuple[Tensor, Tensor] | None:
-        """Put it back in its place; what it holds is left to the caller, with a copy of before."""
-        self._module._buffers[self._name] = self._tensor
-        if self._tensor is None or self._copy is None:
-            return None
-        return self._tensor, self._copy
-
-
 @torch.no_grad()
-def _restore(buffers: Sequence[_Buffer]) -> None:
-    """Restore buffers. Those that did not change are not written to: autograd would see it."""
-    pairs = [pair for buffer in buffers if (pair := buffer.restore()) is not None]
+def _restore(buffers: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]]) -> None:
+    """Put buffers back, such as the running mean of a batch norm, with what they held.
+
+    Those that did not change are not written to: autograd would see it.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for module, name, buffer, before in buffers:
+        module._buffers[name] = buffer
+        pairs += [] if buffer is None or before is None else [(buffer, before)]
     for device in {now.device for now, _ in pairs}:
         own = [pair for pair in pairs if pair[0].device == device]
         flags: list[bool] = torch.stack([changed(*pair).any() for pair in own]).tolist()
@@ -221,3 +217,27 @@ def copied(argument: Any) -> Any:
         return argument
     once = tuple(slice(0, 1) if step == 0 else slice(None) for step in argument.stride())
     return argument.detach()[once].clone().expand(argument.shape)
+
+
+class apart:  # noqa: N801
+    """Compute without gradients, autocast and modes: it is not the model's, and counts nowhere."""
+
+    def __enter__(self) -> None:
+        self._grad, self._others = torch.is_grad_enabled(), None
+        torch._C._set_grad_enabled(False)
+        self._functions = torch._C.DisableTorchFunction()
+        self._functions.__enter__()
+        casts, modes = torch._C._is_any_autocast_enabled(), _len_torch_dispatch_stack()
+        if not casts and not modes:  # This runs twice for each function of torch.
+            return
+        self._others = ExitStack()
+        for kind in ("cpu", *accelerators()) if casts else ():
+            self._others.enter_context(torch.autocast(kind, enabled=False))
+        if modes:
+            self._others.enter_context(_disable_current_modes())
+
+    def __exit__(self, *error: object) -> None:
+        if self._others is not None:
+            self._others.close()
+        self._functions.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._grad)

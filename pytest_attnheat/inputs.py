@@ -216,6 +216,16 @@ def dtype_name(operand: torch.Tensor | torch.dtype) -> str:
     return str(getattr(operand, "dtype", operand)).removeprefix("torch.")
 
 
+def readable(count: int) -> str:
+    """Return bytes in words."""
+    size = float(count)
+    for unit in ("B", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
+
+
 def _is_known_float(dtype: torch.dtype) -> bool:
     import torch
 

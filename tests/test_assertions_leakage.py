@@ -283,14 +283,14 @@ def test_a_language_model_that_peeks_at_the_next_token_is_found():
     for by in ("perturbation", "gradient"):
         message = message_of(model, tokens(3, 40), by=by)
         assert "token 0 sees token 1, one step in its future; output[0, 0] changes by" in message
-        assert "each sees one place too many; no attention inside lets it be seen: it is" in message
+        assert "each sees one place too many; of 2 attentions none lets it be seen: it" in message
 
 
 def test_a_language_model_with_a_mean_over_the_sequence_is_found():
     model = Wrong(lambda self, out, ids: out + 1e-3 * out.mean(1, keepdim=True))
     message = message_of(model, tokens(1, 40))
     assert "far fainter than what may be seen; " in message
-    assert "it is seen outside of attention" in message
+    assert "it is seen outside of what was captured" in message
 
 
 def test_a_language_model_that_mixes_the_batch_is_found():
@@ -488,7 +488,7 @@ class Peeks(nn.Module):
 def test_a_single_pair_is_found_in_a_small_model_whatever_the_seed(length):
     message = message_of(Peeks(3, 5), tokens(1, length), seed=length)
     assert "token 3 sees token " in message
-    assert "outside of attention" in message
+    assert "outside of what was captured" in message
 
 
 class Adds(nn.Module):

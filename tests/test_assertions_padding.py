@@ -252,7 +252,10 @@ def test_a_mask_that_is_declared_as_its_opposite_is_told_so():
 def test_a_mean_over_the_padding_is_found():
     message = message_of(keeps("mean"), tokens(3, 5))
     assert "15 of 15 rows of real tokens" in message
-    assert "attention in Layer does not let it be seen: it is seen outside of attention" in message
+    assert (
+        "attention in Layer does not let it be seen: it is seen outside of what was captured"
+        in message
+    )
 
 
 def test_the_mask_of_the_first_sample_taken_for_all_is_found_in_a_ragged_batch():
@@ -458,7 +461,10 @@ class Block(nn.Module):
         ("queries", "the mask is applied to queries in place of keys in Block"),
         ("multiplied", "of a real token in Block, each the same: the mask multiplies scores"),
         ("or", "a mask that hides nothing changes the output: is the causal mask lost where"),
-        ("mean", "attention in Block does not let it be seen: it is seen outside of attention"),
+        (
+            "mean",
+            "attention in Block does not let it be seen: it is seen outside of what was captured",
+        ),
         ("place", "queries, keys and values of the first attention are the same at other places"),
         ("pairs", "keys that are moved alike change their products with one another"),
         ("keys alone", "queries and keys that are moved alike change their scores"),
@@ -480,7 +486,7 @@ def test_a_causal_module_is_not_told_that_its_mask_is_ignored_where_it_needs_non
 
     message = message_of(SequenceModel(Causal("mean"), "keep", "keep"), tokens(2, 6), sides="right")
     assert "ignored" not in message
-    assert "it is seen outside of attention" in message
+    assert "it is seen outside of what was captured" in message
 
 
 class Crossed(nn.Module):

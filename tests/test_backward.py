@@ -130,6 +130,8 @@ class ByHand(torch.autograd.Function):
                 found[4][h] -= ((sinks[h] - ctx.lse[b, h]).exp() * term).sum()
         if wrong == "exchanged":
             found[0], found[1] = found[1], found[0]
+        if wrong == "mean for the sinks" and sinks is not None:
+            found[4] = found[4] / query.shape[0] / query.shape[2]
         if wrong == "no gradient of the sinks" and sinks is not None:
             found[4] = 0 * found[4]
         return (*(None if t is None else t.to(ctx.dtype) for t in found), None)
@@ -392,6 +394,7 @@ def test_the_examination_leaves_a_right_backward_pass_alone():
         ("wrong heads", ["pairs"], "that sums over the wrong heads of a group"),
         ("no softcap slope", ["pairs"], "leaves out the slope of softcap"),
         ("no gradient of the sinks", ["pairs"], "that leaves out sinks"),
+        ("mean for the sinks", ["pairs"], "that takes a mean for the gradient of the sinks"),
     ],
 )
 def test_the_examination_names_a_wrong_backward_pass(wrong, checks, words):

@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.flop_counter import FlopCounterMode
 
-from pytest_attnheat import assert_row_stochastic, capture_attention
+from pytest_attnheat import assert_causal, assert_row_stochastic, capture_attention
 from pytest_attnheat.capture.watching import plain_name
 
 X = draw("x", 2, 6, 8)
@@ -118,24 +118,6 @@ def test_weights_in_a_product_that_cannot_be_read_are_named():
     trace = traced(lambda: torch.einsum("bnd,bnd->bd", LINEAR(X).softmax(1), X))
     assert [str(unseen) for unseen in trace.unseen] == [
         "(no layer): softmax: its result went into einsum, which cannot be read"
-    ]
-
-
-@pytest.mark.parametrize("score", [
-    lambda: draw("edges", 5, 4),
-    lambda: (draw("from", 5, 4, 8) * draw("to", 5, 4, 8)).sum(-1),
-], ids=["of a layer", "of a product"])  # fmt: skip
-def test_a_softmax_over_the_edges_of_each_node_is_named(score):
-    nodes = torch.tensor([0, 0, 1, 2, 2])
-
-    def attend():
-        edges = score()
-        shares = (edges - edges.amax()).exp()
-        sums = torch.zeros(3, 4).scatter_add_(0, nodes[:, None].expand_as(edges), shares) + 1e-16
-        return shares / sums.index_select(0, nodes)
-
-    assert [str(unseen) for unseen in traced(attend).unseen] == [
-        "(no layer): softmax over groups: each has a length of its own, as in a graph"
     ]
 
 
@@ -341,6 +323,97 @@ def test_parts_of_one_softmax_are_put_together():
     assert_row_stochastic(record.weights)
 
 
+def blocks(query, key, value):
+    """As in BigBird: the first block of queries sees all keys, the others their own."""
+    first = (query[:, :, :2] @ key.mT).softmax(-1) @ value
+    own, own_key, own_value = (t[:, :, 2:].unflatten(2, (2, 2)) for t in (query, key, value))
+    others = (own @ own_key.mT).softmax(-1) @ own_value
+    return torch.cat([first.unsqueeze(2), others], 2).flatten(2, 3)
+
+
+def chunks(query, key, value):
+    return torch.cat([(part @ key.mT).softmax(-1) @ value for part in query.split(3, 2)], 2)
+
+
+@pytest.mark.parametrize("attend", [blocks, chunks])
+def test_blocks_of_queries_that_are_put_together_are_marked_as_parts(attend):
+    trace = traced(attend, *three(2, 3, queries=6, keys=6))
+    assert [record.part for record in trace] == ["queries", "queries"]
+    assert "softmax, some queries" in str(trace)
+    assert_row_stochastic(trace)
+    with pytest.raises(ValueError, match=r"a block of the queries in .*, numbered from 0"):
+        assert_causal(trace[0])
+
+
+@pytest.mark.parametrize("put", [
+    lambda outputs: torch.cat(outputs, -1),
+    lambda outputs: torch.stack(outputs, 1),
+    lambda outputs: torch.cat([one.unsqueeze(1) for one in outputs], 1),
+    lambda outputs: torch.cat(outputs),
+    lambda outputs: outputs[0] + outputs[1],
+], ids=["channels", "stacked", "heads", "batch", "added"])  # fmt: skip
+def test_heads_and_batch_entries_that_are_put_together_are_no_parts(put):
+    trace = traced(lambda: put([scores_of(one).softmax(-1) @ one for one in (X, X + 1)]))
+    assert [record.part for record in trace] == ["", ""]
+
+
+def test_heads_with_other_keys_each_are_no_parts():
+    query, key, value = three(2, 4, queries=6, keys=6)
+
+    def attend(heads, keys):
+        shares = (query[:, heads] @ key[:, heads, :keys].mT).softmax(-1)
+        return shares @ value[:, heads, :keys]
+
+    trace = traced(lambda: torch.cat([attend(slice(2), 6), attend(slice(2, 4), 3)], 1))
+    assert [record.part for record in trace] == ["", ""]
+
+
+def test_some_keys_of_rows_are_marked_and_the_others_named():
+    """As in Longformer: a product of the global keys, and of the others one that nobody knows."""
+    query, key, value = three(2, 3)
+
+    def attend():
+        weights = (query @ key.mT).softmax(-1)
+        return weights[..., :2] @ value[:, :, :2], weights[..., 2:].sort(-1)
+
+    trace = traced(attend)
+    assert [(record.part, record.trusted) for record in trace] == [("keys", True)]
+    assert_weights(trace[0], plain_weights(query, key, scale=1.0)[..., :2])
+    for refused in (assert_row_stochastic, assert_causal):
+        with pytest.raises(ValueError, match=r"some keys of the rows in .*: the others went"):
+            refused(trace)
+    assert any(unseen.what == "softmax of queries times keys" for unseen in trace.unseen)
+
+
+# --- what has no rows
+
+
+SOURCES, TARGETS = torch.tensor([0, 1, 2, 3, 1]), torch.tensor([1, 2, 0, 0, 0])
+
+
+def edges_by_index(x):
+    shares = F.leaky_relu(x[SOURCES] + x[TARGETS]).exp()
+    sums = torch.zeros(4, 8).index_add(0, TARGETS, shares)
+    return torch.zeros(4, 8).index_add(0, TARGETS, shares / sums[TARGETS] * x[SOURCES])
+
+
+def edges_by_scatter(x):
+    scores = (x[SOURCES] * x[TARGETS]).sum(-1)
+    shares = (scores - scores.max()).exp()
+    sums = torch.zeros(4).scatter_add_(0, TARGETS, shares) + 1e-16
+    weights = shares / sums.index_select(0, TARGETS)
+    return torch.zeros(4, 8).index_add_(0, TARGETS, weights[:, None] * x[SOURCES])
+
+
+@pytest.mark.parametrize("edges", [edges_by_index, edges_by_scatter])
+def test_a_softmax_over_the_edges_of_a_graph_is_named(edges):
+    (unseen,) = traced(edges, X[0, :4]).unseen
+    assert str(unseen) == (
+        "(no layer): exp, divided by its sums: its rows are groups of elements, as the edges of a "
+        "graph are, and no matrix"
+    )
+
+
 # --- names, steps, and what attention may be called
 
 
@@ -370,6 +443,23 @@ def test_a_step_is_a_call_of_the_model():
     assert [record.step for record in trace.at(step=-1)] == [2, 2]
     with pytest.raises(ValueError, match=r"one of \[0, 1, 2\]"):
         trace.at(step=3)
+
+
+def test_a_capture_of_one_of_two_models_that_take_turns_has_its_own_steps():
+    """As in assisted generation: the small model drafts, the large one checks."""
+    large, small = nn.Sequential(Attend(), Attend()), nn.Sequential(Attend())
+    with (
+        capture_attention(large, allow_unseen=True) as checked,
+        capture_attention(small, allow_unseen=True) as drafted,
+    ):
+        for _ in range(2):
+            small(X), small(X), large(X)
+    assert [(record.layer, record.step) for record in checked] == [
+        ("0", 0), ("1", 0), ("0", 1), ("1", 1)
+    ]  # fmt: skip
+    assert drafted.steps == (0, 1, 2, 3)
+    why = "it happened outside of the model that is captured"
+    assert [unseen.why for unseen in (*checked.unseen, *drafted.unseen)] == [why, why]
 
 
 class ConvAttention(nn.Module):

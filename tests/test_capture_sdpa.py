@@ -9,6 +9,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import capture_attention
+from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.vocabulary import permits
 
 
@@ -49,6 +50,21 @@ def test_a_boolean_mask_is_true_where_a_query_may_attend(shape):
     record = captured(query, key, value, mask)
     assert_weights(record, plain_weights(query, key, allowed=mask))
     assert torch.equal(record.mask.expand(2, 3, 5, 7), mask.expand(2, 3, 5, 7))
+
+
+@pytest.mark.parametrize("block", [1, 14, 70, 105])
+def test_weights_are_made_in_blocks_of_any_size(monkeypatch, block):
+    """Of some queries of one head, or of some heads and all their queries."""
+    monkeypatch.setattr(computation, "_BLOCK", block)
+    monkeypatch.setattr(computation, "_ROWS", 1)
+    query, key, value = three(2, 6, key_heads=2)
+    for shape in MASKS.values():
+        mask = (draw("mask", *shape) > -0.3)[..., :1, :, :] if len(shape) > 2 else None
+        record = captured(query, key, value, mask, enable_gqa=True)
+        assert_weights(record, plain_weights(query, key, allowed=mask))
+    record = captured(query, key, value, is_causal=True, enable_gqa=True)
+    assert_weights(record, plain_weights(query, key, allowed=top_left(5, 7)))
+    assert record.compute_weights(torch.float64, batch=1).shape == (1, 6, 5, 7)
 
 
 @pytest.mark.parametrize("shape", MASKS.values(), ids=MASKS)

@@ -20,7 +20,7 @@ from pytest_attnheat.baselines import judging
 from pytest_attnheat.baselines.compare import compare_data
 from pytest_attnheat.heatmaps import record
 
-GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (1, 1, 512, 512)]
+GRIDS = [(1, 1, 10, 10), (2, 3, 12, 12), (1, 1, 256, 256)]
 PLANTED = [(1, 1, 10), (2, 4, 16), (1, 1, 512)]
 
 

@@ -1,5 +1,6 @@
 """Blocks and language models are judged whole, by what is declared of them."""
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 from attention_subjects import WIDTH, randn, tokens
 from torch import nn
 from torch.nn import functional
+from wrong_attention import attention_with, declared_for
 
 from pytest_attnheat import AttentionSpec, SequenceModel, capture_attention, check_attention
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
 
 SDPA = functional.scaled_dot_product_attention
@@ -332,7 +335,24 @@ def test_positions_that_are_declared_have_to_be_felt():
 def test_weights_that_are_masked_after_the_softmax_are_found_under_padding():
     report = check_attention(encoder_spec("multiplied"))
     assert failed(report) == {"no_leakage", "padding"}
-    assert "in the call that failed: attention in Encoder is not attention as" in str(report)
+    assert report.diagnosis.defects == ("mask_after_softmax",)
+    for name in ("no_leakage", "padding"):
+        cause = "the mask is applied after the softmax in Encoder: rows of weights sum to less"
+        assert f"  cause    {cause}" in message(report, name)
+
+
+def test_positions_that_are_held_and_not_felt_are_hinted_at():
+    text = str(check_attention(encoder_spec("positions_inverted")))
+    assert "hint: the order of tokens changes nothing, though it seems to hold positions" in text
+    assert "hint: " not in str(check_attention(encoder_spec()))
+
+
+def test_a_later_chunk_that_sees_other_keys_is_told_by_what_was_captured():
+    report = check_attention(spec_of("top_left", causal="top_left"))
+    cause = "token 1 sees 1 of 2 keys with the cache, and 2 at once: the causal mask of a later"
+    assert cause in message(report, "decoding")
+    forgotten = message(check_attention(spec_of("mask_forgotten", causal="top_left")), "decoding")
+    assert "at once: the mask of a later chunk is another one" in forgotten
 
 
 def test_lengths_in_place_of_a_mask_are_asked_on_the_right():
@@ -439,3 +459,79 @@ def test_heads_that_see_differently_are_held_to_what_any_of_them_may_see():
     for ahead in (0, 1):
         spec = AttentionSpec(Apart(ahead).eval(), inputs=randn(2, 9, 8), causal=None, may_see=near)
         assert ("no_leakage" in failed(check_attention(spec))) == bool(ahead)
+
+
+# --- each defect of the catalogue inside of a block
+
+
+class Planted(nn.Module):
+    """Attention with projections of its own, and a defect in it."""
+
+    def __init__(self, defect, causal):
+        super().__init__()
+        told = declared_for(defect)
+        told |= {"alibi": told["alibi"](4)} if "alibi" in told else {}
+        self.causal, self.scale = causal, told.pop("scale", None)
+        self.attend = attention_with(defect, **told)
+        self.query, self.keys, self.out = (nn.Linear(WIDE, WIDE) for _ in range(3))
+
+    def forward(self, states, keep=None):
+        query = self.query(states).unflatten(-1, (4, -1)).transpose(1, 2)
+        key, value = self.keys(states).unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4)
+        mask = None if keep is None else keep[:, None, None]
+        mixed = self.attend(query, key, value, mask, self.causal, scale=self.scale)
+        return self.out(mixed.transpose(1, 2).flatten(2))
+
+
+class Language(nn.Module):
+    """A causal model with a defect in each of its two layers."""
+
+    def __init__(self, defect):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(50, WIDE), nn.Linear(WIDE, 50)
+        self.first, self.second = Planted(defect, True), Planted(defect, True)
+
+    def forward(self, ids, keep=None):
+        states = self.embedding(ids)
+        states = states + self.first(states, keep)
+        return self.head(states + self.second(states, keep))
+
+
+# What is said of a cause, and of which defects it is true.
+TRUE_OF = {
+    "it is ignored": ("mask_ignored", "mask_ignored_when_causal"),
+    "is read as its opposite": ("mask_inverted",),
+    "the mask multiplies": ("mask_multiplied",),
+    "is applied after the softmax": ("mask_after_softmax",),
+    "no mask hides it there": ("mask_ignored", "mask_ignored_when_causal", "mask_added_as_number",
+                               "mask_of", "mask_tiled", "mask_inverted", "mask_transposed"),
+    "heads are merged in the wrong": ("heads_merged",),
+    "causal mask is lost where": ("causal_ignored_with_mask",),
+}  # fmt: skip
+# What a defect is in a call with a mask, or for as many queries as keys, or of few heads.
+AS = {"causal_ignored_with_mask": "causal_ignored", "mask_ignored_when_causal": "mask_ignored"}
+KINDS = ("encoder", "decoder", "language")
+# Some of them; the width of a head is no root of another size, so that scales are told apart.
+SOME = [defect.name for defect in DEFECTS][4::11]
+WIDE = 24
+
+
+@pytest.mark.parametrize(("name", "kind"), [*zip(SOME, itertools.cycle(KINDS), strict=False)])
+def test_no_cause_that_is_named_of_a_block_with_a_defect_is_false(name, kind):
+    torch.manual_seed(0)
+    module = Language(name) if kind == "language" else Planted(name, kind == "decoder")
+    told = {n: given for n, given in declared_for(name).items() if n != "fully_masked"}
+    told |= {"alibi": told["alibi"](4)} if "alibi" in told else {}
+    report = check_attention(
+        AttentionSpec(
+            SequenceModel(module.eval(), mask="keep", mask_argument="keep"),
+            inputs=tokens(2, 11) if kind == "language" else randn(2, 11, WIDE),
+            causal=None if kind == "encoder" else "top_left",
+            **told,
+        )
+    )
+    named = () if report.diagnosis is None else report.diagnosis.defects
+    assert set(named) <= {name, AS.get(name)}
+    said = [result.failure.cause or "" for result in report.failed if result.failure is not None]
+    for words, true_of in TRUE_OF.items():
+        assert name.startswith(true_of) or not any(words in cause for cause in said)

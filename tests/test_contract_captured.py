@@ -412,3 +412,51 @@ def test_only_the_first_wrong_layer_is_searched_and_all_are_counted(hidden):
     assert found[2].sentence == "attention in 2 is not attention as declared"
     (inside,) = [r for r in check_attention(spec).failed if r.name == "attention_inside"]
     assert inside.message.startswith("2 of 3 attentions that were captured are not")
+
+
+class Late(nn.Module):
+    """Self-attention in four heads, and what becomes of its weights after the softmax."""
+
+    def __init__(self, change):
+        super().__init__()
+        self.project, self.change = nn.Linear(32, 96), change
+
+    def forward(self, hidden):
+        query, key, value = self.project(hidden).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        return self.change((query @ key.mT / 8**0.5).softmax(-1)) @ value
+
+
+SEEN = torch.arange(9) < 6
+
+
+def thinned(weights):
+    return weights * (torch.rand(weights.shape, generator=torch.Generator().manual_seed(0)) > 0.3)
+
+
+@pytest.mark.parametrize(
+    ("change", "defects", "shows"),
+    [
+        (lambda weights: weights * SEEN, ("mask_after_softmax",), ""),
+        (lambda weights: weights * SEEN / (weights * SEEN).sum(-1, keepdim=True), (), ""),
+        (lambda weights: weights * torch.where(SEEN, 1.0, 0.25), (), "each key, 0.25 to 1"),
+        (thinned, (), "of its weights are 0 and all others right"),
+    ],
+    ids=["masked", "masked and divided", "weighed", "thinned"],
+)
+def test_what_becomes_of_weights_after_the_softmax_is_told(change, defects, shows, hidden):
+    torch.manual_seed(1)
+    found = diagnose(captured(Late(change), hidden))
+    assert found.defects == defects
+    assert shows in "; ".join(found.shows)
+    assert found.healthy == (not defects and not shows)
+
+
+def test_a_mask_that_is_added_as_a_number_is_no_lost_causality(hidden):
+    class Added(Layer):
+        def forward(self, hidden):
+            query, key, value = self.project(hidden).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+            scores = query @ key.mT / 8**0.5 + torch.ones(9, 9).tril()
+            return self.out((scores.softmax(-1) @ value).transpose(1, 2).flatten(2))
+
+    found = check_attention(AttentionSpec(Added(), inputs=hidden)).diagnosis
+    assert found.defects == ("mask_added_as_number",)

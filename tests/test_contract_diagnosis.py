@@ -25,11 +25,12 @@ from pytest_attnheat.contract.diagnosing import _answers, diagnose
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.observing import observed
+from pytest_attnheat.contract.probing import inferred_weights
 from pytest_attnheat.contract.spec import AttentionSpec
 
 NAMES = [defect.name for defect in DEFECTS]
-# What is no defect, what float16 alone shows, and what reads masks without numbers upside down.
-UNSEEN = {"masked_nan_felt", "products_overflow", "bias_as_keep"}
+# What is no defect, and what float16 alone shows.
+UNSEEN = {"masked_nan_felt", "products_overflow"}
 # Those that are declared alike one after the other: they share what plans give on their cases.
 ALL = sorted((name for name in NAMES if name not in UNSEEN), key=lambda n: [*declared_for(n)])
 # What is declared has one set of tensors for all specimens, so that they share their cases.
@@ -445,6 +446,46 @@ def test_misuse_is_refused(arguments, error):
         diagnose(subject, **({"seed": seed[0]} if seed else {}))
 
 
+def test_products_that_overflow_are_named_in_float16():
+    def attention(query, key, value):
+        wide = torch.promote_types(query.dtype, torch.float32)
+        narrow = (
+            query @ key.mT if query.dtype == torch.float16 else query.to(wide) @ key.to(wide).mT
+        )
+        weights = (narrow.to(wide) * query.shape[-1] ** -0.5).softmax(-1)
+        return (weights @ value.to(wide)).to(value.dtype)
+
+    found = diagnose(AttentionSpec(attention, dtypes=("float32", "float16"), **PLAIN))
+    assert found.defects == ("products_overflow",)
+
+
+def test_a_defect_in_some_calls_alone_is_named_with_that_condition():
+    wrong = attention_with("keys_as_values")
+
+    def attention(query, key, value, attn_mask=None, is_causal=False):
+        answers = wrong if query.shape[-1] == value.shape[-1] and is_causal else subjects.plain
+        return answers(query, key, value, attn_mask, is_causal=is_causal)
+
+    found = diagnose(AttentionSpec(attention, dtypes=("float64",)))
+    assert found.defects == ("keys_as_values",)
+    assert (
+        ", in each case in which it is wrong, equals attention that uses its keys" in found.sentence
+    )
+
+
+def test_a_mask_of_which_no_defect_knows_is_told_by_the_keys_that_are_seen():
+    def attention(query, key, value):
+        steps = torch.arange(key.shape[2])
+        hidden = (steps % 3 == 2) & (steps > 2)
+        scores = (query @ key.mT * query.shape[-1] ** -0.5).masked_fill(hidden, -torch.inf)
+        return scores.softmax(-1) @ value
+
+    found = diagnose(AttentionSpec(attention, dtypes=("float64",), **PLAIN))
+    said, first, *_ = found.shows
+    assert said == "its weights are right but for the mask"
+    assert first == "in plain, head [0, 0], query 0 sees keys 0..4, 6, and may see keys 0..6"
+
+
 # --- when nothing fits
 
 
@@ -466,7 +507,7 @@ def test_rows_and_batch_entries_are_placed():
 
     found = diagnose(AttentionSpec(last_row, dtypes=("float64",), **PLAIN))
     assert found.defects == ()
-    assert found.where["queries"] == "only queries 4 of 5 in plain"
+    assert found.where["queries"] == "only query 4 of 5 in plain"
     assert found.where["batch"].startswith("only batch entry 0 of")
 
 
@@ -505,13 +546,25 @@ def with_sinks(query, key, value):
             lambda q, k, v: subjects.plain(q, k, v).roll(1, 1),
             "the place of others: of another head",
         ),
+        (
+            lambda q, k, v: (
+                subjects.plain(q, k, v)[:, [0, 1, 1]]
+                if q.shape[1] == 3
+                else subjects.plain(q, k, v)
+            ),
+            "some twice: head 2 that of head 1",
+        ),
+        (
+            lambda q, k, v: subjects.plain(q, k, v) * torch.arange(1.0, q.shape[2] + 1)[:, None],
+            "right but for a factor of each query, 1 to ",
+        ),
         (lambda q, k, v: subjects.plain(q, k, v).tanh(), "is no weighted sum of the values"),
     ],
 )
 def test_what_no_defect_explains_is_told_by_its_numbers(subject, words):
     spec = AttentionSpec(subject, **PLAIN)
     probes, _ = _answers(Examination(spec, torch.float32, torch.device("cpu")))
-    (said,) = observed(spec, probes)
+    (said,) = observed(functools.partial(inferred_weights, spec), probes)
     assert words in said
 
 
@@ -520,7 +573,7 @@ def test_numbers_that_show_nothing_are_told_nothing_of():
     spec = AttentionSpec(restless, **PLAIN)
     for one in (spec, AttentionSpec(subjects.plain, **PLAIN)):
         probes, _ = _answers(Examination(one, torch.float32, torch.device("cpu")))
-        assert observed(one, probes) == ()
+        assert observed(functools.partial(inferred_weights, one), probes) == ()
 
 
 def test_what_the_numbers_show_is_in_the_message():
@@ -532,9 +585,12 @@ def test_what_the_numbers_show_is_in_the_message():
 
 def test_an_error_that_only_masks_show_is_placed():
     found = diagnosed("mask_of_first_sample")
-    assert found.where["pattern"] == "wrong in every case with a mask, right in every other"
+    assert (
+        found.where["pattern"]
+        == "all of the wrong cases are with a mask, and none of the right ones"
+    )
     found = diagnosed("causal_ignored")
-    assert found.where["pattern"] == "wrong in every case causal, right in every other"
+    assert found.where["pattern"] == "all of the wrong cases are causal, and none of the right ones"
 
 
 def test_a_small_error_is_said_to_be_of_the_size_of_a_coarse_step():

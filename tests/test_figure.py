@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from panel_figures import figures, panel_hash
@@ -95,6 +96,18 @@ def test_labels_and_titles_are_written():
         row_titles=["first", "second"], title="All",
     )  # fmt: skip
     assert {"Keys", "Queries", "one", "two", "first", "second", "All"} <= set(texts(figure))
+
+
+def test_no_name_of_an_axis_writes_nothing():
+    figure = show_heatmaps(softmax_maps(4, 4), None, None)
+    assert not {"None", "none"} & set(texts(figure))
+    assert sheet(figure).layout.panel > sheet(show_heatmaps(torch.eye(4), "K", "Q")).layout.panel
+
+
+def test_both_queries_of_the_textbooks_call_have_their_label():
+    weights = torch.full((1, 1, 2, 10), 0.1)
+    figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
+    assert texts(figure)[2:9] == ["0", "2", "4", "6", "8", "0", "1"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -187,6 +200,15 @@ def test_a_constant_map_is_drawn(value):
     assert low < high
 
 
+@pytest.mark.parametrize("scale", ["shared", "panel"])
+def test_no_two_ends_of_a_scale_are_written_alike(scale):
+    values = torch.tensor([[5.0, 5.0 + 7.6294e-6]])
+    written = texts(show_heatmaps(values, "K", "Q", scale=scale, figsize=(4, 4)))
+    assert {"shared": "+8e-6", "panel": "5 – +8e-6"}[scale] in written
+    assert "5 – 5" not in written
+    assert written.count("5") < 2
+
+
 def test_given_limits_hold():
     figure = show_heatmaps(softmax_maps(4, 4), "K", "Q", vmin=0, vmax=0.25)
     assert figure.picture.shown.scale.range == (0, 0.25)
@@ -242,12 +264,19 @@ def test_scores_behind_a_mask_are_nothing_to_count():
     assert not any("masked" in text for text in texts(figure))
 
 
-@pytest.mark.parametrize("name", ["tab10", "Set3", "viridis", "RdBu", "Paired"])
-def test_any_colormap_gives_a_value_the_colour_that_matplotlib_gives_it(name):
+@pytest.mark.parametrize(
+    "cmap",
+    ["tab10", "Set3", "viridis", "RdBu", "Paired", pyplot.cm.Reds, ListedColormap(["w", "r", "k"]),
+     LinearSegmentedColormap.from_list("own", ["w", "b"], N=1000)],
+    ids=lambda cmap: getattr(cmap, "name", cmap),
+)  # fmt: skip
+def test_any_colormap_or_its_name_gives_a_value_the_colour_that_matplotlib_gives_it(cmap):
     values = np.linspace(0.01, 0.99, 50).astype(np.float32).reshape(5, 10)
-    figure = show_heatmaps(values, "Keys", "Queries", cmap=name)
-    oracle = np.array(matplotlib.colormaps[name](values, bytes=True))[..., :3]
-    np.testing.assert_array_equal(cell_colors(figure)[0, 0], oracle)
+    figure = show_heatmaps(values, "Keys", "Queries", cmap=cmap)
+    colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    oracle = np.array(colormap(values, bytes=True), np.int16)[..., :3]
+    # Of 1000 colours, 256 are drawn.
+    assert np.abs(cell_colors(figure)[0, 0] - oracle).max() <= (colormap.N > 256)
 
 
 def test_the_largest_numbers_there_are_keep_their_order():
@@ -436,6 +465,16 @@ def test_a_highlight_without_a_key_outlines_the_whole_query():
     assert changed[:, 0].max() == layout.tops[0] + layout.panel[1] + 2
 
 
+def test_a_canvas_gives_the_pixels_that_are_saved():
+    figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")
+    figure.canvas.draw()
+    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    np.testing.assert_array_equal(drawn, pixels(figure))
+    file = io.BytesIO()
+    figure.canvas.print_png(file)
+    np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), drawn)
+
+
 # -- formats -----------------------------------------------------------------------------------
 
 
@@ -503,6 +542,8 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"titles": 3}, "titles: got 3; accepted is a list"),
         ({"dpi": float("nan")}, "dpi: got nan"),
         ({"figsize": (1000, 1000)}, "100000 x 100000 pixels"),
+        ({"figsize": (1e308, 1)}, r"figsize: got \(1e\+308, 1\)"),
+        ({"cmap": ["Reds"]}, r"cmap: got \['Reds'\]; accepted is a Colormap, or"),
         ({"numbers": ".2q"}, "accepted is True, False or a format"),
         ({"highlight": [(0, 0, 9, 0)]}, r"highlight: got \(0, 0, 9, 0\)"),
         ({"highlight": [(0, 0)]}, r"within the shape \(1, 1, 4, 4\)"),

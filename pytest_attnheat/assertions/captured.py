@@ -35,6 +35,7 @@ def takes_records(
     needs_mask: bool = False,
     with_sinks: bool = False,
     of_some: Callable[..., None] | None = None,
+    by_position: bool = False,
 ) -> Callable[P, None]:
     """Let an assertion on weights take a record, or a trace, of which each record is asserted.
 
@@ -48,6 +49,7 @@ def takes_records(
         with_sinks: Whether a sink stands in the rows as one more key.
         of_some: Asserts it of some queries: called with the arguments of the assertion, `queries`
             (their positions) and `query_len` (how many there were).
+        by_position: Whether it takes the numbers of queries and keys for positions in a sequence.
     """
     accepted = tuple(inspect.signature(assertion).parameters)
 
@@ -63,6 +65,7 @@ def takes_records(
         parts = [part for record in records for part in _parts(record, named)]
         asked, nothing = 0, None
         for record in parts:
+            _refuse_part(assertion.__name__, record, by_position=by_position)
             arguments = {**_known(record, accepted, named), **named}
             if needs_mask and arguments["mask"] is None:
                 continue
@@ -95,6 +98,16 @@ def _parts(record: AttentionRecord, named: dict[str, Any]) -> list[AttentionReco
         return [record]
     heads = range(record.shape[1]) if record.heads is None else record.heads.tolist()
     return [record.select(heads=[head]) for head in heads]
+
+
+def _refuse_part(name: str, record: AttentionRecord, *, by_position: bool) -> None:
+    where = record.layer or "(no module)"
+    if record.part == "keys":
+        got = f"some keys of the rows in {where}: the others went into what is not recorded"
+        raise ValueError(misuse(name, got, "records of whole rows: trace.select(layers=...)"))
+    if record.part == "queries" and by_position:
+        got = f"a block of the queries in {where}, numbered from 0 as are the keys it was given"
+        raise ValueError(misuse(name, got, "records of whole attention: trace.select(layers=...)"))
 
 
 def _known(

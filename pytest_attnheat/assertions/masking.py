@@ -131,7 +131,7 @@ def _assert_causal(
         raise NothingForbiddenError(misuse("weights", got, accepted))
 
 
-@partial(takes_records, of_some=_assert_causal)
+@partial(takes_records, of_some=_assert_causal, by_position=True)
 def assert_causal(
     weights: Weights,
     *,
@@ -206,7 +206,7 @@ def assert_support(
     masked.check(_says_masked, support_cause, permitted_is_positive(_says_permitted))
 
 
-@takes_records
+@partial(takes_records, by_position=True)
 def assert_padding_masked(
     weights: Weights, lengths: Lengths, *, side: Side = "right", fully_masked: FullyMasked = "zero"
 ) -> None:

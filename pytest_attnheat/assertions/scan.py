@@ -6,7 +6,6 @@ extra memory does not depend on the size or on the strides of the tensor.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
@@ -88,68 +87,28 @@ def rows_and_columns_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: f
 
 def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | None:
     """Return whether all rows pass, as a scalar on their device; None if they must be read."""
-    if weights.is_neg() or weights.shape[-1] > _BYTES_ON_CPU // 8:
+    key_len, size = weights.shape[-1], weights.element_size()
+    if weights.is_neg() or key_len > _BYTES_ON_CPU // 8:
         return None  # the sign is kept apart from the bits; a row must fit into a piece
-    *lead, key_len = weights.shape
-    # Allocated once: small results kept from each round would split the freed memory of the last.
-    limit, buffer = _plan(weights)
-    most = min(_ROWS, math.prod(lead))
-    sums = torch.empty(most, dtype=wide_dtype(weights.dtype), device=weights.device)
+    on_cpu = weights.device.type == "cpu"
+    # On a CPU, summing half precision into float32 directly takes ten times as long as converting
+    # a piece that then stays in the cache.
+    convert = size < (4 if on_cpu else 2)
+    budget = _BYTES_ON_CPU if on_cpu or convert else _BYTES_ON_ACCELERATOR
+    limit = max(min(budget // max(size, 4), _ROWS * key_len), key_len)
     sound = torch.ones((), dtype=torch.bool, device=weights.device)
-    for rows in pieces(lead, _ROWS):
-        block = weights[rows]
-        totals = sums[: block.numel() // key_len].view(block.shape[:-1])
-        sound &= _add_up(block, totals, limit, buffer) >= 0
-        is_zero = None if mask is None else totals == 0
-        good = totals.sub_(1).abs_() <= allowed
-        if mask is not None and is_zero is not None:
-            attends = any_key(mask_at(mask, (*rows, slice(0, key_len)))).to(weights.device)
-            good = torch.where(attends, good, is_zero)
+    for index in pieces(weights.shape, limit):
+        piece = weights[index]
+        # The sign bit makes an integer of the same width negative, and integers are compared faster
+        # than floats. NaN and infinity need no look of their own: they show in the sum.
+        sound &= piece.view(_SIGNED[size]).amin() >= 0
+        totals = (piece.float() if convert else piece).sum(-1, dtype=wide_dtype(weights.dtype))
+        good = totals.sub(1).abs_() <= allowed
+        if mask is not None:
+            attends = any_key(mask_at(mask, index)).to(weights.device)
+            good = torch.where(attends, good, totals == 0)
         sound &= good.all()
     return sound
-
-
-def _add_up(block: Tensor, totals: Tensor, limit: int, buffer: Tensor | None) -> Tensor:
-    """Write the sum of each row to `totals`; return a number below 0 if any weight is.
-
-    The sign bit makes an integer of the same width negative, and integers are compared faster than
-    floats. NaN and infinity need no look of their own: they show in the sum.
-    """
-    flat, flat_totals = _flatten_rows(block, totals)
-    signed = flat.view(_SIGNED[block.element_size()])
-    lows = []
-    for index in pieces(flat.shape, limit):
-        rows = index[:-1]
-        piece = flat[rows]
-        if buffer is not None:
-            piece = buffer[: piece.numel()].view(piece.shape).copy_(piece)
-        torch.sum(piece, -1, dtype=totals.dtype, out=flat_totals[rows])
-        lows.append(torch.amin(signed[rows]))
-    return torch.stack(lows).amin()
-
-
-def _flatten_rows(block: Tensor, totals: Tensor) -> tuple[Tensor, Tensor]:
-    # Two dimensions are cheaper to cut than five; strides that do not allow it are kept.
-    try:
-        return block.view(-1, block.shape[-1]), totals.view(-1)
-    except RuntimeError:
-        return block, totals
-
-
-def _plan(weights: Tensor) -> tuple[int, Tensor | None]:
-    """Return the elements per piece, and a buffer where pieces must be converted first.
-
-    On a CPU, summing half precision into float32 directly takes ten times as
-    long as converting a piece that then stays in the cache.
-    """
-    on_cpu = weights.device.type == "cpu"
-    convert = weights.element_size() < (4 if on_cpu else 2)
-    budget = _BYTES_ON_CPU if on_cpu or convert else _BYTES_ON_ACCELERATOR
-    limit = max(budget // max(weights.element_size(), 4), weights.shape[-1])
-    if not convert:
-        return limit, None
-    elements = min(limit, weights.numel())
-    return limit, torch.empty(elements, dtype=torch.float32, device=weights.device)
 
 
 class Block:

@@ -85,6 +85,9 @@ BACKWARD: tuple[Defect, ...] = (
     _backward("backward_bias_not_summed",
               "that does not sum over the dimensions in which the bias is broadcast",
               bias_sum=["first", "last", "mean"]),
+    _backward("backward_sinks_averaged",
+              "that takes a mean for the gradient of the sinks, not the sum over samples and "
+              "queries", sink_sum=["mean", "sample_mean"]),
     _backward("backward_weights_detached",
               "whose weights are detached: a gradient passes through the values alone",
               detached=True),
@@ -323,7 +326,10 @@ def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor
     if case.sinks is not None:
         sinks = case.sinks.double()[:, None, None]
         attached = read.sinks is not None and not plan.detached
-        yield "sinks", (-(sinks - saved.lse).exp() * term * attached).sum((0, 2, 3))
+        total = (-(sinks - saved.lse).exp() * term * attached).sum((0, 2, 3))
+        samples = case.query.shape[0]
+        parts = {"sum": 1, "sample_mean": samples, "mean": samples * case.query_len}
+        yield "sinks", total / parts[plan.sink_sum]
     if case.bias is not None:
         yield "attn_mask", _of_bias(plan, scores * bias_slope, saved.call)
 

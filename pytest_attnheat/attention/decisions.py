@@ -143,6 +143,7 @@ class BackwardPlan(Plan):
         group_sum: Which heads add up to the gradient of a key head: neighbours ("sum"), those
             that take turns ("tile"), the "first" or "last" of the group, or their "mean".
         bias_sum: Likewise of the dimensions in which a bias is broadcast.
+        sink_sum: Likewise of the samples and queries that a sink is felt by, or the "sample_mean".
         detached: Whether no gradient passes through the weights.
         exchanged: Whether the gradients of query and key change places.
         kept_of_scores: Whether dropout is "applied" to dP, "ignored" there, or "not_rescaled".
@@ -160,6 +161,7 @@ class BackwardPlan(Plan):
     score_slope: Literal["applied", "missing"] = "applied"
     group_sum: Literal["sum", "tile", "first", "last", "mean"] = "sum"
     bias_sum: Literal["sum", "first", "last", "mean"] = "sum"
+    sink_sum: Literal["sum", "mean", "sample_mean"] = "sum"
     detached: bool = False
     exchanged: bool = False
     kept_of_scores: Literal["applied", "ignored", "not_rescaled"] = "applied"

@@ -28,7 +28,8 @@ from pytest_attnheat.attention.sketch import (
 from pytest_attnheat.attention.tolerance import drift_tolerance
 from pytest_attnheat.baselines.compare import numbered, said_of_sketches
 from pytest_attnheat.baselines.judging import Verdict
-from pytest_attnheat.capture.record import AttentionRecord, apart, name_of, parts_of
+from pytest_attnheat.callables import apart
+from pytest_attnheat.capture.record import AttentionRecord, name_of, parts_of
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.failure import Failure, Place
 from pytest_attnheat.heatmaps.record import joined, parted, sizes_of
@@ -89,7 +90,7 @@ def _layer_of(record: AttentionRecord) -> Layer:
     with apart():
         for maps, rows, part in parts_of(record):
             sketcher.add(maps, rows, part)
-            totals[maps] += _statistics(part, here[rows]).double().sum(1).cpu().numpy()
+            totals[maps] += _statistics(part, here[rows]).cpu().double().sum(1).numpy()
     name = name_of(record) + (f", call {record.call}" if record.call else "")
     return Layer(
         name, record.shape_here, dtype_name(record.dtype), sketcher.sketch(), totals / queries

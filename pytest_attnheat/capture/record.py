@@ -4,30 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch._C import _len_torch_dispatch_stack
-from torch.utils._python_dispatch import _disable_current_modes
 
 from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.computation import weights as weights_of
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, permits
-from pytest_attnheat.callables import accelerators
+from pytest_attnheat.callables import apart
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.carried import Carried
 from pytest_attnheat.capture.selection import Selection, batch_entry, chosen, float_dtype, within
-from pytest_attnheat.inputs import dtype_name, misuse, wide_dtype
+from pytest_attnheat.inputs import dtype_name, misuse, readable, wide_dtype
 
 # Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20
 # Weights that are smaller may be 0 by rounding.
 _SEEN = 1e-6
+
+
+# Of what a record that is a part of an attention holds but some.
+Part = Literal["", "keys", "queries"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,8 @@ class AttentionRecord:
         doubt: What about its shape is a guess; empty if the call says all.
         kind: "linear" if the weights are those that linear attention implies and never holds,
             "pooling" if they are a softmax of what was not seen to be queries times keys.
+        part: "keys" if other keys of its rows went where they are not recorded: no row is whole.
+            "queries" if its module put other queries beside them: all are numbered from 0.
         carried: What its module carries, which says what its attention should be.
         dropout: The probability with which weights were dropped after the softmax.
         heads: Which heads of the layer these are; None for all.
@@ -127,6 +130,7 @@ class AttentionRecord:
     mask_lost: bool = False
     doubt: str = ""
     kind: Literal["attention", "linear", "pooling"] = "attention"
+    part: Part = ""
     scale_steps: tuple[float, ...] = field(default=(), repr=False)
     scaled_before: tuple[float, ...] = field(default=(), repr=False)
     carried: tuple[Carried, ...] = field(default=(), repr=False)
@@ -159,7 +163,7 @@ class AttentionRecord:
             )
         if self.mask_lost:
             raise ValueError(f"{name_of(self)}: the mask is not known: its scores {self.strange}")
-        return _both(self.mask_besides_causality, _causal(self))
+        return both(self.mask_besides_causality, _causal(self))
 
     @property
     def hides_softly(self) -> bool:
@@ -179,7 +183,7 @@ class AttentionRecord:
         if self.bias is None:
             return self.given_mask
         seen = permits(self.bias)
-        return self.given_mask if bool(seen.all()) else _both(self.given_mask, seen)
+        return self.given_mask if bool(seen.all()) else both(self.given_mask, seen)
 
     @property
     def masked_late(self) -> Tensor | None:
@@ -235,7 +239,7 @@ class AttentionRecord:
         query, key, value = (t[some] for t in (self.query, self.key, self.value) if t is not None)
         mask, causal = self.given_mask, self.causal
         if self.queries is not None:
-            mask, causal = _both(mask, _causal(self)), None
+            mask, causal = both(mask, _causal(self)), None
         return Call(
             query,
             key,
@@ -296,8 +300,7 @@ class AttentionRecord:
         with apart():
             weights = torch.empty(shape, dtype=dtype, device=self.query.device)
             for maps, rows, part in parts_of(self, entry, weights.flatten(0, 1)):
-                of_part = weights.flatten(0, 1)[maps, rows]
-                own, hidden = of_part.tensor_split([part.shape[-1]], -1)
+                own, hidden = weights.flatten(0, 1)[maps, rows].tensor_split([part.shape[-1]], -1)
                 if not own.is_set_to(part):
                     own.copy_(part)
                 hidden.zero_()  # What causality hides.
@@ -358,30 +361,6 @@ class AttentionRecord:
         }
         sinks = self.sinks if dim == 2 else _taken(self.sinks, 0, here)
         return replace(self, **kept, sinks=sinks, statistics=statistics)
-
-
-class apart:  # noqa: N801
-    """Compute without gradients, autocast and modes: it is not the model's, and counts nowhere."""
-
-    def __enter__(self) -> None:
-        self._grad, self._others = torch.is_grad_enabled(), None
-        torch._C._set_grad_enabled(False)
-        self._functions = torch._C.DisableTorchFunction()
-        self._functions.__enter__()
-        casts, modes = torch._C._is_any_autocast_enabled(), _len_torch_dispatch_stack()
-        if not casts and not modes:  # This runs twice for each function of torch.
-            return
-        self._others = ExitStack()
-        for kind in ("cpu", *accelerators()) if casts else ():
-            self._others.enter_context(torch.autocast(kind, enabled=False))
-        if modes:
-            self._others.enter_context(_disable_current_modes())
-
-    def __exit__(self, *error: object) -> None:
-        if self._others is not None:
-            self._others.close()
-        self._functions.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self._grad)
 
 
 def parts_of(
@@ -456,17 +435,7 @@ def sharing(record: AttentionRecord, keys: Tensor | None) -> int:
     return 1 if keys is None else record.shape_here[1] // max(keys.shape[1], 1) or 1
 
 
-def readable(count: int) -> str:
-    """Bytes in words."""
-    size = float(count)
-    for unit in ("B", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.3g} GB"
-
-
-def _both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
     """What two masks permit; None is one that permits everything."""
     if one is None or other is None:
         return one if other is None else other

@@ -16,17 +16,17 @@ from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.carried import Carried, carried_by
 from pytest_attnheat.capture.record import (
     AttentionRecord,
+    Part,
     name_of,
     parts_of,
-    readable,
     sharing,
     statistics_of,
 )
 from pytest_attnheat.capture.selection import Selection, matches
 from pytest_attnheat.capture.tags import Tags
 from pytest_attnheat.capture.trace import Trace, Unseen
-from pytest_attnheat.capture.watching import Layers, Refused, Undo
-from pytest_attnheat.inputs import wide_dtype
+from pytest_attnheat.capture.watching import Layers, Refused
+from pytest_attnheat.inputs import readable, wide_dtype
 
 Keep = Literal["inputs", "weights", "statistics"]
 KEPT: tuple[Keep, ...] = get_args(Keep)
@@ -73,15 +73,15 @@ class Recording:
         self._bytes = 0
         self._expected: dict[int, str] = {}
 
-    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Undo:
-        """Keep what is wanted of an attention that happened; return what takes it back."""
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> _Taken | None:
+        """Keep what is wanted of an attention that happened."""
         layer = self._layers.current
         if layer is None:
             self.miss(record.source, "it happened outside of the model that is captured")
-            return lambda: None
+            return None
         self._trace._saw(self._layers.running)
         if not self._wanted.wants(layer):
-            return lambda: None
+            return None
         record = replace(
             record,
             layer=layer,
@@ -101,13 +101,7 @@ class Recording:
             raise Refused(error) from error
         kept = self._kept(selected, used)
         self._trace._append(kept)
-
-        def undo() -> None:
-            self._trace._remove(kept)
-            self._calls[layer] -= 1
-            self._bytes -= asked
-
-        return undo
+        return _Taken(self, kept, asked)
 
     def _carried(self, layer: str, record: AttentionRecord, tags: Tags) -> Iterator[Carried]:
         """What the module carries. Sinks that were used, and did not join, are used otherwise."""
@@ -198,6 +192,30 @@ class Recording:
         kept = replace(record, kept_weights=record.weights.detach(), score_mod=None)
         kept = _mapped(kept, _WITH_WEIGHTS, copied)
         return _mapped(kept, ("query", "key", "value", "output"), lambda tensor: None)
+
+
+@dataclass
+class _Taken:
+    """A record in the trace; None once another takes its place."""
+
+    recording: Recording
+    record: AttentionRecord | None
+    size: int
+
+    def undo(self) -> None:
+        """Take it back."""
+        if self.record is not None:
+            self.recording._trace._replace(self.record)
+            self.recording._calls[self.record.layer] -= 1
+            self.recording._bytes -= self.size
+            self.record = None
+
+    def mark(self, part: Part) -> None:
+        """Say of what it is a part."""
+        if self.record is not None:
+            marked = replace(self.record, part=part)
+            self.recording._trace._replace(self.record, marked)
+            self.record = marked
 
 
 def _verified(record: AttentionRecord, used: Tensor | None) -> AttentionRecord:

@@ -138,8 +138,8 @@ class Tag:
         unnormalised: The product with a value, of weights that their sum has yet to divide.
         part: Of weights of some of the keys: the first of them, and how many there are in all.
         parts: The products with values of such parts so far, by their first keys.
-        grouped: "exp" for what exp made, "sum" for what was added up of that in groups.
         attended: The attention that it is the result of.
+        grouped: "exp" for an exponential, "sums" for its sums over groups: edges of a graph.
     """
 
     before: tuple[int, ...] | None = None
@@ -162,8 +162,8 @@ class Tag:
     unnormalised: Any = None
     part: tuple[int, int] | None = None
     parts: dict[int, Any] = field(default_factory=dict)
-    grouped: str = ""
     attended: Any = None
+    grouped: str = ""
 
 
 class Tags:

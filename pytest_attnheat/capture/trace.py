@@ -201,7 +201,7 @@ class Trace(Sequence[AttentionRecord]):
     def __str__(self) -> str:
         """A table: layer, source, shape, residual; and what was not seen or ran differently."""
         rows = [("layer", "source", "shape", "residual")]
-        rows += [(r.layer, r.source, str(r.shape_here), _residual(r)) for r in self._records]
+        rows += [(r.layer, _source(r), str(r.shape_here), _residual(r)) for r in self._records]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
@@ -223,8 +223,9 @@ class Trace(Sequence[AttentionRecord]):
     def _append(self, record: AttentionRecord) -> None:
         self._records.append(record)
 
-    def _remove(self, record: AttentionRecord) -> None:
-        self._records.remove(record)
+    def _replace(self, record: AttentionRecord, *others: AttentionRecord) -> None:
+        place = self._records.index(record)
+        self._records[place : place + 1] = others
 
     def _saw(self, running: Iterable[str]) -> None:
         self._within.update(running)
@@ -239,6 +240,10 @@ class Trace(Sequence[AttentionRecord]):
 def _listed(layers: Sequence[str]) -> str:
     shown = ", ".join(layers[:8])
     return f"{shown} and {len(layers) - 8} more" if len(layers) > 8 else shown or "none"
+
+
+def _source(record: AttentionRecord) -> str:
+    return f"{record.source}, some {record.part}" if record.part else record.source
 
 
 def _residual(record: AttentionRecord) -> str:

@@ -16,12 +16,11 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.hooks import RemovableHandle
 
-from pytest_attnheat.capture.record import AttentionRecord, apart
+from pytest_attnheat.callables import apart
+from pytest_attnheat.capture.record import AttentionRecord, Part
 from pytest_attnheat.capture.tags import Tags
 
 _TRANSFORMED = "it ran inside of torch.func (vmap, grad ...)"
-# Takes a record back that is but a part of an attention.
-Undo = Callable[[], None]
 Function = Callable[..., Any]
 Args = tuple[Any, ...]
 Keywords = dict[str, Any]
@@ -71,10 +70,20 @@ class Refused(Exception):  # noqa: N818
         self.error = error
 
 
+class Taken(Protocol):
+    """A record of which more is heard."""
+
+    def undo(self) -> None:
+        """It was but a part of another, which takes its place."""
+
+    def mark(self, part: Part) -> None:
+        """It is a part of an attention."""
+
+
 class Recorder(Protocol):
     """Who wants to know of attention."""
 
-    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Undo:
+    def take(self, record: AttentionRecord, used: Tensor | None, tags: Tags) -> Taken | None:
         """An attention happened; `used` are the weights that were multiplied, if known."""
 
     def miss(self, what: str, why: str) -> None:
@@ -169,8 +178,8 @@ class Watcher(TorchFunctionMode):
         for recorder in self.recorders:
             recorder.found(numbers)
 
-    def tell(self, record: AttentionRecord, used: Tensor | None = None) -> list[Undo]:
-        """Hand an attention to all recorders; return what takes it back.
+    def tell(self, record: AttentionRecord, used: Tensor | None = None) -> list[Taken]:
+        """Hand an attention to all recorders; return what they took.
 
         Args:
             record: The attention.
@@ -180,7 +189,8 @@ class Watcher(TorchFunctionMode):
         if any(map(is_functorch_wrapped_tensor, tensors)):
             self.miss(record.source, _TRANSFORMED)
             return []
-        return [recorder.take(record, used, self.tags) for recorder in self.recorders]
+        taken = (recorder.take(record, used, self.tags) for recorder in self.recorders)
+        return [one for one in taken if one is not None]
 
     def miss(self, what: str, why: str) -> None:
         """Tell all recorders of what cannot be read."""

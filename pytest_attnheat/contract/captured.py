@@ -19,7 +19,7 @@ from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
 from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, Statistics
+from pytest_attnheat.capture.record import AttentionRecord, Statistics, both
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.asking import model_of
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
@@ -34,6 +34,8 @@ from pytest_attnheat.failure import Failure, Place, number_text
 
 # Above so many weights a diagnosis takes too long: fewer batch entries and heads are looked at.
 _MOST_WEIGHTS = 200_000
+# What tells a bias of 1 from one of 0, and how far rounding moves one.
+_HALF, _ROUNDED = 0.5, 1e-4
 
 
 @exits_as_errors()
@@ -159,8 +161,7 @@ def _diagnosed(
     # Weights that are 0 after the softmax tell of a mask where they were to be divided again.
     late = record.masked_late
     if late is not None:
-        given = record.given_mask
-        record = replace(record, given_mask=late if given is None else given & late)
+        record = replace(record, given_mask=both(record.given_mask, late))
     held = held_to(record, spec, name, own=own)
     assert record.output is not None
     output = record.output.detach().double().cpu()
@@ -190,8 +191,28 @@ def _diagnosed(
                 return f"its scores {record.strange}"
             diagnosis = told()
         else:
-            diagnosis = told()
+            diagnosis = _added_as_numbers(record, spec, probe, own=own) or told()
     return replace(diagnosis, inferred_weights=weights.cpu())
+
+
+def _added_as_numbers(
+    record: AttentionRecord, spec: AttentionSpec, probe: Probe, *, own: bool
+) -> Diagnosis | None:
+    """The diagnosis of a mask of 0 and 1 that is added to the scores, where a bias seemed to be."""
+    if record.bias is None:
+        return None
+    above = record.bias.double() - record.bias.double().amin(-1, keepdim=True)
+    one, flat = above > _HALF, above.amax(-1, keepdim=True) < _HALF
+    if bool(flat.all()) or float((above - one.double()).abs().max()) > _ROUNDED:
+        return None
+    name = _place(record)
+    for seen in (one | flat, ~one):
+        masked = replace(record, bias=None, given_mask=both(record.given_mask, seen))
+        case = held_to(masked, spec, name, own=own).case
+        found = explained(name, [replace(probe, case=case)], {})
+        if found.defects == ("mask_added_as_number",):
+            return found
+    return None
 
 
 def _up_to_a_scale(diagnosis: Diagnosis, scale: float) -> Diagnosis:

@@ -163,6 +163,8 @@ def _scale_of(record: AttentionRecord, spec: AttentionSpec) -> tuple[float | Non
         return (carried[0].value if carried else default), ""
     if _alike(used, default) and not carried:
         return used, ""
+    if isinstance(spec.softcap, float | int) and _alike(used * spec.softcap, default):
+        return default, ""  # what is capped is divided by the softcap before
     unsure = any(math.isnan(factor) for factor in record.scaled_before)
     against = _against(record)
     if against is not None and not unsure:

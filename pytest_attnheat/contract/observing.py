@@ -173,8 +173,10 @@ def _multiplied(one: _Seen) -> str:
     """Whether weights are the right ones, each times a number that their softmax does not know."""
     known = one.right > _SMALLEST
     factors = torch.where(known, one.weights / one.right, math.nan)
-    rest = (one.weights - one.right)[~known]
-    if bool((rest.abs() > _SMALLEST).any()) or bool(((factors - 1).abs() <= _LEFT)[known].all()):
+    elsewhere = one.weights[one.right < _LEAST]
+    if bool((elsewhere.abs() > _SMALLEST).any()) or _sink(one):
+        return ""
+    if bool(((factors - 1).abs() <= _LEFT)[known].all()):
         return ""
     zero = factors.abs() <= _LEFT
     if bool((zero | ((factors - 1).abs() <= _LEFT))[known].all()):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure
 
@@ -70,8 +71,8 @@ class HeatmapFigure(Figure):
 
 def show_heatmaps(
     matrices: object,
-    xlabel: str,
-    ylabel: str,
+    xlabel: str | None,
+    ylabel: str | None,
     titles: Sequence[str] | None = None,
     figsize: tuple[float, float] | None = (2.5, 2.5),
     cmap: str | Colormap = "Reds",
@@ -98,10 +99,11 @@ def show_heatmaps(
     Args:
         matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
             keys): a tensor of any real dtype, device and gradient state, a NumPy array, or
-            nested lists of equal maps. Usually rows are layers or samples and columns heads.
+            nested lists of equal maps. Usually rows are layers or samples and columns heads:
+            `outputs.attentions` of a model, a tuple of (1, heads, queries, keys), is drawn so.
             NaN is drawn blue; -inf, as in masked scores, like a masked cell.
-        xlabel: Name of the key axis.
-        ylabel: Name of the query axis.
+        xlabel: Name of the key axis; None for none.
+        ylabel: Name of the query axis; None for none.
         titles: One title for each column.
         figsize: Width and height of the whole figure in inches; None for a size at which all
             cells and labels have room.
@@ -159,6 +161,7 @@ def show_heatmaps(
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
     figure = HeatmapFigure(dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)  # so that its pixels can be asked for without saving it
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
@@ -230,7 +233,7 @@ def _size(
         inches = tuple(float(side) for side in figsize)
     except (TypeError, ValueError):
         inches = ()
-    if len(inches) != 2 or not all(0 < side < float("inf") for side in inches):
+    if len(inches) != 2 or not all(0 < side * dpi < math.inf for side in inches):
         accepted = "(width, height) in inches, or None for a size that fits"
         raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.

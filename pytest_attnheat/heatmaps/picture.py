@@ -179,10 +179,10 @@ def _box(index: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
 def _write_names(pen: Pen, design: Design, layout: Layout, notes: list[str]) -> None:
     words, area, (width, height) = design.words, layout.area, layout.size
     middle, centre = area.left + area.width / 2, area.top + area.height / 2
-    pen.across(words.xlabel, middle, layout.xlabel, width, width)
+    pen.across(words.xlabel or "", middle, layout.xlabel, width, width)
     # The query axis' name ends above the line that has the key axis' name.
     above = layout.xlabel - LINE / 2 * layout.em
-    pen.down(words.ylabel, layout.ylabel, centre, above, above)
+    pen.down(words.ylabel or "", layout.ylabel, centre, above, above)
     pen.across(words.title or "", middle, layout.title, width, width)
     for line, note in enumerate(notes):
         y = layout.notes + line * SMALL * LINE * layout.em
@@ -250,6 +250,9 @@ class _Axis:
         if self.given is None:
             every = round_up(every)
         indices = list(range(0, self.count, every))
+        # Where steps that are easy to count leave the first label alone, the last joins it.
+        if self.given is None and len(indices) == 1 and (self.count - 1) * step >= widest / LINE:
+            indices.append(self.count - 1)
         pitch = _pitch(self.edges, self.side)
         first = self._label(0)
         # The last label of a panel must keep clear of the first one of the next.
@@ -291,7 +294,15 @@ def _bar_ticks(scale: colors.Scale, most: int) -> list[tuple[float, str]]:
     inside = [tick for tick in ticks if low - slack <= tick <= high + slack]
     if len(inside) < 2:
         inside = [low, high]
-    return [((tick - low) / (high - low), f"{tick:.4g}") for tick in inside]
+    shares = [(tick - low) / (high - low) for tick in inside]
+    texts = [f"{tick:.4g}" for tick in inside]
+    if len(set(texts)) < len(texts):  # a small range far from zero: say how far above its end
+        return [(0.0, f"{low:.4g}"), (1.0, _above(low, high))]
+    return list(zip(shares, texts, strict=True))
+
+
+def _above(low: float, high: float) -> str:
+    return f"+{high - low:.1g}".replace("e-0", "e-")
 
 
 def _write_ranges(pen: Pen, scale: colors.Scale, layout: Layout) -> None:
@@ -299,7 +310,11 @@ def _write_ranges(pen: Pen, scale: colors.Scale, layout: Layout) -> None:
     room = layout.panel[0] + air
     for row, top in enumerate(layout.tops):
         for column, left in enumerate(layout.lefts):
-            text = f"{scale.low[row, column]:.3g} \N{EN DASH} {scale.high[row, column]:.3g}"
+            low, high = scale.low[row, column], scale.high[row, column]
+            start, end = f"{low:.3g}", f"{high:.3g}"
+            text = (
+                f"{start} \N{EN DASH} {_above(low, high) if start == end and low < high else end}"
+            )
             if not pen.fits(text, room):
                 got = f"panels of {layout.panel[0]} pixels, which have no room for a range {text!r}"
                 raise ValueError(misuse("figsize", got, _LARGER))

@@ -119,8 +119,8 @@ def round_up(number: int) -> int:
 class Words:
     """All that is written on a picture, as it was given; `numbers` is a format."""
 
-    xlabel: str
-    ylabel: str
+    xlabel: str | None
+    ylabel: str | None
     title: str | None = None
     titles: Sequence[str] | None = None
     row_titles: Sequence[str] | None = None

@@ -108,9 +108,10 @@ class Inside:
                     "its output goes on by a reshape without transpose(1, 2)"
                 )
         count = len(self._squares)
-        each = "no attention inside" if count > 1 else f"attention in {name_of(self._squares[0])}"
-        does = "lets it be" if count > 1 else "does not let it be"
-        return f"{each} {does} seen: it is seen outside of attention"
+        each = f"of {count} attentions none lets it be seen"
+        if count == 1:
+            each = f"attention in {name_of(self._squares[0])} does not let it be seen"
+        return f"{each}: it is seen outside of what was captured"
 
     def _is_merged_wrongly(self, output: Tensor) -> bool:
         batch, _, length, _ = output.shape
@@ -150,17 +151,9 @@ class Inside:
             share = float(on_padding.sum(-1).max())
             if share < _FELT:
                 continue
-            least = on_padding.masked_fill(~padding, math.inf).amin(-1)
-            several = padding.sum(-1) > 1
-            alike = bool(
-                ((on_padding.amax(-1) - least) <= _FELT)[several.expand(least.shape)].all()
-            )
-            why = "no mask hides it there"
-            if bool(several.any()) and alike:
-                why = "each the same: the mask multiplies scores, or inputs; it must fill with -inf"
             return (
                 f"padding gets up to {share:.2g} of the attention of a real token in "
-                f"{name_of(record)}, {why}"
+                f"{name_of(record)}{_why_it_gets_some(record, weights, padding)}"
             )
         return None
 
@@ -207,8 +200,31 @@ class Inside:
                 continue
             said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
             if said:
-                return f"in {name_of(own)} {said}"
+                return f"in {name_of(own)}, {said}"
         return None
+
+
+def _why_it_gets_some(record: AttentionRecord, weights: Tensor, padding: Tensor) -> str:
+    """What its weights show of a mask: that there is none, or that it makes scores 0."""
+    query, key, bias = record.query, record.key, record.bias
+    if query is None or key is None:
+        return ""
+    scale = query.shape[-1] ** -0.5 if record.scale is None else record.scale
+    scores = query.double() @ key.double().repeat_interleave(record.group, 1).mT * scale
+    if not record.mask_lost and record.mask is not None:
+        scores = scores.masked_fill(~record.mask, -math.inf)
+    scores = scores if bias is None else scores + bias.nan_to_num(neginf=0.0)
+    rows = padding.any(-1, keepdim=True).expand_as(scores)
+    laws = {
+        "each the same: the mask multiplies scores, or inputs; it must fill with -inf": (
+            scores.masked_fill(padding, 0.0)
+        ),
+        "no mask hides it there": scores,
+    }
+    for why, law in laws.items():
+        if bool(((law.softmax(-1) - weights.double()).abs() <= _ALIKE)[rows].all()):
+            return f", {why}"
+    return ""
 
 
 def _why_masks_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:

@@ -24,6 +24,7 @@ _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
 _FAINT = 0.02
 _NO_MASK = "all that is forbidden here is seen: no mask is applied, or only after the softmax?"
+_ONE_TOO_MANY = "each sees one place too many: a causal mask that is off by one?"
 # A picture takes one call of the subject for each of its columns.
 _ROWS, _COLUMNS = 6, 16
 # How many elements with the largest gradients are tried, to find the one that counts most.
@@ -105,6 +106,8 @@ def _cause_inside(worst: _Mover, seen: str | None) -> str | None:
         fact = "" if seen is None else seen.partition(": ")[0]
         return f"{fact}; {said}" if fact else said
     if real is not None and is_padding:
+        if seen == _ONE_TOO_MANY:
+            seen = "each sees one place too many: a mask off by one, or that of another sample?"
         said = inside.why_mask_fails(real)
         if said is None and seen in (None, _NO_MASK):
             said = inside.why_padding_is_seen(real)
@@ -149,7 +152,11 @@ def _cause_of_blindness(
     search: Search, observer: tuple[int, ...], missed: Sequence[int], crop: _Crop
 ) -> str | None:
     if not bool((crop.changes != 0).any()) and len(crop.changes) > 1:
-        return "none of the outputs around it changes either: is an earlier answer given again?"
+        around = search.base[observer[:-1]][crop.rows]
+        if bool((around == around[:1]).all()):
+            return "no output around it changes, and all are the same: is everything masked?"
+        if search.subject.has_queries:
+            return "no output around it changes either: is an earlier answer given again?"
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     future = [number for number in numbers if number > observer[-1]]
     if future and set(missed) <= set(future):
@@ -329,7 +336,7 @@ def _cause_in(crop: _Crop) -> str | None:
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
     extra = _elements_too_many(crop, wrongly)
     if extra == 1:
-        return "each sees one place too many: a causal mask that is off by one?"
+        return _ONE_TOO_MANY
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         allowed = crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist()
         strongest = max(allowed or [crop.change_by_all_seen_rightly()])

@@ -78,9 +78,7 @@ class MemorySubject(ModelSubject):
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from one that changes something else."""
         if felt:
-            return (
-                "outputs feel what the padding of the memory holds: no mask hides it, or too late"
-            )
+            return "outputs feel what the padding of the memory holds: is it masked?"
         if felt is None:
             return None
         return "outputs do not feel what the padding of the memory holds, only that it is there"

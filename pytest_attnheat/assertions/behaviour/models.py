@@ -411,10 +411,7 @@ class ModelSubject:
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from positions."""
         if felt:
-            return (
-                "real tokens feel what the padding holds: no mask hides it, or only after the "
-                "softmax"
-            )
+            return "real tokens feel what the padding holds: is it masked, and before the softmax?"
         if side == "right" and felt is None:
             return None
         if side == "right":

@@ -240,7 +240,7 @@ class _Trial:
                 side == "right" and holds(lambda: not left._alike(left.run(), left.run("all real")))
             )
         ):
-            return self._ignored()
+            return self._ignored(got)
         only = any(holds(other.passes) for other in sides)
         cause = None
         if inside is not None and real is not None:
@@ -272,9 +272,14 @@ class _Trial:
         """Whether padding on this side changes nothing."""
         return self._alike(self.run(), self.expected)
 
-    def _ignored(self) -> str:
+    def _ignored(self, got: Tensor) -> str:
         argument = self.subject.mask_argument
         if argument is not None:
+            if not holds(lambda: not differ(self.run("opposite"), got, self.allowed)):
+                return (
+                    f"{argument} changes no output of a real token here, but is not ignored: is it "
+                    "applied to queries in place of keys, or that of another sample?"
+                )
             return f"{argument} changes nothing: it is ignored"
         where = "after them" if self.padding.side == "right" else "before them"
         return (

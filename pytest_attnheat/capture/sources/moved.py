@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from pytest_attnheat.capture.shaping import in_windows, joined, still_joined
-from pytest_attnheat.capture.sources.reading import tell_divided
+from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
 from pytest_attnheat.capture.tags import Scores, Tag, coarser
 from pytest_attnheat.capture.watching import After, Call, Function
 
@@ -37,6 +37,8 @@ _PARTS = {"getitem", "narrow", "select", "slice", "index_select"}
 _PAIRS = {"view_as_complex", "view_as_real"}
 _JOINS = {"cat", "concat", "concatenate", "stack"}
 _FACTORS = ("mul", "div", "multiply", "divide")
+# Of groups that an index tells.
+_SUMS_OF_GROUPS = {"index_add", "scatter_add", "scatter_reduce", "index_put"}
 # After these, scores are weights that lack but their sum.
 _EXPONENTIALS = {"exp", "exp2", "log_softmax"}
 
@@ -153,16 +155,18 @@ def _paired(base: str, call: Call) -> After | None:
 
 def anything(base: str, call: Call) -> After | None:
     """Element by element: what comes out of tagged tensors of the same shape is tagged."""
-    tags, every = call.watcher.tags, [*call.args[:3], *call.kwargs.values()]
+    most = 4 if base in _SUMS_OF_GROUPS else 3
+    tags, every = call.watcher.tags, [*call.args[:most], *call.kwargs.values()]
     tags.use(*every)
     known = [tags[one] for one in every]
+    grouped = [tag.grouped if tag is not None else "" for tag in known]
+    if any(grouped) or (base == "exp" and not any(known)):
+        if (now := _of_groups(call, base, grouped)) != "":
+            return lambda output: tags.put(output, Tag(grouped=now))
+        known = [tag if of == "" else None for tag, of in zip(known, grouped, strict=True)]
     number = _factor_of(base, every)
     if number is None and not any(known):
-        if base == "exp":
-            return lambda output: tags.put(output, Tag(grouped="exp"))
         return (lambda output: _outer(call, every, output)) if base in _FACTORS[:2] else None
-    if base in ("div", "divide") and [t.grouped for t in known[:2] if t] == ["exp", "sum"]:
-        call.watcher.miss("softmax over groups", "each has a length of its own, as in a graph")
     place = next((i for i, t in enumerate(known) if t and (t.weights or t.scores)), None)
     if place is None:
         return lambda output: _follow(call, base, number, known, every, output)
@@ -189,18 +193,19 @@ def anything(base: str, call: Call) -> After | None:
             _outer(call, every, output)
         elif tag.scores is not None:
             scores = _changed(tag.scores, call, base, number, output)
-            grouped = "exp" if base == "exp" else tag.grouped
-            tags[output] = replace(tag, scores=scores, parametric=False, grouped=grouped)
+            tags[output] = replace(tag, scores=scores, parametric=False)
 
     return after
 
 
-def _gathered(base: str, call: Call) -> After | None:
-    """Sums of groups of rows, as of the edges of each node of a graph."""
-    known = [call.watcher.tags[one] for one in (*call.args, *call.kwargs.values())]
-    if not any(tag is not None and tag.grouped == "exp" for tag in known):
-        return None
-    return lambda output: call.watcher.tags.put(output, Tag(grouped="sum"))
+def _of_groups(call: Call, base: str, grouped: list[str]) -> str:
+    """What comes next in a softmax over groups of elements, as the edges of a graph."""
+    if base in ("div", "divide") and grouped[:2] == ["exp", "sums"]:
+        why = "its rows are groups of elements, as the edges of a graph are, and no matrix"
+        call.watcher.miss("exp, divided by its sums", why)
+    if base in ("add", "clamp", "clamp_min"):
+        return grouped[0]
+    return "exp" if base == "exp" else "sums" if base in _SUMS_OF_GROUPS else ""
 
 
 def _outer(call: Call, every: list[Any], output: Any) -> None:
@@ -280,6 +285,9 @@ def _follow(
     output: Any,
 ) -> None:  # fmt: skip
     """Keep track of what queries or keys were multiplied by, and of their axes, as they rotate."""
+    if base == "add" and len(known) == 2 and all(map(attended_of, known)):  # Parts of an attention.
+        call.watcher.tags[output] = known[1] or Tag()
+        return
     factors = [1.0 if tag is None else tag.factor for tag in known]
     factor = math.prod(factors)
     if number is not None:
@@ -294,12 +302,10 @@ def _follow(
             shapes = [one.shape[-2:] for one in every if isinstance(one, Tensor)]
             classes = parametric and made.shape[-2:] in shapes
             axes = _axes(known, every, made)
-            sums = next((tag.grouped for tag in known if tag and tag.grouped == "sum"), "")
-            if factor != 1 or classes or axes.before or axes.windows or sums:
+            if factor != 1 or classes or axes.before or axes.windows:
                 call.watcher.tags[made] = Tag(
-                    factor=factor, parametric=classes, before=axes.before, windows=axes.windows,
-                    grouped=sums,
-                )  # fmt: skip
+                    factor=factor, parametric=classes, before=axes.before, windows=axes.windows
+                )
 
 
 def _axes(known: list[Tag | None], every: Sequence[Any], made: Tensor) -> Tag:
@@ -336,6 +342,10 @@ def _joined(base: str, call: Call) -> After | None:
     tags.use(*parts)
     known = [tags[one] for one in parts]
     first = next((tag for tag in known if tag is not None and (tag.scores or tag.weights)), None)
+    found = map(attended_of, known)
+    pieces = [(one, of) for one, of in zip(parts, found, strict=True) if of is not None]
+    if base != "stack" and len(pieces) > 1:
+        mark_blocks(pieces, call.given(1, "dim", 0))
     if base == "stack" and first is None:
         return lambda output: tags.put(output, Tag(of_experts=True))
     if not any(known):
@@ -411,5 +421,4 @@ SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
     (_PAIRS, _paired),
     (_JOINS, _joined),
     ({"setitem"}, _overwritten),
-    ({"scatter_add", "index_add", "scatter_reduce"}, _gathered),
 )

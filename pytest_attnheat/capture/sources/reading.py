@@ -23,37 +23,64 @@ from pytest_attnheat.capture.tags import (
     without_factor,
     without_repetition,
 )
-from pytest_attnheat.capture.watching import Undo, Watcher
+from pytest_attnheat.capture.watching import Taken, Watcher
 
 
 @dataclass(frozen=True)
 class Attended:
-    """An attention that was told: what made it, and what takes it back."""
+    """An attention that was told: what made it, and the records of it."""
 
     tag: Tag
     product: Product
-    undo: list[Undo]
+    taken: list[Taken]
 
 
 def tell(watcher: Watcher, product: Product) -> Attended | None:
     """Tell the recorders of a product of weights and values."""
     tag = watcher.tags[product.left_source]
     assert tag is not None
-    watcher.found(tag.softmaxes)
     alike = _repeat_beside(product)
     product = _spread(product)
-    within = _attended(watcher.tags[product.right_source])
-    if within is not None and _is_linear(tag, within.tag):
-        return _tell_linear(watcher, tag, product, within)
-    attended = _told(watcher, tag, product, **alike)
-    if tag.part is None or attended is None:
-        return attended
+    within = attended_of(watcher.tags[product.right_source])
+    if tag.part is None:
+        watcher.found(tag.softmaxes)
+        if within is not None and _is_linear(tag, within.tag):
+            return _tell_linear(watcher, tag, product, within)
+        return _told(watcher, tag, product, **alike)
+    attended = _told(watcher, tag, product, **alike, **_OF_SOME_KEYS)
+    if attended is None:
+        return None
     # The model may add the other parts to this one in place.
     own = replace(product, output=product.output.clone())
     tag.parts[tag.part[0]] = replace(attended, product=own)
     if sum(one.product.left.shape[-1] for one in tag.parts.values()) < tag.part[1]:
-        return None
+        return attended
+    watcher.found(tag.softmaxes)
     return _told(watcher, replace(tag, scores=None, clean=None), _together(tag.parts))
+
+
+# Scores of some keys make other weights than they had among all.
+_OF_SOME_KEYS: dict[str, Any] = {
+    "part": "keys", "strange": "were cut into parts by their keys", "mask_lost": True,
+    "given_mask": None, "bias": None, "scale": None, "softcap": None, "sinks": None,
+}  # fmt: skip
+
+
+def mark_blocks(pieces: list[tuple[Tensor, Attended]], axis: int) -> None:
+    """Mark attentions as blocks of queries, if their outputs were put beside one another as such.
+
+    Heads may be put together as well, along an axis of their own, and batch entries along the
+    first.
+    """
+    tensor, first = pieces[0]
+    *lead, queries, _width = first.product.output.shape
+    shapes = {one.product.left.shape[-2:] for _, one in pieces}
+    axis %= tensor.ndim
+    within = 0 < axis < tensor.ndim - 1 and math.prod(tensor.shape[:axis]) == math.prod(lead)
+    if within and (len(shapes) > 1 or (axis == tensor.ndim - 2 and tensor.shape[axis] == queries)):
+        for _, one in pieces:
+            for taken in one.taken:
+                taken.mark("queries")
 
 
 def _told(watcher: Watcher, tag: Tag, product: Product, **known: Any) -> Attended | None:
@@ -65,7 +92,8 @@ def _told(watcher: Watcher, tag: Tag, product: Product, **known: Any) -> Attende
     return Attended(tag, product, watcher.tell(replace(record, **known), used))
 
 
-def _attended(tag: Tag | None) -> Attended | None:
+def attended_of(tag: Tag | None) -> Attended | None:
+    """Return the attention that a tensor is the result of."""
     found = None if tag is None else tag.attended
     return found if isinstance(found, Attended) else None
 
@@ -78,8 +106,8 @@ def _is_linear(outer: Tag, inner: Tag) -> bool:
 
 def _tell_linear(watcher: Watcher, tag: Tag, product: Product, inner: Attended) -> Attended | None:
     """Tell of linear attention, by the weights that it implies, in place of its inner half."""
-    for undo in inner.undo:
-        undo()
+    for taken in inner.taken:
+        taken.undo()
     weights = product.left @ inner.product.left
     value = inner.product.right.expand(*weights.shape[:-2], -1, -1)
     whole = Product(weights, value, product.output, weights, inner.product.right_source)
@@ -90,8 +118,8 @@ def _tell_linear(watcher: Watcher, tag: Tag, product: Product, inner: Attended) 
 def _together(parts: dict[int, Attended]) -> Product:
     """One product of parts of the keys."""
     for one in parts.values():
-        for undo in one.undo:
-            undo()
+        for taken in one.taken:
+            taken.undo()
     products = [parts[start].product for start in sorted(parts)]
     lead = products[0].output.shape[:-2]
     left = torch.cat([one.left for one in products], -1)
