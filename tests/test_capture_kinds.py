@@ -398,7 +398,7 @@ def edges_by_index(x):
 
 
 def edges_by_scatter(x):
-    scores = (x[SOURCES] * x[TARGETS]).sum(-1)
+    scores = (x[SOURCES] * x[TARGETS]).sum(-1) / 3
     shares = (scores - scores.max()).exp()
     sums = torch.zeros(4).scatter_add_(0, TARGETS, shares) + 1e-16
     weights = shares / sums.index_select(0, TARGETS)
@@ -478,6 +478,25 @@ def test_a_convolution_may_be_called_attention():
     with capture_attention(model, allow_empty=True) as trace:
         model(X)
     assert trace.unseen == ()
+
+
+class KernelAttention(nn.Module):
+    """Linear attention without a softmax, of what a convolution makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = ConvAttention()
+
+    def forward(self, x):
+        q, k, v = (self.project(x).relu() for _ in range(3))
+        return q @ (k.mT @ v)
+
+
+def test_a_convolution_in_attention_that_was_not_seen_does_not_stand_for_it():
+    model = nn.Sequential(KernelAttention())
+    with capture_attention(model, allow_empty=True, allow_unseen=True) as trace:
+        model(X)
+    assert [(unseen.layer, unseen.what) for unseen in trace.unseen] == [("0", "KernelAttention")]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

@@ -160,7 +160,8 @@ def anything(base: str, call: Call) -> After | None:
     tags.use(*every)
     known = [tags[one] for one in every]
     grouped = [tag.grouped if tag is not None else "" for tag in known]
-    if any(grouped) or (base == "exp" and not any(known)):
+    plain = not any(tag is not None and (tag.scores or tag.weights) for tag in known)
+    if any(grouped) or (base == "exp" and plain):
         if (now := _of_groups(call, base, grouped)) != "":
             return lambda output: tags.put(output, Tag(grouped=now))
         known = [tag if of == "" else None for tag, of in zip(known, grouped, strict=True)]
