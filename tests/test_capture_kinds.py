@@ -63,6 +63,10 @@ def test_batch_and_heads_may_be_joined_while_queries_keys_and_values_are_one_ten
 
 LONG_FIRST, PICTURE = draw("long", 6, 2, 32), draw("picture", 2, 32, 3, 2)
 HEADS_IN_BATCH = {
+    "a chunk of one, as before": (
+        lambda: LONG_FIRST.view(2, 4, 6, 8).reshape(8, 6, 8).chunk(1)[0],
+        lambda: LONG_FIRST.view(2, 4, 6, 8),
+    ),
     "a head's width is split off, time first": (
         lambda: LONG_FIRST.view(6, 8, 8).transpose(0, 1),
         lambda: LONG_FIRST.view(6, 2, 4, 8).permute(1, 2, 0, 3),
