@@ -73,9 +73,8 @@ class Seen(TorchDispatchMode):
         self.kinds[self.kinds[""]] = self.kinds[""]
         self._of: dict[int, Softmax] = {}
         self._alive: list[Any] = []
-        self._fixed = {
-            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
-        }
+        known = (*model.parameters(), *model.buffers())
+        self._fixed = {_place(tensor) for tensor in known if tensor.layout == torch.strided}
 
     @property
     def module(self) -> str:
@@ -89,9 +88,9 @@ class Seen(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         result = output[0] if isinstance(output, tuple | list) and output else output
-        if not isinstance(result, Tensor) or result.is_meta:
+        if not isinstance(result, Tensor) or not _is_plain(result):
             return output
-        tensors = [one for one in _flat(args) if isinstance(one, Tensor) and not one.is_meta]
+        tensors = [one for one in _flat(args) if isinstance(one, Tensor) and _is_plain(one)]
         if name in _SOFTMAX and result.ndim > 0:
             given, dim = args[0], args[1] % result.ndim
             found = Softmax(
@@ -153,6 +152,10 @@ def _of_fused(
         hidden = hidden | (scores <= HIDDEN)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num().float()
     return Softmax(module, weights, hidden, _are_wild(scores), attends=True)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _place(tensor: Tensor) -> int:
@@ -338,12 +341,16 @@ def _alike(
     given, hidden = softmax.weights, softmax.hidden
     if record.sink_weights is not None or given.shape[-1] == weights.shape[-1] + 1:
         given, hidden = given[..., : weights.shape[-1]], hidden[..., : weights.shape[-1]]
-    if record.heads is not None or given.shape[-1] != weights.shape[-1]:
+    if record.kind == "pooling" and given.shape[-1] == 1 and given.numel() == weights.numel():
+        given, hidden = given.reshape(weights.shape), hidden.reshape(weights.shape)
+    if given.shape[-1] != weights.shape[-1]:
         return
     if given.numel() != weights.numel():
         # One map for all heads or batch entries may be broadcast.
         if given.ndim == weights.ndim and _broadcasts(given, weights):
             given, hidden = given.expand_as(weights), hidden.expand_as(weights)
+        elif record.doubt and weights.numel() % given.numel() == 0:
+            given, hidden = (_repeated(one, weights) for one in (given, hidden))
         else:
             return
     axes = range(given.ndim - 1)
@@ -354,6 +361,12 @@ def _alike(
         if off <= close and bool((laid.isnan() == weights.isnan()).all()):
             yield hidden.permute(*order, -1).reshape(weights.shape), off
             return
+
+
+def _repeated(given: Tensor, weights: Tensor) -> Tensor:
+    """A map for each of some heads as one for each of more, beside one another."""
+    many = weights.numel() // given.numel()
+    return given.unsqueeze(-3).expand(*given.shape[:-2], many, *given.shape[-2:]).flatten(-4, -3)
 
 
 def _broadcasts(given: Tensor, weights: Tensor) -> bool:

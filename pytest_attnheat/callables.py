@@ -99,7 +99,11 @@ def borrowed(subject: object, *tensors: Tensor, seed: int = 0) -> Iterator[None]
     """
     modules = [part for module in modules_in(subject) for part in module.modules()]
     modes = [(module, module.training) for module in modules]
-    buffers = [_Buffer(module, name) for module in modules for name in module._buffers]
+    buffers = [
+        (module, name, buffer, None if buffer is None else buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+    ]
     python, numpy = random.getstate(), np.random.get_state()
     with random_kept(t.device for t in tensors):
         seed_all(seed)
@@ -179,26 +183,16 @@ def _module(kind: str) -> Any:
     return getattr(torch, kind, None)
 
 
-class _Buffer:
-    """A buffer of a module, for instance the running mean of a batch norm."""
-
-    def __init__(self, module: nn.Module, name: str) -> None:
-        self._module, self._name = module, name
-        self._tensor = module._buffers[name]
-        self._copy = None if self._tensor is None else self._tensor.detach().clone()
-
-    def restore(self) -> tuple[Tensor, Tensor] | None:
-        """Put it back in its place; what it holds is left to the caller, with a copy of before."""
-        self._module._buffers[self._name] = self._tensor
-        if self._tensor is None or self._copy is None:
-            return None
-        return self._tensor, self._copy
-
-
 @torch.no_grad()
-def _restore(buffers: Sequence[_Buffer]) -> None:
-    """Restore buffers. Those that did not change are not written to: autograd would see it."""
-    pairs = [pair for buffer in buffers if (pair := buffer.restore()) is not None]
+def _restore(buffers: Sequence[tuple[nn.Module, str, Tensor | None, Tensor | None]]) -> None:
+    """Put buffers back, such as the running mean of a batch norm, with what they held.
+
+    Those that did not change are not written to: autograd would see it.
+    """
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for module, name, buffer, before in buffers:
+        module._buffers[name] = buffer
+        pairs += [] if buffer is None or before is None else [(buffer, before)]
     for device in {now.device for now, _ in pairs}:
         own = [pair for pair in pairs if pair[0].device == device]
         flags: list[bool] = torch.stack([changed(*pair).any() for pair in own]).tolist()

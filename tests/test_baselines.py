@@ -17,6 +17,8 @@ from pytest_attnheat import show_heatmaps
 def test_picture():
     return show_heatmaps(np.eye(6), "Keys", "Queries")
 """
+# Another process need not import Hypothesis, a second long.
+LIGHT = ("-p", "no:hypothesispytest")
 MODES = {
     "without --mpl": [],
     "with --mpl": ["--mpl"],
@@ -47,8 +49,8 @@ def test_workers_compare_as_one_process_does(pytester, generate):
     pytester.makepyfile(test_a=PICTURE, test_b=PICTURE.replace("np.eye(6)", "np.eye(6)[::-1]"))
     generate()
     pytester.makepyfile(test_b=PICTURE)
-    # Without --mpl, test_updates.py has workers compare.
-    result = pytester.runpytest("-n", "2", "--mpl")
+    # Without --mpl, test_updates.py has workers compare, two of them; one is as far away as two.
+    result = pytester.runpytest("-n", "1", "--mpl", *LIGHT)
     result.assert_outcomes(passed=1, failed=1)
     result.stdout.fnmatch_lines(["FAILED test_b.py::test_picture *"])
 
@@ -162,7 +164,7 @@ def test_the_users_style_does_not_show(pytester, mode, generate):
     pytester.makepyfile(PICTURE)
     generate()
     pytester.makefile("", matplotlibrc="figure.facecolor: red\nfont.size: 20\nfigure.dpi: 50\n")
-    pytester.runpytest_subprocess(*mode).assert_outcomes(passed=1)
+    pytester.runpytest_subprocess(*mode, *LIGHT).assert_outcomes(passed=1)
 
 
 DEVICES = """
@@ -292,7 +294,7 @@ MARKED_WRONGLY = {
 }
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["one process", "a worker"])
+@pytest.mark.parametrize("workers", [[], ["-n", "1", *LIGHT]], ids=["one process", "a worker"])
 def test_marker_arguments_that_are_not_known_fail_the_test(pytester, workers):
     tests = [
         f"@pytest.mark.heatmap_compare({arguments})\ndef test_{number}(): ...\n"

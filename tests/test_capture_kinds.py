@@ -92,6 +92,16 @@ def test_windows_are_not_called_heads_without_a_doubt(attend):
     assert record.doubt == "whether its axis of heads is one of windows is not known"
 
 
+def test_blocks_of_pictures_of_each_head_are_not_called_heads_without_a_doubt():
+    def attend():
+        blocks = PICTURE.reshape(8, 8, 3, 2).permute(0, 2, 3, 1)
+        return (blocks @ blocks.mT).softmax(-1) @ blocks
+
+    record = only(attend)
+    assert record.shape == (8, 3, 2, 2)
+    assert record.doubt == "whether its axis of heads is one of windows is not known"
+
+
 def test_channels_in_two_axes_are_not_called_heads_without_a_doubt():
     points = draw("points", 2, 6, 2, 3)
     record = only(lambda: torch.einsum("bij,bjdc->bidc", scores_of(X).softmax(-1), points))
@@ -108,6 +118,25 @@ def test_weights_in_a_product_that_cannot_be_read_are_named():
     trace = traced(lambda: torch.einsum("bnd,bnd->bd", LINEAR(X).softmax(1), X))
     assert [str(unseen) for unseen in trace.unseen] == [
         "(no layer): softmax: its result went into einsum, which cannot be read"
+    ]
+
+
+@pytest.mark.parametrize("score", [
+    lambda: draw("edges", 5, 4),
+    lambda: (draw("from", 5, 4, 8) * draw("to", 5, 4, 8)).sum(-1),
+], ids=["of a layer", "of a product"])  # fmt: skip
+def test_a_softmax_over_the_edges_of_each_node_is_named(score):
+    nodes = torch.tensor([0, 0, 1, 2, 2])
+
+    def attend():
+        edges = score()
+        shares = (edges - edges.amax()).exp()
+        sums = torch.zeros(3, 4).scatter_add_(0, nodes[:, None].expand_as(edges), shares) + 1e-16
+        return shares / sums.index_select(0, nodes)
+
+    assert [str(unseen) for unseen in traced(attend).unseen] == [
+        "(no layer): exp, divided by its sums: its rows are groups of elements, as the edges of a "
+        "graph are, and no matrix"
     ]
 
 
@@ -366,7 +395,7 @@ def test_some_keys_of_rows_are_marked_and_the_others_named():
         weights = (query @ key.mT).softmax(-1)
         return weights[..., :2] @ value[:, :, :2], weights[..., 2:].sort(-1)
 
-    trace = traced(attend, allow_unseen=True)
+    trace = traced(attend)
     assert [(record.part, record.trusted) for record in trace] == [("keys", True)]
     assert_weights(trace[0], plain_weights(query, key, scale=1.0)[..., :2])
     for refused in (assert_row_stochastic, assert_causal):
@@ -397,7 +426,7 @@ def edges_by_scatter(x):
 
 @pytest.mark.parametrize("edges", [edges_by_index, edges_by_scatter])
 def test_a_softmax_over_the_edges_of_a_graph_is_named(edges):
-    (unseen,) = traced(edges, X[0, :4], allow_unseen=True).unseen
+    (unseen,) = traced(edges, X[0, :4]).unseen
     assert str(unseen) == (
         "(no layer): exp, divided by its sums: its rows are groups of elements, as the edges of a "
         "graph are, and no matrix"

@@ -204,7 +204,7 @@ FAILING = """
 """
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "1"]])
+@pytest.mark.parametrize("workers", [[], ["-n", "1", "-p", "no:hypothesispytest"]])
 def test_pytest_leaves_the_picture_and_says_where(pytester, workers):
     pytester.makepyfile(test_a=FAILING)
     result = pytester.runpytest("-W", "error", *workers)

@@ -5,12 +5,14 @@ import io
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
 import torch
 from matplotlib import pyplot
+from matplotlib.colors import LinearSegmentedColormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 from panel_figures import figures, panel_hash
@@ -55,6 +57,24 @@ def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
 
 
+def assert_no_text_is_cut_off_or_overlaps(figure):
+    width, height = pixels(figure).shape[1::-1]
+    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
+    extents = [t.get_window_extent(renderer) for t in figure.findobj(Text) if t.get_text()]
+    for extent in extents:
+        assert extent.x0 >= -1
+        assert extent.x1 <= width + 1
+        assert extent.y0 >= -1
+        assert extent.y1 <= height + 1
+    for index, one in enumerate(extents):
+        for other in extents[:index]:
+            overlap = (
+                min(one.x1, other.x1) - max(one.x0, other.x0),
+                min(one.y1, other.y1) - max(one.y0, other.y0),
+            )
+            assert min(overlap) < 1, "two texts overlap by more than rounding"
+
+
 def reds(values):
     """Colour values of 0 to 1 as matplotlib itself does."""
     return np.array(matplotlib.colormaps["Reds"](np.asarray(values, np.float64), bytes=True))[
@@ -95,6 +115,18 @@ def test_labels_and_titles_are_written():
         row_titles=["first", "second"], title="All",
     )  # fmt: skip
     assert {"Keys", "Queries", "one", "two", "first", "second", "All"} <= set(texts(figure))
+
+
+def test_no_name_of_an_axis_writes_nothing():
+    figure = show_heatmaps(softmax_maps(4, 4), None, None)
+    assert not {"None", "none"} & set(texts(figure))
+    assert sheet(figure).layout.panel > sheet(show_heatmaps(torch.eye(4), "K", "Q")).layout.panel
+
+
+def test_both_queries_of_the_textbooks_call_have_their_label():
+    weights = torch.full((1, 1, 2, 10), 0.1)
+    figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
+    assert texts(figure)[2:9] == ["0", "2", "4", "6", "8", "0", "1"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
@@ -187,6 +219,15 @@ def test_a_constant_map_is_drawn(value):
     assert low < high
 
 
+@pytest.mark.parametrize("scale", ["shared", "panel"])
+def test_no_two_ends_of_a_scale_are_written_alike(scale):
+    values = torch.tensor([[5.0, 5.0 + 7.6294e-6]])
+    written = texts(show_heatmaps(values, "K", "Q", scale=scale, figsize=(4, 4)))
+    assert {"shared": "+8e-6", "panel": "5 – +8e-6"}[scale] in written
+    assert "5 – 5" not in written
+    assert written.count("5") < 2
+
+
 def test_given_limits_hold():
     figure = show_heatmaps(softmax_maps(4, 4), "K", "Q", vmin=0, vmax=0.25)
     assert figure.picture.shown.scale.range == (0, 0.25)
@@ -242,12 +283,19 @@ def test_scores_behind_a_mask_are_nothing_to_count():
     assert not any("masked" in text for text in texts(figure))
 
 
-@pytest.mark.parametrize("name", ["tab10", "Set3", "viridis", "RdBu", "Paired"])
-def test_any_colormap_gives_a_value_the_colour_that_matplotlib_gives_it(name):
+@pytest.mark.parametrize(
+    "cmap",
+    ["tab10", "Set3", "viridis", "RdBu", "Paired", pyplot.cm.Reds, ListedColormap(["w", "r", "k"]),
+     LinearSegmentedColormap.from_list("own", ["w", "b"], N=1000)],
+    ids=lambda cmap: getattr(cmap, "name", cmap),
+)  # fmt: skip
+def test_any_colormap_or_its_name_gives_a_value_the_colour_that_matplotlib_gives_it(cmap):
     values = np.linspace(0.01, 0.99, 50).astype(np.float32).reshape(5, 10)
-    figure = show_heatmaps(values, "Keys", "Queries", cmap=name)
-    oracle = np.array(matplotlib.colormaps[name](values, bytes=True))[..., :3]
-    np.testing.assert_array_equal(cell_colors(figure)[0, 0], oracle)
+    figure = show_heatmaps(values, "Keys", "Queries", cmap=cmap)
+    colormap = matplotlib.colormaps[cmap] if isinstance(cmap, str) else cmap
+    oracle = np.array(colormap(values, bytes=True), np.int16)[..., :3]
+    # Of 1000 colours, 256 are drawn.
+    assert np.abs(cell_colors(figure)[0, 0] - oracle).max() <= (colormap.N > 256)
 
 
 def test_the_largest_numbers_there_are_keep_their_order():
@@ -338,21 +386,7 @@ CASES = {
 def test_no_text_is_cut_off_and_none_overlaps_another(case):
     weights, options = CASES[case]
     figure = show_heatmaps(weights, "Keys of the map", "Queries", **options)
-    width, height = pixels(figure).shape[1::-1]
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    extents = [t.get_window_extent(renderer) for t in figure.findobj(Text) if t.get_text()]
-    for extent in extents:
-        assert extent.x0 >= -1
-        assert extent.x1 <= width + 1
-        assert extent.y0 >= -1
-        assert extent.y1 <= height + 1
-    for index, one in enumerate(extents):
-        for other in extents[:index]:
-            overlap = (
-                min(one.x1, other.x1) - max(one.x0, other.x0),
-                min(one.y1, other.y1) - max(one.y0, other.y0),
-            )
-            assert min(overlap) < 1, "two texts overlap by more than rounding"
+    assert_no_text_is_cut_off_or_overlaps(figure)
 
 
 def test_tokens_of_any_script_are_drawn_without_a_warning():
@@ -436,6 +470,100 @@ def test_a_highlight_without_a_key_outlines_the_whole_query():
     assert changed[:, 0].max() == layout.tops[0] + layout.panel[1] + 2
 
 
+# -- what people do with a figure --------------------------------------------------------------
+
+
+def mark(axes, key, query, size=1):
+    axes.plot([key], [query], "s", color="lime", markersize=size, markeredgewidth=0)
+
+
+def is_lime(image):
+    return (image == (0, 255, 0)).all(-1)
+
+
+@pytest.mark.parametrize("side", [6, 600])
+def test_a_point_of_an_axes_lies_on_its_key_and_query(side):
+    figure = show_heatmaps(softmax_maps(2, 3, side, side), "K", "Q", figsize=(6, 4))
+    assert len(figure.axes) == 6
+    key, query = side // 2, side - 1
+    mark(figure.axes[4], key, query, 3)
+    for dpi in (100, 150):
+        down, across = np.argwhere(is_lime(pixels(figure, dpi=dpi))).mean(0)
+        layout = (
+            sheet(figure).layout if dpi == 100 else figure.picture.prepare((900, 600), 150).layout
+        )
+        block = figure.picture.block(layout)
+        left = layout.lefts[1] + (key + 0.5) / block[1] * layout.cell[0]
+        top = layout.tops[1] + (query + 0.5) / block[0] * layout.cell[1]
+        assert (across, down) == (pytest.approx(left, abs=1.5), pytest.approx(top, abs=1.5))
+
+
+def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
+    figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q", figsize=(5, 5))
+    before = pixels(figure)
+    tight = pixels(figure, bbox_inches="tight")
+    assert not vars(figure)["_localaxes"]
+    assert figure.gca() is figure.axes[0]
+    np.testing.assert_array_equal(pixels(figure), before)
+    np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)
+    figure.delaxes(figure.axes[0])
+    assert len(figure.axes) == 3
+
+
+@pytest.mark.parametrize("figsize", [(5, 5), None])
+def test_titles_of_matplotlib_have_lines_of_their_own(figsize):
+    figure = show_heatmaps(
+        softmax_maps(2, 2, 7, 7), "K", "Q", ["a", "b"], figsize, title="given", scale="panel"
+    )
+    cell = sheet(figure).layout.cell
+    figure.suptitle("All", color="blue")
+    figure.axes[0].set_title("upper")
+    figure.axes[1].set_title("left", loc="left", size=6)
+    figure.axes[3].set_title("lower")
+    figure.tight_layout()
+    assert "given" not in texts(figure)
+    assert {"All", "upper", "left", "lower", "a", "b"} <= set(texts(figure))
+    assert_no_text_is_cut_off_or_overlaps(figure)
+    if figsize is None:
+        assert sheet(figure).layout.cell == cell
+
+
+def test_a_picture_fills_an_axes_or_a_subfigure_of_another_figure():
+    weights = softmax_maps(6, 6)
+    host = Figure(figsize=(8, 4))
+    left, right = host.subfigures(1, 2)
+    own = show_heatmaps(weights, "K", "Q", ax=right)
+    np.testing.assert_array_equal(pixels(host)[:, 400:], pixels(own))
+    axes = left.add_axes((0.25, 0.25, 0.75, 0.75))
+    own = show_heatmaps(weights, "K", "Q", ax=axes)
+    np.testing.assert_array_equal(pixels(host)[:300, 100:400], pixels(own))
+    with pytest.raises(TypeError, match="ax: got 3; accepted is an Axes or a SubFigure"):
+        show_heatmaps(weights, "K", "Q", ax=3)
+
+
+def test_a_black_background_has_white_texts_and_numbers_stay_as_they_are():
+    figure = show_heatmaps(torch.eye(2), "Keys", "Queries", figsize=None, numbers=True)
+    dark, plain = pixels(figure, facecolor="black"), pixels(figure)
+    panel = sheet(figure).layout.area
+    below = np.s_[panel.top + panel.height + 8 :]
+    assert (dark[below].max(), plain[below].min()) == (255, 0)
+    inside = np.s_[panel.top : panel.top + panel.height, panel.left : panel.left + panel.width]
+    np.testing.assert_array_equal(dark[inside], plain[inside])
+    figure.set_facecolor("navy")
+    assert pixels(figure)[below].max() == 255
+
+
+def test_a_canvas_gives_the_pixels_that_are_saved():
+    figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")
+    canvas: Any = figure.canvas
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
+    np.testing.assert_array_equal(drawn, pixels(figure))
+    file = io.BytesIO()
+    canvas.print_png(file)
+    np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), drawn)
+
+
 # -- formats -----------------------------------------------------------------------------------
 
 
@@ -503,6 +631,8 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"titles": 3}, "titles: got 3; accepted is a list"),
         ({"dpi": float("nan")}, "dpi: got nan"),
         ({"figsize": (1000, 1000)}, "100000 x 100000 pixels"),
+        ({"figsize": (1e308, 1)}, r"figsize: got \(1e\+308, 1\)"),
+        ({"cmap": ["Reds"]}, r"cmap: got \['Reds'\]; accepted is a Colormap, or"),
         ({"numbers": ".2q"}, "accepted is True, False or a format"),
         ({"highlight": [(0, 0, 9, 0)]}, r"highlight: got \(0, 0, 9, 0\)"),
         ({"highlight": [(0, 0)]}, r"within the shape \(1, 1, 4, 4\)"),

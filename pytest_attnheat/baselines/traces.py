@@ -90,7 +90,7 @@ def _layer_of(record: AttentionRecord) -> Layer:
     with apart():
         for maps, rows, part in parts_of(record):
             sketcher.add(maps, rows, part)
-            totals[maps] += _statistics(part, here[rows]).double().sum(1).cpu().numpy()
+            totals[maps] += _statistics(part, here[rows]).cpu().double().sum(1).numpy()
     name = name_of(record) + (f", call {record.call}" if record.call else "")
     return Layer(
         name, record.shape_here, dtype_name(record.dtype), sketcher.sketch(), totals / queries

@@ -9,7 +9,7 @@ and the last is changed by all that changes the scores: at the end it is the bia
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,14 +203,21 @@ class Tags:
         return 1.0 if tag is None else tag.factor
 
 
-def before_of(sources: Iterable[Tag | Origin | None]) -> tuple[int, ...] | None:
+def before_of(sources: Sequence[Tag | Origin | None]) -> tuple[int, ...] | None:
     """The shape (batch, heads, ...) that some tensor of an attention had before it was 3-D."""
     return next((one.before for one in sources if one is not None and one.before), None)
 
 
-def doubt_of(sources: Iterable[Tag | Origin | None]) -> str:
-    """What about the axes of an attention is a guess, by where its tensors come from."""
-    windows = any(one is not None and one.windows for one in sources)
+def doubt_of(sources: Sequence[Tag | Origin | None], rows: Tensor) -> str:
+    """What about the axes of an attention is a guess, by where its tensors come from.
+
+    Args:
+        sources: What is known of its tensors.
+        rows: Its queries or weights: with four axes, the second is taken to be one of heads.
+    """
+    before = before_of(sources)
+    joined = before is not None and len(rows) == before[0] * before[1] > before[0]
+    windows = any(one is not None and one.windows for one in sources) or (rows.ndim == 4 and joined)
     return "whether its axis of heads is one of windows is not known" if windows else ""
 
 

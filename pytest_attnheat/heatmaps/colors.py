@@ -30,6 +30,8 @@ _BEYOND = {
     _FRAME: (96, 96, 96, 255),
     _CLEAR: (255, 255, 255, 0),
 }
+# How bright red, green and blue are.
+LUMINANCE = (0.299, 0.587, 0.114)
 # Weights beyond 0..1 by rounding are weights all the same.
 _ROUNDING = 0.01
 
@@ -125,7 +127,7 @@ def tick(image: Image, left: int, top: int, wide: int, high: int) -> None:
 def is_dark(cmap: str | Colormap, cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
     """Tell for each cell whether its colour is so dark that a number on it must be white."""
     colors = _palette(cmap).view(np.uint8).reshape(-1, 4)[:, :3].astype(np.float64)
-    luminance = colors @ (0.299, 0.587, 0.114)
+    luminance = colors @ LUMINANCE
     dark: npt.NDArray[np.bool_] = (luminance < 128)[_levels(cells, scale, _count(cmap))]
     return dark
 

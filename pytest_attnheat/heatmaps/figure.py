@@ -6,14 +6,24 @@ import io
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.axes._base import _AxesBase
+from matplotlib.backend_bases import RendererBase
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cbook import normalize_kwargs
 from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
+from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout
 from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest, whole_of
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
@@ -34,11 +44,69 @@ class HeatmapFigure(Figure):
     It belongs to no window and to no pyplot state, and notebooks show it as SVG. The picture is
     laid out in whole pixels for whatever size and resolution it is drawn at.
 
+    Its axes are made when they are asked for: an invisible one over each panel, row by row, in
+    which key 3 of query 5 is the point (3, 5). What they write above a panel, and `suptitle`, gets
+    a line of its own.
+
     Attributes:
         picture: the artist that draws it; `picture.shown` is what it shows.
+        natural: whether its size follows from what it shows.
     """
 
     picture: Picture
+    natural = False
+    _complete = False  # nothing is left to be made when the axes are asked for
+
+    @property  # type: ignore[misc]
+    def axes(self) -> list[Axes]:  # type: ignore[override]  # like Figure
+        """The axes, one over each panel and then those that the user has added."""
+        self._make_axes()
+        return super().axes
+
+    def gca(self) -> Axes:
+        """Return the current axes, at first those of the first panel."""
+        self._make_axes()
+        return super().gca()
+
+    def _make_axes(self) -> None:
+        if self._complete or getattr(self, "picture", None) not in self.artists:
+            return
+        self._complete = True
+        rows, columns, queries, keys = self.picture.shown.design.shape
+        for row, column in product(range(rows), range(columns)):
+            panel = self.add_axes((0, 0, 1, 1), label=f"[{row}, {column}]", axes_class=PanelAxes)
+            panel.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5), xticks=[], yticks=[])
+            panel.set_autoscale_on(False)
+            panel.set_axis_off()
+            panel.set_axes_locator(_Over(row, column))
+        self.sca(super().axes[0])
+
+    def suptitle(self, t: str, **kwargs: Any) -> Text:
+        """Write a title for the figure, in a line of its own, in the place of an earlier one."""
+        words = replace(self.picture.shown.design.words, title=None)
+        layout = self.make_room(words=words, headline=True)
+        above = {"y": 1 - layout.title / layout.size[1], "verticalalignment": "center"}
+        look = {"fontsize": layout.em * 72 / self.dpi, **normalize_kwargs(kwargs, Text)}
+        return super().suptitle(t, **{**above, **look})
+
+    def make_room(self, **changes: Any) -> Layout:
+        """Lay the picture out anew, with changes to its design."""
+        shown = self.picture.shown
+        design = replace(shown.design, **changes)
+        before, _, _ = self.picture.sheet_for(None)
+        self.picture.shown = replace(shown, design=design)
+        if self.natural:
+            lines = (design.headline - shown.design.headline) + design.shape[0] * (
+                design.headings - shown.design.headings
+            )
+            lines -= design.words.title is None and shown.design.words.title is not None
+            height = before.layout.size[1] + math.ceil(lines * LINE * before.layout.em)
+            self.set_figheight(_inches(height, self.dpi))
+        sheet, _, _ = self.picture.sheet_for(None)
+        return sheet.layout
+
+    def tight_layout(self, **_kwargs: Any) -> None:
+        """Do nothing: the picture has its place for everything."""
 
     def savefig(
         self, fname: str | Path | IO[bytes] | Any, *, transparent: bool | None = None, **kwargs: Any
@@ -59,7 +127,11 @@ class HeatmapFigure(Figure):
             kwargs["metadata"] = {**carried, **(kwargs.get("metadata") or {})}
         # "auto" is the figure's own white, whatever the user's settings ask for.
         kwargs.setdefault("facecolor", "auto")
-        super().savefig(fname, transparent=transparent, **kwargs)
+        complete, self._complete = self._complete, True  # matplotlib need not place those not made
+        try:
+            super().savefig(fname, transparent=transparent, **kwargs)
+        finally:
+            self._complete = complete
 
     def _repr_svg_(self) -> str:
         """Show the figure in a notebook, crisp at any zoom."""
@@ -68,10 +140,53 @@ class HeatmapFigure(Figure):
         return file.getvalue().decode("utf-8")
 
 
+class PanelAxes(Axes):
+    """An invisible axes over a panel, in the coordinates of its keys and queries."""
+
+    def set_title(
+        self,
+        label: str,
+        fontdict: dict[str, Any] | None = None,
+        loc: Literal["left", "center", "right"] | None = None,
+        pad: float | None = None,
+        **kwargs: Any,
+    ) -> Text:
+        """Write a title above the panel, in a line that is left free for it."""
+        figure = self.figure
+        if isinstance(figure, HeatmapFigure):
+            em = figure.make_room(headings=True).em * 72 / figure.dpi
+            ranges = figure.picture.shown.design.ranges
+            pad = (PAD + ranges * SMALL * LINE) * em if pad is None else pad
+            kwargs = {"fontsize": em, **(fontdict or {}), **normalize_kwargs(kwargs, Text)}
+        return super().set_title(label, None, loc, pad, **kwargs)
+
+
+@dataclass(frozen=True)
+class _Over:
+    """Places an axes over a panel of its figure."""
+
+    row: int
+    column: int
+
+    def __call__(self, axes: _AxesBase, renderer: RendererBase | None) -> Bbox:
+        """Return the panel's place, in parts of the figure."""
+        figure = axes.figure
+        assert isinstance(figure, HeatmapFigure)
+        sheet, box, zoom = figure.picture.sheet_for(renderer)
+        layout = sheet.layout
+        _, _, queries, keys = figure.picture.shown.design.shape
+        # The last block of a panel may stand for more keys than there are.
+        block = figure.picture.block(layout)
+        wide, high = keys / block[1] * layout.cell[0], queries / block[0] * layout.cell[1]
+        left, bottom = layout.lefts[self.column], layout.size[1] - layout.tops[self.row] - high
+        across, down = box.width / zoom, box.height / zoom
+        return Bbox.from_bounds(left / across, bottom / down, wide / across, high / down)
+
+
 def show_heatmaps(
     matrices: object,
-    xlabel: str,
-    ylabel: str,
+    xlabel: str | None,
+    ylabel: str | None,
     titles: Sequence[str] | None = None,
     figsize: tuple[float, float] | None = (2.5, 2.5),
     cmap: str | Colormap = "Reds",
@@ -88,6 +203,7 @@ def show_heatmaps(
     numbers: bool | str = False,
     highlight: Sequence[Sequence[int]] = (),
     dpi: float | None = None,
+    ax: Axes | SubFigure | None = None,
 ) -> HeatmapFigure:
     """Draw attention weights as a grid of heatmaps.
 
@@ -98,10 +214,11 @@ def show_heatmaps(
     Args:
         matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
             keys): a tensor of any real dtype, device and gradient state, a NumPy array, or
-            nested lists of equal maps. Usually rows are layers or samples and columns heads.
+            nested lists of equal maps. Usually rows are layers or samples and columns heads:
+            `outputs.attentions` of a model, a tuple of (1, heads, queries, keys), is drawn so.
             NaN is drawn blue; -inf, as in masked scores, like a masked cell.
-        xlabel: Name of the key axis.
-        ylabel: Name of the query axis.
+        xlabel: Name of the key axis; None for none.
+        ylabel: Name of the query axis; None for none.
         titles: One title for each column.
         figsize: Width and height of the whole figure in inches; None for a size at which all
             cells and labels have room.
@@ -124,9 +241,11 @@ def show_heatmaps(
         highlight: What to outline: (row, column, query, key) for a cell, without the key for
             a whole query; row and column are 0 where the maps have fewer dimensions.
         dpi: Pixels per inch; matplotlib's `figure.dpi` by default.
+        ax: An Axes or a subfigure to fill with the picture as well, in place of its axis; size and
+            resolution are those that it has.
 
     Returns:
-        The figure. No window opens and pyplot does not know it.
+        The figure, whether `ax` shows it too or not. No window opens and pyplot does not know it.
 
     Raises:
         TypeError: Something other than real numbers, or a mask that is not boolean.
@@ -155,10 +274,16 @@ def show_heatmaps(
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
     if dpi is not None and not check_number(dpi, "dpi") > 0:
         raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
+    if ax is not None and not isinstance(ax, (Axes, SubFigure)):
+        raise TypeError(misuse("ax", repr(ax), "an Axes or a SubFigure of matplotlib"))
+    if ax is not None:
+        dpi = ax.figure.dpi
+        figsize = (ax.bbox.width / dpi, ax.bbox.height / dpi)
     outlined = [_checked_index(index, maps.shape) for index in _listed("highlight", highlight)]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
     figure = HeatmapFigure(dpi=dpi, facecolor="white")
+    FigureCanvasAgg(figure)  # so that its pixels can be asked for without saving it
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
@@ -174,7 +299,12 @@ def show_heatmaps(
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
     figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)
+    figure.natural = figsize is None
     figure.picture.prepare(size, figure.dpi)
+    if ax is not None:
+        if isinstance(ax, Axes):
+            ax.set_axis_off()
+        ax.add_artist(Picture(shown, ax))
     return figure
 
 
@@ -230,7 +360,7 @@ def _size(
         inches = tuple(float(side) for side in figsize)
     except (TypeError, ValueError):
         inches = ()
-    if len(inches) != 2 or not all(0 < side < float("inf") for side in inches):
+    if len(inches) != 2 or not all(0 < side * dpi < math.inf for side in inches):
         accepted = "(width, height) in inches, or None for a size that fits"
         raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.

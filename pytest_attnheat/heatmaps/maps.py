@@ -26,7 +26,8 @@ Bools: TypeAlias = npt.NDArray[np.bool_]
 
 _ACCEPTED = (
     "a tensor or array of real numbers with 2 dimensions (queries, keys), 3 (columns, queries, "
-    "keys) or 4 (rows, columns, queries, keys), or nested lists of equal maps"
+    "keys) or 4 (rows, columns, queries, keys), a list of layers (1, heads, queries, keys), or "
+    "nested lists of equal maps"
 )
 
 # Reducing works through at most this many elements at a time where it needs a copy of them.
@@ -127,7 +128,17 @@ def _rows_of_list(matrices: Sequence[object]) -> list[Array]:
     arrays = [_number_array(array) for array in entries]
     if all(array.ndim == 3 for array in arrays):
         return arrays
+    if all(array.ndim == 4 for array in arrays):  # layers, as transformers returns them
+        return [_only_entry(array) for array in arrays]
     return [_stack(arrays)]
+
+
+def _only_entry(layer: Array) -> Array:
+    if layer.shape[0] != 1:
+        got = f"a list of arrays (batch, heads, queries, keys) with a batch of {layer.shape[0]}"
+        accepted = "one batch entry of each, for example [layer[0] for layer in attentions]"
+        raise ValueError(misuse("matrices", got, accepted))
+    return layer[0]
 
 
 def _holds_arrays(value: object) -> bool:

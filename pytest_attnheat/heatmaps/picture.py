@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
+from matplotlib.colors import Colormap, to_rgba
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
@@ -55,11 +56,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A picture for one size: pixels, and texts placed in pixels from the top left."""
+    """A picture for one size: pixels, and texts placed in pixels from the top left.
+
+    `texts` stand on the background, `numbers` in cells.
+    """
 
     layout: Layout
     image: colors.Image
     texts: list[Text]
+    numbers: list[Text]
 
 
 class Picture(Artist):
@@ -69,61 +74,90 @@ class Picture(Artist):
         shown: what it shows, independent of its size.
     """
 
-    def __init__(self, shown: Shown, figure: Figure) -> None:
+    def __init__(self, shown: Shown, host: Figure | SubFigure | Axes) -> None:
         super().__init__()
         self.shown = shown
-        self._figure = figure
+        # What the picture fills; saving with bbox_inches="tight" moves the one of a figure.
+        self._box = host.transAxes if isinstance(host, Axes) else host.transSubfigure
+        owner = host.figure if isinstance(host, Axes) else host
+        self._below = (owner, owner.figure)
+        self._figure = owner.figure
         self._nominal_dpi: float | None = None
-        # The sheet composed last, by size and resolution.
+        # The sheet composed last, by size and resolution, and what it shows.
+        self._composed = shown
         self._sheets: dict[tuple[tuple[int, int], float], Sheet] = {}
 
     def prepare(self, size: tuple[int, int], dpi: float) -> Sheet:
         """Compose the picture for a size in pixels, unless that was done last."""
-        if (size, dpi) not in self._sheets:
+        if (size, dpi) not in self._sheets or self._composed is not self.shown:
+            self._composed = self.shown
             self._nominal_dpi = self._nominal_dpi or dpi
             sheet = compose(self.shown, size, dpi)
-            for text in sheet.texts:
+            for text in (*sheet.texts, *sheet.numbers):
                 text.set_figure(self._figure)
             self._sheets = {(size, dpi): sheet}
         return self._sheets[size, dpi]
+
+    def sheet_for(self, renderer: RendererBase | None) -> tuple[Sheet, Bbox, float]:
+        """Compose the picture for a renderer.
+
+        Returns:
+            The sheet, the box that it is drawn into, and how many pixels each of its own takes.
+        """
+        box, figure = Bbox(self._box.transform([(0, 0), (1, 1)])), self._figure
+        scalable = renderer is not None and renderer.option_scale_image()
+        # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
+        dpi = (self._nominal_dpi or figure.dpi) if scalable else figure.dpi
+        zoom = figure.dpi / dpi
+        size = int(box.width / zoom + 1e-6), int(box.height / zoom + 1e-6)
+        return self.prepare(size, dpi), box, zoom
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw on any of matplotlib's renderers."""
         if not self.get_visible():
             return
-        figure = self._figure
-        # Saving with bbox_inches="tight" moves this transform, and nothing else.
-        (left, bottom), (right, top) = figure.transFigure.transform([(0, 0), (1, 1)])
-        scalable = renderer.option_scale_image()
-        # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
-        dpi = (self._nominal_dpi or figure.dpi) if scalable else figure.dpi
-        zoom = figure.dpi / dpi
-        size = int((right - left) / zoom + 1e-6), int((top - bottom) / zoom + 1e-6)
-        sheet = self.prepare(size, dpi)
+        sheet, box, zoom = self.sheet_for(renderer)
+        left, bottom = box.p0
         height, width = sheet.image.shape[0] * zoom, sheet.image.shape[1] * zoom
         graphics = renderer.new_gc()
         graphics.set_gid(IMAGE_ID)  # type: ignore[arg-type]  # any text will do
         image = sheet.image[::-1]
-        if scalable:
+        if renderer.option_scale_image():
             renderer.draw_image(graphics, left, bottom, image, Affine2D().scale(width, height))
         else:
             renderer.draw_image(graphics, round(left), round(bottom), image)
         graphics.restore()
         to_figure = Affine2D().scale(zoom, -zoom).translate(left, bottom + height)
+        ink = self._ink()
         for text in sheet.texts:
+            text.set_color(ink)
+        for text in (*sheet.texts, *sheet.numbers):
             text.set_transform(to_figure)
             text.draw(renderer)
 
+    def _ink(self) -> str:
+        """Return the colour of what stands beside panels, so that the background shows it."""
+        for owner in self._below:
+            *color, alpha = to_rgba(owner.get_facecolor())
+            if alpha > 0:
+                return "white" if np.dot(color, colors.LUMINANCE) < 0.5 else "black"
+        return "black"
+
+    def block(self, layout: Layout) -> tuple[int, int]:
+        """Return how many weights (queries, keys) share a drawn cell."""
+        pooled = self.shown.cells.block
+        return pooled[0] * layout.block[0], pooled[1] * layout.block[1]
+
     def get_children(self) -> list[Artist]:
         """Return the texts of the sheet composed last."""
-        return [text for sheet in self._sheets.values() for text in sheet.texts]
+        return [t for sheet in self._sheets.values() for t in (*sheet.texts, *sheet.numbers)]
 
     def get_window_extent(self, renderer: RendererBase | None = None) -> Bbox:
-        """Return the whole figure: a tight bounding box must not cut its margins."""
-        return Bbox(self._figure.transFigure.transform([(0, 0), (1, 1)]))
+        """Return all that the picture fills: a tight bounding box must not cut its margins."""
+        return Bbox(self._box.transform([(0, 0), (1, 1)]))
 
     def get_tightbbox(self, renderer: RendererBase | None = None) -> Bbox:
-        """Return the whole figure."""
+        """Return all that the picture fills."""
         return self.get_window_extent(renderer)
 
 
@@ -146,9 +180,10 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
         _write_bar(pen, image, layout.bar, shown.scale, layout.em)
     if not shown.scale.shared:
         _write_ranges(pen, shown.scale, layout)
+    inside = Pen(layout.em, dpi, design.words.lettering)
     if design.words.numbers is not None:
-        _write_numbers(pen, shown, cells, layout)
-    return Sheet(layout, image, pen.texts)
+        _write_numbers(inside, shown, cells, layout)
+    return Sheet(layout, image, pen.texts, inside.texts)
 
 
 def _notes(cells: Cells, scale: colors.Scale) -> list[str]:
@@ -179,10 +214,10 @@ def _box(index: tuple[int, ...], block: tuple[int, int], layout: Layout) -> Box:
 def _write_names(pen: Pen, design: Design, layout: Layout, notes: list[str]) -> None:
     words, area, (width, height) = design.words, layout.area, layout.size
     middle, centre = area.left + area.width / 2, area.top + area.height / 2
-    pen.across(words.xlabel, middle, layout.xlabel, width, width)
+    pen.across(words.xlabel or "", middle, layout.xlabel, width, width)
     # The query axis' name ends above the line that has the key axis' name.
     above = layout.xlabel - LINE / 2 * layout.em
-    pen.down(words.ylabel, layout.ylabel, centre, above, above)
+    pen.down(words.ylabel or "", layout.ylabel, centre, above, above)
     pen.across(words.title or "", middle, layout.title, width, width)
     for line, note in enumerate(notes):
         y = layout.notes + line * SMALL * LINE * layout.em
@@ -250,6 +285,9 @@ class _Axis:
         if self.given is None:
             every = round_up(every)
         indices = list(range(0, self.count, every))
+        # Where steps that are easy to count leave the first label alone, the last joins it.
+        if self.given is None and len(indices) == 1 and (self.count - 1) * step >= widest / LINE:
+            indices.append(self.count - 1)
         pitch = _pitch(self.edges, self.side)
         first = self._label(0)
         # The last label of a panel must keep clear of the first one of the next.
@@ -291,7 +329,15 @@ def _bar_ticks(scale: colors.Scale, most: int) -> list[tuple[float, str]]:
     inside = [tick for tick in ticks if low - slack <= tick <= high + slack]
     if len(inside) < 2:
         inside = [low, high]
-    return [((tick - low) / (high - low), f"{tick:.4g}") for tick in inside]
+    shares = [(tick - low) / (high - low) for tick in inside]
+    texts = [f"{tick:.4g}" for tick in inside]
+    if len(set(texts)) < len(texts):  # a small range far from zero: say how far above its end
+        return [(0.0, f"{low:.4g}"), (1.0, _above(low, high))]
+    return list(zip(shares, texts, strict=True))
+
+
+def _above(low: float, high: float) -> str:
+    return f"+{high - low:.1g}".replace("e-0", "e-")
 
 
 def _write_ranges(pen: Pen, scale: colors.Scale, layout: Layout) -> None:
@@ -299,7 +345,11 @@ def _write_ranges(pen: Pen, scale: colors.Scale, layout: Layout) -> None:
     room = layout.panel[0] + air
     for row, top in enumerate(layout.tops):
         for column, left in enumerate(layout.lefts):
-            text = f"{scale.low[row, column]:.3g} \N{EN DASH} {scale.high[row, column]:.3g}"
+            low, high = scale.low[row, column], scale.high[row, column]
+            start, end = f"{low:.3g}", f"{high:.3g}"
+            text = (
+                f"{start} \N{EN DASH} {_above(low, high) if start == end and low < high else end}"
+            )
             if not pen.fits(text, room):
                 got = f"panels of {layout.panel[0]} pixels, which have no room for a range {text!r}"
                 raise ValueError(misuse("figsize", got, _LARGER))

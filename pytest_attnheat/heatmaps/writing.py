@@ -119,8 +119,8 @@ def round_up(number: int) -> int:
 class Words:
     """All that is written on a picture, as it was given; `numbers` is a format."""
 
-    xlabel: str
-    ylabel: str
+    xlabel: str | None
+    ylabel: str | None
     title: str | None = None
     titles: Sequence[str] | None = None
     row_titles: Sequence[str] | None = None
@@ -160,12 +160,16 @@ class Design:
         words: what is written.
         colorbar: whether there is one.
         ranges: whether each panel has its own range written above it.
+        headline: whether a line is left free above all, for what others write there.
+        headings: whether one is left free above each row of panels.
     """
 
     shape: tuple[int, int, int, int]
     words: Words
     colorbar: bool
     ranges: bool
+    headline: bool = False
+    headings: bool = False
 
     def plan(
         self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: int
@@ -219,7 +223,7 @@ class Design:
             query_ticks = max(label.width for label in words.queries)
         return Content(
             grid=(*self.shape[:2], *grid),
-            title=words.title is not None,
+            title=words.title is not None or self.headline,
             column_titles=words.titles is not None,
             row_titles=words.row_titles is not None,
             xlabel=bool(words.xlabel),
@@ -228,7 +232,7 @@ class Design:
             query_ticks=SMALL * query_ticks,
             bar_ticks=SMALL * BAR_TICKS,
             bar=self.colorbar,
-            ranges=self.ranges,
+            above=LINE * self.headings + SMALL * LINE * self.ranges,
             notes=notes,
         )
 

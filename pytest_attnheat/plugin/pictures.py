@@ -245,20 +245,18 @@ def compare_figure(item: pytest.Item, figure: Any, expected: Expected, caller: s
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
     from pytest_attnheat.baselines import judging
 
-    def check(folder: Path) -> Verdict:
-        return judging.check(figure, expected.path, folder, expected.tolerance, expected.precision)
-
-    return _compare(item, check, expected, caller)
+    return _compare(item, functools.partial(judging.check, figure), expected, caller)
 
 
 def _compare(
-    item: pytest.Item, check: Callable[[Path], Verdict], expected: Expected, caller: str
+    item: pytest.Item, check: Callable[..., Verdict], expected: Expected, caller: str
 ) -> str | None:
     """Compare what `check` leaves as `actual` in a folder, or write it as the baseline."""
     from pytest_attnheat.baselines import judging
 
     with tempfile.TemporaryDirectory(prefix="attnheat-") as work:
-        verdict, unkept = check(Path(work)), ""
+        allowed = expected.tolerance, expected.precision
+        verdict, unkept = check(expected.path, Path(work), *allowed), ""
         if _is_to_write(item, expected, verdict):
             actual = Path(work) / f"actual{expected.path.suffix}"
             try:
@@ -304,13 +302,9 @@ def _message(
         "missing": f"there is no baseline {baseline} yet",
         "unreadable": f"the baseline {baseline} cannot be read: {verdict.reason}",
         "data": f"the data differ from the baseline {baseline}: {verdict.reason}",
-        "panels": f"the picture differs from its baseline {baseline}: {verdict.reason}",
-        "pixels": f"the picture differs from its baseline {baseline}: {verdict.reason}",
-    }[verdict.status]
-    update = "missing" if verdict.status == "missing" else "changed"
+    }.get(verdict.status, f"the picture differs from its baseline {baseline}: {verdict.reason}")
+    update = {"missing": "missing", "unreadable": "all"}.get(verdict.status, "changed")
     verb = "to keep it" if verdict.status == "missing" else "to accept it"
-    if verdict.status == "unreadable":
-        update = "all"
     lines = [what, *verdict.details]
     lines += [unkept] if unkept else [f"{name:<15} {path}" for name, path in kept.items()]
     lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
@@ -343,13 +337,9 @@ def _note(
 
 
 class _Regression:
-    """What compares with baselines by name, as often as a test likes.
+    """What compares with baselines by name, as often as a test likes."""
 
-    Attributes:
-        caller: What it is called in messages.
-    """
-
-    caller = ""
+    caller = ""  # what it is called in messages
 
     def __init__(self, item: pytest.Item) -> None:
         self._item = item
@@ -366,6 +356,11 @@ class _Regression:
         stem = f"{stem_of(self._item)}.{safe_name(name)}" if name else stem_of(self._item)
         names = dtype_names("precision", precision)
         return Expected(self._folder / f"{stem}{suffix}", checked_tolerance(tolerance), names)
+
+    def _fail_with(self, message: str | None) -> None:
+        __tracebackhide__ = True
+        if message is not None:
+            pytest.fail(message, pytrace=False)
 
 
 class HeatmapRegression(_Regression):
@@ -401,9 +396,7 @@ class HeatmapRegression(_Regression):
             from pytest_attnheat.heatmaps.figure import show_heatmaps
 
             figure = show_heatmaps(figure, xlabel="Keys", ylabel="Queries", figsize=None)
-        message = compare_figure(self._item, figure, expected, self.caller)
-        if message is not None:
-            pytest.fail(message, pytrace=False)
+        self._fail_with(compare_figure(self._item, figure, expected, self.caller))
 
 
 class AttentionRegression(_Regression):
@@ -435,16 +428,8 @@ class AttentionRegression(_Regression):
         from pytest_attnheat.baselines import traces
 
         expected = self._expected(name, ".attn", tolerance, precision)
-        layers = traces.layers_of(trace)
-
-        def check(folder: Path) -> Verdict:
-            return traces.check(
-                layers, expected.path, folder, expected.tolerance, expected.precision
-            )
-
-        message = _compare(self._item, check, expected, self.caller)
-        if message is not None:
-            pytest.fail(message, pytrace=False)
+        check = functools.partial(traces.check, traces.layers_of(trace))
+        self._fail_with(_compare(self._item, check, expected, self.caller))
 
 
 R = TypeVar("R", bound=_Regression)

@@ -11,12 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import (
-    MASK,
-    AttentionFunction,
-    as_described,
-    permitted,
-)
+from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, permitted
 from pytest_attnheat.assertions.behaviour.model_decoding import (
     MOST_SINGLE_TOKENS,
     Decoder,
@@ -29,6 +24,7 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
 )
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
 from pytest_attnheat.assertions.behaviour.subject import (
+    as_described,
     check_count,
     check_relative,
     check_rows,

@@ -6,12 +6,12 @@ import math
 import types
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.subject import begin, of_the_first
+from pytest_attnheat.assertions.behaviour.subject import as_described, begin, of_the_first
 from pytest_attnheat.assertions.behaviour.visibility import (
     LARGER,
     Claim,
@@ -30,55 +30,13 @@ from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.mistakes import likely_mistake
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
-from pytest_attnheat.callables import copied, parameters_of
+from pytest_attnheat.callables import copied
 from pytest_attnheat.inputs import dtype_name, misuse
 
 MASK = "attn_mask"
 # By how much the score of a padding key that attracts a query is above that of any real key,
 # and the length that such a key has at most.
 _AHEAD, _LONGEST = 100.0, 3e3
-
-
-class Answered(Protocol):
-    """What a described function answers."""
-
-    @property
-    def output(self) -> Tensor:
-        """Its output, (batch, heads, query_len, value_dim)."""
-
-
-@runtime_checkable
-class Described(Protocol):
-    """A function that says what it does of itself, as `AttentionSpec`."""
-
-    def described(self, call: Call) -> Call:
-        """Return a call with what the function always does."""
-
-    def ask(self, call: Call) -> Answered:
-        """Answer a call."""
-
-    def expected(self) -> Described | None:
-        """Return code that gives what it is to give; None if that is attention."""
-
-    @property
-    def gradients(self) -> bool:
-        """Whether it has gradients."""
-
-    @property
-    def tolerance(self) -> float | None:
-        """How far it may be off anyway, as a part of the largest number of a head."""
-
-
-def as_described(function: object) -> Described | None:
-    """Return a function that says what it does of itself; None for any other."""
-    return function if isinstance(function, Described) else None
-
-
-def takes(function: Callable[..., Any], name: str) -> bool:
-    """Whether a function has a parameter of a name; a described one takes all it declares."""
-    if as_described(function) is not None:
-        return True
-    return name in (parameters_of(function) or ())
 
 
 @dataclass(frozen=True)

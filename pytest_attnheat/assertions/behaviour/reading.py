@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, Described
+from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction
 from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.sequences import (
     Multihead,
@@ -18,7 +18,7 @@ from pytest_attnheat.assertions.behaviour.sequences import (
     check_takes_mask,
     recognise,
 )
-from pytest_attnheat.assertions.behaviour.subject import as_input
+from pytest_attnheat.assertions.behaviour.subject import Described, as_input
 from pytest_attnheat.attention.reference import padding_mask
 from pytest_attnheat.attention.scoring import leading_shape
 from pytest_attnheat.callables import copied

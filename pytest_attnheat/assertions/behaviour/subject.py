@@ -16,14 +16,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.outcomes import rms
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import identical, modules_in, seed_all
+from pytest_attnheat.callables import identical, modules_in, parameters_of, seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_tolerance, misuse
 
@@ -279,3 +281,48 @@ def _off(got: Tensor, expected: Tensor, change: Tensor, index: tuple[int, ...]) 
 
 def _not_finite(row: Tensor) -> str:
     return "nan" if bool(row.isnan().any()) else "inf"
+
+
+# --- functions that say what they do of themselves
+
+
+class Answered(Protocol):
+    """What a described function answers."""
+
+    @property
+    def output(self) -> Tensor:
+        """Its output, (batch, heads, query_len, value_dim)."""
+
+
+@runtime_checkable
+class Described(Protocol):
+    """A function that says what it does of itself, as `AttentionSpec`."""
+
+    def described(self, call: Call) -> Call:
+        """Return a call with what the function always does."""
+
+    def ask(self, call: Call) -> Answered:
+        """Answer a call."""
+
+    def expected(self) -> Described | None:
+        """Return code that gives what it is to give; None if that is attention."""
+
+    @property
+    def gradients(self) -> bool:
+        """Whether it has gradients."""
+
+    @property
+    def tolerance(self) -> float | None:
+        """How far it may be off anyway, as a part of the largest number of a head."""
+
+
+def as_described(function: object) -> Described | None:
+    """Return a function that says what it does of itself; None for any other."""
+    return function if isinstance(function, Described) else None
+
+
+def takes(function: Callable[..., Any], name: str) -> bool:
+    """Whether a function has a parameter of a name; a described one takes all it declares."""
+    if as_described(function) is not None:
+        return True
+    return name in (parameters_of(function) or ())

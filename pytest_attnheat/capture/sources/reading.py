@@ -196,7 +196,7 @@ def _record(
         layer="",
         source=tag.source,
         kind="pooling" if scores is not None and scores.origin is None else "attention",
-        doubt=shaping.doubt or known.doubt or doubt_of(sources),
+        doubt=shaping.doubt or known.doubt or doubt_of(sources, used),
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
         query=known.query,

@@ -57,7 +57,7 @@ def _record(watcher: Watcher, given: dict[str, Any], output: Tensor) -> Attentio
     return AttentionRecord(
         layer="",
         source=SOURCE,
-        doubt=shaping.doubt or doubt_of([tag]),
+        doubt=shaping.doubt or doubt_of([tag], query),
         shape=shaping.weights_shape(query.shape[-2], key.shape[-2]),
         dtype=output.dtype,
         query=shaping.queries(query),
