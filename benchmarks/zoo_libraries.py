@@ -37,7 +37,17 @@ def library(module: str) -> Callable[[Callable[[Any], Cases]], Callable[[Any], C
 
 
 # What libraries import and no case computes anything with: for these an empty stand-in will do.
-ABSENT = ("torchvision", "torchaudio", "datasets", "numba", "pyfaidx", "faiss", "polars", "labml")
+ABSENT = (
+    "torchvision",
+    "torchaudio",
+    "datasets",
+    "numba",
+    "pyfaidx",
+    "faiss",
+    "polars",
+    "labml",
+    "torchao",
+)
 
 
 class _Absent(Loader, MetaPathFinder):

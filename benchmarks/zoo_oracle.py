@@ -73,9 +73,8 @@ class Seen(TorchDispatchMode):
         self.kinds[self.kinds[""]] = self.kinds[""]
         self._of: dict[int, Softmax] = {}
         self._alive: list[Any] = []
-        self._fixed = {
-            t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())
-        }
+        known = (*model.parameters(), *model.buffers())
+        self._fixed = {_place(tensor) for tensor in known if tensor.layout == torch.strided}
 
     @property
     def module(self) -> str:
@@ -89,9 +88,9 @@ class Seen(TorchDispatchMode):
         output = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         result = output[0] if isinstance(output, tuple | list) and output else output
-        if not isinstance(result, Tensor) or result.is_meta:
+        if not isinstance(result, Tensor) or not _is_plain(result):
             return output
-        tensors = [one for one in _flat(args) if isinstance(one, Tensor) and not one.is_meta]
+        tensors = [one for one in _flat(args) if isinstance(one, Tensor) and _is_plain(one)]
         if name in _SOFTMAX and result.ndim > 0:
             given, dim = args[0], args[1] % result.ndim
             found = Softmax(
@@ -153,6 +152,10 @@ def _of_fused(
         hidden = hidden | (scores <= HIDDEN)
     weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num().float()
     return Softmax(module, weights, hidden, _are_wild(scores), attends=True)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta
 
 
 def _place(tensor: Tensor) -> int:

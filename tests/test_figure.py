@@ -502,7 +502,7 @@ def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
     figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q", figsize=(5, 5))
     before = pixels(figure)
     tight = pixels(figure, bbox_inches="tight")
-    assert not figure._localaxes
+    assert not vars(figure)["_localaxes"]
     assert figure.gca() is figure.axes[0]
     np.testing.assert_array_equal(pixels(figure), before)
     np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)

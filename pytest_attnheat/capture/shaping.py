@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -92,3 +93,43 @@ class Shaping:
             return tensor
         tensor = tensor.expand(*self.lead, rows, keys)
         return tensor.reshape(self.batch, self.heads, rows, keys)
+
+
+def joined(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
+    """The shape (batch, heads, ...) of a tensor of which these, or heads and queries, were joined.
+
+    Before batch and heads there may be an axis of queries, keys and values.
+    """
+    old, new = tuple(shape), tuple(output.shape)
+    if 0 in old or len(new) < 3:
+        return None
+    if len(old) == 5 and new == (old[0], old[1] * old[2], *old[3:]):
+        return old
+    if len(new) == 3 and len(old) >= 4 and old[-1] == new[-1] and new[0] == old[0] * old[1]:
+        return (*old[:2], *new[1:])
+    if len(new) == len(old) == 3 and new[0] == old[0] and new[1] * new[2] == old[1] * old[2]:
+        # (length, batch, heads * width): a head's width is split off, and the rest joins the batch.
+        return (old[1], new[1] // old[1], new[0], new[2]) if new[1] % old[1] == 0 else None
+    if len(old) >= 4 and old[0] < new[0] and new[0] * new[1] == old[0] * old[1]:
+        # The same of pictures, (batch, heads * width, rows, columns).
+        return (old[0], new[0] // old[0], new[2], new[1]) if new[0] % old[0] == 0 else None
+    packs = len(new) == len(old) == 4 and old[2] == 1 and new[0] == old[0] and new[3] == old[3]
+    return old if packs and new[1] * new[2] == old[1] else None
+
+
+def still_joined(
+    before: tuple[int, ...] | None, shape: torch.Size, made: Tensor
+) -> tuple[int, ...] | None:
+    """What that shape is now: that of one of queries, keys and values, or no other."""
+    if before is None or made.shape == shape:
+        return before
+    before = before[1:] if len(before) == 5 else before
+    return before if made.ndim >= 3 and len(made) == before[0] * before[1] else None
+
+
+def in_windows(shape: torch.Size, made: Tensor) -> bool:
+    """Whether rows were split into windows, (..., windows, rows, width)."""
+    *lead, rows, width = shape
+    return made.ndim > 3 and made.shape[-1] == width and tuple(made.shape[:-3]) == tuple(lead) and (
+        1 < made.shape[-3] < rows == made.shape[-3] * made.shape[-2]
+    )  # fmt: skip

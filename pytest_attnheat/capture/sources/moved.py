@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from pytest_attnheat.capture.shaping import in_windows, joined, still_joined
 from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
 from pytest_attnheat.capture.tags import Scores, Tag, coarser
 from pytest_attnheat.capture.watching import After, Call, Function
@@ -117,60 +118,20 @@ def _moved(base: str, call: Call) -> After | None:
         cleans = [cleans] if isinstance(cleans, Tensor) else cleans
         for made, scores, clean in zip(results, of_each, cleans, strict=True):
             alone = not turns and len(results) == 1
-            before = _before(shape, made) if alone else None
-            windows = alone and len(shape) >= 3 and _in_windows(shape, made)
+            before = joined(shape, made) if alone else None
+            windows = alone and len(shape) >= 3 and in_windows(shape, made)
             if tag is None and before is None and not windows:
                 continue
             last = not turns and made.shape[-1:] == shape[-1:]
             tags[made] = replace(
                 own, scores=scores, clean=clean, parametric=own.parametric and last,
                 turned=own.turned or (own.weights and turns),
-                before=before or _still(own.before, shape, made),
+                before=before or still_joined(own.before, shape, made),
                 windows=windows or (own.windows and made.shape[-1:] == shape[-1:]),
                 **(_cut(own, source, made) if base in _PARTS and own.weights else {}),
             )  # fmt: skip
 
     return after
-
-
-def _before(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
-    """The shape (batch, heads, ...) of a tensor of which these, or heads and queries, were joined.
-
-    Before batch and heads there may be an axis of queries, keys and values.
-    """
-    old, new = tuple(shape), tuple(output.shape)
-    if 0 in old or len(new) < 3:
-        return None
-    if len(old) == 5 and new == (old[0], old[1] * old[2], *old[3:]):
-        return old
-    if len(new) == 3 and len(old) >= 4 and old[-1] == new[-1] and new[0] == old[0] * old[1]:
-        return (*old[:2], *new[1:])
-    if len(new) == len(old) == 3 and new[0] == old[0] and new[1] * new[2] == old[1] * old[2]:
-        # (length, batch, heads * width): a head's width is split off, and the rest joins the batch.
-        return (old[1], new[1] // old[1], new[0], new[2]) if new[1] % old[1] == 0 else None
-    if len(old) >= 4 and old[0] < new[0] and new[0] * new[1] == old[0] * old[1]:
-        # The same of pictures, (batch, heads * width, rows, columns).
-        return (old[0], new[0] // old[0], new[2], new[1]) if new[0] % old[0] == 0 else None
-    packs = len(new) == len(old) == 4 and old[2] == 1 and new[0] == old[0] and new[3] == old[3]
-    return old if packs and new[1] * new[2] == old[1] else None
-
-
-def _still(
-    before: tuple[int, ...] | None, shape: torch.Size, made: Tensor
-) -> tuple[int, ...] | None:
-    """What that shape is now: that of one of queries, keys and values, or no other."""
-    if before is None or made.shape == shape:
-        return before
-    before = before[1:] if len(before) == 5 else before
-    return before if made.ndim >= 3 and len(made) == before[0] * before[1] else None
-
-
-def _in_windows(shape: torch.Size, made: Tensor) -> bool:
-    """Whether rows were split into windows, (..., windows, rows, width)."""
-    *lead, rows, width = shape
-    return made.ndim > 3 and made.shape[-1] == width and tuple(made.shape[:-3]) == tuple(lead) and (
-        1 < made.shape[-3] < rows == made.shape[-3] * made.shape[-2]
-    )  # fmt: skip
 
 
 def _cut(tag: Tag, source: Tensor, made: Tensor) -> dict[str, Any]:
@@ -203,7 +164,7 @@ def anything(base: str, call: Call) -> After | None:
     if any(grouped) or (base == "exp" and not any(known)):
         if (now := _of_groups(call, base, grouped)) != "":
             return lambda output: tags.put(output, Tag(grouped=now))
-        known = [tag if of == "" else None for tag, of in zip(known, grouped, strict=True)]
+        known = [None if tag and tag.grouped and tag.scores is None else tag for tag in known]
     number = _factor_of(base, every)
     if number is None and not any(known):
         return (lambda output: _outer(call, every, output)) if base in _FACTORS[:2] else None
@@ -233,7 +194,8 @@ def anything(base: str, call: Call) -> After | None:
             _outer(call, every, output)
         elif tag.scores is not None:
             scores = _changed(tag.scores, call, base, number, output)
-            tags[output] = replace(tag, scores=scores, parametric=False)
+            grouped = "exp" if base == "exp" else tag.grouped
+            tags[output] = replace(tag, scores=scores, parametric=False, grouped=grouped)
 
     return after
 
@@ -244,7 +206,7 @@ def _of_groups(call: Call, base: str, grouped: list[str]) -> str:
         why = "its rows are groups of elements, as the edges of a graph are, and no matrix"
         call.watcher.miss("exp, divided by its sums", why)
     if base in ("add", "clamp", "clamp_min"):
-        return grouped[0]
+        return grouped[0] if grouped[0] == "sums" else ""
     return "exp" if base == "exp" else "sums" if base in _SUMS_OF_GROUPS else ""
 
 
