@@ -30,6 +30,8 @@ _KEY = 20260711
 _BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 # What stands for a value that cannot be added up, or that would drown all others.
 _NAN, _INFINITE, _HIDDEN = 2.718, 1.414, -3.142
+# Beyond float32 is infinite, as it is in pictures.
+_LARGEST = float(np.finfo(np.float32).max)
 # Rounding may move a number by the tolerance times itself and so many norms of the weights behind
 # it (a trained model takes 3.9 in bfloat16 and 1.7 in float32), and this part of the typical norm
 # of its map, where weights are so small that the rounding of their logarithms shows.
@@ -201,7 +203,7 @@ def _cleaned(block: Array) -> Array:
     where = block.where if _is_tensor(block) else lambda keep, other: np.where(keep, block, other)
     library = sys.modules["torch"] if _is_tensor(block) else np
     found = where(~(block <= HIDDEN_FROM), _HIDDEN)
-    found = library.where(library.isposinf(block), _INFINITE, found)
+    found = library.where(block > _LARGEST, _INFINITE, found)
     return library.where(library.isnan(block), _NAN, found)
 
 
@@ -239,7 +241,8 @@ def _packed(side: Side, step: float) -> bytes:
     parts = [octaves.astype("<i2"), np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)]
     parts[1] = parts[1].astype("<u4")
     if side.sums is not None:
-        bits = side.sums.astype("<f4").view("<u4").astype(np.uint64)
+        sums = np.clip(side.sums, -_LARGEST / 2, _LARGEST / 2)
+        bits = sums.astype("<f4").view("<u4").astype(np.uint64)
         half = 1 << (_DROPPED_BITS - 1)
         parts.append(((bits + half) >> _DROPPED_BITS << _DROPPED_BITS).astype("<u4"))
     return b"".join(planes(part) for part in parts)
