@@ -18,7 +18,7 @@ from matplotlib.text import Text
 from panel_figures import figures, panel_hash
 from PIL import Image
 
-from pytest_attnheat import show_heatmaps
+from pytest_attnheat import show_difference, show_heatmaps
 
 
 def softmax_maps(*shape, seed=0):
@@ -124,7 +124,7 @@ def test_no_name_of_an_axis_writes_nothing():
 
 
 def test_both_queries_of_the_textbooks_call_have_their_label():
-    weights = torch.full((1, 1, 2, 10), 0.1)
+    weights = torch.full((1, 1, 2, 10), 0.5)
     figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
     assert texts(figure)[2:9] == ["0", "2", "4", "6", "8", "0", "1"]
 
@@ -190,6 +190,23 @@ def test_weights_are_drawn_on_a_scale_of_0_to_1_and_the_bar_says_so():
     assert figure.picture.shown.scale.range == (0, 1)
 
 
+@pytest.mark.parametrize(("side", "note"), [(4, "largest weight 0.23"), (512, ", largest 0.23")])
+def test_weights_that_are_all_small_say_how_large_they_are(side, note):
+    weights = torch.zeros(side, side)
+    weights[1, 2] = 0.23
+    assert any(text.endswith(note) for text in texts(show_heatmaps(weights, "K", "Q")))
+    weights[3, 3] = 0.25
+    assert not any("largest" in text for text in texts(show_heatmaps(weights, "K", "Q")))
+
+
+def test_a_scale_up_to_the_largest_weight_makes_small_weights_dark():
+    weights = torch.tensor([[0.0, 0.05], [0.2, 0.1]])
+    figure = show_heatmaps(weights, "K", "Q", scale="largest", mask=torch.eye(2).bool())
+    assert figure.picture.shown.scale.range == (0, pytest.approx(0.1))
+    assert any("2 masked cells hold weight" in text for text in texts(figure))
+    assert show_heatmaps(weights * 0, "K", "Q", scale="largest").picture.shown.scale.range == (0, 1)
+
+
 def test_logits_are_drawn_on_the_range_that_all_panels_have_together():
     logits = torch.tensor([[[-3.0, 0.0]], [[1.0, 5.0]]])
     figure = show_heatmaps(logits, "Keys", "Queries", figsize=(4, 3))
@@ -197,6 +214,27 @@ def test_logits_are_drawn_on_the_range_that_all_panels_have_together():
     colors = cell_colors(figure)
     np.testing.assert_array_equal(colors[0, 0, 0, 0], reds(0.0))
     np.testing.assert_array_equal(colors[0, 1, 0, 1], reds(1.0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("as_array", [False, True])
+def test_pooled_signed_values_keep_what_is_farthest_from_zero(masked, as_array):
+    values = torch.full((600, 600), 0.1)
+    values[7, 9], values[7, 10], values[300, 300] = -4, 2, 3
+    values[400:] = -torch.inf
+    values[0, 599] = -9
+    mask = torch.ones(600, 600, dtype=torch.bool)
+    mask[0, 599] = not masked
+    given = values.numpy() if as_array else values
+    figure = show_heatmaps(given, "K", "Q", mask=mask if masked else None)
+    cells = figure.picture.shown.cells
+    high, wide = cells.block
+    assert f"cell = farthest from 0 of {high}×{wide}" in texts(figure)
+    assert cells.values[0, 0, 7 // high, 9 // wide] == -4
+    assert cells.values[0, 0, 300 // high, 300 // wide] == 3
+    assert cells.values[0, 0, 0, -1] == np.float32(0.1 if masked else -9)
+    assert cells.masked[0, 0, -1].all()
+    assert figure.picture.shown.scale.range == (-4 if masked else -9, 3)
 
 
 def test_pooled_logits_keep_the_range_of_the_logits():
@@ -316,6 +354,14 @@ def test_nan_is_drawn_in_a_colour_of_its_own_and_counted():
     red, green, blue = colors[2, 3].astype(int)
     assert blue > green > red
     assert "NaN in 2 cells (blue)" in texts(figure)
+
+
+@pytest.mark.parametrize("value", [np.inf, 1e300])
+def test_infinite_and_very_large_values_are_counted_as_nan_is(value):
+    weights = np.eye(4) / 2
+    weights[0, 1] = weights[2, 3] = value
+    written = texts(show_heatmaps(weights, "K", "Q"))
+    assert "inf or above 3e38 in 2 cells (darkest)" in written
 
 
 def test_infinite_values_take_the_ends_of_the_scale():
@@ -440,6 +486,50 @@ def test_a_title_of_a_novel_is_cut_in_no_time():
 def test_numbers_that_have_no_room_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"figsize: got .*no room for numbers.*or None"):
         show_heatmaps(softmax_maps(50, 50), "K", "Q", numbers=True)
+
+
+# -- differences -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_difference_shows_the_panel_that_differs_most_and_where(as_array):
+    one = softmax_maps(2, 3, 6, 6)
+    other = one.clone()
+    other[0, 0, 1, 1] += 0.2
+    other[1, 2, 4, 5] -= 0.3 - 0.3 * one[1, 2, 4, 5]
+    figure = show_difference(
+        one.numpy() if as_array else one.double(), other, key_labels=list("abcdef")
+    )
+    shown = figure.picture.shown
+    expected = torch.stack([one[1, 2], other[1, 2], (one - other)[1, 2].abs()])[None]
+    np.testing.assert_allclose(shown.cells.values, expected, atol=1e-7)
+    assert shown.highlight == [(0, panel, 4, 5) for panel in range(3)]
+    assert {"expected", "actual", "difference", "a"} <= set(texts(figure))
+    worst = expected[0, 2].max()
+    title = f"panel [1, 2]: largest difference {worst:.2g} at query 4, key 5"
+    assert title in texts(figure)
+
+
+def test_equal_maps_have_no_difference_and_masked_weights_are_not_compared():
+    one, mask = softmax_maps(5, 5), torch.ones(5, 5).tril().bool()
+    other = one.clone()
+    other[0, 4] = 0.9
+    scores = one.masked_fill(~mask, -torch.inf)
+    for pair, options in (((one, other), {"mask": mask}), ((scores, scores), {})):
+        figure = show_difference(*pair, **options)
+        assert "no difference" in texts(figure)
+        assert not figure.picture.shown.highlight
+        assert not any("NaN" in text for text in texts(figure))
+    other[2, 2] = torch.nan
+    figure = show_difference(one, other)
+    assert "largest difference inf at query 2, key 2" in texts(figure)
+
+
+def test_maps_of_different_shapes_have_no_difference_to_show():
+    with pytest.raises(
+        ValueError, match=r"actual: got shape \(1, 1, 4, 3\); accepted is \(1, 1, 4, 4\)"
+    ):
+        show_difference(softmax_maps(4, 4), softmax_maps(4, 3))
 
 
 # -- highlights --------------------------------------------------------------------------------
@@ -599,7 +689,7 @@ PANELS = {
     "identity": "7b10e6565931",
     "masked grid": "00b46fec4e66",
     "pooled": "d0a79297900b",
-    "many heads": "cf5c9abb259b",
+    "many heads": "b6943d91fbc0",
     "tokens": "26f95ec1882e",
     "panel scales": "2217c294df39",
 }
@@ -619,7 +709,7 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"row_titles": ["a", "b"]}, "row_titles: got 2"),
         ({"key_labels": list("abc")}, "key_labels: got 3.*keys: 4"),
         ({"query_labels": "abcde"}, "query_labels: got 1.*queries: 4"),
-        ({"scale": "row"}, "scale: got 'row'; accepted is one of 'shared', 'panel'"),
+        ({"scale": "row"}, "scale: got 'row'; accepted is one of 'shared', 'largest', 'panel'"),
         ({"scale": "panel", "vmin": 0}, "belong to scale='shared'"),
         ({"vmin": 1, "vmax": 0}, "vmin, vmax: got 1 and 0; accepted is finite"),
         ({"cmap": "nope"}, "cmap: got 'nope'; accepted is a Colormap, or"),

@@ -55,8 +55,13 @@ class Scale:
         return float(self.low[0, 0]), float(self.high[0, 0])
 
 
-def shared_scale(cells: Cells, smallest: float, vmin: float | None, vmax: float | None) -> Scale:
-    """Make one range for all panels: 0 to 1 for weights, else that of the values."""
+def shared_scale(
+    cells: Cells, smallest: float, vmin: float | None, vmax: float | None, *, tight: bool = False
+) -> Scale:
+    """Make one range for all panels: 0 to 1 for weights, else that of the values.
+
+    A tight one ends at the largest weight.
+    """
     largest = float(cells.values.max())
     if cells.masked.any() or not np.isfinite(largest):
         shown = np.isfinite(cells.values) & ~cells.masked
@@ -64,7 +69,7 @@ def shared_scale(cells: Cells, smallest: float, vmin: float | None, vmax: float 
     if smallest > largest:  # no finite cell at all
         smallest, largest = 0.0, 1.0
     if smallest >= -_ROUNDING and largest <= 1 + _ROUNDING:
-        smallest, largest = 0.0, 1.0
+        smallest, largest = 0.0, largest if tight and largest > 0 else 1.0
     low = smallest if vmin is None else float(vmin)
     high = largest if vmax is None else float(vmax)
     if low == high and vmin is None and vmax is None:
@@ -137,7 +142,8 @@ def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
 
     Only where weights are shown: scores are usually drawn before they are masked.
     """
-    if not cells.masked.any() or not scale.shared or scale.range != (0.0, 1.0):
+    low, high = scale.range
+    if not cells.masked.any() or not scale.shared or low != 0 or high > 1:
         return np.zeros_like(cells.masked)
     leaks: npt.NDArray[np.bool_] = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
     return leaks

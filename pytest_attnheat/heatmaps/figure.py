@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.axes._base import _AxesBase
 from matplotlib.backend_bases import RendererBase
@@ -24,7 +26,16 @@ from matplotlib.transforms import Bbox
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout
-from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest, whole_of
+from pytest_attnheat.heatmaps.maps import (
+    Bools,
+    Maps,
+    distance,
+    has_both_signs,
+    pool,
+    read_maps,
+    smallest,
+    whole_of,
+)
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
@@ -196,7 +207,7 @@ def show_heatmaps(
     key_labels: Sequence[str] | None = None,
     query_labels: Sequence[str] | None = None,
     mask: object = None,
-    scale: Literal["shared", "panel"] = "shared",
+    scale: Literal["shared", "largest", "panel"] = "shared",
     vmin: float | None = None,
     vmax: float | None = None,
     colorbar: bool = True,
@@ -209,7 +220,8 @@ def show_heatmaps(
 
     Every cell is a whole number of pixels. Maps with more weights than the figure has pixels
     are pooled in whole blocks to their largest weight, on their own device, and the figure says
-    so: a single weight of 1 among millions of zeros stays visible.
+    so: a single weight of 1 among millions of zeros stays visible. Of signed values, such as
+    differences, the one farthest from zero is kept.
 
     Args:
         matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
@@ -231,7 +243,8 @@ def show_heatmaps(
         mask: Boolean, True where a query may attend; broadcast to the maps. Cells where it may
             not are striped grey, whatever their weight.
         scale: "shared" for one colour scale for all panels, 0 to 1 where all values are in that
-            range and else from the smallest to the largest; "panel" for one scale a panel, its
+            range and else from the smallest to the largest; "largest" for a shared one that ends
+            at the largest value, where weights are all small; "panel" for one scale a panel, its
             range written above it.
         vmin: Lower end of the shared scale.
         vmax: Upper end of the shared scale.
@@ -263,7 +276,7 @@ def show_heatmaps(
         query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
         numbers=_number_format(numbers),
     )
-    one_of("scale", scale, ("shared", "panel"))
+    one_of("scale", scale, ("shared", "largest", "panel"))
     if scale == "panel" and not (vmin is None and vmax is None):
         got = f"{vmin!r} and {vmax!r} with scale='panel'"
         raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
@@ -289,11 +302,14 @@ def show_heatmaps(
     size = _size(figsize, design, maps, figure.dpi)
     figure.set_size_inches((_inches(size[0], figure.dpi), _inches(size[1], figure.dpi)))
     cells = pool(maps, design.block_for(size, figure.dpi))
+    positive = vmin is not None and vmax is not None and vmin >= 0
+    low = 0.0 if positive else smallest(maps, cells)
+    scales = shared_scale(cells, low, vmin, vmax, tight=scale == "largest")
+    if has_both_signs(cells, low):
+        pooled = cells.block != (1, 1)
+        cells = pool(maps, cells.block, signed=True) if pooled else replace(cells, signed=True)
     if scale == "panel":
         scales = panel_scales(cells)
-    else:
-        known = vmin is not None and vmax is not None
-        scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
     complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
     whole = None if complete else whole_of(maps)
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
@@ -306,6 +322,61 @@ def show_heatmaps(
             ax.set_axis_off()
         ax.add_artist(Picture(shown, ax))
     return figure
+
+
+def show_difference(
+    expected: object, actual: object, *, mask: object = None, **options: Any
+) -> HeatmapFigure:
+    """Draw two maps and how far they are apart, side by side on one scale.
+
+    Of grids of maps, the one is drawn that differs most. The largest difference is outlined.
+
+    Args:
+        expected: Weights, of a kind and shape that `show_heatmaps` takes.
+        actual: Others of the same shape, of any kind.
+        mask: Boolean, True where a query may attend. Where it may not is striped, and not compared.
+        **options: Further arguments of `show_heatmaps`: `figsize`, `key_labels`, `scale` ...
+
+    Raises:
+        TypeError: Something other than real numbers, or a mask that is not boolean.
+        ValueError: Nothing to show, or shapes that do not fit together.
+    """
+    __tracebackhide__ = True
+    one, other = read_maps(expected, mask), read_maps(actual, mask)
+    if one.shape != other.shape:
+        raise ValueError(misuse("actual", f"shape {other.shape}", f"{one.shape}, as expected has"))
+    most, worst = -1.0, (0, 0, 0, 0)
+    for row, column in product(range(one.shape[0]), range(one.shape[1])):
+        apart = distance(one.map(row, column), other.map(row, column))
+        apart[~one.permitted(row, column)] = 0
+        if apart.max() > most:
+            most = float(apart.max())
+            worst = (row, column, *divmod(int(apart.argmax()), one.shape[3]))
+    row, column, query, key = worst
+    where = f"panel [{row}, {column}]: " * (one.shape[:2] != (1, 1))
+    said = f"{where}largest difference {most:.2g} at query {query}, key {key}"
+    pair = [one.map(row, column), other.map(row, column)]
+    masks = [one.permitted(row, column)] * 2
+    title = said if most else "no difference"
+    return triptych(pair, masks, worst if most else None, title=title, **options)
+
+
+def triptych(
+    pair: Sequence[npt.NDArray[Any]],
+    masks: Sequence[Bools],
+    worst: tuple[int, int, int, int] | None,
+    **options: Any,
+) -> HeatmapFigure:
+    """Draw two maps (queries, keys) and their difference, and outline where it is worst."""
+    defaults: dict[str, Any] = {
+        "xlabel": "Keys",
+        "ylabel": "Queries",
+        "titles": ["expected", "actual", "difference"],
+        "figsize": None,
+        "mask": np.stack([*masks, np.any(masks, axis=0)]),
+        "highlight": [] if worst is None else [(0, panel, *worst[2:]) for panel in range(3)],
+    }
+    return show_heatmaps([*pair, distance(*pair)], **{**defaults, **options})
 
 
 def _listed(name: str, given: Iterable[Any]) -> list[Any]:

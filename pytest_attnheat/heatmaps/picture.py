@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.artist import Artist
@@ -27,6 +27,8 @@ from pytest_attnheat.inputs import misuse
 
 # What tells the image of a picture from others in an SVG.
 IMAGE_ID = "attnheat-panels"
+# Weights below this are all so pale that a number must say how large they are.
+_FAINT = 0.25
 _LARGER = "a larger one, or None for a size that fits"
 
 
@@ -168,7 +170,8 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
     notes = len(_notes(shown.cells, shown.scale))
     layout, turned = design.plan(grid, size, dpi, notes=notes)
     if layout.block != (1, 1) and shown.cells.block == (1, 1):
-        layout, turned = design.plan(grid, size, dpi, notes=notes + 1)
+        notes = len(_notes(replace(shown.cells, block=layout.block), shown.scale))
+        layout, turned = design.plan(grid, size, dpi, notes=notes)
     # A figure drawn smaller than it was made for is pooled once more.
     cells = pool_cells(shown.cells, layout.block)
     boxes = [_box(index, cells.block, layout) for index in shown.highlight]
@@ -188,13 +191,25 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
 
 def _notes(cells: Cells, scale: colors.Scale) -> list[str]:
     """Say what the colours do not: pooling, what is not a number, weight where none may be."""
-    notes = []
+    notes, missing, infinite = [], 0, 0
+    largest = float(cells.values.max())
+    if cells.masked.any() or not math.isfinite(largest):
+        shown = ~cells.masked
+        missing = int((np.isnan(cells.values) & shown).sum())
+        infinite = int((np.isposinf(cells.values) & shown).sum())
+        shown &= np.isfinite(cells.values)
+        largest = float(np.max(cells.values, where=shown, initial=-np.inf))
+    faint = scale.shared and scale.range == (0.0, 1.0) and 0 <= largest < _FAINT
     if cells.block != (1, 1):
-        queries, keys = cells.block
-        notes.append(f"cell = max of {queries}\N{MULTIPLICATION SIGN}{keys} weights")
-    missing = int((np.isnan(cells.values) & ~cells.masked).sum())
+        size = "{}\N{MULTIPLICATION SIGN}{}".format(*cells.block)
+        what = f"farthest from 0 of {size}" if cells.signed else f"max of {size} weights"
+        notes.append(f"cell = {what}" + f", largest {largest:.2g}" * faint)
+    elif faint:
+        notes.append(f"largest weight {largest:.2g}")
     if missing:
         notes.append(f"NaN in {missing} cell{'s' * (missing > 1)} (blue)")
+    if infinite:
+        notes.append(f"inf or above 3e38 in {infinite} cell{'s' * (infinite > 1)} (darkest)")
     leaks = int(colors.leaking(cells, scale).sum())
     if leaks:
         notes.append(f"{leaks} masked cell{'s hold' if leaks > 1 else ' holds'} weight")
