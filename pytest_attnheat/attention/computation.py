@@ -212,7 +212,7 @@ def weights(
     """
     flat, own = flattened(call)
     shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
-    cut = call.causal and call.score_mod is call.lengths is None and not call.prefix
+    cut = call.causal and not (call.score_mod or call.prefix) and call.lengths is None
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
     device = call.query.device
