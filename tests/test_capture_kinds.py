@@ -121,25 +121,6 @@ def test_weights_in_a_product_that_cannot_be_read_are_named():
     ]
 
 
-@pytest.mark.parametrize("score", [
-    lambda: draw("edges", 5, 4),
-    lambda: (draw("from", 5, 4, 8) * draw("to", 5, 4, 8)).sum(-1),
-], ids=["of a layer", "of a product"])  # fmt: skip
-def test_a_softmax_over_the_edges_of_each_node_is_named(score):
-    nodes = torch.tensor([0, 0, 1, 2, 2])
-
-    def attend():
-        edges = score()
-        shares = (edges - edges.amax()).exp()
-        sums = torch.zeros(3, 4).scatter_add_(0, nodes[:, None].expand_as(edges), shares) + 1e-16
-        return shares / sums.index_select(0, nodes)
-
-    assert [str(unseen) for unseen in traced(attend).unseen] == [
-        "(no layer): exp, divided by its sums: its rows are groups of elements, as the edges of a "
-        "graph are, and no matrix"
-    ]
-
-
 def test_which_of_many_leading_axes_are_heads_is_said_to_be_a_guess():
     windows = draw("w", 2, 3, 4, 6, 8)
     record = only(lambda: F.scaled_dot_product_attention(windows, windows, windows))
@@ -417,7 +398,7 @@ def edges_by_index(x):
 
 
 def edges_by_scatter(x):
-    scores = (x[SOURCES] * x[TARGETS]).sum(-1)
+    scores = (x[SOURCES] * x[TARGETS]).sum(-1) / 3
     shares = (scores - scores.max()).exp()
     sums = torch.zeros(4).scatter_add_(0, TARGETS, shares) + 1e-16
     weights = shares / sums.index_select(0, TARGETS)
@@ -497,6 +478,25 @@ def test_a_convolution_may_be_called_attention():
     with capture_attention(model, allow_empty=True) as trace:
         model(X)
     assert trace.unseen == ()
+
+
+class KernelAttention(nn.Module):
+    """Linear attention without a softmax, of what a convolution makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = ConvAttention()
+
+    def forward(self, x):
+        q, k, v = (self.project(x).relu() for _ in range(3))
+        return q @ (k.mT @ v)
+
+
+def test_a_convolution_in_attention_that_was_not_seen_does_not_stand_for_it():
+    model = nn.Sequential(KernelAttention())
+    with capture_attention(model, allow_empty=True, allow_unseen=True) as trace:
+        model(X)
+    assert [(unseen.layer, unseen.what) for unseen in trace.unseen] == [("0", "KernelAttention")]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
