@@ -461,6 +461,12 @@ def test_numbers_for_millions_of_cells_are_refused():
         show_heatmaps(torch.rand(2000, 2000), "K", "Q", figsize=None, numbers=True)
 
 
+@pytest.mark.parametrize("side", [8, 40, 300])
+def test_a_small_figure_has_panels_of_about_48_pixels(side):
+    figure = show_heatmaps(softmax_maps(3, 5, side, side), "K", "Q", figsize="small")
+    assert all(40 <= pixels <= 52 for pixels in sheet(figure).layout.panel)
+
+
 def test_a_natural_size_has_room_for_every_range():
     figure = show_heatmaps(-torch.rand(3, 3, 2, 2) * 123456, "K", "Q", figsize=None, scale="panel")
     assert sum(" – " in text for text in texts(figure)) == 9

@@ -199,7 +199,7 @@ def show_heatmaps(
     xlabel: str | None,
     ylabel: str | None,
     titles: Sequence[str] | None = None,
-    figsize: tuple[float, float] | None = (2.5, 2.5),
+    figsize: tuple[float, float] | Literal["small"] | None = (2.5, 2.5),
     cmap: str | Colormap = "Reds",
     *,
     title: str | None = None,
@@ -233,7 +233,7 @@ def show_heatmaps(
         ylabel: Name of the query axis; None for none.
         titles: One title for each column.
         figsize: Width and height of the whole figure in inches; None for a size at which all
-            cells and labels have room.
+            cells and labels have room; "small" for one with small panels, for many of them.
         cmap: A matplotlib colormap or its name.
         title: A title for the figure.
         row_titles: One title for each row.
@@ -315,7 +315,7 @@ def show_heatmaps(
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
     figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)
-    figure.natural = figsize is None
+    figure.natural = figsize is None or figsize == "small"
     figure.picture.prepare(size, figure.dpi)
     if ax is not None:
         if isinstance(ax, Axes):
@@ -423,16 +423,17 @@ def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tu
 
 
 def _size(
-    figsize: tuple[float, float] | None, design: Design, maps: Maps, dpi: float
+    figsize: tuple[float, float] | Literal["small"] | None, design: Design, maps: Maps, dpi: float
 ) -> tuple[int, int]:
-    if figsize is None:
-        return design.natural_size(dpi, _number_width(design.words, maps))
+    if figsize is None or figsize == "small":
+        width = _number_width(design.words, maps)
+        return design.natural_size(dpi, width, small=figsize is not None)
     try:
         inches = tuple(float(side) for side in figsize)
     except (TypeError, ValueError):
         inches = ()
     if len(inches) != 2 or not all(0 < side * dpi < math.inf for side in inches):
-        accepted = "(width, height) in inches, or None for a size that fits"
+        accepted = "(width, height) in inches, None for a size that fits, or 'small'"
         raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.
     size = int(inches[0] * dpi + 1e-6), int(inches[1] * dpi + 1e-6)
