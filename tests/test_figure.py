@@ -588,9 +588,9 @@ def test_a_point_of_an_axes_lies_on_its_key_and_query(side):
         layout = (
             sheet(figure).layout if dpi == 100 else figure.picture.prepare((900, 600), 150).layout
         )
-        block = figure.picture.block(layout)
-        left = layout.lefts[1] + (key + 0.5) / block[1] * layout.cell[0]
-        top = layout.tops[1] + (query + 0.5) / block[0] * layout.cell[1]
+        high, wide = np.multiply(layout.block, figure.picture.shown.cells.block)
+        left = layout.lefts[1] + (key + 0.5) / wide * layout.cell[0]
+        top = layout.tops[1] + (query + 0.5) / high * layout.cell[1]
         assert (across, down) == (pytest.approx(left, abs=1.5), pytest.approx(top, abs=1.5))
 
 

@@ -6,7 +6,7 @@ import io
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -15,17 +15,14 @@ import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.axes._base import _AxesBase
-from matplotlib.backend_bases import RendererBase
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import normalize_kwargs
 from matplotlib.colors import Colormap
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
-from matplotlib.transforms import Bbox
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
-from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout
+from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout, inches
 from pytest_attnheat.heatmaps.maps import (
     Bools,
     Maps,
@@ -36,7 +33,7 @@ from pytest_attnheat.heatmaps.maps import (
     smallest,
     whole_of,
 )
-from pytest_attnheat.heatmaps.picture import Picture, Shown
+from pytest_attnheat.heatmaps.picture import Picture, Place, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
 from pytest_attnheat.inputs import check_number, misuse, one_of
@@ -89,7 +86,7 @@ class HeatmapFigure(Figure):
             panel.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5), xticks=[], yticks=[])
             panel.set_autoscale_on(False)
             panel.set_axis_off()
-            panel.set_axes_locator(_Over(row, column))
+            panel.set_axes_locator(Place(self.picture, row, column))
         self.sca(super().axes[0])
 
     def suptitle(self, t: str, **kwargs: Any) -> Text:
@@ -112,7 +109,7 @@ class HeatmapFigure(Figure):
             )
             lines -= design.words.title is None and shown.design.words.title is not None
             height = before.layout.size[1] + math.ceil(lines * LINE * before.layout.em)
-            self.set_figheight(_inches(height, self.dpi))
+            self.set_figheight(inches(height, self.dpi))
         sheet, _, _ = self.picture.sheet_for(None)
         return sheet.layout
 
@@ -170,28 +167,6 @@ class PanelAxes(Axes):
             pad = (PAD + ranges * SMALL * LINE) * em if pad is None else pad
             kwargs = {"fontsize": em, **(fontdict or {}), **normalize_kwargs(kwargs, Text)}
         return super().set_title(label, None, loc, pad, **kwargs)
-
-
-@dataclass(frozen=True)
-class _Over:
-    """Places an axes over a panel of its figure."""
-
-    row: int
-    column: int
-
-    def __call__(self, axes: _AxesBase, renderer: RendererBase | None) -> Bbox:
-        """Return the panel's place, in parts of the figure."""
-        figure = axes.figure
-        assert isinstance(figure, HeatmapFigure)
-        sheet, box, zoom = figure.picture.sheet_for(renderer)
-        layout = sheet.layout
-        _, _, queries, keys = figure.picture.shown.design.shape
-        # The last block of a panel may stand for more keys than there are.
-        block = figure.picture.block(layout)
-        wide, high = keys / block[1] * layout.cell[0], queries / block[0] * layout.cell[1]
-        left, bottom = layout.lefts[self.column], layout.size[1] - layout.tops[self.row] - high
-        across, down = box.width / zoom, box.height / zoom
-        return Bbox.from_bounds(left / across, bottom / down, wide / across, high / down)
 
 
 def show_heatmaps(
@@ -300,7 +275,7 @@ def show_heatmaps(
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
-    figure.set_size_inches((_inches(size[0], figure.dpi), _inches(size[1], figure.dpi)))
+    figure.set_size_inches((inches(size[0], figure.dpi), inches(size[1], figure.dpi)))
     cells = pool(maps, design.block_for(size, figure.dpi))
     positive = vmin is not None and vmax is not None and vmin >= 0
     low = 0.0 if positive else smallest(maps, cells)
@@ -429,26 +404,18 @@ def _size(
         width = _number_width(design.words, maps)
         return design.natural_size(dpi, width, small=figsize is not None)
     try:
-        inches = tuple(float(side) for side in figsize)
+        sides = tuple(float(side) for side in figsize)
     except (TypeError, ValueError):
-        inches = ()
-    if len(inches) != 2 or not all(0 < side * dpi < math.inf for side in inches):
+        sides = ()
+    if len(sides) != 2 or not all(0 < side * dpi < math.inf for side in sides):
         accepted = "(width, height) in inches, None for a size that fits, or 'small'"
         raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.
-    size = int(inches[0] * dpi + 1e-6), int(inches[1] * dpi + 1e-6)
+    size = int(sides[0] * dpi + 1e-6), int(sides[1] * dpi + 1e-6)
     if max(size) >= _LONGEST_SIDE:
         got = f"{figsize} at {dpi:g} dots per inch, which is {size[0]} x {size[1]} pixels"
         raise ValueError(misuse("figsize", got, f"less than {_LONGEST_SIDE} pixels a side"))
     return size
-
-
-def _inches(pixels: int, dpi: float) -> float:
-    """Return inches that are not a hair less than so many pixels, as matplotlib cuts off."""
-    inches = pixels / dpi
-    while inches * dpi < pixels:
-        inches = math.nextafter(inches, math.inf)
-    return inches
 
 
 def _number_width(words: Words, maps: Maps) -> float:

@@ -142,6 +142,14 @@ def natural_size(content: Content, dpi: float, cell: int) -> tuple[int, int]:
     )
 
 
+def inches(pixels: int, dpi: float) -> float:
+    """Return inches that are not a hair less than so many pixels, as matplotlib cuts off."""
+    side = pixels / dpi
+    while side * dpi < pixels:
+        side = math.nextafter(side, math.inf)
+    return side
+
+
 def _margins(content: Content, em: float) -> _Margins:
     left = PAD + content.ylabel * LINE + content.row_titles * LINE + content.query_ticks + PAD
     right = PAD

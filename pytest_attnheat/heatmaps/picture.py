@@ -145,11 +145,6 @@ class Picture(Artist):
                 return "white" if np.dot(color, colors.LUMINANCE) < 0.5 else "black"
         return "black"
 
-    def block(self, layout: Layout) -> tuple[int, int]:
-        """Return how many weights (queries, keys) share a drawn cell."""
-        pooled = self.shown.cells.block
-        return pooled[0] * layout.block[0], pooled[1] * layout.block[1]
-
     def get_children(self) -> list[Artist]:
         """Return the texts of the sheet composed last."""
         return [t for sheet in self._sheets.values() for t in (*sheet.texts, *sheet.numbers)]
@@ -161,6 +156,31 @@ class Picture(Artist):
     def get_tightbbox(self, renderer: RendererBase | None = None) -> Bbox:
         """Return all that the picture fills."""
         return self.get_window_extent(renderer)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an axes lies that covers one panel of a picture."""
+
+    picture: Picture
+    row: int
+    column: int
+
+    def __call__(self, _axes: object, renderer: RendererBase | None) -> Bbox:
+        """Return the place in parts of the figure."""
+        sheet, box, zoom = self.picture.sheet_for(renderer)
+        layout, shown = sheet.layout, self.picture.shown
+        # The last block of a panel may stand for more keys than there are.
+        high, wide = (
+            count / (pooled * again) * side
+            for count, pooled, again, side in zip(
+                shown.design.shape[2:], shown.cells.block, layout.block, layout.cell[::-1],
+                strict=True,
+            )
+        )  # fmt: skip
+        left, bottom = layout.lefts[self.column], layout.size[1] - layout.tops[self.row] - high
+        across, down = box.width / zoom, box.height / zoom
+        return Bbox.from_bounds(left / across, bottom / down, wide / across, high / down)
 
 
 def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
