@@ -215,6 +215,8 @@ def copied(argument: Any) -> Any:
     """Return a copy of a tensor, numbers that stand for several once; anything else itself."""
     if not isinstance(argument, Tensor):
         return argument
+    if 0 not in argument.stride():
+        return argument.detach().clone()
     once = tuple(slice(0, 1) if step == 0 else slice(None) for step in argument.stride())
     return argument.detach()[once].clone().expand(argument.shape)
 

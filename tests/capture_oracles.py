@@ -12,8 +12,8 @@ import torch.nn.attention.flex_attention
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from pytest_attnheat import callables
 from pytest_attnheat.attention import scoring
-from pytest_attnheat.capture import record
 
 # float32 weights against float64 ones: a dozen roundings.
 CLOSE = {"atol": 1e-6, "rtol": 0.0}
@@ -95,7 +95,7 @@ class Memory(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self._alive, self.peak = {}, 0
-        self._shown = mock.patch.object(record, "_disable_current_modes", contextlib.nullcontext)
+        self._shown = mock.patch.object(callables, "_disable_current_modes", contextlib.nullcontext)
 
     def __enter__(self):
         self._shown.__enter__()

@@ -804,3 +804,14 @@ def test_a_specification_turns_layout_and_mask():
     spec = AttentionSpec(own, layout="blhd", mask="drop", mask_argument="dropped")
     assert_no_leakage(spec, *qkv(), is_causal=True)
     torch.testing.assert_close(spec(*qkv(), is_causal=True), sdpa(*qkv(), is_causal=True))
+
+
+def test_answers_of_an_earlier_call_are_not_called_a_mask():
+    query, key, value = qkv()
+    known = sdpa(query, key, value, is_causal=True)
+    message = message_of(
+        lambda query, key, value, is_causal: known, query, key, value, is_causal=True
+    )
+    assert (
+        "cause    no output around it changes either: is an earlier answer given again?" in message
+    )

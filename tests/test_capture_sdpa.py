@@ -52,14 +52,14 @@ def test_a_boolean_mask_is_true_where_a_query_may_attend(shape):
     assert torch.equal(record.mask.expand(2, 3, 5, 7), mask.expand(2, 3, 5, 7))
 
 
-@pytest.mark.parametrize("block", [1, 14, 70, 105])
+@pytest.mark.parametrize("block", [14, 70, 105])
 def test_weights_are_made_in_blocks_of_any_size(monkeypatch, block):
     """Of some queries of one head, or of some heads and all their queries."""
     monkeypatch.setattr(computation, "_BLOCK", block)
     monkeypatch.setattr(computation, "_ROWS", 1)
     query, key, value = three(2, 6, key_heads=2)
-    for shape in MASKS.values():
-        mask = (draw("mask", *shape) > -0.3)[..., :1, :, :] if len(shape) > 2 else None
+    for shape in ((2, 1, 5, 7), (2, 1, 1, 7), (1, 6, 5, 7)):
+        mask = draw("mask", *shape) > -0.3
         record = captured(query, key, value, mask, enable_gqa=True)
         assert_weights(record, plain_weights(query, key, allowed=mask))
     record = captured(query, key, value, is_causal=True, enable_gqa=True)

@@ -1,5 +1,7 @@
 """`Trace`: indexing, selecting, the table, and the picture."""
 
+from dataclasses import replace
+
 import matplotlib.pyplot as plt
 import pytest
 import torch
@@ -190,6 +192,41 @@ def test_labels_are_what_the_layers_do_not_share(trace):
     found = labels(trace.select(heads=[2, 0]).show())
     assert {"Head 2", "Head 0", "layers.0", "layers.1", "layers.2", "Keys", "Queries"} <= found
     assert "Head 1" not in found
+
+
+def test_a_small_picture_shows_a_whole_model_and_names_layers_by_number():
+    with capture_attention() as trace:
+        for _ in range(3):
+            F.scaled_dot_product_attention(X, X, X)
+    whole = Trace(replace(r, layer=f"model.layers.{n}.attn", call=0) for n, r in enumerate(trace))
+    small, large = whole.show(figsize="small"), whole.show()
+    assert {"Layer 0", "Layer 2", "Head 3"} <= labels(small)
+    torch.testing.assert_close(drawn(small), drawn(large))
+    small_side, large_side = (max(figure.get_size_inches()) for figure in (small, large))
+    assert small_side < large_side / 1.5
+
+
+def test_a_query_alone_shows_its_tokens_down_and_its_heads_across(trace):
+    figure = trace.show(query=2, tokens=list("abcd"), batch=1)
+    expected = torch.stack([record.weights[1, :, 2, :4].T for record in trace])
+    torch.testing.assert_close(drawn(figure)[0], expected, atol=1e-6, rtol=0)
+    words = figure.picture.shown.design.words
+    assert words.title == "Query 2 c"
+    assert words.titles == ["layers.0", "layers.1", "layers.2"]
+    assert (words.query_labels, words.xlabel) == (list("abcd"), "Heads")
+    own = trace.select(heads=[3, 1]).show(query=4, title="own").picture.shown.design.words
+    assert (own.key_labels, own.title) == (["3", "1"], "own")
+    with pytest.raises(ValueError, match="queries: got 5"):
+        trace.show(query=5)
+    with pytest.raises(TypeError, match="query: got 'c'; accepted is a whole number"):
+        trace.show(query="c")
+
+
+def test_keys_that_a_query_alone_may_not_see_are_striped():
+    with capture_attention() as trace:
+        F.scaled_dot_product_attention(X, X, X, is_causal=True)
+    masked = trace.show(query=1).picture.shown.cells.masked
+    assert masked[0, 0].tolist() == [[key > 1] * 4 for key in range(5)]
 
 
 def test_tokens_are_labels_of_keys_and_queries(trace):

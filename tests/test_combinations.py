@@ -395,6 +395,18 @@ def test_what_breaks_with_some_lengths_alone_is_no_word_of_somebody_who_declines
     assert str(error) in str(report)
 
 
+@pytest.mark.parametrize(("refused", "fails"), [(63, True), (2049, False)])
+def test_lengths_that_are_refused_between_others_are_no_limit(refused, fails):
+    def uneven(query, key, value):
+        if refused in (query.shape[-2], key.shape[-2]):
+            raise ValueError("it cannot be split")
+        return attention(query, key, value)
+
+    report = check_attention(AttentionSpec(uneven, dtypes=("float32",)), checks=PAIRS)
+    assert report.passed != fails
+    assert "it cannot be split" in str(report)
+
+
 def test_a_declared_tolerance_allows_what_is_off_by_a_part_of_the_largest_number():
     def in_bfloat16(query, key, value, is_causal=False):
         query, key, value = (t.bfloat16().to(t.dtype) for t in (query, key, value))

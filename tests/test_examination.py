@@ -168,6 +168,9 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch):
     (plain,) = (result for result in wrong["results"] if result["check"] == "plain")
     assert (plain["status"], plain["dtype"], plain["device"]) == ("failed", "float32", "cpu")
     assert plain["replay"] == "gradients=none dtype=float32 seed=0"
+    assert plain["worst"]["tensor"] == "output"
+    asked = [result["check"] for result in wrong["results"]]
+    assert asked == [check.name for check in CHECKS if check.quick]
     assert list((contract.path / "out").iterdir()) == [contract.path / "out" / "found.json"]
 
 
@@ -414,6 +417,25 @@ def test_a_test_that_fails_before_its_check_does_not_hide_what_the_others_found(
     result = contract.runpytest()
     result.assert_outcomes(failed=QUICK)
     result.stdout.fnmatch_lines(["  because    *: the test itself failed"])
+
+
+def test_a_check_that_is_called_again_is_asked_again(contract):
+    contract.makepyfile(
+        """
+        import pytest
+        from pytest_attnheat import parametrize_with_checks
+        from wrong import attention
+
+        @parametrize_with_checks([attention], quick=True)
+        def test_contract(check):
+            if "plain" not in check.name:
+                return
+            for _ in range(2):
+                with pytest.raises(AssertionError, match="without a mask it is attention"):
+                    check()
+        """
+    )
+    contract.runpytest().assert_outcomes(passed=QUICK)
 
 
 def test_a_run_without_an_examination_loads_nothing_of_it(pytester):

@@ -5,6 +5,7 @@ import io
 import subprocess
 import sys
 import warnings
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -17,7 +18,7 @@ from matplotlib.text import Text
 from panel_figures import figures, panel_hash
 from PIL import Image
 
-from pytest_attnheat import show_heatmaps
+from pytest_attnheat import show_difference, show_heatmaps
 
 
 def softmax_maps(*shape, seed=0):
@@ -54,6 +55,24 @@ def cell_colors(figure, image=None):
 
 def texts(figure):
     return [text.get_text() for text in figure.findobj(Text) if text.get_text()]
+
+
+def assert_no_text_is_cut_off_or_overlaps(figure):
+    width, height = pixels(figure).shape[1::-1]
+    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
+    extents = [t.get_window_extent(renderer) for t in figure.findobj(Text) if t.get_text()]
+    for extent in extents:
+        assert extent.x0 >= -1
+        assert extent.x1 <= width + 1
+        assert extent.y0 >= -1
+        assert extent.y1 <= height + 1
+    for index, one in enumerate(extents):
+        for other in extents[:index]:
+            overlap = (
+                min(one.x1, other.x1) - max(one.x0, other.x0),
+                min(one.y1, other.y1) - max(one.y0, other.y0),
+            )
+            assert min(overlap) < 1, "two texts overlap by more than rounding"
 
 
 def reds(values):
@@ -105,7 +124,7 @@ def test_no_name_of_an_axis_writes_nothing():
 
 
 def test_both_queries_of_the_textbooks_call_have_their_label():
-    weights = torch.full((1, 1, 2, 10), 0.1)
+    weights = torch.full((1, 1, 2, 10), 0.5)
     figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
     assert texts(figure)[2:9] == ["0", "2", "4", "6", "8", "0", "1"]
 
@@ -171,6 +190,23 @@ def test_weights_are_drawn_on_a_scale_of_0_to_1_and_the_bar_says_so():
     assert figure.picture.shown.scale.range == (0, 1)
 
 
+@pytest.mark.parametrize(("side", "note"), [(4, "largest weight 0.23"), (512, ", largest 0.23")])
+def test_weights_that_are_all_small_say_how_large_they_are(side, note):
+    weights = torch.zeros(side, side)
+    weights[1, 2] = 0.23
+    assert any(text.endswith(note) for text in texts(show_heatmaps(weights, "K", "Q")))
+    weights[3, 3] = 0.25
+    assert not any("largest" in text for text in texts(show_heatmaps(weights, "K", "Q")))
+
+
+def test_a_scale_up_to_the_largest_weight_makes_small_weights_dark():
+    weights = torch.tensor([[0.0, 0.05], [0.2, 0.1]])
+    figure = show_heatmaps(weights, "K", "Q", scale="largest", mask=torch.eye(2).bool())
+    assert figure.picture.shown.scale.range == (0, pytest.approx(0.1))
+    assert any("2 masked cells hold weight" in text for text in texts(figure))
+    assert show_heatmaps(weights * 0, "K", "Q", scale="largest").picture.shown.scale.range == (0, 1)
+
+
 def test_logits_are_drawn_on_the_range_that_all_panels_have_together():
     logits = torch.tensor([[[-3.0, 0.0]], [[1.0, 5.0]]])
     figure = show_heatmaps(logits, "Keys", "Queries", figsize=(4, 3))
@@ -178,6 +214,27 @@ def test_logits_are_drawn_on_the_range_that_all_panels_have_together():
     colors = cell_colors(figure)
     np.testing.assert_array_equal(colors[0, 0, 0, 0], reds(0.0))
     np.testing.assert_array_equal(colors[0, 1, 0, 1], reds(1.0))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("as_array", [False, True])
+def test_pooled_signed_values_keep_what_is_farthest_from_zero(masked, as_array):
+    values = torch.full((600, 600), 0.1)
+    values[7, 9], values[7, 10], values[300, 300] = -4, 2, 3
+    values[400:] = -torch.inf
+    values[0, 599] = -9
+    mask = torch.ones(600, 600, dtype=torch.bool)
+    mask[0, 599] = not masked
+    given = values.numpy() if as_array else values
+    figure = show_heatmaps(given, "K", "Q", mask=mask if masked else None)
+    cells = figure.picture.shown.cells
+    high, wide = cells.block
+    assert f"cell = farthest from 0 of {high}×{wide}" in texts(figure)
+    assert cells.values[0, 0, 7 // high, 9 // wide] == -4
+    assert cells.values[0, 0, 300 // high, 300 // wide] == 3
+    assert cells.values[0, 0, 0, -1] == np.float32(0.1 if masked else -9)
+    assert cells.masked[0, 0, -1].all()
+    assert figure.picture.shown.scale.range == (-4 if masked else -9, 3)
 
 
 def test_pooled_logits_keep_the_range_of_the_logits():
@@ -299,6 +356,14 @@ def test_nan_is_drawn_in_a_colour_of_its_own_and_counted():
     assert "NaN in 2 cells (blue)" in texts(figure)
 
 
+@pytest.mark.parametrize("value", [np.inf, 1e300])
+def test_infinite_and_very_large_values_are_counted_as_nan_is(value):
+    weights = np.eye(4) / 2
+    weights[0, 1] = weights[2, 3] = value
+    written = texts(show_heatmaps(weights, "K", "Q"))
+    assert "inf or above 3e38 in 2 cells (darkest)" in written
+
+
 def test_infinite_values_take_the_ends_of_the_scale():
     logits = torch.tensor([[1.0, 2.0], [torch.inf, 3.0]])
     colors = cell_colors(show_heatmaps(logits, "K", "Q"))[0, 0]
@@ -367,21 +432,7 @@ CASES = {
 def test_no_text_is_cut_off_and_none_overlaps_another(case):
     weights, options = CASES[case]
     figure = show_heatmaps(weights, "Keys of the map", "Queries", **options)
-    width, height = pixels(figure).shape[1::-1]
-    renderer = figure.canvas.get_renderer() if hasattr(figure.canvas, "get_renderer") else None
-    extents = [t.get_window_extent(renderer) for t in figure.findobj(Text) if t.get_text()]
-    for extent in extents:
-        assert extent.x0 >= -1
-        assert extent.x1 <= width + 1
-        assert extent.y0 >= -1
-        assert extent.y1 <= height + 1
-    for index, one in enumerate(extents):
-        for other in extents[:index]:
-            overlap = (
-                min(one.x1, other.x1) - max(one.x0, other.x0),
-                min(one.y1, other.y1) - max(one.y0, other.y0),
-            )
-            assert min(overlap) < 1, "two texts overlap by more than rounding"
+    assert_no_text_is_cut_off_or_overlaps(figure)
 
 
 def test_tokens_of_any_script_are_drawn_without_a_warning():
@@ -410,6 +461,12 @@ def test_numbers_for_millions_of_cells_are_refused():
         show_heatmaps(torch.rand(2000, 2000), "K", "Q", figsize=None, numbers=True)
 
 
+@pytest.mark.parametrize("side", [8, 40, 300])
+def test_a_small_figure_has_panels_of_about_48_pixels(side):
+    figure = show_heatmaps(softmax_maps(3, 5, side, side), "K", "Q", figsize="small")
+    assert all(40 <= pixels <= 52 for pixels in sheet(figure).layout.panel)
+
+
 def test_a_natural_size_has_room_for_every_range():
     figure = show_heatmaps(-torch.rand(3, 3, 2, 2) * 123456, "K", "Q", figsize=None, scale="panel")
     assert sum(" – " in text for text in texts(figure)) == 9
@@ -435,6 +492,50 @@ def test_a_title_of_a_novel_is_cut_in_no_time():
 def test_numbers_that_have_no_room_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"figsize: got .*no room for numbers.*or None"):
         show_heatmaps(softmax_maps(50, 50), "K", "Q", numbers=True)
+
+
+# -- differences -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("as_array", [False, True])
+def test_a_difference_shows_the_panel_that_differs_most_and_where(as_array):
+    one = softmax_maps(2, 3, 6, 6)
+    other = one.clone()
+    other[0, 0, 1, 1] += 0.2
+    other[1, 2, 4, 5] -= 0.3 - 0.3 * one[1, 2, 4, 5]
+    figure = show_difference(
+        one.numpy() if as_array else one.double(), other, key_labels=list("abcdef")
+    )
+    shown = figure.picture.shown
+    expected = torch.stack([one[1, 2], other[1, 2], (one - other)[1, 2].abs()])[None]
+    np.testing.assert_allclose(shown.cells.values, expected, atol=1e-7)
+    assert shown.highlight == [(0, panel, 4, 5) for panel in range(3)]
+    assert {"expected", "actual", "difference", "a"} <= set(texts(figure))
+    worst = expected[0, 2].max()
+    title = f"panel [1, 2]: largest difference {worst:.2g} at query 4, key 5"
+    assert title in texts(figure)
+
+
+def test_equal_maps_have_no_difference_and_masked_weights_are_not_compared():
+    one, mask = softmax_maps(5, 5), torch.ones(5, 5).tril().bool()
+    other = one.clone()
+    other[0, 4] = 0.9
+    scores = one.masked_fill(~mask, -torch.inf)
+    for pair, options in (((one, other), {"mask": mask}), ((scores, scores), {})):
+        figure = show_difference(*pair, **options)
+        assert "no difference" in texts(figure)
+        assert not figure.picture.shown.highlight
+        assert not any("NaN" in text for text in texts(figure))
+    other[2, 2] = torch.nan
+    figure = show_difference(one, other)
+    assert "largest difference inf at query 2, key 2" in texts(figure)
+
+
+def test_maps_of_different_shapes_have_no_difference_to_show():
+    with pytest.raises(
+        ValueError, match=r"actual: got shape \(1, 1, 4, 3\); accepted is \(1, 1, 4, 4\)"
+    ):
+        show_difference(softmax_maps(4, 4), softmax_maps(4, 3))
 
 
 # -- highlights --------------------------------------------------------------------------------
@@ -465,13 +566,97 @@ def test_a_highlight_without_a_key_outlines_the_whole_query():
     assert changed[:, 0].max() == layout.tops[0] + layout.panel[1] + 2
 
 
+# -- what people do with a figure --------------------------------------------------------------
+
+
+def mark(axes, key, query, size=1):
+    axes.plot([key], [query], "s", color="lime", markersize=size, markeredgewidth=0)
+
+
+def is_lime(image):
+    return (image == (0, 255, 0)).all(-1)
+
+
+@pytest.mark.parametrize("side", [6, 600])
+def test_a_point_of_an_axes_lies_on_its_key_and_query(side):
+    figure = show_heatmaps(softmax_maps(2, 3, side, side), "K", "Q", figsize=(6, 4))
+    assert len(figure.axes) == 6
+    key, query = side // 2, side - 1
+    mark(figure.axes[4], key, query, 3)
+    for dpi in (100, 150):
+        down, across = np.argwhere(is_lime(pixels(figure, dpi=dpi))).mean(0)
+        layout = (
+            sheet(figure).layout if dpi == 100 else figure.picture.prepare((900, 600), 150).layout
+        )
+        high, wide = np.multiply(layout.block, figure.picture.shown.cells.block)
+        left = layout.lefts[1] + (key + 0.5) / wide * layout.cell[0]
+        top = layout.tops[1] + (query + 0.5) / high * layout.cell[1]
+        assert (across, down) == (pytest.approx(left, abs=1.5), pytest.approx(top, abs=1.5))
+
+
+def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
+    figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q", figsize=(5, 5))
+    before = pixels(figure)
+    tight = pixels(figure, bbox_inches="tight")
+    assert not vars(figure)["_localaxes"]
+    assert figure.gca() is figure.axes[0]
+    np.testing.assert_array_equal(pixels(figure), before)
+    np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)
+    figure.delaxes(figure.axes[0])
+    assert len(figure.axes) == 3
+
+
+@pytest.mark.parametrize("figsize", [(5, 5), None])
+def test_titles_of_matplotlib_have_lines_of_their_own(figsize):
+    figure = show_heatmaps(
+        softmax_maps(2, 2, 7, 7), "K", "Q", ["a", "b"], figsize, title="given", scale="panel"
+    )
+    cell = sheet(figure).layout.cell
+    figure.suptitle("All", color="blue")
+    figure.axes[0].set_title("upper")
+    figure.axes[1].set_title("left", loc="left", size=6)
+    figure.axes[3].set_title("lower")
+    figure.tight_layout()
+    assert "given" not in texts(figure)
+    assert {"All", "upper", "left", "lower", "a", "b"} <= set(texts(figure))
+    assert_no_text_is_cut_off_or_overlaps(figure)
+    if figsize is None:
+        assert sheet(figure).layout.cell == cell
+
+
+def test_a_picture_fills_an_axes_or_a_subfigure_of_another_figure():
+    weights = softmax_maps(6, 6)
+    host = Figure(figsize=(8, 4))
+    left, right = host.subfigures(1, 2)
+    own = show_heatmaps(weights, "K", "Q", ax=right)
+    np.testing.assert_array_equal(pixels(host)[:, 400:], pixels(own))
+    axes = left.add_axes((0.25, 0.25, 0.75, 0.75))
+    own = show_heatmaps(weights, "K", "Q", ax=axes)
+    np.testing.assert_array_equal(pixels(host)[:300, 100:400], pixels(own))
+    with pytest.raises(TypeError, match="ax: got 3; accepted is an Axes or a SubFigure"):
+        show_heatmaps(weights, "K", "Q", ax=3)
+
+
+def test_a_black_background_has_white_texts_and_numbers_stay_as_they_are():
+    figure = show_heatmaps(torch.eye(2), "Keys", "Queries", figsize=None, numbers=True)
+    dark, plain = pixels(figure, facecolor="black"), pixels(figure)
+    panel = sheet(figure).layout.area
+    below = np.s_[panel.top + panel.height + 8 :]
+    assert (dark[below].max(), plain[below].min()) == (255, 0)
+    inside = np.s_[panel.top : panel.top + panel.height, panel.left : panel.left + panel.width]
+    np.testing.assert_array_equal(dark[inside], plain[inside])
+    figure.set_facecolor("navy")
+    assert pixels(figure)[below].max() == 255
+
+
 def test_a_canvas_gives_the_pixels_that_are_saved():
     figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")
-    figure.canvas.draw()
-    drawn = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+    canvas: Any = figure.canvas
+    canvas.draw()
+    drawn = np.asarray(canvas.buffer_rgba())[..., :3]
     np.testing.assert_array_equal(drawn, pixels(figure))
     file = io.BytesIO()
-    figure.canvas.print_png(file)
+    canvas.print_png(file)
     np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGB")), drawn)
 
 
@@ -510,7 +695,7 @@ PANELS = {
     "identity": "7b10e6565931",
     "masked grid": "00b46fec4e66",
     "pooled": "d0a79297900b",
-    "many heads": "cf5c9abb259b",
+    "many heads": "b6943d91fbc0",
     "tokens": "26f95ec1882e",
     "panel scales": "2217c294df39",
 }
@@ -530,7 +715,7 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"row_titles": ["a", "b"]}, "row_titles: got 2"),
         ({"key_labels": list("abc")}, "key_labels: got 3.*keys: 4"),
         ({"query_labels": "abcde"}, "query_labels: got 1.*queries: 4"),
-        ({"scale": "row"}, "scale: got 'row'; accepted is one of 'shared', 'panel'"),
+        ({"scale": "row"}, "scale: got 'row'; accepted is one of 'shared', 'largest', 'panel'"),
         ({"scale": "panel", "vmin": 0}, "belong to scale='shared'"),
         ({"vmin": 1, "vmax": 0}, "vmin, vmax: got 1 and 0; accepted is finite"),
         ({"cmap": "nope"}, "cmap: got 'nope'; accepted is a Colormap, or"),

@@ -107,7 +107,7 @@ def test_a_figure_without_room_says_which_size_would_do():
 @pytest.mark.parametrize("grid", [(1, 1, 10, 10), (2, 4, 8, 8), (12, 12, 60, 60), (1, 2, 1, 30)])
 @pytest.mark.parametrize("ranges", [False, True])
 def test_a_figure_of_its_natural_size_has_cells_of_the_pixels_asked_for(grid, cell, ranges):
-    content = Content(grid, ranges=ranges, notes=1, row_titles=True)
+    content = Content(grid, above=LINE * ranges, notes=1, row_titles=True)
     layout = plan(content, natural_size(content, 100, cell), 100)
     assert layout.block == (1, 1)
     assert min(layout.cell) >= cell

@@ -122,10 +122,12 @@ def test_the_smallest_weight_is_found_though_pooling_keeps_only_the_largest(bloc
     assert 0 <= smallest(maps, pool(maps, block)) < 1
 
 
-def test_cells_pooled_again_are_as_if_pooled_at_once():
-    values, mask = torch.rand(2, 1, 24, 18), torch.rand(24, 18) > 0.7
+@pytest.mark.parametrize("signed", [False, True])
+def test_cells_pooled_again_are_as_if_pooled_at_once(signed):
+    values, mask = torch.randn(2, 1, 24, 18), torch.rand(24, 18) > 0.7
     maps = read_maps(values, mask)
-    twice, once = pool_cells(pool(maps, (2, 3)), (3, 2)), pool(maps, (6, 6))
+    twice = pool_cells(pool(maps, (2, 3), signed=signed), (3, 2))
+    once = pool(maps, (6, 6), signed=signed)
     assert isinstance(twice, Cells)
     assert twice.block == once.block
     np.testing.assert_array_equal(twice.masked, once.masked)

@@ -19,6 +19,7 @@ from pytest_attnheat import (
 )
 from pytest_attnheat.attention.levels import text_of
 from pytest_attnheat.contract.checks import CHECKS
+from pytest_attnheat.contract.examination import Examination
 
 ONE = ("float32",)
 
@@ -156,6 +157,48 @@ def test_right_functions_pass(name):
         assert found[asked] == "passed", asked
     few = name == "booleans of few positions"
     assert found["block_lengths"] == ("skipped" if few else "passed")
+
+
+def test_what_is_always_causal_from_the_end_is_asked_to_decode():
+    name = "always causal from the end"
+    assert statuses(report_on(name))["decoding"] == "passed"
+
+
+def merged_with_a_sink(query, key, value, is_causal=False):
+    """Three parts of the keys and a high sink, merged by the logarithms of their sums."""
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    if is_causal:
+        scores = scores.masked_fill(~torch.ones_like(scores, dtype=torch.bool).tril(), -torch.inf)
+    parts = list(zip(scores.tensor_split(3, -1), value.tensor_split(3, -2), strict=True))
+    sums = [part.logsumexp(-1) for part, _ in parts]
+    shares = torch.stack([*sums, HIGH.to(query.dtype)[:, None].expand_as(sums[0])], -1).softmax(-1)
+    outputs = [part.softmax(-1).nan_to_num() @ own for part, own in parts]
+    return sum(shares[..., i, None] * output for i, output in enumerate(outputs))
+
+
+HIGH = torch.tensor([20.0, 9.0])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_high_sink_that_is_merged_as_a_part_is_allowed_its_rounding(seed):
+    spec = AttentionSpec(merged_with_a_sink, causal="top_left", sinks=HIGH, dtypes=ONE)
+    examination = Examination(spec, torch.float32, torch.device("cpu"), seed)
+    for sizes in ((7, 7), (16, 16), (31, 31)):
+        for causal in (False, True):
+            chosen = {"sizes": sizes, "numbers": "structured", "causal": causal}
+            examination.judge(examination.choice(**chosen, gradients="all"))
+
+
+def test_an_answer_that_the_next_call_overwrites_is_told_and_nothing_else_is():
+    answers = {}
+
+    def attention(query, key, value):
+        output = sdpa(query, key, value)
+        return answers.setdefault(output.shape, torch.empty_like(output)).copy_(output)
+
+    report = check_attention(AttentionSpec(attention, dtypes=ONE, gradients=False))
+    assert [result.name for result in report.failed] == ["repeats"]
+    assert "it returns the same memory at each call" in report.failed[0].reason
 
 
 def test_what_is_refused_is_said():

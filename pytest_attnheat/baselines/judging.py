@@ -32,9 +32,8 @@ from PIL import Image
 from pytest_attnheat.attention.tolerance import drift_allowed
 from pytest_attnheat.baselines.compare import compare_data, tolerance_for
 from pytest_attnheat.heatmaps.colors import Scale
-from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
+from pytest_attnheat.heatmaps.figure import HeatmapFigure, triptych
 from pytest_attnheat.heatmaps.layout import Layout
-from pytest_attnheat.heatmaps.maps import Cells
 from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
 
@@ -185,16 +184,19 @@ def _check_heatmaps(
         details = list(difference.details)
         if difference.worst is not None:
             row, column, query, _ = difference.worst
-            triptych = actual.with_name("difference.png")
-            _triptych(expected, drawn, difference.worst).savefig(triptych)
-            artifacts["difference"] = triptych
+            pair = [data.values[row, column] for data in (expected, drawn)]
+            masks = [~data.masked[row, column] for data in (expected, drawn)]
+            title = f"panel [{row}, {column}]"
+            picture = triptych(pair, masks, difference.worst, title=title)
+            artifacts["difference"] = actual.with_name("difference.png")
+            picture.savefig(artifacts["difference"])
             details += _in_text(expected, drawn, row, column, query)
         return Verdict("data", difference.reason, details, artifacts=artifacts, **compared)
     compared["compared"] = (*kinds, "pixels")
     outcome = compare_pixels(figure.picture, expected, baseline, actual, figure.dpi, tolerance)
     if outcome in ("equal", "text"):
         status: Status = "pooled" if pooled else "equal" if outcome == "equal" else "text"
-        return Verdict(status, **compared)
+        return Verdict(status, "it had no sketch" if pooled else "", **compared)
     reason = {
         "size": "the data agree, but the picture has another size",
         "panels": "the data agree, but the panels are drawn otherwise (colours, scale, layout)",
@@ -228,27 +230,6 @@ def _check_images(baseline: Path, actual: Path, folder: Path, tolerance: float |
     artifacts["difference"] = Path(str(found["diff"]))
     reason = f"root mean square of the pixel differences {found['rms']:.3g}, allowed {allowed:g}"
     return Verdict("pixels", reason, compared=("pixels",), artifacts=artifacts)
-
-
-def _triptych(
-    expected: Heatmaps, actual: Heatmaps, worst: tuple[int, int, int, int]
-) -> HeatmapFigure:
-    """Draw expected, actual and difference of the worst panel side by side, on one scale."""
-    row, column, query, key = worst
-    one, other = (data.values[row, column] for data in (expected, actual))
-    with np.errstate(invalid="ignore"):
-        difference = np.abs(other - one)
-    shown = np.stack([~expected.masked[row, column], ~actual.masked[row, column]])
-    return show_heatmaps(
-        [one, other, difference],
-        xlabel="Keys",
-        ylabel="Queries",
-        titles=["expected", "actual", "difference"],
-        figsize=None,
-        mask=np.stack([*shown, shown.any(axis=0)]),
-        highlight=[(0, panel, query, key) for panel in range(3)],
-        title=f"panel [{row}, {column}]",
-    )
 
 
 def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query: int) -> list[str]:
@@ -342,7 +323,7 @@ def _sheets(
     """
     scale = Scale(data.limits[..., 0], data.limits[..., 1], data.scale == "shared")
     if data.block == shown.cells.block:
-        cells = Cells(data.values, data.masked, data.block)
+        cells = replace(shown.cells, values=data.values, masked=data.masked)
         yield compose(replace(shown, cells=cells, scale=scale), size, dpi)
         return
     cells = shown.cells

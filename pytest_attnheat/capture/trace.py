@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, overload
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.selection import Selection, batch_entry, checked_patterns, matches
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import misuse, whole_number
 
 if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
@@ -155,7 +156,12 @@ class Trace(Sequence[AttentionRecord]):
         return self._with(records)
 
     def show(
-        self, *, tokens: Sequence[str] | None = None, batch: int = 0, **options: Any
+        self,
+        *,
+        tokens: Sequence[str] | None = None,
+        batch: int = 0,
+        query: int | None = None,
+        **options: Any,
     ) -> HeatmapFigure:
         """Draw a row of heatmaps per record and a column per head, with `show_heatmaps`.
 
@@ -165,15 +171,50 @@ class Trace(Sequence[AttentionRecord]):
             tokens: A label for each token; with fewer tokens than positions, as without
                 padding, only these are drawn.
             batch: Which batch entry.
-            **options: Those of `show_heatmaps`.
+            query: Draw this query alone: a heatmap per record, in which each head is a column that
+                runs down the tokens.
+            **options: Those of `show_heatmaps`; `figsize="small"` shows a whole model at a glance.
 
         Raises:
             ValueError: There is nothing, or maps differ in shape: select layers or a call.
+            TypeError: A query that is no number.
         """
-        from pytest_attnheat.heatmaps.figure import show_heatmaps
-
         if not self._records:
             raise ValueError("trace.show: there is no record")
+        if query is not None:
+            query = whole_number("query", query, least=0)
+            chosen = self.select(queries=query)
+            return chosen._show_query(query, tokens=tokens, batch=batch, options=options)
+        maps, given = self._drawn(tokens, batch, options)
+        from pytest_attnheat.heatmaps.figure import show_heatmaps
+
+        return show_heatmaps(maps, **given)
+
+    def _show_query(
+        self, query: int, *, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
+    ) -> HeatmapFigure:
+        """Draw the only query of the records: tokens down, heads across, a panel per record."""
+        from pytest_attnheat.heatmaps.figure import show_heatmaps
+
+        maps, given = self._drawn(tokens, batch, {})
+        mask, heads = given["mask"], self._records[0].heads
+        (own,) = given.get("query_labels", [""])
+        defaults = {
+            "xlabel": "Heads",
+            "ylabel": "Keys",
+            "titles": given["row_titles"],
+            "key_labels": None if heads is None else heads.tolist(),
+            "query_labels": given.get("key_labels"),
+            "title": f"Query {query} {own}".rstrip(),
+            "mask": None if mask is None else mask[:, :, 0].mT,
+            "figsize": None,
+        }
+        return show_heatmaps(maps[:, :, 0].mT, **{**defaults, **options})
+
+    def _drawn(
+        self, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """Return maps (records, heads, query_len, key_len), and what `show_heatmaps` is given."""
         shapes = {record.shape_here[1:] for record in self._records}
         if len(shapes) != 1:
             several = f"maps (heads, query_len, key_len) of shapes {sorted(shapes)}"
@@ -184,19 +225,20 @@ class Trace(Sequence[AttentionRecord]):
         batch = batch_entry(batch, entries)
         maps = torch.cat([r.compute_weights(batch=batch).cpu() for r in self._records])
         if "mask" not in options:
-            options["mask"] = _masks(self._records, batch)
+            options = {**options, "mask": _masks(self._records, batch)}
         if tokens is not None:
             options, maps = _labelled(list(tokens), options, maps, self._records[0])
         numbers = self._records[0].heads
         columns = range(heads) if numbers is None else numbers.tolist()
+        titles = _titles(self._records)
         defaults = {
             "xlabel": "Keys",
             "ylabel": "Queries",
             "titles": [f"Head {head}" for head in columns],
-            "row_titles": _titles(self._records),
+            "row_titles": _numbered(titles) if options.get("figsize") == "small" else titles,
             "figsize": None,
         }
-        return show_heatmaps(maps, **{**defaults, **options})
+        return maps, {**defaults, **options}
 
     def __str__(self) -> str:
         """A table: layer, source, shape, residual; and what was not seen or ran differently."""
@@ -261,6 +303,13 @@ def _titles(records: Sequence[AttentionRecord]) -> list[str]:
         f"{name}, call {record.call}".lstrip(", ") if several else name
         for name, record in zip(names, records, strict=True)
     ]
+
+
+def _numbered(titles: list[str]) -> list[str]:
+    """Name layers by their numbers, where each title has one of its own; small panels need it."""
+    numbers = [re.findall(r"\d+", title) for title in titles]
+    alone = all(len(found) == 1 for found in numbers) and len(set(map(tuple, numbers))) > 1
+    return [f"Layer {found[0]}" for found in numbers] if alone else titles
 
 
 def _masks(records: Sequence[AttentionRecord], batch: int) -> Tensor | None:

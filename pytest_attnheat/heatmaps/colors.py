@@ -30,6 +30,8 @@ _BEYOND = {
     _FRAME: (96, 96, 96, 255),
     _CLEAR: (255, 255, 255, 0),
 }
+# How bright red, green and blue are.
+LUMINANCE = (0.299, 0.587, 0.114)
 # Weights beyond 0..1 by rounding are weights all the same.
 _ROUNDING = 0.01
 
@@ -53,8 +55,13 @@ class Scale:
         return float(self.low[0, 0]), float(self.high[0, 0])
 
 
-def shared_scale(cells: Cells, smallest: float, vmin: float | None, vmax: float | None) -> Scale:
-    """Make one range for all panels: 0 to 1 for weights, else that of the values."""
+def shared_scale(
+    cells: Cells, smallest: float, vmin: float | None, vmax: float | None, *, tight: bool = False
+) -> Scale:
+    """Make one range for all panels: 0 to 1 for weights, else that of the values.
+
+    A tight one ends at the largest weight.
+    """
     largest = float(cells.values.max())
     if cells.masked.any() or not np.isfinite(largest):
         shown = np.isfinite(cells.values) & ~cells.masked
@@ -62,7 +69,7 @@ def shared_scale(cells: Cells, smallest: float, vmin: float | None, vmax: float 
     if smallest > largest:  # no finite cell at all
         smallest, largest = 0.0, 1.0
     if smallest >= -_ROUNDING and largest <= 1 + _ROUNDING:
-        smallest, largest = 0.0, 1.0
+        smallest, largest = 0.0, largest if tight and largest > 0 else 1.0
     low = smallest if vmin is None else float(vmin)
     high = largest if vmax is None else float(vmax)
     if low == high and vmin is None and vmax is None:
@@ -125,7 +132,7 @@ def tick(image: Image, left: int, top: int, wide: int, high: int) -> None:
 def is_dark(cmap: str | Colormap, cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
     """Tell for each cell whether its colour is so dark that a number on it must be white."""
     colors = _palette(cmap).view(np.uint8).reshape(-1, 4)[:, :3].astype(np.float64)
-    luminance = colors @ (0.299, 0.587, 0.114)
+    luminance = colors @ LUMINANCE
     dark: npt.NDArray[np.bool_] = (luminance < 128)[_levels(cells, scale, _count(cmap))]
     return dark
 
@@ -135,7 +142,8 @@ def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
 
     Only where weights are shown: scores are usually drawn before they are masked.
     """
-    if not cells.masked.any() or not scale.shared or scale.range != (0.0, 1.0):
+    low, high = scale.range
+    if not cells.masked.any() or not scale.shared or low != 0 or high > 1:
         return np.zeros_like(cells.masked)
     leaks: npt.NDArray[np.bool_] = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
     return leaks

@@ -6,17 +6,34 @@ import io
 import math
 import operator
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.cbook import normalize_kwargs
 from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.text import Text
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
-from pytest_attnheat.heatmaps.maps import Maps, pool, read_maps, smallest, whole_of
-from pytest_attnheat.heatmaps.picture import Picture, Shown
+from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout, inches
+from pytest_attnheat.heatmaps.maps import (
+    Bools,
+    Maps,
+    distance,
+    has_both_signs,
+    pool,
+    read_maps,
+    smallest,
+    whole_of,
+)
+from pytest_attnheat.heatmaps.picture import Picture, Place, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
 from pytest_attnheat.inputs import check_number, misuse, one_of
@@ -35,11 +52,69 @@ class HeatmapFigure(Figure):
     It belongs to no window and to no pyplot state, and notebooks show it as SVG. The picture is
     laid out in whole pixels for whatever size and resolution it is drawn at.
 
+    Its axes are made when they are asked for: an invisible one over each panel, row by row, in
+    which key 3 of query 5 is the point (3, 5). What they write above a panel, and `suptitle`, gets
+    a line of its own.
+
     Attributes:
         picture: the artist that draws it; `picture.shown` is what it shows.
+        natural: whether its size follows from what it shows.
     """
 
     picture: Picture
+    natural = False
+    _complete = False  # nothing is left to be made when the axes are asked for
+
+    @property  # type: ignore[misc]
+    def axes(self) -> list[Axes]:  # type: ignore[override]  # like Figure
+        """The axes, one over each panel and then those that the user has added."""
+        self._make_axes()
+        return super().axes
+
+    def gca(self) -> Axes:
+        """Return the current axes, at first those of the first panel."""
+        self._make_axes()
+        return super().gca()
+
+    def _make_axes(self) -> None:
+        if self._complete or getattr(self, "picture", None) not in self.artists:
+            return
+        self._complete = True
+        rows, columns, queries, keys = self.picture.shown.design.shape
+        for row, column in product(range(rows), range(columns)):
+            panel = self.add_axes((0, 0, 1, 1), label=f"[{row}, {column}]", axes_class=PanelAxes)
+            panel.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5), xticks=[], yticks=[])
+            panel.set_autoscale_on(False)
+            panel.set_axis_off()
+            panel.set_axes_locator(Place(self.picture, row, column))
+        self.sca(super().axes[0])
+
+    def suptitle(self, t: str, **kwargs: Any) -> Text:
+        """Write a title for the figure, in a line of its own, in the place of an earlier one."""
+        words = replace(self.picture.shown.design.words, title=None)
+        layout = self.make_room(words=words, headline=True)
+        above = {"y": 1 - layout.title / layout.size[1], "verticalalignment": "center"}
+        look = {"fontsize": layout.em * 72 / self.dpi, **normalize_kwargs(kwargs, Text)}
+        return super().suptitle(t, **{**above, **look})
+
+    def make_room(self, **changes: Any) -> Layout:
+        """Lay the picture out anew, with changes to its design."""
+        shown = self.picture.shown
+        design = replace(shown.design, **changes)
+        before, _, _ = self.picture.sheet_for(None)
+        self.picture.shown = replace(shown, design=design)
+        if self.natural:
+            lines = (design.headline - shown.design.headline) + design.shape[0] * (
+                design.headings - shown.design.headings
+            )
+            lines -= design.words.title is None and shown.design.words.title is not None
+            height = before.layout.size[1] + math.ceil(lines * LINE * before.layout.em)
+            self.set_figheight(inches(height, self.dpi))
+        sheet, _, _ = self.picture.sheet_for(None)
+        return sheet.layout
+
+    def tight_layout(self, **_kwargs: Any) -> None:
+        """Do nothing: the picture has its place for everything."""
 
     def savefig(
         self, fname: str | Path | IO[bytes] | Any, *, transparent: bool | None = None, **kwargs: Any
@@ -60,7 +135,11 @@ class HeatmapFigure(Figure):
             kwargs["metadata"] = {**carried, **(kwargs.get("metadata") or {})}
         # "auto" is the figure's own white, whatever the user's settings ask for.
         kwargs.setdefault("facecolor", "auto")
-        super().savefig(fname, transparent=transparent, **kwargs)
+        complete, self._complete = self._complete, True  # matplotlib need not place those not made
+        try:
+            super().savefig(fname, transparent=transparent, **kwargs)
+        finally:
+            self._complete = complete
 
     def _repr_svg_(self) -> str:
         """Show the figure in a notebook, crisp at any zoom."""
@@ -69,12 +148,33 @@ class HeatmapFigure(Figure):
         return file.getvalue().decode("utf-8")
 
 
+class PanelAxes(Axes):
+    """An invisible axes over a panel, in the coordinates of its keys and queries."""
+
+    def set_title(
+        self,
+        label: str,
+        fontdict: dict[str, Any] | None = None,
+        loc: Literal["left", "center", "right"] | None = None,
+        pad: float | None = None,
+        **kwargs: Any,
+    ) -> Text:
+        """Write a title above the panel, in a line that is left free for it."""
+        figure = self.figure
+        if isinstance(figure, HeatmapFigure):
+            em = figure.make_room(headings=True).em * 72 / figure.dpi
+            ranges = figure.picture.shown.design.ranges
+            pad = (PAD + ranges * SMALL * LINE) * em if pad is None else pad
+            kwargs = {"fontsize": em, **(fontdict or {}), **normalize_kwargs(kwargs, Text)}
+        return super().set_title(label, None, loc, pad, **kwargs)
+
+
 def show_heatmaps(
     matrices: object,
     xlabel: str | None,
     ylabel: str | None,
     titles: Sequence[str] | None = None,
-    figsize: tuple[float, float] | None = (2.5, 2.5),
+    figsize: tuple[float, float] | Literal["small"] | None = (2.5, 2.5),
     cmap: str | Colormap = "Reds",
     *,
     title: str | None = None,
@@ -82,19 +182,21 @@ def show_heatmaps(
     key_labels: Sequence[str] | None = None,
     query_labels: Sequence[str] | None = None,
     mask: object = None,
-    scale: Literal["shared", "panel"] = "shared",
+    scale: Literal["shared", "largest", "panel"] = "shared",
     vmin: float | None = None,
     vmax: float | None = None,
     colorbar: bool = True,
     numbers: bool | str = False,
     highlight: Sequence[Sequence[int]] = (),
     dpi: float | None = None,
+    ax: Axes | SubFigure | None = None,
 ) -> HeatmapFigure:
     """Draw attention weights as a grid of heatmaps.
 
     Every cell is a whole number of pixels. Maps with more weights than the figure has pixels
     are pooled in whole blocks to their largest weight, on their own device, and the figure says
-    so: a single weight of 1 among millions of zeros stays visible.
+    so: a single weight of 1 among millions of zeros stays visible. Of signed values, such as
+    differences, the one farthest from zero is kept.
 
     Args:
         matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
@@ -106,7 +208,7 @@ def show_heatmaps(
         ylabel: Name of the query axis; None for none.
         titles: One title for each column.
         figsize: Width and height of the whole figure in inches; None for a size at which all
-            cells and labels have room.
+            cells and labels have room; "small" for one with small panels, for many of them.
         cmap: A matplotlib colormap or its name.
         title: A title for the figure.
         row_titles: One title for each row.
@@ -116,7 +218,8 @@ def show_heatmaps(
         mask: Boolean, True where a query may attend; broadcast to the maps. Cells where it may
             not are striped grey, whatever their weight.
         scale: "shared" for one colour scale for all panels, 0 to 1 where all values are in that
-            range and else from the smallest to the largest; "panel" for one scale a panel, its
+            range and else from the smallest to the largest; "largest" for a shared one that ends
+            at the largest value, where weights are all small; "panel" for one scale a panel, its
             range written above it.
         vmin: Lower end of the shared scale.
         vmax: Upper end of the shared scale.
@@ -126,9 +229,11 @@ def show_heatmaps(
         highlight: What to outline: (row, column, query, key) for a cell, without the key for
             a whole query; row and column are 0 where the maps have fewer dimensions.
         dpi: Pixels per inch; matplotlib's `figure.dpi` by default.
+        ax: An Axes or a subfigure to fill with the picture as well, in place of its axis; size and
+            resolution are those that it has.
 
     Returns:
-        The figure. No window opens and pyplot does not know it.
+        The figure, whether `ax` shows it too or not. No window opens and pyplot does not know it.
 
     Raises:
         TypeError: Something other than real numbers, or a mask that is not boolean.
@@ -146,7 +251,7 @@ def show_heatmaps(
         query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
         numbers=_number_format(numbers),
     )
-    one_of("scale", scale, ("shared", "panel"))
+    one_of("scale", scale, ("shared", "largest", "panel"))
     if scale == "panel" and not (vmin is None and vmax is None):
         got = f"{vmin!r} and {vmax!r} with scale='panel'"
         raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
@@ -157,6 +262,11 @@ def show_heatmaps(
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
     if dpi is not None and not check_number(dpi, "dpi") > 0:
         raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
+    if ax is not None and not isinstance(ax, (Axes, SubFigure)):
+        raise TypeError(misuse("ax", repr(ax), "an Axes or a SubFigure of matplotlib"))
+    if ax is not None:
+        dpi = ax.figure.dpi
+        figsize = (ax.bbox.width / dpi, ax.bbox.height / dpi)
     outlined = [_checked_index(index, maps.shape) for index in _listed("highlight", highlight)]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
     # Always on white, as the colours are made for it: a dark style would hide the texts.
@@ -165,20 +275,83 @@ def show_heatmaps(
     # An engine that the user's settings ask for has nothing to lay out here.
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
-    figure.set_size_inches((_inches(size[0], figure.dpi), _inches(size[1], figure.dpi)))
+    figure.set_size_inches((inches(size[0], figure.dpi), inches(size[1], figure.dpi)))
     cells = pool(maps, design.block_for(size, figure.dpi))
+    positive = vmin is not None and vmax is not None and vmin >= 0
+    low = 0.0 if positive else smallest(maps, cells)
+    scales = shared_scale(cells, low, vmin, vmax, tight=scale == "largest")
+    if has_both_signs(cells, low):
+        pooled = cells.block != (1, 1)
+        cells = pool(maps, cells.block, signed=True) if pooled else replace(cells, signed=True)
     if scale == "panel":
         scales = panel_scales(cells)
-    else:
-        known = vmin is not None and vmax is not None
-        scales = shared_scale(cells, 0.0 if known else smallest(maps, cells), vmin, vmax)
     complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
     whole = None if complete else whole_of(maps)
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
     figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)
+    figure.natural = figsize is None or figsize == "small"
     figure.picture.prepare(size, figure.dpi)
+    if ax is not None:
+        if isinstance(ax, Axes):
+            ax.set_axis_off()
+        ax.add_artist(Picture(shown, ax))
     return figure
+
+
+def show_difference(
+    expected: object, actual: object, *, mask: object = None, **options: Any
+) -> HeatmapFigure:
+    """Draw two maps and how far they are apart, side by side on one scale.
+
+    Of grids of maps, the one is drawn that differs most. The largest difference is outlined.
+
+    Args:
+        expected: Weights, of a kind and shape that `show_heatmaps` takes.
+        actual: Others of the same shape, of any kind.
+        mask: Boolean, True where a query may attend. Where it may not is striped, and not compared.
+        **options: Further arguments of `show_heatmaps`: `figsize`, `key_labels`, `scale` ...
+
+    Raises:
+        TypeError: Something other than real numbers, or a mask that is not boolean.
+        ValueError: Nothing to show, or shapes that do not fit together.
+    """
+    __tracebackhide__ = True
+    one, other = read_maps(expected, mask), read_maps(actual, mask)
+    if one.shape != other.shape:
+        raise ValueError(misuse("actual", f"shape {other.shape}", f"{one.shape}, as expected has"))
+    most, worst = -1.0, (0, 0, 0, 0)
+    for row, column in product(range(one.shape[0]), range(one.shape[1])):
+        apart = distance(one.map(row, column), other.map(row, column))
+        apart[~one.permitted(row, column)] = 0
+        if apart.max() > most:
+            most = float(apart.max())
+            worst = (row, column, *divmod(int(apart.argmax()), one.shape[3]))
+    row, column, query, key = worst
+    where = f"panel [{row}, {column}]: " * (one.shape[:2] != (1, 1))
+    said = f"{where}largest difference {most:.2g} at query {query}, key {key}"
+    pair = [one.map(row, column), other.map(row, column)]
+    masks = [one.permitted(row, column)] * 2
+    title = said if most else "no difference"
+    return triptych(pair, masks, worst if most else None, title=title, **options)
+
+
+def triptych(
+    pair: Sequence[npt.NDArray[Any]],
+    masks: Sequence[Bools],
+    worst: tuple[int, int, int, int] | None,
+    **options: Any,
+) -> HeatmapFigure:
+    """Draw two maps (queries, keys) and their difference, and outline where it is worst."""
+    defaults: dict[str, Any] = {
+        "xlabel": "Keys",
+        "ylabel": "Queries",
+        "titles": ["expected", "actual", "difference"],
+        "figsize": None,
+        "mask": np.stack([*masks, np.any(masks, axis=0)]),
+        "highlight": [] if worst is None else [(0, panel, *worst[2:]) for panel in range(3)],
+    }
+    return show_heatmaps([*pair, distance(*pair)], **{**defaults, **options})
 
 
 def _listed(name: str, given: Iterable[Any]) -> list[Any]:
@@ -225,31 +398,24 @@ def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tu
 
 
 def _size(
-    figsize: tuple[float, float] | None, design: Design, maps: Maps, dpi: float
+    figsize: tuple[float, float] | Literal["small"] | None, design: Design, maps: Maps, dpi: float
 ) -> tuple[int, int]:
-    if figsize is None:
-        return design.natural_size(dpi, _number_width(design.words, maps))
+    if figsize is None or figsize == "small":
+        width = _number_width(design.words, maps)
+        return design.natural_size(dpi, width, small=figsize is not None)
     try:
-        inches = tuple(float(side) for side in figsize)
+        sides = tuple(float(side) for side in figsize)
     except (TypeError, ValueError):
-        inches = ()
-    if len(inches) != 2 or not all(0 < side * dpi < math.inf for side in inches):
-        accepted = "(width, height) in inches, or None for a size that fits"
+        sides = ()
+    if len(sides) != 2 or not all(0 < side * dpi < math.inf for side in sides):
+        accepted = "(width, height) in inches, None for a size that fits, or 'small'"
         raise ValueError(misuse("figsize", repr(figsize), accepted))
     # Inches such as 2.9 are a hair less than 290 pixels.
-    size = int(inches[0] * dpi + 1e-6), int(inches[1] * dpi + 1e-6)
+    size = int(sides[0] * dpi + 1e-6), int(sides[1] * dpi + 1e-6)
     if max(size) >= _LONGEST_SIDE:
         got = f"{figsize} at {dpi:g} dots per inch, which is {size[0]} x {size[1]} pixels"
         raise ValueError(misuse("figsize", got, f"less than {_LONGEST_SIDE} pixels a side"))
     return size
-
-
-def _inches(pixels: int, dpi: float) -> float:
-    """Return inches that are not a hair less than so many pixels, as matplotlib cuts off."""
-    inches = pixels / dpi
-    while inches * dpi < pixels:
-        inches = math.nextafter(inches, math.inf)
-    return inches
 
 
 def _number_width(words: Words, maps: Maps) -> float:

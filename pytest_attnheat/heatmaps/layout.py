@@ -54,7 +54,7 @@ class Content:
     query_ticks: float = 1.0  # width left of the panels
     bar_ticks: float = 2.0  # width right of the colorbar
     bar: bool = True
-    ranges: bool = False
+    above: float = 0.0  # height above each row of panels
     notes: int = 0  # lines
 
 
@@ -142,12 +142,20 @@ def natural_size(content: Content, dpi: float, cell: int) -> tuple[int, int]:
     )
 
 
+def inches(pixels: int, dpi: float) -> float:
+    """Return inches that are not a hair less than so many pixels, as matplotlib cuts off."""
+    side = pixels / dpi
+    while side * dpi < pixels:
+        side = math.nextafter(side, math.inf)
+    return side
+
+
 def _margins(content: Content, em: float) -> _Margins:
     left = PAD + content.ylabel * LINE + content.row_titles * LINE + content.query_ticks + PAD
     right = PAD
     if content.bar:
         right += BAR_GAP + BAR_WIDTH + TICK + PAD + content.bar_ticks
-    top = PAD + content.title * LINE + content.column_titles * LINE + content.ranges * SMALL * LINE
+    top = PAD + content.title * LINE + content.column_titles * LINE + content.above
     bottom = content.key_ticks + content.xlabel * LINE + content.notes * SMALL * LINE + 2 * PAD
     # A tick label at the end of an axis reaches past the panel, by half a line at the most.
     return _Margins(
@@ -163,9 +171,7 @@ def _gaps(content: Content, room: tuple[int, int], em: float) -> tuple[int, int]
     rows, columns = content.grid[:2]
     horizontal = max(1, min(round(em / 2), room[0] // (columns * 8)))
     vertical = max(1, min(round(em / 2), room[1] // (rows * 8)))
-    if content.ranges:
-        vertical += math.ceil(SMALL * LINE * em)
-    return horizontal, vertical
+    return horizontal, vertical + math.ceil(content.above * em)
 
 
 def _place(
@@ -183,7 +189,7 @@ def _place(
     height = rows * (panel[1] + gaps[1]) - gaps[1]
     left = margins.left + (size[0] - margins.left - margins.right - width) // 2
     top = margins.top + (size[1] - margins.top - margins.bottom - height) // 2
-    above = top - content.ranges * SMALL * LINE * em
+    above = top - content.above * em
     below = top + height + (TICK + PAD + content.key_ticks) * em
     beside = left - (TICK + PAD + content.query_ticks) * em
     return Layout(

@@ -30,6 +30,8 @@ _ACCEPTED = (
     "nested lists of equal maps"
 )
 
+# A weight that is below zero by no more than this share of the largest one is so by rounding.
+_ROUNDING = 0.01
 # Reducing works through at most this many elements at a time where it needs a copy of them.
 _CHUNK = 1 << 22
 
@@ -45,6 +47,26 @@ class Maps:
     mask: Array | None
     shape: tuple[int, int, int, int]
     dtype: str
+
+    def map(self, row: int, column: int) -> npt.NDArray[np.float64]:
+        """Return a copy of one map on the host."""
+        chosen = self.rows[row][column]
+        array = chosen.cpu().double().numpy() if is_tensor(chosen) else chosen
+        return np.array(array, dtype=np.float64)
+
+    def permitted(self, row: int, column: int) -> Bools:
+        """Return where the queries of one map may attend."""
+        if self.mask is None:
+            return np.ones(self.shape[2:], np.bool_)
+        return _to_numpy_bool(self.mask[row, column])
+
+
+def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return how far numbers are apart; infinity where one is none or infinite, and only that."""
+    with np.errstate(invalid="ignore"):
+        apart = np.abs(other - one, dtype=np.float64)
+    same = (one == other) | (np.isnan(one) & np.isnan(other))
+    return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
 
 
 @dataclass(frozen=True)
@@ -68,11 +90,13 @@ class Cells:
         values: float32 (rows, columns, queries, keys), the largest weight of each block.
         masked: boolean, the same shape; True where no element of the block may be attended to.
         block: elements (queries, keys) that one cell stands for; (1, 1) is every weight itself.
+        signed: whether a cell shows what lies farthest from zero in its block, not the largest.
     """
 
     values: Floats
     masked: Bools
     block: tuple[int, int]
+    signed: bool = False
 
 
 def is_tensor(value: object) -> bool:
@@ -208,22 +232,24 @@ def _read_mask(mask: Any, shape: tuple[int, ...], as_tensor: bool) -> Array | No
         raise ValueError(misuse("mask", f"shape {tuple(array.shape)}", accepted)) from None
 
 
-def pool(maps: Maps, block: tuple[int, int]) -> Cells:
+def pool(maps: Maps, block: tuple[int, int], *, signed: bool = False) -> Cells:
     """Reduce maps by whole blocks to their largest permitted weight, where the data live.
+
+    Signed maps, such as differences, are reduced to what lies farthest from zero instead.
 
     The last block of a row or column may be smaller. NaN stays visible: a block that holds one
     is NaN. A block without any permitted weight is masked, and its value is the largest weight
     that it holds all the same; so is one of nothing but -inf, which is what masked scores hold.
     """
     rows = [
-        _pool_row(row, None if maps.mask is None else maps.mask[index], block)
+        _pool_row(row, None if maps.mask is None else maps.mask[index], block, signed=signed)
         for index, row in enumerate(maps.rows)
     ]
     values = np.stack([_to_numpy(values) for values, _ in rows])
     masked = np.isneginf(values)
     if maps.mask is not None:
         masked |= ~np.stack([_to_numpy_bool(permitted) for _, permitted in rows])
-    return Cells(values, masked, block)
+    return Cells(values, masked, block, signed)
 
 
 def whole_of(maps: Maps) -> Whole:
@@ -247,25 +273,38 @@ def _checksums(mask: Array) -> list[list[int]]:
     return found
 
 
-def _pool_row(row: Array, mask: Array | None, block: tuple[int, int]) -> tuple[Array, Array | None]:
+def _pool_row(
+    row: Array, mask: Array | None, block: tuple[int, int], *, signed: bool
+) -> tuple[Array, Array | None]:
     """Pool one row of maps, bit by bit where that needs a copy of them."""
     if block == (1, 1):
         return row, mask
-    if mask is None and _ordered(row[:1, :1, :1]).dtype == row.dtype:
+    if mask is None and not signed and _ordered(row[:1, :1, :1]).dtype == row.dtype:
         return _block_amax(row, block), None
     values, permitted = [], []
     for chosen in _query_chunks(row, block[0]):
         part = _ordered(row[:, chosen])
         if mask is None:
-            values.append(_block_amax(part, block))
+            values.append(_extreme(part, None, block, signed=signed))
             continue
         allowed = _like(mask[:, chosen], row)
         any_allowed = _block_amax(allowed, block)
-        filled = _block_amax(_where(allowed, part, -float("inf")), block)
+        filled = _extreme(part, allowed, block, signed=signed)
         held = _block_amax(part, block)
         values.append(_choose(any_allowed, filled, held))
         permitted.append(any_allowed)
     return _concatenate(values), _concatenate(permitted) if permitted else None
+
+
+def _extreme(array: Array, allowed: Array | None, block: tuple[int, int], *, signed: bool) -> Array:
+    """Return the largest allowed value of each block, or the one that is farthest from zero."""
+    shown = array if allowed is None else _where(allowed, array, -float("inf"))
+    high = _block_amax(shown, block)
+    if not signed:
+        return high
+    # -inf is what masked scores hold: it counts on neither side.
+    low = -_block_amax(_where(shown != -float("inf"), -array, -float("inf")), block)
+    return _choose(-low > high, low, high)
 
 
 def _query_chunks(row: Array, multiple_of: int) -> list[slice]:
@@ -376,9 +415,14 @@ def pool_cells(cells: Cells, block: tuple[int, int]) -> Cells:
     """Pool cells once more."""
     if block == (1, 1):
         return cells
-    shown, held, free = (
-        _block_amax(array, block)
-        for array in (np.where(cells.masked, -np.inf, cells.values), cells.values, ~cells.masked)
-    )
+    shown = _extreme(cells.values, ~cells.masked, block, signed=cells.signed)
+    held, free = _block_amax(cells.values, block), _block_amax(~cells.masked, block)
+    values: Floats = _choose(free, shown, held)
     blocks = cells.block[0] * block[0], cells.block[1] * block[1]
-    return Cells(np.where(free, shown, held).astype(np.float32), ~free, blocks)
+    return Cells(values, ~free, blocks, cells.signed)
+
+
+def has_both_signs(cells: Cells, low: float) -> bool:
+    """Tell whether the smallest value is below zero by more than rounding, and another above."""
+    high = float(np.max(cells.values, where=np.isfinite(cells.values), initial=-np.inf))
+    return high > 0 and low < -_ROUNDING * high

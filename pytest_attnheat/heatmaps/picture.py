@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure
+from matplotlib.colors import Colormap, to_rgba
+from matplotlib.figure import Figure, SubFigure
 from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
 from matplotlib.transforms import Affine2D, Bbox
@@ -26,6 +27,8 @@ from pytest_attnheat.inputs import misuse
 
 # What tells the image of a picture from others in an SVG.
 IMAGE_ID = "attnheat-panels"
+# Weights below this are all so pale that a number must say how large they are.
+_FAINT = 0.25
 _LARGER = "a larger one, or None for a size that fits"
 
 
@@ -55,11 +58,15 @@ class Shown:
 
 @dataclass(frozen=True)
 class Sheet:
-    """A picture for one size: pixels, and texts placed in pixels from the top left."""
+    """A picture for one size: pixels, and texts placed in pixels from the top left.
+
+    `texts` stand on the background, `numbers` in cells.
+    """
 
     layout: Layout
     image: colors.Image
     texts: list[Text]
+    numbers: list[Text]
 
 
 class Picture(Artist):
@@ -69,62 +76,111 @@ class Picture(Artist):
         shown: what it shows, independent of its size.
     """
 
-    def __init__(self, shown: Shown, figure: Figure) -> None:
+    def __init__(self, shown: Shown, host: Figure | SubFigure | Axes) -> None:
         super().__init__()
         self.shown = shown
-        self._figure = figure
+        # What the picture fills; saving with bbox_inches="tight" moves the one of a figure.
+        self._box = host.transAxes if isinstance(host, Axes) else host.transSubfigure
+        owner = host.figure if isinstance(host, Axes) else host
+        self._below = (owner, owner.figure)
+        self._figure = owner.figure
         self._nominal_dpi: float | None = None
-        # The sheet composed last, by size and resolution.
+        # The sheet composed last, by size and resolution, and what it shows.
+        self._composed = shown
         self._sheets: dict[tuple[tuple[int, int], float], Sheet] = {}
 
     def prepare(self, size: tuple[int, int], dpi: float) -> Sheet:
         """Compose the picture for a size in pixels, unless that was done last."""
-        if (size, dpi) not in self._sheets:
+        if (size, dpi) not in self._sheets or self._composed is not self.shown:
+            self._composed = self.shown
             self._nominal_dpi = self._nominal_dpi or dpi
             sheet = compose(self.shown, size, dpi)
-            for text in sheet.texts:
+            for text in (*sheet.texts, *sheet.numbers):
                 text.set_figure(self._figure)
             self._sheets = {(size, dpi): sheet}
         return self._sheets[size, dpi]
+
+    def sheet_for(self, renderer: RendererBase | None) -> tuple[Sheet, Bbox, float]:
+        """Compose the picture for a renderer.
+
+        Returns:
+            The sheet, the box that it is drawn into, and how many pixels each of its own takes.
+        """
+        box, figure = Bbox(self._box.transform([(0, 0), (1, 1)])), self._figure
+        scalable = renderer is not None and renderer.option_scale_image()
+        # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
+        dpi = (self._nominal_dpi or figure.dpi) if scalable else figure.dpi
+        zoom = figure.dpi / dpi
+        size = int(box.width / zoom + 1e-6), int(box.height / zoom + 1e-6)
+        return self.prepare(size, dpi), box, zoom
 
     def draw(self, renderer: RendererBase) -> None:
         """Draw on any of matplotlib's renderers."""
         if not self.get_visible():
             return
-        figure = self._figure
-        # Saving with bbox_inches="tight" moves this transform, and nothing else.
-        (left, bottom), (right, top) = figure.transFigure.transform([(0, 0), (1, 1)])
-        scalable = renderer.option_scale_image()
-        # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
-        dpi = (self._nominal_dpi or figure.dpi) if scalable else figure.dpi
-        zoom = figure.dpi / dpi
-        size = int((right - left) / zoom + 1e-6), int((top - bottom) / zoom + 1e-6)
-        sheet = self.prepare(size, dpi)
+        sheet, box, zoom = self.sheet_for(renderer)
+        left, bottom = box.p0
         height, width = sheet.image.shape[0] * zoom, sheet.image.shape[1] * zoom
         graphics = renderer.new_gc()
         graphics.set_gid(IMAGE_ID)  # type: ignore[arg-type]  # any text will do
         image = sheet.image[::-1]
-        if scalable:
+        if renderer.option_scale_image():
             renderer.draw_image(graphics, left, bottom, image, Affine2D().scale(width, height))
         else:
             renderer.draw_image(graphics, round(left), round(bottom), image)
         graphics.restore()
         to_figure = Affine2D().scale(zoom, -zoom).translate(left, bottom + height)
+        ink = self._ink()
         for text in sheet.texts:
+            text.set_color(ink)
+        for text in (*sheet.texts, *sheet.numbers):
             text.set_transform(to_figure)
             text.draw(renderer)
 
+    def _ink(self) -> str:
+        """Return the colour of what stands beside panels, so that the background shows it."""
+        for owner in self._below:
+            *color, alpha = to_rgba(owner.get_facecolor())
+            if alpha > 0:
+                return "white" if np.dot(color, colors.LUMINANCE) < 0.5 else "black"
+        return "black"
+
     def get_children(self) -> list[Artist]:
         """Return the texts of the sheet composed last."""
-        return [text for sheet in self._sheets.values() for text in sheet.texts]
+        return [t for sheet in self._sheets.values() for t in (*sheet.texts, *sheet.numbers)]
 
     def get_window_extent(self, renderer: RendererBase | None = None) -> Bbox:
-        """Return the whole figure: a tight bounding box must not cut its margins."""
-        return Bbox(self._figure.transFigure.transform([(0, 0), (1, 1)]))
+        """Return all that the picture fills: a tight bounding box must not cut its margins."""
+        return Bbox(self._box.transform([(0, 0), (1, 1)]))
 
     def get_tightbbox(self, renderer: RendererBase | None = None) -> Bbox:
-        """Return the whole figure."""
+        """Return all that the picture fills."""
         return self.get_window_extent(renderer)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an axes lies that covers one panel of a picture."""
+
+    picture: Picture
+    row: int
+    column: int
+
+    def __call__(self, _axes: object, renderer: RendererBase | None) -> Bbox:
+        """Return the place in parts of the figure."""
+        sheet, box, zoom = self.picture.sheet_for(renderer)
+        layout, shown = sheet.layout, self.picture.shown
+        # The last block of a panel may stand for more keys than there are.
+        high, wide = (
+            count / (pooled * again) * side
+            for count, pooled, again, side in zip(
+                shown.design.shape[2:], shown.cells.block, layout.block, layout.cell[::-1],
+                strict=True,
+            )
+        )  # fmt: skip
+        left, bottom = layout.lefts[self.column], layout.size[1] - layout.tops[self.row] - high
+        across, down = box.width / zoom, box.height / zoom
+        return Bbox.from_bounds(left / across, bottom / down, wide / across, high / down)
 
 
 def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
@@ -134,7 +190,8 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
     notes = len(_notes(shown.cells, shown.scale))
     layout, turned = design.plan(grid, size, dpi, notes=notes)
     if layout.block != (1, 1) and shown.cells.block == (1, 1):
-        layout, turned = design.plan(grid, size, dpi, notes=notes + 1)
+        notes = len(_notes(replace(shown.cells, block=layout.block), shown.scale))
+        layout, turned = design.plan(grid, size, dpi, notes=notes)
     # A figure drawn smaller than it was made for is pooled once more.
     cells = pool_cells(shown.cells, layout.block)
     boxes = [_box(index, cells.block, layout) for index in shown.highlight]
@@ -146,20 +203,33 @@ def compose(shown: Shown, size: tuple[int, int], dpi: float) -> Sheet:
         _write_bar(pen, image, layout.bar, shown.scale, layout.em)
     if not shown.scale.shared:
         _write_ranges(pen, shown.scale, layout)
+    inside = Pen(layout.em, dpi, design.words.lettering)
     if design.words.numbers is not None:
-        _write_numbers(pen, shown, cells, layout)
-    return Sheet(layout, image, pen.texts)
+        _write_numbers(inside, shown, cells, layout)
+    return Sheet(layout, image, pen.texts, inside.texts)
 
 
 def _notes(cells: Cells, scale: colors.Scale) -> list[str]:
     """Say what the colours do not: pooling, what is not a number, weight where none may be."""
-    notes = []
+    notes, missing, infinite = [], 0, 0
+    largest = float(cells.values.max())
+    if cells.masked.any() or not math.isfinite(largest):
+        shown = ~cells.masked
+        missing = int((np.isnan(cells.values) & shown).sum())
+        infinite = int((np.isposinf(cells.values) & shown).sum())
+        shown &= np.isfinite(cells.values)
+        largest = float(np.max(cells.values, where=shown, initial=-np.inf))
+    faint = scale.shared and scale.range == (0.0, 1.0) and 0 <= largest < _FAINT
     if cells.block != (1, 1):
-        queries, keys = cells.block
-        notes.append(f"cell = max of {queries}\N{MULTIPLICATION SIGN}{keys} weights")
-    missing = int((np.isnan(cells.values) & ~cells.masked).sum())
+        size = "{}\N{MULTIPLICATION SIGN}{}".format(*cells.block)
+        what = f"farthest from 0 of {size}" if cells.signed else f"max of {size} weights"
+        notes.append(f"cell = {what}" + f", largest {largest:.2g}" * faint)
+    elif faint:
+        notes.append(f"largest weight {largest:.2g}")
     if missing:
         notes.append(f"NaN in {missing} cell{'s' * (missing > 1)} (blue)")
+    if infinite:
+        notes.append(f"inf or above 3e38 in {infinite} cell{'s' * (infinite > 1)} (darkest)")
     leaks = int(colors.leaking(cells, scale).sum())
     if leaks:
         notes.append(f"{leaks} masked cell{'s hold' if leaks > 1 else ' holds'} weight")

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice, product
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.attention.chunks import spans
 from pytest_attnheat.inputs import as_mask, as_weights, misuse, positive, wide_dtype
 
 _GLYPHS = "▁▂▃▄▅▆▇█"
@@ -109,10 +109,13 @@ def format_heatmap(
         head = map_name(outer) if title is None else title
         lines.append(f"{head}    {caption}" if head else caption)
         width = max(map(len, labels))
-        texts = _beside(notes if notes is not None else _sums(operand, outer, rows), rows)
-        for span, label, text, arrow in zip(rows, labels, texts, arrows, strict=True):
-            cells = (_cell(operand, permitted, outer, span, keys, vmin, vmax) for keys in columns)
-            lines.append(f"  {label:<{width}}  {''.join(cells)}{text}{arrow}")
+        one = operand[outer]
+        free = None if permitted is None else permitted.expand(operand.shape)[outer]
+        read = [_read(one, free, span, columns) for span in rows]
+        texts = _beside(notes if notes is not None else [f"{r.total:.3f}" for r in read], rows)
+        for cells, label, text, arrow in zip(read, labels, texts, arrows, strict=True):
+            glyphs = "".join(_glyph(*cell, vmin, vmax) for cell in cells.extremes)
+            lines.append(f"  {label:<{width}}  {glyphs}{text}{arrow}")
     left_out = math.prod(operand.shape[:-2]) - max_maps
     if left_out > 0:
         lines.append(f"({left_out} more not drawn)")
@@ -143,17 +146,6 @@ def map_name(outer: tuple[int, ...]) -> str:
     return f"{'head' if len(outer) == 2 else 'map'} {list(outer)}"
 
 
-def _sums(operand: torch.Tensor, outer: tuple[int, ...], rows: list[slice]) -> list[str]:
-    if _pooled(rows):
-        return []
-    every_key = slice(0, operand.shape[-1])
-    totals = [
-        torch.stack([part.sum() for part in _parts(operand, outer, row, every_key)]).sum()
-        for row in rows
-    ]
-    return [f"{total:.3f}" for total in torch.stack(totals).tolist()]
-
-
 def _pooled(rows: list[slice]) -> bool:
     return bool(rows[0].stop > 1)
 
@@ -166,48 +158,45 @@ def _beside(texts: Sequence[str], rows: list[slice]) -> list[str]:
     return [f"  {text:>{width}}" for text in texts]
 
 
-def _cell(
-    operand: torch.Tensor,
-    mask: torch.Tensor | None,
-    outer: tuple[int, ...],
-    rows: slice,
-    keys: slice,
-    vmin: float,
-    vmax: float,
-) -> str:
-    """Return the character for one cell, pooled from all weights of `rows` and `keys`."""
-    parts = [torch.stack(part.aminmax()) for part in _parts(operand, outer, rows, keys)]
-    extremes = torch.stack(parts)
-    low, high = torch.stack([extremes[:, 0].amin(), extremes[:, 1].amax()]).tolist()
+class _Row(NamedTuple):
+    """One line of a map: of each cell the extremes, and whether any of it is permitted; the sum."""
+
+    extremes: Iterable[tuple[float, float, bool]]
+    total: float
+
+
+def _read(one: torch.Tensor, mask: torch.Tensor | None, rows: slice, columns: list[slice]) -> _Row:
+    """Read some rows of a map, about `_PART` weights at a time, as float32 or float64."""
+    wide, step = wide_dtype(one.dtype), max(1, _PART // one.shape[1])
+    low, high, free, total = [], [], [], []
+    for some in spans(rows.stop - rows.start, step):
+        part = one[rows][some].to(wide)
+        low.append(part.amin(0))
+        high.append(part.amax(0))
+        free.append(torch.ones_like(high[-1]) if mask is None else mask[rows][some].any(0))
+        total.append(part.sum())
+    lows, highs, frees = torch.stack(low).amin(0), torch.stack(high).amax(0), torch.stack(free)
+    cells = torch.stack(
+        [
+            torch.stack([lows[keys].amin(), highs[keys].amax(), frees[:, keys].to(wide).amax()])
+            for keys in columns
+        ]
+    )
+    return _Row(
+        [(least, most, bool(any_free)) for least, most, any_free in cells.tolist()],
+        float(torch.stack(total).sum()),
+    )
+
+
+def _glyph(low: float, high: float, permitted: bool, vmin: float, vmax: float) -> str:
+    """Return the character for one cell."""
     if math.isnan(high):
         return _NAN
     if low < vmin:
         return _BELOW
     if high > vmax + _SLACK * (vmax - vmin):
         return _ABOVE
-    if mask is not None and low == high == 0 and not _any_permitted(mask, outer, rows, keys):
+    if low == high == 0 and not permitted:
         return _MASKED
     share = (high - vmin) / (vmax - vmin)
     return _GLYPHS[min(int(share * len(_GLYPHS)), len(_GLYPHS) - 1)]
-
-
-def _parts(
-    operand: torch.Tensor, outer: tuple[int, ...], rows: slice, keys: slice
-) -> Iterator[torch.Tensor]:
-    """Yield some weights as float32 or float64, no more than `_PART` of them at a time."""
-    wide = wide_dtype(operand.dtype)
-    for box in pieces((rows.stop - rows.start, keys.stop - keys.start), _PART):
-        inner = tuple(
-            slice(by.start + span.start, by.start + span.stop)
-            for span, by in zip(box, (rows, keys), strict=True)
-        )
-        index: tuple[int | slice, ...] = (*outer, *inner)
-        yield operand[index].to(wide)
-
-
-def _any_permitted(mask: torch.Tensor, outer: tuple[int, ...], rows: slice, keys: slice) -> bool:
-    own_outer = tuple(0 if size == 1 else i for size, i in zip(mask.shape, outer, strict=False))
-    own_rows = slice(0, 1) if mask.shape[-2] == 1 else rows
-    own_keys = slice(0, 1) if mask.shape[-1] == 1 else keys
-    index: tuple[int | slice, ...] = (*own_outer, own_rows, own_keys)
-    return bool(mask[index].any())

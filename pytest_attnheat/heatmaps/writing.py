@@ -6,6 +6,7 @@ text: they are the same for every version of matplotlib and FreeType, and so is 
 
 from __future__ import annotations
 
+import math
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
@@ -38,8 +39,11 @@ BAR_TICKS = 2.6
 
 # A figure that is sized by its content has cells of this many pixels at most ...
 _LARGEST_CELL = 24
-# ... panels of about this many where that makes cells smaller, and no side much longer than this.
+# ... panels of about this many where that makes cells smaller,
 _NATURAL_PANEL = 160
+# of this many in a small figure, where larger maps are pooled,
+_SMALL_PANEL = 48
+# and no side much longer than this.
 _LONGEST_SIDE = 1600
 # What a range above a panel needs at its smallest, in em: "-1.23e+05 - 1.23e+05".
 _RANGE_WIDTH = 6.0
@@ -160,12 +164,16 @@ class Design:
         words: what is written.
         colorbar: whether there is one.
         ranges: whether each panel has its own range written above it.
+        headline: whether a line is left free above all, for what others write there.
+        headings: whether one is left free above each row of panels.
     """
 
     shape: tuple[int, int, int, int]
     words: Words
     colorbar: bool
     ranges: bool
+    headline: bool = False
+    headings: bool = False
 
     def plan(
         self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: int
@@ -194,14 +202,22 @@ class Design:
             layout, _ = self.plan(grid, size, dpi, notes=1)
         return layout.block
 
-    def natural_size(self, dpi: float, number_width: float) -> tuple[int, int]:
-        """Return the size in pixels at which cells, labels and numbers have room."""
+    def natural_size(
+        self, dpi: float, number_width: float, *, small: bool = False
+    ) -> tuple[int, int]:
+        """Return the size in pixels at which cells, labels and numbers have room.
+
+        A small one has room for small panels, and for those labels that fit beside them.
+        """
         rows, columns, queries, keys = self.shape
         em = LARGEST_FONT * dpi / 72
-        cell = min(_LARGEST_CELL, max(1, _NATURAL_PANEL // max(queries, keys)))
+        panel = _SMALL_PANEL if small else _NATURAL_PANEL
+        block = math.ceil(max(queries, keys) / panel) if small else 1
+        queries, keys = math.ceil(queries / block), math.ceil(keys / block)
+        cell = min(_LARGEST_CELL, max(1, panel // max(queries, keys)))
         if self.words.numbers:
             cell = max(cell, int((number_width + PAD) * SMALL * em) + 1)
-        if self.words.keys or self.words.queries:
+        if (self.words.keys or self.words.queries) and not small:
             cell = max(cell, int(SMALL * LINE * em) + 1)
         if self.ranges:
             cell = max(cell, int(_RANGE_WIDTH * em / keys) + 1)
@@ -219,7 +235,7 @@ class Design:
             query_ticks = max(label.width for label in words.queries)
         return Content(
             grid=(*self.shape[:2], *grid),
-            title=words.title is not None,
+            title=words.title is not None or self.headline,
             column_titles=words.titles is not None,
             row_titles=words.row_titles is not None,
             xlabel=bool(words.xlabel),
@@ -228,7 +244,7 @@ class Design:
             query_ticks=SMALL * query_ticks,
             bar_ticks=SMALL * BAR_TICKS,
             bar=self.colorbar,
-            ranges=self.ranges,
+            above=LINE * self.headings + SMALL * LINE * self.ranges,
             notes=notes,
         )
 

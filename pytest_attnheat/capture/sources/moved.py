@@ -61,6 +61,7 @@ def base_of(name: str) -> str:
 _OPERATORS = {"truediv": "div"} | {
     name: name for name in ("add", "sub", "mul", "pow", "matmul", "neg", "getitem", "setitem")
 }
+_NOTHING = Tag()
 # Called often, and nothing comes of them.
 SILENT = {
     "size", "dim", "numel", "stride", "is_floating_point", "is_complex", "item", "tolist",
@@ -110,7 +111,7 @@ def _moved(base: str, call: Call) -> After | None:
 
     def after(output: Any) -> None:
         results = [output] if isinstance(output, Tensor) else list(output)
-        own = tag or Tag()
+        own = tag or _NOTHING
         none = [None] * len(results)
         of_each = none if own.scores is None else own.scores.moved(shape, move)
         cleans = none if own.clean is None else move(own.clean)
@@ -164,7 +165,7 @@ def anything(base: str, call: Call) -> After | None:
     if any(grouped) or (base == "exp" and plain):
         if (now := _of_groups(call, base, grouped)) != "":
             return lambda output: tags.put(output, Tag(grouped=now))
-        known = [tag if of == "" else None for tag, of in zip(known, grouped, strict=True)]
+        known = [None if tag and tag.grouped and tag.scores is None else tag for tag in known]
     number = _factor_of(base, every)
     if number is None and not any(known):
         return (lambda output: _outer(call, every, output)) if base in _FACTORS[:2] else None
@@ -205,7 +206,7 @@ def _of_groups(call: Call, base: str, grouped: list[str]) -> str:
         why = "its rows are groups of elements, as the edges of a graph are, and no matrix"
         call.watcher.miss("exp, divided by its sums", why)
     if base in ("add", "clamp", "clamp_min"):
-        return grouped[0]
+        return grouped[0] if grouped[0] == "sums" else ""
     return "exp" if base == "exp" else "sums" if base in _SUMS_OF_GROUPS else ""
 
 
