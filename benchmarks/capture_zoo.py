@@ -134,19 +134,16 @@ def _returned(case: Case, model: nn.Module) -> list[Tensor]:
 
 
 def heads_of(model: nn.Module, record: AttentionRecord) -> set[int]:
-    """How many heads a module, or one around it, says that it has; of pooling only itself."""
+    """How many heads a module or its configuration, or one around it, says that it has."""
     names = ("num_heads", "num_attention_heads", "n_heads", "n_head", "nhead", "heads", "nheads")
     layer = "" if record.layer == type(model).__name__ else record.layer
-    while True:
-        module = model.get_submodule(layer)
-        for holder in (module, getattr(module, "config", None)):
-            for name in names:
-                value = getattr(holder, name, None)
-                if type(value) is int and value > 0:
-                    return {value}
-        if not layer or record.kind == "pooling":
-            return set()
+    holders = [getattr(model.get_submodule(layer), "config", None)]
+    while layer and record.kind != "pooling":  # Of pooling only the module itself can tell.
+        holders.append(model.get_submodule(layer))
         layer = layer.rpartition(".")[0]
+    holders.append(model.get_submodule(layer))
+    values = (getattr(one, name, None) for one in [*holders[1:], holders[0]] for name in names)
+    return set(next(([value] for value in values if type(value) is int and value > 0), []))
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -361,7 +358,7 @@ def main() -> None:
     if asked.summary:
         before = json.loads(SUMMARY.read_text(encoding="utf-8")) if SUMMARY.exists() else {}
         kept = {k: v for k, v in before.items() if ("libraries" in k) != asked.libraries}
-        kept[part] = summary(known)
+        kept[part] = summary({name: known[name] for name in every if name in known})
         SUMMARY.write_text(json.dumps(dict(sorted(kept.items(), reverse=True)), indent=1) + "\n")
         return
     names = asked.names or [name for name in every if name not in known]

@@ -47,6 +47,7 @@ ABSENT = (
     "polars",
     "labml",
     "torchao",
+    "omegaconf",
 )
 
 
@@ -853,29 +854,6 @@ def torchscale(lib: Any) -> Cases:
     }
 
 
-@library("curated_transformers")
-def curated(lib: Any) -> Cases:
-    """Attention in layers of curated-transformers."""
-
-    def of(fused: bool) -> Made:
-        layers = importlib.import_module("curated_transformers.layers")
-        made = layers.SelfAttention(
-            attention_heads=layers.AttentionHeads.uniform(4, layers.QkvSplit.Default()),
-            attention_scorer=layers.ScaledDotProductAttention(dropout_prob=0.0, linear_biases=None),
-            hidden_width=32, qkv_mode=layers.QkvMode.SEPARATE, rotary_embeds=None, use_bias=True,
-        )  # fmt: skip
-        context = importlib.import_module("curated_transformers.layers.attention").enable_torch_sdp
-        mask = layers.AttentionMask(real())
-
-        def call(model: nn.Module) -> Any:
-            with context(fused):
-                return model(drawn(2, 12, 32), mask)[0]
-
-        return made, call
-
-    return {"by hand": lambda: of(False), "fused": lambda: of(True)}
-
-
 @library("rtdl_revisiting_models")
 def rtdl(lib: Any) -> Cases:
     """Tables."""
@@ -1008,27 +986,6 @@ def litgpt(lib: Any) -> Cases:
         "window": of(sliding_window_size=4, sliding_window_indices=[1, 0]),
         "parallel": of(parallel_residual=True, shared_attention_norm=True),
     }  # fmt: skip
-
-
-@library("transformer_lens")
-def transformer_lens(lib: Any) -> Cases:
-    """Models with hooks everywhere."""
-
-    def of(**given: Any) -> Callable[[], Made]:
-        sizes = {"n_layers": 2, "d_model": 32, "n_ctx": 16, "d_head": 8, "n_heads": 4,
-                 "d_vocab": 100,
-                 "act_fn": "gelu", "device": "cpu"}  # fmt: skip
-        return lambda: (lib.HookedTransformer(lib.HookedTransformerConfig(**{**sizes, **given})),
-                        on(words()))  # fmt: skip
-
-    return {
-        "plain": of(),
-        "rotary": of(positional_embedding_type="rotary", rotary_dim=8),
-        "ALiBi": of(positional_embedding_type="alibi"),
-        "grouped": of(n_key_value_heads=2),
-        "shortformer": of(positional_embedding_type="shortformer"),
-        "local": of(attn_types=["global", "local"], window_size=4, use_local_attn=True),
-    }
 
 
 @library("lambda_networks")

@@ -118,9 +118,10 @@ class Seen(TorchDispatchMode):
         return output
 
     def _used(self, known: Any, tensors: list[Tensor]) -> None:
-        for one in tensors:
+        # Weights have a row for each query on the left, and a column on the right.
+        for one in (tensors[-2], tensors[-1].mT) if len(tensors) > 1 else ():
             if one.ndim > 2 and one.numel() < _MOST and one.is_floating_point():
-                self.operands += [one.clone().float(), one.mT.clone().float()]
+                self.operands.append(one.clone().float())
         if known is not None:
             one, of = known
             others = [t for t in tensors if t is not one]

@@ -11,8 +11,8 @@ from torch.nn import functional as F  # noqa: N812
 from pytest_attnheat import capture_attention
 
 # `make test` runs some hundreds; ten thousand take a minute or two.
-PROGRAMS = int(os.environ.get("ATTNHEAT_FUZZ_PROGRAMS", "240"))
-PARTS = 8
+PROGRAMS = int(os.environ.get("ATTNHEAT_FUZZ_PROGRAMS", "120"))
+PARTS = 4
 SIZES = (1, 2, 3, 4)
 WEIGHT = nn.Parameter(torch.linspace(-1, 1, 16).view(4, 4))
 

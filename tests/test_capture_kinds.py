@@ -63,6 +63,10 @@ def test_batch_and_heads_may_be_joined_while_queries_keys_and_values_are_one_ten
 
 LONG_FIRST, PICTURE = draw("long", 6, 2, 32), draw("picture", 2, 32, 3, 2)
 HEADS_IN_BATCH = {
+    "a chunk of one, as before": (
+        lambda: LONG_FIRST.view(2, 4, 6, 8).reshape(8, 6, 8).chunk(1)[0],
+        lambda: LONG_FIRST.view(2, 4, 6, 8),
+    ),
     "a head's width is split off, time first": (
         lambda: LONG_FIRST.view(6, 8, 8).transpose(0, 1),
         lambda: LONG_FIRST.view(6, 2, 4, 8).permute(1, 2, 0, 3),
@@ -118,25 +122,6 @@ def test_weights_in_a_product_that_cannot_be_read_are_named():
     trace = traced(lambda: torch.einsum("bnd,bnd->bd", LINEAR(X).softmax(1), X))
     assert [str(unseen) for unseen in trace.unseen] == [
         "(no layer): softmax: its result went into einsum, which cannot be read"
-    ]
-
-
-@pytest.mark.parametrize("score", [
-    lambda: draw("edges", 5, 4),
-    lambda: (draw("from", 5, 4, 8) * draw("to", 5, 4, 8)).sum(-1),
-], ids=["of a layer", "of a product"])  # fmt: skip
-def test_a_softmax_over_the_edges_of_each_node_is_named(score):
-    nodes = torch.tensor([0, 0, 1, 2, 2])
-
-    def attend():
-        edges = score()
-        shares = (edges - edges.amax()).exp()
-        sums = torch.zeros(3, 4).scatter_add_(0, nodes[:, None].expand_as(edges), shares) + 1e-16
-        return shares / sums.index_select(0, nodes)
-
-    assert [str(unseen) for unseen in traced(attend).unseen] == [
-        "(no layer): exp, divided by its sums: its rows are groups of elements, as the edges of a "
-        "graph are, and no matrix"
     ]
 
 
@@ -417,7 +402,7 @@ def edges_by_index(x):
 
 
 def edges_by_scatter(x):
-    scores = (x[SOURCES] * x[TARGETS]).sum(-1)
+    scores = (x[SOURCES] * x[TARGETS]).sum(-1) / 3
     shares = (scores - scores.max()).exp()
     sums = torch.zeros(4).scatter_add_(0, TARGETS, shares) + 1e-16
     weights = shares / sums.index_select(0, TARGETS)
@@ -497,6 +482,25 @@ def test_a_convolution_may_be_called_attention():
     with capture_attention(model, allow_empty=True) as trace:
         model(X)
     assert trace.unseen == ()
+
+
+class KernelAttention(nn.Module):
+    """Linear attention without a softmax, of what a convolution makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.project = ConvAttention()
+
+    def forward(self, x):
+        q, k, v = (self.project(x).relu() for _ in range(3))
+        return q @ (k.mT @ v)
+
+
+def test_a_convolution_in_attention_that_was_not_seen_does_not_stand_for_it():
+    model = nn.Sequential(KernelAttention())
+    with capture_attention(model, allow_empty=True, allow_unseen=True) as trace:
+        model(X)
+    assert [(unseen.layer, unseen.what) for unseen in trace.unseen] == [("0", "KernelAttention")]
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")

@@ -172,6 +172,7 @@ def test_a_pooled_baseline_from_before_there_were_sketches_is_still_read(tmp_pat
     figure.picture.shown = whole
     found = judging.check(figure, tmp_path / "a.png", tmp_path)
     assert (found.status, found.passed, found.compared) == ("pooled", True, ("data", "pixels"))
+    assert found.reason == "it had no sketch"  # what the summary says where it is written anew
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])

@@ -29,8 +29,8 @@ from pytest_attnheat.contract.probing import inferred_weights
 from pytest_attnheat.contract.spec import AttentionSpec
 
 NAMES = [defect.name for defect in DEFECTS]
-# What is no defect, and what float16 alone shows.
-UNSEEN = {"masked_nan_felt", "products_overflow"}
+# What is no defect, what float16 alone shows, and what reads masks without numbers upside down.
+UNSEEN = {"masked_nan_felt", "products_overflow", "bias_as_keep"}
 # Those that are declared alike one after the other: they share what plans give on their cases.
 ALL = sorted((name for name in NAMES if name not in UNSEEN), key=lambda n: [*declared_for(n)])
 # What is declared has one set of tensors for all specimens, so that they share their cases.
@@ -166,7 +166,8 @@ def test_what_large_blocks_do_wrong_is_named(name, block):
     assert (found.defects, found.alternatives) == ((name,), ())
     assert found.where["wrong"].endswith(("rows in long", "rows in long, causal, long"))
     assert len(found.where.get("queries", "")) < 60
-    assert found.where["pattern"] == "wrong in every case with long inputs, right in every other"
+    words = "all of the wrong cases are with long inputs, and none of the right ones"
+    assert found.where.get("pattern", words) == words  # of one case it says nothing
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

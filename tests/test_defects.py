@@ -119,6 +119,13 @@ def answer(name, case):
     return found
 
 
+@functools.cache
+def answers_of(name):
+    """The cases of a defect that the planted implementation answers, and its answers."""
+    answers = ((case, answer(name, case)) for case in cases_for(name))
+    return [(case, found) for case, found in answers if found is not None]
+
+
 def outcome(plan, case):
     try:
         return carry_out(plan, case).output
@@ -134,9 +141,7 @@ def agrees(one, other):
 
 @pytest.mark.parametrize("name", EXACT)
 def test_a_plan_gives_exactly_what_an_implementation_with_the_defect_gives(name):
-    cases = cases_for(name)
-    answers = [answer(name, case) for case in cases]
-    kept = [(case, found) for case, found in zip(cases, answers, strict=True) if found is not None]
+    kept = answers_of(name)
     assert any(not agrees(found, outcome(Plan(), case)) for case, found in kept)
     plans = [change(Plan()) for change in EXACT[name].changes]
     assert any(all(agrees(found, outcome(p, case)) for case, found in kept) for p in plans)
@@ -144,9 +149,7 @@ def test_a_plan_gives_exactly_what_an_implementation_with_the_defect_gives(name)
 
 @pytest.mark.parametrize("name", [name for name in EXACT if EXACT[name].seen == "exactly"])
 def test_what_an_implementation_with_a_defect_answers_is_given_its_name_and_no_other(name):
-    answers = [(case, answer(name, case)) for case in cases_for(name)]
-    probes = [Probe(case, found, torch.float64, 1e-9)
-              for case, found in answers if found is not None]  # fmt: skip
+    probes = [Probe(case, found, torch.float64, 1e-9) for case, found in answers_of(name)]
     fitting = {one.names[0] for one in Search(probes, keep=True).singles if one.reproduces}
     assert {one for one in fitting if EXACT[one].form_of not in fitting} == {
         name,

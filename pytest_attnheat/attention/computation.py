@@ -45,7 +45,15 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.parts import Part, add, flattened, own_rows, parts_of, rounded
+from pytest_attnheat.attention.parts import (
+    Part,
+    add,
+    flattened,
+    own_maps,
+    own_rows,
+    parts_of,
+    rounded,
+)
 from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
@@ -199,18 +207,12 @@ def weights(
     """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
 
     Keys after the last that causality shows any of these queries are left out, as is the weight of
-    a sink. A query that may attend to nothing has zeros.
-
-    Args:
-        call: What is computed.
-        dtype: That of the computation.
-        into: (maps, query_len, key_len), of that dtype: memory that the weights are made in, where
-            there are no sinks.
+    a sink. A query that may attend to nothing has zeros. Where it can be, they are made in the
+    memory of `into`, (maps, query_len, key_len).
     """
     flat, own = flattened(call)
     shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
-    unusual = call.score_mod, call.lengths, call.prefix or None
-    cut = call.causal and all(one is None for one in unusual)
+    cut = call.causal and not (call.score_mod or call.prefix) and call.lengths is None
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
     device = call.query.device
@@ -219,25 +221,19 @@ def weights(
     together = max(1, block // (rows * call.key_len))
     for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
         if span.start == 0:
-            mine = {name: _maps_of(tensor, own[name], some) for name, tensor in flat.items()}
+            mine = {name: own_maps(tensor, own[name], some) for name, tensor in flat.items()}
             query, key = (mine[name].to(dtype) for name in ("query", "key"))
             key = key.mT.expand(len(query), -1, -1)
-            maps = torch.arange(call.maps, device=device)[some]
+            maps, nothing = torch.arange(call.maps, device=device)[some], query.new_empty(1, 1, 1)
         end = min(max(span.stop + shift, 1), call.key_len) if cut else call.key_len
-        scores = call.capped(_scaled(query[:, span], key[..., :end], call.factor))
+        operands = query[:, span], key[..., :end]
+        scores = call.capped(torch.baddbmm(nothing, *operands, beta=0, alpha=call.factor))
         seen = None if others.sees_all else others.permitted(maps, span)
-        given = {
-            name: mine[name][:, own_rows(mine[name], span), :end]
-            for name in ("bias", "mask")
-            if name in mine
-        }
-        if "bias" in given:
-            scores = scores.add_(given["bias"].to(dtype))
-        if positional:
-            at = call.positions(maps, span)
-            distant = call.distant(at, dtype)
-            scores = scores if distant is None else scores.add_(distant[..., :end])
-            scores = call.modified(scores, at)
+        given = {n: t[:, own_rows(t, span), :end] for n, t in mine.items() if n in ("bias", "mask")}
+        at = call.positions(maps, span) if positional else None
+        for added in (given.get("bias"), None if at is None else call.distant(at, dtype)):
+            scores = scores if added is None else scores.add_(added[..., :end].to(dtype))
+        scores = scores if at is None else call.modified(scores, at)
         for rule in (seen if seen is None else seen[..., :end], given.get("mask")):
             scores = scores if rule is None else torch.where(rule, scores, -math.inf)
         if cut and (first := max(span.start + shift + 1, 0)) < end:
@@ -246,27 +242,15 @@ def weights(
             scores[..., first:].masked_fill_(later, -math.inf)
         if call.sinks is not None:
             column = call.sinks.detach().to(dtype)[maps % call.heads, None, None]
-            column = column.expand(*scores.shape[:2], 1)
-            scores = torch.cat([scores, column], -1)
+            scores = torch.cat([scores, column.expand(*scores.shape[:2], 1)], -1)
         some_empty = given or seen is not None or (cut and shift < 0)
         empty = scores.amax(-1, keepdim=True).isneginf() if some_empty else None
-        made = scores if into is None or call.sinks is not None else into[some, span, :end]
+        fits = into is not None and call.sinks is None and into.dtype == scores.dtype
+        made = into[some, span, :end] if fits and into is not None else scores
         torch.softmax(scores, -1, out=made)
         if empty is not None and bool(empty.any()):
             made.masked_fill_(empty, 0.0)
         yield some, span, made if call.sinks is None else made[..., :-1]
-
-
-def _maps_of(tensor: Tensor, own: Tensor, some: slice) -> Tensor:
-    """What some maps use of a tensor: a view where each has its own, or all of them one."""
-    if len(tensor) == 1:
-        return tensor
-    return tensor[some] if len(tensor) == len(own) else tensor[own[some]]
-
-
-def _scaled(left: Tensor, right: Tensor, factor: float) -> Tensor:
-    """Return factor * left @ right, made in one step."""
-    return torch.baddbmm(left.new_empty(1, 1, 1), left, right, beta=0, alpha=factor)
 
 
 def _once_more(call: Call, *steps: str) -> float:

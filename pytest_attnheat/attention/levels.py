@@ -214,14 +214,7 @@ class Space:
             refused: Levels that do not occur together, of one feature or of several.
             known: Choices whose pairs need not occur again.
         """
-        if not refused and not known:
-            return _covering(self.declared)
-
-        def possible(chosen: Choice) -> bool:
-            taken = not any(all(chosen.get(n) == level for n, level in some) for some in refused)
-            return taken and self.declared.possible(chosen)
-
-        return covering(self.declared.levels(), possible, known=known)
+        return _covering(self.declared, refused, tuple(tuple(one.items()) for one in known))
 
     def choice(self, **levels: Any) -> dict[str, Any]:
         """Return some levels, and the ordinary one of each other feature.
@@ -269,8 +262,14 @@ class Space:
 
 
 @lru_cache(maxsize=64)
-def _covering(declared: Declared) -> Covering:
-    return covering(declared.levels(), declared.possible)
+def _covering(
+    declared: Declared, refused: frozenset[Levels], known: tuple[Levels, ...]
+) -> Covering:
+    def possible(chosen: Choice) -> bool:
+        taken = not any(all(chosen.get(n) == level for n, level in some) for some in refused)
+        return taken and declared.possible(chosen)
+
+    return covering(declared.levels(), possible, known=[dict(one) for one in known])
 
 
 # --- choices as text, and smaller ones

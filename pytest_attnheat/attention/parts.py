@@ -102,6 +102,13 @@ def _own_maps(tensor: Tensor, query: Tensor, *, grouped: bool) -> Tensor:
     return index.expand(query.shape[:-2]).reshape(-1)
 
 
+def own_maps(tensor: Tensor, own: Tensor, some: slice) -> Tensor:
+    """Return what some maps use of a tensor: a view where each has its own, or all of them one."""
+    if len(tensor) == 1:
+        return tensor
+    return tensor[some] if len(tensor) == len(own) else tensor[own[some]]
+
+
 def own_rows(tensor: Tensor, rows: slice) -> slice:
     """Rows of a tensor that has them all, or one for all."""
     return rows if tensor.shape[-2] > 1 else slice(0, 1)

@@ -4,8 +4,7 @@ A sketch of a map of n x n weights has a few numbers for each row and each colum
 their sum after each weight was multiplied by the number of its position, which is between 1 and 2
 and of either sign. Weights that trade places, or that change so that sums stay, change the second
 one. The numbers of positions are drawn by Philox from a fixed key: they are the same on every
-machine and under every version. All is added up in float64, block by block: no map need ever be
-held at once.
+machine and under every version. Blocks are added up in float64: no map need ever be held at once.
 
 Nothing here imports torch: a tensor can only be given by somebody who has.
 """
@@ -30,6 +29,8 @@ _KEY = 20260711
 _BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
 # What stands for a value that cannot be added up, or that would drown all others.
 _NAN, _INFINITE, _HIDDEN = 2.718, 1.414, -3.142
+# Beyond float32 is infinite, as it is in pictures.
+_LARGEST = float(np.finfo(np.float32).max)
 # Rounding may move a number by the tolerance times itself and so many norms of the weights behind
 # it (a trained model takes 3.9 in bfloat16 and 1.7 in float32), and this part of the typical norm
 # of its map, where weights are so small that the rounding of their logarithms shows.
@@ -125,9 +126,8 @@ class Sketcher:
         self._left, self._right = _positions(queries), _positions(keys)
         self._rows = np.zeros((3, maps, queries))
         self._columns = np.zeros((3, maps, keys))
-        # A block and its squares: memory that is new each time takes longer than the sums.
-        size = min(_BLOCK, maps * queries * keys)
-        self._block, self._squares = np.empty(size), np.empty(size)
+        # The squares of a block: memory that is new each time takes longer than the sums.
+        self._squares = np.empty(min(_BLOCK, maps * queries * keys))
 
     def add(self, maps: slice, rows: slice, part: Array) -> None:
         """Add some rows of some maps, (maps, rows, keys); the last keys may be left out."""
@@ -136,48 +136,29 @@ class Sketcher:
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
             here = slice(top + r.start, top + r.stop)
             among = slice(first + m.start, first + m.stop)
-            block, squares = self._squared(part[m, r, k])
-            found = self._numbers(block, squares, here, k)
+            block = _exact(part[m, r, k])
+            found = self._numbers(block, here, k)
             if not (found[0][2] < HIDDEN_FROM**2).all():
-                block = _cleaned(block)
-                found = self._numbers(block, block * block, here, k)
+                found = self._numbers(_cleaned(block), here, k)
             self._rows[:, among, here] += found[0]
             self._columns[:, among, k] += found[1]
 
-    def _squared(self, part: Array) -> tuple[Array, Array]:
-        """Return a block as float64 where it is, an array on the host, and its squares."""
-        if _is_tensor(part):
-            if part.device.type not in ("cpu", "mps"):
-                wide = part.double()
-                return wide, wide * wide
-            part = part.float() if part.itemsize < 4 else part
-            part = part.cpu().numpy()
-        block = self._block[: part.size].reshape(part.shape)
-        np.copyto(block, part, casting="unsafe")
-        # Norms need no digits: float32 is enough, and faster.
-        given = part if part.dtype == np.float32 else block
-        squares = self._squares.view(given.dtype)[: part.size].reshape(part.shape)
-        with np.errstate(over="ignore"):
-            return block, np.multiply(given, given, out=squares)
-
-    def _numbers(
-        self, block: Array, squares: Array, rows: slice, columns: slice
-    ) -> tuple[Numbers, Numbers]:
+    def _numbers(self, block: Array, rows: slice, columns: slice) -> tuple[Numbers, Numbers]:
         """Return sums, signed sums and sums of squares of rows and columns: (3, maps, rows), ..."""
         left, right = self._left[:, rows], self._right[:, columns]
-        up, across = left[0], right[0]
         if _is_tensor(block):
-            left, right = (
-                sys.modules["torch"].from_numpy(n).to(block.device) for n in (left, right)
-            )
-            up, across = left[0], right[0]
+            left, right = (sys.modules["torch"].from_numpy(n).to(block) for n in (left, right))
+            squares = block * block
         else:
-            up, across = (ones.astype(squares.dtype) for ones in (up, across))
+            left, right = left.astype(block.dtype), right.astype(block.dtype)
+            squares = self._squares.view(block.dtype)[: block.size].reshape(block.shape)
         # What is infinite is seen to later.
         with np.errstate(invalid="ignore", over="ignore"):
+            if not _is_tensor(block):
+                np.multiply(block, block, out=squares)
             both, sums = block @ right.T, left @ block
-            of_rows = both[..., 0], both[..., 1], squares @ across
-            of_columns = sums[..., 0, :], sums[..., 1, :], up @ squares
+            of_rows = both[..., 0], both[..., 1], squares @ right[0]
+            of_columns = sums[..., 0, :], sums[..., 1, :], left[0] @ squares
         return _stacked(of_rows), _stacked(of_columns)
 
     def sketch(self) -> Sketch:
@@ -196,13 +177,26 @@ def _positions(count: int) -> Numbers:
     return np.stack([np.ones(count), np.where(raw & np.uint64(1), sizes, -sizes)])
 
 
+def _exact(part: Array) -> Array:
+    """Return a block where it is as float64; on the host as an array, as float32 if that is exact.
+
+    Sums of a block in float32 are off by 1e-7 of their norm, a hundredth of what may differ.
+    """
+    if _is_tensor(part):
+        if part.device.type not in ("cpu", "mps"):
+            return part.double()
+        part = part.float() if part.itemsize < 4 else part
+        part = part.cpu().numpy()
+    return part.astype(np.result_type(part.dtype.newbyteorder("="), np.float32), copy=False)
+
+
 def _cleaned(block: Array) -> Array:
-    """Put other numbers in the place of what would drown all others."""
-    where = block.where if _is_tensor(block) else lambda keep, other: np.where(keep, block, other)
+    """Put other numbers in the place of what would drown all others, in float64."""
     library = sys.modules["torch"] if _is_tensor(block) else np
-    found = where(~(block <= HIDDEN_FROM), _HIDDEN)
-    found = library.where(library.isposinf(block), _INFINITE, found)
-    return library.where(library.isnan(block), _NAN, found)
+    wide = block if _is_tensor(block) else block.astype(np.float64)
+    found = library.where(wide <= HIDDEN_FROM, _HIDDEN, wide)
+    found = library.where(wide > _LARGEST, _INFINITE, found)
+    return library.where(library.isnan(wide), _NAN, found)
 
 
 def _is_tensor(value: object) -> bool:
@@ -239,7 +233,8 @@ def _packed(side: Side, step: float) -> bytes:
     parts = [octaves.astype("<i2"), np.where(numbers < 0, -2 * numbers - 1, 2 * numbers)]
     parts[1] = parts[1].astype("<u4")
     if side.sums is not None:
-        bits = side.sums.astype("<f4").view("<u4").astype(np.uint64)
+        sums = np.clip(side.sums, -_LARGEST / 2, _LARGEST / 2)
+        bits = sums.astype("<f4").view("<u4").astype(np.uint64)
         half = 1 << (_DROPPED_BITS - 1)
         parts.append(((bits + half) >> _DROPPED_BITS << _DROPPED_BITS).astype("<u4"))
     return b"".join(planes(part) for part in parts)

@@ -44,7 +44,8 @@ bfloat16. The tolerance is 8 eps in half precision and the floor of rows in floa
 with the root of the number of layers beyond 16, as the errors of layers are independent, and has
 ``sqrt(key_len) * eps(float32)`` for the sums of long rows. Beside that, each weight may differ by
 the tolerance times what is typical of its map, and times a hundredth of the largest: what is
-smaller than half precision can hold is zero there.
+smaller than half precision can hold is zero there. Where the largest weight is more than e^5 times
+the typical one, scores are larger than those of that model, and all of it grows with the logarithm.
 """
 
 from __future__ import annotations
@@ -76,6 +77,8 @@ _DRIFTS = {"bfloat16": 6.25e-2, "float16": 7.8e-3}
 # Layers whose errors the numbers above hold.
 _SHALLOW = 16
 _FLOAT32_EPS = 2.0**-23
+# Scores that are further apart are larger, and so are their errors.
+_SPREAD = 5.0
 # Of the largest weight of a map, by how much of the tolerance all of them may differ.
 _OF_LARGEST = 1e-2
 
@@ -187,8 +190,9 @@ def drift_allowed(values: Numbers, hidden: Bools, tolerance: float) -> Numbers:
     largest = np.where(largest > 1, np.minimum(largest, np.maximum(1, 1e3 * typical)), largest)
     with np.errstate(divide="ignore", invalid="ignore"):
         logarithms = np.where(sizes > 0, np.maximum(np.log(largest / sizes), 0), 0.0)
-    allowed: Numbers = tolerance * (sizes * (1 + logarithms) + typical + _OF_LARGEST * largest)
-    return allowed
+        spread = np.where(typical > 0, np.log(largest / typical), 0.0)
+    allowed: Numbers = sizes * (1 + logarithms) + typical + _OF_LARGEST * largest
+    return tolerance * np.maximum(1, spread / _SPREAD) * allowed
 
 
 def _eps(dtype: torch.dtype) -> float:

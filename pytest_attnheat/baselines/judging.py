@@ -196,7 +196,7 @@ def _check_heatmaps(
     outcome = compare_pixels(figure.picture, expected, baseline, actual, figure.dpi, tolerance)
     if outcome in ("equal", "text"):
         status: Status = "pooled" if pooled else "equal" if outcome == "equal" else "text"
-        return Verdict(status, **compared)
+        return Verdict(status, "it had no sketch" if pooled else "", **compared)
     reason = {
         "size": "the data agree, but the picture has another size",
         "panels": "the data agree, but the panels are drawn otherwise (colours, scale, layout)",

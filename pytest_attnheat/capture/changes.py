@@ -35,10 +35,11 @@ def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
         found = _OPERATORS.search(_graph(scripted))
         if found is not None:
             yield Unseen(name, "a scripted module", f"{found[1]} happens in compiled code")
-    for name, module in layers.ran.items():
-        if name in layers.noted["convolution"] - layers.noted["product"]:
-            continue  # What convolves may be called attention, and is none.
-        if _is_attention(module) and not _accounted_for(name, layers, trace):
+    # What convolves may be called attention, and is none.
+    convolves = layers.noted["convolution"] - layers.noted["product"]
+    ran = {name: module for name, module in layers.ran.items() if name not in convolves}
+    for name, module in ran.items():
+        if _is_attention(module) and not _accounted_for(name, ran, trace):
             yield Unseen(name, type(module).__name__, "it ran, and no attention was seen in it")
 
 
@@ -46,13 +47,13 @@ def _is_attention(module: nn.Module) -> bool:
     return _NAMED.search(type(module).__name__) is not None
 
 
-def _accounted_for(name: str, layers: Layers, trace: Trace) -> bool:
+def _accounted_for(name: str, ran: dict[str, nn.Module], trace: Trace) -> bool:
     if name in trace._within or any(unseen.layer == name for unseen in trace.unseen):
         return True
     # What an attention is made of may be called so too: a projection, an output with dropout.
-    if _lies_in_one(name, {n: module for n, module in layers.ran.items() if n in trace._within}):
+    if _lies_in_one(name, {n: module for n, module in ran.items() if n in trace._within}):
         return True
-    inside = [module for inner, module in layers.ran.items() if inner.startswith(f"{name}.")]
+    inside = [module for inner, module in ran.items() if inner.startswith(f"{name}.")]
     return any(map(_is_attention, inside))
 
 

@@ -383,9 +383,7 @@ def parts_of(
         return
     if kept is None:
         call = record.as_call(batch=entry)
-        dtype = wide_dtype(call.query.dtype)
-        fits = into is not None and into.dtype == dtype
-        yield from weights_of(call, dtype, into=into if fits else None)
+        yield from weights_of(call, wide_dtype(call.query.dtype), into=into)
         return
     kept = (kept if entry is None else kept[entry : entry + 1]).flatten(0, 1)
     for maps, rows, _ in pieces(kept.shape, max(_PART_BYTES // kept.itemsize, 1)):

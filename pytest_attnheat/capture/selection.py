@@ -24,12 +24,7 @@ def matches(layer: str, patterns: Sequence[str] | None) -> bool:
 
 
 def checked_patterns(layers: Any) -> Sequence[str] | None:
-    """Return names and patterns of layers as a sequence; None for all.
-
-    Raises:
-        TypeError: They are no names.
-        ValueError: There are none.
-    """
+    """Return names and patterns of layers as a sequence; None for all."""
     if layers is None:
         return None
     refusal = misuse("layers", repr(layers), "one or more names of layers, or patterns of them")
@@ -43,11 +38,7 @@ def checked_patterns(layers: Any) -> Sequence[str] | None:
 
 
 def selection(name: str, wanted: Any) -> slice | list[int]:
-    """Return a selection of heads or queries as a slice or whole numbers.
-
-    Raises:
-        TypeError: It is neither a number, nor several, nor a slice.
-    """
+    """Return a selection of heads or queries as a slice or whole numbers."""
     if isinstance(wanted, slice):
         return wanted
     numbers = wanted.tolist() if isinstance(wanted, Tensor) else wanted
@@ -60,12 +51,7 @@ def selection(name: str, wanted: Any) -> slice | list[int]:
 
 
 def chosen(name: str, wanted: Selection, count: int, layer: str) -> list[int]:
-    """Return the numbers that a selection means, of `count` in a layer.
-
-    Raises:
-        TypeError: It is not a selection.
-        ValueError: It is of nothing, or of numbers that are absent.
-    """
+    """Return the numbers that a selection means, of `count` in a layer."""
     asked = selection(name, wanted)
     numbers = list(range(count))[asked] if isinstance(asked, slice) else asked
     if not numbers or not all(-count <= number < count for number in numbers):
@@ -80,12 +66,7 @@ def within(layer: str) -> str:
 
 
 def batch_entry(wanted: object, count: int) -> int:
-    """Return the number of a batch entry, of `count`; negative ones count from the end.
-
-    Raises:
-        TypeError: It is not a whole number.
-        ValueError: There is none of that number.
-    """
+    """Return the number of a batch entry, of `count`; negative ones count from the end."""
     number = whole_number("batch", wanted, least=-count)
     if number >= count:
         raise ValueError(misuse("batch", number, f"a whole number from {-count} to {count - 1}"))

@@ -101,7 +101,7 @@ def joined(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
     Before batch and heads there may be an axis of queries, keys and values.
     """
     old, new = tuple(shape), tuple(output.shape)
-    if 0 in old or len(new) < 3:
+    if 0 in old or len(new) < 3 or new == old:
         return None
     if len(old) == 5 and new == (old[0], old[1] * old[2], *old[3:]):
         return old

@@ -75,9 +75,10 @@ class Refusals:
         """Return whether a choice cannot be asked: one alone or two of its levels cannot be."""
         named = self.examination.space.named(chosen)
         special = tuple((name, level) for name, level in named.items() if name not in _ASKED)
-        for size in (1, 2):
-            if any(self._refused(some) for some in combinations(special, size)):
-                return True
+        few = [*combinations(special, 1), *combinations(special, 2)]
+        # What is known already comes first: to ask takes time.
+        if any(self.known.get(some) for some in few) or any(map(self._refused, few)):
+            return True
         if is_refusal(error):  # it takes more than two
             graded = chosen["gradients"] != NONE
             self.known[(("gradients", chosen["gradients"]),) if graded else special] = _words(error)

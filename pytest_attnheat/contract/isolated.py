@@ -231,9 +231,6 @@ def isolated(
         checks: The checks that are asked.
         wanted: Whether it is to; None for what is compiled, if that can be sent.
         time_limit: How long one call may take, in seconds.
-
-    Raises:
-        TypeError, ValueError: It is wanted and cannot be; or the limit is no positive number.
     """
     if not check_number(time_limit, "time_limit") > 0:
         raise ValueError(misuse("time_limit", repr(time_limit), "seconds above 0"))

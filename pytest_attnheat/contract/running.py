@@ -152,12 +152,7 @@ KNOWN = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS)
 def checks_of(
     spec: AttentionSpec, given: Sequence[Check] | None = None, *, quick: bool = False
 ) -> tuple[Check, ...]:
-    """Return the checks that a specification is asked: those that are given, or all of its kind.
-
-    Raises:
-        TypeError: Something else than checks is given.
-        ValueError: None are given.
-    """
+    """Return the checks that a specification is asked: those that are given, or all of its kind."""
     if given is None:
         known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
         return tuple(check for check in known if check.quick or not quick)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, wraps
@@ -12,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.callables import parameters_of
@@ -422,7 +421,7 @@ class AttentionSpec:
             call = replace(call, causal=False)
             if self.window is None or self.window[1] != 0:  # it is not causal of itself
                 causal = replace(call, causal=True, alignment=self.alignment).visible()
-                attn_mask = causal if attn_mask is None else _both(attn_mask, causal)
+                attn_mask = causal if attn_mask is None else with_causal(attn_mask, causal)
         if attn_mask is not None:
             mask = attn_mask.reshape((1,) * max(0, 2 - attn_mask.ndim) + tuple(attn_mask.shape))
             is_boolean = mask.dtype == torch.bool
@@ -442,8 +441,3 @@ def _noting(self: AttentionSpec, *given: Any, **named: Any) -> None:
 
 
 AttentionSpec.__init__ = _noting  # type: ignore[method-assign]
-
-
-def _both(mask: Tensor, causal: Tensor) -> Tensor:
-    """A mask that hides what a causal one hides as well."""
-    return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,6 +22,7 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     tokens_off,
 )
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
+from pytest_attnheat.assertions.behaviour.sequences import with_causal
 from pytest_attnheat.assertions.behaviour.subject import (
     as_described,
     check_count,
@@ -228,7 +228,7 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
     else:
         mask = given.expand(broadcast(given.shape, lengths))
         if is_causal:
-            mask = mask.masked_fill(~causal, False if mask.dtype == torch.bool else -math.inf)
+            mask = with_causal(mask, causal)
         else:
             later = permitted(given, (*subject.leading, *lengths)) & ~causal
             if bool(later.any()):

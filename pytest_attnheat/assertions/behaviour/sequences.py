@@ -195,6 +195,11 @@ def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> T
     return mask
 
 
+def with_causal(mask: Tensor, causal: Tensor) -> Tensor:
+    """Return a mask, of booleans or floats, that hides what a causal one hides as well."""
+    return mask & causal if mask.dtype == torch.bool else mask.masked_fill(~causal, -math.inf)
+
+
 def recognise(module: Callable[..., Any]) -> SequenceModel:
     """Return how a module is called: known modules of PyTorch and transformers, or plainly."""
     inner = _wrapped(module)
@@ -259,12 +264,7 @@ class Multihead:
             causal = causal_mask(
                 query.shape[-2], key.shape[-2], alignment="top_left", device=query.device
             )
-            if attn_mask is None:
-                attn_mask = causal
-            elif attn_mask.dtype == torch.bool:
-                attn_mask = attn_mask & causal
-            else:
-                attn_mask = attn_mask.masked_fill(~causal, -math.inf)
+            attn_mask = causal if attn_mask is None else with_causal(attn_mask, causal)
         if attn_mask is not None:
             attn_mask = self._mask(attn_mask, batch=query.shape[0])
         turned = query.ndim == 3 and not self.module.batch_first

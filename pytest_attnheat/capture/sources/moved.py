@@ -161,7 +161,8 @@ def anything(base: str, call: Call) -> After | None:
     tags.use(*every)
     known = [tags[one] for one in every]
     grouped = [tag.grouped if tag is not None else "" for tag in known]
-    if any(grouped) or (base == "exp" and not any(known)):
+    plain = not any(tag is not None and (tag.scores or tag.weights) for tag in known)
+    if any(grouped) or (base == "exp" and plain):
         if (now := _of_groups(call, base, grouped)) != "":
             return lambda output: tags.put(output, Tag(grouped=now))
         known = [None if tag and tag.grouped and tag.scores is None else tag for tag in known]
@@ -194,8 +195,7 @@ def anything(base: str, call: Call) -> After | None:
             _outer(call, every, output)
         elif tag.scores is not None:
             scores = _changed(tag.scores, call, base, number, output)
-            grouped = "exp" if base == "exp" else tag.grouped
-            tags[output] = replace(tag, scores=scores, parametric=False, grouped=grouped)
+            tags[output] = replace(tag, scores=scores, parametric=False)
 
     return after
 
