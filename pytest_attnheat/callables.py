@@ -20,6 +20,8 @@ from pytest_attnheat.attention.devices import visible_devices
 
 # How far modules are looked for in what a callable refers to.
 _DEPTH = 3
+# So often some code may be compiled anew while it is examined.
+_COMPILATIONS = 64
 
 
 def modules_in(subject: object) -> list[nn.Module]:
@@ -36,6 +38,29 @@ def is_compiled(subject: object) -> bool:
     found = _collected(subject)
     inner = [part for one in found if isinstance(one, nn.Module) for part in one.modules()]
     return any(_is_marked(part) for part in (*found, *inner))
+
+
+@contextmanager
+def always_compiled(subject: object) -> Iterator[None]:
+    """Let what is compiled run compiled or not at all, however many shapes it is asked.
+
+    After its eighth compilation of some code, `torch.compile` runs the code as it was written, and
+    says so in a log alone: what passes then says nothing of what was compiled.
+    """
+    if not is_compiled(subject):
+        yield
+        return
+    from torch._dynamo import config
+
+    wanted = {
+        "recompile_limit": _COMPILATIONS,
+        "accumulated_recompile_limit": 16 * _COMPILATIONS,
+        "fail_on_recompile_limit_hit": True,
+    }
+    known = {name: max(getattr(config, name), it) for name, it in wanted.items()
+             if hasattr(config, name)}  # fmt: skip
+    with config.patch(known):
+        yield
 
 
 def _is_marked(part: object) -> bool:

@@ -313,7 +313,9 @@ def test_a_leak_that_only_the_gradient_shows_is_found():
 
     mask = torch.ones(6, 6, dtype=torch.bool).tril()
     message = message_of(hidden, *qkv(), may_see=mask)
-    assert "has a gradient there, but does not change" in message
+    assert "outputs do not change, but have gradients from what they must not see" in message
+    assert " has a gradient from " in message
+    assert message.splitlines()[1].endswith(" does not change")
     assert_no_leakage(hidden, *qkv(), may_see=mask, by="perturbation")
 
 

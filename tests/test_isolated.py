@@ -8,9 +8,10 @@ from contextlib import closing
 
 import pytest
 import torch
+import torch._dynamo
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pytest_attnheat import AttentionSpec, check_attention
+from pytest_attnheat import AttentionSpec, callables, check_attention
 from pytest_attnheat.contract import isolated, running
 from pytest_attnheat.contract.checks import CHECKS, Check
 from pytest_attnheat.contract.combinations import Replay
@@ -177,3 +178,29 @@ def test_without_a_fork_a_subject_has_to_be_one_that_can_be_imported(monkeypatch
 def test_a_time_limit_is_a_positive_number(limit):
     with pytest.raises(ValueError, match="time_limit: got "):
         check_attention(sdpa, isolate=True, time_limit=limit)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_is_compiled_is_asked_compiled_however_many_shapes_there_are():
+    def miscompiled(query, key, value, attn_mask=None, is_causal=False):
+        output = sdpa(query, key, value, attn_mask, is_causal=is_causal and attn_mask is None)
+        wrong = torch.compiler.is_compiling() and query.shape[-2] == key.shape[-2] == 31
+        return 2 * output if wrong else output
+
+    checks = [BY_NAME[name] for name in ("plain", "masked", "causal", "block_lengths")]
+    compiled = torch.compile(miscompiled, backend="eager", dynamic=False)
+    spec = AttentionSpec(compiled, dtypes=("float32",))
+    report = check_attention(spec, checks=checks, isolate=False)
+    assert {result.name for result in report.failed} == {"block_lengths"}
+    assert torch._dynamo.config.recompile_limit == 8  # left as it was
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_what_would_run_uncompiled_is_not_asked(monkeypatch):
+    monkeypatch.setattr(callables, "_COMPILATIONS", 1)
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    compiled = torch.compile(lambda q, k, v: sdpa(q, k, v), backend="eager", dynamic=False)
+    report = check_attention(compiled, checks=some("plain", "batch"), isolate=False)
+    said = "not asked: it was compiled so often that torch.compile would run it uncompiled"
+    assert said in {result.reason for result in report.results}
+    assert not report.failed

@@ -354,3 +354,32 @@ def test_the_fixture_writes_compares_and_names_what_moved(pytester):
     pytester.runpytest("--attn-update=changed").assert_outcomes(passed=1)
     result = pytester.runpytest()
     result.assert_outcomes(passed=1)
+
+
+def test_queries_that_may_attend_to_nothing_are_left_out():
+    query, key, value = torch.randn(3, 2, 4, 6, 8, generator=torch.Generator().manual_seed(0))
+    real = torch.tensor([6, 4])
+    hidden = torch.arange(6) < 6 - real[:, None]  # padded on the left
+    mask = torch.ones(6, 6).tril().bool() & ~hidden[:, None, None, :]
+    scores = query @ key.mT / math.sqrt(8)
+    with capture_attention() as written:
+        softmax(scores + (~mask) * torch.finfo(scores.dtype).min, -1) @ value  # a mean there
+    with capture_attention() as fused:
+        scaled_dot_product_attention(query, key, value, mask)  # zeros there
+    assert_same_attention(fused, written)
+    with capture_attention() as other:
+        scaled_dot_product_attention(query, key, value, mask | hidden[:, None, None, :])
+    with pytest.raises(Failure, match="maps moved"):
+        assert_same_attention(other, written)
+
+
+def test_heads_that_all_change_a_little_are_not_called_permuted():
+    query, key, value = torch.randn(3, 2, 4, 16, 8, generator=torch.Generator().manual_seed(0))
+    found = []
+    for scale in (8**-0.5, 1.001 * 8**-0.5):
+        with capture_attention() as trace:
+            scaled_dot_product_attention(query, key, value, scale=scale)
+        found.append(trace)
+    with pytest.raises(Failure) as failure:
+        assert_same_attention(*found)
+    assert failure.value.cause is None

@@ -127,10 +127,13 @@ def fault_of(device: torch.device) -> str:
     """
     import torch
 
-    if device.type == "cpu" or not hasattr(torch.get_device_module(device), "synchronize"):
+    if device.type == "cpu":
+        return ""
+    module = torch.get_device_module(device)
+    if not hasattr(module, "synchronize") or not module.is_available():
         return ""
     try:
-        torch.get_device_module(device).synchronize(device)
+        module.synchronize(device)
     except RuntimeError as error:
         return str(error).partition("\n")[0]
     return ""

@@ -87,9 +87,14 @@ def block_no_leakage(examination: Examination) -> None:
         for side in sides:
             if "may_see" in told and side == "left":
                 told["may_see"] = _shifted(through, lengths)
-            assert_no_leakage(
-                model, inputs, lengths=lengths, side=side, passes=2, by="perturbation", **told
-            )
+            try:
+                assert_no_leakage(
+                    model, inputs, lengths=lengths, side=side, passes=2, by="perturbation", **told
+                )
+            except Failure as failure:
+                padded = " and ".join(dict.fromkeys(str(inputs.shape[1] - n) for n in lengths))
+                failure.claim += f", in sequences with {padded} tokens of padding on the {side}"
+                raise
 
 
 def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:

@@ -319,8 +319,7 @@ def dropout_gradients(examination: Examination) -> None:
         raise Skipped(str(reason)) from None
 
 
-@check("returned_lse", "the log-sum-exp it returns is that of its scores", needs=returns_lse,
-       issue="sgl-project/sglang#35045")  # fmt: skip
+@check("returned_lse", "the log-sum-exp it returns is that of its scores", needs=returns_lse)
 def returned_lse(examination: Examination) -> str:
     """Its shape, its base and whether it has the sink in it are found out."""
     return judge_lse(examination)

@@ -20,7 +20,7 @@ from pytest_attnheat.attention.defects import DEFECTS, Defect
 from pytest_attnheat.attention.mistakes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.callables import random_kept, seed_all
+from pytest_attnheat.callables import always_compiled, random_kept, seed_all
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.captured import diagnose_records
@@ -92,7 +92,11 @@ def diagnose(
     refused: dict[str, str] = {}
     last: Diagnosis | None = None
     for name in (name for name in _DTYPES if name in spec.dtypes):
-        with one_thread(), random_kept([torch.device(one) for one in (spec.devices or ())[:1]]):
+        with (
+            one_thread(),
+            always_compiled(spec.subject),
+            random_kept([torch.device(one) for one in (spec.devices or ())[:1]]),
+        ):
             seed_all(seed)
             device = torch.device((spec.devices or ("cpu",))[0])
             examination = Examination(spec, getattr(torch, name), device, seed)

@@ -282,7 +282,7 @@ def _pattern(wrong: Sequence[Probe], right: Sequence[str], probes: Sequence[Prob
     for text in common:
         if not any(features[text](case) for case in cases):
             return f"all of the wrong cases are {text}, and none of the right ones"
-    return f"all of the wrong cases are {common[0]}, and some of the right ones"
+    return ""
 
 
 def _listed(names: Sequence[str]) -> str:

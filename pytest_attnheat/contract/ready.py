@@ -39,7 +39,7 @@ def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecor
             return AttentionSpec(_flex, name="flex_attention")
         compiled = partial(_flex, attend=cast(Callable[..., Any], subject))
         return AttentionSpec(compiled, name="flex_attention (compiled)", few_shapes=True)
-    return AttentionSpec(subject)
+    return AttentionSpec(subject, few_shapes=is_compiled(subject))
 
 
 def _width_of(subject: object) -> int | None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour import sequences
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.attention.devices import fault_of, names_of, resolve
-from pytest_attnheat.callables import is_compiled
+from pytest_attnheat.callables import always_compiled, is_compiled
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.captured import diagnose_records, records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
@@ -227,10 +227,14 @@ def _asked(result: Result, check: Check, examination: Examination, expected: str
     try:
         if unmet := examination.spec.unmet:
             raise Skipped(unmet)
-        note = check.examine(examination)
+        with always_compiled(examination.spec.subject):
+            note = check.examine(examination)
     except Skipped as reason:
         return result.saying("skipped", str(reason))
     except Exception as error:  # the code under test may raise anything
+        if type(error).__name__ == "FailOnRecompileLimitHit":
+            said = "not asked: it was compiled so often that torch.compile would run it uncompiled"
+            return result.saying("skipped", said)
         if is_refusal(error):
             return result.saying("skipped", f"the subject refuses: {error}")
         if expected is not None:

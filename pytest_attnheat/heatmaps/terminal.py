@@ -167,6 +167,14 @@ class _Row(NamedTuple):
 
 def _read(one: torch.Tensor, mask: torch.Tensor | None, rows: slice, columns: list[slice]) -> _Row:
     """Read some rows of a map, about `_PART` weights at a time, as float32 or float64."""
+    if one.shape[1] > _PART and len(columns) > 1:
+        every = slice(None)
+        parts = [
+            _read(one[:, keys], None if mask is None else mask[:, keys], rows, [every])
+            for keys in columns
+        ]
+        cells = [cell for part in parts for cell in part.extremes]
+        return _Row(cells, sum(part.total for part in parts))
     wide, step = wide_dtype(one.dtype), max(1, _PART // one.shape[1])
     low, high, free, total = [], [], [], []
     for some in spans(rows.stop - rows.start, step):
@@ -176,14 +184,14 @@ def _read(one: torch.Tensor, mask: torch.Tensor | None, rows: slice, columns: li
         free.append(torch.ones_like(high[-1]) if mask is None else mask[rows][some].any(0))
         total.append(part.sum())
     lows, highs, frees = torch.stack(low).amin(0), torch.stack(high).amax(0), torch.stack(free)
-    cells = torch.stack(
+    found = torch.stack(
         [
             torch.stack([lows[keys].amin(), highs[keys].amax(), frees[:, keys].to(wide).amax()])
             for keys in columns
         ]
     )
     return _Row(
-        [(least, most, bool(any_free)) for least, most, any_free in cells.tolist()],
+        [(least, most, bool(any_free)) for least, most, any_free in found.tolist()],
         float(torch.stack(total).sum()),
     )
 

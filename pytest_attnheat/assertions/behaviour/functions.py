@@ -252,7 +252,7 @@ class AttentionFunction:
         described = as_described(self.function) is not None
         if stated.may_see is not None:
             seen = permitted(stated.may_see, shape).to(self.query.device)
-            rules = [Rule(seen, since("which may_see forbids"))]
+            rules = [Rule(seen, since("which may_see, or what is declared, forbids"))]
         elif self.arguments.get("is_causal") or described:
             call = replace(self.call, mask=None, bias=None)
             call = call if described else replace(call, alignment=stated.alignment)

@@ -180,8 +180,8 @@ class Inside:
                 "change: are queries rotated by the positions that keys are rotated by?"
             )
         return (
-            "queries, keys and values of the first attention are the same at other places: it is "
-            "later that places are felt"
+            "scores and values of the first attention are the same at other places: its mask, or "
+            "something after it, feels where a token stands"
         )
 
     @_careful

@@ -47,7 +47,7 @@ def describe(fault: Fault, search: Search) -> Failure:
             crop = _Crop(search, worst.observer, worst.element, content)
     return _failure(
         search,
-        f"outputs depend on what they must not see{_only_in(fault, search)}",
+        f"{_does(worst)} what they must not see{_only_in(fault, search)}",
         worst.place(),
         broken=fault.broken,
         of=fault.judged,
@@ -57,6 +57,11 @@ def describe(fault: Fault, search: Search) -> Failure:
         tolerance=search.allowed,
         picture="" if crop is None else crop.draw(),
     )
+
+
+def _does(worst: _Mover) -> str:
+    felt = worst.change != 0
+    return "outputs depend on" if felt else "outputs do not change, but have gradients from"
 
 
 def _failure(search: Search, claim: str, worst: Place, **more: Any) -> Failure:
@@ -158,8 +163,9 @@ def _cause_of_blindness(
         if search.subject.has_queries:
             return "no output around it changes either: is an earlier answer given again?"
     numbers = search.may_see[observer].nonzero().flatten().tolist()
-    future = [number for number in numbers if number > observer[-1]]
-    if future and set(missed) <= set(future):
+    square = search.may_see.shape[-2] == search.may_see.shape[-1]  # else, from which corner?
+    future = [number for number in numbers if number > observer[-1] and square]
+    if future and set(missed) <= set(future) and search.claim.may_be_causal:
         return f"all of them lie in its future: {search.claim.may_be_causal}"
     if len(missed) == len(numbers) > 1:
         return "it sees nothing at all: is the whole row masked?"
@@ -279,21 +285,24 @@ class _Mover:
     def _says(self) -> str:
         search, number = self.search, self.observer[-1]
         observer, element = search.subject.observer, search.subject.element
+        depends, sees = "depends on", "sees"
+        if self.change == 0:
+            depends = sees = "has a gradient from"
         if self.query is not None:
-            return f"query {number} depends on query {self.query}"
+            return f"query {number} {depends} query {self.query}"
         if self.element is None:
-            return f"{observer} {number} depends on {self._other()}"
+            return f"{observer} {number} {depends} {self._other()}"
         reasons = (
             rule.because(self.observer, self.element)
             for rule in search.claim.rules
             if not bool(rule.allowed.expand(search.may_see.shape)[self.observer][self.element])
         )
         because = next(reasons, "which it must not see")
-        return f"{observer} {number} sees {element} {self.element}, {because}"
+        return f"{observer} {number} {sees} {element} {self.element}, {because}"
 
     def _moved(self) -> str:
         if self.change == 0:
-            return "has a gradient there, but does not change"
+            return "does not change"
         if not math.isfinite(self.change):
             return "is no longer finite"
         size = float(self.search.base[self.observer].double().square().mean().sqrt())

@@ -36,7 +36,8 @@ def claims_of(subject: Subject, stated: Stated) -> Iterator[tuple[Subject, Claim
     own, claim = subject.claim(replace(stated, lengths=None))
     yield own, replace(claim, must_see=False)
     # Of a memory everything but its padding may be seen.
-    yield memory.claim(Stated(causal=False, lengths=stated.lengths, side=stated.side))
+    of_memory, claim = memory.claim(Stated(causal=False, lengths=stated.lengths, side=stated.side))
+    yield of_memory, replace(claim, may_be_causal="")  # its elements are nobody's future
 
 
 @dataclass(frozen=True)

@@ -256,7 +256,7 @@ class ModelSubject:
             rules.append(Rule(mask, in_the_future(0)))
         if stated.may_see is not None:
             seen = permitted(stated.may_see, shape).to(device)
-            rules.append(Rule(seen, since("which may_see forbids")))
+            rules.append(Rule(seen, since("which may_see, or what is declared, forbids")))
         claimed = (
             "no token may see a later one: assumed, since nothing was said. For an encoder pass "
             "causal=False, or lengths="

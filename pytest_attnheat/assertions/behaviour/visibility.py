@@ -69,7 +69,8 @@ class Claim:
         may_see: (*leading, query_len, key_len), boolean.
         judged: (*leading, query_len): the observers whose output means something.
         rules: Why an observer may not see an element, in the order in which they are named.
-        may_be_causal: What to say where outputs see nothing of their future, but may.
+        may_be_causal: What to say where outputs see nothing of their future, but may; "" where
+            nothing is their future.
         assumed: What is claimed where the caller said nothing; None where something was said.
         must_see: Whether what may be seen has to be seen.
     """
