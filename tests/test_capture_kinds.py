@@ -534,3 +534,13 @@ def test_operations_of_a_capture_are_not_counted(keep):
         return counter.get_total_flops()
 
     assert count(keep=keep) == count()
+
+
+@pytest.mark.parametrize("weights_of", [
+    lambda scores: torch.special.softmax(scores, -1),
+    lambda scores: torch.special.log_softmax(scores, -1).exp(),
+], ids=["softmax", "log_softmax"])  # fmt: skip
+def test_functions_of_torch_special_are_those_without_it(weights_of):
+    heads = draw("heads", 2, 4, 6, 8)
+    record = only(lambda: weights_of(heads @ heads.mT) @ heads)
+    torch.testing.assert_close(record.weights, (heads @ heads.mT).softmax(-1))

@@ -48,8 +48,8 @@ PROPERTIES = _TURNS | {"data"}
 
 
 def base_of(name: str) -> str:
-    """The name of a function without what marks operators, what works in place and overloads."""
-    name = name.split(".")[0]
+    """The name of a function without its module and what marks operators, and what is in place."""
+    name = name.split(".")[0].removeprefix("special_")
     if name.startswith("__"):
         bare = name.strip("_")
         bare = bare[1:] if bare[1:] in _OPERATORS else bare  # on the right, or in place
