@@ -465,7 +465,10 @@ class Block(nn.Module):
             "mean",
             "attention in Block does not let it be seen: it is seen outside of what was captured",
         ),
-        ("place", "queries, keys and values of the first attention are the same at other places"),
+        (
+            "place",
+            "scores and values of the first attention are the same at other places: its mask, or",
+        ),
         ("pairs", "keys that are moved alike change their products with one another"),
         ("keys alone", "queries and keys that are moved alike change their scores"),
     ],

@@ -198,9 +198,9 @@ def test_what_is_compiled_is_asked_compiled_however_many_shapes_there_are():
 @pytest.mark.filterwarnings("ignore")
 def test_what_would_run_uncompiled_is_not_asked(monkeypatch):
     monkeypatch.setattr(callables, "_COMPILATIONS", 1)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     compiled = torch.compile(lambda q, k, v: sdpa(q, k, v), backend="eager", dynamic=False)
-    report = check_attention(compiled, checks=some("plain", "batch"), isolate=False)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        report = check_attention(compiled, checks=some("plain", "batch"), isolate=False)
     said = "not asked: it was compiled so often that torch.compile would run it uncompiled"
     assert said in {result.reason for result in report.results}
     assert not report.failed
