@@ -93,7 +93,9 @@ def test_heads_that_join_the_batch_in_other_ways_are_heads(joined, apart):
 def test_windows_are_not_called_heads_without_a_doubt(attend):
     record = only(lambda: attend(X.view(2, 3, 2, 8)))
     assert record.shape == (2, 3, 2, 2)
-    assert record.doubt == "whether its axis of heads is one of windows is not known"
+    assert (
+        record.doubt == "whether its axis of heads is one of windows or of the batch is not known"
+    )
 
 
 def test_blocks_of_pictures_of_each_head_are_not_called_heads_without_a_doubt():
@@ -103,7 +105,9 @@ def test_blocks_of_pictures_of_each_head_are_not_called_heads_without_a_doubt():
 
     record = only(attend)
     assert record.shape == (8, 3, 2, 2)
-    assert record.doubt == "whether its axis of heads is one of windows is not known"
+    assert (
+        record.doubt == "whether its axis of heads is one of windows or of the batch is not known"
+    )
 
 
 def test_channels_in_two_axes_are_not_called_heads_without_a_doubt():
@@ -544,3 +548,20 @@ def test_functions_of_torch_special_are_those_without_it(weights_of):
     heads = draw("heads", 2, 4, 6, 8)
     record = only(lambda: weights_of(heads @ heads.mT) @ heads)
     torch.testing.assert_close(record.weights, (heads @ heads.mT).softmax(-1))
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_heads_that_come_before_the_batch_leave_a_doubt(join):
+    def parted(tensor):
+        heads = tensor.view(2, 6, 3, 4).permute(2, 0, 1, 3)
+        return heads.contiguous().view(-1, 6, 4) if join else heads
+
+    flat = draw("flat", 2, 6, 12)
+    heads = parted(flat)
+    record = only(lambda: (parted(flat) @ parted(flat).mT).softmax(-1) @ parted(flat))
+    assert (
+        record.doubt == "whether its axis of heads is one of windows or of the batch is not known"
+    )
+    torch.testing.assert_close(
+        record.weights.flatten(0, 1), (heads @ heads.mT).softmax(-1).view(6, 6, 6)
+    )

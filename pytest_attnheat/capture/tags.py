@@ -118,7 +118,8 @@ class Tag:
     Attributes:
         before: Its shape (batch, heads, length, width) before batch and heads were joined, or
             heads were packed into queries.
-        windows: Whether its third axis from the right is one of windows of rows.
+        windows: Whether its third axis from the right is one of windows of rows, or of a batch that
+            comes after the heads.
         scores: What goes along with it, if it descends from a product of activations.
         weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
         dtype: That of the softmax; None if it is not known.
@@ -218,7 +219,11 @@ def doubt_of(sources: Sequence[Tag | Origin | None], rows: Tensor) -> str:
     before = before_of(sources)
     joined = before is not None and len(rows) == before[0] * before[1] > before[0]
     windows = any(one is not None and one.windows for one in sources) or (rows.ndim == 4 and joined)
-    return "whether its axis of heads is one of windows is not known" if windows else ""
+    return (
+        "whether its axis of heads is one of windows or of the batch is not known"
+        if windows
+        else ""
+    )
 
 
 def without_factor(tensor: Tensor, factor: float) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from numbers import Number
 from typing import Any
 
@@ -97,8 +97,10 @@ def _moved(base: str, call: Call) -> After | None:
     tag = tags[source]
     if tag is None:
         tags.use(source)
-        if not isinstance(source, Tensor) or not 3 <= source.ndim <= 5 or base in _TURNS:
+        if not isinstance(source, Tensor) or not 3 <= source.ndim <= 5:
             return None
+        if base in _TURNS:
+            return None if source.ndim != 4 else partial(_turned, call)
     shape, turns = source.shape, base in _TURNS  # A function in place changes the shape.
     # What repeats cannot be viewed in every shape in which its whole can.
     moving = Tensor.reshape if base in ("view", "_unsafe_view") else _out_of_place(call.func, base)
@@ -132,6 +134,13 @@ def _moved(base: str, call: Call) -> After | None:
             )  # fmt: skip
 
     return after
+
+
+def _turned(call: Call, output: Any) -> None:
+    """Remember that the first axis, of the batch in most code, was put behind another."""
+    first, second = output.stride()[:2]
+    if 0 < first < second and 1 not in output.shape[:2]:
+        call.watcher.tags[output] = Tag(windows=True)
 
 
 def _cut(tag: Tag, source: Tensor, made: Tensor) -> dict[str, Any]:
