@@ -944,3 +944,12 @@ def test_wrong_arguments_of_the_examination_are_refused_with_what_is_accepted():
         parametrize_with_checks(AttentionSpec(sdpa))
     with pytest.raises(TypeError, match=r"^expected_failures: got list; accepted is reasons by"):
         parametrize_with_checks([sdpa], expected_failures=["dropout"])
+
+
+def test_a_module_of_torch_that_is_declared_without_inputs_gets_a_hint():
+    module = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    report = check_attention(AttentionSpec(module, dtypes=("float32",)), quick=True)
+    hint = (
+        "MultiheadAttention is a block: hand it to check_attention itself, or give inputs= as well"
+    )
+    assert hint in str(report)

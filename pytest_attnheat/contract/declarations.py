@@ -47,8 +47,15 @@ _DECODER = (
 
 
 def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
-    """What a specification leaves unsaid of parameters that look like a mask or causality."""
-    found = (undeclared(spec, "mask"), undeclared(spec, "causal"))
+    """What a specification leaves unsaid of parameters that look like a mask or causality.
+
+    Or of a module of PyTorch, which is no function of queries, keys and values.
+    """
+    found = [undeclared(spec, "mask"), undeclared(spec, "causal")]
+    subject: Any = spec.subject
+    if spec.inputs is None and type(subject).__module__.startswith("torch.nn.modules"):
+        kind = type(subject).__name__
+        found = [f"{kind} is a block: hand it to check_attention itself, or give inputs= as well"]
     return tuple(text for text in found if text)
 
 
