@@ -167,14 +167,12 @@ class _Row(NamedTuple):
 
 def _read(one: torch.Tensor, mask: torch.Tensor | None, rows: slice, columns: list[slice]) -> _Row:
     """Read some rows of a map, about `_PART` weights at a time, as float32 or float64."""
-    if one.shape[1] > _PART and len(columns) > 1:
-        every = slice(None)
-        parts = [
-            _read(one[:, keys], None if mask is None else mask[:, keys], rows, [every])
+    if one.shape[1] > _PART:  # a row is too long to hold several of its length
+        long = [
+            _read_long(one[:, keys], None if mask is None else mask[:, keys], rows)
             for keys in columns
         ]
-        cells = [cell for part in parts for cell in part.extremes]
-        return _Row(cells, sum(part.total for part in parts))
+        return _Row([cell for part in long for cell in part.extremes], sum(p.total for p in long))
     wide, step = wide_dtype(one.dtype), max(1, _PART // one.shape[1])
     low, high, free, total = [], [], [], []
     for some in spans(rows.stop - rows.start, step):
@@ -194,6 +192,20 @@ def _read(one: torch.Tensor, mask: torch.Tensor | None, rows: slice, columns: li
         [(least, most, bool(any_free)) for least, most, any_free in found.tolist()],
         float(torch.stack(total).sum()),
     )
+
+
+def _read_long(one: torch.Tensor, mask: torch.Tensor | None, rows: slice) -> _Row:
+    """Read the one cell that some rows of a map make, a few keys at a time."""
+    parts = [
+        _read(one[:, keys], None if mask is None else mask[:, keys], rows, [slice(None)])
+        for keys in spans(one.shape[1], _PART // 8)
+    ]
+    # As tensors, since NaN is the smallest and the largest of what it is among.
+    low, high, free = torch.tensor(
+        [cell for part in parts for cell in part.extremes], dtype=torch.float64
+    ).unbind(1)
+    cell = (float(low.amin()), float(high.amax()), bool(free.any()))
+    return _Row([cell], sum(part.total for part in parts))
 
 
 def _glyph(low: float, high: float, permitted: bool, vmin: float, vmax: float) -> str:
