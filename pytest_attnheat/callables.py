@@ -63,6 +63,11 @@ def always_compiled(subject: object) -> Iterator[None]:
         yield
 
 
+def is_past_compiling(error: BaseException) -> bool:
+    """Whether it says that code would run uncompiled from here on: see `always_compiled`."""
+    return type(error).__name__ == "FailOnRecompileLimitHit"
+
+
 def _is_marked(part: object) -> bool:
     own = dict(getattr(part, "__dict__", {})) | getattr(part, "_modules", {})
     marks = ("_torchdynamo_orig_callable", "_orig_mod", "_compiled_call_impl")

@@ -65,7 +65,11 @@ def test_what_is_refused_by_three_features_at_once_is_no_failure():
 
 @pytest.mark.parametrize(
     ("words", "passes"),
-    [("attn_mask should not be set when is_causal=True", True), ("no numbers came out", False)],
+    [
+        ("attn_mask should not be set when is_causal=True", True),
+        ("no numbers came out", False),
+        ("The size of tensor a (5) must match that of b (6): attn_mask, is_causal", False),
+    ],
 )
 def test_an_error_about_two_arguments_declines_them_in_some_of_its_ways(words, passes):
     def in_one_way(query, key, value, attn_mask=None, is_causal=False, scale=None):

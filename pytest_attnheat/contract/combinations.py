@@ -92,7 +92,8 @@ class Refusals:
         "attn_mask should not be set when is_causal": a subject may take both in some of its ways
         to compute, and decline them in others.
         """
-        if not isinstance(error, RuntimeError | ValueError):
+        raw = any(words in str(error) for words in (*_OF_DEVICES, *_OF_SHAPES))
+        if raw or not isinstance(error, RuntimeError | ValueError):
             return False
         spec = self.examination.spec
         of_levels = {"mask": spec.mask_argument, "causal": spec.causal_argument}

@@ -26,7 +26,7 @@ from pytest_attnheat.attention.levels import (
     Space,
     text_of,
 )
-from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
+from pytest_attnheat.callables import borrowed, exits_as_errors, is_past_compiling, modules_in
 from pytest_attnheat.contract.asking import UndeclaredError, keyword_of, model_of
 from pytest_attnheat.contract.needs import Need, takes_causal, takes_mask
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -61,9 +61,7 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, UndeclaredError):
         return True
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
-    # torch.compile compiles no more of it: see `always_compiled`.
-    enough = type(error).__name__ == "FailOnRecompileLimitHit"
-    return isinstance(error, NotImplementedError) or said or enough
+    return isinstance(error, NotImplementedError) or said or is_past_compiling(error)
 
 
 def is_about_dtypes(error: BaseException) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour import sequences
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.attention.devices import fault_of, names_of, resolve
-from pytest_attnheat.callables import always_compiled, is_compiled
+from pytest_attnheat.callables import always_compiled, is_compiled, is_past_compiling
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.captured import diagnose_records, records_of
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CAPTURED_CHECKS, CHECKS, Check
@@ -232,7 +232,7 @@ def _asked(result: Result, check: Check, examination: Examination, expected: str
     except Skipped as reason:
         return result.saying("skipped", str(reason))
     except Exception as error:  # the code under test may raise anything
-        if type(error).__name__ == "FailOnRecompileLimitHit":
+        if is_past_compiling(error):
             said = "not asked: it was compiled so often that torch.compile would run it uncompiled"
             return result.saying("skipped", said)
         if is_refusal(error):
