@@ -360,7 +360,7 @@ CAUSAL = (
 # What a call may have besides: left out, or another one.
 BESIDES = (
     *(defect(f"{name}_ignored", f"that leaves out {name}", misread=without(name))
-      for name in FEATURES if name not in ("alignment", "scale", "window")),
+      for name in FEATURES if name not in ("alignment", "scale", "window", "query_lengths")),
     defect("chunk_off_by_one", "whose chunks are one position too long or too short",
            misread=_one_off("chunk")),
     defect("chunk_other_corner", "whose chunks are counted from the other corner",
