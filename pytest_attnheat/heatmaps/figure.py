@@ -31,6 +31,7 @@ from pytest_attnheat.heatmaps.maps import (
     pool,
     read_maps,
     smallest,
+    survey,
     whole_of,
 )
 from pytest_attnheat.heatmaps.picture import Picture, Place, Shown
@@ -276,17 +277,18 @@ def show_heatmaps(
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
     figure.set_size_inches((inches(size[0], figure.dpi), inches(size[1], figure.dpi)))
-    cells = pool(maps, design.block_for(size, figure.dpi))
+    block = design.block_for(size, figure.dpi)
+    found = survey(maps, block)
+    cells = pool(maps, block) if found is None else found.cells
     positive = vmin is not None and vmax is not None and vmin >= 0
-    low = 0.0 if positive else smallest(maps, cells)
+    low = 0.0 if positive else smallest(maps, cells) if found is None else found.low
     scales = shared_scale(cells, low, vmin, vmax, tight=scale == "largest")
     if has_both_signs(cells, low):
-        pooled = cells.block != (1, 1)
-        cells = pool(maps, cells.block, signed=True) if pooled else replace(cells, signed=True)
+        cells = pool(maps, block, signed=True) if found is None else found.signed
     if scale == "panel":
         scales = panel_scales(cells)
     complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
-    whole = None if complete else whole_of(maps)
+    whole = None if complete else whole_of(maps) if found is None else found.whole
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
     figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher
+from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
 from pytest_attnheat.inputs import dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
@@ -33,8 +33,10 @@ _ACCEPTED = (
 
 # A weight that is below zero by no more than this share of the largest one is so by rounding.
 _ROUNDING = 0.01
-# Reducing works through at most this many elements at a time where it needs a copy of them.
-_CHUNK = 1 << 22
+# Reducing works through at most this many elements at a time where it needs a copy of them, and
+# through so many where it goes over them more than once: they stay in the cache of one core.
+_CHUNK, _CACHED = 1 << 22, 9 << 15
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,82 @@ def whole_of(maps: Maps) -> Whole:
     return Whole(sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask))
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What one pass over maps finds.
+
+    Attributes:
+        cells: what `pool` returns.
+        signed: what it returns of signed maps.
+        low: the smallest weight; 0 where all are between 0 and 1.
+        whole: what `whole_of` returns.
+    """
+
+    cells: Cells
+    signed: Cells
+    low: float
+    whole: Whole
+
+
+def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
+    """Pool and sketch maps in one pass over the memory of the host.
+
+    Returns None for what asks for more care: a mask, another device, values that are not finite;
+    and where all weights are shown.
+    """
+    if block == (1, 1) or maps.mask is not None:
+        return None
+    if is_tensor(maps.rows[0]) and maps.rows[0].device.type != "cpu":
+        return None
+    rows, columns, queries, keys = maps.shape
+    sketcher = Sketcher(rows * columns, queries, keys)
+    shape = (rows, columns, -(-queries // block[0]), -(-keys // block[1]))
+    largest, signed, low = np.empty(shape, np.float32), np.empty(shape, np.float32), 0.0
+    for index, row in enumerate(maps.rows):
+        # Of large maps one at a time, of small ones as many as are a chunk.
+        for m in spans(columns, max(1, _CACHED // (block[0] * keys))):
+            here = slice(index * columns + m.start, index * columns + m.stop)
+            step, found = _CACHED // ((m.stop - m.start) * keys), []
+            for chosen in spans(queries, step, multiple_of=block[0]):
+                part = exact(row[m, chosen])
+                ends = _ends(part, block[0])
+                if ends is None:
+                    return None
+                at_most = ends[0].max(1) if ends[0] is ends[1] else None
+                sketcher.add(here, chosen, part, at_most)
+                found.append(ends)
+            most = _block_max(np.concatenate([high for high, _ in found], 1), -1, block[1])
+            if all(high is low for high, low in found):
+                largest[index, m] = signed[index, m] = most
+                continue
+            least = _block_max(
+                np.concatenate([low for _, low in found], 1), -1, block[1], least=True
+            )
+            low = min(low, float(least.min()))
+            largest[index, m], signed[index, m] = most, np.where(-least > most, least, most)
+    masked = np.zeros(shape, np.bool_)
+    cells = Cells(largest, masked, block)
+    if low == 0 and float(largest.max()) > 1:
+        low = smallest(maps, cells)
+    return Survey(cells, Cells(signed, masked, block, True), low, Whole(sketcher.sketch(), None))
+
+
+def _ends(part: npt.NDArray[Any], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
+    """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one.
+
+    Where all weights are above zero, the second is the first; where not all are finite, none is.
+    """
+    # Without their signs, bits of what is below zero are more than all others, and those of NaN
+    # and infinity lie between: one pass tells whether there are any.
+    bits = part.view(f"u{part.itemsize}")
+    high = _block_max(bits, -2, size)
+    if high.max() <= np.array(_LARGEST, part.dtype).view(bits.dtype):
+        most = high.view(part.dtype)
+        return most, most
+    high, low = (_block_max(part, -2, size, least=least) for least in (False, True))
+    return (high, low) if low.min() >= -_LARGEST and high.max() <= _LARGEST else None
+
+
 def _checksums(mask: Array) -> list[list[int]]:
     """Return a checksum of each map of a mask, made once where a view repeats it."""
     strides = mask.stride() if is_tensor(mask) else mask.strides
@@ -336,14 +414,21 @@ def _block_amax(array: Array, block: tuple[int, int], *, least: bool = False) ->
     return _block_max(fewer, -1, block[1], least=least)
 
 
-def _block_max(array: Array, axis: int, size: int, *, least: bool) -> Array:
+def _block_max(array: Array, axis: int, size: int, *, least: bool = False) -> Array:
     """Take the maximum of each run of `size` along an axis; the last run may be shorter."""
     length = array.shape[axis]
     if size == 1:
         return array
     if not is_tensor(array):
         extreme = np.minimum if least else np.maximum
-        return extreme.reduceat(array, np.arange(0, length, size), axis)
+        if axis == -1:
+            return extreme.reduceat(array, np.arange(0, length, size), axis)
+        whole = length // size * size
+        runs = array[..., :whole, :].reshape(*array.shape[:-2], -1, size, array.shape[-1])
+        parts = [extreme.reduce(runs, -2)] if whole else []
+        if whole < length:
+            parts.append(extreme.reduce(array[..., whole:, :], -2, keepdims=True))
+        return _concatenate(parts, axis)
     torch = sys.modules["torch"]
     reduce, whole = torch.amin if least else torch.amax, length // size * size
     cut = array.narrow(axis, 0, whole).unflatten(axis, (-1, size)) if whole else None
