@@ -31,11 +31,10 @@ from pytest_attnheat.heatmaps.maps import (
     pool,
     read_maps,
     smallest,
-    survey,
-    whole_of,
 )
 from pytest_attnheat.heatmaps.picture import Picture, Place, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
+from pytest_attnheat.heatmaps.survey import survey, whole_of
 from pytest_attnheat.heatmaps.writing import Design, Words
 from pytest_attnheat.inputs import check_number, misuse, one_of
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
 from pytest_attnheat.inputs import dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
@@ -33,10 +31,8 @@ _ACCEPTED = (
 
 # A weight that is below zero by no more than this share of the largest one is so by rounding.
 _ROUNDING = 0.01
-# Reducing works through at most this many elements at a time where it needs a copy of them, and
-# through so many where it goes over them more than once: they stay in the cache of one core.
-_CHUNK, _CACHED = 1 << 22, 9 << 15
-_LARGEST = float(np.finfo(np.float32).max)
+# Reducing works through at most this many elements at a time where it needs a copy of them.
+_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -61,7 +57,7 @@ class Maps:
         """Return where the queries of one map may attend."""
         if self.mask is None:
             return np.ones(self.shape[2:], np.bool_)
-        return _to_numpy_bool(self.mask[row, column])
+        return to_numpy_bool(self.mask[row, column])
 
 
 def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
@@ -70,19 +66,6 @@ def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.f
         apart = np.abs(other - one, dtype=np.float64)
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What is known of maps besides the cells that they are pooled to.
-
-    Attributes:
-        sketch: of their weights.
-        masks: a checksum of the mask of each map, by row and column; None without a mask.
-    """
-
-    sketch: Sketch
-    masks: list[list[int]] | None
 
 
 @dataclass(frozen=True)
@@ -251,105 +234,8 @@ def pool(maps: Maps, block: tuple[int, int], *, signed: bool = False) -> Cells:
     values = np.stack([_to_numpy(values) for values, _ in rows])
     masked = np.isneginf(values)
     if maps.mask is not None:
-        masked |= ~np.stack([_to_numpy_bool(permitted) for _, permitted in rows])
+        masked |= ~np.stack([to_numpy_bool(permitted) for _, permitted in rows])
     return Cells(values, masked, block, signed)
-
-
-def whole_of(maps: Maps) -> Whole:
-    """Sketch maps in full, where the data live."""
-    rows, columns, queries, keys = maps.shape
-    sketcher = Sketcher(rows * columns, queries, keys)
-    for index, row in enumerate(maps.rows):
-        sketcher.add(slice(index * columns, (index + 1) * columns), slice(0, queries), row)
-    return Whole(sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask))
-
-
-@dataclass(frozen=True)
-class Survey:
-    """What one pass over maps finds.
-
-    Attributes:
-        cells: what `pool` returns.
-        signed: what it returns of signed maps.
-        low: the smallest weight; 0 where all are between 0 and 1.
-        whole: what `whole_of` returns.
-    """
-
-    cells: Cells
-    signed: Cells
-    low: float
-    whole: Whole
-
-
-def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
-    """Pool and sketch maps in one pass over the memory of the host.
-
-    Returns None for what asks for more care: a mask, another device, values that are not finite;
-    and where all weights are shown.
-    """
-    if block == (1, 1) or maps.mask is not None:
-        return None
-    if is_tensor(maps.rows[0]) and maps.rows[0].device.type != "cpu":
-        return None
-    rows, columns, queries, keys = maps.shape
-    sketcher = Sketcher(rows * columns, queries, keys)
-    shape = (rows, columns, -(-queries // block[0]), -(-keys // block[1]))
-    largest, signed, low = np.empty(shape, np.float32), np.empty(shape, np.float32), 0.0
-    for index, row in enumerate(maps.rows):
-        # Of large maps one at a time, of small ones as many as are a chunk.
-        for m in spans(columns, max(1, _CACHED // (block[0] * keys))):
-            here = slice(index * columns + m.start, index * columns + m.stop)
-            step, found = _CACHED // ((m.stop - m.start) * keys), []
-            for chosen in spans(queries, step, multiple_of=block[0]):
-                part = exact(row[m, chosen])
-                ends = _ends(part, block[0])
-                if ends is None:
-                    return None
-                at_most = ends[0].max(1) if ends[0] is ends[1] else None
-                sketcher.add(here, chosen, part, at_most)
-                found.append(ends)
-            most = _block_max(np.concatenate([high for high, _ in found], 1), -1, block[1])
-            if all(high is low for high, low in found):
-                largest[index, m] = signed[index, m] = most
-                continue
-            least = _block_max(
-                np.concatenate([low for _, low in found], 1), -1, block[1], least=True
-            )
-            low = min(low, float(least.min()))
-            largest[index, m], signed[index, m] = most, np.where(-least > most, least, most)
-    masked = np.zeros(shape, np.bool_)
-    cells = Cells(largest, masked, block)
-    if low == 0 and float(largest.max()) > 1:
-        low = smallest(maps, cells)
-    return Survey(cells, Cells(signed, masked, block, True), low, Whole(sketcher.sketch(), None))
-
-
-def _ends(part: npt.NDArray[Any], size: int) -> tuple[npt.NDArray[Any], npt.NDArray[Any]] | None:
-    """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one.
-
-    Where all weights are above zero, the second is the first; where not all are finite, none is.
-    """
-    # Without their signs, bits of what is below zero are more than all others, and those of NaN
-    # and infinity lie between: one pass tells whether there are any.
-    bits = part.view(f"u{part.itemsize}")
-    high = _block_max(bits, -2, size)
-    if high.max() <= np.array(_LARGEST, part.dtype).view(bits.dtype):
-        most = high.view(part.dtype)
-        return most, most
-    high, low = (_block_max(part, -2, size, least=least) for least in (False, True))
-    return (high, low) if low.min() >= -_LARGEST and high.max() <= _LARGEST else None
-
-
-def _checksums(mask: Array) -> list[list[int]]:
-    """Return a checksum of each map of a mask, made once where a view repeats it."""
-    strides = mask.stride() if is_tensor(mask) else mask.strides
-    rows, columns = (slice(0, 1) if step == 0 else slice(None) for step in strides[:2])
-    sums = [
-        [zlib.crc32(np.packbits(_to_numpy_bool(one)).tobytes()) for one in row]
-        for row in mask[rows, columns]
-    ]
-    found: list[list[int]] = np.broadcast_to(sums, tuple(mask.shape[:2])).tolist()
-    return found
 
 
 def _pool_row(
@@ -407,14 +293,14 @@ def _ordered(array: Array) -> Array:
 
 def _block_amax(array: Array, block: tuple[int, int], *, least: bool = False) -> Array:
     """Take the maximum of each block, or the minimum."""
-    fewer = _block_max(array, -2, block[0], least=least)
+    fewer = block_max(array, -2, block[0], least=least)
     if is_tensor(fewer) and fewer.device.type == "cpu":
         # torch is slow along a last axis that is not a multiple of the vector width.
-        return _block_max(fewer.mT.contiguous(), -2, block[1], least=least).mT
-    return _block_max(fewer, -1, block[1], least=least)
+        return block_max(fewer.mT.contiguous(), -2, block[1], least=least).mT
+    return block_max(fewer, -1, block[1], least=least)
 
 
-def _block_max(array: Array, axis: int, size: int, *, least: bool = False) -> Array:
+def block_max(array: Array, axis: int, size: int, *, least: bool = False) -> Array:
     """Take the maximum of each run of `size` along an axis; the last run may be shorter."""
     length = array.shape[axis]
     if size == 1:
@@ -463,7 +349,7 @@ def _like(mask: Array, row: Array) -> Array:
     """Bring a row of the mask to where the row of maps is."""
     if is_tensor(row):
         return sys.modules["torch"].as_tensor(mask).to(row.device)
-    return _to_numpy_bool(mask)
+    return to_numpy_bool(mask)
 
 
 def _to_numpy(array: Array) -> Floats:
@@ -474,7 +360,8 @@ def _to_numpy(array: Array) -> Floats:
         return np.array(array, dtype=np.float32)
 
 
-def _to_numpy_bool(array: Array) -> Bools:
+def to_numpy_bool(array: Array) -> Bools:
+    """Return a boolean array on the host."""
     return np.asarray(array.cpu().numpy() if is_tensor(array) else array, dtype=np.bool_)
 
 
