@@ -67,7 +67,7 @@ class Side:
             return np.add.reduceat(numbers, starts, axis=1)
 
         sums = None if self.sums is None else added(self.sums)
-        signed = added(self.signed * _positions(self.signed.shape[1])[1])
+        signed = added(self.signed * positions(self.signed.shape[1])[1])
         return Side(sums, signed, np.sqrt(added(self.norms**2)), span)
 
     def excess(self, other: Side, tolerance: float, step: float) -> Numbers:
@@ -123,7 +123,7 @@ class Sketcher:
     """Adds up the sketch of some maps, from blocks of their rows in any order."""
 
     def __init__(self, maps: int, queries: int, keys: int) -> None:
-        self._left, self._right = _positions(queries), _positions(keys)
+        self._left, self._right = positions(queries), positions(keys)
         self._rows = np.zeros((3, maps, queries))
         self._columns = np.zeros((3, maps, keys))
         # The squares of a block: memory that is new each time takes longer than the sums.
@@ -194,7 +194,7 @@ class Sketcher:
         return Sketch(rows, columns)
 
 
-def _positions(count: int) -> Numbers:
+def positions(count: int) -> Numbers:
     """Return ones, and the numbers of positions: (2, count)."""
     raw = np.random.Philox(key=_KEY).random_raw(count)
     sizes = 1 + (raw >> np.uint64(8)) % np.uint64(256) / 256

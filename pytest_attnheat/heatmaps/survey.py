@@ -5,6 +5,7 @@ Most of what a picture of a large map takes is reading it from memory, so that i
 
 from __future__ import annotations
 
+import math
 import zlib
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,8 @@ from pytest_attnheat.heatmaps.maps import (
 
 # So many elements stay in the cache of one core while several things are done with them.
 _CACHED = 9 << 15
+# Maps of so many elements are held by their picture.
+_HELD = 1 << 24
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -36,10 +39,13 @@ class Whole:
     Attributes:
         sketch: of their weights.
         masks: a checksum of the mask of each map, by row and column; None without a mask.
+        maps: the maps themselves, not copied, to be asked how they differ from others; None where
+            they are too many to be held as long as the picture is.
     """
 
     sketch: Sketch
     masks: list[list[int]] | None
+    maps: Maps | None = None
 
 
 def whole_of(maps: Maps) -> Whole:
@@ -48,7 +54,13 @@ def whole_of(maps: Maps) -> Whole:
     sketcher = Sketcher(rows * columns, queries, keys)
     for index, row in enumerate(maps.rows):
         sketcher.add(slice(index * columns, (index + 1) * columns), slice(0, queries), row)
-    return Whole(sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask))
+    return Whole(
+        sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask), _held(maps)
+    )
+
+
+def _held(maps: Maps) -> Maps | None:
+    return maps if math.prod(maps.shape) <= _HELD else None
 
 
 @dataclass(frozen=True)
@@ -106,7 +118,9 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
     cells = Cells(largest, masked, block)
     if low == 0 and float(largest.max()) > 1:
         low = smallest(maps, cells)
-    return Survey(cells, Cells(signed, masked, block, True), low, Whole(sketcher.sketch(), None))
+    return Survey(
+        cells, Cells(signed, masked, block, True), low, Whole(sketcher.sketch(), None, _held(maps))
+    )
 
 
 def _ends(
