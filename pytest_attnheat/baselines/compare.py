@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.sketch import Numbers, Sketch
+from pytest_attnheat.attention.sketch import Numbers, Sketch, positions
 from pytest_attnheat.attention.tolerance import drift_allowed, drift_tolerance
 from pytest_attnheat.baselines.relations import (
     CLOSE,
@@ -25,6 +25,10 @@ from pytest_attnheat.failure import number_text
 from pytest_attnheat.heatmaps.maps import Maps
 from pytest_attnheat.heatmaps.record import Heatmaps
 
+# To what part of a change of one weight the numbers of its row and column agree in it.
+_AGREE = 0.05
+# By what part of itself a sum may be off that was read from a file.
+_SUM_ROUNDED = 1e-5
 # Sums of rows that differ by less are not mentioned.
 _SUM_MOVED = 1e-4
 
@@ -161,14 +165,16 @@ def said_of_sketches(
     expected: Sketch, actual: Sketch, excess: tuple[Numbers, Numbers], number: int
 ) -> list[str]:
     """Say which queries and keys of one map differ, and what the worst query sums to."""
-    lines = [
-        f"{name:<15} {numbered(np.flatnonzero(found[number] > 1), side.span)} differ"
-        for name, found, side in (
-            ("queries", excess[0], expected.rows),
-            ("keys", excess[1], expected.columns),
-        )
-        if (found[number] > 1).any()
-    ]
+    lines = []
+    for singular, plural, found, side in (
+        ("query", "queries", excess[0], expected.rows),
+        ("key", "keys", excess[1], expected.columns),
+    ):
+        groups = np.flatnonzero(found[number] > 1)
+        if len(groups):
+            alone = len(groups) == 1 and side.span == 1
+            name, verb = (singular, "differs") if alone else (plural, "differ")
+            lines.append(f"{name:<15} {numbered(groups, side.span)} {verb}")
     for name, found, one, other in (
         ("queries", excess[0], expected.rows, actual.rows),
         ("keys", excess[1], expected.columns, actual.columns),
@@ -186,7 +192,50 @@ def said_of_sketches(
         if abs(after - before) > _SUM_MOVED * abs(before):
             where = numbered([query], one.span)
             lines.append(f"row sums        of {where}: expected {before:.6g}, got {after:.6g}")
-    return lines
+    few = _few_weights(expected, actual, excess, number)
+    return lines if few is None else [*lines, f"relation        {few}"]
+
+
+def _few_weights(
+    expected: Sketch, actual: Sketch, excess: tuple[Numbers, Numbers], number: int
+) -> str | None:
+    """Say that one weight of a map changed, or moved to another key, if all numbers agree in it."""
+    sides = (expected.rows, actual.rows), (expected.columns, actual.columns)
+    queries, keys = (np.flatnonzero(found[number] > 1) for found in excess)
+    if len(queries) != 1 or len(keys) not in (1, 2) or expected.rows.span != 1:
+        return None
+    query = int(queries[0])
+    (of_row, *_), of_keys = (
+        (after.signed - before.signed)[number, places]
+        for (before, after), places in zip(sides, (queries, keys), strict=True)
+    )
+    changes = of_keys / positions(query + 1)[1][query]
+    # What rounding leaves: each number is off by a part of its norm.
+    step, norms = expected.step + actual.step, (s.norms[number] for s, _ in sides)
+    rounding = step * (next(norms)[query] + next(norms)[keys].max())
+    near = _AGREE * np.abs(changes).max() + rounding
+    if abs(changes @ positions(int(keys.max()) + 1)[1][keys] - of_row) > 2 * near:
+        return None
+    size = float(np.abs(changes).max())
+    if size > 1.1:  # more than a weight can change: what stands for NaN or infinity
+        return None
+    if len(keys) == 1:
+        sums = expected.rows.sums, actual.rows.sums
+        if sums[0] is not None and sums[1] is not None:  # they are rounded less
+            by = float(sums[1][number, query] - sums[0][number, query])
+            if abs(by - changes[0]) > near:
+                return None
+            size, rounding = abs(by), _SUM_ROUNDED * abs(float(sums[0][number, query]))
+        said = _roughly(size, rounding, "-" if changes[0] < 0 else "+")
+        return f"one weight changed, that of query {query} and key {keys[0]}, by {said}"
+    if abs(changes.sum()) > near:
+        return None
+    start, end = keys if changes[0] < 0 else keys[::-1]
+    return f"{_roughly(size, rounding)} of query {query} moved from key {start} to key {end}"
+
+
+def _roughly(size: float, rounding: float, sign: str = "") -> str:
+    return f"{sign}{size:.3g}" if rounding < 0.01 * size else f"about {sign}{size:.1g}"
 
 
 def numbered(groups: Iterable[int], span: int) -> str:

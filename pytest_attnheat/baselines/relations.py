@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
 from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher, positions
+from pytest_attnheat.baselines.scaling import factors_of_keys
 from pytest_attnheat.heatmaps.maps import Maps
 from pytest_attnheat.heatmaps.record import Heatmaps
 
@@ -28,8 +29,8 @@ _NOTHING = 1e-6
 MOST_PLACES = 512
 # Elements of maps that are undone at a time, and queries that are tried before all are.
 _CHUNK, _TRIED = 1 << 20, 24
-# Steps of searches for a temperature, and for the factor of each key.
-_STEPS, _ROUNDS = 30, 60
+# Steps of the search for a temperature.
+_STEPS = 30
 
 Panels = npt.NDArray[np.float64]  # (panels, queries, keys)
 _AVERAGED = "each panel is the mean of its row of panels: heads are averaged"
@@ -244,7 +245,7 @@ def relation_of_sketches(
     norms = norms_of(expected.sketch)
     allowed = min(CLOSE + step, 0.1 * before.far(after, norms))
     live = [maps.map(*divmod(number, expected.shape[1])) for number in panels]
-    for sentence, undone in _undoings(live, before, after):
+    for sentence, undone in _undoings(live, before, after, expected.sketch, panels):
         if undone is not None and undone.far(before, norms) <= allowed:
             return sentence
     return None
@@ -279,7 +280,11 @@ def _of_numbers(
 
 
 def _undoings(
-    live: Sequence[Numbers], before: _Numbers, after: _Numbers
+    live: Sequence[Numbers],
+    before: _Numbers,
+    after: _Numbers,
+    sketch: Sketch,
+    panels: Sequence[int],
 ) -> Iterator[tuple[str, _Numbers | None]]:
     """Yield what could have happened, and the numbers of maps in which it is undone.
 
@@ -300,7 +305,7 @@ def _undoings(
         )
         if all((panel <= 1).all() for panel in live):
             yield _SIGMOID, _undone(live, before, lambda rows, sums: _scaled(_odds(rows), sums))
-        yield _OVER_QUERIES, _keys_scaled(live, before)
+        yield _OVER_QUERIES, _keys_scaled(live, before, sketch, panels)
     yield _SCORES, _undone(live, before, lambda rows, sums: _scaled(_exponents(rows), sums))
     yield _NORMALISED.format("rows"), _undone(live, before, _scaled)
 
@@ -373,28 +378,16 @@ def _temperature(live: Sequence[Numbers], before: _Numbers) -> float:
     return best[1]
 
 
-def _keys_scaled(live: Sequence[Numbers], before: _Numbers) -> _Numbers | None:
-    """Return the numbers of maps after weights that sum to 1 over queries were undone.
-
-    Such weights are those of a softmax over keys, times a number for each query and another for
-    each key. The numbers of keys are searched for, until keys have the numbers they had before.
-    """
+def _keys_scaled(
+    live: Sequence[Numbers], before: _Numbers, sketch: Sketch, panels: Sequence[int]
+) -> _Numbers | None:
+    """Return the numbers of maps of which each column was divided by its sum, with that undone."""
     if not all(np.allclose(panel.sum(0), 1, atol=CLOSE) for panel in live):
         return None
-    queries, keys = live[0].shape
-    signs = positions(queries)[1]
-    found = []
-    for panel, sums, wanted in zip(live, before.sums, before.columns, strict=True):
-        factors, size, squares = np.ones(keys), np.zeros(keys), panel * panel
-        for turn in range(_ROUNDS):
-            shares = sums / np.maximum(panel @ factors, 1e-300)
-            reached = factors * ((signs * shares) @ panel)
-            if turn % 10 == 0:
-                size = factors**2 * (shares**2 @ squares)
-            # What is close to zero says little: it follows later, once the others are known.
-            damped = reached**2 + size * 0.3 * 0.7**turn
-            change = (wanted - reached) * reached / np.maximum(damped, 1e-300)
-            factors = factors * np.clip(1 + change, 0.5, 2)
-        found.append(factors)
-    undone = [panel * factors for panel, factors in zip(live, found, strict=True)]
+    if not np.allclose(before.sums, 1, atol=CLOSE):
+        return None
+    undone = [
+        panel * factors_of_keys(panel.astype(np.float32), sketch.rows, sketch.columns, number)
+        for number, panel in zip(panels, live, strict=True)
+    ]
     return _undone(undone, before, _scaled)
