@@ -67,15 +67,15 @@ class Side:
             return np.add.reduceat(numbers, starts, axis=1)
 
         sums = None if self.sums is None else added(self.sums)
-        signed = added(self.signed * positions(self.signed.shape[1])[1])
+        signed = added(self.signed * _within(self.signed.shape[1], span))
         return Side(sums, signed, np.sqrt(added(self.norms**2)), span)
 
-    def excess(self, other: Side, tolerance: float, step: float) -> Numbers:
+    def excess(self, other: Side, tolerance: float | Numbers, step: float) -> Numbers:
         """Return how far each group is from another's, (maps, groups), as a part of what may be.
 
         Args:
             other: The same rows or columns of other maps.
-            tolerance: By what part of themselves weights may differ.
+            tolerance: By what part of themselves weights may differ; (maps, 1) for each map.
             step: By what part of their norm both numbers were rounded, together.
         """
         norms = np.maximum(self.norms, other.norms)
@@ -110,7 +110,7 @@ class Sketch:
         """Return the sketch of groups of rows and of columns."""
         return Sketch(self.rows.folded(spans[0]), self.columns.folded(spans[1]), self.step)
 
-    def excess(self, other: Sketch, tolerance: float) -> tuple[Numbers, Numbers]:
+    def excess(self, other: Sketch, tolerance: float | Numbers) -> tuple[Numbers, Numbers]:
         """Return how far rows and columns are from another's; above 1 is more than may be."""
         step = (self.step + other.step) / 2
         return (
@@ -199,6 +199,19 @@ def positions(count: int) -> Numbers:
     raw = np.random.Philox(key=_KEY).random_raw(count)
     sizes = 1 + (raw >> np.uint64(8)) % np.uint64(256) / 256
     return np.stack([np.ones(count), np.where(raw & np.uint64(1), sizes, -sizes)])
+
+
+def _within(count: int, span: int) -> Numbers:
+    """Return numbers of positions that differ within each group: (count,).
+
+    Of two rows of equal numbers, nobody would see that they trade places.
+    """
+    own = positions(count)[1]
+    groups = np.arange(count) // span
+    order = np.lexsort((np.abs(own), groups))
+    ranks = np.empty(count)
+    ranks[order] = np.arange(count) - groups[order] * span
+    return np.where(own > 0, 1, -1) * (1 + (ranks + 0.5) / span)
 
 
 def exact(part: Array) -> Array:

@@ -6,7 +6,7 @@ it, how the one follows from the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -162,42 +162,59 @@ def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
 
 
 def said_of_sketches(
-    expected: Sketch, actual: Sketch, excess: tuple[Numbers, Numbers], number: int
+    expected: Sketch,
+    actual: Sketch,
+    excess: tuple[Numbers, Numbers],
+    number: int,
+    queries: Sequence[int] | None = None,
 ) -> list[str]:
-    """Say which queries and keys of one map differ, and what the worst query sums to."""
+    """Say which queries and keys of one map differ, and what the worst query sums to.
+
+    Args:
+        expected: The sketch of what was expected.
+        actual: Of what there is.
+        excess: How far both are apart, as `Sketch.excess` says.
+        number: Which map.
+        queries: The numbers of its queries, where they are a selection.
+    """
     lines = []
-    for singular, plural, found, side in (
-        ("query", "queries", excess[0], expected.rows),
-        ("key", "keys", excess[1], expected.columns),
+    for singular, plural, found, side, names in (
+        ("query", "queries", excess[0], expected.rows, queries),
+        ("key", "keys", excess[1], expected.columns, None),
     ):
         groups = np.flatnonzero(found[number] > 1)
         if len(groups):
             alone = len(groups) == 1 and side.span == 1
             name, verb = (singular, "differs") if alone else (plural, "differ")
-            lines.append(f"{name:<15} {numbered(groups, side.span)} {verb}")
-    for name, found, one, other in (
-        ("queries", excess[0], expected.rows, actual.rows),
-        ("keys", excess[1], expected.columns, actual.columns),
+            lines.append(f"{name:<15} {numbered(groups, side.span, names)} {verb}")
+    for name, found, one, other, names in (
+        ("queries", excess[0], expected.rows, actual.rows, queries),
+        ("keys", excess[1], expected.columns, actual.columns, None),
     ):
         places = np.flatnonzero(found[number] > 1)
         if one.span == 1 and 1 < len(places) <= MOST_PLACES:
             before, after = (side.signed[number, places][:, None] for side in (one, other))
             order = np.abs(before.T - after).argmin(axis=1)
+            shown = places if names is None else np.array(names)[places]
             near = np.abs(before[order] - after) <= CLOSE * np.abs(before - after)
             if near.all() and len(set(order)) == len(order):
-                lines.append(f"relation        the {name} are permuted{moves(order, places)}")
+                lines.append(f"relation        the {name} are permuted{moves(order, shown)}")
     query, (one, other) = int(excess[0][number].argmax()), (expected.rows, actual.rows)
     if excess[0][number, query] > 1 and one.sums is not None and other.sums is not None:
         before, after = float(one.sums[number, query]), float(other.sums[number, query])
         if abs(after - before) > _SUM_MOVED * abs(before):
-            where = numbered([query], one.span)
+            where = numbered([query], one.span, queries)
             lines.append(f"row sums        of {where}: expected {before:.6g}, got {after:.6g}")
-    few = _few_weights(expected, actual, excess, number)
+    few = _few_weights(expected, actual, excess, number, queries)
     return lines if few is None else [*lines, f"relation        {few}"]
 
 
 def _few_weights(
-    expected: Sketch, actual: Sketch, excess: tuple[Numbers, Numbers], number: int
+    expected: Sketch,
+    actual: Sketch,
+    excess: tuple[Numbers, Numbers],
+    number: int,
+    names: Sequence[int] | None,
 ) -> str | None:
     """Say that one weight of a map changed, or moved to another key, if all numbers agree in it."""
     sides = (expected.rows, actual.rows), (expected.columns, actual.columns)
@@ -205,6 +222,7 @@ def _few_weights(
     if len(queries) != 1 or len(keys) not in (1, 2) or expected.rows.span != 1:
         return None
     query = int(queries[0])
+    name = query if names is None else names[query]
     (of_row, *_), of_keys = (
         (after.signed - before.signed)[number, places]
         for (before, after), places in zip(sides, (queries, keys), strict=True)
@@ -227,20 +245,27 @@ def _few_weights(
                 return None
             size, rounding = abs(by), _SUM_ROUNDED * abs(float(sums[0][number, query]))
         said = _roughly(size, rounding, "-" if changes[0] < 0 else "+")
-        return f"one weight changed, that of query {query} and key {keys[0]}, by {said}"
+        return f"one weight changed, that of query {name} and key {keys[0]}, by {said}"
     if abs(changes.sum()) > near:
         return None
     start, end = keys if changes[0] < 0 else keys[::-1]
-    return f"{_roughly(size, rounding)} of query {query} moved from key {start} to key {end}"
+    return f"{_roughly(size, rounding)} of query {name} moved from key {start} to key {end}"
 
 
 def _roughly(size: float, rounding: float, sign: str = "") -> str:
     return f"{sign}{size:.3g}" if rounding < 0.01 * size else f"about {sign}{size:.1g}"
 
 
-def numbered(groups: Iterable[int], span: int) -> str:
-    """Say which groups of so many neighbours there are: "3, 17", or "64..127"."""
-    found = [f"{g * span}..{g * span + span - 1}" if span > 1 else str(g) for g in groups]
+def numbered(groups: Iterable[int], span: int, names: Sequence[int] | None = None) -> str:
+    """Say which groups of so many neighbours there are: "3, 17", or "64..127"; by their names."""
+
+    def named(number: int) -> int:
+        return number if names is None else names[min(number, len(names) - 1)]
+
+    found = [
+        f"{named(g * span)}..{named(g * span + span - 1)}" if span > 1 else str(named(g))
+        for g in groups
+    ]
     return (
         ", ".join(found)
         if len(found) <= 4
