@@ -141,8 +141,8 @@ def heatmap_regression(
 ) -> Generator[pictures.HeatmapRegression, None, None]:
     """Compare pictures with baselines: `heatmap_regression.check(weights, "layer 0")`.
 
-    Takes figures or weights, as often as the test likes; each needs a name. The comparison is
-    that of the marker heatmap_compare.
+    Takes figures, or weights and what `show_heatmaps` draws them with, as often as the test likes;
+    several need names. The comparison is that of the marker heatmap_compare.
     """
     with pictures.regression_of(request.node, pictures.HeatmapRegression) as regression:
         yield regression
