@@ -123,6 +123,52 @@ def test_no_name_of_an_axis_writes_nothing():
     assert sheet(figure).layout.panel > sheet(show_heatmaps(torch.eye(4), "K", "Q")).layout.panel
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "textbook"),
+    [
+        ((10, 10), {}, True),
+        ((2, 10), {}, True),
+        ((600, 600), {}, True),
+        ((2, 10, 10, 10), {}, False),
+        ((3, 50), {}, False),
+        ((5, 5), {"key_labels": list("abcde")}, False),
+        ((5, 5), {"numbers": True}, False),
+    ],
+)
+def test_a_figure_has_the_textbooks_size_where_that_shows_its_map_and_else_one_that_fits(
+    shape, options, textbook
+):
+    weights = softmax_maps(*shape)
+    given, fitting = (
+        show_heatmaps(weights, "Keys", "Queries", figsize=size, **options).get_size_inches()
+        for size in ((5.0, 5.0), None)
+    )
+    assert given.tolist() == [5, 5]
+    figure = show_heatmaps(weights, "Keys", "Queries", **options)
+    expected = [2.5, 2.5] if textbook else fitting.tolist()
+    assert figure.get_size_inches().tolist() == expected
+    assert min(sheet(figure).layout.panel) >= 20
+
+
+def test_who_asks_for_the_textbooks_size_gets_it():
+    figure = show_heatmaps(softmax_maps(2, 3, 4, 4), "Keys", "Queries", figsize=(2.5, 2.5))
+    assert figure.get_size_inches().tolist() == [2.5, 2.5]
+
+
+def test_what_a_model_returns_is_labelled_by_layers_and_heads():
+    attentions = tuple(softmax_maps(1, 3, 4, 4) for _ in range(2))
+    found = texts(show_heatmaps(attentions, "Keys", "Queries"))
+    assert {"Layer 0", "Layer 1", "Head 0", "Head 2"} <= set(found)
+    found = texts(show_heatmaps(attentions, "K", "Q", list("abc"), row_titles=["x", "y"]))
+    assert not any("Head" in text or "Layer" in text for text in found)
+    found = texts(show_heatmaps([layer[0] for layer in attentions], "Keys", "Queries"))
+    assert not any("Head" in text or "Layer" in text for text in found)
+    changed = (attentions[0], attentions[1].roll(1, -1))
+    assert any(t.startswith("layer 1, head ") for t in texts(show_difference(attentions, changed)))
+    with pytest.raises(TypeError, match=r"got a list with None; .*attn_implementation='eager'"):
+        show_heatmaps((None, None), "Keys", "Queries")
+
+
 def test_both_queries_of_the_textbooks_call_have_their_label():
     weights = torch.full((1, 1, 2, 10), 0.5)
     figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
@@ -491,7 +537,7 @@ def test_a_title_of_a_novel_is_cut_in_no_time():
 
 def test_numbers_that_have_no_room_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"figsize: got .*no room for numbers.*or None"):
-        show_heatmaps(softmax_maps(50, 50), "K", "Q", numbers=True)
+        show_heatmaps(softmax_maps(50, 50), "K", "Q", figsize=(2.5, 2.5), numbers=True)
 
 
 # -- differences -------------------------------------------------------------------------------
@@ -529,6 +575,44 @@ def test_equal_maps_have_no_difference_and_masked_weights_are_not_compared():
     other[2, 2] = torch.nan
     figure = show_difference(one, other)
     assert "largest difference inf at query 2, key 2" in texts(figure)
+
+
+@pytest.mark.parametrize("change", [1e-4, 0.3])
+def test_a_difference_is_drawn_dark_however_small_and_the_maps_share_a_scale(change):
+    one = softmax_maps(6, 6) / 2
+    other = one.clone()
+    other[2, 3] += change
+    figure = show_difference(one, other)
+    colors = cell_colors(figure)[0]
+    np.testing.assert_array_equal(colors[2, 2, 3], reds(1.0))
+    np.testing.assert_array_equal(colors[:2], reds(torch.stack([one, other])))
+    assert texts(figure).count("0 – 1") == 2
+    assert any(text.startswith("0 – ") and text != "0 – 1" for text in texts(figure))
+    shared = show_difference(one, other, scale="shared")
+    np.testing.assert_array_equal(cell_colors(shared)[0, 2, 2, 3], reds(change))
+    limited = show_difference(one, other, vmin=0.1, vmax=0.2).picture.shown.scale
+    assert limited.low[0, :2].tolist() == [0.1, 0.1]
+    assert limited.high[0, :2].tolist() == [0.2, 0.2]
+
+
+def test_a_weight_behind_a_mask_is_seen_beside_its_difference():
+    one, mask = torch.eye(4), torch.ones(4, 4).tril().bool()
+    other = one.clone()
+    other[0, 3], other[3, 3] = 0.5, 0.25
+    figure = show_difference(one, other, mask=mask)
+    assert "1 masked cell holds weight" in texts(figure)
+    assert "largest difference 0.75 at query 3, key 3" in texts(figure)
+
+
+@pytest.mark.parametrize("size", [None, "small"])
+def test_a_size_that_fits_has_room_for_the_title(size):
+    title = "12 of 4096 rows do not sum to 1, the worst of them row 17"
+    figure = show_heatmaps(softmax_maps(3, 3), "Keys", "Queries", title=title, figsize=size)
+    (text,) = (t for t in figure.findobj(Text) if t.get_text() == title)
+    assert text.get_fontsize() == 10
+    assert_no_text_is_cut_off_or_overlaps(figure)
+    novel = show_heatmaps(softmax_maps(3, 3), "Keys", "Queries", title=title * 99, figsize=size)
+    assert novel.get_size_inches()[0] < 9
 
 
 def test_maps_of_different_shapes_have_no_difference_to_show():

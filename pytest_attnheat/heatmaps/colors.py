@@ -142,10 +142,11 @@ def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
 
     Only where weights are shown: scores are usually drawn before they are masked.
     """
-    low, high = scale.range
-    if not cells.masked.any() or not scale.shared or low != 0 or high > 1:
+    weights = (scale.low == 0) & (scale.high <= 1 if scale.shared else scale.high == 1)
+    if not cells.masked.any() or not weights.any():
         return np.zeros_like(cells.masked)
-    leaks: npt.NDArray[np.bool_] = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
+    held = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
+    leaks: npt.NDArray[np.bool_] = held & weights[:, :, None, None]
     return leaks
 
 

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
-import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cbook import normalize_kwargs
@@ -23,16 +21,7 @@ from matplotlib.text import Text
 
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout, inches
-from pytest_attnheat.heatmaps.maps import (
-    Bools,
-    Maps,
-    distance,
-    has_both_signs,
-    pool,
-    read_maps,
-    smallest,
-    whole_of,
-)
+from pytest_attnheat.heatmaps.maps import Maps, has_both_signs, pool, read_maps, smallest, whole_of
 from pytest_attnheat.heatmaps.picture import Picture, Place, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
 from pytest_attnheat.heatmaps.writing import Design, Words
@@ -40,6 +29,11 @@ from pytest_attnheat.inputs import check_number, misuse, one_of
 
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1
+# What the textbook's function has by default. Who gives the same numbers gets them: it is told by
+# identity, and no constant, which some Pythons share between modules.
+_TEXTBOOK: tuple[float, float] = (float("2.5"), 2.5)
+# Where a panel would be thinner in such a figure (inches), there is a better size.
+_THIN = 0.2
 # Figures of more pixels a side take gigabytes.
 _LONGEST_SIDE = 1 << 13
 # More numbers take minutes to write, and nobody reads them.
@@ -174,7 +168,7 @@ def show_heatmaps(
     xlabel: str | None,
     ylabel: str | None,
     titles: Sequence[str] | None = None,
-    figsize: tuple[float, float] | Literal["small"] | None = (2.5, 2.5),
+    figsize: tuple[float, float] | Literal["small"] | None = _TEXTBOOK,
     cmap: str | Colormap = "Reds",
     *,
     title: str | None = None,
@@ -202,13 +196,16 @@ def show_heatmaps(
         matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
             keys): a tensor of any real dtype, device and gradient state, a NumPy array, or
             nested lists of equal maps. Usually rows are layers or samples and columns heads:
-            `outputs.attentions` of a model, a tuple of (1, heads, queries, keys), is drawn so.
+            `outputs.attentions` of a model, a tuple of (1, heads, queries, keys), is drawn so,
+            with titles "Layer 0" and "Head 0" unless others are given.
             NaN is drawn blue; -inf, as in masked scores, like a masked cell.
         xlabel: Name of the key axis; None for none.
         ylabel: Name of the query axis; None for none.
         titles: One title for each column.
         figsize: Width and height of the whole figure in inches; None for a size at which all
-            cells and labels have room; "small" for one with small panels, for many of them.
+            cells and labels have room; "small" for one with small panels, for many of them. By
+            default the textbook's (2.5, 2.5) for one map without labels and numbers, unless it
+            is a thin line then; else None.
         cmap: A matplotlib colormap or its name.
         title: A title for the figure.
         row_titles: One title for each row.
@@ -241,6 +238,9 @@ def show_heatmaps(
     """
     __tracebackhide__ = True
     maps = read_maps(matrices, mask)
+    if maps.layered:
+        titles = _numbered("Head", maps.shape[1]) if titles is None else titles
+        row_titles = _numbered("Layer", maps.shape[0]) if row_titles is None else row_titles
     words = Words(
         xlabel=xlabel,
         ylabel=ylabel,
@@ -269,6 +269,8 @@ def show_heatmaps(
         figsize = (ax.bbox.width / dpi, ax.bbox.height / dpi)
     outlined = [_checked_index(index, maps.shape) for index in _listed("highlight", highlight)]
     design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
+    if figsize is _TEXTBOOK and not _fits_the_textbook(design):
+        figsize = None
     # Always on white, as the colours are made for it: a dark style would hide the texts.
     figure = HeatmapFigure(dpi=dpi, facecolor="white")
     FigureCanvasAgg(figure)  # so that its pixels can be asked for without saving it
@@ -299,59 +301,8 @@ def show_heatmaps(
     return figure
 
 
-def show_difference(
-    expected: object, actual: object, *, mask: object = None, **options: Any
-) -> HeatmapFigure:
-    """Draw two maps and how far they are apart, side by side on one scale.
-
-    Of grids of maps, the one is drawn that differs most. The largest difference is outlined.
-
-    Args:
-        expected: Weights, of a kind and shape that `show_heatmaps` takes.
-        actual: Others of the same shape, of any kind.
-        mask: Boolean, True where a query may attend. Where it may not is striped, and not compared.
-        **options: Further arguments of `show_heatmaps`: `figsize`, `key_labels`, `scale` ...
-
-    Raises:
-        TypeError: Something other than real numbers, or a mask that is not boolean.
-        ValueError: Nothing to show, or shapes that do not fit together.
-    """
-    __tracebackhide__ = True
-    one, other = read_maps(expected, mask), read_maps(actual, mask)
-    if one.shape != other.shape:
-        raise ValueError(misuse("actual", f"shape {other.shape}", f"{one.shape}, as expected has"))
-    most, worst = -1.0, (0, 0, 0, 0)
-    for row, column in product(range(one.shape[0]), range(one.shape[1])):
-        apart = distance(one.map(row, column), other.map(row, column))
-        apart[~one.permitted(row, column)] = 0
-        if apart.max() > most:
-            most = float(apart.max())
-            worst = (row, column, *divmod(int(apart.argmax()), one.shape[3]))
-    row, column, query, key = worst
-    where = f"panel [{row}, {column}]: " * (one.shape[:2] != (1, 1))
-    said = f"{where}largest difference {most:.2g} at query {query}, key {key}"
-    pair = [one.map(row, column), other.map(row, column)]
-    masks = [one.permitted(row, column)] * 2
-    title = said if most else "no difference"
-    return triptych(pair, masks, worst if most else None, title=title, **options)
-
-
-def triptych(
-    pair: Sequence[npt.NDArray[Any]],
-    masks: Sequence[Bools],
-    worst: tuple[int, int, int, int] | None,
-    **options: Any,
-) -> HeatmapFigure:
-    """Draw two maps (queries, keys) and their difference, and outline where it is worst."""
-    defaults: dict[str, Any] = {
-        "xlabel": "Keys",
-        "ylabel": "Queries",
-        "titles": ["expected", "actual", "difference"],
-        "figsize": None,
-        "mask": np.stack([*masks, np.any(masks, axis=0)]),
-        "highlight": [] if worst is None else [(0, panel, *worst[2:]) for panel in range(3)],
-    }
-    return show_heatmaps([*pair, distance(*pair)], **{**defaults, **options})
+def _numbered(name: str, count: int) -> list[str]:
+    return [f"{name} {number}" for number in range(count)]
 
 
 def _listed(name: str, given: Iterable[Any]) -> list[Any]:
@@ -395,6 +346,16 @@ def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tu
         )
         raise ValueError(misuse("highlight", repr(given), accepted))
     return tuple(index % side for index, side in zip(indices, shape, strict=False))
+
+
+def _fits_the_textbook(design: Design) -> bool:
+    """Tell whether a figure of the textbook's size shows what there is to see."""
+    words, dpi = design.words, 100
+    if design.shape[:2] != (1, 1) or words.keys or words.queries or words.numbers:
+        return False
+    size = int(_TEXTBOOK[0] * dpi), int(_TEXTBOOK[1] * dpi)
+    layout, _ = design.plan(design.shape[2:], size, dpi, notes=0)
+    return min(layout.panel) >= _THIN * dpi
 
 
 def _size(
