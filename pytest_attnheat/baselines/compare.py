@@ -261,6 +261,9 @@ def _relation(expected: Heatmaps, actual: Heatmaps, panels: list[tuple[int, int]
     other = np.where(shown, actual.values, 0)[chosen].astype(np.float64)
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None
+    if np.array_equal(one, other):
+        moved = not np.array_equal(expected.masked, actual.masked)
+        return "the mask changed, and no weight that both show" if moved else None
     # An explanation must leave far less than "nothing changed" does.
     allowed = min(_CLOSE * np.abs(other).max(), 0.1 * np.abs(other - one).max())
     heads = np.where(shown, expected.values, 0).mean(axis=1, dtype=np.float64)[chosen[0]]

@@ -142,7 +142,7 @@ def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
 
     Only where weights are shown: scores are usually drawn before they are masked.
     """
-    weights = (scale.low == 0) & (scale.high <= 1 if scale.shared else scale.high == 1)
+    weights = (scale.low == 0) & (scale.high <= 1)
     if not cells.masked.any() or not weights.any():
         return np.zeros_like(cells.masked)
     held = cells.masked & np.isfinite(cells.values) & (cells.values != 0)

@@ -24,8 +24,8 @@ def show_difference(
 ) -> HeatmapFigure:
     """Draw two maps and how far they are apart, side by side.
 
-    Both maps have one scale. The difference has its own, from 0 to the largest, so that a small
-    one is seen, too; the ranges stand above the panels. Of grids of maps, the one is drawn that
+    Both maps have one scale, which ends at the largest weight. The difference has its own, from 0
+    to the largest, so that a small one is seen, too; the ranges stand above the panels. Of grids of maps, the one is drawn that
     differs most. The largest difference is outlined, and the title says where it is.
 
     Args:
@@ -77,15 +77,18 @@ def triptych(
         block: How many queries and keys each of theirs stands for.
         **options: As in `show_difference`.
     """
-    apart, either = distance(*pair), masks[0] | masks[1]
-    title = "no difference"
-    if worst is not None:
-        title = panel + _said(np.where(either, apart, 0), masks, worst, block)
+    either = masks[0] | masks[1]
+    apart = np.where(either, distance(*pair), 0)
+    title = "no difference" if worst is None else panel + _said(apart, masks, worst, block)
     own = options.get("scale") is None
     limits = [options.pop(name, None) for name in ("vmin", "vmax")] if own else []
+    axes = [
+        f"{name} (cells of {size})" if size > 1 else name
+        for name, size in zip(("Queries", "Keys"), block, strict=True)
+    ]
     defaults: dict[str, Any] = {
-        "xlabel": "Keys",
-        "ylabel": "Queries",
+        "xlabel": axes[1],
+        "ylabel": axes[0],
         "titles": ["expected", "actual", "difference"],
         "title": title,
         "figsize": None,
@@ -128,7 +131,7 @@ def _scale(
     two = replace(shown.cells, values=values, masked=masked)
     finite = [one[mask & np.isfinite(one)] for one, mask in zip(pair, masks, strict=True)]
     smallest = float(np.concatenate(finite).min(initial=np.inf))
-    shared = shared_scale(two, smallest, low, high)
+    shared = shared_scale(two, smallest, low, high, tight=True)
     lows, highs = shown.scale.low.copy(), shown.scale.high.copy()
     lows[:, :2], highs[:, :2], lows[:, 2] = *shared.range, 0.0
     return Scale(lows, highs, shared=False)
