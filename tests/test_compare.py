@@ -278,7 +278,7 @@ def test_the_picture_of_a_difference_says_where_masks_or_pooled_cells_hide_it(tm
     large[..., ::4, ::4] = 0.25
     changed = large.clone()
     changed[0, 0, 101, 7] = 2e-3
-    drawn = triptych(tmp_path, as_users_do(large), as_users_do(changed))
+    drawn = triptych(tmp_path, *(show_heatmaps(w, "Keys", "Queries") for w in (large, changed)))
     assert drawn.labels["title"] == (
         "panel [0, 0]: no difference is seen in cells; most behind them at query 100..103, key 4..7"
     )

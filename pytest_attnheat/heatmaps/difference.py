@@ -25,8 +25,9 @@ def show_difference(
     """Draw two maps and how far they are apart, side by side.
 
     Both maps have one scale, which ends at the largest weight. The difference has its own, from 0
-    to the largest, so that a small one is seen, too; the ranges stand above the panels. Of grids of maps, the one is drawn that
-    differs most. The largest difference is outlined, and the title says where it is.
+    to the largest, so that a small one is seen, too; the ranges stand above the panels. Of grids
+    of maps, the one is drawn that differs most. The largest difference is outlined, and the title
+    says where it is.
 
     Args:
         expected: Weights, of a kind and shape that `show_heatmaps` takes.
