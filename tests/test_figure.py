@@ -682,11 +682,32 @@ def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
     before = pixels(figure)
     tight = pixels(figure, bbox_inches="tight")
     assert not vars(figure)["_localaxes"]
-    assert figure.gca() is figure.axes[0]
+    first = figure.gca()
+    assert vars(figure)["_localaxes"] == [first]
+    assert first is figure.axes[0]
+    assert figure.get_axes() == figure.axes
     np.testing.assert_array_equal(pixels(figure), before)
     np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)
     figure.delaxes(figure.axes[0])
     assert len(figure.axes) == 3
+
+
+def test_axes_of_the_user_stay_current_and_come_after_those_of_the_panels():
+    figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q")
+    own = figure.add_axes((0, 0, 0.1, 0.1))
+    assert figure.gca() is own
+    assert figure.axes[4] is own
+    assert figure.gca() is own
+    assert len(figure.axes) == 5
+
+
+def test_an_axes_that_is_made_visible_has_ticks_as_any_other():
+    axes = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q").axes[1]
+    axes.set_axis_on()
+    axes.set_xticks([0, 4], ["first", "last"])
+    axes.tick_params(axis="x", rotation=90, labelsize=5)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "last"]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {90}
 
 
 @pytest.mark.parametrize("figsize", [(5, 5), None])
@@ -730,6 +751,59 @@ def test_a_black_background_has_white_texts_and_numbers_stay_as_they_are():
     np.testing.assert_array_equal(dark[inside], plain[inside])
     figure.set_facecolor("navy")
     assert pixels(figure)[below].max() == 255
+
+
+def test_texts_that_the_user_adds_are_seen_on_any_background_unless_they_have_a_colour():
+    figure = show_heatmaps(softmax_maps(2, 2, 7, 7), "K", "Q", figsize=(5, 5))
+    plain = [
+        figure.suptitle("All"), figure.text(0.01, 0.01, "below"),
+        figure.axes[0].set_title("upper"), figure.axes[3].set_title("lower", loc="left"),
+    ]  # fmt: skip
+    area = sheet(figure).layout.area
+    given = [
+        (figure.text(0.5, 0.01, "red", color="red"), "red"),
+        (figure.text(0.9, 0.01, "black", c="black"), "black"),
+        (figure.axes[1].set_title("blue", color="blue"), "blue"),
+        (figure.text((area.left + 9) / 500, 1 - (area.top + 20) / 500, "on a panel"), "black"),
+    ]
+    later = figure.text(0.2, 0.01, "later")
+    for color, ink in (("black", "white"), ("white", "black"), ("navy", "white")):
+        pixels(figure, facecolor=color)
+        assert [text.get_color() for text in plain] == [ink] * 4
+        assert [text.get_color() for text, _ in given] == [own for _, own in given]
+        later.set_color("green")
+        assert later.get_color() == "green"
+    with pyplot.style.context("dark_background"):
+        figure = show_heatmaps(softmax_maps(4, 4), "K", "Q")
+        title = figure.suptitle("All")
+        pixels(figure)
+    assert title.get_color() == "black"
+
+
+@pytest.mark.parametrize("title", [None, "The picture's own"])
+def test_a_title_of_a_subfigure_stands_above_the_picture(title):
+    host = Figure(figsize=(8, 4))
+    left, right = host.subfigures(1, 2)
+    for part in (left, right):
+        show_heatmaps(softmax_maps(6, 6), "K", "Q", ["column"], title=title, ax=part)
+    pixels(host)
+    before = sheet_of(right).layout
+    text = right.suptitle("A title\nof two lines", fontsize=15)
+    pixels(host)
+    assert sheet_of(left).layout == before
+    after = sheet_of(right).layout
+    assert after.size[1] < before.size[1]
+    assert text.get_window_extent().y0 >= after.size[1] - 1
+    low = left.suptitle("below", y=0.02, va="bottom")
+    pixels(host)
+    assert sheet_of(left).layout == before
+    assert low.get_text() == "below"
+
+
+def sheet_of(part):
+    """What the only picture of a subfigure was drawn as."""
+    (picture,) = part.artists
+    return picture.sheet_for(None)[0]
 
 
 def test_a_canvas_gives_the_pixels_that_are_saved():

@@ -195,7 +195,7 @@ class Trace(Sequence[AttentionRecord]):
             chosen = self.select(queries=whole_number("query", query, least=-most))
             return chosen._show_query(tokens=tokens, batch=batch, options=options)
         maps, given = self._drawn(tokens, batch, options)
-        from pytest_attnheat.heatmaps.figure import show_heatmaps
+        from pytest_attnheat.heatmaps.showing import show_heatmaps
 
         return show_heatmaps(maps, **given)
 
@@ -203,7 +203,7 @@ class Trace(Sequence[AttentionRecord]):
         self, *, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
     ) -> HeatmapFigure:
         """Draw the only query of the records: tokens down, heads across, a panel per record."""
-        from pytest_attnheat.heatmaps.figure import show_heatmaps
+        from pytest_attnheat.heatmaps.showing import show_heatmaps
 
         maps, given = self._drawn(tokens, batch, {})
         mask, heads = given["mask"], self._records[0].heads

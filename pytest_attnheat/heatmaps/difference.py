@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.heatmaps.colors import Scale, shared_scale
-from pytest_attnheat.heatmaps.figure import HeatmapFigure, show_heatmaps
+from pytest_attnheat.heatmaps.figure import HeatmapFigure
 from pytest_attnheat.heatmaps.maps import Bools, distance, read_maps
 from pytest_attnheat.heatmaps.picture import Shown
+from pytest_attnheat.heatmaps.showing import show_heatmaps
 from pytest_attnheat.inputs import misuse
 
 Map = npt.NDArray[Any]  # (queries, keys)
@@ -128,8 +129,8 @@ def _scale(
     shown: Shown, pair: tuple[Map, Map], masks: Sequence[Bools], low: Any, high: Any
 ) -> Scale:
     """Give both maps one range, and the difference its own from 0."""
-    values, masked = (cells[:, :2] for cells in (shown.cells.values, shown.cells.masked))
-    two = replace(shown.cells, values=values, masked=masked)
+    cells = shown.cells
+    two = replace(cells, values=cells.values[:, :2], masked=cells.masked[:, :2])
     finite = [one[mask & np.isfinite(one)] for one, mask in zip(pair, masks, strict=True)]
     smallest = float(np.concatenate(finite).min(initial=np.inf))
     shared = shared_scale(two, smallest, low, high, tight=True)

@@ -1,4 +1,4 @@
-"""Pictures and traces held against baselines in pytest: `heatmap_compare` and the regressions.
+"""Pictures held against baselines in pytest: `heatmap_compare`, and what compares for fixtures.
 
 A marked test never passes without a comparison, with or without `--mpl`. The comparison is that of
 `baselines.judging`; under `--mpl` pytest-mpl repeats it for its own reports.
@@ -10,17 +10,15 @@ import functools
 import inspect
 import sys
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Generator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_names, misuse
 from pytest_attnheat.plugin.naming import (
     Expected,
-    checked_tolerance,
     default_folder,
     expected_of,
     parts_for_all_devices,
@@ -31,17 +29,16 @@ from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html,
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines.judging import Verdict
-    from pytest_attnheat.capture.trace import Trace
 
 # What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
 _MPL_PASSES, _MPL_FAILS = 256.0, -1.0
 
 # A string says why the test cannot be compared.
-_EXPECTED = pytest.StashKey["Expected | str"]()
+EXPECTED = pytest.StashKey["Expected | str"]()
 # Baselines that tests of this run wrote.
 _WRITTEN = pytest.StashKey[set[Path]]()
 # Which tests use a fixture, by the beginning of their baselines' names.
-_STEMS = pytest.StashKey[dict[str, set[str]]]()
+STEMS = pytest.StashKey[dict[str, set[str]]]()
 
 
 def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -52,7 +49,7 @@ def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
     """
     tests_of: dict[str, list[tuple[pytest.Item, Expected]]] = {}
     stems: dict[str, set[str]] = {}
-    config.stash[_STEMS] = stems
+    config.stash[STEMS] = stems
     config.stash[_WRITTEN] = set()
     for item in items:
         if {"heatmap_regression", "attention_regression"} & set(getattr(item, "fixturenames", ())):
@@ -62,7 +59,7 @@ def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
             stems.setdefault(stem.casefold(), set()).add("::".join(parts_for_all_devices(item)))
         marker = item.get_closest_marker("heatmap_compare")
         if marker is not None:
-            expected = item.stash[_EXPECTED] = _read(item, marker)
+            expected = item.stash[EXPECTED] = _read(item, marker)
             if isinstance(expected, Expected):
                 # Some file systems tell upper from lower case and some do not.
                 same = tests_of.setdefault(str(expected.path).casefold(), [])
@@ -88,7 +85,7 @@ def _settle(sharers: list[tuple[pytest.Item, Expected]]) -> None:
     for item, expected in sharers:
         item.config.stash[USED].add(str(expected.path))
         if len(names) > 1 and not all(other.share for _, other in sharers):
-            item.stash[_EXPECTED] = (
+            item.stash[EXPECTED] = (
                 f"{' and '.join(names)} share the baseline {expected.path.name}; give one of them "
                 "another filename=, or share=True to all of them"
             )
@@ -132,7 +129,7 @@ def baseline_style() -> AbstractContextManager[None]:
 
 def style_of(item: pytest.Item) -> AbstractContextManager[None]:
     """The style in which a test and its fixtures run."""
-    return nullcontext() if item.stash.get(_EXPECTED, None) is None else baseline_style()
+    return nullcontext() if item.stash.get(EXPECTED, None) is None else baseline_style()
 
 
 def compare_returned(item: pytest.Item) -> Generator[None, Any, Any]:
@@ -143,7 +140,7 @@ def compare_returned(item: pytest.Item) -> Generator[None, Any, Any]:
         if item.get_closest_marker("heatmap_compare") is not None:
             _fail("the marker came while the test ran, so nothing was compared")
         return result
-    expected = item.stash.get(_EXPECTED, None) or _read(item, marker)
+    expected = item.stash.get(EXPECTED, None) or _read(item, marker)
     if isinstance(expected, str):
         _fail(f"{item.nodeid}: {expected}")
     return (yield from _run(cast("pytest.Function", item), cast("Expected", expected)))
@@ -257,10 +254,10 @@ def compare_figure(item: pytest.Item, figure: Any, expected: Expected, caller: s
     """Compare a figure with its baseline, or write it; return a message if the test fails."""
     from pytest_attnheat.baselines import judging
 
-    return _compare(item, functools.partial(judging.check, figure), expected, caller)
+    return compare(item, functools.partial(judging.check, figure), expected, caller)
 
 
-def _compare(
+def compare(
     item: pytest.Item, check: Callable[..., Verdict], expected: Expected, caller: str
 ) -> str | None:
     """Compare what `check` leaves as `actual` in a folder, or write it as the baseline."""
@@ -346,124 +343,3 @@ def _note(
             pictures=tuple((name, str(path)) for name, path in (kept or {}).items()),
         )
     )
-
-
-class _Regression:
-    """What compares with baselines by name, as often as a test likes."""
-
-    caller = ""  # what it is called in messages
-
-    def __init__(self, item: pytest.Item) -> None:
-        self._item = item
-        self._names: dict[str, str] = {}
-        self._folder = item.config.rootpath / default_folder(item)
-
-    def _expected(self, name: str, suffix: str, tolerance: Any, precision: Any) -> Expected:
-        """Return the baseline of a name; ValueError if it is taken: some file systems fold case."""
-        taken = ", ".join(map(repr, sorted(self._names.values()))) or "none"
-        if not isinstance(name, str) or name.casefold() in self._names:
-            accepted = f"a name of its own for each of a test, in any case (taken: {taken})"
-            raise ValueError(misuse("name", repr(name), accepted))
-        self._names[name.casefold()] = name
-        stem = f"{stem_of(self._item)}.{safe_name(name)}" if name else stem_of(self._item)
-        path = self._folder / f"{stem}{suffix}"
-        marked = self._item.stash.get(_EXPECTED, None)
-        if isinstance(marked, Expected) and marked.path == path:
-            got = f"{name!r}, the baseline of the marker"
-            raise ValueError(misuse("name", got, "another name than that of the marked picture"))
-        names = dtype_names("precision", precision)
-        return Expected(path, checked_tolerance(tolerance), names)
-
-    def _fail_with(self, message: str | None) -> None:
-        __tracebackhide__ = True
-        if message is not None:
-            pytest.fail(message, pytrace=False)
-
-
-class HeatmapRegression(_Regression):
-    """Compares figures or weights with baselines by name, as often as a test likes."""
-
-    caller = "heatmap_regression"
-
-    def check(
-        self,
-        figure: Any,
-        name: str = "",
-        *,
-        tolerance: float | None = None,
-        precision: str | Sequence[str] = (),
-        **options: Any,
-    ) -> None:
-        """Compare a picture with its baseline.
-
-        Args:
-            figure: A figure, or weights of any kind that `show_heatmaps` takes and draws.
-            name: What tells this picture from the others of the test; part of the file name.
-            tolerance: As in the marker.
-            precision: As in the marker.
-            **options: Where weights are given, arguments of `show_heatmaps`: `mask`, `titles` ...
-                The axes are named "Keys" and "Queries", and `figsize` is None, by default.
-
-        Raises:
-            TypeError: Arguments of `show_heatmaps` beside a figure, or one that it does not have.
-            ValueError: The name is taken.
-        """
-        __tracebackhide__ = True
-        drawn = hasattr(figure, "savefig")
-        if drawn and options:
-            given = f"{', '.join(options)} beside a figure"
-            raise TypeError(misuse("options", given, "none; they belong to show_heatmaps"))
-        expected = self._expected(name, ".png", tolerance, precision)
-        if not drawn:
-            from pytest_attnheat.heatmaps.figure import show_heatmaps
-
-            defaults = {"xlabel": "Keys", "ylabel": "Queries", "figsize": None}
-            figure = show_heatmaps(figure, **{**defaults, **options})
-        self._fail_with(compare_figure(self._item, figure, expected, self.caller))
-
-
-class AttentionRegression(_Regression):
-    """Compares captured attention with baselines, without pictures."""
-
-    caller = "attention_regression"
-
-    def check(
-        self,
-        trace: Trace,
-        name: str = "",
-        *,
-        tolerance: float | None = None,
-        precision: str | Sequence[str] = (),
-    ) -> None:
-        """Compare what was captured with its baseline, layer by layer and head by head.
-
-        Args:
-            trace: What `capture_attention` returned.
-            name: What tells it from the others of the test; part of the file name.
-            tolerance: As in `assert_same_attention`.
-            precision: As in `assert_same_attention`.
-
-        Raises:
-            TypeError: It is no trace.
-            ValueError: The name is taken, or the trace keeps no weights.
-        """
-        __tracebackhide__ = True
-        from pytest_attnheat.baselines import traces
-
-        expected = self._expected(name, ".attn", tolerance, precision)
-        check = functools.partial(traces.check, traces.layers_of(trace))
-        self._fail_with(_compare(self._item, check, expected, self.caller))
-
-
-R = TypeVar("R", bound=_Regression)
-
-
-@contextmanager
-def regression_of(item: pytest.Item, kind: type[R]) -> Iterator[R]:
-    """Compare by name while a test runs, in the style of baselines."""
-    stem = str(item.config.rootpath / default_folder(item) / stem_of(item)).casefold()
-    sharers = sorted(item.config.stash[_STEMS].get(stem, ()))
-    if len(sharers) > 1:
-        pytest.fail(f"{kind.caller}: {' and '.join(sharers)} share baselines", pytrace=False)
-    with baseline_style() if kind is HeatmapRegression else nullcontext():
-        yield kind(item)
