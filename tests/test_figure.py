@@ -150,6 +150,13 @@ def test_a_figure_has_the_textbooks_size_where_that_shows_its_map_and_else_one_t
     assert min(sheet(figure).layout.panel) >= 20
 
 
+def test_a_size_and_limits_may_be_arrays_and_tensors():
+    weights = softmax_maps(4, 4)
+    figure = show_heatmaps(weights, "Keys", "Queries", figsize=np.array([3, 2]), vmin=weights.min())
+    assert figure.get_size_inches().tolist() == [3, 2]
+    assert figure.picture.shown.scale.range == (pytest.approx(float(weights.min())), 1)
+
+
 def test_who_asks_for_the_textbooks_size_gets_it():
     figure = show_heatmaps(softmax_maps(2, 3, 4, 4), "Keys", "Queries", figsize=(2.5, 2.5))
     assert figure.get_size_inches().tolist() == [2.5, 2.5]
@@ -572,6 +579,9 @@ def test_equal_maps_have_no_difference_and_masked_weights_are_not_compared():
         assert "no difference" in texts(figure)
         assert not figure.picture.shown.highlight
         assert not any("NaN" in text for text in texts(figure))
+    largest = np.finfo(np.float64).max
+    figure = show_difference(np.array([[largest, 1.0]]), np.array([[-largest, 1.0]]))
+    assert "largest difference inf at query 0, key 0" in texts(figure)
     other[2, 2] = torch.nan
     figure = show_difference(one, other)
     assert "largest difference inf at query 2, key 2" in texts(figure)
@@ -875,6 +885,9 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"scale": "row"}, "scale: got 'row'; accepted is one of 'shared', 'largest', 'panel'"),
         ({"scale": "panel", "vmin": 0}, "belong to scale='shared'"),
         ({"vmin": 1, "vmax": 0}, "vmin, vmax: got 1 and 0; accepted is finite"),
+        ({"vmin": "a"}, "vmin, vmax: got 'a' and None; accepted is numbers, or None"),
+        ({"vmax": [1, 2]}, "vmin, vmax: got None and .*; accepted is numbers, or None"),
+        ({"figsize": "large"}, "figsize: got 'large'; accepted is .*, or 'small'"),
         ({"cmap": "nope"}, "cmap: got 'nope'; accepted is a Colormap, or"),
         ({"cmap": None}, "cmap: got None"),
         ({"dpi": 0}, "dpi: got 0"),

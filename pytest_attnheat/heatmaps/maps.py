@@ -66,7 +66,7 @@ class Maps:
 
 def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return how far numbers are apart; infinity where one is none or infinite, and only that."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(other - one, dtype=np.float64)
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))

@@ -163,7 +163,7 @@ def show_heatmaps(
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
     figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)
-    figure.natural = figsize is None or figsize == "small"
+    figure.natural = figsize is None or isinstance(figsize, str)
     figure.picture.prepare(size, figure.dpi)
     if ax is not None:
         if isinstance(ax, Axes):
@@ -232,7 +232,7 @@ def _fits_the_textbook(design: Design) -> bool:
 def _size(
     figsize: tuple[float, float] | Literal["small"] | None, design: Design, maps: Maps, dpi: float
 ) -> tuple[int, int]:
-    if figsize is None or figsize == "small":
+    if figsize is None or (isinstance(figsize, str) and figsize == "small"):
         width = _number_width(design.words, maps)
         return design.natural_size(dpi, width, small=figsize is not None)
     try:
