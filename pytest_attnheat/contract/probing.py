@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.drawing import WINDOWS
 from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space
 from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.scoring import draw
@@ -378,19 +379,32 @@ _CASES = (
         for at, name in enumerate(("softcap", "sinks", "alibi", "bias", "lengths"))
         for more in ({}, _MASK)
     ),
+    *(
+        Blueprint(f"window, {side}", _sized(6 + at, 10 - at, 6, window=side))
+        for at, side in enumerate(WINDOWS)
+    ),
+    Blueprint("chunk", _sized(7, 10, 6, chunk=True)),
+    *(
+        Blueprint(
+            f"several lengths, {kind}" + ", causal" * causal,
+            _sized(6 + at, 11 - at, 6, ragged=kind, causal=causal, batch=5),
+        )
+        for at, kind in enumerate(("unequal", "empty", "same"))
+        for causal in (False, True)
+    ),
     Blueprint("NaN in masked keys", _sized(5, 5, 7, batch=3, **_MASK), _garbage, judged=False),
 )
 
 
 def blueprints(spec: AttentionSpec, dtype: torch.dtype) -> list[Blueprint]:
     """Return the cases of attention; which are asked depends on what is declared."""
-    far = [side for side in (spec.window or ()) if side is not None and side <= _WIDEST]
-    far += [2 * spec.chunk] if spec.chunk is not None and spec.chunk <= _WIDEST else []
+    far = [side for side in spec.sides if side is not None and side <= _WIDEST]
+    far += [2 * spec.chunk] if isinstance(spec.chunk, int) and spec.chunk <= _WIDEST else []
     cases = list(_CASES)
     if far:
         length = min(sum(far) + 4, _WIDEST)
         levels = {"sizes": (length, length + 2), "batch": 1, "key_heads": 2, "head_dim": 10}
-        cases.append(Blueprint("window" if spec.window else "chunk", levels))
+        cases.append(Blueprint("window" if spec.sides else "chunk", levels))
     if dtype == torch.float16:  # refused where it computes in float16 all the way
         cases.append(Blueprint("overflowing products", _sized(5, 7, numbers="overflowing")))
     # The largest come last: the others tell most plans from the subject. Whole blocks of 16 to 64
