@@ -85,18 +85,19 @@ def test_lower_precision_passes_as_well():
         assert report.passed, str(report)
 
 
-_COMMON = [
+_Wrong = tuple[dict[str, object], str]
+_COMMON: list[_Wrong] = [
     ({"scale_ignored": True}, "scale_argument_ignored"),
     ({"heads_tiled": True}, "groups_tiled"),
 ]
-_FLASH = [
+_FLASH: list[_Wrong] = [
     *_COMMON,
     ({"window_more": 1}, "window_left_too_wide"),
     ({"window_ignored": True}, "window_ignored"),
     ({"softcap_ignored": True}, "softcap_ignored"),
     ({"corner": "top_left"}, "positions_other_corner"),
 ]
-_PACKED = [
+_PACKED: list[_Wrong] = [
     ({"packing": "one"}, "packing_ignored"),
     ({"packing": "next key"}, "packed_next_key"),
     ({"packing": "previous key"}, "packed_previous_key"),
@@ -107,7 +108,7 @@ _PACKED = [
     ({"packing": "empty shifts"}, "packed_empty_shifts"),
 ]
 # By row: what a wrong version decides, and what that is called.
-WRONG = {
+WRONG: dict[str, list[_Wrong]] = {
     "flash_attn": [*_FLASH, ({"slopes_sign": -1.0}, "alibi_negative")],
     "flash_attn_kvpacked": _FLASH[:4],
     "flash_attn_3": _FLASH,
