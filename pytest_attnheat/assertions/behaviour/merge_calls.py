@@ -138,7 +138,7 @@ def _recognised(merge: Callable[..., Any], calling: Calling | None, layout: str 
         form
         for form in FORMS
         if tuple(places[: len(form.names)]) == form.names
-        and needed <= set(form.names)
+        and needed <= {*form.names, _OUTPUT_LSE}
         and parameters.keys().isdisjoint(form.never)
         and calling in (None, form.calling)
     ]

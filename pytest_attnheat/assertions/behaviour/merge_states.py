@@ -16,6 +16,7 @@ from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, DeclaredFullyMaske
 from pytest_attnheat.inputs import dtype_name
 
 LN2 = math.log(2.0)
+_UNKNOWN = "other rows are wrong as well, and no known mistake gives their numbers"
 # What merges the states of some parts: outputs (n, ..., width), log-sum-exps (n, ...), both in
 # float64, and of base e.
 Rule: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -110,15 +111,25 @@ class Comparison:
         return self.states[1].isneginf().all(0)
 
     @cached_property
+    def without_keys_once(self) -> Tensor:
+        """Which rows two parts, or all that are merged at once, have no key for."""
+        lses = self.states[1]
+        if self.order != "at once":
+            lses = lses[-2:] if self.order == "from the right" else lses[:2]
+        return lses.isneginf().all(0)
+
+    @cached_property
     def with_empty_part(self) -> Tensor:
         """Which rows some part has no key for."""
         return self.states[1].isneginf().any(0)
 
     @cached_property
     def judged(self) -> Tensor:
-        """Which rows are judged."""
-        rows = torch.ones_like(self.without_keys)
-        return rows & ~self.without_keys if self.empty == "undefined" else rows
+        """Which rows are judged: what comes of two states without keys may be declared as open."""
+        if self.empty == "zero":
+            return torch.ones_like(self.without_keys)
+        declared = self.without_keys & (self.empty == "nan")
+        return ~self.without_keys_once | declared
 
     def allowed(self, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         """How far rounding may move an output and a log-sum-exp that come to this.
@@ -229,6 +240,31 @@ def _largest(outs: Tensor, lses: Tensor) -> Tensor:
     return outs.gather(0, index)[0]
 
 
+# Of which log-sum-exps (n, batch, heads, query_len) others are taken.
+_MISREAD: dict[str, Callable[[Tensor], Tensor]] = {
+    "the log-sum-exps of the first head for all": lambda lses: lses[:, :, :1].expand_as(lses),
+    "the log-sum-exps of the first sample for all": lambda lses: lses[:, :1].expand_as(lses),
+    "the log-sum-exps of the first query for all": lambda lses: lses[..., :1].expand_as(lses),
+    "log-sum-exps (heads, queries) as if they were (queries, heads)":
+        lambda lses: lses.reshape(*lses.shape[:2], *lses.shape[:1:-1]).mT,
+    "log-sum-exps (queries, heads) as if they were (heads, queries)":
+        lambda lses: lses.mT.reshape(lses.shape),
+    "log-sum-exps (heads, tokens) as if they were (tokens, heads)":
+        lambda lses: _tokens_last(_tokens_last(lses).reshape(
+            len(lses), -1, lses.shape[2]).mT, lses.shape),
+    "log-sum-exps (tokens, heads) as if they were (heads, tokens)":
+        lambda lses: _tokens_last(_tokens_last(lses).mT.reshape(
+            len(lses), lses.shape[2], -1), lses.shape),
+}  # fmt: skip
+
+
+def _tokens_last(lses: Tensor, shape: Sequence[int] | None = None) -> Tensor:
+    """Turn (n, batch, heads, query_len) into (n, heads, tokens), or that back into a shape."""
+    if shape is None:
+        return lses.transpose(1, 2).flatten(2)
+    return lses.reshape(shape[0], shape[2], shape[1], shape[3]).transpose(1, 2)
+
+
 def _out_rules(per_unit: float) -> dict[str, Rule]:
     """What may be wrong with the output, in words; some change the log-sum-exp as well."""
     is_e = per_unit == 1.0
@@ -254,6 +290,7 @@ def _out_rules(per_unit: float) -> dict[str, Rule]:
         "returns the output of the last part": _with_out(lambda outs, _: outs[-1]),
         "weighs each part by its log-sum-exp, not by the exponential of it":
             _with_out(lambda outs, lses: ((lses / lses.sum(0)).unsqueeze(-1) * outs).sum(0)),
+        **{f"reads {of}": _of_lses(change) for of, change in _MISREAD.items()},
         **{f"rounds the log-sum-exps to {dtype_name(dtype)}":
             _with_out(lambda outs, lses, dtype=dtype:  # type: ignore[misc]
                       exactly(outs, (lses / per_unit).to(dtype).double() * per_unit)[0])
@@ -273,6 +310,10 @@ def _lse_rules(per_unit: float) -> dict[str, Rule]:
         "is the largest, not the logarithm of the sum": _with_lse(lambda outs, lses: lses.amax(0)),
         "is the sum of those of the parts": _with_lse(lambda outs, lses: lses.sum(0)),
         "is the mean of those of the parts": _with_lse(lambda outs, lses: lses.mean(0)),
+        "is rounded to float16": _with_lse(
+            lambda outs, lses: (lses.logsumexp(0) / per_unit).half().double() * per_unit),
+        "is rounded to bfloat16": _with_lse(
+            lambda outs, lses: (lses.logsumexp(0) / per_unit).bfloat16().double() * per_unit),
         "has the wrong sign": _with_lse(lambda outs, lses: -lses.logsumexp(0)),
         "is the logarithm of the sum without the largest": _with_lse(
             lambda outs, lses: lses.logsumexp(0) - lses.amax(0)),
@@ -294,19 +335,22 @@ def cause_of(every: Sequence[Comparison]) -> str | None:
 
 
 def _numbers(every: Sequence[Comparison]) -> str | None:
-    finite = [one for one in every if any(bool(part.any()) for part in _where_finite(one))]
-    if not finite:
+    if not any(bool(part.any()) for one in every for part in _where_finite(one)):
         return None
-    per_unit = every[0].per_unit
     pairs = [one for one in every if len(one.sizes) == 2] or list(every)
+    per_unit, found = every[0].per_unit, []
     for of_out, rule in {"": exactly, **_out_rules(per_unit)}.items():
         if not all(one.fits(rule, lse=False) for one in pairs):
             continue
         for of_lse, other in {"": rule, " ": exactly, **_lse_rules(per_unit)}.items():
             if all(one.fits(_both(rule, other)) for one in every):
                 said = f"the log-sum-exp that it returns {of_lse}" * bool(of_lse.strip())
-                return ", and ".join(part for part in (of_out and f"it {of_out}", said) if part)
-    return None
+                both = (of_out and f"it {of_out}", said)
+                found.append(", and ".join(part for part in both if part))
+                break
+    if found:
+        return ", or ".join(found)
+    return _UNKNOWN if any(bool((~one.finite & one.judged).any()) for one in every) else None
 
 
 def _both(of_out: Rule, of_lse: Rule) -> Rule:
@@ -325,15 +369,18 @@ def _not_finite(every: Sequence[Comparison]) -> str | None:
     if not any(bool(rows.any()) for rows in bad):
         return _of_empty_rows(every)
     fit = list(zip(every, bad, strict=True))
-    inf = all(_is_inf(one, rows) for one, rows in fit)
-    if all(not bool((rows & ~one.without_keys).any()) for one, rows in fit):
-        if inf:
+    if all(not bool((rows & ~one.without_keys_once).any()) for one, rows in fit):
+        alone = [pair for pair in fit if len(pair[0].sizes) == 2 and bool(pair[1].any())]
+        if alone and all(_is_inf(*pair) for pair in alone):
             return "where no part has a key, the log-sum-exp is +inf: -inf is that of no key"
-        return "rows that no part has a key for are NaN: -inf minus -inf?"
+        return (
+            "rows that neither part has a key for are NaN: -inf minus -inf? If that is meant, "
+            'fully_masked="nan", or "undefined"'
+        )
     if all(not bool((rows & ~one.with_empty_part).any()) for one, rows in fit):
         return (
             "rows for which a part has no key (its log-sum-exp is -inf) are NaN or infinite: -inf "
-            "minus -inf, or 0 times inf?"
+            "minus -inf, or 0 times inf? If it is never given one, empty_parts=False"
         )
     return _overflow(fit)
 
@@ -345,9 +392,8 @@ def _is_inf(one: Comparison, rows: Tensor) -> bool:
 
 
 def _of_empty_rows(every: Sequence[Comparison]) -> str | None:
-    """Say what finite numbers rows hold that no part has a key for."""
-    rows = [one.without_keys & (one.broken[0].any(-1) | one.broken[1]) for one in every]
-    if not any(bool(some.any()) for some in rows):
+    """Say whether all that is wrong are rows that no part has a key for."""
+    if any(bool(part.any()) for one in every for part in _where_finite(one)):
         return None
     return "rows that no part has a key for hold other numbers than 0, and -inf as log-sum-exp"
 
@@ -356,26 +402,24 @@ def _overflow(fit: Sequence[tuple[Comparison, Tensor]]) -> str | None:
     """Whether rows that are not finite have larger log-sum-exps than all others of their dtype."""
     texts = []
     for dtype in dict.fromkeys(one.dtype for one, _ in fit):
-        bad, good = [], [0.0]
+        bad: list[float] = []
+        good: list[float] = []
         for one, rows in fit:
             if one.dtype == dtype:
                 top = one.states[1].amax(0)
-                size = top.abs().masked_fill(~top.isfinite(), 0.0)
-                bad += size[rows & ~one.without_keys].tolist()
-                good += size[one.finite].tolist()
-        if bad and min(bad) <= max(good):
-            return None
+                bad += top[rows & ~one.without_keys].abs().tolist()
+                good += top[one.finite].tolist()
         if bad:
-            texts.append(_overflowing(min(bad), max(good)))
-    return texts[-1]
+            texts.append(_overflowing(min(bad), max(good)) if good else None)
+    return None if None in texts else texts[-1]
 
 
-def _overflowing(bad: float, good: float) -> str:
-    text = f"rows whose log-sum-exps are {bad:.3g} or more in size are NaN or infinite"
+def _overflowing(bad: float, good: float) -> str | None:
     for name in ("float16", "float32", "float64"):
         limit = math.log(torch.finfo(getattr(torch, name)).max)
-        if good <= 2 * limit and bad >= limit:
+        if good <= limit <= bad:
             return (
-                f"{text}: exp of {name} overflows from {limit:.3g} on, no maximum was subtracted?"
+                f"rows whose log-sum-exps are {bad:.3g} or more in size are NaN or infinite: exp "
+                f"of {name} overflows from {limit:.3g} on, no maximum was subtracted?"
             )
-    return f"{text}: no maximum was subtracted?"
+    return None

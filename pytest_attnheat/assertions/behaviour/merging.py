@@ -20,20 +20,8 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.merge_calls import Base, Calling, Merge, form_of
-from pytest_attnheat.assertions.behaviour.merge_parts import (
-    PROBLEMS,
-    Maker,
-    Problem,
-    adds_up,
-    cause_of_states,
-)
-from pytest_attnheat.assertions.behaviour.merge_states import (
-    LN2,
-    Comparison,
-    cause_of,
-    exactly,
-    folded,
-)
+from pytest_attnheat.assertions.behaviour.merge_parts import PROBLEMS, Maker, Problem
+from pytest_attnheat.assertions.behaviour.merge_states import LN2, Comparison, cause_of, folded
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.scoring import draw
@@ -44,6 +32,7 @@ from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.inputs import dtype_names, misuse, one_of, seed_number
 
 _NAME = "assert_merges"
+_MOST_NAMES = 3
 
 
 def assert_merges(
@@ -94,7 +83,7 @@ def assert_merges(
         fully_masked: What is given for a row that no part has a key for: "zero" (and -inf as
             log-sum-exp), "nan", "undefined".
         gradients: Whether gradients of the outputs and log-sum-exps are compared, where what is
-            returned has any; of a part without a key they are not.
+            returned has any, in the finest of the dtypes; of a part without a key they are not.
         seed: What queries, keys and values are drawn from.
         device: Where the states are.
 
@@ -126,16 +115,18 @@ def assert_merges(
         check_device(device, "device"),
     )
     judge = _Judge(Merge(merge, form), fully_masked, assumed, maker)
-    problems = [one for one in PROBLEMS if empty_parts or not one.has_empty]
-    with borrowed((merge, attention), torch.empty(0, device=device), seed=seed):
+    known = [getattr(torch, name) for name in names]
+    some = torch.empty(0, device=device)
+    with borrowed((merge, attention), some, seed=seed), torch.inference_mode(False):
         every: list[Comparison] = []
-        for name in names:
-            for problem in problems:
-                if attention is None or maker.can_ask(problem):
-                    every += judge.compared(problem, getattr(torch, name))
+        for problem in PROBLEMS:
+            if (empty_parts or not problem.has_empty) and maker.can_ask(problem):
+                for outs, lses in maker.states(problem, known):
+                    every += judge.compared(problem, outs, lses)
         judge.check(every)
         if gradients and form.calling not in ("output_first", "in_place"):
-            judge.check_gradients([one for one in every if one.order != "from the right"])
+            finest = min(known, key=lambda dtype: torch.finfo(dtype).eps)
+            judge.check_gradients([one for one in every if one.dtype == finest])
 
 
 @dataclass(frozen=True)
@@ -154,27 +145,20 @@ class _Judge:
     assumed: str | None
     maker: Maker
 
-    def compared(self, problem: Problem, dtype: torch.dtype) -> Iterator[Comparison]:
+    def compared(
+        self, problem: Problem, outs: list[Tensor], lses: list[Tensor]
+    ) -> Iterator[Comparison]:
         """Merge the parts of a problem, in all orders that there are."""
         __tracebackhide__ = True
-        outs, lses = self.maker.states(problem, dtype)
         if self.maker.attention is not None:
-            self._check_states(problem, outs, lses, dtype)
+            self._check_states(problem, outs, lses)
         count = len(outs)
-        if self.merge.form.takes_all:
-            orders = {"at once": range(count)}
-        elif count == 1:
-            return
-        else:
-            orders = {"from the left": range(count)}
-            if count > 2:
-                orders |= {"from the right": range(count)}
-        if count > 1:
-            other = [*range(1, count), 0] if count > 2 else [1, 0]
-            orders |= {"in another order": other}  # type: ignore[dict-item]
-        for order, places in orders.items():
-            if order == "in another order":
-                order = "at once" if self.merge.form.takes_all else "from the left"
+        given, turned = [*range(count)], [*range(1, count), 0]
+        runs = [("at once", given), ("at once", turned)]
+        if not self.merge.form.takes_all:
+            runs = [("from the left", given), ("from the left", turned), ("from the right", given)]
+            runs = runs[:count] if count > 1 else []
+        for order, places in runs:
             own = [outs[i] for i in places], [lses[i] for i in places]
             with torch.no_grad():
                 out, lse = self._merged(*own, order)
@@ -206,7 +190,8 @@ class _Judge:
         claim += ", nor is the merged log-sum-exp" * (bool(lse.any()) and not of_lse)
         if of_lse:
             claim = "merged log-sum-exps are not those of all keys at once"
-        named = ", ".join(dict.fromkeys(other.name for other in wrong))
+        names = [*dict.fromkeys(other.name for other in wrong)]
+        named = ", ".join(names[:_MOST_NAMES]) + ", ..." * (len(names) > _MOST_NAMES)
         found, broken = (one.lse, lse) if of_lse else (one.out, out)
         assert found is not None
         rows = one.judged if of_lse else one.judged.unsqueeze(-1).expand(out.shape)
@@ -235,27 +220,23 @@ class _Judge:
         far = f"off by {off:.1e}; {limit}" if math.isfinite(off) else limit
         return Place(f"{said} ({far})", index, value, name)
 
-    def _check_states(
-        self, problem: Problem, outs: list[Tensor], lses: list[Tensor], dtype: torch.dtype
-    ) -> None:
+    def _check_states(self, problem: Problem, outs: list[Tensor], lses: list[Tensor]) -> None:
         """Raise a Failure where the states of the caller's attention do not add up themselves."""
         __tracebackhide__ = True
-        per_unit = self.maker.per_unit
-        whole = [one.double() for one in self.maker.whole(problem, dtype)]
-        states = torch.stack(outs).double(), torch.stack(lses).double() * per_unit
-        tolerance = output_tolerance(dtype) * 2, output_tolerance(lses[-1].dtype)
-        out, lse = exactly(*states)
-        if adds_up((out, lse), (whole[0], whole[1] * per_unit), tolerance):
+        added = self.maker.added(problem, outs, lses)
+        wrong, wrong_lse = added.wrong()
+        of_out = bool(wrong.any())
+        if not of_out and not bool(wrong_lse.any()):
             return
-        wrong = ~((out - whole[0]).abs() <= tolerance[0] * states[0].abs().amax(0))
+        claim = "elements of the output of attention are not what its own parts come to"
+        if not of_out:
+            claim, wrong = "log-sum-exps of attention are not what its own parts come to", wrong_lse
         raise Failure(
             _NAME,
-            "elements of the output of attention are not what its own parts come to, merged exactly"
-            if bool(wrong.any())
-            else "the log-sum-exps of attention for parts do not add up to that for all keys",
-            broken=int(wrong.sum()) or None,
-            of=wrong.numel() if bool(wrong.any()) else None,
-            cause=cause_of_states(states, whole, per_unit, tolerance),
+            f"{claim}, merged exactly",
+            broken=int(wrong.sum()),
+            of=wrong.numel(),
+            cause=added.cause(),
             cases=f"{problem.name}, keys in parts of {' + '.join(map(str, problem.sizes))}",
             assumed=self.assumed,
             tensor=Checked.of(outs[0]),
@@ -282,11 +263,11 @@ class _Judge:
         """
         leaves = [leaf.detach().clone().requires_grad_() for leaf in (*one.outs, *one.lses)]
         count = len(one.outs)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.enable_grad():
             out, lse = self._merged(leaves[:count], leaves[count:], one.order)
         if not out.requires_grad:
             return None
-        rows = ~one.without_keys
+        rows = ~one.without_keys & one.judged
         above = self._upstream("output", out) * rows.unsqueeze(-1)
         results, upstream = [out], [above]
         above_lse = torch.zeros_like(one.states[1][0])
@@ -327,7 +308,7 @@ class _Judge:
         ]
         found = torch.stack(parts)
         error = (found - exact).abs().nan_to_num(nan=math.inf)
-        without, empty = one.states[1].isneginf(), one.with_empty_part
+        without, empty = one.states[1].isneginf() | ~one.judged, one.with_empty_part
         if name == "output":
             without, empty = without.unsqueeze(-1), empty.unsqueeze(-1)
         judged = ~without.expand(found.shape)
