@@ -123,7 +123,7 @@ WRONG: dict[str, list[_Wrong]] = {
     "vllm_flash_attn": [*_FLASH[:3], *_PACKED[4:7]],
     "flash_mla_varlen": [*_COMMON, *_PACKED[:3]],
     "sageattn_varlen": [*_COMMON, _PACKED[0], _PACKED[3]],
-    "torch_varlen": [*_COMMON, *_FLASH[2:4], _PACKED[1]],
+    "torch_varlen": [*_COMMON, _FLASH[2], _PACKED[1]],
 }
 
 

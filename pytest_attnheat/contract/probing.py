@@ -195,12 +195,15 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
     heads = declared.heads or chosen["key_heads"] * chosen["group"]
     # No plan knows of steps that are rounded on purpose.
     always = {n: one for n, one in examination.spec.always(heads).items() if n != "rounded"}
+    # What a case does not have plays no part in it, so that other subjects can share it.
+    given = {name: level for name, level in chosen.items() if level is not False and level != NONE}
+    given.pop("gradients", None)
     return _case(
         blueprint.name,
         blueprint.change,
-        declared,
+        declared.heads,
         tuple(always.items()),
-        tuple(chosen.items()),
+        tuple(given.items()),
         examination.dtype,
         seed,
     )
@@ -212,14 +215,14 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
 def _case(
     name: str,
     change: Change,
-    declared: Declared,
+    heads: int | None,
     always: Levels,
     chosen: Levels,
     dtype: torch.dtype,
     seed: int,
 ) -> Case:
     levels = dict(chosen)
-    call = Space(declared, dict(always), seed).call(levels, dtype)
+    call = Space(Declared(heads=heads), dict(always), seed).call(levels, dtype)
     given = {one.name: getattr(call, one.name) for one in fields(call)}
     scaled = levels.get("scale", NONE) != NONE
     case = Case(**given, name=name, dtype=dtype, scale_given=scaled)
