@@ -606,6 +606,12 @@ def test_a_difference_is_drawn_dark_however_small_and_the_maps_share_a_scale(cha
     assert limited.high[0, :2].tolist() == [0.2, 0.2]
 
 
+def test_a_difference_in_a_subfigure_is_that_of_a_figure_of_its_own():
+    host = Figure(figsize=(6, 3))
+    own = show_difference(softmax_maps(4, 4), softmax_maps(4, 4, seed=1), ax=host.subfigures())
+    np.testing.assert_array_equal(pixels(host), pixels(own))
+
+
 def test_a_weight_behind_a_mask_is_seen_beside_its_difference():
     one, mask = torch.eye(4), torch.ones(4, 4).tril().bool()
     other = one.clone()
