@@ -399,6 +399,13 @@ def test_the_largest_numbers_there_are_keep_their_order():
     assert len({tuple(color) for color in colors.reshape(-1, 3)}) == 3
 
 
+def test_what_is_far_beyond_the_scale_is_drawn_without_a_warning():
+    values = torch.tensor([[1e37, 1.0], [0.5, 0.25]])
+    mask = torch.tensor([[False, True], [True, True]])
+    figure = show_heatmaps(values, "Keys", "Queries", mask=mask)
+    np.testing.assert_array_equal(cell_colors(figure)[0, 0, 1], reds([0.5, 0.25]))
+
+
 def test_nan_is_drawn_in_a_colour_of_its_own_and_counted():
     weights = softmax_maps(6, 6)
     weights[2, 3] = weights[4, 4] = torch.nan
