@@ -114,7 +114,7 @@ def gallery() -> Iterator[str]:
         if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
             continue
         if first:
-            start = min(part.lineno for part in (node, *node.decorator_list)) - 1
+            start = min([node.lineno, *(part.lineno for part in node.decorator_list)]) - 1
             yield from ("```py", *_stripped(lines[begin:start]), "```")
             begin, first = start, False
         yield from ("", f"## {node.name[5:].replace('_', ' ').capitalize()}", "")

@@ -11,6 +11,7 @@ from .assertions.behaviour.invariance import (
 )
 from .assertions.behaviour.layout import assert_layout_invariant as assert_layout_invariant
 from .assertions.behaviour.leakage import assert_no_leakage as assert_no_leakage
+from .assertions.behaviour.merging import assert_merges as assert_merges
 from .assertions.behaviour.padding import assert_padding_invariant as assert_padding_invariant
 from .assertions.behaviour.randomness import assert_deterministic as assert_deterministic
 from .assertions.behaviour.sequences import SequenceModel as SequenceModel

@@ -86,7 +86,11 @@ def as_users_do(weights, **options):
 
 def shown(weights, **options):
     """The data of a picture, without any file."""
-    return record.decode(record.encode(as_users_do(weights, **options).picture.shown))
+    return read_back(as_users_do(weights, **options))
+
+
+def read_back(figure):
+    return record.decode(record.encode(figure.picture.shown))
 
 
 @pytest.fixture(scope="module", params=PLANTED, ids=str)
@@ -106,6 +110,61 @@ def test_every_planted_change_is_found_and_named_where_all_weights_are_shown(pla
         assert any(planted.SAID[kind] in line for line in found.details)
 
 
+# What is said of changes besides, where a picture does not show all weights.
+SAID_OF_SKETCHES = {
+    **planted.SAID,
+    "one weight changed by 0.001": "one weight changed, that of query {middle} and key 1, by ",
+    "a median weight set to 0": "one weight changed, that of query {last} and key ",
+    "a median weight doubled": "one weight changed, that of query {last} and key ",
+    "two weights of a row swapped": " of query {middle} moved from key ",
+}
+
+
+@pytest.fixture(scope="module", params=[(2, 3, 160), (1, 1, 512)], ids=str)
+def pooled_grid(request):
+    scores = planted.scores_of(*request.param)
+    return scores, read_back(as_users_do(planted.softmax(scores), figsize=(2.5, 2.5)))
+
+
+@pytest.mark.parametrize("kind", planted.KINDS)
+def test_of_pooled_maps_every_relation_is_named_and_no_other(pooled_grid, kind):
+    scores, before = pooled_grid
+    if kind not in planted.kinds_of(scores.shape[1]):
+        pytest.skip("there is one head alone")
+    figure = as_users_do(planted.KINDS[kind](scores), figsize=(2.5, 2.5))
+    found = compare_data(before, read_back(figure), maps=figure.picture.shown.whole.maps)
+    size = scores.shape[-1]
+    said = SAID_OF_SKETCHES.get(kind, "").format(middle=size // 2, last=size - 1)
+    relations = [line for line in found.details if line.startswith("relation")]
+    assert [said in line for line in relations] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("kind", ["temperature 1.05", "sigmoid in place of softmax"])
+def test_no_relation_is_named_that_some_weights_do_not_follow(pooled_grid, kind):
+    scores, before = pooled_grid
+    weights = planted.KINDS[kind](scores)
+    weights[0, 0, 5, :5] = planted.softmax(scores)[0, 0, 5, :5]
+    figure = as_users_do(weights, figsize=(2.5, 2.5))
+    found = compare_data(before, read_back(figure), maps=figure.picture.shown.whole.maps)
+    assert not any(line.startswith("relation") for line in found.details)
+
+
+def test_maps_that_were_changed_after_they_were_drawn_explain_nothing(pooled_grid):
+    scores, before = pooled_grid
+    weights = planted.softmax(scores / 1.05)
+    figure = as_users_do(weights, figsize=(2.5, 2.5))
+    weights[:] = planted.softmax(scores / 1.5)
+    found = compare_data(before, read_back(figure), maps=figure.picture.shown.whole.maps)
+    assert not any(line.startswith("relation") for line in found.details)
+
+
+def test_a_failed_comparison_of_a_pooled_picture_names_the_relation(tmp_path):
+    scores = planted.scores_of(1, 1, 300)
+    figures = [as_users_do(planted.softmax(s, axis)) for s, axis in ((scores, -1), (scores, -2))]
+    found = verdict(tmp_path, *figures)
+    assert any("runs over the queries" in line for line in found.details)
+
+
 def test_of_more_cells_than_a_file_keeps_every_change_is_found():
     scores = planted.scores_of(12, 12, 96)
     before = shown(planted.softmax(scores))
@@ -123,7 +182,7 @@ def test_a_change_that_pooling_hides_is_found_with_its_row_and_column():
     found = compare_data(shown(before), shown(after))
     assert found.reason == "weights differ within pooled cells, most in panel [0, 0]"
     assert found.details[0] == "queries         300, 301 differ"
-    assert found.details[1] == "keys            100 differ"
+    assert found.details[1] == "key             100 differs"
     assert found.details[2].startswith("row sums        of 300: expected 1, got 0.999")
     assert found.worst == (0, 0, 75, 25)
 
@@ -313,6 +372,15 @@ def test_no_relation_is_said_where_there_is_none(defect):
     broken = weights.clone()
     defect(broken)
     assert not any("relation" in line for line in difference(weights, broken).details)
+
+
+def test_of_a_mask_alone_that_changed_no_relation_of_weights_is_said():
+    weights, mask = softmax(1, 1, 6, 6), torch.ones(6, 6).bool()
+    masks = [mask, mask.tril()]
+    read = [read_back(draw(weights, mask=m)) for m in masks]
+    found = compare_data(*read)
+    assert found.reason == "15 of 36 cells differ"
+    assert not any(line.startswith("relation") for line in found.details)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

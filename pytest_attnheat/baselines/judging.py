@@ -184,7 +184,8 @@ def _check_heatmaps(
     expected = read_heatmaps(baseline)
     if tolerance is None:
         tolerance = tolerance_for(expected, drawn, precision)
-    difference = compare_data(expected, drawn, tolerance)
+    whole = figure.picture.shown.whole
+    difference = compare_data(expected, drawn, tolerance, None if whole is None else whole.maps)
     pooled = expected.sketch is None and not expected.complete
     kinds = ("data",) if pooled else kinds
     artifacts = {"expected": baseline, "actual": actual}

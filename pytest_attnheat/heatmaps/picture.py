@@ -21,7 +21,8 @@ from matplotlib.transforms import Affine2D, Bbox
 
 from pytest_attnheat.heatmaps import colors
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, Whole, pool_cells
+from pytest_attnheat.heatmaps.maps import Cells, pool_cells
+from pytest_attnheat.heatmaps.survey import Whole
 from pytest_attnheat.heatmaps.writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
 from pytest_attnheat.inputs import misuse
 

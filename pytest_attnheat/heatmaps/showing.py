@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import matplotlib
@@ -17,9 +16,10 @@ from matplotlib.figure import SubFigure
 from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.figure import HeatmapFigure
 from pytest_attnheat.heatmaps.layout import inches
-from pytest_attnheat.heatmaps.maps import Maps, has_both_signs, pool, read_maps, smallest, whole_of
+from pytest_attnheat.heatmaps.maps import Maps, has_both_signs, pool, read_maps, smallest
 from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.record import MOST_CELLS
+from pytest_attnheat.heatmaps.survey import survey, whole_of
 from pytest_attnheat.heatmaps.writing import Design, Words
 from pytest_attnheat.inputs import check_number, misuse, one_of
 
@@ -149,17 +149,18 @@ def show_heatmaps(
     figure.set_layout_engine("none")
     size = _size(figsize, design, maps, figure.dpi)
     figure.set_size_inches((inches(size[0], figure.dpi), inches(size[1], figure.dpi)))
-    cells = pool(maps, design.block_for(size, figure.dpi))
+    block = design.block_for(size, figure.dpi)
+    found = survey(maps, block)
+    cells = pool(maps, block) if found is None else found.cells
     positive = vmin is not None and vmax is not None and vmin >= 0
-    low = 0.0 if positive else smallest(maps, cells)
+    low = 0.0 if positive else smallest(maps, cells) if found is None else found.low
     scales = shared_scale(cells, low, vmin, vmax, tight=scale == "largest")
     if has_both_signs(cells, low):
-        pooled = cells.block != (1, 1)
-        cells = pool(maps, cells.block, signed=True) if pooled else replace(cells, signed=True)
+        cells = pool(maps, block, signed=True) if found is None else found.signed
     if scale == "panel":
         scales = panel_scales(cells)
     complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
-    whole = None if complete else whole_of(maps)
+    whole = None if complete else whole_of(maps) if found is None else found.whole
     shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
     figure.picture = Picture(shown, figure)
     figure.add_artist(figure.picture)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_names, misuse
+from pytest_attnheat.inputs import check_tolerance, dtype_names, misuse
 from pytest_attnheat.plugin.naming import (
     Expected,
     checked_tolerance,
@@ -20,6 +20,7 @@ from pytest_attnheat.plugin.naming import (
 from pytest_attnheat.plugin.pictures import EXPECTED, STEMS, baseline_style, compare, compare_figure
 
 if TYPE_CHECKING:
+    from pytest_attnheat.capture.record import AttentionRecord
     from pytest_attnheat.capture.trace import Trace
 
 
@@ -104,7 +105,7 @@ class AttentionRegression(_Regression):
 
     def check(
         self,
-        trace: Trace,
+        trace: Trace | AttentionRecord,
         name: str = "",
         *,
         tolerance: float | None = None,
@@ -113,18 +114,21 @@ class AttentionRegression(_Regression):
         """Compare what was captured with its baseline, layer by layer and head by head.
 
         Args:
-            trace: What `capture_attention` returned.
+            trace: What `capture_attention` returned, or one record of it.
             name: What tells it from the others of the test; part of the file name.
             tolerance: As in `assert_same_attention`.
             precision: As in `assert_same_attention`.
 
         Raises:
-            TypeError: It is no trace.
-            ValueError: The name is taken, or the trace keeps no weights.
+            TypeError: It is neither a trace nor a record, or the tolerance is no number.
+            ValueError: The name is taken, the trace keeps no weights, or the tolerance is not
+                between 0 and 1.
         """
         __tracebackhide__ = True
         from pytest_attnheat.baselines import traces
 
+        if tolerance is not None:
+            check_tolerance(tolerance)
         expected = self._expected(name, ".attn", tolerance, precision)
         check = functools.partial(traces.check, traces.layers_of(trace))
         self._fail_with(compare(self._item, check, expected, self.caller))

@@ -100,6 +100,8 @@ class Convention:
     def declared(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a specification, without what keywords that a signature lacks are for."""
         found = dict(self.declares)
+        if any(name not in names for name in self.besides):
+            found["returns"] = "output"
         for name, given in self.declares.items():
             if name in _NAMING and isinstance(given, str) and given not in (*names, *self.handles):
                 del found[name]
