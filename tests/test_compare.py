@@ -301,14 +301,10 @@ def test_the_worst_cell_is_named_with_both_values():
     assert "[0, 0], [1, 2] of 2 x 3" in found.details[1]
 
 
-def test_a_mask_that_changed_alone_is_said_and_weights_behind_it_have_no_relation():
+def test_weights_behind_a_mask_that_changed_have_no_relation():
     weights, mask = softmax(2, 3, 8, 8), torch.ones(8, 8).tril().bool()
-    narrower, leaking = mask.clone(), weights.clone()
-    narrower[5, 2] = False
+    leaking = weights.clone()
     leaking[1, 2, 2, 6] = 0.5
-    pictures = [draw(weights, mask=one).picture.shown for one in (mask, narrower)]
-    found = compare_data(*(record.decode(record.encode(one)) for one in pictures))
-    assert found.details[-1] == "relation        the mask changed, and no weight that both show"
     found = difference(weights, leaking, mask=mask)
     assert not any("relation" in line for line in found.details)
 
