@@ -204,7 +204,9 @@ def test_of_one_weight_the_query_and_key_are_named(trace):
     assert caught.value.first.text.startswith(
         "0, head 3 of batch entry 1: query 20 differs, key 5 differs, row sums of 20: expected 1, "
     )
-    assert "relation one weight changed, that of query 20 and key 5, by about +0.001" in str(caught.value)
+    assert "relation one weight changed, that of query 20 and key 5, by about +0.001" in str(
+        caught.value
+    )
 
 
 def test_records_are_compared_as_traces_are(trace):
