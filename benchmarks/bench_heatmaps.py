@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from timing import alternate, options, report
 
 from pytest_attnheat import show_heatmaps
+from pytest_attnheat.heatmaps import figure as drawing
 
 matplotlib.use("agg")
 
@@ -61,6 +63,13 @@ def floor(weights: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
+def bare(draw: Callable[[], bytes]) -> bytes:
+    """Draw without what a comparison with a baseline needs."""
+    nothing = {name: lambda *_: None for name in ("survey", "whole_of")}
+    with mock.patch.multiple(drawing, **nothing, encode=lambda _: ""):
+        return draw()
+
+
 def softmax(*shape: int) -> torch.Tensor:
     """Draw weights from a seed."""
     scores = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
@@ -94,6 +103,9 @@ def main() -> None:
     own, plain = times([ours(many, 24), lambda: floor(many)], 5)
     report(f"32 x 32 maps of {panel // 2} x {panel // 2}: ours / palette PNG", own / plain, "<=", 8)
     own, read, one = times([ours(large, 2.5), large.amax, ours(small, 2.5)], 15)
+    with_both, without = times([ours(large, 2.5), lambda: bare(ours(large, 2.5))], 15)
+    name = f"{side} x {side}: with a sketch and a record / without"
+    report(name, with_both / without, "<=", 1.5)
     name = f"{side} x {side}: ours / (amax + one map of 10 x 10)"
     report(name, own / (read + one), "<=", 1.5)
 
