@@ -301,6 +301,49 @@ def test_the_worst_cell_is_named_with_both_values():
     assert "[0, 0], [1, 2] of 2 x 3" in found.details[1]
 
 
+def test_a_mask_that_changed_alone_is_said_and_weights_behind_it_have_no_relation():
+    weights, mask = softmax(2, 3, 8, 8), torch.ones(8, 8).tril().bool()
+    narrower, leaking = mask.clone(), weights.clone()
+    narrower[5, 2] = False
+    leaking[1, 2, 2, 6] = 0.5
+    pictures = [draw(weights, mask=one).picture.shown for one in (mask, narrower)]
+    found = compare_data(*(record.decode(record.encode(one)) for one in pictures))
+    assert found.details[-1] == "relation        the mask changed, and no weight that both show"
+    found = difference(weights, leaking, mask=mask)
+    assert not any("relation" in line for line in found.details)
+
+
+def triptych(tmp_path, before, after):
+    return record.read_heatmaps(verdict(tmp_path, before, after).artifacts["difference"])
+
+
+def test_the_picture_of_a_small_difference_shows_it_and_says_where_it_is(tmp_path):
+    weights = softmax(2, 3, 6, 6)
+    broken = weights.clone()
+    broken[1, 2, 4, 5] += 1e-4
+    drawn = triptych(tmp_path, draw(weights), draw(broken))
+    assert drawn.labels["title"] == "panel [1, 2]: largest difference 0.0001 at query 4, key 5"
+    np.testing.assert_allclose(drawn.limits[0, 2], [0, 1e-4], atol=1e-6)
+    assert (drawn.limits[0, 0] == drawn.limits[0, 1]).all()
+
+
+def test_the_picture_of_a_difference_says_where_masks_or_pooled_cells_hide_it(tmp_path):
+    weights, mask = softmax(1, 1, 8, 8), torch.ones(8, 8).tril().bool()
+    narrower = mask.clone()
+    narrower[5, 2] = False
+    drawn = triptych(tmp_path, draw(weights, mask=mask), draw(weights, mask=narrower))
+    assert drawn.labels["title"] == "panel [0, 0]: one mask hides the weight at query 5, key 2"
+    large = torch.full((1, 1, 512, 512), 1e-3)
+    large[..., ::4, ::4] = 0.25
+    changed = large.clone()
+    changed[0, 0, 101, 7] = 2e-3
+    drawn = triptych(tmp_path, *(show_heatmaps(w, "Keys", "Queries") for w in (large, changed)))
+    assert drawn.labels["title"] == (
+        "panel [0, 0]: no difference is seen in cells; most behind them at query 100..103, key 4..7"
+    )
+    assert drawn.labels["xlabel"] == "Keys (cells of 4)"
+
+
 @pytest.mark.parametrize(
     ("defect", "said"),
     [

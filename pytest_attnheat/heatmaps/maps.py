@@ -39,13 +39,15 @@ _CHUNK = 1 << 22
 class Maps:
     """A grid of maps as nested views: `rows[r]` is an array (columns, queries, keys).
 
-    `mask` is boolean, True where a query may attend, and has the full shape (as a view).
+    `mask` is boolean, True where a query may attend, and has the full shape (as a view). Layered
+    are those of a list (1, heads, queries, keys), as models return them.
     """
 
     rows: list[Array]
     mask: Array | None
     shape: tuple[int, int, int, int]
     dtype: str
+    layered: bool = False
 
     def map(self, row: int, column: int) -> npt.NDArray[np.float64]:
         """Return a copy of one map on the host."""
@@ -62,7 +64,7 @@ class Maps:
 
 def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return how far numbers are apart; infinity where one is none or infinite, and only that."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(other - one, dtype=np.float64)
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
@@ -101,7 +103,9 @@ def read_maps(matrices: object, mask: object = None) -> Maps:
     shape = (len(rows), *shapes.pop())
     if 0 in shape:
         raise ValueError(_refused(f"shape {shape}, in which there is nothing to show"))
-    return Maps(rows, _read_mask(mask, shape, is_tensor(rows[0])), shape, dtype_name(rows[0]))
+    layered = isinstance(matrices, (list, tuple)) and getattr(matrices[0], "ndim", 0) == 4
+    given = _read_mask(mask, shape, is_tensor(rows[0]))
+    return Maps(rows, given, shape, dtype_name(rows[0]), layered)
 
 
 def _refused(got: str) -> str:
@@ -125,6 +129,9 @@ def _rows(matrices: object) -> list[Array]:
 def _rows_of_list(matrices: Sequence[object]) -> list[Array]:
     if not matrices:
         raise ValueError(_refused("an empty list"))
+    if any(entry is None for entry in matrices):
+        advice = "A model of transformers computes weights with attn_implementation='eager'"
+        raise TypeError(f"{_refused('a list with None')}. {advice}")
     if not _holds_arrays(matrices):
         try:
             array = np.array(matrices, dtype=np.float32)
