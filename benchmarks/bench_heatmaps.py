@@ -21,7 +21,7 @@ from PIL import Image
 from timing import alternate, options, report
 
 from pytest_attnheat import show_heatmaps
-from pytest_attnheat.heatmaps import figure as drawing
+from pytest_attnheat.heatmaps import figure, showing
 
 matplotlib.use("agg")
 
@@ -29,7 +29,7 @@ matplotlib.use("agg")
 def textbook(weights: torch.Tensor, figsize: tuple[float, float]) -> Figure:
     """Draw one Axes per panel, their axes shared, with one colorbar."""
     rows, columns = weights.shape[:2]
-    figure, axes = pyplot.subplots(
+    drawn, axes = pyplot.subplots(
         rows, columns, figsize=figsize, sharex=True, sharey=True, squeeze=False
     )
     for row in range(rows):
@@ -39,15 +39,15 @@ def textbook(weights: torch.Tensor, figsize: tuple[float, float]) -> Figure:
                 axes[row, column].set_xlabel("Keys")
             if column == 0:
                 axes[row, column].set_ylabel("Queries")
-    figure.colorbar(image, ax=axes, shrink=0.6)
-    return figure
+    drawn.colorbar(image, ax=axes, shrink=0.6)
+    return drawn
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
     """Draw a figure and encode it."""
-    file, figure = io.BytesIO(), draw()
-    figure.savefig(file, format="png")
-    pyplot.close(figure)
+    file, drawn = io.BytesIO(), draw()
+    drawn.savefig(file, format="png")
+    pyplot.close(drawn)
     return file.getvalue()
 
 
@@ -66,7 +66,7 @@ def floor(weights: torch.Tensor) -> bytes:
 def bare(draw: Callable[[], bytes]) -> bytes:
     """Draw without what a comparison with a baseline needs."""
     nothing = {name: lambda *_: None for name in ("survey", "whole_of")}
-    with mock.patch.multiple(drawing, **nothing, encode=lambda _: ""):
+    with mock.patch.multiple(showing, **nothing), mock.patch.object(figure, "encode", lambda _: ""):
         return draw()
 
 
