@@ -66,7 +66,10 @@ def floor(weights: torch.Tensor) -> bytes:
 def bare(draw: Callable[[], bytes]) -> bytes:
     """Draw without what a comparison with a baseline needs."""
     nothing = {name: lambda *_: None for name in ("survey", "whole_of")}
-    with mock.patch.multiple(showing, **nothing), mock.patch.object(figure, "encode", lambda _: ""):
+    with (
+        mock.patch.multiple(showing, **nothing),
+        mock.patch.object(figure, "encode", return_value=""),
+    ):
         return draw()
 
 
