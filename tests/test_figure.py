@@ -878,6 +878,18 @@ PANELS = {
     "many heads": "b6943d91fbc0",
     "tokens": "26f95ec1882e",
     "panel scales": "2217c294df39",
+    "a difference": "fbd31ac483c8",
+    "a query of all layers": "950a964e8140",
+    "small panels": "c4792b417953",
+    "into an axes": "843af0901f0c",
+    "on black": "82b8960e0801",
+    "titles": "519ae1466be5",
+    "small weights": "8651be58d52b",
+    "largest weight": "d88b303f6e9b",
+    "signed": "739c99133207",
+    "signed and pooled": "e07781a7d0eb",
+    "not a number": "cf46224023d5",
+    "outlined": "670fb712b17f",
 }
 
 
