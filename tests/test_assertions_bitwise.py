@@ -244,6 +244,16 @@ def test_an_output_that_is_a_view_is_compared():
     assert_batch_independent(transposed, *qkv(batch=2), exact=True)
 
 
+def test_outputs_of_one_byte_are_compared():
+    def narrow(query, key, value, wrong=False):
+        output = invariant(query, key, value) * (1.1 if wrong and len(query) == 1 else 1)
+        return output.to(torch.float8_e4m3fn)
+
+    assert_batch_independent(narrow, *qkv(batch=2), exact=True)
+    found = failure_of(assert_batch_independent, narrow, *qkv(batch=2), exact=True, wrong=True)
+    assert "2 units in the last place apart (float8_e4m3fn" in found.worst.text
+
+
 def test_nothing_to_compare_is_refused():
     everything = torch.zeros(6, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match="no row of the output is left to compare"):
@@ -337,3 +347,10 @@ def test_a_wrong_chunk_is_told_with_its_cause():
     )
     assert "off by more than rounding" in found.claim
     assert "top left" in found.cause
+
+
+def test_bits_are_compared_on_an_accelerator(accelerator):
+    inputs = [tensor.to(accelerator) for tensor in qkv(batch=2, key_len=32)]
+    assert_batch_independent(invariant, *inputs, exact=True)
+    found = failure_of(assert_batch_independent, alone_in_another_order, *inputs, exact=True)
+    assert "with the size of the batch alone" in found.cause

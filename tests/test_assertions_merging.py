@@ -675,3 +675,23 @@ def test_a_right_attention_that_computes_in_its_own_dtype_passes(dtype):
 def test_a_wrong_merge_of_right_states_is_the_merges_fault():
     found = failure_of(WRONG["takes the mean of the outputs"], attention)
     assert found.cause.startswith("it takes the mean")
+
+
+@pytest.mark.parametrize("merge", [merge_state, flash_attn_combine])
+def test_states_are_made_where_the_merge_is_wanted(merge, accelerator):
+    seen = set()
+
+    def placed(*states):
+        seen.update(state.device.type for state in states)
+        return merge(*states)
+
+    placed.__signature__ = inspect.signature(merge)
+    assert_merges(placed, device=accelerator, dtypes="float32", gradients=False)
+    assert seen == {torch.device(accelerator).type}
+
+
+def test_a_mistake_is_named_on_an_accelerator(accelerator):
+    found = failure_of(WRONG["it was not updated"], device=accelerator)
+    assert "it was not updated" in found.cause
+    assert found.tensor.device.startswith(str(accelerator))
+    assert_merges(stable, attention, device=accelerator, dtypes="float32")

@@ -80,7 +80,7 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Added:
-    """What attention gave for parts of the keys, and for all keys. In float64 and base e.
+    """What attention gave for parts of the keys, and for all keys: float64, base e, on the CPU.
 
     Attributes:
         outs: Of the parts, (n, batch, heads, query_len, width).
@@ -136,11 +136,11 @@ class Added:
         """Say what the log-sum-exps of plain attention became, if it is one."""
         group = self.call.query.shape[1] // self.call.key.shape[1]
         key, value = (t.repeat_interleave(group, 1) for t in (self.call.key, self.call.value))
-        products = (self.call.query @ key.mT).to(self.lse)
+        products = self.call.query @ key.mT
         scores = products * self.call.factor
         if self.call.mask is not None:
-            scores = scores.masked_fill(~self.call.mask.to(scores.device), -math.inf)
-        lse, right = scores.logsumexp(-1), scores.softmax(-1) @ value.to(scores)
+            scores = scores.masked_fill(~self.call.mask, -math.inf)
+        lse, right = scores.logsumexp(-1), scores.softmax(-1) @ value
         known = {
             "is the largest score of a row, not the logarithm of its sum": scores.amax(-1),
             "is that of the products before the scale": products.logsumexp(-1),
@@ -240,10 +240,10 @@ class Maker:
         call, dtype = self.call(problem), outs[0].dtype
         out, lse = self._asked(call, dtype)
         return Added(
-            torch.stack([*outs]).double(),
-            torch.stack([*lses]).double() * self.per_unit,
-            out.double(),
-            lse.double() * self.per_unit,
+            torch.stack([*outs]).cpu().double(),
+            torch.stack([*lses]).cpu().double() * self.per_unit,
+            out.cpu().double(),
+            lse.cpu().double() * self.per_unit,
             call,
             (2 * output_tolerance(dtype), output_tolerance(lse.dtype)),
             self.per_unit,

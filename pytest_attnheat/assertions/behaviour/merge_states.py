@@ -66,8 +66,8 @@ class Comparison:
         outs: The outputs as they were handed over, one of each part.
         lses: Their log-sum-exps likewise, in the base of the merge.
         per_unit: What one of that base is in base e.
-        out: What was returned, (..., width).
-        lse: (...) in base e; None if none is returned.
+        out: What was returned, (..., width), in float64, on the CPU.
+        lse: (...) likewise, in base e; None if none is returned.
         empty: What is declared of a row that no part has a key for.
     """
 
@@ -94,9 +94,9 @@ class Comparison:
 
     @cached_property
     def states(self) -> tuple[Tensor, Tensor]:
-        """The states in float64 and base e, (n, ..., width) and (n, ...)."""
-        lses = torch.stack(self.lses).detach().double() * self.per_unit
-        return torch.stack(self.outs).detach().double(), lses
+        """The states in float64 and base e, on the CPU: (n, ..., width) and (n, ...)."""
+        lses = torch.stack(self.lses).detach().cpu().double() * self.per_unit
+        return torch.stack(self.outs).detach().cpu().double(), lses
 
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
