@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -202,42 +203,21 @@ class Maker:
         asked = problem.hidden == "nothing" or takes(self.attention, "attn_mask")
         return max(problem.sizes) > 0 and asked
 
-    def call(self, problem: Problem) -> Call:
-        """Draw a problem of all keys."""
-        queries = _KEYS if problem.hidden == "later" else _QUERIES
-        keys = sum(problem.sizes)
-        query = 1.5 * draw("query", self.seed, _BATCH, _HEADS, queries, _WIDTH)
-        key = draw("key", self.seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
-        value = draw("value", self.seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
-        # With a query of 8 there, and a scale of 1/8, this is what is added to the score.
-        query[..., 0], key[..., 0] = math.sqrt(_WIDTH), 0.0
-        for level, part in zip(problem.levels, problem.parts, strict=False):
-            key[..., part, 0] = level
-        mask = None
-        if problem.hidden == "later":
-            mask = causal_mask(queries, keys, alignment="top_left")
-        elif problem.hidden == "random":
-            mask = draw("mask", self.seed, queries, keys) > 0
-            first, last = problem.parts
-            mask[1, first], mask[2, last], mask[3] = False, False, False
-            mask[0], mask[1, last], mask[2, first] = True, True, True
-        return Call(query, key, value, mask=mask)
-
     def states(
         self, problem: Problem, dtypes: Sequence[torch.dtype]
     ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield the outputs and log-sum-exps of all parts, in each dtype."""
-        call = self.call(problem)
-        parts = [_part_of(call, part) for part in problem.parts]
-        own = [self._exact(part) if self.attention is None else None for part in parts]
+        call = drawn(problem, self.seed)
         for dtype in dtypes:
-            found = [self._in(dtype, *(one or self._asked(part, dtype)))
-                     for part, one in zip(parts, own, strict=True)]  # fmt: skip
+            given = [(out, lse / self.per_unit) for out, lse in _exact_states(problem, self.seed)]
+            if self.attention is not None:
+                given = [self._asked(_part_of(call, part), dtype) for part in problem.parts]
+            found = [self._in(dtype, *state) for state in given]
             yield [out for out, _ in found], [lse for _, lse in found]
 
     def added(self, problem: Problem, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Added:
         """Lay states that the attention of the caller made beside what it gives for all keys."""
-        call, dtype = self.call(problem), outs[0].dtype
+        call, dtype = drawn(problem, self.seed), outs[0].dtype
         out, lse = self._asked(call, dtype)
         return Added(
             torch.stack([*outs]).cpu().double(),
@@ -249,13 +229,6 @@ class Maker:
             self.per_unit,
         )
 
-    def _exact(self, call: Call) -> tuple[Tensor, Tensor]:
-        if call.key_len == 0:
-            shape = call.query.shape
-            return torch.zeros(shape), torch.full(shape[:-1], -math.inf)
-        exact = reference(call, wanted=("lse",)).exact
-        return exact["output"], exact["lse"].squeeze(-1) / self.per_unit
-
     def _in(self, dtype: torch.dtype, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(dtype)  # what kernels keep log-sum-exps in
         return out.to(self.device, dtype), lse.to(self.device, wide)
@@ -264,7 +237,7 @@ class Maker:
         """Ask the code under test, of which the sizes tell the dimensions of the log-sum-exp."""
         assert self.attention is not None
         if call.key_len == 0:  # which few can be asked
-            return self._exact(call)
+            return _exact(call)
         query, key, value = (tensor.to(self.device, dtype) for tensor in call.tensors)
         group = query.shape[1] // key.shape[1]
         key, value = (one.repeat_interleave(group, 1) for one in (key, value))
@@ -293,3 +266,41 @@ class Maker:
 def _part_of(call: Call, part: slice) -> Call:
     mask = None if call.mask is None else call.mask[..., part]
     return Call(call.query, call.key[..., part, :], call.value[..., part, :], mask=mask)
+
+
+def drawn(problem: Problem, seed: int) -> Call:
+    """Draw a problem of all keys."""
+    queries = _KEYS if problem.hidden == "later" else _QUERIES
+    keys = sum(problem.sizes)
+    query = 1.5 * draw("query", seed, _BATCH, _HEADS, queries, _WIDTH)
+    key = draw("key", seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
+    value = draw("value", seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
+    # With a query of 8 there, and a scale of 1/8, this is what is added to the score.
+    query[..., 0], key[..., 0] = math.sqrt(_WIDTH), 0.0
+    for level, part in zip(problem.levels, problem.parts, strict=False):
+        key[..., part, 0] = level
+    mask = None
+    if problem.hidden == "later":
+        mask = causal_mask(queries, keys, alignment="top_left")
+    elif problem.hidden == "random":
+        mask = draw("mask", seed, queries, keys) > 0
+        first, last = problem.parts
+        mask[1, first], mask[2, last], mask[3] = False, False, False
+        mask[0], mask[1, last], mask[2, first] = True, True, True
+    return Call(query, key, value, mask=mask)
+
+
+# Each of them takes some milliseconds, and every merge is given the same.
+@lru_cache(maxsize=64)
+def _exact_states(problem: Problem, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The states of all parts in float64 and base e, which nobody writes to."""
+    call = drawn(problem, seed)
+    return tuple(_exact(_part_of(call, part)) for part in problem.parts)
+
+
+def _exact(call: Call) -> tuple[Tensor, Tensor]:
+    if call.key_len == 0:
+        shape = call.query.shape
+        return torch.zeros(shape), torch.full(shape[:-1], -math.inf)
+    exact = reference(call, wanted=("lse",)).exact
+    return exact["output"], exact["lse"].squeeze(-1)
