@@ -397,6 +397,39 @@ def test_an_exponential_of_float16_without_the_maximum_is_named():
     assert "exp of float16 overflows from 11.1 on" in found.cause
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_an_exponential_of_the_difference_is_named(last):
+    def ratio(a, s, b, t):
+        if not last:
+            a, s, b, t = b, t, a, s
+        of_b = (t - s).exp()
+        return _weighed(a, b, 1 / (1 + of_b), of_b / (1 + of_b)), torch.logaddexp(s, t)
+
+    found = failure_of(ratio, empty_parts=False)
+    above = ("last", "first") if last else ("first", "last")
+    assert f"rows whose {above[0]} log-sum-exp is 29" in found.cause
+    assert f"or more above the {above[1]} are NaN or infinite" in found.cause
+    assert "exp of float32 overflows from 88.7 on" in found.cause
+    assert "dominates" in found.cases
+    assert "large scores in both parts" not in found.cases
+
+
+def test_each_order_of_more_than_two_parts_is_tried():
+    def from_the_right(a, s, b, t):
+        wide = b.dtype != a.dtype == torch.float16  # the second state was merged before
+        return (a.float(), s) if wide else stable(a.float(), s, b.float(), t)
+
+    found = failure_of(from_the_right, dtypes="float16")
+    assert "merged from the right" in found.cases
+    assert "two halves" not in found.cases
+
+    def with_a_long_first_part(outs, lses):
+        first = lses[0] > lses[1:].amax(0) + 1.3 if len(lses) > 2 else lses[0] > math.inf
+        return of_all(outs, lses - 0.01 * first)
+
+    assert "merged at once" in failure_of(with_a_long_first_part).cases
+
+
 def unguarded(a, s, b, t):
     """NaN where neither part has a key."""
     lse = torch.logaddexp(s, t)

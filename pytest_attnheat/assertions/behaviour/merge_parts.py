@@ -63,6 +63,8 @@ PROBLEMS = (
     Problem("three parts", (7, 12, 5)),
     Problem("many parts", (1, 2, 8, 3, 5, 5)),
     Problem("scores of 14 and 13 more", (12, 12), (14.0, 13.0)),
+    Problem("scores of 40 more in the first part", (12, 12), (40.0, 0.0)),
+    Problem("scores of 40 more in the last part", (12, 12), (0.0, 40.0)),
     Problem("a first part that dominates", (12, 12), (_FAR, 0.0)),
     Problem("a last part that dominates", (12, 12), (0.0, _FAR)),
     Problem("large scores in both parts", (12, 12), (200.0, 199.0)),
