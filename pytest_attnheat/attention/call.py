@@ -22,8 +22,8 @@ from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 MaySee: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 # What a call may have besides its tensors, its mask and causality.
 FEATURES = (
-    "alignment", "window", "chunk", "prefix", "sink_keys", "documents", "lengths", "may_see",
-    "scale", "softcap", "alibi", "score_mod", "sinks", "bias",
+    "alignment", "window", "chunk", "prefix", "sink_keys", "documents", "lengths", "query_lengths",
+    "may_see", "scale", "softcap", "alibi", "score_mod", "sinks", "bias",
 )  # fmt: skip
 
 # (score, batch, head, query, key) -> another score.
@@ -54,6 +54,8 @@ class Call:
             (batch, key_len): a query sees its own document alone.
         lengths: How many first keys of each batch entry are real, (batch,). The last query stands
             at the last real key where the alignment is bottom right.
+        query_lengths: How many first queries of each batch entry are real, (batch,); the others see
+            nothing. The last real one is the last query of the entry.
         may_see: A function of positions, called with integer tensors that broadcast.
         scale: What the products of queries and keys are multiplied by; None for 1 / sqrt(head_dim).
         softcap: Scores become softcap * tanh(score / softcap).
@@ -79,6 +81,7 @@ class Call:
     sink_keys: int = 0
     documents: tuple[Tensor, Tensor] | None = None
     lengths: Tensor | None = None
+    query_lengths: Tensor | None = None
     may_see: MaySee | None = None
     scale: float | None = None
     softcap: float | None = None
@@ -122,7 +125,8 @@ class Call:
     @property
     def sees_all(self) -> bool:
         """Whether nothing hides a key from a query."""
-        given = (self.mask, self.bias, self.window, self.chunk, self.documents, self.lengths)
+        given = (self.mask, self.bias, self.window, self.chunk, self.documents, self.lengths,
+                 self.query_lengths)  # fmt: skip
         return not self.causal and self.may_see is None and all(one is None for one in given)
 
     @property
@@ -169,9 +173,9 @@ class Call:
         batch, head = (maps // self.heads)[:, None, None], (maps % self.heads)[:, None, None]
         stands: Tensor | int = 0
         if self.alignment == "bottom_right":
-            stands = self.key_len - self.query_len
-            if self.lengths is not None:
-                stands = self.lengths.to(device)[batch] - self.query_len
+            queries, keys = self.query_lengths, self.lengths
+            stands = self.key_len if keys is None else keys.to(device)[batch]
+            stands = stands - (self.query_len if queries is None else queries.to(device)[batch])
         return Positions(batch, head, query, key, query + stands - key)
 
     def capped(self, products: Tensor) -> Tensor:
@@ -253,6 +257,8 @@ class Call:
             yield of_queries[at.batch, at.query] == of_keys[at.batch, at.key]
         if self.lengths is not None:
             yield at.key < self.lengths.to(at.key.device)[at.batch]
+        if self.query_lengths is not None:
+            yield at.query < self.query_lengths.to(at.key.device)[at.batch]
         if self.may_see is not None:
             yield self.may_see(at.batch, at.head, at.query, at.key)
 

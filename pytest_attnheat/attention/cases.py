@@ -52,10 +52,12 @@ HEAD_DIM = 16
 DECLARED = ("causal", *FEATURES)
 # What is about another feature says nothing without one of these.
 _ABOUT = {
-    "alignment": ("causal", "window", "chunk", "alibi", "documents", "lengths"),
+    "alignment": ("causal", "window", "chunk", "alibi", "documents", "lengths", "query_lengths"),
     "prefix": ("causal",),
     "sink_keys": ("window", "chunk"),
 }
+# Of these, True draws usual ones.
+_DRAWN = ("alibi", "sinks", "lengths", "query_lengths", "bias")
 OPTIONS = ("scoring", *SIZES, "mask", *DECLARED, "fully_masked", "kind", "dtype", "seed")
 
 
@@ -291,7 +293,7 @@ def _check_feature(name: str, given: Any) -> None:
                 whole_number(name, 0 if side is None else side, least=0)
         case "documents" if as_whole(given) is not None:
             positive(name, given)
-        case "documents" | "bias" | "alibi" | "sinks" | "lengths" if not _are_numbers(given):
+        case _ if name in (*_DRAWN, "documents") and not _are_numbers(given):
             wrong = "" if given is True and name != "documents" else "a tensor or list of numbers"
     if wrong:
         raise ValueError(misuse(name, repr(given), f"{wrong}, or None"))
@@ -313,18 +315,21 @@ def _built(features: Mapping[str, Any], call: Call, kind: Kind, seed: int) -> di
         raise ValueError(misuse("sinks", f"kind {kind!r}", "kind 'soft', whose sum they join"))
     batch, heads, query_len, _ = call.query.shape
     shape = (batch, heads, query_len, call.key_len)
-    shapes = {"alibi": (heads,), "sinks": (heads,), "lengths": (batch,), "bias": shape}
+    sizes = ((heads,), (heads,), (batch,), (batch,), shape)
+    shapes: dict[str, tuple[int, ...]] = dict(zip(_DRAWN, sizes, strict=True))
     standard: dict[str, Callable[[], Any]] = {
         "alibi": lambda: 2.0 ** (-8.0 / heads * torch.arange(1.0, heads + 1)),
         "sinks": lambda: draw("sinks", seed, heads),
         "lengths": lambda: _padded(batch, call.key_len),
+        "query_lengths": lambda: _padded(batch, query_len),
         "bias": lambda: draw("bias", seed, 1, *shape[1:]),
     }
     for name in given.keys() & standard.keys():
         value = standard[name]() if given[name] is True else given[name]
         given[name] = _fitting(name, value, shapes[name], call)
-    if "lengths" in given:
-        padding_mask(given["lengths"], call.key_len)  # refuses what they cannot be
+    for name, length in (("lengths", call.key_len), ("query_lengths", query_len)):
+        if name in given:
+            padding_mask(given[name], length)  # refuses what they cannot be
     if "documents" in given:
         given["documents"] = _documents(given["documents"], call, given.get("alignment"))
     return given

@@ -212,7 +212,8 @@ def weights(
     """
     flat, own = flattened(call)
     shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
-    cut = call.causal and not (call.score_mod or call.prefix) and call.lengths is None
+    ragged = call.lengths is not None or call.query_lengths is not None
+    cut = call.causal and not (call.score_mod or call.prefix or ragged)
     others = replace(call, causal=False, mask=None, bias=None) if cut else call
     positional = call.alibi is not None or call.score_mod is not None
     device = call.query.device

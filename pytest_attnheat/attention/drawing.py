@@ -18,6 +18,13 @@ Choice: TypeAlias = Mapping[str, Any]
 NONE = "none"
 # What a mask of floats hides a key with; None is the lowest number of the dtype.
 FILLS = {"-inf": -math.inf, "finite": 0.0, "min": None, "-1e9": -1e9, "-1e4": -1e4}
+# The sides of a window that are given.
+WINDOWS = ("left", "both")
+# How the lengths of the batch entries differ. The queries and the keys of each have their own,
+# and other ones besides: no two entries have as many keys more than queries.
+RAGGED = ("equal", "unequal", "one token", "without queries", "without keys", "empty")
+# Of those that have as many keys as queries.
+SAME = ("equal", "same")
 # The products of queries and keys beyond float16, which holds 65504.
 _OVERFLOWING = 1.2e5
 
@@ -51,11 +58,13 @@ class Drawing:
             "alibi": lambda: self._given(2.0 ** -torch.arange(1, self.heads + 1).clamp(max=8)),
             "documents": self._documents,
             "lengths": self._real,
+            "window": self._window,
+            "chunk": lambda: max(3, self.chosen["sizes"][1] // 3),
             "bias": lambda: self._drawn("bias", *self._whole),
         }
         own = {name: make() for name, make in drawn.items()
                if self.chosen.get(name, False) not in (False, NONE)}  # fmt: skip
-        return self._masked(replace(call, **own))
+        return self._masked(replace(call, **own, **self._ragged()))
 
     @property
     def _whole(self) -> tuple[int, int, int, int]:
@@ -93,6 +102,33 @@ class Drawing:
         if self.chosen["lengths"] == "empty":
             real[-1] = 0
         return torch.tensor(real, device=self.device)
+
+    def _window(self) -> tuple[int, int | None]:
+        left = max(2, self.chosen["sizes"][1] // 3)
+        return left, left - 1 if self.chosen["window"] == "both" else None
+
+    def _ragged(self) -> dict[str, Any]:
+        """The lengths of queries and keys of each batch entry, of what takes several of them."""
+        kind = self.chosen.get("ragged")
+        if kind is None:
+            return {}
+        batch, (query_len, key_len) = self.chosen["batch"], self.chosen["sizes"]
+        queries = [max(1, query_len * (n + 1) // batch) for n in range(batch)]
+        keys = [max(1, key_len - n * key_len // (batch + 1)) for n in range(batch)]
+        if kind == "equal":
+            queries, keys = [query_len] * batch, [key_len] * batch
+        elif kind == "same":
+            queries = keys
+        elif kind != "unequal" and (batch > 1 or kind == "one token"):
+            # Not the last alone: what follows it must not move.
+            which = range(0, batch, 2) if kind == "one token" else [(batch - 1) // 2]
+            wanted = {"without queries": (0, None), "without keys": (None, 0), "empty": (0, 0)}
+            for n in which:
+                of_queries, of_keys = wanted.get(kind, (1, 1))
+                queries[n] = queries[n] if of_queries is None else of_queries
+                keys[n] = keys[n] if of_keys is None else of_keys
+        lengths = {"query_lengths": queries, "lengths": keys}
+        return {name: torch.tensor(some, device=self.device) for name, some in lengths.items()}
 
     def _masked(self, call: Call) -> Call:
         """The same with the mask that is chosen, which leaves each query a key unless declared."""

@@ -18,7 +18,7 @@ import torch
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.covering import Covering, covering
-from pytest_attnheat.attention.drawing import FILLS, HOLDING, Drawing
+from pytest_attnheat.attention.drawing import FILLS, HOLDING, WINDOWS, Drawing
 from pytest_attnheat.attention.drawing import NONE as NONE
 from pytest_attnheat.attention.drawing import Choice as Choice
 from pytest_attnheat.inputs import misuse
@@ -27,7 +27,11 @@ from pytest_attnheat.inputs import misuse
 Levels: TypeAlias = tuple[tuple[str, Any], ...]
 
 # What a call may be given besides its tensors, if the code under test takes it.
-OPTIONS = ("scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths")
+OPTIONS = (
+    "scale", "softcap", "sinks", "alibi", "bias", "documents", "lengths", "window", "chunk",
+)  # fmt: skip
+# The levels of those that are more than given or not.
+_OPTION_LEVELS = {"scale": (NONE, 0.7, -0.4), "window": (False, *WINDOWS)}
 
 # The shapes of a mask that fits the scores (batch, heads, query_len, key_len).
 MASK_SHAPES = ("(B, 1, L, S)", "(B, 1, 1, S)", "(1, 1, L, S)", "(1, H, L, S)", "(B, H, L, S)")
@@ -65,6 +69,11 @@ class Declared:
         longest: How many queries and keys there are at most.
         few_shapes: Whether few shapes are asked.
         most_weights: How many weights a call has at most.
+        ragged: How the lengths of a batch may differ, of `RAGGED`, the most ordinary first; none
+            where all are as long.
+        only: By feature, the only levels that may be asked.
+        apart: Pairs of features that are never asked together.
+        one_query: Whether there is one query, always.
     """
 
     masks: frozenset[str] = frozenset()
@@ -84,11 +93,16 @@ class Declared:
     longest: int | None = None
     few_shapes: bool = False
     most_weights: int = _MOST_WEIGHTS
+    ragged: tuple[str, ...] = ()
+    only: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    apart: tuple[tuple[str, str], ...] = ()
+    one_query: bool = False
 
     def levels(self) -> dict[str, tuple[Any, ...]]:
         """Return the levels of each feature, the most ordinary first."""
         few = self.few_shapes
         sizes = self._allowed(_SQUARES if self.square else _RECTANGLES)
+        sizes = ((1, 7), *sizes) if self.one_query else sizes
         if self.longest is not None:
             sizes = ((self.longest, self.longest), *(s for s in sizes if max(s) < self.longest))
         levels: dict[str, tuple[Any, ...]] = {
@@ -117,9 +131,12 @@ class Declared:
             levels |= dict.fromkeys(("mask", "shape", "fill"), (NONE,)) | {"empty": (False,)}
         for name in OPTIONS:
             if name in self.options:
-                levels[name] = (NONE, 0.7, -0.4) if name == "scale" else (False, True)
+                levels[name] = _OPTION_LEVELS.get(name, (False, True))
         if "lengths" in self.options and self.empty:
             levels["lengths"] = (False, True, "empty")
+        if self.ragged:
+            levels |= {"batch": (3, 2, 1, 5), "ragged": self.ragged}
+        levels |= {name: known for name, known in self.only if name in levels}
         return levels
 
     def simplest_first(self) -> dict[str, tuple[Any, ...]]:
@@ -159,15 +176,20 @@ class Declared:
         # What a number that is not -inf leaves of an empty row is rounding alone; a mask of keys
         # alone would hide them from all queries.
         unfit = NONE in (mask, shape) or shape == "(B, 1, 1, S)" or (is_floats and fill != "-inf")
+        if any(all(chosen.get(n, False) not in (False, NONE) for n in two) for two in self.apart):
+            return False
         return not (chosen.get("empty") and unfit) and self._fits(chosen)
 
     def _fits(self, chosen: Choice) -> bool:
         query_len, key_len = chosen.get("sizes", (1, 1))
         if self.longest is not None and max(query_len, key_len) > self.longest:
             return False
+        if query_len != 1 and self.one_query and "sizes" in chosen:
+            return False
         if query_len != key_len and self.square:
             return False
-        if query_len > key_len and self.near:  # later queries would see nothing
+        near = self.near or chosen.get("window") or chosen.get("chunk")
+        if query_len > key_len and near:  # later queries would see nothing
             return False
         # The first queries see no key, and may give NaN, which gradients do not let be.
         blind = query_len > key_len and self.from_the_end and chosen.get("causal")

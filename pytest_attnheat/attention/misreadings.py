@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.attention.call import FEATURES, Call, Positions
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan, defect
+from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -68,7 +68,7 @@ class Case(Call):
 
 _USUAL: dict[str, Any] = {field.name: field.default for field in fields(Case)}
 # Where positions hide no key, all of a padded tail is seen.
-_HIDING = ("causal", "window", "chunk", "documents", "lengths", "may_see")
+_HIDING = ("causal", "window", "chunk", "documents", "lengths", "query_lengths", "may_see")
 
 
 def _has(case: Case, name: str) -> bool:
@@ -275,6 +275,8 @@ def _remembered(*names: str) -> Misreading:
 # --- the defects that are misreadings; each entry holds its forms
 
 SCALE = (
+    defect("scale_argument_ignored", "that ignores the scale it is given",
+           misread=_scale(lambda case: None if case.scale_given else case.scale)),
     defect("scale_missing", "whose scores are not scaled", misread=_scale(lambda case: 1.0)),
     defect("scale_squared", "whose scores are scaled twice (divided by head_dim, not by its root)",
            misread=_scale(lambda case: case.factor**2)),
@@ -296,8 +298,6 @@ SCALE = (
            misread=_scale(lambda case: case.heads**-0.5)),
     defect("scale_absolute", "that takes the absolute value of a negative scale",
            misread=_scale(lambda case: abs(case.factor))),
-    defect("scale_argument_ignored", "that ignores the scale it is given",
-           misread=_scale(lambda case: None if case.scale_given else case.scale)),
 )  # fmt: skip
 
 MASK = (
@@ -346,6 +346,10 @@ WINDOW = (
 )  # fmt: skip
 
 CAUSAL = (
+    defect("positions_other_corner",
+           "whose positions are all counted from the other corner: causality, window, ALiBi",
+           misread=lambda case: case.other_corner(), fully_masked=ROWS,
+           form_of="causal_other_corner"),
     defect("causal_ignored", "that is not causal when asked to be", misread=without("causal")),
     defect("causal_always", "that is causal without being asked",
            misread=lambda case: case if case.causal else replace(case, causal=True)),
@@ -360,7 +364,7 @@ CAUSAL = (
 # What a call may have besides: left out, or another one.
 BESIDES = (
     *(defect(f"{name}_ignored", f"that leaves out {name}", misread=without(name))
-      for name in FEATURES if name not in ("alignment", "scale", "window")),
+      for name in FEATURES if name not in ("alignment", "scale", "window", "query_lengths")),
     defect("chunk_off_by_one", "whose chunks are one position too long or too short",
            misread=_one_off("chunk")),
     defect("chunk_other_corner", "whose chunks are counted from the other corner",
@@ -437,16 +441,3 @@ HISTORY = (
     defect("keys_of_earlier_call", "that uses the keys and values of an earlier call again",
            misread=_remembered("key", "value")),
 )  # fmt: skip
-
-# In this order a case is misread; no matter which comes first, but always the same.
-_ORDER = {
-    reading: number
-    for number, one in enumerate((*SCALE, *MASK, *WINDOW, *CAUSAL, *BESIDES, *PADDED, *HISTORY))
-    for change in one.changes
-    for reading in change(Plan()).misread
-}
-
-
-def in_order(readings: frozenset[Misreading]) -> list[Misreading]:
-    """Return misreadings in the order in which they are done."""
-    return sorted(readings, key=lambda reading: _ORDER.get(reading, -1))

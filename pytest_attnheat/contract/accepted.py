@@ -18,6 +18,7 @@ from pytest_attnheat.attention.levels import MASK_SHAPES
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.conventions import Convention
 from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
 if TYPE_CHECKING:
@@ -173,10 +174,11 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "mask_argument": _TEXT,
     "causal": _one_of(ALIGNMENTS, or_none=True),
     "causal_argument": _TEXT,
-    "window": (tuple | None, _are_sides,
-               "a pair of whole numbers from 0, with None for a side that ends nowhere, or None"),
+    "window": (tuple | str | None, lambda given: isinstance(given, str) or _are_sides(given),
+               "a pair of whole numbers from 0, with None for a side that ends nowhere, the "
+               "keyword of one, or None"),
     "grouped": _FLAG,
-    "dropout": _FLAG,
+    "dropout": (bool | str | None, lambda _: True, "True, False, its keyword, or None"),
     "returns": _one_of(get_args(Returns)),
     "fully_masked": _one_of(DECLARED_FULLY_MASKED),
     "dtypes": (tuple | list, lambda names: names and all(name in DTYPES for name in names),
@@ -193,7 +195,8 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "may_see": (Callable | Tensor | None, lambda seen: not isinstance(seen, Tensor)
                 or (seen.dtype == torch.bool and seen.ndim == 2),
                 "a function of positions, booleans (query_len, key_len), or None"),
-    "chunk": (int | None, lambda size: size > 0, "a whole number above 0, or None"),
+    "chunk": (int | str | None, lambda size: isinstance(size, str) or size > 0,
+              "a whole number above 0, the keyword of one, or None"),
     "prefix": _COUNT,
     "sink_keys": _COUNT,
     "documents": (Tensor | str | None, lambda given: isinstance(given, str) or given.ndim in (1, 2),
@@ -211,4 +214,6 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "arguments": (Mapping | None, lambda given: all(map(_is_text, given)),
                   "values by name, or None"),
     "memory": _KEYWORD,
+    "like": (Convention | str | None, lambda _: True, "the name of a convention, one, or None"),
+    "call": _FUNCTION,
 }  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -42,26 +42,40 @@ class Answer:
     besides: Any
 
 
-def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0) -> Answer:
+def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:
     """Call the subject of a specification, see `AttentionSpec.ask`."""
-    arguments = dict(_arguments(spec, call))
+    convention = spec.convention
+    arguments = dict(spec.arguments or {}) | dict(_arguments(spec, call))
     if dropout:
-        arguments["dropout_p"] = dropout
-    inputs = [_to_layout(spec, tensor) for tensor in (call.query, call.key, call.value)]
+        arguments["dropout_p" if spec.dropout is True else str(spec.dropout)] = dropout
+    if besides and convention is not None:
+        arguments |= convention.besides
     with exits_as_errors():
-        result = spec.implementation(*inputs, **arguments)
-    output, besides = result, None
+        if spec.call is not None:
+            result = spec.call(spec.subject, call)
+        else:
+            result = (dense if convention is None else convention.arrange)(spec, call, arguments)
+    return _answer(spec, result, call, paired=besides or convention is None)
+
+
+def dense(spec: AttentionSpec, call: Call, arguments: Mapping[str, Any]) -> Any:
+    """Call a subject with query, key and value in its layout; return what it returns."""
+    return spec.implementation(*(to_layout(spec, t) for t in call.tensors), **arguments)
+
+
+def _answer(spec: AttentionSpec, result: Any, call: Call, *, paired: bool) -> Answer:
+    output, more = result, None
     if isinstance(result, tuple | list) and result:
-        output = result[0]
-    if spec.returns != "output":
-        if not isinstance(result, tuple | list) or len(result) < 2:
-            what = "lse" if spec.returns == "lse" else "weights"
-            raise TypeError(
-                f"{spec.name}: returns={spec.returns!r} declares a pair (output, {what}); got "
-                f"{type(result).__name__}"
-            )
-        besides = result[1]
-    return Answer(_from_layout(spec, output, call.shapes["output"]), besides)
+        output, more = result[0], result[1] if len(result) > 1 else None
+    if spec.returns == "output":
+        more = None
+    elif paired and (not isinstance(result, tuple | list) or len(result) < 2):
+        what = "lse" if spec.returns == "lse" else "weights"
+        raise TypeError(
+            f"{spec.name}: returns={spec.returns!r} declares a pair (output, {what}); got "
+            f"{type(result).__name__}"
+        )
+    return Answer(_from_layout(spec, output, call.shapes["output"]), more)
 
 
 def keyword_of(spec: AttentionSpec, name: str) -> str | None:
@@ -72,7 +86,9 @@ def keyword_of(spec: AttentionSpec, name: str) -> str | None:
 
 
 def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
-    mask = _mask(spec, call)
+    mask, ragged = _mask(spec, call), bool(spec.convention and spec.convention.ragged)
+    if call.query_lengths is not None and not ragged:
+        raise UndeclaredError(f"{spec.name} is not declared to take query_lengths")
     if mask is not None or spec.needs(spec.mask_argument):
         yield spec.mask_argument, mask
     if call.causal and not spec.takes_causal:
@@ -81,7 +97,7 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
         yield spec.causal_argument, call.causal
     if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
         yield "enable_gqa", True
-    always = spec.always(call.heads)
+    always = {*spec.always(call.heads), *(("lengths",) if ragged else ())}
     for name in KEYWORDS.values():
         keyword, given = keyword_of(spec, name), getattr(call, name)
         if keyword is None:
@@ -89,9 +105,19 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
             if given is not None and name not in always and name != "bias":
                 raise UndeclaredError(f"{spec.name} is not declared to take {name}")
         elif given is not None and not (name == "scale" and given == spec.scale):
-            yield keyword, given[0] if name == "documents" else given
+            yield keyword, _value(spec, name, given)
         elif spec.needs(keyword):
             yield keyword, None
+
+
+def _value(spec: AttentionSpec, name: str, given: Any) -> Any:
+    """What is passed under a keyword: as its convention has it, or as most have it."""
+    convert = (spec.convention.values if spec.convention else {}).get(name)
+    if convert is not None:
+        return convert(given)
+    if name == "window":
+        return tuple(-1 if side is None else side for side in given)
+    return given[0] if name == "documents" else given
 
 
 def _mask(spec: AttentionSpec, call: Call) -> Tensor | None:
@@ -135,7 +161,8 @@ def _in_shape(spec: AttentionSpec, mask: Tensor, call: Call) -> Tensor:
     return whole if spec.has_heads else whole[:, 0]
 
 
-def _to_layout(spec: AttentionSpec, tensor: Tensor) -> Tensor:
+def to_layout(spec: AttentionSpec, tensor: Tensor) -> Tensor:
+    """Return a tensor (batch, heads, length, width) in the layout of a subject."""
     if not spec.has_heads:
         tensor = tensor[:, 0]
     ours = "bhld" if spec.has_heads else "bld"

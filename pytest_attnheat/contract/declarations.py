@@ -10,6 +10,7 @@ import torch
 
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
 from pytest_attnheat.contract.captured import causal_inside
+from pytest_attnheat.contract.conventions import recognised
 from pytest_attnheat.contract.examination import Check, Examination, Skipped
 from pytest_attnheat.contract.needs import undeclared
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -52,6 +53,12 @@ def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
     Or of a module of PyTorch, which is no function of queries, keys and values.
     """
     found = [undeclared(spec, "mask"), undeclared(spec, "causal")]
+    like = (
+        None if spec.convention or spec.is_block or spec.call else recognised(spec.parameters or {})
+    )
+    if like is not None:
+        found = [f"its parameters are those of {like.name}, {like.about}: like={like.name!r} says "
+                 "how it is called"]  # fmt: skip
     subject: Any = spec.subject
     if spec.inputs is None and type(subject).__module__.startswith("torch.nn.modules"):
         kind = type(subject).__name__
@@ -74,6 +81,8 @@ def wrong_declaration(check: Check, examination: Examination) -> str:
         if declared == other or not _passes(check, examination, {field: other}):
             continue
         source = "declared" if field in spec.typed else "the default"
+        if spec.convention and field not in spec.typed and spec.says(field):
+            source = f"that of {spec.convention.name}"
         words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
         return (
             f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"

@@ -180,8 +180,10 @@ class Examination:
             if sizes[0] != sizes[1]:
                 raise Skipped(f"it is declared for at most {longest} queries and keys")
             levels["sizes"] = (longest, longest)
+        narrow = {"ragged", *(name for name, _ in self.space.declared.only)}
         for name, level in levels.items():
-            if name not in known or (len(known[name]) == 1 and level != known[name][0]):
+            of_few = name in known and (len(known[name]) == 1 or name in narrow)
+            if name not in known or (of_few and level not in known[name]):
                 raise Skipped(f"{name}={level} is not among what it takes")
         try:
             return self.space.choice(**levels)
@@ -340,9 +342,9 @@ def _numbers(spec: AttentionSpec) -> tuple[str, ...]:
 def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declared:
     """Return what of a specification decides which calls can be made."""
     masks = {None: (), "additive": ("additive", "boolean"), "any": ("additive", "boolean")}
-    far = (spec.window, spec.chunk, spec.may_see)
+    far = [rule for rule in (spec.window, spec.chunk, spec.may_see) if not isinstance(rule, str)]
     options = {name for name in OPTIONS if keyword_of(spec, name) is not None}
-    seen = spec.may_see
+    seen, own = spec.may_see, spec.convention
     return Declared(
         masks=frozenset(masks.get(spec.mask, ("boolean",))),
         mask_shape=spec.mask_shape,
@@ -357,11 +359,12 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         numbers=_numbers(spec),
         # Who takes no mask may not know of such queries: then it has to be typed.
         empty=spec.fully_masked != "undefined"
-        and (spec.mask is not None or "fully_masked" in spec.typed),
+        and (spec.mask is not None or spec.says("fully_masked")),
         # Of a step that is rounded on purpose, everybody has a gradient of his own.
         gradients=spec.gradients and spec.rounded is None,
         longest=min(seen.shape) if isinstance(seen, Tensor) else None,
         few_shapes=spec.few_shapes,
+        **({} if own is None else own.limited),
     )
 
 

@@ -70,6 +70,8 @@ def takes_option(name: str) -> Need:
     return need
 
 
+takes_several_lengths = _need(lambda spec: spec.convention and spec.convention.ragged,
+                              "its sequences are all as long")  # fmt: skip
 takes_float_mask = _need(
     lambda spec: spec.mask in ("additive", "any"), "its mask is not declared to be of floats"
 )
@@ -77,7 +79,7 @@ takes_float_mask = _need(
 may_be_causal = _need(
     lambda spec: (
         spec.takes_causal
-        or (spec.causal == "bottom_right" and spec.window is not None and spec.window[1] == 0)
+        or (spec.causal == "bottom_right" and isinstance(spec.window, tuple) and not spec.window[1])
     ),
     "it does not take is_causal",
     "causal",
@@ -142,7 +144,7 @@ def undeclared(spec: AttentionSpec, field: Sound) -> str:
         is_none = spec.mask is None and "mask" in spec.typed
         return _undeclared_mask(spec) if field == "mask" and not is_none else ""
     is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
-    if is_declared or spec.is_captured:
+    if is_declared or spec.is_captured or spec.convention or spec.call:
         return ""
     names = spec.sounding_like(field)
     if not names or names == [getattr(spec, f"{field}_argument")]:

@@ -19,6 +19,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.drawing import WINDOWS
 from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space
 from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.scoring import draw
@@ -171,9 +172,12 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
         return
     if is_square and "sizes" in levels:
         levels = {**levels, "sizes": (max(levels["sizes"]),) * 2}
+    if declared.one_query:
+        levels = {**levels, "sizes": (1, levels.get("sizes", (1, 7))[1])}
     usual = {"head_dim": 16}
     full = {"shape": "(B, H, L, S)"} if "mask" in levels and "shape" not in levels else {}
-    equal = usual | {"value_dim": "equal"} | ({} if differs else {"sizes": (7, 7)})
+    square = {} if differs or declared.one_query else {"sizes": (7, 7)}
+    equal = usual | {"value_dim": "equal"} | square
     known = declared.levels()
     for more in ({}, usual, full, usual | full, equal):
         wanted = {**levels, **({} if declared.few_shapes else more)}
@@ -191,12 +195,15 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
     heads = declared.heads or chosen["key_heads"] * chosen["group"]
     # No plan knows of steps that are rounded on purpose.
     always = {n: one for n, one in examination.spec.always(heads).items() if n != "rounded"}
+    # What a case does not have plays no part in it, so that other subjects can share it.
+    given = {name: level for name, level in chosen.items() if level is not False and level != NONE}
+    given.pop("gradients", None)
     return _case(
         blueprint.name,
         blueprint.change,
-        declared,
+        declared.heads,
         tuple(always.items()),
-        tuple(chosen.items()),
+        tuple(given.items()),
         examination.dtype,
         seed,
     )
@@ -208,14 +215,14 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
 def _case(
     name: str,
     change: Change,
-    declared: Declared,
+    heads: int | None,
     always: Levels,
     chosen: Levels,
     dtype: torch.dtype,
     seed: int,
 ) -> Case:
     levels = dict(chosen)
-    call = Space(declared, dict(always), seed).call(levels, dtype)
+    call = Space(Declared(heads=heads), dict(always), seed).call(levels, dtype)
     given = {one.name: getattr(call, one.name) for one in fields(call)}
     scaled = levels.get("scale", NONE) != NONE
     case = Case(**given, name=name, dtype=dtype, scale_given=scaled)
@@ -298,7 +305,8 @@ def _large_scores(case: Case, seed: int) -> Case:
     query[..., 0], query[..., 1] = query[..., 0] * 0.3, 0.0
     # float16 holds the products up to 65504.
     query[..., :2, :] = 0.0
-    query[..., :2, 0] = torch.tensor([1.0, -1.0]) * min(_FAR_APART / scale, 6000.0)
+    largest = min(_FAR_APART / scale, 6000.0)
+    query[..., :2, 0] = torch.tensor([1.0, -1.0])[: case.query_len] * largest
     query[..., 2:4, 1] = -min(_LOW / scale, 6000.0)
     return case
 
@@ -306,7 +314,7 @@ def _large_scores(case: Case, seed: int) -> Case:
 def _large_scores_masked(case: Case, seed: int) -> Case:
     """The key that such a query would choose is masked."""
     case = _clear(_large_scores(case, seed), seed)
-    if case.mask is not None and case.mask.shape[-2] > 1:
+    if case.mask is not None and case.mask.shape[-2] > 1:  # of more than one query
         place = case.key[0, 0, :, 0]
         chosen = torch.stack([place.argmax(), place.argmin()])
         case.mask[..., [0, 1], chosen] = False
@@ -378,19 +386,32 @@ _CASES = (
         for at, name in enumerate(("softcap", "sinks", "alibi", "bias", "lengths"))
         for more in ({}, _MASK)
     ),
+    *(
+        Blueprint(f"window, {side}", _sized(6 + at, 10 - at, 6, window=side))
+        for at, side in enumerate(WINDOWS)
+    ),
+    Blueprint("chunk", _sized(7, 10, 6, chunk=True)),
+    *(
+        Blueprint(
+            f"several lengths, {kind}" + ", causal" * causal,
+            _sized(6 + at, 11 - at, 6, ragged=kind, causal=causal, batch=5),
+        )
+        for at, kind in enumerate(("unequal", "empty", "same"))
+        for causal in (False, True)
+    ),
     Blueprint("NaN in masked keys", _sized(5, 5, 7, batch=3, **_MASK), _garbage, judged=False),
 )
 
 
 def blueprints(spec: AttentionSpec, dtype: torch.dtype) -> list[Blueprint]:
     """Return the cases of attention; which are asked depends on what is declared."""
-    far = [side for side in (spec.window or ()) if side is not None and side <= _WIDEST]
-    far += [2 * spec.chunk] if spec.chunk is not None and spec.chunk <= _WIDEST else []
+    far = [side for side in spec.sides if side is not None and side <= _WIDEST]
+    far += [2 * spec.chunk] if isinstance(spec.chunk, int) and spec.chunk <= _WIDEST else []
     cases = list(_CASES)
     if far:
         length = min(sum(far) + 4, _WIDEST)
         levels = {"sizes": (length, length + 2), "batch": 1, "key_heads": 2, "head_dim": 10}
-        cases.append(Blueprint("window" if spec.window else "chunk", levels))
+        cases.append(Blueprint("window" if spec.sides else "chunk", levels))
     if dtype == torch.float16:  # refused where it computes in float16 all the way
         cases.append(Blueprint("overflowing products", _sized(5, 7, numbers="overflowing")))
     # The largest come last: the others tell most plans from the subject. Whole blocks of 16 to 64

@@ -128,7 +128,8 @@ class Report:
         inside = [r for r in self.results if r.name == "attention_inside" and r.status == "passed"]
         said = [result.message for result in inside if result.message]
         said += dict.fromkeys(r.message for r in self.results if r.message == ORDERLESS)
-        return [*self.hints, *hints_of(self.spec), *said]
+        called = [self.spec.convention.said(self.spec)] if self.spec.convention else []
+        return [*called, *self.hints, *hints_of(self.spec), *said]
 
     def _head(self) -> str:
         skipped = sum(result.status == "skipped" for result in self.results)

@@ -15,6 +15,7 @@ from torch import Tensor
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.defects import DEFECTS
+from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.levels import OPTIONS
 from pytest_attnheat.attention.misreadings import without
 from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
@@ -31,13 +32,8 @@ _LEFT_OUT = ("large scores", "long")
 _SHARE = 0.5
 _CORRECT = Plan()
 _BASES = {"e": 1.0, "2": math.log(2.0), "10": math.log(10.0)}
-# Our (batch, heads, query_len) of what is returned.
-_SHAPES = {
-    "(batch, heads, query_len)": (0, 1, 2),
-    "(batch, query_len, heads)": (0, 2, 1),
-    "(heads, batch, query_len)": (1, 0, 2),
-    "(query_len, batch, heads)": (1, 2, 0),
-}
+# The dimensions of what is returned.
+_SHAPES = ("bhl", "blh", "hbl", "lbh")
 # As what rounding is allowed of an output.
 _FACTOR = 2.0
 
@@ -183,56 +179,82 @@ class _Reading:
     with_sink: bool
 
     def __str__(self) -> str:
-        return f"{self.shape}, base {self.base}" + ("" if self.with_sink else ", without the sink")
+        letters = {"b": "batch", "h": "heads", "l": "query_len"}
+        names = ", ".join(letters[letter] for letter in self.shape)
+        return f"({names}), base {self.base}" + ("" if self.with_sink else ", without the sink")
 
-    def excess(self, given: Tensor, call: Call) -> float:
-        """How far it is off, as a multiple of what is allowed; inf where it cannot be this."""
+    def excess(self, given: Tensor, call: Call, empty: str | None = None) -> float:
+        """How far it is off, as a multiple of what is allowed; inf where it cannot be this.
+
+        Args:
+            given: What was returned.
+            call: What was asked.
+            empty: What a row has that sees nothing, "-inf" or "+inf"; by default either.
+        """
         squeezed = given.squeeze(-1) if given.ndim == 4 and given.shape[-1] == 1 else given
-        order = _SHAPES[self.shape]
+        order = ["bhl".index(letter) for letter in self.shape]
+        back = [self.shape.index(letter) for letter in "bhl"]
         wanted = call.query.shape[:-1]
-        if squeezed.ndim != 3 or tuple(squeezed.shape[d] for d in order) != tuple(wanted):
+        if squeezed.ndim != 3 or tuple(squeezed.shape) != tuple(wanted[d] for d in order):
             return math.inf
         own = call if self.with_sink else replace(call, sinks=None)
         expected = reference(own, wanted=("lse",))
         exact, scale = (of["lse"].squeeze(-1) for of in (expected.exact, expected.scale))
-        found = squeezed.permute(order).double() * _BASES[self.base]
-        empty = exact.isinf()
-        if bool((found[empty].isfinite() | found[empty].isnan()).any()):
+        found = squeezed.permute(back).double() * _BASES[self.base]
+        real = torch.ones_like(exact, dtype=torch.bool)
+        if call.query_lengths is not None:
+            real &= torch.arange(call.query_len) < call.query_lengths[:, None, None]
+        nothing = exact.isinf() & real
+        unlike = {None: found.isfinite(), "-inf": found != -math.inf, "+inf": found != math.inf}
+        if bool((unlike[empty] | found.isnan())[nothing].any()):
             return math.inf
         allowed = _FACTOR * torch.maximum(scale, expected.least["lse"].squeeze(-1))
-        off = ((found - exact).abs() / allowed)[~empty]
+        off = ((found - exact).abs() / allowed)[real & ~nothing]
         return float(off.nan_to_num(nan=math.inf).max()) if off.numel() else 0.0
 
 
 def judge_lse(examination: Examination) -> str:
     """Judge the log-sum-exp of a few calls; return how it is meant.
 
+    That of a convention is known; else it is found out.
+
     Raises:
-        Failure: No way to read it fits all calls.
+        Failure: It is not so, or no way to read it fits all calls.
         Skipped: There are no calls to ask.
     """
+    known = examination.spec.convention.lse if examination.spec.convention else None
     with_sinks = (True,) if examination.spec.sinks is None else (True, False)
     readings = [_Reading(*one) for one in product(_SHAPES, _BASES, with_sinks)]
-    worst = dict.fromkeys(readings, 0.0)
-    given: Any = None
-    asked = 0
+    answers: list[tuple[Call, Tensor]] = []
     for call in _calls(examination):
-        given = examination.spec.ask(call).besides
+        given = examination.spec.ask(call, besides=True).besides
         if not isinstance(given, Tensor):
             raise Failure("", f"the log-sum-exp is a {type(given).__name__}, no tensor")
-        worst = {one: max(off, one.excess(given, call)) for one, off in worst.items()}
-        asked += 1
-    if not asked:
+        answers.append((call, given.detach()))
+    if not answers:
         raise Skipped("no call can be asked")
-    fitting = [one for one, off in worst.items() if off <= 1.0]
-    if fitting:
+    empty = known.empty if known else None
+
+    def worst(reading: _Reading, empty: str | None = empty) -> float:
+        return max(reading.excess(given, call, empty) for call, given in answers)
+
+    declared = _Reading(known.shape, known.base, known.sink is not False) if known else None
+    if declared is not None and worst(declared) <= 1.0:
+        return f"lse {declared}"
+    fitting = [one for one in readings if worst(one, None) <= 1.0]
+    if fitting and declared is None:
         return f"lse {fitting[0]}"
-    nearest = min(worst, key=lambda one: worst[one])
     claim = "the log-sum-exp is not that of the scores, however it is read"
+    if declared is not None:
+        claim = f"the log-sum-exp is not that of the scores, {declared}"
     cause = None
-    if math.isfinite(worst[nearest]):
-        cause = f"nearest to one of {nearest}, off by {worst[nearest]:.2g} times what is allowed"
-    raise Failure("", claim, tensor=Checked.of(given), cause=cause)
+    nearest = min(readings, key=worst)
+    if fitting:
+        same = fitting[0] == declared
+        cause = f"it is {fitting[0]}" + f", but a query that sees nothing has not {empty}" * same
+    elif math.isfinite(worst(nearest)):
+        cause = f"nearest to one of {nearest}, off by {worst(nearest):.2g} times what is allowed"
+    raise Failure("", claim, tensor=Checked.of(answers[0][1]), cause=cause)
 
 
 def _calls(examination: Examination) -> Iterator[Call]:
@@ -240,6 +262,7 @@ def _calls(examination: Examination) -> Iterator[Call]:
     asked: list[dict[str, Any]] = [{}, {"mask": "boolean"}, {"causal": True}, {"group": 2}]
     asked += [{name: level} for name, level in options.items()]
     asked += [{"mask": "boolean", "empty": True}, {"batch": 1, "key_heads": 3}]
+    asked += [{"ragged": kind} for kind in RAGGED] + [{"causal": True, "sizes": (9, 5)}]
     for levels in asked:
         try:
             yield examination.case(**levels)

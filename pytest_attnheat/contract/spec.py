@@ -20,6 +20,7 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
 from pytest_attnheat.contract.asking import KEYWORDS, Answer
+from pytest_attnheat.contract.conventions import Convention, named, recognised
 from pytest_attnheat.inputs import misuse
 
 Sound: TypeAlias = Literal["mask", "causal"]
@@ -36,6 +37,8 @@ _USUAL = {
 # What is declared of every call, unless it is a keyword.
 _ALWAYS = ("alignment", "window", "chunk", "prefix", "sink_keys", "scale", "softcap", "score_mod",
            "sinks", "rounded", "fully_masked")  # fmt: skip
+# Who says one of these says how it is called, so that no convention is looked for.
+_CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,12 @@ class AttentionSpec:
         window: How many keys before and after its own position a query attends to, always;
             None for all, also as one of the two: `(None, 0)` is always causal. Counted from the
             alignment, or the top left. Through several layers more is seen: of a block, each
-            attention inside is held to it.
+            attention inside is held to it. Or the keyword of it, which takes -1 for no limit.
         grouped: Whether it takes fewer heads of keys than of queries (`enable_gqa=True` is
             passed if it takes that). By default, if its signature has `enable_gqa`.
         scale: What scores are multiplied by: a number, or None for head_dim ** -0.5.
-        dropout: Whether it takes `dropout_p`; by default, if its signature has it.
+        dropout: Whether it takes `dropout_p`; by default, if its signature has it. Or the keyword
+            under which it takes it.
         returns: `"output"` alone; or a pair of the output and `"weights"` per head (before
             dropout), weights `"averaged"` over heads, or `"dropped_weights"`, after dropout; or
             the log-sum-exp of each row, `"lse"`, whose shape, base and sink are found out.
@@ -92,7 +96,8 @@ class AttentionSpec:
             head, query and key position, elementwise, as of `flex_attention`.
         may_see: Who may always attend to whom, besides all else: a function of batch, head, query
             and key position, or booleans (query_len, key_len) for calls that are no longer.
-        chunk: A query always sees keys of its own chunk of so many positions alone.
+        chunk: A query always sees keys of its own chunk of so many positions alone. Or the keyword
+            of it.
         prefix: So many first keys are seen in spite of causality.
         sink_keys: So many first keys are seen in spite of `window` and `chunk`.
         documents: The keyword of the document of each position, (batch, length); of a block, these
@@ -108,9 +113,17 @@ class AttentionSpec:
         few_shapes: Whether to ask few shapes, for what is compiled for each.
         square: Whether it takes as many keys as queries alone; by default that is found out.
         reference: What it is to compute, where no name above says it: called as it is.
-        arguments: Of a block: further arguments of each call, by name.
+        arguments: Further arguments of each call, by name.
         memory: Of a block: which of `arguments` its queries look things up in, (batch, length,
             width); its mask is then about that.
+        like: The convention by which it is called, by name ("flash_attn", see docs/conventions.md)
+            or one of your own; what is not typed is taken from it. By default it is recognised by
+            its parameters, unless `layout` or the keyword of the mask, of causality or of the
+            scale is typed.
+        call: Calls it, for what no field says: a function of the subject and a `Call`, whose
+            tensors are (batch, heads, length, width), that returns the output (batch, heads,
+            query_len, value_dim), or that and more. What it takes besides the three tensors has
+            to be typed; the text of a keyword then says no more than that it does.
     """
 
     subject: Callable[..., Any] | Trace | AttentionRecord
@@ -121,10 +134,10 @@ class AttentionSpec:
     mask_argument: str = "attn_mask"
     causal: Alignment | None = "top_left"
     causal_argument: str = "is_causal"
-    window: tuple[int | None, int | None] | None = None
+    window: tuple[int | None, int | None] | str | None = None
     grouped: bool | None = None
     scale: float | None = None
-    dropout: bool | None = None
+    dropout: bool | str | None = None
     returns: Returns = "output"
     fully_masked: DeclaredFullyMasked = "zero"
     dtypes: Sequence[str] = ("float32", "float16", "bfloat16", "float64")
@@ -136,7 +149,7 @@ class AttentionSpec:
     bias: str | None = None
     score_mod: ScoreMod | None = None
     may_see: MaySee | Tensor | None = None
-    chunk: int | None = None
+    chunk: int | str | None = None
     prefix: int = 0
     sink_keys: int = 0
     documents: Tensor | str | None = None
@@ -150,6 +163,8 @@ class AttentionSpec:
     reference: Callable[..., Any] | None = None
     arguments: Mapping[str, Any] | None = None
     memory: str | None = None
+    like: str | Convention | None = None
+    call: Callable[..., Any] | None = None
     # Itself: `replace` hands it on, and so tells what was typed from what was filled in.
     _made: AttentionSpec | None = field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -163,12 +178,22 @@ class AttentionSpec:
 
     def __getstate__(self) -> dict[str, Any]:
         """Be copied and sent without what cannot be."""
-        return {name: one for name, one in vars(self).items() if name != "parameters"}
+        return {n: one for n, one in vars(self).items() if n not in ("parameters", "convention")}
 
     @property
     def typed(self) -> frozenset[str]:
         """The names of the fields that were given, and not left to their defaults."""
         return frozenset(vars(self)["_typed"])
+
+    def says(self, field_name: str) -> bool:
+        """Whether a field was given, or is said by its convention."""
+        own = self.convention
+        return field_name in self.typed or (own is not None and field_name in own.declares)
+
+    @cached_property
+    def convention(self) -> Convention | None:
+        """How it is called, where that is a convention of the table."""
+        return self.like if isinstance(self.like, Convention | None) else named(self.like)
 
     def _forget(self, before: AttentionSpec) -> None:
         """Forget what was filled in for another subject, and was not typed since."""
@@ -181,7 +206,9 @@ class AttentionSpec:
 
     def _complete(self) -> None:
         """Fill in what the subject's own name and signature say."""
-        found: dict[str, Any] = {}
+        found = self._by_convention()
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
         if not self.name:
             whole = getattr(self.subject, "module", self.subject)
             found["name"] = getattr(whole, "__name__", type(whole).__name__)
@@ -197,15 +224,37 @@ class AttentionSpec:
             self._check_named("causal_argument", "is_causal")
             for keyword in self._keywords:
                 self._check_named(keyword, "")
-            found |= {usual: name for usual, names in _USUAL.items() for name in names
-                      if getattr(self, usual) is None and self.names(name)
-                      and (self.parameters is not None or name == "scale")}  # fmt: skip
+            if self.convention is None:
+                found |= {usual: name for usual, names in _USUAL.items() for name in names
+                          if getattr(self, usual) is None and self.names(name)
+                          and (self.parameters is not None or name == "scale")}  # fmt: skip
             if self.mask == "keep" and self.parameters is None:  # PyTorch's own
                 found["mask"] = "any"
             found |= self._without_keywords()
         for name, value in found.items():
             object.__setattr__(self, name, value)
         vars(self).update(_filled=found, _made=self)
+
+    def _by_convention(self) -> dict[str, Any]:
+        """What the convention says by which it is called, if it is one of the table."""
+        if self.call is not None and self.like is not None:
+            raise ValueError(misuse("call", "a function beside like", "one of the two"))
+        if self.call is not None:
+            return {name: None for name in ("mask", "causal") if name not in self.typed}
+        own = self.convention
+        known = {} if self.parameters is None else self.parameters
+        plain = self.inputs is None and not self.is_captured
+        if own is not None and not plain:
+            raise ValueError(misuse("like", repr(own.name), "None, of a block or a trace"))
+        if own is None and plain:
+            own = recognised(known)
+            if self.typed & _CALLED:  # it is said otherwise
+                return {}
+        if own is None:
+            return {}
+        vars(self)["convention"] = own
+        found = {n: v for n, v in own.declared(known).items() if n not in self.typed}
+        return found | ({"like": own.name} if self.like is None else {})
 
     def _without_keywords(self) -> dict[str, Any]:
         """What is left of the mask and of causality if the subject has no keyword for them.
@@ -249,6 +298,11 @@ class AttentionSpec:
         return self.causal or "top_left"
 
     @property
+    def sides(self) -> tuple[int | None, ...]:
+        """The two sides of the window that it always has; none without one."""
+        return self.window if isinstance(self.window, tuple) else ()
+
+    @property
     def takes_causal(self) -> bool:
         """Whether the subject can be asked to be causal, by `causal_argument`."""
         asked = self.causal is not None and not (self.is_block or self.is_captured)
@@ -267,12 +321,15 @@ class AttentionSpec:
     @cached_property
     def parameters(self) -> Mapping[str, inspect.Parameter] | None:
         """The parameters of the subject; None for a builtin, whose signature is not known."""
+        if self.call is not None or self.is_captured:
+            return {}
         called = self.implementation
         return parameters_of(called.module if isinstance(called, SequenceModel) else called)
 
     def names(self, keyword: str) -> bool:
         """Whether the signature has a keyword; that of a builtin is PyTorch's own."""
-        return self.parameters is None or keyword in self.parameters
+        handled = self.convention.handles if self.convention else ()
+        return self.parameters is None or keyword in self.parameters or keyword in handled
 
     @property
     def has_heads(self) -> bool:
@@ -311,7 +368,7 @@ class AttentionSpec:
     @property
     def unmet(self) -> str:
         """What a call needs besides query, key, value and what is declared; empty if nothing."""
-        if self.is_block or self.is_captured:
+        if self.is_block or self.is_captured or self.call or self.convention:
             return ""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         known = {self.mask_argument, self.causal_argument}
@@ -330,7 +387,7 @@ class AttentionSpec:
     def takes(self, keyword: str) -> bool:
         """Whether the subject takes a keyword; taken as a yes where its signature is unknown."""
         anything = any(p.kind is p.VAR_KEYWORD for p in (self.parameters or {}).values())
-        return anything or self.names(keyword)
+        return anything or self.call is not None or self.names(keyword)
 
     @cached_property
     def _slopes(self) -> dict[int, Tensor]:
@@ -368,13 +425,15 @@ class AttentionSpec:
         own = self.reference
         return None if own is None else replace(self, subject=own, reference=None)
 
-    def ask(self, call: Call, *, dropout: float = 0.0) -> Answer:
+    def ask(self, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:
         """Call the subject as it wants to be called.
 
         Args:
             call: What it is asked, (batch, heads, length, width); (batch, 1, ...) for a layout
                 without heads. What it always does need not be said.
             dropout: Passed on as `dropout_p` where it is not 0.
+            besides: Whether what it returns beside its output is wanted, where it has to be asked
+                for that.
 
         Returns:
             The output (batch, heads, query_len, value_dim), and what it returns besides.
@@ -384,7 +443,7 @@ class AttentionSpec:
                 not declared to take what the call has.
             ValueError: Its output has another shape than the layout says.
         """
-        return asking.ask(self, call, dropout=dropout)
+        return asking.ask(self, call, dropout=dropout, besides=besides)
 
     @property
     def implementation(self) -> Callable[..., Any]:
@@ -419,7 +478,7 @@ class AttentionSpec:
         call = Call(query, key, value, causal=is_causal, scale=scale, **features)
         if is_causal and not self.takes_causal:
             call = replace(call, causal=False)
-            if self.window is None or self.window[1] != 0:  # it is not causal of itself
+            if not isinstance(self.window, tuple) or self.window[1] != 0:  # not causal of itself
                 causal = replace(call, causal=True, alignment=self.alignment).visible()
                 attn_mask = causal if attn_mask is None else with_causal(attn_mask, causal)
         if attn_mask is not None:

@@ -1,0 +1,76 @@
+"""How public callables are called: a table of conventions, told apart by parameters alone.
+
+A convention is a row: what its keywords are called and what they mean, which corner causality is
+counted from, what it returns, and how a call of attention becomes a call of it. To add one, add
+an entry to one of the modules here, or `register_convention` one of your own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pytest_attnheat.contract.conventions import dense, packed
+from pytest_attnheat.contract.conventions.convention import Arrange as Arrange
+from pytest_attnheat.contract.conventions.convention import Convention as Convention
+from pytest_attnheat.contract.conventions.convention import Lse as Lse
+from pytest_attnheat.inputs import misuse
+
+# Module state on purpose, as that of scoring functions: a row that a project registers where its
+# modules are imported must be known wherever a callable is examined.
+_KNOWN: dict[str, Convention] = {one.name: one for one in (*dense.CONVENTIONS, *packed.CONVENTIONS)}
+
+
+def conventions() -> tuple[Convention, ...]:
+    """Return all that are known, in order."""
+    return tuple(_KNOWN.values())
+
+
+def register_convention(convention: Convention, *, replace: bool = False) -> None:
+    """Add a row of one's own to the table of conventions.
+
+    Args:
+        convention: The row.
+        replace: Whether it takes the place of one of the same name.
+
+    Raises:
+        TypeError: It is no convention.
+        ValueError: Its name is taken, or it has no parameter to be recognised by.
+    """
+    if not isinstance(convention, Convention):
+        raise TypeError(misuse("convention", type(convention).__name__, "a Convention"))
+    if convention.name in _KNOWN and not replace:
+        accepted = "a name that is not taken, or replace=True"
+        raise ValueError(misuse("convention", repr(convention.name), accepted))
+    if not convention.parameters:
+        accepted = "the names of parameters that only such a callable has"
+        raise ValueError(misuse("parameters", "none", accepted))
+    _KNOWN[convention.name] = convention
+
+
+def named(name: str) -> Convention:
+    """Return a convention by its name.
+
+    Raises:
+        ValueError: There is none of this name.
+    """
+    if name not in _KNOWN:
+        raise ValueError(misuse("like", repr(name), f"one of {', '.join(map(repr, _KNOWN))}"))
+    return _KNOWN[name]
+
+
+def recognised(parameters: Mapping[str, Any]) -> Convention | None:
+    """Return the convention of a callable with some parameters, None if it is none of them.
+
+    Raises:
+        ValueError: Two of them fit equally well.
+    """
+    fitting = [one for one in _KNOWN.values() if one.fits(parameters)]
+    # Who asks for more knows more.
+    asked = [set(one.parameters) for one in fitting]
+    best = [one for one, own in zip(fitting, asked, strict=True) if not any(own < n for n in asked)]
+    if len(best) > 1:
+        names = " and ".join(repr(one.name) for one in best)
+        accepted = f"like= one of them: {', '.join(one.about for one in best)}"
+        raise ValueError(misuse("subject", f"parameters that fit {names} equally", accepted))
+    return best[0] if best else None

@@ -1,0 +1,114 @@
+"""How one kind of public callable is called: a row of the table of conventions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.contract.asking import KEYWORDS, dense
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+# Makes a call of a subject, with the arguments of its features by name, and returns its result:
+# an output in the layout that is declared, or a tuple that begins with it and a log-sum-exp.
+Arrange: TypeAlias = Callable[["AttentionSpec", Call, dict[str, Any]], Any]
+# Fields of a specification that name a parameter.
+_NAMING = ("mask_argument", "causal_argument", "dropout", *KEYWORDS)
+
+
+@dataclass(frozen=True)
+class Lse:
+    """How a log-sum-exp is returned.
+
+    Attributes:
+        shape: Its dimensions, as `arrange` returns it: "bhl", "blh", "hbl" or "lbh".
+        base: The base of the logarithm, "e" or "2".
+        sink: Whether a sink is part of it; None where there is no sink.
+        empty: What a query that sees nothing has: "-inf" or "+inf".
+    """
+
+    shape: str = "bhl"
+    base: str = "e"
+    sink: bool | None = None
+    empty: str = "-inf"
+
+
+@dataclass(frozen=True)
+class Convention:
+    """How one kind of public callable is called.
+
+    Attributes:
+        name: What `AttentionSpec(like=)` takes.
+        about: What is called like this, in words.
+        parameters: Names that its signature has, all of them: what it is recognised by. Of an
+            object, those of its methods `plan` and `run`.
+        lacks: Names that its signature has not.
+        declares: Fields of `AttentionSpec`. A keyword that a signature lacks is left out.
+        values: By field of `Call`, what becomes of a value before it is passed on.
+        arrange: How a call is made.
+        besides: Arguments that make it return its log-sum-exp.
+        lse: How that is returned; None if it has none.
+        handles: Keywords that `arrange` takes, though the signature has them not.
+        only: By feature, the only levels that can be asked of it.
+        apart: Pairs of features that are never asked together.
+        one_query: Whether it takes one query of each sequence alone.
+        ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
+            first; empty where they may not.
+        limits: What cannot be asked of it, in words.
+    """
+
+    name: str
+    about: str
+    parameters: tuple[str, ...]
+    declares: Mapping[str, Any]
+    lacks: tuple[str, ...] = ()
+    values: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
+    arrange: Arrange = dense
+    besides: Mapping[str, Any] = field(default_factory=dict)
+    lse: Lse | None = None
+    handles: tuple[str, ...] = ()
+    only: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    apart: tuple[tuple[str, str], ...] = ()
+    one_query: bool = False
+    ragged: tuple[str, ...] = ()
+    limits: str = ""
+
+    @property
+    def limited(self) -> dict[str, Any]:
+        """What it says of the calls that can be asked, as fields of `levels.Declared`."""
+        return {
+            "only": tuple(self.only.items()),
+            "apart": self.apart,
+            "one_query": self.one_query,
+            "ragged": self.ragged,
+        }
+
+    def said(self, spec: AttentionSpec) -> str:
+        """Say in a report which convention was taken, why, and what is not asked of it."""
+        names = ", ".join(name for name in self.parameters if name in (spec.parameters or {}))
+        why = "as declared" if "like" in spec.typed else f"by its parameters {names}"
+        limits = f"; not asked: {self.limits}" if self.limits else ""
+        return f"it is called as {self.name}, {self.about}, {why}{limits}"
+
+    def fits(self, names: Mapping[str, Any]) -> bool:
+        """Whether parameters are those of this convention."""
+        return all(n in names for n in self.parameters) and not any(n in names for n in self.lacks)
+
+    def declared(self, names: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields of a specification, without what keywords that a signature lacks are for."""
+        found = dict(self.declares)
+        if any(name not in names for name in self.besides):
+            found["returns"] = "output"
+        for name, given in self.declares.items():
+            if name in _NAMING and isinstance(given, str) and given not in (*names, *self.handles):
+                del found[name]
+                feature = name.removesuffix("_argument")
+                # Without causality, the corner is what a window is counted from.
+                if feature == "mask" or (
+                    feature == "causal" and self.declares.get("window") is None
+                ):
+                    found[feature] = None
+        return found
