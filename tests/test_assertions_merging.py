@@ -1,6 +1,6 @@
 """What the assertion about merging partial states of attention accepts, finds and says."""
 
-import inspect
+import functools
 import math
 
 import pytest
@@ -156,11 +156,11 @@ def test_each_is_called_with_the_shapes_that_it_has(merge):
     count = 3 if form.takes_all else 2
     outs, lses = torch.randn(count, 2, 4, 5, 8), torch.randn(count, 2, 4, 5)
 
+    @functools.wraps(merge)
     def spied(*given, **options):
         seen.extend(one.shape for one in given)
         return merge(*given, **options)
 
-    vars(spied)["__signature__"] = inspect.signature(merge)
     out, lse = Merge(spied, form)([*outs], [*lses])
     wanted = exactly(outs, lses * (LN2 if form.base == "2" else 1.0))[0]
     torch.testing.assert_close(out, wanted)
@@ -718,11 +718,11 @@ def test_a_wrong_merge_of_right_states_is_the_merges_fault():
 def test_states_are_made_where_the_merge_is_wanted(merge, accelerator):
     seen = set()
 
+    @functools.wraps(merge)
     def placed(*states):
         seen.update(state.device.type for state in states)
         return merge(*states)
 
-    placed.__signature__ = inspect.signature(merge)
     assert_merges(placed, device=accelerator, dtypes="float32", gradients=False)
     assert seen == {torch.device(accelerator).type}
 
