@@ -423,11 +423,15 @@ def test_each_order_of_more_than_two_parts_is_tried():
     assert "merged from the right" in found.cases
     assert "two halves" not in found.cases
 
-    def with_a_long_first_part(outs, lses):
-        first = lses[0] > lses[1:].amax(0) + 1.3 if len(lses) > 2 else lses[0] > math.inf
-        return of_all(outs, lses - 0.01 * first)
+    def where_the_first_of_three_dominates(outs, lses):
+        out, lse = of_all(outs, lses)
+        others = lses[1:].amax(0) if len(lses) == 3 else math.inf * torch.ones_like(lse)
+        first = (lses[0] > others + 200) & others.isfinite()
+        return torch.where(first[..., None], 1.1 * out, out), lse
 
-    assert "merged at once" in failure_of(with_a_long_first_part).cases
+    found = failure_of(where_the_first_of_three_dominates)
+    assert found.cases.startswith("1 of ")
+    assert "parts of 6 + 9 + 9, merged at once" in found.cases
 
 
 def unguarded(a, s, b, t):
