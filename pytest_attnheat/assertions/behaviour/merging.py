@@ -27,7 +27,7 @@ from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import always_compiled, borrowed
 from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.inputs import dtype_names, misuse, one_of, seed_number
 
@@ -117,7 +117,8 @@ def assert_merges(
     judge = _Judge(Merge(merge, form), fully_masked, assumed, maker)
     known = [getattr(torch, name) for name in names]
     some = torch.empty(0, device=maker.device)
-    with borrowed((merge, attention), some, seed=seed), torch.inference_mode(False):
+    own = borrowed((merge, attention), some, seed=seed)
+    with own, always_compiled((merge, attention)), torch.inference_mode(False):
         every: list[Comparison] = []
         for problem in PROBLEMS:
             if (empty_parts or not problem.has_empty) and maker.can_ask(problem):
