@@ -1,6 +1,7 @@
 """A judge is graded by the defects that it lets through."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -184,17 +185,8 @@ def test_what_was_exercised_is_not_missed():
 # --- planted versions are what they are said to be
 
 
-def of_every(*, kind="forward", seen=()):
-    found = Study(AttentionSpec(attention_with(), grouped=True)).versions
-    return [one.name for one in found if one.kind == kind and one.name not in seen]
-
-
 # Those that are drawn at random, have another constant, need a declaration of their own.
 APART = ("dropout_in_eval", "dropout_not_rescaled", "temperature", "output_factor")
-FEATURES = ("window", "softcap", "sinks", "alibi", "chunk", "prefix", "sink_keys", "score_mod",
-            "may_see", "bias", "documents", "lengths")  # fmt: skip
-
-
 def everything():
     """A target that has each feature, so that no version is left out."""
     declared = {"softcap": 1.5, "sinks": torch.zeros(4), "alibi": torch.ones(4), "chunk": 3,
@@ -205,24 +197,25 @@ def everything():
     return [v.name for v in Study(spec).versions if v.kind == "forward" and v.name not in APART]
 
 
-def random_call(name, number, declared):
-    """Tensors and keywords of a call that a defect may show in."""
+def random_call(name, number):
+    """Tensors and keywords of a call that a defect may show in; each shape comes twice."""
     generator = torch.Generator().manual_seed(number)
-    square = number % 2 == 0
-    query_len, key_len = (6, 6) if square else [(5, 9), (7, 4)][number // 2 % 2]
-    group = 2 if number % 4 < 2 and "sinks" not in name and "alibi" not in name else 1
-    heads = 4
+    query_len, key_len = [(6, 6), (5, 9), (7, 4), (18, 21)][number % 4 * ("documents" not in name)]
+    fixed = "sinks" in name or "alibi" in name
+    heads, group = 3 if "other_heads" in name and "alibi" in name else 4, 1 if fixed else 2
     query = torch.randn(3, heads, query_len, 8, generator=generator, dtype=torch.float64)
     shape = (3, heads // group, key_len, 8)
     key, value = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in "kv")
     named = {}
     if number % 3 or "mask" in name:
         mask = torch.rand(3, heads, query_len, key_len, generator=generator) > 0.4
-        mask[0, 0, 1] = False
+        mask[..., 0] = True
+        if "fully_masked" in name:
+            mask[0, 0, 1] = False
         named["attn_mask"] = mask
-    if number % 4 > 1 or "causal" in name:
+    if number % 2 or ("causal" in name and name != "causal_always"):
         named["is_causal"] = True
-    if "scale" in name and "bias" not in name:
+    if name.startswith("scale") or name.endswith("_scaled"):
         named["scale"] = -0.6 if "absolute" in name else 0.7
     if "bias" in name:
         named["bias"] = torch.randn(3, heads, query_len, key_len, generator=generator).double()
@@ -238,38 +231,30 @@ def random_call(name, number, declared):
 def test_planted_versions_are_those_that_were_written_apart(name):
     declared = declared_for(name)
     keywords = {k: k for k in ("bias", "documents", "lengths") if k in name}
-    square = "documents" in name
-    always = {k: v for k, v in declared.items() if k != "scale"}
-
-    def written(*defects, **more):
-        made = attention_with(*defects, **declared, **more)
-        return made.with_more if keywords else made
-
-    # What it does without keys is declared, where a defect is about that.
-    spec = AttentionSpec(written(), grouped=True, **keywords, **always,
-                         scale=declared.get("scale"))  # fmt: skip
-    study = Study(spec)
-    version = {one.name: one for one in study.versions}.get(name)
-    if version is None:
-        pytest.skip("it cannot act on this target")
+    right, wrong = (attention_with(*names, **declared) for names in ((), (name,)))
+    right, wrong = (one.with_more if keywords else one for one in (right, wrong))
+    study = Study(AttentionSpec(right, grouped=True, **declared, **keywords))
+    version = next(one for one in study.versions if one.name == name)
+    forms = [study.plant(replace(version, forms=(form,))) for form in version.forms]
     shown = 0
-    planted = study.plant(version)
-    wrong = {(block, short): written(name, block=block, short_kept=short)
-             for block in BLOCKS[:4] for short in (False, True)}  # fmt: skip
-    for number in (0, 4, 8) if square else range(8):
-        tensors, named = random_call(name, number, declared)
-        right = spec.implementation(*tensors, **named)
-        expected = []
-        for function in wrong.values():
-            try:
-                expected.append(function(*tensors, **named))
-            except ValueError:  # sizes that do not fit
-                continue
-        found = planted(*tensors, **named)
-        assert not planted.effect.refused
-        same = [torch.allclose(found, one, rtol=1e-9, atol=1e-9, equal_nan=True)
-                for one in (right, *expected)]  # fmt: skip
-        if not any(torch.allclose(right, one, rtol=1e-9, equal_nan=True) for one in expected):
-            assert any(same[1:]) or not expected, f"call {number}"
-            shown += bool(expected)
-    assert shown or name in ("no_maximum_subtracted", "products_overflow", "masked_nan_felt"), name
+    for number in range(8):
+        tensors, named = random_call(name, number)
+        try:
+            expected = wrong(*tensors, **named)
+        except ValueError:  # sizes that do not fit
+            continue
+        found = [form(*tensors, **named) for form in forms]
+        assert not any(form.effect.refused for form in forms)
+        shown += not alike(expected, right(*tensors, **named))
+        forms = [form for form, own in zip(forms, found, strict=True) if alike(own, expected)]
+        assert forms, f"call {number}"
+    assert shown or name in HARMLESS
+
+
+# Overflow and NaN in masked keys are not drawn here; nor what only differs where exp underflows.
+HARMLESS = ("no_maximum_subtracted", "products_overflow", "masked_nan_felt",
+            "mask_after_softmax_renormalised")  # fmt: skip
+
+
+def alike(one, other):
+    return torch.allclose(one, other, rtol=1e-9, atol=1e-9, equal_nan=True)
