@@ -24,7 +24,7 @@ from pytest_attnheat.contract.reading_calls import unreadable
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.remedy import Remedy, remedy_for
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version, versions
+from pytest_attnheat.contract.versions import Version, simple_name, versions
 from pytest_attnheat.inputs import check_number, misuse, seed_number
 
 Status: TypeAlias = Literal["killed", "survived", "inactive"]
@@ -49,6 +49,13 @@ _FEATURES: dict[str, Callable[[AttentionSpec], object]] = {
     **{name: (lambda spec, name=name: isinstance(getattr(spec, name), str))  # type: ignore[misc]
        for name in ("window", "chunk", "documents", "lengths", "softcap", "alibi", "sinks")},
 }  # fmt: skip
+
+
+class _TimeUpError(BaseException):
+    """It took too long; no `except Exception` on the way stops it."""
+
+
+_TimeUpError.__name__ = "TimeoutError"
 
 
 class JudgeError(AssertionError):
@@ -211,11 +218,12 @@ class Study:
         """
         self.spec, self.seed = as_spec(right), seed_number(seed)
         every = tuple(versions(self.spec, seed=self.seed))
-        known = {one.name for one in every}
-        if unknown := [name for name in defects or () if name not in known]:
-            accepted = f"names of {', '.join(sorted(known))}"
+        if unknown := [name for name in defects or () if simple_name(name) is None]:
+            accepted = "names of the catalogue, docs/defects.md, or of trivial answers: "
+            accepted += ", ".join(one.name for one in every if one.kind == "trivial")
             raise ValueError(misuse("defects", repr(unknown[0]), accepted))
-        self.versions = tuple(v for v in every if defects is None or v.name in defects)
+        wanted = None if defects is None else {simple_name(name) for name in defects}
+        self.versions = tuple(v for v in every if wanted is None or v.name in wanted)
         self._known: OrderedDict[Any, Any] = OrderedDict()
         self.watched = Planted(self.spec, None, self._known)
 
@@ -364,17 +372,17 @@ def _handed(planted: Planted) -> Iterator[Any]:
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after so many seconds, where that can be done."""
+    """Stop what is done after so many seconds, where that can be done."""
     can = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not can or not math.isfinite(seconds):
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"it took more than {seconds:.3g} seconds")
+        raise _TimeUpError(f"it took more than {seconds:.3g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where it is caught all the same
     try:
         yield
     finally:
