@@ -33,9 +33,27 @@ from pytest_attnheat.contract.versions import Form, Version
 
 # Above so many scores a call takes too much memory in float64.
 _MOST_SCORES = 2**25
-# Outcomes of so many calls are kept, whose outputs hold no more numbers than that.
-_KEPT, _MOST_KEPT = 48, 2**13
+# Of so many calls at most is kept what is known, and of no more than so many numbers in outputs;
+# what each defect gives, only of calls that are no larger than that.
+_KEPT, _KEPT_NUMBERS, _MOST_KEPT = 48, 2**18, 2**15
 _BASES = (1.0, math.log(2.0), math.log(10.0))
+
+
+@dataclass(frozen=True)
+class Change:
+    """By how much numbers are off: of a head, of all, and by rounding at most; see `Effect`."""
+
+    off: float
+    off_by: float
+    rounding: float
+
+    @classmethod
+    def of(cls, error: Tensor, exact: Tensor, rounding: float) -> Change:
+        """Measure an error (..., length, width) beside what is exact."""
+        error = error.nan_to_num(nan=math.inf).abs()
+        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
+        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        return cls(float(parts.max()), float(error.max()), rounding)
 
 
 @dataclass
@@ -62,25 +80,21 @@ class Effect:
     refused: dict[str, None] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
 
-    def changed(self, error: Tensor, exact: Tensor, rounding: float, dtype: torch.dtype) -> None:
-        """Note a call on which numbers (..., length, width) were off."""
-        error = error.nan_to_num(nan=math.inf).abs()
-        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
-        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(dtype).tiny)
+    def changed(self, change: Change, dtype: torch.dtype) -> None:
+        """Note a call on which numbers were off."""
         self.active += 1
-        self.off_by = max(self.off_by, float(error.max()))
-        if float(parts.max()) >= self.off:
-            self.off, self.rounding = float(parts.max()), rounding
+        self.off_by = max(self.off_by, change.off_by)
+        if change.off >= self.off:
+            self.off, self.rounding = change.off, change.rounding
             self.dtype = str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, eq=False)
 class _Chosen:
-    """The form of a defect that shows on a call."""
+    """The form of a defect that shows on a call, and what it changes."""
 
     form: Form
-    error: Tensor
-    rounding: float
+    change: Change
 
 
 class Known:
@@ -125,7 +139,8 @@ class Known:
             if differs:
                 error = output - self.healthy.output
                 same = output.isnan() & self.healthy.output.isnan()
-                return _Chosen(form, error.masked_fill(same, 0.0), rounding)
+                error = error.masked_fill(same, 0.0)
+                return _Chosen(form, Change.of(error, self.healthy.output, rounding))
         return None
 
 
@@ -198,7 +213,7 @@ class Planted:
         attached = _attached(known.case, reading)
         outcome = chosen.form.make(attached)
         own = reading.given.back(outcome.output).to(output)
-        self.effect.changed(chosen.error, known.healthy.output, chosen.rounding, output.dtype)
+        self.effect.changed(chosen.change, output.dtype)
         if own.stride() != output.stride():
             own = torch.empty_like(output.detach()).copy_(own)
         if output.requires_grad:
@@ -220,7 +235,10 @@ class Planted:
         key = digest(case), None if case.earlier is None else digest(case.earlier)
         if key not in self._known:
             self._known[key] = Known(case, self.spec.tolerance or 0.0)
-            if len(self._known) > _KEPT:
+            while len(self._known) > 1 and (
+                len(self._known) > _KEPT
+                or sum(k.healthy.output.numel() for k in self._known.values()) > _KEPT_NUMBERS
+            ):
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         known: Known = self._known[key]
@@ -265,8 +283,7 @@ class Planted:
             found = _wrong_gradients(version, replace(call, upstream=upstream.double()), wanted)
             if found is None:
                 return [None] * len(wanted)
-            name, exact, rounding = found[1]
-            self.effect.changed(found[0][name], exact, rounding, call.query.dtype)
+            self.effect.changed(found[1], call.query.dtype)
             return [found[0][n].reshape(t.shape).to(t) for n, t in wanted.items()]
 
         shape = (*call.query.shape[:-1], call.value.shape[-1])
@@ -276,7 +293,7 @@ class Planted:
 
 def _wrong_gradients(
     version: Version, call: Call, wanted: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, Tensor, float]] | None:
+) -> tuple[dict[str, Tensor], Change] | None:
     """By how much the first form that shows changes each gradient; and the worst of them."""
     with torch.no_grad():
         saved = Saved.of(call, None)
@@ -293,7 +310,7 @@ def _wrong_gradients(
             worst = max((n for n in parts if not parts[n][1]), key=lambda n: parts[n][0])
             exact = right[worst].reshape((1,) * max(0, 2 - right[worst].ndim) + right[worst].shape)
             more[worst] = more[worst].reshape(exact.shape)
-            return more, (worst, exact, saved.allowed)
+            return more, Change.of(more[worst], exact, saved.allowed)
     return None
 
 
