@@ -558,8 +558,8 @@ def test_the_table_begins_with_what_survived_and_ends_with_a_test_to_paste():
     found = grade(judge, sdpa, defects=["scale_missing", "last_key_ignored", "mask_inverted"])
     lines = str(found).splitlines()
     assert lines[0] == (
-        "scaled_dot_product_attention: 0 of 2 active defects were killed, 2 survived; 1 were "
-        "inactive, in 1 calls"
+        "scaled_dot_product_attention: 0 of 2 active defects killed, 2 survived, 1 inactive, in "
+        "1 call"
     )
     assert lines[2].startswith("survived, and by how much")
     assert "inactive: mask_inverted" in lines

@@ -138,12 +138,13 @@ class Grade:
     def _head(self) -> str:
         if self.refused:
             return "no grade, as its calls are not understood"
+        calls = f"{self.calls} call{'s' * (self.calls != 1)}"
         if self.score is None:
-            return f"no defect changed any of {self.calls} calls beyond rounding"
+            return f"no defect changed anything beyond rounding in {calls}"
         active = len(self.killed) + len(self.survived)
         return (
-            f"{len(self.killed)} of {active} active defects were killed, {len(self.survived)} "
-            f"survived; {len(self.inactive)} were inactive, in {self.calls} calls"
+            f"{len(self.killed)} of {active} active defects killed, {len(self.survived)} survived, "
+            f"{len(self.inactive)} inactive, in {calls}"
         )
 
     def _lines(self) -> Iterator[str]:

@@ -27,6 +27,7 @@ from pytest_attnheat.attention.mistakes import MOST_ALLOWED, as_case
 from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out, misread
 from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
@@ -176,7 +177,8 @@ class Planted:
         answer = self._target(*given, **named)
         self.effect.calls += 1
         try:
-            with torch.inference_mode(False) if _plain(given, named) else torch.no_grad():
+            mode = torch.inference_mode(False) if _plain(given, named) else torch.no_grad()
+            with mode, one_thread():
                 return self._answer(answer, read(self.spec, given, named))
         except UnreadError as error:
             self.effect.refused[str(error)] = None
