@@ -19,7 +19,8 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.contract.planting import Effect, Planted
+from pytest_attnheat.contract.effects import Effect
+from pytest_attnheat.contract.planting import Planted
 from pytest_attnheat.contract.reading_calls import unreadable
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.remedy import Remedy, remedy_for
@@ -74,7 +75,7 @@ class Verdict:
         said: What the judge said.
         off: By how much it was off at most, as a part of the largest number of a head.
         off_by: Likewise, in numbers.
-        rounding: What rounding may do there at most, as a part of the size of a row.
+        rounding: What rounding may do there at most, likewise.
         dtype: The dtype of the call on which it was off most.
         calls: How many calls the judge made.
         active: How many of them it changed.

@@ -12,7 +12,8 @@ from pytest_attnheat.assertions.precision_calls import Criteria, asking, describ
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
 from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.contract.planting import Known, Planted
+from pytest_attnheat.contract.effects import Known
+from pytest_attnheat.contract.planting import Planted
 from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Version
@@ -39,7 +40,7 @@ class Remedy:
         dtype: The dtype in which they are asked.
         killed: The names of what they tell apart.
         left: The names of what they do not.
-        tolerance: By dtype, by how much of its size rounding may move a row of an answer.
+        tolerance: By dtype, by which part of the largest number of a head rounding may move one.
         code: A test ready to paste; empty without cases.
     """
 
@@ -57,8 +58,8 @@ class Remedy:
             parts = ", ".join(f"{part:.1e} in {dtype}" for dtype, part in self.tolerance)
             lines += [
                 "what survived changed answers that the judge was given: it compares too little "
-                "of them, or too coarsely. Rounding alone moves a row of these answers by at most "
-                f"this part of its size: {parts}"
+                "of them, or too coarsely. Rounding alone moves no number of these answers by more "
+                f"than this part of the largest of its head: {parts}"
             ]
         if self.cases:
             count = len(self.cases)
