@@ -27,7 +27,8 @@ class Lse:
         shape: Its dimensions, as `arrange` returns it: "bhl", "blh", "hbl" or "lbh".
         base: The base of the logarithm, "e" or "2".
         sink: Whether a sink is part of it; None where there is no sink.
-        empty: What a query that sees nothing has: "-inf" or "+inf".
+        empty: What a query that sees nothing has: "-inf", "+inf", or "lowest", a number below all
+            that scores are.
     """
 
     shape: str = "bhl"
@@ -58,6 +59,7 @@ class Convention:
         ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
             first; empty where they may not.
         limits: What cannot be asked of it, in words.
+        makes: Whether it is a class, or a function, that makes what is called.
     """
 
     name: str
@@ -75,6 +77,7 @@ class Convention:
     one_query: bool = False
     ragged: tuple[str, ...] = ()
     limits: str = ""
+    makes: bool = False
 
     @property
     def limited(self) -> dict[str, Any]:
