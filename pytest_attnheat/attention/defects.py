@@ -12,7 +12,7 @@ import math
 import torch
 
 from pytest_attnheat.attention.call import FEATURES
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS
+from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan
 from pytest_attnheat.attention.decisions import Change as Change
 from pytest_attnheat.attention.decisions import Defect as Defect
 from pytest_attnheat.attention.decisions import defect as _defect
@@ -26,6 +26,7 @@ from pytest_attnheat.attention.misreadings import (
     WINDOW,
     without,
 )
+from pytest_attnheat.attention.packing import PACKED
 
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
@@ -256,6 +257,7 @@ DEFECTS: tuple[Defect, ...] = (
     *WINDOW,
     *CAUSAL,
     *_CAUSAL,
+    *PACKED,
     *BESIDES,
     *_SOFTCAP,
     *_SINKS,
@@ -266,3 +268,15 @@ DEFECTS: tuple[Defect, ...] = (
     *PADDED,
     *_NUMBERS,
 )
+# In this order a case is misread; no matter which comes first, but always the same.
+_ORDER = {
+    reading: number
+    for number, one in enumerate(DEFECTS)
+    for change in one.changes
+    for reading in change(Plan()).misread
+}
+
+
+def in_order(readings: frozenset[Misreading]) -> list[Misreading]:
+    """Return misreadings in the order in which they are done."""
+    return sorted(readings, key=lambda reading: _ORDER.get(reading, -1))

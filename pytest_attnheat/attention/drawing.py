@@ -22,7 +22,9 @@ FILLS = {"-inf": -math.inf, "finite": 0.0, "min": None, "-1e9": -1e9, "-1e4": -1
 WINDOWS = ("left", "both")
 # How the lengths of the batch entries differ. The queries and the keys of each have their own,
 # and other ones besides: no two entries have as many keys more than queries.
-RAGGED = ("unequal", "equal", "one token", "without queries", "without keys", "empty")
+RAGGED = ("equal", "unequal", "one token", "without queries", "without keys", "empty")
+# Of those that have as many keys as queries.
+SAME = ("equal", "same")
 # The products of queries and keys beyond float16, which holds 65504.
 _OVERFLOWING = 1.2e5
 
@@ -106,14 +108,18 @@ class Drawing:
         return left, left - 1 if self.chosen["window"] == "both" else None
 
     def _ragged(self) -> dict[str, Any]:
-        """The lengths of queries and keys of each batch entry, where they may differ."""
-        kind = self.chosen.get("ragged", "equal")
-        if kind == "equal":
+        """The lengths of queries and keys of each batch entry, of what takes several of them."""
+        kind = self.chosen.get("ragged")
+        if kind is None:
             return {}
         batch, (query_len, key_len) = self.chosen["batch"], self.chosen["sizes"]
         queries = [max(1, query_len * (n + 1) // batch) for n in range(batch)]
         keys = [max(1, key_len - n * key_len // (batch + 1)) for n in range(batch)]
-        if kind != "unequal":
+        if kind == "equal":
+            queries, keys = [query_len] * batch, [key_len] * batch
+        elif kind == "same":
+            queries = keys
+        elif kind != "unequal" and (batch > 1 or kind == "one token"):
             # Not the last alone: what follows it must not move.
             which = range(0, batch, 2) if kind == "one token" else [(batch - 1) // 2]
             wanted = {"without queries": (0, None), "without keys": (None, 0), "empty": (0, 0)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.attention.call import FEATURES, Call, Positions
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan, defect
+from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -68,7 +68,7 @@ class Case(Call):
 
 _USUAL: dict[str, Any] = {field.name: field.default for field in fields(Case)}
 # Where positions hide no key, all of a padded tail is seen.
-_HIDING = ("causal", "window", "chunk", "documents", "lengths", "may_see")
+_HIDING = ("causal", "window", "chunk", "documents", "lengths", "query_lengths", "may_see")
 
 
 def _has(case: Case, name: str) -> bool:
@@ -437,16 +437,3 @@ HISTORY = (
     defect("keys_of_earlier_call", "that uses the keys and values of an earlier call again",
            misread=_remembered("key", "value")),
 )  # fmt: skip
-
-# In this order a case is misread; no matter which comes first, but always the same.
-_ORDER = {
-    reading: number
-    for number, one in enumerate((*SCALE, *MASK, *WINDOW, *CAUSAL, *BESIDES, *PADDED, *HISTORY))
-    for change in one.changes
-    for reading in change(Plan()).misread
-}
-
-
-def in_order(readings: frozenset[Misreading]) -> list[Misreading]:
-    """Return misreadings in the order in which they are done."""
-    return sorted(readings, key=lambda reading: _ORDER.get(reading, -1))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.decisions import Change, Misreading
-from pytest_attnheat.attention.misreadings import in_order
+from pytest_attnheat.attention.defects import in_order
 from pytest_attnheat.attention.plan import (
     Case,
     NotApplicable,

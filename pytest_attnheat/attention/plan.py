@@ -17,9 +17,9 @@ from torch import Tensor
 from pytest_attnheat.attention.call import Positions
 from pytest_attnheat.attention.decisions import Plan as Plan
 from pytest_attnheat.attention.decisions import Source
+from pytest_attnheat.attention.defects import in_order
 from pytest_attnheat.attention.misreadings import Case as Case
 from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
-from pytest_attnheat.attention.misreadings import in_order
 
 
 @dataclass(frozen=True, eq=False)

@@ -86,7 +86,9 @@ def keyword_of(spec: AttentionSpec, name: str) -> str | None:
 
 
 def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
-    mask = _mask(spec, call)
+    mask, ragged = _mask(spec, call), bool(spec.convention and spec.convention.ragged)
+    if call.query_lengths is not None and not ragged:
+        raise UndeclaredError(f"{spec.name} is not declared to take query_lengths")
     if mask is not None or spec.needs(spec.mask_argument):
         yield spec.mask_argument, mask
     if call.causal and not spec.takes_causal:
@@ -95,7 +97,7 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
         yield spec.causal_argument, call.causal
     if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
         yield "enable_gqa", True
-    always = spec.always(call.heads)
+    always = {*spec.always(call.heads), *(("lengths",) if ragged else ())}
     for name in KEYWORDS.values():
         keyword, given = keyword_of(spec, name), getattr(call, name)
         if keyword is None:

@@ -180,8 +180,10 @@ class Examination:
             if sizes[0] != sizes[1]:
                 raise Skipped(f"it is declared for at most {longest} queries and keys")
             levels["sizes"] = (longest, longest)
+        narrow = {"ragged", *(name for name, _ in self.space.declared.only)}
         for name, level in levels.items():
-            if name not in known or (len(known[name]) == 1 and level != known[name][0]):
+            of_few = name in known and (len(known[name]) == 1 or name in narrow)
+            if name not in known or (of_few and level not in known[name]):
                 raise Skipped(f"{name}={level} is not among what it takes")
         try:
             return self.space.choice(**levels)

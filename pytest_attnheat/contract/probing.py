@@ -384,6 +384,14 @@ _CASES = (
         for at, side in enumerate(WINDOWS)
     ),
     Blueprint("chunk", _sized(7, 10, 6, chunk=True)),
+    *(
+        Blueprint(
+            f"several lengths, {kind}" + ", causal" * causal,
+            _sized(6 + at, 11 - at, 6, ragged=kind, causal=causal, batch=5),
+        )
+        for at, kind in enumerate(("unequal", "empty", "same"))
+        for causal in (False, True)
+    ),
     Blueprint("NaN in masked keys", _sized(5, 5, 7, batch=3, **_MASK), _garbage, judged=False),
 )
 

@@ -107,6 +107,9 @@ class Convention:
             if name in _NAMING and isinstance(given, str) and given not in (*names, *self.handles):
                 del found[name]
                 feature = name.removesuffix("_argument")
-                if feature in ("mask", "causal"):
+                # Without causality, the corner is what a window is counted from.
+                if feature == "mask" or (
+                    feature == "causal" and self.declares.get("window") is None
+                ):
                     found[feature] = None
         return found

@@ -1,0 +1,129 @@
+"""Conventions of callables that take sequences of several lengths in one tensor, back to back."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.drawing import RAGGED, SAME
+from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
+from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
+from pytest_attnheat.contract.conventions.dense import FLASH, float32, inclusive
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+# What `packing` needs to be told: keywords of where sequences begin, and of the longest.
+_CU = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+
+
+def packing(
+    *, names: tuple[str, ...] = _CU, heads_first: bool = True, together: str = ""
+) -> Arrange:
+    """Return what packs the sequences of a call, and unpacks what comes back.
+
+    Args:
+        names: The keywords of where sequences of queries and of keys begin, and of how long the
+            longest is; two of them where queries and keys share one.
+        heads_first: Whether a log-sum-exp is (heads, tokens), and not (tokens, heads).
+        together: "qkv" where all three are one tensor (tokens, 3, heads, width), "kv" where keys
+            and values are.
+    """
+
+    def arrange(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
+        queries, keys = lengths_of(call)
+        inputs = [packed(call.query, queries), packed(call.key, keys), packed(call.value, keys)]
+        if together:
+            first = 0 if together == "qkv" else 1
+            inputs[first:] = [torch.stack(inputs[first:], 1)]
+        told = [
+            *(bounds(n).int() for n in (queries, keys)),
+            *(int(n.max()) for n in (queries, keys)),
+        ]
+        told = told[::2] if together == "qkv" else told
+        named = dict(zip(names, told, strict=True))
+        return unpack(spec.implementation(*inputs, **named, **arguments), call, heads_first)
+
+    return arrange
+
+
+def unpack(result: Any, call: Call, heads_first: bool) -> Any:
+    """Return an output (tokens, heads, width), and a log-sum-exp beside it, as of a whole batch."""
+    queries, _ = lengths_of(call)
+    if not isinstance(result, tuple | list):
+        return unpacked(result, queries, call.query_len)
+    lse = result[1] if len(result) > 1 else None
+    if isinstance(lse, torch.Tensor):
+        lse = unpacked(lse.T if heads_first else lse, queries, call.query_len).transpose(1, 2)
+    return unpacked(result[0], queries, call.query_len), lse
+
+
+def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
+    """Call what is causal by its window, whose right side is then 0."""
+    left, right = call.window or (None, None)
+    if arguments.pop("is_causal", False):
+        right = 0
+    arguments["window_size"] = inclusive(-1)((left, right))
+    return packing(names=("cu_seq_q", "cu_seq_k", "max_q", "max_k"))(spec, call, arguments)
+
+
+def _as_list(window: tuple[int | None, int | None]) -> list[int]:
+    return [-1 if side is None else side for side in window]
+
+
+_FLASH_VALUES = {"alibi": float32, "window": inclusive(-1)}
+_PACKED: dict[str, Any] = {
+    "ragged": RAGGED,
+    "besides": {"return_attn_probs": True},
+    "lse": Lse(),
+    "values": _FLASH_VALUES,
+}
+_ALIKE = {"value_dim": ("equal",)}
+
+CONVENTIONS = (
+    Convention("flash_attn_varlen", "flash_attn_varlen_func of FlashAttention 2",
+               ("q", "k", "v", *_CU, "softmax_scale", "alibi_slopes"), FLASH,
+               lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=_ALIKE, **_PACKED),
+    Convention("flash_attn_varlen_qkvpacked",
+               "flash_attn_varlen_qkvpacked_func of FlashAttention 2",
+               ("qkv", "cu_seqlens", "max_seqlen", "softmax_scale"),
+               {**FLASH, "grouped": False, "square": True, "dropout": False},
+               limits="dropout", only=_ALIKE,
+               arrange=packing(names=("cu_seqlens", "max_seqlen"), together="qkv"),
+               **{**_PACKED, "ragged": SAME}),
+    Convention("flash_attn_varlen_kvpacked", "flash_attn_varlen_kvpacked_func of FlashAttention 2",
+               ("q", "kv", *_CU, "softmax_scale"), {**FLASH, "dropout": False},
+               arrange=packing(together="kv"), limits="dropout", only=_ALIKE, **_PACKED),
+    Convention("flash_attn_3_varlen", "flash_attn_varlen_func of FlashAttention 3",
+               ("q", "k", "v", *_CU, "softmax_scale", "attention_chunk"),
+               {**FLASH, "chunk": "attention_chunk"}, lacks=("k_cache",), arrange=packing(),
+               **_PACKED),
+    Convention("flash_attn_4_varlen", "flash_attn_varlen_func of FlashAttention 4",
+               ("q", "k", "v", *_CU, "softmax_scale", "learnable_sink"),
+               {**FLASH, "sinks": "learnable_sink"}, arrange=packing(),
+               **{**_PACKED, "values": {"window": inclusive(None)}, "lse": Lse(sink=True),
+                  "besides": {"return_lse": True}}),
+    Convention("vllm_flash_attn", "flash_attn_varlen_func of vLLM",
+               ("q", "k", "v", *_CU, "softmax_scale", "seqused_k", "fa_version"), FLASH,
+               arrange=packing(), only=_ALIKE,
+               **{**_PACKED, "besides": {"return_softmax_lse": True},
+                  "values": {"alibi": float32, "window": _as_list}}),
+    Convention("flash_mla_varlen", "flash_attn_varlen_func of FlashMLA",
+               ("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv"),
+               {**FLASH, "returns": "output"}, ragged=RAGGED,
+               arrange=packing(names=("cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo",
+                                      "max_seqlen_kv"))),
+    Convention("torch_varlen", "varlen_attn of PyTorch",
+               ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
+               {**FLASH, "causal_argument": "is_causal", "scale_argument": "scale",
+                "returns": "output"},
+               handles=("is_causal",), arrange=_window_alone, only=_ALIKE, ragged=RAGGED),
+    Convention("sageattn_varlen", "sageattn_varlen of SageAttention",
+               ("q", "k", "v", *_CU, "is_causal", "sm_scale"),
+               {**FLASH, "causal": "top_left", "causal_argument": "is_causal",
+                "scale_argument": "sm_scale", "returns": "output", "square": True},
+               arrange=packing(), only=_ALIKE, ragged=SAME,
+               limits="other numbers of keys than of queries"),
+)  # fmt: skip
