@@ -224,7 +224,7 @@ def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     What is no input or attribute of it goes to the subject.
     """
     onnx = import_module("onnx")
-    taken = {n: arguments.pop(n) for n in _OF_ONNX if arguments.get(n) is not None}
+    taken = {n: arguments.pop(n) for n in _OF_ONNX if n in arguments}
     left, right = taken.pop("left_window_size", None) or (None, None)
     feeds = dict(zip(_INPUTS, map(_numbers, call.tensors), strict=False))
     feeds |= {n: _numbers(taken.pop(n)) for n in _INPUTS if n in taken}
@@ -233,6 +233,7 @@ def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     version = max([23, *(n for name, n in _SINCE.items() if name in {*taken, *feeds})])
     make = onnx.helper
     names = [name if name in feeds else "" for name in _INPUTS]
+    names = names[: max(names.index(name) for name in feeds) + 1]
     node = make.make_node("Attention", names, ["Y"],
                           **{n: int(v) if type(v) is bool else v for n, v in taken.items()})  # fmt: skip
     sizes = {name: make.np_dtype_to_tensor_dtype(one.dtype) for name, one in feeds.items()}
@@ -249,12 +250,13 @@ def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 # Of the models: the oldest in which all of the operators can be said.
 _IR_VERSION = 10
-_OF_ONNX = (*_INPUTS[3:], "is_causal", "scale", "softcap", "left_window_size")
+_OF_ONNX = ("attn_mask", "nonpad_kv_seqlen", "is_causal", "scale", "softcap", "left_window_size")
 _ONNX: dict[str, Any] = {
     "mask": "any",
     "causal": "top_left",
     "scale_argument": "scale",
     "softcap": "softcap",
+    "window": "left_window_size",
     "lengths": "nonpad_kv_seqlen",
     "grouped": True,
     "fully_masked": "zero",
@@ -262,6 +264,15 @@ _ONNX: dict[str, Any] = {
     "dtypes": ("float32", "float16"),
     "devices": ("cpu",),
     "few_shapes": True,
+}
+# Its scale is that of queries and that of keys, both the root of it.
+_ASKED_OF_ONNX: dict[str, Any] = {
+    "makes": True,
+    "arrange": _onnx,
+    "handles": _OF_ONNX,
+    "values": {"window": tuple},
+    "only": {"scale": (NONE, 0.7)},
+    "apart": (("lengths", "causal"), ("lengths", "window")),
 }
 
 
@@ -287,11 +298,11 @@ CONVENTIONS = (
                {"layout": "blhd", "mask_argument": "mask", "bias": "bias", "grouped": True,
                 "scale_argument": "scale", "fully_masked": "uniform",
                 "dtypes": ("float32", "bfloat16"), "devices": ("cpu",), "few_shapes": True},
-               arrange=_keras, limits="attn_logits_soft_cap, which no CPU has"),
+               arrange=_keras, only=_FEW, limits="attn_logits_soft_cap, which no CPU has"),
     Convention("onnx", "the operator Attention of ONNX, in what makes a session of a model",
-               ("proto", "opsets", "new_ops"), _ONNX, makes=True, arrange=_onnx,
-               handles=_OF_ONNX, apart=(("lengths", "causal"),)),
+               ("proto", "opsets", "new_ops"), _ONNX,
+               **_ASKED_OF_ONNX),
     Convention("onnxruntime", "the operator Attention of ONNX, in a session of ONNX Runtime",
-               ("path_or_bytes", "sess_options", "providers"), _ONNX, makes=True, arrange=_onnx,
-               handles=_OF_ONNX, apart=(("lengths", "causal"),)),
+               ("path_or_bytes", "sess_options", "providers"), _ONNX,
+               **_ASKED_OF_ONNX),
 )  # fmt: skip
