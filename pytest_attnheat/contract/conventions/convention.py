@@ -47,7 +47,8 @@ class Convention:
         parameters: Names that its signature has, all of them: what it is recognised by. Of an
             object, those of its methods `plan` and `run`.
         lacks: Names that its signature has not.
-        declares: Fields of `AttentionSpec`. A keyword that a signature lacks is left out.
+        declares: Fields of `AttentionSpec`. A keyword that a signature lacks is left out; of
+            several, the first that it has is taken.
         values: By field of `Call`, what becomes of a value before it is passed on.
         arrange: How a call is made.
         besides: Arguments that make it return its log-sum-exp.
@@ -103,13 +104,16 @@ class Convention:
     def declared(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a specification, without what keywords that a signature lacks are for."""
         found = dict(self.declares)
-        for name, given in self.declares.items():
-            if name in _NAMING and isinstance(given, str) and given not in (*names, *self.handles):
+        for name, several in found.items():
+            if name in _NAMING and isinstance(several, tuple) and isinstance(several[0], str):
+                found[name] = next((one for one in several if one in names), several[0])
+        known = (*names, *self.handles)
+        windowed = found.get("window") is not None and found["window"] in known
+        for name, given in tuple(found.items()):
+            if name in _NAMING and isinstance(given, str) and given not in known:
                 del found[name]
                 feature = name.removesuffix("_argument")
                 # Without causality, the corner is what a window is counted from.
-                if feature == "mask" or (
-                    feature == "causal" and self.declares.get("window") is None
-                ):
+                if feature == "mask" or (feature == "causal" and not windowed):
                     found[feature] = None
         return found
