@@ -1,4 +1,4 @@
-"""Write what the docs list and show: tables from the registries, and what the examples print.
+"""Write what the docs list and show: tables from the registries, pictures, and what is printed.
 
     python docs/generate.py             # everything that is quick; `make docs`
     python docs/generate.py NAME ...    # these tables of measured figures, in some minutes each
@@ -103,6 +103,33 @@ def fields_of_failure() -> Rows:
         yield f"`{name}`", text
 
 
+def gallery() -> Iterator[str]:
+    """The tests of pictures, each above its baselines; `py` tells them from examples to run."""
+    tests = ROOT / "tests" / "test_pictures.py"
+    source = tests.read_text(encoding="utf-8")
+    lines, (docstring, *nodes) = source.splitlines(), ast.parse(source).body
+    begin = docstring.end_lineno or 0
+    first = True
+    for node in nodes:
+        if not (isinstance(node, ast.FunctionDef) and node.name.startswith("test_")):
+            continue
+        if first:
+            start = min([node.lineno, *(part.lineno for part in node.decorator_list)]) - 1
+            yield from ("```py", *_stripped(lines[begin:start]), "```")
+            begin, first = start, False
+        yield from ("", f"## {node.name[5:].replace('_', ' ').capitalize()}", "")
+        yield from ("```py", *_stripped(lines[begin : node.end_lineno]), "```", "")
+        begin = node.end_lineno or begin
+        stem = re.compile(rf"{tests.stem}\.{node.name}(-(.+))?\.png")
+        for path in sorted((ROOT / "baseline_images").iterdir()):
+            if found := stem.fullmatch(path.name):
+                yield f"![{found[2] or node.name[5:]}](../baseline_images/{path.name})"
+
+
+def _stripped(lines: list[str]) -> list[str]:
+    return "\n".join(lines).strip("\n").splitlines()
+
+
 CHECK_HEAD = (
     "check",
     "an implementation that passes",
@@ -139,7 +166,7 @@ def listed(text: str) -> str:
     """Return a page with its tables of registries as they are to be."""
     return re.sub(
         r"(<!-- generated: (.+?) -->\n).*?(<!-- end -->)",
-        lambda found: found[1] + "\n".join(_table(*TABLES[found[2]])) + "\n" + found[3],
+        lambda found: found[1] + "\n".join(_written(found[2])) + "\n" + found[3],
         text,
         flags=re.S,
     )
@@ -165,6 +192,10 @@ def measured(text: str, name: str) -> str:
     ).stdout
     table = re.findall(r"(?:^\|.*\n)+", output, re.M)[number]
     return marked.sub(lambda found: found[1] + table + found[2], text)
+
+
+def _written(name: str) -> Iterable[str]:
+    return gallery() if name == "gallery" else _table(*TABLES[name])
 
 
 def _table(head: tuple[str, ...], rows: Callable[[], Rows]) -> Iterator[str]:

@@ -11,6 +11,7 @@ from .assertions.behaviour.invariance import (
 )
 from .assertions.behaviour.layout import assert_layout_invariant as assert_layout_invariant
 from .assertions.behaviour.leakage import assert_no_leakage as assert_no_leakage
+from .assertions.behaviour.merging import assert_merges as assert_merges
 from .assertions.behaviour.padding import assert_padding_invariant as assert_padding_invariant
 from .assertions.behaviour.randomness import assert_deterministic as assert_deterministic
 from .assertions.behaviour.sequences import SequenceModel as SequenceModel
@@ -70,12 +71,10 @@ from .contract.report import Report as Report, check_attention as check_attentio
 from .contract.spec import AttentionSpec as AttentionSpec
 from .contract.strategy import attention_cases as attention_cases
 from .failure import Failure as Failure
-from .heatmaps.figure import (
-    HeatmapFigure as HeatmapFigure,
-    show_difference as show_difference,
-    show_heatmaps as show_heatmaps,
-)
+from .heatmaps.difference import show_difference as show_difference
+from .heatmaps.figure import HeatmapFigure as HeatmapFigure
 from .heatmaps.record import Heatmaps as Heatmaps, read_heatmaps as read_heatmaps
+from .heatmaps.showing import show_heatmaps as show_heatmaps
 from .heatmaps.terminal import format_heatmap as format_heatmap
 from .plugin.examination import parametrize_with_checks as parametrize_with_checks
 

@@ -1,5 +1,6 @@
 """A marked picture is compared with its baseline, and never passes without."""
 
+import json
 import os
 
 import matplotlib
@@ -83,6 +84,28 @@ def test_the_failure_says_what_differs_where_the_pictures_are_and_how_to_accept(
         "difference.png",
         "expected.png",
     ]
+
+
+@pytest.mark.parametrize("factor", [0.5, 0.999])
+def test_pytest_mpl_says_nothing_before_the_failure_and_its_report_follows(
+    pytester, generate, factor
+):
+    path = pytester.makepyfile(test_a=PICTURE)
+    generate()
+    path.write_text(PICTURE.replace("np.eye(6)", f"np.eye(6) * {factor}"))
+    options = ["--mpl", "--mpl-generate-summary=json", "--mpl-results-path=results"]
+    result = pytester.runpytest(*options)
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(
+        [
+            "*___ test_picture ___*",
+            "heatmap_compare: the data differ from the baseline *: 6 of 36 cells differ",
+        ],
+        consecutive=True,
+    )
+    result.stdout.no_fnmatch_line("*RMS*")
+    found = json.loads((pytester.path / "results/results.json").read_text())
+    assert found["test_a.test_picture"]["status"] == "failed"
 
 
 def test_a_transposed_head_among_many_fails(pytester, mode, generate):

@@ -66,9 +66,9 @@ def test_it_is_a_sequence_of_records(trace):
 def test_a_layer_by_its_name(trace):
     assert trace["layers.1.1"] is trace[1]
     with pytest.raises(
-        KeyError, match=r"layer: got 'layers\.1'; accepted is one of layers\.0\.1, "
+        KeyError, match=r"layer: got 'layers\.9'; accepted is one of layers\.0\.1, "
     ):
-        trace["layers.1"]
+        trace["layers.9"]
 
 
 def test_a_layer_that_ran_twice_has_no_only_record():
@@ -204,6 +204,46 @@ def test_a_small_picture_shows_a_whole_model_and_names_layers_by_number():
     torch.testing.assert_close(drawn(small), drawn(large))
     small_side, large_side = (max(figure.get_size_inches()) for figure in (small, large))
     assert small_side < large_side / 1.5
+
+
+@pytest.mark.parametrize(
+    ("label", "numbers"), [("layers.1", [1]), ("Layer 1", [1]), (["Layer 2", "*layers.0*"], [0, 2])]
+)
+def test_what_a_picture_labels_a_layer_with_selects_it(label, numbers):
+    with capture_attention() as trace:
+        for _ in range(3):
+            F.scaled_dot_product_attention(X, X, X)
+    whole = Trace(replace(r, layer=f"model.layers.{n}.attn", call=0) for n, r in enumerate(trace))
+    chosen = whole.select(layers=label)
+    assert list(chosen) == [whole[number] for number in numbers]
+    if isinstance(label, str):
+        assert whole[label] is whole[1]
+    with pytest.raises(ValueError, match="layers and call: got 'Layer 3'"):
+        whole.select(layers="Layer 3")
+
+
+def test_a_label_with_a_call_selects_this_call_and_a_name_goes_before_a_label():
+    with capture_attention() as trace:
+        for _ in range(3):
+            F.scaled_dot_product_attention(X, X, X)
+    one, two, other = trace
+    calls = Trace([
+        replace(one, layer="model.layers.0", call=0), replace(two, layer="model.layers.0", call=1),
+        replace(other, layer="model.layers.1", call=0),
+    ])  # fmt: skip
+    assert list(calls.select(layers="layers.0, call 1")) == [calls[1]]
+    assert list(calls.select(layers="layers.0")) == list(calls[:2])
+    named = Trace([replace(one, layer="a.a.b.q", call=0), replace(two, layer="a.b.c.q", call=0)])
+    assert "a.b" in labels(named.show())
+    assert list(named.select(layers="a.b")) == [named[1]]
+
+
+def test_a_query_alone_may_be_counted_from_the_end(trace):
+    last, fifth = trace.show(query=-1), trace.show(query=4)
+    torch.testing.assert_close(drawn(last), drawn(fifth))
+    assert last.picture.shown.design.words.title == "Query 4"
+    with pytest.raises(ValueError, match="query: got -6; accepted is a whole number from -5"):
+        trace.show(query=-6)
 
 
 def test_a_query_alone_shows_its_tokens_down_and_its_heads_across(trace):

@@ -86,7 +86,11 @@ def as_users_do(weights, **options):
 
 def shown(weights, **options):
     """The data of a picture, without any file."""
-    return record.decode(record.encode(as_users_do(weights, **options).picture.shown))
+    return read_back(as_users_do(weights, **options))
+
+
+def read_back(figure):
+    return record.decode(record.encode(figure.picture.shown))
 
 
 @pytest.fixture(scope="module", params=PLANTED, ids=str)
@@ -106,6 +110,61 @@ def test_every_planted_change_is_found_and_named_where_all_weights_are_shown(pla
         assert any(planted.SAID[kind] in line for line in found.details)
 
 
+# What is said of changes besides, where a picture does not show all weights.
+SAID_OF_SKETCHES = {
+    **planted.SAID,
+    "one weight changed by 0.001": "one weight changed, that of query {middle} and key 1, by ",
+    "a median weight set to 0": "one weight changed, that of query {last} and key ",
+    "a median weight doubled": "one weight changed, that of query {last} and key ",
+    "two weights of a row swapped": " of query {middle} moved from key ",
+}
+
+
+@pytest.fixture(scope="module", params=[(2, 3, 160), (1, 1, 512)], ids=str)
+def pooled_grid(request):
+    scores = planted.scores_of(*request.param)
+    return scores, read_back(as_users_do(planted.softmax(scores), figsize=(2.5, 2.5)))
+
+
+@pytest.mark.parametrize("kind", planted.KINDS)
+def test_of_pooled_maps_every_relation_is_named_and_no_other(pooled_grid, kind):
+    scores, before = pooled_grid
+    if kind not in planted.kinds_of(scores.shape[1]):
+        pytest.skip("there is one head alone")
+    figure = as_users_do(planted.KINDS[kind](scores), figsize=(2.5, 2.5))
+    found = compare_data(before, read_back(figure), maps=figure.picture.shown.whole.maps)
+    size = scores.shape[-1]
+    said = SAID_OF_SKETCHES.get(kind, "").format(middle=size // 2, last=size - 1)
+    relations = [line for line in found.details if line.startswith("relation")]
+    assert [said in line for line in relations] == [True] * bool(said)
+
+
+@pytest.mark.parametrize("kind", ["temperature 1.05", "sigmoid in place of softmax"])
+def test_no_relation_is_named_that_some_weights_do_not_follow(pooled_grid, kind):
+    scores, before = pooled_grid
+    weights = planted.KINDS[kind](scores)
+    weights[0, 0, 5, :5] = planted.softmax(scores)[0, 0, 5, :5]
+    figure = as_users_do(weights, figsize=(2.5, 2.5))
+    found = compare_data(before, read_back(figure), maps=figure.picture.shown.whole.maps)
+    assert not any(line.startswith("relation") for line in found.details)
+
+
+def test_maps_that_were_changed_after_they_were_drawn_explain_nothing(pooled_grid):
+    scores, before = pooled_grid
+    weights = planted.softmax(scores / 1.05)
+    figure = as_users_do(weights, figsize=(2.5, 2.5))
+    weights[:] = planted.softmax(scores / 1.5)
+    found = compare_data(before, read_back(figure), maps=figure.picture.shown.whole.maps)
+    assert not any(line.startswith("relation") for line in found.details)
+
+
+def test_a_failed_comparison_of_a_pooled_picture_names_the_relation(tmp_path):
+    scores = planted.scores_of(1, 1, 300)
+    figures = [as_users_do(planted.softmax(s, axis)) for s, axis in ((scores, -1), (scores, -2))]
+    found = verdict(tmp_path, *figures)
+    assert any("runs over the queries" in line for line in found.details)
+
+
 def test_of_more_cells_than_a_file_keeps_every_change_is_found():
     scores = planted.scores_of(12, 12, 96)
     before = shown(planted.softmax(scores))
@@ -123,7 +182,7 @@ def test_a_change_that_pooling_hides_is_found_with_its_row_and_column():
     found = compare_data(shown(before), shown(after))
     assert found.reason == "weights differ within pooled cells, most in panel [0, 0]"
     assert found.details[0] == "queries         300, 301 differ"
-    assert found.details[1] == "keys            100 differ"
+    assert found.details[1] == "key             100 differs"
     assert found.details[2].startswith("row sums        of 300: expected 1, got 0.999")
     assert found.worst == (0, 0, 75, 25)
 
@@ -242,6 +301,49 @@ def test_the_worst_cell_is_named_with_both_values():
     assert "[0, 0], [1, 2] of 2 x 3" in found.details[1]
 
 
+def test_a_mask_that_changed_alone_is_said_and_weights_behind_it_have_no_relation():
+    weights, mask = softmax(2, 3, 8, 8), torch.ones(8, 8).tril().bool()
+    narrower, leaking = mask.clone(), weights.clone()
+    narrower[5, 2] = False
+    leaking[1, 2, 2, 6] = 0.5
+    pictures = [draw(weights, mask=one).picture.shown for one in (mask, narrower)]
+    found = compare_data(*(record.decode(record.encode(one)) for one in pictures))
+    assert found.details[-1] == "relation        the mask changed, and no weight that both show"
+    found = difference(weights, leaking, mask=mask)
+    assert not any("relation" in line for line in found.details)
+
+
+def triptych(tmp_path, before, after):
+    return record.read_heatmaps(verdict(tmp_path, before, after).artifacts["difference"])
+
+
+def test_the_picture_of_a_small_difference_shows_it_and_says_where_it_is(tmp_path):
+    weights = softmax(2, 3, 6, 6)
+    broken = weights.clone()
+    broken[1, 2, 4, 5] += 1e-4
+    drawn = triptych(tmp_path, draw(weights), draw(broken))
+    assert drawn.labels["title"] == "panel [1, 2]: largest difference 0.0001 at query 4, key 5"
+    np.testing.assert_allclose(drawn.limits[0, 2], [0, 1e-4], atol=1e-6)
+    assert (drawn.limits[0, 0] == drawn.limits[0, 1]).all()
+
+
+def test_the_picture_of_a_difference_says_where_masks_or_pooled_cells_hide_it(tmp_path):
+    weights, mask = softmax(1, 1, 8, 8), torch.ones(8, 8).tril().bool()
+    narrower = mask.clone()
+    narrower[5, 2] = False
+    drawn = triptych(tmp_path, draw(weights, mask=mask), draw(weights, mask=narrower))
+    assert drawn.labels["title"] == "panel [0, 0]: one mask hides the weight at query 5, key 2"
+    large = torch.full((1, 1, 512, 512), 1e-3)
+    large[..., ::4, ::4] = 0.25
+    changed = large.clone()
+    changed[0, 0, 101, 7] = 2e-3
+    drawn = triptych(tmp_path, *(show_heatmaps(w, "Keys", "Queries") for w in (large, changed)))
+    assert drawn.labels["title"] == (
+        "panel [0, 0]: no difference is seen in cells; most behind them at query 100..103, key 4..7"
+    )
+    assert drawn.labels["xlabel"] == "Keys (cells of 4)"
+
+
 @pytest.mark.parametrize(
     ("defect", "said"),
     [
@@ -270,6 +372,15 @@ def test_no_relation_is_said_where_there_is_none(defect):
     broken = weights.clone()
     defect(broken)
     assert not any("relation" in line for line in difference(weights, broken).details)
+
+
+def test_of_a_mask_alone_that_changed_no_relation_of_weights_is_said():
+    weights, mask = softmax(1, 1, 6, 6), torch.ones(6, 6).bool()
+    masks = [mask, mask.tril()]
+    read = [read_back(draw(weights, mask=m)) for m in masks]
+    found = compare_data(*read)
+    assert found.reason == "15 of 36 cells differ"
+    assert not any(line.startswith("relation") for line in found.details)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -123,6 +123,59 @@ def test_no_name_of_an_axis_writes_nothing():
     assert sheet(figure).layout.panel > sheet(show_heatmaps(torch.eye(4), "K", "Q")).layout.panel
 
 
+@pytest.mark.parametrize(
+    ("shape", "options", "textbook"),
+    [
+        ((10, 10), {}, True),
+        ((2, 10), {}, True),
+        ((600, 600), {}, True),
+        ((2, 10, 10, 10), {}, False),
+        ((3, 50), {}, False),
+        ((5, 5), {"key_labels": list("abcde")}, False),
+        ((5, 5), {"numbers": True}, False),
+    ],
+)
+def test_a_figure_has_the_textbooks_size_where_that_shows_its_map_and_else_one_that_fits(
+    shape, options, textbook
+):
+    weights = softmax_maps(*shape)
+    given, fitting = (
+        show_heatmaps(weights, "Keys", "Queries", figsize=size, **options).get_size_inches()
+        for size in ((5.0, 5.0), None)
+    )
+    assert given.tolist() == [5, 5]
+    figure = show_heatmaps(weights, "Keys", "Queries", **options)
+    expected = [2.5, 2.5] if textbook else fitting.tolist()
+    assert figure.get_size_inches().tolist() == expected
+    assert min(sheet(figure).layout.panel) >= 20
+
+
+def test_a_size_and_limits_may_be_arrays_and_tensors():
+    weights = softmax_maps(4, 4)
+    figure = show_heatmaps(weights, "Keys", "Queries", figsize=np.array([3, 2]), vmin=weights.min())
+    assert figure.get_size_inches().tolist() == [3, 2]
+    assert figure.picture.shown.scale.range == (pytest.approx(float(weights.min())), 1)
+
+
+def test_who_asks_for_the_textbooks_size_gets_it():
+    figure = show_heatmaps(softmax_maps(2, 3, 4, 4), "Keys", "Queries", figsize=(2.5, 2.5))
+    assert figure.get_size_inches().tolist() == [2.5, 2.5]
+
+
+def test_what_a_model_returns_is_labelled_by_layers_and_heads():
+    attentions = tuple(softmax_maps(1, 3, 4, 4) for _ in range(2))
+    found = texts(show_heatmaps(attentions, "Keys", "Queries"))
+    assert {"Layer 0", "Layer 1", "Head 0", "Head 2"} <= set(found)
+    found = texts(show_heatmaps(attentions, "K", "Q", list("abc"), row_titles=["x", "y"]))
+    assert not any("Head" in text or "Layer" in text for text in found)
+    found = texts(show_heatmaps([layer[0] for layer in attentions], "Keys", "Queries"))
+    assert not any("Head" in text or "Layer" in text for text in found)
+    changed = (attentions[0], attentions[1].roll(1, -1))
+    assert any(t.startswith("layer 1, head ") for t in texts(show_difference(attentions, changed)))
+    with pytest.raises(TypeError, match=r"got a list with None; .*attn_implementation='eager'"):
+        show_heatmaps((None, None), "Keys", "Queries")
+
+
 def test_both_queries_of_the_textbooks_call_have_their_label():
     weights = torch.full((1, 1, 2, 10), 0.5)
     figure = show_heatmaps(weights, xlabel="Keys", ylabel="Queries")
@@ -491,7 +544,7 @@ def test_a_title_of_a_novel_is_cut_in_no_time():
 
 def test_numbers_that_have_no_room_are_refused_with_what_to_do():
     with pytest.raises(ValueError, match=r"figsize: got .*no room for numbers.*or None"):
-        show_heatmaps(softmax_maps(50, 50), "K", "Q", numbers=True)
+        show_heatmaps(softmax_maps(50, 50), "K", "Q", figsize=(2.5, 2.5), numbers=True)
 
 
 # -- differences -------------------------------------------------------------------------------
@@ -526,9 +579,51 @@ def test_equal_maps_have_no_difference_and_masked_weights_are_not_compared():
         assert "no difference" in texts(figure)
         assert not figure.picture.shown.highlight
         assert not any("NaN" in text for text in texts(figure))
+    largest = np.finfo(np.float64).max
+    figure = show_difference(np.array([[largest, 1.0]]), np.array([[-largest, 1.0]]))
+    assert "largest difference inf at query 0, key 0" in texts(figure)
     other[2, 2] = torch.nan
     figure = show_difference(one, other)
     assert "largest difference inf at query 2, key 2" in texts(figure)
+
+
+@pytest.mark.parametrize("change", [1e-4, 0.3])
+def test_a_difference_is_drawn_dark_however_small_and_the_maps_share_a_scale(change):
+    one = softmax_maps(6, 6) / 2
+    other = one.clone()
+    other[2, 3] += change
+    figure = show_difference(one, other)
+    colors = cell_colors(figure)[0]
+    np.testing.assert_array_equal(colors[2, 2, 3], reds(1.0))
+    largest = max(one.max(), other.max())
+    np.testing.assert_array_equal(colors[:2], reds(torch.stack([one, other]).double() / largest))
+    assert texts(figure).count(f"0 – {largest:.3g}") == 2
+    assert f"0 – {change:.3g}" in texts(figure)
+    shared = show_difference(one, other, scale="shared")
+    np.testing.assert_array_equal(cell_colors(shared)[0, 2, 2, 3], reds(change))
+    limited = show_difference(one, other, vmin=0.1, vmax=0.2).picture.shown.scale
+    assert limited.low[0, :2].tolist() == [0.1, 0.1]
+    assert limited.high[0, :2].tolist() == [0.2, 0.2]
+
+
+def test_a_weight_behind_a_mask_is_seen_beside_its_difference():
+    one, mask = torch.eye(4), torch.ones(4, 4).tril().bool()
+    other = one.clone()
+    other[0, 3], other[3, 3] = 0.5, 0.25
+    figure = show_difference(one, other, mask=mask)
+    assert "1 masked cell holds weight" in texts(figure)
+    assert "largest difference 0.75 at query 3, key 3" in texts(figure)
+
+
+@pytest.mark.parametrize("size", [None, "small"])
+def test_a_size_that_fits_has_room_for_the_title(size):
+    title = "12 of 4096 rows do not sum to 1, the worst of them row 17"
+    figure = show_heatmaps(softmax_maps(3, 3), "Keys", "Queries", title=title, figsize=size)
+    (text,) = (t for t in figure.findobj(Text) if t.get_text() == title)
+    assert text.get_fontsize() == 10
+    assert_no_text_is_cut_off_or_overlaps(figure)
+    novel = show_heatmaps(softmax_maps(3, 3), "Keys", "Queries", title=title * 99, figsize=size)
+    assert novel.get_size_inches()[0] < 9
 
 
 def test_maps_of_different_shapes_have_no_difference_to_show():
@@ -597,11 +692,32 @@ def test_the_axes_are_invisible_and_made_when_they_are_asked_for():
     before = pixels(figure)
     tight = pixels(figure, bbox_inches="tight")
     assert not vars(figure)["_localaxes"]
-    assert figure.gca() is figure.axes[0]
+    first = figure.gca()
+    assert vars(figure)["_localaxes"] == [first]
+    assert first is figure.axes[0]
+    assert figure.get_axes() == figure.axes
     np.testing.assert_array_equal(pixels(figure), before)
     np.testing.assert_array_equal(pixels(figure, bbox_inches="tight"), tight)
     figure.delaxes(figure.axes[0])
     assert len(figure.axes) == 3
+
+
+def test_axes_of_the_user_stay_current_and_come_after_those_of_the_panels():
+    figure = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q")
+    own = figure.add_axes((0, 0, 0.1, 0.1))
+    assert figure.gca() is own
+    assert figure.axes[4] is own
+    assert figure.gca() is own
+    assert len(figure.axes) == 5
+
+
+def test_an_axes_that_is_made_visible_has_ticks_as_any_other():
+    axes = show_heatmaps(softmax_maps(2, 2, 5, 5), "K", "Q").axes[1]
+    axes.set_axis_on()
+    axes.set_xticks([0, 4], ["first", "last"])
+    axes.tick_params(axis="x", rotation=90, labelsize=5)
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["first", "last"]
+    assert {label.get_rotation() for label in axes.get_xticklabels()} == {90}
 
 
 @pytest.mark.parametrize("figsize", [(5, 5), None])
@@ -645,6 +761,59 @@ def test_a_black_background_has_white_texts_and_numbers_stay_as_they_are():
     np.testing.assert_array_equal(dark[inside], plain[inside])
     figure.set_facecolor("navy")
     assert pixels(figure)[below].max() == 255
+
+
+def test_texts_that_the_user_adds_are_seen_on_any_background_unless_they_have_a_colour():
+    figure = show_heatmaps(softmax_maps(2, 2, 7, 7), "K", "Q", figsize=(5, 5))
+    plain = [
+        figure.suptitle("All"), figure.text(0.01, 0.01, "below"),
+        figure.axes[0].set_title("upper"), figure.axes[3].set_title("lower", loc="left"),
+    ]  # fmt: skip
+    area = sheet(figure).layout.area
+    given = [
+        (figure.text(0.5, 0.01, "red", color="red"), "red"),
+        (figure.text(0.9, 0.01, "black", c="black"), "black"),
+        (figure.axes[1].set_title("blue", color="blue"), "blue"),
+        (figure.text((area.left + 9) / 500, 1 - (area.top + 20) / 500, "on a panel"), "black"),
+    ]
+    later = figure.text(0.2, 0.01, "later")
+    for color, ink in (("black", "white"), ("white", "black"), ("navy", "white")):
+        pixels(figure, facecolor=color)
+        assert [text.get_color() for text in plain] == [ink] * 4
+        assert [text.get_color() for text, _ in given] == [own for _, own in given]
+        later.set_color("green")
+        assert later.get_color() == "green"
+    with pyplot.style.context("dark_background"):
+        figure = show_heatmaps(softmax_maps(4, 4), "K", "Q")
+        title = figure.suptitle("All")
+        pixels(figure)
+    assert title.get_color() == "black"
+
+
+@pytest.mark.parametrize("title", [None, "The picture's own"])
+def test_a_title_of_a_subfigure_stands_above_the_picture(title):
+    host = Figure(figsize=(8, 4))
+    left, right = host.subfigures(1, 2)
+    for part in (left, right):
+        show_heatmaps(softmax_maps(6, 6), "K", "Q", ["column"], title=title, ax=part)
+    pixels(host)
+    before = sheet_of(right).layout
+    text = right.suptitle("A title\nof two lines", fontsize=15)
+    pixels(host)
+    assert sheet_of(left).layout == before
+    after = sheet_of(right).layout
+    assert after.size[1] < before.size[1]
+    assert text.get_window_extent().y0 >= after.size[1] - 1
+    low = left.suptitle("below", y=0.02, va="bottom")
+    pixels(host)
+    assert sheet_of(left).layout == before
+    assert low.get_text() == "below"
+
+
+def sheet_of(part):
+    """What the only picture of a subfigure was drawn as."""
+    (picture,) = part.artists
+    return picture.sheet_for(None)[0]
 
 
 def test_a_canvas_gives_the_pixels_that_are_saved():
@@ -716,6 +885,9 @@ def test_panels_are_the_same_bytes_under_every_matplotlib():
         ({"scale": "row"}, "scale: got 'row'; accepted is one of 'shared', 'largest', 'panel'"),
         ({"scale": "panel", "vmin": 0}, "belong to scale='shared'"),
         ({"vmin": 1, "vmax": 0}, "vmin, vmax: got 1 and 0; accepted is finite"),
+        ({"vmin": "a"}, "vmin, vmax: got 'a' and None; accepted is numbers, or None"),
+        ({"vmax": [1, 2]}, "vmin, vmax: got None and .*; accepted is numbers, or None"),
+        ({"figsize": "large"}, "figsize: got 'large'; accepted is .*, or 'small'"),
         ({"cmap": "nope"}, "cmap: got 'nope'; accepted is a Colormap, or"),
         ({"cmap": None}, "cmap: got None"),
         ({"dpi": 0}, "dpi: got 0"),

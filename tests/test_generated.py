@@ -1,5 +1,6 @@
 """What the docs list is what the registries hold."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ def test_tables_are_those_of_the_registries(page):
         raise AssertionError(f"{page} is stale: `make docs` writes it anew")
 
 
-@pytest.mark.parametrize("name", TABLES)
+@pytest.mark.parametrize("name", [*TABLES, "gallery"])
 def test_every_registry_is_listed_once(name):
     assert sum(text.count(f"<!-- generated: {name} -->\n") for text in TEXTS.values()) == 1
 
@@ -26,6 +27,12 @@ def test_every_registry_is_listed_once(name):
 @pytest.mark.parametrize("name", MEASURED)
 def test_every_measured_table_is_shown_once(name):
     assert sum(text.count(f"<!-- measured: {name} -->\n") for text in TEXTS.values()) == 1
+
+
+def test_every_picture_of_the_project_is_in_the_gallery_beside_its_test():
+    shown = re.findall(r"!\[.+\]\(../baseline_images/(.+)\)", TEXTS["docs/gallery.md"])
+    assert sorted(shown) == sorted(path.name for path in (ROOT / "baseline_images").iterdir())
+    assert TEXTS["docs/gallery.md"].count("\ndef test_") == TEXTS["docs/gallery.md"].count("\n## ")
 
 
 def rows(name):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pytest_attnheat.heatmaps.maps import Cells, pool, pool_cells, read_maps, smallest
+from pytest_attnheat.heatmaps.survey import survey, whole_of
 
 
 def pooled_by_loops(values, block, mask=None):
@@ -227,3 +228,34 @@ def test_a_tensor_whose_negative_bit_is_set_is_drawn():
     weights = torch.complex(torch.zeros(3, 3), torch.eye(3)).conj().imag
     assert weights.is_neg()
     assert pool(read_maps(weights), (1, 1)).values.min() == -1
+
+
+@pytest.mark.parametrize("block", [(3, 4), (1, 5), (7, 1), (60, 60), (100, 2)])
+@pytest.mark.parametrize("shift", [0.0, -0.01, -1.0, 2.0])
+@pytest.mark.parametrize(
+    "make", [lambda w: w, lambda w: w.bfloat16(), lambda w: w.double().numpy()]
+)
+def test_one_pass_over_large_maps_finds_what_several_do(block, shift, make, monkeypatch):
+    monkeypatch.setattr("pytest_attnheat.heatmaps.survey._CACHED", 500)
+    weights = torch.randn(2, 3, 50, 41, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    maps = read_maps(make(weights + shift))
+    found = survey(maps, block)
+    cells = pool(maps, block)
+    np.testing.assert_array_equal(found.cells.values, cells.values)
+    np.testing.assert_array_equal(found.signed.values, pool(maps, block, signed=True).values)
+    assert found.low == (0.0 if shift == 0 else smallest(maps, cells))
+    for side in ("rows", "columns"):
+        one, other = (getattr(w.sketch, side) for w in (found.whole, whole_of(maps)))
+        np.testing.assert_allclose(one.sums, other.sums, 1e-6, 1e-5)
+        np.testing.assert_allclose(one.signed, other.signed, 1e-6, 1e-5)
+        # Norms of columns may be more than they are, never less.
+        assert (one.norms >= other.norms * (1 - 1e-5)).all()
+        assert (one.norms <= other.norms * (1.01 if side == "rows" or shift < 0 else 3)).all()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e300])
+def test_large_maps_of_more_than_finite_weights_are_not_surveyed_in_one_pass(value):
+    weights = np.full((1, 9, 9), 0.1)
+    weights[0, 5, 6] = value
+    assert survey(read_maps(weights), (3, 3)) is None
+    assert survey(read_maps(np.abs(weights), np.tri(9, dtype=bool)), (3, 3)) is None

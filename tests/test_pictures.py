@@ -30,6 +30,10 @@ def test_textbook_uniform_random():
     return show_heatmaps(uniform(1, 1, 10, 10), xlabel="Keys", ylabel="Queries")
 
 
+def test_textbook_two_queries():
+    return show_heatmaps(softmax(1, 1, 2, 10), xlabel="Keys", ylabel="Queries")
+
+
 # These four have baselines; a scoring function that is added needs none.
 @pytest.mark.attention(scoring=SCORINGS, batch=1, heads=4, query_len=10, key_len=10)
 def test_scoring_function(attention):
@@ -51,6 +55,20 @@ def test_layers_by_heads_under_a_causal_mask():
         mask=mask,
         highlight=[(0, 1, 4), (1, 2, 6, 3)],
     )
+
+
+def test_what_a_model_returns():
+    attentions = tuple(softmax(3, 1, 4, 10, 10))  # as outputs.attentions
+    return show_heatmaps(attentions, xlabel="Keys", ylabel="Queries")
+
+
+def test_titles_of_matplotlib_on_black():
+    figure = show_heatmaps(softmax(1, 2, 10, 10), xlabel="Keys", ylabel="Queries")
+    figure.set_facecolor("black")
+    figure.suptitle("Two heads")
+    figure.axes[0].set_title("the first")
+    figure.axes[1].set_title("the second", color="gold")
+    return figure
 
 
 def test_tokens_and_numbers():

@@ -10,7 +10,7 @@ from devices import on_accelerators
 from torch.nn.functional import scaled_dot_product_attention, softmax
 
 from pytest_attnheat import Failure, assert_same_attention, capture_attention
-from pytest_attnheat.attention.sketch import Side, Sketch
+from pytest_attnheat.attention.sketch import Side, Sketch, Sketcher
 from pytest_attnheat.baselines import judging, traces
 
 LAYERS, HEADS, WIDTH, LENGTH = 4, 4, 32, 24
@@ -155,7 +155,7 @@ def test_the_first_layer_and_head_that_moved_are_named_and_those_before_agree(tr
     found = failure(trace, change=change)
     assert (
         found.layer
-        == "1 is the first that moved, number 2 of 4; the 1 before agree; its heads 2 moved"
+        == "1 is the first that moved, number 2 of 4; the one before agrees; its head 2 moved"
     )
     assert found.first.text.startswith("1, head 2 of batch entry 0: queries ")
     assert found.of == LAYERS * HEADS * 2
@@ -202,8 +202,51 @@ def test_of_one_weight_the_query_and_key_are_named(trace):
         assert_same_attention(kept, trace)
     assert caught.value.broken == 1
     assert caught.value.first.text.startswith(
-        "0, head 3 of batch entry 1: queries 20 differ, keys 5 differ, row sums of 20: expected 1, "
+        "0, head 3 of batch entry 1: query 20 differs, key 5 differs, row sums of 20: expected 1, "
     )
+    assert "relation one weight changed, that of query 20 and key 5, by about +0.001" in str(
+        caught.value
+    )
+
+
+def test_records_are_compared_as_traces_are(trace):
+    assert_same_attention(trace[1], trace[1])
+    with pytest.raises(Failure, match="maps moved"):
+        assert_same_attention(trace[1], trace[2])
+
+
+def test_of_a_selection_heads_and_queries_have_the_numbers_of_the_model(trace):
+    kept = traced(model_of(), keep="weights")
+    kept[0].kept_weights[1, 3, 20, 5] += 0.001
+    chosen = {"heads": [1, 3], "queries": range(18, 24)}
+    with pytest.raises(Failure) as caught:
+        assert_same_attention(kept.select(**chosen), trace.select(**chosen))
+    assert caught.value.layer.endswith("; its head 3 moved")
+    assert caught.value.first.text.startswith("0, head 3 of batch entry 1: query 20 differs, key 5")
+    assert "row sums of 20: " in caught.value.first.text
+    assert "that of query 20 and key 5" in caught.value.first.text
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 6.0, 9.0])
+def test_half_precision_of_very_large_scores_attends_alike(dtype, size):
+    parts = torch.randn(3, 1, 4, 256, 64, generator=torch.Generator().manual_seed(0))
+    found = []
+    for one in (torch.float32, dtype):
+        query, key, value = (part.to(one) for part in (parts[0] * size, parts[1] * size, parts[2]))
+        with capture_attention() as trace:
+            scaled_dot_product_attention(query, key, value, is_causal=True)
+        found.append(trace)
+    assert_same_attention(*found)
+    assert_same_attention(*reversed(found))
+
+
+def test_weights_that_are_kept_in_half_precision_are_judged_by_it(trace):
+    kept = traced(model_of(), keep="weights", dtype=torch.float32)
+    for record in kept:
+        object.__setattr__(record, "kept_weights", record.kept_weights.bfloat16())
+    assert [layer.dtype for layer in traces.layers_of(kept)] == ["bfloat16"] * LAYERS
+    assert_same_attention(kept, trace)
 
 
 def test_statistics_are_those_of_plain_loops(trace):
@@ -265,6 +308,7 @@ def test_a_file_of_many_heads_and_tokens_is_small_and_shows_one_weight(tmp_path)
             "bfloat16",
             Sketch(side(32, 4096), side(32, 4096)),
             generator.normal(size=(32, 5)),
+            np.ones(32),
         )
         for number in range(32)
     ]
@@ -279,9 +323,27 @@ def test_a_file_of_many_heads_and_tokens_is_small_and_shows_one_weight(tmp_path)
     assert "head 7: queries 3" in found.first.text
 
 
+def test_in_a_file_any_two_queries_of_a_group_that_trade_places_are_seen(tmp_path):
+    weights = torch.randn(152, 64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+
+    def layer(maps):
+        sketcher = Sketcher(1, 152, 64)
+        sketcher.add(slice(0, 1), slice(0, 152), maps[None])
+        statistics = np.zeros((1, 5)), np.zeros(1)
+        return traces.Layer("a", (1, 1, 152, 64), "float32", sketcher.sketch(), *statistics)
+
+    whole = layer(weights).sketch.folded((38, 1))
+    for one in range(38):
+        for other in range(one):
+            order = np.arange(152)
+            order[[one, other]] = other, one
+            rows, _ = whole.excess(layer(weights[order]).sketch.folded((38, 1)), 2e-5)
+            assert np.flatnonzero(rows[0] > 1).tolist() == [0]
+
+
 def test_a_file_holds_only_text_and_no_pickle(trace, tmp_path):
     head, _, body = saved(traces.layers_of(trace), tmp_path).read_text().partition("\n")
-    assert json.loads(head)["version"] == 1
+    assert json.loads(head)["version"] == 2
     assert body.isascii()
 
 
@@ -292,7 +354,7 @@ def test_a_file_holds_only_text_and_no_pickle(trace, tmp_path):
         lambda text: "{}",
         lambda text: "[" * 100_000,
         lambda text: text[: len(text) // 2],
-        lambda text: text.replace('"version":1', '"version":7'),
+        lambda text: text.replace('"version":2', '"version":7'),
         lambda text: text.replace("[2,4,24,24]", "[2,4,24,2400]"),
         lambda text: text.replace("[2,4,24,24]", "[2,4,24,24000000000]"),
         lambda text: text.replace("[2,4,24,24]", "[2,4,24]"),
@@ -354,6 +416,23 @@ def test_the_fixture_writes_compares_and_names_what_moved(pytester):
     pytester.runpytest("--attn-update=changed").assert_outcomes(passed=1)
     result = pytester.runpytest()
     result.assert_outcomes(passed=1)
+
+
+def test_the_fixture_refuses_a_tolerance_that_is_none(pytester):
+    pytester.makepyfile(
+        """
+        import pytest
+        from test_traces import model_of, traced
+
+        def test_model(attention_regression):
+            for number in (1, 7, -1e-9, float("nan"), float("inf")):
+                with pytest.raises(ValueError, match="tolerance: got"):
+                    attention_regression.check(traced(model_of())[0], tolerance=number)
+            with pytest.raises(TypeError, match="tolerance: got str"):
+                attention_regression.check(traced(model_of()), tolerance="0.1")
+        """
+    )
+    pytester.runpytest().assert_outcomes(passed=1)
 
 
 def test_queries_that_may_attend_to_nothing_are_left_out():

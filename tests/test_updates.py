@@ -2,7 +2,9 @@
 
 import base64
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from pytest_attnheat import read_heatmaps
 
@@ -273,22 +275,72 @@ def test_several_pictures_of_one_test_are_compared_by_name(pytester):
     result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
 
 
-@pytest.mark.parametrize("name", ["''", "'figure'", "'Figure'"])
-def test_a_name_that_is_taken_or_empty_is_refused(pytester, name):
+def test_weights_are_drawn_with_the_arguments_of_show_heatmaps_and_one_needs_no_name(pytester):
     pytester.makepyfile(
-        f"""
+        test_a="""
         import torch
+        from pytest_attnheat import show_heatmaps
 
         def test_it(heatmap_regression):
-            heatmap_regression.check(torch.eye(3), "figure")
-            heatmap_regression.check(torch.eye(3), {name})
+            mask, titles = torch.ones(3, 3).tril().bool(), ["a head"]
+            options = dict(mask=mask, titles=titles, cmap="Blues", xlabel=None, figsize=(3, 2))
+            heatmap_regression.check([[1, 0, 0], [0.5, 0.5, 0], [0, 0, 1]], **options)
+            figure = show_heatmaps(torch.eye(3), None, "Queries")
+            for given, options in ((figure, {"mask": mask}), (torch.eye(3), {"masks": mask})):
+                try:
+                    heatmap_regression.check(given, "refused", **options)
+                except TypeError as error:
+                    print(error)
         """
     )
+    result = pytester.runpytest("--attn-update=missing", "-s")
+    result.assert_outcomes(passed=1)
+    result.stdout.fnmatch_lines(["*options: got mask beside a figure; accepted is none*"])
+    result.stdout.fnmatch_lines(["*show_heatmaps() got an unexpected keyword argument 'masks'*"])
+    (baseline,) = (pytester.path / "baseline_images").iterdir()
+    assert baseline.name == "test_a.test_it.png"
+    data = read_heatmaps(baseline)
+    assert data.labels["titles"] == ["a head"]
+    assert data.labels["xlabel"] is None
+    assert data.masked[0, 0].tolist() == np.triu(np.ones((3, 3), bool), 1).tolist()
+    with Image.open(baseline) as image:
+        assert image.size == (300, 200)
+
+
+@pytest.mark.parametrize(
+    ("names", "taken"),
+    [
+        (["'figure'", "'figure'"], "(taken: 'figure')"),
+        (["'figure'", "'Figure'"], "(taken: 'figure')"),
+        (["''", "''"], "(taken: '')"),
+        (["3"], "(taken: none)"),
+    ],
+)
+def test_a_name_that_is_taken_is_refused(pytester, names, taken):
+    checks = "; ".join(f"heatmap_regression.check(torch.eye(3), {name})" for name in names)
+    pytester.makepyfile(f"import torch\n\ndef test_it(heatmap_regression): {checks}")
     result = pytester.runpytest("--attn-update=missing")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["E *ValueError: name: got '*'; accepted is a name of its own for each *"]
+        [f"E *ValueError: name: got *; accepted is a name of its own for each *{taken}"]
     )
+
+
+def test_the_baseline_of_the_marker_is_not_that_of_the_fixture(pytester):
+    pytester.makepyfile(
+        """
+        import pytest, torch
+        from pytest_attnheat import show_heatmaps
+
+        @pytest.mark.heatmap_compare
+        def test_it(heatmap_regression):
+            heatmap_regression.check(torch.eye(3))
+            return show_heatmaps(torch.ones(2, 2), "Keys", "Queries")
+        """
+    )
+    result = pytester.runpytest("--attn-update=all")
+    result.assert_outcomes(failed=1)
+    result.stdout.fnmatch_lines(["E *ValueError: name: got '', the baseline of the marker; *"])
 
 
 @pytest.mark.parametrize("tolerance", ["float('inf')", "float('nan')", "-1", "'x'"])

@@ -98,7 +98,7 @@ def _draw(
     weights: Tensor, mask: Tensor | None, claim: Claim[Block], worst: int, title: str
 ) -> HeatmapFigure:
     """Draw a map with its broken rows outlined, the worst among them."""
-    from pytest_attnheat.heatmaps.figure import show_heatmaps
+    from pytest_attnheat.heatmaps.showing import show_heatmaps
 
     across, down = ("Keys", "Queries")[:: -1 if claim.lines.transposed else 1]
     marked = [worst, *(row for row in _broken(weights, mask, claim) if row != worst)]

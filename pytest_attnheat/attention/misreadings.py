@@ -275,6 +275,8 @@ def _remembered(*names: str) -> Misreading:
 # --- the defects that are misreadings; each entry holds its forms
 
 SCALE = (
+    defect("scale_argument_ignored", "that ignores the scale it is given",
+           misread=_scale(lambda case: None if case.scale_given else case.scale)),
     defect("scale_missing", "whose scores are not scaled", misread=_scale(lambda case: 1.0)),
     defect("scale_squared", "whose scores are scaled twice (divided by head_dim, not by its root)",
            misread=_scale(lambda case: case.factor**2)),
@@ -296,8 +298,6 @@ SCALE = (
            misread=_scale(lambda case: case.heads**-0.5)),
     defect("scale_absolute", "that takes the absolute value of a negative scale",
            misread=_scale(lambda case: abs(case.factor))),
-    defect("scale_argument_ignored", "that ignores the scale it is given",
-           misread=_scale(lambda case: None if case.scale_given else case.scale)),
 )  # fmt: skip
 
 MASK = (
@@ -346,6 +346,10 @@ WINDOW = (
 )  # fmt: skip
 
 CAUSAL = (
+    defect("positions_other_corner",
+           "whose positions are all counted from the other corner: causality, window, ALiBi",
+           misread=lambda case: case.other_corner(), fully_masked=ROWS,
+           form_of="causal_other_corner"),
     defect("causal_ignored", "that is not causal when asked to be", misread=without("causal")),
     defect("causal_always", "that is causal without being asked",
            misread=lambda case: case if case.causal else replace(case, causal=True)),

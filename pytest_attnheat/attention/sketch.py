@@ -26,7 +26,7 @@ Numbers: TypeAlias = npt.NDArray[np.float64]
 
 _KEY = 20260711
 # Elements of a block: as float64, it stays in the cache of one core, or keeps a GPU busy.
-_BLOCK, _GPU_BLOCK = 1 << 18, 1 << 24
+_BLOCK, _GPU_BLOCK = 9 << 15, 1 << 24
 # What stands for a value that cannot be added up, or that would drown all others.
 _NAN, _INFINITE, _HIDDEN = 2.718, 1.414, -3.142
 # Beyond float32 is infinite, as it is in pictures.
@@ -67,15 +67,15 @@ class Side:
             return np.add.reduceat(numbers, starts, axis=1)
 
         sums = None if self.sums is None else added(self.sums)
-        signed = added(self.signed * _positions(self.signed.shape[1])[1])
+        signed = added(self.signed * _within(self.signed.shape[1], span))
         return Side(sums, signed, np.sqrt(added(self.norms**2)), span)
 
-    def excess(self, other: Side, tolerance: float, step: float) -> Numbers:
+    def excess(self, other: Side, tolerance: float | Numbers, step: float) -> Numbers:
         """Return how far each group is from another's, (maps, groups), as a part of what may be.
 
         Args:
             other: The same rows or columns of other maps.
-            tolerance: By what part of themselves weights may differ.
+            tolerance: By what part of themselves weights may differ; (maps, 1) for each map.
             step: By what part of their norm both numbers were rounded, together.
         """
         norms = np.maximum(self.norms, other.norms)
@@ -110,7 +110,7 @@ class Sketch:
         """Return the sketch of groups of rows and of columns."""
         return Sketch(self.rows.folded(spans[0]), self.columns.folded(spans[1]), self.step)
 
-    def excess(self, other: Sketch, tolerance: float) -> tuple[Numbers, Numbers]:
+    def excess(self, other: Sketch, tolerance: float | Numbers) -> tuple[Numbers, Numbers]:
         """Return how far rows and columns are from another's; above 1 is more than may be."""
         step = (self.step + other.step) / 2
         return (
@@ -123,43 +123,67 @@ class Sketcher:
     """Adds up the sketch of some maps, from blocks of their rows in any order."""
 
     def __init__(self, maps: int, queries: int, keys: int) -> None:
-        self._left, self._right = _positions(queries), _positions(keys)
+        self._left, self._right = positions(queries), positions(keys)
         self._rows = np.zeros((3, maps, queries))
         self._columns = np.zeros((3, maps, keys))
         # The squares of a block: memory that is new each time takes longer than the sums.
         self._squares = np.empty(min(_BLOCK, maps * queries * keys))
 
-    def add(self, maps: slice, rows: slice, part: Array) -> None:
-        """Add some rows of some maps, (maps, rows, keys); the last keys may be left out."""
+    def add(
+        self, maps: slice, rows: slice, part: Array, largest: npt.NDArray[Any] | None = None
+    ) -> None:
+        """Add some rows of some maps, (maps, rows, keys); the last keys may be left out.
+
+        Args:
+            maps: Which maps.
+            rows: Which of their rows.
+            part: Their weights.
+            largest: (maps, keys), of an array without anything below zero or infinite, what no
+                weight of each column exceeds, if known: then norms of columns are at least what
+                they are, as the square root of this times the sum, which takes no time.
+        """
         first, top = maps.start or 0, rows.start or 0
         on_host = not _is_tensor(part) or part.device.type in ("cpu", "mps")
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
             here = slice(top + r.start, top + r.stop)
             among = slice(first + m.start, first + m.stop)
-            block = _exact(part[m, r, k])
-            found = self._numbers(block, here, k)
+            block = exact(part[m, r, k])
+            found = self._numbers(block, here, k, None if largest is None else largest[m, k])
             if not (found[0][2] < HIDDEN_FROM**2).all():
                 found = self._numbers(_cleaned(block), here, k)
-            self._rows[:, among, here] += found[0]
-            self._columns[:, among, k] += found[1]
+            totals = self._rows[:, among, here], self._columns[:, among, k]
+            for total, numbers in zip(
+                (*totals[0], *totals[1]), (*found[0], *found[1]), strict=True
+            ):
+                total += numbers.cpu().numpy() if _is_tensor(numbers) else numbers
 
-    def _numbers(self, block: Array, rows: slice, columns: slice) -> tuple[Numbers, Numbers]:
-        """Return sums, signed sums and sums of squares of rows and columns: (3, maps, rows), ..."""
+    def _numbers(
+        self, block: Array, rows: slice, columns: slice, largest: npt.NDArray[Any] | None = None
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Return sums, signed sums and sums of squares of rows, (maps, rows), and of columns."""
         left, right = self._left[:, rows], self._right[:, columns]
         if _is_tensor(block):
             left, right = (sys.modules["torch"].from_numpy(n).to(block) for n in (left, right))
             squares = block * block
+            of_squares = squares.sum(-1), squares.sum(-2)
+            both, sums = block @ right.T, left @ block
         else:
             left, right = left.astype(block.dtype), right.astype(block.dtype)
-            squares = self._squares.view(block.dtype)[: block.size].reshape(block.shape)
-        # What is infinite is seen to later.
-        with np.errstate(invalid="ignore", over="ignore"):
-            if not _is_tensor(block):
-                np.multiply(block, block, out=squares)
-            both, sums = block @ right.T, left @ block
-            of_rows = both[..., 0], both[..., 1], squares @ right[0]
-            of_columns = sums[..., 0, :], sums[..., 1, :], left[0] @ squares
-        return _stacked(of_rows), _stacked(of_columns)
+            # What is infinite is seen to later.
+            with np.errstate(invalid="ignore", over="ignore"):
+                both, sums = block @ right.T, left @ block
+                # Each row times itself: of the ways to norms the one that only reads.
+                of_rows = (block[..., None, :] @ block[..., None])[..., 0, 0]
+                if largest is None:
+                    squares = self._squares.view(block.dtype)[: block.size].reshape(block.shape)
+                    np.multiply(block, block, out=squares)
+                    of_squares = of_rows, left[0] @ squares
+                else:
+                    of_squares = of_rows, largest * sums[..., 0, :]
+        return (
+            (both[..., 0], both[..., 1], of_squares[0]),
+            (sums[..., 0, :], sums[..., 1, :], of_squares[1]),
+        )
 
     def sketch(self) -> Sketch:
         """Return what was added up so far."""
@@ -170,14 +194,27 @@ class Sketcher:
         return Sketch(rows, columns)
 
 
-def _positions(count: int) -> Numbers:
+def positions(count: int) -> Numbers:
     """Return ones, and the numbers of positions: (2, count)."""
     raw = np.random.Philox(key=_KEY).random_raw(count)
     sizes = 1 + (raw >> np.uint64(8)) % np.uint64(256) / 256
     return np.stack([np.ones(count), np.where(raw & np.uint64(1), sizes, -sizes)])
 
 
-def _exact(part: Array) -> Array:
+def _within(count: int, span: int) -> Numbers:
+    """Return numbers of positions that differ within each group: (count,).
+
+    Of two rows of equal numbers, nobody would see that they trade places.
+    """
+    own = positions(count)[1]
+    groups = np.arange(count) // span
+    order = np.lexsort((np.abs(own), groups))
+    ranks = np.empty(count)
+    ranks[order] = np.arange(count) - groups[order] * span
+    return np.where(own > 0, 1, -1) * (1 + (ranks + 0.5) / span)
+
+
+def exact(part: Array) -> Array:
     """Return a block where it is as float64; on the host as an array, as float32 if that is exact.
 
     Sums of a block in float32 are off by 1e-7 of their norm, a hundredth of what may differ.
@@ -202,10 +239,6 @@ def _cleaned(block: Array) -> Array:
 def _is_tensor(value: object) -> bool:
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(value, torch.Tensor)
-
-
-def _stacked(numbers: tuple[Array, ...]) -> Numbers:
-    return np.stack([n.cpu().numpy() if _is_tensor(n) else n for n in numbers])
 
 
 # -- in bytes ------------------------------------------------------------------------------------

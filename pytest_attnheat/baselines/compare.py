@@ -6,27 +6,31 @@ it, how the one follows from the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.sketch import Numbers, Sketch
+from pytest_attnheat.attention.sketch import Numbers, Sketch, positions
 from pytest_attnheat.attention.tolerance import drift_allowed, drift_tolerance
+from pytest_attnheat.baselines.relations import (
+    CLOSE,
+    MOST_PLACES,
+    moves,
+    relation_of_cells,
+    relation_of_sketches,
+)
 from pytest_attnheat.failure import number_text
+from pytest_attnheat.heatmaps.maps import Maps
 from pytest_attnheat.heatmaps.record import Heatmaps
 
-# A relation is named where it explains the values to this part of their range.
-_CLOSE = 1e-3
+# To what part of a change of one weight the numbers of its row and column agree in it.
+_AGREE = 0.05
+# By what part of itself a sum may be off that was read from a file.
+_SUM_ROUNDED = 1e-5
 # Sums of rows that differ by less are not mentioned.
 _SUM_MOVED = 1e-4
-# A weight so small may be zero.
-_NOTHING = 1e-6
-# Of more queries or keys, it is not asked whether they trade places.
-_MOST_PLACES = 512
-
-Panels = npt.NDArray[np.float64]  # (panels, queries, keys)
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,7 @@ def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str]
 
 
 def compare_data(
-    expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None
+    expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None, maps: Maps | None = None
 ) -> DataDifference | None:
     """Compare what two pictures show, and the sketches of maps that they show pooled.
 
@@ -66,6 +70,7 @@ def compare_data(
         actual: The data of the picture.
         tolerance: By what part of itself a weight may differ (`drift_allowed`); by default that of
             `tolerance_for`.
+        maps: What the picture shows, in full: relations of pooled maps are found with it.
 
     Returns:
         The difference, or None.
@@ -85,8 +90,8 @@ def compare_data(
     if tolerance is None:
         tolerance = tolerance_for(expected, actual)
     return (
-        _compare_cells(expected, actual, tolerance)
-        or _compare_sketches(expected, actual, tolerance)
+        _compare_cells(expected, actual, tolerance, maps)
+        or _compare_sketches(expected, actual, tolerance, maps)
         or _compare_masks(expected, actual)
         or _compare_limits(expected, actual, tolerance)
     )
@@ -128,7 +133,7 @@ def _compare_masks(expected: Heatmaps, actual: Heatmaps) -> DataDifference | Non
 
 
 def _compare_sketches(
-    expected: Heatmaps, actual: Heatmaps, tolerance: float
+    expected: Heatmaps, actual: Heatmaps, tolerance: float, maps: Maps | None
 ) -> DataDifference | None:
     """Compare what stands for weights that the cells do not show."""
     if expected.sketch is None or actual.sketch is None:
@@ -140,9 +145,12 @@ def _compare_sketches(
     panel = int(worst.argmax())
     place = divmod(panel, expected.shape[1])
     query, key = (int(side[panel].argmax()) for side in excess)
-    panels = [divmod(int(number), expected.shape[1]) for number in np.flatnonzero(worst > 1)]
+    numbers = [int(number) for number in np.flatnonzero(worst > 1)]
+    panels = [divmod(number, expected.shape[1]) for number in numbers]
+    relation = relation_of_sketches(expected, actual, numbers, maps)
     details = [
         *said_of_sketches(expected.sketch, actual.sketch, excess, panel),
+        *([] if relation is None else [f"relation        {relation}"]),
         f"panels          {_listed(panels)} of {expected.shape[0]} x {expected.shape[1]}",
     ]
     reason = f"weights differ within pooled cells, most in panel {list(place)}"
@@ -154,40 +162,110 @@ def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
 
 
 def said_of_sketches(
-    expected: Sketch, actual: Sketch, excess: tuple[Numbers, Numbers], number: int
+    expected: Sketch,
+    actual: Sketch,
+    excess: tuple[Numbers, Numbers],
+    number: int,
+    queries: Sequence[int] | None = None,
 ) -> list[str]:
-    """Say which queries and keys of one map differ, and what the worst query sums to."""
-    lines = [
-        f"{name:<15} {numbered(np.flatnonzero(found[number] > 1), side.span)} differ"
-        for name, found, side in (
-            ("queries", excess[0], expected.rows),
-            ("keys", excess[1], expected.columns),
-        )
-        if (found[number] > 1).any()
-    ]
-    for name, found, one, other in (
-        ("queries", excess[0], expected.rows, actual.rows),
-        ("keys", excess[1], expected.columns, actual.columns),
+    """Say which queries and keys of one map differ, and what the worst query sums to.
+
+    Args:
+        expected: The sketch of what was expected.
+        actual: Of what there is.
+        excess: How far both are apart, as `Sketch.excess` says.
+        number: Which map.
+        queries: The numbers of its queries, where they are a selection.
+    """
+    lines = []
+    for singular, plural, found, side, names in (
+        ("query", "queries", excess[0], expected.rows, queries),
+        ("key", "keys", excess[1], expected.columns, None),
+    ):
+        groups = np.flatnonzero(found[number] > 1)
+        if len(groups):
+            alone = len(groups) == 1 and side.span == 1
+            name, verb = (singular, "differs") if alone else (plural, "differ")
+            lines.append(f"{name:<15} {numbered(groups, side.span, names)} {verb}")
+    for name, found, one, other, names in (
+        ("queries", excess[0], expected.rows, actual.rows, queries),
+        ("keys", excess[1], expected.columns, actual.columns, None),
     ):
         places = np.flatnonzero(found[number] > 1)
-        if one.span == 1 and 1 < len(places) <= _MOST_PLACES:
+        if one.span == 1 and 1 < len(places) <= MOST_PLACES:
             before, after = (side.signed[number, places][:, None] for side in (one, other))
             order = np.abs(before.T - after).argmin(axis=1)
-            near = np.abs(before[order] - after) <= _CLOSE * np.abs(before - after)
+            shown = places if names is None else np.array(names)[places]
+            near = np.abs(before[order] - after) <= CLOSE * np.abs(before - after)
             if near.all() and len(set(order)) == len(order):
-                lines.append(f"relation        the {name} are permuted{_moves(order, places)}")
+                lines.append(f"relation        the {name} are permuted{moves(order, shown)}")
     query, (one, other) = int(excess[0][number].argmax()), (expected.rows, actual.rows)
     if excess[0][number, query] > 1 and one.sums is not None and other.sums is not None:
         before, after = float(one.sums[number, query]), float(other.sums[number, query])
         if abs(after - before) > _SUM_MOVED * abs(before):
-            where = numbered([query], one.span)
+            where = numbered([query], one.span, queries)
             lines.append(f"row sums        of {where}: expected {before:.6g}, got {after:.6g}")
-    return lines
+    few = _few_weights(expected, actual, excess, number, queries)
+    return lines if few is None else [*lines, f"relation        {few}"]
 
 
-def numbered(groups: Iterable[int], span: int) -> str:
-    """Say which groups of so many neighbours there are: "3, 17", or "64..127"."""
-    found = [f"{g * span}..{g * span + span - 1}" if span > 1 else str(g) for g in groups]
+def _few_weights(
+    expected: Sketch,
+    actual: Sketch,
+    excess: tuple[Numbers, Numbers],
+    number: int,
+    names: Sequence[int] | None,
+) -> str | None:
+    """Say that one weight of a map changed, or moved to another key, if all numbers agree in it."""
+    sides = (expected.rows, actual.rows), (expected.columns, actual.columns)
+    queries, keys = (np.flatnonzero(found[number] > 1) for found in excess)
+    if len(queries) != 1 or len(keys) not in (1, 2) or expected.rows.span != 1:
+        return None
+    query = int(queries[0])
+    name = query if names is None else names[query]
+    (of_row, *_), of_keys = (
+        (after.signed - before.signed)[number, places]
+        for (before, after), places in zip(sides, (queries, keys), strict=True)
+    )
+    changes = of_keys / positions(query + 1)[1][query]
+    # What rounding leaves: each number is off by a part of its norm.
+    step, norms = expected.step + actual.step, (s.norms[number] for s, _ in sides)
+    rounding = step * (next(norms)[query] + next(norms)[keys].max())
+    near = _AGREE * np.abs(changes).max() + rounding
+    if abs(changes @ positions(int(keys.max()) + 1)[1][keys] - of_row) > 2 * near:
+        return None
+    size = float(np.abs(changes).max())
+    if size > 1.1:  # more than a weight can change: what stands for NaN or infinity
+        return None
+    if len(keys) == 1:
+        sums = expected.rows.sums, actual.rows.sums
+        if sums[0] is not None and sums[1] is not None:  # they are rounded less
+            by = float(sums[1][number, query] - sums[0][number, query])
+            if abs(by - changes[0]) > near:
+                return None
+            size, rounding = abs(by), _SUM_ROUNDED * abs(float(sums[0][number, query]))
+        said = _roughly(size, rounding, "-" if changes[0] < 0 else "+")
+        return f"one weight changed, that of query {name} and key {keys[0]}, by {said}"
+    if abs(changes.sum()) > near:
+        return None
+    start, end = keys if changes[0] < 0 else keys[::-1]
+    return f"{_roughly(size, rounding)} of query {name} moved from key {start} to key {end}"
+
+
+def _roughly(size: float, rounding: float, sign: str = "") -> str:
+    return f"{sign}{size:.3g}" if rounding < 0.01 * size else f"about {sign}{size:.1g}"
+
+
+def numbered(groups: Iterable[int], span: int, names: Sequence[int] | None = None) -> str:
+    """Say which groups of so many neighbours there are: "3, 17", or "64..127"; by their names."""
+
+    def named(number: int) -> int:
+        return number if names is None else names[min(number, len(names) - 1)]
+
+    found = [
+        f"{named(g * span)}..{named(g * span + span - 1)}" if span > 1 else str(named(g))
+        for g in groups
+    ]
     return (
         ", ".join(found)
         if len(found) <= 4
@@ -200,7 +278,9 @@ def allowed_of(data: Heatmaps, tolerance: float) -> npt.NDArray[np.float64]:
     return drift_allowed(data.values.astype(np.float64), data.masked, tolerance)
 
 
-def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> DataDifference | None:
+def _compare_cells(
+    expected: Heatmaps, actual: Heatmaps, tolerance: float, maps: Maps | None
+) -> DataDifference | None:
     off = _distance(expected, actual)
     if not off.any():
         return None
@@ -211,6 +291,7 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
     worst = np.unravel_index(int(np.argmax(np.where(broken, off, -1))), off.shape)
     row, column, query, key = (int(index) for index in worst)
     index = (row, column, query, key)
+    reason = f"{int(broken.sum())} of {broken.size} cells differ"
     panels = [(int(r), int(c)) for r, c in np.argwhere(broken.any(axis=(2, 3)))]
     details = [
         f"worst           panel [{row}, {column}], query {query}, key {key}: expected "
@@ -219,12 +300,12 @@ def _compare_cells(expected: Heatmaps, actual: Heatmaps, tolerance: float) -> Da
         f"panels          {_listed(panels)} of {expected.values.shape[0]} x "
         f"{expected.values.shape[1]}",
     ]
-    relation = _relation(expected, actual, panels)
+    sketches = _compare_sketches(expected, actual, tolerance, maps)
+    if sketches is not None:
+        return DataDifference(reason, details + sketches.details[:-1], index)
+    relation = relation_of_cells(expected, actual, panels)
     if relation is not None:
         details.append(f"relation        {relation}")
-    sketches = _compare_sketches(expected, actual, tolerance)
-    details += [] if sketches is None else sketches.details[:-1]
-    reason = f"{int(broken.sum())} of {broken.size} cells differ"
     return DataDifference(reason, details, index)
 
 
@@ -248,138 +329,3 @@ def _cell(data: Heatmaps, index: tuple[int, int, int, int], off: float) -> str:
 def _listed(panels: list[tuple[int, int]]) -> str:
     text = ", ".join(f"[{row}, {column}]" for row, column in panels[:4])
     return text if len(panels) <= 4 else f"{text} and {len(panels) - 4} more"
-
-
-# -- how the one follows from the other --------------------------------------------------------
-
-
-def _relation(expected: Heatmaps, actual: Heatmaps, panels: list[tuple[int, int]]) -> str | None:
-    """Name how the panels that differ follow from the baseline, if the numbers show it."""
-    chosen = tuple(np.array(panels).T)
-    shown = ~(expected.masked | actual.masked)
-    one = np.where(shown, expected.values, 0)[chosen].astype(np.float64)
-    other = np.where(shown, actual.values, 0)[chosen].astype(np.float64)
-    if not (np.isfinite(one).all() and np.isfinite(other).all()):
-        return None
-    # An explanation must leave far less than "nothing changed" does.
-    allowed = min(_CLOSE * np.abs(other).max(), 0.1 * np.abs(other - one).max())
-    heads = np.where(shown, expected.values, 0).mean(axis=1, dtype=np.float64)[chosen[0]]
-    for sentence, explained in _explanations(one, other, panels, heads):
-        if np.abs(explained - other).max() <= allowed:
-            return sentence
-    return None
-
-
-def _explanations(
-    one: Panels, other: Panels, panels: list[tuple[int, int]], heads: Panels
-) -> Iterator[tuple[str, Panels]]:
-    """Yield what could have happened to the baseline, and what that would have made of it.
-
-    Args:
-        one: Of the baseline, the panels that differ.
-        other: What they are now.
-        panels: Where they are.
-        heads: Of the baseline, the mean of all panels in the row of each.
-    """
-    sources = [int(np.abs(one - panel).max(axis=(1, 2)).argmin()) for panel in other]
-    if len(panels) > 1 and len(set(sources)) == len(sources):
-        yield _permutation(panels, sources), one[sources]
-    if len(panels) > 1:
-        yield "each panel is the mean of its row of panels: heads are averaged", heads
-    if one.shape[1] == one.shape[2]:
-        yield "transposed: queries and keys are exchanged", one.swapaxes(1, 2)
-    factor = float((one * other).sum() / max((one * one).sum(), 1e-300))
-    yield f"every value is multiplied by {factor:.4g}", factor * one
-    constant = float((other - one).mean())
-    yield f"every value has {constant:.4g} added", one + constant
-    for axis, name in ((2, "key"), (1, "query")):
-        for step, direction in ((1, "higher"), (-1, "lower")):
-            # What came in at the edge is not known.
-            moved, edge = np.roll(one, step, axis), 0 if step == 1 else -1
-            inside = tuple(edge if number == axis else slice(None) for number in range(3))
-            moved[inside] = other[inside]
-            if one.shape[axis] > 2:
-                yield f"shifted by one {name}, to {direction} numbers", moved
-    for axis, name in ((1, "queries"), (2, "keys")):
-        if one.shape[axis] <= _MOST_PLACES:
-            order = _order(one[0], other[0], axis - 1)
-            if len(set(order)) == len(order):
-                yield f"the {name} are permuted{_moves(order)}", np.take(one, order, axis)
-    if (one > 0).all():
-        scores = np.log(one)
-        scores += (other - scores).mean(axis=2, keepdims=True)
-        yield "its softmax is the baseline: scores (logits) in place of weights?", scores
-    exponent = np.exp(one - one.max(axis=2, keepdims=True))
-    softmax = exponent / exponent.sum(axis=2, keepdims=True)
-    yield "it is the softmax of the baseline, which shows scores (logits)", softmax
-    for axis, name in ((2, "rows"), (1, "columns")):
-        sums = [array.sum(axis=axis, keepdims=True) for array in (one, other)]
-        if (np.abs(sums[0]) > 1e-12).all():
-            yield (
-                f"the {name} are normalised differently: each is multiplied by its own number",
-                one * (sums[1] / sums[0]),
-            )
-    if (one >= 0).all() and (other >= 0).all():
-        yield from _other_softmaxes(one, other)
-
-
-def _other_softmaxes(one: Panels, other: Panels) -> Iterator[tuple[str, Panels]]:
-    """Yield what else weights could have been made of their scores by."""
-    seen = (one > 0) & (other > 0)
-    if np.where(seen, 0, np.maximum(one, other)).max() > _NOTHING:  # what was hidden is seen
-        return
-    logarithms = np.log(np.where(seen, one, 1))
-    others = np.log(np.where(seen, other, 1))
-    counts = np.maximum(seen.sum(axis=2, keepdims=True), 1)
-
-    def centred(numbers: Panels) -> Panels:
-        mean = numbers.sum(axis=2, keepdims=True) / counts
-        return np.where(seen, numbers - mean, 0)
-
-    scores, wanted = centred(logarithms), centred(others)
-    factor = float((scores * wanted).sum() / max(float((scores**2).sum()), 1e-300))
-    exponent = np.where(seen, np.exp(factor * (scores - scores.max(axis=2, keepdims=True))), 0)
-    total = np.maximum(exponent.sum(axis=2, keepdims=True), 1e-300)
-    yield (
-        f"its scores are multiplied by {factor:.4g}: another temperature or scale",
-        (exponent / total * one.sum(axis=2, keepdims=True)),
-    )
-    odds = np.where(seen & (other < 1), others - np.log1p(-np.minimum(other, 1 - 1e-16)), 0)
-    shift = np.where(seen, odds - logarithms, 0).sum(axis=2, keepdims=True) / counts
-    sigmoid = np.where(seen, 1 / (1 + np.exp(-(logarithms + shift))), 0)
-    yield "it is the sigmoid of its scores, in place of their softmax", sigmoid
-    if np.allclose(other.sum(axis=1)[seen.any(axis=1)], 1, atol=_CLOSE):
-        rows, ratio = np.zeros(counts.shape), np.where(seen, others - logarithms, 0)
-        for _ in range(50):  # a factor for each row and each column, by turns
-            left = np.where(seen, ratio - rows, 0).sum(axis=1, keepdims=True)
-            left = left / np.maximum(seen.sum(axis=1, keepdims=True), 1)
-            rows = np.where(seen, ratio - left, 0).sum(axis=2, keepdims=True) / counts
-        found = np.where(seen, np.exp(logarithms + rows), 0)
-        columns = np.maximum(found.sum(axis=1, keepdims=True), 1e-300)
-        yield "its softmax runs over the queries, in place of the keys", found / columns
-
-
-def _order(one: Panels, other: Panels, axis: int) -> npt.NDArray[np.int64]:
-    """Return which query (or key) of one map each of another is nearest to."""
-    rows, others = (np.moveaxis(panel, axis, 0) for panel in (one, other))
-    far = (rows**2).sum(1)[None] + (others**2).sum(1)[:, None] - 2 * others @ rows.T
-    found: npt.NDArray[np.int64] = far.argmin(axis=1)
-    return found
-
-
-def _moves(order: npt.NDArray[np.int64], places: npt.NDArray[np.int64] | None = None) -> str:
-    """Say what moved where, of some places; by default of all."""
-    names = np.arange(len(order)) if places is None else places
-    moved = np.flatnonzero(order != np.arange(len(order)))
-    said = ", ".join(f"{names[at]} shows what was {names[order[at]]}" for at in moved[:3])
-    more = f" and {len(moved) - 3} more" if len(moved) > 3 else ""
-    return f": {said}{more}"
-
-
-def _permutation(panels: list[tuple[int, int]], sources: list[int]) -> str:
-    moves = [
-        f"{list(panel)} shows what was {list(panels[source])}"
-        for panel, source in zip(panels, sources, strict=True)
-    ]
-    more = f" and {len(moves) - 3} more" if len(moves) > 3 else ""
-    return f"the panels are permuted: {', '.join(moves[:3])}{more}"

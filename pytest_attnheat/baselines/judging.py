@@ -32,7 +32,8 @@ from PIL import Image
 from pytest_attnheat.attention.tolerance import drift_allowed
 from pytest_attnheat.baselines.compare import compare_data, tolerance_for
 from pytest_attnheat.heatmaps.colors import Scale
-from pytest_attnheat.heatmaps.figure import HeatmapFigure, triptych
+from pytest_attnheat.heatmaps.difference import triptych
+from pytest_attnheat.heatmaps.figure import HeatmapFigure
 from pytest_attnheat.heatmaps.layout import Layout
 from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
@@ -114,6 +115,14 @@ def check(
         return Verdict("unreadable", str(error), artifacts={"actual": actual})
 
 
+def looks_alike(figure: Figure, baseline: Path) -> bool:
+    """Tell whether a figure has the very pixels of a PNG, whatever the data of both are."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    with Image.open(file) as drawn:
+        return np.array_equal(_read(baseline), np.asarray(drawn.convert("RGB")))
+
+
 def keep(verdict: Verdict, folder: Path) -> dict[str, Path]:
     """Copy the pictures of a failed comparison to a folder, and return where they are now."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +184,8 @@ def _check_heatmaps(
     expected = read_heatmaps(baseline)
     if tolerance is None:
         tolerance = tolerance_for(expected, drawn, precision)
-    difference = compare_data(expected, drawn, tolerance)
+    whole = figure.picture.shown.whole
+    difference = compare_data(expected, drawn, tolerance, None if whole is None else whole.maps)
     pooled = expected.sketch is None and not expected.complete
     kinds = ("data",) if pooled else kinds
     artifacts = {"expected": baseline, "actual": actual}
@@ -183,11 +193,14 @@ def _check_heatmaps(
     if difference is not None:
         details = list(difference.details)
         if difference.worst is not None:
-            row, column, query, _ = difference.worst
-            pair = [data.values[row, column] for data in (expected, drawn)]
-            masks = [~data.masked[row, column] for data in (expected, drawn)]
-            title = f"panel [{row}, {column}]"
-            picture = triptych(pair, masks, difference.worst, title=title)
+            row, column, query, key = difference.worst
+            picture = triptych(
+                (expected.values[row, column], drawn.values[row, column]),
+                [~data.masked[row, column] for data in (expected, drawn)],
+                (query, key),
+                panel=f"panel [{row}, {column}]: ",
+                block=drawn.block,
+            )
             artifacts["difference"] = actual.with_name("difference.png")
             picture.savefig(artifacts["difference"])
             details += _in_text(expected, drawn, row, column, query)

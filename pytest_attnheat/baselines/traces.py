@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from pytest_attnheat.attention.sketch import (
@@ -35,11 +36,15 @@ from pytest_attnheat.failure import Failure, Place
 from pytest_attnheat.heatmaps.record import joined, parted, sizes_of
 from pytest_attnheat.inputs import check_tolerance, dtype_name, dtype_names, misuse, wide_dtype
 
-VERSIONS = (1,)
+# The first folded queries and keys by numbers of their positions that may be equal.
+VERSIONS = (2,)
 # What a file should take before it is written as text, and how much that is for each group.
 _BYTES, _BYTES_OF_GROUP = 700_000, 11
 _LEAST_GROUPS, _MOST_GROUPS = 8, 512
 _LARGEST_FILE = 1 << 26
+# Where the logarithms of weights are further apart than this, so are those of scores, which are
+# rounded by a part of their size: of a model in half precision they move weights by more.
+_SPREAD = 20.0
 STATISTICS = ("entropy", "largest weight", "on the first key", "on the key before", "on itself")
 
 
@@ -53,6 +58,10 @@ class Layer:
         dtype: What the model computed in, by name.
         sketch: Of batch x heads maps.
         statistics: (maps, 5), means over the queries of each map, as `STATISTICS` names them.
+        spread: (maps,), how far the logarithm of the largest weight is above their mean, over keys
+            that have any; a mean over queries.
+        heads: The numbers of its heads, where they are a selection; None for all. So are queries.
+        queries: Those of its queries.
     """
 
     name: str
@@ -60,17 +69,23 @@ class Layer:
     dtype: str
     sketch: Sketch
     statistics: Numbers
+    spread: Numbers
+    heads: tuple[int, ...] | None = None
+    queries: tuple[int, ...] | None = None
 
 
-def layers_of(trace: Trace) -> list[Layer]:
+def layers_of(trace: object) -> list[Layer]:
     """Sketch what was captured; no map is held at once.
 
     Raises:
-        TypeError: It is no trace.
+        TypeError: It is neither a trace nor a record.
         ValueError: It is empty, or keeps no weights.
     """
+    if isinstance(trace, AttentionRecord):
+        return [_layer_of(trace)]
     if not isinstance(trace, Trace):
-        raise TypeError(misuse("trace", type(trace).__name__, "what capture_attention returns"))
+        accepted = "what capture_attention returns, or a record of it"
+        raise TypeError(misuse("trace", type(trace).__name__, accepted))
     if not len(trace):
         raise ValueError(misuse("trace", "no attention", "one or more records"))
     return [_layer_of(record) for record in trace]
@@ -83,7 +98,7 @@ def _layer_of(record: AttentionRecord) -> Layer:
     batch, heads, queries, keys = record.shape_here
     if 0 in record.shape_here:
         raise ValueError(misuse("trace", f"a record of shape {record.shape_here}", "weights"))
-    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 5))
+    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
     # Where lengths differ, the last query is at the last key.
     here = torch.arange(queries) if record.queries is None else record.queries
     here = here + record.shape[3] - record.shape[2]
@@ -95,8 +110,21 @@ def _layer_of(record: AttentionRecord) -> Layer:
             sketcher.add(maps, rows, part)
             totals[maps] += _statistics(part, here[rows]).cpu().double().sum(1).numpy()
     name = name_of(record) + (f", call {record.call}" if record.call else "")
+    dtypes = [record.dtype, *([] if record.kept_weights is None else [record.kept_weights.dtype])]
+    coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+    heads_here, queries_here = (
+        None if numbers is None else tuple(numbers.tolist())
+        for numbers in (record.heads, record.queries)
+    )
     return Layer(
-        name, record.shape_here, dtype_name(record.dtype), sketcher.sketch(), totals / queries
+        name,
+        record.shape_here,
+        dtype_name(coarsest),
+        sketcher.sketch(),
+        totals[:, :5] / queries,
+        totals[:, 5] / queries,
+        heads_here,
+        queries_here,
     )
 
 
@@ -110,7 +138,7 @@ def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
 
 
 def _statistics(part: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
-    """Return the statistics of each row, (maps, rows, 5); `itself` is the key at each query."""
+    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each."""
     wide = part.to(wide_dtype(part.dtype))
     logarithms = wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
     found = [-(logarithms * wide).sum(-1), wide.amax(-1), wide[..., 0]]
@@ -119,6 +147,9 @@ def _statistics(part: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
         inside = (key >= 0) & (key < wide.shape[-1])
         at = key.clamp(0, wide.shape[-1] - 1).expand(wide.shape[:-1])[..., None]
         found.append(wide.gather(-1, at)[..., 0].where(inside, 0.0))
+    seen = wide > 0
+    mean = logarithms.where(seen, 0.0).sum(-1) / seen.sum(-1).clamp_min(1)
+    found.append((logarithms.amax(-1) - mean).where(seen.any(-1), 0.0))
     return torch.stack(found, -1)
 
 
@@ -126,8 +157,8 @@ def _statistics(part: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_attention(
-    trace: Trace,
-    other: Trace,
+    trace: Trace | AttentionRecord,
+    other: Trace | AttentionRecord,
     *,
     tolerance: float | None = None,
     precision: str | Sequence[str] = (),
@@ -139,7 +170,7 @@ def assert_same_attention(
     order.
 
     Args:
-        trace: What `capture_attention` returned.
+        trace: What `capture_attention` returned, or one record of it.
         other: What it returned of the other run: what "was" in the message. A query that may attend
             to nothing is left out, since implementations give it different things.
         tolerance: By what part of itself a weight may differ; by default what follows from dtypes,
@@ -148,7 +179,7 @@ def assert_same_attention(
 
     Raises:
         Failure: It attends otherwise.
-        TypeError: No traces.
+        TypeError: Neither traces nor records.
         ValueError: Traces without weights, or a precision or tolerance that is none.
     """
     __tracebackhide__ = True
@@ -190,7 +221,7 @@ class _Moved:
     def said_of(self, number: int) -> str:
         """Say of one map, by number, what moved and how."""
         sketches = self.expected.sketch, self.actual.sketch
-        lines = said_of_sketches(*sketches, self.excess, number)
+        lines = said_of_sketches(*sketches, self.excess, number, self.actual.queries)
         before, after = (layer.statistics[number] for layer in (self.expected, self.actual))
         moved = [
             f"{name} {old:.4g}, was {new:.4g}"
@@ -203,6 +234,7 @@ class _Moved:
     def place(self, number: int) -> str:
         """Name the head of one map, and its batch entry where there are several."""
         batch, head = divmod(number, self.expected.shape[1])
+        head = self.actual.heads[head] if self.actual.heads else head
         entry = f" of batch entry {batch}" if self.expected.shape[0] > 1 else ""
         return f"{self.actual.name}, head {head}{entry}"
 
@@ -230,7 +262,6 @@ def compare_layers(
         return None
     first, worst = broken[0], max(broken, key=lambda one: float(one.of_maps.max()))
     head, worst_head = int((first.of_maps > 1).argmax()), int(worst.of_maps.argmax())
-    before = f"; the {first.number} before agree" if first.number else ""
     heads = np.unique(np.flatnonzero(first.of_maps > 1) % first.expected.shape[1])
     renamed = sum(one != other for one, other in zip(*names, strict=True))
     return Failure(
@@ -239,7 +270,7 @@ def compare_layers(
         broken=sum(int((one.of_maps > 1).sum()) for one in moved),
         of=sum(len(one.of_maps) for one in moved),
         layer=f"{first.actual.name} is the first that moved, number {first.number + 1} of "
-        f"{len(expected)}{before}; its heads {numbered(heads, 1)} moved",
+        f"{len(expected)}{_before(first.number)}; {_heads(heads, first.actual)} moved",
         worst=Place(
             f"{worst.said_of(worst_head)} ({worst.of_maps[worst_head]:.3g} times what "
             f"{worst.tolerance:.1e} of the weights allows)"
@@ -249,6 +280,15 @@ def compare_layers(
         assumed=f"{renamed} renamed layers are those of the same place" if renamed else None,
         tolerance=first.tolerance,
     )
+
+
+def _before(count: int) -> str:
+    return ("", "; the one before agrees")[count] if count < 2 else f"; the {count} before agree"
+
+
+def _heads(heads: npt.NDArray[np.int64], layer: Layer) -> str:
+    """Name heads by their numbers in the model."""
+    return f"its head{'s' * (len(heads) > 1)} {numbered(heads, 1, layer.heads)}"
 
 
 def _missing(expected: list[str], actual: list[str]) -> str:
@@ -272,13 +312,13 @@ def _moved(
     for number, (one, other) in enumerate(zip(expected, actual, strict=True)):
         spans = one.sketch.rows.span, one.sketch.columns.span
         if spans != (1, 1):
-            sketch = other.sketch.folded(spans)
-            other = Layer(other.name, other.shape, other.dtype, sketch, other.statistics)
+            other = replace(other, sketch=other.sketch.folded(spans))
         allowed = tolerance
         if allowed is None:
             dtypes = (one.dtype, other.dtype, *precision)
             allowed = drift_tolerance(dtypes, number + 1, one.shape[3])
-        excess = one.sketch.excess(other.sketch, allowed)
+        wider = np.maximum(1, one.spread / _SPREAD)[:, None]
+        excess = one.sketch.excess(other.sketch, allowed * wider)
         yield _Moved(number, one, other, excess, allowed)
 
 
@@ -298,7 +338,10 @@ def _cause(moved: _Moved) -> str | None:
     kept = (order == np.arange(len(order))).any()
     if kept or len(set(order)) < len(order) or (far.min(1) > 1e-3 * far.max(1)).any():
         return None
-    said = [f"{head} is what was {numbers[at]}" for head, at in zip(numbers, order, strict=True)]
+    names = np.array(moved.actual.heads or range(heads))
+    said = [
+        f"{names[h]} is what was {names[numbers[at]]}" for h, at in zip(numbers, order, strict=True)
+    ]
     return f"the heads are permuted: {', '.join(said[:3])}" + (" ..." if said[3:] else "")
 
 
@@ -349,7 +392,8 @@ def encode(layers: Sequence[Layer]) -> str:
         step = drift_tolerance([layer.dtype], 1, layer.shape[3])
         header.append([layer.name, layer.shape, layer.dtype, spans, step])
         content += packed(layer.sketch.folded((spans[0], spans[1])), step)
-        content += planes(layer.statistics.astype("<f4"))
+        known = np.column_stack([layer.statistics, layer.spread])
+        content += planes(known.astype("<f4"))
     head = json.dumps({"version": VERSIONS[-1], "layers": header}, separators=(",", ":"))
     return joined(head, content)
 
@@ -374,15 +418,15 @@ def _decode(header: dict[str, Any], unpack: Callable[[int], bytes]) -> list[Laye
             raise ValueError("a layer of it has no name, dtype or step")
         maps = shape[0] * shape[1]
         numbers = (maps, -(-shape[2] // spans[0]), -(-shape[3] // spans[1]))
-        ends = size + packed_size(numbers), size + packed_size(numbers) + maps * 4 * 5
+        ends = size + packed_size(numbers), size + packed_size(numbers) + maps * 4 * 6
         known.append((name, shape, dtype, spans, float(step), numbers, (size, *ends)))
         size = ends[1]
     data, layers = unpack(size), []
     for name, shape, dtype, spans, step, numbers, (start, middle, end) in known:
         sketch = unpacked(data[start:middle], numbers, step, spans=(spans[0], spans[1]))
-        statistics = from_planes(data[middle:end], "<f4").reshape(-1, 5).astype(np.float64)
+        statistics = from_planes(data[middle:end], "<f4").reshape(-1, 6).astype(np.float64)
         sizes = (shape[0], shape[1], shape[2], shape[3])
-        layers.append(Layer(name, sizes, dtype, sketch, statistics))
+        layers.append(Layer(name, sizes, dtype, sketch, statistics[:, :5], statistics[:, 5]))
     if not layers:
         raise ValueError("it has no layers")
     return layers

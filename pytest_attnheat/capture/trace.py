@@ -115,6 +115,7 @@ class Trace(Sequence[AttentionRecord]):
         if isinstance(wanted, int):
             return self._records[wanted]
         found = [record for record in self._records if record.layer == wanted]
+        found = found or self._labelled(wanted)
         if len(found) == 1:
             return found[0]
         if found:
@@ -134,7 +135,8 @@ class Trace(Sequence[AttentionRecord]):
         """Return a trace of some layers, heads, queries or calls; nothing is copied.
 
         Args:
-            layers: Names or patterns such as "*.self_attn"; that of a module means all within.
+            layers: Names or patterns such as "*.self_attn"; that of a module means all within. What
+                `show` labels a row with is a name, too.
             heads: Numbers of heads in each layer, or a slice.
             queries: Numbers of queries, or a slice; negative ones count from the end.
             call: Which attention of each layer, from 0: the decoding step, for instance.
@@ -144,10 +146,17 @@ class Trace(Sequence[AttentionRecord]):
             TypeError: Layers are no names, or heads or queries no numbers.
         """
         patterns = checked_patterns(layers)
+        labelled = [
+            record
+            for pattern in patterns or ()
+            if not any(matches(record.layer, [pattern]) for record in self._records)
+            for record in self._labelled(pattern)
+        ]
         records = [
             record.select(heads=heads, queries=queries)
             for record in self._records
-            if matches(record.layer, patterns) and call in (None, record.call)
+            if matches(record.layer, patterns) or any(record is other for other in labelled)
+            if call in (None, record.call)
         ]
         if not records:
             asked = f"{layers!r} and {call!r}, of which there is no record"
@@ -172,7 +181,7 @@ class Trace(Sequence[AttentionRecord]):
                 padding, only these are drawn.
             batch: Which batch entry.
             query: Draw this query alone: a heatmap per record, in which each head is a column that
-                runs down the tokens.
+                runs down the tokens. A negative one counts from the end.
             **options: Those of `show_heatmaps`; `figsize="small"` shows a whole model at a glance.
 
         Raises:
@@ -182,22 +191,23 @@ class Trace(Sequence[AttentionRecord]):
         if not self._records:
             raise ValueError("trace.show: there is no record")
         if query is not None:
-            query = whole_number("query", query, least=0)
-            chosen = self.select(queries=query)
-            return chosen._show_query(query, tokens=tokens, batch=batch, options=options)
+            most = max(record.shape[2] for record in self._records)
+            chosen = self.select(queries=whole_number("query", query, least=-most))
+            return chosen._show_query(tokens=tokens, batch=batch, options=options)
         maps, given = self._drawn(tokens, batch, options)
-        from pytest_attnheat.heatmaps.figure import show_heatmaps
+        from pytest_attnheat.heatmaps.showing import show_heatmaps
 
         return show_heatmaps(maps, **given)
 
     def _show_query(
-        self, query: int, *, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
+        self, *, tokens: Sequence[str] | None, batch: int, options: dict[str, Any]
     ) -> HeatmapFigure:
         """Draw the only query of the records: tokens down, heads across, a panel per record."""
-        from pytest_attnheat.heatmaps.figure import show_heatmaps
+        from pytest_attnheat.heatmaps.showing import show_heatmaps
 
         maps, given = self._drawn(tokens, batch, {})
         mask, heads = given["mask"], self._records[0].heads
+        numbers = {int(r.queries[0]) for r in self._records if r.queries is not None}
         (own,) = given.get("query_labels", [""])
         defaults = {
             "xlabel": "Heads",
@@ -205,7 +215,7 @@ class Trace(Sequence[AttentionRecord]):
             "titles": given["row_titles"],
             "key_labels": None if heads is None else heads.tolist(),
             "query_labels": given.get("key_labels"),
-            "title": f"Query {query} {own}".rstrip(),
+            "title": f"Query {', '.join(map(str, sorted(numbers)))} {own}".rstrip(),
             "mask": None if mask is None else mask[:, :, 0].mT,
             "figsize": None,
         }
@@ -259,6 +269,12 @@ class Trace(Sequence[AttentionRecord]):
         """How many records of how many layers."""
         return f"<Trace: {len(self)} records of {len(self.layers)} layers>"
 
+    def _labelled(self, label: str) -> list[AttentionRecord]:
+        """Return the records that pictures label so: all of a layer, or one call of it."""
+        records, titles = self._records, _titles(self._records)
+        shown = zip(records, _titles_of_layers(records), titles, _numbered(titles), strict=True)
+        return [record for record, *texts in shown if label in texts]
+
     def _with(self, records: Iterable[AttentionRecord]) -> Trace:
         return Trace(records, self._unseen, self._changes, self.difference)
 
@@ -296,13 +312,17 @@ def _residual(record: AttentionRecord) -> str:
 
 def _titles(records: Sequence[AttentionRecord]) -> list[str]:
     """The layer of each record, as short as tells it, and the call where there are several."""
-    layers = [record.layer for record in records]
-    names = _short(layers) if len(set(layers)) > 1 else layers
-    several = len(set(layers)) < len(layers)
+    names = _titles_of_layers(records)
+    several = len(set(names)) < len(names)
     return [
         f"{name}, call {record.call}".lstrip(", ") if several else name
         for name, record in zip(names, records, strict=True)
     ]
+
+
+def _titles_of_layers(records: Sequence[AttentionRecord]) -> list[str]:
+    layers = [record.layer for record in records]
+    return _short(layers) if len(set(layers)) > 1 else layers
 
 
 def _numbered(titles: list[str]) -> list[str]:

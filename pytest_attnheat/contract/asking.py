@@ -42,7 +42,7 @@ class Answer:
     besides: Any
 
 
-def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool = True) -> Answer:
+def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:
     """Call the subject of a specification, see `AttentionSpec.ask`."""
     convention = spec.convention
     arguments = dict(spec.arguments or {}) | dict(_arguments(spec, call))

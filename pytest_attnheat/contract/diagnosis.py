@@ -128,7 +128,7 @@ class Diagnosis:
         Raises:
             ValueError: There are no weights, as for a subject whose output is right.
         """
-        from pytest_attnheat.heatmaps.figure import show_heatmaps
+        from pytest_attnheat.heatmaps.showing import show_heatmaps
 
         maps = self._maps()
         if not maps:

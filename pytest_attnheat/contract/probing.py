@@ -172,9 +172,12 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
         return
     if is_square and "sizes" in levels:
         levels = {**levels, "sizes": (max(levels["sizes"]),) * 2}
+    if declared.one_query:
+        levels = {**levels, "sizes": (1, levels.get("sizes", (1, 7))[1])}
     usual = {"head_dim": 16}
     full = {"shape": "(B, H, L, S)"} if "mask" in levels and "shape" not in levels else {}
-    equal = usual | {"value_dim": "equal"} | ({} if differs else {"sizes": (7, 7)})
+    square = {} if differs or declared.one_query else {"sizes": (7, 7)}
+    equal = usual | {"value_dim": "equal"} | square
     known = declared.levels()
     for more in ({}, usual, full, usual | full, equal):
         wanted = {**levels, **({} if declared.few_shapes else more)}
@@ -192,12 +195,15 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
     heads = declared.heads or chosen["key_heads"] * chosen["group"]
     # No plan knows of steps that are rounded on purpose.
     always = {n: one for n, one in examination.spec.always(heads).items() if n != "rounded"}
+    # What a case does not have plays no part in it, so that other subjects can share it.
+    given = {name: level for name, level in chosen.items() if level is not False and level != NONE}
+    given.pop("gradients", None)
     return _case(
         blueprint.name,
         blueprint.change,
-        declared,
+        declared.heads,
         tuple(always.items()),
-        tuple(chosen.items()),
+        tuple(given.items()),
         examination.dtype,
         seed,
     )
@@ -209,14 +215,14 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
 def _case(
     name: str,
     change: Change,
-    declared: Declared,
+    heads: int | None,
     always: Levels,
     chosen: Levels,
     dtype: torch.dtype,
     seed: int,
 ) -> Case:
     levels = dict(chosen)
-    call = Space(declared, dict(always), seed).call(levels, dtype)
+    call = Space(Declared(heads=heads), dict(always), seed).call(levels, dtype)
     given = {one.name: getattr(call, one.name) for one in fields(call)}
     scaled = levels.get("scale", NONE) != NONE
     case = Case(**given, name=name, dtype=dtype, scale_given=scaled)
@@ -299,7 +305,8 @@ def _large_scores(case: Case, seed: int) -> Case:
     query[..., 0], query[..., 1] = query[..., 0] * 0.3, 0.0
     # float16 holds the products up to 65504.
     query[..., :2, :] = 0.0
-    query[..., :2, 0] = torch.tensor([1.0, -1.0]) * min(_FAR_APART / scale, 6000.0)
+    largest = min(_FAR_APART / scale, 6000.0)
+    query[..., :2, 0] = torch.tensor([1.0, -1.0])[: case.query_len] * largest
     query[..., 2:4, 1] = -min(_LOW / scale, 6000.0)
     return case
 
@@ -307,7 +314,7 @@ def _large_scores(case: Case, seed: int) -> Case:
 def _large_scores_masked(case: Case, seed: int) -> Case:
     """The key that such a query would choose is masked."""
     case = _clear(_large_scores(case, seed), seed)
-    if case.mask is not None and case.mask.shape[-2] > 1:
+    if case.mask is not None and case.mask.shape[-2] > 1:  # of more than one query
         place = case.key[0, 0, :, 0]
         chosen = torch.stack([place.argmax(), place.argmin()])
         case.mask[..., [0, 1], chosen] = False

@@ -425,7 +425,7 @@ class AttentionSpec:
         own = self.reference
         return None if own is None else replace(self, subject=own, reference=None)
 
-    def ask(self, call: Call, *, dropout: float = 0.0, besides: bool = True) -> Answer:
+    def ask(self, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:
         """Call the subject as it wants to be called.
 
         Args:

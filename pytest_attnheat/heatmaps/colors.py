@@ -70,8 +70,12 @@ def shared_scale(
         smallest, largest = 0.0, 1.0
     if smallest >= -_ROUNDING and largest <= 1 + _ROUNDING:
         smallest, largest = 0.0, largest if tight and largest > 0 else 1.0
-    low = smallest if vmin is None else float(vmin)
-    high = largest if vmax is None else float(vmax)
+    try:
+        low = smallest if vmin is None else float(vmin)
+        high = largest if vmax is None else float(vmax)
+    except (TypeError, ValueError):
+        got = f"{vmin!r} and {vmax!r}"
+        raise TypeError(misuse("vmin, vmax", got, "numbers, or None")) from None
     if low == high and vmin is None and vmax is None:
         low, high = low - 0.5, high + 0.5
     if not (np.isfinite(low) and np.isfinite(high) and low < high):
@@ -142,10 +146,11 @@ def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
 
     Only where weights are shown: scores are usually drawn before they are masked.
     """
-    low, high = scale.range
-    if not cells.masked.any() or not scale.shared or low != 0 or high > 1:
+    weights = (scale.low == 0) & (scale.high <= 1)
+    if not cells.masked.any() or not weights.any():
         return np.zeros_like(cells.masked)
-    leaks: npt.NDArray[np.bool_] = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
+    held = cells.masked & np.isfinite(cells.values) & (cells.values != 0)
+    leaks: npt.NDArray[np.bool_] = held & weights[:, :, None, None]
     return leaks
 
 

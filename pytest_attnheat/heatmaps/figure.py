@@ -1,49 +1,30 @@
-"""`show_heatmaps`, and the figure that it returns."""
+"""The figure that `show_heatmaps` returns, and its axes."""
 
 from __future__ import annotations
 
 import io
 import math
-import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import IO, Any, Literal
 
 import matplotlib
-import numpy as np
-import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axis import Axis, XAxis, YAxis
+from matplotlib.backend_bases import RendererBase
 from matplotlib.cbook import normalize_kwargs
-from matplotlib.colors import Colormap
-from matplotlib.figure import Figure, SubFigure
+from matplotlib.figure import Figure
 from matplotlib.text import Text
+from matplotlib.ticker import NullLocator
 
-from pytest_attnheat.heatmaps.colors import panel_scales, shared_scale
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, Layout, inches
-from pytest_attnheat.heatmaps.maps import (
-    Bools,
-    Maps,
-    distance,
-    has_both_signs,
-    pool,
-    read_maps,
-    smallest,
-    whole_of,
-)
-from pytest_attnheat.heatmaps.picture import Picture, Place, Shown
-from pytest_attnheat.heatmaps.record import MOST_CELLS, encode, metadata_of
-from pytest_attnheat.heatmaps.writing import Design, Words
-from pytest_attnheat.inputs import check_number, misuse, one_of
+from pytest_attnheat.heatmaps.picture import Picture, Place
+from pytest_attnheat.heatmaps.record import encode, metadata_of
 
 # Attention compresses well at any level; a higher one mostly takes time.
 _PNG_LEVEL = 1
-# Figures of more pixels a side take gigabytes.
-_LONGEST_SIDE = 1 << 13
-# More numbers take minutes to write, and nobody reads them.
-_MOST_NUMBERS = 10_000
 
 
 class HeatmapFigure(Figure):
@@ -54,7 +35,7 @@ class HeatmapFigure(Figure):
 
     Its axes are made when they are asked for: an invisible one over each panel, row by row, in
     which key 3 of query 5 is the point (3, 5). What they write above a panel, and `suptitle`, gets
-    a line of its own.
+    a line of its own. Texts beside the panels that were given no colour are white on what is dark.
 
     Attributes:
         picture: the artist that draws it; `picture.shown` is what it shows.
@@ -63,31 +44,70 @@ class HeatmapFigure(Figure):
 
     picture: Picture
     natural = False
-    _complete = False  # nothing is left to be made when the axes are asked for
+    _covered = 0  # panels whose axes are made
+    _frozen = False  # matplotlib need not place those that are not
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._uncoloured: dict[Text, object] = {}
 
     @property  # type: ignore[misc]
     def axes(self) -> list[Axes]:  # type: ignore[override]  # like Figure
         """The axes, one over each panel and then those that the user has added."""
-        self._make_axes()
-        return super().axes
+        if not self._frozen:
+            self._cover(None)
+        return sorted(super().axes, key=lambda axes: not isinstance(axes, PanelAxes))
+
+    def get_axes(self) -> list[Axes]:
+        """Return the axes, as `axes` does."""
+        return self.axes
 
     def gca(self) -> Axes:
         """Return the current axes, at first those of the first panel."""
-        self._make_axes()
+        if not super().axes:
+            self._cover(1)
         return super().gca()
 
-    def _make_axes(self) -> None:
-        if self._complete or getattr(self, "picture", None) not in self.artists:
+    def _cover(self, count: int | None) -> None:
+        """Make the axes of the first panels, or of all, unless that was done."""
+        if getattr(self, "picture", None) not in self.artists:
             return
-        self._complete = True
         rows, columns, queries, keys = self.picture.shown.design.shape
-        for row, column in product(range(rows), range(columns)):
+        count = rows * columns if count is None else count
+        if self._covered >= count:
+            return
+        current = super().gca() if super().axes else None
+        for row, column in list(product(range(rows), range(columns)))[self._covered : count]:
             panel = self.add_axes((0, 0, 1, 1), label=f"[{row}, {column}]", axes_class=PanelAxes)
-            panel.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5), xticks=[], yticks=[])
-            panel.set_autoscale_on(False)
+            panel.set(xlim=(-0.5, keys - 0.5), ylim=(queries - 0.5, -0.5), autoscale_on=False)
             panel.set_axis_off()
+            for axis in (panel.xaxis, panel.yaxis):
+                axis.set_major_locator(NullLocator())
             panel.set_axes_locator(Place(self.picture, row, column))
-        self.sca(super().axes[0])
+        self._covered = count
+        self.sca(current or super().axes[0])
+
+    def text(
+        self, x: float, y: float, s: str, fontdict: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Text:
+        """Write a text, as `matplotlib.figure.Figure.text` does."""
+        text = super().text(x, y, s, fontdict, **kwargs)
+        self.colour_by_background(text, {**(fontdict or {}), **kwargs})
+        return text
+
+    def colour_by_background(self, text: Text, given: Mapping[str, object]) -> None:
+        """Give a text the colour of those beside the panels, unless it was given one."""
+        if not {"color", "c"} & set(given):
+            self._uncoloured[text] = text.get_color()
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw on any of matplotlib's renderers."""
+        ink = self.picture.ink()
+        for text, color in self._uncoloured.items():
+            if text.get_color() == color and not self.picture.covers(text):
+                text.set_color(ink)
+                self._uncoloured[text] = ink
+        super().draw(renderer)
 
     def suptitle(self, t: str, **kwargs: Any) -> Text:
         """Write a title for the figure, in a line of its own, in the place of an earlier one."""
@@ -102,6 +122,8 @@ class HeatmapFigure(Figure):
         shown = self.picture.shown
         design = replace(shown.design, **changes)
         before, _, _ = self.picture.sheet_for(None)
+        if design == shown.design:
+            return before.layout
         self.picture.shown = replace(shown, design=design)
         if self.natural:
             lines = (design.headline - shown.design.headline) + design.shape[0] * (
@@ -135,11 +157,11 @@ class HeatmapFigure(Figure):
             kwargs["metadata"] = {**carried, **(kwargs.get("metadata") or {})}
         # "auto" is the figure's own white, whatever the user's settings ask for.
         kwargs.setdefault("facecolor", "auto")
-        complete, self._complete = self._complete, True  # matplotlib need not place those not made
+        self._frozen = True
         try:
             super().savefig(fname, transparent=transparent, **kwargs)
         finally:
-            self._complete = complete
+            self._frozen = False
 
     def _repr_svg_(self) -> str:
         """Show the figure in a notebook, crisp at any zoom."""
@@ -148,8 +170,38 @@ class HeatmapFigure(Figure):
         return file.getvalue().decode("utf-8")
 
 
+class _Bare(Axis):
+    """An axis that makes no ticks while its Axes is made: they take half of the time."""
+
+    axes: PanelAxes
+
+    def set_tick_params(self, *args: Any, **kwargs: Any) -> None:
+        if self.axes.made:
+            super().set_tick_params(*args, **kwargs)
+
+    def set_clip_path(self, *args: Any, **kwargs: Any) -> None:
+        if self.axes.made:
+            super().set_clip_path(*args, **kwargs)
+
+
+class _BareX(_Bare, XAxis): ...
+
+
+class _BareY(_Bare, YAxis): ...
+
+
 class PanelAxes(Axes):
     """An invisible axes over a panel, in the coordinates of its keys and queries."""
+
+    made = False
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.made = True
+
+    def _init_axis(self) -> None:  # where matplotlib has its projections make their own
+        super()._init_axis()  # type: ignore[misc]
+        self.xaxis.__class__, self.yaxis.__class__ = _BareX, _BareY
 
     def set_title(
         self,
@@ -166,260 +218,7 @@ class PanelAxes(Axes):
             ranges = figure.picture.shown.design.ranges
             pad = (PAD + ranges * SMALL * LINE) * em if pad is None else pad
             kwargs = {"fontsize": em, **(fontdict or {}), **normalize_kwargs(kwargs, Text)}
-        return super().set_title(label, None, loc, pad, **kwargs)
-
-
-def show_heatmaps(
-    matrices: object,
-    xlabel: str | None,
-    ylabel: str | None,
-    titles: Sequence[str] | None = None,
-    figsize: tuple[float, float] | Literal["small"] | None = (2.5, 2.5),
-    cmap: str | Colormap = "Reds",
-    *,
-    title: str | None = None,
-    row_titles: Sequence[str] | None = None,
-    key_labels: Sequence[str] | None = None,
-    query_labels: Sequence[str] | None = None,
-    mask: object = None,
-    scale: Literal["shared", "largest", "panel"] = "shared",
-    vmin: float | None = None,
-    vmax: float | None = None,
-    colorbar: bool = True,
-    numbers: bool | str = False,
-    highlight: Sequence[Sequence[int]] = (),
-    dpi: float | None = None,
-    ax: Axes | SubFigure | None = None,
-) -> HeatmapFigure:
-    """Draw attention weights as a grid of heatmaps.
-
-    Every cell is a whole number of pixels. Maps with more weights than the figure has pixels
-    are pooled in whole blocks to their largest weight, on their own device, and the figure says
-    so: a single weight of 1 among millions of zeros stays visible. Of signed values, such as
-    differences, the one farthest from zero is kept.
-
-    Args:
-        matrices: Weights (queries, keys), (columns, queries, keys) or (rows, columns, queries,
-            keys): a tensor of any real dtype, device and gradient state, a NumPy array, or
-            nested lists of equal maps. Usually rows are layers or samples and columns heads:
-            `outputs.attentions` of a model, a tuple of (1, heads, queries, keys), is drawn so.
-            NaN is drawn blue; -inf, as in masked scores, like a masked cell.
-        xlabel: Name of the key axis; None for none.
-        ylabel: Name of the query axis; None for none.
-        titles: One title for each column.
-        figsize: Width and height of the whole figure in inches; None for a size at which all
-            cells and labels have room; "small" for one with small panels, for many of them.
-        cmap: A matplotlib colormap or its name.
-        title: A title for the figure.
-        row_titles: One title for each row.
-        key_labels: One label for each key, for example its token. Any script; what no installed
-            font can draw is written as an escape.
-        query_labels: One label for each query.
-        mask: Boolean, True where a query may attend; broadcast to the maps. Cells where it may
-            not are striped grey, whatever their weight.
-        scale: "shared" for one colour scale for all panels, 0 to 1 where all values are in that
-            range and else from the smallest to the largest; "largest" for a shared one that ends
-            at the largest value, where weights are all small; "panel" for one scale a panel, its
-            range written above it.
-        vmin: Lower end of the shared scale.
-        vmax: Upper end of the shared scale.
-        colorbar: Whether to draw the colour scale.
-        numbers: True to write each weight into its cell, or a format such as ".1f" (the default
-            is ".2f").
-        highlight: What to outline: (row, column, query, key) for a cell, without the key for
-            a whole query; row and column are 0 where the maps have fewer dimensions.
-        dpi: Pixels per inch; matplotlib's `figure.dpi` by default.
-        ax: An Axes or a subfigure to fill with the picture as well, in place of its axis; size and
-            resolution are those that it has.
-
-    Returns:
-        The figure, whether `ax` shows it too or not. No window opens and pyplot does not know it.
-
-    Raises:
-        TypeError: Something other than real numbers, or a mask that is not boolean.
-        ValueError: Nothing to show, shapes that do not fit together, or a figure too small.
-    """
-    __tracebackhide__ = True
-    maps = read_maps(matrices, mask)
-    words = Words(
-        xlabel=xlabel,
-        ylabel=ylabel,
-        title=title,
-        titles=_texts("titles", titles, maps.shape[1], "columns"),
-        row_titles=_texts("row_titles", row_titles, maps.shape[0], "rows"),
-        key_labels=_texts("key_labels", key_labels, maps.shape[3], "keys"),
-        query_labels=_texts("query_labels", query_labels, maps.shape[2], "queries"),
-        numbers=_number_format(numbers),
-    )
-    one_of("scale", scale, ("shared", "largest", "panel"))
-    if scale == "panel" and not (vmin is None and vmax is None):
-        got = f"{vmin!r} and {vmax!r} with scale='panel'"
-        raise ValueError(misuse("vmin, vmax", got, "None for both; they belong to scale='shared'"))
-    if not isinstance(cmap, Colormap) and cmap not in list(matplotlib.colormaps):
-        raise ValueError(misuse("cmap", repr(cmap), "a Colormap, or the name of one"))
-    if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
-        got = f"{numbers!r} for {math.prod(maps.shape)} cells"
-        raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
-    if dpi is not None and not check_number(dpi, "dpi") > 0:
-        raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
-    if ax is not None and not isinstance(ax, (Axes, SubFigure)):
-        raise TypeError(misuse("ax", repr(ax), "an Axes or a SubFigure of matplotlib"))
-    if ax is not None:
-        dpi = ax.figure.dpi
-        figsize = (ax.bbox.width / dpi, ax.bbox.height / dpi)
-    outlined = [_checked_index(index, maps.shape) for index in _listed("highlight", highlight)]
-    design = Design(maps.shape, words, colorbar, ranges=scale == "panel")
-    # Always on white, as the colours are made for it: a dark style would hide the texts.
-    figure = HeatmapFigure(dpi=dpi, facecolor="white")
-    FigureCanvasAgg(figure)  # so that its pixels can be asked for without saving it
-    # An engine that the user's settings ask for has nothing to lay out here.
-    figure.set_layout_engine("none")
-    size = _size(figsize, design, maps, figure.dpi)
-    figure.set_size_inches((inches(size[0], figure.dpi), inches(size[1], figure.dpi)))
-    cells = pool(maps, design.block_for(size, figure.dpi))
-    positive = vmin is not None and vmax is not None and vmin >= 0
-    low = 0.0 if positive else smallest(maps, cells)
-    scales = shared_scale(cells, low, vmin, vmax, tight=scale == "largest")
-    if has_both_signs(cells, low):
-        pooled = cells.block != (1, 1)
-        cells = pool(maps, cells.block, signed=True) if pooled else replace(cells, signed=True)
-    if scale == "panel":
-        scales = panel_scales(cells)
-    complete = cells.block == (1, 1) and cells.values.size <= MOST_CELLS
-    whole = None if complete else whole_of(maps)
-    shown = Shown(design, cells, scales, cmap, outlined, maps.dtype, whole)
-    figure.picture = Picture(shown, figure)
-    figure.add_artist(figure.picture)
-    figure.natural = figsize is None or figsize == "small"
-    figure.picture.prepare(size, figure.dpi)
-    if ax is not None:
-        if isinstance(ax, Axes):
-            ax.set_axis_off()
-        ax.add_artist(Picture(shown, ax))
-    return figure
-
-
-def show_difference(
-    expected: object, actual: object, *, mask: object = None, **options: Any
-) -> HeatmapFigure:
-    """Draw two maps and how far they are apart, side by side on one scale.
-
-    Of grids of maps, the one is drawn that differs most. The largest difference is outlined.
-
-    Args:
-        expected: Weights, of a kind and shape that `show_heatmaps` takes.
-        actual: Others of the same shape, of any kind.
-        mask: Boolean, True where a query may attend. Where it may not is striped, and not compared.
-        **options: Further arguments of `show_heatmaps`: `figsize`, `key_labels`, `scale` ...
-
-    Raises:
-        TypeError: Something other than real numbers, or a mask that is not boolean.
-        ValueError: Nothing to show, or shapes that do not fit together.
-    """
-    __tracebackhide__ = True
-    one, other = read_maps(expected, mask), read_maps(actual, mask)
-    if one.shape != other.shape:
-        raise ValueError(misuse("actual", f"shape {other.shape}", f"{one.shape}, as expected has"))
-    most, worst = -1.0, (0, 0, 0, 0)
-    for row, column in product(range(one.shape[0]), range(one.shape[1])):
-        apart = distance(one.map(row, column), other.map(row, column))
-        apart[~one.permitted(row, column)] = 0
-        if apart.max() > most:
-            most = float(apart.max())
-            worst = (row, column, *divmod(int(apart.argmax()), one.shape[3]))
-    row, column, query, key = worst
-    where = f"panel [{row}, {column}]: " * (one.shape[:2] != (1, 1))
-    said = f"{where}largest difference {most:.2g} at query {query}, key {key}"
-    pair = [one.map(row, column), other.map(row, column)]
-    masks = [one.permitted(row, column)] * 2
-    title = said if most else "no difference"
-    return triptych(pair, masks, worst if most else None, title=title, **options)
-
-
-def triptych(
-    pair: Sequence[npt.NDArray[Any]],
-    masks: Sequence[Bools],
-    worst: tuple[int, int, int, int] | None,
-    **options: Any,
-) -> HeatmapFigure:
-    """Draw two maps (queries, keys) and their difference, and outline where it is worst."""
-    defaults: dict[str, Any] = {
-        "xlabel": "Keys",
-        "ylabel": "Queries",
-        "titles": ["expected", "actual", "difference"],
-        "figsize": None,
-        "mask": np.stack([*masks, np.any(masks, axis=0)]),
-        "highlight": [] if worst is None else [(0, panel, *worst[2:]) for panel in range(3)],
-    }
-    return show_heatmaps([*pair, distance(*pair)], **{**defaults, **options})
-
-
-def _listed(name: str, given: Iterable[Any]) -> list[Any]:
-    if not isinstance(given, Iterable):
-        raise TypeError(misuse(name, repr(given), "a list"))
-    return list(given)
-
-
-def _texts(name: str, texts: Sequence[str] | None, count: int, what: str) -> Sequence[str] | None:
-    if texts is None:
-        return None
-    given = [texts] if isinstance(texts, str) else [str(text) for text in _listed(name, texts)]
-    if len(given) != count:
-        accepted = f"as many as there are {what}: {count}"
-        raise ValueError(misuse(name, f"{len(given)} text(s)", accepted))
-    return given
-
-
-def _number_format(numbers: bool | str) -> str | None:
-    if numbers is False:
-        return None
-    spec = ".2f" if numbers is True else numbers
-    try:
-        format(0.5, spec)
-    except (TypeError, ValueError):
-        accepted = "True, False or a format of floats such as '.1f'"
-        raise ValueError(misuse("numbers", repr(numbers), accepted)) from None
-    return spec
-
-
-def _checked_index(given: Sequence[int], shape: tuple[int, int, int, int]) -> tuple[int, ...]:
-    try:
-        indices = tuple(operator.index(index) for index in given)
-    except TypeError:
-        indices = ()
-    inside = all(-side <= index < side for index, side in zip(indices, shape, strict=False))
-    if len(indices) not in (3, 4) or not inside:
-        accepted = (
-            "(row, column, query, key) for a cell or (row, column, query) for a whole query, "
-            f"within the shape {shape}"
-        )
-        raise ValueError(misuse("highlight", repr(given), accepted))
-    return tuple(index % side for index, side in zip(indices, shape, strict=False))
-
-
-def _size(
-    figsize: tuple[float, float] | Literal["small"] | None, design: Design, maps: Maps, dpi: float
-) -> tuple[int, int]:
-    if figsize is None or figsize == "small":
-        width = _number_width(design.words, maps)
-        return design.natural_size(dpi, width, small=figsize is not None)
-    try:
-        sides = tuple(float(side) for side in figsize)
-    except (TypeError, ValueError):
-        sides = ()
-    if len(sides) != 2 or not all(0 < side * dpi < math.inf for side in sides):
-        accepted = "(width, height) in inches, None for a size that fits, or 'small'"
-        raise ValueError(misuse("figsize", repr(figsize), accepted))
-    # Inches such as 2.9 are a hair less than 290 pixels.
-    size = int(sides[0] * dpi + 1e-6), int(sides[1] * dpi + 1e-6)
-    if max(size) >= _LONGEST_SIDE:
-        got = f"{figsize} at {dpi:g} dots per inch, which is {size[0]} x {size[1]} pixels"
-        raise ValueError(misuse("figsize", got, f"less than {_LONGEST_SIDE} pixels a side"))
-    return size
-
-
-def _number_width(words: Words, maps: Maps) -> float:
-    if words.numbers is None:
-        return 0.0
-    values = pool(maps, (1, 1)).values
-    return max(words.lettering.width(words.number(float(value))) for value in values.ravel())
+        text = super().set_title(label, None, loc, pad, **kwargs)
+        if isinstance(figure, HeatmapFigure):
+            figure.colour_by_background(text, kwargs)
+        return text

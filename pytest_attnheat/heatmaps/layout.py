@@ -57,6 +57,12 @@ class Content:
     above: float = 0.0  # height above each row of panels
     notes: int = 0  # lines
 
+    @property
+    def lift(self) -> float:
+        """What keeps a title clear of the upper end of the colorbar, half a small line above it."""
+        alone = self.title and not self.column_titles and self.above == 0
+        return SMALL * LINE / 2 if alone and self.bar else 0.0
+
 
 @dataclass(frozen=True)
 class Layout:
@@ -155,7 +161,7 @@ def _margins(content: Content, em: float) -> _Margins:
     right = PAD
     if content.bar:
         right += BAR_GAP + BAR_WIDTH + TICK + PAD + content.bar_ticks
-    top = PAD + content.title * LINE + content.column_titles * LINE + content.above
+    top = PAD + (content.title + content.column_titles) * LINE + content.lift + content.above
     bottom = content.key_ticks + content.xlabel * LINE + content.notes * SMALL * LINE + 2 * PAD
     # A tick label at the end of an axis reaches past the panel, by half a line at the most.
     return _Margins(
@@ -201,7 +207,7 @@ def _place(
         lefts=tuple(left + index * (panel[0] + gaps[0]) for index in range(columns)),
         tops=tuple(top + index * (panel[1] + gaps[1]) for index in range(rows)),
         bar=_bar(em, left + width, top, height) if content.bar else None,
-        title=above - (content.column_titles * LINE + LINE / 2) * em,
+        title=above - (content.column_titles * LINE + content.lift + LINE / 2) * em,
         column_titles=above - LINE / 2 * em,
         xlabel=below + LINE / 2 * em,
         notes=below + (content.xlabel * LINE + SMALL * LINE / 2) * em,

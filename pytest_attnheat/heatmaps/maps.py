@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import sys
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -18,7 +17,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher
 from pytest_attnheat.inputs import dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
@@ -41,13 +39,15 @@ _CHUNK = 1 << 22
 class Maps:
     """A grid of maps as nested views: `rows[r]` is an array (columns, queries, keys).
 
-    `mask` is boolean, True where a query may attend, and has the full shape (as a view).
+    `mask` is boolean, True where a query may attend, and has the full shape (as a view). Layered
+    are those of a list (1, heads, queries, keys), as models return them.
     """
 
     rows: list[Array]
     mask: Array | None
     shape: tuple[int, int, int, int]
     dtype: str
+    layered: bool = False
 
     def map(self, row: int, column: int) -> npt.NDArray[np.float64]:
         """Return a copy of one map on the host."""
@@ -59,28 +59,15 @@ class Maps:
         """Return where the queries of one map may attend."""
         if self.mask is None:
             return np.ones(self.shape[2:], np.bool_)
-        return _to_numpy_bool(self.mask[row, column])
+        return to_numpy_bool(self.mask[row, column])
 
 
 def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
     """Return how far numbers are apart; infinity where one is none or infinite, and only that."""
-    with np.errstate(invalid="ignore"):
+    with np.errstate(invalid="ignore", over="ignore"):
         apart = np.abs(other - one, dtype=np.float64)
     same = (one == other) | (np.isnan(one) & np.isnan(other))
     return np.where(same, 0.0, np.where(np.isnan(apart), np.inf, apart))
-
-
-@dataclass(frozen=True)
-class Whole:
-    """What is known of maps besides the cells that they are pooled to.
-
-    Attributes:
-        sketch: of their weights.
-        masks: a checksum of the mask of each map, by row and column; None without a mask.
-    """
-
-    sketch: Sketch
-    masks: list[list[int]] | None
 
 
 @dataclass(frozen=True)
@@ -116,7 +103,9 @@ def read_maps(matrices: object, mask: object = None) -> Maps:
     shape = (len(rows), *shapes.pop())
     if 0 in shape:
         raise ValueError(_refused(f"shape {shape}, in which there is nothing to show"))
-    return Maps(rows, _read_mask(mask, shape, is_tensor(rows[0])), shape, dtype_name(rows[0]))
+    layered = isinstance(matrices, (list, tuple)) and getattr(matrices[0], "ndim", 0) == 4
+    given = _read_mask(mask, shape, is_tensor(rows[0]))
+    return Maps(rows, given, shape, dtype_name(rows[0]), layered)
 
 
 def _refused(got: str) -> str:
@@ -140,6 +129,9 @@ def _rows(matrices: object) -> list[Array]:
 def _rows_of_list(matrices: Sequence[object]) -> list[Array]:
     if not matrices:
         raise ValueError(_refused("an empty list"))
+    if any(entry is None for entry in matrices):
+        advice = "A model of transformers computes weights with attn_implementation='eager'"
+        raise TypeError(f"{_refused('a list with None')}. {advice}")
     if not _holds_arrays(matrices):
         try:
             array = np.array(matrices, dtype=np.float32)
@@ -249,29 +241,8 @@ def pool(maps: Maps, block: tuple[int, int], *, signed: bool = False) -> Cells:
     values = np.stack([_to_numpy(values) for values, _ in rows])
     masked = np.isneginf(values)
     if maps.mask is not None:
-        masked |= ~np.stack([_to_numpy_bool(permitted) for _, permitted in rows])
+        masked |= ~np.stack([to_numpy_bool(permitted) for _, permitted in rows])
     return Cells(values, masked, block, signed)
-
-
-def whole_of(maps: Maps) -> Whole:
-    """Sketch maps in full, where the data live."""
-    rows, columns, queries, keys = maps.shape
-    sketcher = Sketcher(rows * columns, queries, keys)
-    for index, row in enumerate(maps.rows):
-        sketcher.add(slice(index * columns, (index + 1) * columns), slice(0, queries), row)
-    return Whole(sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask))
-
-
-def _checksums(mask: Array) -> list[list[int]]:
-    """Return a checksum of each map of a mask, made once where a view repeats it."""
-    strides = mask.stride() if is_tensor(mask) else mask.strides
-    rows, columns = (slice(0, 1) if step == 0 else slice(None) for step in strides[:2])
-    sums = [
-        [zlib.crc32(np.packbits(_to_numpy_bool(one)).tobytes()) for one in row]
-        for row in mask[rows, columns]
-    ]
-    found: list[list[int]] = np.broadcast_to(sums, tuple(mask.shape[:2])).tolist()
-    return found
 
 
 def _pool_row(
@@ -329,21 +300,28 @@ def _ordered(array: Array) -> Array:
 
 def _block_amax(array: Array, block: tuple[int, int], *, least: bool = False) -> Array:
     """Take the maximum of each block, or the minimum."""
-    fewer = _block_max(array, -2, block[0], least=least)
+    fewer = block_max(array, -2, block[0], least=least)
     if is_tensor(fewer) and fewer.device.type == "cpu":
         # torch is slow along a last axis that is not a multiple of the vector width.
-        return _block_max(fewer.mT.contiguous(), -2, block[1], least=least).mT
-    return _block_max(fewer, -1, block[1], least=least)
+        return block_max(fewer.mT.contiguous(), -2, block[1], least=least).mT
+    return block_max(fewer, -1, block[1], least=least)
 
 
-def _block_max(array: Array, axis: int, size: int, *, least: bool) -> Array:
+def block_max(array: Array, axis: int, size: int, *, least: bool = False) -> Array:
     """Take the maximum of each run of `size` along an axis; the last run may be shorter."""
     length = array.shape[axis]
     if size == 1:
         return array
     if not is_tensor(array):
         extreme = np.minimum if least else np.maximum
-        return extreme.reduceat(array, np.arange(0, length, size), axis)
+        if axis == -1:
+            return extreme.reduceat(array, np.arange(0, length, size), axis)
+        whole = length // size * size
+        runs = array[..., :whole, :].reshape(*array.shape[:-2], -1, size, array.shape[-1])
+        parts = [extreme.reduce(runs, -2)] if whole else []
+        if whole < length:
+            parts.append(extreme.reduce(array[..., whole:, :], -2, keepdims=True))
+        return _concatenate(parts, axis)
     torch = sys.modules["torch"]
     reduce, whole = torch.amin if least else torch.amax, length // size * size
     cut = array.narrow(axis, 0, whole).unflatten(axis, (-1, size)) if whole else None
@@ -378,7 +356,7 @@ def _like(mask: Array, row: Array) -> Array:
     """Bring a row of the mask to where the row of maps is."""
     if is_tensor(row):
         return sys.modules["torch"].as_tensor(mask).to(row.device)
-    return _to_numpy_bool(mask)
+    return to_numpy_bool(mask)
 
 
 def _to_numpy(array: Array) -> Floats:
@@ -389,7 +367,8 @@ def _to_numpy(array: Array) -> Floats:
         return np.array(array, dtype=np.float32)
 
 
-def _to_numpy_bool(array: Array) -> Bools:
+def to_numpy_bool(array: Array) -> Bools:
+    """Return a boolean array on the host."""
     return np.asarray(array.cpu().numpy() if is_tensor(array) else array, dtype=np.bool_)
 
 

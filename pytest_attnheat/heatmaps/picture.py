@@ -21,7 +21,8 @@ from matplotlib.transforms import Affine2D, Bbox
 
 from pytest_attnheat.heatmaps import colors
 from pytest_attnheat.heatmaps.layout import LINE, PAD, SMALL, SMALLEST_FONT, TICK, Box, Layout
-from pytest_attnheat.heatmaps.maps import Cells, Whole, pool_cells
+from pytest_attnheat.heatmaps.maps import Cells, pool_cells
+from pytest_attnheat.heatmaps.survey import Whole
 from pytest_attnheat.heatmaps.writing import BAR_TICKS, Design, Label, Lettering, Pen, round_up
 from pytest_attnheat.inputs import misuse
 
@@ -82,6 +83,7 @@ class Picture(Artist):
         # What the picture fills; saving with bbox_inches="tight" moves the one of a figure.
         self._box = host.transAxes if isinstance(host, Axes) else host.transSubfigure
         owner = host.figure if isinstance(host, Axes) else host
+        self._subfigure = host if isinstance(host, SubFigure) else None
         self._below = (owner, owner.figure)
         self._figure = owner.figure
         self._nominal_dpi: float | None = None
@@ -106,7 +108,7 @@ class Picture(Artist):
         Returns:
             The sheet, the box that it is drawn into, and how many pixels each of its own takes.
         """
-        box, figure = Bbox(self._box.transform([(0, 0), (1, 1)])), self._figure
+        box, figure = self.get_window_extent(renderer), self._figure
         scalable = renderer is not None and renderer.option_scale_image()
         # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.
         dpi = (self._nominal_dpi or figure.dpi) if scalable else figure.dpi
@@ -130,14 +132,14 @@ class Picture(Artist):
             renderer.draw_image(graphics, round(left), round(bottom), image)
         graphics.restore()
         to_figure = Affine2D().scale(zoom, -zoom).translate(left, bottom + height)
-        ink = self._ink()
+        ink = self.ink()
         for text in sheet.texts:
             text.set_color(ink)
         for text in (*sheet.texts, *sheet.numbers):
             text.set_transform(to_figure)
             text.draw(renderer)
 
-    def _ink(self) -> str:
+    def ink(self) -> str:
         """Return the colour of what stands beside panels, so that the background shows it."""
         for owner in self._below:
             *color, alpha = to_rgba(owner.get_facecolor())
@@ -145,13 +147,31 @@ class Picture(Artist):
                 return "white" if np.dot(color, colors.LUMINANCE) < 0.5 else "black"
         return "black"
 
+    def covers(self, text: Text) -> bool:
+        """Tell whether a text begins on a panel, whose colours the background does not change."""
+        sheet, box, zoom = self.sheet_for(None)
+        x, y = (text.get_transform().transform(text.get_position()) - box.p0) / zoom
+        layout = sheet.layout
+        places = (
+            (x, layout.lefts, layout.panel[0]),
+            (layout.size[1] - y, layout.tops, layout.panel[1]),
+        )
+        return all(any(e <= at <= e + side for e in edges) for at, edges, side in places)
+
     def get_children(self) -> list[Artist]:
         """Return the texts of the sheet composed last."""
         return [t for sheet in self._sheets.values() for t in (*sheet.texts, *sheet.numbers)]
 
     def get_window_extent(self, renderer: RendererBase | None = None) -> Bbox:
         """Return all that the picture fills: a tight bounding box must not cut its margins."""
-        return Bbox(self._box.transform([(0, 0), (1, 1)]))
+        left, bottom, right, top = self._box.transform([(0, 0), (1, 1)]).ravel()
+        # A subfigure may get a title of its own at any time.
+        title = self._subfigure.get_suptitle() if self._subfigure else ""
+        for text in self._subfigure.texts if self._subfigure and title else ():
+            low = text.get_window_extent(renderer).y0
+            if text.get_text() == title and low > (bottom + top) / 2:
+                top = min(top, low)
+        return Bbox([(left, bottom), (right, top)])
 
     def get_tightbbox(self, renderer: RendererBase | None = None) -> Bbox:
         """Return all that the picture fills."""

@@ -52,7 +52,7 @@ MOST_CELLS, _FEWER_CELLS = 1 << 20, 1 << 14
 # The sums of columns are kept where the sketch has at most so many rows and columns for each cell.
 _SPARE = 1 / 8
 _LONGEST_HEADER = 1 << 20
-_MUCH = 1 << 18
+_MUCH = 1 << 16
 _LARGEST_FILE = 1 << 28
 
 

@@ -39,12 +39,15 @@ BAR_TICKS = 2.6
 
 # A figure that is sized by its content has cells of this many pixels at most ...
 _LARGEST_CELL = 24
-# ... panels of about this many where that makes cells smaller,
+# ... panels of about this many where that makes cells smaller, the long side of narrow ones up to
+# three times as many,
 _NATURAL_PANEL = 160
 # of this many in a small figure, where larger maps are pooled,
 _SMALL_PANEL = 48
 # and no side much longer than this.
 _LONGEST_SIDE = 1600
+# A title (in em) may make a picture wider, up to this.
+_WIDEST_TITLE = 60.0
 # What a range above a panel needs at its smallest, in em: "-1.23e+05 - 1.23e+05".
 _RANGE_WIDTH = 6.0
 
@@ -211,10 +214,13 @@ class Design:
         """
         rows, columns, queries, keys = self.shape
         em = LARGEST_FONT * dpi / 72
-        panel = _SMALL_PANEL if small else _NATURAL_PANEL
-        block = math.ceil(max(queries, keys) / panel) if small else 1
+        block = math.ceil(max(queries, keys) / _SMALL_PANEL) if small else 1
         queries, keys = math.ceil(queries / block), math.ceil(keys / block)
-        cell = min(_LARGEST_CELL, max(1, panel // max(queries, keys)))
+        panels = _SMALL_PANEL, _SMALL_PANEL
+        if not small:
+            panels = _NATURAL_PANEL, 3 * _NATURAL_PANEL
+        fitting = min(panels[0] // min(queries, keys), panels[1] // max(queries, keys))
+        cell = min(_LARGEST_CELL, max(1, fitting))
         if self.words.numbers:
             cell = max(cell, int((number_width + PAD) * SMALL * em) + 1)
         if (self.words.keys or self.words.queries) and not small:
@@ -224,6 +230,9 @@ class Design:
         cell = min(cell, _LONGEST_SIDE // (columns * keys), _LONGEST_SIDE // (rows * queries))
         content = self._content((queries, keys), notes=1, turned=True)
         width, height = natural_size(content, dpi, max(1, cell))
+        titles = [self.words.title or "", *(self.words.titles or [])[: columns == 1]]
+        widest = max(map(self.words.lettering.width, titles)) + 2 * PAD
+        width = max(width, math.ceil(min(widest, _WIDEST_TITLE) * em))
         return min(width, _LONGEST_SIDE + 1000), min(height, _LONGEST_SIDE + 1000)
 
     def _content(self, grid: tuple[int, int], *, notes: int, turned: bool) -> Content:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from pytest_attnheat.inputs import dtype_name, misuse
-from pytest_attnheat.plugin import pictures
+from pytest_attnheat.plugin import regressions
 from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test
 
 if TYPE_CHECKING:
@@ -138,26 +138,26 @@ def attn_dtype(request: pytest.FixtureRequest) -> torch.dtype:
 @pytest.fixture
 def heatmap_regression(
     request: pytest.FixtureRequest,
-) -> Generator[pictures.HeatmapRegression, None, None]:
+) -> Generator[regressions.HeatmapRegression, None, None]:
     """Compare pictures with baselines: `heatmap_regression.check(weights, "layer 0")`.
 
-    Takes figures or weights, as often as the test likes; each needs a name. The comparison is
-    that of the marker heatmap_compare.
+    Takes figures, or weights and what `show_heatmaps` draws them with, as often as the test likes;
+    several need names. The comparison is that of the marker heatmap_compare.
     """
-    with pictures.regression_of(request.node, pictures.HeatmapRegression) as regression:
+    with regressions.regression_of(request.node, regressions.HeatmapRegression) as regression:
         yield regression
 
 
 @pytest.fixture
 def attention_regression(
     request: pytest.FixtureRequest,
-) -> Generator[pictures.AttentionRegression, None, None]:
+) -> Generator[regressions.AttentionRegression, None, None]:
     """Compare captured attention with a baseline: `attention_regression.check(trace)`.
 
     No picture is drawn: of each head the baseline has a sketch and a few statistics. A failure
     names the first layer and head that moved. `--attn-update` writes baselines.
     """
-    with pictures.regression_of(request.node, pictures.AttentionRegression) as regression:
+    with regressions.regression_of(request.node, regressions.AttentionRegression) as regression:
         yield regression
 
 

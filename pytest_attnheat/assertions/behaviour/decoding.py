@@ -24,10 +24,11 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
 from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
 from pytest_attnheat.assertions.behaviour.sequences import with_causal
 from pytest_attnheat.assertions.behaviour.subject import (
+    Compared,
     as_described,
     check_count,
+    check_each,
     check_relative,
-    check_rows,
     settled,
 )
 from pytest_attnheat.attention.reference import causal_mask
@@ -48,6 +49,7 @@ def assert_decode_matches_prefill(
     lengths: Sequence[int] | Tensor | None = None,
     alignment: Alignment | None = None,
     tolerance: float | None = None,
+    exact: bool = False,
     seed: int = 0,
     training: bool = False,
     **arguments: Any,
@@ -84,6 +86,10 @@ def assert_decode_matches_prefill(
         tolerance: By what part of its size an output may differ. By default 1e-11, 2e-5,
             7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16; in a model 2e-5 in float64,
             too, as models of any dtype have parts in float32.
+        exact: Whether each output must be the same bit by bit, however its queries are cut into
+            chunks, as a batch-invariant engine promises. A failure counts the elements that
+            differ, says how many units in the last place, and whether it is rounding alone: that
+            of `tolerance`.
         seed: Where the random numbers start, if the subject draws any.
         training: Accept a subject in training mode: every call starts from `seed`.
         **arguments: Further arguments of every call. An attention function is causal by
@@ -121,24 +127,20 @@ def assert_decode_matches_prefill(
             decoder = model_decoder(model, alignment)
         plans = list(_plans(decoder, chunks))
         with torch.no_grad():
-            _check(subject, decoder, plans, tolerance=tolerance, seed=seed, training=training)
+            run = decoder.subject.run
+            whole = settled(subject, run, training=training, seed=seed, exact=exact)
+            # Models of transformers do softmax, norms and rotations in float32 in any case.
+            is_model = isinstance(decoder, ModelDecoder) and whole.dtype == torch.float64
+            allowed = check_relative(tolerance, torch.float32 if is_model else whole.dtype)
+            compared = _compared(decoder, plans, whole, allowed, seed)
+            check_each(_NAME, compared, allowed=allowed, exact=exact)
 
 
-def _check(
-    subject: object,
-    decoder: Decoder,
-    plans: Sequence[Plan],
-    *,
-    tolerance: float | None,
-    seed: int,
-    training: bool,
-) -> None:
-    __tracebackhide__ = True
-    whole = settled(subject, decoder.subject.run, training=training, seed=seed)
+def _compared(
+    decoder: Decoder, plans: Sequence[Plan], whole: Tensor, allowed: float, seed: int
+) -> Iterator[Compared]:
+    """Yield what is decoded by each plan, beside the outputs of the whole sequence."""
     judged = decoder.subject.judged()
-    # Models of transformers do softmax, norms and rotations in float32 in any case.
-    is_model = isinstance(decoder, ModelDecoder) and whole.dtype == torch.float64
-    allowed = check_relative(tolerance, torch.float32 if is_model else whole.dtype)
     for number, plan in enumerate(plans):
         decoded = decoder.decode(plan.steps)
         if decoded.shape != whole.shape:
@@ -147,15 +149,14 @@ def _check(
             raise ValueError(misuse("what is decoded", got, accepted))
         evidence = Evidence(plan, decoded, whole, allowed, number > 0, judged)
         told = f"chunks={plan.sizes}, seed={seed}"
-        check_rows(
-            _NAME,
+        yield Compared(
             decoded,
             whole,
             claim=f"outputs decoded {plan.words}, {decoder.how}, differ from the prefill",
-            allowed=allowed,
             judged=judged,
             place=plan.place,
             cause=lambda change, of=evidence: decoder.cause(of, change > allowed),  # type: ignore[misc]
+            cause_of_bits=plan.cause_of_bits,
             repeat=told if len(plan.sizes) <= _MOST_SIZES_TOLD else f"seed={seed}",
             again=lambda plan=plan: decoder.decode(plan.steps),  # type: ignore[misc]
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.bitwise import differing_bits
 from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import (
+    Compared,
+    check_each,
     check_relative,
     check_rows,
     coarsest,
@@ -27,6 +30,10 @@ from pytest_attnheat.inputs import misuse
 # Samples that are run alone, and others of which each is tried for its influence.
 _ALONE = 4
 _COMPANY = 8
+# To how many samples a small batch is padded where every bit counts.
+_PADDED = 16
+# How often the same call is made once more, to see whether it repeats itself.
+_AGAIN = 3
 _BATCH = "assert_batch_independent"
 _KEYS = "assert_key_permutation_invariant"
 
@@ -41,6 +48,7 @@ def assert_batch_independent(
     *inputs: Tensor,
     lengths: Sequence[int] | Tensor | None = None,
     tolerance: float | None = None,
+    exact: bool = False,
     seed: int = 0,
     training: bool = False,
     **arguments: Any,
@@ -48,7 +56,9 @@ def assert_batch_independent(
     """Assert that a sample gives the same output alone, in the batch, and elsewhere in the batch.
 
     Up to four samples are run alone (of a larger batch, four drawn from the
-    seed), and the whole batch once in another order.
+    seed), and the whole batch once in another order. With `exact` every bit counts: the batch is
+    run a second time as well, in two halves, and padded to other sizes with copies of its samples,
+    before it and behind.
 
     Args:
         subject: An attention function with the signature of
@@ -60,6 +70,9 @@ def assert_batch_independent(
             whose output is not judged. None for no mask.
         tolerance: By what part of its size a row of the output may change. By default it follows
             the dtype: 1e-11, 2e-5, 7.8e-3, 6.2e-2 in float64, float32, float16, bfloat16.
+        exact: Whether the output must be the same bit by bit, as a batch-invariant engine
+            promises. A failure counts the elements that differ, says how many units in the last
+            place, and whether it is rounding alone: that of `tolerance`.
         seed: What the choice of samples and their other order are drawn from.
         training: Accept a subject that answers at random, and start every call from the seed. It
             must draw the same numbers for every batch size: dropout does not.
@@ -83,12 +96,11 @@ def assert_batch_independent(
         accepted = "(batch, ...), two samples or more, to see whether they depend on one another"
         raise ValueError(misuse(name, f"shape {tuple(first.shape)}", accepted))
     with borrowed(subject, *inputs, seed=seed), torch.no_grad():
-        base = settled(subject, called.run, training=training, seed=seed)
+        base = settled(subject, called.run, training=training, seed=seed, exact=exact)
         allowed = check_relative(tolerance, coarsest(base))
-        batch = _Batch(subject, called, base, allowed, training)
-        generator = torch.Generator().manual_seed(seed)
-        _check_alone(batch, _chosen(called.batch, generator), repeat=f"seed={seed}")
-        _check_elsewhere(batch, _shuffle(called.batch, generator), repeat=f"seed={seed}")
+        batch = _Batch(subject, called, base, allowed, training, exact)
+        compared = _pairs(batch, torch.Generator().manual_seed(seed), repeat=f"seed={seed}")
+        check_each(_BATCH, compared, allowed=allowed, exact=exact)
 
 
 @dataclass(frozen=True)
@@ -100,6 +112,7 @@ class _Batch:
     output: Tensor
     allowed: float
     training: bool
+    exact: bool
 
     def run(self, samples: Tensor) -> Tensor:
         """Run some samples as a batch."""
@@ -124,29 +137,56 @@ def _shuffle(size: int, generator: torch.Generator) -> Tensor:
     return order.roll(1) if stays else order
 
 
-def _check_alone(batch: _Batch, samples: Tensor, repeat: str) -> None:
-    __tracebackhide__ = True
+def _pairs(batch: _Batch, generator: torch.Generator, repeat: str) -> Iterator[Compared]:
+    """Yield what samples give alone, elsewhere and, if bits count, in batches of other sizes."""
+    yield _alone(batch, _chosen(batch.called.batch, generator), repeat)
+    size = batch.called.batch
+    order = _shuffle(size, generator)
+    claim = "rows change when the samples of the batch change places"
+    yield _elsewhere(batch, [order], order.argsort(), claim, repeat)
+    if not batch.exact:
+        return
+    own = torch.arange(size)
+    claim = "rows change from one call to the next, with the same input"
+    yield _elsewhere(batch, [own], own, claim, repeat)
+    halves = [own[: size // 2], own[size // 2 :]]
+    yield _elsewhere(batch, halves, own, "rows change when the batch is run in two halves", repeat)
+    for more in dict.fromkeys((1, size, max(1, _PADDED - size))):
+        others = torch.arange(more) % size
+        claim = f"rows change when the batch is padded to {size + more} samples"
+        yield _elsewhere(batch, [torch.cat([others, own])], own + more, claim, repeat)
+        yield _elsewhere(batch, [torch.cat([own, others])], own, claim, repeat)
+
+
+def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
     chosen = samples.tolist()
     alone = torch.cat([batch.run(samples[i : i + 1]) for i in range(len(chosen))])
 
-    def off(change: Tensor) -> list[int]:
-        flags = (change > batch.allowed).flatten(1).any(-1).tolist()
+    def off(change: Tensor, limit: float) -> list[int]:
+        flags = (change > limit).flatten(1).any(-1).tolist()
         return [sample for sample, is_off in zip(chosen, flags, strict=True) if is_off]
 
-    check_rows(
-        _BATCH,
+    def claim(change: Tensor) -> str:
+        which = off(change, 0.0 if batch.exact else batch.allowed)
+        named = f", in {_samples(which)}" * bool(which)  # the sign of a zero is no change
+        return f"rows are not the same in the batch as alone{named}"
+
+    return Compared(
         batch.output[samples],
         alone,
-        claim=lambda change: (
-            f"rows are not the same in the batch as alone, in {_samples(off(change))}"
-        ),
-        allowed=batch.allowed,
+        claim=claim,
         judged=batch.judged(samples),
         place=lambda index: output_place((chosen[index[0]], *index[1:])),
-        cause=lambda change: _batch_cause(batch, off(change)[0]),
+        cause=lambda change: _batch_cause(batch, off(change, batch.allowed)[0]),
+        cause_of_bits=lambda rows: _cause_of_bits(batch, chosen[_most(rows)]),
         repeat=repeat,
         again=batch.called.run,
     )
+
+
+def _most(rows: Tensor) -> int:
+    """The first sample of which most counts."""
+    return int(rows.double().flatten(1).amax(1).argmax())
 
 
 def _samples(which: list[int]) -> str:
@@ -154,19 +194,23 @@ def _samples(which: list[int]) -> str:
     return f"sample{'s' * (len(which) > 1)} {shown}{', ...' * (len(which) > _ALONE)}"
 
 
-def _check_elsewhere(batch: _Batch, order: Tensor, repeat: str) -> None:
-    __tracebackhide__ = True
-    back = order.argsort()
-    check_rows(
-        _BATCH,
-        batch.run(order)[back],
+def _elsewhere(
+    batch: _Batch, parts: Sequence[Tensor], back: Tensor, claim: str, repeat: str
+) -> Compared:
+    """Run samples in some batches, of which `back` says where each sample is."""
+
+    def run() -> Tensor:
+        return torch.cat([batch.run(part) for part in parts])
+
+    return Compared(
+        run()[back],
         batch.output,
-        claim="rows change when the samples of the batch change places",
-        allowed=batch.allowed,
-        judged=batch.judged(torch.arange(len(order))),
-        cause=lambda change: _batch_cause(batch, int(change.flatten(1).amax(1).argmax())),
+        claim=claim,
+        judged=batch.judged(torch.arange(batch.called.batch)),
+        cause=lambda change: _batch_cause(batch, _most(change)),
+        cause_of_bits=lambda rows: _cause_of_bits(batch, _most(rows)),
         repeat=repeat,
-        again=lambda: batch.run(order),
+        again=run,
     )
 
 
@@ -198,13 +242,7 @@ def _batch_norm(subject: object) -> str | None:
 
 def _company(batch: _Batch, sample: int) -> str:
     """Say which other samples a sample depends on, as replacing them by a copy of it tells."""
-    others = [other for other in range(batch.called.batch) if other != sample][:_COMPANY]
-    felt = []
-    for other in others:
-        which = torch.arange(batch.called.batch)
-        which[other] = sample
-        if holds(partial(_changes, batch, sample, which)):
-            felt.append(other)
+    felt = _felt(batch, sample)
     if not felt:
         return (
             f"sample {sample} changes with no other sample, but with its place in the batch or "
@@ -221,11 +259,50 @@ def _company(batch: _Batch, sample: int) -> str:
     )
 
 
-def _changes(batch: _Batch, sample: int, which: Tensor) -> bool:
-    """Whether the output of a sample changes where the batch holds other samples."""
-    one = slice(sample, sample + 1)
+def _felt(batch: _Batch, sample: int) -> list[int]:
+    others = [other for other in range(batch.called.batch) if other != sample][:_COMPANY]
+    felt = []
+    for other in others:
+        which = torch.arange(batch.called.batch)
+        which[other] = sample
+        if holds(partial(_changes, batch, sample, which)):
+            felt.append(other)
+    return felt
+
+
+def _cause_of_bits(batch: _Batch, sample: int) -> str:
+    """Say what the bits of a sample depend on, which is right to rounding."""
+    if batch.training:
+        return RANDOM_CAUSE
+    size = batch.called.batch
+    own = torch.arange(size)
+    if any(holds(partial(_changes, batch, sample, own)) for _ in range(_AGAIN)):
+        return "two calls with the same input differ as well: atomic adds, or a race?"
+    if felt := _felt(batch, sample):
+        return (
+            f"the bits of sample {sample} change with {_samples(felt)}: a scale, a norm or a "
+            "choice of kernel from the numbers of the whole batch?"
+        )
+    if holds(partial(_changes, batch, sample, own.roll(1), at=(sample + 1) % size)):
+        return (
+            f"the bits of sample {sample} change with its place in a batch of the same size: "
+            "tiles or splits that begin elsewhere?"
+        )
+    return (
+        f"the bits of sample {sample} change with the size of the batch alone: another kernel, "
+        "another tile, or another split of the keys for another size?"
+    )
+
+
+def _changes(batch: _Batch, sample: int, which: Tensor, at: int | None = None) -> bool:
+    """Whether a sample gives something else in a batch of others, where it is the one at `at`."""
+    place = sample if at is None else at
+    got, expected = batch.run(which)[place : place + 1], batch.output[sample : sample + 1]
     judged = batch.judged(torch.tensor([sample]))
-    return differ(batch.run(which)[one], batch.output[one], batch.allowed, judged)
+    if not batch.exact:
+        return differ(got, expected, batch.allowed, judged)
+    rows = differing_bits(got, expected).any(-1)
+    return bool((rows if judged is None else rows & judged.to(rows.device)).any())
 
 
 def assert_key_permutation_invariant(

@@ -51,6 +51,23 @@ class Plan:
         """Name a row of the output by its token and chunk."""
         return f"{output_place(index)}, {name_tokens(self.step_of(index[-1]), index[-1])},"
 
+    def cause_of_bits(self, rows: Tensor) -> str | None:
+        """Say which sizes of chunks have other bits than the prefill, if others have not.
+
+        Args:
+            rows: Which rows differ, (..., length).
+        """
+        off = set(tokens_off(rows))
+        sizes = {len(step) for step in self.steps if not off.isdisjoint(step)}
+        same = {len(step) for step in self.steps if off.isdisjoint(step)} - sizes
+        if not same or len(self.sizes) < 2:
+            return None
+        named = [", ".join(map(str, sorted(some))) for some in (sizes, same)]
+        return (
+            f"chunks of {named[0]} differ in their bits, chunks of {named[1]} do not: another "
+            "kernel, or another split of the keys, for so many queries?"
+        )
+
 
 def name_tokens(step: range, token: int | None = None) -> str:
     """Name a chunk, or one token in it."""

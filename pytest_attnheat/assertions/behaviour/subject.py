@@ -15,12 +15,14 @@ the median row where that is larger, so that a row of zeros has a scale.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from pytest_attnheat.assertions.behaviour.bitwise import check_bits, differing_bits
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.outcomes import rms
@@ -62,7 +64,9 @@ def begin(seed: int | None) -> None:
         seed_all(seed)
 
 
-def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed: int) -> Tensor:
+def settled(
+    subject: object, call: Callable[[], Tensor], *, training: bool, seed: int, exact: bool = False
+) -> Tensor:
     """Return what a call of a subject gives, but refuse one that answers at random.
 
     Args:
@@ -70,13 +74,14 @@ def settled(subject: object, call: Callable[[], Tensor], *, training: bool, seed
         call: Calls it.
         training: Whether the caller allows randomness: then every call starts from `seed`.
         seed: That seed.
+        exact: Whether bits are judged: what two calls differ by in rounding is then no refusal.
     """
     begin(seed if training else None)
     first = call()
     begin(seed if training else None)
     second = call()
     if not identical(first, second) and differ(
-        second, first, output_tolerance(first.dtype, strict=True)
+        second, first, output_tolerance(first.dtype, strict=not exact)
     ):
         raise ValueError(_random_subject(subject))
     return first
@@ -202,6 +207,8 @@ def check_rows(
     floor: float | Tensor = 0.0,
     place: Callable[[tuple[int, ...]], str] | None = None,
     cause: Callable[[Tensor], str | None] | None = None,
+    exact: bool = False,
+    cause_of_bits: Callable[[Tensor], str | None] | None = None,
     repeat: str | None = None,
     again: Callable[[], object] | None = None,
 ) -> None:
@@ -221,11 +228,15 @@ def check_rows(
         floor: The size that a row has at least, see `relative_change`.
         place: Names a row by its index; "output[0, 3]" by default.
         cause: Looks at the same changes for a likely cause.
+        exact: Whether every element must be bitwise the same; `allowed` then says what would be
+            rounding alone, see `bitwise`.
+        cause_of_bits: What looks for a cause of that, from the rows that differ.
         repeat: What it takes to see the same again.
         again: Makes the call once more that gave `got`.
     """
     __tracebackhide__ = True
-    change = relative_change(got, expected, floor=floor)
+    compared = _without_equal_infinities(got, expected) if exact else (got, expected)
+    change = relative_change(*compared, floor=floor)
     if judged is None:
         judged = torch.ones_like(change, dtype=torch.bool)
     judged = judged.to(change.device).expand(change.shape)
@@ -234,12 +245,19 @@ def check_rows(
     counted, wrong = torch.stack([judged.sum(), broken.sum()]).tolist()
     if counted == 0 and not may_be_none:
         raise ValueError(f"{assertion}: no row of the output is left to compare")
+    name = place or output_place
+    if exact:
+        check_bits(
+            assertion, got, expected, change=change, allowed=float(allowed), judged=judged,
+            claim=(lambda _: claim) if isinstance(claim, str) else claim, place=name, cause=cause,
+            cause_of_bits=cause_of_bits, repeat=repeat, again=again,
+        )  # fmt: skip
+        return
     if wrong == 0:
         return
     limit = float(allowed)
     worst = index_of(change.argmax(), change.shape)
     first = index_of(broken.flatten().int().argmax(), broken.shape)
-    name = place or output_place
 
     def placed(index: tuple[int, ...], beside: str = "") -> Place:
         said = f"{name(index)} {_off(got, expected, change, index)}{beside}"
@@ -258,6 +276,47 @@ def check_rows(
         repeat=repeat,
         again=again,
     )
+
+
+def _without_equal_infinities(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:
+    """Both, with 0 where both have the same NaN or infinity: it is no difference of their bits."""
+    if got.dtype != expected.dtype:
+        return got, expected
+    expected = expected.detach().to(got.device)
+    alike = ~expected.isfinite() & ~differing_bits(got, expected)
+    return got.detach().masked_fill(alike, 0.0), expected.masked_fill(alike, 0.0)
+
+
+@dataclass(frozen=True)
+class Compared:
+    """Two outputs that are to be the same: arguments of `check_rows`, by their names."""
+
+    got: Tensor
+    expected: Tensor
+    claim: str | Callable[[Tensor], str]
+    judged: Tensor | None = None
+    place: Callable[[tuple[int, ...]], str] | None = None
+    cause: Callable[[Tensor], str | None] | None = None
+    cause_of_bits: Callable[[Tensor], str | None] | None = None
+    repeat: str | None = None
+    again: Callable[[], object] | None = None
+
+
+def check_each(
+    assertion: str, compared: Iterable[Compared], *, allowed: float, exact: bool
+) -> None:
+    """Check one pair of outputs after the other, see `check_rows`.
+
+    Where bits count, what is wrong by more than rounding is told before what is not.
+    """
+    __tracebackhide__ = True
+    if exact:
+        compared = sorted(
+            compared, key=lambda one: not differ(one.got, one.expected, allowed, one.judged)
+        )
+    for one in compared:
+        given = {field.name: getattr(one, field.name) for field in fields(one)}
+        check_rows(assertion, **given, allowed=allowed, exact=exact)
 
 
 def output_place(index: tuple[int, ...], name: str = "output") -> str:

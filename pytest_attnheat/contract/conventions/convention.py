@@ -104,6 +104,8 @@ class Convention:
     def declared(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a specification, without what keywords that a signature lacks are for."""
         found = dict(self.declares)
+        if any(name not in names for name in self.besides):
+            found["returns"] = "output"
         for name, several in found.items():
             if name in _NAMING and isinstance(several, tuple) and isinstance(several[0], str):
                 found[name] = next((one for one in several if one in names), several[0])
