@@ -85,7 +85,7 @@ def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
         both = [inspect.signature(method).parameters for method in (subject.plan, subject.run)]
         return {**both[0], **both[1]}
     if isinstance(subject, torch._ops.OpOverloadPacket):
-        subject = getattr(subject, subject.overloads()[0])
+        subject = getattr(subject, next(iter(subject)))
     if isinstance(subject, torch._ops.OpOverload):
         schema = subject._schema
         named = [(one.name, one.default_value) for one in schema.arguments]

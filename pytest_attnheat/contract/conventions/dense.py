@@ -173,10 +173,10 @@ def _transformers(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
     layer = nn.Module().train(bool(arguments.get("dropout")))
     layer.num_key_value_groups = call.group  # type: ignore[assignment]
     layer.is_causal = False  # type: ignore[assignment]
-    causal = arguments.get("is_causal")
-    if causal and call.query_len != call.key_len:
-        raise NotImplementedError("is_causal has no corner: models say it in the mask")
     mask = arguments.pop("attention_mask", None)
+    if call.query_len != call.key_len and arguments.pop("is_causal", False):
+        # It has no corner of its own: models say it in the mask.
+        mask = Call(*call.tensors, causal=True, alignment=spec.alignment).visible()[None, None]
     if mask is not None:
         lowest = torch.finfo(call.query.dtype).min
         added = torch.zeros(mask.shape, dtype=call.query.dtype, device=call.query.device)
@@ -242,7 +242,8 @@ CONVENTIONS = (
                handles=("attn_mask", "is_causal")),
     Convention("transformers", "an attention function of transformers",
                ("module", "query", "key", "value", "attention_mask"),
-               {"causal_argument": "is_causal", "mask_argument": "attention_mask",
+               {"causal": "bottom_right", "causal_argument": "is_causal",
+                "mask_argument": "attention_mask",
                 "scale_argument": "scaling", "softcap": "softcap", "sinks": "s_aux",
                 "window": "sliding_window", "dropout": "dropout", "grouped": True,
                 "fully_masked": "undefined"},

@@ -54,7 +54,9 @@ class Library:
     )
 
 
-def _called(function: Any, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Function:
+def _called(
+    function: Any, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]
+) -> Function:
     """A function of arrays alone: query, key, value, and those of some names."""
 
     def call(query: Any, key: Any, value: Any, *more: Any) -> Sequence[Any]:
@@ -79,7 +81,7 @@ class _Across(torch.autograd.Function):
         return taken
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor, *aside: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, upstream: Tensor, *aside: Tensor) -> tuple[Any, ...]:
         """Return the gradients of the tensors."""
         library, function, given, count = ctx.about
         found = library.gradients(function, given, count, library.give(upstream.contiguous()))
@@ -132,8 +134,12 @@ _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 # Kept: a function that is made anew is compiled anew. To run it uncompiled takes longer, as then
 # each step of it is compiled by itself.
 @lru_cache(maxsize=256)
-def _by_jit(function: Any, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]) -> Function:
-    jitted: Function = import_module("jax").jit(_called(function, names, options), compiler_options=_QUICK)
+def _by_jit(
+    function: Any, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]
+) -> Function:
+    jitted: Function = import_module("jax").jit(
+        _called(function, names, options), compiler_options=_QUICK
+    )
     return jitted
 
 
@@ -144,7 +150,8 @@ def _gradients_by_jax(function: Function, count: int) -> Function:
     def pull(upstream: Any, *given: Any) -> Sequence[Any]:
         plain = inspect.unwrap(function)
         first = lambda *arrays: plain(*arrays, *given[count:])[0]  # noqa: E731
-        return jax.vjp(first, *given[:count])[1](upstream)
+        found: Sequence[Any] = jax.vjp(first, *given[:count])[1](upstream)
+        return found
 
     jitted: Function = jax.jit(pull, compiler_options=_QUICK)
     return jitted
@@ -234,8 +241,8 @@ def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     make = onnx.helper
     names = [name if name in feeds else "" for name in _INPUTS]
     names = names[: max(names.index(name) for name in feeds) + 1]
-    node = make.make_node("Attention", names, ["Y"],
-                          **{n: int(v) if type(v) is bool else v for n, v in taken.items()})  # fmt: skip
+    attributes = {n: int(one) if type(one) is bool else one for n, one in taken.items()}
+    node = make.make_node("Attention", names, ["Y"], **attributes)
     sizes = {name: make.np_dtype_to_tensor_dtype(one.dtype) for name, one in feeds.items()}
     inputs = [make.make_tensor_value_info(n, sizes[n], one.shape) for n, one in feeds.items()]
     output = make.make_tensor_value_info("Y", sizes["Q"], call.shapes["output"])
@@ -292,7 +299,8 @@ CONVENTIONS = (
                 "scale_argument": "scale", "sinks": "sinks", "grouped": True,
                 "fully_masked": "uniform", "dtypes": ("float32", "float16", "bfloat16"),
                 "devices": ("cpu",), "few_shapes": True},
-               arrange=_named_mask, handles=("is_causal",), apart=(("mask", "causal"), ("fill", "empty"))),
+               arrange=_named_mask, handles=("is_causal",),
+               apart=(("mask", "causal"), ("fill", "empty"))),
     Convention("keras", "dot_product_attention of Keras",
                ("query", "key", "value", "flash_attention", "attn_logits_soft_cap"),
                {"layout": "blhd", "mask_argument": "mask", "bias": "bias", "grouped": True,

@@ -13,7 +13,7 @@ from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.packing import bounds, lengths_of, packed
 from pytest_attnheat.contract.asking import dense, to_layout
 from pytest_attnheat.contract.conventions.convention import Convention, Lse
-from pytest_attnheat.contract.conventions.dense import float32, left_only
+from pytest_attnheat.contract.conventions.dense import float32, inclusive, left_only
 from pytest_attnheat.contract.conventions.packed import unpack
 from pytest_attnheat.failure import Failure
 
@@ -152,7 +152,8 @@ CONVENTIONS = (
                 "alibi": "alibi_slopes", "bias": "core_attention_bias",
                 "dropout": "attention_dropout", "grouped": True, "fully_masked": "undefined"},
                handles=("attention_mask", "alibi_slopes", "core_attention_bias"),
-               values={"alibi": float32}, makes=True, arrange=_made_for_each,
+               values={"alibi": float32, "window": inclusive(None)}, makes=True,
+               arrange=_made_for_each,
                apart=(("mask", "causal"), ("alibi", "bias")),
                limits="a softmax_type of its own, or a mask and causality at once"),
     Convention("aten_flash_cpu", "_scaled_dot_product_flash_attention_for_cpu of PyTorch",
