@@ -39,6 +39,33 @@ def defects(module: str, table: str) -> Rows:
         yield f"`{defect.name}`", sentence, defect.issue or ""
 
 
+def conventions() -> Rows:
+    """The conventions of public callables: name, whose, parameters that tell, and what they say."""
+    from pytest_attnheat.contract.conventions import conventions as known
+
+    for one in known():
+        told = ", ".join(f"`{name}`" for name in one.parameters)
+        without = ", ".join(f"`{name}`" for name in one.lacks)
+        said = dict(one.declares)
+        corner = {"bottom_right": "bottom right", "top_left": "top left"}.get(
+            said.get("causal"), ""
+        )
+        names = (
+            "scale_argument",
+            "window",
+            "chunk",
+            "softcap",
+            "alibi",
+            "sinks",
+            "dropout",
+            "bias",
+        )
+        asked = ", ".join(f"`{said[n]}`" for n in names if isinstance(said.get(n), str))
+        lse = f"{', '.join(one.lse.shape)}; base {one.lse.base}" if one.lse else ""
+        yield (f"`{one.name}`", one.about, told + f"; not {without}" * bool(without), corner, asked,
+               lse, one.limits)  # fmt: skip
+
+
 def hard_cases() -> Rows:
     """The hard cases: name, and what breaks on it."""
     from pytest_attnheat import FEATURE_CASES, HARD_CASES, hard_case
@@ -137,10 +164,13 @@ CHECK_HEAD = (
     "quick",
 )
 DEFECT_HEAD = ("defect", "attention", "a public issue that reports it")
+CONVENTION_HEAD = ("like=", "of", "told by its parameters", "causal from the", "keywords asked",
+                   "log-sum-exp", "not asked")  # fmt: skip
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "checks": (CHECK_HEAD, lambda: checks("CHECKS")),
     "checks of a block": (CHECK_HEAD, lambda: checks("BLOCK_CHECKS")),
     "checks of a trace": (CHECK_HEAD, lambda: checks("CAPTURED_CHECKS")),
+    "conventions": (CONVENTION_HEAD, conventions),
     "defects": (DEFECT_HEAD, lambda: defects("defects", "DEFECTS")),
     "defects of a backward pass": (DEFECT_HEAD, lambda: defects("backward", "BACKWARD")),
     "hard cases": (("case", "what breaks on it"), hard_cases),

@@ -64,6 +64,11 @@ from .capture.capturing import capture_attention as capture_attention
 from .capture.record import AttentionRecord as AttentionRecord
 from .capture.trace import Trace as Trace
 from .contract.checks import Check as Check
+from .contract.conventions import (
+    Convention as Convention,
+    Lse as Lse,
+    register_convention as register_convention,
+)
 from .contract.diagnosing import diagnose as diagnose
 from .contract.diagnosis import Diagnosis as Diagnosis
 from .contract.ready import transformers_attention as transformers_attention

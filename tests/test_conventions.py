@@ -176,6 +176,29 @@ def test_what_is_typed_is_taken_from_nowhere_else():
     assert "positions_other_corner" in found.defects
 
 
+def test_a_dtype_that_a_kernel_is_not_made_for_is_said_once_and_not_held_against_it():
+    def halves(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
+               alibi_slopes=None):  # fmt: skip
+        if q.dtype not in (torch.float16, torch.bfloat16):
+            raise RuntimeError("FlashAttention only support fp16 and bf16 data type")
+        return public.flash_attn_func(q, k, v, 0.0, softmax_scale, causal, window_size, 0.0,
+                                      alibi_slopes)  # fmt: skip
+
+    report = check_attention(AttentionSpec(halves, dropout=False), quick=True)
+    assert {one.dtype for one in report.results} == {"float16"}  # the first that it serves
+    assert report.passed, str(report)
+    report = check_attention(AttentionSpec(halves, dropout=False, dtypes=("float64",)))
+    assert "nothing was examined" in str(report)
+    assert not report.passed
+    spec = AttentionSpec(halves, dropout=False, dtypes=("float32", "bfloat16"))
+    quick = [one for one in CHECKS if one.quick]
+    report = check_attention(spec, checks=quick)
+    assert report.passed, str(report)
+    said = {one.message for one in report.results if one.dtype == "float32"}
+    assert said == {"it is not for float32 on cpu: FlashAttention only support fp16 and bf16 data "
+                    "type"}  # fmt: skip
+
+
 def test_who_says_how_it_is_called_is_not_contradicted_but_told():
     spec = AttentionSpec(public.flash_attn_func, layout="blhd")
     assert spec.like is None

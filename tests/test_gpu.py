@@ -134,19 +134,27 @@ def test_compiled_flex_attention_raises_no_alarm(dtype):
 def test_attention_of_packed_sequences_raises_no_alarm(dtype):
     varlen = pytest.importorskip("torch.nn.attention.varlen").varlen_attn
 
-    def attention(query, key, value, is_causal=False):
-        if query.shape[1] != key.shape[1] or query.shape[-1] % 8:
-            raise NotImplementedError("one width, and as many heads")
-        lengths = [t.shape[0] * [t.shape[2]] for t in (query, key)]
-        ends = [
-            torch.tensor([0, *length], device=query.device).cumsum(0).int() for length in lengths
-        ]
-        packed = [t.transpose(1, 2).flatten(0, 1).contiguous() for t in (query, key, value)]
-        window = {"window_size": (-1, 0)} if is_causal else {}
-        output = varlen(*packed, *ends, query.shape[2], key.shape[2], **window)
-        return output.unflatten(0, (query.shape[0], -1)).transpose(1, 2)
+    passes(spec_of(varlen, dtype))
 
-    passes(spec_of(attention, dtype, causal="bottom_right"))
+
+# The module and the name of public kernels, where they are installed.
+KERNELS = [
+    ("flash_attn", "flash_attn_func"),
+    ("flash_attn", "flash_attn_varlen_func"),
+    ("flash_attn_interface", "flash_attn_func"),
+    ("flash_attn_interface", "flash_attn_varlen_func"),
+    ("flash_attn.cute", "flash_attn_func"),
+    ("flashinfer", "single_prefill_with_kv_cache"),
+    ("sageattention", "sageattn"),
+    ("xformers.ops", "memory_efficient_attention"),
+]
+
+
+@cuda_alone
+@pytest.mark.parametrize(("module", "name"), KERNELS)
+def test_a_public_kernel_is_examined_as_it_is_called(module, name):
+    kernel = getattr(pytest.importorskip(module), name)
+    passes(spec_of(kernel, "bfloat16"))
 
 
 @needs_triton

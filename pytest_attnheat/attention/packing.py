@@ -222,7 +222,8 @@ PACKED = (
     defect("packed_as_long", "that takes all packed sequences to be as long as the first, or the "
            "longest", misread=[_as_long(length, moved=moved) for length in (_first, _longest)
                                for moved in (True, False)], fully_masked=ROWS),
-    defect("packed_empty_shifts", "whose packed sequences after an empty one get the keys of the next",
+    defect("packed_empty_shifts",
+           "whose packed sequences after an empty one see the keys of the next",
            misread=_misread(_without_empty), fully_masked=ROWS),
     defect("packed_of_another", "whose packed sequences see the keys of another one",
            misread=[_of_other(step) for step in (1, -1)], fully_masked=ROWS),

@@ -82,7 +82,7 @@ def wrong_declaration(check: Check, examination: Examination) -> str:
             continue
         source = "declared" if field in spec.typed else "the default"
         if spec.convention and field not in spec.typed and spec.says(field):
-            source = f"that of {spec.convention.name}"
+            source = f"what {spec.convention.name} means"
         words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
         return (
             f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"

@@ -47,6 +47,9 @@ _SMALL = 0.4
 _IN_FLOAT16 = tuple(name for name in NUMBERS if name not in ("tiny", "overflowing"))
 # The share of numbers that may be rounded the other way by what rounds once.
 _ROUNDED_AGAIN = 0.05
+# What a kernel speaks of that is called with a dtype or on a device that it is not made for.
+_OF_KERNELS = ("fp16", "bf16", "float16", "dtype", "data type", "datatype", "scalar type", "cuda",
+               "device", "gpu", "cpu")  # fmt: skip
 # How a kernel says that it does not do what it is asked, in an error of no kind of its own.
 _REFUSALS = ("No available kernel", "No viable backend", "not implemented for", "not supported")
 
@@ -130,6 +133,22 @@ class Examination:
             return False
         exact = reference(call).exact["output"].to(output.dtype)
         return float((output != exact).double().mean()) < _ROUNDED_AGAIN
+
+    @cached_property
+    def unserved(self) -> str:
+        """Why a public callable is not asked in this dtype on this device; empty if it is.
+
+        Kernels are made for some of them, and say so when they are called with another.
+        """
+        if self.spec.convention is None:
+            return ""
+        try:
+            self.spec.ask(self.case())
+        except Exception as error:
+            said = str(error)
+            about = any(word in said.lower() for word in _OF_KERNELS)
+            return f"it is not for {dtype_name(self.dtype)} on {self.device}: {said}" * about
+        return ""
 
     @cached_property
     def _widths(self) -> tuple[bool, bool]:

@@ -190,13 +190,20 @@ def examinations_of(
         own = [next((record.dtype for record in records_of(spec)), torch.float32)]
     else:
         taken = [name for name in spec.dtypes if dtypes is None or name in dtypes]
-        own = [getattr(torch, name) for name in taken[: 1 if quick else None]]
-    return [
-        Examination(spec, dtype, torch.device(name), seed, quick)
+        own = [getattr(torch, name) for name in taken]
+    found = [
+        [Examination(spec, dtype, torch.device(name), seed, quick) for dtype in own
+         if not (name.startswith("mps") and dtype == torch.float64)]  # there is none of it there
         for name in devices
-        for dtype in own
-        if not (name.startswith("mps") and dtype == torch.float64)  # there is none of it there
-    ]
+    ]  # fmt: skip
+    if quick:
+        found = [[one] for some in found for one in _first_served(some)]
+    return [one for some in found for one in some]
+
+
+def _first_served(some: Sequence[Examination]) -> Sequence[Examination]:
+    """The first that the subject serves, as far as a convention knows; else the first."""
+    return [one for one in some if not one.unserved][:1] or some[:1]
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
@@ -225,7 +232,7 @@ def run_check(check: Check, examination: Examination, expected: str | None = Non
 
 def _asked(result: Result, check: Check, examination: Examination, expected: str | None) -> Result:
     try:
-        if unmet := examination.spec.unmet:
+        if unmet := examination.spec.unmet or examination.unserved:
             raise Skipped(unmet)
         with always_compiled(examination.spec.subject):
             note = check.examine(examination)

@@ -49,6 +49,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = []  # nothing but the examination was asked for
 
 
+def pytest_collection(session: pytest.Session) -> None:
+    """Learn how a project's own attention functions are called, if it says so."""
+    hook = session.config.hook.pytest_attnheat_conventions
+    if hook.get_hookimpls():
+        from pytest_attnheat.plugin import examination
+
+        examination.learn_conventions(session.config)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> Generator[None, None, None]:
     """Make a test of each check, and one for each scoring function, device and dtype."""

@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -19,6 +20,23 @@ from pytest_attnheat.plugin.summary import VERDICT
 if TYPE_CHECKING:
     from pytest_attnheat.contract.examination import Check
     from pytest_attnheat.contract.spec import AttentionSpec
+
+
+def learn_conventions(config: pytest.Config) -> None:
+    """Add the conventions of the project's hooks to the table, until the end of the session.
+
+    Raises:
+        pytest.UsageError: One of them is none, or its name is taken.
+    """
+    from pytest_attnheat.contract import conventions
+
+    for given in config.hook.pytest_attnheat_conventions(config=config):
+        for one in given:
+            try:
+                conventions.register_convention(one)
+            except (TypeError, ValueError) as error:
+                raise pytest.UsageError(f"pytest_attnheat_conventions: {error}") from None
+            config.add_cleanup(partial(conventions.forget, one.name))
 
 
 def parametrize_with_checks(

@@ -1,4 +1,4 @@
-"""What a project sets: options, ini settings, markers, and the hook that it can implement.
+"""What a project sets: options, ini settings, markers, and the hooks that it can implement.
 
 The options are read in every run, and so without torch.
 """
@@ -6,7 +6,7 @@ The options are read in every run, and so without torch.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pytest
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     import torch
 
     from pytest_attnheat.attention.scoring import ScoringFactory
+    from pytest_attnheat.contract.conventions import Convention
 
 _DEVICES = f"auto, all, or a comma-separated list of {devices.ACCEPTED}"
 _DTYPES = f"a comma-separated list of {', '.join(DTYPE_NAMES)}"
@@ -267,4 +268,26 @@ def pytest_attnheat_scoring_functions(  # type: ignore[empty-body]
     Returns:
         Factories by name. A factory is called as `factory(query_dim, key_dim, seed)` and returns an
         `nn.Module` or a function `(query, key) -> scores`. A name that is taken is an error.
+    """
+
+
+@pytest.hookspec
+def pytest_attnheat_conventions(  # type: ignore[empty-body]
+    config: pytest.Config,
+) -> Sequence[Convention]:
+    """Say how a project's own attention functions are called, so that they need no declaration.
+
+    Called once per session, before tests are collected. Implement it in the `conftest.py` next to
+    the configuration file, or in a plugin::
+
+        def pytest_attnheat_conventions(config):
+            from pytest_attnheat import Convention
+
+            return [Convention("ours", "attend of ours", ("q", "kv_cache"), {"layout": "blhd"})]
+
+    Args:
+        config: The configuration of this run.
+
+    Returns:
+        Rows of the table of conventions. A name that is taken is an error.
     """

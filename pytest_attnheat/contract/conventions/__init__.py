@@ -49,6 +49,11 @@ def register_convention(convention: Convention, *, replace: bool = False) -> Non
     _KNOWN[convention.name] = convention
 
 
+def forget(name: str) -> None:
+    """Take a row out of the table."""
+    del _KNOWN[name]
+
+
 def named(name: str) -> Convention:
     """Return a convention by its name.
 

@@ -27,12 +27,11 @@ FLASH: dict[str, Any] = {
     "scale_argument": "softmax_scale",
     "window": "window_size",
     "softcap": "softcap",
-    "alibi": "alibi_slopes",
-    "dropout": "dropout_p",
     "grouped": True,
     "fully_masked": "zero",
     "returns": "lse",
 }
+FLASH_2: dict[str, Any] = {**FLASH, "alibi": "alibi_slopes", "dropout": "dropout_p"}
 
 
 def float32(tensor: Tensor) -> Tensor:
@@ -78,7 +77,7 @@ _FLASH_2 = Convention(
     "flash_attn",
     "flash_attn_func of FlashAttention 2",
     ("softmax_scale", "alibi_slopes", "dropout_p", "q", "k", "v"),
-    FLASH,
+    FLASH_2,
     lacks=("cu_seqlens_q", "cu_seqlens", "group"),
     values={"alibi": float32, "window": inclusive(-1)},
     besides={"return_attn_probs": True},
@@ -190,11 +189,11 @@ CONVENTIONS = (
     _FLASH_2,
     Convention("flash_attn_qkvpacked", "flash_attn_qkvpacked_func of FlashAttention 2",
                ("qkv", "softmax_scale", "window_size"),
-               {**FLASH, "grouped": False, "square": True, "dropout": False}, limits="dropout",
+               {**FLASH_2, "grouped": False, "square": True, "dropout": False}, limits="dropout",
                lacks=("cu_seqlens",), values=_FLASH_2.values, arrange=_qkv_packed,
                besides=_FLASH_2.besides, lse=Lse(), only=_ALIKE),
     Convention("flash_attn_kvpacked", "flash_attn_kvpacked_func of FlashAttention 2",
-               ("q", "kv", "softmax_scale", "window_size"), {**FLASH, "dropout": False},
+               ("q", "kv", "softmax_scale", "window_size"), {**FLASH_2, "dropout": False},
                limits="dropout", lacks=("cu_seqlens_q", "cu_seqlens"), values=_FLASH_2.values,
                arrange=_kv_packed,
                besides=_FLASH_2.besides, lse=Lse(), only=_ALIKE),

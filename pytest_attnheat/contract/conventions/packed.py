@@ -10,7 +10,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.drawing import RAGGED, SAME
 from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
 from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import FLASH, float32, inclusive
+from pytest_attnheat.contract.conventions.dense import FLASH, FLASH_2, float32, inclusive
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -80,21 +80,23 @@ _PACKED: dict[str, Any] = {
     "lse": Lse(),
     "values": _FLASH_VALUES,
 }
+# Without what FlashAttention has besides.
+_BARE = {name: FLASH[name] for name in ("layout", "mask", "causal", "grouped", "fully_masked")}
 _ALIKE = {"value_dim": ("equal",)}
 
 CONVENTIONS = (
     Convention("flash_attn_varlen", "flash_attn_varlen_func of FlashAttention 2",
-               ("q", "k", "v", *_CU, "softmax_scale", "alibi_slopes"), FLASH,
+               ("q", "k", "v", *_CU, "softmax_scale", "alibi_slopes"), FLASH_2,
                lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=_ALIKE, **_PACKED),
     Convention("flash_attn_varlen_qkvpacked",
                "flash_attn_varlen_qkvpacked_func of FlashAttention 2",
                ("qkv", "cu_seqlens", "max_seqlen", "softmax_scale"),
-               {**FLASH, "grouped": False, "square": True, "dropout": False},
+               {**FLASH_2, "grouped": False, "square": True, "dropout": False},
                limits="dropout", only=_ALIKE,
                arrange=packing(names=("cu_seqlens", "max_seqlen"), together="qkv"),
                **{**_PACKED, "ragged": SAME}),
     Convention("flash_attn_varlen_kvpacked", "flash_attn_varlen_kvpacked_func of FlashAttention 2",
-               ("q", "kv", *_CU, "softmax_scale"), {**FLASH, "dropout": False},
+               ("q", "kv", *_CU, "softmax_scale"), {**FLASH_2, "dropout": False},
                arrange=packing(together="kv"), limits="dropout", only=_ALIKE, **_PACKED),
     Convention("flash_attn_3_varlen", "flash_attn_varlen_func of FlashAttention 3",
                ("q", "k", "v", *_CU, "softmax_scale", "attention_chunk"),
@@ -106,24 +108,25 @@ CONVENTIONS = (
                **{**_PACKED, "values": {"window": inclusive(None)}, "lse": Lse(sink=True),
                   "besides": {"return_lse": True}}),
     Convention("vllm_flash_attn", "flash_attn_varlen_func of vLLM",
-               ("q", "k", "v", *_CU, "softmax_scale", "seqused_k", "fa_version"), FLASH,
+               ("q", "k", "v", *_CU, "softmax_scale", "seqused_k", "fa_version"), FLASH_2,
                arrange=packing(), only=_ALIKE,
                **{**_PACKED, "besides": {"return_softmax_lse": True},
                   "values": {"alibi": float32, "window": _as_list}}),
     Convention("flash_mla_varlen", "flash_attn_varlen_func of FlashMLA",
                ("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv"),
-               {**FLASH, "returns": "output"}, ragged=RAGGED,
+               {**_BARE, "causal_argument": "causal", "scale_argument": "softmax_scale",
+                "dropout": "dropout_p"}, ragged=RAGGED,
                arrange=packing(names=("cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo",
                                       "max_seqlen_kv"))),
     Convention("torch_varlen", "varlen_attn of PyTorch",
                ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
-               {**FLASH, "causal_argument": "is_causal", "scale_argument": "scale",
-                "returns": "output"},
+               {**_BARE, "causal_argument": "is_causal", "scale_argument": "scale",
+                "window": "window_size"},
                handles=("is_causal",), arrange=_window_alone, only=_ALIKE, ragged=RAGGED),
     Convention("sageattn_varlen", "sageattn_varlen of SageAttention",
                ("q", "k", "v", *_CU, "is_causal", "sm_scale"),
-               {**FLASH, "causal": "top_left", "causal_argument": "is_causal",
-                "scale_argument": "sm_scale", "returns": "output", "square": True},
+               {**_BARE, "causal": "top_left", "causal_argument": "is_causal",
+                "scale_argument": "sm_scale", "square": True},
                arrange=packing(), only=_ALIKE, ragged=SAME,
                limits="other numbers of keys than of queries"),
 )  # fmt: skip
