@@ -328,3 +328,31 @@ def test_eager_attention_of_transformers_takes_neither_causality_nor_a_window():
     names = ("plain", "masked", "dropout")
     report = check_attention(spec, checks=[one for one in CHECKS if one.name in names], quick=True)
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("field", [{"dropout": True}, {"arguments": {"causal": True}}])
+def test_what_a_function_of_call_would_not_see_is_refused(field):
+    (name,) = field
+    with pytest.raises(ValueError, match=f"{name}: got .* beside call; accepted is None"):
+        AttentionSpec(attend, call=lambda fn, case: fn(*case.tensors), **field)
+
+
+def test_an_object_that_is_not_called_is_taken_with_a_function_that_asks_it():
+    class Engine:
+        def go(self, *tensors):
+            return attend(*(tensor.transpose(1, 2) for tensor in tensors)).transpose(1, 2)
+
+    spec = AttentionSpec(
+        Engine(), call=lambda engine, case: engine.go(*case.tensors), dtypes=("float32",)
+    )
+    assert check_attention(spec, quick=True).passed
+    assert spec.name == "Engine"
+
+
+def test_of_several_names_of_a_keyword_the_one_that_a_signature_has_is_taken():
+    def scaled(q, k, v, out, softmax_scale=None):
+        return attend_into(q, k, v, out, softmax_scale)
+
+    assert AttentionSpec(scaled).scale_argument == "softmax_scale"
+    assert AttentionSpec(attend_into).scale_argument == "sm_scale"
+    assert AttentionSpec(lambda q, k, v, out: None).scale_argument is None

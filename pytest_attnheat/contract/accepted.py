@@ -49,7 +49,7 @@ def check_fields(spec: AttentionSpec) -> None:
 def check_subject(spec: AttentionSpec) -> None:
     """Refuse what can neither be called nor was captured, and a block without its inputs."""
     subject: Any = spec.subject
-    called = callable(subject) or plans_and_runs(subject)
+    called = callable(subject) or plans_and_runs(subject) or spec.call is not None
     if not called and not isinstance(subject, Trace | AttentionRecord):
         accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
         raise TypeError(misuse("subject", type(subject).__name__, accepted))

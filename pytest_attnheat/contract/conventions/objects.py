@@ -158,9 +158,10 @@ CONVENTIONS = (
                limits="a softmax_type of its own, or a mask and causality at once"),
     Convention("aten_flash_cpu", "_scaled_dot_product_flash_attention_for_cpu of PyTorch",
                ("dropout_p", "is_causal", "attn_mask", "scale", "logsumexp"),
-               {"mask": "additive", "scale_argument": "scale", "dropout": False,
+               {"mask": "additive", "causal": "top_left", "scale_argument": "scale", "dropout": False,
                 "returns": "lse", "fully_masked": "undefined"}, arrange=_kernel, lse=Lse()),
     Convention("diffusers", "dispatch_attention_fn of diffusers",
                ("query", "key", "value", "attn_mask", "attention_kwargs", "parallel_config"),
-               {"layout": "blhd", "mask": "any", "scale_argument": "scale", "grouped": True}),
+               {"layout": "blhd", "mask": "any", "causal": "top_left", "scale_argument": "scale",
+                "grouped": True}),
 )  # fmt: skip
