@@ -239,6 +239,10 @@ class AttentionSpec:
         """What the convention says by which it is called, if it is one of the table."""
         if self.call is not None and self.like is not None:
             raise ValueError(misuse("call", "a function beside like", "one of the two"))
+        aside = [n for n in ("dropout", "arguments") if self.call is not None and getattr(self, n)]
+        if aside:
+            raise ValueError(misuse(aside[0], f"{getattr(self, aside[0])!r} beside call",
+                                    "None: the function of call= says it"))  # fmt: skip
         if self.call is not None:
             return {name: None for name in ("mask", "causal") if name not in self.typed}
         own = self.convention
