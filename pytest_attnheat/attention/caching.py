@@ -305,7 +305,7 @@ STORED = (
     defect("cache_values_of_another", "that reads the values of a cache by the pages of another "
            "sequence, keys by the right ones",
            misread=[_by_table(partial(_of_another, step), values=True) for step in (1, -1)]),
-    defect("cache_offset_wraps", "in which the number of a slot wraps: it is counted in too small "
+    defect("cache_offset_wraps", "that lets the number of a slot wrap: it is counted in too small "
            "an integer", misread=[*(_misread(partial(_wrapped, bits)) for bits in (7, 8)),
                                   _misread(_signed)]),
     defect("cache_left_padding_ignored", "that reads from the first slot of a row, where no key "
