@@ -238,7 +238,9 @@ def test_poison_shows_what_is_read_that_no_sequence_has(
     unused: str, made: str, wrong: type[Steps]
 ) -> None:
     call = {"vllm_flash_attn": "ragged=unequal", "flash_attn_cache": "left=True"}[made]
-    assert "elements of the output are not those" in replayed(made, wrong(), call, unused)
+    said = replayed(made, wrong(), call, unused)
+    assert "elements of the output are not those" in said
+    assert ("a slot of the cache that no sequence uses is read" in said) == (unused == "nan")
 
 
 def test_a_buffer_that_is_left_as_it_was_is_said_to_be() -> None:

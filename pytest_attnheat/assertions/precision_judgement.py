@@ -316,6 +316,17 @@ def _fully_masked_rows(one: Judgement, context: Context) -> str | None:
     )
 
 
+def _unused_slots(one: Judgement, context: Context) -> str | None:
+    """NaN that comes from a cache, where slots that nobody uses hold it."""
+    stored = context.call.stored
+    if stored is None or stored.unused != "nan" or not bool(one.found[one.broken].isnan().any()):
+        return None
+    return (
+        "a slot of the cache that no sequence uses is read, or its NaN is multiplied by 0; with "
+        "unused=ordinary, what is read is looked for"
+    )
+
+
 def _overflow(one: Judgement, context: Context) -> str | None:
     """NaN or inf: whether scores are beyond the range of exp, and where it begins."""
     bad = one.broken & ~one.found.isfinite()
@@ -422,6 +433,7 @@ def _known_mistake(one: Judgement, context: Context) -> str | None:
 _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _no_gradient,
     _fully_masked_rows,
+    _unused_slots,
     _overflow,
     _known_mistake,
     # A mask that is ignored may leave many rows right, and a wrong scale errors that look like

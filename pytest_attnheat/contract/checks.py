@@ -194,8 +194,9 @@ def block_lengths(examination: Examination) -> None:
 
 # Beside pages of the usual size, each thing that may be special of a cache.
 _STORED: tuple[dict[str, Any], ...] = (
-    *({"unused": unused} for unused in UNUSED), {"append": 1}, {"append": 3, "unused": "nan"},
-    {"shared": True, "append": 3}, {"left": True, "unused": "nan"}, {"pages": 256},
+    *({"unused": unused} for unused in UNUSED), {"append": 1}, {"append": 3},
+    {"shared": True, "append": 3}, {"left": True, "pages": 0}, {"pages": 256},
+    {"lengths": True}, {"ragged": "unequal"},
 )  # fmt: skip
 
 for _name, _sentence, _calls in (

@@ -368,7 +368,7 @@ def _sized(query_len: int, key_len: int, head_dim: int = 8, **others: Any) -> di
 # Of what reads a cache: over several pages, decoding and in chunks, with all that may be special.
 _STORED: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
     ((1, 37), {"unused": "ordinary", "lengths": True}), ((3, 39), {"append": 3, **_CAUSAL}),
-    ((4, 41), {"append": 1, "lengths": True}), ((3, 35), {"left": True, **_CAUSAL}),
+    ((4, 41), {"append": 1, "lengths": True}), ((3, 35), {"left": True, "pages": 0, **_CAUSAL}),
     ((4, 43), {"shared": True, "append": 3}),
     ((4, 45), {"unused": "ordinary", "window": "left", **_CAUSAL}),
     ((3, 47), {"unused": "ordinary", "ragged": "unequal"}),
