@@ -282,12 +282,12 @@ def test_a_used_baseline_is_not_listed_as_unused_where_a_folder_has_brackets(pyt
     (root / "pytest.ini").write_text("[pytest]", encoding="utf-8")
     (root / "test_a.py").write_text(textwrap.dedent(SEVERAL), encoding="utf-8")
     monkeypatch.chdir(root)
-    pytester.runpytest("--attn-update=missing").assert_outcomes(passed=1)
-    result = pytester.runpytest("--attn-unused")
+    pytester.runpytest("test_a.py", "--attn-update=missing").assert_outcomes(passed=1)
+    result = pytester.runpytest("test_a.py", "--attn-unused")
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("unused *")
     (root / "baseline_images/test_b.old.png").write_bytes(b"")
-    result = pytester.runpytest("--attn-unused")
+    result = pytester.runpytest("test_a.py", "--attn-unused")
     result.stdout.fnmatch_lines("unused *test_b.old.png")
 
 
