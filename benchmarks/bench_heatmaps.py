@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable
+from unittest import mock
 
 import matplotlib
 import numpy as np
@@ -20,6 +21,7 @@ from PIL import Image
 from timing import alternate, options, report
 
 from pytest_attnheat import show_heatmaps
+from pytest_attnheat.heatmaps import figure, showing
 
 matplotlib.use("agg")
 
@@ -27,7 +29,7 @@ matplotlib.use("agg")
 def textbook(weights: torch.Tensor, figsize: tuple[float, float]) -> Figure:
     """Draw one Axes per panel, their axes shared, with one colorbar."""
     rows, columns = weights.shape[:2]
-    figure, axes = pyplot.subplots(
+    drawn, axes = pyplot.subplots(
         rows, columns, figsize=figsize, sharex=True, sharey=True, squeeze=False
     )
     for row in range(rows):
@@ -37,15 +39,15 @@ def textbook(weights: torch.Tensor, figsize: tuple[float, float]) -> Figure:
                 axes[row, column].set_xlabel("Keys")
             if column == 0:
                 axes[row, column].set_ylabel("Queries")
-    figure.colorbar(image, ax=axes, shrink=0.6)
-    return figure
+    drawn.colorbar(image, ax=axes, shrink=0.6)
+    return drawn
 
 
 def png(draw: Callable[[], Figure]) -> bytes:
     """Draw a figure and encode it."""
-    file, figure = io.BytesIO(), draw()
-    figure.savefig(file, format="png")
-    pyplot.close(figure)
+    file, drawn = io.BytesIO(), draw()
+    drawn.savefig(file, format="png")
+    pyplot.close(drawn)
     return file.getvalue()
 
 
@@ -59,6 +61,16 @@ def floor(weights: torch.Tensor) -> bytes:
     file = io.BytesIO()
     image.save(file, format="png")
     return file.getvalue()
+
+
+def bare(draw: Callable[[], bytes]) -> bytes:
+    """Draw without what a comparison with a baseline needs."""
+    nothing = {name: lambda *_: None for name in ("survey", "whole_of")}
+    with (
+        mock.patch.multiple(showing, **nothing),
+        mock.patch.object(figure, "encode", return_value=""),
+    ):
+        return draw()
 
 
 def softmax(*shape: int) -> torch.Tensor:
@@ -94,6 +106,9 @@ def main() -> None:
     own, plain = times([ours(many, 24), lambda: floor(many)], 5)
     report(f"32 x 32 maps of {panel // 2} x {panel // 2}: ours / palette PNG", own / plain, "<=", 8)
     own, read, one = times([ours(large, 2.5), large.amax, ours(small, 2.5)], 15)
+    with_both, without = times([ours(large, 2.5), lambda: bare(ours(large, 2.5))], 15)
+    name = f"{side} x {side}: with a sketch and a record / without"
+    report(name, with_both / without, "<=", 1.5)
     name = f"{side} x {side}: ours / (amax + one map of 10 x 10)"
     report(name, own / (read + one), "<=", 1.5)
 

@@ -8,9 +8,10 @@ import io
 
 import matplotlib
 import numpy as np
+from matplotlib.figure import Figure
 from PIL import Image
 
-from pytest_attnheat import show_heatmaps
+from pytest_attnheat import show_difference, show_heatmaps
 
 
 def weights(*shape):
@@ -23,6 +24,16 @@ def figures():
     """Draw one figure of each kind."""
     causal = np.tril(np.ones((8, 8), bool))
     tokens = ["[CLS]", "the", "cat", "sat", "on", "the", "mat", "[SEP]"]
+    small, large = weights(8, 8), weights(600, 600)
+    signs = np.where(np.arange(large.size).reshape(large.shape) % 3, 1, -1).astype(np.float32)
+    changed, strange = small.copy(), small.copy()
+    changed[3, 4] += 0.25
+    strange[[1, 2, 5], [2, 6, 0]] = np.nan, np.inf, -np.inf
+    on_black = show_heatmaps(small, "K", "Q", title="black")
+    on_black.set_facecolor("black")
+    titled = show_heatmaps(weights(2, 8, 8), "K", "Q", figsize=None)
+    titled.suptitle("of two")
+    titled.axes[1].set_title("the second")
     return {
         "identity": show_heatmaps(np.eye(10), "Keys", "Queries"),
         "masked grid": show_heatmaps(
@@ -31,12 +42,30 @@ def figures():
         "pooled": show_heatmaps(weights(1000, 1000), "K", "Q"),
         "many heads": show_heatmaps(weights(12, 12, 64, 64), "K", "Q", figsize=None),
         "tokens": show_heatmaps(
-            weights(8, 8), "K", "Q", figsize=None, key_labels=tokens, query_labels=tokens
+            small, "K", "Q", figsize=None, key_labels=tokens, query_labels=tokens
         ),
         "panel scales": show_heatmaps(
             weights(2, 8, 8), "K", "Q", figsize=(4, 3), cmap="viridis", scale="panel"
         ),
-    }
+        "a difference": show_difference(small, changed, key_labels=tokens),
+        "a query of all layers": show_heatmaps(  # as trace.show(query=) does
+            weights(4, 8, 6), "Heads", "Keys", titles=["0", "1", "2", "3"], title="Query 5 the",
+            figsize=None, query_labels=tokens, mask=np.arange(8)[:, None] < 6,
+        ),
+        "small panels": show_heatmaps(weights(12, 12, 8, 8), "K", "Q", figsize="small"),
+        "into an axes": show_heatmaps(small, "K", "Q", ax=Figure((6, 4)).add_subplot(1, 2, 2)),
+        "on black": on_black,
+        "titles": titled,
+        "small weights": show_heatmaps(weights(64, 64), "K", "Q"),
+        "largest weight": show_heatmaps(weights(64, 64), "K", "Q", scale="largest"),
+        "signed": show_heatmaps(small - 0.125, "K", "Q", cmap=matplotlib.colormaps["coolwarm"]),
+        "signed and pooled": show_heatmaps(100 * large * signs, "K", "Q", cmap="coolwarm"),
+        "not a number": show_heatmaps(strange, "K", "Q"),
+        "outlined": show_heatmaps(
+            weights(2, 8, 8), None, None, figsize=(4, 3), colorbar=False,
+            highlight=[(0, 0, 3, 4), (0, 1, 5)],
+        ),
+    }  # fmt: skip
 
 
 def panel_hash(figure):

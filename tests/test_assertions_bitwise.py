@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from attention_subjects import DTYPES, encoder_layer, qkv, randn
+from attention_subjects import DTYPES, qkv, randn
 from torch import nn
 
 from pytest_attnheat import (
@@ -244,6 +244,16 @@ def test_an_output_that_is_a_view_is_compared():
     assert_batch_independent(transposed, *qkv(batch=2), exact=True)
 
 
+def test_outputs_of_one_byte_are_compared():
+    def narrow(query, key, value, wrong=False):
+        output = invariant(query, key, value) * (1.1 if wrong and len(query) == 1 else 1)
+        return output.to(torch.float8_e4m3fn)
+
+    assert_batch_independent(narrow, *qkv(batch=2), exact=True)
+    found = failure_of(assert_batch_independent, narrow, *qkv(batch=2), exact=True, wrong=True)
+    assert "2 units in the last place apart (float8_e4m3fn" in found.worst.text
+
+
 def test_nothing_to_compare_is_refused():
     everything = torch.zeros(6, 6, dtype=torch.bool)
     with pytest.raises(ValueError, match="no row of the output is left to compare"):
@@ -291,14 +301,20 @@ def test_models_are_held_to_their_bits():
     assert "though right to rounding: outputs decoded" in found.claim
 
 
+class Padded(nn.Module):
+    """What it leaves in padding follows the size of the batch."""
+
+    def forward(self, states, mask=None, wrong=0.0):
+        return torch.where(mask.unsqueeze(-1), states + wrong * len(states), float(len(states)))
+
+
 def test_padding_of_a_model_is_not_judged():
-    layer = encoder_layer()
-    found = None
-    try:
-        assert_batch_independent(layer, randn(3, 6, 16), lengths=[6, 2, 4], exact=True)
-    except Failure as failure:
-        found = failure
-    assert found is None or found.of <= 12 * 16
+    model = SequenceModel(Padded(), mask="keep", mask_argument="mask")
+    assert_batch_independent(model, randn(3, 6, 16), lengths=[6, 2, 4], exact=True)
+    found = failure_of(
+        assert_batch_independent, model, randn(3, 6, 16), lengths=[6, 2, 4], exact=True, wrong=1e-7
+    )
+    assert found.of == 12 * 16
 
 
 # --- decoding
@@ -337,3 +353,10 @@ def test_a_wrong_chunk_is_told_with_its_cause():
     )
     assert "off by more than rounding" in found.claim
     assert "top left" in found.cause
+
+
+def test_bits_are_compared_on_an_accelerator(accelerator):
+    inputs = [tensor.to(accelerator) for tensor in qkv(batch=2, key_len=32)]
+    assert_batch_independent(invariant, *inputs, exact=True)
+    found = failure_of(assert_batch_independent, alone_in_another_order, *inputs, exact=True)
+    assert "with the size of the batch alone" in found.cause

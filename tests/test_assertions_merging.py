@@ -1,6 +1,6 @@
 """What the assertion about merging partial states of attention accepts, finds and says."""
 
-import inspect
+import functools
 import math
 
 import pytest
@@ -9,7 +9,7 @@ from torch import nn
 
 from pytest_attnheat import AttentionSpec, Failure, assert_merges
 from pytest_attnheat.assertions.behaviour.merge_calls import Merge, form_of
-from pytest_attnheat.assertions.behaviour.merge_parts import PROBLEMS, Maker
+from pytest_attnheat.assertions.behaviour.merge_parts import PROBLEMS, Maker, drawn
 from pytest_attnheat.assertions.behaviour.merge_states import exactly
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -20,6 +20,10 @@ def failure_of(merge, *given, dtypes="float32", **options):
     with pytest.raises(Failure) as caught:
         assert_merges(merge, *given, dtypes=dtypes, **options)
     return caught.value
+
+
+def passes(merge, *given, **options):
+    assert_merges(merge, *given, dtypes="float32", **options)
 
 
 # --- right merges, written in several ways
@@ -78,7 +82,7 @@ def test_what_merges_are_compared_with_is_attention_over_all_keys():
     for problem in PROBLEMS:
         if sum(problem.sizes):
             ((outs, lses),) = maker.states(problem, [torch.float64])
-            call = maker.call(problem)
+            call = drawn(problem, 0)
             group = call.query.shape[1] // call.key.shape[1]
             key, value = (one.repeat_interleave(group, 1) for one in (call.key, call.value))
             scores = call.query @ key.mT / math.sqrt(call.query.shape[-1])
@@ -152,11 +156,11 @@ def test_each_is_called_with_the_shapes_that_it_has(merge):
     count = 3 if form.takes_all else 2
     outs, lses = torch.randn(count, 2, 4, 5, 8), torch.randn(count, 2, 4, 5)
 
+    @functools.wraps(merge)
     def spied(*given, **options):
         seen.extend(one.shape for one in given)
         return merge(*given, **options)
 
-    vars(spied)["__signature__"] = inspect.signature(merge)
     out, lse = Merge(spied, form)([*outs], [*lses])
     wanted = exactly(outs, lses * (LN2 if form.base == "2" else 1.0))[0]
     torch.testing.assert_close(out, wanted)
@@ -185,11 +189,11 @@ def test_layouts_and_bases_can_be_declared():
         out, lse = stable(a, lse_a[..., 0] * LN2, b, lse_b[..., 0] * LN2)
         return out.transpose(1, 2), (lse / LN2)[..., None]
 
-    assert_merges(blhd, layout="blhd", lse_layout="bhl1", base="2")
-    assert_merges(lambda outs, lses: of_all(torch.stack(outs), torch.stack(lses)), calling="list")
-    assert_merges(lambda *all: of_all(*all), calling="stacked")
-    assert_merges(lambda *all: stable(*all), calling="pair")
-    assert_merges(merge_state_v2, calling="pair", layout="lhd", base="e")
+    passes(blhd, layout="blhd", lse_layout="bhl1", base="2")
+    passes(lambda outs, lses: of_all(torch.stack(outs), torch.stack(lses)), calling="list")
+    passes(lambda *all: of_all(*all), calling="stacked")
+    passes(lambda *all: stable(*all), calling="pair")
+    passes(merge_state_v2, calling="pair", layout="lhd", base="e")
 
 
 def test_a_module_merges_too():
@@ -197,7 +201,7 @@ def test_a_module_merges_too():
         def forward(self, out_a, lse_a, out_b, lse_b):
             return stable(out_a, lse_a, out_b, lse_b)
 
-    assert_merges(Merging())
+    passes(Merging())
 
 
 # --- refusals
@@ -352,7 +356,7 @@ def test_a_stand_in_of_flashinfer_that_is_of_base_e_says_what_was_assumed():
         "lse_layout='lh', base='2'"
     )
     assert "reads log-sum-exps of base 2 as if they were of base e" in found.cause
-    assert_merges(merge, base="e")
+    passes(merge, base="e")
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -393,6 +397,43 @@ def test_an_exponential_of_float16_without_the_maximum_is_named():
     assert "exp of float16 overflows from 11.1 on" in found.cause
 
 
+@pytest.mark.parametrize("last", [True, False])
+def test_an_exponential_of_the_difference_is_named(last):
+    def ratio(a, s, b, t):
+        if not last:
+            a, s, b, t = b, t, a, s
+        of_b = (t - s).exp()
+        return _weighed(a, b, 1 / (1 + of_b), of_b / (1 + of_b)), torch.logaddexp(s, t)
+
+    found = failure_of(ratio, empty_parts=False)
+    above = ("last", "first") if last else ("first", "last")
+    assert f"rows whose {above[0]} log-sum-exp is 29" in found.cause
+    assert f"or more above the {above[1]} are NaN or infinite" in found.cause
+    assert "exp of float32 overflows from 88.7 on" in found.cause
+    assert "dominates" in found.cases
+    assert "large scores in both parts" not in found.cases
+
+
+def test_each_order_of_more_than_two_parts_is_tried():
+    def from_the_right(a, s, b, t):
+        wide = b.dtype != a.dtype == torch.float16  # the second state was merged before
+        return (a.float(), s) if wide else stable(a.float(), s, b.float(), t)
+
+    found = failure_of(from_the_right, dtypes="float16")
+    assert "merged from the right" in found.cases
+    assert "two halves" not in found.cases
+
+    def where_the_first_of_three_dominates(outs, lses):
+        out, lse = of_all(outs, lses)
+        others = lses[1:].amax(0) if len(lses) == 3 else math.inf * torch.ones_like(lse)
+        first = (lses[0] > others + 200) & others.isfinite()
+        return torch.where(first[..., None], 1.1 * out, out), lse
+
+    found = failure_of(where_the_first_of_three_dominates)
+    assert found.cases.startswith("1 of ")
+    assert "parts of 6 + 9 + 9, merged at once" in found.cases
+
+
 def unguarded(a, s, b, t):
     """NaN where neither part has a key."""
     lse = torch.logaddexp(s, t)
@@ -410,11 +451,11 @@ def test_empty_parts_that_give_nan_are_named():
     assert found.cause.startswith("rows that neither part has a key for are NaN: -inf minus -inf?")
     assert "empty parts alone" in found.cases
     assert "two halves" not in found.cases
-    assert_merges(unguarded, fully_masked="nan")
-    assert_merges(unguarded, fully_masked="undefined")
+    passes(unguarded, fully_masked="nan")
+    passes(unguarded, fully_masked="undefined")
     found = failure_of(of_ring)
     assert found.cause.startswith("rows for which a part has no key (its log-sum-exp is -inf)")
-    assert_merges(of_ring, empty_parts=False)
+    passes(of_ring, empty_parts=False)
 
 
 def test_zero_where_nan_is_declared_is_found():
@@ -437,7 +478,7 @@ def test_a_low_number_for_no_key_passes():
         out, lse = stable(a, s, b, t)
         return out, lse.clamp(min=-1e30)
 
-    assert_merges(merge)
+    passes(merge)
 
 
 @pytest.mark.parametrize("place", [0, 1, 2])
@@ -521,7 +562,7 @@ def test_detached_weights_are_named():
     found = failure_of(merge)
     assert "no gradient reaches the log-sum-exps of the parts" in found.claim
     assert "detached" in found.cause
-    assert_merges(merge, gradients=False)
+    passes(merge, gradients=False)
 
 
 def test_weights_that_are_detached_from_the_output_alone_are_found():
@@ -554,7 +595,7 @@ def test_a_gradient_that_is_nan_beside_an_empty_part_is_named():
 
 
 def test_a_merge_without_gradients_passes():
-    assert_merges(torch.no_grad()(stable))
+    passes(torch.no_grad()(stable))
 
 
 def test_a_merge_is_compared_under_inference_mode_too():
@@ -584,11 +625,11 @@ def attention(query, key, value, attn_mask=None, *, base=1.0, sink=None, empty=-
 
 
 def test_states_of_the_callers_attention_are_merged():
-    assert_merges(stable, attention)
-    assert_merges(stable, lambda query, key, value: attention(query, key, value))
-    assert_merges(merge_state, lambda *qkv, **more: attention(*qkv, **more, base=LN2))
+    passes(stable, attention)
+    passes(stable, lambda query, key, value: attention(query, key, value))
+    passes(merge_state, lambda *qkv, **more: attention(*qkv, **more, base=LN2))
     spec = AttentionSpec(attention, returns="lse")
-    assert_merges(stable, spec)
+    passes(stable, spec)
 
 
 def test_a_log_sum_exp_of_another_order_of_dimensions_is_told_by_its_sizes():
@@ -596,7 +637,7 @@ def test_a_log_sum_exp_of_another_order_of_dimensions_is_told_by_its_sizes():
         out, lse = attention(query, key, value)
         return out, lse.transpose(1, 2)
 
-    assert_merges(stable, tokens_first)
+    passes(stable, tokens_first)
 
 
 def test_an_attention_of_its_own_kind_is_no_failure():
@@ -604,7 +645,7 @@ def test_an_attention_of_its_own_kind_is_no_failure():
         query = query * 0.7
         return attention(query, key, value)
 
-    assert_merges(stable, capped)
+    passes(stable, capped)
 
 
 def test_a_base_2_state_that_is_given_to_a_base_e_merge_is_named():
@@ -637,7 +678,7 @@ def test_a_sign_and_plus_infinity_and_nan_of_the_callers_attention_are_named():
         return out.masked_fill(lse.isneginf()[..., None], math.nan), lse
 
     assert "NaN for a query that sees no key" in failure_of(stable, undefined).cause
-    assert_merges(stable, undefined, empty_parts=False)
+    passes(stable, undefined, empty_parts=False)
 
 
 def test_other_numbers_for_a_log_sum_exp_of_the_callers_attention_are_named():
@@ -675,3 +716,23 @@ def test_a_right_attention_that_computes_in_its_own_dtype_passes(dtype):
 def test_a_wrong_merge_of_right_states_is_the_merges_fault():
     found = failure_of(WRONG["takes the mean of the outputs"], attention)
     assert found.cause.startswith("it takes the mean")
+
+
+@pytest.mark.parametrize("merge", [merge_state, flash_attn_combine])
+def test_states_are_made_where_the_merge_is_wanted(merge, accelerator):
+    seen = set()
+
+    @functools.wraps(merge)
+    def placed(*states):
+        seen.update(state.device.type for state in states)
+        return merge(*states)
+
+    assert_merges(placed, device=accelerator, dtypes="float32", gradients=False)
+    assert seen == {torch.device(accelerator).type}
+
+
+def test_a_mistake_is_named_on_an_accelerator(accelerator):
+    found = failure_of(WRONG["it was not updated"], device=accelerator)
+    assert "it was not updated" in found.cause
+    assert found.tensor.device.startswith(str(accelerator))
+    assert_merges(stable, attention, device=accelerator, dtypes="float32")

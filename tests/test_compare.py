@@ -301,14 +301,10 @@ def test_the_worst_cell_is_named_with_both_values():
     assert "[0, 0], [1, 2] of 2 x 3" in found.details[1]
 
 
-def test_a_mask_that_changed_alone_is_said_and_weights_behind_it_have_no_relation():
+def test_weights_behind_a_mask_that_changed_have_no_relation():
     weights, mask = softmax(2, 3, 8, 8), torch.ones(8, 8).tril().bool()
-    narrower, leaking = mask.clone(), weights.clone()
-    narrower[5, 2] = False
+    leaking = weights.clone()
     leaking[1, 2, 2, 6] = 0.5
-    pictures = [draw(weights, mask=one).picture.shown for one in (mask, narrower)]
-    found = compare_data(*(record.decode(record.encode(one)) for one in pictures))
-    assert found.details[-1] == "relation        the mask changed, and no weight that both show"
     found = difference(weights, leaking, mask=mask)
     assert not any("relation" in line for line in found.details)
 
@@ -372,15 +368,6 @@ def test_no_relation_is_said_where_there_is_none(defect):
     broken = weights.clone()
     defect(broken)
     assert not any("relation" in line for line in difference(weights, broken).details)
-
-
-def test_of_a_mask_alone_that_changed_no_relation_of_weights_is_said():
-    weights, mask = softmax(1, 1, 6, 6), torch.ones(6, 6).bool()
-    masks = [mask, mask.tril()]
-    read = [read_back(draw(weights, mask=m)) for m in masks]
-    found = compare_data(*read)
-    assert found.reason == "15 of 36 cells differ"
-    assert not any(line.startswith("relation") for line in found.details)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -8,14 +8,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from wrong_attention import BLOCK, attention_with, declared_for
+from wrong_attention import BLOCK, PLANTED, attention_with, declared_for
 
-from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
 from pytest_attnheat.contract.probing import Probe
 from pytest_attnheat.contract.searching import Search
 
-EXACT = {defect.name: defect for defect in DEFECTS if defect.seen in ("exactly", "rounding")}
+EXACT = {one.name: one for one in PLANTED if one.seen in ("exactly", "rounding")}
 # What is given by keyword in a call; all else is what the implementation always does.
 # What gives the very same answers to these cases, and says so of itself.
 ALIKE = {"sinks_outside_maximum": ["empty_parts_nan"], "products_overflow": ["products_in_float16"]}

@@ -399,6 +399,13 @@ def test_the_largest_numbers_there_are_keep_their_order():
     assert len({tuple(color) for color in colors.reshape(-1, 3)}) == 3
 
 
+def test_what_is_far_beyond_the_scale_is_drawn_without_a_warning():
+    values = torch.tensor([[1e37, 1.0], [0.5, 0.25]])
+    mask = torch.tensor([[False, True], [True, True]])
+    figure = show_heatmaps(values, "Keys", "Queries", mask=mask)
+    np.testing.assert_array_equal(cell_colors(figure)[0, 0, 1], reds([0.5, 0.25]))
+
+
 def test_nan_is_drawn_in_a_colour_of_its_own_and_counted():
     weights = softmax_maps(6, 6)
     weights[2, 3] = weights[4, 4] = torch.nan
@@ -604,6 +611,12 @@ def test_a_difference_is_drawn_dark_however_small_and_the_maps_share_a_scale(cha
     limited = show_difference(one, other, vmin=0.1, vmax=0.2).picture.shown.scale
     assert limited.low[0, :2].tolist() == [0.1, 0.1]
     assert limited.high[0, :2].tolist() == [0.2, 0.2]
+
+
+def test_a_difference_in_a_subfigure_is_that_of_a_figure_of_its_own():
+    host = Figure(figsize=(6, 3))
+    own = show_difference(softmax_maps(4, 4), softmax_maps(4, 4, seed=1), ax=host.subfigures())
+    np.testing.assert_array_equal(pixels(host), pixels(own))
 
 
 def test_a_weight_behind_a_mask_is_seen_beside_its_difference():
@@ -865,6 +878,18 @@ PANELS = {
     "many heads": "b6943d91fbc0",
     "tokens": "26f95ec1882e",
     "panel scales": "2217c294df39",
+    "a difference": "fbd31ac483c8",
+    "a query of all layers": "950a964e8140",
+    "small panels": "c4792b417953",
+    "into an axes": "843af0901f0c",
+    "on black": "82b8960e0801",
+    "titles": "519ae1466be5",
+    "small weights": "8651be58d52b",
+    "largest weight": "d88b303f6e9b",
+    "signed": "739c99133207",
+    "signed and pooled": "e07781a7d0eb",
+    "not a number": "cf46224023d5",
+    "outlined": "670fb712b17f",
 }
 
 

@@ -302,6 +302,10 @@ def _fully_masked_rows(one: Judgement, context: Context) -> str | None:
     if one.name == "query":
         nan = bool(here.isnan().all())
         return text + ("is NaN, through the softmax of -inf?" if nan else "has a gradient")
+    if (stored := context.call.stored) is not None:
+        before = stored.filled("output", one.found, *one.shape, dtype=one.dtype)[where]
+        if torch.equal(here.nan_to_num(), before.nan_to_num()):
+            return text + "is what the buffer of the output held before: nothing is written there"
     if bool(here.isnan().all()):
         return text + 'is NaN, the softmax of -inf. If that is meant, fully_masked="nan"'
     if bool((here == 0).all()):

@@ -75,6 +75,8 @@ class Plan:
             0 / 0 elsewhere.
         output_factor: A factor of the output.
         masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
+        buffer: Whether the buffer of the output is "written", or "added_to"; or "left" for queries
+            that see nothing, or ("left_if_empty") for sequences without keys.
     """
 
     misread: frozenset[Misreading] = frozenset()
@@ -120,6 +122,7 @@ class Plan:
     empty_slices: Literal["nan", "zero", "uniform"] = "nan"
     output_factor: float = 1.0
     masked_nan: Literal["unfelt", "felt"] = "unfelt"
+    buffer: Literal["written", "added_to", "left", "left_if_empty"] = "written"
 
     @property
     def coarse(self) -> torch.dtype | None:

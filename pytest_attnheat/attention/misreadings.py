@@ -171,8 +171,8 @@ def _wider(more: tuple[int, int], case: Case, *, decoding: bool = False) -> Case
 
 
 def _longer(more: int, case: Case, given: Any) -> Any:
-    if isinstance(given, Tensor):
-        return (given + more).clamp(0, case.key_len)
+    if isinstance(given, Tensor):  # of a cache, `caching` knows what is there
+        return given if case.stored else (given + more).clamp(0, case.key_len)
     return max(given + more, 0) or given
 
 

@@ -57,8 +57,9 @@ def relation_of_cells(
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return None
     # An explanation must leave far less than "nothing changed" does.
-    if not np.abs(other - one).max() > 0:  # what changed is not the weights, but what is masked
-        return None
+    if np.array_equal(one, other):
+        moved = not np.array_equal(expected.masked, actual.masked)
+        return "the mask changed, and no weight that both show" if moved else None
     allowed = min(CLOSE * np.abs(other).max(), 0.1 * np.abs(other - one).max())
     heads = np.where(shown, expected.values, 0).mean(axis=1, dtype=np.float64)[chosen[0]]
     for sentence, explained in _explanations(one, other, panels, heads):

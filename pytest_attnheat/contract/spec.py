@@ -21,6 +21,7 @@ from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
 from pytest_attnheat.contract.asking import KEYWORDS, Answer
 from pytest_attnheat.contract.conventions import Convention, named, recognised
+from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import misuse
 
 Sound: TypeAlias = Literal["mask", "causal"]
@@ -446,8 +447,13 @@ class AttentionSpec:
             TypeError: The subject returns no tensor, or no pair where one is declared; or it is
                 not declared to take what the call has.
             ValueError: Its output has another shape than the layout says.
+            Failure: It did to a cache what it was not to do.
         """
-        return asking.ask(self, call, dropout=dropout, besides=besides)
+        answer = asking.ask(self, call, dropout=dropout, besides=besides)
+        if answer.fault is not None:
+            claim = "after the call its cache is not what it was, but for what is appended"
+            raise Failure("", claim, cause=f"{answer.fault.sentence} ({answer.fault.name})")
+        return answer
 
     @property
     def implementation(self) -> Callable[..., Any]:

@@ -163,7 +163,8 @@ def _levels(cells: Cells, scale: Scale, colors: int) -> Levels:
     precision = np.float32 if usual else np.float64
     low, span = (array[:, :, None, None].astype(precision) for array in (scale.low, ends))
     missing = np.isnan(values)
-    scaled = (values - low) * (colors / span)
+    with np.errstate(over="ignore"):  # what is far beyond the scale, as behind a mask
+        scaled = (values - low) * (colors / span)
     scaled[missing] = 0
     levels: Levels = scaled.clip(0, colors - 1, out=scaled).astype(np.uint16)
     levels[missing] = _NAN

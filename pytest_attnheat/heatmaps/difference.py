@@ -13,7 +13,7 @@ import numpy.typing as npt
 from pytest_attnheat.heatmaps.colors import Scale, shared_scale
 from pytest_attnheat.heatmaps.figure import HeatmapFigure
 from pytest_attnheat.heatmaps.maps import Bools, distance, read_maps
-from pytest_attnheat.heatmaps.picture import Shown
+from pytest_attnheat.heatmaps.picture import Picture, Shown
 from pytest_attnheat.heatmaps.showing import show_heatmaps
 from pytest_attnheat.inputs import misuse
 
@@ -101,7 +101,11 @@ def triptych(
     figure = show_heatmaps([*pair, apart], **given)
     if own:
         shown = figure.picture.shown
-        figure.picture.shown = replace(shown, scale=_scale(shown, pair, masks, *limits))
+        shown = replace(shown, scale=_scale(shown, pair, masks, *limits))
+        beside = [] if given.get("ax") is None else given["ax"].artists
+        pictures = [artist for artist in beside if isinstance(artist, Picture)]
+        for picture in (figure.picture, *pictures[-1:]):
+            picture.shown = shown
     return figure
 
 

@@ -30,7 +30,7 @@ from pytest_attnheat.inputs import misuse
 IMAGE_ID = "attnheat-panels"
 # Weights below this are all so pale that a number must say how large they are.
 _FAINT = 0.25
-_LARGER = "a larger one, or None for a size that fits"
+_LARGER = "a larger one, or None for a size that fits (26 inches at most), or fewer cells"
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ PROBLEMS = (
     Problem("three parts", (7, 12, 5)),
     Problem("many parts", (1, 2, 8, 3, 5, 5)),
     Problem("scores of 14 and 13 more", (12, 12), (14.0, 13.0)),
+    Problem("scores of 40 more in the first part", (12, 12), (40.0, 0.0)),
+    Problem("scores of 40 more in the last part", (12, 12), (0.0, 40.0)),
     Problem("a first part that dominates", (12, 12), (_FAR, 0.0)),
     Problem("a last part that dominates", (12, 12), (0.0, _FAR)),
     Problem("large scores in both parts", (12, 12), (200.0, 199.0)),
@@ -80,7 +83,7 @@ PROBLEMS = (
 
 @dataclass(frozen=True)
 class Added:
-    """What attention gave for parts of the keys, and for all keys. In float64 and base e.
+    """What attention gave for parts of the keys, and for all keys: float64, base e, on the CPU.
 
     Attributes:
         outs: Of the parts, (n, batch, heads, query_len, width).
@@ -136,11 +139,11 @@ class Added:
         """Say what the log-sum-exps of plain attention became, if it is one."""
         group = self.call.query.shape[1] // self.call.key.shape[1]
         key, value = (t.repeat_interleave(group, 1) for t in (self.call.key, self.call.value))
-        products = (self.call.query @ key.mT).to(self.lse)
+        products = self.call.query @ key.mT
         scores = products * self.call.factor
         if self.call.mask is not None:
-            scores = scores.masked_fill(~self.call.mask.to(scores.device), -math.inf)
-        lse, right = scores.logsumexp(-1), scores.softmax(-1) @ value.to(scores)
+            scores = scores.masked_fill(~self.call.mask, -math.inf)
+        lse, right = scores.logsumexp(-1), scores.softmax(-1) @ value
         known = {
             "is the largest score of a row, not the logarithm of its sum": scores.amax(-1),
             "is that of the products before the scale": products.logsumexp(-1),
@@ -202,59 +205,31 @@ class Maker:
         asked = problem.hidden == "nothing" or takes(self.attention, "attn_mask")
         return max(problem.sizes) > 0 and asked
 
-    def call(self, problem: Problem) -> Call:
-        """Draw a problem of all keys."""
-        queries = _KEYS if problem.hidden == "later" else _QUERIES
-        keys = sum(problem.sizes)
-        query = 1.5 * draw("query", self.seed, _BATCH, _HEADS, queries, _WIDTH)
-        key = draw("key", self.seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
-        value = draw("value", self.seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
-        # With a query of 8 there, and a scale of 1/8, this is what is added to the score.
-        query[..., 0], key[..., 0] = math.sqrt(_WIDTH), 0.0
-        for level, part in zip(problem.levels, problem.parts, strict=False):
-            key[..., part, 0] = level
-        mask = None
-        if problem.hidden == "later":
-            mask = causal_mask(queries, keys, alignment="top_left")
-        elif problem.hidden == "random":
-            mask = draw("mask", self.seed, queries, keys) > 0
-            first, last = problem.parts
-            mask[1, first], mask[2, last], mask[3] = False, False, False
-            mask[0], mask[1, last], mask[2, first] = True, True, True
-        return Call(query, key, value, mask=mask)
-
     def states(
         self, problem: Problem, dtypes: Sequence[torch.dtype]
     ) -> Iterator[tuple[list[Tensor], list[Tensor]]]:
         """Yield the outputs and log-sum-exps of all parts, in each dtype."""
-        call = self.call(problem)
-        parts = [_part_of(call, part) for part in problem.parts]
-        own = [self._exact(part) if self.attention is None else None for part in parts]
+        call = drawn(problem, self.seed)
         for dtype in dtypes:
-            found = [self._in(dtype, *(one or self._asked(part, dtype)))
-                     for part, one in zip(parts, own, strict=True)]  # fmt: skip
+            given = [(out, lse / self.per_unit) for out, lse in _exact_states(problem, self.seed)]
+            if self.attention is not None:
+                given = [self._asked(_part_of(call, part), dtype) for part in problem.parts]
+            found = [self._in(dtype, *state) for state in given]
             yield [out for out, _ in found], [lse for _, lse in found]
 
     def added(self, problem: Problem, outs: Sequence[Tensor], lses: Sequence[Tensor]) -> Added:
         """Lay states that the attention of the caller made beside what it gives for all keys."""
-        call, dtype = self.call(problem), outs[0].dtype
+        call, dtype = drawn(problem, self.seed), outs[0].dtype
         out, lse = self._asked(call, dtype)
         return Added(
-            torch.stack([*outs]).double(),
-            torch.stack([*lses]).double() * self.per_unit,
-            out.double(),
-            lse.double() * self.per_unit,
+            torch.stack([*outs]).cpu().double(),
+            torch.stack([*lses]).cpu().double() * self.per_unit,
+            out.cpu().double(),
+            lse.cpu().double() * self.per_unit,
             call,
             (2 * output_tolerance(dtype), output_tolerance(lse.dtype)),
             self.per_unit,
         )
-
-    def _exact(self, call: Call) -> tuple[Tensor, Tensor]:
-        if call.key_len == 0:
-            shape = call.query.shape
-            return torch.zeros(shape), torch.full(shape[:-1], -math.inf)
-        exact = reference(call, wanted=("lse",)).exact
-        return exact["output"], exact["lse"].squeeze(-1) / self.per_unit
 
     def _in(self, dtype: torch.dtype, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(dtype)  # what kernels keep log-sum-exps in
@@ -264,7 +239,7 @@ class Maker:
         """Ask the code under test, of which the sizes tell the dimensions of the log-sum-exp."""
         assert self.attention is not None
         if call.key_len == 0:  # which few can be asked
-            return self._exact(call)
+            return _exact(call)
         query, key, value = (tensor.to(self.device, dtype) for tensor in call.tensors)
         group = query.shape[1] // key.shape[1]
         key, value = (one.repeat_interleave(group, 1) for one in (key, value))
@@ -293,3 +268,41 @@ class Maker:
 def _part_of(call: Call, part: slice) -> Call:
     mask = None if call.mask is None else call.mask[..., part]
     return Call(call.query, call.key[..., part, :], call.value[..., part, :], mask=mask)
+
+
+def drawn(problem: Problem, seed: int) -> Call:
+    """Draw a problem of all keys."""
+    queries = _KEYS if problem.hidden == "later" else _QUERIES
+    keys = sum(problem.sizes)
+    query = 1.5 * draw("query", seed, _BATCH, _HEADS, queries, _WIDTH)
+    key = draw("key", seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
+    value = draw("value", seed, _BATCH, _KEY_HEADS, keys, _WIDTH)
+    # With a query of 8 there, and a scale of 1/8, this is what is added to the score.
+    query[..., 0], key[..., 0] = math.sqrt(_WIDTH), 0.0
+    for level, part in zip(problem.levels, problem.parts, strict=False):
+        key[..., part, 0] = level
+    mask = None
+    if problem.hidden == "later":
+        mask = causal_mask(queries, keys, alignment="top_left")
+    elif problem.hidden == "random":
+        mask = draw("mask", seed, queries, keys) > 0
+        first, last = problem.parts
+        mask[1, first], mask[2, last], mask[3] = False, False, False
+        mask[0], mask[1, last], mask[2, first] = True, True, True
+    return Call(query, key, value, mask=mask)
+
+
+# Each of them takes some milliseconds, and every merge is given the same.
+@lru_cache(maxsize=64)
+def _exact_states(problem: Problem, seed: int) -> tuple[tuple[Tensor, Tensor], ...]:
+    """The states of all parts in float64 and base e, which nobody writes to."""
+    call = drawn(problem, seed)
+    return tuple(_exact(_part_of(call, part)) for part in problem.parts)
+
+
+def _exact(call: Call) -> tuple[Tensor, Tensor]:
+    if call.key_len == 0:
+        shape = call.query.shape
+        return torch.zeros(shape), torch.full(shape[:-1], -math.inf)
+    exact = reference(call, wanted=("lse",)).exact
+    return exact["output"], exact["lse"].squeeze(-1)

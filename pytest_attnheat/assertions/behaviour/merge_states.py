@@ -66,8 +66,8 @@ class Comparison:
         outs: The outputs as they were handed over, one of each part.
         lses: Their log-sum-exps likewise, in the base of the merge.
         per_unit: What one of that base is in base e.
-        out: What was returned, (..., width).
-        lse: (...) in base e; None if none is returned.
+        out: What was returned, (..., width), in float64, on the CPU.
+        lse: (...) likewise, in base e; None if none is returned.
         empty: What is declared of a row that no part has a key for.
     """
 
@@ -94,9 +94,9 @@ class Comparison:
 
     @cached_property
     def states(self) -> tuple[Tensor, Tensor]:
-        """The states in float64 and base e, (n, ..., width) and (n, ...)."""
-        lses = torch.stack(self.lses).detach().double() * self.per_unit
-        return torch.stack(self.outs).detach().double(), lses
+        """The states in float64 and base e, on the CPU: (n, ..., width) and (n, ...)."""
+        lses = torch.stack(self.lses).detach().cpu().double() * self.per_unit
+        return torch.stack(self.outs).detach().cpu().double(), lses
 
     @cached_property
     def exact(self) -> tuple[Tensor, Tensor]:
@@ -398,28 +398,41 @@ def _of_empty_rows(every: Sequence[Comparison]) -> str | None:
     return "rows that no part has a key for hold other numbers than 0, and -inf as log-sum-exp"
 
 
+# What may be beyond what exp can hold: of which number it is taken, and how large that is.
+_ARGUMENTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "whose log-sum-exps are {:.3g} or more in size": lambda lses: lses.amax(0).abs(),
+    "whose last log-sum-exp is {:.3g} or more above the first": lambda lses: lses[-1] - lses[0],
+    "whose first log-sum-exp is {:.3g} or more above the last": lambda lses: lses[0] - lses[-1],
+}
+
+
 def _overflow(fit: Sequence[tuple[Comparison, Tensor]]) -> str | None:
-    """Whether rows that are not finite have larger log-sum-exps than all others of their dtype."""
-    texts = []
-    for dtype in dict.fromkeys(one.dtype for one, _ in fit):
-        bad: list[float] = []
-        good: list[float] = []
-        for one, rows in fit:
-            if one.dtype == dtype:
-                top = one.states[1].amax(0)
-                bad += top[rows & ~one.without_keys].abs().tolist()
-                good += top[one.finite].tolist()
-        if bad:
-            texts.append(_overflowing(min(bad), max(good)) if good else None)
-    return None if None in texts else texts[-1]
-
-
-def _overflowing(bad: float, good: float) -> str | None:
-    for name in ("float16", "float32", "float64"):
-        limit = math.log(torch.finfo(getattr(torch, name)).max)
-        if good <= limit <= bad:
-            return (
-                f"rows whose log-sum-exps are {bad:.3g} or more in size are NaN or infinite: exp "
-                f"of {name} overflows from {limit:.3g} on, no maximum was subtracted?"
-            )
+    """Say what is too large for exp in all rows that are not finite, and in no others."""
+    pairs = [one for one in fit if len(one[0].sizes) == 2]
+    for words, of in _ARGUMENTS.items():
+        texts = []
+        for dtype in dict.fromkeys(one.dtype for one, _ in pairs):
+            own = [(one, rows) for one, rows in pairs if one.dtype == dtype]
+            sizes = [of(one.states[1]).masked_fill(one.without_keys, 0.0) for one, _ in own]
+            bad = torch.cat([size[rows & ~one.without_keys]
+                             for size, (one, rows) in zip(sizes, own, strict=True)])  # fmt: skip
+            good = torch.cat([size[one.finite & ~one.without_keys]
+                              for size, (one, _) in zip(sizes, own, strict=True)])  # fmt: skip
+            if len(bad):
+                texts.append(_beyond(words, float(bad.min()), good))
+        if texts and None not in texts:
+            return texts[-1]
     return None
+
+
+def _beyond(words: str, bad: float, good: Tensor) -> str | None:
+    most = float(good.max()) if len(good) else math.inf
+    limits = {name: math.log(torch.finfo(getattr(torch, name)).max)
+              for name in ("float16", "float32", "float64")}  # fmt: skip
+    between = [name for name, limit in limits.items() if most <= limit <= bad]
+    if len(between) != 1:  # else the numbers do not say which
+        return None
+    return (
+        f"rows {words.format(bad)} are NaN or infinite: exp of {between[0]} overflows from "
+        f"{limits[between[0]]:.3g} on, no maximum was subtracted?"
+    )

@@ -27,7 +27,7 @@ from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.tolerance import output_tolerance
 from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import always_compiled, borrowed
 from pytest_attnheat.failure import Checked, Failure, Place, number_text
 from pytest_attnheat.inputs import dtype_names, misuse, one_of, seed_number
 
@@ -48,7 +48,7 @@ def assert_merges(
     fully_masked: DeclaredFullyMasked = "zero",
     gradients: bool = True,
     seed: int = 0,
-    device: str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> None:
     """Assert that merging the states of parts of the keys gives the state of all keys.
 
@@ -112,12 +112,13 @@ def assert_merges(
         attention,
         LN2 if form.base == "2" else 1.0,
         seed_number(seed),
-        check_device(device, "device"),
+        check_device(str(device), "device"),
     )
     judge = _Judge(Merge(merge, form), fully_masked, assumed, maker)
     known = [getattr(torch, name) for name in names]
-    some = torch.empty(0, device=device)
-    with borrowed((merge, attention), some, seed=seed), torch.inference_mode(False):
+    some = torch.empty(0, device=maker.device)
+    own = borrowed((merge, attention), some, seed=seed)
+    with own, always_compiled((merge, attention)), torch.inference_mode(False):
         every: list[Comparison] = []
         for problem in PROBLEMS:
             if (empty_parts or not problem.has_empty) and maker.can_ask(problem):
@@ -166,8 +167,8 @@ class _Judge:
                 continue  # pairs of more than two need it
             yield Comparison(
                 problem.name, tuple(problem.sizes[i] for i in places), order, *own,
-                self.maker.per_unit, out.double(),
-                None if lse is None else lse.double() * self.maker.per_unit, self.empty,
+                self.maker.per_unit, out.cpu().double(),
+                None if lse is None else lse.cpu().double() * self.maker.per_unit, self.empty,
             )  # fmt: skip
 
     def _merged(
@@ -269,15 +270,14 @@ class _Judge:
             return None
         rows = ~one.without_keys & one.judged
         above = self._upstream("output", out) * rows.unsqueeze(-1)
-        results, upstream = [out], [above]
+        results, upstream = [out], [above.to(out)]
         above_lse = torch.zeros_like(one.states[1][0])
         if lse is not None and lse.requires_grad:
-            results.append(lse)
-            upstream.append(self._upstream("lse", lse) * rows)
-            above_lse = upstream[1].double()
+            above_lse = self._upstream("lse", lse) * rows
+            results, upstream = [out, lse], [*upstream, above_lse.to(lse)]
         slopes = torch.autograd.grad(results, leaves, upstream, allow_unused=True)
         outs, lses = one.states
-        above, merged = above.double(), one.exact[0].nan_to_num(nan=0.0)
+        merged = one.exact[0].nan_to_num(nan=0.0)
         shares = (lses - one.exact[1].masked_fill(~rows, 0.0)).exp()
         largest = lses.abs().masked_fill(lses.isinf(), 0.0).amax(0)
         eps = torch.finfo(one.lses[0].dtype).eps
@@ -291,7 +291,9 @@ class _Judge:
         ]  # fmt: skip
 
     def _upstream(self, name: str, tensor: Tensor) -> Tensor:
-        return draw(f"gradient of the {name}", self.maker.seed, *tensor.shape).to(tensor)
+        """Draw the gradient of what was returned, rounded to its dtype."""
+        drawn = draw(f"gradient of the {name}", self.maker.seed, *tensor.shape)
+        return drawn.to(tensor.dtype).double()
 
     def _check_gradient(
         self,
@@ -303,9 +305,8 @@ class _Judge:
     ) -> None:
         __tracebackhide__ = True
         missing = all(slope is None for slope in slopes)
-        parts = [
-            torch.zeros_like(exact[0]) if slope is None else slope.double() for slope in slopes
-        ]
+        nothing = torch.zeros_like(exact[0])
+        parts = [nothing if slope is None else slope.cpu().double() for slope in slopes]
         found = torch.stack(parts)
         error = (found - exact).abs().nan_to_num(nan=math.inf)
         without, empty = one.states[1].isneginf() | ~one.judged, one.with_empty_part

@@ -283,8 +283,10 @@ def _without_equal_infinities(got: Tensor, expected: Tensor) -> tuple[Tensor, Te
     if got.dtype != expected.dtype:
         return got, expected
     expected = expected.detach().to(got.device)
-    alike = ~expected.isfinite() & ~differing_bits(got, expected)
-    return got.detach().masked_fill(alike, 0.0), expected.masked_fill(alike, 0.0)
+    same = ~differing_bits(got, expected)
+    numbers = [one.detach().double() for one in (got, expected)]  # float8 has no operations
+    alike = same & ~numbers[1].isfinite()
+    return numbers[0].masked_fill(alike, 0.0), numbers[1].masked_fill(alike, 0.0)
 
 
 @dataclass(frozen=True)

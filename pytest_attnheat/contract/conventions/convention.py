@@ -59,6 +59,7 @@ class Convention:
         one_query: Whether it takes one query of each sequence alone.
         ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
             first; empty where they may not.
+        stored: Of what reads a cache, the levels of how that is stored, see `levels.STORED`.
         limits: What cannot be asked of it, in words.
         makes: Whether it is a class, or a function, that makes what is called.
     """
@@ -77,6 +78,7 @@ class Convention:
     apart: tuple[tuple[str, str], ...] = ()
     one_query: bool = False
     ragged: tuple[str, ...] = ()
+    stored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     limits: str = ""
     makes: bool = False
 
@@ -88,6 +90,7 @@ class Convention:
             "apart": self.apart,
             "one_query": self.one_query,
             "ragged": self.ragged,
+            "stored": tuple(self.stored.items()),
         }
 
     def said(self, spec: AttentionSpec) -> str:

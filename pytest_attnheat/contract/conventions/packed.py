@@ -69,10 +69,6 @@ def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
     return packing(names=("cu_seq_q", "cu_seq_k", "max_q", "max_k"))(spec, call, arguments)
 
 
-def _as_list(window: tuple[int | None, int | None]) -> list[int]:
-    return [-1 if side is None else side for side in window]
-
-
 _FLASH_VALUES = {"alibi": float32, "window": inclusive(-1)}
 _PACKED: dict[str, Any] = {
     "ragged": RAGGED,
@@ -107,11 +103,6 @@ CONVENTIONS = (
                {**FLASH, "sinks": "learnable_sink"}, arrange=packing(),
                **{**_PACKED, "values": {"window": inclusive(None)}, "lse": Lse(sink=True),
                   "besides": {"return_lse": True}}),
-    Convention("vllm_flash_attn", "flash_attn_varlen_func of vLLM",
-               ("q", "k", "v", *_CU, "softmax_scale", "seqused_k", "fa_version"), FLASH_2,
-               arrange=packing(), only=_ALIKE,
-               **{**_PACKED, "besides": {"return_softmax_lse": True},
-                  "values": {"alibi": float32, "window": _as_list}}),
     Convention("flash_mla_varlen", "flash_attn_varlen_func of FlashMLA",
                ("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv"),
                {**_BARE, "causal_argument": "causal", "scale_argument": "softmax_scale",
