@@ -187,7 +187,7 @@ def _latent(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     told: dict[str, Any] = {"block_table": cache.table.int(), "head_dim_v": width,
                             "cache_seqlens": cache.lengths.int()}  # fmt: skip
     make = getattr(spec.implementation, "__globals__", {}).get("get_mla_metadata")
-    made = dict(tile_scheduler_metadata=None) if make is None else dict(
+    made = {"tile_scheduler_metadata": None} if make is None else dict(
         zip(("tile_scheduler_metadata", "num_splits"), make(), strict=True))  # fmt: skip
     given = {**made, **arguments, **told}
     result = spec.implementation(call.query.transpose(1, 2), keys, **given)
