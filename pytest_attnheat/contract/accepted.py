@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
 
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights", "lse"]
+# Who says one of these says how it is called, so that no convention is looked for.
+CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 # The steps that may be rounded on purpose, in their order.
 STEPS = ("query", "key", "value", "scores", "weights")
 
@@ -54,7 +56,8 @@ def check_subject(spec: AttentionSpec) -> None:
         accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
         raise TypeError(misuse("subject", type(subject).__name__, accepted))
     if isinstance(subject, type):
-        own = spec.convention or (None if spec.call else recognised(spec.parameters or {}))
+        sought = spec.call is None and not spec.typed & CALLED
+        own = spec.convention or (recognised(spec.parameters or {}) if sought else None)
         if spec.call is None and not (own and own.makes):
             raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
     if spec.inputs is None and _is_block(subject):

@@ -18,7 +18,13 @@ from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
-from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
+from pytest_attnheat.contract.accepted import (
+    CALLED,
+    Returns,
+    check_fields,
+    check_rules,
+    check_subject,
+)
 from pytest_attnheat.contract.asking import KEYWORDS, Answer
 from pytest_attnheat.contract.conventions import Convention, named, recognised
 from pytest_attnheat.failure import Failure
@@ -38,8 +44,6 @@ _USUAL = {
 # What is declared of every call, unless it is a keyword.
 _ALWAYS = ("alignment", "window", "chunk", "prefix", "sink_keys", "scale", "softcap", "score_mod",
            "sinks", "rounded", "fully_masked")  # fmt: skip
-# Who says one of these says how it is called, so that no convention is looked for.
-_CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 
 
 @dataclass(frozen=True)
@@ -253,7 +257,7 @@ class AttentionSpec:
             raise ValueError(misuse("like", repr(own.name), "None, of a block or a trace"))
         if own is None and plain:
             own = recognised(known)
-            if self.typed & _CALLED:  # it is said otherwise
+            if self.typed & CALLED:  # it is said otherwise
                 return {}
         if own is None:
             return {}
