@@ -44,6 +44,10 @@ class Steps:
         for n, row in enumerate(new):
             pool[slots[kept + n]] = row
 
+    def keep(self, mask: Tensor) -> Tensor:
+        """Where a tree lets its queries attend."""
+        return mask
+
     def into(self, out: Tensor, rows: slice, result: Tensor, keys: int) -> None:
         """Write an output."""
         out[rows] = result
@@ -262,6 +266,7 @@ def _extend(steps: Steps) -> Callable[..., Any]:
                 keep = custom_mask[begin:end].view(queries, len(key)).clone()
                 if skip_prefix_custom_mask:
                     keep[:, :count] = True
+                keep = steps.keep(keep)
             own, _ = attend(
                 q_extend[rows], key, value, stand=stand, scale=scale, keep=keep,
                 causal=is_causal and keep is None, softcap=logit_cap, sinks=sinks,
@@ -328,7 +333,7 @@ class _Wrapper:
             own = None
             if mask is not None:
                 own = mask[start : start + len(query) * count].view(len(query), count)
-                start += len(query) * count
+                own, start = self._steps.keep(own), start + len(query) * count
             found, logs = attend(
                 query, key, value, stand=stand, scale=scale, sinks=sinks, keep=own,
                 first=lambda i, s=stand: self._steps.begin(i, s, left, self._page), **options,
@@ -386,6 +391,27 @@ class BatchDecodeWithPagedKVCacheWrapper(_Wrapper):
         q_len_per_req=None, skip_softmax_threshold_scale_factor=None, kv_cache_sf=None,
     ):  # fmt: skip
         return self._run(q, paged_kv_cache, out, lse, return_lse, sinks)
+
+
+def _flash_mla(steps: Steps) -> Callable[..., Any]:
+    def flash_mla_with_kvcache(
+        q, k_cache, block_table, cache_seqlens, head_dim_v, tile_scheduler_metadata,
+        num_splits=None, softmax_scale=None, causal=False, is_fp8_kvcache=False, indices=None,
+        attn_sink=None, extra_k_cache=None, extra_indices_in_kvcache=None, topk_length=None,
+        extra_topk_length=None,
+    ):  # fmt: skip
+        assert k_cache.shape[1:] == (64, 1, 576)
+        out, lse = _over_sequences(
+            steps, list(q), k_cache, k_cache[..., :head_dim_v].contiguous(), None, None,
+            cache_seqlens, None, None, block_table, window=(-1, -1), scale=softmax_scale,
+            causal=causal,
+        )  # fmt: skip
+        out, lse = torch.stack(out), torch.stack(lse)
+        if attn_sink is not None:
+            out = (out * torch.sigmoid(lse - attn_sink.double())[..., None]).to(q.dtype)
+        return out, torch.where(lse == -math.inf, math.inf, lse).transpose(1, 2)
+
+    return flash_mla_with_kvcache
 
 
 def _paged_hnd(
@@ -448,6 +474,7 @@ MADE: dict[str, Callable[[Steps], Callable[..., Any]]] = {
     "vllm_unified_attention": _unified,
     "flashinfer_paged": BatchPrefillWithPagedKVCacheWrapper,
     "flashinfer_decode": BatchDecodeWithPagedKVCacheWrapper,
+    "flash_mla": _flash_mla,
     "trtllm_context": _trtllm_context,
     "trtllm_decode": _trtllm_decode,
     "sglang_extend": _extend,

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
 import pytest
 import torch
 from public_cached import MADE, BatchPrefillWithPagedKVCacheWrapper, Steps
@@ -10,6 +16,7 @@ from torch import Tensor
 from pytest_attnheat import AttentionSpec, check_attention, diagnose
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.storage import UNUSED, Storage, laid_out
+from pytest_attnheat.contract.checks import CHECKS
 
 
 class _LastPageWhole(Steps):
@@ -151,6 +158,11 @@ class _ToTheFront(Steps):
         super().append(pool, slots, new, 0)
 
 
+class _TreeIgnored(Steps):
+    def keep(self, mask: Tensor) -> Tensor:
+        return torch.ones_like(mask)
+
+
 class _AddedTo(Steps):
     def into(self, out: Tensor, rows: slice, result: Tensor, keys: int) -> None:
         out[rows] += result
@@ -186,6 +198,10 @@ WRONG: list[tuple[str, str, type[Steps], str]] = [
     ("cache_appended_lost", "flash_attn_3_cache", _Lost, "append=3"),
     ("cache_appended_too_far", "flash_attn_cache", _TooFar, "append=3"),
     ("cache_shared_page_written", "flash_attn_3_cache", _ToTheFront, "append=3 shared=True"),
+    ("mask_ignored", "flashinfer_paged", _TreeIgnored, "mask=boolean"),
+    ("mask_ignored", "sglang_extend", _TreeIgnored, "mask=boolean ragged=unequal"),
+    ("cache_table_of_another", "flash_mla", _OfAnother, "lengths=True"),
+    ("cache_stale_tail", "flash_mla", _StaleTail, "lengths=True"),
     ("output_buffer_added_to", "sglang_extend", _AddedTo, ""),
 ]
 SENTENCES = {one.name: one.sentence for one in DEFECTS}
@@ -240,6 +256,29 @@ def test_a_cache_that_is_written_to_elsewhere_fails_though_the_output_is_right()
     found = diagnose(AttentionSpec(MADE["flash_attn_cache"](Careless()), dtypes=["float64"]))
     assert found.defects == ("cache_overwritten",)
     assert "gives the output of attention as declared, but in its cache" in found.sentence
+
+
+@pytest.mark.parametrize(("made", "change", "says"), [
+    ("flash_attn_cache", lambda lse: lse / math.log(2.0), "(batch, heads, query_len), base 2"),
+    ("flash_attn_3_cache", lambda lse: lse.mT, "it is (batch, query_len, heads), base e"),
+    ("trtllm_context", lambda lse: lse * math.log(2.0), "(batch, heads, query_len), base e"),
+    ("flash_mla", lambda lse: -lse.abs().where(lse.isinf(), -lse), "has not +inf"),
+])  # fmt: skip
+def test_a_log_sum_exp_of_another_convention_is_called_what_it_is(
+    made: str, change: Callable[[Tensor], Tensor], says: str
+) -> None:
+    right = MADE[made](Steps())
+
+    @wraps(right)
+    def other(*given: Any, **named: Any) -> Any:
+        answer = right(*given, **named)
+        return (answer[0], change(answer[1])) if isinstance(answer, tuple) else answer
+
+    (check,) = [one for one in CHECKS if one.name == "returned_lse"]
+    spec = AttentionSpec(other, dtypes=["float32"])
+    assert check_attention(replace(spec, subject=right), checks=[check]).passed
+    (result,) = check_attention(spec, checks=[check]).failed
+    assert says in result.message
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND"])

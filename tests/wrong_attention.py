@@ -1,6 +1,6 @@
 """Attention with planted defects, written from the sentences of the catalogue alone.
 
-But for their names, nothing of the catalogue is used here: the tests of the diagnosis would otherwise
+But for names, nothing of the catalogue is used here: the tests of the diagnosis would otherwise
 compare it with itself. Lengths come first in this house (batch, length, heads, width), masks are
 made of positions, and softmax is written out.
 """

@@ -187,7 +187,8 @@ class Defect:
             constant stands in place of `{constant}`.
         changes: What it does to the plan, in each of its forms; the first one is the most usual.
         issue: A public issue that reports it.
-        form_of: A simpler defect, which is named in its place where it gives the same output.
+        form_of: A simpler defect, or several with spaces between, one of which is named in its
+            place where it gives the same output.
         seen: How it is found: its output is reproduced "exactly" (to within rounding), or with
             a constant that is "fitted"; by "rounding" that another order of the same steps may
             do differently in a few rows; by "randomness", which no plan reproduces; or with NaN

@@ -81,12 +81,15 @@ class Drawing:
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         batch, heads, query_len, key_len = self._whole
         width, key_heads = self.chosen["head_dim"], heads // self.chosen["group"]
+        latent = self.chosen["value_dim"] == "latent"
         value_dim = width if self.chosen["value_dim"] == "equal" else max(1, width - 4)
+        value_dim = width - width // 9 if latent else value_dim
         query, key, value = HOLDING[self.chosen["numbers"]](
             draw("query", self.seed, batch, heads, query_len, width),
             draw("key", self.seed, batch, key_heads, key_len, width),
             draw("value", self.seed, batch, key_heads, key_len, value_dim),
         )
+        value = key[..., :value_dim] if latent else value  # a part of the keys themselves
         return self._given(query), self._given(key), self._given(value)
 
     def _documents(self) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ UNUSED = ("ordinary", "nan", "large")
 OWN = -1
 # So many slots there are at least: a number of one byte does not count them.
 _LEAST_SLOTS = 320
+# So many numbers are drawn and come again: a prime, so that no two slots hold the same.
+_DRAWN = 32749
 # Slots of a row before the first key, after the last, and rows and pages that nobody has.
 _LEFT, _ROOM, _SPARE = 3, 5, 2
 
@@ -54,7 +56,9 @@ class Storage:
             dtype: What ordinary numbers are rounded to; by default the dtype of `like`.
         """
         if self.unused == "ordinary":
-            return draw(f"unused {name}", self.seed, *shape).to(dtype or like.dtype).to(like)
+            count = math.prod(shape)
+            few = draw(f"unused {name}", self.seed, min(count, _DRAWN)).to(dtype or like.dtype)
+            return few.repeat(-(-count // _DRAWN))[:count].view(shape).to(like)
         found = like.new_full(shape, math.nan if self.unused == "nan" else 1e4)
         found.view(-1)[::2] *= -1
         return found
@@ -208,11 +212,16 @@ def laid_out(
     places = torch.arange(key_len, device=key.device)
     slots = cache.slots(places)
     whole, old = places < keys[:, None], places < cache.kept[:, None]
-    pools = []
+    pools: list[tuple[Tensor, Tensor]] = []
+    # Values that are a part of the keys are stored once.
+    latent = torch.equal(key[..., : value.shape[-1]], value)
     for name, tensor in (("key", key), ("value", value)):
         of_keys = tensor.detach().transpose(1, 2)
         shape = (len(order) * page, *of_keys.shape[2:])
-        before = storage.filled(name, of_keys, *shape, dtype=dtype)
+        if latent and pools:
+            before = pools[0][0][..., : shape[-1]].clone()
+        else:
+            before = storage.filled(name, of_keys, *shape, dtype=dtype)
         before[slots[old]] = of_keys[old]
         after = before.clone()
         after[slots[whole]] = of_keys[whole]

@@ -20,14 +20,13 @@ from pytest_attnheat.callables import plans_and_runs
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.conventions import Convention, recognised
+from pytest_attnheat.contract.filling import CALLED
 from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
 
 Returns: TypeAlias = Literal["output", "weights", "averaged", "dropped_weights", "lse"]
-# Who says one of these says how it is called, so that no convention is looked for.
-CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 # The steps that may be rounded on purpose, in their order.
 STEPS = ("query", "key", "value", "scores", "weights")
 

@@ -114,7 +114,8 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
         raise UndeclaredError(f"{spec.name} is not declared to take is_causal")
     if call.causal or spec.is_causal_by_default():
         yield spec.causal_argument, call.causal
-    if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
+    takes = spec.takes if spec.convention is None else spec.names  # it has keywords of its own
+    if call.query.shape[1] != call.key.shape[1] and takes("enable_gqa"):
         yield "enable_gqa", True
     always = {*spec.always(call.heads), *(("lengths",) if ragged else ())}
     for name in KEYWORDS.values():

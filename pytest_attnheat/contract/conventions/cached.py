@@ -12,7 +12,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
 from pytest_attnheat.attention.storage import OWN, Cache, Storage, laid_out
-from pytest_attnheat.contract.asking import Beside
+from pytest_attnheat.contract.asking import Beside, UndeclaredError
 from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
 from pytest_attnheat.contract.conventions.dense import FLASH_2, float32, inclusive, left_only
 from pytest_attnheat.contract.conventions.packed import packing, unpack
@@ -174,6 +174,26 @@ def _trtllm(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     return _beside(unpack(result, call, heads_first=False), cache, pools, heads_first=True)
 
 
+def _latent(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
+    """`flash_mla_with_kvcache`, whose values are the first part of its keys, of one head.
+
+    Raises:
+        UndeclaredError: They are not.
+    """
+    cache, width = _laid_out(spec, call), call.value.shape[-1]
+    if not torch.equal(call.key[..., :width], call.value):
+        raise UndeclaredError(f"{spec.name} takes no values that are not part of its keys")
+    keys, values = _pools(cache)
+    told: dict[str, Any] = {"block_table": cache.table.int(), "head_dim_v": width,
+                            "cache_seqlens": cache.lengths.int()}  # fmt: skip
+    make = getattr(spec.implementation, "__globals__", {}).get("get_mla_metadata")
+    made = {"tile_scheduler_metadata": None} if make is None else dict(
+        zip(("tile_scheduler_metadata", "num_splits"), make(), strict=True))  # fmt: skip
+    given = {**made, **arguments, **told}
+    result = spec.implementation(call.query.transpose(1, 2), keys, **given)
+    return _beside(result, cache, (keys, values))
+
+
 # --- slots
 
 
@@ -222,7 +242,11 @@ def _decode(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 
 def _listed(sinks: Tensor) -> list[Tensor]:
-    return [sinks if sinks.dtype == torch.float64 else sinks.float()]
+    return [_at_least_float32(sinks)]
+
+
+def _at_least_float32(sinks: Tensor) -> Tensor:
+    return sinks if sinks.dtype == torch.float64 else sinks.float()
 
 
 def _as_list(window: tuple[int | None, int | None]) -> list[int]:
@@ -292,6 +316,17 @@ CONVENTIONS = (
                lse=Lse(base="2"), handles=("sm_scale", "logits_soft_cap"), one_query=True,
                ragged=("unequal", "equal", "without keys"), only={**_LEFT, **_ALIKE},
                stored=_PAGES),
+    Convention("flash_mla", "flash_mla_with_kvcache of FlashMLA",
+               ("q", "k_cache", "block_table", "cache_seqlens", "head_dim_v",
+                "tile_scheduler_metadata"),
+               {**_CACHED, "lengths": "cache_seqlens", "sinks": "attn_sink"},
+               values={"sinks": _at_least_float32}, arrange=_latent,
+               lse=Lse(sink=False, empty="+inf"),
+               only={"head_dim": (576,), "value_dim": ("latent",), "key_heads": (1,),
+                     "sizes": ((5, 7), (1, 33), (1, 1), (7, 7), (9, 5), (33, 33), (63, 65),
+                               (2, 257))},
+               stored={"pages": (64,), "shared": (False, True)},
+               limits="sparse indices, a cache in float8"),
     Convention("trtllm_context", "trtllm_batch_context_with_kv_cache of FlashInfer",
                ("query", "kv_cache", "block_tables", "seq_lens", "bmm1_scale", "cum_seq_lens_q",
                 "batch_size"), {**_FLASHINFER, "scale_argument": "bmm1_scale", "softcap": None,

@@ -107,6 +107,8 @@ class Convention:
     def declared(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a specification, without what keywords that a signature lacks are for."""
         found = dict(self.declares)
+        if not self.fits(names) and any(p.kind is p.VAR_KEYWORD for p in names.values()):
+            return found  # it hands on whatever it is given
         if any(name not in names for name in self.besides):
             found["returns"] = "output"
         for name, several in found.items():

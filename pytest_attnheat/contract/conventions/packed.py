@@ -56,7 +56,10 @@ def unpack(result: Any, call: Call, heads_first: bool) -> Any:
         return unpacked(result, queries, call.query_len)
     lse = result[1] if len(result) > 1 else None
     if isinstance(lse, torch.Tensor):
-        lse = unpacked(lse.T if heads_first else lse, queries, call.query_len).transpose(1, 2)
+        own = lse.T if heads_first else lse
+        turned = len(own) != len(result[0])  # the other way round: a check says so
+        lse = unpacked(own.T if turned else own, queries, call.query_len)
+        lse = lse if turned else lse.transpose(1, 2)
     return unpacked(result[0], queries, call.query_len), lse
 
 
