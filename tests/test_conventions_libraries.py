@@ -149,6 +149,18 @@ def test_a_function_of_ones_own_goes_over_to_jax_by_name(jax):
     assert passed(report) == {"plain", "causal", "gradients"}
 
 
+def test_a_function_of_jax_in_which_numbers_decide_is_left_uncompiled(jax):
+    def attention(query, key, value):
+        scores = query @ key.swapaxes(-1, -2) * query.shape[-1] ** -0.5
+        if scores.max() > 50:
+            scores = scores - scores.max(-1, keepdims=True)
+        return jax.nn.softmax(scores) @ value
+
+    spec = {"like": "jax", "layout": "bhld", "grouped": False, "dtypes": ("float32",)}
+    report = examined(attention, "plain", "large_scores", "gradients", **spec)
+    assert passed(report) == {"plain", "large_scores", "gradients"}, str(report)
+
+
 # --- MLX
 
 

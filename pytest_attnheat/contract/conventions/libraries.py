@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
 from importlib import import_module
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -128,33 +128,48 @@ def _jax() -> Library:
     return Library(give, gradients, compiled=_by_jit)
 
 
+# Compiled in a hurry: what is compiled for one small call runs two or three times.
 _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
 
 
-# Kept: a function that is made anew is compiled anew. To run it uncompiled takes longer, as then
-# each step of it is compiled by itself.
+def _jitted(function: Function) -> Function:
+    """Compile a function as a whole, or leave it as it is if numbers decide what it does.
+
+    To run it uncompiled takes longer, as then each step of it is compiled by itself.
+    """
+    jax = import_module("jax")
+    compiled = jax.jit(function, compiler_options=_QUICK)
+
+    @wraps(function)
+    def call(*given: Any) -> Any:
+        try:
+            return compiled(*given)
+        except (jax.errors.ConcretizationTypeError, jax.errors.TracerArrayConversionError):
+            return function(*given)
+
+    return call
+
+
+# Kept, as a function that is made anew is compiled anew.
 @lru_cache(maxsize=256)
 def _by_jit(
     function: Any, names: tuple[str, ...], options: tuple[tuple[str, Any], ...]
 ) -> Function:
-    jitted: Function = import_module("jax").jit(
-        _called(function, names, options), compiler_options=_QUICK
-    )
-    return jitted
+    return _jitted(_called(function, names, options))
 
 
 @lru_cache(maxsize=256)
 def _gradients_by_jax(function: Function, count: int) -> Function:
-    jax = import_module("jax")
+    vjp, plain = import_module("jax").vjp, inspect.unwrap(function)
 
     def pull(upstream: Any, *given: Any) -> Sequence[Any]:
-        plain = inspect.unwrap(function)
-        first = lambda *arrays: plain(*arrays, *given[count:])[0]  # noqa: E731
-        found: Sequence[Any] = jax.vjp(first, *given[:count])[1](upstream)
+        def first(*arrays: Any) -> Any:
+            return plain(*arrays, *given[count:])[0]
+
+        found: Sequence[Any] = vjp(first, *given[:count])[1](upstream)
         return found
 
-    jitted: Function = jax.jit(pull, compiler_options=_QUICK)
-    return jitted
+    return _jitted(pull)
 
 
 def _both_sides(window: tuple[int | None, int | None]) -> tuple[int, ...]:
@@ -283,35 +298,38 @@ _ASKED_OF_ONNX: dict[str, Any] = {
 }
 
 
+# What functions of arrays share.
+_ARRAYS: dict[str, Any] = {
+    "mask_argument": "mask",
+    "scale_argument": "scale",
+    "grouped": True,
+    "fully_masked": "uniform",
+    "devices": ("cpu",),
+    "few_shapes": True,
+}
+
 CONVENTIONS = (
     Convention("jax", "dot_product_attention of JAX",
                ("query", "key", "value", "key_value_seq_lengths", "local_window_size"),
-               {"layout": "blhd", "mask_argument": "mask", "causal": "top_left", "bias": "bias",
-                "grouped": True, "scale_argument": "scale", "window": "local_window_size",
-                 "returns": "lse",
-                "lengths": "key_value_seq_lengths", "fully_masked": "uniform",
-                "dtypes": ("float32", "bfloat16"), "devices": ("cpu",), "few_shapes": True},
+               {**_ARRAYS, "layout": "blhd", "causal": "top_left", "bias": "bias",
+                "window": "local_window_size", "lengths": "key_value_seq_lengths",
+                "returns": "lse", "dtypes": ("float32", "bfloat16")},
                values={"window": _both_sides}, arrange=across(_jax),
                besides={"return_residual": True}, lse=Lse("blh", empty="lowest"),
                only={"value_dim": ("equal",), **_FEW}),
     Convention("mlx", "scaled_dot_product_attention of MLX",
                ("q", "k", "v", "scale", "mask", "sinks", "stream"),
-               {"mask": "any", "mask_argument": "mask", "causal": "bottom_right",
-                "scale_argument": "scale", "sinks": "sinks", "grouped": True,
-                "fully_masked": "uniform", "dtypes": ("float32", "float16", "bfloat16"),
-                "devices": ("cpu",), "few_shapes": True},
+               {**_ARRAYS, "mask": "any", "causal": "bottom_right", "sinks": "sinks",
+                "dtypes": ("float32", "float16", "bfloat16")},
                arrange=_named_mask, handles=("is_causal",),
                apart=(("mask", "causal"), ("fill", "empty"))),
     Convention("keras", "dot_product_attention of Keras",
                ("query", "key", "value", "flash_attention", "attn_logits_soft_cap"),
-               {"layout": "blhd", "mask_argument": "mask", "causal": "top_left", "bias": "bias",
-                "grouped": True, "scale_argument": "scale", "fully_masked": "uniform",
-                "dtypes": ("float32", "bfloat16"), "devices": ("cpu",), "few_shapes": True},
+               {**_ARRAYS, "layout": "blhd", "causal": "top_left", "bias": "bias",
+                "dtypes": ("float32", "bfloat16")},
                arrange=_keras, only=_FEW, limits="attn_logits_soft_cap, which no CPU has"),
     Convention("onnx", "the operator Attention of ONNX, in what makes a session of a model",
-               ("proto", "opsets", "new_ops"), _ONNX,
-               **_ASKED_OF_ONNX),
+               ("proto", "opsets", "new_ops"), _ONNX, **_ASKED_OF_ONNX),
     Convention("onnxruntime", "the operator Attention of ONNX, in a session of ONNX Runtime",
-               ("path_or_bytes", "sess_options", "providers"), _ONNX,
-               **_ASKED_OF_ONNX),
+               ("path_or_bytes", "sess_options", "providers"), _ONNX, **_ASKED_OF_ONNX),
 )  # fmt: skip
