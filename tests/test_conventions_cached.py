@@ -221,6 +221,11 @@ def test_what_is_right_passes_whatever_unused_slots_hold(made: str, unused: str)
     assert f"called as {made}," in str(report)
 
 
+@pytest.mark.parametrize("made", ["flash_attn_3_cache", "flash_mla", "sglang_decode"])
+def test_what_is_right_is_diagnosed_as_healthy(made: str) -> None:
+    assert diagnose(AttentionSpec(MADE[made](Steps()), dtypes=["float64"])).healthy
+
+
 @pytest.mark.parametrize(("name", "made", "wrong", "call"), WRONG)
 def test_what_goes_wrong_in_a_cache_is_named(
     name: str, made: str, wrong: type[Steps], call: str

@@ -188,8 +188,9 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
     square = {} if differs or declared.one_query else {"sizes": (7, 7)}
     equal = usual | {"value_dim": "equal"} | square
     known = declared.levels()
+    fixed = {n: some[0] for n, some in declared.only if n in ("key_heads", "head_dim", "value_dim")}
     for more in ({}, usual, full, usual | full, equal):
-        wanted = {**levels, **({} if declared.few_shapes else more)}
+        wanted = {**levels, **({} if declared.few_shapes else more), **fixed}
         if any(wanted[n] not in known.get(n, ()) for n in wanted if n not in SIZES):
             continue
         try:
