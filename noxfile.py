@@ -84,6 +84,15 @@ def zoo(session: nox.Session) -> None:
 
 
 @nox.session
+def libraries(session: nox.Session) -> None:
+    """The examination of attention of other libraries, and of Keras on two of them."""
+    install_pinned(session, "-e", ".[libraries]")
+    tests = "tests/test_conventions_libraries.py"
+    session.run("pytest", tests, *session.posargs)
+    session.run("pytest", tests, "-k", "keras", env={"KERAS_BACKEND": "jax"})
+
+
+@nox.session
 def wheel(session: nox.Session) -> None:
     """Build the wheel, install it beside nothing of the repository, and use it in a project."""
     folder = Path(session.create_tmp()).resolve()

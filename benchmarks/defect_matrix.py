@@ -7,11 +7,10 @@ from pathlib import Path
 import torch
 
 from pytest_attnheat import AttentionSpec, check_attention, diagnose
-from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import CHECKS
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from wrong_attention import planted_with
+from wrong_attention import PLANTED, planted_with
 
 GROUPED = ("groups_tiled", "first_key_head_only")
 
@@ -34,7 +33,7 @@ def main() -> None:
     needed: dict[str, list[str]] = {}
     table = "--table" in sys.argv
     print("| defect | found by | named |\n|---|---|---|" if table else "")
-    for defect in DEFECTS:
+    for defect in PLANTED:
         torch.manual_seed(0)
         spec = planted(defect.name)
         failed = list(dict.fromkeys(r.name for r in check_attention(spec).failed))

@@ -60,7 +60,8 @@ def conventions() -> Rows:
             "dropout",
             "bias",
         )
-        asked = ", ".join(f"`{said[n]}`" for n in names if isinstance(said.get(n), str))
+        given = [one[0] if isinstance(one, tuple) else one for one in map(said.get, names)]
+        asked = ", ".join(f"`{name}`" for name in given if isinstance(name, str))
         lse = f"{', '.join(one.lse.shape)}; base {one.lse.base}" if one.lse else ""
         yield (f"`{one.name}`", one.about, told + f"; not {without}" * bool(without), corner, asked,
                lse, one.limits)  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import random
@@ -75,7 +76,22 @@ def _is_marked(part: object) -> bool:
 
 
 def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
-    """Return the parameters of a callable, None where they are not known, as of a builtin."""
+    """Return the parameters of a callable, None where they are not known, as of a builtin.
+
+    Those of an object with `plan` and `run` are the ones of both; of an operator of torch, the
+    names of its results are among them.
+    """
+    if plans_and_runs(subject):
+        both = [inspect.signature(method).parameters for method in (subject.plan, subject.run)]
+        return {**both[0], **both[1]}
+    if isinstance(subject, torch._ops.OpOverloadPacket):
+        subject = getattr(subject, next(iter(subject)))
+    if isinstance(subject, torch._ops.OpOverload):
+        schema = subject._schema
+        named = [(one.name, one.default_value) for one in schema.arguments]
+        return _parameters([*named, *((one.name, None) for one in schema.returns if one.name)])
+    if text := getattr(subject, "__nb_signature__", None):  # of nanobind, which MLX is made with
+        return _parameters_in(text[0][0])
     # Of a module, that of __call__ names none.
     called = subject.forward if isinstance(subject, nn.Module) else subject
     if "__signature__" in vars(type(subject)):  # of the class, not of what it makes
@@ -84,6 +100,31 @@ def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
         return inspect.signature(called).parameters
     except (TypeError, ValueError):
         return None
+
+
+def plans_and_runs(subject: object) -> bool:
+    """Whether an object is told first of what is to come, and then asked."""
+    return all(inspect.ismethod(getattr(subject, name, None)) for name in ("plan", "run"))
+
+
+def _parameters_in(text: str) -> Mapping[str, inspect.Parameter] | None:
+    """The parameters of a signature as text, "def name(...) -> ..."."""
+    try:
+        parsed = ast.parse(f"{text}: ...").body[0]
+    except SyntaxError:
+        return None
+    assert isinstance(parsed, ast.FunctionDef)
+    given = parsed.args
+    optional = [one.arg for one in given.args[len(given.args) - len(given.defaults) :]]
+    named = zip(given.kwonlyargs, given.kw_defaults, strict=True)
+    optional += [one.arg for one, default in named if default is not None]
+    every = [one.arg for one in (*given.posonlyargs, *given.args, *given.kwonlyargs)]
+    return _parameters([(n, None if n in optional else inspect.Parameter.empty) for n in every])
+
+
+def _parameters(named: Iterable[tuple[str, Any]]) -> Mapping[str, inspect.Parameter]:
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    return {name: inspect.Parameter(name, kind, default=default) for name, default in named}
 
 
 def _collected(subject: object) -> list[object]:

@@ -274,9 +274,15 @@ def vllm_flash_attn_varlen_func(
     aux_tensor_leading_dims=None, dynamic_causal=None,
 ):  # fmt: skip
     assert window_size is None or isinstance(window_size, list)
+    if block_table is not None:
+        k, v = (torch.cat([pool[pages.long()].flatten(0, 1)[:n]
+                           for pages, n in zip(block_table, seqused_k, strict=True)])
+                for pool in (k, v))  # fmt: skip
+        cu_seqlens_k = torch.cat([seqused_k.new_zeros(1), seqused_k.cumsum(0)])
     output, lse = packed(q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, dropout=dropout_p,
                          scale=softmax_scale or q.shape[-1] ** -0.5, causal=causal,
-                         window=window_size or (None, None), softcap=softcap)  # fmt: skip
+                         window=window_size or (None, None), softcap=softcap,
+                         sinks=s_aux)  # fmt: skip
     return (output, lse) if return_softmax_lse else output
 
 

@@ -331,6 +331,27 @@ class Taking(nn.Module):
         return inputs.cumsum(1) + (0 if cache is None else cache)
 
 
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_model_gets_its_cache_under_the_name_that_it_has_for_it(name):
+    seen = {}
+
+    class Model(torch.nn.Module):
+        if name == "cache":
+
+            def forward(self, inputs, cache=None, use_cache=None):
+                seen["cache"] = cache
+                return SimpleNamespace(logits=inputs, cache="next")
+
+        else:
+
+            def forward(self, inputs, past_key_values=None, use_cache=None):
+                seen["past_key_values"] = past_key_values
+                return SimpleNamespace(logits=inputs, past_key_values="next")
+
+    _, cache = CachedDecoding(Model())(torch.ones(1, 2), "first")
+    assert (seen, cache) == ({name: "first"}, "next")
+
+
 @pytest.mark.parametrize(
     "name", ["cache", "kv_cache", "past", "past_key_values", "layer_past", "past_kv", "use_cache"]
 )

@@ -292,7 +292,7 @@ def test_a_replay_that_does_not_fit_is_skipped_with_the_reason(text, reason):
         ("sizes=1xx", "replay: got '1xx'; accepted is one of 5x7, *"),
         ("sizes=0x0", "replay: got '0x0'; accepted is one of 5x7, *, or two others from 1"),
         ("sizes=3", "replay: got '3'; accepted is one of 5x7, *, or two others from 1"),
-        ("batch=0", "replay: got '0'; accepted is one of 2, 1, 3, or another number from 1"),
+        ("batch=0", "replay: got '0'; accepted is one of 3, 2, 1, 5, or another number from 1"),
         ("head_dim=-8", "replay: got '-8'; accepted is one of 16, *, or another number from 1"),
         ("causal=1", "replay: got '1'; accepted is one of False, True"),
         ("causal=maybe", "replay: got 'maybe'; accepted is one of False, True"),

@@ -8,10 +8,9 @@ import torch
 from attention_subjects import WIDTH, randn, tokens
 from torch import nn
 from torch.nn import functional
-from wrong_attention import attention_with, declared_for
+from wrong_attention import PLANTED, attention_with, declared_for
 
 from pytest_attnheat import AttentionSpec, SequenceModel, capture_attention, check_attention
-from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
 
 SDPA = functional.scaled_dot_product_attention
@@ -512,7 +511,7 @@ TRUE_OF = {
 AS = {"causal_ignored_with_mask": "causal_ignored", "mask_ignored_when_causal": "mask_ignored"}
 KINDS = ("encoder", "decoder", "language")
 # Some of them; the width of a head is no root of another size, so that scales are told apart.
-SOME = [defect.name for defect in DEFECTS][4::11]
+SOME = [defect.name for defect in PLANTED][4::11]
 WIDE = 24
 
 

@@ -16,7 +16,7 @@ from attention_subjects import randn
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from wrong_attention import FACTOR, RATE, TEMPERATURE, attention_with, declared_for
+from wrong_attention import FACTOR, PLANTED, RATE, TEMPERATURE, attention_with, declared_for
 
 from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.plan import Case, NotApplicable, Plan, carry_out
@@ -28,7 +28,7 @@ from pytest_attnheat.contract.observing import observed
 from pytest_attnheat.contract.probing import inferred_weights
 from pytest_attnheat.contract.spec import AttentionSpec
 
-NAMES = [defect.name for defect in DEFECTS]
+NAMES = [defect.name for defect in PLANTED]
 # What is no defect, what float16 alone shows, and what reads masks without numbers upside down.
 UNSEEN = {"masked_nan_felt", "products_overflow", "bias_as_keep"}
 # Those that are declared alike one after the other: they share what plans give on their cases.
@@ -39,7 +39,7 @@ SHARED = {"sinks": declared_for("sinks_ignored")["sinks"],
 # Two of them at once: not those that need another declaration, or call for another method.
 IN_PAIRS = [
     defect.name
-    for defect in DEFECTS
+    for defect in PLANTED
     if defect.seen not in ("garbage", "randomness")
     and not declared_for(defect.name)
     and defect.name not in UNSEEN
@@ -121,7 +121,7 @@ def noisy_head(query, key, value, attn_mask=None, is_causal=False):
 
 
 def test_names_are_unique_and_every_defect_is_one_sentence():
-    assert len(set(NAMES)) == len(NAMES)
+    assert len({defect.name for defect in DEFECTS}) == len(DEFECTS)
     for defect in DEFECTS:
         assert defect.sentence.split()[0] in ("whose", "that", "with", "without"), defect
         assert not defect.sentence.endswith((".", "?"))

@@ -25,7 +25,7 @@ from attention_subjects import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention as sdpa
-from wrong_attention import attention_with, declared_for, planted_with
+from wrong_attention import PLANTED, attention_with, declared_for, planted_with
 
 from pytest_attnheat import (
     AttentionSpec,
@@ -36,7 +36,6 @@ from pytest_attnheat import (
     sliding_window_mask,
     transformers_attention,
 )
-from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.contract.asking import KEYWORDS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.declarations import hints_of
@@ -51,7 +50,7 @@ NAMED = [check for check in CHECKS if check.name != "pairs"]
 BY_NAME = {check.name: check for check in CHECKS}
 # No call has products that float16 cannot hold. Every second one: the table in the docs has all.
 NOT_FOUND = ("masked_nan_felt", "products_overflow")
-FOUND = [defect.name for defect in DEFECTS if defect.name not in NOT_FOUND][::2]
+FOUND = [defect.name for defect in PLANTED if defect.name not in NOT_FOUND][::2]
 
 
 class Exiting(torch.nn.Module):

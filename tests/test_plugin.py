@@ -124,6 +124,9 @@ def test_a_wrong_marker_is_an_error_at_collection(pytester, arguments, said, arg
         def test_a({argument}): pass
     """)
     result = pytester.runpytest("--collect-only", "-W", "error")
+    if not argument and arguments == "'additive'":  # a marker of somebody else
+        assert result.ret == pytest.ExitCode.OK
+        return
     assert result.ret == pytest.ExitCode.INTERRUPTED
     pattern = said.replace("[", "[[]")
     result.stdout.fnmatch_lines(f"*.py::test_a: {pattern}")
@@ -140,7 +143,7 @@ def test_a_wrong_marker_is_found_wherever_it_stands(pytester, where):
         class TestA:
             @pytest.mark.attention(*{"[1]" if where == "outer" else "[]"})
             @pytest.mark.attention(query_len=3)
-            def test_a(self): pass
+            def test_a(self, attention): pass
     """)
     result = pytester.runpytest()
     said = {"module": "batch: got", "class": "heads: got", "outer": "the attention marker: got"}

@@ -1,6 +1,8 @@
 """The text view of attention weights."""
 
+import io
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -134,3 +136,13 @@ def test_what_is_no_map_is_refused():
 def test_a_part_is_numbered_from_its_first_row_and_column():
     drawn = format_heatmap(torch.eye(3), first_row=4, first_column=10)
     assert drawn.splitlines()[:2] == ["keys 10..12", "  q4  █▁▁  1.000"]
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+def test_a_stream_that_has_no_blocks_gets_plain_characters(monkeypatch, encoding):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    mask = torch.tensor([[True, True, False]])
+    stream.write(format_heatmap(torch.tensor([[1.0, 0.0, 0.0]]), mask=mask))
+    stream.flush()
+    assert "q0  #_~" in stream.buffer.getvalue().decode(encoding)

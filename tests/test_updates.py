@@ -1,12 +1,14 @@
 """The life of a baseline: missing, added, equal, changed, updated, unused."""
 
 import base64
+import textwrap
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from pytest_attnheat import read_heatmaps
+from pytest_attnheat.plugin import summary
 
 PICTURES = """
     import numpy as np, pytest
@@ -273,6 +275,30 @@ def test_several_pictures_of_one_test_are_compared_by_name(pytester):
     result = pytester.runpytest()
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
+
+
+def test_a_used_baseline_is_not_listed_as_unused_where_a_folder_has_brackets(pytester, monkeypatch):
+    root = pytester.mkdir("a[b]c")
+    (root / "pytest.ini").write_text("[pytest]", encoding="utf-8")
+    (root / "test_a.py").write_text(textwrap.dedent(SEVERAL), encoding="utf-8")
+    monkeypatch.chdir(root)
+    pytester.runpytest("test_a.py", "--attn-update=missing").assert_outcomes(passed=1)
+    result = pytester.runpytest("test_a.py", "--attn-unused")
+    result.assert_outcomes(passed=1)
+    result.stdout.no_fnmatch_line("unused *")
+    (root / "baseline_images/test_b.old.png").write_bytes(b"")
+    result = pytester.runpytest("test_a.py", "--attn-unused")
+    result.stdout.fnmatch_lines("unused *test_b.old.png")
+
+
+def test_a_path_that_no_relative_one_leads_to_is_shown_whole(pytester, monkeypatch):
+    def elsewhere(path, start):
+        raise ValueError("path is on mount 'C:', start on mount 'D:'")
+
+    config = pytester.parseconfig()
+    monkeypatch.setattr("os.path.relpath", elsewhere)
+    path = config.rootpath / "baseline_images/test_a.png"
+    assert summary.shown(config, path) == str(path)
 
 
 def test_weights_are_drawn_with_the_arguments_of_show_heatmaps_and_one_needs_no_name(pytester):

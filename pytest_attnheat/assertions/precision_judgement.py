@@ -302,6 +302,10 @@ def _fully_masked_rows(one: Judgement, context: Context) -> str | None:
     if one.name == "query":
         nan = bool(here.isnan().all())
         return text + ("is NaN, through the softmax of -inf?" if nan else "has a gradient")
+    if (stored := context.call.stored) is not None:
+        before = stored.filled("output", one.found, *one.shape, dtype=one.dtype)[where]
+        if torch.equal(here.nan_to_num(), before.nan_to_num()):
+            return text + "is what the buffer of the output held before: nothing is written there"
     if bool(here.isnan().all()):
         return text + 'is NaN, the softmax of -inf. If that is meant, fully_masked="nan"'
     if bool((here == 0).all()):
@@ -309,6 +313,17 @@ def _fully_masked_rows(one: Judgement, context: Context) -> str | None:
     return text + (
         "holds numbers: masked with a finite number, or not at all? If the mean of all values is "
         'meant, fully_masked="uniform"'
+    )
+
+
+def _unused_slots(one: Judgement, context: Context) -> str | None:
+    """NaN that comes from a cache, where slots that nobody uses hold it."""
+    stored = context.call.stored
+    if stored is None or stored.unused != "nan" or not bool(one.found[one.broken].isnan().any()):
+        return None
+    return (
+        "a slot of the cache that no sequence uses is read, or its NaN is multiplied by 0; with "
+        "unused=ordinary, what is read is looked for"
     )
 
 
@@ -418,6 +433,7 @@ def _known_mistake(one: Judgement, context: Context) -> str | None:
 _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _no_gradient,
     _fully_masked_rows,
+    _unused_slots,
     _overflow,
     _known_mistake,
     # A mask that is ignored may leave many rows right, and a wrong scale errors that look like

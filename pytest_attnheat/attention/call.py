@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.storage import Storage
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 
 # (batch, head, query, key) -> whether that query may attend to that key; positions count from 0.
@@ -65,6 +66,7 @@ class Call:
         fully_masked: What the weights are of a query that may attend to nothing.
         rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
             "scores", "weights".
+        stored: How keys and values are stored, by code that reads a cache; None for its own way.
         upstream: The gradient of the output, (..., query_len, value_dim); None for no gradients.
     """
 
@@ -90,6 +92,7 @@ class Call:
     sinks: Tensor | None = None
     fully_masked: DeclaredFullyMasked = "zero"
     rounded: Mapping[str, torch.dtype] | None = None
+    stored: Storage | None = None
     upstream: Tensor | None = None
 
     @cached_property

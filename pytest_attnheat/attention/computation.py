@@ -99,8 +99,8 @@ class _Units:
         one: That of the dtype, with what a long sum adds to it.
         sums: That of the dtype that sums are kept in: float32 or wider, as in
             `pytest_attnheat.attention.tolerance`.
-        tiny: The smallest number that the dtype holds; on a GPU, whose kernels may take a smaller
-            one for zero, the smallest normal one of float32.
+        tiny: The smallest number that the dtype holds; at least the smallest normal one of float32
+            where that is what is computed in, as many kernels take a smaller one for zero.
         exp: How far exp is off by its approximation, as a part of itself.
     """
 
@@ -117,7 +117,7 @@ class _Units:
         tiny = info.smallest_normal * info.eps
         is_exact = call.query.dtype == torch.float64
         exp = 0.0 if is_exact else _EXP_UNITS * torch.finfo(torch.float32).eps
-        if call.query.device.type != "cpu" and not is_exact:
+        if not is_exact:
             tiny = max(tiny, torch.finfo(torch.float32).smallest_normal)
         return cls(info.eps / 2 + math.sqrt(steps) * sums, sums, tiny, exp)
 

@@ -75,6 +75,8 @@ class Plan:
             0 / 0 elsewhere.
         output_factor: A factor of the output.
         masked_nan: Whether NaN in the value of a masked key is "unfelt" or "felt".
+        buffer: Whether the buffer of the output is "written", or "added_to"; or "left" for queries
+            that see nothing, or ("left_if_empty") for sequences without keys.
     """
 
     misread: frozenset[Misreading] = frozenset()
@@ -120,6 +122,7 @@ class Plan:
     empty_slices: Literal["nan", "zero", "uniform"] = "nan"
     output_factor: float = 1.0
     masked_nan: Literal["unfelt", "felt"] = "unfelt"
+    buffer: Literal["written", "added_to", "left", "left_if_empty"] = "written"
 
     @property
     def coarse(self) -> torch.dtype | None:
@@ -184,7 +187,8 @@ class Defect:
             constant stands in place of `{constant}`.
         changes: What it does to the plan, in each of its forms; the first one is the most usual.
         issue: A public issue that reports it.
-        form_of: A simpler defect, which is named in its place where it gives the same output.
+        form_of: A simpler defect, or several with spaces between, one of which is named in its
+            place where it gives the same output.
         seen: How it is found: its output is reproduced "exactly" (to within rounding), or with
             a constant that is "fitted"; by "rounding" that another order of the same steps may
             do differently in a few rows; by "randomness", which no plan reproduces; or with NaN

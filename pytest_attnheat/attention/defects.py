@@ -11,6 +11,7 @@ import math
 
 import torch
 
+from pytest_attnheat.attention.caching import STORED
 from pytest_attnheat.attention.call import FEATURES
 from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan
 from pytest_attnheat.attention.decisions import Change as Change
@@ -266,6 +267,7 @@ DEFECTS: tuple[Defect, ...] = (
     *_HEADS,
     *_TENSORS,
     *PADDED,
+    *STORED,
     *_NUMBERS,
 )
 # In this order a case is misread; no matter which comes first, but always the same.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.storage import OWN, Storage
 
 Choice: TypeAlias = Mapping[str, Any]
 # The level of each feature that stands for its absence, the ordinary one.
@@ -64,7 +65,7 @@ class Drawing:
         }
         own = {name: make() for name, make in drawn.items()
                if self.chosen.get(name, False) not in (False, NONE)}  # fmt: skip
-        return self._masked(replace(call, **own, **self._ragged()))
+        return self._stored(self._masked(replace(call, **own, **self._ragged())))
 
     @property
     def _whole(self) -> tuple[int, int, int, int]:
@@ -80,12 +81,15 @@ class Drawing:
     def _tensors(self) -> tuple[Tensor, Tensor, Tensor]:
         batch, heads, query_len, key_len = self._whole
         width, key_heads = self.chosen["head_dim"], heads // self.chosen["group"]
+        latent = self.chosen["value_dim"] == "latent"
         value_dim = width if self.chosen["value_dim"] == "equal" else max(1, width - 4)
+        value_dim = width - width // 9 if latent else value_dim
         query, key, value = HOLDING[self.chosen["numbers"]](
             draw("query", self.seed, batch, heads, query_len, width),
             draw("key", self.seed, batch, key_heads, key_len, width),
             draw("value", self.seed, batch, key_heads, key_len, value_dim),
         )
+        value = key[..., :value_dim] if latent else value  # a part of the keys themselves
         return self._given(query), self._given(key), self._given(value)
 
     def _documents(self) -> tuple[Tensor, Tensor]:
@@ -127,8 +131,27 @@ class Drawing:
                 of_queries, of_keys = wanted.get(kind, (1, 1))
                 queries[n] = queries[n] if of_queries is None else of_queries
                 keys[n] = keys[n] if of_keys is None else of_keys
+        if self.chosen.get("append") == OWN:  # its own keys are among those of a query
+            keys = [max(pair) for pair in zip(queries, keys, strict=True)]
         lengths = {"query_lengths": queries, "lengths": keys}
         return {name: torch.tensor(some, device=self.device) for name, some in lengths.items()}
+
+    def _stored(self, call: Call) -> Call:
+        """The same with how it is stored, if that is chosen.
+
+        Of sequences that share pages, the first halves are alike.
+        """
+        if "pages" not in self.chosen:
+            return call
+        of = self.chosen
+        shared, left = (of.get(name, False) for name in ("shared", "left"))
+        stored = Storage(of["pages"], of["append"], shared, left, of["unused"], self.seed)
+        key, value, alike = call.key, call.value, call.key_len // 2 * shared
+        if alike:
+            first = (t[:1, :, :alike].expand(len(t), -1, -1, -1) for t in (key, value))
+            rest = key[:, :, alike:], value[:, :, alike:]
+            key, value = (torch.cat(parts, 2) for parts in zip(first, rest, strict=True))
+        return replace(call, key=key, value=value, stored=stored)
 
     def _masked(self, call: Call) -> Call:
         """The same with the mask that is chosen, which leaves each query a key unless declared."""

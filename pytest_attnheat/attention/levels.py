@@ -21,6 +21,7 @@ from pytest_attnheat.attention.covering import Covering, covering
 from pytest_attnheat.attention.drawing import FILLS, HOLDING, WINDOWS, Drawing
 from pytest_attnheat.attention.drawing import NONE as NONE
 from pytest_attnheat.attention.drawing import Choice as Choice
+from pytest_attnheat.attention.storage import OWN, UNUSED
 from pytest_attnheat.inputs import misuse
 
 # Some features and their levels.
@@ -45,6 +46,10 @@ _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
 _MOST_WEIGHTS = 2**17
 _MOST_OF_A_HEAD = 129 * 129
 NUMBERS = tuple(HOLDING)
+# How keys are stored, where they are: see `Storage`.
+STORED: dict[str, tuple[Any, ...]] = {
+    "pages": (0,), "append": (0,), "shared": (False,), "left": (False,), "unused": UNUSED,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ class Declared:
         only: By feature, the only levels that may be asked.
         apart: Pairs of features that are never asked together.
         one_query: Whether there is one query, always.
+        stored: The levels of how keys are stored, by feature, of `STORED`; none where they are not.
     """
 
     masks: frozenset[str] = frozenset()
@@ -97,6 +103,7 @@ class Declared:
     only: tuple[tuple[str, tuple[Any, ...]], ...] = ()
     apart: tuple[tuple[str, str], ...] = ()
     one_query: bool = False
+    stored: tuple[tuple[str, tuple[Any, ...]], ...] = ()
 
     def levels(self) -> dict[str, tuple[Any, ...]]:
         """Return the levels of each feature, the most ordinary first."""
@@ -136,6 +143,7 @@ class Declared:
             levels["lengths"] = (False, True, "empty")
         if self.ragged:
             levels |= {"batch": (3, 2, 1, 5), "ragged": self.ragged}
+        levels |= STORED | dict(self.stored) if self.stored else {}
         levels |= {name: known for name, known in self.only if name in levels}
         return levels
 
@@ -190,6 +198,8 @@ class Declared:
             return False
         near = self.near or chosen.get("window") or chosen.get("chunk")
         if query_len > key_len and near:  # later queries would see nothing
+            return False
+        if query_len > key_len and chosen.get("append") == OWN:
             return False
         # The first queries see no key, and may give NaN, which gradients do not let be.
         blind = query_len > key_len and self.from_the_end and chosen.get("causal")

@@ -171,8 +171,8 @@ def _wider(more: tuple[int, int], case: Case, *, decoding: bool = False) -> Case
 
 
 def _longer(more: int, case: Case, given: Any) -> Any:
-    if isinstance(given, Tensor):
-        return (given + more).clamp(0, case.key_len)
+    if isinstance(given, Tensor):  # of a cache, `caching` knows what is there
+        return given if case.stored else (given + more).clamp(0, case.key_len)
     return max(given + more, 0) or given
 
 
@@ -349,7 +349,8 @@ CAUSAL = (
     defect("positions_other_corner",
            "whose positions are all counted from the other corner: causality, window, ALiBi",
            misread=lambda case: case.other_corner(), fully_masked=ROWS,
-           form_of="causal_other_corner"),
+           form_of="causal_other_corner window_other_corner alibi_other_corner "
+                   "chunk_other_corner"),
     defect("causal_ignored", "that is not causal when asked to be", misread=without("causal")),
     defect("causal_always", "that is causal without being asked",
            misread=lambda case: case if case.causal else replace(case, causal=True)),

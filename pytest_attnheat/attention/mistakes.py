@@ -111,7 +111,8 @@ def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
 def simplest(named: Collection[str], catalogue: Sequence[Defect] = DEFECTS) -> list[str]:
     """Leave out of some sentences those of mistakes that are a form of another one of them."""
     of_name = {one.name: one.sentence for one in catalogue}
-    forms = {one.sentence for one in catalogue if of_name.get(one.form_of) in named}
+    forms = {one.sentence for one in catalogue
+             if any(of_name.get(simple) in named for simple in one.form_of.split())}  # fmt: skip
     return [sentence for sentence in named if sentence not in forms]
 
 

@@ -107,27 +107,39 @@ def _misread(change: Callable[[Case, Tensor, Tensor], _Reading]) -> Misreading:
 
 
 def _given(case: Case, start: Tensor, stop: Tensor, stands: Tensor) -> Case:
-    """The case whose sequences are given these keys, with all rules of positions as its mask."""
-    queries, keys = lengths_of(case)
-    longest = max(1, int((stop - start).max()))
-    at = start[:, None] + torch.arange(longest)
-    real = at < stop[:, None]
+    """The case whose sequences are given these keys."""
+    keys = lengths_of(case)[1]
+    at = start[:, None] + torch.arange(max(1, int((stop - start).max())))
     of_all = at.clamp(max=max(0, int(keys.sum()) - 1))
     key, value = (packed(t, keys)[of_all].transpose(1, 2) for t in (case.key, case.value))
-    none, one = torch.arange(case.maps)[:, None, None], torch.arange(case.query_len)
-    key_at = torch.arange(longest)[None, None]
-    batch, head = none // case.heads, none % case.heads
-    behind = one[None, :, None] + stands[batch] - key_at
-    places = Positions(batch, head, one[None, :, None], key_at, behind)
+    return given(case, key, value, at < stop[:, None], stands)
+
+
+def given(case: Case, key: Tensor, value: Tensor, seen: Tensor, stands: Tensor) -> Case:
+    """Return a case with other keys, and with all rules of positions as its mask.
+
+    Args:
+        case: The case, whose sequences may have several lengths.
+        key: (batch, heads, places, width)
+        value: Likewise.
+        seen: Which of them are read, (batch, places) or (batch, queries, places).
+        stands: Where query 0 of each sequence stands, (batch,).
+    """
+    maps, query = torch.arange(case.maps)[:, None, None], torch.arange(case.query_len)
+    batch, head = maps // case.heads, maps % case.heads
+    places = torch.arange(key.shape[2])[None, None]
+    behind = query[None, :, None] + stands[batch] - places
+    at = Positions(batch, head, query[None, :, None], places, behind)
     bare = replace(case, lengths=None, query_lengths=None)
-    permitted = real[:, None, None] & (one < queries[:, None])[:, None, :, None]
-    permitted = permitted.expand(*case.query.shape[:3], longest)
-    for rule in bare.rules(places):
-        permitted = permitted & rule.expand(case.maps, -1, -1).view(permitted.shape)
-    distant = case.distant(places, torch.float64)
-    bias = None if distant is None else distant.view(permitted.shape)
-    return replace(bare, key=key, value=value, mask=permitted, bias=bias, causal=False,
-                   window=None, chunk=None, alibi=None)  # fmt: skip
+    seen = seen if seen.ndim == 3 else seen[:, None]
+    seen = (seen & (query < lengths_of(case)[0][:, None])[..., None])[:, None]
+    seen = seen.expand(*case.query.shape[:3], -1)
+    for rule in bare.rules(at):
+        seen = seen & rule.expand(case.maps, -1, -1).view(seen.shape)
+    distant = case.distant(at, torch.float64)
+    bias = None if distant is None else distant.view(seen.shape)
+    return replace(bare, key=key, value=value, mask=seen, bias=bias, causal=False, window=None,
+                   chunk=None, alibi=None)  # fmt: skip
 
 
 def _all_as_one(case: Case, start: Tensor, stop: Tensor) -> _Reading:

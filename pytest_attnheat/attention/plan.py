@@ -20,6 +20,7 @@ from pytest_attnheat.attention.decisions import Source
 from pytest_attnheat.attention.defects import in_order
 from pytest_attnheat.attention.misreadings import Case as Case
 from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
+from pytest_attnheat.attention.packing import lengths_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +71,7 @@ def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
     filled = step(_filled, plan, case, scores, hard, soft)
     numbers, sink = step(_with_sinks, plan, case, filled)
     weights = step(_weights, plan, case, numbers, sink, hard, soft)
-    output = step(_output, plan, weights, value)
+    output = step(_buffered, plan, case, step(_output, plan, weights, value), hard & soft)
     return Outcome(output, weights, scores, hard & soft, value)
 
 
@@ -407,3 +408,18 @@ def _output(plan: Plan, weights: Tensor, value: Tensor) -> Tensor:
         batch, heads, query_len, width = output.shape
         return output.reshape(batch, query_len, heads, width).transpose(1, 2)
     return output
+
+
+def _buffered(plan: Plan, case: Case, output: Tensor, permitted: Tensor) -> Tensor:
+    """The output as the buffer has it that it is written into, where there is one."""
+    if plan.buffer == "written" or case.stored is None:
+        return output
+    before = case.stored.filled("output", output, *output.shape, dtype=case.dtype)
+    queries, keys = lengths_of(case)
+    real = (torch.arange(case.query_len) < queries[:, None])[:, None, :, None]
+    if plan.buffer == "added_to":
+        return output + before.masked_fill(~real, 0.0)
+    left = ~permitted.any(-1, keepdim=True) & real
+    if plan.buffer == "left_if_empty":
+        left &= (keys == 0)[:, None, None, None]
+    return torch.where(left, before, output)

@@ -16,9 +16,11 @@ from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.levels import MASK_SHAPES
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
+from pytest_attnheat.callables import plans_and_runs
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.conventions import Convention
+from pytest_attnheat.contract.conventions import Convention, recognised
+from pytest_attnheat.contract.filling import CALLED
 from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
 if TYPE_CHECKING:
@@ -48,11 +50,15 @@ def check_fields(spec: AttentionSpec) -> None:
 def check_subject(spec: AttentionSpec) -> None:
     """Refuse what can neither be called nor was captured, and a block without its inputs."""
     subject: Any = spec.subject
-    if not callable(subject) and not isinstance(subject, Trace | AttentionRecord):
+    called = callable(subject) or plans_and_runs(subject) or spec.call is not None
+    if not called and not isinstance(subject, Trace | AttentionRecord):
         accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
         raise TypeError(misuse("subject", type(subject).__name__, accepted))
     if isinstance(subject, type):
-        raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
+        sought = spec.call is None and not spec.typed & CALLED
+        own = spec.convention or (recognised(spec.parameters or {}) if sought else None)
+        if spec.call is None and not (own and own.makes):
+            raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
     if spec.inputs is None and _is_block(subject):
         got = f"{type(subject).__name__}, which is not called with query, key and value"
         accepted = "a block with its inputs: AttentionSpec(module, inputs=...) examines it as one"

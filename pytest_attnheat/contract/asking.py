@@ -13,6 +13,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, as_meant, recognise
 from pytest_attnheat.attention.call import Call, MaySee
 from pytest_attnheat.attention.levels import OPTIONS
+from pytest_attnheat.attention.storage import Fault
 from pytest_attnheat.callables import exits_as_errors
 
 if TYPE_CHECKING:
@@ -36,10 +37,25 @@ class Answer:
         output: (batch, heads, query_len, value_dim)
         besides: What it returned beside the output as it returned it, weights or a log-sum-exp;
             None if nothing is declared.
+        fault: What it did to a cache that it was not to do; None if nothing.
     """
 
     output: Tensor
     besides: Any
+    fault: Fault | None = None
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a convention found beside a result: what became of a cache.
+
+    Attributes:
+        result: What the subject returned, or wrote into a buffer.
+        fault: What is wrong with the cache; None if nothing is.
+    """
+
+    result: Any
+    fault: Fault | None
 
 
 def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:
@@ -55,7 +71,10 @@ def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool 
             result = spec.call(spec.subject, call)
         else:
             result = (dense if convention is None else convention.arrange)(spec, call, arguments)
-    return _answer(spec, result, call, paired=besides or convention is None)
+    fault = None
+    if isinstance(result, Beside):
+        result, fault = result.result, result.fault
+    return replace(_answer(spec, result, call, paired=besides or convention is None), fault=fault)
 
 
 def dense(spec: AttentionSpec, call: Call, arguments: Mapping[str, Any]) -> Any:
@@ -95,7 +114,8 @@ def _arguments(spec: AttentionSpec, call: Call) -> Iterator[tuple[str, Any]]:
         raise UndeclaredError(f"{spec.name} is not declared to take is_causal")
     if call.causal or spec.is_causal_by_default():
         yield spec.causal_argument, call.causal
-    if call.query.shape[1] != call.key.shape[1] and spec.takes("enable_gqa"):
+    takes = spec.takes if spec.convention is None else spec.names  # it has keywords of its own
+    if call.query.shape[1] != call.key.shape[1] and takes("enable_gqa"):
         yield "enable_gqa", True
     always = {*spec.always(call.heads), *(("lengths",) if ragged else ())}
     for name in KEYWORDS.values():

@@ -26,7 +26,8 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.drawing import RAGGED, SAME, WINDOWS
-from pytest_attnheat.attention.levels import NONE, OPTIONS, Choice, text_of
+from pytest_attnheat.attention.levels import NONE, OPTIONS, STORED, Choice, text_of
+from pytest_attnheat.attention.storage import UNUSED
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
 from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
 from pytest_attnheat.contract.combinations import ask_pairs
@@ -46,6 +47,7 @@ from pytest_attnheat.contract.needs import (
     has_gradients,
     has_no_positions,
     may_be_causal,
+    reads_a_cache,
     returns_lse,
     returns_weights,
     takes_causal,
@@ -69,6 +71,7 @@ _NEEDS: dict[str, Need] = {
     "group": takes_groups,
     "gradients": has_gradients,
     "ragged": takes_several_lengths,
+    **dict.fromkeys(STORED, reads_a_cache),
     **{name: takes_option(name) for name in OPTIONS},
 }
 
@@ -189,6 +192,13 @@ def block_lengths(examination: Examination) -> None:
         examination.judge(examination.choice(sizes=sizes, gradients=NONE, **few))
 
 
+# Beside pages of the usual size, each thing that may be special of a cache.
+_STORED: tuple[dict[str, Any], ...] = (
+    *({"unused": unused} for unused in UNUSED), {"append": 1}, {"append": 3},
+    {"shared": True, "append": 3}, {"left": True, "pages": 0}, {"pages": 256},
+    {"lengths": True}, {"ragged": "unequal"},
+)  # fmt: skip
+
 for _name, _sentence, _calls in (
     ("softcap", "softcap bounds the scores before the mask", [{"softcap": True}]),
     ("sinks", "a sink joins the sum of each row, and has no value", [{"sinks": True}]),
@@ -204,6 +214,9 @@ for _name, _sentence, _calls in (
     ("ragged", "each sequence of a call is attention of its own, however long the others are",
      [{"ragged": kind, "causal": causal} for causal in (False, True)
       for kind in (*RAGGED[1:], *SAME[1:])]),
+    ("stored", "of a cache it reads what a sequence has stored there, and writes what is appended",
+     [{"sizes": sizes, "causal": causal, **stored} for causal in (False, True)
+      for sizes in ((1, 33), (5, 33)) for stored in _STORED]),
 ):  # fmt: skip
     _judged(_name, _sentence, f"With {_name}, all else ordinary.", *_calls, quick=True)
 _judged("gradients", "its gradients are those of attention",

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 from pytest_attnheat.assertions.precision_judgement import RIGHT
 from pytest_attnheat.attention.cases import DTYPES
+from pytest_attnheat.attention.drawing import RAGGED, SAME
 from pytest_attnheat.attention.levels import (
     NONE,
     OPTIONS,
@@ -51,6 +52,8 @@ _EVERYTHING = Space(
         options=frozenset(OPTIONS),
         grouped=True,
         most_weights=sys.maxsize,
+        ragged=(*RAGGED, *SAME[1:]),
+        stored=(("shared", (False, True)), ("left", (False, True))),
     )
 )
 # What calls that are wrong share with a smaller probability is no chance.

@@ -156,9 +156,25 @@ def _diagnosed(
     judged = [one for one in probes if one.judged]
     diagnosis = explained(spec.name, judged, refused, partial(inferred_weights, spec), keep=True)
     if diagnosis.healthy:
-        diagnosis = with_returned(diagnosis, spec, judged)
+        diagnosis = _with_faults(with_returned(diagnosis, spec, judged), judged)
     notes = [_garbage_note(one) for one in probes if not one.judged]
     return replace(diagnosis, notes=tuple(note for note in notes if note))
+
+
+def _with_faults(diagnosis: Diagnosis, probes: Sequence[Probe]) -> Diagnosis:
+    """Return the diagnosis of a subject whose output is right, and say what it does to a cache."""
+    wrong = {one.case.name: one.fault for one in probes if one.fault is not None}
+    if not wrong:
+        return diagnosis
+    fault = next(iter(wrong.values()))
+    return replace(
+        diagnosis,
+        healthy=False,
+        defects=(fault.name,),
+        where={"wrong": f"the cache after {', '.join(wrong)}"},
+        sentence=f"{diagnosis.subject} gives the output of attention as declared, but in its cache "
+        f"{fault.sentence}",
+    )
 
 
 def _garbage_note(one: Probe) -> str:

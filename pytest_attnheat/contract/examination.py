@@ -199,7 +199,7 @@ class Examination:
             if sizes[0] != sizes[1]:
                 raise Skipped(f"it is declared for at most {longest} queries and keys")
             levels["sizes"] = (longest, longest)
-        narrow = {"ragged", *(name for name, _ in self.space.declared.only)}
+        narrow = {"ragged", *(name for name, _ in self.space.declared.only if name != "sizes")}
         for name, level in levels.items():
             of_few = name in known and (len(known[name]) == 1 or name in narrow)
             if name not in known or (of_few and level not in known[name]):

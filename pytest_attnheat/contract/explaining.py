@@ -120,7 +120,11 @@ def _sorted(
         kind = fitting if one.reproduces else near if one.fit.excess <= limit else others
         kind.append(one)
     alone = {one.names for one in fitting}
-    fitting = [one for one in fitting if not any((d.form_of,) in alone for d in one.defects)]
+    fitting = [
+        one
+        for one in fitting
+        if not any((simple,) in alone for d in one.defects for simple in d.form_of.split())
+    ]
     # Coarse steps explain less exactly than others: they come last.
     fitting.sort(key=lambda one: (len(one.defects), sum(d.seen != "exactly" for d in one.defects)))
     others.sort(key=lambda one: one.fit.residual)

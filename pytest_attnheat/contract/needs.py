@@ -72,6 +72,8 @@ def takes_option(name: str) -> Need:
 
 takes_several_lengths = _need(lambda spec: spec.convention and spec.convention.ragged,
                               "its sequences are all as long")  # fmt: skip
+reads_a_cache = _need(lambda spec: spec.convention and spec.convention.stored,
+                      "it reads no cache")  # fmt: skip
 takes_float_mask = _need(
     lambda spec: spec.mask in ("additive", "any"), "its mask is not declared to be of floats"
 )

@@ -20,10 +20,12 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.drawing import WINDOWS
-from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space
+from pytest_attnheat.attention.levels import NONE, SIZES, Choice, Declared, Levels, Space, text_of
 from pytest_attnheat.attention.plan import Case
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.storage import Fault
 from pytest_attnheat.contract.asking import Answer
+from pytest_attnheat.contract.asking import ask as asked
 from pytest_attnheat.contract.examination import Examination, Skipped
 from pytest_attnheat.contract.spec import AttentionSpec
 
@@ -65,6 +67,7 @@ class Probe:
         dtype: The dtype in which the subject was asked.
         tolerance: The least part by which an output may be off.
         judged: Whether a wrong answer is a defect, or only worth a note.
+        fault: What the subject did to a cache; None if nothing that it was not to do.
     """
 
     case: Case
@@ -72,6 +75,7 @@ class Probe:
     dtype: torch.dtype
     tolerance: float
     judged: bool = True
+    fault: Fault | None = None
 
 
 # What was used as weights, (batch, heads, query_len, key_len); None where that is not known.
@@ -87,8 +91,12 @@ def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
     Raises:
         Exception: Whatever the subject raises.
     """
-    found = answer_to(spec, case, dtype).output.detach()
-    return found.to("cpu", torch.float64, copy=True)  # the next call may write into its memory
+    return _output(answer_to(spec, case, dtype))
+
+
+def _output(answer: Answer) -> Tensor:
+    # The next call may write into its memory.
+    return answer.output.detach().to("cpu", torch.float64, copy=True)
 
 
 def answer_to(
@@ -109,12 +117,12 @@ def answer_to(
         warnings.simplefilter("ignore")
         if case.earlier is not None:
             before = _mapped(case.earlier, moved)
-            spec.ask(before)
+            asked(spec, before)
             for name in ("query", "key", "value", "mask", "bias"):
                 if (tensor := getattr(before, name)) is not None:
                     tensor.copy_(getattr(call, name))
             call = before
-        return spec.ask(call, dropout=dropout)
+        return asked(spec, call, dropout=dropout)
 
 
 def _mapped(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
@@ -147,13 +155,14 @@ def probe(examination: Examination, blueprint: Blueprint, tolerance: float) -> P
     dtype = examination.dtype
     for case in _versions(examination, blueprint):
         try:
-            output = ask(examination.spec, case, dtype)
+            answer = answer_to(examination.spec, case, dtype)
         except Exception as error:
             # Whatever a subject raises is a refusal; the first one is about the usual sizes.
             text = str(error).strip().split("\n")[0]
             refusal = refusal or f"{type(error).__name__}: {text}"
         else:
-            return Probe(case, output, dtype, tolerance, blueprint.judged)
+            output = _output(answer)
+            return Probe(case, output, dtype, tolerance, blueprint.judged, answer.fault)
     return refusal
 
 
@@ -179,8 +188,9 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
     square = {} if differs or declared.one_query else {"sizes": (7, 7)}
     equal = usual | {"value_dim": "equal"} | square
     known = declared.levels()
+    fixed = {n: some[0] for n, some in declared.only if n in ("key_heads", "head_dim", "value_dim")}
     for more in ({}, usual, full, usual | full, equal):
-        wanted = {**levels, **({} if declared.few_shapes else more)}
+        wanted = {**levels, **({} if declared.few_shapes else more), **fixed}
         if any(wanted[n] not in known.get(n, ()) for n in wanted if n not in SIZES):
             continue
         try:
@@ -356,6 +366,16 @@ def _sized(query_len: int, key_len: int, head_dim: int = 8, **others: Any) -> di
     return {"sizes": (query_len, key_len), "head_dim": head_dim, "key_heads": 3, **others}
 
 
+# Of what reads a cache: over several pages, decoding and in chunks, with all that may be special.
+_STORED: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
+    ((1, 37), {"unused": "ordinary", "lengths": True}), ((3, 39), {"append": 3, **_CAUSAL}),
+    ((4, 41), {"append": 1, "lengths": True}), ((3, 35), {"left": True, "pages": 0, **_CAUSAL}),
+    ((4, 43), {"shared": True, "append": 3}),
+    ((4, 45), {"unused": "ordinary", "window": "left", **_CAUSAL}),
+    ((3, 47), {"unused": "ordinary", "ragged": "unequal"}),
+    ((3, 49), {"unused": "ordinary", "ragged": "without keys"}),
+    ((3, 51), {"unused": "ordinary", "ragged": "unequal", "alibi": True, **_CAUSAL}),
+)  # fmt: skip
 _SQUARE: dict[str, Any] = {"batch": 3, "key_heads": 4, "value_dim": "equal"}
 _CASES = (
     Blueprint("plain", _sized(5, 7)),
@@ -398,6 +418,10 @@ _CASES = (
         )
         for at, kind in enumerate(("unequal", "empty", "same"))
         for causal in (False, True)
+    ),
+    *(
+        Blueprint(f"stored, {text_of(how)}", {**_sized(*sizes, 8, batch=3), **how})
+        for sizes, how in _STORED
     ),
     Blueprint("NaN in masked keys", _sized(5, 5, 7, batch=3, **_MASK), _garbage, judged=False),
 )

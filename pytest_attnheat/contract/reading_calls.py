@@ -333,8 +333,7 @@ _READ: dict[str, Read] = {
                                           "max_seqlen_kv"), ""),
     "torch_varlen": _varlen_of_torch,
     **{name: partial(_packed, CU, "") for name in
-       ("flash_attn_varlen", "flash_attn_3_varlen", "flash_attn_4_varlen", "vllm_flash_attn",
-        "sageattn_varlen")},
+       ("flash_attn_varlen", "flash_attn_3_varlen", "flash_attn_4_varlen", "sageattn_varlen")},
 }  # fmt: skip
 
 # --- what a call has besides

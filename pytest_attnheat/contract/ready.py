@@ -31,7 +31,10 @@ def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecor
         dtype = next(p.dtype for p in subject.parameters())
         inputs = draw("block", 0, _BATCH, _LENGTH, width).to(dtype)
         return AttentionSpec(subject, inputs=inputs, causal=None)
-    return AttentionSpec(subject, few_shapes=is_compiled(subject))
+    # What is not typed is what its convention says.
+    return (
+        AttentionSpec(subject, few_shapes=True) if is_compiled(subject) else AttentionSpec(subject)
+    )
 
 
 def _width_of(subject: object) -> int | None:

@@ -34,6 +34,8 @@ _CORRECT = Plan()
 _BASES = {"e": 1.0, "2": math.log(2.0), "10": math.log(10.0)}
 # The dimensions of what is returned.
 _SHAPES = ("bhl", "blh", "hbl", "lbh")
+# Below all that scores are.
+_LOWEST = -1e30
 # As what rounding is allowed of an output.
 _FACTOR = 2.0
 
@@ -189,7 +191,7 @@ class _Reading:
         Args:
             given: What was returned.
             call: What was asked.
-            empty: What a row has that sees nothing, "-inf" or "+inf"; by default either.
+            empty: What a row has that sees nothing, as of `Lse`; by default any infinity.
         """
         squeezed = given.squeeze(-1) if given.ndim == 4 and given.shape[-1] == 1 else given
         order = ["bhl".index(letter) for letter in self.shape]
@@ -205,7 +207,8 @@ class _Reading:
         if call.query_lengths is not None:
             real &= torch.arange(call.query_len) < call.query_lengths[:, None, None]
         nothing = exact.isinf() & real
-        unlike = {None: found.isfinite(), "-inf": found != -math.inf, "+inf": found != math.inf}
+        unlike = {None: found.isfinite(), "-inf": found != -math.inf, "+inf": found != math.inf,
+                  "lowest": ~(found < _LOWEST)}  # fmt: skip
         if bool((unlike[empty] | found.isnan())[nothing].any()):
             return math.inf
         allowed = _FACTOR * torch.maximum(scale, expected.least["lse"].squeeze(-1))

@@ -20,25 +20,17 @@ from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
 from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
 from pytest_attnheat.contract.asking import KEYWORDS, Answer
-from pytest_attnheat.contract.conventions import Convention, named, recognised
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.contract.conventions import Convention, named
+from pytest_attnheat.contract.filling import by_convention, by_signature
+from pytest_attnheat.failure import Failure
 
 Sound: TypeAlias = Literal["mask", "causal"]
 
 # Looked up in this order: a causal_mask is a mask.
 _SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
-# What a keyword is usually called; looked for where none is declared.
-_USUAL = {
-    "scale_argument": ("scale", "softmax_scale", "sm_scale", "scaling"),
-    "softcap": ("softcap", "logits_soft_cap", "attn_logit_softcapping"),
-    "sinks": ("sinks", "s_aux", "learnable_sink"),
-    "alibi": ("alibi_slopes",),
-}
 # What is declared of every call, unless it is a keyword.
 _ALWAYS = ("alignment", "window", "chunk", "prefix", "sink_keys", "scale", "softcap", "score_mod",
            "sinks", "rounded", "fully_masked")  # fmt: skip
-# Who says one of these says how it is called, so that no convention is looked for.
-_CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 
 
 @dataclass(frozen=True)
@@ -205,86 +197,16 @@ class AttentionSpec:
         vars(self)["_typed"] = set(names)
 
     def _complete(self) -> None:
-        """Fill in what the subject's own name and signature say."""
-        found = self._by_convention()
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
-        if not self.name:
-            whole = getattr(self.subject, "module", self.subject)
-            found["name"] = getattr(whole, "__name__", type(whole).__name__)
-        if self.is_captured and not self.name:
-            found["name"] = getattr(self.subject, "layer", "") or "the trace"
-        if self.is_captured and self.causal == "bottom_right" and self.window is None:
-            accepted = "'bottom_right' with window= what is counted from it, or None"
-            raise ValueError(misuse("causal", "'bottom_right' without a window", accepted))
-        if self.inputs is None and not self.is_captured:
-            found["grouped"] = self.names("enable_gqa") if self.grouped is None else self.grouped
-            found["dropout"] = self.names("dropout_p") if self.dropout is None else self.dropout
-            self._check_named("mask_argument", "attn_mask")
-            self._check_named("causal_argument", "is_causal")
-            for keyword in self._keywords:
-                self._check_named(keyword, "")
-            if self.convention is None:
-                found |= {usual: name for usual, names in _USUAL.items() for name in names
-                          if getattr(self, usual) is None and self.names(name)
-                          and (self.parameters is not None or name == "scale")}  # fmt: skip
-            if self.mask == "keep" and self.parameters is None:  # PyTorch's own
-                found["mask"] = "any"
-            found |= self._without_keywords()
-        for name, value in found.items():
-            object.__setattr__(self, name, value)
+        """Fill in what its convention, and the subject's own name and signature, say."""
+        said = by_convention(self)
+        self._fill(said)
+        found = said | by_signature(self)
+        self._fill(found)
         vars(self).update(_filled=found, _made=self)
 
-    def _by_convention(self) -> dict[str, Any]:
-        """What the convention says by which it is called, if it is one of the table."""
-        if self.call is not None and self.like is not None:
-            raise ValueError(misuse("call", "a function beside like", "one of the two"))
-        if self.call is not None:
-            return {name: None for name in ("mask", "causal") if name not in self.typed}
-        own = self.convention
-        known = {} if self.parameters is None else self.parameters
-        plain = self.inputs is None and not self.is_captured
-        if own is not None and not plain:
-            raise ValueError(misuse("like", repr(own.name), "None, of a block or a trace"))
-        if own is None and plain:
-            own = recognised(known)
-            if self.typed & _CALLED:  # it is said otherwise
-                return {}
-        if own is None:
-            return {}
-        vars(self)["convention"] = own
-        found = {n: v for n, v in own.declared(known).items() if n not in self.typed}
-        return found | ({"like": own.name} if self.like is None else {})
-
-    def _without_keywords(self) -> dict[str, Any]:
-        """What is left of the mask and of causality if the subject has no keyword for them.
-
-        Only a default is dropped. What was declared is kept if it has an effect, else refused.
-        """
-        left: dict[str, Any] = {}
-        accepted = "None, or with {}_argument= the name of its parameter"
-        if self._lacks(self.mask_argument, "mask"):
-            if self.mask not in ("keep", None):
-                got = f"{self.mask!r} for a subject that has no parameter {self.mask_argument}"
-                raise ValueError(misuse("mask", got, accepted.format("mask")))
-            left["mask"] = None
-        if self._lacks(self.causal_argument, "causal"):
-            if self.causal == "bottom_right" and self.window is None:
-                got = (
-                    "'bottom_right' for a subject that has neither a parameter "
-                    f"{self.causal_argument} nor a window"
-                )
-                accepted = f"{accepted.format('causal')}, or with window= what is counted from it"
-                raise ValueError(misuse("causal", got, accepted))
-            left["causal"] = None if self.causal == "top_left" else self.causal
-        return left
-
-    def _check_named(self, name: str, default: str) -> None:
-        """Refuse a keyword that was given and that the subject has no parameter for."""
-        keyword = getattr(self, name)
-        if keyword != default and not self.takes(keyword):
-            accepted = f"a parameter of the subject: {', '.join(self.parameters or {})}"
-            raise ValueError(misuse(name, repr(keyword), accepted))
+    def _fill(self, found: Mapping[str, Any]) -> None:
+        for name, value in found.items():
+            object.__setattr__(self, name, value)
 
     @property
     def heads(self) -> int | None:
@@ -306,7 +228,7 @@ class AttentionSpec:
     def takes_causal(self) -> bool:
         """Whether the subject can be asked to be causal, by `causal_argument`."""
         asked = self.causal is not None and not (self.is_block or self.is_captured)
-        return asked and not self._lacks(self.causal_argument, "causal")
+        return asked and not self.lacks(self.causal_argument, "causal")
 
     @property
     def is_block(self) -> bool:
@@ -345,12 +267,12 @@ class AttentionSpec:
         ]  # fmt: skip
 
     @property
-    def _keywords(self) -> dict[str, str]:
+    def keywords(self) -> dict[str, str]:
         """The keywords of features that are declared, by field."""
         given = {name: getattr(self, name) for name in KEYWORDS}
         return {name: keyword for name, keyword in given.items() if isinstance(keyword, str)}
 
-    def _lacks(self, keyword: str, kind: Sound) -> bool:
+    def lacks(self, keyword: str, kind: Sound) -> bool:
         """Whether a keyword is not taken, or not by the parameter that is meant for its kind."""
         elsewhere = not self.names(keyword) and bool(self.sounding_like(kind))
         return elsewhere or not self.takes(keyword)
@@ -372,7 +294,7 @@ class AttentionSpec:
             return ""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
         known = {self.mask_argument, self.causal_argument}
-        known |= set(self._keywords.values())
+        known |= set(self.keywords.values())
         needed = [p for p in (self.parameters or {}).values() if p.default is p.empty
                   and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]  # fmt: skip
         first = [p for p in needed if p.kind in positional][:3]
@@ -442,8 +364,13 @@ class AttentionSpec:
             TypeError: The subject returns no tensor, or no pair where one is declared; or it is
                 not declared to take what the call has.
             ValueError: Its output has another shape than the layout says.
+            Failure: It did to a cache what it was not to do.
         """
-        return asking.ask(self, call, dropout=dropout, besides=besides)
+        answer = asking.ask(self, call, dropout=dropout, besides=besides)
+        if answer.fault is not None:
+            claim = "after the call its cache is not what it was, but for what is appended"
+            raise Failure("", claim, cause=f"{answer.fault.sentence} ({answer.fault.name})")
+        return answer
 
     @property
     def implementation(self) -> Callable[..., Any]:

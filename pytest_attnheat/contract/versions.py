@@ -69,18 +69,23 @@ def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
     """
     everything: tuple[Defect, ...] = (*DEFECTS, *BACKWARD)
     forward = {one.name for one in DEFECTS}
-    forms = [one for one in DEFECTS if one.form_of in forward]
+    forms = [one for one in DEFECTS if _simple(one) in forward]
     for one in everything:
         if one.backward and spec.gradients:
             if _can_act(one.name.removeprefix("backward_"), spec):
                 yield Version(one.name, one.sentence, "backward", changes=one.changes)
         elif not one.backward and one not in forms and _can_act(one.name, spec):
-            known = [one, *(form for form in forms if form.form_of == one.name)]
+            known = [one, *(form for form in forms if _simple(form) == one.name)]
             own = _special(one.name, seed) or tuple(_planned(c) for d in known for c in d.changes)
             sentence = one.sentence.replace("{constant:.6g}", str(_constant(one.name)))
             sentence = sentence.replace("{constant:.3g}", str(_SHARE))
             yield Version(one.name, sentence, forms=own, remembers=one in HISTORY)
     yield from _TRIVIAL
+
+
+def _simple(defect: Defect) -> str:
+    """The name of the simpler defect that one is a form of; the first, where there are several."""
+    return next(iter(defect.form_of.split()), "")
 
 
 def simple_name(name: str) -> str | None:
@@ -90,7 +95,7 @@ def simple_name(name: str) -> str | None:
     forward = {one.name: one for one in DEFECTS}
     if name not in forward:
         return None
-    return forward[name].form_of or name
+    return _simple(forward[name]) or name
 
 
 def _can_act(name: str, spec: AttentionSpec) -> bool:
@@ -109,6 +114,8 @@ def _can_act(name: str, spec: AttentionSpec) -> bool:
         "group": spec.grouped,
         "first_key_head": spec.grouped,
         "scale_argument": spec.scale_argument,
+        "cache": False,  # calls of what reads a cache cannot be read
+        "output_buffer": False,
         "dropout": name in ("dropout_in_eval", "dropout_not_rescaled"),
     }
     about = [one for one in takes if name.startswith(one)]

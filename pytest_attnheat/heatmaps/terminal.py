@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Collection, Iterable, Sequence
 from itertools import islice, product
 from typing import Any, NamedTuple
@@ -13,8 +14,9 @@ import torch
 from pytest_attnheat.attention.chunks import spans
 from pytest_attnheat.inputs import as_mask, as_weights, misuse, positive, wide_dtype
 
-_GLYPHS = "▁▂▃▄▅▆▇█"
-_NAN, _MASKED, _BELOW, _ABOVE = "?", "·", "-", "+"
+# From the lowest to the highest, then for a masked cell; and the same where a stream has no blocks.
+_BLOCKS, _PLAIN = "▁▂▃▄▅▆▇█·", "_.:coO8#~"
+_NAN, _BELOW, _ABOVE = "?", "-", "+"
 # Rounding may lift a weight of 1 above the scale by a hair; that is drawn as full.
 _SLACK = 0.02
 # The most weights converted at once: 2 MB as float32.
@@ -46,7 +48,9 @@ def format_heatmap(
     stays visible. On the right stands what each row sums to, unless rows were pooled.
 
     Every character has one meaning: ``▁`` to ``█`` a value on the scale, ``-`` a value below it
-    (negative), ``+`` one above it, ``?`` NaN, and ``·`` a masked cell that holds no weight.
+    (negative), ``+`` one above it, ``?`` NaN, and ``·`` a masked cell that holds no weight. Where
+    standard output cannot take these, ``_.:coO8#`` stand for the blocks, and ``~`` for a masked
+    cell.
 
     Args:
         weights: Shape ``(..., queries, keys)``, two or more dimensions, any
@@ -104,6 +108,7 @@ def format_heatmap(
     arrows = [
         "  <-" if any(first_row + i in marked for i in range(s.start, s.stop)) else "" for s in rows
     ]
+    glyphs = _glyphs()
     lines: list[str] = []
     for outer in islice(product(*map(range, operand.shape[:-2])), max_maps):
         head = map_name(outer) if title is None else title
@@ -114,8 +119,8 @@ def format_heatmap(
         read = [_read(one, free, span, columns) for span in rows]
         texts = _beside(notes if notes is not None else [f"{r.total:.3f}" for r in read], rows)
         for cells, label, text, arrow in zip(read, labels, texts, arrows, strict=True):
-            glyphs = "".join(_glyph(*cell, vmin, vmax) for cell in cells.extremes)
-            lines.append(f"  {label:<{width}}  {glyphs}{text}{arrow}")
+            drawn = "".join(_glyph(*cell, vmin, vmax, glyphs) for cell in cells.extremes)
+            lines.append(f"  {label:<{width}}  {drawn}{text}{arrow}")
     left_out = math.prod(operand.shape[:-2]) - max_maps
     if left_out > 0:
         lines.append(f"({left_out} more not drawn)")
@@ -208,7 +213,17 @@ def _read_long(one: torch.Tensor, mask: torch.Tensor | None, rows: slice) -> _Ro
     return _Row([cell], sum(part.total for part in parts))
 
 
-def _glyph(low: float, high: float, permitted: bool, vmin: float, vmax: float) -> str:
+def _glyphs() -> str:
+    """The characters of values and of a masked cell that standard output can take."""
+    for stream in (sys.stdout, sys.__stdout__):
+        try:
+            _BLOCKS.encode(getattr(stream, "encoding", None) or "utf-8")
+        except (LookupError, UnicodeEncodeError):
+            return _PLAIN
+    return _BLOCKS
+
+
+def _glyph(low: float, high: float, permitted: bool, vmin: float, vmax: float, glyphs: str) -> str:
     """Return the character for one cell."""
     if math.isnan(high):
         return _NAN
@@ -217,6 +232,7 @@ def _glyph(low: float, high: float, permitted: bool, vmin: float, vmax: float) -
     if high > vmax + _SLACK * (vmax - vmin):
         return _ABOVE
     if low == high == 0 and not permitted:
-        return _MASKED
+        return glyphs[-1]
     share = (high - vmin) / (vmax - vmin)
-    return _GLYPHS[min(int(share * len(_GLYPHS)), len(_GLYPHS) - 1)]
+    levels = len(glyphs) - 1
+    return glyphs[min(int(share * levels), levels - 1)]

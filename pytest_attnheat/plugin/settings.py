@@ -27,7 +27,8 @@ _SEED = "a whole number from 0"
 CHECKS_MARKER = "attention_checks"
 MARKERS = (
     "attention(scoring=, batch=, heads=, query_len=, key_len=, head_dim=, value_dim=, mask=, "
-    "causal=, alignment=, window=, chunk=, prefix=, sink_keys=, documents=, lengths=, may_see=, "
+    "causal=, alignment=, window=, chunk=, prefix=, sink_keys=, documents=, lengths=, "
+    "query_lengths=, may_see=, "
     "scale=, softcap=, alibi=, score_mod=, sinks=, bias=, fully_masked=, kind=, dtype=, "
     "seed=): what the attention fixtures of pytest-attnheat make for this test. scoring and "
     "dtype also take lists, which parametrise the test; what is not "
@@ -230,13 +231,19 @@ def device_of_test(config: pytest.Config, name: str) -> torch.device:
     __tracebackhide__ = True
     worker = getattr(config, "workerinput", {}).get("workerid", "gw0")
     try:
-        number = int(worker.removeprefix("gw"))
+        number = _number_of(worker)
         return devices.resolve(name, worker=number, argument="attn_device")
     except LookupError as error:
         absent = str(error)
     if config.stash[SETTINGS].require_device:
         pytest.fail(f"{absent}, and --attn-require-device is set", pytrace=False)
     pytest.skip(absent)
+
+
+def _number_of(worker: str) -> int:
+    """The number of a worker of pytest-xdist: "gw3"; 0 where a user named it otherwise."""
+    digits = worker.removeprefix("gw")
+    return int(digits) if digits.isascii() and digits.isdigit() else 0
 
 
 def end_processes(config: pytest.Config) -> None:

@@ -48,7 +48,8 @@ class Outcome(NamedTuple):
     pictures: tuple[tuple[str, str], ...] = ()
 
 
-# The comparisons of a test, and the baselines (as patterns) that collected tests use.
+# The comparisons of a test, and the baselines that collected tests use: paths, or how they begin
+# and a star.
 OUTCOMES = pytest.StashKey[list[Outcome]]()
 USED = pytest.StashKey[set[str]]()
 
@@ -56,7 +57,12 @@ USED = pytest.StashKey[set[str]]()
 def shown(config: pytest.Config, path: Path) -> str:
     """Return a path as one would type it where pytest was started."""
     here = config.invocation_params.dir
-    return os.path.relpath(path, here) if path.is_relative_to(config.rootpath) else str(path)
+    if not path.is_relative_to(config.rootpath):
+        return str(path)
+    try:
+        return os.path.relpath(path, here)
+    except ValueError:  # on Windows, from another drive
+        return str(path)
 
 
 def attach_outcomes(
@@ -163,7 +169,9 @@ def _unused(config: pytest.Config) -> Iterator[str]:
     folders = {Path(path).parent for path in used} | {config.rootpath / "baseline_images"}
     for folder in sorted(folders):
         for path in sorted(folder.glob("*")):
-            is_used = any(path.match(pattern) for pattern in used)
+            is_used = str(path) in used or any(
+                one.endswith("*") and str(path).startswith(one[:-1]) for one in used
+            )
             if (
                 path.suffix in (*SUFFIXES, TRACE_SUFFIX)
                 and not is_used

@@ -296,8 +296,12 @@ def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
         mask=None if mask is None else Tensor.long,
         mask_argument=mask,
         positions_argument="position_ids" if "position_ids" in taken else None,
-        decode=CachedDecoding(module) if "past_key_values" in taken else None,
+        decode=CachedDecoding(module) if any(name in taken for name in _CACHES) else None,
     )
+
+
+# What models of transformers call their cache: `cache` from version 5.24 on.
+_CACHES = ("cache", "past_key_values")
 
 
 class CachedDecoding:
@@ -308,13 +312,15 @@ class CachedDecoding:
 
     def __init__(self, module: Callable[..., Any]) -> None:
         self.module = module
+        taken = inspect.signature(getattr(module, "forward", module)).parameters
+        self._name = next((name for name in _CACHES if name in taken), _CACHES[-1])
 
     def __call__(self, inputs: Tensor, cache: Any, **arguments: Any) -> tuple[Any, Any]:
         """Run the model on a chunk and return what it returned, with its cache.
 
         A caller's `use_cache` and `return_dict` are overridden: the cache is needed here.
         """
-        arguments = {**arguments, "past_key_values": cache, "use_cache": True}
+        arguments = {**arguments, self._name: cache, "use_cache": True}
         if "return_dict" in arguments:  # Not passed unasked: not every model takes it.
             arguments["return_dict"] = True
         result = self.module(inputs, **arguments)
@@ -325,7 +331,8 @@ def _cache_in(result: Any) -> Any:
     """The cache in what a transformers model returned; None where there is none."""
     if isinstance(result, tuple):  # As with `return_dict=False` in its configuration.
         return next((part for part in result if hasattr(part, "get_seq_length")), None)
-    return getattr(result, "past_key_values", None)
+    found = (getattr(result, name, None) for name in _CACHES)
+    return next((cache for cache in found if cache is not None), None)
 
 
 def _tensors(result: Any) -> list[Tensor]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pytest_attnheat.contract.conventions import dense, packed
+from pytest_attnheat.contract.conventions import cached, dense, libraries, objects, packed
 from pytest_attnheat.contract.conventions.convention import Arrange as Arrange
 from pytest_attnheat.contract.conventions.convention import Convention as Convention
 from pytest_attnheat.contract.conventions.convention import Lse as Lse
@@ -18,7 +18,8 @@ from pytest_attnheat.inputs import misuse
 
 # Module state on purpose, as that of scoring functions: a row that a project registers where its
 # modules are imported must be known wherever a callable is examined.
-_KNOWN: dict[str, Convention] = {one.name: one for one in (*dense.CONVENTIONS, *packed.CONVENTIONS)}
+_TABLES = (dense, packed, cached, objects, libraries)
+_KNOWN: dict[str, Convention] = {one.name: one for table in _TABLES for one in table.CONVENTIONS}
 
 
 def conventions() -> tuple[Convention, ...]:

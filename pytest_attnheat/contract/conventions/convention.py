@@ -27,7 +27,8 @@ class Lse:
         shape: Its dimensions, as `arrange` returns it: "bhl", "blh", "hbl" or "lbh".
         base: The base of the logarithm, "e" or "2".
         sink: Whether a sink is part of it; None where there is no sink.
-        empty: What a query that sees nothing has: "-inf" or "+inf".
+        empty: What a query that sees nothing has: "-inf", "+inf", or "lowest", a number below all
+            that scores are.
     """
 
     shape: str = "bhl"
@@ -46,7 +47,8 @@ class Convention:
         parameters: Names that its signature has, all of them: what it is recognised by. Of an
             object, those of its methods `plan` and `run`.
         lacks: Names that its signature has not.
-        declares: Fields of `AttentionSpec`. A keyword that a signature lacks is left out.
+        declares: Fields of `AttentionSpec`. A keyword that a signature lacks is left out; of
+            several, the first that it has is taken.
         values: By field of `Call`, what becomes of a value before it is passed on.
         arrange: How a call is made.
         besides: Arguments that make it return its log-sum-exp.
@@ -57,7 +59,9 @@ class Convention:
         one_query: Whether it takes one query of each sequence alone.
         ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
             first; empty where they may not.
+        stored: Of what reads a cache, the levels of how that is stored, see `levels.STORED`.
         limits: What cannot be asked of it, in words.
+        makes: Whether it is a class, or a function, that makes what is called.
     """
 
     name: str
@@ -74,7 +78,9 @@ class Convention:
     apart: tuple[tuple[str, str], ...] = ()
     one_query: bool = False
     ragged: tuple[str, ...] = ()
+    stored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     limits: str = ""
+    makes: bool = False
 
     @property
     def limited(self) -> dict[str, Any]:
@@ -84,6 +90,7 @@ class Convention:
             "apart": self.apart,
             "one_query": self.one_query,
             "ragged": self.ragged,
+            "stored": tuple(self.stored.items()),
         }
 
     def said(self, spec: AttentionSpec) -> str:
@@ -100,15 +107,20 @@ class Convention:
     def declared(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """The fields of a specification, without what keywords that a signature lacks are for."""
         found = dict(self.declares)
+        if not self.fits(names) and any(p.kind is p.VAR_KEYWORD for p in names.values()):
+            return found  # it hands on whatever it is given
         if any(name not in names for name in self.besides):
             found["returns"] = "output"
-        for name, given in self.declares.items():
-            if name in _NAMING and isinstance(given, str) and given not in (*names, *self.handles):
+        for name, several in found.items():
+            if name in _NAMING and isinstance(several, tuple) and isinstance(several[0], str):
+                found[name] = next((one for one in several if one in names), several[0])
+        known = (*names, *self.handles)
+        windowed = found.get("window") is not None and found["window"] in known
+        for name, given in tuple(found.items()):
+            if name in _NAMING and isinstance(given, str) and given not in known:
                 del found[name]
                 feature = name.removesuffix("_argument")
                 # Without causality, the corner is what a window is counted from.
-                if feature == "mask" or (
-                    feature == "causal" and self.declares.get("window") is None
-                ):
+                if feature == "mask" or (feature == "causal" and not windowed):
                     found[feature] = None
         return found

@@ -169,15 +169,20 @@ def _flex(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 def _transformers(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     """An attention function of transformers, with a layer, and its mask as floats."""
-    layer = nn.Module().eval()
+    layer = nn.Module().train(bool(arguments.get("dropout")))
     layer.num_key_value_groups = call.group  # type: ignore[assignment]
     layer.is_causal = False  # type: ignore[assignment]
     mask = arguments.pop("attention_mask", None)
+    if call.query_len != call.key_len and arguments.pop("is_causal", False):
+        # It has no corner of its own: models say it in the mask.
+        corner = call.key_len - call.query_len if spec.alignment == "bottom_right" else 0
+        every = torch.ones(1, 1, call.query_len, call.key_len, device=call.query.device)
+        mask = every.tril(corner).bool()
     if mask is not None:
         lowest = torch.finfo(call.query.dtype).min
         added = torch.zeros(mask.shape, dtype=call.query.dtype, device=call.query.device)
         mask = added.masked_fill(~mask, lowest)
-    arguments = {"scaling": call.factor, "dropout": 0.0, **arguments}
+    arguments = {"dropout": 0.0, **arguments, "scaling": call.factor}
     output = spec.implementation(layer, *call.tensors, mask, **arguments)[0]
     return output.transpose(1, 2)  # of what goes in, heads come first
 
@@ -238,6 +243,11 @@ CONVENTIONS = (
                handles=("attn_mask", "is_causal")),
     Convention("transformers", "an attention function of transformers",
                ("module", "query", "key", "value", "attention_mask"),
-               {"causal": None, "mask_argument": "attention_mask", "grouped": True,
-                "fully_masked": "undefined"}, arrange=_transformers),
+               {"causal": "bottom_right", "causal_argument": "is_causal",
+                "mask_argument": "attention_mask",
+                "scale_argument": "scaling", "softcap": "softcap", "sinks": "s_aux",
+                "window": "sliding_window", "dropout": "dropout", "grouped": True,
+                "fully_masked": "undefined"},
+               values={"window": with_itself}, arrange=_transformers,
+               only={"window": (False, "left")}, apart=(("mask", "causal"),)),
 )  # fmt: skip

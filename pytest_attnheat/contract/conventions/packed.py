@@ -56,7 +56,10 @@ def unpack(result: Any, call: Call, heads_first: bool) -> Any:
         return unpacked(result, queries, call.query_len)
     lse = result[1] if len(result) > 1 else None
     if isinstance(lse, torch.Tensor):
-        lse = unpacked(lse.T if heads_first else lse, queries, call.query_len).transpose(1, 2)
+        own = lse.T if heads_first else lse
+        turned = len(own) != len(result[0])  # the other way round: a check says so
+        lse = unpacked(own.T if turned else own, queries, call.query_len)
+        lse = lse if turned else lse.transpose(1, 2)
     return unpacked(result[0], queries, call.query_len), lse
 
 
@@ -67,10 +70,6 @@ def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
         right = 0
     arguments["window_size"] = inclusive(-1)((left, right))
     return packing(names=("cu_seq_q", "cu_seq_k", "max_q", "max_k"))(spec, call, arguments)
-
-
-def _as_list(window: tuple[int | None, int | None]) -> list[int]:
-    return [-1 if side is None else side for side in window]
 
 
 _FLASH_VALUES = {"alibi": float32, "window": inclusive(-1)}
@@ -107,11 +106,6 @@ CONVENTIONS = (
                {**FLASH, "sinks": "learnable_sink"}, arrange=packing(),
                **{**_PACKED, "values": {"window": inclusive(None)}, "lse": Lse(sink=True),
                   "besides": {"return_lse": True}}),
-    Convention("vllm_flash_attn", "flash_attn_varlen_func of vLLM",
-               ("q", "k", "v", *CU, "softmax_scale", "seqused_k", "fa_version"), FLASH_2,
-               arrange=packing(), only=_ALIKE,
-               **{**_PACKED, "besides": {"return_softmax_lse": True},
-                  "values": {"alibi": float32, "window": _as_list}}),
     Convention("flash_mla_varlen", "flash_attn_varlen_func of FlashMLA",
                ("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv"),
                {**_BARE, "causal_argument": "causal", "scale_argument": "softmax_scale",
