@@ -71,6 +71,7 @@ from .contract.conventions import (
 )
 from .contract.diagnosing import diagnose as diagnose
 from .contract.diagnosis import Diagnosis as Diagnosis
+from .contract.grading import Grade as Grade, grade as grade
 from .contract.ready import transformers_attention as transformers_attention
 from .contract.report import Report as Report, check_attention as check_attention
 from .contract.spec import AttentionSpec as AttentionSpec

@@ -193,7 +193,7 @@ def likely_backward_mistake(
     with torch.no_grad():
         saved = Saved.of(call, kept)
         off = {
-            name: _off(exact, found[name], saved)
+            name: off_by(exact, found[name], saved)
             for name, exact in carried_back(BackwardPlan(), saved)
             if name in found
         }
@@ -225,7 +225,7 @@ def _of_a_wrong_output(
     named = f"that of attention {listed(list(causes))}"
     for plan in causes.values():
         again = carried_back(_started(plan, "own", "own"), saved)
-        if all(_off(one, found[name], saved)[1] for name, one in again if name in found):
+        if all(off_by(one, found[name], saved)[1] for name, one in again if name in found):
             return f"{which} follow the output, which is wrong: it is {named}"
     return f"the output is wrong: it is {named}" if causes else None
 
@@ -246,7 +246,7 @@ def _fit(
     with suppress(NotApplicable):
         for name, exact in carried_back(plan, saved):
             if name in found:
-                off, fits = _off(exact, found[name], saved)
+                off, fits = off_by(exact, found[name], saved)
                 share = max(share, off / by[name]) if name in by else share
                 if name in by and (not fits or share >= PART):
                     return None
@@ -255,7 +255,7 @@ def _fit(
     return None
 
 
-def _off(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
+def off_by(exact: Tensor, found: Tensor, saved: Saved) -> tuple[float, bool]:
     """By how much a gradient differs, and whether by rounding alone."""
     found = found.reshape(-1, *found.shape[-1:])
     exact = exact.reshape(found.shape)

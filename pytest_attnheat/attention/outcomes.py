@@ -223,7 +223,7 @@ class Outcomes:
                 return node.reached
             seen.clear()
             reached = self._read_as(plan) if function is misread else function(*arguments)
-            same = id(last), _digest(reached)
+            same = id(last), digest(reached)
             node.then = self._states.setdefault(same, _Node())
             node = last = node.then
             if _end(node, decided) is not None:
@@ -257,20 +257,20 @@ class Outcomes:
             return None
         if self.healthy is not None and _equal(outcome, self.healthy):
             return self.healthy
-        return self._known.setdefault(_digest(outcome), outcome)
+        return self._known.setdefault(digest(outcome), outcome)
 
 
 kept_outcomes = lru_cache(maxsize=64)(Outcomes)
 
 
-def _digest(reached: object) -> int:
+def digest(reached: object) -> int:
     """A number that tells what was reached from all else, as long as that is kept."""
     if isinstance(reached, Expected):
         reached = reached.output, reached.largest_score
     if isinstance(reached, Case):
         reached = tuple(getattr(reached, one.name) for one in fields(Case) if one.name != "earlier")
     if isinstance(reached, tuple):
-        return hash(tuple(map(_digest, reached)))
+        return hash(tuple(map(digest, reached)))
     if isinstance(reached, Tensor):
         return hash((reached.shape, reached.contiguous().numpy().tobytes()))
     return hash(repr(reached))

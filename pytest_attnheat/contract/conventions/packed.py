@@ -16,11 +16,11 @@ if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
 
 # What `packing` needs to be told: keywords of where sequences begin, and of the longest.
-_CU = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
+CU = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
 def packing(
-    *, names: tuple[str, ...] = _CU, heads_first: bool = True, together: str = ""
+    *, names: tuple[str, ...] = CU, heads_first: bool = True, together: str = ""
 ) -> Arrange:
     """Return what packs the sequences of a call, and unpacks what comes back.
 
@@ -85,7 +85,7 @@ _ALIKE = {"value_dim": ("equal",)}
 
 CONVENTIONS = (
     Convention("flash_attn_varlen", "flash_attn_varlen_func of FlashAttention 2",
-               ("q", "k", "v", *_CU, "softmax_scale", "alibi_slopes"), FLASH_2,
+               ("q", "k", "v", *CU, "softmax_scale", "alibi_slopes"), FLASH_2,
                lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=_ALIKE, **_PACKED),
     Convention("flash_attn_varlen_qkvpacked",
                "flash_attn_varlen_qkvpacked_func of FlashAttention 2",
@@ -95,14 +95,14 @@ CONVENTIONS = (
                arrange=packing(names=("cu_seqlens", "max_seqlen"), together="qkv"),
                **{**_PACKED, "ragged": SAME}),
     Convention("flash_attn_varlen_kvpacked", "flash_attn_varlen_kvpacked_func of FlashAttention 2",
-               ("q", "kv", *_CU, "softmax_scale"), {**FLASH_2, "dropout": False},
+               ("q", "kv", *CU, "softmax_scale"), {**FLASH_2, "dropout": False},
                arrange=packing(together="kv"), limits="dropout", only=_ALIKE, **_PACKED),
     Convention("flash_attn_3_varlen", "flash_attn_varlen_func of FlashAttention 3",
-               ("q", "k", "v", *_CU, "softmax_scale", "attention_chunk"),
+               ("q", "k", "v", *CU, "softmax_scale", "attention_chunk"),
                {**FLASH, "chunk": "attention_chunk"}, lacks=("k_cache",), arrange=packing(),
                **_PACKED),
     Convention("flash_attn_4_varlen", "flash_attn_varlen_func of FlashAttention 4",
-               ("q", "k", "v", *_CU, "softmax_scale", "learnable_sink"),
+               ("q", "k", "v", *CU, "softmax_scale", "learnable_sink"),
                {**FLASH, "sinks": "learnable_sink"}, arrange=packing(),
                **{**_PACKED, "values": {"window": inclusive(None)}, "lse": Lse(sink=True),
                   "besides": {"return_lse": True}}),
@@ -118,7 +118,7 @@ CONVENTIONS = (
                 "window": "window_size"},
                handles=("is_causal",), arrange=_window_alone, only=_ALIKE, ragged=RAGGED),
     Convention("sageattn_varlen", "sageattn_varlen of SageAttention",
-               ("q", "k", "v", *_CU, "is_causal", "sm_scale"),
+               ("q", "k", "v", *CU, "is_causal", "sm_scale"),
                {**_BARE, "causal": "top_left", "causal_argument": "is_causal",
                 "scale_argument": "sm_scale", "square": True},
                arrange=packing(), only=_ALIKE, ragged=SAME,

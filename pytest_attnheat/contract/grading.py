@@ -1,0 +1,382 @@
+"""`grade`: which defects of attention does a test let through?
+
+The target is replaced by itself with each known defect in turn, and judged again. `Study` is the
+same step by step, for whoever runs the judge otherwise than by calling it.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, TypeAlias
+
+from torch import nn
+
+from pytest_attnheat.callables import borrowed
+from pytest_attnheat.contract.planting import Effect, Planted
+from pytest_attnheat.contract.reading_calls import unreadable
+from pytest_attnheat.contract.ready import as_spec
+from pytest_attnheat.contract.remedy import Remedy, remedy_for
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.contract.versions import Version, versions
+from pytest_attnheat.inputs import check_number, misuse, seed_number
+
+Status: TypeAlias = Literal["killed", "survived", "inactive"]
+Judge: TypeAlias = Callable[[Any], Any]
+# A wrong version gets so many seconds, and so many times what the right one took.
+_SECONDS, _TIMES = 60.0, 20.0
+# What calls may have, and whether a target takes it.
+_FEATURES: dict[str, Callable[[AttentionSpec], object]] = {
+    "a mask": lambda spec: spec.mask,
+    "causality": lambda spec: spec.takes_causal,
+    "a mask together with causality": lambda spec: spec.mask and spec.takes_causal,
+    "other numbers of keys than of queries": lambda spec: not spec.square,
+    "grouped heads": lambda spec: spec.grouped,
+    "several heads": lambda spec: spec.has_heads,
+    "several samples": lambda spec: True,
+    "values of another width": lambda spec: spec.convention is None,
+    "more than 64 keys": lambda spec: True,
+    "a number of keys that 16 does not divide": lambda spec: True,
+    "a scale": lambda spec: spec.scale_argument,
+    "negative numbers in query and key": lambda spec: True,
+    "gradients": lambda spec: spec.gradients,
+    **{name: (lambda spec, name=name: isinstance(getattr(spec, name), str))  # type: ignore[misc]
+       for name in ("window", "chunk", "documents", "lengths", "softcap", "alibi", "sinks")},
+}  # fmt: skip
+
+
+class JudgeError(AssertionError):
+    """The judge does not accept the right implementation, or does not call it."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of a wrong version.
+
+    Attributes:
+        name: The name of the defect.
+        sentence: What it does; it follows the word "attention".
+        status: "killed", "survived", or "inactive": it changed no call beyond rounding.
+        kind: "forward", "backward", or "trivial".
+        said: What the judge said.
+        off: By how much it was off at most, as a part of the largest number of a head.
+        off_by: Likewise, in numbers.
+        rounding: What rounding may do there at most, as a part of the size of a row.
+        dtype: The dtype of the call on which it was off most.
+        calls: How many calls the judge made.
+        active: How many of them it changed.
+    """
+
+    name: str
+    sentence: str
+    status: Status
+    kind: str = "forward"
+    said: str = ""
+    off: float = 0.0
+    off_by: float = 0.0
+    rounding: float = 0.0
+    dtype: str = ""
+    calls: int = 0
+    active: int = 0
+
+
+@dataclass(frozen=True)
+class Grade:
+    """Which wrong versions a judge told from the right one; printed, it is a table.
+
+    Attributes:
+        name: The target.
+        killed: The defects that the judge found.
+        survived: Those that changed what it looked at, and that it accepted.
+        inactive: Those that changed no call beyond rounding.
+        trivial: What became of trivial answers.
+        refused: Why calls were not understood; then nothing is graded.
+        never_exercised: What the calls never had, though the target takes it.
+        remedy: Cases that tell what survived from the right one.
+        calls: How many calls the judge made of the right one.
+        seed: Where random numbers started.
+    """
+
+    name: str
+    killed: tuple[Verdict, ...] = ()
+    survived: tuple[Verdict, ...] = ()
+    inactive: tuple[Verdict, ...] = ()
+    trivial: tuple[Verdict, ...] = ()
+    refused: tuple[str, ...] = ()
+    never_exercised: tuple[str, ...] = ()
+    remedy: Remedy = field(default_factory=Remedy)
+    calls: int = 0
+    seed: int = 0
+
+    @property
+    def score(self) -> float | None:
+        """The part that was killed of the defects that were active; None if none was."""
+        active = len(self.killed) + len(self.survived)
+        return len(self.killed) / active if active else None
+
+    def __str__(self) -> str:
+        """What survived first, with how far it was off, then what was never exercised."""
+        return "\n".join([f"{self.name}: {self._head()}", *self._lines()])
+
+    def __repr__(self) -> str:
+        """Its first line: all of it is printed by `print`."""
+        return f"<Grade {self.name}: {self._head()}>"
+
+    def _head(self) -> str:
+        if self.refused:
+            return "no grade, as its calls are not understood"
+        if self.score is None:
+            return f"no defect changed any of {self.calls} calls beyond rounding"
+        active = len(self.killed) + len(self.survived)
+        return (
+            f"{len(self.killed)} of {active} active defects were killed, {len(self.survived)} "
+            f"survived; {len(self.inactive)} were inactive, in {self.calls} calls"
+        )
+
+    def _lines(self) -> Iterator[str]:
+        for reason in self.refused:
+            yield f"  refused   {reason}"
+        if self.refused:
+            return
+        trivial = [one for one in self.trivial if one.status == "survived"]
+        ranked = sorted(self.survived, key=lambda one: -one.off)
+        for title, some in (("trivial answers that passed", trivial), ("survived", ranked)):
+            if some:
+                yield f"\n{title}, and by how much of the largest number of a head they were off"
+                width = max(len(one.name) for one in some)
+                for one in some:
+                    yield f"  {one.name:{width}}  {_part(one.off):>8}  attention {one.sentence}"
+        if self.never_exercised:
+            yield f"\nnever exercised: {', '.join(self.never_exercised)}"
+        if self.inactive:
+            yield f"\ninactive: {', '.join(one.name for one in self.inactive)}"
+        if text := str(self.remedy):
+            yield f"\n{text}"
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all that it says as plain data, which `json.dumps` writes.
+
+        Numbers that are not finite are "inf".
+        """
+        data = asdict(self) | {"version": 1, "score": self.score}
+        for name in ("killed", "survived", "inactive", "trivial"):
+            data[name] = [
+                {k: "inf" if isinstance(v, float) and not math.isfinite(v) else v
+                 for k, v in one.items()} for one in data[name]
+            ]  # fmt: skip
+        return data
+
+
+def _part(off: float) -> str:
+    return f"{off:.1e}" if math.isfinite(off) else "NaN, inf"
+
+
+class Study:
+    """A target, and its wrong versions, to be judged one after another.
+
+    Run the judge with `watched` first, which is the target itself: what `unfit` then says is why
+    nothing can be graded. Then run it with `plant(version)` for each of `versions`, and tell
+    `verdict` what became of it. `grade` gathers the verdicts, which can come from several
+    processes.
+
+    Attributes:
+        spec: The target.
+        seed: Where random numbers start.
+        versions: The wrong versions.
+        watched: The target itself, whose calls are read.
+    """
+
+    def __init__(
+        self,
+        right: AttentionSpec | Callable[..., Any],
+        *,
+        defects: Collection[str] | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Make the wrong versions of a target.
+
+        Args:
+            right: The target, or its specification.
+            defects: The names of the defects to plant; all by default.
+            seed: Where random numbers start.
+
+        Raises:
+            ValueError: A name is unknown.
+        """
+        self.spec, self.seed = as_spec(right), seed_number(seed)
+        every = tuple(versions(self.spec, seed=self.seed))
+        known = {one.name for one in every}
+        if unknown := [name for name in defects or () if name not in known]:
+            accepted = f"names of {', '.join(sorted(known))}"
+            raise ValueError(misuse("defects", repr(unknown[0]), accepted))
+        self.versions = tuple(v for v in every if defects is None or v.name in defects)
+        self._known: OrderedDict[Any, Any] = OrderedDict()
+        self.watched = Planted(self.spec, None, self._known)
+
+    def plant(self, version: Version) -> Planted:
+        """Return the target with a defect, called as the target is."""
+        return Planted(self.spec, version, self._known)
+
+    @property
+    def unfit(self) -> tuple[str, ...]:
+        """Why the calls of the right one are not understood, if they are not."""
+        why = unreadable(self.spec)
+        return (why,) if why else tuple(self.watched.effect.refused)
+
+    def verdict(self, planted: Planted, rejected: str | None) -> Verdict:
+        """Return what became of a wrong version.
+
+        Args:
+            planted: The version, after it was judged.
+            rejected: What the judge said against it, None if it accepted it.
+        """
+        version, effect = planted.version, planted.effect
+        if version is None:
+            raise ValueError(misuse("planted", "the right one", "a wrong version"))
+        status: Status = "inactive"
+        if effect.active:
+            status = "survived" if rejected is None else "killed"
+        return Verdict(
+            version.name, version.sentence, status, version.kind, rejected or "", effect.off,
+            effect.off_by, effect.rounding, effect.dtype, effect.calls, effect.active,
+        )  # fmt: skip
+
+    def grade(self, verdicts: Sequence[Verdict]) -> Grade:
+        """Gather verdicts, in the order of the catalogue, whatever order they come in."""
+        order = {one.name: number for number, one in enumerate(self.versions)}
+        ranked = sorted(verdicts, key=lambda one: order[one.name])
+
+        def having(status: str, *, trivial: bool = False) -> tuple[Verdict, ...]:
+            return tuple(v for v in ranked if v.status == status
+                         and (v.kind == "trivial") is trivial)  # fmt: skip
+
+        trivial = tuple(v for v in ranked if v.kind == "trivial")
+        left = [v for v in ranked if v.status == "survived"]
+        plants = {one.name: one for one in self.versions}
+        effect = self.watched.effect
+        rounding = {v.dtype: max(w.rounding for w in left if w.dtype == v.dtype) for v in left}
+        return Grade(
+            self.spec.name, having("killed"), having("survived"), having("inactive"), trivial,
+            never_exercised=never_exercised(self.spec, effect),
+            remedy=remedy_for(self.spec, [plants[v.name] for v in left], self.plant, rounding),
+            calls=effect.calls, seed=self.seed,
+        )  # fmt: skip
+
+
+def never_exercised(spec: AttentionSpec, effect: Effect) -> tuple[str, ...]:
+    """Return what calls never had, though the target takes it."""
+    missing = [n for n, takes in _FEATURES.items() if takes(spec) and n not in effect.seen]
+    dtypes = sorted(name for name in effect.seen if name.startswith("torch."))
+    one = [f"any dtype but {dtypes[0].removeprefix('torch.')}"] if len(dtypes) == 1 else []
+    return (*missing, *one)
+
+
+def grade(
+    judge: Judge,
+    right: AttentionSpec | Callable[..., Any],
+    *,
+    defects: Collection[str] | None = None,
+    seed: int = 0,
+    time_limit: float | None = None,
+) -> Grade:
+    """Grade a judge of attention by the defects that it lets through.
+
+    Args:
+        judge: Called with an implementation, called as `right` is. It raises, or returns False,
+            when it thinks that the implementation is wrong.
+        right: An implementation that it accepts: a function, a module without projections of its
+            own, or an `AttentionSpec` that says how it is called.
+        defects: The names of the defects to plant, see docs/defects.md; all by default.
+        seed: Where the random numbers of torch, NumPy and Python start each time the judge runs.
+        time_limit: After so many seconds a wrong version counts as killed; by default 60, and 20
+            times what the right one took. Only the main thread of a POSIX system can be stopped.
+
+    Returns:
+        Which defects were killed, which survived, and which were inactive, because on every call
+        that the judge made they change nothing beyond rounding.
+
+    Raises:
+        JudgeError: The judge rejects the right one, or never calls it.
+        TypeError: The judge is not callable.
+        ValueError: A name of a defect is unknown.
+    """
+    if not callable(judge):
+        raise TypeError(misuse("judge", type(judge).__name__, "a function of an implementation"))
+    limit = math.inf if time_limit is None else check_number(time_limit, "time_limit")
+    study = Study(right, defects=defects, seed=seed)
+    if why := unreadable(study.spec):
+        return Grade(study.spec.name, refused=(why,), seed=study.seed)
+    start = time.monotonic()
+    rejected = _judged(judge, study.watched, study.seed, math.inf)
+    if time_limit is None:
+        limit = _SECONDS + _TIMES * (time.monotonic() - start)
+    if rejected is not None:
+        raise JudgeError(f"the judge rejects the right implementation: {rejected}")
+    if not study.watched.effect.calls:
+        raise JudgeError("the judge never calls the implementation that it is given")
+    if study.unfit:
+        return Grade(study.spec.name, refused=study.unfit, calls=study.watched.effect.calls,
+                     seed=study.seed)  # fmt: skip
+    verdicts = []
+    for version in study.versions:
+        planted = study.plant(version)
+        verdicts.append(study.verdict(planted, _judged(judge, planted, study.seed, limit)))
+        if planted.effect.refused:
+            return Grade(study.spec.name, refused=tuple(planted.effect.refused), seed=study.seed)
+    return study.grade(verdicts)
+
+
+def _judged(judge: Judge, planted: Planted, seed: int, limit: float) -> str | None:
+    """Return what a judge says against an implementation, None if it accepts it."""
+    try:
+        with _handed(planted) as subject, borrowed(judge, seed=seed), _within(limit):
+            accepted = judge(subject)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # also what pytest raises, and SystemExit
+        first = str(error).strip().split("\n")[0]
+        return f"{type(error).__name__}: {first}" if first else type(error).__name__
+    return "it returns False" if accepted is False else None
+
+
+@contextmanager
+def _handed(planted: Planted) -> Iterator[Any]:
+    """What a judge is given: of a module, that module with another forward."""
+    target = planted.spec.implementation
+    if not isinstance(target, nn.Module):
+        yield planted
+        return
+    had = vars(target).get("forward")
+    vars(target)["forward"] = planted
+    try:
+        yield target
+    finally:
+        del vars(target)["forward"]
+        if had is not None:
+            vars(target)["forward"] = had
+
+
+@contextmanager
+def _within(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError after so many seconds, where that can be done."""
+    can = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
+    if not can or not math.isfinite(seconds):
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise TimeoutError(f"it took more than {seconds:.3g} seconds")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -1,0 +1,410 @@
+"""A target with a defect: each call is answered by the target, unless the defect shows in it.
+
+A planted version asks the target itself, and answers as it does where the defect changes nothing
+beyond rounding. So a version whose defect cannot act is the target. Where it acts, the call is
+carried out in float64 with the defect, and answered in the target's own layout, dtype and device;
+gradients are those of autograd through that computation, or of a wrong backward pass.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from pytest_attnheat.attention.backward import Saved, carried_back, off_by
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.decisions import BackwardPlan
+from pytest_attnheat.attention.mistakes import MOST_ALLOWED, as_case
+from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out, misread
+from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.contract.versions import Form, Version
+
+# Above so many scores a call takes too much memory in float64.
+_MOST_SCORES = 2**25
+# Outcomes of so many calls are kept, whose outputs hold no more numbers than that.
+_KEPT, _MOST_KEPT = 48, 2**13
+_BASES = (1.0, math.log(2.0), math.log(10.0))
+
+
+@dataclass
+class Effect:
+    """What was asked of a version, and what its defect changed.
+
+    Attributes:
+        calls: How many calls there were.
+        active: On how many of them it changed the answer, or the gradients, beyond rounding.
+        off: By how much at most, as a part of the largest number of a head; NaN counts as inf.
+        off_by: Likewise, in numbers.
+        rounding: What rounding may do at most where it was off, as a part of the size of a row.
+        dtype: The dtype of that call.
+        refused: Why calls were not understood.
+        seen: What the calls had, see `grading.never_exercised`.
+    """
+
+    calls: int = 0
+    active: int = 0
+    off: float = 0.0
+    off_by: float = 0.0
+    rounding: float = 0.0
+    dtype: str = ""
+    refused: dict[str, None] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+    def changed(self, error: Tensor, exact: Tensor, rounding: float, dtype: torch.dtype) -> None:
+        """Note a call on which numbers (..., length, width) were off."""
+        error = error.nan_to_num(nan=math.inf).abs()
+        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
+        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(dtype).tiny)
+        self.active += 1
+        self.off_by = max(self.off_by, float(error.max()))
+        if float(parts.max()) >= self.off:
+            self.off, self.rounding = float(parts.max()), rounding
+            self.dtype = str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, eq=False)
+class _Chosen:
+    """The form of a defect that shows on a call."""
+
+    form: Form
+    error: Tensor
+    rounding: float
+
+
+class Known:
+    """A call that was read, what attention gives on it, and which forms of defects show."""
+
+    def __init__(self, case: Case, tolerance: float) -> None:
+        self.case = case
+        self._least = max(answer_tolerance(case.dtype), tolerance)
+        outcomes = Outcomes(case)
+        assert outcomes.healthy is not None
+        self.healthy: Expected = outcomes.healthy
+        # Else computed anew for each defect: outcomes of long inputs take too much room.
+        self._outcomes = outcomes if self.healthy.output.numel() <= _MOST_KEPT else None
+        self._chosen: dict[Version, _Chosen | None] = {}
+
+    def differs(self, found: Tensor) -> tuple[bool, float]:
+        """Whether an output is off by more than rounding, and what rounding may do at most."""
+        dtype = self.case.dtype
+        error, allowed = self.healthy.errors(found, dtype, least=self._least, most=MOST_ALLOWED)
+        return bool((error > allowed).any()), float(allowed.max())
+
+    def chosen(self, version: Version) -> _Chosen | None:
+        """Return the first form of a defect that changes this call, None if none does."""
+        if version not in self._chosen:
+            self._chosen[version] = self._found(version)
+        return self._chosen[version]
+
+    def _found(self, version: Version) -> _Chosen | None:
+        outcomes = None
+        for form in version.forms:
+            if form.decided is None:
+                output = None
+                with suppress(NotApplicable):
+                    output = form.make(self.case).output
+            else:
+                outcomes = outcomes or self._outcomes or Outcomes(self.case)
+                outcome = outcomes.of(form.decided)
+                output = None if outcome in (None, outcomes.healthy) else outcome.output
+            if output is None:
+                continue
+            differs, rounding = self.differs(output)
+            if differs:
+                error = output - self.healthy.output
+                same = output.isnan() & self.healthy.output.isnan()
+                return _Chosen(form, error.masked_fill(same, 0.0), rounding)
+        return None
+
+
+class Planted:
+    """A target with a defect, called as the target is.
+
+    Attributes:
+        spec: The target.
+        version: What is planted; None for nothing, so that calls are only watched.
+        effect: What was asked, and what was changed.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, version: Version | None, known: OrderedDict[Any, Any]
+    ) -> None:
+        """Plant a version.
+
+        Args:
+            spec: The target.
+            version: What is planted, None for nothing.
+            known: What is known of calls; shared by all versions of a target.
+        """
+        self.spec, self.version, self.effect = spec, version, Effect()
+        target = spec.implementation
+        # That of a module may be replaced by this while it is graded.
+        self._target = target.forward if isinstance(target, nn.Module) else target
+        self._known, self._first = known, dict[Any, Case]()
+        functools.update_wrapper(self, self._target, updated=())
+        self.__signature__ = signature_of(spec)
+
+    def __call__(self, *given: Any, **named: Any) -> Any:
+        """Answer a call: as the target does, or with the defect where it shows."""
+        answer = self._target(*given, **named)
+        self.effect.calls += 1
+        try:
+            with torch.inference_mode(False) if _plain(given, named) else torch.no_grad():
+                return self._answer(answer, read(self.spec, given, named))
+        except UnreadError as error:
+            self.effect.refused[str(error)] = None
+        except Exception as error:  # whatever is not understood is refused, never charged
+            self.effect.refused[f"{type(error).__name__}: {str(error).splitlines()[:1]}"] = None
+        return answer
+
+    def _answer(self, answer: Any, reading: Reading) -> Any:
+        output = answer[0] if isinstance(answer, tuple | list) and answer else answer
+        if not isinstance(output, Tensor):
+            raise UnreadError(f"it returns no tensor, but {type(output).__name__}")
+        if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
+            raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
+        known = self._recall(reading)
+        found = reading.given.here(output.detach()).cpu().double()
+        if found.shape != known.healthy.output.shape:
+            raise UnreadError(f"its output has the shape {tuple(output.shape)}")
+        if known.differs(found)[0]:
+            error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
+            raise UnreadError(
+                "what is described does not give its own answer to within rounding: it is off by "
+                f"{float(error):.2g}, in {reading.call.query.dtype} {_sizes(reading.call)}"
+            )
+        back = _beside(self.spec, reading, known, answer)
+        self._note(reading, output)
+        version = self.version
+        if version is None:
+            return answer
+        if version.kind == "backward":
+            return self._with_wrong_gradients(answer, output, reading)
+        chosen = known.chosen(version)
+        if chosen is None:
+            return answer
+        attached = _attached(known.case, reading)
+        outcome = chosen.form.make(attached)
+        own = reading.given.back(outcome.output).to(output)
+        self.effect.changed(chosen.error, known.healthy.output, chosen.rounding, output.dtype)
+        if own.stride() != output.stride():
+            own = torch.empty_like(output.detach()).copy_(own)
+        if output.requires_grad:
+            tensors = [t for t in reading.call.tensors if t.requires_grad]
+            own = _Reached.apply(own, *tensors)  # type: ignore[no-untyped-call]
+        else:
+            own = own.detach()
+        return _structured(answer, own, back(chosen.form, attached, outcome))
+
+    def _recall(self, reading: Reading) -> Known:
+        """What is known of a call, by its numbers."""
+        case = replace(as_case(reading.call), scale_given=reading.scale_given)
+        case = replace(case, upstream=None)
+        earlier = None
+        if self.version is not None and self.version.remembers:
+            shapes = tuple(tensor.shape for tensor in case.tensors)
+            earlier = self._first.setdefault(shapes, case)
+            case = case if earlier is case else replace(case, earlier=earlier)
+        key = digest(case), None if case.earlier is None else digest(case.earlier)
+        if key not in self._known:
+            self._known[key] = Known(case, self.spec.tolerance or 0.0)
+            if len(self._known) > _KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(key)
+        known: Known = self._known[key]
+        return known
+
+    def _note(self, reading: Reading, output: Tensor) -> None:
+        """Note what a call has."""
+        call, seen = reading.call, self.effect.seen
+        has = {
+            "a mask": call.mask is not None or call.bias is not None,
+            "causality": call.causal,
+            "a mask together with causality": call.causal
+            and (call.mask is not None or call.bias is not None),
+            "other numbers of keys than of queries": call.query_len != call.key_len,
+            "grouped heads": call.group > 1,
+            "several heads": call.heads > 1,
+            "several samples": call.query.shape[0] > 1,
+            "values of another width": call.value.shape[-1] != call.query.shape[-1],
+            "more than 64 keys": call.key_len > 64,
+            "a number of keys that 16 does not divide": call.key_len % 16 != 0,
+            "a scale": reading.scale_given,
+            "negative numbers in query and key": bool((call.query < 0).any())
+            and bool((call.key < 0).any()),
+        }
+        names = ("window", "chunk", "documents", "lengths", "softcap", "alibi", "sinks")
+        has |= {name: getattr(call, name) is not None for name in names}
+        seen.update(name for name, given in has.items() if given)
+        seen.add(str(call.query.dtype))
+        if output.requires_grad and self.version is None:
+            output.register_hook(lambda upstream: seen.add("gradients"))  # type: ignore[no-untyped-call]
+
+    def _with_wrong_gradients(self, answer: Any, output: Tensor, reading: Reading) -> Any:
+        version, call = self.version, reading.call
+        if not output.requires_grad or version is None:
+            return answer
+        tensors = {"query": call.query, "key": call.key, "value": call.value}
+        tensors |= {} if call.bias is None else {"attn_mask": call.bias}
+        tensors |= {} if call.sinks is None else {"sinks": call.sinks}
+        wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+
+        def wrong(upstream: Tensor) -> list[Tensor | None]:
+            found = _wrong_gradients(version, replace(call, upstream=upstream.double()), wanted)
+            if found is None:
+                return [None] * len(wanted)
+            name, exact, rounding = found[1]
+            self.effect.changed(found[0][name], exact, rounding, call.query.dtype)
+            return [found[0][n].reshape(t.shape).to(t) for n, t in wanted.items()]
+
+        shape = (*call.query.shape[:-1], call.value.shape[-1])
+        nothing: Tensor = _Besides.apply(wrong, shape, *wanted.values())  # type: ignore[no-untyped-call]
+        return _structured(answer, output + reading.given.back(nothing).to(output), None)
+
+
+def _wrong_gradients(
+    version: Version, call: Call, wanted: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], tuple[str, Tensor, float]] | None:
+    """By how much the first form that shows changes each gradient; and the worst of them."""
+    with torch.no_grad():
+        saved = Saved.of(call, None)
+        right = {n: g for n, g in carried_back(BackwardPlan(), saved) if n in wanted}
+        for change in version.changes:
+            try:
+                own = dict(carried_back(change(BackwardPlan()), saved))  # type: ignore[arg-type]
+            except NotApplicable:
+                continue
+            parts = {n: off_by(exact, own[n], saved) for n, exact in right.items()}
+            if all(same for _, same in parts.values()):
+                continue
+            more = {n: own[n].reshape(g.shape) - g for n, g in right.items()}
+            worst = max((n for n in parts if not parts[n][1]), key=lambda n: parts[n][0])
+            exact = right[worst].reshape((1,) * max(0, 2 - right[worst].ndim) + right[worst].shape)
+            more[worst] = more[worst].reshape(exact.shape)
+            return more, (worst, exact, saved.allowed)
+    return None
+
+
+class _Besides(torch.autograd.Function):
+    """Zeros, whose gradient is what is added to that of the target."""
+
+    @staticmethod
+    def forward(ctx: Any, wrong: Any, shape: Any, *tensors: Tensor) -> Tensor:
+        ctx.wrong = wrong
+        return tensors[0].new_zeros(shape)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return None, None, *ctx.wrong(upstream)
+
+
+class _Reached(torch.autograd.Function):
+    """An answer whose gradient reaches all inputs, if only as zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        return upstream, *(torch.zeros_like(tensor) for tensor in ctx.saved_tensors)
+
+
+def _plain(given: Sequence[Any], named: dict[str, Any]) -> bool:
+    """Whether no tensor is of inference mode, out of which autograd cannot lead."""
+    return not any(isinstance(t, Tensor) and t.is_inference() for t in (*given, *named.values()))
+
+
+def _attached(case: Case, reading: Reading) -> Case:
+    """The case with the tensors of the call itself, so that gradients reach them."""
+    call = reading.call
+    new = {n: getattr(call, n).to("cpu", torch.float64) for n in ("query", "key", "value")}
+    for name in ("bias", "sinks"):
+        if (tensor := getattr(call, name)) is not None:
+            new[name] = tensor.to("cpu", torch.float64)
+    lead = call.query.shape[0]
+    new = {n: t.expand(lead, *t.shape[1:]) if n in ("key", "value") else t for n, t in new.items()}
+    return replace(case, **new)
+
+
+def _structured(answer: Any, output: Tensor, beside: Tensor | None) -> Any:
+    """An answer in place of the output, and of what is returned beside it."""
+    if not isinstance(answer, tuple | list):
+        return output
+    parts = [output, *answer[1:]]
+    if beside is not None:
+        parts[1] = beside
+    if hasattr(answer, "_fields"):  # a named tuple
+        return type(answer)(*parts)
+    return type(answer)(parts)
+
+
+Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor | None]
+
+
+def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside:
+    """How what is returned beside the output is made of what was carried out."""
+    more = answer[1] if isinstance(answer, tuple | list) and len(answer) > 1 else None
+    if not isinstance(more, Tensor) or spec.returns == "output":
+        return lambda form, case, outcome: None
+    right = carry_out(Plan(), known.case)
+    turns: list[Callable[[Form, Case, Outcome], Tensor]]
+    if spec.returns == "lse":
+        number = len(reading.given.sums(right.scores[..., 0]))
+        turns = [functools.partial(_turned, reading, i, base)
+                 for i, base in product(range(number), _BASES)]  # fmt: skip
+    elif spec.returns == "averaged":
+        turns = [lambda form, case, outcome: outcome.weights.mean(1)]
+    else:
+        turns = [lambda form, case, outcome: outcome.weights]
+    plain = Form(lambda case: right, {})
+    for turn in turns:
+        made = turn(plain, known.case, right)
+        if made.numel() == more.numel() and _alike(made, more):
+            return functools.partial(_like, turn, more)
+    what = "log-sum-exp" if spec.returns == "lse" else "weights"
+    raise UnreadError(f"what it returns beside its output is not the {what} of what is described")
+
+
+def _like(turn: Beside, more: Tensor, form: Form, case: Case, outcome: Outcome) -> Tensor:
+    made = turn(form, case, outcome)
+    assert made is not None
+    return made.reshape(more.shape).to(more) if more.requires_grad else made.detach().reshape(
+        more.shape).to(more)  # fmt: skip
+
+
+def _turned(reading: Reading, number: int, base: float, form: Form, case: Case, outcome: Outcome
+            ) -> Tensor:  # fmt: skip
+    """The logarithm of the sum of each row, in one of the orders of dimensions."""
+    lse = outcome.scores.masked_fill(~outcome.permitted, -math.inf).logsumexp(-1)
+    plan = replace(Plan(), **(form.decided or {}))
+    sinks = misread(plan, case).sinks
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.double()[:, None].expand_as(lse))
+    return reading.given.sums(lse)[number] / base
+
+
+def _alike(made: Tensor, more: Tensor) -> bool:
+    if made.squeeze(-1).shape != more.squeeze(-1).shape:
+        return False
+    made, more = made.reshape(more.shape).detach(), more.detach().cpu().double()
+    sums = made.isfinite() & more.isfinite()
+    near = 4 * torch.finfo(torch.float32).eps ** 0.5
+    return bool(sums.any()) and torch.allclose(made[sums], more[sums], rtol=0.02, atol=10 * near)
+
+
+def _sizes(call: Call) -> str:
+    return f"query {tuple(call.query.shape)}, key {tuple(call.key.shape)}"
