@@ -1,6 +1,7 @@
 """What is told its options before it is called, or writes into buffers, is examined as it is."""
 
 import math
+from dataclasses import replace
 
 import public_callables as public
 import pytest
@@ -291,6 +292,8 @@ def test_a_class_is_refused_where_no_convention_makes_one():
 
     with pytest.raises(TypeError, match="subject: got the class Attention; accepted is an inst"):
         check_attention(Attention)
+    with pytest.raises(TypeError, match="subject: got the class DotProductAttention; accepted"):
+        AttentionSpec(DotProductAttention, layout="blhd")  # by no convention then
 
 
 def test_what_is_neither_called_nor_planned_is_refused():
@@ -320,6 +323,15 @@ def test_the_kernel_of_pytorch_for_a_cpu_passes():
     assert report.passed, str(report)
     assert report.spec.like == "aten_flash_cpu"
     assert {one.name for one in report.results if one.status == "skipped"} == {"layout"}
+
+
+def test_attention_of_transformers_is_told_its_corner_by_the_mask():
+    spec = transformers_attention("sdpa")
+    assert (spec.causal, spec.causal_argument) == ("bottom_right", "is_causal")
+    quiet = replace(spec, dtypes=("float32",))
+    for text in ("causal=True sizes=3x5", "causal=True sizes=1x2 batch=1 key_heads=1",
+                 "causal=True sizes=7x7"):  # fmt: skip
+        assert check_attention(quiet, replay=text).passed
 
 
 def test_eager_attention_of_transformers_takes_neither_causality_nor_a_window():

@@ -18,7 +18,7 @@ _USUAL = {
     "alibi": ("alibi_slopes",),
 }
 # Who says one of these says how it is called, so that no convention is looked for.
-_CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
+CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 
 
 def by_convention(spec: AttentionSpec) -> dict[str, Any]:
@@ -42,7 +42,7 @@ def by_convention(spec: AttentionSpec) -> dict[str, Any]:
         raise ValueError(misuse("like", repr(own.name), "None, of a block or a trace"))
     if own is None and plain:
         own = recognised(known)
-        if spec.typed & _CALLED:  # it is said otherwise
+        if spec.typed & CALLED:  # it is said otherwise
             return {}
     if own is None:
         return {}

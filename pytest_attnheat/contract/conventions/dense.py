@@ -175,7 +175,9 @@ def _transformers(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
     mask = arguments.pop("attention_mask", None)
     if call.query_len != call.key_len and arguments.pop("is_causal", False):
         # It has no corner of its own: models say it in the mask.
-        mask = Call(*call.tensors, causal=True, alignment=spec.alignment).visible()[None, None]
+        corner = call.key_len - call.query_len if spec.alignment == "bottom_right" else 0
+        every = torch.ones(1, 1, call.query_len, call.key_len, device=call.query.device)
+        mask = every.tril(corner).bool()
     if mask is not None:
         lowest = torch.finfo(call.query.dtype).min
         added = torch.zeros(mask.shape, dtype=call.query.dtype, device=call.query.device)
