@@ -5,6 +5,8 @@ import json
 import pytest
 import torch
 
+from pytest_attnheat.plugin import grading
+
 # `torch.testing.assert_close` loads more of torch when it first compares. An in-process pytester
 # run would unload that, and a second import of it crashes.
 torch.testing.assert_close(torch.ones(1), torch.ones(1))
@@ -15,8 +17,8 @@ import torch
 from torch import nn
 
 
-def attention(query, key, value, attn_mask=None, is_causal=False):
-    scores = query @ key.mT / math.sqrt(query.shape[-1])
+def attention(query, key, value, attn_mask=None, is_causal=False, more=0.0):
+    scores = query @ key.mT / math.sqrt(query.shape[-1]) + more
     if is_causal:
         mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
         scores = scores.masked_fill(~mask, -math.inf)
@@ -122,7 +124,7 @@ def test_it_says_which_defects_the_tests_let_through(project):
     assert counts(grade) == WANTED
     result.stdout.fnmatch_lines([
         "my_package.attention:attention: 3 of 4 active defects were killed, 1 survived; *",
-        "  causal_sees_next *attention whose queries see the next key as well*",
+        "  causal_sees_next *attention whose queries see one key too many*",
         "  replaced   in my_package.attention.attention, my_package.attention.registry.ours, "
         "test_it.attention",
         "  tests      3 call it and pass; 1 do not call it",
@@ -151,21 +153,11 @@ def test_counts_are_equal_under_workers_and_in_another_order(project):
     result.stdout.fnmatch_lines(["*3 of 5 versions judged by gw?", "*2 of 5 versions judged by *"])
 
 
-def test_versions_whose_worker_is_lost_are_not_counted(project):
-    """A worker that dies when it has judged."""
-    project.makeconftest("""
-        import os, pytest
-
-        @pytest.hookimpl(wrapper=True, tryfirst=True)
-        def pytest_runtestloop(session):
-            yield
-            if getattr(session.config, "workerinput", {}).get("workerid") == "gw1":
-                os._exit(3)
-            return True
-    """)
-    result, _ = graded(project, "-n", "2", "--max-worker-restart=0", tests=TESTS)
+def test_versions_that_a_lost_worker_took_along_are_not_counted(project, monkeypatch):
+    monkeypatch.setattr(grading.Grading, "_note", lambda *given: None)
+    result, _ = graded(project, tests=TESTS)
     assert result.ret == 1
-    result.stdout.fnmatch_lines(["*no grade, 2 of 5 versions were not judged: a worker was lost"])
+    result.stdout.fnmatch_lines(["*no grade, 5 of 5 versions were not judged: a worker was lost"])
 
 
 # --- what is replaced
@@ -343,18 +335,15 @@ def test_what_fails_with_the_right_one_or_is_not_understood_is_left_out(project)
 def test_fails(tensors):
     assert attention(*tensors) is None
 
-def test_scalar(tensors):
-    with pytest.raises(AttributeError):
-        attention(1, 2, 3)
-    attention(*(tensor.to(torch.complex64) for tensor in tensors)) if False else None
-    attention(tensors[0].expand(2, 2, 5, 8), tensors[1][:1], tensors[2])
+def test_more(tensors):
+    attention(*tensors, more=1.0)
 """
     )
     result, (grade,) = graded(project, tests=tests)
     assert counts(grade) == WANTED
     result.stdout.fnmatch_lines([
         "  left out   test_it.py::test_fails: failed with the right one: assert *",
-        "  left out   test_it.py::test_scalar: a call is not understood: *",
+        "  left out   test_it.py::test_more: a call is not understood: more=1.0 is not described",
     ])  # fmt: skip
 
 
