@@ -19,12 +19,13 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from pytest_attnheat.callables import borrowed
-from pytest_attnheat.contract.planting import Effect, Planted
+from pytest_attnheat.contract.effects import Effect
+from pytest_attnheat.contract.planting import Planted
 from pytest_attnheat.contract.reading_calls import unreadable
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.remedy import Remedy, remedy_for
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version, versions
+from pytest_attnheat.contract.versions import Version, simple_name, versions
 from pytest_attnheat.inputs import check_number, misuse, seed_number
 
 Status: TypeAlias = Literal["killed", "survived", "inactive"]
@@ -51,6 +52,13 @@ _FEATURES: dict[str, Callable[[AttentionSpec], object]] = {
 }  # fmt: skip
 
 
+class _TimeUpError(BaseException):
+    """It took too long; no `except Exception` on the way stops it."""
+
+
+_TimeUpError.__name__ = "TimeoutError"
+
+
 class JudgeError(AssertionError):
     """The judge does not accept the right implementation, or does not call it."""
 
@@ -67,7 +75,7 @@ class Verdict:
         said: What the judge said.
         off: By how much it was off at most, as a part of the largest number of a head.
         off_by: Likewise, in numbers.
-        rounding: What rounding may do there at most, as a part of the size of a row.
+        rounding: What rounding may do there at most, likewise.
         dtype: The dtype of the call on which it was off most.
         calls: How many calls the judge made.
         active: How many of them it changed.
@@ -131,12 +139,13 @@ class Grade:
     def _head(self) -> str:
         if self.refused:
             return "no grade, as its calls are not understood"
+        calls = f"{self.calls} call{'s' * (self.calls != 1)}"
         if self.score is None:
-            return f"no defect changed any of {self.calls} calls beyond rounding"
+            return f"no defect changed anything beyond rounding in {calls}"
         active = len(self.killed) + len(self.survived)
         return (
-            f"{len(self.killed)} of {active} active defects were killed, {len(self.survived)} "
-            f"survived; {len(self.inactive)} were inactive, in {self.calls} calls"
+            f"{len(self.killed)} of {active} active defects killed, {len(self.survived)} survived, "
+            f"{len(self.inactive)} inactive, in {calls}"
         )
 
     def _lines(self) -> Iterator[str]:
@@ -211,11 +220,12 @@ class Study:
         """
         self.spec, self.seed = as_spec(right), seed_number(seed)
         every = tuple(versions(self.spec, seed=self.seed))
-        known = {one.name for one in every}
-        if unknown := [name for name in defects or () if name not in known]:
-            accepted = f"names of {', '.join(sorted(known))}"
+        if unknown := [name for name in defects or () if simple_name(name) is None]:
+            accepted = "names of the catalogue, docs/defects.md, or of trivial answers: "
+            accepted += ", ".join(one.name for one in every if one.kind == "trivial")
             raise ValueError(misuse("defects", repr(unknown[0]), accepted))
-        self.versions = tuple(v for v in every if defects is None or v.name in defects)
+        wanted = None if defects is None else {simple_name(name) for name in defects}
+        self.versions = tuple(v for v in every if wanted is None or v.name in wanted)
         self._known: OrderedDict[Any, Any] = OrderedDict()
         self.watched = Planted(self.spec, None, self._known)
 
@@ -364,17 +374,17 @@ def _handed(planted: Planted) -> Iterator[Any]:
 
 @contextmanager
 def _within(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError after so many seconds, where that can be done."""
+    """Stop what is done after so many seconds, where that can be done."""
     can = hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread()
     if not can or not math.isfinite(seconds):
         yield
         return
 
     def stop(number: int, frame: object) -> None:
-        raise TimeoutError(f"it took more than {seconds:.3g} seconds")
+        raise _TimeUpError(f"it took more than {seconds:.3g} seconds")
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, where it is caught all the same
     try:
         yield
     finally:

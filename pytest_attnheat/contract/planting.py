@@ -12,8 +12,7 @@ import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import product
 from typing import Any, TypeAlias
 
@@ -23,110 +22,20 @@ from torch import Tensor, nn
 from pytest_attnheat.attention.backward import Saved, carried_back, off_by
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.mistakes import MOST_ALLOWED, as_case
-from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
+from pytest_attnheat.attention.mistakes import as_case
+from pytest_attnheat.attention.outcomes import digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out, misread
-from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.contract.effects import Change, Effect, Known
+from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
 # Above so many scores a call takes too much memory in float64.
 _MOST_SCORES = 2**25
-# Outcomes of so many calls are kept, whose outputs hold no more numbers than that.
-_KEPT, _MOST_KEPT = 48, 2**13
+# Of so many calls at most is kept what is known, and of no more than so many numbers in outputs.
+_KEPT, _KEPT_NUMBERS = 48, 2**18
 _BASES = (1.0, math.log(2.0), math.log(10.0))
-
-
-@dataclass
-class Effect:
-    """What was asked of a version, and what its defect changed.
-
-    Attributes:
-        calls: How many calls there were.
-        active: On how many of them it changed the answer, or the gradients, beyond rounding.
-        off: By how much at most, as a part of the largest number of a head; NaN counts as inf.
-        off_by: Likewise, in numbers.
-        rounding: What rounding may do at most where it was off, as a part of the size of a row.
-        dtype: The dtype of that call.
-        refused: Why calls were not understood.
-        seen: What the calls had, see `grading.never_exercised`.
-    """
-
-    calls: int = 0
-    active: int = 0
-    off: float = 0.0
-    off_by: float = 0.0
-    rounding: float = 0.0
-    dtype: str = ""
-    refused: dict[str, None] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
-
-    def changed(self, error: Tensor, exact: Tensor, rounding: float, dtype: torch.dtype) -> None:
-        """Note a call on which numbers (..., length, width) were off."""
-        error = error.nan_to_num(nan=math.inf).abs()
-        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
-        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(dtype).tiny)
-        self.active += 1
-        self.off_by = max(self.off_by, float(error.max()))
-        if float(parts.max()) >= self.off:
-            self.off, self.rounding = float(parts.max()), rounding
-            self.dtype = str(dtype).removeprefix("torch.")
-
-
-@dataclass(frozen=True, eq=False)
-class _Chosen:
-    """The form of a defect that shows on a call."""
-
-    form: Form
-    error: Tensor
-    rounding: float
-
-
-class Known:
-    """A call that was read, what attention gives on it, and which forms of defects show."""
-
-    def __init__(self, case: Case, tolerance: float) -> None:
-        self.case = case
-        self._least = max(answer_tolerance(case.dtype), tolerance)
-        outcomes = Outcomes(case)
-        assert outcomes.healthy is not None
-        self.healthy: Expected = outcomes.healthy
-        # Else computed anew for each defect: outcomes of long inputs take too much room.
-        self._outcomes = outcomes if self.healthy.output.numel() <= _MOST_KEPT else None
-        self._chosen: dict[Version, _Chosen | None] = {}
-
-    def differs(self, found: Tensor) -> tuple[bool, float]:
-        """Whether an output is off by more than rounding, and what rounding may do at most."""
-        dtype = self.case.dtype
-        error, allowed = self.healthy.errors(found, dtype, least=self._least, most=MOST_ALLOWED)
-        return bool((error > allowed).any()), float(allowed.max())
-
-    def chosen(self, version: Version) -> _Chosen | None:
-        """Return the first form of a defect that changes this call, None if none does."""
-        if version not in self._chosen:
-            self._chosen[version] = self._found(version)
-        return self._chosen[version]
-
-    def _found(self, version: Version) -> _Chosen | None:
-        outcomes = None
-        for form in version.forms:
-            if form.decided is None:
-                output = None
-                with suppress(NotApplicable):
-                    output = form.make(self.case).output
-            else:
-                outcomes = outcomes or self._outcomes or Outcomes(self.case)
-                outcome = outcomes.of(form.decided)
-                output = None if outcome in (None, outcomes.healthy) else outcome.output
-            if output is None:
-                continue
-            differs, rounding = self.differs(output)
-            if differs:
-                error = output - self.healthy.output
-                same = output.isnan() & self.healthy.output.isnan()
-                return _Chosen(form, error.masked_fill(same, 0.0), rounding)
-        return None
 
 
 class Planted:
@@ -161,7 +70,8 @@ class Planted:
         answer = self._target(*given, **named)
         self.effect.calls += 1
         try:
-            with torch.inference_mode(False) if _plain(given, named) else torch.no_grad():
+            mode = torch.inference_mode(False) if _plain(given, named) else torch.no_grad()
+            with mode, one_thread():
                 return self._answer(answer, read(self.spec, given, named))
         except UnreadError as error:
             self.effect.refused[str(error)] = None
@@ -175,11 +85,11 @@ class Planted:
             raise UnreadError(f"it returns no tensor, but {type(output).__name__}")
         if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
             raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
-        known = self._recall(reading)
         found = reading.given.here(output.detach()).cpu().double()
-        if found.shape != known.healthy.output.shape:
+        if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
-        if known.differs(found)[0]:
+        known = self._recall(reading, found)
+        if not known.reproduces(found):
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
             raise UnreadError(
                 "what is described does not give its own answer to within rounding: it is off by "
@@ -198,7 +108,7 @@ class Planted:
         attached = _attached(known.case, reading)
         outcome = chosen.form.make(attached)
         own = reading.given.back(outcome.output).to(output)
-        self.effect.changed(chosen.error, known.healthy.output, chosen.rounding, output.dtype)
+        self.effect.changed(chosen.change, output.dtype)
         if own.stride() != output.stride():
             own = torch.empty_like(output.detach()).copy_(own)
         if output.requires_grad:
@@ -208,8 +118,8 @@ class Planted:
             own = own.detach()
         return _structured(answer, own, back(chosen.form, attached, outcome))
 
-    def _recall(self, reading: Reading) -> Known:
-        """What is known of a call, by its numbers."""
+    def _recall(self, reading: Reading, found: Tensor) -> Known:
+        """What is known of a call, by its numbers, and those of the answer of the target."""
         case = replace(as_case(reading.call), scale_given=reading.scale_given)
         case = replace(case, upstream=None)
         earlier = None
@@ -217,10 +127,14 @@ class Planted:
             shapes = tuple(tensor.shape for tensor in case.tensors)
             earlier = self._first.setdefault(shapes, case)
             case = case if earlier is case else replace(case, earlier=earlier)
-        key = digest(case), None if case.earlier is None else digest(case.earlier)
+        earlier_key = None if case.earlier is None else digest(case.earlier)
+        key = digest(case), digest(found), earlier_key
         if key not in self._known:
-            self._known[key] = Known(case, self.spec.tolerance or 0.0)
-            if len(self._known) > _KEPT:
+            self._known[key] = Known(case, self.spec.tolerance or 0.0, found)
+            while len(self._known) > 1 and (
+                len(self._known) > _KEPT
+                or sum(k.healthy.output.numel() for k in self._known.values()) > _KEPT_NUMBERS
+            ):
                 self._known.popitem(last=False)
         self._known.move_to_end(key)
         known: Known = self._known[key]
@@ -265,8 +179,7 @@ class Planted:
             found = _wrong_gradients(version, replace(call, upstream=upstream.double()), wanted)
             if found is None:
                 return [None] * len(wanted)
-            name, exact, rounding = found[1]
-            self.effect.changed(found[0][name], exact, rounding, call.query.dtype)
+            self.effect.changed(found[1], call.query.dtype)
             return [found[0][n].reshape(t.shape).to(t) for n, t in wanted.items()]
 
         shape = (*call.query.shape[:-1], call.value.shape[-1])
@@ -276,7 +189,7 @@ class Planted:
 
 def _wrong_gradients(
     version: Version, call: Call, wanted: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], tuple[str, Tensor, float]] | None:
+) -> tuple[dict[str, Tensor], Change] | None:
     """By how much the first form that shows changes each gradient; and the worst of them."""
     with torch.no_grad():
         saved = Saved.of(call, None)
@@ -293,7 +206,7 @@ def _wrong_gradients(
             worst = max((n for n in parts if not parts[n][1]), key=lambda n: parts[n][0])
             exact = right[worst].reshape((1,) * max(0, 2 - right[worst].ndim) + right[worst].shape)
             more[worst] = more[worst].reshape(exact.shape)
-            return more, (worst, exact, saved.allowed)
+            return more, Change.of(more[worst], exact, saved.allowed)
     return None
 
 

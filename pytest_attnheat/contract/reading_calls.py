@@ -201,9 +201,16 @@ def _sums(lse: Tensor) -> list[Tensor]:
 def _stacked(at: int, spec: AttentionSpec, arguments: Arguments) -> Given:
     """Query, key and value in one tensor (batch, length, 3, heads, width), or key and value."""
     query = _tensor(arguments) if at else None
-    stacked = [tensor.squeeze(2) for tensor in _tensor(arguments).split(1, 2)]
-    query, key, value = stacked if query is None else (query, *stacked)
+    query, key, value = _apart(query, _tensor(arguments), 2)
     return _laid_out(spec, query, key, value)
+
+
+def _apart(query: Tensor | None, together: Tensor, dim: int) -> list[Tensor]:
+    """Query, key and value, some of which are one tensor."""
+    some = [together.select(dim, at) for at in range(together.shape[dim])]
+    if len(some) != (3 if query is None else 2):
+        raise UnreadError(f"{tuple(together.shape)} holds {len(some)} tensors")
+    return some if query is None else [query, *some]
 
 
 def _each_sample(spec: AttentionSpec, arguments: Arguments) -> Given:
@@ -270,10 +277,13 @@ def _packed(
     names: Sequence[str], together: str, spec: AttentionSpec, arguments: Arguments
 ) -> Given:
     """Sequences of several lengths, one after the other: (tokens, heads, width)."""
-    first = [] if together == "qkv" else [_tensor(arguments)]
-    rest: Sequence[Tensor] = [_tensor(arguments)]
-    rest = rest[0].unbind(1) if together else [*rest, _tensor(arguments)]
-    query, key, value = (*first, *rest)
+    first = None if together == "qkv" else _tensor(arguments)
+    second = _tensor(arguments)
+    if together:
+        query, key, value = _apart(first, second, 1)
+    else:
+        assert first is not None
+        query, key, value = first, second, _tensor(arguments)
     ends = [arguments.pop(name, None) for name in names[: 1 if together == "qkv" else 2]]
     if any(not isinstance(one, Tensor) for one in ends):
         raise UnreadError(f"{' and '.join(names[:2])} do not say where sequences begin")

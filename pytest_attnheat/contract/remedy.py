@@ -12,12 +12,16 @@ from pytest_attnheat.assertions.precision_calls import Criteria, asking, describ
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
 from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.contract.planting import Known, Planted
+from pytest_attnheat.contract.effects import Known
+from pytest_attnheat.contract.planting import Planted
+from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Version
 
 # Samples must differ for defects that mix them up to show.
 _BATCH = 2
+# Longer cases are asked where shorter ones do not tell all apart.
+_SMALL = 40
 _FINEST = ("float64", "float32", "float16", "bfloat16")
 _TEST = """\
 @pytest.mark.parametrize("name", {names})
@@ -36,7 +40,7 @@ class Remedy:
         dtype: The dtype in which they are asked.
         killed: The names of what they tell apart.
         left: The names of what they do not.
-        tolerance: By dtype, by how much of its size rounding may move a row of an answer.
+        tolerance: By dtype, by which part of the largest number of a head rounding may move one.
         code: A test ready to paste; empty without cases.
     """
 
@@ -54,8 +58,8 @@ class Remedy:
             parts = ", ".join(f"{part:.1e} in {dtype}" for dtype, part in self.tolerance)
             lines += [
                 "what survived changed answers that the judge was given: it compares too little "
-                "of them, or too coarsely. Rounding alone moves a row of these answers by at most "
-                f"this part of its size: {parts}"
+                "of them, or too coarsely. Rounding alone moves no number of these answers by more "
+                f"than this part of the largest of its head: {parts}"
             ]
         if self.cases:
             count = len(self.cases)
@@ -85,21 +89,14 @@ def remedy_for(
     if not survived:
         return Remedy()
     dtype = next((name for name in _FINEST if name in rounding), "float32")
-    calls = _asked(spec, dtype)
-    hopes = {
-        name: [one for one in survived if one.kind == "backward" or known.chosen(one)]
-        for name, (_, known) in calls.items()
-    }
     cases, left = list[str](), list(survived)
-    while hopes:
-        name = max(hopes, key=lambda name: sum(one in left for one in hopes[name]))
-        hoped = [one for one in hopes.pop(name) if one in left]
-        if not hoped:
-            break
-        told = [one for one in hoped if not _accepted(spec, plant(one), calls[name][0])]
-        if told:
-            cases.append(name)
-            left = [one for one in left if one not in told]
+    every = {n: hard_case(n, dtype=dtype, device=_device(spec), batch=_BATCH)
+             for n in (*HARD_CASES, *FEATURE_CASES)}  # fmt: skip
+    for large in (False, True):
+        some = {n: call for n, call in every.items() if (call.key_len > _SMALL) is large}
+        with one_thread():
+            more, left = _greedy(spec, left, plant, some) if left else ([], left)
+        cases += more
     told = [one for one in survived if one not in left]
     return Remedy(
         tuple(cases),
@@ -111,20 +108,41 @@ def remedy_for(
     )
 
 
-def _asked(spec: AttentionSpec, dtype: str) -> dict[str, tuple[Call, Known]]:
-    """The hard cases that the right one takes, and passes."""
-    device = spec.devices[0] if spec.devices else "cpu"
-    found: dict[str, tuple[Call, Known]] = {}
-    for name in (*HARD_CASES, *FEATURE_CASES):
-        call = hard_case(name, dtype=dtype, device=device, batch=_BATCH)
-        try:
-            accepted = _accepted(spec, None, call)
-        except Exception:  # whatever the target raises, it does not take this case
-            continue
-        if accepted:
-            described = as_case(spec.described(call))
-            found[name] = call, Known(described, spec.tolerance or 0.0)
-    return found
+def _device(spec: AttentionSpec) -> str:
+    return spec.devices[0] if spec.devices else "cpu"
+
+
+def _greedy(
+    spec: AttentionSpec,
+    survived: Sequence[Version],
+    plant: Callable[[Version], Planted],
+    calls: Mapping[str, Call],
+) -> tuple[list[str], list[Version]]:
+    """Choose cases, that which tells most apart first; return them and what none tells apart."""
+    hopes = {}
+    for name, call in calls.items():
+        if _taken(spec, call):
+            known = Known(as_case(spec.described(call)), spec.tolerance or 0.0)
+            hopes[name] = [v for v in survived if v.kind == "backward" or known.chosen(v)]
+    cases, left = list[str](), list(survived)
+    while hopes:
+        name = max(hopes, key=lambda name: sum(one in left for one in hopes[name]))
+        hoped = [one for one in hopes.pop(name) if one in left]
+        if not hoped:
+            break
+        told = [one for one in hoped if not _accepted(spec, plant(one), calls[name])]
+        if told:
+            cases.append(name)
+            left = [one for one in left if one not in told]
+    return cases, left
+
+
+def _taken(spec: AttentionSpec, call: Call) -> bool:
+    """Whether the right one takes a call, and passes."""
+    try:
+        return _accepted(spec, None, call)
+    except Exception:  # whatever the target raises, it does not take this case
+        return False
 
 
 def _accepted(spec: AttentionSpec, planted: Planted | None, call: Call) -> bool:

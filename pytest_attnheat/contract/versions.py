@@ -83,6 +83,16 @@ def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
     yield from _TRIVIAL
 
 
+def simple_name(name: str) -> str | None:
+    """Return the name of the version that a defect is planted in; None if there is no such."""
+    if name in {one.name for one in _TRIVIAL} | {one.name for one in BACKWARD}:
+        return name
+    forward = {one.name: one for one in DEFECTS}
+    if name not in forward:
+        return None
+    return forward[name].form_of or name
+
+
 def _can_act(name: str, spec: AttentionSpec) -> bool:
     """Whether a target takes at all what a defect is about, by the beginning of its name."""
     flexible = spec.convention is not None and spec.convention.name == "flex_attention"

@@ -1,0 +1,168 @@
+"""What a defect changes on a call, and whether that is more than rounding."""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.precision_judgement import judge
+from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.mistakes import MOST_ALLOWED
+from pytest_attnheat.attention.outcomes import Expected, Outcomes
+from pytest_attnheat.attention.plan import Case, NotApplicable
+from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.contract.versions import Form, Version
+
+# What each defect gives is kept only of calls whose outputs hold no more numbers than that.
+_MOST_KEPT = 2**15
+# By how many times what a plain computation is off, at each number, a defect has to be: what
+# `assert_matches_reference` allows. And by how many times what the target itself is off.
+_FACTOR = 2.0
+# Of the largest number of a head: two computations in float64 differ by as much.
+_FLOOR = 1e-12
+
+
+@dataclass(frozen=True)
+class Change:
+    """By how much numbers are off: of a head, of all, and by rounding at most; see `Effect`."""
+
+    off: float
+    off_by: float
+    rounding: float
+
+    @classmethod
+    def of(cls, error: Tensor, exact: Tensor, rounding: float) -> Change:
+        """Measure an error (..., length, width) beside what is exact."""
+        error = error.nan_to_num(nan=math.inf).abs()
+        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
+        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        return cls(float(parts.max()), float(error.max()), rounding)
+
+
+@dataclass
+class Effect:
+    """What was asked of a version, and what its defect changed.
+
+    Attributes:
+        calls: How many calls there were.
+        active: On how many of them it changed the answer, or the gradients, beyond rounding.
+        off: By how much at most, as a part of the largest number of a head; NaN counts as inf.
+        off_by: Likewise, in numbers.
+        rounding: What rounding may do at most where it was off, likewise.
+        dtype: The dtype of that call.
+        refused: Why calls were not understood.
+        seen: What the calls had, see `grading.never_exercised`.
+    """
+
+    calls: int = 0
+    active: int = 0
+    off: float = 0.0
+    off_by: float = 0.0
+    rounding: float = 0.0
+    dtype: str = ""
+    refused: dict[str, None] = field(default_factory=dict)
+    seen: set[str] = field(default_factory=set)
+
+    def changed(self, change: Change, dtype: torch.dtype) -> None:
+        """Note a call on which numbers were off."""
+        self.active += 1
+        self.off_by = max(self.off_by, change.off_by)
+        if change.off >= self.off:
+            self.off, self.rounding = change.off, change.rounding
+            self.dtype = str(dtype).removeprefix("torch.")
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """The form of a defect that shows on a call, and what it changes."""
+
+    form: Form
+    change: Change
+
+
+class Known:
+    """A call that was read, what attention gives on it, and which forms of defects show."""
+
+    def __init__(self, case: Case, tolerance: float, found: Tensor | None = None) -> None:
+        """Compute what attention gives.
+
+        Args:
+            case: The call.
+            tolerance: What is declared of the target, as a part of the largest number of a head.
+            found: What the target answers, (batch, heads, query_len, value_dim) in float64.
+        """
+        self.case = case
+        self._least = max(answer_tolerance(case.dtype), tolerance)
+        outcomes = Outcomes(case)
+        assert outcomes.healthy is not None
+        self.healthy: Expected = outcomes.healthy
+        # Else computed anew for each defect: outcomes of long inputs take too much room.
+        self._outcomes = outcomes if self.healthy.output.numel() <= _MOST_KEPT else None
+        self._chosen: dict[Version, Chosen | None] = {}
+        self._allowed = self._rounding(tolerance, found)
+
+    def _rounding(self, tolerance: float, found: Tensor | None) -> Tensor:
+        """How far each number may be off by rounding, (batch, heads, query_len, value_dim)."""
+        case, exact = self.case, self.healthy.output
+        query, key, value = (tensor.to(case.dtype) for tensor in case.tensors)
+        call = replace(case, query=query, key=key, value=value.nan_to_num(nan=0.0), upstream=None)
+        expected, plain = computation.reference(call), computation.plain(call)
+        of = [one["output"] for one in (expected.exact, plain, expected.scale, expected.least)]
+        judged = torch.ones_like(exact, dtype=torch.bool)
+        allowed = judge(
+            "output", None, *of, factor=_FACTOR, dtype=case.dtype, judged=judged,
+            tolerance=tolerance,
+        ).allowed  # fmt: skip
+        largest = exact.nan_to_num(nan=0.0).abs().amax((-2, -1), keepdim=True)
+        allowed = torch.maximum(allowed.nan_to_num(nan=0.0), _FLOOR * largest)
+        if found is None:
+            return allowed
+        # A target that rounds more than that is not graded by less than it is off itself.
+        own = (found - exact).abs().nan_to_num(nan=0.0, posinf=0.0)
+        worst = own.amax((-2, -1), keepdim=True)
+        coarse = (own > allowed).any(-1).any(-1)[..., None, None]
+        return torch.where(coarse, torch.maximum(allowed, _FACTOR * worst), allowed)
+
+    def reproduces(self, found: Tensor) -> bool:
+        """Whether an answer of the target is what is described, to within rounding."""
+        dtype = self.case.dtype
+        error, allowed = self.healthy.errors(found, dtype, least=self._least, most=MOST_ALLOWED)
+        return bool((error <= allowed).all())
+
+    def chosen(self, version: Version) -> Chosen | None:
+        """Return the first form of a defect that changes this call, None if none does."""
+        if version not in self._chosen:
+            self._chosen[version] = self._found(version)
+        return self._chosen[version]
+
+    def _found(self, version: Version) -> Chosen | None:
+        outcomes = None
+        for form in version.forms:
+            if form.decided is None:
+                output = None
+                with suppress(NotApplicable):
+                    output = form.make(self.case).output
+            else:
+                outcomes = outcomes or self._outcomes or Outcomes(self.case)
+                outcome = outcomes.of(form.decided)
+                output = None if outcome in (None, outcomes.healthy) else outcome.output
+            if output is not None and (change := self._change(output)) is not None:
+                return Chosen(form, change)
+        return None
+
+    def _change(self, output: Tensor) -> Change | None:
+        """By how much an output is off; None if by rounding alone."""
+        exact = self.healthy.output
+        same = (output == exact) | (output.isnan() & exact.isnan())
+        if self.healthy.unjudged is not None:
+            same |= self.healthy.unjudged[..., None]
+        error = (output - exact).abs().nan_to_num(nan=math.inf).masked_fill(same, 0.0)
+        if not bool((error > self._allowed).any()):
+            return None
+        largest = exact.nan_to_num(nan=0.0).abs().amax((-2, -1))
+        parts = self._allowed.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        return Change.of(error, exact, float(parts.max()))
