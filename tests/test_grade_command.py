@@ -123,7 +123,7 @@ def test_it_says_which_defects_the_tests_let_through(project):
     result, (grade,) = graded(project, tests=TESTS)
     assert counts(grade) == WANTED
     result.stdout.fnmatch_lines([
-        "my_package.attention:attention: 3 of 4 active defects were killed, 1 survived; *",
+        "my_package.attention:attention: 3 of 4 active defects killed, 1 survived, *",
         "  causal_sees_next *attention whose queries see one key too many*",
         "  replaced   in my_package.attention.attention, my_package.attention.registry.ours, "
         "test_it.attention",
@@ -150,7 +150,8 @@ def test_counts_are_equal_under_workers_and_in_another_order(project):
     assert counts(alone) == counts(shared) == WANTED
     assert alone["tests"] == shared["tests"]
     result.assert_outcomes(passed=4)
-    result.stdout.fnmatch_lines(["*3 of 5 versions judged by gw?", "*2 of 5 versions judged by *"])
+    for share in (2, 3):
+        result.stdout.fnmatch_lines([f"*{share} of 5 versions judged by gw?"])
 
 
 def test_versions_that_a_lost_worker_took_along_are_not_counted(project, monkeypatch):
@@ -384,7 +385,7 @@ def test_a_run_fails_below_the_threshold(project):
 def test_html_shows_the_grade(project):
     pytest.importorskip("pytest_html")
     graded(project, "--html=report.html", tests=TESTS)
-    assert "3 of 4 active defects were killed" in (project.path / "report.html").read_text()
+    assert "3 of 4 active defects killed" in (project.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ import pytest
 from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.grades import Found, Graded, notes_of
 from pytest_attnheat.plugin.replacing import Target, find_target
-from pytest_attnheat.plugin.rerunning import outcomes, quiet
+from pytest_attnheat.plugin.rerunning import outcomes, quiet, tear_down
 from pytest_attnheat.plugin.settings import (
     CHECKS_MARKER,
     GRADE_MARKER,
@@ -228,7 +228,10 @@ class Grading:
                 for item, outcome in outcomes(session, items, self.settings.seed):
                     if outcome.status == "failed":
                         return f"{item.nodeid}: {outcome.said}"
-        except (Exception, SystemExit, pytest.exit.Exception) as error:
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # also that time is up, and what ends a run
+            tear_down(item)
             return f"{item.nodeid}: {type(error).__name__}: {error}"
         finally:
             target.stand_in.version = None

@@ -102,7 +102,7 @@ def outcomes(
             yield item, outcome
     finally:
         if not done and last is not None:  # an exception, or a caller that stopped
-            _tear_down(last)
+            tear_down(last)
 
 
 def _reports(
@@ -120,7 +120,7 @@ def _reports(
     finally:
         del session.gethookproxy
     if any(report.failed and report.when == "teardown" for report in found):
-        _tear_down(item)
+        tear_down(item)
     return found
 
 
@@ -131,7 +131,7 @@ def _forget_object(item: pytest.Item) -> None:
             vars(item).pop(name, None)
 
 
-def _tear_down(item: pytest.Item) -> None:
+def tear_down(item: pytest.Item) -> None:
     """Undo all fixtures, where a test was left in the midst of them."""
     runner: Any = item.config.pluginmanager.get_plugin("runner")
     with suppress(Exception, pytest.exit.Exception):
