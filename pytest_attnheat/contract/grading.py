@@ -56,7 +56,8 @@ class _TimeUpError(BaseException):
     """It took too long; no `except Exception` on the way stops it."""
 
 
-_TimeUpError.__name__ = "TimeoutError"
+_TimeUpError.__name__ = _TimeUpError.__qualname__ = "TimeoutError"
+_TimeUpError.__module__ = "builtins"  # as it is told of
 
 
 class JudgeError(AssertionError):

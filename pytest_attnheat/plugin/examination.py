@@ -208,24 +208,37 @@ def _check_of(item: pytest.Item) -> CheckCall | None:
     return given if isinstance(given, CheckCall) else None
 
 
-def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
-    """Import what `--attn-check` names."""
-    from pytest_attnheat.contract.ready import as_spec
+def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
+    """Import what an option names, as package.module:object.
 
+    Returns:
+        The module, and each object on the way to the one that is named last.
+
+    Raises:
+        pytest.UsageError: It cannot be imported, or is not there.
+    """
     module, separator, name = target.partition(":")
     if not (module and separator and name):
-        raise pytest.UsageError(f"--attn-check: got {target!r}; accepted is package.module:object")
+        raise pytest.UsageError(f"{option}: got {target!r}; accepted is package.module:object")
     here = str(config.invocation_params.dir)
     if here not in sys.path:  # as `python -m` does
         sys.path.insert(0, here)
     try:
-        found: Any = importlib.import_module(module)
+        found: list[Any] = [importlib.import_module(module)]
         for part in name.split("."):
-            found = getattr(found, part)
+            found.append(getattr(found[-1], part))
     except Exception as error:  # the module is the user's, and may raise anything
         known = isinstance(error, ImportError | AttributeError)
         said = str(error) if known else f"importing {module} raised {type(error).__name__}: {error}"
-        raise pytest.UsageError(f"--attn-check {target}: {said}") from error
+        raise pytest.UsageError(f"{option} {target}: {said}") from error
+    return found
+
+
+def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
+    """Import what `--attn-check` names."""
+    from pytest_attnheat.contract.ready import as_spec
+
+    found = imported(config, "--attn-check", target)[-1]
     specs = list(found) if isinstance(found, (list, tuple)) else [found]
     try:
         return [as_spec(spec) for spec in specs]

@@ -25,6 +25,9 @@ _DTYPES = f"a comma-separated list of {', '.join(DTYPE_NAMES)}"
 _SEED = "a whole number from 0"
 
 CHECKS_MARKER = "attention_checks"
+GRADE_MARKER = "attention_grade"
+# What `--attn-grade` takes in place of a target: none, and those that markers name.
+NO_TARGET, MARKED = "nothing", "marked"
 MARKERS = (
     "attention(scoring=, batch=, heads=, query_len=, key_len=, head_dim=, value_dim=, mask=, "
     "causal=, alignment=, window=, chunk=, prefix=, sink_keys=, documents=, lengths=, "
@@ -43,6 +46,9 @@ MARKERS = (
     "or .svg. tolerance is relative to cell and panel (default: that of the dtype); precision "
     "names other dtypes that it serves; share=True lets several tests have it. --attn-update "
     "writes baselines.",
+    f"{GRADE_MARKER}(target=): --attn-grade grades tests that have this marker, and no others if "
+    "any has it. target is the implementation that they judge, as package.module:object; without "
+    "it, any.",
 )
 
 _Setting = TypeVar("_Setting")
@@ -57,6 +63,8 @@ class Settings(NamedTuple):
         seed: The seed where the marker gives none.
         require_device: Whether an absent device fails a test instead of skipping it.
         time_limit: How long one call of an isolated implementation may take, in seconds.
+        grade: The implementations by whose wrong versions tests are graded, as they are named.
+        grade_min: The part of active defects that tests must find.
     """
 
     devices: tuple[str, ...]
@@ -64,11 +72,15 @@ class Settings(NamedTuple):
     seed: int
     require_device: bool
     time_limit: float
+    grade: tuple[str, ...]
+    grade_min: float
 
 
 SETTINGS = pytest.StashKey[Settings]()
 # The implementations that are called in processes of their own.
 ISOLATED = pytest.StashKey[list[Any]]()
+# True while tests run again with wrong versions: nothing of that is kept.
+GRADING = pytest.StashKey[bool]()
 
 
 def add_options(parser: pytest.Parser) -> None:
@@ -129,10 +141,34 @@ def add_options(parser: pytest.Parser) -> None:
         "attn_time_limit",
         "120",
         "SECONDS",
-        "how long one call of an isolated implementation may take",
+        "how long one call of an isolated implementation may take; and, beside 20 times what the "
+        "right one takes, the tests of a wrong version of --attn-grade",
+    )
+    option_and_ini(
+        "attn_grade",
+        NO_TARGET,
+        "TARGETS",
+        "grade the tests by the defects that they let through: run them again with wrong versions "
+        "of an implementation in its place",
+        f": functions, methods or modules as package.module:object, separated by commas; {MARKED}: "
+        f"those that markers {GRADE_MARKER} name",
+    )
+    option_and_ini(
+        "attn_grade_min",
+        "0",
+        "PART",
+        "fail a run whose tests find a smaller part of the active defects",
+        ", from 0 to 1",
     )
     group.addoption(
-        "--attn-json", metavar="FILE", help="write what the examination found as JSON, for programs"
+        "--attn-grade-defects",
+        metavar="NAMES",
+        help="plant these defects alone, separated by commas, see docs/defects.md",
+    )
+    group.addoption(
+        "--attn-json",
+        metavar="FILE",
+        help="write what the examination and --attn-grade found as JSON, for programs",
     )
     group.addoption(
         "--attn-update",
@@ -156,6 +192,11 @@ def add_options(parser: pytest.Parser) -> None:
 
 def read_settings(config: pytest.Config) -> Settings:
     """Read options and ini settings; a usage error says what is accepted."""
+    grade = _setting(config, "attn_grade", _read_targets)
+    for name in ("attn_grade_min", "attn_grade_defects"):
+        if config.getoption(name) is not None and not grade:
+            option = "--" + name.replace("_", "-")
+            raise pytest.UsageError(f"{option}: it goes with --attn-grade, which is not given")
     return Settings(
         devices=_setting(config, "attn_device", _read_devices),
         dtypes=_setting(config, "attn_dtype", _read_dtypes),
@@ -163,6 +204,8 @@ def read_settings(config: pytest.Config) -> Settings:
         require_device=config.getoption("attn_require_device")
         or config.getini("attn_require_device"),
         time_limit=_setting(config, "attn_time_limit", _read_seconds),
+        grade=grade,
+        grade_min=_setting(config, "attn_grade_min", _read_part),
     )
 
 
@@ -180,12 +223,13 @@ def _setting(config: pytest.Config, name: str, read: Callable[[str, str], _Setti
         raise pytest.UsageError(str(error)) from None
 
 
-def _split(text: str) -> tuple[str, ...]:
+def split(text: str) -> tuple[str, ...]:
+    """Return what commas separate, each once."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",")))
 
 
 def _read_devices(text: str, source: str) -> tuple[str, ...]:
-    names = _split(text)
+    names = split(text)
     if names not in (("auto",), ("all",)):
         if {"auto", "all"} & set(names):
             raise ValueError(misuse(source, repr(text), f"{_DEVICES}; auto and all stand alone"))
@@ -195,7 +239,7 @@ def _read_devices(text: str, source: str) -> tuple[str, ...]:
 
 
 def _read_dtypes(text: str, source: str) -> tuple[str, ...]:
-    dtypes = _split(text)
+    dtypes = split(text)
     for dtype in dtypes:
         if dtype not in DTYPE_NAMES:
             raise ValueError(misuse(source, repr(dtype), _DTYPES))
@@ -208,11 +252,33 @@ def _read_seed(text: str, source: str) -> int:
     return int(text)
 
 
-def _read_seconds(text: str, source: str) -> float:
+def _read_targets(text: str, source: str) -> tuple[str, ...]:
+    targets = split(text)
+    if targets == (NO_TARGET,):
+        return ()
+    for target in targets:
+        if not all(target.partition(":")) and targets != (MARKED,):
+            accepted = f"package.module:object, or {MARKED} alone"
+            raise ValueError(misuse(source, repr(target), accepted))
+    return targets
+
+
+def _read_part(text: str, source: str) -> float:
+    part = _number(text)
+    if not 0 <= part <= 1:
+        raise ValueError(misuse(source, repr(text), "a number from 0 to 1"))
+    return part
+
+
+def _number(text: str) -> float:
     try:
-        seconds = float(text)
+        return float(text)
     except ValueError:
-        seconds = math.nan
+        return math.nan
+
+
+def _read_seconds(text: str, source: str) -> float:
+    seconds = _number(text)
     if not 0 < seconds < math.inf:
         raise ValueError(misuse(source, repr(text), "a number of seconds above 0"))
     return seconds

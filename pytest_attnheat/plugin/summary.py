@@ -322,12 +322,15 @@ class JsonFile:
 
     # After all others: some may still fail.
     @pytest.hookimpl(trylast=True)
-    def pytest_sessionfinish(self) -> None:
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the file, whole or not at all."""
         from pytest_attnheat.contract.running import VERSION
 
         subjects = [_subject(where, found) for (where, _), found in sorted(self._subjects.items())]
-        text = json.dumps({"version": VERSION, "subjects": subjects}, indent=1, allow_nan=False)
+        data = {"version": VERSION, "subjects": subjects}
+        if grading := session.config.pluginmanager.get_plugin("attnheat_grading"):
+            data["grades"] = [one.as_data() for one in grading.graded]
+        text = json.dumps(data, indent=1, allow_nan=False)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         part = self._path.with_name(f".{self._path.name}.{os.getpid()}")
         part.write_text(f"{text}\n", encoding="utf-8")

@@ -1,0 +1,235 @@
+"""What `--attn-grade` names, and another version in its place wherever it was imported."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from types import FunctionType, ModuleType
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from pytest_attnheat.inputs import misuse
+from pytest_attnheat.plugin.examination import imported
+
+if TYPE_CHECKING:
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+_OURS = "pytest_attnheat"
+_ACCEPTED = "a function, a method, a module, or an AttentionSpec of a function or a module"
+
+
+class StandIn:
+    """Stands in the place of a function and hands calls on to the version of the moment.
+
+    Without a version, calls reach the function itself: whoever keeps it is not harmed.
+
+    Attributes:
+        original: The function.
+        version: What answers calls in its place.
+        function: What is put in its place.
+    """
+
+    def __init__(self, original: Callable[..., Any], *, is_method: bool = False) -> None:
+        self.original, self.is_method = original, is_method
+        self.version: Callable[..., Any] | None = None
+        self._at_work = threading.local()
+
+        @functools.wraps(original)
+        def function(*given: Any, **named: Any) -> Any:
+            count = 1 if is_method else 0
+            return self._call(given[:count], given[count:], named)
+
+        self.function = function
+
+    def _call(self, objects: Sequence[Any], given: Sequence[Any], named: Any) -> Any:
+        # What the function calls under its own name is a part of it.
+        if self.version is None or hasattr(self._at_work, "objects"):
+            return self.original(*objects, *given, **named)
+        self._at_work.objects = objects
+        try:
+            return self.version(*given, **named)
+        finally:
+            del self._at_work.objects
+
+    def on_its_object(self) -> Callable[..., Any]:
+        """Return the method on the object of the call at hand, as a function of the rest."""
+
+        @functools.wraps(self.original)
+        def rest(*given: Any, **named: Any) -> Any:
+            return self.original(*self._at_work.objects, *given, **named)
+
+        signature = inspect.signature(self.original)
+        parameters = list(signature.parameters.values())[1:]
+        rest.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return rest
+
+
+@dataclass(frozen=True)
+class Target:
+    """What is graded.
+
+    Attributes:
+        text: How it was named.
+        spec: How its calls are read; those of a method, without the object.
+        stand_in: What is put in its place.
+        place: The object and the attribute that are set; None where all modules are searched.
+        wrap: What an attribute of a class is wrapped in.
+    """
+
+    text: str
+    spec: AttentionSpec
+    stand_in: StandIn
+    place: tuple[Any, str] | None = None
+    wrap: Callable[[Any], Any] | None = None
+
+    @contextmanager
+    def replaced(self, items: Sequence[pytest.Item]) -> Iterator[list[str]]:
+        """Put the stand-in in its place; yield where that is.
+
+        Args:
+            items: Tests, whose modules and parameters may hold the target.
+        """
+        original, function = self.stand_in.original, self.stand_in.function
+        if self.place is None:
+            try:
+                yield _exchange(original, function, items)
+            finally:  # in modules that were imported meanwhile as well
+                _exchange(function, original, items)
+            return
+        owner, name = self.place
+        before = vars(owner).get(name)
+        setattr(owner, name, self.wrap(function) if self.wrap else function)
+        try:
+            yield [self.text.replace(":", ".")]
+        finally:
+            if before is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before)
+
+    def kept_elsewhere(self, items: Sequence[pytest.Item]) -> list[str]:
+        """Name what in the modules of tests has the target where it is not replaced."""
+        if self.place is not None:
+            return []
+        return [
+            f"{module.__name__}.{name} ({how})"
+            for module in _modules_of(items)
+            for name, value in vars(module).items()
+            for how in _kept(value, self.stand_in.original)
+        ]
+
+
+def find_target(config: pytest.Config, text: str) -> Target:
+    """Import what `--attn-grade` names.
+
+    Raises:
+        pytest.UsageError: It cannot be imported, or nothing of it can be replaced.
+    """
+    from torch import nn
+
+    from pytest_attnheat.contract.ready import as_spec
+    from pytest_attnheat.contract.spec import AttentionSpec
+
+    *_, owner, found = imported(config, "--attn-grade", text)
+    name = text.rpartition(":")[2].rpartition(".")[2]
+    if isinstance(found, type) and issubclass(found, nn.Module):
+        owner, name, found = found, "forward", found.forward
+    subject = found.subject if isinstance(found, AttentionSpec) else found
+    if not callable(subject) or isinstance(subject, type):
+        kind = "a class" if isinstance(subject, type) else type(subject).__name__
+        raise pytest.UsageError(misuse("--attn-grade", f"{text}, which is {kind}", _ACCEPTED))
+    try:
+        if isinstance(owner, type) and not isinstance(found, AttentionSpec):
+            return _of_class(text, owner, name)
+        spec = as_spec(found)
+        if isinstance(subject, nn.Module):
+            return Target(text, spec, StandIn(subject.forward), (subject, "forward"))
+        of_object = not isinstance(owner, ModuleType) and subject is found
+        return Target(text, spec, StandIn(subject), (owner, name) if of_object else None)
+    except (TypeError, ValueError) as error:
+        raise pytest.UsageError(f"--attn-grade {text}: {error}") from error
+
+
+def _of_class(text: str, owner: type, name: str) -> Target:
+    """A method, of a class and not of an object."""
+    from pytest_attnheat.contract.ready import as_spec
+
+    plain = inspect.getattr_static(owner, name)
+    function = getattr(plain, "__func__", plain)
+    wrap = type(plain) if isinstance(plain, staticmethod | classmethod) else None
+    stand_in = StandIn(function, is_method=wrap is not staticmethod)
+    right = stand_in.on_its_object() if stand_in.is_method else function
+    return Target(text, as_spec(right), stand_in, (owner, name), wrap)
+
+
+# -- where it is ------------------------------------------------------------------------------
+
+
+def _exchange(old: object, new: object, items: Sequence[pytest.Item]) -> list[str]:
+    """Put one object in the place of another; return where that was."""
+    where = []
+    for label, namespace in _namespaces(items):
+        for key, value in list(namespace.items()):
+            if value is old:
+                namespace[key] = new
+                where.append(f"{label}.{key}" if isinstance(key, str) else f"{label}[{key!r}]")
+    return where
+
+
+def _namespaces(items: Sequence[pytest.Item]) -> Iterator[tuple[str, dict[Any, Any]]]:
+    """Yield modules, the dictionaries that they and their classes hold, and parameters of tests."""
+    seen = {id(sys.modules)}
+    every = [one for one in list(sys.modules.values()) if isinstance(one, ModuleType)]
+    for module in (*every, *_modules_of(items)):
+        # Ours compute what versions are compared with.
+        own = module.__name__.partition(".")[0] == _OURS
+        if own or id(vars(module)) in seen:
+            continue
+        seen.add(id(vars(module)))
+        yield module.__name__, vars(module)
+        for name, value in list(vars(module).items()):
+            # No isinstance: what stands in for others may warn, or load them.
+            inner = vars(value).items() if issubclass(type(value), type) else ()
+            for label, one in [(name, value), *((f"{name}.{key}", one) for key, one in inner)]:
+                # Registries; no kinds of their own, which may load what they are asked for.
+                if type(one) in (dict, OrderedDict) and id(one) not in seen:
+                    seen.add(id(one))
+                    yield f"{module.__name__}.{label}", one
+    for item in items:
+        if hasattr(item, "callspec"):
+            yield f"parameters of {item.name}", item.callspec.params
+
+
+def _modules_of(items: Sequence[pytest.Item]) -> list[ModuleType]:
+    """The modules of tests, also where several have one name."""
+    nodes = (item.getparent(pytest.Module) for item in items)
+    return list(dict.fromkeys(node.obj for node in nodes if node is not None))
+
+
+def _kept(value: object, original: object) -> Iterator[str]:
+    """How something holds an object, if it does."""
+    if isinstance(value, type):
+        for name, own in list(vars(value).items()):
+            if getattr(own, "__func__", own) is original:
+                yield f"its attribute {name}"
+    elif isinstance(value, list | tuple | set | frozenset):
+        if any(one is original for one in value):
+            yield f"a {type(value).__name__}"
+    elif isinstance(value, functools.partial):
+        if value.func is original:
+            yield "a partial"
+    elif isinstance(value, FunctionType):
+        defaults = (*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values())
+        if any(one is original for one in defaults):
+            yield "a default argument"
+        for cell in value.__closure__ or ():
+            with suppress(ValueError):  # it is empty
+                if cell.cell_contents is original:
+                    yield "a closure"
