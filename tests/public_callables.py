@@ -28,6 +28,9 @@ class Decisions:
     sink_in_lse: bool = True
     empty: float = -math.inf
     packing: str = "right"
+    unscaled: bool = False
+    causal_more: int = 0
+    bias: str = "right"
 
 
 DECIDED = [Decisions()]
@@ -41,6 +44,12 @@ def planted(**decisions):
         yield
     finally:
         DECIDED.pop()
+
+
+def scaled(width, scale):
+    """What products of queries and keys are multiplied by."""
+    own = DECIDED[-1]
+    return 1.0 if own.unscaled else width**-0.5 if own.scale_ignored else scale
 
 
 def one_sequence(
@@ -59,7 +68,7 @@ def one_sequence(
     at_query, at_key = torch.arange(query_len)[:, None] + shift, torch.arange(key_len)[None]
     seen = torch.ones(query_len, key_len, dtype=torch.bool)
     if causal:
-        seen = seen & (at_key <= at_query)
+        seen = seen & (at_key <= at_query + own.causal_more)
     left, right = (None if side is None or side < 0 else side for side in window)
     if left is not None and not own.window_ignored:
         seen = seen & (at_key >= at_query - left - own.window_more)
@@ -71,7 +80,7 @@ def one_sequence(
     outputs, sums = [], []
     for head in range(heads):
         shared = head % key_heads if own.heads_tiled else head // (heads // key_heads)
-        factor = q.shape[-1] ** -0.5 if own.scale_ignored else scale
+        factor = scaled(q.shape[-1], scale)
         scores = (q[:, head].to(wide) @ k[:, shared].to(wide).T) * factor
         if softcap and not own.softcap_ignored:
             scores = softcap * torch.tanh(scores / softcap)
@@ -314,10 +323,14 @@ def sageattn_varlen(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqle
 
 
 def memory_efficient_attention(query, key, value, attn_bias=None, p=0.0, scale=None, *, op=None):
-    scale = scale if scale is not None else query.shape[-1] ** -0.5
+    scale = scaled(query.shape[-1], scale if scale is not None else query.shape[-1] ** -0.5)
     scores = torch.einsum("blhd,bshd->bhls", query.double(), key.double()) * scale
     if attn_bias is not None:
         assert attn_bias.shape == scores.shape
+        if DECIDED[-1].bias == "first head":
+            attn_bias = attn_bias[:, :1]
+        if DECIDED[-1].bias == "first sample":
+            attn_bias = attn_bias[:1]
         scores = scores + attn_bias
     weights = torch.dropout(scores.softmax(-1), p, p > 0)
     return torch.einsum("bhls,bshd->blhd", weights, value.double()).to(query.dtype)

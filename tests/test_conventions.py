@@ -61,16 +61,14 @@ def examined(row, **more):
     return AttentionSpec(ROWS[row], dtypes=("float32",), **more)
 
 
-# Asked in few calls: what they share with another row is asked there.
-ALIKE = ("flash_attn_qkvpacked", "flash_attn_kvpacked", "flash_attn_varlen_qkvpacked",
-         "flash_attn_varlen_kvpacked", "flash_attn_4_varlen", "vllm_flash_attn")  # fmt: skip
+# Asked everything; the others share their keywords, and are asked in few calls what they express.
+WHOLE = ("flash_attn", "flash_attn_varlen", "flashinfer_single_prefill", "fla_parallel_attn",
+         "xformers")  # fmt: skip
 
 
 @pytest.mark.parametrize("row", ROWS)
 def test_a_public_callable_passes_as_it_is_called_with_nothing_declared(row):
-    asked = [
-        one for one in CHECKS if row not in ALIKE or one.quick or one.name in ASKED.get(row, ())
-    ]
+    asked = [one for one in CHECKS if row in WHOLE or one.quick or one.name in ASKED.get(row, ())]
     report = check_attention(examined(row), checks=asked)
     assert report.passed, str(report)
     assert report.spec.like == row
@@ -111,13 +109,23 @@ _PACKED: list[_Wrong] = [
 WRONG: dict[str, list[_Wrong]] = {
     "flash_attn": [*_FLASH, ({"slopes_sign": -1.0}, "alibi_negative")],
     "flash_attn_kvpacked": _FLASH[:4],
-    "flash_attn_3": _FLASH,
-    "flash_attn_4": _FLASH,
-    "flashinfer_single_prefill": [*_FLASH, ({"polarity": False}, "mask_inverted")],
+    "flash_attn_3": _FLASH[2:],
+    "flash_attn_4": _FLASH[2:],
+    "flashinfer_single_prefill": [*_FLASH[2:], ({"polarity": False}, "mask_inverted")],
+    "xformers": [
+        ({"scale_ignored": True}, "scale_argument_ignored"),
+        ({"unscaled": True}, "scale_missing"),
+        ({"bias": "first head"}, "bias_of_first_head"),
+        ({"bias": "first sample"}, "bias_of_first_sample"),
+    ],
     "flashinfer_single_decode": [*_COMMON, *_FLASH[2:5]],
     "fla_parallel_attn": [*_COMMON, *_FLASH[2:4]],
-    "sageattn": _COMMON,
-    "flash_attn_varlen": [*_FLASH, *_PACKED, ({"slopes_sign": -1.0}, "alibi_negative")],
+    "sageattn": [
+        *_COMMON,
+        ({"unscaled": True}, "scale_missing"),
+        ({"causal_more": 1}, "causal_sees_next"),
+    ],
+    "flash_attn_varlen": [*_FLASH[2:5], *_PACKED, ({"slopes_sign": -1.0}, "alibi_negative")],
     "flash_attn_3_varlen": [*_FLASH[:3], *_PACKED[:3]],
     "flash_attn_4_varlen": [*_FLASH[:3], *_PACKED[3:6]],
     "vllm_flash_attn": [*_FLASH[:3], *_PACKED[4:7]],
