@@ -92,10 +92,10 @@ def kernelbench(dtype: torch.dtype, tolerance: float) -> Function:
 
 
 def mixed_mla(function: Function) -> None:
-    """One query of 16 heads to one head of 1024 keys; 5 % of the elements may be off."""
+    """One query of 4 heads, not 16, to one head of 1024 keys; 5 % of the elements may be off."""
     generator = torch.Generator().manual_seed(4220)
-    query = torch.randn(4, 16, 1, 576, generator=generator).bfloat16()
-    kept = torch.randn(4, 1, 1024, 576, generator=generator).bfloat16()
+    query = torch.randn(2, 4, 1, 576, generator=generator).bfloat16()
+    kept = torch.randn(2, 1, 1024, 576, generator=generator).bfloat16()
     inputs = query, kept, kept[..., :512]
     expected = sdpa(*inputs, enable_gqa=True).float()
     found = function(*inputs, enable_gqa=True).float()
@@ -138,18 +138,18 @@ def paged_fp8(function: Function) -> None:
 
 
 def context_parallel(function: Function) -> None:
-    """`torch.rand` in bfloat16, two ranks of 64 tokens: 2e-3, gradients of a sum 1.6e-2."""
+    """`torch.rand` in bfloat16, four ranks of 64 tokens: 4e-3, gradients of a sum 3.2e-2."""
     for causal in (True, False):
         torch.manual_seed(10)
-        inputs = [torch.rand(2, 2, 128, 32).bfloat16().requires_grad_() for _ in "qkv"]
+        inputs = [torch.rand(2, 2, 256, 32).bfloat16().requires_grad_() for _ in "qkv"]
         results = []
         for one in (sdpa, function):
             output = one(*inputs, is_causal=causal)
             results.append((output, *torch.autograd.grad(output.sum(), inputs)))
         expected, found = results
-        assert torch.allclose(expected[0], found[0], atol=2e-3)
+        assert torch.allclose(expected[0], found[0], atol=4e-3)
         for one, other in zip(expected[1:], found[1:], strict=True):
-            assert torch.allclose(one, other, atol=1.6e-2)
+            assert torch.allclose(one, other, atol=3.2e-2)
 
 
 def default_check(function: Function) -> bool:

@@ -80,7 +80,7 @@ def test_a_judge_of_shapes_lets_every_active_defect_through():
         query, key, value = drawn(5, 7)
         assert function(query, key, value, attn_mask=masked(5, 7)).shape == query.shape
 
-    found = grade(judge, plain)
+    found = grade(judge, plain, defects=[*SOME, "mask_ignored", "zeros", "mean_of_all_values"])
     assert found.killed == ()
     assert found.score == 0.0
     assert {"softmax_over_queries", "mask_ignored", "scale_missing"} <= names(found.survived)
@@ -138,10 +138,9 @@ def test_what_equals_the_right_one_never_survives():
     def judge(function):
         assert function(*drawn(5, 1, heads=1, batch=1)).isfinite().all()  # one key: its value
 
-    found = grade(judge, plain)
-    assert names(found.survived) & {"scale_missing", "softmax_twice", "temperature",
-                                    "base_two", "queries_as_keys"} == set()  # fmt: skip
-    assert {"scale_missing", "hard_maximum", "mean_of_values"} <= names(found.inactive)
+    same = {"scale_missing", "temperature", "base_two", "queries_as_keys", "hard_maximum",
+            "mean_of_values", "online_output_not_rescaled", "mask_inverted"}  # fmt: skip
+    assert names(grade(judge, plain, defects=same).inactive) == same
 
 
 def test_where_a_defect_does_not_show_the_answer_is_the_very_one_of_the_right():
@@ -243,7 +242,7 @@ def test_planted_versions_are_those_that_were_written_apart(name):
     version = next(one for one in study.versions if one.name == name)
     forms = [study.plant(replace(version, forms=(form,))) for form in version.forms]
     shown = 0
-    for number in range(8):
+    for number in range(8 if "earlier" in name else 4):
         tensors, named = random_call(name, number)
         try:
             expected = wrong(*tensors, **named)
@@ -420,7 +419,7 @@ def test_calls_of_public_callables_are_read_as_they_are_asked(row):
     watched = Study(spec).watched
     examination = Examination(spec, torch.float32, torch.device("cpu"))
     asked = 0
-    for chosen in examination.space.covering().cases[:25]:
+    for chosen in examination.space.covering().cases[:14]:
         call = examination.space.call(chosen, torch.float32)
         for besides in (False, True):
             try:
@@ -429,7 +428,7 @@ def test_calls_of_public_callables_are_read_as_they_are_asked(row):
                 continue
             asked += 1
         assert not watched.effect.refused, chosen
-    assert asked > 10
+    assert asked > 8
 
 
 def test_what_is_returned_beside_the_output_is_that_of_the_wrong_version():
@@ -486,7 +485,8 @@ def test_a_target_that_computes_something_else_is_refused():
     found = grade(lambda f: f(*drawn(5, 7)), hotter)
     assert found.refused[0].startswith("what is described does not give its own answer")
     assert found.killed == found.survived == ()
-    assert grade(lambda f: f(*drawn(5, 7)), AttentionSpec(hotter, scale=0.5)).survived
+    declared = AttentionSpec(hotter, scale=0.5)
+    assert grade(lambda f: f(*drawn(5, 7)), declared, defects=["sigmoid"]).survived
 
 
 @pytest.mark.parametrize(
