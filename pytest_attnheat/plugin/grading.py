@@ -31,8 +31,8 @@ from pytest_attnheat.plugin.settings import (
 )
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.grading import Study
     from pytest_attnheat.contract.effects import Effect
+    from pytest_attnheat.contract.grading import Study
     from pytest_attnheat.contract.planting import Planted
 
 NAME = "attnheat_grading"
