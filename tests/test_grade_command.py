@@ -148,7 +148,8 @@ def test_counts_are_equal_under_workers_and_in_another_order(project):
     _, (alone,) = graded(project, tests=TESTS)
     result, (shared,) = graded(project, "-n", "2")
     assert counts(alone) == counts(shared) == WANTED
-    assert alone["tests"] == shared["tests"]
+    written = [f"test_it.py::test_{name}" for name in ("shape", "first_row", "causal_shape")]
+    assert alone["tests"] == shared["tests"] == written
     result.assert_outcomes(passed=4)
     for share in (2, 3):
         result.stdout.fnmatch_lines([f"*{share} of 5 versions judged by gw?"])
@@ -249,16 +250,28 @@ def test_it(tensors):
 def test_all_is_put_back_and_no_file_is_written(project):
     tests = """
 from hypothesis import given, strategies
-from pytest_attnheat import assert_row_stochastic
+from pytest_attnheat import assert_row_stochastic, show_heatmaps
+
+@pytest.fixture
+def tensors():
+    torch.manual_seed(0)
+    return torch.randn(3, 2, 2, 5, 8).unbind()
 
 def test_rows(tensors):
     query, key, _ = tensors
     assert_row_stochastic(attention(query, key, torch.eye(5).expand(2, 2, 5, 5)))
 
-@given(strategies.integers(1, 3))
+@pytest.mark.heatmap_compare
+def test_picture(tensors):
+    query, key, _ = tensors
+    eye = torch.eye(5).expand(2, 2, 5, 5)
+    return show_heatmaps(attention(query, key, eye, is_causal=True), "key", "query")
+
+@given(strategies.integers(2, 3))
 def test_drawn(length):
-    tensors = torch.ones(3, 1, 1, length, 4).unbind()
-    torch.testing.assert_close(attention(*tensors), sdpa(*tensors))
+    tensors = torch.randn(3, 1, 1, length, 4).unbind()
+    mask = torch.arange(length) > 0
+    torch.testing.assert_close(attention(*tensors, mask), sdpa(*tensors, mask.expand(length, -1)))
 """
     project.makeconftest("""
         def pytest_unconfigure():
@@ -268,11 +281,13 @@ def test_drawn(length):
             assert "forward" not in vars(ours.attend)
     """)
     project.makepyfile(test_it=HEAD + tests)
-    project.runpytest("-p", "no:cacheprovider")
+    project.runpytest("-p", "no:cacheprovider", "--attn-update=missing")
     before = files(project)
     target = f"{TARGET},my_package.attention:attend"
-    result, (grade, _) = graded(project, target=target, defects="output_factor")
-    assert len(grade["killed"]) == 1
+    result, (grade, _) = graded(project, target=target,
+                             defects="output_factor,causal_ignored,mask_ignored")  # fmt: skip
+    killers = sorted(one["said"].split(":")[2] for one in grade["killed"])
+    assert killers == ["test_drawn", "test_picture", "test_rows"]
     assert files(project) == before
     assert "AssertionError" not in result.stderr.str()
 
