@@ -338,3 +338,40 @@ def test_a_wrong_call_through_a_few_lines_is_named():
 def test_call_and_like_exclude_each_other():
     with pytest.raises(ValueError, match="call: got a function beside like; accepted is one of"):
         AttentionSpec(sdpa, call=lambda fn, case: fn(*case.tensors), like="flash_attn")
+
+
+def test_a_hook_of_a_project_adds_a_row_for_the_session(pytester):
+    pytester.makeconftest("""
+        from pytest_attnheat import Convention
+
+        def pytest_attnheat_conventions(config):
+            return [Convention("ours", "attend of ours", ("queries", "memory_keys"),
+                               {"layout": "blhd", "mask": None, "causal": None})]
+    """)
+    pytester.makepyfile("""
+        from torch.nn.functional import scaled_dot_product_attention
+        from pytest_attnheat import AttentionSpec, check_attention
+
+        def attend(queries, memory_keys, memory_values):
+            turned = (t.transpose(1, 2) for t in (queries, memory_keys, memory_values))
+            return scaled_dot_product_attention(*turned).transpose(1, 2)
+
+        def test_it():
+            report = check_attention(AttentionSpec(attend), quick=True)
+            assert report.passed and report.spec.like == "ours"
+    """)
+    pytester.runpytest().assert_outcomes(passed=1)
+    assert "ours" not in {one.name for one in conventions.conventions()}
+
+
+def test_a_bad_row_of_a_hook_is_an_error_of_use(pytester):
+    pytester.makeconftest("""
+        from pytest_attnheat import Convention
+
+        def pytest_attnheat_conventions(config):
+            return [Convention("flash_attn", "another one", ("queries",), {})]
+    """)
+    pytester.makepyfile("def test_it(): pass")
+    result = pytester.runpytest()
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+    result.stderr.fnmatch_lines("*pytest_attnheat_conventions: convention: got 'flash_attn'; *")
