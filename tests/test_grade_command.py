@@ -249,7 +249,8 @@ def test_it(tensors):
 
 def test_all_is_put_back_and_no_file_is_written(project):
     tests = """
-from hypothesis import given, strategies
+from hypothesis import given, settings, strategies
+from hypothesis.database import DirectoryBasedExampleDatabase
 from pytest_attnheat import assert_row_stochastic, show_heatmaps
 
 @pytest.fixture
@@ -267,6 +268,7 @@ def test_picture(tensors):
     eye = torch.eye(5).expand(2, 2, 5, 5)
     return show_heatmaps(attention(query, key, eye, is_causal=True), "key", "query")
 
+@settings(database=DirectoryBasedExampleDatabase("examples"))
 @given(strategies.integers(2, 3))
 def test_drawn(length):
     tensors = torch.randn(3, 1, 1, length, 4).unbind()
