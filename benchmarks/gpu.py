@@ -92,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if not is_here(given.device):
         print(f"{given.device}: not a device that torch can use here; nothing was run")
+        print("with one, it would run:")
+        for part in parts_of(given.device, dry_run=given.dry_run):
+            print(f"  {part.name}, {part.limit:.0f} s at most: {' '.join(part.arguments)}")
         return 0
     started = time.monotonic()
     python, notes = ready_python()

@@ -52,7 +52,9 @@ def test_a_dry_run_collects_the_tests_and_tries_each_benchmark(gpu, monkeypatch,
 def test_without_a_gpu_it_says_so(gpu, tmp_path, capsys):
     report = tmp_path / "gpu.md"
     assert gpu.main(["--output", str(report)]) == 0
-    assert "cuda: not a device that torch can use here; nothing was run" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "cuda: not a device that torch can use here; nothing was run" in printed
+    assert "tests, 200 s at most: -m pytest" in printed
     assert not report.exists()
 
 
