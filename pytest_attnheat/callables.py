@@ -88,10 +88,13 @@ def parameters_of(subject: Any) -> Mapping[str, inspect.Parameter] | None:
         subject = getattr(subject, next(iter(subject)))
     if isinstance(subject, torch._ops.OpOverload):
         schema = subject._schema
-        named = [(one.name, one.default_value) for one in schema.arguments]
+        missing = inspect.Parameter.empty
+        named = [(one.name, one.default_value if one.has_default_value() else missing)
+                 for one in schema.arguments]  # fmt: skip
         return _parameters([*named, *((one.name, None) for one in schema.returns if one.name)])
-    if text := getattr(subject, "__nb_signature__", None):  # of nanobind, which MLX is made with
-        return _parameters_in(text[0][0])
+    told = getattr(subject, "__nb_signature__", None)
+    if isinstance(told, tuple) and told:  # of nanobind, which MLX is made with
+        return _parameters_in(told[0][0])
     # Of a module, that of __call__ names none.
     called = subject.forward if isinstance(subject, nn.Module) else subject
     if "__signature__" in vars(type(subject)):  # of the class, not of what it makes

@@ -309,6 +309,7 @@ def test_the_parameters_of_an_operator_are_those_of_its_schema():
     names = parameters_of(torch.ops.aten._scaled_dot_product_flash_attention_for_cpu)
     assert list(names)[:5] == ["query", "key", "value", "dropout_p", "is_causal"]
     assert names["is_causal"].default is False
+    assert names["query"].default is names["query"].empty
     assert "logsumexp" in names
     assert names == parameters_of(
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
