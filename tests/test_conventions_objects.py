@@ -228,6 +228,8 @@ def test_it_passes_as_it_is_called_with_nothing_declared(row):
         ("transformers", {"window_more": 1}, "window_left_too_wide"),
         ("transformers", {"softcap_ignored": True}, "softcap_ignored"),
         ("transformers", {"scale_ignored": True}, "scale_argument_ignored"),
+        ("transformers", {"heads_tiled": True}, "groups_tiled"),
+        ("diffusers", {"heads_tiled": True}, "groups_tiled"),
     ],
 )
 def test_a_wrong_version_is_found_and_named(row, decisions, name):
