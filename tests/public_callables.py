@@ -31,6 +31,7 @@ class Decisions:
     unscaled: bool = False
     causal_more: int = 0
     bias: str = "right"
+    sums: str = "right"
 
 
 DECIDED = [Decisions()]
@@ -100,6 +101,11 @@ def one_sequence(
         weights = torch.dropout(weights, dropout, True) if dropout else weights
         outputs.append((weights @ v[:, shared].to(wide)).to(q.dtype))
         told = lse if own.sink_in_lse or sinks is None else torch.logsumexp(scores, -1)
+        if own.sums != "right":
+            top = scores.amax(-1)
+            told = {"largest": top, "not added": told - top, "sum": told.exp(),
+                    "sign": -told.masked_fill(nothing, math.inf),
+                    "unscaled": torch.logsumexp(scores / factor, -1)}[own.sums]  # fmt: skip
         sums.append(told.masked_fill(told.isneginf(), own.empty) / math.log(own.base))
     if not query_len:
         return q.new_zeros(0, heads, v.shape[-1]), q.new_zeros(0, heads, dtype=wide)

@@ -155,6 +155,11 @@ def test_a_wrong_version_of_a_public_callable_is_found_and_named(row, decisions,
         ("flashinfer_single_prefill", {"base": math.exp(1 / math.log(2.0))}, "base e"),
         ("flash_attn_varlen", {"base": 2.0}, "base 2"),
         ("sageattn", {"base": 10.0}, "base 10"),
+        ("sageattn", {"sums": "largest"}, "it is the largest score of each row, not the logarithm"),
+        ("sageattn", {"sums": "not added"}, "which is not added again"),
+        ("sageattn", {"sums": "sum"}, "it is the sum itself, not its logarithm"),
+        ("sageattn", {"sums": "sign"}, "it is the log-sum-exp with the sign turned"),
+        ("sageattn", {"sums": "unscaled"}, "of scores that are not scaled"),
     ],
 )
 def test_a_log_sum_exp_of_another_convention_fails_and_is_called_what_it_is(row, decisions, says):

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from operator import attrgetter
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.levels import OPTIONS
 from pytest_attnheat.attention.misreadings import without
+from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
@@ -185,13 +186,16 @@ class _Reading:
         names = ", ".join(letters[letter] for letter in self.shape)
         return f"({names}), base {self.base}" + ("" if self.with_sink else ", without the sink")
 
-    def excess(self, given: Tensor, call: Call, empty: str | None = None) -> float:
+    def excess(
+        self, given: Tensor, call: Call, empty: str | None = None, instead: _Instead | None = None
+    ) -> float:
         """How far it is off, as a multiple of what is allowed; inf where it cannot be this.
 
         Args:
             given: What was returned.
             call: What was asked.
             empty: What a row has that sees nothing, as of `Lse`; by default any infinity.
+            instead: What is made of a call in place of its log-sum-exp.
         """
         squeezed = given.squeeze(-1) if given.ndim == 4 and given.shape[-1] == 1 else given
         order = ["bhl".index(letter) for letter in self.shape]
@@ -212,6 +216,8 @@ class _Reading:
         if bool((unlike[empty] | found.isnan())[nothing].any()):
             return math.inf
         allowed = _FACTOR * torch.maximum(scale, expected.least["lse"].squeeze(-1))
+        if instead is not None:
+            exact = instead(own).to(exact.device)
         off = ((found - exact).abs() / allowed)[real & ~nothing]
         return float(off.nan_to_num(nan=math.inf).max()) if off.numel() else 0.0
 
@@ -255,9 +261,45 @@ def judge_lse(examination: Examination) -> str:
     if fitting:
         same = fitting[0] == declared
         cause = f"it is {fitting[0]}" + f", but a query that sees nothing has not {empty}" * same
+    elif said := _said_of(readings, answers):
+        cause = said
     elif math.isfinite(worst(nearest)):
         cause = f"nearest to one of {nearest}, off by {worst(nearest):.2g} times what is allowed"
     raise Failure("", claim, tensor=Checked.of(answers[0][1]), cause=cause)
+
+
+# What is made of a call where it is not the log-sum-exp of its scores, (batch, heads, query_len).
+_Instead: TypeAlias = Callable[[Call], Tensor]
+
+
+def _scores_of(call: Call) -> Tensor:
+    """The scores (batch, heads, query_len, key_len), -inf where a query may not attend."""
+    return _masked_scores(carry_out(_CORRECT, as_case(call)))
+
+
+_INSTEAD: dict[str, _Instead] = {
+    "the largest score of each row, not the logarithm of its sum":
+        lambda call: _scores_of(call).amax(-1),
+    "the logarithm of the sum after the largest score was taken off, which is not added again":
+        lambda call: (s := _scores_of(call)).logsumexp(-1) - s.amax(-1),
+    "the sum itself, not its logarithm": lambda call: _scores_of(call).logsumexp(-1).exp(),
+    "the log-sum-exp with the sign turned": lambda call: -_scores_of(call).logsumexp(-1),
+    "the log-sum-exp of scores that are not scaled":
+        lambda call: _scores_of(replace(call, scale=1.0)).logsumexp(-1),
+    "the log-sum-exp of scores from before the mask":
+        lambda call: carry_out(_CORRECT, as_case(call)).scores.logsumexp(-1),
+}  # fmt: skip
+
+
+def _said_of(readings: Sequence[_Reading], answers: Sequence[tuple[Call, Tensor]]) -> str:
+    """Say what else was returned for calls without a sink, if it is that on all of them."""
+    plain = [(call, given) for call, given in answers if call.sinks is None]
+    for words, instead in _INSTEAD.items():
+        for one in readings:
+            if plain and all(one.excess(given, call, None, instead) <= 1.0
+                             for call, given in plain):  # fmt: skip
+                return f"it is {words} ({one})"
+    return ""
 
 
 def _calls(examination: Examination) -> Iterator[Call]:
