@@ -340,6 +340,24 @@ def test_a_wrong_call_through_a_few_lines_is_named():
     assert "scale_missing" in found.defects or "no_scale" in found.defects, found.defects
 
 
+def test_lines_that_leave_causality_aside_or_return_another_shape_are_told_so():
+    def forgets(fn, case):
+        return fn(*case.tensors)
+
+    spec = AttentionSpec(sdpa, call=forgets, causal="top_left", dtypes=("float32",))
+    asked = [one for one in CHECKS if one.name in ("plain", "causal")]
+    (failed,) = check_attention(spec, checks=asked).failed
+    assert "the function of call= does not hand it on" in failed.declaration
+
+    def turned(fn, case):
+        return fn(*case.tensors).transpose(1, 2)
+
+    spec = AttentionSpec(sdpa, call=turned, dtypes=("float32",))
+    (failed,) = check_attention(spec, checks=asked).failed
+    assert "the function of call= must return (batch, heads, length, width)" in failed.message
+    assert not failed.declaration
+
+
 def test_call_and_like_exclude_each_other():
     with pytest.raises(ValueError, match="call: got a function beside like; accepted is one of"):
         AttentionSpec(sdpa, call=lambda fn, case: fn(*case.tensors), like="flash_attn")

@@ -332,3 +332,32 @@ def test_sequences_share_the_pages_of_what_is_alike_and_no_others() -> None:
     count = torch.tensor([12, 12])
     cache = laid_out(Storage(4, 1, shared=True), key, value, count, count)
     assert (cache.table[0] == cache.table[1]).tolist() == [True, True, False, False]
+
+
+def test_a_decoder_that_takes_less_is_asked_what_it_takes():
+    def decode(q, k_cache, v_cache, cache_seqlens=None, block_table=None, softmax_scale=None,
+               causal=False):  # fmt: skip
+        return MADE["flash_attn_cache"](Steps())(
+            q, k_cache, v_cache, cache_seqlens=cache_seqlens, block_table=block_table,
+            softmax_scale=softmax_scale, causal=causal,
+        )  # fmt: skip
+
+    asked = [one for one in CHECKS if one.name in ("plain", "causal", "stored", "lengths")]
+    report = check_attention(AttentionSpec(decode, dtypes=("float32",)), checks=asked)
+    assert report.spec.like == "flash_attn_cache"
+    assert report.passed, str(report)
+    assert {one.status for one in report.results} == {"passed"}
+
+
+def test_the_pages_of_another_sequence_are_named_of_what_takes_rows_as_well():
+    def decode(q, k_cache, v_cache, k=None, v=None, cache_seqlens=None, cache_batch_idx=None,
+               block_table=None, softmax_scale=None, causal=False):  # fmt: skip
+        table = None if block_table is None else block_table.roll(1, 0)
+        return MADE["flash_attn_cache"](Steps())(
+            q, k_cache, v_cache, k, v, cache_seqlens=cache_seqlens,
+            cache_batch_idx=cache_batch_idx, block_table=table, softmax_scale=softmax_scale,
+            causal=causal,
+        )  # fmt: skip
+
+    found = diagnose(AttentionSpec(decode, dtypes=("float32",)))
+    assert found.defects == ("cache_table_of_another",), found.sentence

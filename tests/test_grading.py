@@ -4,6 +4,7 @@ import json
 import math
 from dataclasses import replace
 
+import public_callables as public
 import pytest
 import torch
 from test_conventions import ROWS
@@ -609,3 +610,19 @@ def test_verdicts_may_come_in_any_order():
         verdicts.append(study.verdict(planted, None))
     assert study.unfit == ()
     assert study.grade(verdicts) == study.grade(verdicts[::-1])
+
+
+def test_what_is_beyond_the_lengths_of_packed_sequences_is_no_change():
+    starts = [torch.tensor(one, dtype=torch.int32) for one in ([0, 4, 9], [0, 5, 12])]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(n, 2, 8, generator=generator) for n in (9, 12, 12)]
+
+    def exact(attention):
+        found = attention(*tensors, *starts, 5, 7, causal=True)
+        wanted = public.flash_attn_varlen_func(*tensors, *starts, 5, 7, causal=True)
+        torch.testing.assert_close(found, wanted, atol=1e-6, rtol=0.0)
+
+    names = ["mask_inverted", "fully_masked_nan", "packed_next_key", "causal_ignored"]
+    found = grade(exact, public.flash_attn_varlen_func, defects=names)
+    assert not found.survived, str(found)
+    assert {"packed_next_key", "causal_ignored"} <= {one.name for one in found.killed}

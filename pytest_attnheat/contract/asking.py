@@ -190,15 +190,14 @@ def to_layout(spec: AttentionSpec, tensor: Tensor) -> Tensor:
 
 
 def _from_layout(spec: AttentionSpec, output: object, wanted: tuple[int, ...]) -> Tensor:
+    who = spec.name if spec.call is None else "the function of call="
     if not isinstance(output, Tensor):
-        raise TypeError(f"{spec.name} must return a tensor; got {type(output).__name__}")
+        raise TypeError(f"{who} must return a tensor; got {type(output).__name__}")
     sizes = dict(zip("bhld", wanted, strict=True))
     expected = tuple(sizes[letter] for letter in spec.layout)
     if tuple(output.shape) != expected:
         names = ", ".join(_NAMES[letter] for letter in spec.layout)
-        raise ValueError(
-            f"{spec.name} must return ({names}), here {expected}; got {tuple(output.shape)}"
-        )
+        raise ValueError(f"{who} must return ({names}), here {expected}; got {tuple(output.shape)}")
     ours = "bhld" if spec.has_heads else "bld"
     turned = output.permute([spec.layout.index(letter) for letter in ours])
     return turned if spec.has_heads else turned.unsqueeze(1)

@@ -215,7 +215,7 @@ for _name, _sentence, _calls in (
      [{"ragged": kind, "causal": causal} for causal in (False, True)
       for kind in (*RAGGED[1:], *SAME[1:])]),
     ("stored", "of a cache it reads what a sequence has stored there, and writes what is appended",
-     [{"sizes": sizes, "causal": causal, **stored} for causal in (False, True)
+     [{"sizes": sizes, "causal": causal, "batch": 3, **stored} for causal in (False, True)
       for sizes in ((1, 33), (5, 33)) for stored in _STORED]),
 ):  # fmt: skip
     _judged(_name, _sentence, f"With {_name}, all else ordinary.", *_calls, quick=True)

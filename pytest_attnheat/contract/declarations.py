@@ -71,6 +71,11 @@ def wrong_declaration(check: Check, examination: Examination) -> str:
     spec = examination.spec
     if _leaves_causal_aside(check, examination):
         argument = spec.causal_argument
+        if spec.call is not None:
+            return (
+                f"wrong declaration: causal={spec.causal!r} is declared, but case.causal changes "
+                "nothing: the function of call= does not hand it on"
+            )
         return (
             f"wrong declaration: causal={spec.causal!r} is declared, but {argument}=True changes "
             f"nothing, and no parameter is called {argument}: declare causal=None, or its "
@@ -97,7 +102,8 @@ def _others(check: Check, spec: AttentionSpec) -> Iterator[tuple[str, Any]]:
     if spec.is_block and spec.causal is not None and causal_inside(spec):
         return
     for changes in (_OF_BLOCKS if spec.is_block else _OTHERWISE).get(check.name, ()):
-        yield from changes.items()
+        # What call= returns has one layout.
+        yield from (one for one in changes.items() if spec.call is None or one[0] != "layout")
 
 
 def _passes(check: Check, examination: Examination, changes: dict[str, Any]) -> bool:

@@ -383,7 +383,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         gradients=spec.gradients and spec.rounded is None,
         longest=min(seen.shape) if isinstance(seen, Tensor) else None,
         few_shapes=spec.few_shapes,
-        **({} if own is None else own.limited),
+        **({} if own is None else own.limited(spec.parameters or {})),
     )
 
 

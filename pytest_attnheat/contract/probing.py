@@ -375,6 +375,9 @@ _STORED: tuple[tuple[tuple[int, int], dict[str, Any]], ...] = (
     ((3, 47), {"unused": "ordinary", "ragged": "unequal"}),
     ((3, 49), {"unused": "ordinary", "ragged": "without keys"}),
     ((3, 51), {"unused": "ordinary", "ragged": "unequal", "alibi": True, **_CAUSAL}),
+    # Who takes rows of slots besides has its pages asked as well.
+    ((2, 53), {"unused": "ordinary", "pages": 256, "batch": 3, **_CAUSAL}),
+    ((1, 55), {"unused": "ordinary", "pages": 256, "append": 1, "batch": 3}),
 )  # fmt: skip
 _SQUARE: dict[str, Any] = {"batch": 3, "key_heads": 4, "value_dim": "equal"}
 _CASES = (

@@ -26,7 +26,7 @@ _CACHED: dict[str, Any] = {**FLASH_2, "dropout": False, "gradients": False}
 
 def _laid_out(spec: AttentionSpec, call: Call) -> Cache:
     """The keys and values of a call as it says they are stored, or as is most usual."""
-    usual = spec.convention.stored if spec.convention else {}
+    usual = spec.convention.kept(spec.parameters or {}) if spec.convention else {}
     ordinary = Storage(usual.get("pages", (0,))[0], usual.get("append", (0,))[0])
     return laid_out(call.stored or ordinary, call.key, call.value, *lengths_of(call))
 
@@ -259,6 +259,7 @@ _FLASH_VALUES = {"alibi": float32, "window": inclusive(-1)}
 _FLASH_STORED: Mapping[str, tuple[Any, ...]] = {
     "append": (0, 1, 3), "left": (False, True), "shared": (False, True),
 }  # fmt: skip
+_FLASH_STORED_BY = {"append": ("k", "v"), "left": ("cache_leftpad",), "rows": ("cache_batch_idx",)}
 # What a row of slots has, pages have not, and the other way round.
 _ROWS_OR_PAGES = (("left", "pages"),)
 _SGLANG: dict[str, Any] = {
@@ -276,8 +277,9 @@ _LARGE_PAGES: Mapping[str, tuple[Any, ...]] = {"pages": (16, 32, 64), "shared": 
 
 CONVENTIONS = (
     Convention("flash_attn_cache", "flash_attn_with_kvcache of FlashAttention 2",
-               ("q", "k_cache", "v_cache", "cache_seqlens", "block_table", "alibi_slopes"),
-               {**_CACHED, "lengths": "cache_seqlens"}, values=_FLASH_VALUES,
+               ("q", "k_cache", "v_cache", "cache_seqlens", "block_table"),
+               {**_CACHED, "lengths": "cache_seqlens"}, lacks=("attention_chunk",),
+               values=_FLASH_VALUES, stored_by=_FLASH_STORED_BY,
                arrange=_flash_cache("block_table"), besides={"return_softmax_lse": True},
                lse=Lse(), only=_ALIKE, apart=_ROWS_OR_PAGES,
                stored={**_FLASH_STORED, "pages": (0, 256)}, limits="rotary embeddings"),
@@ -285,7 +287,7 @@ CONVENTIONS = (
                ("q", "k_cache", "v_cache", "cache_seqlens", "page_table", "attention_chunk"),
                {**_CACHED, "chunk": "attention_chunk"}, values=_FLASH_VALUES,
                arrange=_flash_cache("page_table"), besides={"return_softmax_lse": True},
-               lse=Lse(), ragged=RAGGED, apart=_ROWS_OR_PAGES,
+               lse=Lse(), ragged=RAGGED, apart=_ROWS_OR_PAGES, stored_by=_FLASH_STORED_BY,
                stored={**_FLASH_STORED, "pages": (4, 0, 16, 1)},
                limits="rotary embeddings, and what is appended of several lengths"),
     Convention("vllm_flash_attn", "flash_attn_varlen_func of vLLM",

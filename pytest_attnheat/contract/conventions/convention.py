@@ -60,6 +60,8 @@ class Convention:
         ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
             first; empty where they may not.
         stored: Of what reads a cache, the levels of how that is stored, see `levels.STORED`.
+        stored_by: The parameters that each of these needs; "rows" are pages of no size. Without
+            them the most ordinary level alone is asked.
         limits: What cannot be asked of it, in words.
         makes: Whether it is a class, or a function, that makes what is called.
     """
@@ -79,18 +81,30 @@ class Convention:
     one_query: bool = False
     ragged: tuple[str, ...] = ()
     stored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    stored_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limits: str = ""
     makes: bool = False
 
-    @property
-    def limited(self) -> dict[str, Any]:
+    def kept(self, names: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
+        """The levels of how keys are stored that a signature can be told of."""
+        found = dict(self.stored)
+        for feature, needed in self.stored_by.items():
+            if all(name in names for name in needed):
+                continue
+            if feature == "rows":
+                found["pages"] = tuple(page for page in found["pages"] if page)
+            elif feature in found:
+                found[feature] = found[feature][:1]
+        return found
+
+    def limited(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """What it says of the calls that can be asked, as fields of `levels.Declared`."""
         return {
             "only": tuple(self.only.items()),
             "apart": self.apart,
             "one_query": self.one_query,
             "ragged": self.ragged,
-            "stored": tuple(self.stored.items()),
+            "stored": tuple(self.kept(names).items()),
         }
 
     def said(self, spec: AttentionSpec) -> str:

@@ -85,7 +85,7 @@ _ALIKE = {"value_dim": ("equal",)}
 
 CONVENTIONS = (
     Convention("flash_attn_varlen", "flash_attn_varlen_func of FlashAttention 2",
-               ("q", "k", "v", *CU, "softmax_scale", "alibi_slopes"), FLASH_2,
+               ("q", "k", "v", *CU, "softmax_scale"), FLASH_2,
                lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=_ALIKE, **_PACKED),
     Convention("flash_attn_varlen_qkvpacked",
                "flash_attn_varlen_qkvpacked_func of FlashAttention 2",
