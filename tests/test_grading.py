@@ -626,3 +626,17 @@ def test_what_is_beyond_the_lengths_of_packed_sequences_is_no_change():
     found = grade(exact, public.flash_attn_varlen_func, defects=names)
     assert not found.survived, str(found)
     assert {"packed_next_key", "causal_ignored"} <= {one.name for one in found.killed}
+
+
+def test_the_remedy_imports_what_stands_at_the_top_of_a_module():
+    def shapes(attention):
+        query, key, value = (torch.randn(2, 5, 3, 8) for _ in range(3))
+        assert attention(query, key, value).shape == query.shape
+
+    found = grade(shapes, public.flash_attn_func, defects=["no_softmax"])
+    assert "\nfrom public_callables import flash_attn_func\n" in str(found.remedy)
+
+    def mine(query, key, value):
+        return sdpa(query, key, value)
+
+    assert "import mine" not in str(grade(shapes, mine, defects=["no_softmax"]).remedy)

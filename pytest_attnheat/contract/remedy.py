@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -171,6 +172,16 @@ def _with_subject(spec: AttentionSpec, planted: Planted) -> AttentionSpec:
     return own
 
 
+def _imported(spec: AttentionSpec) -> list[str]:
+    """The line that imports a target which stands at the top of a module under its own name."""
+    target = spec.implementation
+    module = str(getattr(target, "__module__", ""))
+    found = getattr(sys.modules.get(module), spec.name, None)
+    if module == "__main__" or found is not target:
+        return []
+    return ["", f"from {module} import {spec.name}"]
+
+
 def _code(spec: AttentionSpec, cases: Sequence[str], dtype: str) -> str:
     """A test of these cases alone."""
     name = spec.name if spec.name.isidentifier() else "my_attention"
@@ -184,6 +195,7 @@ def _code(spec: AttentionSpec, cases: Sequence[str], dtype: str) -> str:
         head += ["from pytest_attnheat import AttentionSpec, assert_matches_reference, hard_case"]
         declared = "" if spec.convention is not None else ", ..."
         call = f"assert_matches_reference(AttentionSpec({name}{declared}), case)"
+    head += _imported(spec)
     names = "[" + ", ".join(f'"{one}"' for one in cases) + "]"
     test = _TEST.format(names=names, dtype=dtype, batch=_BATCH, call=call)
     return "\n".join([*head, "", "", test])
