@@ -202,6 +202,17 @@ WRONG: list[tuple[str, str, type[Steps], str]] = [
     ("mask_ignored", "sglang_extend", _TreeIgnored, "mask=boolean ragged=unequal"),
     ("cache_table_of_another", "flash_mla", _OfAnother, "lengths=True"),
     ("cache_stale_tail", "flash_mla", _StaleTail, "lengths=True"),
+    ("cache_table_of_another", "vllm_unified_attention", _OfAnother, ""),
+    ("cache_table_ignored", "vllm_unified_attention", _InOrder, ""),
+    ("cache_last_page_whole", "flashinfer_paged", _LastPageWhole, ""),
+    ("cache_last_page_dropped", "flashinfer_paged", _LastPageDropped, ""),
+    ("cache_values_of_another", "flashinfer_paged", _ValuesOfAnother, ""),
+    ("window_left_too_wide", "flashinfer_paged", _WindowTooWide, "window=left causal=True"),
+    ("causal_other_corner", "sglang_extend", _Restarted, "causal=True"),
+    ("window_left_too_wide", "sglang_extend", _WindowTooWide, "window=left causal=True"),
+    ("cache_values_of_another", "flash_mla", _ValuesOfAnother, "lengths=True"),
+    ("cache_table_ignored", "flash_mla", _InOrder, "lengths=True"),
+    ("cache_length_off_by_one", "flash_mla", _OneLong, "lengths=True"),
     ("output_buffer_added_to", "sglang_extend", _AddedTo, ""),
 ]
 SENTENCES = {one.name: one.sentence for one in DEFECTS}
