@@ -291,6 +291,11 @@ def test_two_rows_that_fit_equally_are_an_error_that_names_both():
     with pytest.raises(ValueError, match="fit 'own' and 'other' equally; accepted is like= one"):
         AttentionSpec(attend)
     assert AttentionSpec(attend, like="own").like == "own"
+    said = AttentionSpec(attend, layout="lbhd")  # who says how it is called is not asked which
+    assert said.like is None
+    hints = str(check_attention(said, quick=True))
+    assert "like='own' says" in hints
+    assert "like='other' says" in hints
 
 
 @pytest.mark.usefixtures("registered")

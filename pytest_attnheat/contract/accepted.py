@@ -19,8 +19,8 @@ from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASK
 from pytest_attnheat.callables import plans_and_runs
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.conventions import Convention, recognised
-from pytest_attnheat.contract.filling import CALLED
+from pytest_attnheat.contract.conventions import Convention
+from pytest_attnheat.contract.filling import convention_of
 from pytest_attnheat.inputs import check_number, check_tolerance, dtype_name, misuse
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def check_subject(spec: AttentionSpec) -> None:
         accepted = "a callable, as subject(query, key, value), or what capture_attention recorded"
         raise TypeError(misuse("subject", type(subject).__name__, accepted))
     if isinstance(subject, type):
-        sought = spec.call is None and not spec.typed & CALLED
-        own = spec.convention or (recognised(spec.parameters or {}) if sought else None)
+        own = convention_of(spec)
         if spec.call is None and not (own and own.makes):
             raise TypeError(misuse("subject", f"the class {subject.__name__}", "an instance"))
     if spec.inputs is None and _is_block(subject):

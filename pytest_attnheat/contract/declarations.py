@@ -10,7 +10,7 @@ import torch
 
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
 from pytest_attnheat.contract.captured import causal_inside
-from pytest_attnheat.contract.conventions import recognised
+from pytest_attnheat.contract.conventions import fitting
 from pytest_attnheat.contract.examination import Check, Examination, Skipped
 from pytest_attnheat.contract.needs import undeclared
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -53,12 +53,11 @@ def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
     Or of a module of PyTorch, which is no function of queries, keys and values.
     """
     found = [undeclared(spec, "mask"), undeclared(spec, "causal")]
-    like = (
-        None if spec.convention or spec.is_block or spec.call else recognised(spec.parameters or {})
-    )
-    if like is not None:
+    said = spec.convention or spec.is_block or spec.call
+    likes = [] if said else fitting(spec.parameters or {})
+    if likes:
         found = [f"its parameters are those of {like.name}, {like.about}: like={like.name!r} says "
-                 "how it is called"]  # fmt: skip
+                 "how it is called" for like in likes]  # fmt: skip
     subject: Any = spec.subject
     if spec.inputs is None and type(subject).__module__.startswith("torch.nn.modules"):
         kind = type(subject).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from pytest_attnheat.contract.conventions import recognised
+from pytest_attnheat.contract.conventions import Convention, recognised
 from pytest_attnheat.inputs import misuse
 
 if TYPE_CHECKING:
@@ -18,7 +18,18 @@ _USUAL = {
     "alibi": ("alibi_slopes",),
 }
 # Who says one of these says how it is called, so that no convention is looked for.
-CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
+_CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
+
+
+def convention_of(spec: AttentionSpec) -> Convention | None:
+    """Return the convention that is named, or, where nothing says otherwise, that fits.
+
+    Raises:
+        ValueError: Two of them fit equally well.
+    """
+    if spec.convention is not None or spec.call is not None or spec.typed & _CALLED:
+        return spec.convention
+    return recognised(spec.parameters or {})
 
 
 def by_convention(spec: AttentionSpec) -> dict[str, Any]:
@@ -35,19 +46,17 @@ def by_convention(spec: AttentionSpec) -> dict[str, Any]:
             raise ValueError(misuse(name, f"{getattr(spec, name)!r} beside call", accepted))
     if spec.call is not None:
         return {name: None for name in ("mask", "causal") if name not in spec.typed}
-    own = spec.convention
-    known = spec.parameters or {}
-    plain = spec.inputs is None and not spec.is_captured
-    if own is not None and not plain:
-        raise ValueError(misuse("like", repr(own.name), "None, of a block or a trace"))
-    if own is None and plain:
-        own = recognised(known)
-        if spec.typed & CALLED:  # it is said otherwise
-            return {}
+    if spec.inputs is not None or spec.is_captured:
+        if spec.convention is not None:
+            got = repr(spec.convention.name)
+            raise ValueError(misuse("like", got, "None, of a block or a trace"))
+        return {}
+    own = convention_of(spec)
     if own is None:
         return {}
     vars(spec)["convention"] = own
-    found = {n: v for n, v in own.declared(known).items() if n not in spec.typed}
+    declared = own.declared(spec.parameters or {})
+    found = {n: v for n, v in declared.items() if n not in spec.typed}
     return found | ({"like": own.name} if spec.like is None else {})
 
 

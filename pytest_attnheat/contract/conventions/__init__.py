@@ -65,16 +65,20 @@ def named(name: str) -> Convention:
     return _KNOWN[name]
 
 
+def fitting(parameters: Mapping[str, Any]) -> list[Convention]:
+    """Return the conventions that fit some parameters best: those that ask for most of them."""
+    known = [one for one in _KNOWN.values() if one.fits(parameters)]
+    asked = [set(one.parameters) for one in known]
+    return [one for one, own in zip(known, asked, strict=True) if not any(own < n for n in asked)]
+
+
 def recognised(parameters: Mapping[str, Any]) -> Convention | None:
     """Return the convention of a callable with some parameters, None if it is none of them.
 
     Raises:
         ValueError: Two of them fit equally well.
     """
-    fitting = [one for one in _KNOWN.values() if one.fits(parameters)]
-    # Who asks for more knows more.
-    asked = [set(one.parameters) for one in fitting]
-    best = [one for one, own in zip(fitting, asked, strict=True) if not any(own < n for n in asked)]
+    best = fitting(parameters)
     if len(best) > 1:
         names = " and ".join(repr(one.name) for one in best)
         accepted = f"like= one of them: {', '.join(one.about for one in best)}"

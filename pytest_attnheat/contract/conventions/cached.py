@@ -14,8 +14,16 @@ from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpack
 from pytest_attnheat.attention.storage import OWN, Cache, Storage, laid_out
 from pytest_attnheat.contract.asking import Beside, UndeclaredError
 from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import FLASH_2, float32, inclusive, left_only
-from pytest_attnheat.contract.conventions.packed import packing, unpack
+from pytest_attnheat.contract.conventions.dense import (
+    ALIKE,
+    FLASH_2,
+    FLASH_VALUES,
+    FLASHINFER,
+    float32,
+    inclusive,
+    left_only,
+)
+from pytest_attnheat.contract.conventions.packed import flat_mask, packing, unpack
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -90,6 +98,17 @@ def _flash_cache(table: str) -> Arrange:
 # --- pages, packed queries
 
 
+def _by_table(cache: Cache, queries: Tensor) -> dict[str, Any]:
+    """What vLLM's functions are told of packed queries, and of keys in pages."""
+    return {
+        "cu_seqlens_q": bounds(queries).int(),
+        "max_seqlen_q": int(queries.max()),
+        "seqused_k": cache.lengths.int(),
+        "max_seqlen_k": int(cache.lengths.max()),
+        "block_table": cache.table.int(),
+    }
+
+
 def _paged_packed(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     """The varlen function of vLLM: with a block table, or, of no pages, as any of them."""
     if "s_aux" in arguments:  # which the second version does not take
@@ -98,9 +117,7 @@ def _paged_packed(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
         return packing()(spec, call, arguments)
     cache, queries = _laid_out(spec, call), lengths_of(call)[0]
     pools = _pools(cache)
-    told = {"cu_seqlens_q": bounds(queries).int(), "max_seqlen_q": int(queries.max()),
-            "seqused_k": cache.lengths.int(), "max_seqlen_k": int(cache.lengths.max()),
-            "block_table": cache.table.int()}  # fmt: skip
+    told = _by_table(cache, queries)
     result = spec.implementation(packed(call.query, queries), *pools, **told, **arguments)
     return _beside(unpack(result, call, heads_first=True), cache, pools)
 
@@ -112,9 +129,7 @@ def _into_buffer(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> 
     needed = {"softmax_scale": call.factor, "causal": True, "window_size": (-1, -1),
               "softcap": 0.0, "q_descale": None, "k_descale": None, "v_descale": None}  # fmt: skip
     given = {name: one for name, one in arguments.items() if one is not None}
-    told = {"cu_seqlens_q": bounds(queries).int(), "max_seqlen_q": int(queries.max()),
-            "seqused_k": cache.lengths.int(), "max_seqlen_k": int(cache.lengths.max()),
-            "block_table": cache.table.int()}  # fmt: skip
+    told = _by_table(cache, queries)
     spec.implementation(packed(call.query, queries), *pools, out, **{**needed, **given, **told})
     return _beside(unpacked(out, queries, call.query_len), cache, pools)
 
@@ -135,21 +150,13 @@ def _planned(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     if first:
         told |= {"head_dim_vo": call.value.shape[-1], "o_data_type": dtype}
     if (mask := arguments.pop("custom_mask", None)) is not None:
-        told["custom_mask"] = _flat(mask, queries, cache.lengths)
+        told["custom_mask"] = flat_mask(mask, queries, cache.lengths)
     run = {name: arguments.pop(name) for name in ("sinks", "return_lse") if name in arguments}
     wrapper.plan(*first, *pages, **told, **arguments)
     heads_first = getattr(wrapper, "_kv_layout", "NHD") == "HND"
     pools, out = _pools(cache, heads_first=heads_first), _buffer(spec, call)
     result = wrapper.run(packed(call.query, queries), pools, out=out, **run)
     return _beside(unpack(result, call, heads_first=False), cache, pools, heads_first=heads_first)
-
-
-def _flat(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """A mask (batch, 1, queries, keys) of all sequences, one after the other."""
-    whole = mask.expand(len(queries), -1, -1, -1)[:, 0]
-    return torch.cat(
-        [own[:q, :k].flatten() for own, q, k in zip(whole, queries, keys, strict=True)]
-    )
 
 
 def _trtllm(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
@@ -214,7 +221,7 @@ def _extend(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
         "max_len_extend": int(queries.max()),
     }  # fmt: skip
     if (mask := arguments.pop("custom_mask", None)) is not None:
-        told |= {"custom_mask": _flat(mask, queries, cache.lengths),
+        told |= {"custom_mask": flat_mask(mask, queries, cache.lengths),
                  "mask_indptr": bounds(queries * cache.lengths),
                  "skip_prefix_custom_mask": False}  # fmt: skip
     told |= {name: 1.0 for name in ("k_scale", "v_scale") if spec.names(name)}
@@ -250,12 +257,10 @@ def _at_least_float32(sinks: Tensor) -> Tensor:
 
 
 def _as_list(window: tuple[int | None, int | None]) -> list[int]:
-    return [-1 if side is None else side for side in window]
+    return list(inclusive(-1)(window))
 
 
-_ALIKE: Mapping[str, tuple[Any, ...]] = {"value_dim": ("equal",)}
 _LEFT: Mapping[str, tuple[Any, ...]] = {"window": (False, "left")}
-_FLASH_VALUES = {"alibi": float32, "window": inclusive(-1)}
 _FLASH_STORED: Mapping[str, tuple[Any, ...]] = {
     "append": (0, 1, 3), "left": (False, True), "shared": (False, True),
 }  # fmt: skip
@@ -267,10 +272,7 @@ _SGLANG: dict[str, Any] = {
     "returns": "output",
 }  # fmt: skip
 
-_FLASHINFER: dict[str, Any] = {
-    **_CACHED, "scale_argument": "sm_scale", "window": "window_left", "softcap": "logits_soft_cap",
-    "sinks": "sinks",
-}  # fmt: skip
+_FLASHINFER: dict[str, Any] = {**FLASHINFER, "sinks": "sinks"}
 _TREES = {"mask": "keep", "mask_argument": "custom_mask", "mask_shape": "(B, 1, L, S)"}
 _PAGES: Mapping[str, tuple[Any, ...]] = {"pages": (4, 16, 1), "shared": (False, True)}
 _LARGE_PAGES: Mapping[str, tuple[Any, ...]] = {"pages": (16, 32, 64), "shared": (False, True)}
@@ -279,13 +281,13 @@ CONVENTIONS = (
     Convention("flash_attn_cache", "flash_attn_with_kvcache of FlashAttention 2",
                ("q", "k_cache", "v_cache", "cache_seqlens", "block_table"),
                {**_CACHED, "lengths": "cache_seqlens"}, lacks=("attention_chunk",),
-               values=_FLASH_VALUES, stored_by=_FLASH_STORED_BY,
+               values=FLASH_VALUES, stored_by=_FLASH_STORED_BY,
                arrange=_flash_cache("block_table"), besides={"return_softmax_lse": True},
-               lse=Lse(), only=_ALIKE, apart=_ROWS_OR_PAGES,
+               lse=Lse(), only=ALIKE, apart=_ROWS_OR_PAGES,
                stored={**_FLASH_STORED, "pages": (0, 256)}, limits="rotary embeddings"),
     Convention("flash_attn_3_cache", "flash_attn_with_kvcache of FlashAttention 3",
                ("q", "k_cache", "v_cache", "cache_seqlens", "page_table", "attention_chunk"),
-               {**_CACHED, "chunk": "attention_chunk"}, values=_FLASH_VALUES,
+               {**_CACHED, "chunk": "attention_chunk"}, values=FLASH_VALUES,
                arrange=_flash_cache("page_table"), besides={"return_softmax_lse": True},
                lse=Lse(), ragged=RAGGED, apart=_ROWS_OR_PAGES, stored_by=_FLASH_STORED_BY,
                stored={**_FLASH_STORED, "pages": (4, 0, 16, 1)},
@@ -296,13 +298,13 @@ CONVENTIONS = (
                {**_CACHED, "sinks": "s_aux"}, arrange=_paged_packed,
                values={"alibi": float32, "window": _as_list},
                besides={"return_softmax_lse": True}, lse=Lse(), ragged=RAGGED,
-               only=_ALIKE, apart=(("sinks", "alibi"),),
+               only=ALIKE, apart=(("sinks", "alibi"),),
                stored={"pages": (16, 0, 32), "shared": (False, True)}),
     Convention("vllm_unified_attention", "unified_attention of vLLM, in Triton",
                ("q", "k", "v", "out", "seqused_k", "block_table", "softmax_scale", "qq_bias"),
                {**_CACHED, "sinks": "sinks", "fully_masked": "undefined", "returns": "output"},
-               values=_FLASH_VALUES, arrange=_into_buffer, ragged=RAGGED,
-               only={**_ALIKE, **_LEFT, "causal": (True,)},
+               values=FLASH_VALUES, arrange=_into_buffer, ragged=RAGGED,
+               only={**ALIKE, **_LEFT, "causal": (True,)},
                stored={"pages": (16, 32), "shared": (False, True)},
                limits="trees (qq_bias), and sequences without keys"),
     Convention("flashinfer_paged", "BatchPrefillWithPagedKVCacheWrapper of FlashInfer",
@@ -316,7 +318,7 @@ CONVENTIONS = (
                {**_FLASHINFER, "causal_argument": ""}, lacks=("qo_indptr",),
                values={"window": left_only}, arrange=_planned, besides={"return_lse": True},
                lse=Lse(base="2"), handles=("sm_scale", "logits_soft_cap"), one_query=True,
-               ragged=("unequal", "equal", "without keys"), only={**_LEFT, **_ALIKE},
+               ragged=("unequal", "equal", "without keys"), only={**_LEFT, **ALIKE},
                stored=_PAGES),
     Convention("flash_mla", "flash_mla_with_kvcache of FlashMLA",
                ("q", "k_cache", "block_table", "cache_seqlens", "head_dim_v",
@@ -335,14 +337,14 @@ CONVENTIONS = (
                 "fully_masked": "undefined"},
                values={"window": left_only, "sinks": _listed}, arrange=_trtllm,
                besides={"return_lse": True}, lse=Lse(base="2"), ragged=RAGGED,
-               only={**_LEFT, **_ALIKE}, stored=_LARGE_PAGES, limits="sequences without keys"),
+               only={**_LEFT, **ALIKE}, stored=_LARGE_PAGES, limits="sequences without keys"),
     Convention("trtllm_decode", "trtllm_batch_decode_with_kv_cache of FlashInfer",
                ("query", "kv_cache", "block_tables", "seq_lens", "bmm1_scale", "q_len_per_req"),
                {**_FLASHINFER, "scale_argument": "bmm1_scale", "softcap": None,
                 "lengths": "seq_lens", "fully_masked": "undefined"}, handles=("causal",),
                values={"window": left_only, "sinks": _listed}, arrange=_trtllm,
                besides={"return_lse": True}, lse=Lse(base="2"),
-               only={**_LEFT, **_ALIKE, "causal": (True,)}, stored=_LARGE_PAGES,
+               only={**_LEFT, **ALIKE, "causal": (True,)}, stored=_LARGE_PAGES,
                limits="trees (mask), and sequences without keys"),
     Convention("sglang_extend", "extend_attention_fwd of SGLang",
                ("q_extend", "k_extend", "v_extend", "o_extend", "k_buffer", "v_buffer",

@@ -33,10 +33,30 @@ FLASH: dict[str, Any] = {
 }
 FLASH_2: dict[str, Any] = {**FLASH, "alibi": "alibi_slopes", "dropout": "dropout_p"}
 
+# What FlashInfer's functions share.
+FLASHINFER: dict[str, Any] = {
+    "layout": "blhd",
+    "mask": None,
+    "causal": "bottom_right",
+    "causal_argument": "causal",
+    "scale_argument": "sm_scale",
+    "window": "window_left",
+    "softcap": "logits_soft_cap",
+    "grouped": True,
+    "fully_masked": "zero",
+    "returns": "lse",
+    "gradients": False,
+}
+# Of what takes values as wide as its keys alone.
+ALIKE: dict[str, tuple[Any, ...]] = {"value_dim": ("equal",)}
+
 
 def float32(tensor: Tensor) -> Tensor:
     """Numbers per head as kernels take them."""
     return tensor.float()
+
+
+FLASH_VALUES = {"alibi": float32}
 
 
 def inclusive(off: Any) -> Any:
@@ -72,17 +92,16 @@ def _kv_packed(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> An
     return spec.implementation(query, torch.stack((key, value), 2), **arguments)
 
 
-_ALIKE = {"value_dim": ("equal",)}
 _FLASH_2 = Convention(
     "flash_attn",
     "flash_attn_func of FlashAttention 2",
     ("softmax_scale", "alibi_slopes", "dropout_p", "q", "k", "v"),
     FLASH_2,
     lacks=("cu_seqlens_q", "cu_seqlens", "group"),
-    values={"alibi": float32, "window": inclusive(-1)},
+    values=FLASH_VALUES,
     besides={"return_attn_probs": True},
     lse=Lse(),
-    only=_ALIKE,
+    only=ALIKE,
 )
 
 # --- one sample at a time
@@ -110,21 +129,6 @@ def _one_query(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> An
     if not isinstance(results[0], tuple | list):
         return torch.stack(results)[:, None]
     return tuple(torch.stack(parts)[:, None] for parts in zip(*results, strict=True))
-
-
-_FLASHINFER: dict[str, Any] = {
-    "layout": "blhd",
-    "mask": None,
-    "causal": "bottom_right",
-    "causal_argument": "causal",
-    "scale_argument": "sm_scale",
-    "window": "window_left",
-    "softcap": "logits_soft_cap",
-    "grouped": True,
-    "fully_masked": "zero",
-    "returns": "lse",
-    "gradients": False,
-}
 
 
 def _always_causal(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
@@ -192,17 +196,17 @@ CONVENTIONS = (
     Convention("flash_attn_qkvpacked", "flash_attn_qkvpacked_func of FlashAttention 2",
                ("qkv", "softmax_scale", "window_size"),
                {**FLASH_2, "grouped": False, "square": True, "dropout": False}, limits="dropout",
-               lacks=("cu_seqlens",), values=_FLASH_2.values, arrange=_qkv_packed,
-               besides=_FLASH_2.besides, lse=Lse(), only=_ALIKE),
+               lacks=("cu_seqlens",), values=FLASH_VALUES, arrange=_qkv_packed,
+               besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
     Convention("flash_attn_kvpacked", "flash_attn_kvpacked_func of FlashAttention 2",
                ("q", "kv", "softmax_scale", "window_size"), {**FLASH_2, "dropout": False},
-               limits="dropout", lacks=("cu_seqlens_q", "cu_seqlens"), values=_FLASH_2.values,
+               limits="dropout", lacks=("cu_seqlens_q", "cu_seqlens"), values=FLASH_VALUES,
                arrange=_kv_packed,
-               besides=_FLASH_2.besides, lse=Lse(), only=_ALIKE),
+               besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
     Convention("flash_attn_3", "flash_attn_func of FlashAttention 3",
                ("q", "k", "v", "softmax_scale", "attention_chunk"),
                {**FLASH, "chunk": "attention_chunk"},
-               lacks=("cu_seqlens_q", "k_cache"), values=_FLASH_2.values,
+               lacks=("cu_seqlens_q", "k_cache"), values=FLASH_VALUES,
                besides={"return_attn_probs": True}, lse=Lse()),
     Convention("flash_attn_4", "flash_attn_func of FlashAttention 4",
                ("q", "k", "v", "softmax_scale", "learnable_sink"),
@@ -212,7 +216,7 @@ CONVENTIONS = (
     Convention("sageattn", "sageattn of SageAttention", ("tensor_layout", "is_causal", "sm_scale"),
                {"mask": None, "causal": "top_left", "causal_argument": "is_causal",
                 "scale_argument": "sm_scale", "grouped": True, "returns": "lse"},
-               besides={"return_lse": True}, lse=Lse(), only=_ALIKE),
+               besides={"return_lse": True}, lse=Lse(), only=ALIKE),
     Convention("xformers", "memory_efficient_attention of xformers", ("attn_bias", "p", "scale"),
                {"layout": "blhd", "mask": "additive", "mask_argument": "attn_bias",
                 "mask_shape": "(B, H, L, S)", "causal": None, "scale_argument": "scale",
@@ -220,14 +224,14 @@ CONVENTIONS = (
                limits="attn_bias as a tensor alone, not as one of its classes"),
     Convention("flashinfer_single_prefill", "single_prefill_with_kv_cache of FlashInfer",
                ("custom_mask", "logits_soft_cap", "window_left", "kv_layout"),
-               {**_FLASHINFER, "mask": "keep", "mask_argument": "custom_mask",
+               {**FLASHINFER, "mask": "keep", "mask_argument": "custom_mask",
                 "mask_shape": "(B, 1, L, S)"},
                lacks=("qo_indptr",), values={"window": left_only}, arrange=_each_sample,
                besides={"return_lse": True}, lse=Lse("blh", "2"), only={"window": (False, "left")},
                apart=(("mask", "causal"),), limits="custom_mask and causal at once"),
     Convention("flashinfer_single_decode", "single_decode_with_kv_cache of FlashInfer",
                ("logits_soft_cap", "window_left", "kv_layout", "sm_scale"),
-               _FLASHINFER,
+               FLASHINFER,
                lacks=("custom_mask", "qo_indptr", "indptr", "causal"), values={"window": left_only},
                arrange=_one_query, besides={"return_lse": True}, lse=Lse("blh", "2"),
                only={"window": (False, "left")}, one_query=True),

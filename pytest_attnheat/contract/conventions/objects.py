@@ -13,8 +13,8 @@ from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.packing import bounds, lengths_of, packed
 from pytest_attnheat.contract.asking import dense, to_layout
 from pytest_attnheat.contract.conventions.convention import Convention, Lse
-from pytest_attnheat.contract.conventions.dense import float32, inclusive, left_only
-from pytest_attnheat.contract.conventions.packed import unpack
+from pytest_attnheat.contract.conventions.dense import FLASHINFER, float32, inclusive, left_only
+from pytest_attnheat.contract.conventions.packed import flat_mask, unpack
 from pytest_attnheat.failure import Failure
 
 if TYPE_CHECKING:
@@ -75,8 +75,7 @@ def _plan_and_run(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
     inputs = packed(call.query, queries), packed(call.key, keys), packed(call.value, keys)
     asked = {"return_lse": arguments.pop("return_lse", False)}
     if (mask := arguments.pop("custom_mask", None)) is not None:
-        sequences = zip(mask.expand(len(queries), -1, -1, -1), queries, keys, strict=True)
-        arguments["custom_mask"] = torch.cat([own[0, :n, :m].flatten() for own, n, m in sequences])
+        arguments["custom_mask"] = flat_mask(mask, queries, keys)
     dtype = call.query.dtype
     subject.plan(
         bounds(queries).int(), bounds(keys).int(), num_qo_heads=call.heads,
@@ -135,11 +134,8 @@ CONVENTIONS = (
                arrange=_in_place),
     Convention("flashinfer_ragged", "BatchPrefillWithRaggedKVCacheWrapper of FlashInfer",
                ("qo_indptr", "kv_indptr", "num_qo_heads", "num_kv_heads", "q", "k", "v"),
-               {"layout": "blhd", "mask": "keep", "mask_argument": "custom_mask",
-                "mask_shape": "(B, 1, L, S)", "causal": "bottom_right",
-                "causal_argument": "causal", "scale_argument": "sm_scale",
-                "window": "window_left", "softcap": "logits_soft_cap", "grouped": True,
-                "fully_masked": "zero", "returns": "lse", "gradients": False},
+               {**FLASHINFER, "mask": "keep", "mask_argument": "custom_mask",
+                "mask_shape": "(B, 1, L, S)"},
                lacks=("paged_kv_indptr",), values={"window": left_only}, arrange=_plan_and_run,
                besides={"return_lse": True}, lse=Lse("bhl", "2"), ragged=RAGGED,
                only={"window": (False, "left")}, apart=(("mask", "causal"),),

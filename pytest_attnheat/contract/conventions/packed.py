@@ -5,12 +5,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.drawing import RAGGED, SAME
 from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
 from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import FLASH, FLASH_2, float32, inclusive
+from pytest_attnheat.contract.conventions.dense import (
+    ALIKE,
+    FLASH,
+    FLASH_2,
+    FLASH_VALUES,
+    inclusive,
+)
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -55,12 +62,20 @@ def unpack(result: Any, call: Call, heads_first: bool) -> Any:
     if not isinstance(result, tuple | list):
         return unpacked(result, queries, call.query_len)
     lse = result[1] if len(result) > 1 else None
-    if isinstance(lse, torch.Tensor):
+    if isinstance(lse, Tensor):
         own = lse.T if heads_first else lse
         turned = len(own) != len(result[0])  # the other way round: a check says so
         lse = unpacked(own.T if turned else own, queries, call.query_len)
         lse = lse if turned else lse.transpose(1, 2)
     return unpacked(result[0], queries, call.query_len), lse
+
+
+def flat_mask(mask: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
+    """Return a mask (batch, 1, queries, keys) of all sequences, one after the other."""
+    whole = mask.expand(len(queries), -1, -1, -1)[:, 0]
+    return torch.cat(
+        [own[:q, :k].flatten() for own, q, k in zip(whole, queries, keys, strict=True)]
+    )
 
 
 def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
@@ -72,31 +87,29 @@ def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
     return packing(names=("cu_seq_q", "cu_seq_k", "max_q", "max_k"))(spec, call, arguments)
 
 
-_FLASH_VALUES = {"alibi": float32, "window": inclusive(-1)}
 _PACKED: dict[str, Any] = {
     "ragged": RAGGED,
     "besides": {"return_attn_probs": True},
     "lse": Lse(),
-    "values": _FLASH_VALUES,
+    "values": FLASH_VALUES,
 }
 # Without what FlashAttention has besides.
 _BARE = {name: FLASH[name] for name in ("layout", "mask", "causal", "grouped", "fully_masked")}
-_ALIKE = {"value_dim": ("equal",)}
 
 CONVENTIONS = (
     Convention("flash_attn_varlen", "flash_attn_varlen_func of FlashAttention 2",
                ("q", "k", "v", *CU, "softmax_scale"), FLASH_2,
-               lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=_ALIKE, **_PACKED),
+               lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=ALIKE, **_PACKED),
     Convention("flash_attn_varlen_qkvpacked",
                "flash_attn_varlen_qkvpacked_func of FlashAttention 2",
                ("qkv", "cu_seqlens", "max_seqlen", "softmax_scale"),
                {**FLASH_2, "grouped": False, "square": True, "dropout": False},
-               limits="dropout", only=_ALIKE,
+               limits="dropout", only=ALIKE,
                arrange=packing(names=("cu_seqlens", "max_seqlen"), together="qkv"),
                **{**_PACKED, "ragged": SAME}),
     Convention("flash_attn_varlen_kvpacked", "flash_attn_varlen_kvpacked_func of FlashAttention 2",
                ("q", "kv", *CU, "softmax_scale"), {**FLASH_2, "dropout": False},
-               arrange=packing(together="kv"), limits="dropout", only=_ALIKE, **_PACKED),
+               arrange=packing(together="kv"), limits="dropout", only=ALIKE, **_PACKED),
     Convention("flash_attn_3_varlen", "flash_attn_varlen_func of FlashAttention 3",
                ("q", "k", "v", *CU, "softmax_scale", "attention_chunk"),
                {**FLASH, "chunk": "attention_chunk"}, lacks=("k_cache",), arrange=packing(),
@@ -116,11 +129,11 @@ CONVENTIONS = (
                ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
                {**_BARE, "causal_argument": "is_causal", "scale_argument": "scale",
                 "window": "window_size"},
-               handles=("is_causal",), arrange=_window_alone, only=_ALIKE, ragged=RAGGED),
+               handles=("is_causal",), arrange=_window_alone, only=ALIKE, ragged=RAGGED),
     Convention("sageattn_varlen", "sageattn_varlen of SageAttention",
                ("q", "k", "v", *CU, "is_causal", "sm_scale"),
                {**_BARE, "causal": "top_left", "causal_argument": "is_causal",
                 "scale_argument": "sm_scale", "square": True},
-               arrange=packing(), only=_ALIKE, ragged=SAME,
+               arrange=packing(), only=ALIKE, ragged=SAME,
                limits="other numbers of keys than of queries"),
 )  # fmt: skip
