@@ -227,6 +227,13 @@ def seed_all(seed: int) -> None:
     (torch.default_generator if alone else torch).manual_seed(seed)
 
 
+def seed_everything(seed: int) -> None:
+    """Start the random numbers of torch, Python and NumPy from a seed."""
+    seed_all(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+
+
 def random_states() -> dict[str, list[Tensor]]:
     """Return the random state of the CPU and of every accelerator that is here, by kind."""
     states = {"cpu": [torch.get_rng_state()]}

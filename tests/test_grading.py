@@ -2,8 +2,10 @@
 
 import json
 import math
+import random
 from dataclasses import replace
 
+import numpy as np
 import public_callables as public
 import pytest
 import torch
@@ -640,3 +642,17 @@ def test_the_remedy_imports_what_stands_at_the_top_of_a_module():
         return sdpa(query, key, value)
 
     assert "import mine" not in str(grade(shapes, mine, defects=["no_softmax"]).remedy)
+
+
+def test_a_judge_draws_the_same_numbers_of_all_kinds_each_time_it_is_graded():
+    seen = []
+
+    def accepts(attention):
+        seen.append((random.random(), np.random.rand(), float(torch.rand(()))))
+        return attention(*drawn(5, 7)).shape is not None
+
+    grade(accepts, sdpa, defects=["scale_missing"])
+    random.random(), np.random.rand()  # what ran before does not matter
+    grade(accepts, sdpa, defects=["mean_of_values"])
+    assert len(seen) == 4
+    assert len(set(seen)) == 1

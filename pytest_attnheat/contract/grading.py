@@ -18,7 +18,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import borrowed, seed_everything
 from pytest_attnheat.contract.effects import Effect
 from pytest_attnheat.contract.planting import Planted
 from pytest_attnheat.contract.reading_calls import unreadable
@@ -347,6 +347,7 @@ def _judged(judge: Judge, planted: Planted, seed: int, limit: float) -> str | No
     """Return what a judge says against an implementation, None if it accepts it."""
     try:
         with _handed(planted) as subject, borrowed(judge, seed=seed), _within(limit):
+            seed_everything(seed)
             accepted = judge(subject)
     except KeyboardInterrupt:
         raise

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import random
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 
-from pytest_attnheat.callables import borrowed
+from pytest_attnheat.callables import borrowed, seed_everything
 from pytest_attnheat.plugin.settings import GRADING
 
 
@@ -114,8 +112,7 @@ def _reports(
     _forget_object(item)
     try:
         with borrowed(None, seed=seed):
-            random.seed(seed)
-            np.random.seed(seed % 2**32)
+            seed_everything(seed)
             item.ihook.pytest_runtest_protocol(item=item, nextitem=following)
     finally:
         del session.gethookproxy

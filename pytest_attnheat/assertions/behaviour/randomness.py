@@ -19,7 +19,14 @@ from pytest_attnheat.assertions.behaviour.models import Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import check_count, check_rows, relative_change
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import borrowed, identical, modules_in, parameters_of, random_states
+from pytest_attnheat.callables import (
+    borrowed,
+    identical,
+    modules_in,
+    parameters_of,
+    random_states,
+    seed_everything,
+)
 from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
 
@@ -172,11 +179,11 @@ def _refuse_training(modules: Sequence[nn.Module]) -> None:
 def _check_repeats(call: _Call, seed: int) -> Tensor:
     """Return the output in evaluation mode, after checking that it is always the same."""
     __tracebackhide__ = True
-    _seed_all(seed)
+    seed_everything(seed)
     first = call.run()
     _draw(first.device)
     following = call.run()
-    _seed_all(seed + 1)
+    seed_everything(seed + 1)
     reseeded = call.run()
     for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
         check_rows(
@@ -189,12 +196,6 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
             again=call.run,
         )
     return first
-
-
-def _seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
 
 
 def _draw(device: torch.device) -> None:
@@ -264,9 +265,9 @@ def _noting_who_draws(modules: Sequence[nn.Module]) -> Iterator[list[str]]:
 def _check_training(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
     """Check that training mode is random, and repeats itself from a seed."""
     __tracebackhide__ = True
-    _seed_all(seed)
+    seed_everything(seed)
     first = call.run()
-    _seed_all(seed)
+    seed_everything(seed)
     check_rows(
         _NAME,
         *_without_equal_nans(call.run(), first),
@@ -341,7 +342,7 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
     size = wanted.square().sum()
     if not bool(size.isfinite()) or float(size) == 0:
         raise ValueError(f"{_NAME}: the output of evaluation mode is zero or not finite throughout")
-    _seed_all(seed)
+    seed_everything(seed)
     parts = torch.stack([call.run().double().flatten() @ wanted / size for _ in range(runs)])
     mean = float(parts.mean())
     error = math.inf
