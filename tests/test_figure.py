@@ -851,6 +851,11 @@ def test_a_notebook_shows_svg_whose_image_is_not_smoothed():
     assert "image-rendering:pixelated" in svg.replace(" ", "")
 
 
+def test_a_notebook_without_svg_shows_a_png():
+    png = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")._repr_png_()
+    assert png.startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])
 def test_a_figure_is_saved_in_every_format_at_its_size(kind, tmp_path):
     figure = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries", figsize=(3.3, 2.7))
