@@ -4,7 +4,7 @@ VENV_TEST ?= .venv-test
 VENV_DEMO ?= .venv-demo
 REPORT := demo-report
 
-.PHONY: test demo bench docs gpu baselines clean
+.PHONY: test demo bench docs site gpu baselines clean
 
 test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
@@ -29,6 +29,10 @@ gpu:
 # Write what the docs list and show: tables from the registries, and what the examples print.
 docs: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/python -W ignore docs/generate.py
+
+# The docs as a site that needs no network: build/site/index.html.
+site: $(VENV_TEST)/ready
+	$(VENV_TEST)/bin/mkdocs build --quiet --strict
 
 # Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready
