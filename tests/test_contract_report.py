@@ -6,6 +6,7 @@ import math
 import re
 import warnings
 from html import escape
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -212,6 +213,20 @@ def test_the_attention_functions_of_transformers_pass(name):
     assert statuses(report, "masked") == statuses(report, "grouped") == {"passed"}
     with pytest.raises(ValueError, match="name: got 'flasher'; accepted is one of 'eager', "):
         transformers_attention("flasher")
+
+
+@pytest.mark.parametrize("found", ["4.52.4", "4.6.0rc1", None])
+def test_transformers_that_is_too_old_or_absent_is_refused_in_one_sentence(monkeypatch, found):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("pytest_attnheat.contract.ready.version", version)
+    with pytest.raises(ImportError) as refused:
+        transformers_attention("sdpa")
+    said = f"transformers: got {found or 'none'}; accepted is version 4.53 or newer"
+    assert str(refused.value) == said
 
 
 @pytest.mark.parametrize("need_weights", [False, True])

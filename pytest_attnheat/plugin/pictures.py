@@ -26,7 +26,7 @@ from pytest_attnheat.plugin.naming import (
     stem_of,
 )
 from pytest_attnheat.plugin.settings import SETTINGS, path_of
-from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, shown
+from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, quoted, shown
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines.judging import Verdict
@@ -315,7 +315,7 @@ def _message(
     verb = "to keep it" if verdict.status == "missing" else "to accept it"
     lines = [what, *verdict.details]
     lines += [unkept] if unkept else [f"{name:<15} {path}" for name, path in kept.items()]
-    lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
+    lines.append(f"{verb:<15} pytest --attn-update={update} {quoted(_argument(item))}")
     return "\n  ".join(lines)
 
 

@@ -66,6 +66,12 @@ def shown(config: pytest.Config, path: Path) -> str:
         return str(path)
 
 
+def quoted(argument: str) -> str:
+    """Return an argument in the quotes of the shell of this system: to cmd a ' is a letter."""
+    mark, escaped = ('"', '\\"') if os.name == "nt" else ("'", "'\\''")
+    return mark + argument.replace(mark, escaped) + mark
+
+
 def attach_outcomes(
     item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
 ) -> None:
