@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -13,12 +14,10 @@ from pytest_attnheat.assertions.precision_judgement import judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.mistakes import MOST_ALLOWED
 from pytest_attnheat.attention.outcomes import Expected, Outcomes
-from pytest_attnheat.attention.plan import Case, NotApplicable
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.contract.versions import Form, Version
 
-# What each defect gives is kept only of calls whose outputs hold no more numbers than that.
-_MOST_KEPT = 2**15
 # By how many times what a plain computation is off, at each number, a defect has to be: what
 # `assert_matches_reference` allows. And by how many times what the target itself is off.
 _FACTOR = 2.0
@@ -78,10 +77,11 @@ class Effect:
 
 @dataclass(frozen=True, eq=False)
 class Chosen:
-    """The form of a defect that shows on a call, and what it changes."""
+    """The form of a defect that shows on a call, what it changes, and its output, if kept."""
 
     form: Form
     change: Change
+    output: Tensor | None = None
 
 
 class Known:
@@ -97,13 +97,23 @@ class Known:
         """
         self.case = case
         self._least = max(answer_tolerance(case.dtype), tolerance)
-        outcomes = Outcomes(case)
-        assert outcomes.healthy is not None
-        self.healthy: Expected = outcomes.healthy
-        # Else computed anew for each defect: outcomes of long inputs take too much room.
-        self._outcomes = outcomes if self.healthy.output.numel() <= _MOST_KEPT else None
+        self._outcomes = Outcomes(case)
+        assert self._outcomes.healthy is not None
+        self.healthy: Expected = self._outcomes.healthy
         self._chosen: dict[Version, Chosen | None] = {}
         self._allowed = self._rounding(tolerance, found)
+        self._found = found
+
+    @cached_property
+    def right(self) -> Outcome:
+        """What attention gives, and what there is on the way."""
+        return carry_out(Plan(), self.case)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds, about."""
+        tensors = sum(tensor.numel() for tensor in self.case.tensors)
+        return 4 * tensors + 4 * self.healthy.output.numel() + 6 * math.prod(self.case.shape)
 
     def _rounding(self, tolerance: float, found: Tensor | None) -> Tensor:
         """How far each number may be off by rounding, (batch, heads, query_len, value_dim)."""
@@ -127,31 +137,40 @@ class Known:
         coarse = (own > allowed).any(-1).any(-1)[..., None, None]
         return torch.where(coarse, torch.maximum(allowed, _FACTOR * worst), allowed)
 
-    def reproduces(self, found: Tensor) -> bool:
-        """Whether an answer of the target is what is described, to within rounding."""
+    @cached_property
+    def is_reproduced(self) -> bool:
+        """Whether the answer of the target is what is described, to within rounding."""
+        if self._found is None:
+            return False
         dtype = self.case.dtype
-        error, allowed = self.healthy.errors(found, dtype, least=self._least, most=MOST_ALLOWED)
+        error, allowed = self.healthy.errors(
+            self._found, dtype, least=self._least, most=MOST_ALLOWED
+        )
         return bool((error <= allowed).all())
 
     def chosen(self, version: Version) -> Chosen | None:
-        """Return the first form of a defect that changes this call, None if none does."""
+        """Return the first form of a defect that changes this call, None if none does.
+
+        The output is kept of the version that was asked last.
+        """
         if version not in self._chosen:
-            self._chosen[version] = self._found(version)
+            self._chosen = {one: known and replace(known, output=None)
+                            for one, known in self._chosen.items()}  # fmt: skip
+            self._chosen[version] = self._first_that_shows(version)
+            self._outcomes.forget()
         return self._chosen[version]
 
-    def _found(self, version: Version) -> Chosen | None:
-        outcomes = None
+    def _first_that_shows(self, version: Version) -> Chosen | None:
         for form in version.forms:
             if form.decided is None:
                 output = None
                 with suppress(NotApplicable):
                     output = form.make(self.case).output
             else:
-                outcomes = outcomes or self._outcomes or Outcomes(self.case)
-                outcome = outcomes.of(form.decided)
-                output = None if outcome in (None, outcomes.healthy) else outcome.output
+                outcome = self._outcomes.of(form.decided)
+                output = None if outcome in (None, self.healthy) else outcome.output
             if output is not None and (change := self._change(output)) is not None:
-                return Chosen(form, change)
+                return Chosen(form, change, output)
         return None
 
     def _change(self, output: Tensor) -> Change | None:

@@ -24,7 +24,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.outcomes import digest
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out, misread
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
 from pytest_attnheat.contract.effects import Change, Effect, Known
 from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
@@ -33,8 +33,8 @@ from pytest_attnheat.contract.versions import Form, Version
 
 # Above so many scores a call takes too much memory in float64.
 _MOST_SCORES = 2**25
-# Of so many calls at most is kept what is known, and of no more than so many numbers in outputs.
-_KEPT, _KEPT_NUMBERS = 48, 2**18
+# What is known of calls is kept up to so many numbers, of 8 bytes each.
+_KEPT_NUMBERS = 2**25
 _BASES = (1.0, math.log(2.0), math.log(10.0))
 
 
@@ -89,7 +89,7 @@ class Planted:
         if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
         known = self._recall(reading, found)
-        if not known.reproduces(found):
+        if not known.is_reproduced:
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
             raise UnreadError(
                 "what is described does not give its own answer to within rounding: it is off by "
@@ -105,9 +105,12 @@ class Planted:
         chosen = known.chosen(version)
         if chosen is None:
             return answer
-        attached = _attached(known.case, reading)
-        outcome = chosen.form.make(attached)
-        own = reading.given.back(outcome.output).to(output)
+        beside, wrong = None, chosen.output
+        if wrong is None or back is not None or output.requires_grad:
+            attached = _attached(known.case, reading)
+            outcome = chosen.form.make(attached)
+            wrong, beside = outcome.output, back and back(chosen.form, attached, outcome)
+        own = reading.given.back(wrong).to(output)
         self.effect.changed(chosen.change, output.dtype)
         if own.stride() != output.stride():
             own = torch.empty_like(output.detach()).copy_(own)
@@ -116,7 +119,7 @@ class Planted:
             own = _Reached.apply(own, *tensors)  # type: ignore[no-untyped-call]
         else:
             own = own.detach()
-        return _structured(answer, own, back(chosen.form, attached, outcome))
+        return _structured(answer, own, beside)
 
     def _recall(self, reading: Reading, found: Tensor) -> Known:
         """What is known of a call, by its numbers, and those of the answer of the target."""
@@ -131,11 +134,9 @@ class Planted:
         key = digest(case), digest(found), earlier_key
         if key not in self._known:
             self._known[key] = Known(case, self.spec.tolerance or 0.0, found)
-            while len(self._known) > 1 and (
-                len(self._known) > _KEPT
-                or sum(k.healthy.output.numel() for k in self._known.values()) > _KEPT_NUMBERS
-            ):
-                self._known.popitem(last=False)
+            kept = sum(known.numbers for known in self._known.values())
+            while len(self._known) > 1 and kept > _KEPT_NUMBERS:
+                kept -= self._known.popitem(last=False)[1].numbers
         self._known.move_to_end(key)
         known: Known = self._known[key]
         return known
@@ -265,15 +266,15 @@ def _structured(answer: Any, output: Tensor, beside: Tensor | None) -> Any:
     return type(answer)(parts)
 
 
-Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor | None]
+Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor]
 
 
-def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside:
-    """How what is returned beside the output is made of what was carried out."""
+def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside | None:
+    """How what is returned beside the output is made of what was carried out; None if not."""
     more = answer[1] if isinstance(answer, tuple | list) and len(answer) > 1 else None
     if not isinstance(more, Tensor) or spec.returns == "output":
-        return lambda form, case, outcome: None
-    right = carry_out(Plan(), known.case)
+        return None
+    right = known.right
     turns: list[Callable[[Form, Case, Outcome], Tensor]]
     if spec.returns == "lse":
         number = len(reading.given.sums(right.scores[..., 0]))
@@ -294,7 +295,6 @@ def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) ->
 
 def _like(turn: Beside, more: Tensor, form: Form, case: Case, outcome: Outcome) -> Tensor:
     made = turn(form, case, outcome)
-    assert made is not None
     return made.reshape(more.shape).to(more) if more.requires_grad else made.detach().reshape(
         more.shape).to(more)  # fmt: skip
 
