@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -37,9 +38,15 @@ class Change:
     def of(cls, error: Tensor, exact: Tensor, rounding: float) -> Change:
         """Measure an error (..., length, width) beside what is exact."""
         error = error.nan_to_num(nan=math.inf).abs()
-        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
-        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        parts = error.amax((-2, -1)) / largest_of_heads(exact)
         return cls(float(parts.max()), float(error.max()), rounding)
+
+
+def largest_of_heads(exact: Tensor) -> Tensor:
+    """The largest number of each head, (...); where a head holds zeros alone, that of all."""
+    largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
+    whole = largest.max().clamp(min=torch.finfo(exact.dtype).tiny)
+    return torch.where(largest > 0, largest, whole)
 
 
 @dataclass
@@ -53,6 +60,7 @@ class Effect:
         off_by: Likewise, in numbers.
         rounding: What rounding may do at most where it was off, likewise.
         dtype: The dtype of that call.
+        set_aside: How many calls were answered as the target does, whatever is planted, by why.
         refused: Why calls were not understood.
         seen: What the calls had, see `grading.never_exercised`.
     """
@@ -63,8 +71,15 @@ class Effect:
     off_by: float = 0.0
     rounding: float = 0.0
     dtype: str = ""
+    set_aside: Counter[str] = field(default_factory=Counter)
     refused: dict[str, None] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+
+    @property
+    def unfit(self) -> tuple[str, ...]:
+        """Why nothing can be said by these calls, if they are not understood."""
+        none = self.calls and self.calls == self.set_aside.total()
+        return tuple(self.refused) or (tuple(self.set_aside) if none else ())
 
     def changed(self, change: Change, dtype: torch.dtype) -> None:
         """Note a call on which numbers were off."""
@@ -185,6 +200,5 @@ class Known:
         error = (output - exact).abs().nan_to_num(nan=math.inf).masked_fill(same, 0.0)
         if not bool((error > self._allowed).any()):
             return None
-        largest = exact.nan_to_num(nan=0.0).abs().amax((-2, -1))
-        parts = self._allowed.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        parts = self._allowed.amax((-2, -1)) / largest_of_heads(exact)
         return Change.of(error, exact, float(parts.max()))

@@ -106,6 +106,8 @@ class Grade:
         inactive: Those that changed no call beyond rounding.
         trivial: What became of trivial answers.
         refused: Why calls were not understood; then nothing is graded.
+        set_aside: Of how many calls nothing is known, and why; they are answered as the target
+            does.
         never_exercised: What the calls never had, though the target takes it.
         remedy: Cases that tell what survived from the right one.
         calls: How many calls the judge made of the right one.
@@ -118,6 +120,7 @@ class Grade:
     inactive: tuple[Verdict, ...] = ()
     trivial: tuple[Verdict, ...] = ()
     refused: tuple[str, ...] = ()
+    set_aside: tuple[tuple[str, int], ...] = ()
     never_exercised: tuple[str, ...] = ()
     remedy: Remedy = field(default_factory=Remedy)
     calls: int = 0
@@ -140,7 +143,7 @@ class Grade:
     def _head(self) -> str:
         if self.refused:
             return "no grade, as its calls are not understood"
-        calls = f"{self.calls} call{'s' * (self.calls != 1)}"
+        calls = _counted(self.calls, "call")
         if self.score is None:
             return f"no defect changed anything beyond rounding in {calls}"
         active = len(self.killed) + len(self.survived)
@@ -154,6 +157,8 @@ class Grade:
             yield f"  refused   {reason}"
         if self.refused:
             return
+        for reason, count in self.set_aside:
+            yield f"  set aside {_counted(count, 'call')}, answered as the right one does: {reason}"
         trivial = [one for one in self.trivial if one.status == "survived"]
         ranked = sorted(self.survived, key=lambda one: -one.off)
         for title, some in (("trivial answers that passed", trivial), ("survived", ranked)):
@@ -181,6 +186,10 @@ class Grade:
                  for k, v in one.items()} for one in data[name]
             ]  # fmt: skip
         return data
+
+
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
 
 
 def _part(off: float) -> str:
@@ -238,7 +247,7 @@ class Study:
     def unfit(self) -> tuple[str, ...]:
         """Why the calls of the right one are not understood, if they are not."""
         why = unreadable(self.spec)
-        return (why,) if why else tuple(self.watched.effect.refused)
+        return (why,) if why else self.watched.effect.unfit
 
     def verdict(self, planted: Planted, rejected: str | None) -> Verdict:
         """Return what became of a wrong version.
@@ -274,8 +283,11 @@ class Study:
         rounding = {v.dtype: max(w.rounding for w in left if w.dtype == v.dtype) for v in left}
         return Grade(
             self.spec.name, having("killed"), having("survived"), having("inactive"), trivial,
+            set_aside=tuple(sorted(effect.set_aside.items())),
             never_exercised=never_exercised(self.spec, effect),
-            remedy=remedy_for(self.spec, [plants[v.name] for v in left], self.plant, rounding),
+            remedy=remedy_for(self.spec, [plants[v.name] for v in left],
+                              [plants[v.name] for v in having("inactive")], self.plant, rounding,
+                              seed=self.seed),
             calls=effect.calls, seed=self.seed,
         )  # fmt: skip
 

@@ -25,9 +25,10 @@ from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.outcomes import digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
+from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.effects import Change, Effect, Known
 from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
+from pytest_attnheat.contract.reading_calls import DrawnError, Reading, UnreadError, read, signature_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
@@ -73,6 +74,8 @@ class Planted:
             mode = torch.inference_mode(False) if _plain(given, named) else torch.no_grad()
             with mode, one_thread():
                 return self._answer(answer, read(self.spec, given, named))
+        except DrawnError as error:
+            self.effect.set_aside[str(error)] += 1
         except UnreadError as error:
             self.effect.refused[str(error)] = None
         except Exception as error:  # whatever is not understood is refused, never charged
@@ -144,11 +147,15 @@ class Planted:
     def _note(self, reading: Reading, output: Tensor) -> None:
         """Note what a call has."""
         call, seen = reading.call, self.effect.seen
+        # A mask that hides nothing, and causality that does, exercise nothing.
+        is_masked = call.mask is not None and not bool(call.mask.all())
+        is_masked |= call.bias is not None and bool((call.bias != 0).any())
+        first = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
+        is_causal = call.causal and call.key_len - 1 > first
         has = {
-            "a mask": call.mask is not None or call.bias is not None,
-            "causality": call.causal,
-            "a mask together with causality": call.causal
-            and (call.mask is not None or call.bias is not None),
+            "a mask": is_masked,
+            "causality": is_causal,
+            "a mask together with causality": is_masked and is_causal,
             "other numbers of keys than of queries": call.query_len != call.key_len,
             "grouped heads": call.group > 1,
             "several heads": call.heads > 1,
@@ -171,29 +178,44 @@ class Planted:
         version, call = self.version, reading.call
         if not output.requires_grad or version is None:
             return answer
-        tensors = {"query": call.query, "key": call.key, "value": call.value}
-        tensors |= {} if call.bias is None else {"attn_mask": call.bias}
-        tensors |= {} if call.sinks is None else {"sinks": call.sinks}
-        wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+        wanted = {name: t for name, t in _differentiable(call).items() if t.requires_grad}
 
         def wrong(upstream: Tensor) -> list[Tensor | None]:
-            found = _wrong_gradients(version, replace(call, upstream=upstream.double()), wanted)
+            with torch.no_grad():
+                saved = Saved.of(replace(call, upstream=upstream.double()), None)
+            found = _wrong_gradients(version, saved, wanted)
             if found is None:
                 return [None] * len(wanted)
             self.effect.changed(found[1], call.query.dtype)
             return [found[0][n].reshape(t.shape).to(t) for n, t in wanted.items()]
 
-        shape = (*call.query.shape[:-1], call.value.shape[-1])
+        shape = call.shapes["output"]
         nothing: Tensor = _Besides.apply(wrong, shape, *wanted.values())  # type: ignore[no-untyped-call]
         return _structured(answer, output + reading.given.back(nothing).to(output), None)
 
 
+def saved_of(call: Call) -> Saved:
+    """What the forward pass leaves of a call, with the gradient of its output drawn at random."""
+    drawn = draw("upstream", 0, *call.shapes["output"]).to(call.query.device)
+    return Saved.of(replace(call, upstream=drawn), None)
+
+
+def shows_in_gradients(version: Version, saved: Saved) -> bool:
+    """Whether a wrong backward pass gives other gradients."""
+    return _wrong_gradients(version, saved, _differentiable(saved.call)) is not None
+
+
+def _differentiable(call: Call) -> dict[str, Tensor]:
+    named = {"query": call.query, "key": call.key, "value": call.value}
+    named |= {} if call.bias is None else {"attn_mask": call.bias}
+    return named | ({} if call.sinks is None else {"sinks": call.sinks})
+
+
 def _wrong_gradients(
-    version: Version, call: Call, wanted: Mapping[str, Tensor]
+    version: Version, saved: Saved, wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Change] | None:
     """By how much the first form that shows changes each gradient; and the worst of them."""
     with torch.no_grad():
-        saved = Saved.of(call, None)
         right = {n: g for n, g in carried_back(BackwardPlan(), saved) if n in wanted}
         for change in version.changes:
             try:

@@ -32,6 +32,13 @@ class UnreadError(Exception):
     """A call cannot be read, for the reason that it says."""
 
 
+class DrawnError(UnreadError):
+    """A call draws at random, so that nothing says what its answer is to be."""
+
+    def __init__(self) -> None:
+        super().__init__("it drops weights at random")
+
+
 @dataclass(frozen=True, eq=False)
 class Given:
     """The tensors of a call of a target, in our own shapes.
@@ -256,7 +263,7 @@ def _transformers(spec: AttentionSpec, arguments: Arguments) -> Given:
     query, key, value = (_tensor(arguments, name) for name in ("query", "key", "value"))
     features: dict[str, Any] = {}
     if arguments.pop("dropout", 0.0):
-        raise UnreadError("it drops weights at random")
+        raise DrawnError
     if (scaling := arguments.pop("scaling", None)) is not None:
         features["scale"] = float(scaling)
     if (mask := arguments.get("attention_mask")) is not None:
@@ -344,7 +351,7 @@ def _features(spec: AttentionSpec, arguments: Arguments) -> dict[str, Any]:
     found: dict[str, Any] = {}
     dropout = spec.dropout if isinstance(spec.dropout, str) else "dropout_p"
     if arguments.pop(dropout, 0.0):
-        raise UnreadError("it drops weights at random")
+        raise DrawnError
     if spec.takes_causal and arguments.pop(spec.causal_argument, False):
         found["causal"] = True
     if spec.mask is not None and (mask := arguments.pop(spec.mask_argument, None)) is not None:

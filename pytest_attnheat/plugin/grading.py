@@ -157,7 +157,8 @@ class Grading:
             if not items:
                 return found
             effect = study.watched.effect
-            found |= {"calls": effect.calls, "seen": sorted(effect.seen),
+            found |= {"calls": effect.calls, "set_aside": effect.set_aside,
+                      "seen": sorted(effect.seen),
                       "tests": [item.nodeid for item in items]}  # fmt: skip
             for number, one in enumerate(planted):
                 self._say(target.text, number, len(planted))
@@ -178,10 +179,11 @@ class Grading:
             watched.effect.calls = 0
             for item, outcome in outcomes(session, items, self.settings.seed):
                 fixtures = [name for name in _fixtures(item) if name in self._calling]
-                refused = [*watched.effect.refused]
+                refused = [*watched.effect.unfit]
                 refused += [reason for name in fixtures for reason in self._calling[name]]
                 called = watched.effect.calls > 0 or bool(fixtures)
                 watched.effect.calls = 0
+                watched.effect.set_aside.clear()
                 watched.effect.refused.clear()
                 if outcome.status != "passed" and called:
                     why = f"{outcome.status} with the right one: {outcome.said}"
@@ -320,6 +322,7 @@ class Grading:
             why = f"{lost} of {len(study.versions)} versions were not judged: a worker was lost"
             return Graded(text, None, why, notes, found)
         study.watched.effect.calls = found["calls"]
+        study.watched.effect.set_aside.update(found["set_aside"])
         study.watched.effect.seen = set(found["seen"])
         return Graded(text, study.grade(verdicts), "", notes, found)
 
