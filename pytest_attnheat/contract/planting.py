@@ -28,7 +28,13 @@ from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, m
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.effects import Change, Effect, Known
 from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import DrawnError, Reading, UnreadError, read, signature_of
+from pytest_attnheat.contract.reading_calls import (
+    DrawnError,
+    Reading,
+    UnreadError,
+    read,
+    signature_of,
+)
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
@@ -46,6 +52,9 @@ class Planted:
         spec: The target.
         version: What is planted; None for nothing, so that calls are only watched.
         effect: What was asked, and what was changed.
+        module: The target, where it is a module.
+        keeps_weights: Whether the weights are kept of which answers are made.
+        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len).
     """
 
     def __init__(
@@ -61,7 +70,10 @@ class Planted:
         self.spec, self.version, self.effect = spec, version, Effect()
         target = spec.implementation
         # That of a module may be replaced by this while it is graded.
+        self.module = target if isinstance(target, nn.Module) else None
         self._target = target.forward if isinstance(target, nn.Module) else target
+        self.keeps_weights = False
+        self.weights: Tensor | None = None
         self._known, self._first = known, dict[Any, Case]()
         functools.update_wrapper(self, self._target, updated=())
         self.__signature__ = signature_of(spec)
@@ -109,9 +121,10 @@ class Planted:
         if chosen is None:
             return answer
         beside, wrong = None, chosen.output
-        if wrong is None or back is not None or output.requires_grad:
+        if wrong is None or back is not None or output.requires_grad or self.keeps_weights:
             attached = _attached(known.case, reading)
             outcome = chosen.form.make(attached)
+            self.weights = outcome.weights if self.keeps_weights else None
             wrong, beside = outcome.output, back and back(chosen.form, attached, outcome)
         own = reading.given.back(wrong).to(output)
         self.effect.changed(chosen.change, output.dtype)
