@@ -62,7 +62,12 @@ def takes_records(
         given = args[0] if args else kwargs.get("weights")
         if isinstance(given, LazyWeights):
             named = {**dict(zip(accepted, args, strict=False)), **kwargs}
-            assertion(**_lazily(given, accepted, named, with_sinks=with_sinks))
+            arguments = _lazily(given, accepted, named, with_sinks=with_sinks)
+            if needs_mask and arguments["mask"] is None:
+                got = f"{given!r} of which no mask is declared, so there is nothing to check"
+                accepted_ = "mask=..., True where a query may attend"
+                raise ValueError(misuse(assertion.__name__, got, accepted_))
+            assertion(**arguments)
             return
         if not isinstance(given, AttentionRecord | Trace):
             assertion(*args, **kwargs)

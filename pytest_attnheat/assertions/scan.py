@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.lazy import LazyBoxes, LazyWeights, Transposed, merged
+from pytest_attnheat.attention.lazy import (
+    LazyBoxes,
+    LazyMask,
+    LazyWeights,
+    Transposed,
+    merged,
+)
 from pytest_attnheat.inputs import InBoxes, wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
@@ -271,11 +277,23 @@ class Block:
 
         if self._mask is None:
             return torch.full_like(self.low, self.key_len)
+        if self._counts is not None:
+            return self._counts.to(self._wide)
         return self.reduce(count, torch.add, where="mask")
+
+    @cached_property
+    def _counts(self) -> Tensor | None:
+        """How many keys each row may attend to, where the mask tells without a look."""
+        if not isinstance(self._mask, LazyMask):
+            return None
+        found = self._mask.counts(self.index)
+        return None if found is None else found.expand(self.shape)
 
     @cached_property
     def attends(self) -> Tensor:
         """Whether each row may attend to any key."""
+        if self._counts is not None:
+            return self._counts > 0
         return self.reduce(
             lambda part: any_key(part.permitted).expand(part.shape[:-1]),
             torch.logical_or,
@@ -285,7 +303,10 @@ class Block:
     @cached_property
     def masks(self) -> Tensor:
         """Whether each row has a masked key."""
-        if self._seen is not None and sum(run.stop - run.start for run in self._seen) < self.key_len:
+        if self._counts is not None:
+            return self._counts < self.key_len
+        read = self.key_len if self._seen is None else sum(r.stop - r.start for r in self._seen)
+        if read < self.key_len:
             return torch.ones(self.shape, dtype=torch.bool, device=self.device)
         return self.reduce(
             lambda part: any_key(~part.permitted).expand(part.shape[:-1]),

@@ -9,8 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,7 +25,12 @@ from pytest_attnheat.attention.parts import flattened, own_maps, own_rows
 _BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**24, 64
 # Keys are left out so many at a time; more runs of keys than these take longer than they save.
 _CELL, _RUNS = 128, 16
-# What of a row of blocks a mask of blocks shows: some maps, some rows -> which keys.
+Place = TypeVar("Place", int, Tensor)
+_EXTREMES: tuple[Any, Any] = (
+    (min, max),
+    (lambda one, two: torch.clamp(one, max=two), lambda one, two: torch.clamp(one, min=two)),
+)
+# What a mask of blocks shows: some maps, some rows -> which keys.
 Tiles: TypeAlias = Callable[[slice, slice], Tensor]
 # Since PyTorch 2.8, a GPU multiplies half precision and keeps what it adds up in float32.
 _KEEPS_SUMS = "out_dtype" in (torch.bmm.__doc__ or "")
@@ -65,9 +71,9 @@ class Blocks:
         key_len, (left, right) = call.key_len, self._sides
         near = key_len if left is None or right is None else left + right + 1
         near = max(1, min(key_len, near + call.sink_keys, call.chunk or key_len))
-        self.rows = min(call.query_len, max(_ROWS, block // (near + _ROWS)))
-        if near == key_len:
-            self.rows = min(call.query_len, max(_ROWS, block // key_len))
+        # Of rows that see other keys each, a block computes no more than a quarter in vain.
+        most = block // key_len if near == key_len else min(near // 4, 4 * block // near)
+        self.rows = min(call.query_len, max(_ROWS, most))
         self.together = max(1, block // (self.rows * key_len))
         self._kept: tuple[slice, dict[str, Tensor]] | None = None
         self._last: tuple[slice, slice, Block] | None = None
@@ -79,6 +85,9 @@ class Blocks:
         self._others = replace(call, mask=None, bias=None)
         if self._by_ends:
             self._others = replace(self._others, causal=False, window=None, chunk=None)
+        self._has_others = not self._others.sees_all
+        self._has_ends = self._by_ends and (call.causal or call.window is not None
+                                            or call.chunk is not None)  # fmt: skip
 
     def grid(self) -> Iterator[tuple[slice, slice]]:
         """Yield the maps and the rows of each block."""
@@ -110,13 +119,10 @@ class Blocks:
 
     def permitted(self, maps: Tensor, rows: slice, keys: Tensor) -> Tensor | None:
         """Return what the rules of positions permit, (maps, rows, keys) or broadcastable."""
-        rule = self._others.permitted(maps, rows, keys)
-        call = self.call
-        if not self._by_ends or not (call.causal or call.window is not None or call.chunk):
+        rule = self._others.permitted(maps, rows, keys) if self._has_others else None
+        if not self._has_ends:
             return rule
-        stand = self._stands[0]
-        places = torch.arange(rows.start + stand, rows.stop + stand, device=keys.device)
-        first, last = (end[:, None] for end in self._ends(places))
+        first, last = (end[rows] for end in self._of_rows)
         inside = ((keys >= first) & (keys <= last))[None]
         return inside if rule is None else inside & rule
 
@@ -128,21 +134,42 @@ class Blocks:
             right = 0 if right is None else min(right, 0)
         return left, right
 
-    def _ends(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """The first and the last key that queries at some places see, but for sink keys."""
-        call = self.call
-        first, last = torch.zeros_like(places), torch.full_like(places, call.key_len - 1)
+    def ends(self, place: Place) -> tuple[Place, Place]:
+        """The first and the last key that a query at some place sees, but for sink keys.
+
+        Args:
+            place: A number, or a tensor of them.
+        """
+        call, (least, most) = self.call, _EXTREMES[isinstance(place, Tensor)]
+        first = place * 0
+        last = first + call.key_len - 1
         if call.causal:
-            last = torch.minimum(last, places.clamp(min=call.prefix - 1))
+            last = least(last, most(place, call.prefix - 1))
         left, right = call.window or (None, None)
         if left is not None:
-            first = torch.maximum(first, places - left)
+            first = most(first, place - left)
         if right is not None:
-            last = torch.minimum(last, places + right)
+            last = least(last, place + right)
         if call.chunk is not None:
-            own = torch.div(places, call.chunk, rounding_mode="floor") * call.chunk
-            first, last = torch.maximum(first, own), torch.minimum(last, own + call.chunk - 1)
+            own = place // call.chunk * call.chunk
+            first, last = most(first, own), least(last, own + call.chunk - 1)
         return first, last
+
+    @cached_property
+    def _of_rows(self) -> tuple[Tensor, Tensor]:
+        """The first and the last key that each row sees, (query_len, 1)."""
+        places = torch.arange(self.call.query_len, device=self._device) + self._stands[0]
+        first, last = self.ends(places)
+        return first[:, None], last[:, None]
+
+    @cached_property
+    def counts(self) -> Tensor | None:
+        """How many keys each row may see, (query_len,), where its ends say so; else None."""
+        call = self.call
+        if self._has_others or not self._by_ends or not call.mask is call.bias is None:
+            return None
+        first, last = self._of_rows
+        return (last - first + 1).clamp(min=0)[:, 0]
 
     def seen(self, some: slice, span: slice) -> tuple[slice, ...]:
         """Return the keys that some rows of some maps may see, as runs in order."""
@@ -150,8 +177,7 @@ class Blocks:
         if call.fully_masked in ("uniform", "nan"):
             return (slice(0, call.key_len),)
         least, most = self._stands
-        ends = self._ends(torch.tensor([span.start + least, span.stop - 1 + most], device="cpu"))
-        start, stop = int(ends[0][0]), int(ends[1][1]) + 1
+        start, stop = self.ends(span.start + least)[0], self.ends(span.stop - 1 + most)[1] + 1
         if call.lengths is not None:
             stop = min(stop, int(call.lengths.max()))
         sinks = min(call.sink_keys, call.key_len)
@@ -217,10 +243,13 @@ class Blocks:
             nothing = mine["query"].new_empty(len(maps), span.stop - span.start, 0).to(self.dtype)
             sink = None if call.sinks is None else nothing.new_ones(*nothing.shape[:2], 1)
             return Block(seen, nothing, sink)
-        keys = torch.cat([torch.arange(s.start, s.stop, device=self._device) for s in seen])
         scores = call.capped(self._products(mine["query"][:, span], _taken(mine["key"], seen)))
         positional = call.alibi is not None or call.score_mod is not None
-        at = call.positions(maps, span, keys) if positional else None
+        at, rule = None, None
+        if positional or self._has_others:
+            keys = torch.cat([torch.arange(s.start, s.stop, device=self._device) for s in seen])
+            at = call.positions(maps, span, keys) if positional else None
+            rule = self._others.permitted(maps, span, keys)
         given = {
             n: _taken(t[:, own_rows(t, span)], seen)
             for n, t in mine.items()
@@ -229,14 +258,13 @@ class Blocks:
         for added in (given.get("bias"), None if at is None else call.distant(at, self.dtype)):
             scores = scores if added is None else scores.add_(added.to(self.dtype))
         scores = scores if at is None else call.modified(scores, at).contiguous()
-        rules = (self._others.permitted(maps, span, keys), given.get("mask"))
-        for rule in rules:
-            scores = scores if rule is None else torch.where(rule, scores, -math.inf)
-        cut = self._cut(scores, span, seen) if self._by_ends else False
+        for hides in (rule, given.get("mask")):
+            scores = scores if hides is None else torch.where(hides, scores, -math.inf)
+        cut = self._cut(scores, span, seen) if self._has_ends else False
         if call.sinks is not None:
             column = call.sinks.detach().to(self._device, self.dtype)[maps % call.heads, None, None]
             scores = torch.cat([scores, column.expand(*scores.shape[:2], 1)], -1)
-        some_empty = bool(given) or rules[0] is not None or cut
+        some_empty = bool(given) or rule is not None or cut
         empty = scores.amax(-1, keepdim=True).isneginf() if some_empty else None
         fits = into is not None and call.sinks is None and into.dtype == scores.dtype
         made = into[some, span, seen[0]] if fits and into is not None and not seen[1:] else scores
@@ -255,20 +283,16 @@ class Blocks:
             Whether a row may be left with nothing: it stands where there is no key.
         """
         call, stand = self.call, self._stands[0]
-        if not call.causal and call.window is None and call.chunk is None:
-            return False
-        places = torch.arange(span.start + stand, span.stop + stand, device=scores.device)
-        start, stop = (end[:, None] for end in self._ends(places))
-        ends = torch.tensor([span.start + stand, span.stop - 1 + stand], device="cpu")
-        firsts, lasts = (end.tolist() for end in self._ends(ends))
+        start, stop = (end[span] for end in self._of_rows)
+        last_first, first_last = self.ends(span.stop - 1 + stand)[0], self.ends(span.start + stand)[1]
         at = 0
         for run in seen:
             own = scores[..., at : at + run.stop - run.start]
             at += run.stop - run.start
-            if (until := min(firsts[1], run.stop)) > run.start:
+            if (until := min(last_first, run.stop)) > run.start:
                 early = torch.arange(run.start, until, device=scores.device) < start
                 own[..., : until - run.start].masked_fill_(early, -math.inf)
-            if (since := max(lasts[0] + 1, run.start)) < run.stop:
+            if (since := max(first_last + 1, run.start)) < run.stop:
                 late = torch.arange(since, run.stop, device=scores.device) > stop
                 own[..., since - run.start :].masked_fill_(late, -math.inf)
         return span.start + stand < 0 or span.stop - 1 + stand >= call.key_len

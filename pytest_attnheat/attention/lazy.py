@@ -411,6 +411,11 @@ class LazyMask(LazyBoxes):
             found = torch.cat([found, found.new_ones(*shape[:-1], 1)], -1)
         return found
 
+    def counts(self, rows: Box) -> Tensor | None:
+        """Return how many keys each row of a box may see, where no key need be looked at."""
+        found = self.blocks.counts
+        return None if found is None else found[rows[-1]] + int(self._with_sink)
+
     def runs(self, box: Box) -> list[slice]:
         """Return the keys of some rows that may be permitted, as runs in order."""
         *lead, rows = box
@@ -432,8 +437,9 @@ class Transposed(InBoxes):
         self.shape = torch.Size((*lead, keys, queries))
 
     def __getitem__(self, box: Any) -> Tensor:
-        """Return a box, of slices and whole numbers, one for each dimension."""
-        *lead, keys, queries = box if isinstance(box, tuple) else (box,)
+        """Return a box, of slices and whole numbers; the rest is whole."""
+        given = box if isinstance(box, tuple) else (box,)
+        *lead, keys, queries = (*given, *[slice(None)] * (self.ndim - len(given)))
         found = self.mT[(*lead, queries, keys)]
         both = isinstance(keys, slice) and isinstance(queries, slice)
         return found.mT if both else found
