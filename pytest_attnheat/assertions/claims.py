@@ -380,7 +380,7 @@ def by_row(claim: Claim[Elements]) -> Claim[Block]:
     """Claim that a row holds no element that breaks a claim."""
 
     # Where weights are known to be zero, all that can be wrong is that they should not be.
-    where: Where = "either" if claim.kind == "inside" else "weights"
+    where: Where = "either" if claim.kind == "inside" else "masked"
 
     def broken(block: Block) -> Tensor:
         return block.reduce(

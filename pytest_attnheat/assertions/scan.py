@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.attention.blocks import shared
 from pytest_attnheat.attention.lazy import (
     LazyBoxes,
     LazyMask,
@@ -37,7 +38,7 @@ _BYTES_ON_CPU = 2**22
 _BYTES_ON_ACCELERATOR = 2**28
 
 # Which keys of a row are read: `Block.elements`.
-Where: TypeAlias = Literal["weights", "mask", "either"]
+Where: TypeAlias = Literal["weights", "mask", "either", "masked"]
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -184,13 +185,17 @@ class Block:
         """Yield the weights, in parts of bounded size.
 
         Args:
-            where: Which keys: where weights may be anything but zero, where the mask may permit
-                any, or both. The others are left out.
+            where: Which keys: where weights may be anything but zero, and of these, "masked",
+                where the mask may hide any; where the mask may permit any; or where either may.
+                The others are left out.
         """
-        runs = self._runs if where == "weights" or self._seen is None else self._seen
+        runs = self._runs if where in ("weights", "masked") or self._seen is None else self._seen
         if where == "either" and runs is not self._runs:
             runs = merged([*self._runs, *runs])
-        for run in runs:
+        if where == "masked" and isinstance(self._mask, LazyMask):
+            hidden = self._mask.hides(_own(self._mask, self.index))
+            runs = [both for one in runs for two in hidden if (both := shared(one, two))]
+        for run in runs or [slice(0, 1)]:
             for keys in spans(run.stop - run.start, self._step):
                 yield Elements(self, slice(run.start + keys.start, run.start + keys.stop))
 
@@ -322,7 +327,7 @@ class Block:
             nothing = part.permitted | part.values.isnan()
             return part.values.abs().masked_fill_(nothing, 0).amax(-1)
 
-        return self.reduce(largest, torch.maximum)
+        return self.reduce(largest, torch.maximum, where="masked")
 
     def misfit(self, *, masked: bool) -> Tensor:
         """Return how far each row strays from uniform, as a part of a uniform weight.

@@ -171,6 +171,14 @@ class Blocks:
         first, last = self._of_rows
         return (last - first + 1).clamp(min=0)[:, 0]
 
+    def seen_by_all(self, rows: slice) -> tuple[int, int]:
+        """Return from which key on, and up to which one, some rows all see the keys.
+
+        Where `counts` are known.
+        """
+        stand = self._stands[0]
+        return self.ends(rows.stop - 1 + stand)[0], self.ends(rows.start + stand)[1] + 1
+
     def seen(self, some: slice, span: slice) -> tuple[slice, ...]:
         """Return the keys that some rows of some maps may see, as runs in order."""
         call = self.call
@@ -194,7 +202,7 @@ class Blocks:
             hull = slice(runs[0].start, runs[-1].stop)
             mine = _runs(rule[hull] if rule.numel() > 1 else rule.expand(call.key_len)[hull])
             mine = [slice(hull.start + run.start, hull.start + run.stop) for run in mine]
-            runs = [both for one in runs for two in mine if (both := _both(one, two)) is not None]
+            runs = [both for one in runs for two in mine if (both := shared(one, two))]
         return tuple(runs)
 
     def _shown(self, some: slice, span: slice) -> Iterator[Tensor]:
@@ -284,15 +292,15 @@ class Blocks:
         """
         call, stand = self.call, self._stands[0]
         start, stop = (end[span] for end in self._of_rows)
-        last_first, first_last = self.ends(span.stop - 1 + stand)[0], self.ends(span.start + stand)[1]
+        since_all, until_all = self.seen_by_all(span)
         at = 0
         for run in seen:
             own = scores[..., at : at + run.stop - run.start]
             at += run.stop - run.start
-            if (until := min(last_first, run.stop)) > run.start:
+            if (until := min(since_all, run.stop)) > run.start:
                 early = torch.arange(run.start, until, device=scores.device) < start
                 own[..., : until - run.start].masked_fill_(early, -math.inf)
-            if (since := max(first_last + 1, run.start)) < run.stop:
+            if (since := max(until_all, run.start)) < run.stop:
                 late = torch.arange(since, run.stop, device=scores.device) > stop
                 own[..., since - run.start :].masked_fill_(late, -math.inf)
         return span.start + stand < 0 or span.stop - 1 + stand >= call.key_len
@@ -344,7 +352,8 @@ def _taken(tensor: Tensor, runs: tuple[slice, ...]) -> Tensor:
     return tensor[..., runs[0]] if len(runs) == 1 else torch.cat([tensor[..., r] for r in runs], -1)
 
 
-def _both(one: slice, two: slice) -> slice | None:
+def shared(one: slice, two: slice) -> slice | None:
+    """Return what two runs share; None for nothing."""
     start, stop = max(one.start, two.start), min(one.stop, two.stop)
     return slice(start, stop) if start < stop else None
 

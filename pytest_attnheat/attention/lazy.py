@@ -416,6 +416,14 @@ class LazyMask(LazyBoxes):
         found = self.blocks.counts
         return None if found is None else found[rows[-1]] + int(self._with_sink)
 
+    def hides(self, rows: Box) -> list[slice]:
+        """Return the keys that may be hidden from any of some rows, as runs in order."""
+        key_len, blocks = self.shape[-1], self.blocks
+        if blocks.counts is None:
+            return [slice(0, key_len)]
+        start, stop = blocks.seen_by_all(rows[-1])
+        return merged([slice(0, min(start, key_len)), slice(max(stop, 0), key_len)])
+
     def runs(self, box: Box) -> list[slice]:
         """Return the keys of some rows that may be permitted, as runs in order."""
         *lead, rows = box
