@@ -55,15 +55,17 @@ class Checked:
     dtype: str
     shape: tuple[int, ...]
     device: str
+    note: str = ""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Checked:
         """Describe a tensor, or what is read as one."""
-        return cls(dtype_name(tensor), tuple(tensor.shape), str(tensor.device))
+        note = getattr(tensor, "note", "")  # which rows were drawn, of weights that are never held
+        return cls(dtype_name(tensor), tuple(tensor.shape), str(tensor.device), note)
 
     def __str__(self) -> str:
         """Say it."""
-        return f"{self.dtype} {self.shape} on {self.device}"
+        return f"{self.dtype} {self.shape} on {self.device}{self.note}"
 
 
 @dataclass(eq=False, repr=False)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.computation import weights as weights_of
+from pytest_attnheat.attention.blocks import weights as weights_of
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, both, permits
 from pytest_attnheat.callables import apart
