@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV_TEST ?= .venv-test
 REPORT := demo-report
 
-.PHONY: test demo bench docs gpu baselines clean
+.PHONY: test demo bench docs site gpu baselines clean
 
 test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
@@ -28,6 +28,10 @@ gpu:
 # Write what the docs list and show: tables from the registries, and what the examples print.
 docs: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/python -W ignore docs/generate.py
+
+# The docs as a site that needs no network: build/site/index.html.
+site: $(VENV_TEST)/ready
+	$(VENV_TEST)/bin/mkdocs build --quiet --strict
 
 # Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready

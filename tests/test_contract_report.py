@@ -5,6 +5,7 @@ import json
 import math
 import re
 import warnings
+from html import escape
 from importlib.metadata import PackageNotFoundError
 
 import pytest
@@ -408,6 +409,10 @@ def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     assert not report.passed
     assert report.diagnosis.defects == ("softmax_over_queries",)
     assert repr(report) == f"<Report {str(report).splitlines()[0]}>"
+    shown = report._repr_html_()
+    assert shown.startswith(f"<pre>{escape(str(report).splitlines()[0])}")
+    assert "</pre><table><tr><th></th><th>float32</th><th>float64</th></tr>" in shown
+    assert "<td>plain</td><td>failed</td>" in shown
     lines = str(report).splitlines()
     skipped = sum(result.status == "skipped" for result in report.results)
     asked = len(report.results) - skipped
