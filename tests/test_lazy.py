@@ -85,9 +85,9 @@ def cases(draws):
         "alibi": st.just(draw("alibi", seed, heads).abs()),
         "sinks": st.just(draw("sinks", seed, heads)),
         "bias": st.just(draw("bias", seed, 1, heads, query_len, key_len)),
-        "lengths": st.lists(
-            st.integers(1, key_len), min_size=batch, max_size=batch
-        ).map(torch.tensor),
+        "lengths": st.lists(st.integers(1, key_len), min_size=batch, max_size=batch).map(
+            torch.tensor
+        ),
         "mask": st.sampled_from(
             [(batch, 1, 1, key_len), (query_len, key_len), (1, heads, query_len, key_len)]
         ).map(lambda shape: draw("mask", seed, *shape) > -0.5),

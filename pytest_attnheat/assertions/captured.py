@@ -20,9 +20,7 @@ from pytest_attnheat.inputs import misuse
 P = ParamSpec("P")
 
 
-Weights: TypeAlias = (
-    "torch.Tensor | np.ndarray[Any, Any] | LazyWeights | AttentionRecord | Trace"
-)
+Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | LazyWeights | AttentionRecord | Trace"
 
 
 class NothingForbiddenError(ValueError):

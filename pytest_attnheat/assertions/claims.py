@@ -383,9 +383,7 @@ def by_row(claim: Claim[Elements]) -> Claim[Block]:
     where: Where = "either" if claim.kind == "inside" else "masked"
 
     def broken(block: Block) -> Tensor:
-        return block.reduce(
-            lambda part: any_key(claim.breaks(part)), torch.logical_or, where=where
-        )
+        return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or, where=where)
 
     return _quick(claim.statement, claim.kind, broken)
 

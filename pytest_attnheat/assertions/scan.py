@@ -17,13 +17,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.chunks import pieces, spans
 from pytest_attnheat.attention.blocks import shared
-from pytest_attnheat.attention.lazy import (
-    LazyBoxes,
-    LazyMask,
-    LazyWeights,
-    Transposed,
-    merged,
-)
+from pytest_attnheat.attention.lazy import LazyBoxes, LazyMask, LazyWeights, Transposed, merged
 from pytest_attnheat.inputs import InBoxes, wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.

@@ -110,7 +110,9 @@ class Blocks:
             return None
         some, span, block = self._last
         inside = some.start <= min(numbers) and max(numbers) < some.stop
-        return block.seen if inside and span.start <= rows.start and rows.stop <= span.stop else None
+        return (
+            block.seen if inside and span.start <= rows.start and rows.stop <= span.stop else None
+        )
 
     def given(self, name: str, maps: Tensor) -> Tensor:
         """Return the mask or the bias of some maps, (maps or 1, rows or 1, keys or 1)."""
@@ -367,6 +369,4 @@ def _runs(shown: Tensor) -> list[slice]:
     starts, stops = ((steps == way).nonzero().flatten().tolist() for way in (1, -1))
     if len(starts) > _RUNS:
         starts, stops = starts[:1], stops[-1:]
-    return [
-        slice(a * _CELL, min(b * _CELL, size)) for a, b in zip(starts, stops, strict=True)
-    ]
+    return [slice(a * _CELL, min(b * _CELL, size)) for a, b in zip(starts, stops, strict=True)]

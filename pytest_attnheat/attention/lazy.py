@@ -382,9 +382,7 @@ class LazyMask(LazyBoxes):
     def map_at(self, place: Sequence[int]) -> LazyMask:
         """Return one map, (queries, keys)."""
         own = tuple(0 if self._alike else at for at in place)
-        return LazyMask(
-            self.blocks, self.numbers[own], self.shape[-2:], with_sink=self._with_sink
-        )
+        return LazyMask(self.blocks, self.numbers[own], self.shape[-2:], with_sink=self._with_sink)
 
     def expand(self, shape: Sequence[int]) -> LazyMask:
         """Return itself: who reads a box of it broadcasts that."""
@@ -512,9 +510,7 @@ def _sample(query_len: int, rows: int, seed: int) -> list[slice] | None:
     drawn = torch.randperm(runs, generator=torch.Generator("cpu").manual_seed(seed)).tolist()
     ends = {0, runs - 1}
     chosen = sorted(ends | set([one for one in drawn if one not in ends][: wanted - 2]))
-    return merged(
-        [slice(r * _NEIGHBOURS, min((r + 1) * _NEIGHBOURS, query_len)) for r in chosen]
-    )
+    return merged([slice(r * _NEIGHBOURS, min((r + 1) * _NEIGHBOURS, query_len)) for r in chosen])
 
 
 def _check_shapes(query: Tensor, key: Tensor) -> None:
