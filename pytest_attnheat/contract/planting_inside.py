@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -153,18 +152,16 @@ class PlantedInside:
         With weights it calls no other function for its attention, without them it does.
         """
         run = multi_head_unasking()
-        wanted = {name: one for name, one in zip(_MULTI_HEAD, given, strict=False)} | {**named}
+        wanted = dict(zip(_MULTI_HEAD, given, strict=False)) | {**named}
         if not wanted.get("need_weights", True) or self._is_inside:
             with self._mode:
                 return run(**wanted)
         active, planted = self.effect.active, self._of(SDPA)
-        planted.keeps_weights, planted.weights = True, None
-        with random_kept([wanted["query"].device]):
-            with self._mode:
-                output, _ = run(**{**wanted, "need_weights": False, **_unhinted(wanted)})
+        planted.keep_weights()
+        with random_kept([wanted["query"].device]), self._mode:
+            output, _ = run(**{**wanted, "need_weights": False, **_unhinted(wanted)})
         answer = run(**wanted)
-        is_backward = self.version is not None and self.version.kind == "backward"
-        if is_backward:
+        if self.version is not None and self.version.kind == "backward":
             return output, answer[1]
         if self.effect.active == active or planted.weights is None:
             return answer
