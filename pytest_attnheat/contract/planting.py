@@ -53,8 +53,8 @@ class Planted:
         version: What is planted; None for nothing, so that calls are only watched.
         effect: What was asked, and what was changed.
         module: The target, where it is a module.
-        keeps_weights: Whether the weights are kept of which answers are made.
-        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len).
+        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len),
+            since `keep_weights` was called.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Planted:
         # That of a module may be replaced by this while it is graded.
         self.module = target if isinstance(target, nn.Module) else None
         self._target = target.forward if isinstance(target, nn.Module) else target
-        self.keeps_weights = False
+        self._keeps_weights = False
         self.weights: Tensor | None = None
         self._known, self._first = known, dict[Any, Case]()
         functools.update_wrapper(self, self._target, updated=())
@@ -93,6 +93,10 @@ class Planted:
         except Exception as error:  # whatever is not understood is refused, never charged
             self.effect.refused[f"{type(error).__name__}: {str(error).splitlines()[:1]}"] = None
         return answer
+
+    def keep_weights(self) -> None:
+        """Keep the weights of which answers are made, for a target that returns none."""
+        self._keeps_weights, self.weights = True, None
 
     def _answer(self, answer: Any, reading: Reading) -> Any:
         output = answer[0] if isinstance(answer, tuple | list) and answer else answer
@@ -121,10 +125,10 @@ class Planted:
         if chosen is None:
             return answer
         beside, wrong = None, chosen.output
-        if wrong is None or back is not None or output.requires_grad or self.keeps_weights:
+        if wrong is None or back is not None or output.requires_grad or self._keeps_weights:
             attached = _attached(known.case, reading)
             outcome = chosen.form.make(attached)
-            self.weights = outcome.weights if self.keeps_weights else None
+            self.weights = outcome.weights if self._keeps_weights else None
             wrong, beside = outcome.output, back and back(chosen.form, attached, outcome)
         own = reading.given.back(wrong).to(output)
         self.effect.changed(chosen.change, output.dtype)
