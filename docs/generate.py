@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
@@ -159,6 +160,15 @@ def fields_of_failure() -> Rows:
         yield f"`{name}`", text
 
 
+def environments() -> Rows:
+    """What ran where: session, Python, versions, system, day, how it ended, minutes."""
+    text = (ROOT / "docs" / "environments.json").read_text(encoding="utf-8")
+    for name, one in sorted(json.loads(text).items()):
+        versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+        yield (f"`{name}`", one["python"], versions, one["system"], one["date"], one["ended"],
+               f"{one['minutes']:g}")  # fmt: skip
+
+
 def gallery() -> Iterator[str]:
     """The tests of pictures, each above its baselines; `py` tells them from examples to run."""
     tests = ROOT / "tests" / "test_pictures.py"
@@ -195,6 +205,7 @@ CHECK_HEAD = (
 DEFECT_HEAD = ("defect", "attention", "a public issue that reports it")
 CONVENTION_HEAD = ("like=", "of", "told by its parameters", "causal from the", "keywords asked",
                    "log-sum-exp", "not asked")  # fmt: skip
+ENVIRONMENT_HEAD = ("session", "Python", "versions", "system", "day", "ended", "minutes")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "checks": (CHECK_HEAD, lambda: checks("CHECKS")),
     "checks of a block": (CHECK_HEAD, lambda: checks("BLOCK_CHECKS")),
@@ -202,6 +213,7 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "conventions": (CONVENTION_HEAD, conventions),
     "defects": (DEFECT_HEAD, lambda: defects("defects", "DEFECTS")),
     "defects of a backward pass": (DEFECT_HEAD, lambda: defects("backward", "BACKWARD")),
+    "environments": (ENVIRONMENT_HEAD, environments),
     "hard cases": (("case", "what breaks on it"), hard_cases),
     "scoring functions": (("name", "class", "what it is", "source"), scoring_functions),
     "options": (("option", "ini", "meaning"), options),

@@ -63,6 +63,15 @@ def test_it_is_a_sequence_of_records(trace):
         trace[3]
 
 
+def test_a_record_and_a_trace_are_shown_as_what_is_listed_of_them(trace):
+    line = str(trace).splitlines()[1]
+    assert repr(trace[0]).split() == ["<AttentionRecord", *f"{line}>".split()]
+    shown = trace._repr_html_()
+    assert shown.startswith("<table><tr><th>layer</th><th>source</th>")
+    assert shown.count("<tr>") == 4
+    assert f"<tr><td>layers.2.1</td><td>{trace[2].source}</td>" in shown
+
+
 def test_a_layer_by_its_name(trace):
     assert trace["layers.1.1"] is trace[1]
     with pytest.raises(

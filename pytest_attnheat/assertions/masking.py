@@ -34,6 +34,7 @@ from pytest_attnheat.assertions.masking_causes import (
 )
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
+from pytest_attnheat.attention.lazy import LazyMask, LazyWeights
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
@@ -120,7 +121,11 @@ def _assert_causal(
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    permitted = cast("Tensor", as_mask(rule.rows(numbers.to(operand.device)), operand))
+    if isinstance(operand, LazyWeights):
+        mask: Any = LazyMask.causal(operand.shape, rule.offset, rule.window, operand.device)
+    else:
+        mask = rule.rows(numbers.to(operand.device))
+    permitted = cast("Tensor", as_mask(mask, operand))
     masked = _Masked("assert_causal", operand, permitted, declared)
     if not masked.check(says, lambda evidence: causal_cause(evidence, rule, numbers)):
         got = (

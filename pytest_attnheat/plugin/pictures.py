@@ -25,7 +25,8 @@ from pytest_attnheat.plugin.naming import (
     safe_name,
     stem_of,
 )
-from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, shown
+from pytest_attnheat.plugin.settings import SETTINGS, path_of
+from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, quoted, shown
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines.judging import Verdict
@@ -288,19 +289,17 @@ def compare(
 
 
 def _is_to_write(item: pytest.Item, expected: Expected, verdict: Verdict) -> bool:
-    update = item.config.getoption("--attn-update")
+    update = item.config.stash[SETTINGS].update
     # What another test wrote in this run is shared, and must be what this one draws.
-    if update is None or verdict.status == "equal" or expected.path in item.config.stash[_WRITTEN]:
+    if not update or verdict.status == "equal" or expected.path in item.config.stash[_WRITTEN]:
         return False
     statuses = {"missing": ("missing",), "changed": ("missing", "data", "panels", "pixels")}
     return update == "all" or verdict.status in statuses[update]
 
 
 def _artifacts(config: pytest.Config) -> Path:
-    given = config.getoption("--attn-artifacts")
-    if given is not None:
-        return Path(config.invocation_params.dir, given)
-    return Path(config.rootpath, config.getini("attn_artifacts"))
+    name = "attn_artifacts"
+    return path_of(config, name, config.getoption(name) or config.getini(name))
 
 
 def _message(
@@ -316,7 +315,7 @@ def _message(
     verb = "to keep it" if verdict.status == "missing" else "to accept it"
     lines = [what, *verdict.details]
     lines += [unkept] if unkept else [f"{name:<15} {path}" for name, path in kept.items()]
-    lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
+    lines.append(f"{verb:<15} pytest --attn-update={update} {quoted(_argument(item))}")
     return "\n  ".join(lines)
 
 
