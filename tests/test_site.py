@@ -219,7 +219,7 @@ def opened(address, tmp_path, *options):
 
 @in_a_browser
 def test_every_page_fits_a_desk_and_a_phone_and_has_a_way_back(looked):
-    assert looked["wrong"] == []
+    assert looked["wrong"] == [], looked["wrong"]
 
 
 @in_a_browser
