@@ -79,7 +79,7 @@ def assert_masked(
         ValueError: `weights` is empty or has fewer than two dimensions, the mask does not broadcast
             or permits every key, or `fully_masked` is unknown.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_masked(scores.softmax(-1), mask)
@@ -167,7 +167,7 @@ def assert_causal(
             missing, the window reaches into the future or is below 0, or
             nothing is forbidden, as for a single query at the last key.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_causal(scores.softmax(-1))
@@ -199,7 +199,7 @@ def assert_support(
         TypeError: As in `assert_masked`.
         ValueError: As there, but for a mask that permits every key.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_support(scores.softmax(-1), mask)
@@ -235,7 +235,7 @@ def assert_padding_masked(
             dimensions, there is not one length per batch entry, one is out of
             range, the side is unknown, or no batch entry has padding.
 
-    Example:
+    Examples:
         >>> mask = padding_mask([5, 3], key_len=5)
         >>> scores = torch.randn(2, 4, 6, 5).masked_fill(~mask, float("-inf"))
         >>> assert_padding_masked(scores.softmax(-1), [5, 3])
