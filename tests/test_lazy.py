@@ -2,16 +2,19 @@
 
 import math
 import os
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pytest_attnheat as heat
 from pytest_attnheat import LazyWeights
 from pytest_attnheat.attention import blocks as blocks_module
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.heatmaps import maps
 
 LENGTHS = st.integers(1, 40)
 
@@ -85,9 +88,9 @@ def cases(draws):
         "alibi": st.just(draw("alibi", seed, heads).abs()),
         "sinks": st.just(draw("sinks", seed, heads)),
         "bias": st.just(draw("bias", seed, 1, heads, query_len, key_len)),
-        "lengths": st.lists(
-            st.integers(1, key_len), min_size=batch, max_size=batch
-        ).map(torch.tensor),
+        "lengths": st.lists(st.integers(1, key_len), min_size=batch, max_size=batch).map(
+            torch.tensor
+        ),
         "mask": st.sampled_from(
             [(batch, 1, 1, key_len), (query_len, key_len), (1, heads, query_len, key_len)]
         ).map(lambda shape: draw("mask", seed, *shape) > -0.5),
@@ -226,8 +229,38 @@ def test_padding_and_output_are_judged_as_by_the_whole_tensor(case):
     value = draw("value", 1, *key.shape[:3], 3).to(lazy.dtype)
     output = lazy.dense().nan_to_num() @ value.repeat_interleave(lazy.shape[1] // key.shape[1], 1)
     for off in (0.0, 0.5):
-        given_, other = (
-            outcome(lambda w=w: heat.assert_reproduces_output(w, value, output + off))
-            for w in (lazy, lazy.dense())
-        )
-        assert given_ == other
+        check = partial(heat.assert_reproduces_output, value=value, output=output + off)
+        assert outcome(partial(check, lazy)) == outcome(partial(check, lazy.dense()))
+
+
+def drawn(figure):
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("held", [1 << 24, 0], ids=["held", "not held"])
+@pytest.mark.parametrize(
+    "declared",
+    [{}, {"causal": True}, {"causal": True, "window": (7, 0)}, {"window": (2, 9), "sink_keys": 3}],
+    ids=str,
+)
+def test_a_picture_and_its_sketch_are_those_of_the_whole_tensor(monkeypatch, held, declared):
+    monkeypatch.setattr(maps, "HELD", held)
+    query, key = (draw(name, 3, 2, 2, 90, 4).float() * 2 for name in ("query", "key"))
+    lazy = LazyWeights(query, key, **declared)
+    mask = None if lazy.mask is None else lazy.mask[()]
+    for size in ((2.5, 2.5), (1.6, 2.2)):
+        for own, dense in ((None, None), (lazy.mask, mask)):
+            one = heat.show_heatmaps(lazy, "Keys", "Queries", figsize=size, mask=own)
+            two = heat.show_heatmaps(lazy.dense(), "Keys", "Queries", figsize=size, mask=dense)
+            assert np.array_equal(drawn(one), drawn(two))
+            whole_one, whole_two = (figure.picture.shown.whole for figure in (one, two))
+            assert (whole_one is None) == (whole_two is None)
+            if whole_one is not None:
+                assert whole_one.masks == whole_two.masks
+                for side in ("rows", "columns"):
+                    a, b = (getattr(w.sketch, side) for w in (whole_one, whole_two))
+                    np.testing.assert_allclose(a.signed, b.signed, atol=1e-5)
+                    np.testing.assert_allclose(a.sums, b.sums, atol=1e-5)
+                    # Norms of columns are bounds, which hang on how many rows are read together.
+                    assert (np.abs(a.norms - b.norms) <= 0.3 * b.norms).all()

@@ -20,9 +20,7 @@ from pytest_attnheat.inputs import misuse
 P = ParamSpec("P")
 
 
-Weights: TypeAlias = (
-    "torch.Tensor | np.ndarray[Any, Any] | LazyWeights | AttentionRecord | Trace"
-)
+Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | LazyWeights | AttentionRecord | Trace"
 
 
 class NothingForbiddenError(ValueError):
@@ -60,6 +58,7 @@ def takes_records(
     def on_each(*args: P.args, **kwargs: P.kwargs) -> None:
         __tracebackhide__ = True
         given = args[0] if args else kwargs.get("weights")
+        ask: Callable[..., None] = assertion
         if isinstance(given, LazyWeights):
             named = {**dict(zip(accepted, args, strict=False)), **kwargs}
             arguments = _lazily(given, accepted, named, with_sinks=with_sinks)
@@ -67,7 +66,7 @@ def takes_records(
                 got = f"{given!r} of which no mask is declared, so there is nothing to check"
                 accepted_ = "mask=..., True where a query may attend"
                 raise ValueError(misuse(assertion.__name__, got, accepted_))
-            assertion(**arguments)
+            ask(**arguments)
             return
         if not isinstance(given, AttentionRecord | Trace):
             assertion(*args, **kwargs)
@@ -87,7 +86,7 @@ def takes_records(
             elif record.mask_lost and arguments.get("mask") is None:
                 # Rows that hold nothing may be meant to: which, is not known.
                 arguments |= {"mask": arguments["weights"] != 0} if "mask" in accepted else {}
-            ask: Callable[..., None] = assertion
+            ask = assertion
             if of_some is not None and record.queries is not None:
                 ask = partial(of_some, queries=record.queries, query_len=record.shape[2])
             try:

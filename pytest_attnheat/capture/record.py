@@ -10,9 +10,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.blocks import weights as weights_of
 from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.blocks import weights as weights_of
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, permits
 from pytest_attnheat.callables import apart
