@@ -2,6 +2,7 @@
 
 import math
 import os
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -264,3 +265,36 @@ def test_a_picture_and_its_sketch_are_those_of_the_whole_tensor(monkeypatch, hel
                     np.testing.assert_allclose(a.sums, b.sums, atol=1e-5)
                     # Norms of columns are bounds, which hang on how many rows are read together.
                     assert (np.abs(a.norms - b.norms) <= 0.3 * b.norms).all()
+
+
+@pytest.mark.parametrize("declared", [{}, {"causal": True, "window": (7, 0)}], ids=str)
+def test_attention_is_compared_as_that_of_a_record(declared):
+    query, key = (draw(name, 3, 1, 3, 50, 4).float() for name in ("query", "key"))
+    other = query.clone()
+    heat.assert_same_attention(
+        LazyWeights(query, key, **declared), LazyWeights(query, key, **declared)
+    )
+    other[0, 1, 20] += 1
+    with pytest.raises(
+        heat.Failure, match=r"1 of 3 maps moved(.|\n)*its head 1 moved(.|\n)*query 20"
+    ):
+        heat.assert_same_attention(
+            LazyWeights(other, key, **declared), LazyWeights(query, key, **declared)
+        )
+
+
+def test_a_record_that_is_too_large_is_read_as_weights_that_never_exist():
+    query, key, value = (draw(name, 3, 1, 4, 20, 4).float() for name in ("query", "key", "value"))
+    with heat.capture_attention(max_bytes=10_000) as trace:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    (record,) = trace
+    small = replace(record, most_bytes=100)
+    with pytest.raises(heat.CaptureMemoryError):
+        small.weights  # noqa: B018
+    assert torch.equal(small.lazy_weights.dense(), record.weights)
+    for check in (heat.assert_causal, heat.assert_reproduces_output, heat.assert_row_stochastic):
+        check(small)
+    assert output.shape == value.shape
+    for one in (record, small):
+        with pytest.raises(heat.Failure, match=r"15 of 80 rows have an entropy below 1.2 nats"):
+            heat.assert_entropy(one, minimum=1.2)

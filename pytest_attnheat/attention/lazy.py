@@ -353,6 +353,27 @@ class LazyWeights(LazyBoxes):
                     for rows in spans(part.stop - part.start, max(1, height // some)):
                         yield (*group, slice(part.start + rows.start, part.start + rows.stop))
 
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each map that are read, as runs in order."""
+        return [slice(0, self.shape[-2])] if self.sampled is None else self.sampled
+
+    def parts(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
+        """Yield all weights once: some maps, some rows, (maps, rows, keys), and the first key.
+
+        Maps are counted through all leading dimensions. Keys that are left out weigh nothing. Each
+        part can be reduced where it is computed, and what it comes to added to the others'.
+        """
+        lead = len(self.shape) - 2
+        flat = torch.arange(self.numbers.numel()).view(self.numbers.shape)
+        for box in self.boxes(2**31, 2**31):
+            group = box[:lead]
+            maps = flat[group].flatten()
+            runs = self.runs(box) or [slice(0, 1)]
+            index = (*box, slice(runs[0].start, runs[-1].stop))
+            found = self[index].flatten(0, -3) if lead else self[index][None]
+            yield slice(int(maps[0]), int(maps[-1]) + 1), box[-1], found, runs[0].start
+
     def _apart(self, group: Box, part: slice, height: int) -> Iterator[Box]:
         """Boxes of a group of maps that are too many for one, in order."""
         sizes = [span.stop - span.start for span in (*group, part)]
@@ -466,7 +487,7 @@ class Transposed(Lazy):
         given = box if isinstance(box, tuple) else (box,)
         whole: list[Any] = [*given, *[slice(None)] * (self.ndim - len(given))]
         keys, queries = whole[-2:]
-        found = self.mT[tuple([*whole[:-2], queries, keys])]
+        found = self.mT[(*whole[:-2], queries, keys)]
         both = isinstance(keys, slice) and isinstance(queries, slice)
         return found.mT if both else found
 

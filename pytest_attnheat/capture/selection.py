@@ -78,3 +78,19 @@ def float_dtype(dtype: object) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(misuse("dtype", repr(dtype), "a dtype such as torch.float32"))
     return dtype
+
+
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """What two masks permit; None is one that permits everything."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other
+
+
+def taken(
+    tensor: Tensor | None, dim: int, numbers: Tensor, *, broadcast: bool = False
+) -> Tensor | None:
+    """Take some of a dimension; where `broadcast`, a size of 1 stands for all."""
+    if tensor is None or (broadcast and tensor.shape[dim] == 1):
+        return tensor
+    return tensor.index_select(dim, numbers.to(tensor.device))
