@@ -378,7 +378,6 @@ def permitted_is_positive(says: Says) -> Claim[Elements]:
 
 def by_row(claim: Claim[Elements]) -> Claim[Block]:
     """Claim that a row holds no element that breaks a claim."""
-
     # Where weights are known to be zero, all that can be wrong is that they should not be.
     where: Where = "either" if claim.kind == "inside" else "masked"
 

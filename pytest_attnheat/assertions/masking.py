@@ -34,7 +34,7 @@ from pytest_attnheat.assertions.masking_causes import (
 )
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
-from pytest_attnheat.attention.lazy import LazyMask, LazyWeights
+from pytest_attnheat.attention.lazy import LazyMask, as_lazy
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
@@ -121,7 +121,7 @@ def _assert_causal(
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    if isinstance(operand, LazyWeights):
+    if as_lazy(operand) is not None:
         mask: Any = LazyMask.causal(operand.shape, rule.offset, rule.window, operand.device)
     else:
         mask = rule.rows(numbers.to(operand.device))
