@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
 from pytest_attnheat.assertions.scan import Block, blocks, mask_at
+from pytest_attnheat.attention.lazy import as_lazy
 from pytest_attnheat.failure import Failure, exponent
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
@@ -132,6 +133,9 @@ def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:
 
 def _map_at(operand: Tensor, row: Index) -> Tensor:
     """Return the map that holds a row."""
+    if (lazy := as_lazy(operand)) is not None:
+        sizes = zip(operand.shape[:-2], row, strict=False)
+        return cast("Tensor", lazy.map_at([0 if size == 1 else at for size, at in sizes]))
     box = (slice(i, i + 1) for i in row[:-1])
     part = mask_at(operand, (*box, slice(None), slice(None)))
     return part.detach().reshape(part.shape[-2:])

@@ -22,14 +22,7 @@ from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.grades import Found, Graded, notes_of
 from pytest_attnheat.plugin.replacing import Target, find_target
 from pytest_attnheat.plugin.rerunning import outcomes, quiet, tear_down
-from pytest_attnheat.plugin.settings import (
-    CHECKS_MARKER,
-    GRADE_MARKER,
-    MARKED,
-    SETTINGS,
-    Settings,
-    split,
-)
+from pytest_attnheat.plugin.settings import CHECKS_MARKER, GRADE_MARKER, MARKED, SETTINGS, Settings
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.effects import Effect
@@ -56,8 +49,9 @@ class Grading:
         # The fixtures that call the target, and which of their calls are not understood.
         self._watched: Effect | None = None
         self._calling: dict[str, list[str]] = {}
+        given = {"attn_update": self.settings.update or None}
         for option in ("attn_update", "mpl_generate_path", "mpl_generate_hash_library"):
-            if getattr(config.option, option, None) is not None:
+            if given.get(option, getattr(config.option, option, None)) is not None:
                 other = "--" + option.replace("_", "-")
                 raise pytest.UsageError(f"{other}: wrong versions would be written; accepted is "
                                         "a run of its own, without --attn-grade")  # fmt: skip
@@ -98,11 +92,12 @@ class Grading:
     def _study(self, target: Target) -> Study:
         from pytest_attnheat.contract.grading import Study
 
-        names = self.config.getoption("attn_grade_defects")
         try:
-            defects = None if names is None else split(names)
             return Study(
-                target.right, defects=defects, seed=self.settings.seed, inside=target.inside
+                target.right,
+                defects=self.settings.grade_defects,
+                seed=self.settings.seed,
+                inside=target.inside,
             )
         except (TypeError, ValueError) as error:
             of_defects = str(error).startswith("defects")
