@@ -243,8 +243,6 @@ def of_pytorch(balanced=False):
             return *slopes[:3], None, None
 
     def attention(query, key, value, is_causal=False, *, scale=None):
-        if balanced and not is_causal:
-            raise NotImplementedError("load balancing needs causality")
         return Ring.apply(query, key, value, is_causal, scale)
 
     return attention

@@ -1,4 +1,4 @@
-"""A test body on several ranks: one that fails, dies or hangs ends all of them, and nothing is left."""
+"""A test body on several ranks: one that fails, dies or hangs ends all, and nothing is left."""
 
 import multiprocessing
 import os
@@ -73,7 +73,7 @@ def test_a_rank_that_is_killed_ends_all(ranks):
 
 
 def test_a_rank_that_exits_ends_all(ranks):
-    with pytest.raises(Failure, match="^rank 0 of 2 ended its process with exit code 3$"):
+    with pytest.raises(Failure, match=r"^rank 0 of 2 ended its process with exit code 3$"):
         ranks(2, only, 0, lambda: os._exit(3))
 
 
@@ -92,12 +92,12 @@ def test_an_error_that_cannot_be_sent_is_told_in_words():
     def body():
         raise OwnError("this", "that")
 
-    with pytest.raises(RuntimeError, match="^OwnError: this and that\n"):
+    with pytest.raises(RuntimeError, match=r"^OwnError: this and that\n"):
         on_ranks(2, body)
 
 
 def test_what_cannot_be_returned_is_refused():
-    with pytest.raises(TypeError, match="what a rank returns: got a function that cannot be sent"):
+    with pytest.raises(TypeError, match=r"what a rank returns: got a function that cannot be sent"):
         on_ranks(2, lambda: lambda: 0)
 
 

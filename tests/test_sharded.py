@@ -19,10 +19,12 @@ from sharded_attention import exchanging, filled_up, of_pytorch, positions, rota
 from sharded_gradients import GRADIENTS, RIGHT_GRADIENTS
 
 from pytest_attnheat import AttentionSpec, check_attention, diagnose
+from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.shards import SCHEMES, Shards
 from pytest_attnheat.contract.checks import CHECKS
 from pytest_attnheat.contract.sharded import on_ranks
 
+SENTENCES = {defect.name: defect.sentence for defect in DEFECTS}
 BY_NAME = {check.name: check for check in CHECKS}
 # The name that is to be found, the subject, its scheme, and what is declared besides.
 OUTPUTS = {
@@ -92,15 +94,25 @@ def test_right_attention_passes(name):
 
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_an_output_that_is_wrong_over_ranks_is_named(name, ranks):
+def test_an_output_that_is_wrong_over_ranks_fails_with_the_name_of_what_is_wrong(name, ranks):
     expected, subject, scheme, declared = OUTPUTS[name]
-    spec, sharded = on_ranks(spec_of(subject, scheme, **declared), ranks, 60.0)
+    sizes = f"sizes={4 * ranks - 1}x{4 * ranks - 1} " if declared.get("uneven") else ""
+    causal = "window" not in declared and not declared.get("uneven") and "parts" not in expected
+    call = f"{sizes}causal={causal} gradients=none"
+    report = check_attention(spec_of(subject, scheme, **declared), ranks=ranks, replay=call)
+    if ranks == 2 and name in SAME_ON_TWO:
+        assert report.passed
+    else:
+        assert SENTENCES[expected] in report.failed[0].message
+
+
+@pytest.mark.parametrize("name", ["order", "chunks", "causal own", "averaged", "filled up"])
+def test_what_is_wrong_over_ranks_is_diagnosed(name):
+    expected, subject, scheme, declared = OUTPUTS[name]
+    spec, sharded = on_ranks(spec_of(subject, scheme, **declared), 2, 60.0)
     with closing(sharded):
         found = diagnose(spec)
-    if ranks == 2 and name in SAME_ON_TWO:
-        assert found.healthy
-    else:
-        assert found.defects == (expected,), found
+    assert found.defects == (expected,), found
 
 
 @pytest.fixture(scope="module")
