@@ -40,6 +40,7 @@ from .attention.hard_cases import (
     HardCase as HardCase,
     hard_case as hard_case,
 )
+from .attention.lazy import LazyWeights as LazyWeights
 from .attention.reference import (
     attend as attend,
     causal_mask as causal_mask,

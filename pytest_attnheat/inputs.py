@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     import numpy as np
@@ -97,6 +97,29 @@ _ACCEPTED = (
 ACCEPTED_MASK = "a boolean torch.Tensor or numpy.ndarray, True where a query may attend"
 
 
+class InBoxes:
+    """What is read as a tensor, a box of it at a time, and is never held as a whole.
+
+    Attributes:
+        shape: Its sizes.
+        dtype: That of its boxes.
+        device: Where they are computed.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+    def __getitem__(self, box: Any) -> torch.Tensor:
+        """Return a box, of slices without steps and whole numbers."""
+        raise NotImplementedError
+
+    @property
+    def ndim(self) -> int:
+        """The number of dimensions."""
+        return len(self.shape)
+
+
 class _Writable:
     """The memory of a read-only array, under a writable flag.
 
@@ -121,13 +144,15 @@ def as_weights(
         dimensions: What its dimensions are, for the errors.
 
     Returns:
-        A detached tensor of shape ``(..., queries, keys)``.
+        A detached tensor of shape ``(..., queries, keys)``, or what is read as one.
 
     Raises:
         TypeError: Not a dense tensor or array of a real float dtype.
         ValueError: Fewer than two dimensions, or no elements.
     """
     accepted = _ACCEPTED + dimensions
+    if isinstance(value, InBoxes):
+        return cast("torch.Tensor", value)
     operand = _as_operand(value, name, accepted)
     if not (operand.dtype.is_floating_point and _is_known_float(operand.dtype)):
         raise TypeError(misuse(name, f"dtype {dtype_name(operand)}", accepted))
@@ -159,6 +184,8 @@ def as_mask(mask: object, weights: torch.Tensor) -> torch.Tensor | None:
 
     if mask is None:
         return None
+    if isinstance(mask, InBoxes):
+        return cast("torch.Tensor", mask)
     operand = _as_operand(mask, "mask", ACCEPTED_MASK)
     if operand.dtype != torch.bool:
         raise TypeError(

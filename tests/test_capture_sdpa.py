@@ -9,7 +9,7 @@ from torch.nn.attention.bias import causal_lower_right, causal_upper_left
 from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import capture_attention
-from pytest_attnheat.attention import computation
+from pytest_attnheat.attention import blocks
 from pytest_attnheat.attention.vocabulary import permits
 
 
@@ -55,8 +55,8 @@ def test_a_boolean_mask_is_true_where_a_query_may_attend(shape):
 @pytest.mark.parametrize("block", [14, 70, 105])
 def test_weights_are_made_in_blocks_of_any_size(monkeypatch, block):
     """Of some queries of one head, or of some heads and all their queries."""
-    monkeypatch.setattr(computation, "_BLOCK", block)
-    monkeypatch.setattr(computation, "_ROWS", 1)
+    monkeypatch.setattr(blocks, "_BLOCK", block)
+    monkeypatch.setattr(blocks, "_ROWS", 1)
     query, key, value = three(2, 6, key_heads=2)
     for shape in ((2, 1, 5, 7), (2, 1, 1, 7), (1, 6, 5, 7)):
         mask = draw("mask", *shape) > -0.3

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import warnings
+from html import escape
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -213,6 +215,20 @@ def test_the_attention_functions_of_transformers_pass(name):
         transformers_attention("flasher")
 
 
+@pytest.mark.parametrize("found", ["4.52.4", "4.6.0rc1", None])
+def test_transformers_that_is_too_old_or_absent_is_refused_in_one_sentence(monkeypatch, found):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("pytest_attnheat.contract.ready.version", version)
+    with pytest.raises(ImportError) as refused:
+        transformers_attention("sdpa")
+    said = f"transformers: got {found or 'none'}; accepted is version 4.53 or newer"
+    assert str(refused.value) == said
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multihead_attention_passes_with_and_without_weights(need_weights):
     module = multihead()
@@ -393,6 +409,10 @@ def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     assert not report.passed
     assert report.diagnosis.defects == ("softmax_over_queries",)
     assert repr(report) == f"<Report {str(report).splitlines()[0]}>"
+    shown = report._repr_html_()
+    assert shown.startswith(f"<pre>{escape(str(report).splitlines()[0])}")
+    assert "</pre><table><tr><th></th><th>float32</th><th>float64</th></tr>" in shown
+    assert "<td>plain</td><td>failed</td>" in shown
     lines = str(report).splitlines()
     skipped = sum(result.status == "skipped" for result in report.results)
     asked = len(report.results) - skipped

@@ -11,6 +11,7 @@ from typing import Any, ParamSpec, TypeAlias
 import numpy as np
 import torch
 
+from pytest_attnheat.attention.lazy import LazyWeights
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.failure import Failure
@@ -19,7 +20,7 @@ from pytest_attnheat.inputs import misuse
 P = ParamSpec("P")
 
 
-Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | AttentionRecord | Trace"
+Weights: TypeAlias = "torch.Tensor | np.ndarray[Any, Any] | LazyWeights | AttentionRecord | Trace"
 
 
 class NothingForbiddenError(ValueError):
@@ -57,10 +58,19 @@ def takes_records(
     def on_each(*args: P.args, **kwargs: P.kwargs) -> None:
         __tracebackhide__ = True
         given = args[0] if args else kwargs.get("weights")
+        if isinstance(given, LazyWeights):
+            named = {**dict(zip(accepted, args, strict=False)), **kwargs}
+            arguments = _lazily(given, accepted, named, with_sinks=with_sinks)
+            if needs_mask and arguments["mask"] is None:
+                got = f"{given!r} of which no mask is declared, so there is nothing to check"
+                accepted_ = "mask=..., True where a query may attend"
+                raise ValueError(misuse(assertion.__name__, got, accepted_))
+            assertion(**arguments)
+            return
         if not isinstance(given, AttentionRecord | Trace):
             assertion(*args, **kwargs)
             return
-        named: dict[str, Any] = {**dict(zip(accepted, args, strict=False)), **kwargs}
+        named = {**dict(zip(accepted, args, strict=False)), **kwargs}
         records = [given] if isinstance(given, AttentionRecord) else list(given)
         parts = [part for record in records for part in _parts(record, named)]
         asked, nothing = 0, None
@@ -87,6 +97,22 @@ def takes_records(
             raise nothing or ValueError(_nothing_to_ask(assertion.__name__, records))
 
     return on_each
+
+
+def _lazily(
+    weights: LazyWeights, accepted: Sequence[str], named: dict[str, Any], *, with_sinks: bool
+) -> dict[str, Any]:
+    """The arguments of an assertion, with what the weights tell that the caller did not."""
+    given, mask = weights, named.get("mask")
+    if with_sinks and weights.sinks is not None:
+        given = weights.sinks
+        if isinstance(mask, torch.Tensor):
+            mask = mask.expand(*mask.shape[:-1], weights.shape[-1])
+            mask = torch.cat([mask, torch.ones_like(mask[..., :1])], -1)
+    if "mask" in accepted and "mask" not in named:
+        mask = given.mask
+    found = {**named, "weights": given}
+    return {**found, "mask": mask} if "mask" in accepted else found
 
 
 def _parts(record: AttentionRecord, named: dict[str, Any]) -> list[AttentionRecord]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.scan import Block, Elements, any_key
+from pytest_attnheat.assertions.scan import Block, Elements, Where, any_key
 from pytest_attnheat.attention.chunks import index_within
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.failure import Checked, Failure, Place, number_text
@@ -95,6 +95,7 @@ class Claim(Generic[P]):
         says: What is said of one that breaks it, in this part.
         given: What its index is in the tensor as the caller has it.
         lines: What the rows are, of a claim about rows.
+        besides: How many more it is about, which are known to keep it and are not read.
         unit: What comes after a value in a picture, for instance "nats".
     """
 
@@ -108,6 +109,7 @@ class Claim(Generic[P]):
     given: Callable[[Index], Index] = tuple
     lines: Lines = ROWS
     unit: str = ""
+    besides: Callable[[P], int] = lambda _: 0
 
     def limit(self, part: P) -> float | Tensor:
         """Return what is allowed in a part."""
@@ -213,7 +215,7 @@ def find(claim: Claim[P], parts: Iterable[P]) -> Finding[P] | None:
     worst = first = None
     most = -math.inf
     for part in parts:
-        of += int(claim.regards(part).sum())
+        of += int(claim.regards(part).sum()) + claim.besides(part)
         breaks = claim.breaks(part)
         if not bool(breaks.any()):
             continue
@@ -345,6 +347,10 @@ def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
             masked = masked & part.block.attends.unsqueeze(-1)
         return masked.expand(part.values.shape)
 
+    def besides(part: Elements) -> int:
+        rows = math.prod(part.block.shape) if every_row else int(part.block.attends.sum())
+        return part.unread * rows if part.unread else 0
+
     return Claim(
         statement="masked weights are not zero",
         kind="outside",
@@ -353,6 +359,7 @@ def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
         deviation=lambda part: part.values.abs(),
         allowed=0.0,
         says=lambda _, spot: says(spot.index, spot.value),
+        besides=besides,
     )
 
 
@@ -372,21 +379,18 @@ def permitted_is_positive(says: Says) -> Claim[Elements]:
 def by_row(claim: Claim[Elements]) -> Claim[Block]:
     """Claim that a row holds no element that breaks a claim."""
 
+    # Where weights are known to be zero, all that can be wrong is that they should not be.
+    where: Where = "either" if claim.kind == "inside" else "masked"
+
     def broken(block: Block) -> Tensor:
-        return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or)
+        return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or, where=where)
 
     return _quick(claim.statement, claim.kind, broken)
 
 
 def masks_nothing() -> Claim[Block]:
     """Claim that rows have no masked key."""
-
-    def masks(block: Block) -> Tensor:
-        return block.reduce(
-            lambda part: any_key(~part.permitted).expand(part.values.shape[:-1]), torch.logical_or
-        )
-
-    return _quick("rows have a masked key", "permits", masks)
+    return _quick("rows have a masked key", "permits", lambda block: block.masks)
 
 
 def _quick(statement: str, kind: str, broken: Callable[[Block], Tensor]) -> Claim[Block]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
 from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
 from pytest_attnheat.assertions.scan import Block, blocks, mask_at
+from pytest_attnheat.attention.lazy import LazyBoxes, Transposed
 from pytest_attnheat.failure import Failure, exponent
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
@@ -132,6 +133,10 @@ def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:
 
 def _map_at(operand: Tensor, row: Index) -> Tensor:
     """Return the map that holds a row."""
+    if isinstance(operand, LazyBoxes | Transposed):
+        sizes = operand.shape[:-2]
+        own = [0 if size == 1 else at for size, at in zip(sizes, row, strict=False)]
+        return cast("Tensor", operand.map_at(own))
     box = (slice(i, i + 1) for i in row[:-1])
     part = mask_at(operand, (*box, slice(None), slice(None)))
     return part.detach().reshape(part.shape[-2:])

@@ -157,7 +157,7 @@ def _see(
     """Return views of shapes that broadcast, whether heads are merged and whether grouped."""
     shared = weights.ndim == 3 and value.ndim == 4
     if shared:
-        weights = weights[:, None]
+        weights = weights.unsqueeze(1)
     merged = weights.ndim == 4 and output.ndim == 3
     if merged:
         output = _split(output, -1, value.shape[-1]).swapaxes(1, 2)
@@ -183,7 +183,7 @@ def _split(tensor: Tensor, dim: int, inner: int) -> Tensor:
     """Return a view in which a dimension is two, the second of size `inner`."""
     if tensor.shape[dim] % inner:
         raise _MisfitError
-    return torch.unflatten(tensor, dim, (-1, inner))
+    return tensor.unflatten(dim, (-1, inner))
 
 
 def gather(operand: Tensor, index: tuple[slice, ...], numbers: Tensor, dim: int) -> Tensor:

@@ -50,7 +50,7 @@ import torch
 from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.claims import Claim, Spot, find, first_broken
 from pytest_attnheat.assertions.product import Product, likely_cause
-from pytest_attnheat.assertions.scan import mask_at
+from pytest_attnheat.assertions.scan import holds_nothing, mask_at
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.failure import number_text
 from pytest_attnheat.inputs import check_tolerance, dtype_name, misuse
@@ -106,7 +106,7 @@ def assert_reproduces_output(
         ValueError: An argument is empty, the shapes do not fit, the tolerance
             is out of range, or the dtype is too coarse for a default.
 
-    Example:
+    Examples:
         >>> weights, value = torch.rand(2, 4, 6, 8).softmax(-1), torch.randn(2, 4, 8, 16)
         >>> assert_reproduces_output(weights, value, weights @ value)
     """
@@ -189,6 +189,9 @@ def _part(
     key_len = product.weights.shape[-1]
     for start in range(0, key_len, step):
         keys = slice(start, min(start + step, key_len))
+        if holds_nothing(product.weights, (*rows, keys)):
+            zero.fill_(True)
+            continue
         weights = mask_at(product.weights, (*rows, keys)).double()
         value = mask_at(product.value, (*rows[:-1], keys, every_channel)).double()
         if careful:

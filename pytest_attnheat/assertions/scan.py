@@ -6,15 +6,19 @@ extra memory does not depend on the size or on the strides of the tensor.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.inputs import wide_dtype
+from pytest_attnheat.attention.blocks import shared
+from pytest_attnheat.attention.lazy import LazyBoxes, LazyMask, LazyWeights, Transposed, merged
+from pytest_attnheat.inputs import InBoxes, wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20
@@ -27,6 +31,9 @@ _BLOCK_ROWS = 2**17
 _BYTES_ON_CPU = 2**22
 _BYTES_ON_ACCELERATOR = 2**28
 
+# Which keys of a row are read: `Block.elements`.
+Where: TypeAlias = Literal["weights", "mask", "either", "masked"]
+
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,10 +44,14 @@ def _piece_elements(weights: Tensor) -> int:
 
 def mask_at(mask: Tensor, index: tuple[slice, ...]) -> Tensor:
     """Return the part of a mask, or weights, that belongs to a box: not expanded, not moved."""
-    own = tuple(
-        slice(0, 1) if size == 1 else span for size, span in zip(mask.shape, index, strict=True)
+    return mask[_own(mask, index)]
+
+
+def _own(operand: Tensor, index: tuple[slice, ...]) -> tuple[slice, ...]:
+    sizes = operand.shape[: len(index)]
+    return tuple(
+        slice(0, 1) if size == 1 else span for size, span in zip(sizes, index, strict=True)
     )
-    return mask[own]
 
 
 def row_of(operand: Tensor, index: tuple[int, ...]) -> Tensor:
@@ -87,28 +98,56 @@ def rows_and_columns_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: f
 
 def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | None:
     """Return whether all rows pass, as a scalar on their device; None if they must be read."""
-    key_len, size = weights.shape[-1], weights.element_size()
-    if weights.is_neg() or key_len > _BYTES_ON_CPU // 8:
-        return None  # the sign is kept apart from the bits; a row must fit into a piece
+    key_len, size = weights.shape[-1], weights.dtype.itemsize
+    if isinstance(weights, Transposed) or key_len > _BYTES_ON_CPU // 8:
+        return None  # a row must fit into a piece
+    if isinstance(weights, Tensor) and weights.is_neg():
+        return None  # the sign is kept apart from the bits
     on_cpu = weights.device.type == "cpu"
     # On a CPU, summing half precision into float32 directly takes ten times as long as converting
     # a piece that then stays in the cache.
     convert = size < (4 if on_cpu else 2)
     budget = _BYTES_ON_CPU if on_cpu or convert else _BYTES_ON_ACCELERATOR
-    limit = max(min(budget // max(size, 4), _ROWS * key_len), key_len)
     sound = torch.ones((), dtype=torch.bool, device=weights.device)
-    for index in pieces(weights.shape, limit):
-        piece = weights[index]
-        # The sign bit makes an integer of the same width negative, and integers are compared faster
-        # than floats. NaN and infinity need no look of their own: they show in the sum.
-        sound &= piece.view(_SIGNED[size]).amin() >= 0
-        totals = (piece.float() if convert else piece).sum(-1, dtype=wide_dtype(weights.dtype))
+    for rows in _boxes(weights, _ROWS, budget // max(size, 4)):
+        totals: Tensor | None = None
+        for keys in _runs(weights, rows):
+            piece = weights[(*rows, keys)]
+            # The sign bit makes an integer of the same width negative, and integers are compared
+            # faster than floats. NaN and infinity need no look of their own: they show in the sum.
+            sound &= piece.view(_SIGNED[size]).amin() >= 0
+            own = (piece.float() if convert else piece).sum(-1, dtype=wide_dtype(weights.dtype))
+            totals = own if totals is None else totals + own
+        assert totals is not None
         good = totals.sub(1).abs_() <= allowed
         if mask is not None:
-            attends = any_key(mask_at(mask, index)).to(weights.device)
+            attends = Block(weights, mask, rows).attends
             good = torch.where(attends, good, totals == 0)
         sound &= good.all()
     return sound
+
+
+def _boxes(weights: Tensor, most_rows: int, most_elements: int) -> Iterator[tuple[slice, ...]]:
+    """Yield all rows in order, in boxes of bounded size: of what is not held, as it is computed."""
+    if isinstance(weights, LazyWeights | Transposed):
+        return weights.boxes(most_rows, most_elements)
+    return pieces(weights.shape[:-1], max(1, min(most_rows, most_elements // weights.shape[-1])))
+
+
+def _runs(operand: Tensor, rows: tuple[slice, ...]) -> list[slice]:
+    """Return the keys of some rows of weights, or of a mask, that may hold anything; some key."""
+    if not isinstance(operand, LazyBoxes | Transposed):
+        return [slice(0, operand.shape[-1])]
+    return operand.runs(_own(operand, rows)) or [slice(0, 1)]
+
+
+def holds_nothing(weights: Tensor, index: tuple[slice, ...]) -> bool:
+    """Tell whether it is known, without a look, that a box of weights is zero."""
+    if not isinstance(weights, LazyBoxes):
+        return False
+    *rows, keys = _own(weights, index)
+    runs = weights.runs(tuple(rows))
+    return all(run.stop <= keys.start or keys.stop <= run.start for run in runs)
 
 
 class Block:
@@ -125,16 +164,40 @@ class Block:
         self.device = weights.device
         self._weights = weights
         self._mask = mask
-        height = 1
-        for size, span in zip(weights.shape, index, strict=False):
-            height *= len(range(size)[span])
-        self._key_spans = spans(self.key_len, max(1, _piece_elements(weights) // height))
+        self._wide = wide_dtype(weights.dtype)
+        sizes = zip(weights.shape, index, strict=False)
+        self.shape = tuple(len(range(size)[span]) for size, span in sizes)
+        self._step = max(1, _piece_elements(weights) // math.prod(self.shape))
+        self._runs = _runs(weights, index)
+        self._seen = None if mask is None else _runs(mask, index)
+        if mask is not None and isinstance(weights, Transposed):
+            self._seen = self._runs  # a block of rows at a time
+        # How many keys of each row are known to be zero, and are not read.
+        self.hidden = self.key_len - sum(run.stop - run.start for run in self._runs)
 
-    def elements(self) -> Iterator[Elements]:
-        """Yield the weights, in parts of bounded size."""
-        for keys in self._key_spans:
-            whole = len(self._key_spans) == 1
-            yield Elements(self, keys, self._whole if whole else self._values(keys))
+    def elements(self, *, where: Where = "weights") -> Iterator[Elements]:
+        """Yield the weights, in parts of bounded size.
+
+        Args:
+            where: Which keys: where weights may be anything but zero, and of these, "masked",
+                where the mask may hide any; where the mask may permit any; or where either may.
+                The others are left out.
+        """
+        runs = self._runs if where in ("weights", "masked") or self._seen is None else self._seen
+        if where == "either" and runs is not self._runs:
+            runs = merged([*self._runs, *runs])
+        if where == "masked" and isinstance(self._mask, LazyMask):
+            hidden = self._mask.hides(_own(self._mask, self.index))
+            runs = [both for one in runs for two in hidden if (both := shared(one, two))]
+        for run in runs or [slice(0, 1)]:
+            for keys in spans(run.stop - run.start, self._step):
+                yield Elements(self, slice(run.start + keys.start, run.start + keys.stop))
+
+    def whole(self) -> Elements:
+        """Return the weights from the first to the last key that may hold or be permitted any."""
+        runs = merged([*self._runs, *(self._runs if self._seen is None else self._seen)])
+        keys = slice(runs[0].start, runs[-1].stop)
+        return Elements(self, keys, self.key_len - (keys.stop - keys.start))
 
     def permitted(self, keys: slice) -> Tensor:
         """Return the mask of some keys, not expanded; without a mask, every key is permitted."""
@@ -144,46 +207,61 @@ class Block:
         return mask_at(self._mask, (*self.index, keys)).to(self.device)
 
     def reduce(
-        self, measure: Callable[[Elements], Tensor], combine: Callable[[Tensor, Tensor], Tensor]
+        self,
+        measure: Callable[[Elements], Tensor],
+        combine: Callable[[Tensor, Tensor], Tensor],
+        *,
+        where: Where = "weights",
     ) -> Tensor:
-        """Measure each part and combine the results."""
-        return reduce(combine, map(measure, self.elements()))
+        """Measure each part and combine the results; parts as in `elements`."""
+        return reduce(combine, map(measure, self.elements(where=where)))
 
-    def _values(self, keys: slice) -> Tensor:
-        index = (*self.index, keys)
-        return self._weights[index].to(wide_dtype(self._weights.dtype))
+    def values(self, keys: slice) -> Tensor:
+        """Return the weights of some keys, in the dtype in which they are added up.
 
-    # The numbers alone: a block that kept its elements would be kept by them.
-    @cached_property
-    def _whole(self) -> Tensor:
-        return self._values(self._key_spans[0])
+        The last ones are kept, for what is measured next.
+        """
+        if self._last is None or self._last[0] != keys:
+            found = self._weights[(*self.index, keys)].to(self._wide)
+            self._last = keys, found
+        return self._last[1]
+
+    _last: tuple[slice, Tensor] | None = None
+
+    def _sum(self, measure: Callable[[Elements], Tensor]) -> Tensor:
+        """Add up each row, rounded once: it does not show in which parts a row was read."""
+        found = self.reduce(lambda p: measure(p).sum(-1, dtype=torch.float64), torch.add)
+        return found.to(self._wide)
 
     @cached_property
     def total(self) -> Tensor:
         """The sum of each row."""
-        return self.reduce(lambda part: part.values.sum(-1), torch.add)
+        return self._sum(lambda part: part.values)
 
     @cached_property
     def low(self) -> Tensor:
         """The smallest weight of each row."""
-        return self.reduce(lambda part: part.values.amin(-1), torch.minimum)
+        low = self.reduce(lambda part: part.values.amin(-1), torch.minimum)
+        return low.clamp(max=0) if self.hidden else low
 
     @cached_property
     def high(self) -> Tensor:
         """The largest weight of each row."""
-        return self.reduce(lambda part: part.values.amax(-1), torch.maximum)
+        high = self.reduce(lambda part: part.values.amax(-1), torch.maximum)
+        return high.clamp(min=0) if self.hidden else high
 
     @cached_property
     def numbers(self) -> Tensor:
         """How many weights of each row are not NaN."""
-        return self.reduce(lambda part: (part.values == part.values).sum(-1), torch.add)
+        read = self.reduce(lambda part: (part.values == part.values).sum(-1), torch.add)
+        return read + self.hidden
 
     @cached_property
     def entropy(self) -> Tensor:
         """The entropy of each row in nats, 0 log 0 being 0."""
-        negative = self.reduce(
-            lambda part: torch.xlogy(part.values, part.values).sum(-1), torch.add
-        )
+        least = torch.finfo(self._wide).tiny
+        # Six times as fast as `xlogy`, and of what has no logarithm nothing is left either way.
+        negative = self._sum(lambda p: p.values.clamp_min(least).log_().mul_(p.values))
         return 0 - negative  # not neg(), which makes -0 of the 0 of a one-hot row
 
     @cached_property
@@ -191,18 +269,48 @@ class Block:
         """The number of keys to which each row may attend."""
 
         def count(part: Elements) -> Tensor:
-            permitted, values = part.permitted, part.values
+            permitted = part.permitted
             # A mask of one key stands for all of them; counting before expanding is cheaper.
-            copies = values.shape[-1] // permitted.shape[-1]
-            return (permitted.sum(-1) * copies).to(values.dtype).expand(values.shape[:-1])
+            copies = part.shape[-1] // permitted.shape[-1]
+            return (permitted.sum(-1) * copies).to(self._wide).expand(part.shape[:-1])
 
-        return self.reduce(count, torch.add)
+        if self._mask is None:
+            return torch.full_like(self.low, self.key_len)
+        if self._counts is not None:
+            return self._counts.to(self._wide)
+        return self.reduce(count, torch.add, where="mask")
+
+    @cached_property
+    def _counts(self) -> Tensor | None:
+        """How many keys each row may attend to, where the mask tells without a look."""
+        if not isinstance(self._mask, LazyMask):
+            return None
+        found = self._mask.counts(self.index)
+        return None if found is None else found.expand(self.shape)
 
     @cached_property
     def attends(self) -> Tensor:
         """Whether each row may attend to any key."""
+        if self._counts is not None:
+            return self._counts > 0
         return self.reduce(
-            lambda part: any_key(part.permitted).expand(part.values.shape[:-1]), torch.logical_or
+            lambda part: any_key(part.permitted).expand(part.shape[:-1]),
+            torch.logical_or,
+            where="mask",
+        )
+
+    @cached_property
+    def masks(self) -> Tensor:
+        """Whether each row has a masked key."""
+        if self._counts is not None:
+            return self._counts < self.key_len
+        read = self.key_len if self._seen is None else sum(r.stop - r.start for r in self._seen)
+        if read < self.key_len:
+            return torch.ones(self.shape, dtype=torch.bool, device=self.device)
+        return self.reduce(
+            lambda part: any_key(~part.permitted).expand(part.shape[:-1]),
+            torch.logical_or,
+            where="mask",
         )
 
     @cached_property
@@ -213,7 +321,7 @@ class Block:
             nothing = part.permitted | part.values.isnan()
             return part.values.abs().masked_fill_(nothing, 0).amax(-1)
 
-        return self.reduce(largest, torch.maximum)
+        return self.reduce(largest, torch.maximum, where="masked")
 
     def misfit(self, *, masked: bool) -> Tensor:
         """Return how far each row strays from uniform, as a part of a uniform weight.
@@ -222,24 +330,41 @@ class Block:
             masked: Whether uniform means over the permitted keys and zero
                 elsewhere, or over all keys.
         """
+        everywhere = not masked or self._mask is None
         count = self.permitted_keys if masked else torch.full_like(self.low, self.key_len)
 
         def farthest(part: Elements) -> Tensor:
             relative = part.values * count.unsqueeze(-1)
-            everywhere = not masked or self._mask is None
             relative -= 1 if everywhere else part.permitted.to(relative.dtype)
             return relative.abs_().amax(-1)
 
-        return self.reduce(farthest, torch.maximum)
+        found = self.reduce(farthest, torch.maximum, where="either")
+        return found.clamp(min=1) if everywhere and self.hidden else found
 
 
 @dataclass(frozen=True)
 class Elements:
-    """The weights of some keys of a block, in the dtype in which they are added up."""
+    """The weights of some keys of a block.
+
+    Attributes:
+        block: The block.
+        keys: The keys.
+        unread: How many others of each row are in no part: they are zero, and masked.
+    """
 
     block: Block
     keys: slice
-    values: Tensor
+    unread: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """How many they are."""
+        return (*self.block.shape, self.keys.stop - self.keys.start)
+
+    @property
+    def values(self) -> Tensor:
+        """The weights, in the dtype in which they are added up."""
+        return self.block.values(self.keys)
 
     @property
     def index(self) -> tuple[slice, ...]:
@@ -254,12 +379,14 @@ class Elements:
 
 def blocks(weights: Tensor, mask: Tensor | None) -> Iterator[Block]:
     """Yield all rows, in blocks of bounded size."""
-    limit = max(1, min(_BLOCK_ROWS, _piece_elements(weights) // weights.shape[-1]))
-    for rows in pieces(weights.shape[:-1], limit):
+    for rows in _boxes(weights, _BLOCK_ROWS, _piece_elements(weights)):
         yield Block(weights, mask, rows)
 
 
 def elements(weights: Tensor, mask: Tensor | None) -> Iterator[Elements]:
-    """Yield all weights, in parts of bounded size."""
+    """Yield all weights in order, in parts of bounded size; not those that are known to be zero."""
     for block in blocks(weights, mask):
-        yield from block.elements()
+        if isinstance(weights, InBoxes):
+            yield block.whole()
+        else:
+            yield from block.elements()

@@ -35,32 +35,19 @@ d_ij counts only through its weight, and a normaliser is as large as the largest
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.parts import (
-    Part,
-    add,
-    flattened,
-    own_maps,
-    own_rows,
-    parts_of,
-    rounded,
-)
+from pytest_attnheat.attention.parts import Part, add, parts_of, rounded
 from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype
 
-# So many scores at a time stay near the processor while weights are made of them; on a GPU, to
-# start kernels for fewer takes longer than they do. Products of fewer rows are slow.
-_BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**25, 64
 # Vectorised kernels take an exp in float32 that is up to 20 units in the last place off (as
 # PyTorch's own on the CPU).
 _EXP_UNITS = 20
@@ -199,59 +186,6 @@ def plain(call: Call) -> dict[str, Tensor]:
         for name in found:
             add(found[name], name, part, parts[name].double())
     return found
-
-
-def weights(
-    call: Call, dtype: torch.dtype, *, into: Tensor | None = None
-) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
-
-    Keys after the last that causality shows any of these queries are left out, as is the weight of
-    a sink. A query that may attend to nothing has zeros. Where it can be, they are made in the
-    memory of `into`, (maps, query_len, key_len).
-    """
-    flat, own = flattened(call)
-    shift = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
-    ragged = call.lengths is not None or call.query_lengths is not None
-    cut = call.causal and not (call.score_mod or call.prefix or ragged)
-    others = replace(call, causal=False, mask=None, bias=None) if cut else call
-    positional = call.alibi is not None or call.score_mod is not None
-    device = call.query.device
-    block = _BLOCK if device.type == "cpu" else _BLOCK_ELSEWHERE
-    rows = min(call.query_len, max(_ROWS, block // call.key_len))
-    together = max(1, block // (rows * call.key_len))
-    for some, span in product(spans(call.maps, together), spans(call.query_len, rows)):
-        if span.start == 0:
-            mine = {name: own_maps(tensor, own[name], some) for name, tensor in flat.items()}
-            query, key = (mine[name].to(dtype) for name in ("query", "key"))
-            key = key.mT.expand(len(query), -1, -1)
-            maps, nothing = torch.arange(call.maps, device=device)[some], query.new_empty(1, 1, 1)
-        end = min(max(span.stop + shift, 1), call.key_len) if cut else call.key_len
-        operands = query[:, span], key[..., :end]
-        scores = call.capped(torch.baddbmm(nothing, *operands, beta=0, alpha=call.factor))
-        seen = None if others.sees_all else others.permitted(maps, span)
-        given = {n: t[:, own_rows(t, span), :end] for n, t in mine.items() if n in ("bias", "mask")}
-        at = call.positions(maps, span) if positional else None
-        for added in (given.get("bias"), None if at is None else call.distant(at, dtype)):
-            scores = scores if added is None else scores.add_(added[..., :end].to(dtype))
-        scores = scores if at is None else call.modified(scores, at)
-        for rule in (seen if seen is None else seen[..., :end], given.get("mask")):
-            scores = scores if rule is None else torch.where(rule, scores, -math.inf)
-        if cut and (first := max(span.start + shift + 1, 0)) < end:
-            stands = torch.arange(span.start, span.stop, device=device)[:, None] + shift
-            later = torch.arange(first, end, device=device) > stands
-            scores[..., first:].masked_fill_(later, -math.inf)
-        if call.sinks is not None:
-            column = call.sinks.detach().to(dtype)[maps % call.heads, None, None]
-            scores = torch.cat([scores, column.expand(*scores.shape[:2], 1)], -1)
-        some_empty = given or seen is not None or (cut and shift < 0)
-        empty = scores.amax(-1, keepdim=True).isneginf() if some_empty else None
-        fits = into is not None and call.sinks is None and into.dtype == scores.dtype
-        made = into[some, span, :end] if fits and into is not None else scores
-        torch.softmax(scores, -1, out=made)
-        if empty is not None and bool(empty.any()):
-            made.masked_fill_(empty, 0.0)
-        yield some, span, made if call.sinks is None else made[..., :-1]
 
 
 def _once_more(call: Call, *steps: str) -> float:

@@ -24,17 +24,24 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.outcomes import digest
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out, misread
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
+from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.effects import Change, Effect, Known
 from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
+from pytest_attnheat.contract.reading_calls import (
+    DrawnError,
+    Reading,
+    UnreadError,
+    read,
+    signature_of,
+)
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
 # Above so many scores a call takes too much memory in float64.
 _MOST_SCORES = 2**25
-# Of so many calls at most is kept what is known, and of no more than so many numbers in outputs.
-_KEPT, _KEPT_NUMBERS = 48, 2**18
+# What is known of calls is kept up to so many numbers, of 8 bytes each.
+_KEPT_NUMBERS = 2**25
 _BASES = (1.0, math.log(2.0), math.log(10.0))
 
 
@@ -45,6 +52,9 @@ class Planted:
         spec: The target.
         version: What is planted; None for nothing, so that calls are only watched.
         effect: What was asked, and what was changed.
+        module: The target, where it is a module.
+        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len),
+            since `keep_weights` was called.
     """
 
     def __init__(
@@ -60,7 +70,10 @@ class Planted:
         self.spec, self.version, self.effect = spec, version, Effect()
         target = spec.implementation
         # That of a module may be replaced by this while it is graded.
+        self.module = target if isinstance(target, nn.Module) else None
         self._target = target.forward if isinstance(target, nn.Module) else target
+        self._keeps_weights = False
+        self.weights: Tensor | None = None
         self._known, self._first = known, dict[Any, Case]()
         functools.update_wrapper(self, self._target, updated=())
         self.__signature__ = signature_of(spec)
@@ -73,11 +86,17 @@ class Planted:
             mode = torch.inference_mode(False) if _plain(given, named) else torch.no_grad()
             with mode, one_thread():
                 return self._answer(answer, read(self.spec, given, named))
+        except DrawnError as error:
+            self.effect.set_aside[str(error)] += 1
         except UnreadError as error:
             self.effect.refused[str(error)] = None
         except Exception as error:  # whatever is not understood is refused, never charged
             self.effect.refused[f"{type(error).__name__}: {str(error).splitlines()[:1]}"] = None
         return answer
+
+    def keep_weights(self) -> None:
+        """Keep the weights of which answers are made, for a target that returns none."""
+        self._keeps_weights, self.weights = True, None
 
     def _answer(self, answer: Any, reading: Reading) -> Any:
         output = answer[0] if isinstance(answer, tuple | list) and answer else answer
@@ -89,7 +108,7 @@ class Planted:
         if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
         known = self._recall(reading, found)
-        if not known.reproduces(found):
+        if not known.is_reproduced:
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
             raise UnreadError(
                 "what is described does not give its own answer to within rounding: it is off by "
@@ -105,9 +124,13 @@ class Planted:
         chosen = known.chosen(version)
         if chosen is None:
             return answer
-        attached = _attached(known.case, reading)
-        outcome = chosen.form.make(attached)
-        own = reading.given.back(outcome.output).to(output)
+        beside, wrong = None, chosen.output
+        if wrong is None or back is not None or output.requires_grad or self._keeps_weights:
+            attached = _attached(known.case, reading)
+            outcome = chosen.form.make(attached)
+            self.weights = outcome.weights if self._keeps_weights else None
+            wrong, beside = outcome.output, back and back(chosen.form, attached, outcome)
+        own = reading.given.back(wrong).to(output)
         self.effect.changed(chosen.change, output.dtype)
         if own.stride() != output.stride():
             own = torch.empty_like(output.detach()).copy_(own)
@@ -116,7 +139,7 @@ class Planted:
             own = _Reached.apply(own, *tensors)  # type: ignore[no-untyped-call]
         else:
             own = own.detach()
-        return _structured(answer, own, back(chosen.form, attached, outcome))
+        return _structured(answer, own, beside)
 
     def _recall(self, reading: Reading, found: Tensor) -> Known:
         """What is known of a call, by its numbers, and those of the answer of the target."""
@@ -131,11 +154,9 @@ class Planted:
         key = digest(case), digest(found), earlier_key
         if key not in self._known:
             self._known[key] = Known(case, self.spec.tolerance or 0.0, found)
-            while len(self._known) > 1 and (
-                len(self._known) > _KEPT
-                or sum(k.healthy.output.numel() for k in self._known.values()) > _KEPT_NUMBERS
-            ):
-                self._known.popitem(last=False)
+            kept = sum(known.numbers for known in self._known.values())
+            while len(self._known) > 1 and kept > _KEPT_NUMBERS:
+                kept -= self._known.popitem(last=False)[1].numbers
         self._known.move_to_end(key)
         known: Known = self._known[key]
         return known
@@ -143,11 +164,15 @@ class Planted:
     def _note(self, reading: Reading, output: Tensor) -> None:
         """Note what a call has."""
         call, seen = reading.call, self.effect.seen
+        # A mask that hides nothing, and causality that does, exercise nothing.
+        is_masked = call.mask is not None and not bool(call.mask.all())
+        is_masked |= call.bias is not None and bool((call.bias != 0).any())
+        first = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
+        is_causal = call.causal and call.key_len - 1 > first
         has = {
-            "a mask": call.mask is not None or call.bias is not None,
-            "causality": call.causal,
-            "a mask together with causality": call.causal
-            and (call.mask is not None or call.bias is not None),
+            "a mask": is_masked,
+            "causality": is_causal,
+            "a mask together with causality": is_masked and is_causal,
             "other numbers of keys than of queries": call.query_len != call.key_len,
             "grouped heads": call.group > 1,
             "several heads": call.heads > 1,
@@ -170,29 +195,44 @@ class Planted:
         version, call = self.version, reading.call
         if not output.requires_grad or version is None:
             return answer
-        tensors = {"query": call.query, "key": call.key, "value": call.value}
-        tensors |= {} if call.bias is None else {"attn_mask": call.bias}
-        tensors |= {} if call.sinks is None else {"sinks": call.sinks}
-        wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+        wanted = {name: t for name, t in _differentiable(call).items() if t.requires_grad}
 
         def wrong(upstream: Tensor) -> list[Tensor | None]:
-            found = _wrong_gradients(version, replace(call, upstream=upstream.double()), wanted)
+            with torch.no_grad():
+                saved = Saved.of(replace(call, upstream=upstream.double()), None)
+            found = _wrong_gradients(version, saved, wanted)
             if found is None:
                 return [None] * len(wanted)
             self.effect.changed(found[1], call.query.dtype)
             return [found[0][n].reshape(t.shape).to(t) for n, t in wanted.items()]
 
-        shape = (*call.query.shape[:-1], call.value.shape[-1])
+        shape = call.shapes["output"]
         nothing: Tensor = _Besides.apply(wrong, shape, *wanted.values())  # type: ignore[no-untyped-call]
         return _structured(answer, output + reading.given.back(nothing).to(output), None)
 
 
+def saved_of(call: Call) -> Saved:
+    """What the forward pass leaves of a call, with the gradient of its output drawn at random."""
+    drawn = draw("upstream", 0, *call.shapes["output"]).to(call.query.device)
+    return Saved.of(replace(call, upstream=drawn), None)
+
+
+def shows_in_gradients(version: Version, saved: Saved) -> bool:
+    """Whether a wrong backward pass gives other gradients."""
+    return _wrong_gradients(version, saved, _differentiable(saved.call)) is not None
+
+
+def _differentiable(call: Call) -> dict[str, Tensor]:
+    named = {"query": call.query, "key": call.key, "value": call.value}
+    named |= {} if call.bias is None else {"attn_mask": call.bias}
+    return named | ({} if call.sinks is None else {"sinks": call.sinks})
+
+
 def _wrong_gradients(
-    version: Version, call: Call, wanted: Mapping[str, Tensor]
+    version: Version, saved: Saved, wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Change] | None:
     """By how much the first form that shows changes each gradient; and the worst of them."""
     with torch.no_grad():
-        saved = Saved.of(call, None)
         right = {n: g for n, g in carried_back(BackwardPlan(), saved) if n in wanted}
         for change in version.changes:
             try:
@@ -265,15 +305,15 @@ def _structured(answer: Any, output: Tensor, beside: Tensor | None) -> Any:
     return type(answer)(parts)
 
 
-Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor | None]
+Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor]
 
 
-def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside:
-    """How what is returned beside the output is made of what was carried out."""
+def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside | None:
+    """How what is returned beside the output is made of what was carried out; None if not."""
     more = answer[1] if isinstance(answer, tuple | list) and len(answer) > 1 else None
     if not isinstance(more, Tensor) or spec.returns == "output":
-        return lambda form, case, outcome: None
-    right = carry_out(Plan(), known.case)
+        return None
+    right = known.right
     turns: list[Callable[[Form, Case, Outcome], Tensor]]
     if spec.returns == "lse":
         number = len(reading.given.sums(right.scores[..., 0]))
@@ -294,7 +334,6 @@ def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) ->
 
 def _like(turn: Beside, more: Tensor, form: Form, case: Case, outcome: Outcome) -> Tensor:
     made = turn(form, case, outcome)
-    assert made is not None
     return made.reshape(more.shape).to(more) if more.requires_grad else made.detach().reshape(
         more.shape).to(more)  # fmt: skip
 

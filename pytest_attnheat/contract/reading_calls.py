@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.packing import packed, unpacked
+from pytest_attnheat.attention.vocabulary import permits
 from pytest_attnheat.contract.asking import KEYWORDS, dense, keyword_of
 from pytest_attnheat.contract.conventions.dense import with_itself
 from pytest_attnheat.contract.conventions.packed import CU
@@ -28,8 +29,20 @@ _INERT = {"enable_gqa", "deterministic", "num_splits", "pack_gqa", "sm_margin", 
           "is_eval", "need_weights", "kernel_options"}  # fmt: skip
 
 
+# What models of transformers hand through to their attention, which looks at none of it.
+_HANDED_THROUGH = ("position_ids", "cache_position", "use_cache", "output_attentions",
+                   "output_hidden_states", "return_dict", "num_items_in_batch")  # fmt: skip
+
+
 class UnreadError(Exception):
     """A call cannot be read, for the reason that it says."""
+
+
+class DrawnError(UnreadError):
+    """A call draws at random, so that nothing says what its answer is to be."""
+
+    def __init__(self) -> None:
+        super().__init__("it drops weights at random")
 
 
 @dataclass(frozen=True, eq=False)
@@ -253,19 +266,22 @@ def _flex(spec: AttentionSpec, arguments: Arguments) -> Given:
 def _transformers(spec: AttentionSpec, arguments: Arguments) -> Given:
     """A function of transformers: heads come first in what goes in, last in what comes out."""
     layer = arguments.pop("module")
+    for name in _HANDED_THROUGH:
+        arguments.pop(name, None)
     query, key, value = (_tensor(arguments, name) for name in ("query", "key", "value"))
     features: dict[str, Any] = {}
     if arguments.pop("dropout", 0.0):
-        raise UnreadError("it drops weights at random")
+        raise DrawnError
     if (scaling := arguments.pop("scaling", None)) is not None:
         features["scale"] = float(scaling)
     if (mask := arguments.get("attention_mask")) is not None:
         arguments.pop("attention_mask")
         mask = mask[..., : key.shape[2]]
-        features |= {"mask": mask} if mask.dtype == torch.bool else {"bias": mask}
+        features |= {"mask": mask} if mask.dtype == torch.bool else _as_mask(mask)
     told = arguments.pop("is_causal", None)
     causal = getattr(layer, "is_causal", True) if told is None else told
-    if causal and mask is None and query.shape[2] > 1:
+    # Eager attention is causal by its mask alone.
+    if causal and mask is None and query.shape[2] > 1 and "is_causal" in (spec.parameters or {}):
         features["causal"] = True
     return Given(
         query, key, value, back=lambda o: o.transpose(1, 2), here=lambda o: o.transpose(1, 2),
@@ -344,7 +360,7 @@ def _features(spec: AttentionSpec, arguments: Arguments) -> dict[str, Any]:
     found: dict[str, Any] = {}
     dropout = spec.dropout if isinstance(spec.dropout, str) else "dropout_p"
     if arguments.pop(dropout, 0.0):
-        raise UnreadError("it drops weights at random")
+        raise DrawnError
     if spec.takes_causal and arguments.pop(spec.causal_argument, False):
         found["causal"] = True
     if spec.mask is not None and (mask := arguments.pop(spec.mask_argument, None)) is not None:
@@ -376,7 +392,14 @@ def _mask(spec: AttentionSpec, mask: object) -> dict[str, Any]:
         raise UnreadError(f"its mask is of {mask.dtype}")
     if spec.mask not in ("additive", "any"):
         raise UnreadError("its mask holds floats, where booleans are declared")
-    return {"bias": whole}
+    return _as_mask(whole)
+
+
+def _as_mask(bias: Tensor) -> dict[str, Any]:
+    """A bias as booleans where it does no more than hide keys, and not all of a row."""
+    seen = permits(bias)
+    alone = not bias.requires_grad and bool((bias[seen] == 0).all()) and bool(seen.any(-1).all())
+    return {"mask": seen} if alone else {"bias": bias}
 
 
 def _value(spec: AttentionSpec, name: str, given: Any) -> Any:

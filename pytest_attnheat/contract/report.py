@@ -30,6 +30,7 @@ from pytest_attnheat.contract.running import (
 )
 from pytest_attnheat.contract.sharded import on_ranks
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import html_table
 from pytest_attnheat.inputs import misuse
 
 ExpectedFailures: TypeAlias = Mapping[str, str]
@@ -90,13 +91,19 @@ class Report:
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
+        return "\n".join([*self._above(), "", *self._table(), *self._below()])
+
+    def _above(self) -> list[str]:
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in self._hints]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
-        lines += ["", *self._table()]
+        return lines
+
+    def _below(self) -> list[str]:
+        lines = []
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
@@ -106,7 +113,7 @@ class Report:
             found = self._inside[1].get(name, "") if not said else ""
             said += [first.message, *([f"  inside   {found}"] if found else [])]
             lines += ["", f"{name} ({first.dtype}, {first.device})", *said]
-        return "\n".join(lines)
+        return lines
 
     def __repr__(self) -> str:
         """Its first line: all of it is printed by `print`."""
@@ -152,20 +159,27 @@ class Report:
             return f"{head}; attention inside was not judged: {left_out or 'it was not asked'}"
         return head + (f"; {TWO_CODES}" if is_compiled(self.spec.subject) else "")
 
-    def _table(self) -> Iterator[str]:
+    def _rows(self) -> list[list[str]]:
+        """Its table: the checks, by dtype and device."""
         columns = list(dict.fromkeys((r.dtype, r.device) for r in self.results))
-        names = list(dict.fromkeys(r.name for r in self.results))
-        by_place = {(r.name, r.dtype, r.device): r for r in self.results}
+        by_place = {(r.name, r.dtype, r.device): r.status for r in self.results}
         heads = [dtype if device == "cpu" else f"{dtype} {device}" for dtype, device in columns]
-        width = max(len(name) for name in names)
-        yield "  ".join([" " * width, *heads]).rstrip()
-        for name in names:
-            cells = [by_place.get((name, *column)) for column in columns]
-            shown = [
-                ("" if cell is None else cell.status).ljust(len(head))
-                for cell, head in zip(cells, heads, strict=True)
-            ]
-            yield "  ".join([name.ljust(width), *shown]).rstrip()
+        names = dict.fromkeys(r.name for r in self.results)
+        return [
+            ["", *heads],
+            *([name, *(by_place.get((name, *one), "") for one in columns)] for name in names),
+        ]
+
+    def _table(self) -> Iterator[str]:
+        rows = self._rows()
+        widths = [max(len(row[0]) for row in rows), *map(len, rows[0][1:])]
+        for row in rows:
+            yield "  ".join(map(str.ljust, row, widths)).rstrip()
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            self._rows(), above="\n".join(self._above()), below="\n".join(self._below()).lstrip()
+        )
 
 
 def check_attention(

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, wraps
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -26,10 +26,14 @@ from pytest_attnheat.contract.conventions import Convention, named
 from pytest_attnheat.contract.filling import by_convention, by_signature
 from pytest_attnheat.failure import Failure
 
-Sound: TypeAlias = Literal["mask", "causal"]
+Sound: TypeAlias = str
 
 # Looked up in this order: a causal_mask is a mask.
-_SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
+_SOUNDS: dict[Sound, tuple[str, ...]] = {
+    "mask": ("mask", "padding"), "causal": ("causal",),
+    **{field: (name if name == "lengths" else name.rstrip("s"),)
+       for field, name in KEYWORDS.items()},
+}  # fmt: skip
 # What is declared of every call, unless it is a keyword.
 _ALWAYS = ("alignment", "window", "chunk", "prefix", "sink_keys", "scale", "softcap", "score_mod",
            "sinks", "rounded", "fully_masked")  # fmt: skip
@@ -270,11 +274,11 @@ class AttentionSpec:
         return "h" in self.layout
 
     def sounding_like(self, kind: Sound) -> list[str]:
-        """The parameters of the subject that sound like a mask, or like causality."""
+        """The parameters of the subject that sound like a mask, like causality, or an option."""
         return [
             name for name in self.parameters or {}
-            if [k for k, words in _SOUNDS.items() if any(w in name.lower() for w in words)][:1]
-            == [kind]
+            if [k for k, words in _SOUNDS.items()
+                if any(word in name.lower().replace("_", "") for word in words)][:1] == [kind]
         ]  # fmt: skip
 
     @property

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
+from pytest_attnheat.attention.sketch import Found, Sketch, Sketcher, exact
 from pytest_attnheat.heatmaps.maps import (
     Array,
     Cells,
@@ -28,6 +30,8 @@ from pytest_attnheat.heatmaps.maps import (
 # So many elements stay in the cache of one core while several things are done with them.
 _CACHED = 9 << 15
 _SHORTEST = 4
+# The largest weights, and the smallest ones if any is below zero.
+_Ends: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
 # Maps of so many elements are held by their picture.
 _HELD = 1 << 24
 _LARGEST = float(np.finfo(np.float32).max)
@@ -99,14 +103,12 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
         # Of large maps one at a time, of small ones as many as are a chunk.
         for m in spans(columns, max(1, _CACHED // (block[0] * keys))):
             here = slice(index * columns + m.start, index * columns + m.stop)
-            step, found = _CACHED // ((m.stop - m.start) * keys), []
-            for chosen in spans(queries, step, multiple_of=block[0]):
-                part = exact(row[m, chosen])
-                ends = _ends(part, block[0])
-                if ends is None:
-                    return None
-                sketcher.add(here, chosen, part, ends[0].max(1) if ends[1] is None else None)
-                found.append(ends)
+            step = _CACHED // ((m.stop - m.start) * keys)
+            found = _ends_of(
+                sketcher, here, row[m], spans(queries, step, multiple_of=block[0]), block[0]
+            )
+            if found is None:
+                return None
             most = block_max(np.concatenate([high for high, _ in found], 1), -1, block[1])
             if all(least is None for _, least in found):
                 largest[index, m] = signed[index, m] = most
@@ -124,9 +126,34 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
     )
 
 
-def _ends(
-    part: npt.NDArray[Any], size: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None:
+def _ends_of(
+    sketcher: Sketcher, maps: slice, row: Array, chunks: Iterable[slice], size: int
+) -> list[_Ends] | None:
+    """Sketch some maps, and return `_ends` of each chunk of their queries; None if one has none.
+
+    Two threads do it: what takes the time waits for memory, outside of Python's lock.
+    """
+
+    def read(chosen: slice) -> tuple[_Ends, list[Found]] | None:
+        part = exact(row[:, chosen])
+        ends = _ends(part, size)
+        if ends is None:
+            return None
+        largest = ends[0].max(1) if ends[1] is None else None
+        return ends, sketcher.numbers(maps, chosen, part, largest)
+
+    found = []
+    with ThreadPoolExecutor(2) as threads:
+        for one in threads.map(read, chunks):
+            if one is None:
+                return None
+            found.append(one[0])
+            for numbers in one[1]:
+                sketcher.take(*numbers)
+    return found
+
+
+def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
     """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one.
 
     The second is None where no weight is below zero. Nothing is returned of weights that are not

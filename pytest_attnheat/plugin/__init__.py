@@ -7,7 +7,6 @@ standard library and pytest, and nothing else.
 from __future__ import annotations
 
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,10 +43,11 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_attnheat.plugin import grading
 
         config.pluginmanager.register(grading.Grading(config), grading.NAME)
-    if config.getoption("attn_json") and not hasattr(config, "workerinput"):
+    file = config.stash[settings.SETTINGS].json
+    if file and not hasattr(config, "workerinput"):
         from pytest_attnheat.plugin.summary import JsonFile
 
-        path = Path(config.invocation_params.dir, config.getoption("attn_json"))
+        path = settings.path_of(config, "attn_json", file)
         config.pluginmanager.register(JsonFile(path), "attnheat_json")
     if config.getoption("attn_check") and config.args_source is not config.ArgsSource.ARGS:
         config.args = []  # nothing but the examination was asked for
@@ -82,7 +82,7 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Give each marked test its baseline, and add the checks of `--attn-check`."""
     pictures.find_baselines(config, items)
-    for target in config.getoption("attn_check"):
+    for target in (*config.getoption("attn_check"), *config.getini("attn_check")):
         from pytest_attnheat.plugin import examination
 
         items.extend(examination.examine(session, target))

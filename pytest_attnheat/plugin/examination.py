@@ -14,7 +14,7 @@ import pytest
 
 from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.checking import CheckCall, FailedCheckError, calls_of
-from pytest_attnheat.plugin.settings import CHECKS_MARKER
+from pytest_attnheat.plugin.settings import CHECKS_MARKER, switched
 from pytest_attnheat.plugin.summary import VERDICT
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
 def examine(session: pytest.Session, target: str) -> list[pytest.Item]:
     """Make the checks of what `--attn-check` names."""
     config = session.config
-    quick = config.getoption("attn_check_quick")
+    quick = switched(config, "attn_check_quick")
     target_node = CheckTarget.from_parent(session, name=target, nodeid=target)
     return [
         CheckItem.from_parent(target_node, name=call.name, check=call, place=_place(target, spec))

@@ -1,0 +1,574 @@
+"""`LazyWeights`: attention weights that are read a block at a time, and never held as a whole."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.attention.blocks import Block, Blocks, Tiles
+from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.attention.parts import own_rows
+from pytest_attnheat.attention.vocabulary import (
+    ALIGNMENTS,
+    Alignment,
+    FullyMasked,
+    check_fully_masked,
+    permits,
+)
+from pytest_attnheat.inputs import (
+    InBoxes,
+    as_weights,
+    dtype_name,
+    misuse,
+    one_of,
+    positive,
+    seed_number,
+    wide_dtype,
+)
+
+# Rows are sampled so many neighbours at a time: products of fewer are slow.
+_NEIGHBOURS = 16
+
+Box = tuple[slice, ...]
+
+
+class LazyBoxes(InBoxes):
+    """Some maps of a call, of which boxes are computed when they are read.
+
+    Attributes:
+        blocks: Computes them.
+        numbers: (...), which map of the call each is.
+    """
+
+    def __init__(self, blocks: Blocks, numbers: Tensor, shape: Sequence[int]) -> None:
+        self.blocks, self.numbers = blocks, numbers
+        self.shape, self.device = torch.Size(shape), blocks.call.query.device
+
+    def __getitem__(self, box: Any) -> Tensor:
+        """Return a box, of slices without steps and whole numbers; the rest is whole."""
+        given = box if isinstance(box, tuple) else (box,)
+        given = (*given, *[slice(None)] * (self.ndim - len(given)))
+        whole = tuple(
+            slice(*one.indices(size)[:2]) if isinstance(one, slice) else _only(one, size)
+            for one, size in zip(given, self.shape, strict=True)
+        )
+        found = self.read(whole)
+        dropped = [at for at, one in enumerate(given) if not isinstance(one, slice)]
+        for at in reversed(dropped):
+            found = found.squeeze(at)
+        return found
+
+    def read(self, box: Box) -> Tensor:
+        """Return a box of slices, one for each dimension."""
+        raise NotImplementedError
+
+    def runs(self, box: Box) -> list[slice]:
+        """Return the keys of some rows that may hold anything, as runs in order.
+
+        Args:
+            box: The rows: a slice for each dimension but the last.
+        """
+        raise NotImplementedError
+
+    def seen(self, numbers: Sequence[int], rows: slice) -> list[slice]:
+        """Return the keys that some rows of some maps may see, as runs in order."""
+        found: list[slice] = []
+        for some in _neighbours(numbers):
+            found += self.blocks.seen(some, rows)
+        return merged(found)
+
+    def map_at(self, place: Sequence[int]) -> LazyBoxes:
+        """Return one map, (queries, keys)."""
+        raise NotImplementedError
+
+    @property
+    def mT(self) -> Transposed:  # noqa: N802 (as of a tensor)
+        """Queries and keys in each other's place."""
+        return Transposed(self)
+
+
+class LazyWeights(LazyBoxes):
+    """Attention weights of queries and keys, (..., heads, query_len, key_len), never held at once.
+
+    Every assertion on weights, `assert_same_attention` and `show_heatmaps` take it in place of
+    weights, and read it a block of rows at a time. A row is computed over the keys that a window,
+    a chunk, causality, documents or a mask of blocks let its block see: the others cost nothing.
+    What is asked of the mask and not given comes from what is declared here.
+
+    Attributes:
+        shape: That of the weights.
+        dtype: What they are computed in: float64 of float64, else float32.
+        device: That of the queries.
+        mask: Where a query may attend, read in the same manner; None for everywhere.
+
+    Args:
+        query: (..., heads, query_len, head_dim), any float dtype and device.
+        key: (..., key_heads, key_len, head_dim); `key_heads` divide the heads, as in grouped
+            queries.
+        mask: Boolean, True where a query may attend, broadcastable to the weights; a float mask is
+            a `bias`. Or a `BlockMask` of `flex_attention`, whose empty blocks are not read.
+        causal: Whether a query sees no later key.
+        alignment: Where query 0 stands: ``"top_left"``, at key 0, or ``"bottom_right"``, so that
+            the last query is at the last key. Needed where lengths differ and something is counted
+            from it.
+        window: ``(left, right)``, how many keys before and after its own place a query sees; None
+            for no limit.
+        bias: Added to the scores, broadcastable to the weights; -inf forbids.
+        fully_masked: What a row without any permitted key holds: ``"zero"``, ``"uniform"`` or
+            ``"nan"``. Of the last two, no key is left out.
+        rows: How many rows of each map are read, about; None for all. They are drawn from `seed`,
+            in runs of 16 neighbours, the first and the last of each map among them; a failure says
+            so.
+        seed: Where they are drawn from.
+        features: What else is declared: chunk, scale, softcap, alibi, sinks, score_mod, prefix,
+            sink_keys, documents, lengths, query_lengths, may_see, as `AttentionSpec` and
+            `assert_matches_reference` have them. A sink counts as one more key in
+            `assert_row_stochastic`, `assert_one_hot` and `assert_entropy`.
+
+    Raises:
+        TypeError: Query or key are no float tensors, or a feature has no such name.
+        ValueError: Shapes do not fit, or the alignment is unknown or missing.
+
+    Example:
+        >>> query, key = torch.randn(2, 1, 4, 4096, 64).unbind()
+        >>> assert_causal(LazyWeights(query, key, causal=True, window=(127, 0)))
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        *,
+        mask: Any = None,
+        causal: bool = False,
+        alignment: Alignment | None = None,
+        window: tuple[int | None, int | None] | None = None,
+        bias: Tensor | None = None,
+        fully_masked: FullyMasked = "zero",
+        rows: int | None = None,
+        seed: int = 0,
+        **features: Any,
+    ) -> None:
+        query, key = (as_weights(t, n, "(..., length, head_dim)") for t, n in
+                      ((query, "query"), (key, "key")))  # fmt: skip
+        if unknown := set(features) - set(FEATURES):
+            names = ", ".join(("mask", "causal", *FEATURES))
+            raise TypeError(misuse("features", sorted(unknown), f"one of {names}"))
+        _check_shapes(query, key)
+        tiles = None
+        if hasattr(mask, "mask_mod"):
+            tiles, features = _tiles_of(mask, query, key), {**features, "may_see": mask.mask_mod}
+            mask = None
+        mask, bias = _masks(mask, bias, (*query.shape[:-1], key.shape[-2]))
+        counted = causal or window is not None or features.get("chunk") or "alibi" in features
+        if alignment is None and counted and query.shape[-2] != key.shape[-2]:
+            got = f"None for {query.shape[-2]} queries and {key.shape[-2]} keys"
+            raise ValueError(misuse("alignment", got, f"one of {', '.join(map(repr, ALIGNMENTS))}"))
+        one_of("alignment", alignment or "top_left", ALIGNMENTS)
+        call = Call(
+            query, key, key, mask=mask, bias=bias, causal=causal, alignment=alignment or "top_left",
+            window=window, fully_masked=check_fully_masked(fully_masked), **features,
+        )  # fmt: skip
+        self._set(Blocks(call, wide_dtype(query.dtype), tiles))
+        if rows is not None:
+            self.sampled = _sample(call.query_len, positive("rows", rows), seed_number(seed))
+            self.seed = seed
+
+    def _set(self, blocks: Blocks) -> None:
+        call = blocks.call
+        lead = call.query.shape[:-2]
+        numbers = torch.arange(call.maps, device="cpu").view(lead)
+        super().__init__(blocks, numbers, (*lead, call.query_len, call.key_len))
+        self.dtype, self.sampled, self.seed, self.with_sink = blocks.dtype, None, 0, False
+
+    sampled: list[slice] | None
+    seed: int
+    with_sink: bool
+
+    @classmethod
+    def of_call(cls, call: Call, dtype: torch.dtype | None = None) -> LazyWeights:
+        """Return the weights of a call, computed in a dtype; by default as `LazyWeights` does."""
+        new = cls.__new__(cls)
+        new._set(Blocks(call, dtype or wide_dtype(call.query.dtype)))
+        return new
+
+    def __repr__(self) -> str:
+        """Say what it is, and whether some rows stand for all."""
+        return f"<LazyWeights {dtype_name(self.dtype)} {tuple(self.shape)}{self.note}>"
+
+    @property
+    def note(self) -> str:
+        """What a verdict has to say of it: which rows stand for all."""
+        if self.sampled is None:
+            return ""
+        count = sum(span.stop - span.start for span in self.sampled)
+        return f", {count} of {self.shape[-2]} rows of each map, drawn from seed={self.seed}"
+
+    @property
+    def mask(self) -> LazyMask | None:
+        """Where a query may attend, read in the same manner; None for everywhere."""
+        if self.blocks.call.sees_all:
+            return None
+        return LazyMask(self.blocks, self.numbers, self.shape, with_sink=self.with_sink)
+
+    @property
+    def sinks(self) -> LazyWeights | None:
+        """The same with the weight of the sink as one more key; None where there is no sink."""
+        if self.blocks.call.sinks is None or self.with_sink:
+            return None
+        return self._like(self.numbers, with_sink=True)
+
+    def _like(self, numbers: Tensor, *, with_sink: bool | None = None) -> LazyWeights:
+        new = self.__class__.__new__(self.__class__)
+        call = self.blocks.call
+        sink = self.with_sink if with_sink is None else with_sink
+        shape = (*numbers.shape, call.query_len, call.key_len + sink)
+        LazyBoxes.__init__(new, self.blocks, numbers, shape)
+        new.dtype, new.sampled, new.seed, new.with_sink = self.dtype, self.sampled, self.seed, sink
+        return new
+
+    def map_at(self, place: Sequence[int]) -> LazyWeights:
+        """Return one map, (queries, keys)."""
+        return self._like(self.numbers[tuple(place)])
+
+    def unflatten(self, dim: int, sizes: Sequence[int]) -> LazyWeights:
+        """Return the same with a leading dimension, counted from the end, as two."""
+        return self._like(self.numbers.unflatten(dim + 2, tuple(sizes)))
+
+    def unsqueeze(self, dim: int) -> LazyWeights:
+        """Return the same with one leading dimension more, of size 1."""
+        return self._like(self.numbers.unsqueeze(dim))
+
+    def numel(self) -> int:
+        """How many weights there are."""
+        return math.prod(self.shape)
+
+    def element_size(self) -> int:
+        """How many bytes each has."""
+        return self.dtype.itemsize
+
+    def dense(self) -> Tensor:
+        """Return all of them as a tensor."""
+        return self[()].clone()
+
+    def double(self) -> Tensor:
+        """Return all of them as a tensor, in float64."""
+        return self[()].double()
+
+    def cpu(self) -> Tensor:
+        """Return all of them as a tensor, on the CPU."""
+        return self.dense().cpu()
+
+    def read(self, box: Box) -> Tensor:
+        """Return a box of slices, one for each dimension."""
+        *lead, rows, keys = box
+        numbers = self.numbers[tuple(lead)]
+        shape = (*numbers.shape, rows.stop - rows.start, keys.stop - keys.start)
+        if 0 in shape:
+            return torch.zeros(shape, dtype=self.dtype, device=self.device)
+        maps = []
+        for some in _neighbours(numbers.flatten().tolist(), self.blocks.maps[0].stop):
+            parts, row = [], rows.start
+            while row < rows.stop:
+                held, span, block = self.blocks.holding(some.start, row)
+                until = min(rows.stop, span.stop)
+                mine = slice(some.start - held.start, some.stop - held.start)
+                here = slice(row - span.start, until - span.start)
+                parts.append(self._keys(block, mine, here, keys))
+                row = until
+            maps.append(parts[0] if len(parts) == 1 else torch.cat(parts, -2))
+        return (maps[0] if len(maps) == 1 else torch.cat(maps)).view(shape)
+
+    def _keys(self, block: Block, maps: slice, rows: slice, keys: slice) -> Tensor:
+        """Some keys of some rows of a block: a view where no other key is among them."""
+        at = 0
+        found = block.weights[maps, rows]
+        key_len, made = self.blocks.call.key_len, None
+        for run in block.seen:
+            if run.start <= keys.start and keys.stop <= run.stop:
+                return found[..., at + keys.start - run.start : at + keys.stop - run.start]
+            at += run.stop - run.start
+        made = found.new_zeros(*found.shape[:-1], keys.stop - keys.start)
+        at = 0
+        for run in block.seen:
+            start, stop = max(run.start, keys.start), min(run.stop, keys.stop)
+            if start < stop:
+                part = found[..., at + start - run.start : at + stop - run.start]
+                made[..., start - keys.start : stop - keys.start] = part
+            at += run.stop - run.start
+        if self.with_sink and block.sink is not None and keys.stop > key_len:
+            made[..., -1:] = block.sink[maps, rows]
+        return made
+
+    def runs(self, box: Box) -> list[slice]:
+        """Return the keys of some rows that may hold anything, as runs in order."""
+        *lead, rows = box
+        numbers = self.numbers[tuple(lead)].flatten().tolist()
+        held = self.blocks.among_last(numbers, rows)
+        found = merged(held) if held is not None else self.seen(numbers, rows)
+        key_len = self.blocks.call.key_len
+        return [*found, slice(key_len, key_len + 1)] if self.with_sink else found
+
+    def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
+        """Yield the rows in order, in boxes that each lie in one block: no row is computed twice.
+
+        Args:
+            most_rows: The most rows of a box.
+            most_elements: The most weights of it that may be anything but zero; or it is one row.
+        """
+        lead = self.numbers.shape
+        alike = lead == self.blocks.call.query.shape[:-2]
+        together = self.blocks.maps[0].stop if alike else 1
+        groups: list[Box] = [()] if not lead else list(pieces(lead, together))
+        for group in groups:
+            number = int(self.numbers[group].flatten()[0])
+            for span in self.blocks.spans:
+                for part in _within(span, self.sampled):
+                    some = self.numbers[group].numel()
+                    self.blocks.holding(number, span.start)
+                    wide = sum(r.stop - r.start for r in self.runs((*group, part)))
+                    height = min(most_rows, most_elements // max(1, wide))
+                    if some > 1 and height < some * (part.stop - part.start):
+                        yield from self._apart(group, part, height)
+                        continue
+                    for rows in spans(part.stop - part.start, max(1, height // some)):
+                        yield (*group, slice(part.start + rows.start, part.start + rows.stop))
+
+    def _apart(self, group: Box, part: slice, height: int) -> Iterator[Box]:
+        """Boxes of a group of maps that are too many for one, in order."""
+        sizes = [span.stop - span.start for span in (*group, part)]
+        for box in pieces(sizes, max(1, height)):
+            yield tuple(
+                slice(whole.start + own.start, whole.start + own.stop)
+                for whole, own in zip((*group, part), box, strict=True)
+            )
+
+
+class LazyMask(LazyBoxes):
+    """Where a query may attend by what is declared, read a box at a time."""
+
+    dtype = torch.bool
+
+    def __init__(
+        self, blocks: Blocks, numbers: Tensor, shape: Sequence[int], *, with_sink: bool = False
+    ) -> None:
+        call = blocks.call
+        given = (call.mask, call.bias, call.documents, call.lengths, call.query_lengths)
+        self._alike = call.may_see is None and all(one is None for one in given)
+        lead = [1] * numbers.ndim if self._alike else numbers.shape
+        numbers = numbers.flatten()[:1].view(lead) if self._alike else numbers
+        self._with_sink = with_sink
+        super().__init__(blocks, numbers, (*lead, *shape[-2:]))
+
+    @classmethod
+    def causal(
+        cls, shape: Sequence[int], offset: int, window: int | None, device: torch.device
+    ) -> LazyMask:
+        """Return that of causal attention, where query 0 stands at key `offset`."""
+        *lead, query_len, key_len = shape
+        nothing = torch.zeros(1, 1, device=device)
+        call = Call(
+            nothing.expand(query_len, 1), nothing.expand(key_len, 1), nothing.expand(key_len, 1),
+            causal=True, alignment="bottom_right" if offset else "top_left",
+            window=None if window is None else (window, 0),
+        )  # fmt: skip
+        return cls(Blocks(call, torch.float32), torch.zeros([1] * len(lead)).long(), shape)
+
+    def map_at(self, place: Sequence[int]) -> LazyMask:
+        """Return one map, (queries, keys)."""
+        own = tuple(0 if self._alike else at for at in place)
+        return LazyMask(self.blocks, self.numbers[own], self.shape[-2:], with_sink=self._with_sink)
+
+    def expand(self, shape: Sequence[int]) -> LazyMask:
+        """Return itself: who reads a box of it broadcasts that."""
+        return self
+
+    def read(self, box: Box) -> Tensor:
+        """Return a box of slices, one for each dimension; alike in all maps where it is."""
+        *lead, rows, keys = box
+        call = self.blocks.call
+        numbers = self.numbers[tuple(lead)]
+        maps = numbers.flatten().to(self.device)
+        key = torch.arange(keys.start, min(keys.stop, call.key_len), device=self.device)
+        shape = (*numbers.shape, rows.stop - rows.start, len(key))
+        seen = self.blocks.permitted(maps, rows, key)
+        found = torch.ones((), dtype=torch.bool, device=self.device) if seen is None else seen
+        for name, given in (("mask", call.mask), ("bias", call.bias)):
+            if given is not None:
+                own = self.blocks.given(name, maps)
+                own = own[:, own_rows(own, rows)]
+                own = own[..., key] if own.shape[-1] > 1 else own
+                found = found & permits(own)
+        found = found.expand(maps.numel(), *shape[-2:]).reshape(shape)
+        if keys.stop > call.key_len:  # a sink is always seen
+            found = torch.cat([found, found.new_ones(*shape[:-1], 1)], -1)
+        return found
+
+    def counts(self, rows: Box) -> Tensor | None:
+        """Return how many keys each row of a box may see, where no key need be looked at."""
+        found = self.blocks.counts
+        return None if found is None else found[rows[-1]] + int(self._with_sink)
+
+    def hides(self, rows: Box) -> list[slice]:
+        """Return the keys that may be hidden from any of some rows, as runs in order."""
+        key_len, blocks = self.shape[-1], self.blocks
+        if blocks.counts is None:
+            return [slice(0, key_len)]
+        start, stop = blocks.seen_by_all(rows[-1])
+        return merged([slice(0, min(start, key_len)), slice(max(stop, 0), key_len)])
+
+    def runs(self, box: Box) -> list[slice]:
+        """Return the keys of some rows that may be permitted, as runs in order."""
+        *lead, rows = box
+        found = self.seen(self.numbers[tuple(lead)].flatten().tolist(), rows)
+        key_len = self.blocks.call.key_len
+        return [*found, slice(key_len, key_len + 1)] if self._with_sink else found
+
+
+class Transposed(InBoxes):
+    """Weights, or their mask, with queries and keys in each other's place.
+
+    A block of it has all columns of a map, and is read a block of rows at a time: each is computed
+    once for whatever is measured.
+    """
+
+    def __init__(self, base: LazyBoxes) -> None:
+        *lead, queries, keys = base.shape
+        self.mT, self.dtype, self.device = base, base.dtype, base.device
+        self.shape = torch.Size((*lead, keys, queries))
+
+    def __getitem__(self, box: Any) -> Tensor:
+        """Return a box, of slices and whole numbers; the rest is whole."""
+        given = box if isinstance(box, tuple) else (box,)
+        *lead, keys, queries = (*given, *[slice(None)] * (self.ndim - len(given)))
+        found = self.mT[(*lead, queries, keys)]
+        both = isinstance(keys, slice) and isinstance(queries, slice)
+        return found.mT if both else found
+
+    def map_at(self, place: Sequence[int]) -> Transposed:
+        """Return one map, (keys, queries)."""
+        return Transposed(self.mT.map_at(place))
+
+    def runs(self, box: Box) -> list[slice]:
+        """Return the rows of each block."""
+        return list(self.mT.blocks.spans)
+
+    def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
+        """Yield all columns of each map."""
+        *lead, columns, _ = self.shape
+        groups: list[Box] = [()] if not lead else list(pieces(lead, 1))
+        for group in groups:
+            for span in spans(columns, most_rows):
+                yield (*group, span)
+
+
+def merged(runs: Sequence[slice]) -> list[slice]:
+    """Return runs that do not touch, in order, which cover what the given ones do."""
+    found: list[slice] = []
+    for run in sorted(runs, key=lambda run: run.start):
+        if found and run.start <= found[-1].stop:
+            found[-1] = slice(found[-1].start, max(found[-1].stop, run.stop))
+        elif run.start < run.stop:
+            found.append(run)
+    return found
+
+
+def _only(number: Any, size: int) -> slice:
+    at = number.__index__() % size
+    return slice(at, at + 1)
+
+
+def _neighbours(numbers: Sequence[int], step: int | None = None) -> Iterator[slice]:
+    """Numbers as runs that follow one another, none across a multiple of `step`."""
+    start = 0
+    for at in range(1, len(numbers) + 1):
+        ends = at == len(numbers) or numbers[at] != numbers[at - 1] + 1
+        if ends or (step is not None and numbers[at] % step == 0):
+            yield slice(numbers[start], numbers[at - 1] + 1)
+            start = at
+
+
+def _within(span: slice, sampled: list[slice] | None) -> Iterator[slice]:
+    """The rows of a block that are read."""
+    for part in [span] if sampled is None else sampled:
+        start, stop = max(span.start, part.start), min(span.stop, part.stop)
+        if start < stop:
+            yield slice(start, stop)
+
+
+def _sample(query_len: int, rows: int, seed: int) -> list[slice] | None:
+    """Runs of neighbours, about so many rows in all, the first and the last among them."""
+    if rows >= query_len:
+        return None
+    runs = -(-query_len // _NEIGHBOURS)
+    wanted = min(runs, max(2, rows // _NEIGHBOURS))
+    drawn = torch.randperm(runs, generator=torch.Generator("cpu").manual_seed(seed)).tolist()
+    ends = {0, runs - 1}
+    chosen = sorted(ends | set([one for one in drawn if one not in ends][: wanted - 2]))
+    return merged([slice(r * _NEIGHBOURS, min((r + 1) * _NEIGHBOURS, query_len)) for r in chosen])
+
+
+def _check_shapes(query: Tensor, key: Tensor) -> None:
+    shapes = f"{tuple(query.shape)} and {tuple(key.shape)}"
+    lead, others = query.shape[:-2], key.shape[:-2]
+    grouped = (
+        len(lead) == len(others) > 0
+        and lead[:-1] == others[:-1]
+        and lead[-1] % max(1, others[-1]) == 0
+    )
+    if query.shape[-1] != key.shape[-1] or not (lead == others or grouped):
+        accepted = (
+            "(..., heads, query_len, head_dim) and (..., key_heads, key_len, head_dim), where "
+            "key_heads divide heads"
+        )
+        raise ValueError(misuse("query, key", shapes, accepted))
+    if query.device != key.device:
+        raise TypeError(misuse("query, key", f"on {query.device} and {key.device}", "one device"))
+
+
+def _masks(
+    mask: Any, bias: Tensor | None, shape: Sequence[int]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Check a mask and a bias; a float mask is a bias."""
+    if mask is not None and not isinstance(mask, Tensor):
+        mask = torch.as_tensor(mask)
+    if mask is not None and mask.is_floating_point():
+        if bias is not None:
+            got = "a mask of floats beside a bias"
+            raise ValueError(misuse("mask", got, "one of them, with the sum of both"))
+        mask, bias = None, mask
+    for name, one in (("mask", mask), ("bias", bias)):
+        if one is None:
+            continue
+        if name == "mask" and one.dtype != torch.bool:
+            accepted = "a boolean tensor, True where a query may attend, or a BlockMask"
+            raise TypeError(misuse(name, f"dtype {dtype_name(one)}", accepted))
+        try:
+            torch.broadcast_to(one, tuple(shape))
+        except RuntimeError:
+            accepted = f"a shape that broadcasts to that of the weights, {tuple(shape)}"
+            raise ValueError(misuse(name, f"shape {tuple(one.shape)}", accepted)) from None
+    return mask, bias
+
+
+def _tiles_of(mask: Any, query: Tensor, key: Tensor) -> Tiles:
+    """What a `BlockMask` of `flex_attention` shows of the keys to some rows."""
+    (tall, wide), key_len = mask.BLOCK_SIZE, key.shape[-2]
+    shown = mask.to_dense().bool().cpu()
+    heads = query.shape[-3] if query.ndim > 2 else 1
+
+    def tiles(some: slice, span: slice) -> Tensor:
+        rows = slice(span.start // tall, (span.stop - 1) // tall + 1)
+        cells = torch.zeros(shown.shape[-1], dtype=torch.bool, device="cpu")
+        for number in range(some.start, some.stop):
+            batch, head = divmod(number, heads)
+            own = shown[batch % shown.shape[0], head % shown.shape[1], rows]
+            cells |= own.any(0)
+        return cells.repeat_interleave(wide)[:key_len]
+
+    return tiles

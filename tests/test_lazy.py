@@ -1,0 +1,233 @@
+"""Weights that never exist say what the whole tensor says: verdict, place, message and picture."""
+
+import math
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+
+import pytest_attnheat as heat
+from pytest_attnheat import LazyWeights
+from pytest_attnheat.attention import blocks as blocks_module
+from pytest_attnheat.attention.scoring import draw
+
+LENGTHS = st.integers(1, 40)
+
+
+def plain(query, key, case):
+    """Weights by the formula, in float64, one place at a time where a rule speaks of places."""
+    batch, heads, query_len, _ = query.shape
+    key_len = key.shape[-2]
+    key = key.repeat_interleave(heads // key.shape[1], 1)
+    scale = case.get("scale", 1 / math.sqrt(query.shape[-1]))
+    scores = query.double() @ key.double().mT * scale
+    if "softcap" in case:
+        scores = case["softcap"] * torch.tanh(scores / case["softcap"])
+    if "bias" in case:
+        scores = scores + case["bias"].double()
+    seen = np.ones((batch, heads, query_len, key_len), bool)
+    for b in range(batch):
+        keys = int(case["lengths"][b]) if "lengths" in case else key_len
+        stand = keys - query_len if case.get("alignment") == "bottom_right" else 0
+        for q in range(query_len):
+            at = q + stand
+            for k in range(key_len):
+                sink = k < case.get("sink_keys", 0)
+                if case.get("causal") and k > at and k >= case.get("prefix", 0):
+                    seen[b, :, q, k] = False
+                left, right = case.get("window", (None, None))
+                near = (left is None or at - k <= left) and (right is None or k - at <= right)
+                if not (near or sink):
+                    seen[b, :, q, k] = False
+                if "chunk" in case and at // case["chunk"] != k // case["chunk"] and not sink:
+                    seen[b, :, q, k] = False
+                if k >= keys:
+                    seen[b, :, q, k] = False
+                if "documents" in case:
+                    mine, its = case["documents"]
+                    seen[b, :, q, k] &= bool(mine[b, q] == its[b, k])
+                if "alibi" in case:
+                    scores[b, :, q, k] -= case["alibi"].double() * abs(at - k)
+    seen = torch.from_numpy(seen)
+    if "mask" in case:
+        seen = seen & case["mask"]
+    scores = scores.masked_fill(~seen, -math.inf)
+    if "sinks" in case:
+        column = case["sinks"].double()[:, None, None].expand(batch, heads, query_len, 1)
+        return torch.cat([scores, column], -1).softmax(-1)[..., :-1], seen
+    empty = {"zero": 0.0, "uniform": 1 / key_len, "nan": math.nan}[case["fully_masked"]]
+    nothing = scores.isneginf().all(-1, keepdim=True)
+    return scores.softmax(-1).masked_fill(nothing, empty), seen
+
+
+@st.composite
+def cases(draws):
+    """A call: its query and key, and what is declared."""
+    batch, group, key_heads = (draws(st.integers(1, 2)) for _ in range(3))
+    query_len, key_len = draws(LENGTHS), draws(LENGTHS)
+    seed, heads = draws(st.integers(0, 99)), group * key_heads
+    dtype = draws(st.sampled_from([torch.float32, torch.float32, torch.float64, torch.bfloat16]))
+    query = draw("query", seed, batch, heads, query_len, 4) * draws(st.sampled_from([0.0, 1, 6]))
+    query, key = query.to(dtype), draw("key", seed, batch, key_heads, key_len, 4).to(dtype)
+    case = {"fully_masked": draws(st.sampled_from(["zero", "zero", "uniform", "nan"]))}
+    case["alignment"] = draws(st.sampled_from(["top_left", "bottom_right"]))
+    side = st.one_of(st.none(), st.integers(0, 12))
+    maybe = {
+        "causal": st.just(True),
+        "window": st.tuples(side, side),
+        "chunk": st.integers(1, 12),
+        "prefix": st.integers(1, 8),
+        "sink_keys": st.integers(1, 5),
+        "softcap": st.just(2.0),
+        "scale": st.sampled_from([0.25, 1.0]),
+        "alibi": st.just(draw("alibi", seed, heads).abs()),
+        "sinks": st.just(draw("sinks", seed, heads)),
+        "bias": st.just(draw("bias", seed, 1, heads, query_len, key_len)),
+        "lengths": st.lists(st.integers(1, key_len), min_size=batch, max_size=batch).map(
+            torch.tensor
+        ),
+        "mask": st.sampled_from(
+            [(batch, 1, 1, key_len), (query_len, key_len), (1, heads, query_len, key_len)]
+        ).map(lambda shape: draw("mask", seed, *shape) > -0.5),
+        "documents": st.just(
+            tuple(
+                torch.arange(n).mul(3).div(key_len, rounding_mode="floor").expand(batch, n)
+                for n in (query_len, key_len)
+            )
+        ),
+    }
+    for name in draws(st.sets(st.sampled_from(sorted(maybe)), max_size=4)):
+        case[name] = draws(maybe[name])
+    return query, key, case
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """So that small maps take many blocks, and leave keys out."""
+    block, cell, rows = 16, 4, 1
+    monkeypatch.setattr(blocks_module, "_BLOCK", block)
+    monkeypatch.setattr(blocks_module, "_CELL", cell)
+    monkeypatch.setattr(blocks_module, "_ROWS", rows)
+
+
+MANY = settings(
+    max_examples=int(os.environ.get("ATTNHEAT_CASES", "8")),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+
+
+@MANY
+@given(cases())
+def test_weights_and_mask_are_those_of_the_formula(case):
+    query, key, declared = case
+    lazy = LazyWeights(query, key, **declared)
+    exact, seen = plain(query, key, declared)
+    torch.testing.assert_close(lazy.dense().double(), exact, rtol=1e-4, atol=1e-6, equal_nan=True)
+    assert lazy.shape == exact.shape
+    if lazy.mask is None:
+        assert bool(seen.all())
+    else:
+        assert torch.equal(lazy.mask[()].expand(seen.shape), seen)
+
+
+def outcome(check):
+    """What an assertion says: nothing, its failure or its refusal, word for word."""
+    try:
+        check()
+    except heat.Failure as failure:
+        return str(failure)
+    except ValueError as error:
+        return f"{type(error).__name__}: {error}"
+    return "holds"
+
+
+def whole(lazy, *, with_sink):
+    """The same as tensors, and the mask that goes with them."""
+    given = lazy.sinks if with_sink and lazy.sinks is not None else lazy
+    mask = given.mask
+    return given.dense(), None if mask is None else mask[()]
+
+
+def judged(lazy, name, **options):
+    """What an assertion says of weights that never exist, and of the whole tensor."""
+    assertion = getattr(heat, name)
+    with_sink = name in ("assert_row_stochastic", "assert_one_hot", "assert_entropy")
+    dense, mask = whole(lazy, with_sink=with_sink)
+    known = {} if name in ("assert_causal", "assert_padding_masked") else {"mask": mask}
+    found = outcome(lambda: assertion(lazy, **options))
+    if name in ("assert_masked", "assert_support") and {**known, **options}.get("mask") is None:
+        return found, found  # refused: nothing is masked
+    if with_sink and lazy.sinks is not None and "mask" in options:
+        column = options["mask"].new_ones(*options["mask"].shape[:-1], 1)
+        options = {**options, "mask": torch.cat([options["mask"], column], -1)}
+    expected = outcome(lambda: assertion(dense, **{**known, **options}))
+    return found, expected
+
+
+ASKED = [
+    ("assert_row_stochastic", {}),
+    ("assert_one_hot", {}),
+    ("assert_uniform", {}),
+    ("assert_entropy", {"minimum": 0.7}),
+    ("assert_entropy", {"maximum": 0.4, "unit": "bits"}),
+    ("assert_masked", {}),
+    ("assert_support", {}),
+    ("assert_causal", {"alignment": "top_left"}),
+    ("assert_causal", {"alignment": "bottom_right", "window": 3}),
+]
+
+
+@MANY
+@given(cases(), st.sampled_from(ASKED), st.sampled_from(["own", "zero"]))
+def test_a_verdict_is_that_of_the_whole_tensor_word_for_word(case, asked, meaning):
+    query, key, declared = case
+    name, options = asked
+    if meaning == "own" and name != "assert_doubly_stochastic":
+        options = {**options, "fully_masked": declared["fully_masked"]}
+    found, expected = judged(LazyWeights(query, key, **declared), name, **options)
+    assert found == expected
+
+
+@MANY
+@given(cases(), st.integers(0, 9))
+def test_another_mask_than_the_declared_one_is_judged_as_by_the_whole_tensor(case, seed):
+    query, key, declared = case
+    lazy = LazyWeights(query, key, **declared)
+    mask = draw("another", seed, *lazy.shape[-2:]) > -1
+    for name in ("assert_masked", "assert_support", "assert_row_stochastic", "assert_uniform"):
+        found, expected = judged(lazy, name, mask=mask)
+        assert found == expected
+
+
+@MANY
+@given(cases())
+def test_columns_are_judged_as_those_of_the_whole_tensor(case):
+    query, key, declared = case
+    length = min(query.shape[2], key.shape[2])
+    cut = {n: v for n, v in declared.items() if n not in ("bias", "mask", "documents", "lengths")}
+    lazy = LazyWeights(query[:, :, :length], key[:, :, :length], **cut)
+    for mask in ({}, {"mask": None}):
+        found, expected = judged(lazy, "assert_doubly_stochastic", **mask)
+        assert found == expected
+
+
+@MANY
+@given(cases())
+def test_padding_and_output_are_judged_as_by_the_whole_tensor(case):
+    query, key, declared = case
+    lazy = LazyWeights(query, key, **declared)
+    lengths = [max(0, key.shape[2] - 2)] * query.shape[0]
+    if min(lengths) < key.shape[2]:
+        found, expected = judged(lazy, "assert_padding_masked", lengths=lengths)
+        assert found == expected
+    value = draw("value", 1, *key.shape[:3], 3).to(lazy.dtype)
+    output = lazy.dense().nan_to_num() @ value.repeat_interleave(lazy.shape[1] // key.shape[1], 1)
+    for off in (0.0, 0.5):
+        given_, other = (
+            outcome(lambda w=w: heat.assert_reproduces_output(w, value, output + off))
+            for w in (lazy, lazy.dense())
+        )
+        assert given_ == other
