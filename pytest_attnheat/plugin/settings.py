@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 
@@ -350,7 +350,12 @@ def device_of_test(config: pytest.Config, name: str) -> torch.device:
         number = _number_of(worker)
         return devices.resolve(name, worker=number, argument="attn_device")
     except LookupError as error:
-        absent = str(error)
+        skip_absent(config, str(error))
+
+
+def skip_absent(config: pytest.Config, absent: str) -> NoReturn:
+    """Skip a test whose device is absent, or fail it if that is set."""
+    __tracebackhide__ = True
     if config.stash[SETTINGS].require_device:
         pytest.fail(f"{absent}, and --attn-require-device is set", pytrace=False)
     pytest.skip(absent)
