@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_judgement import judge
+from pytest_attnheat.assertions.precision_elements import judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.mistakes import MOST_ALLOWED
 from pytest_attnheat.attention.outcomes import Expected, Outcomes

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
+from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
 from pytest_attnheat.attention.mistakes import as_case
