@@ -6,7 +6,7 @@ in 8 bits are stood in for by attention in bfloat16, so that only the rule is gr
 checks elsewhere is not part of it. Projects change: each source is that of one commit.
 
     python benchmarks/judges.py                grade all judges, and write judges.json: minutes
-    python benchmarks/judges.py NAME ...       grade some of them, and print all that is said of each
+    python benchmarks/judges.py NAME ...       grade some of them, and print all of each
     python benchmarks/judges.py --table        what judges.json holds, as a table of the docs
 """
 
@@ -229,7 +229,8 @@ JUDGES = (
     Judged("FlashInfer, default check",
            "1e-3 absolute and relative in float16, and a cosine of 0.999; the inputs are ours: "
            "causal, 17 queries of 4 heads, 93 keys of 2",
-           ("flashinfer-ai/flashinfer", "fb28d7242b3506a2348265962041acc1fb56cca4", "flashinfer/trace/template.py"),
+           ("flashinfer-ai/flashinfer", "fb28d7242b3506a2348265962041acc1fb56cca4",
+            "flashinfer/trace/template.py"),
            default_check, DECODE),
     Judged("the usual three lines",
            "`isfinite`, the shape, and `assert_close` at 1e-2; `torch.randn`, 128 keys of width 64",

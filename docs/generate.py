@@ -18,11 +18,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pages import PAGES, ROOT, alike, run
+from pages import public_names as grouped_names
 
 Rows = Iterable[tuple[str, ...]]
 
@@ -96,8 +98,28 @@ def options() -> Rows:
             module.pytest_addoption(taken)
     for name, (value, text) in taken.options.items():
         ini = name.lstrip("-").replace("-", "_")
-        setting = f"`{ini}`" if ini in taken.inis else ""
+        setting = f"`{ini}`" if taken.inis.pop(ini, None) is not None else ""
         yield f"`{name}{value}`", setting, text[:1].upper() + text[1:] + "."
+    for name, text in taken.inis.items():  # those that no option sets
+        yield "", f"`{name}`", text[:1].upper() + text[1:] + "."
+
+
+def markers() -> Rows:
+    """The markers: name with arguments, and what it says."""
+    from pytest_attnheat.plugin.settings import MARKERS
+
+    for marker in MARKERS:
+        call, _, text = marker.partition("): ")
+        yield f"`{call})`", text[:1].upper() + text[1:]
+
+
+def hooks() -> Rows:
+    """The hooks that a project can implement: name, and the first paragraph about it."""
+    from pytest_attnheat.plugin import settings
+
+    for name, value in vars(settings).items():
+        if name.startswith("pytest_attnheat_"):
+            yield f"`{name}(config)`", _first_paragraph(value)
 
 
 def fixtures() -> Rows:
@@ -110,16 +132,22 @@ def fixtures() -> Rows:
                 yield f"`{node.name}`", _paragraph(ast.get_docstring(node))
 
 
-def public_names() -> Rows:
-    """The public names: name, and the first paragraph about it."""
+def public_names() -> Iterator[str]:
+    """The public names by what they are for: name, and the first paragraph about it."""
     import pytest_attnheat
 
-    for name in dir(pytest_attnheat):
-        value = getattr(pytest_attnheat, name)
-        if callable(value):
-            yield f"`{name}`", _first_paragraph(value)
-        elif isinstance(value, tuple):
-            yield f"`{name}`", f"A tuple of {len(value)} names, from `{value[0]}` to `{value[-1]}`."
+    def rows(names: list[str]) -> Rows:
+        for name in names:
+            value = getattr(pytest_attnheat, name)
+            if isinstance(value, tuple):
+                about = f"A tuple of {len(value)} names, from `{value[0]}` to `{value[-1]}`."
+            else:
+                about = _first_paragraph(value)
+            yield f"`{name}`", about
+
+    for title, names in grouped_names().items():
+        yield from ("", f"## {title}", "")
+        yield from _table(("name", "what it is"), partial(rows, names))
 
 
 def fields_of_failure() -> Rows:
@@ -191,8 +219,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "options": (("option", "ini", "meaning"), options),
     "fixtures": (("fixture", "what it is"), fixtures),
     "fields of a failure": (("field", "what it holds"), fields_of_failure),
-    "public names": (("name", "what it is"), public_names),
+    "markers": (("marker", "what it says"), markers),
+    "hooks": (("hook", "what it is for"), hooks),
 }
+# What is listed in another shape than that of one table.
+SECTIONS = {"gallery": gallery, "public names": public_names}
 
 # The command of each measured table, and which of the tables that it prints is meant.
 MEASURED = {
@@ -238,7 +269,7 @@ def measured(text: str, name: str) -> str:
 
 
 def _written(name: str) -> Iterable[str]:
-    return gallery() if name == "gallery" else _table(*TABLES[name])
+    return SECTIONS[name]() if name in SECTIONS else _table(*TABLES[name])
 
 
 def _table(head: tuple[str, ...], rows: Callable[[], Rows]) -> Iterator[str]:
@@ -253,7 +284,7 @@ class _Parser:
 
     def __init__(self) -> None:
         self.options: dict[str, tuple[str, str]] = {}
-        self.inis: set[str] = set()
+        self.inis: dict[str, str] = {}
 
     def getgroup(self, *_: str) -> _Parser:
         return self
@@ -262,8 +293,8 @@ class _Parser:
         value = given.get("metavar") or "|".join(given.get("choices", ()))
         self.options[name] = (f"={value}" if value else "", given["help"])
 
-    def addini(self, name: str, *_: Any, **__: Any) -> None:
-        self.inis.add(name)
+    def addini(self, name: str, text: str, **_: Any) -> None:
+        self.inis[name] = text
 
 
 def _modules_of_plugin() -> list[Any]:

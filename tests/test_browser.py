@@ -11,6 +11,11 @@ from pytest_attnheat import read_heatmaps
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
+OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+)  # fmt: skip
 PICTURE = """
     import numpy as np, pytest
     from pytest_attnheat import show_heatmaps
@@ -48,9 +53,7 @@ def sizes_in(report, tmp_path, which):
     """Open a report, and return the sizes of its images: all that load, or the visible ones."""
     report.write_text(report.read_text() + PROBE)
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-first-run", "--disable-background-networking", "--disable-component-update",
-        "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+        BROWSER, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
         "--allow-file-access-from-files", "--dump-dom", report.as_uri(),
     ]  # fmt: skip
     page = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout

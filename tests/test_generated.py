@@ -4,7 +4,7 @@ import re
 from dataclasses import replace
 
 import pytest
-from generate import MEASURED, TABLES, listed, measured
+from generate import MEASURED, SECTIONS, TABLES, listed, measured
 from pages import PAGES, ROOT
 from wrong_attention import PLANTED
 
@@ -19,7 +19,7 @@ def test_tables_are_those_of_the_registries(page):
         raise AssertionError(f"{page} is stale: `make docs` writes it anew")
 
 
-@pytest.mark.parametrize("name", [*TABLES, "gallery"])
+@pytest.mark.parametrize("name", [*TABLES, *SECTIONS])
 def test_every_registry_is_listed_once(name):
     assert sum(text.count(f"<!-- generated: {name} -->\n") for text in TEXTS.values()) == 1
 
@@ -44,13 +44,13 @@ def rows(name):
 
 def test_every_defect_was_measured():
     if rows("defects") != [f"`{defect.name}`" for defect in PLANTED]:
-        raise AssertionError("docs/examination.md is stale: `python docs/generate.py defects`")
+        raise AssertionError("docs/measured.md is stale: `python docs/generate.py defects`")
 
 
 def test_a_new_check_makes_its_page_stale_and_is_written(monkeypatch):
     new = replace(checks.CHECKS[0], name="new", sentence="it is a | b", issue="a/b#1", quick=False)
     monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, new))
-    before = TEXTS["docs/examination.md"]
+    before = TEXTS["docs/checks.md"]
     after = listed(before)
     added = set(after.splitlines()) - set(before.splitlines())
     assert added == {r"| `new` | it is a \| b | a/b#1 |  |"}

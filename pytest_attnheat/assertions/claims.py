@@ -378,14 +378,11 @@ def permitted_is_positive(says: Says) -> Claim[Elements]:
 
 def by_row(claim: Claim[Elements]) -> Claim[Block]:
     """Claim that a row holds no element that breaks a claim."""
-
     # Where weights are known to be zero, all that can be wrong is that they should not be.
     where: Where = "either" if claim.kind == "inside" else "masked"
 
     def broken(block: Block) -> Tensor:
-        return block.reduce(
-            lambda part: any_key(claim.breaks(part)), torch.logical_or, where=where
-        )
+        return block.reduce(lambda part: any_key(claim.breaks(part)), torch.logical_or, where=where)
 
     return _quick(claim.statement, claim.kind, broken)
 

@@ -34,7 +34,7 @@ from pytest_attnheat.assertions.masking_causes import (
 )
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
-from pytest_attnheat.attention.lazy import LazyMask, LazyWeights
+from pytest_attnheat.attention.lazy import LazyMask, as_lazy
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
@@ -79,7 +79,7 @@ def assert_masked(
         ValueError: `weights` is empty or has fewer than two dimensions, the mask does not broadcast
             or permits every key, or `fully_masked` is unknown.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_masked(scores.softmax(-1), mask)
@@ -121,7 +121,7 @@ def _assert_causal(
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    if isinstance(operand, LazyWeights):
+    if as_lazy(operand) is not None:
         mask: Any = LazyMask.causal(operand.shape, rule.offset, rule.window, operand.device)
     else:
         mask = rule.rows(numbers.to(operand.device))
@@ -167,7 +167,7 @@ def assert_causal(
             missing, the window reaches into the future or is below 0, or
             nothing is forbidden, as for a single query at the last key.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_causal(scores.softmax(-1))
@@ -199,7 +199,7 @@ def assert_support(
         TypeError: As in `assert_masked`.
         ValueError: As there, but for a mask that permits every key.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_support(scores.softmax(-1), mask)
@@ -235,7 +235,7 @@ def assert_padding_masked(
             dimensions, there is not one length per batch entry, one is out of
             range, the side is unknown, or no batch entry has padding.
 
-    Example:
+    Examples:
         >>> mask = padding_mask([5, 3], key_len=5)
         >>> scores = torch.randn(2, 4, 6, 5).masked_fill(~mask, float("-inf"))
         >>> assert_padding_masked(scores.softmax(-1), [5, 3])

@@ -110,7 +110,9 @@ class Blocks:
             return None
         some, span, block = self._last
         inside = some.start <= min(numbers) and max(numbers) < some.stop
-        return block.seen if inside and span.start <= rows.start and rows.stop <= span.stop else None
+        return (
+            block.seen if inside and span.start <= rows.start and rows.stop <= span.stop else None
+        )
 
     def given(self, name: str, maps: Tensor) -> Tensor:
         """Return the mask or the bias of some maps, (maps or 1, rows or 1, keys or 1)."""
@@ -216,7 +218,7 @@ class Blocks:
         if call.documents is not None:
             queries, keys = (numbers.to(self._device) for numbers in call.documents)
             entries = range(some.start // call.heads, (some.stop - 1) // call.heads + 1)
-            seen = [torch.isin(keys[e], queries[e, span].unique()) for e in entries]
+            seen = [torch.isin(keys[e], queries[e, span]) for e in entries]
             yield torch.stack(seen).any(0)
 
     def _operands(self, some: slice) -> dict[str, Tensor]:
@@ -303,7 +305,7 @@ class Blocks:
             if (since := max(until_all, run.start)) < run.stop:
                 late = torch.arange(since, run.stop, device=scores.device) > stop
                 own[..., since - run.start :].masked_fill_(late, -math.inf)
-        return span.start + stand < 0 or span.stop - 1 + stand >= call.key_len
+        return not 0 <= span.start + stand <= span.stop + stand <= call.key_len
 
 
 def _stands(call: Call) -> tuple[int, int]:
@@ -340,8 +342,10 @@ def _from_the_first(block: Block, into: Tensor | None) -> Tensor:
         into[..., : runs[0].start] = 0
         return into[..., : runs[0].stop]
     whole = found.new_zeros(*found.shape[:-1], runs[-1].stop)
-    for run, part in zip(runs, found.split([r.stop - r.start for r in runs], -1), strict=True):
-        whole[..., run] = part
+    at = 0
+    for run in runs:
+        whole[..., run] = found[..., at : at + run.stop - run.start]
+        at += run.stop - run.start
     return whole
 
 
@@ -367,6 +371,4 @@ def _runs(shown: Tensor) -> list[slice]:
     starts, stops = ((steps == way).nonzero().flatten().tolist() for way in (1, -1))
     if len(starts) > _RUNS:
         starts, stops = starts[:1], stops[-1:]
-    return [
-        slice(a * _CELL, min(b * _CELL, size)) for a, b in zip(starts, stops, strict=True)
-    ]
+    return [slice(a * _CELL, min(b * _CELL, size)) for a, b in zip(starts, stops, strict=True)]

@@ -43,12 +43,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.parts import (
-    Part,
-    add,
-    parts_of,
-    rounded,
-)
+from pytest_attnheat.attention.parts import Part, add, parts_of, rounded
 from pytest_attnheat.attention.reference import masked_softmax
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.inputs import wide_dtype

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -232,7 +232,8 @@ class Study:
         Raises:
             ValueError: A name is unknown.
         """
-        block = right.subject if isinstance(right, AttentionSpec) and right.is_block else right
+        is_declared = isinstance(right, AttentionSpec) and right.is_block
+        block: Any = right.subject if is_declared else right  # type: ignore[union-attr]
         self.inside = _is_block(block) if inside is None else inside
         self.spec = _spec_inside(block) if self.inside else as_spec(right)
         self.seed, self._block = seed_number(seed), block
@@ -297,14 +298,20 @@ class Study:
         left = [v for v in ranked if v.status == "survived"]
         plants = {one.name: one for one in self.versions}
         effect = self.watched.effect
-        rounding = {v.dtype: max(w.rounding for w in left if w.dtype == v.dtype) for v in left}
+        # Of a block, that of the attention inside: which calls of itself lead to them is not known.
+        remedy = remedy_for(
+            self.spec,
+            [plants[v.name] for v in left],
+            [plants[v.name] for v in having("inactive")],
+            lambda version: Planted(self.spec, version, self._within.known),
+            {v.dtype: max(w.rounding for w in left if w.dtype == v.dtype) for v in left},
+            seed=self.seed,
+        )
         return Grade(
             self.spec.name, having("killed"), having("survived"), having("inactive"), trivial,
             set_aside=tuple(sorted(effect.set_aside.items())),
             never_exercised=never_exercised(self.spec, effect),
-            remedy=remedy_for(self.spec, [plants[v.name] for v in left],
-                              [plants[v.name] for v in having("inactive")], self.plant, rounding,
-                              seed=self.seed),
+            remedy=remedy if not self.inside else replace(remedy, code=""),
             calls=effect.calls, seed=self.seed,
         )  # fmt: skip
 

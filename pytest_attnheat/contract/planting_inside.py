@@ -152,17 +152,16 @@ class PlantedInside:
         With weights it calls no other function for its attention, without them it does.
         """
         run = multi_head_unasking()
-        wanted = {name: one for name, one in zip(_MULTI_HEAD, given, strict=False)} | {**named}
+        wanted = dict(zip(_MULTI_HEAD, given, strict=False)) | {**named}
         if not wanted.get("need_weights", True) or self._is_inside:
             with self._mode:
                 return run(**wanted)
         active, planted = self.effect.active, self._of(SDPA)
-        planted.keeps_weights, planted.weights = True, None
+        planted.keep_weights()
         with random_kept([wanted["query"].device]), self._mode:
             output, _ = run(**{**wanted, "need_weights": False, **_unhinted(wanted)})
         answer = run(**wanted)
-        is_backward = self.version is not None and self.version.kind == "backward"
-        if is_backward:
+        if self.version is not None and self.version.kind == "backward":
             return output, answer[1]
         if self.effect.active == active or planted.weights is None:
             return answer

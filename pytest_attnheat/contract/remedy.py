@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
+from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.backward import Saved
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.cases import as_dtype
@@ -60,7 +60,7 @@ class Remedy:
         left: The names of what they do not.
         exercised: By hard case, which inactive defects would be active on it.
         tolerance: By dtype, by which part of the largest number of a head rounding may move one.
-        code: Tests ready to paste; empty without calls.
+        code: Tests ready to paste; empty without calls, and of a block.
     """
 
     cases: tuple[str, ...] = ()
@@ -86,11 +86,15 @@ class Remedy:
                 "of them, or too coarsely. Rounding alone moves no number of these answers by more "
                 f"than this part of the largest of its head: {parts}"
             ]
-        if count := len(self.cases) + len(self.calls):
+        told = f"{len(self.killed)} of {len(self.killed) + len(self.left)} apart"
+        if (count := len(self.cases) + len(self.calls)) and not self.code:
             lines += [
-                f"{count} call{'s' * (count > 1)} would have told {len(self.killed)} of "
-                f"{len(self.killed) + len(self.left)} apart:\n\n{self.code}"
+                f"the attention inside, given hard cases, would have told {told}: "
+                f"{', '.join((*self.cases, *self.calls))}. "
+                "check_attention(AttentionSpec(block, inputs=...)) examines a block"
             ]
+        elif count:
+            lines += [f"{count} call{'s' * (count > 1)} would have told {told}:\n\n{self.code}"]
         if self.left:
             lines += [f"check_attention examines what is left: {', '.join(self.left)}"]
         return "\n".join(lines)
@@ -194,9 +198,10 @@ def remedy_for(
     large = [one for one in every if one not in small]
     chosen, left = list[_Asked](), list(survived)
     with one_thread():
-        for some in (lambda: small, lambda: large, lambda: [*_examined(spec, dtype, device, seed)]):
-            if left:
-                left = _greedy(left, plant, some(), chosen)
+        for some in (small, large):
+            left = _greedy(left, plant, some, chosen) if left else left
+        if left:
+            left = _greedy(left, plant, [*_examined(spec, dtype, device, seed)], chosen)
         exercised = _exercised(inactive, small)
     cases = tuple(one.name for one in chosen if one.examined is None)
     calls = tuple(one.name for one in chosen if one.examined is not None)

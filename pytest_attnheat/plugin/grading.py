@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Generator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,7 @@ from pytest_attnheat.plugin.settings import CHECKS_MARKER, GRADE_MARKER, MARKED,
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.effects import Effect
-    from pytest_attnheat.contract.grading import Study
-    from pytest_attnheat.contract.planting import Planted
+    from pytest_attnheat.contract.grading import AnyPlanted, Study
 
 NAME = "attnheat_grading"
 _HANDED_ON, _SHARE = "attnheat_grading", "attnheat_share"
@@ -130,12 +130,15 @@ class Grading:
     def _judge_all(self, session: pytest.Session) -> list[Found]:
         if self._error:
             return [{"target": ", ".join(self.settings.grade), "error": self._error}]
+        from pytest_attnheat.contract.probing import one_thread
+
         found = []
         for text in self._targets(session.items):
             target = find_target(self.config, text)
             # However the tests are ordered, they run as they are written here.
             items = sorted(_chosen(session.items, text), key=_place)
-            with quiet(session):
+            # Workers would take one another's cores.
+            with quiet(session), one_thread() if self._is_worker else nullcontext():
                 own = self._judge(session, target, items)
                 if own["is_empty"] and _is_a_function(target):
                     own = self._judge(session, replace(target, inside=False), items)
@@ -172,8 +175,8 @@ class Grading:
         return found
 
     def _callers(
-        self, session: pytest.Session, target: Target, watched: Planted, items: list[pytest.Item],
-        found: Found,
+        self, session: pytest.Session, target: Target, watched: AnyPlanted,
+        items: list[pytest.Item], found: Found,
     ) -> list[pytest.Item]:  # fmt: skip
         """Return the tests that pass with the right one and call it; say of others why not."""
         self._watched, self._calling = watched.effect, {}
@@ -206,8 +209,8 @@ class Grading:
         return callers
 
     def _control(
-        self, session: pytest.Session, target: Target, watched: Planted, items: list[pytest.Item],
-        found: Found,
+        self, session: pytest.Session, target: Target, watched: AnyPlanted,
+        items: list[pytest.Item], found: Found,
     ) -> float:  # fmt: skip
         """Run the right one as wrong versions will be run; return their time limit in seconds."""
         target.stand_in.version = watched
@@ -223,7 +226,7 @@ class Grading:
         return self.settings.time_limit + _TIMES * (time.monotonic() - start)
 
     def _rejected(
-        self, session: pytest.Session, target: Target, planted: Planted,
+        self, session: pytest.Session, target: Target, planted: AnyPlanted,
         items: Sequence[pytest.Item], limit: float,
     ) -> str | None:  # fmt: skip
         """Return which test fails with a version, and how; None if none does."""
@@ -245,7 +248,7 @@ class Grading:
             target.stand_in.version = None
         return None
 
-    def _note(self, study: Study, planted: Planted, rejected: str | None, found: Found) -> None:
+    def _note(self, study: Study, planted: AnyPlanted, rejected: str | None, found: Found) -> None:
         verdict = study.verdict(planted, rejected)
         if planted.effect.refused and verdict.status != "killed":
             found["unjudged"].append([verdict.name, next(iter(planted.effect.refused))])
@@ -267,12 +270,14 @@ class Grading:
                 self._calling.setdefault(fixturedef.argname, []).extend(refused)
 
     def _say(self, text: str, number: int, count: int) -> None:
+        if number % max(1, -(-count // _PROGRESS)) == 0:
+            self._write(f"{text}, version {number + 1} of {count}")
+
+    def _write(self, text: str) -> None:
         reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
-        often = max(1, -(-count // _PROGRESS))
-        if reporter is not None and number % often == 0 and self.config.option.verbose >= 0:
-            if number == 0:
-                reporter.ensure_newline()
-            reporter.write_line(f"attention grade: {text}, version {number + 1} of {count}")
+        if reporter is not None and self.config.option.verbose >= 0:
+            reporter.ensure_newline()
+            reporter.write_line(f"attention grade: {text}")
 
     # -- workers
 
@@ -294,19 +299,14 @@ class Grading:
         found, path = json.loads(text)
         sys.path += [folder for folder in path if folder not in sys.path]
         self._handed.append(found)
-        for one in found if self.config.option.verbose >= 0 else ():
-            reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
-            count = len(one.get("verdicts", ()))
-            reporter.ensure_newline()
-            reporter.write_line(
-                f"attention grade: {one['target']}, {count} of {one.get('versions', 0)} versions "
-                f"judged by {node.gateway.id}"
-            )
 
     def _gather(self, text: str, every: Sequence[Found]) -> Graded:
         """Make a grade of what all workers found."""
         from pytest_attnheat.contract.grading import Grade, Verdict
 
+        if sum(len(share.get("verdicts", ())) for share in every):
+            workers = f", judged by {len(every)} workers" if len(every) > 1 else ""
+            self._write(f"{text}{workers}; what would tell more apart is looked for")
         errors = [found["error"] for found in every if "error" in found]
         if errors:
             return Graded(text, error=errors[0])

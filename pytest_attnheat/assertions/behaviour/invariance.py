@@ -86,7 +86,7 @@ def assert_batch_independent(
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, there is only one sample, or the subject answers at random.
 
-    Example:
+    Examples:
         >>> assert_batch_independent(my_attention, query, key, value)
     """
     __tracebackhide__ = True
@@ -352,7 +352,7 @@ def assert_key_permutation_invariant(
         ValueError: Shapes do not fit, there is only one key, `is_causal` is
             given, or the subject answers at random.
 
-    Example:
+    Examples:
         >>> assert_key_permutation_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True
