@@ -119,3 +119,21 @@ def test_what_pyproject_claims_is_what_was_run():
         padded = f"{claimed[name]}.0.0".split(".")[:3]
         assert lowest[name].split(".")[:3] == padded, name
     assert f'requires-python = ">={records["lowest"]["python"].rpartition(".")[0]}"' in project
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "ended"),
+    [
+        ("== 1 failed, 2 passed, 3 skipped, 4 warnings in 65.20s (0:01:05) ==", 1,
+         "1 failed, 2 passed, 3 skipped, exit status 1"),
+        ("28 passed in 4.66s", 0, "28 passed"),
+        ("two lines\nof words", 0, "ran"),
+    ],
+)  # fmt: skip
+def test_a_record_says_how_a_command_ended(printed, status, ended):
+    script = [sys.executable, "-W", "ignore", ROOT / "benchmarks/environments.py", "name", "--"]
+    command = [sys.executable, "-c", f"print({printed!r}); raise SystemExit({status})"]
+    done = subprocess.run([*script, *command], capture_output=True, text=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, record["ended"]) == (status, ended)
+    assert record["versions"]["pytest"] == pytest.__version__
