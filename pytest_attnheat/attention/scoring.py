@@ -106,7 +106,7 @@ class _ParametricScore(nn.Module):
 def _parameter(stream: str, seed: int, *shape: int, fan_in: int) -> nn.Parameter:
     """A parameter of variance 1 / fan_in, in the default dtype and on the default device."""
     numbers = draw(stream, seed, *shape) / math.sqrt(fan_in)
-    return nn.Parameter(numbers.to(torch.get_default_device(), torch.get_default_dtype()))
+    return nn.Parameter(numbers.to(torch.empty(0).device, torch.get_default_dtype()))
 
 
 class AdditiveScore(_ParametricScore):
