@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.shards import Shards
 from pytest_attnheat.attention.storage import Storage
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 
@@ -67,6 +68,7 @@ class Call:
         rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
             "scores", "weights".
         stored: How keys and values are stored, by code that reads a cache; None for its own way.
+        shards: How the sequence lies on several ranks; None where it lies on one.
         upstream: The gradient of the output, (..., query_len, value_dim); None for no gradients.
     """
 
@@ -93,6 +95,7 @@ class Call:
     fully_masked: DeclaredFullyMasked = "zero"
     rounded: Mapping[str, torch.dtype] | None = None
     stored: Storage | None = None
+    shards: Shards | None = None
     upstream: Tensor | None = None
 
     @cached_property
@@ -163,16 +166,20 @@ class Call:
         grouped = self.key.shape[:-2] != self.query.shape[:-2]
         return {**given, "enable_gqa": True} if grouped else given
 
-    def positions(self, maps: Tensor, rows: slice, keys: Tensor | None = None) -> Positions:
+    def positions(
+        self, maps: Tensor, rows: slice | Tensor, keys: Tensor | None = None
+    ) -> Positions:
         """Return the positions of some queries of some maps, and of keys.
 
         Args:
             maps: Numbers of maps, counted through all leading dimensions.
-            rows: The queries.
+            rows: The queries: a slice, or their numbers.
             keys: The numbers of the keys; None for all.
         """
         device = maps.device
-        query = torch.arange(rows.start, rows.stop, device=device)[None, :, None]
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=device)
+        query = rows[None, :, None]
         keys = torch.arange(self.key_len, device=device) if keys is None else keys
         key = keys[None, None, :]
         batch, head = (maps // self.heads)[:, None, None], (maps % self.heads)[:, None, None]
@@ -216,7 +223,9 @@ class Call:
         """Return the positions of all queries of all maps."""
         return self.positions(torch.arange(self.maps, device=device), slice(0, self.query_len))
 
-    def permitted(self, maps: Tensor, rows: slice, keys: Tensor | None = None) -> Tensor | None:
+    def permitted(
+        self, maps: Tensor, rows: slice | Tensor, keys: Tensor | None = None
+    ) -> Tensor | None:
         """Return what the rules of positions permit, (maps, rows, keys) or broadcastable.
 
         The mask and the bias are not looked at. Arguments are those of `positions`.

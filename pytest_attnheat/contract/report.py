@@ -28,6 +28,7 @@ from pytest_attnheat.contract.running import (
     report_data,
     run_check,
 )
+from pytest_attnheat.contract.sharded import on_ranks
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import html_table
 from pytest_attnheat.inputs import misuse
@@ -106,13 +107,25 @@ class Report:
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
-        for name in dict.fromkeys(result.name for result in self.failed):
-            first = next(result for result in self.failed if result.name == name)
+        for alike in self._alike():
+            # What can be called again says most.
+            first = next((result for result in alike if result.replay), alike[0])
             said = [first.declaration] if first.declaration else []
-            found = self._inside[1].get(name, "") if not said else ""
+            found = self._inside[1].get(first.name, "") if not said else ""
             said += [first.message, *([f"  inside   {found}"] if found else [])]
-            lines += ["", f"{name} ({first.dtype}, {first.device})", *said]
+            names = ", ".join(result.name for result in alike)
+            lines += ["", f"{names} ({first.dtype}, {first.device})", *said]
         return lines
+
+    def _alike(self) -> list[list[Result]]:
+        """The first failure of each check; those whose subject raised the same thing together."""
+        firsts, groups = dict[str, Result](), dict[str, list[Result]]()
+        for result in self.failed:
+            firsts.setdefault(result.name, result)
+        for name, result in firsts.items():
+            raised = result.failure is None and result.reason.startswith("it raised")
+            groups.setdefault(result.reason if raised else name, []).append(result)
+        return list(groups.values())
 
     def __repr__(self) -> str:
         """Its first line: all of it is printed by `print`."""
@@ -191,6 +204,7 @@ def check_attention(
     replay: str | None = None,
     isolate: bool | None = None,
     time_limit: float = TIME_LIMIT,
+    ranks: int | None = None,
 ) -> Report:
     """Examine an implementation of attention.
 
@@ -206,7 +220,9 @@ def check_attention(
         replay: A call as a failure printed it, "sizes=1x2 causal=True": nothing else is judged.
         isolate: Whether the subject is called in a process of its own, so that a crash or a hang
             of it is a failure; by default, if it is compiled and can be.
-        time_limit: How long one call may take there, in seconds.
+        time_limit: How long one call may take there, or on ranks, in seconds.
+        ranks: On how many ranks the subject is called, each a process with `torch.distributed`, of
+            a specification that says `sharding`: gloo on a CPU, nccl on as many GPUs.
 
     Returns:
         The report. It raises nothing about the implementation.
@@ -214,9 +230,21 @@ def check_attention(
     Raises:
         TypeError: The subject is not callable, or a check is not one.
         ValueError: The name of an expected failure is not that of a check, `replay` is no call of
-            the subject, or it cannot be isolated.
+            the subject, or it cannot be isolated. It is sharded and `ranks` is not given, or it is
+            not.
     """
     spec = as_spec(subject)
+    if ranks is not None:
+        if isolate:
+            raise ValueError(misuse("isolate", "True beside ranks", "None: ranks are processes"))
+        spec, sharded = on_ranks(spec, ranks, time_limit)
+        with closing(sharded):
+            report = check_attention(
+                spec, quick=quick, checks=checks, expected_failures=expected_failures, seed=seed,
+                replay=replay, isolate=False,
+            )  # fmt: skip
+            _ = report.diagnosis  # made while there are ranks for it
+        return report
     expected = dict(expected_failures or {})
     asked = checks_of(spec, checks, quick=quick)
     if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:

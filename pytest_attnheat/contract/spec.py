@@ -13,6 +13,8 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
+from pytest_attnheat.attention.shards import Scheme, Shards
+from pytest_attnheat.attention.tolerance import merging_tolerance
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
@@ -120,6 +122,13 @@ class AttentionSpec:
             tensors are (batch, heads, length, width), that returns the output (batch, heads,
             query_len, value_dim), or that and more. What it takes besides the three tensors has
             to be typed; the text of a keyword then says no more than that it does.
+        sharding: How a sequence lies on several ranks, of a subject that is called on each of them
+            with its shards of query, key and value, and answers its own queries: `"ring"` and
+            `"ulysses"` (rank r holds the r-th chunk), `"zigzag"` (of twice as many chunks, the r-th
+            from the front and the r-th from the end) or `"striped"` (position p lies on rank
+            p % ranks). Its causality and its window are those of the whole sequence.
+            `check_attention(spec, ranks=)` examines it.
+        uneven: Whether the last of its shards may be shorter than the others.
     """
 
     subject: Callable[..., Any] | Trace | AttentionRecord
@@ -161,6 +170,8 @@ class AttentionSpec:
     memory: str | None = None
     like: str | Convention | None = None
     call: Callable[..., Any] | None = None
+    sharding: Scheme | Shards | None = None
+    uneven: bool = False
     # Itself: `replace` hands it on, and so tells what was typed from what was filled in.
     _made: AttentionSpec | None = field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -294,6 +305,8 @@ class AttentionSpec:
     @property
     def unmet(self) -> str:
         """What a call needs besides query, key, value and what is declared; empty if nothing."""
+        if isinstance(self.sharding, str):
+            return "it lies on several ranks: check_attention(spec, ranks=) starts them"
         if self.is_block or self.is_captured or self.call or self.convention:
             return ""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -332,9 +345,15 @@ class AttentionSpec:
         seen = (
             asking.by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
         )
-        given = {name: getattr(self, name) for name in _ALWAYS} | {"alibi": slopes, "may_see": seen}
+        given = {name: getattr(self, name) for name in _ALWAYS}
+        given |= {"alibi": slopes, "may_see": seen, "shards": self.sharding}
         return {name: value for name, value in given.items() if not isinstance(value, str | None)
                 or name in ("alignment", "fully_masked")}  # fmt: skip
+
+    def tolerance_in(self, dtype: torch.dtype) -> float:
+        """How far it may be off besides rounding, as a part of the largest number of a head."""
+        merged = isinstance(self.sharding, Shards) and self.sharding.ranks
+        return max(self.tolerance or 0.0, merging_tolerance(dtype, merged or 0))
 
     def described(self, call: Call) -> Call:
         """Return a call with what the subject always does, where the call does not say it."""

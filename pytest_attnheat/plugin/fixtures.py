@@ -15,7 +15,7 @@ import pytest
 
 from pytest_attnheat.inputs import dtype_name, misuse
 from pytest_attnheat.plugin import regressions
-from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test
+from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test, skip_absent
 
 if TYPE_CHECKING:
     import torch
@@ -159,6 +159,29 @@ def attention_regression(
     """
     with regressions.regression_of(request.node, regressions.AttentionRegression) as regression:
         yield regression
+
+
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Runs a function on several ranks: `ranks(4, body, *arguments)`, a process for each.
+
+    `torch.distributed` is ready there. It returns what each rank returned, and raises what one
+    raised first; a rank that dies ends all, and so does one that takes longer than `time_limit=`
+    seconds, by default `--attn-time-limit`. On a CPU they talk by gloo; `device="cuda"` gives each
+    a GPU, and nccl, and skips the test where there are not as many.
+    """
+
+    def run(count: int, body: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        __tracebackhide__ = True
+        from pytest_attnheat.contract.ranks import AbsentError, on_ranks
+
+        options = {"time_limit": request.config.stash[SETTINGS].time_limit, **options}
+        try:
+            return on_ranks(count, body, *arguments, **options)
+        except AbsentError as absent:
+            skip_absent(request.config, str(absent))
+
+    return run
 
 
 def _marked(node: pytest.Item) -> dict[str, Any]:

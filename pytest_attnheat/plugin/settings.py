@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 
@@ -232,6 +232,11 @@ def read_settings(config: pytest.Config) -> Settings:
     )
 
 
+def targets_of(config: pytest.Config) -> list[str]:
+    """Return what `--attn-check` and the ini setting of its name name."""
+    return [*config.getoption("attn_check"), *config.getini("attn_check")]
+
+
 def switched(config: pytest.Config, name: str) -> bool:
     """Whether an option is given, or else the ini setting of the same name says so."""
     given = config.getoption(name)
@@ -345,7 +350,12 @@ def device_of_test(config: pytest.Config, name: str) -> torch.device:
         number = _number_of(worker)
         return devices.resolve(name, worker=number, argument="attn_device")
     except LookupError as error:
-        absent = str(error)
+        skip_absent(config, str(error))
+
+
+def skip_absent(config: pytest.Config, absent: str) -> NoReturn:
+    """Skip a test whose device is absent, or fail it if that is set."""
+    __tracebackhide__ = True
     if config.stash[SETTINGS].require_device:
         pytest.fail(f"{absent}, and --attn-require-device is set", pytrace=False)
     pytest.skip(absent)
