@@ -487,8 +487,8 @@ class Transposed(Lazy):
         given = box if isinstance(box, tuple) else (box,)
         whole: list[Any] = [*given, *[slice(None)] * (self.ndim - len(given))]
         keys, queries = whole[-2:]
-        turned = (*whole[:-2], queries, keys)
-        found = self.mT[turned]
+        index = (*whole[:-2], queries, keys)
+        found = self.mT[index]
         both = isinstance(keys, slice) and isinstance(queries, slice)
         return found.mT if both else found
 

@@ -111,7 +111,9 @@ class Planted:
         if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
             raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
         if torch.is_autocast_enabled(output.device.type):  # it casts within the function
-            given = {n: getattr(reading.call, n).to(output.dtype) for n in ("query", "key", "value")}
+            given = {
+                n: getattr(reading.call, n).to(output.dtype) for n in ("query", "key", "value")
+            }
             reading = replace(reading, call=replace(reading.call, **given))
         found = reading.given.here(output.detach()).cpu().double()
         if found.shape != reading.call.shapes["output"]:
