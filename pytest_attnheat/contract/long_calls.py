@@ -82,15 +82,22 @@ def _run(examination: Examination) -> str:
     memory = free_bytes(examination.device)
     queries, keys = sizes_for(memory, square=declared.square, longest=declared.longest, width=width)
     if keys < _LEAST:
-        why = f"{readable(memory)} are free" if declared.longest is None else "it is declared for"
-        raise Skipped(f"{why}, which allows {keys} keys: other checks are as long")
+        if declared.longest is not None and declared.longest < _LEAST:
+            raise Skipped(f"it is declared for at most {declared.longest} queries and keys")
+        raise Skipped(f"{readable(memory)} of memory are free, which allows {keys} keys")
+    queries = 1 if declared.one_query else queries
+    space = replace(examination.space, declared=replace(declared, most_weights=2**62))
     few: dict[str, Any] = {"batch": 1} | ({"key_heads": 1} if declared.heads is None else {})
     aligned = declared.square or spec.causal == "bottom_right"
-    kinds = [{}, {"causal": True}] if spec.takes_causal and aligned else [{}]
-    for kind in kinds:
-        chosen = examination.choice(sizes=(queries, keys), gradients=NONE, **few, **kind)
-        _judge(examination, examination.drawn(chosen))
-    return f"{_ROWS} of {queries} queries were judged, of {keys} keys"
+    for causal in (False, True) if spec.takes_causal and aligned else (False,):
+        named = {"causal": True} if causal else {}
+        try:
+            chosen = space.choice(sizes=(queries, keys), gradients=NONE, **few, **named)
+        except ValueError as reason:
+            raise Skipped(str(reason)) from None
+        drawn = space.call(chosen, examination.dtype, examination.device)
+        _judge(examination, spec.described(drawn))
+    return f"{min(_ROWS, queries)} of {queries} queries were judged, of {keys} keys"
 
 
 def _judge(examination: Examination, call: Call) -> None:
