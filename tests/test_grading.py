@@ -615,6 +615,7 @@ def test_what_autocast_casts_within_the_function_is_read_as_it_is_cast():
     [
         (lambda: AttentionSpec(plain, call=lambda f, c: f(*c.tensors)), "call= says how a call"),
         (lambda: AttentionSpec(plain, reference=plain), "reference= computes something else"),
+        (lambda: AttentionSpec(plain, sharding="ring"), "it is called on several ranks"),
     ],
 )
 def test_a_target_whose_calls_cannot_be_read_is_refused(spec, reason):
