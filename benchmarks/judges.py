@@ -254,7 +254,8 @@ def result(one: Judged, found: Grade) -> dict[str, Any]:
         "trivial": [verdict.name for verdict in found.trivial if verdict.status == "survived"],
         "date": str(datetime.date.today()),
         "torch": torch.__version__,
-        "cure": [*remedy.cases, *remedy.calls],
+        "cases": remedy.cases,
+        "examined": remedy.calls,
         "left": remedy.left,
     }
 
@@ -268,12 +269,16 @@ def table(results: list[dict[str, Any]]) -> Iterator[str]:
         name = one["name"]
         if one["source"]:
             repository, commit, *paths = one["source"]
-            links = [f"https://github.com/{repository}/blob/{commit}/{path}" for path in paths]
-            name = f"[{name}]({links[0]})" + "".join(f" [+]({link})" for link in links[1:])
+            root = f"https://github.com/{repository}/blob/{commit}/"
+            links = [f"[{path.rpartition('/')[2]}]({root}{path})" for path in paths]
+            name += f": {', '.join(links)}"
         active, survived = one["killed"] + len(one["survived"]), len(one["survived"])
         trivial = ", ".join(f"`{name}`" for name in one["trivial"]) or "none"
-        cure = ", ".join(f"`{name}`" for name in one["cure"]) or "nothing to cure"
-        cure += f"; {len(one['left'])} left" * bool(one["left"])
+        calls = [f"`{name}`" for name in one["cases"]]
+        if count := len(one["examined"]):
+            calls += [f"{count} call{'s' * (count > 1)} of the examination"]
+        cure = ", ".join(calls) or ("nothing to cure" if not survived else "")
+        cure += f" ({len(one['left'])} left)" * bool(one["left"])
         cells = name, one["about"], one["date"], active, survived, trivial, cure
         yield f"| {' | '.join(map(str, cells))} |"
 
