@@ -1,5 +1,6 @@
 """A judge is graded by the defects that it lets through."""
 
+import copy
 import json
 import math
 import random
@@ -539,6 +540,20 @@ def test_blocks_of_transformers_are_graded(how):
     assert found.calls == 2  # one in each layer
     assert "scale_missing" in names(found.killed)
     assert found.refused == found.survived == ()
+
+
+def test_a_judge_may_copy_a_module_and_change_the_copy():
+    block = nn.MultiheadAttention(8, 2, batch_first=True)
+    right = copy.deepcopy(block)
+    inputs = torch.randn(2, 5, 8)
+
+    def judge(module):
+        other, expected = copy.deepcopy(module), copy.deepcopy(right)
+        for one in (other, expected):
+            nn.init.ones_(one.out_proj.weight)
+        torch.testing.assert_close(other(*[inputs] * 3), expected(*[inputs] * 3))
+
+    assert len(grade(judge, block, defects=["scale_missing"]).killed) == 1
 
 
 def test_a_block_that_does_its_attention_by_hand_is_refused():

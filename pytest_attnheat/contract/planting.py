@@ -8,6 +8,7 @@ gradients are those of autograd through that computation, or of a wrong backward
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import OrderedDict
@@ -94,6 +95,12 @@ class Planted:
         except Exception as error:  # whatever is not understood is refused, never charged
             self.effect.refused[f"{type(error).__name__}: {str(error).splitlines()[:1]}"] = None
         return answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planted:
+        """A part of a copy of its module; what is asked of either is noted once."""
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _target=copy.deepcopy(self._target, memo))
+        return own
 
     def keep_weights(self) -> None:
         """Keep the weights of which answers are made, for a target that returns none."""
