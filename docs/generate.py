@@ -231,6 +231,7 @@ MEASURED = {
     "captures": (("benchmarks/capture_table.py",), 0),
     "zoo": (("benchmarks/capture_zoo.py", "--table"), 0),
     "not right in the zoo": (("benchmarks/capture_zoo.py", "--table"), 1),
+    "judges": (("benchmarks/judges.py", "--table"), 0),
     "changed pictures": (("benchmarks/baseline_table.py",), 0),
     "versions of matplotlib": (("benchmarks/baseline_table.py",), 1),
 }

@@ -21,7 +21,6 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pytest_attnheat.attention.chunks import query_chunks
 from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
@@ -176,6 +175,8 @@ class AdditiveScore(_ParametricScore):
         chunks = query_chunks(query.shape[-2], hidden_bytes)
         if len(chunks) < 2:
             return self._combine(from_query, from_key)
+        from torch.utils.checkpoint import checkpoint  # torch 2.6 loads sympy for it
+
         scores = [
             checkpoint(self._combine, from_query[..., chunk, :], from_key, use_reentrant=False)
             for chunk in chunks

@@ -27,15 +27,10 @@ from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.outcomes import digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.contract.conventions.reading import SetAsideError, UnreadError
 from pytest_attnheat.contract.effects import Change, Effect, Known
 from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import (
-    Reading,
-    SetAsideError,
-    UnreadError,
-    read,
-    signature_of,
-)
+from pytest_attnheat.contract.reading_calls import Reading, read, signature_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
@@ -111,10 +106,9 @@ class Planted:
         if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
             raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
         if torch.is_autocast_enabled(output.device.type):  # it casts within the function
-            given = {
-                n: getattr(reading.call, n).to(output.dtype) for n in ("query", "key", "value")
-            }
-            reading = replace(reading, call=replace(reading.call, **given))
+            cast = [tensor.to(output.dtype) for tensor in reading.call.tensors]
+            call = replace(reading.call, query=cast[0], key=cast[1], value=cast[2])
+            reading = replace(reading, call=call)
         found = reading.given.here(output.detach()).cpu().double()
         if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
