@@ -19,7 +19,7 @@ from pytest_attnheat import (
     assert_matches_reference,
     hard_case,
 )
-from pytest_attnheat.assertions.precision_judgement import judge
+from pytest_attnheat.assertions.precision_elements import judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.parts import parts_of

@@ -401,6 +401,16 @@ def test_a_defect_of_a_block_is_found():
 # --- the report
 
 
+def test_what_every_check_raises_is_printed_once():
+    def broken(query, key, value, attn_mask=None, is_causal=False):
+        raise KeyError("no such head")
+
+    text = str(check_attention(AttentionSpec(broken, dtypes=ONE_DTYPE), quick=True))
+    assert text.count("it raised KeyError: 'no such head'") == 1
+    assert "\nshape_and_dtype, plain, masked, causal, " in text
+    assert text.count("check_attention(..., replay=") == 1
+
+
 def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     subject = attention_with("softmax_over_queries")
     spec = AttentionSpec(subject, name="mine", dtypes=("float32", "float64"))

@@ -268,6 +268,12 @@ def test_what_cannot_be_examined_is_a_usage_error(contract, target, message):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
 
 
+def test_a_usage_error_is_said_where_workers_collect(contract):
+    result = contract.runpytest("--attn-check=nowhere:attention", "-n", "1")
+    result.stderr.fnmatch_lines(["*--attn-check nowhere:attention: No module named 'nowhere'*"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
 def test_the_options_choose_dtypes_and_devices(contract):
     options = ("--attn-check=right:attention", "--collect-only", "-q")
     some = contract.runpytest(*options, "--attn-dtype=float16", "--attn-device=cpu")

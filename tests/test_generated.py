@@ -44,7 +44,7 @@ def rows(name):
 
 def test_every_defect_was_measured():
     if rows("defects") != [f"`{defect.name}`" for defect in PLANTED]:
-        raise AssertionError("docs/defects.md is stale: `python docs/generate.py defects`")
+        raise AssertionError("docs/measured.md is stale: `python docs/generate.py defects`")
 
 
 def test_a_new_check_makes_its_page_stale_and_is_written(monkeypatch):

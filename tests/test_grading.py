@@ -582,6 +582,34 @@ def test_calls_that_drop_weights_are_set_aside_and_the_others_graded():
     assert alone.refused == ("it drops weights at random",)
 
 
+def test_calls_without_elements_are_set_aside():
+    def judge(function):
+        assert function(*drawn(5, 7, batch=0)).shape == (0, 3, 5, 8)
+        torch.testing.assert_close(function(*drawn(5, 7)), plain(*drawn(5, 7)))
+
+    found = grade(judge, sdpa, defects=["scale_missing"])
+    assert names(found.killed) == {"scale_missing"}
+    assert found.set_aside == (("query has no elements", 1),)
+
+
+def test_a_target_that_writes_into_its_query_is_refused():
+    def target(query, key, value):
+        query *= 8**-0.5
+        return (query @ key.mT).softmax(-1) @ value
+
+    found = grade(lambda function: function(*drawn(5, 7)).any(), target)
+    assert found.refused == ("it writes into what it is given",)
+
+
+def test_what_autocast_casts_within_the_function_is_read_as_it_is_cast():
+    def judge(function):
+        tensors = drawn(5, 7, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(function(*tensors), sdpa(*tensors))
+
+    assert len(grade(judge, sdpa, defects=["scale_missing"]).killed) == 1
+
+
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [

@@ -2,16 +2,20 @@
 
 import math
 import os
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import pytest_attnheat as heat
 from pytest_attnheat import LazyWeights
 from pytest_attnheat.attention import blocks as blocks_module
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.heatmaps import maps
 
 LENGTHS = st.integers(1, 40)
 
@@ -226,8 +230,71 @@ def test_padding_and_output_are_judged_as_by_the_whole_tensor(case):
     value = draw("value", 1, *key.shape[:3], 3).to(lazy.dtype)
     output = lazy.dense().nan_to_num() @ value.repeat_interleave(lazy.shape[1] // key.shape[1], 1)
     for off in (0.0, 0.5):
-        given_, other = (
-            outcome(lambda w=w: heat.assert_reproduces_output(w, value, output + off))
-            for w in (lazy, lazy.dense())
+        check = partial(heat.assert_reproduces_output, value=value, output=output + off)
+        assert outcome(partial(check, lazy)) == outcome(partial(check, lazy.dense()))
+
+
+def drawn(figure):
+    figure.canvas.draw()
+    return np.asarray(figure.canvas.buffer_rgba())
+
+
+@pytest.mark.parametrize("held", [1 << 24, 0], ids=["held", "not held"])
+@pytest.mark.parametrize(
+    "declared",
+    [{}, {"causal": True}, {"causal": True, "window": (7, 0)}, {"window": (2, 9), "sink_keys": 3}],
+    ids=str,
+)
+def test_a_picture_and_its_sketch_are_those_of_the_whole_tensor(monkeypatch, held, declared):
+    monkeypatch.setattr(maps, "HELD", held)
+    query, key = (draw(name, 3, 2, 2, 90, 4).float() * 2 for name in ("query", "key"))
+    lazy = LazyWeights(query, key, **declared)
+    mask = None if lazy.mask is None else lazy.mask[()]
+    for size in ((2.5, 2.5), (1.6, 2.2)):
+        for own, dense in ((None, None), (lazy.mask, mask)):
+            one = heat.show_heatmaps(lazy, "Keys", "Queries", figsize=size, mask=own)
+            two = heat.show_heatmaps(lazy.dense(), "Keys", "Queries", figsize=size, mask=dense)
+            assert np.array_equal(drawn(one), drawn(two))
+            whole_one, whole_two = (figure.picture.shown.whole for figure in (one, two))
+            assert (whole_one is None) == (whole_two is None)
+            if whole_one is not None:
+                assert whole_one.masks == whole_two.masks
+                for side in ("rows", "columns"):
+                    a, b = (getattr(w.sketch, side) for w in (whole_one, whole_two))
+                    np.testing.assert_allclose(a.signed, b.signed, atol=1e-5)
+                    np.testing.assert_allclose(a.sums, b.sums, atol=1e-5)
+                    # Norms of columns are bounds, which hang on how many rows are read together.
+                    assert (np.abs(a.norms - b.norms) <= 0.3 * b.norms).all()
+
+
+@pytest.mark.parametrize("declared", [{}, {"causal": True, "window": (7, 0)}], ids=str)
+def test_attention_is_compared_as_that_of_a_record(declared):
+    query, key = (draw(name, 3, 1, 3, 50, 4).float() for name in ("query", "key"))
+    other = query.clone()
+    heat.assert_same_attention(
+        LazyWeights(query, key, **declared), LazyWeights(query, key, **declared)
+    )
+    other[0, 1, 20] += 1
+    with pytest.raises(
+        heat.Failure, match=r"1 of 3 maps moved(.|\n)*its head 1 moved(.|\n)*query 20"
+    ):
+        heat.assert_same_attention(
+            LazyWeights(other, key, **declared), LazyWeights(query, key, **declared)
         )
-        assert given_ == other
+
+
+def test_a_record_that_is_too_large_is_read_as_weights_that_never_exist():
+    query, key, value = (draw(name, 3, 1, 4, 20, 4).float() for name in ("query", "key", "value"))
+    with heat.capture_attention(max_bytes=10_000) as trace:
+        output = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+    (record,) = trace
+    small = replace(record, most_bytes=100)
+    with pytest.raises(heat.CaptureMemoryError):
+        small.weights  # noqa: B018
+    assert torch.equal(small.lazy_weights.dense(), record.weights)
+    for check in (heat.assert_causal, heat.assert_reproduces_output, heat.assert_row_stochastic):
+        check(small)
+    assert output.shape == value.shape
+    for one in (record, small):
+        with pytest.raises(heat.Failure, match=r"15 of 80 rows have an entropy below 1.2 nats"):
+            heat.assert_entropy(one, minimum=1.2)

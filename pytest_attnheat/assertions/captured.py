@@ -59,38 +59,42 @@ def takes_records(
     def on_each(*args: P.args, **kwargs: P.kwargs) -> None:
         __tracebackhide__ = True
         given = args[0] if args else kwargs.get("weights")
-        if any(map(is_placed, (*args, *kwargs.values()))):
-            named = {**dict(zip(accepted, args, strict=False)), **kwargs}
-            on_each(**{n: _where_it_lies(one, n, given) for n, one in named.items()})  # type: ignore[call-arg]
+        ask: Callable[..., None] = assertion
+        named: dict[str, Any] = {**dict(zip(accepted, args, strict=False)), **kwargs}
+        if any(map(is_placed, named.values())):
+            named = {name: _where_it_lies(one, name, given) for name, one in named.items()}
+            ask(**named)
             return
         if isinstance(given, LazyWeights):
-            named = {**dict(zip(accepted, args, strict=False)), **kwargs}
             arguments = _lazily(given, accepted, named, with_sinks=with_sinks)
             if needs_mask and arguments["mask"] is None:
                 got = f"{given!r} of which no mask is declared, so there is nothing to check"
-                accepted_ = "mask=..., True where a query may attend"
-                raise ValueError(misuse(assertion.__name__, got, accepted_))
-            assertion(**arguments)
+                wanted = "mask=..., True where a query may attend"
+                raise ValueError(misuse(assertion.__name__, got, wanted))
+            ask(**arguments)
             return
         if not isinstance(given, AttentionRecord | Trace):
             assertion(*args, **kwargs)
             return
-        named = {**dict(zip(accepted, args, strict=False)), **kwargs}
         records = [given] if isinstance(given, AttentionRecord) else list(given)
-        parts = [part for record in records for part in _parts(record, named)]
         asked, nothing = 0, None
-        for record in parts:
+        for record in records:
             _refuse_part(assertion.__name__, record, by_position=by_position)
             arguments = {**_known(record, accepted, named), **named}
             if needs_mask and arguments["mask"] is None:
                 continue
-            arguments["weights"] = _weights(record)
-            if with_sinks and record.sink_weights is not None:
+            large = _too_large(record)
+            arguments["weights"] = record.lazy_weights if large else _weights(record)
+            if large:
+                arguments = _lazily(
+                    arguments["weights"], accepted, arguments, with_sinks=with_sinks
+                )
+            elif with_sinks and record.sink_weights is not None:
                 arguments |= _with_sinks(arguments, record.sink_weights)
             elif record.mask_lost and arguments.get("mask") is None:
                 # Rows that hold nothing may be meant to: which, is not known.
                 arguments |= {"mask": arguments["weights"] != 0} if "mask" in accepted else {}
-            ask: Callable[..., None] = assertion
+            ask = assertion
             if of_some is not None and record.queries is not None:
                 ask = partial(of_some, queries=record.queries, query_len=record.shape[2])
             try:
@@ -134,15 +138,10 @@ def _lazily(
     return {**found, "mask": mask} if "mask" in accepted else found
 
 
-def _parts(record: AttentionRecord, named: dict[str, Any]) -> list[AttentionRecord]:
-    """The record, or each of its heads where the weights of all are too many to compute at once."""
-    mask = named.get("mask")
-    of_heads = mask is not None and mask.ndim > 2 and mask.shape[-3] > 1
+def _too_large(record: AttentionRecord) -> bool:
+    """Whether the weights are too many to be held at once: they are read a block at a time."""
     needed = math.prod(record.shape_here) * record.weights_dtype.itemsize
-    if record.kept_weights is not None or needed <= record.most_bytes or of_heads:
-        return [record]
-    heads = range(record.shape[1]) if record.heads is None else record.heads.tolist()
-    return [record.select(heads=[head]) for head in heads]
+    return record.kept_weights is None and needed > record.most_bytes
 
 
 def _refuse_part(name: str, record: AttentionRecord, *, by_position: bool) -> None:
@@ -161,7 +160,7 @@ def _known(
     """What a record tells an assertion that the caller did not."""
     known: dict[str, Any] = {}
     if "mask" in accepted and "mask" not in named:
-        known["mask"] = None if record.mask_lost else record.mask
+        known["mask"] = None if record.mask_lost else _mask(record)
     for name in ("value", "output"):
         if name not in accepted or name in named:
             continue
@@ -170,6 +169,10 @@ def _known(
             got = f"a record of {record.layer or '(no module)'} that did not keep it"
             raise ValueError(misuse(name, got, f'a capture with keep="inputs", or {name}='))
     return known
+
+
+def _mask(record: AttentionRecord) -> object:
+    return record.lazy_weights.mask if _too_large(record) else record.mask
 
 
 def _with_sinks(arguments: dict[str, Any], sink_weights: torch.Tensor) -> dict[str, Any]:

@@ -34,8 +34,8 @@ from pytest_attnheat.assertions.masking_causes import (
 )
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, Parts, blocks, elements
-from pytest_attnheat.attention.lazy import LazyMask, LazyWeights
-from pytest_attnheat.attention.placed import Placed
+from pytest_attnheat.attention.lazy import LazyMask, as_lazy
+from pytest_attnheat.attention.placed import as_placed
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
@@ -122,7 +122,7 @@ def _assert_causal(
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    if isinstance(operand, LazyWeights | Placed):
+    if as_lazy(operand) is not None or as_placed(operand) is not None:
         mask: Any = LazyMask.causal(operand.shape, rule.offset, rule.window, operand.device)
     else:
         mask = rule.rows(numbers.to(operand.device))

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
 from pytest_attnheat.assertions.scan import Block, blocks, mask_at
-from pytest_attnheat.attention.lazy import LazyBoxes, Transposed
-from pytest_attnheat.attention.placed import Placed
+from pytest_attnheat.attention.lazy import as_lazy
+from pytest_attnheat.attention.placed import as_placed
 from pytest_attnheat.failure import Failure, exponent
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
@@ -45,7 +45,7 @@ def failure(
     # All ranks would have to draw a map that lies on several.
     draw = (
         None
-        if isinstance(weights, Placed)
+        if as_placed(weights)
         else partial(
             _draw,
             # Of the map alone, so that a kept failure does not keep more than it needs.
@@ -139,10 +139,9 @@ def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:
 
 def _map_at(operand: Tensor, row: Index) -> Tensor:
     """Return the map that holds a row."""
-    if isinstance(operand, LazyBoxes | Transposed):
-        sizes = operand.shape[:-2]
-        own = [0 if size == 1 else at for size, at in zip(sizes, row, strict=False)]
-        return cast("Tensor", operand.map_at(own))
+    if (lazy := as_lazy(operand)) is not None:
+        sizes = zip(operand.shape[:-2], row, strict=False)
+        return cast("Tensor", lazy.map_at([0 if size == 1 else at for size, at in sizes]))
     box = (slice(i, i + 1) for i in row[:-1])
     part = mask_at(operand, (*box, slice(None), slice(None)))
     return part.detach().reshape(part.shape[-2:])

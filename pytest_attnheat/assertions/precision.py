@@ -6,8 +6,6 @@ that the caller gives are passed on, so `function(query, key, value)` will do.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,34 +16,18 @@ from pytest_attnheat.assertions.behaviour.reading import as_function
 from pytest_attnheat.assertions.precision_calls import (
     Criteria,
     Function,
-    Run,
     asking,
     called,
     check_by_differences,
-    check_call,
     check_criteria,
-    copies,
     described_call,
-    gradients,
-    handed,
-    run_once,
     runner,
     said,
 )
-from pytest_attnheat.assertions.precision_judgement import Context, Judgement, check, judge
-from pytest_attnheat.attention import computation
+from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.vocabulary import (
-    DECLARED_FULLY_MASKED,
-    HIDDEN_FROM,
-    DeclaredFullyMasked,
-)
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import misuse, one_of
-
-# Of a reference function given by the caller, only the size of its rows is known.
-_OWN_REFERENCE = 8.0
+from pytest_attnheat.attention.vocabulary import DECLARED_FULLY_MASKED, DeclaredFullyMasked
+from pytest_attnheat.inputs import misuse, one_of, positive
 
 
 def assert_matches_reference(
@@ -64,6 +46,7 @@ def assert_matches_reference(
     gradients: bool = True,
     training: bool = False,
     seed: int = 0,
+    rows: int | None = None,
     **arguments: Any,
 ) -> None:
     """Assert that a function is scaled dot-product attention, as exactly as its dtype allows.
@@ -106,6 +89,12 @@ def assert_matches_reference(
         gradients: Whether gradients are compared.
         training: Allow a subject that draws random numbers: each call starts from `seed`.
         seed: Seed of the gradient of the output, and of random numbers that the subject draws.
+        rows: How many rows are judged, about, of a call that is too long to be judged as a whole:
+            the first, the last, those beside blocks and beside 2^15 and 2^16, and others drawn
+            from `seed`. The function is called at its full length; the gradient of its output is
+            zero elsewhere, and the gradients of all keys and values are judged by the share of
+            these rows. It is called once more with values that count, so that keys that are lost
+            or read twice show, and are named. None for all rows.
         arguments: More options for the function, and for `reference`. Those that are fields of
             `Call` say what is to be computed besides: softcap, sinks, alibi, bias, score_mod,
             may_see, window, chunk, prefix, sink_keys, documents, lengths, alignment. They are
@@ -132,7 +121,7 @@ def assert_matches_reference(
         (function, reference),
         (query, key, value),
         given,
-        Criteria(factor, training, seed),
+        Criteria(factor, training, seed, rows=None if rows is None else positive("rows", rows)),
         fully_masked,
         gradients=gradients,
     )
@@ -153,6 +142,7 @@ def assert_gradients_match(
     factor: float = 2.0,
     training: bool = False,
     seed: int = 0,
+    rows: int | None = None,
     **arguments: Any,
 ) -> None:
     """Assert that the gradients of a function are those of scaled dot-product attention.
@@ -176,7 +166,7 @@ def assert_gradients_match(
         (function, reference),
         (query, key, value),
         given,
-        Criteria(factor, training, seed),
+        Criteria(factor, training, seed, rows=None if rows is None else positive("rows", rows)),
         fully_masked,
         output=False,
     )
@@ -217,206 +207,10 @@ def _compare(
             if reference is not None:
                 run_reference = runner(replace(subject, function=reference))
             shape = None if subject.mask is None else tuple(subject.mask.shape)
+        if criteria.rows is not None and reference is not None:
+            accepted = "None with rows=: these are judged by attention in float64"
+            raise ValueError(misuse("reference", "a function", accepted))
         judge_call(
             assertion, run, call, replace(criteria, reference=run_reference),
             names=names if gradients else [], code=function, output=output, mask_shape=shape,
         )  # fmt: skip
-
-
-def judge_call(
-    assertion: str,
-    run: Run,
-    call: Call,
-    criteria: Criteria,
-    *,
-    names: Sequence[str],
-    code: object,
-    output: bool = True,
-    mask_shape: tuple[int, ...] | None = None,
-    explain: bool = True,
-) -> None:
-    """Judge what a subject gives for a call, by attention in float64 or another reference.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        call: What it is asked, without the gradient of the output.
-        criteria: How it is judged.
-        names: The results whose gradients are judged: query, key, value, attn_mask, sinks.
-        code: The subject itself, whose modules and random state are left as they were.
-        output: Whether the output is judged.
-        mask_shape: The shape of the mask as the caller has it, which places are named by.
-        explain: Whether a failure looks for what was computed instead, which takes time.
-    """
-    __tracebackhide__ = True
-    check_call(call)
-    with torch.inference_mode(False), torch.enable_grad():
-        masked_rows = _masked_rows(call)
-        upstream = _upstream(call, criteria.seed, masked_rows) if names else None
-        call = replace(call, upstream=upstream)
-        found = run_once(run, call, names, code, training=criteria.training, seed=criteria.seed)
-        expected, plain = _expected(call, criteria, names, code)
-        if criteria.reference is not None:
-            _check_reference(expected, call, masked_rows)
-        judgements = [
-            _judge(name, found[name], expected, plain[name], call, criteria, masked_rows)
-            for name in ["output", *names]
-        ]
-        if mask_shape is not None:
-            judgements = [
-                replace(one, shape=mask_shape) if one.name == "attn_mask" else one
-                for one in judgements
-            ]
-        context = Context(
-            call=call,
-            unit=expected.unit,
-            fully_masked=masked_rows,
-            top_score=expected.top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=f"seed={criteria.seed}",
-            broken=[one.name for one in judgements if bool(one.broken.any())],
-            # Beside a reference of the caller's no mistake is known.
-            explain=explain and criteria.reference is None,
-            found=found,
-        )
-        check(assertion, judgements if output else judgements[1:], context)
-
-
-def _masked_rows(call: Call) -> Tensor:
-    """Which queries may attend to nothing, (..., query_len); a sink is something."""
-    shape = (*call.query.shape[:-1], call.key_len)
-    rows = ~call.visible().expand(shape).any(-1)
-    if call.sinks is None:
-        return rows
-    return rows & (call.sinks == -math.inf)[:, None].to(rows.device)
-
-
-def _upstream(call: Call, seed: int, masked_rows: Tensor) -> Tensor:
-    """The gradient of the output: Gaussian, in the dtype of the inputs.
-
-    Zero for a query without any key, unless its output is zero: what flows back from there
-    depends on how the mask is made, and is no property of attention. Zero also for a query whose
-    every key is forbidden by a finite number: its weights are rounding, which would excuse
-    any gradient of keys and values.
-    """
-    shape = (*call.query.shape[:-1], call.value.shape[-1])
-    drawn = draw("gradient of the output", seed, *shape).to(call.query)
-    without = torch.zeros_like(masked_rows)
-    if call.bias is not None:
-        scores = (*call.query.shape[:-1], call.key_len)
-        without = ~call.visible(HIDDEN_FROM).expand(scores).any(-1) & ~masked_rows
-    without = without if call.fully_masked == "zero" else without | masked_rows
-    return drawn.masked_fill(without.unsqueeze(-1), 0.0)
-
-
-def _expected(
-    call: Call, criteria: Criteria, names: Sequence[str], code: object
-) -> tuple[computation.Reference, dict[str, Tensor]]:
-    """The reference in float64, and what a plain computation gives."""
-    if criteria.reference is not None:
-        return _callers_reference(criteria.reference, call, names, code)
-    return computation.reference(call), computation.plain(call)
-
-
-def _callers_reference(
-    run: Run, call: Call, names: Sequence[str], code: object
-) -> tuple[computation.Reference, dict[str, Tensor]]:
-    """The caller's own reference, in float64 and in the dtype of the inputs."""
-
-    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
-        leaves = copies(call, names, dtype)
-        output = run(handed(call, leaves))
-        found = {"output": output.detach(), **gradients(output, leaves, call.upstream, names)}
-        return {
-            name: torch.zeros_like(leaves[name]).double() if tensor is None else tensor.double()
-            for name, tensor in found.items()
-        }
-
-    with borrowed((run, code), call.query, call.key, call.value):
-        exact, plain = compute(torch.float64), compute(call.query.dtype)
-    info = torch.finfo(call.query.dtype)
-    # Places without a number are refused, or not judged: they allow nothing.
-    scale = {
-        name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
-        .add(info.smallest_normal * info.eps)
-        .expand(tensor.shape)
-        .nan_to_num(nan=0.0)
-        for name, tensor in exact.items()
-    }
-    return computation.Reference(exact, scale, scale, info.eps / 2), plain
-
-
-def _check_reference(expected: computation.Reference, call: Call, masked_rows: Tensor) -> None:
-    """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
-    for name, exact in expected.exact.items():
-        bad = ~exact.isfinite()
-        if call.fully_masked in ("nan", "undefined"):
-            bad = bad & ~_excused(name, exact, masked_rows, call)
-        if bool(bad.any()):
-            place = ", ".join(map(str, bad.nonzero()[0].tolist()))
-            whose = "output" if name == "output" else f"gradient of {name}"
-            got = f"{float(exact[bad][0])} in its {whose} at [{place}] in float64"
-            accepted = "a function that gives finite numbers where they are compared with"
-            if name == "output" and not bool((bad & ~masked_rows.unsqueeze(-1)).any()):
-                accepted += (
-                    " (there, a query may attend to no key, and "
-                    f'fully_masked="{call.fully_masked}" is declared; if NaN is meant, '
-                    'fully_masked="nan")'
-                )
-            raise ValueError(misuse("reference", got, accepted))
-
-
-def _excused(name: str, exact: Tensor, masked_rows: Tensor, call: Call) -> Tensor:
-    """Where a query that may attend to nothing, and is not zero, may leave NaN."""
-    if name in ("output", "query"):
-        return masked_rows.unsqueeze(-1).expand(exact.shape)
-    # NaN of such a row spreads to all keys of its map, as 0 * NaN.
-    return _touched(exact, masked_rows, call)
-
-
-def _judge(
-    name: str,
-    found: Tensor | None,
-    expected: computation.Reference,
-    plain: Tensor,
-    call: Call,
-    criteria: Criteria,
-    masked_rows: Tensor,
-) -> Judgement:
-    """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""
-    exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
-    judged = torch.ones_like(exact, dtype=torch.bool)
-    rows = masked_rows.unsqueeze(-1)
-    if call.fully_masked in ("nan", "undefined"):
-        if name in ("output", "query"):
-            keep = name == "output" and call.fully_masked == "nan"
-            judged = judged if keep else judged & ~rows
-            exact = exact.masked_fill(rows, math.nan) if keep else exact
-        else:
-            unknown = exact.isnan() if found is None else found.isnan() | exact.isnan()
-            judged = ~(unknown & _excused(name, exact, masked_rows, call))
-    elif call.fully_masked == "zero" and name == "output":
-        scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
-    return judge(
-        name,
-        found,
-        exact,
-        plain,
-        scale,
-        least,
-        factor=criteria.factor,
-        tolerance=criteria.tolerance,
-        dtype=call.query.dtype,
-        judged=judged,
-    )
-
-
-def _touched(gradient: Tensor, masked_rows: Tensor, call: Call) -> Tensor:
-    """Which maps of a gradient of keys, values or mask have a query without any key."""
-    maps = masked_rows.any(-1)
-    if gradient.shape[:-2] == maps.shape:
-        return maps[..., None, None]
-    if call.group > 1 and gradient.shape[:-2] == call.key.shape[:-2]:
-        return maps.reshape(*call.key.shape[:-2], call.group).any(-1)[..., None, None]
-    return maps.any()

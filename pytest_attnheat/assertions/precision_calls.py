@@ -61,6 +61,7 @@ class Criteria:
         seed: That seed, and that of the gradient of the output.
         reference: What is compared with in place of attention; None for attention.
         tolerance: What is allowed anyway, as a part of the largest number of a map.
+        rows: How many rows are judged, about; None for all.
     """
 
     factor: float = 2.0
@@ -68,6 +69,7 @@ class Criteria:
     seed: int = 0
     reference: Run | None = None
     tolerance: float = 0.0
+    rows: int | None = None
 
 
 def check_criteria(criteria: Criteria) -> None:

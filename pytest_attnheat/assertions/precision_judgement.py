@@ -1,18 +1,4 @@
-"""When a number is as near to its reference as its dtype allows, and what to say when it is not.
-
-The rule is that of the best kernel suites (FlashAttention's tests): the error of the subject,
-measured against float64, may be `factor` times the error of a plain computation in the same
-dtype. They take the largest error of a whole tensor, behind which a small row hides. Here each
-element is judged by its own natural scale (see `pytest_attnheat.attention.computation`)::
-
-    |subject - reference|  <=  factor * max(plain * scale, least)
-
-where `plain` is the largest error of the plain computation, in units of the scale, within the
-same map. The scale is the error when every step is rounded once and all errors point the same
-way, so `plain` is about 0.2 and rarely above 1: with TF32, for instance. `least` is for small
-maps, in which the plain computation may happen to be exact. With `factor` 2 each step of the
-subject may be rounded twice.
-"""
+"""What to say of numbers that are not as near to their reference as their dtype allows."""
 
 from __future__ import annotations
 
@@ -24,12 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.assertions.precision_elements import Judgement
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.backward import likely_backward_mistake, names_of
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.mistakes import likely_mistake
-from pytest_attnheat.failure import Checked, Failure, Place, number_text
+from pytest_attnheat.failure import Failure, Place, number_text
 from pytest_attnheat.heatmaps.terminal import map_name
 from pytest_attnheat.inputs import dtype_name
 
@@ -37,51 +24,6 @@ from pytest_attnheat.inputs import dtype_name
 RIGHT = "the output is right"
 # A constant factor needs some elements that bear witness to it.
 _WITNESSES = 8
-
-
-@dataclass(frozen=True)
-class Judgement:
-    """One tensor of a subject, beside its reference. All but `judged` are (..., length, width).
-
-    Attributes:
-        name: "output", or the input whose gradient it is.
-        found: What the subject gave, in float64.
-        exact: What it should be; NaN where NaN is declared.
-        plain: What a plain computation gave, in float64.
-        scale: The natural scale.
-        allowed: How far each element may be off.
-        judged: Where it is judged, boolean.
-        dtype: The dtype that the subject gave it in.
-        shape: Its shape, which may have fewer than two dimensions.
-        missing: Whether the subject gave none, which counts as zeros.
-    """
-
-    name: str
-    found: Tensor
-    exact: Tensor
-    plain: Tensor
-    scale: Tensor
-    allowed: Tensor
-    judged: Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    missing: bool
-
-    @property
-    def error(self) -> Tensor:
-        """How far each element is off; inf where it is NaN or inf and should not be."""
-        same = (self.found == self.exact) | (self.found.isnan() & self.exact.isnan())
-        # A gradient beyond the range of the dtype is rightly inf.
-        largest = torch.finfo(self.dtype).max
-        beyond = self.exact.abs() + self.allowed >= largest
-        same |= beyond & (self.found == self.exact.sign() * math.inf)
-        error = (self.found - self.exact).abs().nan_to_num(nan=math.inf)
-        return error.masked_fill(same | ~self.judged, 0.0)
-
-    @property
-    def broken(self) -> Tensor:
-        """Where it is off by more than is allowed."""
-        return ~(self.error <= self.allowed)
 
 
 @dataclass(frozen=True)
@@ -123,54 +65,6 @@ class Context:
         return "output" not in self.broken
 
 
-def judge(
-    name: str,
-    found: Tensor | None,
-    exact: Tensor,
-    plain: Tensor,
-    scale: Tensor,
-    least: Tensor,
-    *,
-    factor: float,
-    dtype: torch.dtype,
-    judged: Tensor,
-    tolerance: float = 0.0,
-) -> Judgement:
-    """Lay a tensor of the subject beside its reference; None counts as zeros.
-
-    Where scale and least are 0 the tensor must be exact; elsewhere it may be off by `tolerance`, as
-    a part of the largest number of its matrix. It may have fewer than two dimensions,
-    as a mask (key_len,): it is judged as a matrix, and named as it is.
-    """
-    shape = tuple(exact.shape)
-    exact, plain, scale, least, judged = (
-        _as_matrices(tensor) for tensor in (exact, plain, scale, least, judged)
-    )
-    off = ((plain - exact).abs() / scale).nan_to_num(nan=0.0, posinf=0.0)
-    # Where the plain computation overflows, it says nothing about rounding.
-    usual = off.masked_fill(~judged, 0.0).amax((-2, -1), keepdim=True)
-    allowed = factor * torch.maximum(usual * scale, least)
-    if tolerance:
-        anyway = tolerance * exact.nan_to_num(nan=0.0).abs().amax((-2, -1), keepdim=True)
-        allowed = torch.where(scale + least > 0, torch.maximum(allowed, anyway), allowed)
-    return Judgement(
-        name=name,
-        found=torch.zeros_like(exact) if found is None else _as_matrices(found.detach()).to(exact),
-        exact=exact,
-        plain=plain,
-        scale=scale,
-        allowed=allowed,
-        judged=judged,
-        dtype=dtype if found is None else found.dtype,
-        shape=shape,
-        missing=found is None,
-    )
-
-
-def _as_matrices(tensor: Tensor) -> Tensor:
-    return tensor.reshape((1,) * max(0, 2 - tensor.ndim) + tuple(tensor.shape))
-
-
 def check(assertion: str, judgements: Sequence[Judgement], context: Context) -> None:
     """Raise a failure about the first tensor that breaks the rule."""
     __tracebackhide__ = True
@@ -194,7 +88,7 @@ def _failure(assertion: str, broken: list[Judgement], context: Context) -> Failu
             else _place(one, first, _value_at(one, first, context))
         ),
         cause=cause,
-        tensor=Checked.of(one.found.to(one.dtype).reshape(one.shape)),
+        tensor=one.checked,
         tolerance=float(one.allowed[worst]),
         repeat=context.repeat,
     )
@@ -266,7 +160,7 @@ def _compared(one: Judgement, place: tuple[int, ...], context: Context) -> str:
 
 def _own_index(one: Judgement, place: tuple[int, ...]) -> tuple[int, ...]:
     """A place in the tensor as the subject has it, which may have fewer than two dimensions."""
-    return place[len(place) - len(one.shape) :]
+    return one.given(place)[len(place) - len(one.shape) :]
 
 
 def _index(one: Judgement, place: tuple[int, ...]) -> str:
@@ -338,7 +232,7 @@ def _overflow(one: Judgement, context: Context) -> str | None:
     text = (
         f"{int(bad.sum())} elements are NaN or infinite, in {int(rows.sum())} of "
         f"{rows.numel()} rows, from {one.name}{'.grad' * (one.name != 'output')}"
-        f"[{', '.join(map(str, first))}, :] on"
+        f"[{', '.join(map(str, one.given(first)))}, :] on"
     )
     maps = context.fully_masked.any(-1)
     if one.name != "output" and bool(maps.any()):

@@ -183,7 +183,8 @@ def _split(tensor: Tensor, dim: int, inner: int) -> Tensor:
     """Return a view in which a dimension is two, the second of size `inner`."""
     if tensor.shape[dim] % inner:
         raise _MisfitError
-    return tensor.unflatten(dim, (-1, inner))
+    found: Tensor = tensor.unflatten(dim, (-1, inner))  # type: ignore[no-untyped-call]
+    return found
 
 
 def gather(operand: Tensor, index: tuple[slice, ...], numbers: Tensor, dim: int) -> Tensor:

@@ -10,16 +10,16 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, Generic, Literal, TypeAlias, TypeVar, cast
+from typing import Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.blocks import shared
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.lazy import LazyBoxes, LazyMask, LazyWeights, Transposed, merged
-from pytest_attnheat.attention.placed import Own, Placed
-from pytest_attnheat.inputs import InBoxes, wide_dtype
+from pytest_attnheat.attention.lazy import LazyMask, Transposed, as_lazy, merged
+from pytest_attnheat.attention.placed import Placed, as_own, as_placed
+from pytest_attnheat.inputs import wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
 _BYTES = 2**20
@@ -102,9 +102,10 @@ def rows_and_columns_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: f
 def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | None:
     """Return whether all rows pass, as a scalar on their device; None if they must be read."""
     key_len, size = weights.shape[-1], weights.dtype.itemsize
-    if isinstance(weights, Transposed | Placed) or key_len > _BYTES_ON_CPU // 8:
+    lazy = as_lazy(weights)
+    if isinstance(lazy, Transposed) or as_placed(weights) or key_len > _BYTES_ON_CPU // 8:
         return None  # a row must fit into a piece
-    if isinstance(weights, Tensor) and weights.is_neg():
+    if lazy is None and weights.is_neg():
         return None  # the sign is kept apart from the bits
     on_cpu = weights.device.type == "cpu"
     # On a CPU, summing half precision into float32 directly takes ten times as long as converting
@@ -115,7 +116,8 @@ def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | Non
     for rows in _boxes(weights, _ROWS, budget // max(size, 4)):
         totals: Tensor | None = None
         for keys in _runs(weights, rows):
-            piece = weights[(*rows, keys)]
+            index = (*rows, keys)
+            piece = weights[index]
             # The sign bit makes an integer of the same width negative, and integers are compared
             # faster than floats. NaN and infinity need no look of their own: they show in the sum.
             sound &= piece.view(_SIGNED[size]).amin() >= 0
@@ -132,26 +134,24 @@ def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | Non
 
 def _boxes(weights: Tensor, most_rows: int, most_elements: int) -> Iterator[tuple[slice, ...]]:
     """Yield all rows in order, in boxes of bounded size: of what is not held, as it is computed."""
-    if isinstance(weights, LazyWeights | Transposed | Own):
-        return weights.boxes(most_rows, most_elements)
+    if (held := as_lazy(weights) or as_own(weights)) is not None:
+        return held.boxes(most_rows, most_elements)
     return pieces(weights.shape[:-1], max(1, min(most_rows, most_elements // weights.shape[-1])))
 
 
 def _runs(operand: Tensor, rows: tuple[slice, ...]) -> list[slice]:
     """Return the keys of some rows of weights, or of a mask, that may hold anything; some key."""
-    if isinstance(operand, Own):
-        return [operand.keys]
-    if not isinstance(operand, LazyBoxes | Transposed):
-        return [slice(0, operand.shape[-1])]
-    return operand.runs(_own(operand, rows)) or [slice(0, 1)]
+    lazy = as_lazy(operand) or as_own(operand)
+    whole = [slice(0, operand.shape[-1])]
+    return whole if lazy is None else lazy.runs(_own(operand, rows)) or [slice(0, 1)]
 
 
 def holds_nothing(weights: Tensor, index: tuple[slice, ...]) -> bool:
     """Tell whether it is known, without a look, that a box of weights is zero."""
-    if not isinstance(weights, LazyBoxes):
+    if (lazy := as_lazy(weights)) is None:
         return False
     *rows, keys = _own(weights, index)
-    runs = weights.runs(tuple(rows))
+    runs = lazy.runs(tuple(rows))
     return all(run.stop <= keys.start or keys.stop <= run.start for run in runs)
 
 
@@ -169,17 +169,19 @@ class Block:
         self.device = weights.device
         self._weights = weights
         self._mask = mask
+        lazy = as_lazy(mask)
+        self._lazy_mask = lazy if isinstance(lazy, LazyMask) else None
         self._wide = wide_dtype(weights.dtype)
         sizes = zip(weights.shape, index, strict=False)
         self.shape = tuple(len(range(size)[span]) for size, span in sizes)
         self._step = max(1, _piece_elements(weights) // math.prod(self.shape))
         self._runs = _runs(weights, index)
         self._seen = None if mask is None else _runs(mask, index)
-        if mask is not None and isinstance(weights, Transposed | Own):
+        if mask is not None and (isinstance(as_lazy(weights), Transposed) or as_own(weights)):
             self._seen = self._runs  # a block of rows at a time, or the keys that lie here
         # How many keys of each row are known to be zero, and are not read.
         self.hidden = self.key_len - sum(run.stop - run.start for run in self._runs)
-        self._own = weights if isinstance(weights, Own) else None
+        self._own = as_own(weights)
         if self._own is not None:  # other ranks read them
             self.hidden = 0
 
@@ -194,8 +196,8 @@ class Block:
         runs = self._runs if where in ("weights", "masked") or self._seen is None else self._seen
         if where == "either" and runs is not self._runs:
             runs = merged([*self._runs, *runs])
-        if where == "masked" and isinstance(self._mask, LazyMask):
-            hidden = self._mask.hides(_own(self._mask, self.index))
+        if where == "masked" and self._lazy_mask is not None:
+            hidden = self._lazy_mask.hides(self.index)
             runs = [both for one in runs for two in hidden if (both := shared(one, two))]
         for run in runs or [slice(self._runs[0].start, self._runs[0].start + 1)]:
             for keys in spans(run.stop - run.start, self._step):
@@ -231,8 +233,8 @@ class Block:
         The last ones are kept, for what is measured next.
         """
         if self._last is None or self._last[0] != keys:
-            found = self._weights[(*self.index, keys)].to(self._wide)
-            self._last = keys, found
+            index = (*self.index, keys)
+            self._last = keys, self._weights[index].to(self._wide)
         return self._last[1]
 
     _last: tuple[slice, Tensor] | None = None
@@ -263,7 +265,7 @@ class Block:
     def numbers(self) -> Tensor:
         """How many weights of each row are not NaN."""
         read = self.reduce(lambda part: (part.values == part.values).sum(-1), torch.add)
-        return read + self.hidden
+        return read.add(self.hidden)
 
     @cached_property
     def entropy(self) -> Tensor:
@@ -292,9 +294,7 @@ class Block:
     @cached_property
     def _counts(self) -> Tensor | None:
         """How many keys each row may attend to, where the mask tells without a look."""
-        if not isinstance(self._mask, LazyMask):
-            return None
-        found = self._mask.counts(self.index)
+        found = None if self._lazy_mask is None else self._lazy_mask.counts(self.index)
         return None if found is None else found.expand(self.shape)
 
     @cached_property
@@ -409,10 +409,9 @@ class Parts(Generic[P]):
 
 def blocks(weights: Tensor, mask: Tensor | None) -> Parts[Block]:
     """Return all rows, in blocks of bounded size."""
-    placed: Any = weights if isinstance(weights, Placed) else None
-    here, seen = weights if placed is None else placed.own, mask
-    if isinstance(mask, Placed):
-        seen = cast(Tensor, mask.own)
+    placed, its_mask = as_placed(weights), as_placed(mask)
+    here = weights if placed is None else cast(Tensor, placed.own)
+    seen = mask if its_mask is None else cast(Tensor, its_mask.own)
 
     def make() -> Iterator[Block]:
         for rows in _boxes(here, _BLOCK_ROWS, _piece_elements(weights)):
@@ -427,7 +426,7 @@ def elements(weights: Tensor, mask: Tensor | None) -> Parts[Elements]:
 
     def make() -> Iterator[Elements]:
         for block in rows:
-            if isinstance(weights, InBoxes) and rows.placed is None:
+            if as_lazy(weights) is not None:
                 yield block.whole()
             else:
                 yield from block.elements()

@@ -218,7 +218,7 @@ class Blocks:
         if call.documents is not None:
             queries, keys = (numbers.to(self._device) for numbers in call.documents)
             entries = range(some.start // call.heads, (some.stop - 1) // call.heads + 1)
-            seen = [torch.isin(keys[e], queries[e, span].unique()) for e in entries]
+            seen = [torch.isin(keys[e], queries[e, span]) for e in entries]
             yield torch.stack(seen).any(0)
 
     def _operands(self, some: slice) -> dict[str, Tensor]:
@@ -305,7 +305,7 @@ class Blocks:
             if (since := max(until_all, run.start)) < run.stop:
                 late = torch.arange(since, run.stop, device=scores.device) > stop
                 own[..., since - run.start :].masked_fill_(late, -math.inf)
-        return span.start + stand < 0 or span.stop - 1 + stand >= call.key_len
+        return not 0 <= span.start + stand <= span.stop + stand <= call.key_len
 
 
 def _stands(call: Call) -> tuple[int, int]:
@@ -342,8 +342,10 @@ def _from_the_first(block: Block, into: Tensor | None) -> Tensor:
         into[..., : runs[0].start] = 0
         return into[..., : runs[0].stop]
     whole = found.new_zeros(*found.shape[:-1], runs[-1].stop)
-    for run, part in zip(runs, found.split([r.stop - r.start for r in runs], -1), strict=True):
-        whole[..., run] = part
+    at = 0
+    for run in runs:
+        whole[..., run] = found[..., at : at + run.stop - run.start]
+        at += run.stop - run.start
     return whole
 
 

@@ -166,16 +166,20 @@ class Call:
         grouped = self.key.shape[:-2] != self.query.shape[:-2]
         return {**given, "enable_gqa": True} if grouped else given
 
-    def positions(self, maps: Tensor, rows: slice, keys: Tensor | None = None) -> Positions:
+    def positions(
+        self, maps: Tensor, rows: slice | Tensor, keys: Tensor | None = None
+    ) -> Positions:
         """Return the positions of some queries of some maps, and of keys.
 
         Args:
             maps: Numbers of maps, counted through all leading dimensions.
-            rows: The queries.
+            rows: The queries: a slice, or their numbers.
             keys: The numbers of the keys; None for all.
         """
         device = maps.device
-        query = torch.arange(rows.start, rows.stop, device=device)[None, :, None]
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, device=device)
+        query = rows[None, :, None]
         keys = torch.arange(self.key_len, device=device) if keys is None else keys
         key = keys[None, None, :]
         batch, head = (maps // self.heads)[:, None, None], (maps % self.heads)[:, None, None]
@@ -219,7 +223,9 @@ class Call:
         """Return the positions of all queries of all maps."""
         return self.positions(torch.arange(self.maps, device=device), slice(0, self.query_len))
 
-    def permitted(self, maps: Tensor, rows: slice, keys: Tensor | None = None) -> Tensor | None:
+    def permitted(
+        self, maps: Tensor, rows: slice | Tensor, keys: Tensor | None = None
+    ) -> Tensor | None:
         """Return what the rules of positions permit, (maps, rows, keys) or broadcastable.
 
         The mask and the bias are not looked at. Arguments are those of `positions`.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import Block, Blocks, Tiles
+from pytest_attnheat.attention.blocks import Block, Blocks, Tiles, shared
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.chunks import pieces, spans
 from pytest_attnheat.attention.parts import own_rows
@@ -37,7 +37,37 @@ _NEIGHBOURS = 16
 Box = tuple[slice, ...]
 
 
-class LazyBoxes(InBoxes):
+class Lazy(InBoxes):
+    """What is computed when it is read, and which of it need not be."""
+
+    def runs(self, box: Box) -> list[slice]:
+        """Return the keys of some rows that may hold anything, as runs in order.
+
+        Args:
+            box: The rows: a slice for each dimension but the last.
+        """
+        raise NotImplementedError
+
+    def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
+        """Yield the rows in order, in boxes that each lie in one block: no row is computed twice.
+
+        Args:
+            most_rows: The most rows of a box.
+            most_elements: The most weights of it that may be anything but zero; or it is one row.
+        """
+        raise NotImplementedError
+
+    def map_at(self, place: Sequence[int]) -> Lazy:
+        """Return one map, of its two last dimensions alone."""
+        raise NotImplementedError
+
+
+def as_lazy(operand: object) -> Lazy | None:
+    """Return what is computed when it is read; None for a tensor."""
+    return operand if isinstance(operand, Lazy) else None
+
+
+class LazyBoxes(Lazy):
     """Some maps of a call, of which boxes are computed when they are read.
 
     Attributes:
@@ -67,24 +97,12 @@ class LazyBoxes(InBoxes):
         """Return a box of slices, one for each dimension."""
         raise NotImplementedError
 
-    def runs(self, box: Box) -> list[slice]:
-        """Return the keys of some rows that may hold anything, as runs in order.
-
-        Args:
-            box: The rows: a slice for each dimension but the last.
-        """
-        raise NotImplementedError
-
     def seen(self, numbers: Sequence[int], rows: slice) -> list[slice]:
         """Return the keys that some rows of some maps may see, as runs in order."""
         found: list[slice] = []
         for some in _neighbours(numbers):
             found += self.blocks.seen(some, rows)
         return merged(found)
-
-    def map_at(self, place: Sequence[int]) -> LazyBoxes:
-        """Return one map, (queries, keys)."""
-        raise NotImplementedError
 
     @property
     def mT(self) -> Transposed:  # noqa: N802 (as of a tensor)
@@ -238,7 +256,7 @@ class LazyWeights(LazyBoxes):
 
     def unflatten(self, dim: int, sizes: Sequence[int]) -> LazyWeights:
         """Return the same with a leading dimension, counted from the end, as two."""
-        return self._like(self.numbers.unflatten(dim + 2, tuple(sizes)))
+        return self._like(torch.unflatten(self.numbers, dim + 2, tuple(sizes)))
 
     def unsqueeze(self, dim: int) -> LazyWeights:
         """Return the same with one leading dimension more, of size 1."""
@@ -286,22 +304,23 @@ class LazyWeights(LazyBoxes):
 
     def _keys(self, block: Block, maps: slice, rows: slice, keys: slice) -> Tensor:
         """Some keys of some rows of a block: a view where no other key is among them."""
-        at = 0
-        found = block.weights[maps, rows]
-        key_len, made = self.blocks.call.key_len, None
+        found, made, at = block.weights[maps, rows], None, 0
         for run in block.seen:
-            if run.start <= keys.start and keys.stop <= run.stop:
-                return found[..., at + keys.start - run.start : at + keys.stop - run.start]
+            if (both := shared(run, keys)) is not None:
+                first = at - run.start
+                part = found[..., first + both.start : first + both.stop]
+                if both == keys:
+                    return part
+                made = (
+                    found.new_zeros(*part.shape[:-1], keys.stop - keys.start)
+                    if made is None
+                    else made
+                )
+                made[..., both.start - keys.start : both.stop - keys.start] = part
             at += run.stop - run.start
-        made = found.new_zeros(*found.shape[:-1], keys.stop - keys.start)
-        at = 0
-        for run in block.seen:
-            start, stop = max(run.start, keys.start), min(run.stop, keys.stop)
-            if start < stop:
-                part = found[..., at + start - run.start : at + stop - run.start]
-                made[..., start - keys.start : stop - keys.start] = part
-            at += run.stop - run.start
-        if self.with_sink and block.sink is not None and keys.stop > key_len:
+        if made is None:
+            made = found.new_zeros(*found.shape[:-1], keys.stop - keys.start)
+        if block.sink is not None and keys.stop > self.blocks.call.key_len:
             made[..., -1:] = block.sink[maps, rows]
         return made
 
@@ -315,12 +334,7 @@ class LazyWeights(LazyBoxes):
         return [*found, slice(key_len, key_len + 1)] if self.with_sink else found
 
     def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
-        """Yield the rows in order, in boxes that each lie in one block: no row is computed twice.
-
-        Args:
-            most_rows: The most rows of a box.
-            most_elements: The most weights of it that may be anything but zero; or it is one row.
-        """
+        """Yield the rows in order, in boxes that each lie in one block."""
         lead = self.numbers.shape
         alike = lead == self.blocks.call.query.shape[:-2]
         together = self.blocks.maps[0].stop if alike else 1
@@ -338,6 +352,27 @@ class LazyWeights(LazyBoxes):
                         continue
                     for rows in spans(part.stop - part.start, max(1, height // some)):
                         yield (*group, slice(part.start + rows.start, part.start + rows.stop))
+
+    @property
+    def rows(self) -> list[slice]:
+        """The rows of each map that are read, as runs in order."""
+        return [slice(0, self.shape[-2])] if self.sampled is None else self.sampled
+
+    def parts(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
+        """Yield all weights once: some maps, some rows, (maps, rows, keys), and the first key.
+
+        Maps are counted through all leading dimensions. Keys that are left out weigh nothing. Each
+        part can be reduced where it is computed, and what it comes to added to the others'.
+        """
+        lead = len(self.shape) - 2
+        flat = torch.arange(self.numbers.numel()).view(self.numbers.shape)
+        for box in self.boxes(2**31, 2**31):
+            group = box[:lead]
+            maps = flat[group].flatten()
+            runs = self.runs(box) or [slice(0, 1)]
+            index = (*box, slice(runs[0].start, runs[-1].stop))
+            found = self[index].flatten(0, -3) if lead else self[index][None]
+            yield slice(int(maps[0]), int(maps[-1]) + 1), box[-1], found, runs[0].start
 
     def _apart(self, group: Box, part: slice, height: int) -> Iterator[Box]:
         """Boxes of a group of maps that are too many for one, in order."""
@@ -383,6 +418,11 @@ class LazyMask(LazyBoxes):
         """Return one map, (queries, keys)."""
         own = tuple(0 if self._alike else at for at in place)
         return LazyMask(self.blocks, self.numbers[own], self.shape[-2:], with_sink=self._with_sink)
+
+    def unsqueeze(self, dim: int) -> LazyMask:
+        """Return the same with one leading dimension more, of size 1."""
+        numbers, shape = self.numbers.unsqueeze(dim), self.shape[-2:]
+        return LazyMask(self.blocks, numbers, shape, with_sink=self._with_sink)
 
     def expand(self, shape: Sequence[int]) -> LazyMask:
         """Return itself: who reads a box of it broadcasts that."""
@@ -430,7 +470,7 @@ class LazyMask(LazyBoxes):
         return [*found, slice(key_len, key_len + 1)] if self._with_sink else found
 
 
-class Transposed(InBoxes):
+class Transposed(Lazy):
     """Weights, or their mask, with queries and keys in each other's place.
 
     A block of it has all columns of a map, and is read a block of rows at a time: each is computed
@@ -445,14 +485,16 @@ class Transposed(InBoxes):
     def __getitem__(self, box: Any) -> Tensor:
         """Return a box, of slices and whole numbers; the rest is whole."""
         given = box if isinstance(box, tuple) else (box,)
-        *lead, keys, queries = (*given, *[slice(None)] * (self.ndim - len(given)))
-        found = self.mT[(*lead, queries, keys)]
+        whole: list[Any] = [*given, *[slice(None)] * (self.ndim - len(given))]
+        keys, queries = whole[-2:]
+        index = (*whole[:-2], queries, keys)
+        found = self.mT[index]
         both = isinstance(keys, slice) and isinstance(queries, slice)
         return found.mT if both else found
 
     def map_at(self, place: Sequence[int]) -> Transposed:
         """Return one map, (keys, queries)."""
-        return Transposed(self.mT.map_at(place))
+        return Transposed(cast("LazyBoxes", self.mT.map_at(place)))
 
     def runs(self, box: Box) -> list[slice]:
         """Return the rows of each block."""

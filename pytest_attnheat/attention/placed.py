@@ -52,7 +52,7 @@ class Placed(InBoxes):
             raise TypeError(misuse(name, f"a DTensor placed as {tensor.placements}", _ACCEPTED))
         tensor = _with_keys_everywhere(tensor.detach())
         self._tensor, self._name, self._mesh = tensor, name, tensor.device_mesh
-        self.local = tensor.to_local()
+        self.local: Tensor = tensor.to_local()
         if self.local.dtype != torch.bool:
             _check_floats(self.local, tensor.shape, name)
         self.shape, self.dtype, self.device = tensor.shape, self.local.dtype, self.local.device
@@ -146,10 +146,9 @@ class Own(InBoxes):
         own = zip(box, self.placed.offset, strict=True)
         return self.placed.local[tuple(slice(s.start - at, s.stop - at) for s, at in own)]
 
-    @property
-    def keys(self) -> slice:
-        """The keys that lie here."""
-        return slice(*self.placed._spans()[-1])
+    def runs(self, box: Box) -> list[slice]:
+        """Return the keys of some rows that lie here, as one run."""
+        return [slice(*self.placed._spans()[-1])]
 
     def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
         """Yield the rows that lie here, or a part of them; alike on ranks that have the others."""
@@ -159,6 +158,16 @@ class Own(InBoxes):
         for box in pieces(self.placed.local.shape[:-1], limit):
             offsets = zip(box, self.placed.offset, strict=False)
             yield tuple(slice(span.start + at, span.stop + at) for span, at in offsets)
+
+
+def as_placed(given: object) -> Placed | None:
+    """Return what lies on several ranks as what it is; None for a tensor."""
+    return given if isinstance(given, Placed) else None
+
+
+def as_own(given: object) -> Own | None:
+    """Return what lies here of it as what it is; None for a tensor."""
+    return given if isinstance(given, Own) else None
 
 
 _OPERATIONS: dict[Callable[..., Tensor], Any] = {

@@ -133,7 +133,12 @@ class Sketcher:
         self._own = threading.local()
 
     def add(
-        self, maps: slice, rows: slice, part: Array, largest: npt.NDArray[Any] | None = None
+        self,
+        maps: slice,
+        rows: slice,
+        part: Array,
+        largest: npt.NDArray[Any] | None = None,
+        key: int = 0,
     ) -> None:
         """Add some rows of some maps, (maps, rows, keys); the last keys may be left out.
 
@@ -144,12 +149,18 @@ class Sketcher:
             largest: (maps, keys), of an array without anything below zero or infinite, what no
                 weight of each column exceeds, if known: then norms of columns are at least what
                 they are, as the square root of this times the sum, which takes no time.
+            key: The number of the first key; those before it may be left out.
         """
-        for found in self.numbers(maps, rows, part, largest):
+        for found in self.numbers(maps, rows, part, largest, key):
             self.take(*found)
 
     def numbers(
-        self, maps: slice, rows: slice, part: Array, largest: npt.NDArray[Any] | None = None
+        self,
+        maps: slice,
+        rows: slice,
+        part: Array,
+        largest: npt.NDArray[Any] | None = None,
+        key: int = 0,
     ) -> list[Found]:
         """Return what `add` adds, for `take`: several threads may ask for it at once."""
         first, top = maps.start or 0, rows.start or 0
@@ -158,11 +169,11 @@ class Sketcher:
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
             here = slice(top + r.start, top + r.stop)
             among = slice(first + m.start, first + m.stop)
-            block = exact(part[m, r, k])
-            found = self._numbers(block, here, k, None if largest is None else largest[m, k])
+            block, there = exact(part[m, r, k]), slice(key + k.start, key + k.stop)
+            found = self._numbers(block, here, there, None if largest is None else largest[m, k])
             if not (found[0][2] < HIDDEN_FROM**2).all():
-                found = self._numbers(_cleaned(block), here, k)
-            every.append((among, here, k, found))
+                found = self._numbers(_cleaned(block), here, there)
+            every.append((among, here, there, found))
         return every
 
     def take(

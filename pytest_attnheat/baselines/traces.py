@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pytest_attnheat.attention.lazy import LazyWeights
 from pytest_attnheat.attention.sketch import (
     Numbers,
     Sketch,
@@ -83,8 +84,10 @@ def layers_of(trace: object) -> list[Layer]:
     """
     if isinstance(trace, AttentionRecord):
         return [_layer_of(trace)]
+    if isinstance(trace, LazyWeights):
+        return [_layer_of_lazy(trace)]
     if not isinstance(trace, Trace):
-        accepted = "what capture_attention returns, or a record of it"
+        accepted = "what capture_attention returns, a record of it, or LazyWeights"
         raise TypeError(misuse("trace", type(trace).__name__, accepted))
     if not len(trace):
         raise ValueError(misuse("trace", "no attention", "one or more records"))
@@ -128,6 +131,29 @@ def _layer_of(record: AttentionRecord) -> Layer:
     )
 
 
+def _layer_of_lazy(weights: LazyWeights) -> Layer:
+    """Sketch weights that are never held, in one pass; of rows that were drawn, these alone."""
+    if weights.ndim != 4:
+        got = f"shape {tuple(weights.shape)}"
+        raise ValueError(misuse("trace", got, "(batch, heads, query_len, key_len)"))
+    batch, heads, queries, keys = weights.shape
+    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
+    drawn = np.concatenate([np.arange(rows.start, rows.stop) for rows in weights.rows])
+    with apart():
+        for maps, rows, part, first in weights.parts():
+            here = torch.arange(rows.start, rows.stop) + keys - queries - first
+            sketcher.add(maps, rows, part, key=first)
+            found = _statistics(part, here, first).cpu().double()
+            totals[maps] += found.sum(1).numpy()
+    dtype = dtype_name(weights.blocks.call.query)
+    numbers = None if weights.sampled is None else tuple(drawn.tolist())
+    counts = totals / len(drawn)
+    shape = (batch, heads, queries, keys)
+    return Layer(
+        "weights", shape, dtype, sketcher.sketch(), counts[:, :5], counts[:, 5], None, numbers
+    )
+
+
 def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
     """Queries that may attend to nothing, (maps, queries): what they show is left open."""
     mask = None if record.mask_lost else record.mask
@@ -137,11 +163,18 @@ def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
     return empty.expand(record.shape_here[:3]).flatten(0, 1) if bool(empty.any()) else None
 
 
-def _statistics(part: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
-    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each."""
+def _statistics(part: torch.Tensor, itself: torch.Tensor, first: int = 0) -> torch.Tensor:
+    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each.
+
+    Keys are counted from `first`.
+    """
     wide = part.to(wide_dtype(part.dtype))
     logarithms = wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
-    found = [-(logarithms * wide).sum(-1), wide.amax(-1), wide[..., 0]]
+    found = [
+        -(logarithms * wide).sum(-1),
+        wide.amax(-1),
+        wide[..., 0] if first == 0 else wide.new_zeros(wide.shape[:-1]),
+    ]
     for key in (itself - 1, itself):
         key = key.to(wide.device)
         inside = (key >= 0) & (key < wide.shape[-1])
@@ -157,8 +190,8 @@ def _statistics(part: torch.Tensor, itself: torch.Tensor) -> torch.Tensor:
 
 
 def assert_same_attention(
-    trace: Trace | AttentionRecord,
-    other: Trace | AttentionRecord,
+    trace: Trace | AttentionRecord | LazyWeights,
+    other: Trace | AttentionRecord | LazyWeights,
     *,
     tolerance: float | None = None,
     precision: str | Sequence[str] = (),
@@ -170,7 +203,7 @@ def assert_same_attention(
     order.
 
     Args:
-        trace: What `capture_attention` returned, or one record of it.
+        trace: What `capture_attention` returned, one record of it, or `LazyWeights`.
         other: What it returned of the other run: what "was" in the message. A query that may attend
             to nothing is left out, since implementations give it different things.
         tolerance: By what part of itself a weight may differ; by default what follows from dtypes,
@@ -253,6 +286,9 @@ def compare_layers(
     if len(expected) != len(actual):
         return Failure(caller, _missing(*names))
     for one, other in zip(expected, actual, strict=True):
+        if one.queries != other.queries and "weights" in (one.name, other.name):
+            got = "rows of one that were not drawn of the other"
+            raise ValueError(misuse("trace, other", got, "both with the same rows= and seed="))
         if one.shape != other.shape:
             claim = f"{other.name}: the shape changed from {one.shape} to {other.shape}"
             return Failure(caller, claim, layer=other.name)

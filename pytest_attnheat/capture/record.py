@@ -10,9 +10,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.blocks import weights as weights_of
 from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.blocks import weights as weights_of
+from pytest_attnheat.attention.lazy import LazyWeights
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import Alignment, both, permits
 from pytest_attnheat.callables import apart
@@ -24,6 +25,7 @@ from pytest_attnheat.capture.selection import (
     chosen,
     float_dtype,
     listed,
+    taken,
     within,
 )
 from pytest_attnheat.inputs import dtype_name, misuse, readable, wide_dtype
@@ -156,6 +158,15 @@ class AttentionRecord:
             CaptureMemoryError: They would take more than the capture's `max_bytes`.
         """
         return self.compute_weights(self.weights_dtype)
+
+    @property
+    def lazy_weights(self) -> LazyWeights:
+        """The same, read a block of rows at a time and never held; see `LazyWeights`.
+
+        Raises:
+            ValueError: It is not known well enough as a call.
+        """
+        return LazyWeights.of_call(self.as_call(), self.weights_dtype)
 
     @property
     def mask(self) -> Tensor | None:
@@ -353,8 +364,8 @@ class AttentionRecord:
         return replace(
             self.of_rows(1, here),
             heads=numbers,
-            key=_taken(self.key, 1, here // self.group),
-            value=_taken(self.value, 1, here // sharing(self, self.value)),
+            key=taken(self.key, 1, here // self.group),
+            value=taken(self.value, 1, here // sharing(self, self.value)),
         )
 
     def of_rows(self, dim: int, here: Tensor) -> AttentionRecord:
@@ -365,10 +376,10 @@ class AttentionRecord:
             statistics = Statistics(*(part.index_select(dim, here) for part in parts))
         names = ("query", "output", "given_mask", "bias", "sink_weights", "kept_weights")
         kept: dict[str, Any] = {
-            name: _taken(getattr(self, name), dim, here, broadcast=name in ("given_mask", "bias"))
+            name: taken(getattr(self, name), dim, here, broadcast=name in ("given_mask", "bias"))
             for name in names
         }
-        sinks = self.sinks if dim == 2 else _taken(self.sinks, 0, here)
+        sinks = self.sinks if dim == 2 else taken(self.sinks, 0, here)
         return replace(self, **kept, sinks=sinks, statistics=statistics)
 
 
@@ -440,11 +451,3 @@ def name_of(record: AttentionRecord) -> str:
 def sharing(record: AttentionRecord, keys: Tensor | None) -> int:
     """Return how many query heads share one head of keys, or of values; 1 where there are none."""
     return 1 if keys is None else record.shape_here[1] // max(keys.shape[1], 1) or 1
-
-
-def _taken(
-    tensor: Tensor | None, dim: int, numbers: Tensor, *, broadcast: bool = False
-) -> Tensor | None:
-    if tensor is None or (broadcast and tensor.shape[dim] == 1):
-        return tensor
-    return tensor.index_select(dim, numbers.to(tensor.device))

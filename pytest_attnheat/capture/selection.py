@@ -94,3 +94,12 @@ def listed(record: AttentionRecord) -> tuple[str, str, str, str]:
         residual += f"  > {record.tolerance:.0e}!"
     source += f", some {record.part}" if record.part else ""
     return record.layer, source, str(record.shape_here), residual
+
+
+def taken(
+    tensor: Tensor | None, dim: int, numbers: Tensor, *, broadcast: bool = False
+) -> Tensor | None:
+    """Take some of a dimension; where `broadcast`, a size of 1 stands for all."""
+    if tensor is None or (broadcast and tensor.shape[dim] == 1):
+        return tensor
+    return tensor.index_select(dim, numbers.to(tensor.device))

@@ -11,7 +11,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_judgement import judge
+from pytest_attnheat.assertions.precision_elements import judge
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.mistakes import MOST_ALLOWED
 from pytest_attnheat.attention.outcomes import Expected, Outcomes

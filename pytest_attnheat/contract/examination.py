@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
-from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, Run
+from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.levels import (

@@ -18,6 +18,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from pytest_attnheat.attention.backward import Saved, carried_back, off_by
 from pytest_attnheat.attention.call import Call
@@ -29,8 +30,8 @@ from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.effects import Change, Effect, Known
 from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.reading_calls import (
-    DrawnError,
     Reading,
+    SetAsideError,
     UnreadError,
     read,
     signature_of,
@@ -80,13 +81,18 @@ class Planted:
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Answer a call: as the target does, or with the defect where it shows."""
+        before = _written(given, named)
         answer = self._target(*given, **named)
         self.effect.calls += 1
         try:
+            if _written(given, named) != before:
+                raise UnreadError("it writes into what it is given")
+            if any(is_functorch_wrapped_tensor(t) for t in given if isinstance(t, Tensor)):
+                raise UnreadError("it ran inside of torch.func (vmap, grad ...)")
             mode = torch.inference_mode(False) if _plain(given, named) else torch.no_grad()
             with mode, one_thread():
                 return self._answer(answer, read(self.spec, given, named))
-        except DrawnError as error:
+        except SetAsideError as error:
             self.effect.set_aside[str(error)] += 1
         except UnreadError as error:
             self.effect.refused[str(error)] = None
@@ -104,6 +110,11 @@ class Planted:
             raise UnreadError(f"it returns no tensor, but {type(output).__name__}")
         if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
             raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
+        if torch.is_autocast_enabled(output.device.type):  # it casts within the function
+            given = {
+                n: getattr(reading.call, n).to(output.dtype) for n in ("query", "key", "value")
+            }
+            reading = replace(reading, call=replace(reading.call, **given))
         found = reading.given.here(output.detach()).cpu().double()
         if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
@@ -279,6 +290,12 @@ class _Reached(torch.autograd.Function):
 def _plain(given: Sequence[Any], named: dict[str, Any]) -> bool:
     """Whether no tensor is of inference mode, out of which autograd cannot lead."""
     return not any(isinstance(t, Tensor) and t.is_inference() for t in (*given, *named.values()))
+
+
+def _written(given: Sequence[Any], named: Mapping[str, Any]) -> list[int]:
+    """How often each tensor that is given was written into."""
+    tensors = [one for one in (*given, *named.values()) if isinstance(one, Tensor)]
+    return [one._version for one in tensors if not one.is_inference()]
 
 
 def _attached(case: Case, reading: Reading) -> Case:

@@ -38,11 +38,8 @@ class UnreadError(Exception):
     """A call cannot be read, for the reason that it says."""
 
 
-class DrawnError(UnreadError):
-    """A call draws at random, so that nothing says what its answer is to be."""
-
-    def __init__(self) -> None:
-        super().__init__("it drops weights at random")
+class SetAsideError(UnreadError):
+    """A call in which no defect can be told: it draws at random, or has nothing to attend to."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,7 +156,7 @@ def _tensor(arguments: Arguments, name: str | None = None) -> Tensor:
     if not isinstance(tensor, Tensor):
         raise UnreadError(f"{name} is no tensor, but {type(tensor).__name__}")
     if tensor.numel() == 0:
-        raise UnreadError(f"{name} has no elements")
+        raise SetAsideError(f"{name} has no elements")
     return tensor
 
 
@@ -271,7 +268,7 @@ def _transformers(spec: AttentionSpec, arguments: Arguments) -> Given:
     query, key, value = (_tensor(arguments, name) for name in ("query", "key", "value"))
     features: dict[str, Any] = {}
     if arguments.pop("dropout", 0.0):
-        raise DrawnError
+        raise SetAsideError("it drops weights at random")
     if (scaling := arguments.pop("scaling", None)) is not None:
         features["scale"] = float(scaling)
     if (mask := arguments.get("attention_mask")) is not None:
@@ -360,7 +357,7 @@ def _features(spec: AttentionSpec, arguments: Arguments) -> dict[str, Any]:
     found: dict[str, Any] = {}
     dropout = spec.dropout if isinstance(spec.dropout, str) else "dropout_p"
     if arguments.pop(dropout, 0.0):
-        raise DrawnError
+        raise SetAsideError("it drops weights at random")
     if spec.takes_causal and arguments.pop(spec.causal_argument, False):
         found["causal"] = True
     if spec.mask is not None and (mask := arguments.pop(spec.mask_argument, None)) is not None:

@@ -9,8 +9,8 @@ from functools import cached_property
 
 import torch
 
-from pytest_attnheat.assertions.precision import judge_call
 from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
+from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.backward import Saved
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.cases import as_dtype

@@ -107,13 +107,25 @@ class Report:
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
-        for name in dict.fromkeys(result.name for result in self.failed):
-            first = next(result for result in self.failed if result.name == name)
+        for alike in self._alike():
+            # What can be called again says most.
+            first = next((result for result in alike if result.replay), alike[0])
             said = [first.declaration] if first.declaration else []
-            found = self._inside[1].get(name, "") if not said else ""
+            found = self._inside[1].get(first.name, "") if not said else ""
             said += [first.message, *([f"  inside   {found}"] if found else [])]
-            lines += ["", f"{name} ({first.dtype}, {first.device})", *said]
+            names = ", ".join(result.name for result in alike)
+            lines += ["", f"{names} ({first.dtype}, {first.device})", *said]
         return lines
+
+    def _alike(self) -> list[list[Result]]:
+        """The first failure of each check; those whose subject raised the same thing together."""
+        firsts, groups = dict[str, Result](), dict[str, list[Result]]()
+        for result in self.failed:
+            firsts.setdefault(result.name, result)
+        for name, result in firsts.items():
+            raised = result.failure is None and result.reason.startswith("it raised")
+            groups.setdefault(result.reason if raised else name, []).append(result)
+        return list(groups.values())
 
     def __repr__(self) -> str:
         """Its first line: all of it is printed by `print`."""

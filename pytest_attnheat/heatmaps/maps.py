@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.inputs import dtype_name, misuse
+from pytest_attnheat.inputs import InBoxes, dtype_name, misuse
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Floats: TypeAlias = npt.NDArray[np.float32]
@@ -31,6 +31,8 @@ _ACCEPTED = (
 
 # A weight that is below zero by no more than this share of the largest one is so by rounding.
 _ROUNDING = 0.01
+# Maps of so many elements are held by their picture.
+HELD = 1 << 24
 # Reducing works through at most this many elements at a time where it needs a copy of them.
 _CHUNK = 1 << 22
 
@@ -93,6 +95,13 @@ def is_tensor(value: object) -> bool:
     return torch is not None and isinstance(value, torch.Tensor)
 
 
+def at(rows: Array, index: int) -> Array:
+    """Return one row of maps, or of their mask: what is not held is not read."""
+    if not isinstance(rows, InBoxes):
+        return rows[index]
+    return rows.map_at((index if rows.shape[0] > 1 else 0,))  # type: ignore[attr-defined]
+
+
 def read_maps(matrices: object, mask: object = None) -> Maps:
     """Check what a user gave and view it as a grid of maps."""
     rows = _rows(matrices)
@@ -122,7 +131,9 @@ def _rows(matrices: object) -> list[Array]:
         got = f"shape {tuple(array.shape)}, in which there is nothing to show"
         raise ValueError(_refused(got))
     if array.ndim == 4:
-        return [array[index] for index in range(array.shape[0])]
+        return [at(array, index) for index in range(array.shape[0])]
+    if isinstance(array, InBoxes):
+        return [array if array.ndim == 3 else array.unsqueeze(0)]  # type: ignore[attr-defined]
     return [array if array.ndim == 3 else array[None]]
 
 
@@ -177,6 +188,8 @@ def _stack(maps: Sequence[object]) -> Array:
 
 def _number_array(value: object) -> Array:
     """Return the value as a real array or detached dense tensor, or say what is wrong with it."""
+    if isinstance(value, InBoxes):
+        return value[()] if math.prod(value.shape) <= HELD else value
     if is_tensor(value):
         return _number_tensor(value)
     if isinstance(value, np.ma.MaskedArray):
@@ -205,6 +218,12 @@ def _number_tensor(tensor: Array) -> Array:
 def _read_mask(mask: Any, shape: tuple[int, ...], as_tensor: bool) -> Array | None:
     if mask is None:
         return None
+    if isinstance(mask, InBoxes):
+        if math.prod(shape) > HELD:
+            while mask.ndim < 4:
+                mask = mask.unsqueeze(0)  # type: ignore[attr-defined]
+            return mask
+        mask = mask[()]
     if isinstance(mask, (list, tuple)):
         mask = np.array(mask)
     if isinstance(mask, np.ndarray) and as_tensor:
@@ -235,7 +254,7 @@ def pool(maps: Maps, block: tuple[int, int], *, signed: bool = False) -> Cells:
     that it holds all the same; so is one of nothing but -inf, which is what masked scores hold.
     """
     rows = [
-        _pool_row(row, None if maps.mask is None else maps.mask[index], block, signed=signed)
+        _pool_row(row, None if maps.mask is None else at(maps.mask, index), block, signed=signed)
         for index, row in enumerate(maps.rows)
     ]
     values = np.stack([_to_numpy(values) for values, _ in rows])
@@ -251,7 +270,8 @@ def _pool_row(
     """Pool one row of maps, bit by bit where that needs a copy of them."""
     if block == (1, 1):
         return row, mask
-    if mask is None and not signed and _ordered(row[:1, :1, :1]).dtype == row.dtype:
+    held = not isinstance(row, InBoxes)
+    if held and mask is None and not signed and _ordered(row[:1, :1, :1]).dtype == row.dtype:
         return _block_amax(row, block), None
     values, permitted = [], []
     for chosen in _query_chunks(row, block[0]):
@@ -259,7 +279,7 @@ def _pool_row(
         if mask is None:
             values.append(_extreme(part, None, block, signed=signed))
             continue
-        allowed = _like(mask[:, chosen], row)
+        allowed = _like(mask[:, chosen], part)
         any_allowed = _block_amax(allowed, block)
         filled = _extreme(part, allowed, block, signed=signed)
         held = _block_amax(part, block)
@@ -385,14 +405,14 @@ def smallest(maps: Maps, cells: Cells) -> float:
         return float(np.min(cells.values, where=shown, initial=np.inf))
     found = [float("inf")]
     for index, row in enumerate(maps.rows):
-        mask = None if maps.mask is None else maps.mask[index]
+        mask = None if maps.mask is None else at(maps.mask, index)
         for chosen in _query_chunks(row, 1):
             part = _ordered(row[:, chosen])
             low = float(part.min()) if mask is None else float("nan")
             if not np.isfinite(low):
                 counts = part.isfinite() if is_tensor(part) else np.isfinite(part)
                 if mask is not None:
-                    counts = counts & _like(mask[:, chosen], row)
+                    counts = counts & _like(mask[:, chosen], part)
                 low = float(_where(counts, part, float("inf")).min())
             found.append(low)
     return min(found)

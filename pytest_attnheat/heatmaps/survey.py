@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -18,22 +18,25 @@ import numpy.typing as npt
 from pytest_attnheat.attention.chunks import spans
 from pytest_attnheat.attention.sketch import Found, Sketch, Sketcher, exact
 from pytest_attnheat.heatmaps.maps import (
+    HELD,
     Array,
     Cells,
     Maps,
+    at,
     block_max,
     is_tensor,
     smallest,
     to_numpy_bool,
 )
+from pytest_attnheat.inputs import InBoxes
 
 # So many elements stay in the cache of one core while several things are done with them.
 _CACHED = 9 << 15
 _SHORTEST = 4
 # The largest weights, and the smallest ones if any is below zero.
 _Ends: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
-# Maps of so many elements are held by their picture.
-_HELD = 1 << 24
+# Of some queries, from a key on: these, and what is added to the sketch.
+_Read: TypeAlias = tuple[slice, int, _Ends, list[Found]]
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -60,12 +63,14 @@ def whole_of(maps: Maps) -> Whole:
     for index, row in enumerate(maps.rows):
         sketcher.add(slice(index * columns, (index + 1) * columns), slice(0, queries), row)
     return Whole(
-        sketcher.sketch(), None if maps.mask is None else _checksums(maps.mask), _held(maps)
+        sketcher.sketch(),
+        None if maps.mask is None else _checksums(maps.mask, maps.shape[:2]),
+        _held(maps),
     )
 
 
 def _held(maps: Maps) -> Maps | None:
-    return maps if math.prod(maps.shape) <= _HELD else None
+    return maps if math.prod(maps.shape) <= HELD else None
 
 
 @dataclass(frozen=True)
@@ -91,33 +96,51 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
     Returns None for what asks for more care: a mask, another device, values that are not finite;
     and for blocks of few queries, whose maxima take longer here than in `pool`.
     """
-    if block[0] < _SHORTEST or maps.mask is not None:
+    held = not isinstance(maps.rows[0], InBoxes)
+    if maps.mask is not None or (held and block[0] < _SHORTEST):
         return None
     if is_tensor(maps.rows[0]) and maps.rows[0].device.type != "cpu":
         return None
     rows, columns, queries, keys = maps.shape
     sketcher = Sketcher(rows * columns, queries, keys)
     shape = (rows, columns, -(-queries // block[0]), -(-keys // block[1]))
-    largest, signed, low = np.empty(shape, np.float32), np.empty(shape, np.float32), 0.0
+    # What is known to be zero is not read.
+    largest, least = np.full(shape, -math.inf if held else 0.0, np.float32), np.zeros(shape)
     for index, row in enumerate(maps.rows):
         # Of large maps one at a time, of small ones as many as are a chunk.
         for m in spans(columns, max(1, _CACHED // (block[0] * keys))):
             here = slice(index * columns + m.start, index * columns + m.stop)
             step = _CACHED // ((m.stop - m.start) * keys)
-            found = _ends_of(
-                sketcher, here, row[m], spans(queries, step, multiple_of=block[0]), block[0]
-            )
-            if found is None:
-                return None
-            most = block_max(np.concatenate([high for high, _ in found], 1), -1, block[1])
-            if all(least is None for _, least in found):
-                largest[index, m] = signed[index, m] = most
-                continue
-            lows = [high if least is None else least for high, least in found]
-            least = block_max(np.concatenate(lows, 1), -1, block[1], least=True)
-            low = min(low, float(least.min()))
-            largest[index, m], signed[index, m] = most, np.where(-least > most, least, most)
-    masked = np.zeros(shape, np.bool_)
+            cuts = spans(queries, step, multiple_of=block[0]) if held else _cuts(row, block)
+
+            def read(
+                chosen: slice, row: Any = row, m: slice = m, here: slice = here
+            ) -> _Read | None:
+                first, part = _read(row, m, chosen, block[1])
+                ends = _ends(part, block[0])
+                if ends is None:
+                    return None
+                most = ends[0].max(1) if ends[1] is None and not is_tensor(part) else None
+                return chosen, first, ends, sketcher.numbers(here, chosen, part, most, first)
+
+            for found in _in_order(read, cuts, threads=2 if held else 1):
+                if found is None:
+                    return None
+                chosen, first, ends, numbers = found
+                for one in numbers:
+                    sketcher.take(*one)
+                cell = (
+                    index,
+                    m,
+                    slice(chosen.start // block[0], -(-chosen.stop // block[0])),
+                    slice(first // block[1], -(-(first + ends[0].shape[-1]) // block[1])),
+                )
+                high = block_max(ends[0], -1, block[1])
+                low = high if ends[1] is None else block_max(ends[1], -1, block[1], least=True)
+                largest[cell] = np.maximum(largest[cell], high)
+                least[cell] = np.minimum(least[cell], low)
+    masked, low = np.zeros(shape, np.bool_), min(0.0, float(least.min()))
+    signed = np.where(-least > largest, least, largest).astype(np.float32)
     cells = Cells(largest, masked, block)
     if low == 0 and float(largest.max()) > 1:
         low = smallest(maps, cells)
@@ -126,31 +149,36 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
     )
 
 
-def _ends_of(
-    sketcher: Sketcher, maps: slice, row: Array, chunks: Iterable[slice], size: int
-) -> list[_Ends] | None:
-    """Sketch some maps, and return `_ends` of each chunk of their queries; None if one has none.
+def _in_order(
+    read: Callable[[slice], _Read | None], cuts: Iterable[slice], threads: int
+) -> Iterator[_Read | None]:
+    """Read parts, by several threads where that is faster: it waits for memory most of all."""
+    if threads == 1:
+        yield from map(read, cuts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(read, cuts)
 
-    Two threads do it: what takes the time waits for memory, outside of Python's lock.
-    """
 
-    def read(chosen: slice) -> tuple[_Ends, list[Found]] | None:
-        part = exact(row[:, chosen])
-        ends = _ends(part, size)
-        if ends is None:
-            return None
-        largest = ends[0].max(1) if ends[1] is None else None
-        return ends, sketcher.numbers(maps, chosen, part, largest)
+def _cuts(row: Array, block: tuple[int, int]) -> list[slice]:
+    """Cut the queries of maps that are not held where their blocks end, and where cells do."""
+    step = row.blocks.rows
+    step = step // block[0] * block[0] or step
+    return [
+        slice(cell + own.start, cell + own.stop)
+        for cell in range(0, row.shape[1], max(block[0], step))
+        for own in spans(min(max(block[0], step), row.shape[1] - cell), step)
+    ]
 
-    found = []
-    with ThreadPoolExecutor(2) as threads:
-        for one in threads.map(read, chunks):
-            if one is None:
-                return None
-            found.append(one[0])
-            for numbers in one[1]:
-                sketcher.take(*numbers)
-    return found
+
+def _read(row: Array, maps: slice, queries: slice, width: int) -> tuple[int, Array]:
+    """Return some queries of some maps from a key on: where a cell begins that may hold weight."""
+    if not isinstance(row, InBoxes):
+        return 0, exact(row[maps, queries])
+    runs = row.runs((maps, queries)) or [slice(0, 1)]  # type: ignore[attr-defined]
+    first = runs[0].start // width * width
+    last = min(-(-runs[-1].stop // width) * width, row.shape[-1])
+    return first, exact(row[maps, queries, first:last])
 
 
 def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
@@ -159,6 +187,10 @@ def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
     The second is None where no weight is below zero. Nothing is returned of weights that are not
     all finite.
     """
+    if is_tensor(part):  # of softmax, on another device
+        high = block_max(tensor := cast("Any", part), -2, size)
+        sound = high.isfinite().all() & (tensor.amin() >= 0)
+        return (high.float().cpu().numpy(), None) if bool(sound) else None
     # Without their signs, bits of what is below zero are more than all others, and those of NaN
     # and infinity lie between: one pass tells whether there are any.
     bits = part.view(f"u{part.itemsize}")
@@ -169,13 +201,23 @@ def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
     return (high, low) if low.min() >= -_LARGEST and high.max() <= _LARGEST else None
 
 
-def _checksums(mask: Array) -> list[list[int]]:
+def _checksums(mask: Array, shape: tuple[int, ...]) -> list[list[int]]:
     """Return a checksum of each map of a mask, made once where a view repeats it."""
-    strides = mask.stride() if is_tensor(mask) else mask.strides
-    rows, columns = (slice(0, 1) if step == 0 else slice(None) for step in strides[:2])
-    sums = [
-        [zlib.crc32(np.packbits(to_numpy_bool(one)).tobytes()) for one in row]
-        for row in mask[rows, columns]
-    ]
-    found: list[list[int]] = np.broadcast_to(sums, tuple(mask.shape[:2])).tolist()
+    if isinstance(mask, InBoxes):
+        numbers = [range(size) for size in mask.shape[:2]]
+        some = [[at(at(mask, row), column) for column in numbers[1]] for row in numbers[0]]
+    else:
+        strides = mask.stride() if is_tensor(mask) else mask.strides
+        rows, columns = (slice(0, 1) if step == 0 else slice(None) for step in strides[:2])
+        some = mask[rows, columns]
+    sums = [[_checksum(one) for one in row] for row in some]
+    found: list[list[int]] = np.broadcast_to(sums, shape).tolist()
+    return found
+
+
+def _checksum(mask: Array) -> int:
+    """Return that of one map, of a few queries after the others: bytes hold eight each."""
+    found = 0
+    for rows in spans(mask.shape[0], max(1, HELD // mask.shape[1]), multiple_of=8):
+        found = zlib.crc32(np.packbits(to_numpy_bool(mask[rows])).tobytes(), found)
     return found

@@ -53,6 +53,16 @@ def pytest_configure(config: pytest.Config) -> None:
         config.args = []  # nothing but the examination was asked for
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say what is wrong with `--attn-check` where workers collect, which cannot say it."""
+    config = session.config
+    shared_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+    for target in settings.targets_of(config) if shared_out else ():
+        from pytest_attnheat.plugin import examination
+
+        examination.load(config, target)
+
+
 def pytest_collection(session: pytest.Session) -> None:
     """Learn how a project's own attention functions are called, if it says so."""
     hook = session.config.hook.pytest_attnheat_conventions
@@ -82,7 +92,7 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Give each marked test its baseline, and add the checks of `--attn-check`."""
     pictures.find_baselines(config, items)
-    for target in (*config.getoption("attn_check"), *config.getini("attn_check")):
+    for target in settings.targets_of(config):
         from pytest_attnheat.plugin import examination
 
         items.extend(examination.examine(session, target))

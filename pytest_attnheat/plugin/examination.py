@@ -131,7 +131,7 @@ def examine(session: pytest.Session, target: str) -> list[pytest.Item]:
     target_node = CheckTarget.from_parent(session, name=target, nodeid=target)
     return [
         CheckItem.from_parent(target_node, name=call.name, check=call, place=_place(target, spec))
-        for spec in _told_apart(_load(config, target))
+        for spec in _told_apart(load(config, target))
         for call in calls_of(config, spec, {}, None, quick=quick)
     ]
 
@@ -234,7 +234,7 @@ def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
     return found
 
 
-def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
+def load(config: pytest.Config, target: str) -> list[AttentionSpec]:
     """Import what `--attn-check` names."""
     from pytest_attnheat.contract.ready import as_spec
 

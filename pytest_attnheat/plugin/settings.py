@@ -232,6 +232,11 @@ def read_settings(config: pytest.Config) -> Settings:
     )
 
 
+def targets_of(config: pytest.Config) -> list[str]:
+    """Return what `--attn-check` and the ini setting of its name name."""
+    return [*config.getoption("attn_check"), *config.getini("attn_check")]
+
+
 def switched(config: pytest.Config, name: str) -> bool:
     """Whether an option is given, or else the ini setting of the same name says so."""
     given = config.getoption(name)

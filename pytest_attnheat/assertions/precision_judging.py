@@ -1,0 +1,351 @@
+"""Judging what a subject gives for a call, by attention in float64 or by a caller's reference."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.precision_calls import (
+    Criteria,
+    Run,
+    check_call,
+    copies,
+    gradients,
+    handed,
+    run_once,
+)
+from pytest_attnheat.assertions.precision_elements import Judgement, judge
+from pytest_attnheat.assertions.precision_judgement import Context, check
+from pytest_attnheat.assertions.precision_rows import Runs, chosen_rows, of_rows, weights_of_runs
+from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
+from pytest_attnheat.callables import borrowed
+from pytest_attnheat.failure import Checked, Failure, Place
+from pytest_attnheat.inputs import misuse
+
+# Of a reference function given by the caller, only the size of its rows is known.
+_OWN_REFERENCE = 8.0
+
+
+def judge_call(
+    assertion: str,
+    run: Run,
+    call: Call,
+    criteria: Criteria,
+    *,
+    names: Sequence[str],
+    code: object,
+    output: bool = True,
+    mask_shape: tuple[int, ...] | None = None,
+    explain: bool = True,
+) -> None:
+    """Judge what a subject gives for a call, by attention in float64 or another reference.
+
+    Args:
+        assertion: What the failure is called.
+        run: Calls the subject.
+        call: What it is asked, without the gradient of the output.
+        criteria: How it is judged.
+        names: The results whose gradients are judged: query, key, value, attn_mask, sinks.
+        code: The subject itself, whose modules and random state are left as they were.
+        output: Whether the output is judged.
+        mask_shape: The shape of the mask as the caller has it, which places are named by.
+        explain: Whether a failure looks for what was computed instead, which takes time.
+    """
+    __tracebackhide__ = True
+    check_call(call)
+    with torch.inference_mode(False), torch.enable_grad():
+        whole, rows = call, None
+        if criteria.rows is not None and criteria.rows < call.query_len:
+            rows = chosen_rows(call.query_len, call.key_len, criteria.rows, criteria.seed)
+            call = of_rows(call, rows)
+            names, explain = [name for name in names if name != "attn_mask"], False
+        masked_rows = _masked_rows(call)
+        upstream = _upstream(call, criteria.seed, masked_rows) if names else None
+        call = replace(call, upstream=upstream)
+        if rows is not None:
+            _judge_rows(assertion, run, (whole, call), rows, criteria, names, code, output=output)
+            return
+        found = run_once(run, call, names, code, training=criteria.training, seed=criteria.seed)
+        expected, plain = _expected(call, criteria, names, code)
+        if criteria.reference is not None:
+            _check_reference(expected, call, masked_rows)
+        judgements = [
+            _judge(name, found[name], expected, plain[name], call, criteria, masked_rows)
+            for name in ["output", *names]
+        ]
+        if mask_shape is not None:
+            judgements = [
+                replace(one, shape=mask_shape) if one.name == "attn_mask" else one
+                for one in judgements
+            ]
+        context = Context(
+            call=call,
+            unit=expected.unit,
+            fully_masked=masked_rows,
+            top_score=expected.top_score,
+            factor=criteria.factor,
+            tolerance=criteria.tolerance,
+            repeat=f"seed={criteria.seed}",
+            broken=[one.name for one in judgements if bool(one.broken.any())],
+            # Beside a reference of the caller's no mistake is known.
+            explain=explain and criteria.reference is None,
+            found=found,
+        )
+        check(assertion, judgements if output else judgements[1:], context)
+
+
+def _judge_rows(
+    assertion: str,
+    run: Run,
+    calls: tuple[Call, Call],
+    rows: Sequence[int],
+    criteria: Criteria,
+    names: Sequence[str],
+    code: object,
+    *,
+    output: bool,
+) -> None:
+    """Judge some rows of a call that is made as a whole.
+
+    Args:
+        assertion: What the failure is called.
+        run: Calls the subject.
+        calls: The whole call, and that of the rows, with the gradient of their output.
+        rows: Their numbers.
+        criteria: How they are judged.
+        names: The results whose gradients are judged.
+        code: The subject itself.
+        output: Whether the output is judged.
+    """
+    __tracebackhide__ = True
+    whole, call = calls
+    numbers, repeat = torch.tensor(rows, device=call.query.device), f"seed={criteria.seed}"
+    repeat = f"rows={criteria.rows}, {repeat}: rows {', '.join(map(str, rows[:8]))} ..."
+    masked_rows = _masked_rows(call)
+
+    def judged(name: str, found: Tensor | None, expected: Any, call: Call) -> Judgement:
+        of_queries = name in ("output", "query")
+        part = found[..., numbers, :] if of_queries and found is not None else found
+        one = _judge(name, part, expected[0], expected[1][name], call, criteria, masked_rows)
+        return replace(one, rows=rows, length=whole.query_len) if of_queries else one
+
+    def spread(upstream: Tensor | None) -> Tensor | None:
+        if upstream is None:
+            return None
+        every = upstream.new_zeros(*whole.query.shape[:-1], whole.value.shape[-1])
+        every[..., numbers, :] = upstream
+        return every
+
+    def context(found: Mapping[str, Tensor | None], several: list[Judgement], more: str) -> Context:
+        return Context(
+            call=call,
+            found=found,
+            unit=expected[0].unit,
+            fully_masked=masked_rows,
+            top_score=expected[0].top_score,
+            factor=criteria.factor,
+            tolerance=criteria.tolerance,
+            repeat=repeat + more,
+            broken=[one.name for one in several if bool(one.broken.any())],
+            explain=False,
+        )
+
+    if whole.value.shape[-1] > 1:
+        runs = Runs.of(whole.key_len, whole.value.shape[-1])
+        counting, asked = runs.value(whole.value), [name for name in names if name == "query"]
+        above = runs.upstream(call.upstream) if asked and call.upstream is not None else None
+        own = replace(call, value=counting, upstream=above)
+        given = replace(whole, value=counting, upstream=spread(above))
+        found = run_once(run, given, asked, code, training=criteria.training, seed=criteria.seed)
+        expected = _expected(own, criteria, asked, code)
+        one, *slopes = [judged(name, found[name], expected, own) for name in ["output", *asked]]
+        failure = weights_of_runs(assertion, one, runs, repeat) if output else None
+        if failure is not None:
+            raise failure
+        check(assertion, slopes, context(found, slopes, "; values that count runs of keys"))
+    whole = replace(whole, upstream=spread(call.upstream))
+    found = run_once(run, whole, names, code, training=criteria.training, seed=criteria.seed)
+    expected = _expected(call, criteria, names, code)
+    judgements = [judged(name, found[name], expected, call) for name in ["output", *names]]
+    several = judgements if output else judgements[1:]
+    check(assertion, several, context(found, judgements, ""))
+    _check_others(assertion, found, whole, numbers, repeat)
+
+
+def _check_others(
+    assertion: str, found: Mapping[str, Tensor | None], whole: Call, rows: Tensor, repeat: str
+) -> None:
+    """Ask of the other rows what is known of them: no NaN, and no gradient."""
+    __tracebackhide__ = True
+    others = torch.ones(whole.query_len, dtype=torch.bool, device=rows.device)
+    others[rows] = False
+    output, slope = found["output"], found.get("query")
+    assert output is not None
+    wrong = {"output": ~output.isfinite() & others[:, None]}
+    if whole.fully_masked in ("nan", "undefined"):
+        wrong = {}
+    if slope is not None:
+        wrong["query"] = (slope != 0) & others[:, None]
+    for name, where in wrong.items():
+        if not bool(where.any()):
+            continue
+        at = tuple(where.nonzero()[0].tolist())
+        tensor = output if name == "output" else found[name]
+        assert tensor is not None
+        title = name if name == "output" else f"{name}.grad"
+        text = f"{title}[{', '.join(map(str, at))}] is {float(tensor[at]):.6g}"
+        claim = "elements of the output are NaN or infinite, in rows that were not chosen"
+        if name == "query":
+            claim = "elements of the gradient of query are not zero, in rows without a gradient"
+        raise Failure(
+            assertion, claim, broken=int(where.sum()), of=where.numel(),
+            first=Place(text, at, float(tensor[at]), title), tensor=Checked.of(tensor),
+            repeat=repeat,
+        )  # fmt: skip
+
+
+def _masked_rows(call: Call) -> Tensor:
+    """Which queries may attend to nothing, (..., query_len); a sink is something."""
+    shape = (*call.query.shape[:-1], call.key_len)
+    rows = ~call.visible().expand(shape).any(-1)
+    if call.sinks is None:
+        return rows
+    return rows & (call.sinks == -math.inf)[:, None].to(rows.device)
+
+
+def _upstream(call: Call, seed: int, masked_rows: Tensor) -> Tensor:
+    """The gradient of the output: Gaussian, in the dtype of the inputs.
+
+    Zero for a query without any key, unless its output is zero: what flows back from there
+    depends on how the mask is made, and is no property of attention. Zero also for a query whose
+    every key is forbidden by a finite number: its weights are rounding, which would excuse
+    any gradient of keys and values.
+    """
+    shape = (*call.query.shape[:-1], call.value.shape[-1])
+    drawn = draw("gradient of the output", seed, *shape).to(call.query)
+    without = torch.zeros_like(masked_rows)
+    if call.bias is not None:
+        scores = (*call.query.shape[:-1], call.key_len)
+        without = ~call.visible(HIDDEN_FROM).expand(scores).any(-1) & ~masked_rows
+    without = without if call.fully_masked == "zero" else without | masked_rows
+    return drawn.masked_fill(without.unsqueeze(-1), 0.0)
+
+
+def _expected(
+    call: Call, criteria: Criteria, names: Sequence[str], code: object
+) -> tuple[computation.Reference, dict[str, Tensor]]:
+    """The reference in float64, and what a plain computation gives."""
+    if criteria.reference is not None:
+        return _callers_reference(criteria.reference, call, names, code)
+    return computation.reference(call), computation.plain(call)
+
+
+def _callers_reference(
+    run: Run, call: Call, names: Sequence[str], code: object
+) -> tuple[computation.Reference, dict[str, Tensor]]:
+    """The caller's own reference, in float64 and in the dtype of the inputs."""
+
+    def compute(dtype: torch.dtype) -> dict[str, Tensor]:
+        leaves = copies(call, names, dtype)
+        output = run(handed(call, leaves))
+        found = {"output": output.detach(), **gradients(output, leaves, call.upstream, names)}
+        return {
+            name: torch.zeros_like(leaves[name]).double() if tensor is None else tensor.double()
+            for name, tensor in found.items()
+        }
+
+    with borrowed((run, code), call.query, call.key, call.value):
+        exact, plain = compute(torch.float64), compute(call.query.dtype)
+    info = torch.finfo(call.query.dtype)
+    # Places without a number are refused, or not judged: they allow nothing.
+    scale = {
+        name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
+        .add(info.smallest_normal * info.eps)
+        .expand(tensor.shape)
+        .nan_to_num(nan=0.0)
+        for name, tensor in exact.items()
+    }
+    return computation.Reference(exact, scale, scale, info.eps / 2), plain
+
+
+def _check_reference(expected: computation.Reference, call: Call, masked_rows: Tensor) -> None:
+    """Refuse a reference of the caller's that is NaN or infinite where it is compared with."""
+    for name, exact in expected.exact.items():
+        bad = ~exact.isfinite()
+        if call.fully_masked in ("nan", "undefined"):
+            bad = bad & ~_excused(name, exact, masked_rows, call)
+        if bool(bad.any()):
+            place = ", ".join(map(str, bad.nonzero()[0].tolist()))
+            whose = "output" if name == "output" else f"gradient of {name}"
+            got = f"{float(exact[bad][0])} in its {whose} at [{place}] in float64"
+            accepted = "a function that gives finite numbers where they are compared with"
+            if name == "output" and not bool((bad & ~masked_rows.unsqueeze(-1)).any()):
+                accepted += (
+                    " (there, a query may attend to no key, and "
+                    f'fully_masked="{call.fully_masked}" is declared; if NaN is meant, '
+                    'fully_masked="nan")'
+                )
+            raise ValueError(misuse("reference", got, accepted))
+
+
+def _excused(name: str, exact: Tensor, masked_rows: Tensor, call: Call) -> Tensor:
+    """Where a query that may attend to nothing, and is not zero, may leave NaN."""
+    if name in ("output", "query"):
+        return masked_rows.unsqueeze(-1).expand(exact.shape)
+    # NaN of such a row spreads to all keys of its map, as 0 * NaN.
+    return _touched(exact, masked_rows, call)
+
+
+def _judge(
+    name: str,
+    found: Tensor | None,
+    expected: computation.Reference,
+    plain: Tensor,
+    call: Call,
+    criteria: Criteria,
+    masked_rows: Tensor,
+) -> Judgement:
+    """Lay one tensor beside its reference, after saying what is expected of fully masked rows."""
+    exact, scale, least = (of[name] for of in (expected.exact, expected.scale, expected.least))
+    judged = torch.ones_like(exact, dtype=torch.bool)
+    rows = masked_rows.unsqueeze(-1)
+    if call.fully_masked in ("nan", "undefined"):
+        if name in ("output", "query"):
+            keep = name == "output" and call.fully_masked == "nan"
+            judged = judged if keep else judged & ~rows
+            exact = exact.masked_fill(rows, math.nan) if keep else exact
+        else:
+            unknown = exact.isnan() if found is None else found.isnan() | exact.isnan()
+            judged = ~(unknown & _excused(name, exact, masked_rows, call))
+    elif call.fully_masked == "zero" and name == "output":
+        scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
+    return judge(
+        name,
+        found,
+        exact,
+        plain,
+        scale,
+        least,
+        factor=criteria.factor,
+        tolerance=criteria.tolerance,
+        dtype=call.query.dtype,
+        judged=judged,
+    )
+
+
+def _touched(gradient: Tensor, masked_rows: Tensor, call: Call) -> Tensor:
+    """Which maps of a gradient of keys, values or mask have a query without any key."""
+    maps = masked_rows.any(-1)
+    if gradient.shape[:-2] == maps.shape:
+        return maps[..., None, None]
+    if call.group > 1 and gradient.shape[:-2] == call.key.shape[:-2]:
+        return maps.reshape(*call.key.shape[:-2], call.group).any(-1)[..., None, None]
+    return maps.any()

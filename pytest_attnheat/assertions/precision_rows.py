@@ -1,0 +1,232 @@
+"""A call that is too long to be judged as a whole: some of its rows, beside float64 of these alone.
+
+The subject is called at its full length. The gradient of its output is zero but for the chosen
+rows, so that the gradients of all keys and values are those of these rows alone: each key is
+judged by its share of them.
+
+In a row of 131,072 keys a few that are lost are less than rounding in half precision. So the
+subject is called once more with values that count: each channel has ones at a run of keys and
+zeros elsewhere, and the output there is the weight of that run. Short runs lie where kernels go
+wrong: at the end, beside blocks, and where an offset needs one bit more. The gradient of a query is
+judged there too, each row by one run: as a sum over all keys, it is small beside its rounding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from pytest_attnheat.assertions.precision_elements import Judgement
+from pytest_attnheat.attention.call import Call, ScoreMod
+from pytest_attnheat.failure import Failure, Place
+
+# Where kernels cut, and where offsets of 16 bits end, with a sign and without.
+_BLOCKS, _BITS = (64, 128), (15, 16)
+# Keys on either side of such a place that are counted alone.
+_NEAR = 16
+# Less than this part of the weight that a run of keys should have is none of it.
+_NONE = 0.01
+
+
+def chosen_rows(query_len: int, key_len: int, count: int, seed: int) -> list[int]:
+    """Return the numbers of about so many rows, in order.
+
+    The first and the last, those beside 2^15 and 2^16 (as queries, and as keys where the last
+    query stands at the last key), beside the edges of the first and the last block; the others
+    are drawn evenly from a seed.
+    """
+    if count >= query_len:
+        return list(range(query_len))
+    edges = [1 << bits for bits in _BITS]
+    edges += [edge + query_len - key_len for edge in edges]
+    edges += [*_BLOCKS, *(query_len // size * size for size in _BLOCKS)]
+    wanted = [0, query_len - 1, *(edge + side for edge in edges for side in (-1, 0))]
+    found = list(dict.fromkeys(row for row in wanted if 0 <= row < query_len))[:count]
+    drawn = torch.rand(count, generator=torch.Generator("cpu").manual_seed(seed))
+    spread = ((torch.arange(count, device="cpu") + drawn) * query_len / count).long().tolist()
+    rest = [row for row in spread if row not in found]
+    step = max(1, len(rest) // max(1, count - len(found)))
+    return sorted({*found, *rest[::step][: count - len(found)]})
+
+
+def of_rows(call: Call, rows: Sequence[int]) -> Call:
+    """Return the call of some queries: what counts positions becomes a mask and a bias."""
+    device, lead = call.query.device, call.query.shape[:-2]
+    numbers = torch.tensor(rows, device=device)
+    maps = torch.arange(call.maps, device=device)
+
+    def whole(tensor: Tensor) -> Tensor:
+        own = lead if tensor.shape[0] == call.maps else (1,) * len(lead)
+        return tensor.reshape(*own, *tensor.shape[1:])
+
+    def some(tensor: Tensor | None) -> Tensor | None:
+        rowless = tensor is None or tensor.ndim < 2 or tensor.shape[-2] == 1
+        return tensor if rowless or tensor is None else tensor[..., numbers, :]
+
+    at = call.positions(maps, numbers)
+    rule, mask = call.permitted(maps, numbers), some(call.mask)
+    if rule is not None:
+        mask = whole(rule) if mask is None else whole(rule) & mask
+    bias = some(call.bias)
+    if (distant := call.distant(at, torch.float64)) is not None:
+        bias = whole(distant) if bias is None else whole(distant) + bias.detach().double()
+    return Call(
+        call.query[..., numbers, :], call.key, call.value, mask=mask, bias=bias, scale=call.scale,
+        softcap=call.softcap, sinks=call.sinks, fully_masked=call.fully_masked,
+        rounded=call.rounded, score_mod=_renumbered(call.score_mod, numbers),
+        upstream=some(call.upstream),
+    )  # fmt: skip
+
+
+def _renumbered(function: ScoreMod | None, numbers: Tensor) -> ScoreMod | None:
+    if function is None:
+        return None
+
+    def change(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return function(score, batch, head, numbers[query], key)
+
+    return change
+
+
+# --- values that count the weight of runs of keys
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Runs of keys, one for each channel of the value.
+
+    Attributes:
+        edges: Where they begin, and the number of keys.
+    """
+
+    edges: tuple[int, ...]
+
+    @classmethod
+    def of(cls, key_len: int, width: int) -> Runs:
+        """Return as many runs as the value has channels, short ones where kernels go wrong."""
+        places = [key_len // size * size for size in _BLOCKS if key_len % size]
+        places += [key_len - 1, *(1 << bits for bits in _BITS)]
+        near = [key_len - _NEAR]
+        near += [(1 << bits) + side for bits in _BITS for side in (-_NEAR, _NEAR)]
+        near += [key_len - 128, 1, *_BLOCKS]
+        edges = [0, key_len]
+        for place in dict.fromkeys([*places, *near]):
+            if 0 < place < key_len and len(edges) <= width:
+                edges.append(place)
+        edges = sorted(set(edges))
+        while len(edges) <= min(width, key_len):
+            sizes = [b - a for a, b in pairwise(edges)]
+            longest = sizes.index(max(sizes))
+            edges.insert(longest + 1, edges[longest] + sizes[longest] // 2)
+        return cls(tuple(edges))
+
+    def value(self, value: Tensor) -> Tensor:
+        """Return a value of the same shape that has ones in each channel at its run."""
+        counting = torch.zeros_like(value)
+        for channel, (start, stop) in enumerate(pairwise(self.edges)):
+            counting[..., start:stop, channel] = 1
+        return counting
+
+    def upstream(self, like: Tensor) -> Tensor:
+        """Return a gradient of the output that is one channel of each row, short runs first."""
+        sizes = torch.tensor([b - a for a, b in pairwise(self.edges)], device="cpu")
+        order = sizes.argsort(stable=True).to(like.device)
+        channel = order[torch.arange(like.shape[-2], device=like.device) % len(order)]
+        one = torch.nn.functional.one_hot(channel, like.shape[-1]).to(like)
+        nothing = (like == 0).all(-1, keepdim=True)  # of a row that may attend to nothing
+        return one.expand(like.shape).masked_fill(nothing, 0.0)
+
+    def name(self, channel: int) -> str:
+        """Return the keys that a channel counts."""
+        start, last = self.edges[channel], self.edges[channel + 1] - 1
+        return f"key {start}" if start == last else f"keys {start}..{last}"
+
+    def merged(self, channels: Tensor) -> str:
+        """Return the keys of several channels, (value_dim,) boolean, as few runs as they make."""
+        found: list[tuple[int, int]] = []
+        for channel in channels[: len(self.edges) - 1].nonzero().flatten().tolist():
+            start, stop = self.edges[channel], self.edges[channel + 1]
+            found = (
+                [*found[:-1], (found[-1][0], stop)]
+                if found and found[-1][1] == start
+                else [*found, (start, stop)]
+            )
+        said = [f"{a}" if b == a + 1 else f"{a}..{b - 1}" for a, b in found[:3]]
+        return f"keys {' and '.join(said)}{' and more' * (len(found) > 3)}"
+
+
+def weights_of_runs(assertion: str, one: Judgement, runs: Runs, repeat: str) -> Failure | None:
+    """Return what is wrong with the weights of runs of keys; None if nothing is."""
+    broken = one.broken
+    if not bool(broken.any()):
+        return None
+    excess = (one.error / one.allowed).nan_to_num(nan=0.0, posinf=torch.inf).masked_fill(~broken, 0)
+    flat = int(excess.argmax())
+    at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), broken.shape))
+    found, exact = float(one.found[at]), float(one.exact[at])
+    index = one.given(at)
+    *place, row, channel = index
+    where = f"query {row}" + (f" of map {place}" if place else "")
+    text = (
+        f"{where} gives {found:.6g} of its weight to {runs.name(channel)}, the reference "
+        f"{exact:.6g} (off by {float(one.error[at]):.1e}; allowed {float(one.allowed[at]):.1e})"
+    )
+    return Failure(
+        assertion,
+        "weights of runs of keys are not those of attention in float64",
+        broken=int(broken.sum()),
+        of=int(one.judged.sum()),
+        worst=Place(text, (*place, row), found, "output"),
+        cause=_where(one, runs),
+        tensor=one.checked,
+        tolerance=float(one.allowed[at]),
+        repeat=repeat,
+    )
+
+
+def _where(one: Judgement, runs: Runs) -> str | None:
+    """Name the keys that get no weight from any row, or weight that is not theirs."""
+    lead = tuple(range(one.exact.ndim - 1))
+    clear = one.broken & (one.exact > 2 * one.allowed)
+    none = clear & (one.found.abs() <= _NONE * one.exact)
+    seen = (one.exact > 0) & (one.exact > 2 * one.allowed)
+    lost = none.any(lead) & ~(seen & ~none).any(lead)
+    if bool(lost.any()):
+        key_len = runs.edges[-1]
+        keys = runs.merged(lost)
+        start = runs.edges[int(lost.int().argmax())]
+        to_the_end = bool(lost[int(lost.int().argmax()) : len(runs.edges) - 1].all())
+        text = f"{keys} of {key_len} get no weight from any of these rows"
+        if not to_the_end:
+            return f"{text}: are they read?"
+        others = (one.found / one.exact)[one.broken & (one.exact > 0) & ~lost]
+        wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, runs, lost)
+        if wraps:
+            return (
+                f"{text}, and {runs.merged(~lost)} get theirs: offsets that wrap at {start} "
+                f"(2^{start.bit_length() - 1})?"
+            )
+        return f"{text}: a tail that is lost, or a length that is cut at {start}?"
+    nowhere = one.broken & (one.exact == 0) & (one.found.abs() > 0)
+    if bool(nowhere.any()):
+        keys = runs.merged(nowhere.any(lead))
+        rows = int(nowhere.any(-1).sum())
+        return f"{keys} get weight from {rows} of these rows that may not see them"
+    wrong = runs.merged(one.broken.any(lead))
+    return f"the weight of {wrong} is off"
+
+
+def _wraps(one: Judgement, runs: Runs, lost: Tensor) -> bool:
+    """Whether the first keys hold what is lost, as they do not where a tail is left out.
+
+    A softmax without its tail makes all weights of a row larger by one factor.
+    """
+    found, exact = one.found[..., ~lost], one.exact[..., ~lost]
+    some = exact > 0
+    factor = found.sum(-1, keepdim=True) / exact.sum(-1, keepdim=True).clamp(min=1e-300)
+    off = (found - factor * exact).abs()
+    return bool((off > one.allowed[..., ~lost] * factor.clamp(min=1) * 4)[some].any())

@@ -1,0 +1,168 @@
+"""A kernel at lengths where no whole map can be held: some rows, beside float64 of these alone."""
+
+import math
+
+import pytest
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+from pytest_attnheat import Failure, assert_gradients_match, assert_matches_reference
+from pytest_attnheat.assertions.precision_rows import Runs, chosen_rows, of_rows
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.computation import reference
+from pytest_attnheat.attention.scoring import draw
+
+KEYS = 2**16 + 100
+
+
+def three(queries=24, keys=KEYS, heads=1, width=32, dtype=torch.float32):
+    shapes = ("query", queries), ("key", keys), ("value", keys)
+    return [draw(name, 5, 1, heads, length, width).to(dtype) for name, length in shapes]
+
+
+def plain(query, key, value, mask=None):
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    scores = scores if mask is None else scores.masked_fill(~mask, -math.inf)
+    return scores.softmax(-1) @ value
+
+
+def of_first(count):
+    return lambda q, k, v: plain(q, k[..., :count, :], v[..., :count, :])
+
+
+def wrapping(bits):
+    """Offsets of so many bits: what is beyond is read from the front."""
+
+    def attention(query, key, value):
+        at = torch.arange(key.shape[-2]) % (1 << bits)
+        return plain(query, key[..., at, :], value[..., at, :])
+
+    return attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_right_kernel_passes_at_a_length_that_no_map_can_be_held_of(dtype):
+    assert_matches_reference(sdpa, *three(dtype=dtype, width=16), rows=12)
+
+
+@pytest.mark.parametrize(
+    ("attention", "cause"),
+    [
+        (of_first(2**16), "keys 65536..65635 of 65636 get no weight .*: a tail that is lost"),
+        (of_first(KEYS - 1), "keys 65635 of 65636 get no weight .*: a tail that is lost"),
+        (of_first(KEYS // 128 * 128), "keys 65536..65635 of 65636 .* cut at 65536"),
+        (wrapping(16), r"keys 65536..65635 .*offsets that wrap at 65536 \(2\^16\)\?"),
+        (wrapping(15), r"keys 32768..65635 .*offsets that wrap at 32768 \(2\^15\)\?"),
+    ],
+    ids=["tail", "one", "block", "16 bits", "15 bits"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_keys_that_are_lost_or_read_twice_are_named(attention, cause, dtype):
+    with pytest.raises(Failure, match=f"weights of runs of keys(.|\n)*{cause}"):
+        assert_matches_reference(attention, *three(24, dtype=dtype), rows=8, gradients=False)
+
+
+def test_a_window_that_is_wrong_where_rows_are_many_is_found():
+    length, left = 600, 40
+
+    at = torch.arange(length)[:, None] - torch.arange(length)
+    later = torch.arange(length)[:, None] >= 512
+
+    def attention(wide):
+        return lambda q, k, v, is_causal: plain(q, k, v, (at >= 0) & (at <= wide))
+
+    given = three(length, length)
+    options = {"is_causal": True, "window": (left, 0), "rows": 24}
+    right, wrong = attention(left), attention(left + later)
+    assert_matches_reference(right, *given, **options)
+    with pytest.raises(Failure, match=r"rows that may not see them|is off|not those of attention"):
+        assert_matches_reference(wrong, *given, **options)
+
+
+class Grads(torch.autograd.Function):
+    """Right forward; a backward that leaves out the last keys, or writes rows that have none."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, wrong):
+        ctx.save_for_backward(query, key, value)
+        ctx.wrong = wrong
+        return plain(query, key, value)
+
+    @staticmethod
+    def backward(ctx, above):
+        leaves = [t.detach().requires_grad_() for t in ctx.saved_tensors]
+        with torch.enable_grad():
+            slopes = list(torch.autograd.grad(plain(*leaves), leaves, above))
+        if ctx.wrong == "tail":
+            slopes[1][..., -4:, :] = 0
+        if ctx.wrong == "rows":
+            slopes[0][..., 7, :] += 1e-3
+        if ctx.wrong == "query":
+            slopes[0][..., -1, :] *= 1.01
+        if ctx.wrong == "tail of query":
+            leaves[1:] = [leaf.detach()[..., :-4, :].requires_grad_() for leaf in leaves[1:]]
+            with torch.enable_grad():
+                slopes[0] = torch.autograd.grad(plain(*leaves), leaves[0], above)[0]
+        return (*slopes, None)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("tail", r"elements of the gradient of key(.|\n)*key.grad\[0, 0, 509[6-9]"),
+        ("rows", r"gradient of query are not zero(.|\n)*query.grad\[0, 0, 7, 0\]"),
+        ("query", r"elements of the gradient of query(.|\n)*query.grad\[0, 0, 23, "),
+        ("tail of query", r"elements of the gradient of query(.|\n)*values that count"),
+    ],
+)
+def test_gradients_of_chosen_rows_and_of_all_keys_are_judged(wrong, said):
+    given = three(24, 5100)
+    for check in (assert_matches_reference, assert_gradients_match):
+        with pytest.raises(Failure, match=said):
+            check(lambda q, k, v: Grads.apply(q, k, v, wrong), *given, rows=8)
+
+
+def test_nan_in_a_row_that_was_not_chosen_is_found():
+    def attention(query, key, value):
+        found = plain(query, key, value).clone()
+        found[..., 7, 3] = math.nan
+        return found
+
+    with pytest.raises(Failure, match=r"NaN or infinite, in rows that were not(.|\n)*\[0, 0, 7, 3"):
+        assert_matches_reference(attention, *three(24, 500), rows=4, gradients=False)
+
+
+def test_rows_of_a_call_are_those_of_the_whole_call():
+    given = three(60, 90, heads=2, width=4, dtype=torch.float64)
+    call = Call(
+        *given, causal=True, alignment="bottom_right", window=(30, 0), sink_keys=2, softcap=3.0,
+        alibi=torch.tensor([0.3, 0.1], dtype=torch.float64),
+        bias=draw("bias", 1, 60, 90), mask=draw("mask", 1, 1, 2, 60, 90) > -1,
+        score_mod=lambda score, batch, head, query, key: score + 0.01 * query,
+        sinks=torch.tensor([0.3, 1.0], dtype=torch.float64),
+    )  # fmt: skip
+    rows = [0, 3, 31, 59]
+    torch.testing.assert_close(
+        reference(of_rows(call, rows)).exact["output"],
+        reference(call).exact["output"][..., rows, :],
+    )
+
+
+def test_the_rows_that_are_chosen_are_where_kernels_go_wrong():
+    rows = chosen_rows(131072, 131072, 64, 0)
+    assert len(rows) == len(set(rows)) == 64
+    assert {0, 131071, 32767, 32768, 65535, 65536, 63, 64, 127, 128} <= set(rows)
+    assert chosen_rows(131072, 131072, 64, 0) != chosen_rows(131072, 131072, 64, 1)
+    assert chosen_rows(5, 9, 8, 0) == [0, 1, 2, 3, 4]
+
+
+LENGTHS = [(131072, 64), (131101, 16), (5, 64), (300, 2), (9, 4)]
+
+
+@pytest.mark.parametrize(("key_len", "width"), LENGTHS)
+def test_runs_of_keys_cover_all_keys_and_are_no_more_than_the_channels(key_len, width):
+    edges = Runs.of(key_len, width).edges
+    assert edges[0] == 0
+    assert edges[-1] == key_len
+    assert len(edges) - 1 <= min(width, key_len)
+    assert list(edges) == sorted(set(edges))
