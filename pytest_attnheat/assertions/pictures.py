@@ -45,7 +45,7 @@ def failure(
     # All ranks would have to draw a map that lies on several.
     draw = (
         None
-        if as_placed(weights) is not None
+        if as_placed(weights)
         else partial(
             _draw,
             # Of the map alone, so that a kept failure does not keep more than it needs.
