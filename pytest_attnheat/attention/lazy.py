@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -357,6 +358,15 @@ class LazyWeights(LazyBoxes):
     def rows(self) -> list[slice]:
         """The rows of each map that are read, as runs in order."""
         return [slice(0, self.shape[-2])] if self.sampled is None else self.sampled
+
+    def with_zeros(self) -> LazyWeights:
+        """Return the same with zeros in rows that may attend to nothing: these are left open."""
+        call = self.blocks.call
+        if call.fully_masked == "zero":
+            return self
+        new = LazyWeights.of_call(replace(call, fully_masked="zero"), self.dtype)
+        new.sampled, new.seed = self.sampled, self.seed
+        return new
 
     def parts(self) -> Iterator[tuple[slice, slice, Tensor, int]]:
         """Yield all weights once: some maps, some rows, (maps, rows, keys), and the first key.

@@ -98,37 +98,20 @@ def _layer_of(record: AttentionRecord) -> Layer:
     if record.kept_weights is None and record.query is None:
         got = f'a record of {name_of(record)} without weights (keep="statistics")'
         raise ValueError(misuse("trace", got, 'one with weights: keep="inputs" or "weights"'))
-    batch, heads, queries, keys = record.shape_here
+    queries = record.shape_here[2]
     if 0 in record.shape_here:
         raise ValueError(misuse("trace", f"a record of shape {record.shape_here}", "weights"))
-    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
     # Where lengths differ, the last query is at the last key.
     here = torch.arange(queries) if record.queries is None else record.queries
-    here = here + record.shape[3] - record.shape[2]
-    with apart():
-        empty = _empty_rows(record)
-        for maps, rows, part in parts_of(record):
-            if empty is not None:
-                part = part.masked_fill(empty[maps, rows, None].to(part.device), 0.0)
-            sketcher.add(maps, rows, part)
-            totals[maps] += _statistics(part, here[rows]).cpu().double().sum(1).numpy()
+    found = _sketched(record.shape_here, _parts(record), here + record.shape[3] - record.shape[2])
     name = name_of(record) + (f", call {record.call}" if record.call else "")
     dtypes = [record.dtype, *([] if record.kept_weights is None else [record.kept_weights.dtype])]
     coarsest = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-    heads_here, queries_here = (
+    numbers = (
         None if numbers is None else tuple(numbers.tolist())
         for numbers in (record.heads, record.queries)
     )
-    return Layer(
-        name,
-        record.shape_here,
-        dtype_name(coarsest),
-        sketcher.sketch(),
-        totals[:, :5] / queries,
-        totals[:, 5] / queries,
-        heads_here,
-        queries_here,
-    )
+    return Layer(name, record.shape_here, dtype_name(coarsest), *found, *numbers)
 
 
 def _layer_of_lazy(weights: LazyWeights) -> Layer:
@@ -137,21 +120,48 @@ def _layer_of_lazy(weights: LazyWeights) -> Layer:
         got = f"shape {tuple(weights.shape)}"
         raise ValueError(misuse("trace", got, "(batch, heads, query_len, key_len)"))
     batch, heads, queries, keys = weights.shape
-    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
-    drawn = np.concatenate([np.arange(rows.start, rows.stop) for rows in weights.rows])
-    with apart():
-        for maps, rows, part, first in weights.parts():
-            here = torch.arange(rows.start, rows.stop) + keys - queries - first
-            sketcher.add(maps, rows, part, key=first)
-            found = _statistics(part, here, first).cpu().double()
-            totals[maps] += found.sum(1).numpy()
+    here = torch.arange(queries) + keys - queries
+    found = _sketched((batch, heads, queries, keys), weights.with_zeros().parts(), here)
+    rows = None if weights.sampled is None else tuple(n for r in weights.rows for n in _range(r))
     dtype = dtype_name(weights.blocks.call.query)
-    numbers = None if weights.sampled is None else tuple(drawn.tolist())
-    counts = totals / len(drawn)
-    shape = (batch, heads, queries, keys)
-    return Layer(
-        "weights", shape, dtype, sketcher.sketch(), counts[:, :5], counts[:, 5], None, numbers
-    )
+    return Layer("weights", (batch, heads, queries, keys), dtype, *found, None, rows)
+
+
+def _range(rows: slice) -> range:
+    return range(rows.start, rows.stop)
+
+
+def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor, int]]:
+    empty = _empty_rows(record)
+    for maps, rows, part in parts_of(record):
+        if empty is not None:
+            part = part.masked_fill(empty[maps, rows, None].to(part.device), 0.0)
+        yield maps, rows, part, 0
+
+
+def _sketched(
+    shape: tuple[int, int, int, int],
+    parts: Iterator[tuple[slice, slice, torch.Tensor, int]],
+    here: torch.Tensor,
+) -> tuple[Sketch, Numbers, Numbers]:
+    """Return the sketch, the statistics and the spread of maps.
+
+    Args:
+        shape: (batch, heads, query_len, key_len).
+        parts: Some maps, some rows, their weights, and the number of the first key of them.
+        here: The key at each query.
+    """
+    batch, heads, queries, keys = shape
+    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
+    counts = np.zeros((batch * heads, 1))
+    with apart():
+        for maps, rows, part, first in parts:
+            sketcher.add(maps, rows, part, key=first)
+            found = _statistics(part, here[rows] - first, first).cpu().double()
+            totals[maps] += found.sum(1).numpy()
+            counts[maps] += found.shape[1]
+    means = totals / counts
+    return sketcher.sketch(), means[:, :5], means[:, 5]
 
 
 def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
