@@ -4,13 +4,14 @@
 
 The plain pass is `softmax(query @ key.mT)`, a block of rows at a time, over the keys that a block
 may see, and nothing is asked of it. Times are ratios to it, taken in turns. Of full attention the
-last 512 queries are read, and of a window the last 8,192, which takes as long for each row as
+last 256 queries are read, and of a window the last 4,096, which takes as long for each row as
 all of them. Memory is the peak of the process beside the inputs (on a GPU, that of the allocator).
 """
 
 import argparse
 import functools
 import gc
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -27,7 +28,7 @@ from pytest_attnheat import (
 )
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
-QUERIES, WINDOW_QUERIES, WIDTH, WINDOW = 512, 8192, 64, 1023
+QUERIES, WINDOW_QUERIES, WIDTH, WINDOW = 256, 4096, 64, 1023
 ROUNDS = 3
 PROMISED, MEGABYTES = 1.5, 512
 # Below, a pass takes milliseconds, of which what is done once is a part.
@@ -91,6 +92,7 @@ def measured(lengths, device, rounds):
         for length in lengths:
             actions = asked(weights(length, kind, device))
             times = alternate(list(actions.values()), rounds, device)
+            print(f"{kind} {length}", file=sys.stderr, flush=True)
             # Two passes: what is compared is sketched each.
             times[3] /= 2
             memory = [megabytes(action, device) for action in actions.values()]

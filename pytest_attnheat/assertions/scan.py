@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.blocks import shared
+from pytest_attnheat.attention.boxes import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.lazy import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.inputs import wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
