@@ -3,7 +3,7 @@
     python benchmarks/bench_scale.py [--device cuda] [--quick] [--draw docs/scale.png]
 
 The plain pass is `softmax(query @ key.mT)`, a block of rows at a time, over the keys that a block
-may see, and nothing is asked of it. Times are ratios to it, taken in turns. Of full attention the
+may see, under a mask where these are not all, and nothing is asked of it. Times are ratios to it, taken in turns. Of full attention the
 last 256 queries are read, and of a window the last 4,096, which takes as long for each row as
 all of them. Memory is the peak of the process beside the inputs (on a GPU, that of the allocator).
 """
@@ -48,6 +48,11 @@ def plain(lazy):
         scores = torch.baddbmm(
             query.new_empty(1, 1, 1), query[some, span], keys, beta=0, alpha=call.factor
         )
+        if call.causal:
+            at = torch.arange(span.start, span.stop, device=query.device)[:, None]
+            behind = at + call.key_len - call.query_len
+            behind = behind - torch.arange(run.start, run.stop, device=query.device)
+            scores.masked_fill_((behind < 0) | (behind > WINDOW), float("-inf"))
         torch.softmax(scores, -1, out=scores)
 
 
