@@ -466,7 +466,9 @@ WILD = (
         "    n_query_groups=2)).eval()",
         "AttentionSpec(net, inputs=torch.randint(50, (2, 8)), causal='top_left',"
         " dtypes=['float32'])",
-        absent=("lightning", "lightning_utilities", "litdata", "huggingface_hub", "tokenizers"),
+        absent=(
+            "lightning", "lightning_utilities", "litdata", "huggingface_hub", "tokenizers", "psutil"
+        ),
         inner=("litgpt",),
         needs=("pyyaml==6.0.4", "safetensors==0.8.0", *HUB),
     ),
