@@ -82,7 +82,7 @@ def fake(name):
         "fake==1.0",
         name,
         FAKE,
-        f"AttentionSpec({name}, dtypes=['float32'], few_shapes=True, gradients=False)",
+        f"AttentionSpec({name}, dtypes=['float32'], square=True, few_shapes=True, gradients=False)",
         problem="causal_ignored" if name == "wrong" else "",
         call=f"{name}(q, k, v, is_causal=True)",
     )
