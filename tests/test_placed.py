@@ -103,11 +103,9 @@ def on_each(ways):
 def on_a_grid():
     mesh = init_device_mesh("cpu", (2, 2))
     return {
-        (name, str(placements)): said(
-            assertion, distribute_tensor(weights, mesh, placements), **more
-        )
+        (name, str(cut)): said(assertion, distribute_tensor(weights, mesh, cut), **more)
         for name, assertion, weights, more in cases()
-        for placements in ([Shard(1), Shard(3)], [Shard(2), Replicate()])
+        for cut in ([Shard(1), Shard(3)], [Shard(2), Replicate()])
     }
 
 
@@ -134,7 +132,6 @@ def large(dim):
     """How much a rank holds of a map that it judges, and of one that it reads a row of."""
     mesh = init_device_mesh("cpu", (2,))
     weights = distribute_tensor(torch.randn(1, 2, 64, 96).softmax(-1), mesh, [Shard(dim)])
-    most = 0
     whole = DTensor.full_tensor
     DTensor.full_tensor = lambda *_, **__: 1 / 0  # nobody gathers it
     sizes = []
@@ -149,8 +146,7 @@ def large(dim):
         text = said(assert_one_hot, weights)
     finally:
         DTensor.full_tensor, dist.all_reduce = whole, reduced
-    most = max(sizes)
-    return text, most
+    return text, max(sizes)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])

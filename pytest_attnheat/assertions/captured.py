@@ -61,8 +61,9 @@ def takes_records(
         given = args[0] if args else kwargs.get("weights")
         ask: Callable[..., None] = assertion
         named: dict[str, Any] = {**dict(zip(accepted, args, strict=False)), **kwargs}
-        if any(map(is_placed, (*args, *kwargs.values()))):
-            on_each(**{n: _where_it_lies(one, n, given) for n, one in named.items()})  # type: ignore[call-arg]
+        if any(map(is_placed, named.values())):
+            named = {name: _where_it_lies(one, name, given) for name, one in named.items()}
+            ask(**named)
             return
         if isinstance(given, LazyWeights):
             arguments = _lazily(given, accepted, named, with_sinks=with_sinks)

@@ -10,14 +10,14 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Any, Generic, Literal, TypeAlias, TypeVar
+from typing import Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.blocks import shared
+from pytest_attnheat.attention.boxes import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.lazy import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.attention.placed import Placed, as_own, as_placed
 from pytest_attnheat.inputs import wide_dtype
 
@@ -102,8 +102,8 @@ def rows_and_columns_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: f
 def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | None:
     """Return whether all rows pass, as a scalar on their device; None if they must be read."""
     key_len, size = weights.shape[-1], weights.dtype.itemsize
-    lazy, placed = as_lazy(weights), as_placed(weights)
-    if isinstance(lazy, Transposed) or placed is not None or key_len > _BYTES_ON_CPU // 8:
+    lazy = as_lazy(weights)
+    if isinstance(lazy, Transposed) or as_placed(weights) or key_len > _BYTES_ON_CPU // 8:
         return None  # a row must fit into a piece
     if lazy is None and weights.is_neg():
         return None  # the sign is kept apart from the bits
@@ -134,18 +134,14 @@ def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | Non
 
 def _boxes(weights: Tensor, most_rows: int, most_elements: int) -> Iterator[tuple[slice, ...]]:
     """Yield all rows in order, in boxes of bounded size: of what is not held, as it is computed."""
-    if (lazy := as_lazy(weights)) is not None:
-        return lazy.boxes(most_rows, most_elements)
-    if (own := as_own(weights)) is not None:
-        return own.boxes(most_rows, most_elements)
+    if (held := as_lazy(weights) or as_own(weights)) is not None:
+        return held.boxes(most_rows, most_elements)
     return pieces(weights.shape[:-1], max(1, min(most_rows, most_elements // weights.shape[-1])))
 
 
 def _runs(operand: Tensor, rows: tuple[slice, ...]) -> list[slice]:
     """Return the keys of some rows of weights, or of a mask, that may hold anything; some key."""
-    lazy, own = as_lazy(operand), as_own(operand)
-    if own is not None:
-        return [own.keys]
+    lazy = as_lazy(operand) or as_own(operand)
     whole = [slice(0, operand.shape[-1])]
     return whole if lazy is None else lazy.runs(_own(operand, rows)) or [slice(0, 1)]
 
@@ -181,8 +177,7 @@ class Block:
         self._step = max(1, _piece_elements(weights) // math.prod(self.shape))
         self._runs = _runs(weights, index)
         self._seen = None if mask is None else _runs(mask, index)
-        turned = isinstance(as_lazy(weights), Transposed)
-        if mask is not None and (turned or as_own(weights) is not None):
+        if mask is not None and (isinstance(as_lazy(weights), Transposed) or as_own(weights)):
             self._seen = self._runs  # a block of rows at a time, or the keys that lie here
         # How many keys of each row are known to be zero, and are not read.
         self.hidden = self.key_len - sum(run.stop - run.start for run in self._runs)
@@ -414,9 +409,9 @@ class Parts(Generic[P]):
 
 def blocks(weights: Tensor, mask: Tensor | None) -> Parts[Block]:
     """Return all rows, in blocks of bounded size."""
-    placed, hiding = as_placed(weights), as_placed(mask)
-    here: Any = weights if placed is None else placed.own
-    seen: Any = mask if hiding is None else hiding.own
+    placed, its_mask = as_placed(weights), as_placed(mask)
+    here = weights if placed is None else cast(Tensor, placed.own)
+    seen = mask if its_mask is None else cast(Tensor, its_mask.own)
 
     def make() -> Iterator[Block]:
         for rows in _boxes(here, _BLOCK_ROWS, _piece_elements(weights)):

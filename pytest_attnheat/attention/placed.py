@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -52,7 +53,7 @@ class Placed(InBoxes):
             raise TypeError(misuse(name, f"a DTensor placed as {tensor.placements}", _ACCEPTED))
         tensor = _with_keys_everywhere(tensor.detach())
         self._tensor, self._name, self._mesh = tensor, name, tensor.device_mesh
-        self.local = tensor.to_local()
+        self.local: Tensor = tensor.to_local()
         if self.local.dtype != torch.bool:
             _check_floats(self.local, tensor.shape, name)
         self.shape, self.dtype, self.device = tensor.shape, self.local.dtype, self.local.device
@@ -115,6 +116,12 @@ class Placed(InBoxes):
             found = {place: one for some in given for place, one in some.items()}
         return [found[place] for place in sorted(found)]
 
+    def summed(self, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the sum of what all shards tell, on each rank, to the same bits."""
+        found = torch.from_numpy(numbers).to(self.device)
+        every = self._reduced(found, distributed.ReduceOp.SUM, of=range(self.ndim))
+        return every.cpu().numpy()
+
     def over_keys(self, found: Tensor, combine: Callable[..., Tensor]) -> Tensor:
         """Combine what was measured in each part of the same rows."""
         return self._reduced(found, _OPERATIONS[combine], of=[self.ndim - 1])
@@ -144,13 +151,11 @@ class Own(InBoxes):
     def __getitem__(self, box: Box) -> Tensor:
         """Return a box of slices, which lies here as a whole."""
         own = zip(box, self.placed.offset, strict=True)
-        found: Tensor = self.placed.local[tuple(slice(s.start - at, s.stop - at) for s, at in own)]
-        return found
+        return self.placed.local[tuple(slice(s.start - at, s.stop - at) for s, at in own)]
 
-    @property
-    def keys(self) -> slice:
-        """The keys that lie here."""
-        return slice(*self.placed._spans()[-1])
+    def runs(self, box: Box) -> list[slice]:
+        """Return the keys of some rows that lie here, as one run."""
+        return [slice(*self.placed._spans()[-1])]
 
     def boxes(self, most_rows: int, most_elements: int) -> Iterator[Box]:
         """Yield the rows that lie here, or a part of them; alike on ranks that have the others."""
@@ -160,6 +165,28 @@ class Own(InBoxes):
         for box in pieces(self.placed.local.shape[:-1], limit):
             offsets = zip(box, self.placed.offset, strict=False)
             yield tuple(slice(span.start + at, span.stop + at) for span, at in offsets)
+
+
+def with_whole_rows(tensor: Any) -> Any:
+    """Return a DTensor of which no rank has a part of a row: parts are dealt out anew."""
+    from torch.distributed.tensor import Shard
+
+    last = tensor.ndim - 1
+    placements = [
+        Shard(last - 1) if isinstance(one, Shard) and one.dim in (last, -1) else one
+        for one in tensor.placements
+    ]
+    return tensor.redistribute(placements=placements)
+
+
+def as_placed(given: object) -> Placed | None:
+    """Return what lies on several ranks as what it is; None for a tensor."""
+    return given if isinstance(given, Placed) else None
+
+
+def as_own(given: object) -> Own | None:
+    """Return what lies here of it as what it is; None for a tensor."""
+    return given if isinstance(given, Own) else None
 
 
 _OPERATIONS: dict[Callable[..., Tensor], Any] = {
@@ -192,13 +219,3 @@ def _check_floats(local: Tensor, shape: Sequence[int], name: str) -> None:
 
 def _both(span: slice, start: int, stop: int) -> slice:
     return slice(max(span.start, start), min(span.stop, stop))
-
-
-def as_placed(operand: object) -> Placed | None:
-    """Return what lies on several ranks; None for anything else."""
-    return operand if isinstance(operand, Placed) else None
-
-
-def as_own(operand: object) -> Own | None:
-    """Return what lies here of such a tensor; None for anything else."""
-    return operand if isinstance(operand, Own) else None

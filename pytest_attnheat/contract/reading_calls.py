@@ -96,6 +96,8 @@ def unreadable(spec: AttentionSpec) -> str:
         return "it was captured, and cannot be called"
     if spec.is_block:
         return "a block has projections of its own: what its attention is given is not known"
+    if spec.sharding is not None:
+        return "it is called on several ranks, on each with a part of the call"
     if spec.call is not None:
         return "call= says how a call is made, not how one is read"
     if spec.reference is not None:
