@@ -165,7 +165,8 @@ def environments() -> Rows:
     text = (ROOT / "docs" / "environments.json").read_text(encoding="utf-8")
     for name, one in sorted(json.loads(text).items()):
         versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
-        yield (f"`{name}`", one["python"], versions, one["system"], one["date"], one["ended"],
+        only = f", of it `{one['only']}`" if one["only"] else ""
+        yield (f"`{name}`{only}", one["python"], versions, one["system"], one["date"], one["ended"],
                f"{one['minutes']:g}")  # fmt: skip
 
 

@@ -54,7 +54,7 @@ def test_each_rank_runs_the_body_and_what_it_returns_comes_back(ranks):
 def test_one_rank_that_raises_ends_all_with_its_own_error(ranks):
     with pytest.raises(KeyError, match="of this rank") as caught:
         ranks(4, only, 2, complain)
-    (note,) = caught.value.__notes__
+    (note,) = vars(caught.value)["__notes__"]
     assert note.startswith("on rank 2 of 4: test_ranks.py:")
     assert note.endswith(" in complain")
 
@@ -62,7 +62,7 @@ def test_one_rank_that_raises_ends_all_with_its_own_error(ranks):
 def test_what_all_ranks_raise_is_said_once(ranks):
     with pytest.raises(KeyError) as caught:
         ranks(2, complain)
-    assert caught.value.__notes__[0].startswith("on each of 2 ranks: ")
+    assert vars(caught.value)["__notes__"][0].startswith("on each of 2 ranks: ")
 
 
 def test_a_rank_that_is_killed_ends_all(ranks):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from pytest_attnheat.contract.sharded import on_ranks
 SENTENCES = {defect.name: defect.sentence for defect in DEFECTS}
 BY_NAME = {check.name: check for check in CHECKS}
 # The name that is to be found, the subject, its scheme, and what is declared besides.
-OUTPUTS = {
+OUTPUTS: dict[str, tuple[str, Any, str, dict[str, Any]]] = {
     "order": ("shards_out_of_order", rotating("taken_for_ring", scheme="zigzag"), "zigzag", {}),
     "stripes": ("shards_out_of_order", rotating("taken_for_ring", scheme="striped"), "striped", {}),
     "chunks": ("shards_out_of_order", exchanging("chunks_reversed"), "ulysses", {}),

@@ -6,6 +6,7 @@ standard library and pytest, and nothing else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
 from typing import Any
 
@@ -101,6 +102,10 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     """Make fixtures in the style of a compared test: they may make its figure."""
+    if "torch" in sys.modules:
+        from pytest_attnheat.plugin import memory
+
+        memory.start(item)
     with pictures.style_of(item):
         return (yield)
 
@@ -120,6 +125,10 @@ def pytest_runtest_makereport(
     report = yield
     if item.config.stash.get(settings.GRADING, False):
         return report
+    if call.excinfo is not None and "torch" in sys.modules:
+        from pytest_attnheat.plugin import memory
+
+        memory.explain(item, call, report)
     pictures.leave_heatmap(item, call, report)
     summary.attach_outcomes(item, call, report)
     if item.get_closest_marker(settings.CHECKS_MARKER) is not None:

@@ -185,7 +185,16 @@ def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
 
 
 def _marked(node: pytest.Item) -> dict[str, Any]:
-    """Merge the `attention` markers of a test; the nearest one wins, keyword by keyword."""
+    """Merge the `attention` markers of a test; the nearest one wins, keyword by keyword.
+
+    Not their devices: these are where a case is made, and no part of it.
+    """
+    merged = _all_marked(node)
+    merged.pop("devices", None)
+    return merged
+
+
+def _all_marked(node: pytest.Item) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for marker in reversed(list(node.iter_markers("attention"))):
         merged.update(marker.kwargs)
@@ -266,7 +275,9 @@ def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
     ]
     return {
         "scoring_function": cases.several(marked.get("scoring", known)),
-        "attn_device": chosen_devices(metafunc.config),
+        "attn_device": chosen_devices(
+            metafunc.config, _all_marked(metafunc.definition).get("devices")
+        ),
         "attn_dtype": [dtype_name(dtype) for dtype in dict.fromkeys(dtypes)],
     }
 

@@ -36,8 +36,9 @@ MARKERS = (
     "causal=, alignment=, window=, chunk=, prefix=, sink_keys=, documents=, lengths=, "
     "query_lengths=, may_see=, "
     "scale=, softcap=, alibi=, score_mod=, sinks=, bias=, fully_masked=, kind=, dtype=, "
-    "seed=): what the attention fixtures of pytest-attnheat make for this test. scoring and "
-    "dtype also take lists, which parametrise the test; what is not "
+    "seed=, devices=): what the attention fixtures of pytest-attnheat make for this test, and the "
+    "devices that it runs on, as --attn-device names them. scoring, dtype and "
+    "devices also take lists, which parametrise the test; what is not "
     "given comes from the marker of the class or module, then from the defaults of "
     "pytest_attnheat.make_attention.",
     f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "
@@ -334,10 +335,22 @@ def _read_seconds(text: str, source: str) -> float:
     return seconds
 
 
-def chosen_devices(config: pytest.Config) -> list[str]:
-    """Name the devices that are chosen, here or not; a usage error if torch knows one of none."""
+def chosen_devices(config: pytest.Config, marked: object = None) -> list[str]:
+    """Name the devices that are chosen, here or not; a usage error if torch knows one of none.
+
+    Args:
+        config: The configuration of the run.
+        marked: What the marker of a test chooses in their place: a name, or several.
+    """
+    chosen, source = config.stash[SETTINGS].devices, "attn_device"
     try:
-        return devices.names_of(config.stash[SETTINGS].devices, "attn_device")
+        if marked is not None:
+            source = "the attention marker's devices"
+            names = [marked] if isinstance(marked, str) else marked
+            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+                raise ValueError(misuse(source, repr(marked), _DEVICES))
+            chosen = _read_devices(",".join(names), source)
+        return devices.names_of(chosen, source)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 
