@@ -168,7 +168,7 @@ class Known:
 
     def slopes(self, call: Call, upstream: Tensor) -> Slopes:
         """The gradients of this call, for a gradient of its output; the last are kept."""
-        key = digest(upstream.cpu())
+        key = digest(upstream.cpu().double())
         if key not in self._slopes:
             self._slopes = {key: Slopes.of(call, upstream)}
         return self._slopes[key]
