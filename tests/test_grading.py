@@ -359,6 +359,22 @@ def test_a_wrong_backward_pass_leaves_the_output_alone_and_is_inactive_without_g
     assert names(found.inactive) == {"backward_row_term_left_out"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_backward_pass_shows_in_every_dtype_and_never_where_it_is_right(dtype):
+    def judge(function):
+        tensors = [t.requires_grad_() for t in drawn(6, 6, dtype=dtype)]
+        assert all(one.isfinite().all() for one in torch.autograd.grad(
+            function(*tensors).float().square().sum(), tensors))  # fmt: skip
+
+    def one_key(function):  # gradients of query and key are zero
+        tensors = [t.requires_grad_() for t in drawn(6, 1, dtype=dtype)]
+        torch.autograd.grad(function(*tensors).float().square().sum(), tensors)
+
+    some = ["backward_queries_zero", "backward_scale_missing"]
+    assert names(grade(judge, sdpa, defects=some).survived) == set(some)
+    assert names(grade(one_key, sdpa, defects=some).inactive) == set(some)
+
+
 def test_zeros_have_gradients_of_zero():
     study = Study(plain)
     zeros = study.plant(next(one for one in study.versions if one.name == "zeros"))

@@ -277,6 +277,8 @@ class Grading:
         reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
         if reporter is not None and self.config.option.verbose >= 0:
             reporter.ensure_newline()
+            if self.config.pluginmanager.hasplugin("dsession"):  # which leaves its dots open
+                reporter.line("")
             reporter.write_line(f"attention grade: {text}")
 
     # -- workers
