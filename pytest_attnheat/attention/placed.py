@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, distributed
 
@@ -115,6 +116,12 @@ class Placed(InBoxes):
             found = {place: one for some in given for place, one in some.items()}
         return [found[place] for place in sorted(found)]
 
+    def summed(self, numbers: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        """Return the sum of what all shards tell, on each rank, to the same bits."""
+        found = torch.from_numpy(numbers).to(self.device)
+        every = self._reduced(found, distributed.ReduceOp.SUM, of=range(self.ndim))
+        return every.cpu().numpy()
+
     def over_keys(self, found: Tensor, combine: Callable[..., Tensor]) -> Tensor:
         """Combine what was measured in each part of the same rows."""
         return self._reduced(found, _OPERATIONS[combine], of=[self.ndim - 1])
@@ -158,6 +165,18 @@ class Own(InBoxes):
         for box in pieces(self.placed.local.shape[:-1], limit):
             offsets = zip(box, self.placed.offset, strict=False)
             yield tuple(slice(span.start + at, span.stop + at) for span, at in offsets)
+
+
+def with_whole_rows(tensor: Any) -> Any:
+    """Return a DTensor of which no rank has a part of a row: parts are dealt out anew."""
+    from torch.distributed.tensor import Shard
+
+    last = tensor.ndim - 1
+    placements = [
+        Shard(last - 1) if isinstance(one, Shard) and one.dim in (last, -1) else one
+        for one in tensor.placements
+    ]
+    return tensor.redistribute(placements=placements)
 
 
 def as_placed(given: object) -> Placed | None:

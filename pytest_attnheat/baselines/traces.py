@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from pytest_attnheat.attention.chunks import CHUNK_BYTES
 from pytest_attnheat.attention.lazy import LazyWeights
+from pytest_attnheat.attention.placed import Placed, is_placed, with_whole_rows
 from pytest_attnheat.attention.sketch import (
     Numbers,
     Sketch,
@@ -86,8 +89,10 @@ def layers_of(trace: object) -> list[Layer]:
         return [_layer_of(trace)]
     if isinstance(trace, LazyWeights):
         return [_layer_of_lazy(trace)]
+    if is_placed(trace):
+        return [_layer_of_placed(Placed(with_whole_rows(trace), "trace"))]
     if not isinstance(trace, Trace):
-        accepted = "what capture_attention returns, a record of it, or LazyWeights"
+        accepted = "what capture_attention returns, a record of it, LazyWeights or a DTensor"
         raise TypeError(misuse("trace", type(trace).__name__, accepted))
     if not len(trace):
         raise ValueError(misuse("trace", "no attention", "one or more records"))
@@ -154,6 +159,29 @@ def _layer_of_lazy(weights: LazyWeights) -> Layer:
     )
 
 
+def _layer_of_placed(weights: Placed) -> Layer:
+    """Sketch weights that lie on several ranks: each adds up its own, and all get the sum."""
+    if weights.ndim != 4:
+        got = f"shape {tuple(weights.shape)}"
+        raise ValueError(misuse("trace", got, "(batch, heads, query_len, key_len)"))
+    batch, heads, queries, keys = weights.shape
+    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
+    with apart():
+        for index in weights.own.boxes(queries, CHUNK_BYTES // 8):
+            for entry, head in product(*(range(one.start, one.stop) for one in index[:2])):
+                at, rows = entry * heads + head, index[2]
+                box = (slice(entry, entry + 1), slice(head, head + 1), rows, slice(0, keys))
+                part = weights.own[box].flatten(0, 1)
+                sketcher.add(slice(at, at + 1), rows, part)
+                here = torch.arange(rows.start, rows.stop) + keys - queries
+                totals[at] += _statistics(part, here).cpu().double().sum((0, 1)).numpy()
+        sketcher.join(weights.summed)
+        totals = weights.summed(totals) / queries
+    shape = (batch, heads, queries, keys)
+    dtype = dtype_name(weights.dtype)
+    return Layer("weights", shape, dtype, sketcher.sketch(), totals[:, :5], totals[:, 5])
+
+
 def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
     """Queries that may attend to nothing, (maps, queries): what they show is left open."""
     mask = None if record.mask_lost else record.mask
@@ -203,7 +231,8 @@ def assert_same_attention(
     order.
 
     Args:
-        trace: What `capture_attention` returned, one record of it, or `LazyWeights`.
+        trace: What `capture_attention` returned, one record of it, or `LazyWeights`; or a
+            `DTensor` of weights, on each rank of its mesh.
         other: What it returned of the other run: what "was" in the message. A query that may attend
             to nothing is left out, since implementations give it different things.
         tolerance: By what part of itself a weight may differ; by default what follows from dtypes,
