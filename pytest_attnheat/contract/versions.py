@@ -103,6 +103,7 @@ def _can_act(name: str, spec: AttentionSpec) -> bool:
     flexible = spec.convention is not None and spec.convention.name == "flex_attention"
     takes = {
         **{name: getattr(spec, name) is not None for name in _FEATURES},
+        "shards": spec.sharding is not None,
         "packed": spec.convention and spec.convention.ragged,
         "packing": spec.convention and spec.convention.ragged,
         "lengths": spec.lengths or (spec.convention and spec.convention.ragged),
