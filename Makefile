@@ -31,7 +31,7 @@ docs: $(VENV_TEST)/ready
 
 # The docs as a site that needs no network: build/site/index.html.
 site: $(VENV_TEST)/ready
-	$(VENV_TEST)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV_TEST)/bin/mkdocs build --quiet --strict
 
 # Write the baselines that changed, to be looked at before they are committed.
 baselines: $(VENV_TEST)/ready

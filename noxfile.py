@@ -40,6 +40,7 @@ def run(session: nox.Session, *command: str, **options: object) -> None:
     """Run a command, and record how it ended where that was asked for."""
     asked = [one for one in session.posargs if one != "--record"]
     flags = ["--record"] * (len(asked) < len(session.posargs))
+    flags += [f"--only={' '.join(asked)}"] * bool(asked)
     script = str(ROOT / "benchmarks" / "environments.py")
     session.run("python", script, session.name, *flags, "--", *command, *asked, **options)
 

@@ -1,9 +1,10 @@
 """Environments: some with other versions of matplotlib, for commands; and what ran in which.
 
-    python benchmarks/environments.py NAME [--record] -- COMMAND ...
+    python benchmarks/environments.py NAME [--record] [--only=ARGUMENTS] -- COMMAND ...
 
 runs a command, as the sessions of noxfile.py do, and ends as it ends. With --record it writes when
-it ran, on what, with which versions and how it ended, under that name, into docs/environments.json.
+it ran, on what, with which versions and how it ended, under that name, into docs/environments.json;
+--only says to which part of its tests a session was held.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ def main() -> int:
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "versions": installed(),
+        "only": next((one.removeprefix("--only=") for one in flags if "--only=" in one), ""),
         "ended": ended("".join(lines), process.returncode),
         "minutes": round((time.monotonic() - started) / 60, 1),
     }

@@ -5,8 +5,8 @@ Batch and heads are reduced, and lengths where said, so that it runs on a CPU; k
 in 8 bits are stood in for by attention in bfloat16, so that only the rule is graded. What a project
 checks elsewhere is not part of it. Projects change: each source is that of one commit.
 
-    python benchmarks/judges.py                grade all judges, and write judges.json: minutes
-    python benchmarks/judges.py NAME ...       grade some of them, and print all of each
+    python benchmarks/judges.py                grade all judges, in minutes, and write judges.json
+    python benchmarks/judges.py NAME ...       grade some of them anew, and print all of each
     python benchmarks/judges.py --table        what judges.json holds, as a table of the docs
 """
 
@@ -252,27 +252,35 @@ def result(one: Judged, found: Grade) -> dict[str, Any]:
         "survived": [verdict.name for verdict in found.survived],
         "inactive": len(found.inactive),
         "trivial": [verdict.name for verdict in found.trivial if verdict.status == "survived"],
-        "cure": [*remedy.cases, *remedy.calls],
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "cases": remedy.cases,
+        "examined": remedy.calls,
         "left": remedy.left,
     }
 
 
-def table(data: dict[str, Any]) -> Iterator[str]:
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
     """The table that the docs show."""
-    yield (f"| judge, graded on {data['date']} | what is rebuilt | defects active | survived "
+    yield ("| judge | what is rebuilt | graded on | defects active | survived "
            "| trivial answers that pass | the smallest cure |")  # fmt: skip
-    yield "|" + "---|" * 6
-    for one in data["judges"]:
+    yield "|" + "---|" * 7
+    for one in results:
         name = one["name"]
         if one["source"]:
             repository, commit, *paths = one["source"]
-            links = [f"https://github.com/{repository}/blob/{commit}/{path}" for path in paths]
-            name = f"[{name}]({links[0]})" + "".join(f" [+]({link})" for link in links[1:])
+            root = f"https://github.com/{repository}/blob/{commit}/"
+            links = [f"[{path.rpartition('/')[2]}]({root}{path})" for path in paths]
+            name += f": {', '.join(links)}"
         active, survived = one["killed"] + len(one["survived"]), len(one["survived"])
         trivial = ", ".join(f"`{name}`" for name in one["trivial"]) or "none"
-        cure = ", ".join(f"`{name}`" for name in one["cure"]) or "nothing to cure"
-        cure += f"; {len(one['left'])} left" * bool(one["left"])
-        yield f"| {name} | {one['about']} | {active} | {survived} | {trivial} | {cure} |"
+        calls = [f"`{name}`" for name in one["cases"]]
+        if count := len(one["examined"]):
+            calls += [f"{count} call{'s' * (count > 1)} of the examination"]
+        cure = ", ".join(calls) or ("nothing to cure" if not survived else "")
+        cure += f" ({len(one['left'])} left)" * bool(one["left"])
+        cells = name, one["about"], one["date"], active, survived, trivial, cure
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def main(*names: str) -> None:
@@ -281,19 +289,19 @@ def main(*names: str) -> None:
         print("\n".join(table(json.loads(RESULTS.read_text(encoding="utf-8")))))
         return
     logging.disable(logging.WARNING)
-    results = []
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if names else []
+    results = {one["name"]: one for one in known}
     for one in JUDGES:
         if names and one.name not in names:
             continue
         start = time.monotonic()
         found = grade(one.judge, one.right)
-        results.append(result(one, found))
+        results[one.name] = result(one, found)
         if names:
             print(f"{one.name}\n{found}\n", flush=True)
         print(f"{one.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
-    if not names:
-        data = {"date": str(datetime.date.today()), "torch": torch.__version__, "judges": results}
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    written = [results[one.name] for one in JUDGES if one.name in results]
+    RESULTS.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

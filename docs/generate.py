@@ -165,7 +165,8 @@ def environments() -> Rows:
     text = (ROOT / "docs" / "environments.json").read_text(encoding="utf-8")
     for name, one in sorted(json.loads(text).items()):
         versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
-        yield (f"`{name}`", one["python"], versions, one["system"], one["date"], one["ended"],
+        only = f", of it `{one['only']}`" if one["only"] else ""
+        yield (f"`{name}`{only}", one["python"], versions, one["system"], one["date"], one["ended"],
                f"{one['minutes']:g}")  # fmt: skip
 
 
@@ -231,6 +232,7 @@ MEASURED = {
     "captures": (("benchmarks/capture_table.py",), 0),
     "zoo": (("benchmarks/capture_zoo.py", "--table"), 0),
     "not right in the zoo": (("benchmarks/capture_zoo.py", "--table"), 1),
+    "judges": (("benchmarks/judges.py", "--table"), 0),
     "changed pictures": (("benchmarks/baseline_table.py",), 0),
     "versions of matplotlib": (("benchmarks/baseline_table.py",), 1),
 }

@@ -20,6 +20,8 @@ from mkdocs.structure.pages import Page
 sys.path.insert(0, str(Path(__file__).parent))
 from pages import ROOT, public_names
 
+# Pages that commands write, and that the menu has a place for before they are there.
+AWAITED = ("scale.md", "wild.md")
 PICTURES = ("baseline_images", "examples/baseline_images")
 OF_THE_ROOT = {
     "CHANGELOG.md": "changelog.md",
@@ -31,6 +33,14 @@ TITLES = {f"reference/{title.lower().replace(' ', '-')}.md": title for title in 
 _FENCE = re.compile(r"^(```+).*?^\1$", re.M | re.S)
 _LINK = re.compile(r"(\]\()(?!\w+:|#)([^)\s#]+)(#[^)\s]*)?(\))")
 _NAME = re.compile(r"(?<!\[)`([A-Za-z_]\w*)(\([^`]*\))?`(?!\])")
+
+
+def on_config(config: MkDocsConfig) -> None:
+    """Leave out of the menu what is not written yet."""
+    for section in config.nav or ():
+        for title, pages in section.items():
+            if isinstance(pages, list):
+                section[title] = [page for page in pages if not _is_awaited(*page.values())]
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -69,6 +79,10 @@ def reference(title: str) -> str:
     """Write the page of one group of names; mkdocstrings puts their docstrings in."""
     names = "\n\n".join(f"::: pytest_attnheat.{name}" for name in public_names()[title])
     return f"# {title}\n\n{names}\n"
+
+
+def _is_awaited(uri: str) -> bool:
+    return uri in AWAITED and not (ROOT / "docs" / uri).is_file()
 
 
 def _held(found: re.Match[str], uri: str, folder: str) -> str:

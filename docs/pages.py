@@ -81,13 +81,15 @@ def public_names() -> dict[str, list[str]]:
     stub = (ROOT / "pytest_attnheat" / "__init__.pyi").read_text(encoding="utf-8")
     for line in ast.parse(stub).body:
         if isinstance(line, ast.ImportFrom):
-            _, title = max(
+            titles = [
                 (len(room), title)
                 for title, rooms in NAMES.items()
                 for room in rooms
                 if f"{line.module}.".startswith(f"{room}.")
-            )
-            found[title] += [alias.name for alias in line.names]
+            ]
+            if not titles:
+                raise ValueError(f"NAMES in docs/pages.py has no title for {line.module}")
+            found[max(titles)[1]] += [alias.name for alias in line.names]
     return {title: sorted(names) for title, names in found.items()}
 
 

@@ -110,9 +110,17 @@ class InBoxes:
     dtype: torch.dtype
     device: torch.device
 
+    # What a verdict has to say of it: which rows stand for all.
+    note: str = ""
+
     def __getitem__(self, box: Any) -> torch.Tensor:
         """Return a box, of slices without steps and whole numbers."""
         raise NotImplementedError
+
+    def whole(self, name: str) -> None:
+        """Refuse some rows that stand for all, for who needs all of them."""
+        if self.note:
+            raise ValueError(misuse(name, f"weights{self.note}", "all rows: rows=None"))
 
     @property
     def ndim(self) -> int:

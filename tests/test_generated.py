@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 from generate import MEASURED, SECTIONS, TABLES, listed, measured
-from pages import PAGES, ROOT
+from pages import PAGES, ROOT, public_names
 from wrong_attention import PLANTED
 
+import pytest_attnheat
 from pytest_attnheat.contract import checks
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -40,6 +41,28 @@ def rows(name):
     text = next(text for text in TEXTS.values() if f"<!-- measured: {name} -->" in text)
     table = text.partition(f"<!-- measured: {name} -->\n")[2].partition("<!-- end -->")[0]
     return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("--help", r"--attn-[\w-]+|^ *attn_\w+"),
+        ("--markers", r"(?<=^@pytest\.mark\.)(?:attention|heatmap)\w*"),
+        ("--fixtures", r"^\w+(?=.* -- .*pytest_attnheat)"),
+    ],
+)
+def test_what_pytest_lists_of_the_plugin_is_in_the_docs(pytester, asked, named):
+    listed_by_pytest = re.findall(named, pytester.runpytest(asked).stdout.str(), re.M)
+    names = {name.strip() for name in listed_by_pytest} - {"attention_checks"}
+    assert len(names) > 2
+    page = TEXTS["docs/fixtures.md"]
+    assert sorted(name for name in names if not re.search(rf"\| `{name}\b", page)) == []
+
+
+def test_every_public_name_is_in_the_docs():
+    names = [name for names in public_names().values() for name in names]
+    assert sorted({*names, "__version__"}) == dir(pytest_attnheat)
+    assert [name for name in names if f"| `{name}` |" not in TEXTS["docs/names.md"]] == []
 
 
 def test_every_defect_was_measured():

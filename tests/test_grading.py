@@ -1,5 +1,6 @@
 """A judge is graded by the defects that it lets through."""
 
+import copy
 import json
 import math
 import random
@@ -541,6 +542,20 @@ def test_blocks_of_transformers_are_graded(how):
     assert found.refused == found.survived == ()
 
 
+def test_a_judge_may_copy_a_module_and_change_the_copy():
+    block = nn.MultiheadAttention(8, 2, batch_first=True)
+    right = copy.deepcopy(block)
+    inputs = torch.randn(2, 5, 8)
+
+    def judge(module):
+        other, expected = copy.deepcopy(module), copy.deepcopy(right)
+        for one in (other, expected):
+            nn.init.ones_(one.out_proj.weight)
+        torch.testing.assert_close(other(*[inputs] * 3), expected(*[inputs] * 3))
+
+    assert len(grade(judge, block, defects=["scale_missing"]).killed) == 1
+
+
 def test_a_block_that_does_its_attention_by_hand_is_refused():
     class ByHand(nn.Linear):
         def forward(self, inputs):
@@ -615,6 +630,7 @@ def test_what_autocast_casts_within_the_function_is_read_as_it_is_cast():
     [
         (lambda: AttentionSpec(plain, call=lambda f, c: f(*c.tensors)), "call= says how a call"),
         (lambda: AttentionSpec(plain, reference=plain), "reference= computes something else"),
+        (lambda: AttentionSpec(plain, sharding="ring"), "it is called on several ranks"),
     ],
 )
 def test_a_target_whose_calls_cannot_be_read_is_refused(spec, reason):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pytest_attnheat as heat
 from pytest_attnheat import LazyWeights
 from pytest_attnheat.attention import blocks as blocks_module
+from pytest_attnheat.attention import lazy as lazy_module
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.heatmaps import maps
 
@@ -298,3 +299,82 @@ def test_a_record_that_is_too_large_is_read_as_weights_that_never_exist():
     for one in (record, small):
         with pytest.raises(heat.Failure, match=r"15 of 80 rows have an entropy below 1.2 nats"):
             heat.assert_entropy(one, minimum=1.2)
+
+
+# --- rows that stand for all, memory, progress, refusals
+
+
+def test_some_rows_stand_for_all_and_the_verdict_says_so():
+    query, key = (draw(name, 3, 1, 2, 400, 4).float() for name in ("query", "key"))
+    some = LazyWeights(query, key, rows=64, seed=5)
+    read = [number for rows in some.rows for number in range(rows.start, rows.stop)]
+    assert len(read) == 64
+    assert {0, 399} <= set(read)
+    assert LazyWeights(query, key, rows=400).sampled is None
+    heat.assert_row_stochastic(some)
+    with pytest.raises(heat.Failure) as caught:
+        heat.assert_entropy(some, minimum=5.9)
+    whole = some.dense()
+    low = [row for row in read for head in range(2) if row_entropy(whole[0, head, row]) < 5.9]
+    text = str(caught.value)
+    assert f"{len(low)} of 128 rows have an entropy below 5.9" in text
+    assert ", 64 of 400 rows of each map, drawn from seed=5" in text
+    assert caught.value.worst.index[-1] in read
+
+
+def row_entropy(row):
+    return float(-(row.double() * row.double().log()).sum()) + 7e-5  # the tolerance
+
+
+def test_rows_of_other_draws_are_not_compared():
+    query, key = (draw(name, 3, 1, 2, 400, 4).float() for name in ("query", "key"))
+    one, other = (LazyWeights(query, key, rows=64, seed=seed) for seed in (1, 2))
+    heat.assert_same_attention(one, LazyWeights(query, key, rows=64, seed=1))
+    with pytest.raises(ValueError, match="both with the same rows= and seed="):
+        heat.assert_same_attention(one, other)
+
+
+@pytest.mark.parametrize("name", ["assert_doubly_stochastic", "show_heatmaps"])
+def test_what_needs_all_rows_refuses_some(name):
+    query, key = (draw(name, 3, 1, 2, 400, 4).float() for name in ("query", "key"))
+    some = LazyWeights(query, key, rows=64)
+    options = {"xlabel": None, "ylabel": None} if name == "show_heatmaps" else {}
+    with pytest.raises(ValueError, match=r"64 of 400 rows of each map.*; accepted is all rows"):
+        getattr(heat, name)(some, **options)
+
+
+def test_a_long_pass_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(lazy_module, "_SECONDS", -1.0)
+    query, key = (draw(name, 3, 1, 1, 40, 4).float() for name in ("query", "key"))
+    with caplog.at_level("INFO", "pytest_attnheat"):
+        heat.assert_row_stochastic(LazyWeights(query, key))
+    assert "float32 (1, 1, 40, 40)>: 50 % are read, about 0 s are left" in caplog.text
+
+
+def test_a_block_mask_leaves_out_what_it_hides():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    query, key = (draw(name, 3, 1, 2, 300, 4).float() for name in ("query", "key"))
+    mask = flex.create_block_mask(
+        lambda b, h, q, k: q // 128 == k // 128, None, None, 300, 300, device="cpu"
+    )
+    lazy = LazyWeights(query, key, mask=mask)
+    documents = torch.arange(300).div(128, rounding_mode="floor").expand(1, 300)
+    same = LazyWeights(query, key, documents=(documents, documents))
+    assert torch.allclose(lazy.dense(), same.dense())
+    assert lazy.blocks.seen(slice(0, 1), slice(130, 131)) == (slice(128, 256),)
+    heat.assert_masked(lazy)
+
+
+@pytest.mark.parametrize(
+    ("given_", "error", "said"),
+    [
+        ({"causal": True}, ValueError, "alignment: got None for 5 queries and 7 keys"),
+        ({"windw": 3}, TypeError, "features: got .'windw'.; accepted is one of mask, causal"),
+        ({"mask": torch.ones(5, 7)[:3] > 0}, ValueError, "broadcasts to that of the weights"),
+        ({"mask": torch.ones(5, 7).int()}, TypeError, "mask: got dtype int32"),
+        ({"rows": 0}, ValueError, "rows: got 0; accepted is a whole number from 1"),
+    ],
+)
+def test_what_cannot_be_read_is_refused_when_it_is_made(given_, error, said):
+    with pytest.raises(error, match=said):
+        LazyWeights(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 7, 4), **given_)

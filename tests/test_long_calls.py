@@ -1,16 +1,24 @@
 """A kernel at lengths where no whole map can be held: some rows, beside float64 of these alone."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-from pytest_attnheat import Failure, assert_gradients_match, assert_matches_reference
+from pytest_attnheat import (
+    AttentionSpec,
+    Failure,
+    assert_gradients_match,
+    assert_matches_reference,
+    check_attention,
+)
 from pytest_attnheat.assertions.precision_rows import Runs, chosen_rows, of_rows
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.contract import long_calls
 
 KEYS = 2**16 + 100
 
@@ -166,3 +174,64 @@ def test_runs_of_keys_cover_all_keys_and_are_no_more_than_the_channels(key_len, 
     assert edges[-1] == key_len
     assert len(edges) - 1 <= min(width, key_len)
     assert list(edges) == sorted(set(edges))
+
+
+# --- in the examination
+
+
+def reads_past_the_end(query, key, value, *, scale=None):
+    """One key too many, as by `<=` in the loop over keys."""
+    many = key.shape[-2] + 1
+    longer = key.as_strided((*key.shape[:-2], many, key.shape[-1]), key.stride())
+    scores = query @ longer.mT / math.sqrt(query.shape[-1])
+    return scores.softmax(-1)[..., :-1] @ value
+
+
+def examined(subject, **declared):
+    spec = AttentionSpec(subject, dtypes=("float32",), devices=("cpu",), **declared)
+    report = check_attention(spec, checks=[long_calls.LONG])
+    return report.results[0]
+
+
+@pytest.fixture
+def shorter(monkeypatch):
+    monkeypatch.setattr(long_calls, "LONGEST", 3001)
+    monkeypatch.setattr(long_calls, "_ROWS", 8)
+
+
+@pytest.mark.usefixtures("shorter")
+def test_the_examination_makes_a_long_call_if_it_is_told():
+    report = check_attention(
+        AttentionSpec(sdpa, dtypes=("float32",), devices=("cpu",)), quick=True, long=True
+    )
+    assert report.passed
+    assert "long: 8 of 256 queries were judged, of 3001 keys" in str(report)
+
+
+@pytest.mark.usefixtures("shorter")
+def test_a_read_past_the_end_shows_as_nan_lies_there():
+    result = examined(reads_past_the_end, causal=None)
+    assert result.status == "failed"
+    assert "what lies before and after query, key and value in memory is NaN" in result.message
+    assert "check_attention(..., long=True, seed=0)" in result.message
+
+
+@pytest.mark.usefixtures("shorter")
+def test_keys_that_a_long_call_loses_are_named():
+    result = examined(of_first(2900), causal=None)
+    assert "get no weight from any of these rows" in result.message
+
+
+def test_a_long_call_is_as_long_as_memory_allows():
+    sizes = partial(long_calls.sizes_for, longest=None, width=128)
+    assert sizes(24 * 10**9, square=False) == (256, 131045)
+    queries, keys = sizes(24 * 10**9, square=True)
+    assert queries == keys < 20_000
+    assert sizes(4 * 10**9, square=False)[1] < sizes(8 * 10**9, square=False)[1]
+    assert long_calls.sizes_for(24 * 10**9, square=False, longest=2048, width=8) == (256, 2048)
+
+
+def test_a_long_call_is_one_of_a_function():
+    block = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    with pytest.raises(ValueError, match="long: got True; accepted is False for a block"):
+        check_attention(AttentionSpec(block, inputs=torch.randn(2, 5, 8)), long=True)

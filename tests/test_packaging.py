@@ -13,9 +13,19 @@ from email.policy import default
 import pytest
 from pages import ROOT
 
-# What is left in a folder that the project was cloned to or unpacked in, and worked in.
-LEFT = (".[!gp]*", ".git", ".gitignore", ".pytest_cache", "*.egg-info", "*.pyc", "attn-artifacts",
-        "build", "demo-report", "dist", "site")  # fmt: skip
+# What a clone holds and the sdist need not; what is left of work in either.
+NOT_IN_SDIST = {".ci/run", ".gitignore"}
+LEFT = (".[!gp]*", ".git", ".pytest_cache", "*.egg-info", "*.pyc", "attn-artifacts", "build",
+        "demo-report", "dist", "site")  # fmt: skip
+
+
+def files_of(folder):
+    """The files of the project: in a clone, those that git knows."""
+    found = subprocess.run(["git", "ls-files"], cwd=folder, capture_output=True, text=True)
+    if (folder / ".git").exists() and found.returncode == 0:
+        return set(found.stdout.splitlines()) - NOT_IN_SDIST
+    files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name for name in files if ".egg-info/" not in name and not name.endswith(".pyc")}
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +35,7 @@ def built(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packaging")
     copy, dist = folder / "project", folder / "dist"
     shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(*LEFT))
-    files = {path.relative_to(copy).as_posix() for path in copy.rglob("*") if path.is_file()}
+    files = files_of(ROOT)
     command = [sys.executable, "-W", "ignore", "-m", "build", "--no-isolation"]
     made = subprocess.run([*command, "--outdir", dist, copy], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr[-2000:]
@@ -47,7 +57,7 @@ def metadata_of(contents):
 def test_the_sdist_holds_all_that_a_clone_holds(built):
     files, unpacked, _, _ = built
     packed = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*")}
-    assert files - packed == set()
+    assert files <= packed, sorted(files - packed)
     assert {"Makefile", ".github/workflows/test.yml", "tests/test_packaging.py"} <= files
     assert not any(".pyc" in name for name in packed)
 
@@ -119,3 +129,21 @@ def test_what_pyproject_claims_is_what_was_run():
         padded = f"{claimed[name]}.0.0".split(".")[:3]
         assert lowest[name].split(".")[:3] == padded, name
     assert f'requires-python = ">={records["lowest"]["python"].rpartition(".")[0]}"' in project
+
+
+@pytest.mark.parametrize(
+    ("printed", "status", "ended"),
+    [
+        ("== 1 failed, 2 passed, 3 skipped, 4 warnings in 65.20s (0:01:05) ==", 1,
+         "1 failed, 2 passed, 3 skipped, exit status 1"),
+        ("28 passed in 4.66s", 0, "28 passed"),
+        ("two lines\nof words", 0, "ran"),
+    ],
+)  # fmt: skip
+def test_a_record_says_how_a_command_ended(printed, status, ended):
+    script = [sys.executable, "-W", "ignore", ROOT / "benchmarks/environments.py", "name", "--"]
+    command = [sys.executable, "-c", f"print({printed!r}); raise SystemExit({status})"]
+    done = subprocess.run([*script, *command], capture_output=True, text=True)
+    record = json.loads(done.stdout.splitlines()[-1])
+    assert (done.returncode, record["ended"]) == (status, ended)
+    assert record["versions"]["pytest"] == pytest.__version__

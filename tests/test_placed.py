@@ -28,7 +28,7 @@ from pytest_attnheat import (
     assert_uniform,
 )
 from pytest_attnheat.attention.placed import Placed
-from pytest_attnheat.baselines.traces import layers_of
+from pytest_attnheat.baselines.layers import layers_of
 from pytest_attnheat.contract.ranks import on_ranks
 
 # Sharded by batch, head, query and key, and on each rank as a whole.

@@ -12,6 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention, softmax
 from pytest_attnheat import Failure, assert_same_attention, capture_attention
 from pytest_attnheat.attention.sketch import Side, Sketch, Sketcher
 from pytest_attnheat.baselines import judging, traces
+from pytest_attnheat.baselines.layers import Layer, layers_of
 
 LAYERS, HEADS, WIDTH, LENGTH = 4, 4, 32, 24
 
@@ -245,12 +246,12 @@ def test_weights_that_are_kept_in_half_precision_are_judged_by_it(trace):
     kept = traced(model_of(), keep="weights", dtype=torch.float32)
     for record in kept:
         object.__setattr__(record, "kept_weights", record.kept_weights.bfloat16())
-    assert [layer.dtype for layer in traces.layers_of(kept)] == ["bfloat16"] * LAYERS
+    assert [layer.dtype for layer in layers_of(kept)] == ["bfloat16"] * LAYERS
     assert_same_attention(kept, trace)
 
 
 def test_statistics_are_those_of_plain_loops(trace):
-    layer = traces.layers_of(trace)[0]
+    layer = layers_of(trace)[0]
     weights = trace[0].weights.double().flatten(0, 1)
     for number, panel in enumerate(weights):
         rows = [row[row > 0] for row in panel]
@@ -287,7 +288,7 @@ def saved(layers, tmp_path):
 
 
 def test_what_is_read_from_a_file_is_what_was_captured(trace, tmp_path):
-    layers = traces.layers_of(trace)
+    layers = layers_of(trace)
     read = traces.read(saved(layers, tmp_path))
     assert [layer.name for layer in read] == ["0", "1", "2", "3"]
     assert traces.compare_layers(read, layers) is None
@@ -302,7 +303,7 @@ def test_a_file_of_many_heads_and_tokens_is_small_and_shows_one_weight(tmp_path)
         return Side(np.abs(sums), signed, np.abs(norms) + 0.1)
 
     layers = [
-        traces.Layer(
+        Layer(
             f"model.layers.{number}.self_attn",
             (1, 32, 4096, 4096),
             "bfloat16",
@@ -330,7 +331,7 @@ def test_in_a_file_any_two_queries_of_a_group_that_trade_places_are_seen(tmp_pat
         sketcher = Sketcher(1, 152, 64)
         sketcher.add(slice(0, 1), slice(0, 152), maps[None])
         statistics = np.zeros((1, 5)), np.zeros(1)
-        return traces.Layer("a", (1, 1, 152, 64), "float32", sketcher.sketch(), *statistics)
+        return Layer("a", (1, 1, 152, 64), "float32", sketcher.sketch(), *statistics)
 
     whole = layer(weights).sketch.folded((38, 1))
     for one in range(38):
@@ -342,7 +343,7 @@ def test_in_a_file_any_two_queries_of_a_group_that_trade_places_are_seen(tmp_pat
 
 
 def test_a_file_holds_only_text_and_no_pickle(trace, tmp_path):
-    head, _, body = saved(traces.layers_of(trace), tmp_path).read_text().partition("\n")
+    head, _, body = saved(layers_of(trace), tmp_path).read_text().partition("\n")
     assert json.loads(head)["version"] == 2
     assert body.isascii()
 
@@ -367,9 +368,9 @@ def test_a_file_holds_only_text_and_no_pickle(trace, tmp_path):
     ],
 )
 def test_a_damaged_file_is_refused(trace, tmp_path, change):
-    path = saved(traces.layers_of(trace), tmp_path)
+    path = saved(layers_of(trace), tmp_path)
     path.write_text(change(path.read_text()))
-    found = traces.check(traces.layers_of(trace), path, tmp_path)
+    found = traces.check(layers_of(trace), path, tmp_path)
     assert found.status == "unreadable"
     assert found.reason
 

@@ -34,7 +34,7 @@ from pytest_attnheat.assertions.masking_causes import (
 )
 from pytest_attnheat.assertions.pictures import failure
 from pytest_attnheat.assertions.scan import Block, Elements, Parts, blocks, elements
-from pytest_attnheat.attention.lazy import LazyMask, as_lazy
+from pytest_attnheat.attention.boxes import LazyMask, as_lazy
 from pytest_attnheat.attention.placed import as_placed
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance

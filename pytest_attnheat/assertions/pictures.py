@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
 from pytest_attnheat.assertions.scan import Block, blocks, mask_at
-from pytest_attnheat.attention.lazy import as_lazy
+from pytest_attnheat.attention.boxes import as_lazy
 from pytest_attnheat.attention.placed import as_placed
 from pytest_attnheat.failure import Failure, exponent
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name

@@ -62,6 +62,7 @@ class Criteria:
         reference: What is compared with in place of attention; None for attention.
         tolerance: What is allowed anyway, as a part of the largest number of a map.
         rows: How many rows are judged, about; None for all.
+        surrounded: Whether what lies beside the inputs in memory is NaN.
     """
 
     factor: float = 2.0
@@ -70,6 +71,7 @@ class Criteria:
     reference: Run | None = None
     tolerance: float = 0.0
     rows: int | None = None
+    surrounded: bool = False
 
 
 def check_criteria(criteria: Criteria) -> None:
@@ -180,7 +182,14 @@ def check_call(call: Call) -> None:
 
 
 def run_once(
-    run: Run, call: Call, names: Sequence[str], code: object, *, training: bool, seed: int
+    run: Run,
+    call: Call,
+    names: Sequence[str],
+    code: object,
+    *,
+    training: bool,
+    seed: int,
+    beside: int = 0,
 ) -> dict[str, Tensor | None]:
     """Return the output of a subject and its gradients, by name; None for no gradient.
 
@@ -191,12 +200,13 @@ def run_once(
         code: The subject itself, whose modules and random state are left as they were.
         training: Whether it may draw random numbers, each call from `seed`.
         seed: That seed.
+        beside: How many NaN lie before and after each input in memory.
     """
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def again() -> Tensor:
         leaves = copies(call, names)
-        output = run(handed(call, leaves))
+        output = run(handed(call, leaves, beside))
         calls.append((output, leaves))
         return output.detach()
 
@@ -264,11 +274,12 @@ def copies(call: Call, names: Sequence[str], dtype: torch.dtype | None = None) -
     return leaves
 
 
-def handed(call: Call, leaves: Mapping[str, Tensor]) -> Call:
+def handed(call: Call, leaves: Mapping[str, Tensor], beside: int = 0) -> Call:
     """The call of some leaves: a subject may write to its tensors, but not to a leaf."""
-    hand = cast(Callable[[Tensor], Tensor], _Handed.apply)
+    hand = cast(Callable[[Tensor, int], Tensor], _Handed.apply)
     given = {
-        _LEAVES[name]: hand(leaf) if leaf.requires_grad else leaf for name, leaf in leaves.items()
+        _LEAVES[name]: hand(leaf, beside) if leaf.requires_grad or beside else leaf
+        for name, leaf in leaves.items()
     }
     mask = None if call.mask is None else _copy(call.mask, None)
     return replace(call, **given, mask=mask)  # type: ignore[arg-type]
@@ -278,21 +289,23 @@ class _Handed(torch.autograd.Function):
     """A copy with the same strides, which `clone` does not keep where elements share memory."""
 
     @staticmethod
-    def forward(ctx: Any, leaf: Tensor) -> Tensor:
-        return _copy(leaf, None)
+    def forward(ctx: Any, leaf: Tensor, beside: int) -> Tensor:
+        return _copy(leaf, None, beside)
 
     @staticmethod
-    def backward(ctx: Any, above: Tensor) -> Tensor:
-        return above
+    def backward(ctx: Any, above: Tensor) -> tuple[Tensor, None]:
+        return above, None
 
 
-def _copy(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    """A copy with the same strides, also where elements share memory."""
+def _copy(tensor: Tensor, dtype: torch.dtype | None, beside: int = 0) -> Tensor:
+    """A copy with the same strides, also where elements share memory; NaN before and after it."""
     reach = 1 + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     memory = tensor.as_strided((reach,), (1,)).to(dtype or tensor.dtype, copy=True)
     # Not a view of that memory: into a view that a custom function returns, nobody may write.
     empty = torch.empty(0, dtype=memory.dtype, device=memory.device)
-    return empty.set_(memory.untyped_storage(), 0, tensor.shape, tensor.stride())
+    if beside:
+        memory = torch.nn.functional.pad(memory, (beside, beside), value=math.nan)
+    return empty.set_(memory.untyped_storage(), beside, tensor.shape, tensor.stride())
 
 
 # --- with dropout: gradients beside differences of the output

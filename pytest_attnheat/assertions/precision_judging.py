@@ -21,7 +21,13 @@ from pytest_attnheat.assertions.precision_calls import (
 )
 from pytest_attnheat.assertions.precision_elements import Judgement, judge
 from pytest_attnheat.assertions.precision_judgement import Context, check
-from pytest_attnheat.assertions.precision_rows import Runs, chosen_rows, of_rows, weights_of_runs
+from pytest_attnheat.assertions.precision_rows import (
+    BESIDE,
+    Runs,
+    chosen_rows,
+    of_rows,
+    weights_of_runs,
+)
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.scoring import draw
@@ -137,6 +143,12 @@ def _judge_rows(
         one = _judge(name, part, expected[0], expected[1][name], call, criteria, masked_rows)
         return replace(one, rows=rows, length=whole.query_len) if of_queries else one
 
+    def ask(given: Call, asked: Sequence[str]) -> dict[str, Tensor | None]:
+        return run_once(
+            run, given, asked, code, training=criteria.training, seed=criteria.seed,
+            beside=BESIDE if criteria.surrounded else 0,
+        )  # fmt: skip
+
     def spread(upstream: Tensor | None) -> Tensor | None:
         if upstream is None:
             return None
@@ -164,15 +176,17 @@ def _judge_rows(
         above = runs.upstream(call.upstream) if asked and call.upstream is not None else None
         own = replace(call, value=counting, upstream=above)
         given = replace(whole, value=counting, upstream=spread(above))
-        found = run_once(run, given, asked, code, training=criteria.training, seed=criteria.seed)
+        found = ask(given, asked)
         expected = _expected(own, criteria, asked, code)
         one, *slopes = [judged(name, found[name], expected, own) for name in ["output", *asked]]
-        failure = weights_of_runs(assertion, one, runs, repeat) if output else None
+        failure = None
+        if output:
+            failure = weights_of_runs(assertion, one, runs, repeat, surrounded=criteria.surrounded)
         if failure is not None:
             raise failure
         check(assertion, slopes, context(found, slopes, "; values that count runs of keys"))
     whole = replace(whole, upstream=spread(call.upstream))
-    found = run_once(run, whole, names, code, training=criteria.training, seed=criteria.seed)
+    found = ask(whole, names)
     expected = _expected(call, criteria, names, code)
     judgements = [judged(name, found[name], expected, call) for name in ["output", *names]]
     several = judgements if output else judgements[1:]

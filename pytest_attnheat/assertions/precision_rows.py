@@ -30,6 +30,8 @@ _BLOCKS, _BITS = (64, 128), (15, 16)
 _NEAR = 16
 # Less than this part of the weight that a run of keys should have is none of it.
 _NONE = 0.01
+# So many NaN lie before and after an input whose surroundings are NaN: more than a block has.
+BESIDE = 2**15
 
 
 def chosen_rows(query_len: int, key_len: int, count: int, seed: int) -> list[int]:
@@ -159,11 +161,22 @@ class Runs:
         return f"keys {' and '.join(said)}{' and more' * (len(found) > 3)}"
 
 
-def weights_of_runs(assertion: str, one: Judgement, runs: Runs, repeat: str) -> Failure | None:
-    """Return what is wrong with the weights of runs of keys; None if nothing is."""
+def weights_of_runs(
+    assertion: str, one: Judgement, runs: Runs, repeat: str, *, surrounded: bool = False
+) -> Failure | None:
+    """Return what is wrong with the weights of runs of keys; None if nothing is.
+
+    Args:
+        assertion: What the failure is called.
+        one: The output, of values that count.
+        runs: What they count.
+        repeat: What it takes to see the same again.
+        surrounded: Whether what lies beside the inputs in memory is NaN.
+    """
     broken = one.broken
     if not bool(broken.any()):
         return None
+    nan = bool(one.found[broken].isnan().any())
     excess = (one.error / one.allowed).nan_to_num(nan=0.0, posinf=torch.inf).masked_fill(~broken, 0)
     flat = int(excess.argmax())
     at = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), broken.shape))
@@ -181,10 +194,18 @@ def weights_of_runs(assertion: str, one: Judgement, runs: Runs, repeat: str) -> 
         broken=int(broken.sum()),
         of=int(one.judged.sum()),
         worst=Place(text, (*place, row), found, "output"),
-        cause=_where(one, runs),
+        cause=_read_beside(one) if surrounded and nan else _where(one, runs),
         tensor=one.checked,
         tolerance=float(one.allowed[at]),
         repeat=repeat,
+    )
+
+
+def _read_beside(one: Judgement) -> str:
+    rows = int((one.broken & one.found.isnan()).any(-1).sum())
+    return (
+        f"NaN in {rows} of {one.broken[..., 0].numel()} rows: what lies before and after query, "
+        "key and value in memory is NaN, and is read"
     )
 
 

@@ -29,6 +29,7 @@ from pytest_attnheat.assertions.scan import (
     rows_and_columns_sum_to_one,
     rows_sum_to_one,
 )
+from pytest_attnheat.attention.boxes import as_lazy
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import FullyMasked, check_fully_masked
 from pytest_attnheat.inputs import (
@@ -116,6 +117,8 @@ def assert_doubly_stochastic(
         accepted = "'zero': whatever else a fully masked row held would count in every column"
         raise ValueError(misuse("fully_masked", repr(declared), accepted))
     name = "assert_doubly_stochastic"
+    if (lazy := as_lazy(operand)) is not None:
+        lazy.whole("weights")
     if not rows_and_columns_sum_to_one(operand, permitted, allowed):
         _check(name, operand, permitted, _distribution(permitted, declared, allowed))
         columns, by_column = operand.mT, None if permitted is None else permitted.mT

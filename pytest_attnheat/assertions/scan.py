@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.blocks import shared
+from pytest_attnheat.attention.boxes import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.attention.chunks import pieces, spans
-from pytest_attnheat.attention.lazy import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.attention.placed import Placed, as_own, as_placed
 from pytest_attnheat.inputs import wide_dtype
 

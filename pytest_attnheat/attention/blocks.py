@@ -23,6 +23,8 @@ from pytest_attnheat.attention.parts import flattened, own_maps, own_rows
 # So many scores at a time stay near the processor while weights are made of them; on a GPU, to
 # start kernels for fewer takes longer than they do. Products of fewer rows are slow.
 _BLOCK, _BLOCK_ELSEWHERE, _ROWS = 2**17, 2**24, 64
+# A block of more scores would take too much memory, of however few rows it is.
+_MOST = 2**23
 # Keys are left out so many at a time; more runs of keys than these take longer than they save.
 _CELL, _RUNS = 128, 16
 Place = TypeVar("Place", int, Tensor)
@@ -73,7 +75,7 @@ class Blocks:
         near = max(1, min(key_len, near + call.sink_keys, call.chunk or key_len))
         # Of rows that see other keys each, a block computes no more than a quarter in vain.
         most = block // key_len if near == key_len else min(near // 4, 4 * block // near)
-        self.rows = min(call.query_len, max(_ROWS, most))
+        self.rows = min(call.query_len, max(1, min(_ROWS, _MOST // key_len), most))
         self.together = max(1, block // (self.rows * key_len))
         self._kept: tuple[slice, dict[str, Tensor]] | None = None
         self._last: tuple[slice, slice, Block] | None = None
@@ -160,7 +162,8 @@ class Blocks:
     @cached_property
     def _of_rows(self) -> tuple[Tensor, Tensor]:
         """The first and the last key that each row sees, (query_len, 1)."""
-        places = torch.arange(self.call.query_len, device=self._device) + self._stands[0]
+        places = torch.arange(self.call.query_len, device=self._device, dtype=torch.int32)
+        places += self._stands[0]
         first, last = self.ends(places)
         return first[:, None], last[:, None]
 
@@ -295,15 +298,16 @@ class Blocks:
         call, stand = self.call, self._stands[0]
         start, stop = (end[span] for end in self._of_rows)
         since_all, until_all = self.seen_by_all(span)
+        numbers: Any = {"dtype": torch.int32, "device": scores.device}
         at = 0
         for run in seen:
             own = scores[..., at : at + run.stop - run.start]
             at += run.stop - run.start
             if (until := min(since_all, run.stop)) > run.start:
-                early = torch.arange(run.start, until, device=scores.device) < start
+                early = torch.arange(run.start, until, **numbers) < start
                 own[..., : until - run.start].masked_fill_(early, -math.inf)
             if (since := max(until_all, run.start)) < run.stop:
-                late = torch.arange(since, run.stop, device=scores.device) > stop
+                late = torch.arange(since, run.stop, **numbers) > stop
                 own[..., since - run.start :].masked_fill_(late, -math.inf)
         return not 0 <= span.start + stand <= span.stop + stand <= call.key_len
 

@@ -335,7 +335,10 @@ def unpacked(
             sums, data = _taken(data, "<f4", (maps, count))
         wide = octaves.astype(np.float64)
         norms = np.where(octaves == _NO_NORM, 1.0, 2.0**wide)
-        sizes = (numbers + np.int64(1)) // 2
+        numbers = numbers.astype(
+            np.int64
+        )  # to numpy 1.26, a uint32 and an np.int64(1) are a uint32
+        sizes = (numbers + 1) // 2
         signed = np.where(numbers % 2, -sizes, sizes) * norms * step
         norms = np.where(octaves == _NO_NORM, 0.0, norms)
         sides.append(Side(None if sums is None else np.float64(sums), signed, norms, span))

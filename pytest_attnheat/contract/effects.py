@@ -13,8 +13,11 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.precision_elements import judge
 from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.backward import Saved, carried_back
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import MOST_ALLOWED
-from pytest_attnheat.attention.outcomes import Expected, Outcomes
+from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.contract.versions import Form, Version
@@ -91,6 +94,52 @@ class Effect:
 
 
 @dataclass(frozen=True, eq=False)
+class Slopes:
+    """The gradients of a call, and how far rounding may move each number of them.
+
+    Attributes:
+        saved: What the forward pass leaves, with the gradient of the output.
+        right: By name, as `Call.shapes` has them.
+        allowed: Of the same shapes, what a plain computation and as much again may be off.
+    """
+
+    saved: Saved
+    right: dict[str, Tensor]
+    allowed: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, call: Call, upstream: Tensor) -> Slopes:
+        """Compute them, for the gradient (batch, heads, query_len, value_dim) of the output."""
+        call = replace(call, upstream=upstream)
+        with torch.no_grad():
+            saved = Saved.of(replace(call, upstream=upstream.double()), None)
+            right = dict(carried_back(BackwardPlan(), saved))
+            expected = computation.reference(call)
+        with torch.enable_grad():
+            plain = computation.plain(call)
+        allowed = {}
+        for name, exact in right.items():
+            of = [one[name] for one in (expected.exact, plain, expected.scale, expected.least)]
+            everything = torch.ones_like(of[0], dtype=torch.bool)
+            most = judge(name, None, *of, factor=_FACTOR, dtype=call.query.dtype, judged=everything)
+            floor = _FLOOR * exact.nan_to_num(nan=0.0).abs().max()
+            own = most.allowed.reshape(exact.shape).nan_to_num(nan=math.inf)
+            allowed[name] = own.cpu().clamp(min=floor)
+        return cls(saved, right, allowed)
+
+    def change(self, name: str, own: Tensor) -> Change | None:
+        """By how much a gradient is off; None if by rounding alone."""
+        exact, allowed = self.right[name], self.allowed[name]
+        error = (own.reshape(exact.shape) - exact).abs().nan_to_num(nan=math.inf)
+        if not bool((error > allowed).any()):
+            return None
+        matrix = (1,) * max(0, 2 - exact.ndim) + tuple(exact.shape)
+        exact, error, allowed = (one.reshape(matrix) for one in (exact, error, allowed))
+        parts = allowed.amax((-2, -1)) / largest_of_heads(exact)
+        return Change.of(error, exact, float(parts.max()))
+
+
+@dataclass(frozen=True, eq=False)
 class Chosen:
     """The form of a defect that shows on a call, what it changes, and its output, if kept."""
 
@@ -116,8 +165,16 @@ class Known:
         assert self._outcomes.healthy is not None
         self.healthy: Expected = self._outcomes.healthy
         self._chosen: dict[Version, Chosen | None] = {}
+        self._slopes: dict[int, Slopes] = {}
         self._allowed = self._rounding(tolerance, found)
         self._found = found
+
+    def slopes(self, call: Call, upstream: Tensor) -> Slopes:
+        """The gradients of this call, for a gradient of its output; the last are kept."""
+        key = digest(upstream.cpu())
+        if key not in self._slopes:
+            self._slopes = {key: Slopes.of(call, upstream)}
+        return self._slopes[key]
 
     @cached_property
     def right(self) -> Outcome:

@@ -8,6 +8,7 @@ gradients are those of autograd through that computation, or of a wrong backward
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import OrderedDict
@@ -20,22 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from pytest_attnheat.attention.backward import Saved, carried_back, off_by
+from pytest_attnheat.attention.backward import carried_back
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.outcomes import digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.contract.effects import Change, Effect, Known
+from pytest_attnheat.contract.conventions.reading import SetAsideError, UnreadError
+from pytest_attnheat.contract.effects import Change, Effect, Known, Slopes
 from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import (
-    Reading,
-    SetAsideError,
-    UnreadError,
-    read,
-    signature_of,
-)
+from pytest_attnheat.contract.reading_calls import Reading, read, signature_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
@@ -100,6 +96,12 @@ class Planted:
             self.effect.refused[f"{type(error).__name__}: {str(error).splitlines()[:1]}"] = None
         return answer
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planted:
+        """A part of a copy of its module; what is asked of either is noted once."""
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _target=copy.deepcopy(self._target, memo))
+        return own
+
     def keep_weights(self) -> None:
         """Keep the weights of which answers are made, for a target that returns none."""
         self._keeps_weights, self.weights = True, None
@@ -111,10 +113,9 @@ class Planted:
         if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
             raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
         if torch.is_autocast_enabled(output.device.type):  # it casts within the function
-            given = {
-                n: getattr(reading.call, n).to(output.dtype) for n in ("query", "key", "value")
-            }
-            reading = replace(reading, call=replace(reading.call, **given))
+            cast = [tensor.to(output.dtype) for tensor in reading.call.tensors]
+            call = replace(reading.call, query=cast[0], key=cast[1], value=cast[2])
+            reading = replace(reading, call=call)
         found = reading.given.here(output.detach()).cpu().double()
         if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
@@ -131,7 +132,7 @@ class Planted:
         if version is None:
             return answer
         if version.kind == "backward":
-            return self._with_wrong_gradients(answer, output, reading)
+            return self._with_wrong_gradients(answer, output, reading, known)
         chosen = known.chosen(version)
         if chosen is None:
             return answer
@@ -202,16 +203,16 @@ class Planted:
         if output.requires_grad and self.version is None:
             output.register_hook(lambda upstream: seen.add("gradients"))  # type: ignore[no-untyped-call]
 
-    def _with_wrong_gradients(self, answer: Any, output: Tensor, reading: Reading) -> Any:
+    def _with_wrong_gradients(
+        self, answer: Any, output: Tensor, reading: Reading, known: Known
+    ) -> Any:
         version, call = self.version, reading.call
         if not output.requires_grad or version is None:
             return answer
         wanted = {name: t for name, t in _differentiable(call).items() if t.requires_grad}
 
         def wrong(upstream: Tensor) -> list[Tensor | None]:
-            with torch.no_grad():
-                saved = Saved.of(replace(call, upstream=upstream.double()), None)
-            found = _wrong_gradients(version, saved, wanted)
+            found = _wrong_gradients(version, known.slopes(call, upstream.detach()), wanted)
             if found is None:
                 return [None] * len(wanted)
             self.effect.changed(found[1], call.query.dtype)
@@ -222,15 +223,15 @@ class Planted:
         return _structured(answer, output + reading.given.back(nothing).to(output), None)
 
 
-def saved_of(call: Call) -> Saved:
-    """What the forward pass leaves of a call, with the gradient of its output drawn at random."""
-    drawn = draw("upstream", 0, *call.shapes["output"]).to(call.query.device)
-    return Saved.of(replace(call, upstream=drawn), None)
+def slopes_of(call: Call) -> Slopes:
+    """The gradients of a call, with that of its output drawn at random."""
+    drawn = draw("upstream", 0, *call.shapes["output"]).to(call.query)
+    return Slopes.of(call, drawn)
 
 
-def shows_in_gradients(version: Version, saved: Saved) -> bool:
+def shows_in_gradients(version: Version, slopes: Slopes) -> bool:
     """Whether a wrong backward pass gives other gradients."""
-    return _wrong_gradients(version, saved, _differentiable(saved.call)) is not None
+    return _wrong_gradients(version, slopes, _differentiable(slopes.saved.call)) is not None
 
 
 def _differentiable(call: Call) -> dict[str, Tensor]:
@@ -240,24 +241,21 @@ def _differentiable(call: Call) -> dict[str, Tensor]:
 
 
 def _wrong_gradients(
-    version: Version, saved: Saved, wanted: Mapping[str, Tensor]
+    version: Version, slopes: Slopes, wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Change] | None:
     """By how much the first form that shows changes each gradient; and the worst of them."""
-    with torch.no_grad():
-        right = {n: g for n, g in carried_back(BackwardPlan(), saved) if n in wanted}
-        for change in version.changes:
-            try:
-                own = dict(carried_back(change(BackwardPlan()), saved))  # type: ignore[arg-type]
-            except NotApplicable:
-                continue
-            parts = {n: off_by(exact, own[n], saved) for n, exact in right.items()}
-            if all(same for _, same in parts.values()):
-                continue
-            more = {n: own[n].reshape(g.shape) - g for n, g in right.items()}
-            worst = max((n for n in parts if not parts[n][1]), key=lambda n: parts[n][0])
-            exact = right[worst].reshape((1,) * max(0, 2 - right[worst].ndim) + right[worst].shape)
-            more[worst] = more[worst].reshape(exact.shape)
-            return more, Change.of(more[worst], exact, saved.allowed)
+    right = {name: one for name, one in slopes.right.items() if name in wanted}
+    for change in version.changes:
+        try:
+            with torch.no_grad():
+                own = dict(carried_back(change(BackwardPlan()), slopes.saved))  # type: ignore[arg-type]
+        except NotApplicable:
+            continue
+        found = [slopes.change(name, own[name]) for name in right]
+        changes = [one for one in found if one is not None]
+        if changes:
+            more = {name: own[name].reshape(one.shape) - one for name, one in right.items()}
+            return more, max(changes, key=lambda one: one.off)
     return None
 
 

@@ -7,6 +7,7 @@ attention of a model of transformers. The projections and all else of the block 
 
 from __future__ import annotations
 
+import copy
 import functools
 import sys
 from collections import OrderedDict
@@ -115,6 +116,12 @@ class PlantedInside:
             self.effect.calls += 1
             self.effect.refused[NOTHING_INSIDE] = None
         return answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PlantedInside:
+        """A part of a copy of its block; what is asked of either is noted once."""
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _target=copy.deepcopy(self._target, memo), _mode=_Mode(own))
+        return own
 
     def asked(self, function: Callable[..., Any], given: Sequence[Any], named: Any) -> Any:
         """Answer a call of a function inside."""

@@ -11,15 +11,14 @@ import torch
 
 from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
 from pytest_attnheat.assertions.precision_judging import judge_call
-from pytest_attnheat.attention.backward import Saved
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
 from pytest_attnheat.attention.levels import Choice
 from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.contract.effects import Known
+from pytest_attnheat.contract.effects import Known, Slopes
 from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.planting import Planted, saved_of, shows_in_gradients
+from pytest_attnheat.contract.planting import Planted, shows_in_gradients, slopes_of
 from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Version
@@ -122,9 +121,9 @@ class _Asked:
         return Known(as_case(self.spec.described(self.call)), self.spec.tolerance or 0.0)
 
     @cached_property
-    def saved(self) -> Saved:
-        """What its forward pass leaves for the backward pass."""
-        return saved_of(self.spec.described(self.call))
+    def slopes(self) -> Slopes:
+        """Its gradients."""
+        return slopes_of(self.spec.described(self.call))
 
     @cached_property
     def is_taken(self) -> bool:
@@ -141,7 +140,7 @@ class _Asked:
     def shows(self, version: Version) -> bool:
         """Whether a version is another than the right one here."""
         if version.kind == "backward":
-            return shows_in_gradients(version, self.saved)
+            return shows_in_gradients(version, self.slopes)
         return bool(self.known.chosen(version))
 
     def accepts(self, planted: Planted | None) -> bool:

@@ -17,6 +17,7 @@ from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Check
 from pytest_attnheat.contract.isolated import TIME_LIMIT, isolated
+from pytest_attnheat.contract.long_calls import LONG
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.running import (
     KNOWN,
@@ -198,6 +199,7 @@ def check_attention(
     subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord,
     *,
     quick: bool = False,
+    long: bool = False,
     checks: Sequence[Check] | None = None,
     expected_failures: ExpectedFailures | None = None,
     seed: int = 0,
@@ -213,6 +215,9 @@ def check_attention(
             `torch.nn.functional.scaled_dot_product_attention`; or what `capture_attention`
             recorded.
         quick: Run fewer checks, in the first of the dtypes alone.
+        long: Make one call more, as long as memory allows, up to 131,045 keys: a few rows of it
+            are judged, with NaN before and after its inputs in memory. It takes from seconds to
+            minutes.
         checks: The checks; by default all that are known: `CHECKS`, `BLOCK_CHECKS` or
             `CAPTURED_CHECKS`.
         expected_failures: Names of checks that are known to fail, with the reason.
@@ -247,6 +252,11 @@ def check_attention(
         return report
     expected = dict(expected_failures or {})
     asked = checks_of(spec, checks, quick=quick)
+    if long and not (spec.is_block or spec.is_captured):
+        asked = (*asked, LONG)
+    elif long:
+        accepted = "False for a block, and for what was captured: it is a call of a function"
+        raise ValueError(misuse("long", True, accepted))
     if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:
         names = ", ".join(repr(check.name) for check in asked)
         raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))

@@ -189,6 +189,7 @@ def _stack(maps: Sequence[object]) -> Array:
 def _number_array(value: object) -> Array:
     """Return the value as a real array or detached dense tensor, or say what is wrong with it."""
     if isinstance(value, InBoxes):
+        value.whole("matrices")
         return value[()] if math.prod(value.shape) <= HELD else value
     if is_tensor(value):
         return _number_tensor(value)

@@ -126,12 +126,12 @@ class AttentionRegression(_Regression):
                 between 0 and 1.
         """
         __tracebackhide__ = True
-        from pytest_attnheat.baselines import traces
+        from pytest_attnheat.baselines import layers, traces
 
         if tolerance is not None:
             check_tolerance(tolerance)
         expected = self._expected(name, ".attn", tolerance, precision)
-        check = functools.partial(traces.check, traces.layers_of(trace))
+        check = functools.partial(traces.check, layers.layers_of(trace))
         self._fail_with(compare(self._item, check, expected, self.caller))
 
 
