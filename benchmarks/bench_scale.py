@@ -5,7 +5,8 @@
 The plain pass is `softmax(query @ key.mT)`, a block of rows at a time, over the keys that a block
 may see, under a mask where these are not all, and nothing is asked of it. Times are ratios to it,
 taken in turns. Of full attention the last 256 queries are read, and of a window the last 4,096,
-which takes as long for each row as all of them. Memory is the peak of the process beside the inputs; on a GPU, of its allocator.
+which takes as long for each row as all of them. Memory is the peak of the process beside the
+inputs; on a GPU, of its allocator.
 """
 
 import argparse
