@@ -1,10 +1,9 @@
-# `make demo` and `make test` do everything, on a machine with Python 3.10 or newer.
+# `make demo` and `make test` do everything, in one environment, with Python 3.10 or newer.
 PYTHON ?= python3
 VENV_TEST ?= .venv-test
-VENV_DEMO ?= .venv-demo
 REPORT := demo-report
 
-.PHONY: test demo bench docs gpu baselines clean
+.PHONY: test demo bench docs site gpu baselines clean
 
 test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/ruff check .
@@ -12,11 +11,11 @@ test: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/mypy
 	$(VENV_TEST)/bin/pytest -n 2 --dist worksteal --mpl
 
-demo: $(VENV_DEMO)/ready
+demo: $(VENV_TEST)/ready
 	rm -rf $(REPORT)
-	cd examples && ../$(VENV_DEMO)/bin/pytest \
-		--mpl --mpl-generate-summary=html --mpl-results-path=../$(REPORT)
-	@echo "The pictures, each beside its baseline: $(CURDIR)/$(REPORT)/fig_comparison.html"
+	cd examples && $(abspath $(VENV_TEST))/bin/pytest \
+		--mpl --mpl-generate-summary=basic-html --mpl-results-path=../$(REPORT)
+	@echo "The pictures, each beside its baseline: $(CURDIR)/$(REPORT)/fig_comparison_basic.html"
 
 # Figures that the README and the docs quote, as ratios of things measured in one run.
 bench: $(VENV_TEST)/ready
@@ -30,20 +29,19 @@ gpu:
 docs: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/python -W ignore docs/generate.py
 
+# The docs as a site that needs no network: build/site/index.html.
+site: $(VENV_TEST)/ready
+	NO_MKDOCS_2_WARNING=1 $(VENV_TEST)/bin/mkdocs build --quiet --strict
+
 # Write the baselines that changed, to be looked at before they are committed.
-baselines: $(VENV_TEST)/ready $(VENV_DEMO)/ready
+baselines: $(VENV_TEST)/ready
 	$(VENV_TEST)/bin/pytest -q tests/test_pictures.py --attn-update=all
-	cd examples && ../$(VENV_DEMO)/bin/pytest -q --attn-update=all
+	cd examples && $(abspath $(VENV_TEST))/bin/pytest -q --attn-update=all
 
 $(VENV_TEST)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV_TEST)
 	$(VENV_TEST)/bin/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	touch $@
 
-$(VENV_DEMO)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV_DEMO)
-	$(VENV_DEMO)/bin/python -m pip install --quiet -c constraints.txt -e '.[demo]'
-	touch $@
-
 clean:
-	rm -rf $(VENV_TEST) $(VENV_DEMO) .venv-gpu $(REPORT) build dist *.egg-info
+	rm -rf $(VENV_TEST) .venv-gpu $(REPORT) build dist *.egg-info

@@ -3,20 +3,24 @@
 Each is rebuilt here from what its project states: how inputs are drawn, the shapes, the tolerance.
 Batch and heads are reduced, and lengths where said, so that it runs on a CPU; kernels that compute
 in 8 bits are stood in for by attention in bfloat16, so that only the rule is graded. What a project
-checks elsewhere is not part of it. Read in November 2026; projects change.
+checks elsewhere is not part of it. Projects change: each source is that of one commit.
 
-    python benchmarks/judges.py                all judges, as a table in Markdown
-    python benchmarks/judges.py NAME ...       some of them, with all that is said of each
+    python benchmarks/judges.py                grade all judges, in minutes, and write judges.json
+    python benchmarks/judges.py NAME ...       grade some of them anew, and print all of each
+    python benchmarks/judges.py --table        what judges.json holds, as a table of the docs
 """
 
 from __future__ import annotations
 
+import datetime
+import json
 import logging
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,8 +36,10 @@ from pytest_attnheat import (
     grade,
     hard_case,
 )
+from pytest_attnheat.contract.checks import CHECKS
 
 Function = Callable[..., Any]
+RESULTS = Path(__file__).with_suffix(".json")
 
 
 @dataclass(frozen=True)
@@ -42,15 +48,15 @@ class Judged:
 
     Attributes:
         name: The project.
-        about: What is rebuilt of it.
-        source: Where it is public.
+        about: What is rebuilt of it, and what is not as it is there.
+        source: Where it is public: repository, commit and paths; empty for our own.
         judge: Raises, or returns False, when it thinks that a function is wrong.
         right: What it is given.
     """
 
     name: str
     about: str
-    source: str
+    source: tuple[str, ...]
     judge: Function
     right: AttentionSpec | Function = sdpa
 
@@ -108,8 +114,8 @@ def context_parallel_fp8(function: Function) -> None:
     """The root of the mean square of the error is below 0.15 of the range, of all of a tensor."""
     for causal in (False, True):
         torch.manual_seed(1234)
-        inputs = [torch.randn(1, 2, 512, 128).bfloat16().requires_grad_() for _ in "qkv"]
-        upstream = torch.randn(1, 2, 512, 128).bfloat16()
+        *inputs, upstream = [torch.randn(1, 2, 512, 128).bfloat16().clamp(-1, 1) for _ in "qkvo"]
+        inputs = [tensor.requires_grad_() for tensor in inputs]
         results = []
         for one in (function, sdpa):
             output = one(*inputs, is_causal=causal)
@@ -180,61 +186,122 @@ def on_hard_cases(function: Function) -> None:
         assert_matches_reference(function, case.query, case.key, case.value, **case.arguments)
 
 
-def examined(function: Function) -> bool:
-    """Examine it in float32."""
-    return check_attention(AttentionSpec(function, mask="any", dtypes=("float32",))).passed
+def examined(function: Function) -> None:
+    """Examine it in float32, up to the first check that fails."""
+    spec = AttentionSpec(function, mask="any", dtypes=("float32",))
+    for one in CHECKS:
+        assert not check_attention(spec, checks=[one]).failed, one.name
 
 
 JUDGES = (
-    Judged("KernelBench, float16", "level 1 problem 97, torch.rand, 1e-2",
-           "ScalingIntelligence/KernelBench@423217d9 KernelBench/level1/"
-           "97_ScaledDotProductAttention.py, src/kernelbench/eval.py",
+    Judged("KernelBench, float16",
+           "level 1 problem 97: `torch.rand`, 512 keys of width 1024, 1e-2 absolute and relative; "
+           "one trial",
+           ("ScalingIntelligence/KernelBench", "423217d9fda91e0c2d67e4a43bf62f96f6d104f1",
+            "KernelBench/level1/97_ScaledDotProductAttention.py", "src/kernelbench/eval.py"),
            kernelbench(torch.float16, 1e-2)),
-    Judged("KernelBench, float32", "the same, 1e-4", "the same",
+    Judged("KernelBench, float32", "the same, 1e-4",
+           ("ScalingIntelligence/KernelBench", "423217d9fda91e0c2d67e4a43bf62f96f6d104f1",
+            "KernelBench/level1/97_ScaledDotProductAttention.py", "src/kernelbench/eval.py"),
            kernelbench(torch.float32, 1e-4)),
-    Judged("GPU MODE mixed-mla", "first test, 0.1/0.1, 5 % of elements may be off",
-           "gpu-mode/reference-kernels@f83cb92a problems/amd_202602/mixed-mla, utils.py",
+    Judged("GPU MODE, mixed MLA",
+           "the first test: one query, 1024 keys, 0.1 absolute and relative, 5 % of the elements "
+           "may be off; the reference is in bfloat16, there in 8 bits",
+           ("gpu-mode/reference-kernels", "f83cb92a534cc67fa98d7e9813e7f8238abdb4e0",
+            "problems/amd_202602/mixed-mla/reference.py", "problems/amd_202602/utils.py"),
            mixed_mla),
-    Judged("TransformerEngine, fp8 rule", "context parallel, RMSE below 0.15 of the range; "
-           "512 tokens", "NVIDIA/TransformerEngine tests/pytorch/attention/"
-           "run_attention_with_cp.py, tests/pytorch/utils.py", context_parallel_fp8),
-    Judged("vLLM, fp8 rule", "varlen with pages, 0.15/0.15",
-           "vllm-project/vllm tests/kernels/attention/test_flash_attn.py", paged_fp8, DECODE),
-    Judged("PyTorch, context parallel", "torch.rand, bfloat16, 1e-3 and 8e-3 for each rank",
-           "pytorch/pytorch test/distributed/tensor/test_attention.py", context_parallel),
-    Judged("FlashInfer, default check", "1e-3 in float16, cosine 0.999; shapes are ours",
-           "flashinfer-ai/flashinfer flashinfer/trace/template.py", default_check, DECODE),
-    Judged("the usual three lines", "isfinite, shape, assert_close at 1e-2", "many", three_lines),
-    Judged("assert_matches_reference", "on HARD_CASES, float32", "here", on_hard_cases),
-    Judged("check_attention", "all that PyTorch's function takes, float32", "here", examined),
+    Judged("TransformerEngine, rule for 8 bits",
+           "context parallel: the root mean square error of output and gradients is below 0.15 of "
+           "their range; 512 tokens, there 4096, and attention in bfloat16, there in 8 bits",
+           ("NVIDIA/TransformerEngine", "d0067d0da6cb01811b8072a7d304f0e00344ce2b",
+            "tests/pytorch/attention/run_attention_with_cp.py", "tests/pytorch/utils.py"),
+           context_parallel_fp8),
+    Judged("vLLM, rule for 8 bits",
+           "packed queries with pages: lengths, window and softcap as they are, 0.15 absolute and "
+           "relative; each sequence is a call without pages, in bfloat16, there in 8 bits",
+           ("vllm-project/vllm", "0001b995fda59101b71d7ac3a2821b1ce2f01473",
+            "tests/kernels/attention/test_flash_attn.py"), paged_fp8, DECODE),
+    Judged("PyTorch, context parallel",
+           "ring attention: `torch.rand` in bfloat16, four ranks of 64 tokens, 1e-3 for each rank "
+           "and 8e-3 for gradients of the sum",
+           ("pytorch/pytorch", "01df9461dab138b9ef1f96c2b81342d38729e085",
+            "test/distributed/tensor/test_attention.py"), context_parallel),
+    Judged("FlashInfer, default check",
+           "1e-3 absolute and relative in float16, and a cosine of 0.999; the inputs are ours: "
+           "causal, 17 queries of 4 heads, 93 keys of 2",
+           ("flashinfer-ai/flashinfer", "fb28d7242b3506a2348265962041acc1fb56cca4",
+            "flashinfer/trace/template.py"),
+           default_check, DECODE),
+    Judged("the usual three lines",
+           "`isfinite`, the shape, and `assert_close` at 1e-2; `torch.randn`, 128 keys of width 64",
+           (), three_lines),
+    Judged("`assert_matches_reference`", "on `HARD_CASES`, in float32", (), on_hard_cases),
+    Judged("`check_attention`", "all that PyTorch's function takes, in float32", (), examined),
 )  # fmt: skip
 
 
-def line(one: Judged, found: Grade) -> str:
-    """Return a line of the table."""
-    active = len(found.killed) + len(found.survived)
-    passed = [verdict.name for verdict in found.trivial if verdict.status == "survived"]
+def result(one: Judged, found: Grade) -> dict[str, Any]:
+    """What the table shows of a judge, and a little more."""
     remedy = found.remedy
-    cure = ", ".join(remedy.cases)
-    if remedy.cases:
-        cure += f" ({len(remedy.killed)} of {len(remedy.killed) + len(remedy.left)})"
-    cells = (one.name, one.about, active, len(found.survived), ", ".join(passed), cure, one.source)
-    return f"| {' | '.join(map(str, cells))} |"
+    return {
+        "name": one.name,
+        "about": one.about,
+        "source": one.source,
+        "calls": found.calls,
+        "killed": len(found.killed),
+        "survived": [verdict.name for verdict in found.survived],
+        "inactive": len(found.inactive),
+        "trivial": [verdict.name for verdict in found.trivial if verdict.status == "survived"],
+        "date": str(datetime.date.today()),
+        "torch": torch.__version__,
+        "cases": remedy.cases,
+        "examined": remedy.calls,
+        "left": remedy.left,
+    }
+
+
+def table(results: list[dict[str, Any]]) -> Iterator[str]:
+    """The table that the docs show."""
+    yield ("| judge | what is rebuilt | graded on | defects active | survived "
+           "| trivial answers that pass | the smallest cure |")  # fmt: skip
+    yield "|" + "---|" * 7
+    for one in results:
+        name = one["name"]
+        if one["source"]:
+            repository, commit, *paths = one["source"]
+            root = f"https://github.com/{repository}/blob/{commit}/"
+            links = [f"[{path.rpartition('/')[2]}]({root}{path})" for path in paths]
+            name += f": {', '.join(links)}"
+        active, survived = one["killed"] + len(one["survived"]), len(one["survived"])
+        trivial = ", ".join(f"`{name}`" for name in one["trivial"]) or "none"
+        calls = [f"`{name}`" for name in one["cases"]]
+        if count := len(one["examined"]):
+            calls += [f"{count} call{'s' * (count > 1)} of the examination"]
+        cure = ", ".join(calls) or ("nothing to cure" if not survived else "")
+        cure += f" ({len(one['left'])} left)" * bool(one["left"])
+        cells = name, one["about"], one["date"], active, survived, trivial, cure
+        yield f"| {' | '.join(map(str, cells))} |"
 
 
 def main(*names: str) -> None:
-    """Print the table, or all that is said of some judges."""
+    """Grade the judges, or print what is known of them."""
+    if names == ("--table",):
+        print("\n".join(table(json.loads(RESULTS.read_text(encoding="utf-8")))))
+        return
     logging.disable(logging.WARNING)
-    if not names:
-        print("| judge | what is rebuilt | defects active | survived | trivial answers that pass "
-              "| smallest cure | source |\n|---|---|---|---|---|---|---|")  # fmt: skip
+    known = json.loads(RESULTS.read_text(encoding="utf-8")) if names else []
+    results = {one["name"]: one for one in known}
     for one in JUDGES:
         if names and one.name not in names:
             continue
         start = time.monotonic()
         found = grade(one.judge, one.right)
-        print(f"{one.name}\n{found}\n" if names else line(one, found), flush=True)
+        results[one.name] = result(one, found)
+        if names:
+            print(f"{one.name}\n{found}\n", flush=True)
         print(f"{one.name}: {time.monotonic() - start:.0f} s", file=sys.stderr, flush=True)
+    written = [results[one.name] for one in JUDGES if one.name in results]
+    RESULTS.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import os
 import re
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from pages import PAGES, ROOT, alike, run
+from pages import public_names as grouped_names
 
 Rows = Iterable[tuple[str, ...]]
 
@@ -95,8 +98,28 @@ def options() -> Rows:
             module.pytest_addoption(taken)
     for name, (value, text) in taken.options.items():
         ini = name.lstrip("-").replace("-", "_")
-        setting = f"`{ini}`" if ini in taken.inis else ""
+        setting = f"`{ini}`" if taken.inis.pop(ini, None) is not None else ""
         yield f"`{name}{value}`", setting, text[:1].upper() + text[1:] + "."
+    for name, text in taken.inis.items():  # those that no option sets
+        yield "", f"`{name}`", text[:1].upper() + text[1:] + "."
+
+
+def markers() -> Rows:
+    """The markers: name with arguments, and what it says."""
+    from pytest_attnheat.plugin.settings import MARKERS
+
+    for marker in MARKERS:
+        call, _, text = marker.partition("): ")
+        yield f"`{call})`", text[:1].upper() + text[1:]
+
+
+def hooks() -> Rows:
+    """The hooks that a project can implement: name, and the first paragraph about it."""
+    from pytest_attnheat.plugin import settings
+
+    for name, value in vars(settings).items():
+        if name.startswith("pytest_attnheat_"):
+            yield f"`{name}(config)`", _first_paragraph(value)
 
 
 def fixtures() -> Rows:
@@ -109,16 +132,22 @@ def fixtures() -> Rows:
                 yield f"`{node.name}`", _paragraph(ast.get_docstring(node))
 
 
-def public_names() -> Rows:
-    """The public names: name, and the first paragraph about it."""
+def public_names() -> Iterator[str]:
+    """The public names by what they are for: name, and the first paragraph about it."""
     import pytest_attnheat
 
-    for name in dir(pytest_attnheat):
-        value = getattr(pytest_attnheat, name)
-        if callable(value):
-            yield f"`{name}`", _first_paragraph(value)
-        elif isinstance(value, tuple):
-            yield f"`{name}`", f"A tuple of {len(value)} names, from `{value[0]}` to `{value[-1]}`."
+    def rows(names: list[str]) -> Rows:
+        for name in names:
+            value = getattr(pytest_attnheat, name)
+            if isinstance(value, tuple):
+                about = f"A tuple of {len(value)} names, from `{value[0]}` to `{value[-1]}`."
+            else:
+                about = _first_paragraph(value)
+            yield f"`{name}`", about
+
+    for title, names in grouped_names().items():
+        yield from ("", f"## {title}", "")
+        yield from _table(("name", "what it is"), partial(rows, names))
 
 
 def fields_of_failure() -> Rows:
@@ -129,6 +158,16 @@ def fields_of_failure() -> Rows:
     for entry in re.split(r"\n(?=    \w)", listed):
         name, _, text = " ".join(entry.split()).partition(": ")
         yield f"`{name}`", text
+
+
+def environments() -> Rows:
+    """What ran where: session, Python, versions, system, day, how it ended, minutes."""
+    text = (ROOT / "docs" / "environments.json").read_text(encoding="utf-8")
+    for name, one in sorted(json.loads(text).items()):
+        versions = ", ".join(f"{package} {number}" for package, number in one["versions"].items())
+        only = f", of it `{one['only']}`" if one["only"] else ""
+        yield (f"`{name}`{only}", one["python"], versions, one["system"], one["date"], one["ended"],
+               f"{one['minutes']:g}")  # fmt: skip
 
 
 def gallery() -> Iterator[str]:
@@ -167,6 +206,7 @@ CHECK_HEAD = (
 DEFECT_HEAD = ("defect", "attention", "a public issue that reports it")
 CONVENTION_HEAD = ("like=", "of", "told by its parameters", "causal from the", "keywords asked",
                    "log-sum-exp", "not asked")  # fmt: skip
+ENVIRONMENT_HEAD = ("session", "Python", "versions", "system", "day", "ended", "minutes")
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "checks": (CHECK_HEAD, lambda: checks("CHECKS")),
     "checks of a block": (CHECK_HEAD, lambda: checks("BLOCK_CHECKS")),
@@ -174,13 +214,17 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "conventions": (CONVENTION_HEAD, conventions),
     "defects": (DEFECT_HEAD, lambda: defects("defects", "DEFECTS")),
     "defects of a backward pass": (DEFECT_HEAD, lambda: defects("backward", "BACKWARD")),
+    "environments": (ENVIRONMENT_HEAD, environments),
     "hard cases": (("case", "what breaks on it"), hard_cases),
     "scoring functions": (("name", "class", "what it is", "source"), scoring_functions),
     "options": (("option", "ini", "meaning"), options),
     "fixtures": (("fixture", "what it is"), fixtures),
     "fields of a failure": (("field", "what it holds"), fields_of_failure),
-    "public names": (("name", "what it is"), public_names),
+    "markers": (("marker", "what it says"), markers),
+    "hooks": (("hook", "what it is for"), hooks),
 }
+# What is listed in another shape than that of one table.
+SECTIONS = {"gallery": gallery, "public names": public_names}
 
 # The command of each measured table, and which of the tables that it prints is meant.
 MEASURED = {
@@ -188,6 +232,7 @@ MEASURED = {
     "captures": (("benchmarks/capture_table.py",), 0),
     "zoo": (("benchmarks/capture_zoo.py", "--table"), 0),
     "not right in the zoo": (("benchmarks/capture_zoo.py", "--table"), 1),
+    "judges": (("benchmarks/judges.py", "--table"), 0),
     "changed pictures": (("benchmarks/baseline_table.py",), 0),
     "versions of matplotlib": (("benchmarks/baseline_table.py",), 1),
 }
@@ -226,7 +271,7 @@ def measured(text: str, name: str) -> str:
 
 
 def _written(name: str) -> Iterable[str]:
-    return gallery() if name == "gallery" else _table(*TABLES[name])
+    return SECTIONS[name]() if name in SECTIONS else _table(*TABLES[name])
 
 
 def _table(head: tuple[str, ...], rows: Callable[[], Rows]) -> Iterator[str]:
@@ -241,7 +286,7 @@ class _Parser:
 
     def __init__(self) -> None:
         self.options: dict[str, tuple[str, str]] = {}
-        self.inis: set[str] = set()
+        self.inis: dict[str, str] = {}
 
     def getgroup(self, *_: str) -> _Parser:
         return self
@@ -250,8 +295,8 @@ class _Parser:
         value = given.get("metavar") or "|".join(given.get("choices", ()))
         self.options[name] = (f"={value}" if value else "", given["help"])
 
-    def addini(self, name: str, *_: Any, **__: Any) -> None:
-        self.inis.add(name)
+    def addini(self, name: str, text: str, **_: Any) -> None:
+        self.inis[name] = text
 
 
 def _modules_of_plugin() -> list[Any]:

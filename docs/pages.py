@@ -12,6 +12,7 @@ stands.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import io
 import re
@@ -22,6 +23,19 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# The public names by what they are for: the title of a page of the reference, and the rooms whose
+# names it has. A name belongs to the longest room that its own begins with.
+NAMES = {
+    "Scoring and attention": ("attention",),
+    "Assertions on weights": ("assertions",),
+    "Assertions on code": ("assertions.behaviour", "assertions.precision", "attention.hard_cases"),
+    "Examination": ("contract", "plugin"),
+    "Grading": ("contract.grading",),
+    "Capture": ("capture",),
+    "Pictures and baselines": ("heatmaps", "baselines"),
+    "Failures": ("failure",),
+}
 
 _FENCED = re.compile(r"(?:^<!-- not run: (.+) -->\n)?^```(\w+)\n(.*?)^```$", re.M | re.S)
 _WITH_EXPONENT = re.compile(r"\d+(?:\.\d+)?e[+-]\d+")
@@ -59,6 +73,24 @@ class Block:
     def is_script(self) -> bool:
         """Whether it is run by itself, after the scripts above it."""
         return self.language == "python" and not (self.is_conftest or self.holds_tests)
+
+
+def public_names() -> dict[str, list[str]]:
+    """List the public names below the titles of `NAMES`, in alphabetical order."""
+    found: dict[str, list[str]] = {title: [] for title in NAMES}
+    stub = (ROOT / "pytest_attnheat" / "__init__.pyi").read_text(encoding="utf-8")
+    for line in ast.parse(stub).body:
+        if isinstance(line, ast.ImportFrom):
+            titles = [
+                (len(room), title)
+                for title, rooms in NAMES.items()
+                for room in rooms
+                if f"{line.module}.".startswith(f"{room}.")
+            ]
+            if not titles:
+                raise ValueError(f"NAMES in docs/pages.py has no title for {line.module}")
+            found[max(titles)[1]] += [alias.name for alias in line.names]
+    return {title: sorted(names) for title, names in found.items()}
 
 
 def blocks(page: Path) -> list[Block]:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copyreg
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from html import escape
+from itertools import chain, repeat
 from typing import TYPE_CHECKING, Any
 
 from pytest_attnheat.inputs import dtype_name
@@ -152,6 +154,23 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
 
 # Where it is public, and hence how pytest prints it.
 Failure.__module__ = "pytest_attnheat"
+
+
+def html_table(rows: Iterable[Sequence[str]], *, above: str = "", below: str = "") -> str:
+    """Return rows of texts as a table of a notebook; the first row is its heads.
+
+    Args:
+        rows: Texts, as many in each row.
+        above: What stands above the table, line by line.
+        below: What stands below it.
+    """
+    kinds = chain(["th"], repeat("td"))
+    lines = (
+        "".join(f"<{kind}>{escape(cell)}</{kind}>" for cell in row)
+        for row, kind in zip(rows, kinds, strict=False)
+    )
+    texts = [f"<pre>{escape(text)}</pre>" if text else "" for text in (above, below)]
+    return f"{texts[0]}<table>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>{texts[1]}"
 
 
 def number_text(value: float, *, beside: float | None = None, least: int = _LEAST_DIGITS) -> str:

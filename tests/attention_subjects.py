@@ -1,5 +1,6 @@
 """Correct subjects of the assertions on callables, from PyTorch and transformers."""
 
+import inspect
 import warnings
 from functools import cache
 
@@ -21,6 +22,12 @@ def randn(*shape, seed=0, dtype=torch.float32):
 def tokens(batch, length, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(1, VOCABULARY, (batch, length), generator=generator)
+
+
+def kept(model, cache):
+    """The keyword under which a model of transformers takes a cache: another since 5.24."""
+    taken = inspect.signature(model.forward).parameters
+    return {"cache" if "cache" in taken else "past_key_values": cache}
 
 
 def qkv(batch=2, heads=3, query_len=6, key_len=6, head_dim=8, *, seed=0, dtype=torch.float32):

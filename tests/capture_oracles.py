@@ -137,6 +137,7 @@ def _state(model):
 
 
 def _surroundings():
+    flex = torch.nn.attention.flex_attention
     return {
         "modes": len(torch.overrides._get_current_function_mode_stack()),
         "grad": torch.is_grad_enabled(),
@@ -144,7 +145,7 @@ def _surroundings():
         "autocast": torch.is_autocast_enabled("cpu"),
         "random": torch.get_rng_state().tolist(),
         "stance": torch._dynamo.eval_frame._stance,
-        "advice": set(torch.nn.attention.flex_attention._WARNINGS_SHOWN),
+        "advice": set(getattr(flex, "_WARNINGS_SHOWN", ())),
         "hooks": len(torch.nn.modules.module._global_forward_hooks),
         "fast path": torch.backends.mha.get_fastpath_enabled(),
     }

@@ -6,6 +6,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from attention_subjects import kept
 from devices import on_accelerators
 from pretend_device import reads
 
@@ -938,7 +939,7 @@ def test_llama_is_causal_with_grouped_heads_a_cache_and_left_padding(dtype):
         assert_causal(weights)
     with torch.no_grad():
         cache = model(input_ids=ids, use_cache=True).past_key_values
-    for weights in attentions(model, input_ids=ids[:, :3], past_key_values=cache):
+    for weights in attentions(model, input_ids=ids[:, :3], **kept(model, cache)):
         assert weights.shape == (2, 4, 3, 10)
         assert_causal(weights, alignment="bottom_right")
         assert 'alignment="bottom_right"' in cause(assert_causal, weights, alignment="top_left")

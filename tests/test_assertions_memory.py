@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from attention_subjects import TRANSFORMERS, WIDTH, of_transformers, randn, tokens
+from attention_subjects import TRANSFORMERS, WIDTH, kept, of_transformers, randn, tokens
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
@@ -118,7 +118,7 @@ def test_a_mask_that_decoding_forgets_is_found_only_with_lengths():
 
     def forgetful(chunk, cache, attention_mask=None, **positions):
         told = {} if cache is not None else {"attention_mask": attention_mask}
-        found = model(chunk, past_key_values=cache, use_cache=True, **told, **positions)
+        found = model(chunk, **kept(model, cache), use_cache=True, **told, **positions)
         return found.logits, found.past_key_values
 
     whole = ("attention_mask", "position_ids", forgetful)

@@ -11,7 +11,6 @@ from attention_subjects import (
     TRANSFORMERS,
     WIDTH,
     encoder_layer,
-    flex,
     multihead,
     of_transformers,
     plain,
@@ -634,7 +633,7 @@ def test_misuse_is_refused():
     with pytest.raises(TypeError, match="got 2 inputs; accepted is query, key and value"):
         assert_deterministic(plain, *qkv()[:2])
     with pytest.raises(TypeError, match="takes no dropout_p and holds no module"):
-        assert_deterministic(flex, *qkv(), dropout=0.1)
+        assert_deterministic(lambda q, k, v: plain(q, k, v), *qkv(), dropout=0.1)
     with pytest.raises(ValueError, match=r"dropout_p: got 0\.1; accepted is dropout= in its place"):
         assert_deterministic(plain, *qkv(), dropout_p=0.1)
     with pytest.raises(ValueError, match=r"runs: got .*; accepted is a whole number from 1"):

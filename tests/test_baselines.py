@@ -56,6 +56,34 @@ def test_workers_compare_as_one_process_does(pytester, generate):
     result.stdout.fnmatch_lines(["FAILED test_b.py::test_picture *"])
 
 
+def test_what_a_failure_left_is_removed_when_its_test_passes_again(pytester, generate):
+    one = PICTURE[PICTURE.index("@pytest") :]
+    both = PICTURE + one.replace("test_picture", "test_other")
+    path = pytester.makepyfile(test_a=both)
+    generate()
+    path.write_text(both.replace("np.eye(6)", "np.eye(6) * 0.5"))
+    pytester.runpytest().assert_outcomes(failed=2)
+    left = pytester.path / "attn-artifacts"
+    assert (left / ".gitignore").read_text() == "*\n"
+    (left / "test_a.test_other" / "notes.txt").write_text("mine")
+    assert len(list(left.rglob("*.png"))) == 6
+    path.write_text(both)
+    pytester.runpytest("-k", "picture").assert_outcomes(passed=1, deselected=1)
+    assert {file.parent.name for file in left.rglob("*.png")} == {"test_a.test_other"}
+    pytester.runpytest().assert_outcomes(passed=2)
+    files = {file.name for file in left.rglob("*.*") if file.is_file()}
+    assert files == {".gitignore", "notes.txt"}
+
+
+def test_a_folder_that_a_user_made_gets_no_gitignore(pytester, generate):
+    path = pytester.makepyfile(test_a=PICTURE)
+    generate()
+    path.write_text(PICTURE.replace("np.eye(6)", "np.eye(6) * 0.5"))
+    own = pytester.mkdir("own")
+    pytester.runpytest("--attn-artifacts=own").assert_outcomes(failed=1)
+    assert [file.name for file in own.iterdir()] == ["test_a.test_picture"]
+
+
 def test_the_failure_says_what_differs_where_the_pictures_are_and_how_to_accept(pytester, generate):
     path = pytester.makepyfile(test_a=PICTURE)
     generate()

@@ -5,12 +5,18 @@ import shutil
 import subprocess
 
 import pytest
+from pages import ROOT
 from PIL import Image
 
 from pytest_attnheat import read_heatmaps
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 BROWSER = next((path for name in NAMES if (path := shutil.which(name))), None)
+OPTIONS = (
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--disable-quic",
+    "--no-first-run", "--disable-background-networking", "--disable-component-update",
+    "--disable-sync",
+)  # fmt: skip
 PICTURE = """
     import numpy as np, pytest
     from pytest_attnheat import show_heatmaps
@@ -48,9 +54,7 @@ def sizes_in(report, tmp_path, which):
     """Open a report, and return the sizes of its images: all that load, or the visible ones."""
     report.write_text(report.read_text() + PROBE)
     command = [
-        BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--no-first-run", "--disable-background-networking", "--disable-component-update",
-        "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
+        BROWSER, *OPTIONS, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000",
         "--allow-file-access-from-files", "--dump-dom", report.as_uri(),
     ]  # fmt: skip
     page = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
@@ -73,3 +77,19 @@ def test_pytest_mpls_summary_has_expected_actual_and_difference(failing, pyteste
     pytester.runpytest(*options).assert_outcomes(failed=1)
     report = pytester.path / "results" / "fig_comparison.html"
     assert sizes_in(report, tmp_path, "sizes").count("250x250") >= 3
+
+
+def test_the_report_of_the_demo_shows_pictures_that_are_equal_without_a_network(
+    failing, pytester, tmp_path
+):
+    recipe = re.search(
+        r"^demo:.*?\n\n", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M | re.S
+    )
+    (kind,) = re.findall(r"--mpl-generate-summary=(\S+)", recipe[0])
+    (name,) = re.findall(r"(\w+\.html)", recipe[0])
+    pytester.runpytest("--attn-update=all").assert_outcomes(passed=1)
+    options = ["--mpl", f"--mpl-generate-summary={kind}", "--mpl-results-path=results"]
+    pytester.runpytest(*options).assert_outcomes(passed=1)
+    report = pytester.path / "results" / name
+    assert not re.search(r"https?://", report.read_text())
+    assert sizes_in(report, tmp_path, "visible") == ["250x250"] * 2

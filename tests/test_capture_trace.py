@@ -9,7 +9,7 @@ from capture_oracles import draw, plain_weights
 from torch import nn
 from torch.nn import functional as F  # noqa: N812
 
-from pytest_attnheat import capture_attention, read_heatmaps
+from pytest_attnheat import SequenceModel, capture_attention, read_heatmaps
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.trace import Trace, Unseen, _titles
 
@@ -61,6 +61,28 @@ def test_it_is_a_sequence_of_records(trace):
     assert repr(trace) == "<Trace: 3 records of 3 layers>"
     with pytest.raises(IndexError):
         trace[3]
+
+
+def test_a_model_is_captured_within_its_sequence_model():
+    module = torch.nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    with capture_attention(SequenceModel(module)) as found:
+        module(*[torch.randn(1, 3, 8)] * 3)
+    assert found.layers == ("MultiheadAttention",)
+    refusal = "model: got function; accepted is a torch"
+    with (
+        pytest.raises(TypeError, match=refusal),
+        capture_attention(SequenceModel(lambda inputs: inputs)),
+    ):
+        pass
+
+
+def test_a_record_and_a_trace_are_shown_as_what_is_listed_of_them(trace):
+    line = str(trace).splitlines()[1]
+    assert repr(trace[0]).split() == ["<AttentionRecord", *f"{line}>".split()]
+    shown = trace._repr_html_()
+    assert shown.startswith("<table><tr><th>layer</th><th>source</th>")
+    assert shown.count("<tr>") == 4
+    assert f"<tr><td>layers.2.1</td><td>{trace[2].source}</td>" in shown
 
 
 def test_a_layer_by_its_name(trace):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from attention_subjects import kept
 from capture_oracles import CLOSE, bottom_right
 
 from pytest_attnheat import capture_attention
@@ -183,7 +184,7 @@ def test_a_step_of_decoding_with_a_cache(make, implementation, padding):
         mask = None if padding is None else padding[:, :6]
         with torch.no_grad():
             cache = model(IDS[:, :6], attention_mask=mask, use_cache=True).past_key_values
-            return model(IDS[:, 6:], attention_mask=padding, past_key_values=cache, **options)
+            return model(IDS[:, 6:], attention_mask=padding, **kept(model, cache), **options)
 
     expected = decode(built(make, "eager"), output_attentions=True)
     model = built(make, implementation)
@@ -203,8 +204,8 @@ def test_a_static_cache_that_is_overwritten_does_not_change_a_record(implementat
     model = built(llama, implementation)
     cache = transformers.StaticCache(config=model.config, max_cache_len=10)
     with torch.no_grad():
-        model(IDS[:, :5], past_key_values=cache)
-        trace, _ = recorded(model, IDS[:, 5:6], past_key_values=cache)
+        model(IDS[:, :5], **kept(model, cache))
+        trace, _ = recorded(model, IDS[:, 5:6], **kept(model, cache))
         before = [record.weights for record in trace]
         for layer in cache.layers:
             layer.keys.zero_()

@@ -332,6 +332,9 @@ def test_logits_of_pairs_are_not_taken_for_attention(last):
     assert not trace.unseen
 
 
+@pytest.mark.skipif(
+    torch.__version__.startswith("2.6."), reason="torch 2.6 cannot export under a capture"
+)
 def test_an_export_is_left_alone_and_named():
     class Exported(nn.Module):
         def __init__(self):

@@ -397,6 +397,33 @@ def test_queries_that_are_scaled_in_place_of_scores_are_no_defect(factor):
     assert ("declare scale=0.25 if that is meant" in str(report)) == (factor == 0.25)
 
 
+class Pooled(nn.Module):
+    """Attention of heads that carries a scale: of queries scaled and pooled, or of mixed heads."""
+
+    def __init__(self, mixed: bool):
+        super().__init__()
+        self.project, self.scale = nn.Linear(32, 96), 8**-0.5
+        self.mix = nn.Conv2d(4, 4, 1, bias=False) if mixed else None
+
+    def forward(self, hidden):
+        query, key, value = self.project(hidden).unflatten(-1, (3, 4, 8)).permute(2, 0, 3, 1, 4)
+        query = query * self.scale
+        if self.mix is not None:
+            return self.mix((query @ key.mT).softmax(-1)) @ value
+        query = query[:, :, :8].unflatten(2, (-1, 2)).sum(3) / 2
+        return (query @ key.mT).softmax(-1) @ value
+
+
+@pytest.mark.parametrize("mixed", [True, False], ids=["mixed heads", "pooled queries"])
+def test_what_becomes_of_scaled_queries_or_weights_is_not_accused(mixed, hidden):
+    torch.manual_seed(1)
+    block = Pooled(mixed).eval()
+    with capture_attention(block) as trace:
+        block(hidden)
+    status = {one.name: one.status for one in check_attention(trace).results}
+    assert status["attention_inside"] == ("skipped" if mixed else "passed")
+
+
 def test_attention_in_multihead_attention_is_judged_as_a_block(hidden):
     attention = nn.MultiheadAttention(32, 4, batch_first=True).eval()
     report = check_attention(AttentionSpec(attention, inputs=hidden, causal=None))

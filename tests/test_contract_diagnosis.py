@@ -802,6 +802,14 @@ def test_its_repr_is_the_beginning_of_its_message():
     assert "  wrong" in repr(found)
 
 
+def test_a_notebook_shows_it_as_a_table_and_its_weights_as_text():
+    found = diagnosed("scale_missing")
+    shown = found._repr_html_()
+    assert shown.startswith(f"<table><tr><th></th><th>{found.sentence}</th></tr><tr><td>wrong</td>")
+    assert "<pre>" in shown
+    assert "weights as inferred from the output" in shown
+
+
 def test_weights_are_inferred_from_the_output_alone():
     found = diagnosed("softmax_over_queries")
     assert torch.allclose(found.inferred_weights.sum(-2), torch.ones(()).double())

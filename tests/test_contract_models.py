@@ -5,6 +5,7 @@ import importlib
 
 import pytest
 import torch
+from attention_subjects import kept
 
 from pytest_attnheat import (
     AttentionSpec,
@@ -128,7 +129,7 @@ def test_a_step_of_decoding_is_held_to_the_same_window():
     with torch.no_grad():
         cache = model(IDS[:, :6], use_cache=True).past_key_values
         with capture_attention(model) as trace:
-            model(IDS[:, 6:], past_key_values=cache, use_cache=True)
+            model(IDS[:, 6:], **kept(model, cache), use_cache=True)
     assert trace[0].shape == (2, 4, 3, 6)  # a cache of the window, and the new keys
     assert check_attention(trace).passed
 

@@ -5,6 +5,8 @@ import json
 import math
 import re
 import warnings
+from html import escape
+from importlib.metadata import PackageNotFoundError
 
 import pytest
 import torch
@@ -213,6 +215,20 @@ def test_the_attention_functions_of_transformers_pass(name):
         transformers_attention("flasher")
 
 
+@pytest.mark.parametrize("found", ["4.52.4", "4.6.0rc1", None])
+def test_transformers_that_is_too_old_or_absent_is_refused_in_one_sentence(monkeypatch, found):
+    def version(name):
+        if found is None:
+            raise PackageNotFoundError(name)
+        return found
+
+    monkeypatch.setattr("pytest_attnheat.contract.ready.version", version)
+    with pytest.raises(ImportError) as refused:
+        transformers_attention("sdpa")
+    said = f"transformers: got {found or 'none'}; accepted is version 4.53 or newer"
+    assert str(refused.value) == said
+
+
 @pytest.mark.parametrize("need_weights", [False, True])
 def test_multihead_attention_passes_with_and_without_weights(need_weights):
     module = multihead()
@@ -385,6 +401,16 @@ def test_a_defect_of_a_block_is_found():
 # --- the report
 
 
+def test_what_every_check_raises_is_printed_once():
+    def broken(query, key, value, attn_mask=None, is_causal=False):
+        raise KeyError("no such head")
+
+    text = str(check_attention(AttentionSpec(broken, dtypes=ONE_DTYPE), quick=True))
+    assert text.count("it raised KeyError: 'no such head'") == 1
+    assert "\nshape_and_dtype, plain, masked, causal, " in text
+    assert text.count("check_attention(..., replay=") == 1
+
+
 def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     subject = attention_with("softmax_over_queries")
     spec = AttentionSpec(subject, name="mine", dtypes=("float32", "float64"))
@@ -393,6 +419,10 @@ def test_the_report_leads_with_the_diagnosis_and_is_a_table():
     assert not report.passed
     assert report.diagnosis.defects == ("softmax_over_queries",)
     assert repr(report) == f"<Report {str(report).splitlines()[0]}>"
+    shown = report._repr_html_()
+    assert shown.startswith(f"<pre>{escape(str(report).splitlines()[0])}")
+    assert "</pre><table><tr><th></th><th>float32</th><th>float64</th></tr>" in shown
+    assert "<td>plain</td><td>failed</td>" in shown
     lines = str(report).splitlines()
     skipped = sum(result.status == "skipped" for result in report.results)
     asked = len(report.results) - skipped

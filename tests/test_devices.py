@@ -44,6 +44,12 @@ def test_an_absent_device_is_told_from_a_wrong_name():
         resolve("cuda:99")
 
 
+def test_a_kind_of_which_torch_counts_minus_one_is_absent(monkeypatch):
+    module = SimpleNamespace(device_count=lambda: -1)
+    monkeypatch.setattr("torch.get_device_module", lambda kind: module)
+    assert names_of(("auto",)) == names_of(("all",)) == ["cpu"]
+
+
 REGISTERED = """
     import torch
 

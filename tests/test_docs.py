@@ -1,5 +1,7 @@
 """Every example in the README and the docs runs, and prints what is shown below it."""
 
+import re
+
 import pytest
 from pages import PAGES, alike, blocks, run, shown_of, unexplained
 
@@ -51,6 +53,17 @@ def test_the_other_examples_of_a_page_run_and_print_what_is_shown(page, monkeypa
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_every_output_is_compared_or_says_why_not(page):
     assert unexplained(page) == []
+
+
+MOST_OF_A_PARAGRAPH = 600
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_no_paragraph_item_or_cell_is_longer_than_a_reader_takes_in(page):
+    text = re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+    parts = re.split(r"\n\s*\n|\n(?=[-|#] ?)|\n(?=\d+\. )|(?<!\\)\|", text)
+    long = [" ".join(part.split()) for part in parts]
+    assert [part for part in long if len(part) > MOST_OF_A_PARAGRAPH] == []
 
 
 PAGE = """\

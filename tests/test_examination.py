@@ -144,12 +144,13 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch):
         ["FAILED wrong:attention::attention-causal-float32 - not so: with is_causal it is causal *"]
     )
     result.stdout.fnmatch_lines(["SKIPPED * wrong.py:4: it is not declared to take grouped heads"])
-    *_, failed, title, name, diagnosis, picture, _ = result.stdout.lines
+    *_, failed, title, name, diagnosis, picture, skipped, _ = result.stdout.lines
     assert failed.startswith("FAILED wrong:attention::")
     assert title.strip("= ") == "attention examination"
     assert name == "attention (wrong:attention): 7 of 9 checks failed, " + f"{QUICK - 9} skipped"
     assert fnmatch(diagnosis, DIAGNOSIS)
     assert Path(picture.removeprefix("  picture ").strip()).name == "rows.png"
+    assert re.fullmatch(rf"\d+ of {2 * QUICK} checks were skipped: -rs says why", skipped)
     text = result.stdout.str()
     assert "FAILED right" not in text
     assert "not asked for" not in text
@@ -264,6 +265,12 @@ def test_what_cannot_be_examined_is_a_usage_error(contract, target, message):
     contract.makepyfile(broken="1 / 0", declared=declared)
     result = contract.runpytest(f"--attn-check={target}")
     result.stderr.fnmatch_lines([f"*{message}*"])
+    assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+def test_a_usage_error_is_said_where_workers_collect(contract):
+    result = contract.runpytest("--attn-check=nowhere:attention", "-n", "1")
+    result.stderr.fnmatch_lines(["*--attn-check nowhere:attention: No module named 'nowhere'*"])
     assert result.ret == pytest.ExitCode.USAGE_ERROR
 
 
@@ -505,7 +512,51 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
     ]
     for line, pattern in zip(told, expected, strict=False):
         assert fnmatch(line, pattern), line
-    assert len(told) == len(expected) + 1
+    assert len(told) == len(expected) + 2
+    assert told[-2].endswith("; 2 because a parameter is not declared: --attn-check-strict makes "
+                             "that fail")  # fmt: skip
+
+
+STRICT = """
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+    from pytest_attnheat import AttentionSpec
+
+    def windowed(query, key, value, attn_mask=None, is_causal=False, window_size=None):
+        return sdpa(query, key, value, attn_mask, is_causal=is_causal)
+
+    undeclared = [sdpa, windowed]
+    declared = AttentionSpec(windowed, window=None)
+    """
+
+
+@pytest.mark.parametrize("ini", [False, True])
+def test_strict_fails_what_is_skipped_for_want_of_a_declaration(pytester, monkeypatch, ini):
+    pytester.makepyfile(strict=STRICT)
+    monkeypatch.setenv("CI", "true")  # where pytest prints whole lines
+    options = ["-rf", "-k", "window", "--attn-dtype=float32", "--tb=no"]
+    if ini:
+        pytester.makeini("[pytest]\nattn_check_strict = true\nattn_check =\n    strict:undeclared")
+    else:
+        options += ["--attn-check=strict:undeclared", "--attn-check-strict"]
+    result = pytester.runpytest(*options)
+    told = (
+        "it takes window_size=, and the specification does not say what that means: AttentionSpec"
+    )
+    result.stdout.fnmatch_lines(
+        [f"FAILED strict:undeclared::windowed-window-float32 - Failed: {told}*"]
+    )
+    assert result.parseoutcomes()["failed"] == 1
+    if not ini:
+        options[-2] = "--attn-check=strict:declared"
+        result = pytester.runpytest(*options)
+        assert "failed" not in result.parseoutcomes()
+
+
+def test_strict_fails_where_nothing_can_be_called(pytester):
+    pytester.makepyfile(more="def attention(query, key, value, table): raise RuntimeError")
+    arguments = ("--attn-check=more:attention", "--attn-dtype=float32", "--attn-check-quick")
+    assert "failed" not in pytester.runpytest(*arguments).parseoutcomes()
+    assert "passed" not in pytester.runpytest(*arguments, "--attn-check-strict").parseoutcomes()
 
 
 def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pytester):

@@ -219,6 +219,9 @@ def test_pytest_leaves_the_picture_and_says_where(pytester, workers):
     )
     assert read_heatmaps(path).shape == (1, 1, 6, 6)
     assert len(list((pytester.path / "attn-artifacts").rglob("*.png"))) == 1
+    pytester.makepyfile(test_a=FAILING.replace("6, 6))", "6, 6).softmax(-1))"))
+    pytester.runpytest(*workers)
+    assert not path.parent.exists()
 
 
 def test_a_picture_that_cannot_be_left_does_not_hide_the_message(pytester):

@@ -760,6 +760,8 @@ def test_a_picture_fills_an_axes_or_a_subfigure_of_another_figure():
     axes = left.add_axes((0.25, 0.25, 0.75, 0.75))
     own = show_heatmaps(weights, "K", "Q", ax=axes)
     np.testing.assert_array_equal(pixels(host)[:300, 100:400], pixels(own))
+    with pytest.raises(TypeError, match="colorbar: got 'no'; accepted is True or False"):
+        show_heatmaps(torch.eye(2), "k", "q", colorbar="no")
     with pytest.raises(TypeError, match="ax: got 3; accepted is an Axes or a SubFigure"):
         show_heatmaps(weights, "K", "Q", ax=3)
 
@@ -847,6 +849,11 @@ def test_a_notebook_shows_svg_whose_image_is_not_smoothed():
     svg = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")._repr_svg_()
     assert svg.lstrip().startswith("<?xml")
     assert "image-rendering:pixelated" in svg.replace(" ", "")
+
+
+def test_a_notebook_without_svg_shows_a_png():
+    png = show_heatmaps(softmax_maps(4, 4), "Keys", "Queries")._repr_png_()
+    assert png.startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("kind", ["png", "svg", "pdf"])

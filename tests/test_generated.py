@@ -4,10 +4,11 @@ import re
 from dataclasses import replace
 
 import pytest
-from generate import MEASURED, TABLES, listed, measured
-from pages import PAGES, ROOT
+from generate import MEASURED, SECTIONS, TABLES, listed, measured
+from pages import PAGES, ROOT, public_names
 from wrong_attention import PLANTED
 
+import pytest_attnheat
 from pytest_attnheat.contract import checks
 
 TEXTS = {page.relative_to(ROOT).as_posix(): page.read_text(encoding="utf-8") for page in PAGES}
@@ -19,7 +20,7 @@ def test_tables_are_those_of_the_registries(page):
         raise AssertionError(f"{page} is stale: `make docs` writes it anew")
 
 
-@pytest.mark.parametrize("name", [*TABLES, "gallery"])
+@pytest.mark.parametrize("name", [*TABLES, *SECTIONS])
 def test_every_registry_is_listed_once(name):
     assert sum(text.count(f"<!-- generated: {name} -->\n") for text in TEXTS.values()) == 1
 
@@ -42,15 +43,37 @@ def rows(name):
     return [line.split("|")[1].strip() for line in table.splitlines()[2:]]
 
 
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ("--help", r"--attn-[\w-]+|^ *attn_\w+"),
+        ("--markers", r"(?<=^@pytest\.mark\.)(?:attention|heatmap)\w*"),
+        ("--fixtures", r"^\w+(?=.* -- .*pytest_attnheat)"),
+    ],
+)
+def test_what_pytest_lists_of_the_plugin_is_in_the_docs(pytester, asked, named):
+    listed_by_pytest = re.findall(named, pytester.runpytest(asked).stdout.str(), re.M)
+    names = {name.strip() for name in listed_by_pytest} - {"attention_checks"}
+    assert len(names) > 2
+    page = TEXTS["docs/fixtures.md"]
+    assert sorted(name for name in names if not re.search(rf"\| `{name}\b", page)) == []
+
+
+def test_every_public_name_is_in_the_docs():
+    names = [name for names in public_names().values() for name in names]
+    assert sorted({*names, "__version__"}) == dir(pytest_attnheat)
+    assert [name for name in names if f"| `{name}` |" not in TEXTS["docs/names.md"]] == []
+
+
 def test_every_defect_was_measured():
     if rows("defects") != [f"`{defect.name}`" for defect in PLANTED]:
-        raise AssertionError("docs/examination.md is stale: `python docs/generate.py defects`")
+        raise AssertionError("docs/measured.md is stale: `python docs/generate.py defects`")
 
 
 def test_a_new_check_makes_its_page_stale_and_is_written(monkeypatch):
     new = replace(checks.CHECKS[0], name="new", sentence="it is a | b", issue="a/b#1", quick=False)
     monkeypatch.setattr(checks, "CHECKS", (*checks.CHECKS, new))
-    before = TEXTS["docs/examination.md"]
+    before = TEXTS["docs/checks.md"]
     after = listed(before)
     added = set(after.splitlines()) - set(before.splitlines())
     assert added == {r"| `new` | it is a \| b | a/b#1 |  |"}

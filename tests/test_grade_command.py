@@ -151,8 +151,7 @@ def test_counts_are_equal_under_workers_and_in_another_order(project):
     written = [f"test_it.py::test_{name}" for name in ("shape", "first_row", "causal_shape")]
     assert alone["tests"] == shared["tests"] == written
     result.assert_outcomes(passed=4)
-    for share in (2, 3):
-        result.stdout.fnmatch_lines([f"*{share} of 5 versions judged by gw?"])
+    result.stdout.fnmatch_lines(["attention grade: *, judged by 2 workers; what would tell *"])
 
 
 def test_versions_that_a_lost_worker_took_along_are_not_counted(project, monkeypatch):
@@ -208,6 +207,54 @@ def test_multi_head():
         defects="scale_missing",
     )
     assert [one["name"] for one in grade["killed"]] == ["scale_missing"]
+
+
+def test_blocks_and_their_classes_are_graded_by_the_attention_inside(project):
+    with (project.path / "my_package" / "attention.py").open("a") as file:
+        file.write("""
+block = nn.MultiheadAttention(8, 2, batch_first=True)
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, inputs):
+        heads = [one.unflatten(-1, (2, 4)).transpose(1, 2)
+                 for one in self.project(inputs).chunk(3, -1)]
+        return attention(*heads, is_causal=True).transpose(1, 2).flatten(-2)
+
+class Core(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Parameter(torch.ones(1))
+
+    def forward(self, query, key, value):
+        return (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1) @ value
+""")
+    tests = """
+def test_block():
+    inputs = torch.randn(2, 5, 8)
+    other = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    other.load_state_dict(ours.block.state_dict())
+    found, expected = (one(inputs, inputs, inputs) for one in (ours.block, other))
+    torch.testing.assert_close(found, expected)
+
+def test_class():
+    heads = ours.Heads()
+    inputs = torch.randn(2, 5, 8)
+    torch.testing.assert_close(heads(inputs)[:, :3], heads(inputs[:, :3]))
+
+def test_core(tensors):
+    torch.testing.assert_close(ours.Core()(*tensors), sdpa(*tensors))
+"""
+    names = ("block", "Heads", "Core")
+    target = ",".join(f"my_package.attention:{name}" for name in names)
+    _, grades = graded(project, tests=tests, target=target,
+                       defects="scale_missing,causal_ignored,mask_ignored")  # fmt: skip
+    found = [[one["name"] for one in grade["killed"]] for grade in grades]
+    assert found == [["scale_missing"], ["causal_ignored"], ["scale_missing"]]
+    assert [one["name"] for one in grades[1]["survived"]] == ["scale_missing"]
 
 
 def test_parameters_of_tests_are_replaced_and_what_is_not_is_said(project):
@@ -413,8 +460,6 @@ def test_html_shows_the_grade(project):
         (["--attn-grade=f"], "--attn-grade: got 'f'; accepted is package.module:object, *"),
         (["--attn-grade=my_package.attention:Tools"], "*Tools, which is a class; accepted is *"),
         (["--attn-grade=my_package.attention:registry"], "*registry, which is dict; accepted is *"),
-        (["--attn-grade=my_package.attention:block"], "*block: a block has projections of its own*"
-         "; name the function that it calls, as torch.nn.functional:scaled_dot_product_attention"),
         (["--attn-grade=marked"], "*no test has a marker attention_grade that names a target"),
         (["--attn-grade-min=0.9"], "--attn-grade-min: it goes with --attn-grade, *"),
         ([f"--attn-grade={TARGET}", "--attn-grade-min=90"], "*got '90'; accepted is a number *"),
@@ -423,8 +468,6 @@ def test_html_shows_the_grade(project):
     ],
 )  # fmt: skip
 def test_what_cannot_be_graded_is_refused_at_once(project, options, said):
-    with (project.path / "my_package" / "attention.py").open("a") as file:
-        file.write("block = nn.MultiheadAttention(8, 2)\n")
     project.makepyfile("def test_a(): pass")
     result = project.runpytest("-p", "no:cacheprovider", *options)
     assert result.ret == pytest.ExitCode.USAGE_ERROR

@@ -1,5 +1,6 @@
 """A judge is graded by the defects that it lets through."""
 
+import copy
 import json
 import math
 import random
@@ -176,10 +177,21 @@ def test_it_says_what_was_never_exercised():
                        "any dtype but float32")  # fmt: skip
 
 
+def test_a_mask_that_hides_nothing_exercises_nothing():
+    def judge(function):
+        everything = torch.ones(4, 4, dtype=torch.bool)
+        function(*drawn(4, 4), everything)
+        function(*drawn(4, 4), torch.zeros(4, 4, dtype=torch.float64))
+        function(*drawn(1, 1), is_causal=True)
+
+    missing = grade(judge, sdpa, defects=["scale_missing"]).never_exercised
+    assert missing[:3] == ("a mask", "causality", "a mask together with causality")
+
+
 def test_what_was_exercised_is_not_missed():
     def judge(function):
         query, key, value = (t.requires_grad_() for t in drawn(4, 70, heads=4))
-        mask = torch.ones(4, 70, dtype=torch.bool)
+        mask = (torch.arange(70) != 3).expand(4, 70)
         function(query, key[:, :2], value[:, :2, :, :5], mask, scale=0.3, enable_gqa=True).sum(
             ).backward()  # fmt: skip
         function(*drawn(4, 4, dtype=torch.float32), is_causal=True)
@@ -411,8 +423,7 @@ def test_masks_of_every_meaning_are_read(meaning):
         torch.testing.assert_close(function(*tensors, m=given), plain(*tensors, mask))
 
     spec = AttentionSpec(target, mask=meaning, mask_argument="m")
-    name = "bias_ignored" if meaning == "additive" else "mask_ignored"
-    assert names(grade(judge, spec, defects=[name]).killed) == {name}
+    assert names(grade(judge, spec, defects=["mask_ignored"]).killed) == {"mask_ignored"}
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "vllm_flash_attn"])
@@ -463,15 +474,163 @@ def test_a_module_is_graded_as_it_is_and_left_as_it_was():
     assert "forward" not in vars(core)
 
 
+# --- blocks
+
+
+def heads_of(block, inputs):
+    """Query, key and value (batch, heads, length, 4) of `nn.MultiheadAttention`, by hand."""
+    weight, bias = block.in_proj_weight, block.in_proj_bias
+    return [(inputs @ weight[at : at + 8].T + bias[at : at + 8]).unflatten(-1, (2, 4)).transpose(
+        1, 2) for at in (0, 8, 16)]  # fmt: skip
+
+
+@pytest.mark.parametrize("need_weights", [False, True])
+def test_a_defect_in_a_block_is_one_of_the_attention_inside(need_weights):
+    block = nn.MultiheadAttention(8, 2, batch_first=True, dtype=torch.float64)
+    inputs = torch.randn(3, 5, 8, dtype=torch.float64, requires_grad=True)
+    query, key, value = heads_of(block, inputs)
+    weights = (query @ key.mT).softmax(-1)  # the scale is missing
+    expected = block.out_proj((weights @ value).transpose(1, 2).flatten(-2))
+    (slope,) = torch.autograd.grad(expected.square().sum(), inputs)
+    study = Study(block)
+    planted = study.plant(next(v for v in study.versions if v.name == "scale_missing"))
+    output, given = planted(inputs, inputs, inputs, need_weights=need_weights)
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(torch.autograd.grad(output.square().sum(), inputs)[0], slope)
+    assert (given is not None) is need_weights
+    if need_weights:
+        torch.testing.assert_close(given, weights.mean(1))
+
+
+def test_masks_and_gradients_of_a_block_are_graded():
+    block = nn.MultiheadAttention(8, 2, batch_first=True)
+    padding = torch.arange(5) > torch.tensor([[4], [2], [3]])
+    causal = nn.Transformer.generate_square_subsequent_mask(5)
+    right = nn.MultiheadAttention(8, 2, batch_first=True)
+    right.load_state_dict(block.state_dict())
+
+    def judge(module):
+        inputs = torch.randn(3, 5, 8, requires_grad=True)
+        for named in ({"key_padding_mask": padding}, {"attn_mask": causal}):
+            found, expected = (one(*[inputs] * 3, **named)[0] for one in (module, right))
+            torch.testing.assert_close(found, expected)
+            slopes = [torch.autograd.grad(o.square().sum(), inputs) for o in (found, expected)]
+            torch.testing.assert_close(*slopes)
+
+    some = ["mask_ignored", "mask_inverted", "mask_of_first_sample", "backward_scale_missing"]
+    found = grade(judge, block, defects=some)
+    assert names(found.killed) == set(some)
+    assert found.calls == 2
+    assert "forward" not in vars(block)
+
+
+@pytest.mark.parametrize("how", ["sdpa", "eager"])
+def test_blocks_of_transformers_are_graded(how):
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 9}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_implementation": how}
+    model = transformers.LlamaModel(transformers.LlamaConfig(**sizes, **heads)).eval()
+    ids = torch.arange(6)[None]
+    expected = model(ids).last_hidden_state
+
+    def judge(function):
+        torch.testing.assert_close(function(ids).last_hidden_state[:, -1], expected[:, -1])
+
+    found = grade(judge, model, defects=["scale_missing", "groups_tiled", "causal_ignored"])
+    assert found.calls == 2  # one in each layer
+    assert "scale_missing" in names(found.killed)
+    assert found.refused == found.survived == ()
+
+
+def test_a_judge_may_copy_a_module_and_change_the_copy():
+    block = nn.MultiheadAttention(8, 2, batch_first=True)
+    right = copy.deepcopy(block)
+    inputs = torch.randn(2, 5, 8)
+
+    def judge(module):
+        other, expected = copy.deepcopy(module), copy.deepcopy(right)
+        for one in (other, expected):
+            nn.init.ones_(one.out_proj.weight)
+        torch.testing.assert_close(other(*[inputs] * 3), expected(*[inputs] * 3))
+
+    assert len(grade(judge, block, defects=["scale_missing"]).killed) == 1
+
+
+def test_a_block_that_does_its_attention_by_hand_is_refused():
+    class ByHand(nn.Linear):
+        def forward(self, inputs):
+            query, key, value = super().forward(inputs).chunk(3, -1)
+            return (query @ key.mT / 3).softmax(-1) @ value
+
+    found = grade(lambda block: block(torch.randn(2, 5, 9)).shape, ByHand(9, 27))
+    assert found.refused[0].startswith("inside of it nothing is called that is known as attention")
+
+
+def test_a_module_with_parameters_of_its_own_may_be_a_function_of_attention():
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(8**-0.5, dtype=torch.float64))
+
+        def forward(self, query, key, value):
+            return (query @ key.mT * self.scale).softmax(-1) @ value
+
+    def judge(module):
+        torch.testing.assert_close(module(*drawn(5, 7)), plain(*drawn(5, 7)))
+
+    assert len(grade(judge, Scaled(), defects=["scale_missing"]).killed) == 1
+
+
 # --- what is refused
+
+
+def test_calls_that_drop_weights_are_set_aside_and_the_others_graded():
+    def judge(function):
+        torch.testing.assert_close(function(*drawn(5, 7), dropout_p=0.0), plain(*drawn(5, 7)))
+        assert function(*drawn(5, 7), dropout_p=0.5).isfinite().all()
+
+    found = grade(judge, sdpa, defects=["scale_missing"])
+    assert names(found.killed) == {"scale_missing"}
+    assert found.set_aside == (("it drops weights at random", 1),)
+    assert "set aside 1 call, answered as the right one does" in str(found)
+    alone = grade(lambda function: function(*drawn(5, 7), dropout_p=0.5).any(), sdpa)
+    assert alone.refused == ("it drops weights at random",)
+
+
+def test_calls_without_elements_are_set_aside():
+    def judge(function):
+        assert function(*drawn(5, 7, batch=0)).shape == (0, 3, 5, 8)
+        torch.testing.assert_close(function(*drawn(5, 7)), plain(*drawn(5, 7)))
+
+    found = grade(judge, sdpa, defects=["scale_missing"])
+    assert names(found.killed) == {"scale_missing"}
+    assert found.set_aside == (("query has no elements", 1),)
+
+
+def test_a_target_that_writes_into_its_query_is_refused():
+    def target(query, key, value):
+        query *= 8**-0.5
+        return (query @ key.mT).softmax(-1) @ value
+
+    found = grade(lambda function: function(*drawn(5, 7)).any(), target)
+    assert found.refused == ("it writes into what it is given",)
+
+
+def test_what_autocast_casts_within_the_function_is_read_as_it_is_cast():
+    def judge(function):
+        tensors = drawn(5, 7, dtype=torch.float32)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(function(*tensors), sdpa(*tensors))
+
+    assert len(grade(judge, sdpa, defects=["scale_missing"]).killed) == 1
 
 
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (lambda: nn.MultiheadAttention(8, 2), "a block has projections of its own"),
         (lambda: AttentionSpec(plain, call=lambda f, c: f(*c.tensors)), "call= says how a call"),
         (lambda: AttentionSpec(plain, reference=plain), "reference= computes something else"),
+        (lambda: AttentionSpec(plain, sharding="ring"), "it is called on several ranks"),
     ],
 )
 def test_a_target_whose_calls_cannot_be_read_is_refused(spec, reason):

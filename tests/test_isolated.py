@@ -12,7 +12,7 @@ import torch._dynamo
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 from pytest_attnheat import AttentionSpec, callables, check_attention
-from pytest_attnheat.contract import isolated, running
+from pytest_attnheat.contract import isolated, processes, running
 from pytest_attnheat.contract.checks import CHECKS, Check
 from pytest_attnheat.contract.combinations import Replay
 from pytest_attnheat.contract.running import examinations_of
@@ -162,7 +162,7 @@ def test_what_is_compiled_is_isolated_without_being_asked(monkeypatch):
 
 
 def test_without_a_fork_a_subject_has_to_be_one_that_can_be_imported(monkeypatch):
-    monkeypatch.setattr(isolated, "accelerators", lambda: ["cuda"])  # which no fork may use
+    monkeypatch.setattr(processes, "accelerators", lambda: ["cuda"])  # which no fork may use
     compiled = torch.compile(lambda query, key, value: sdpa(query, key, value), backend="eager")
     spec = AttentionSpec(compiled, dtypes=("float32",))
     with pytest.raises(ValueError, match=r"isolate: got .*; accepted is a function or class at"):

@@ -1,6 +1,8 @@
 """The life of a baseline: missing, added, equal, changed, updated, unused."""
 
 import base64
+import shlex
+import subprocess
 import textwrap
 
 import numpy as np
@@ -299,6 +301,25 @@ def test_a_path_that_no_relative_one_leads_to_is_shown_whole(pytester, monkeypat
     monkeypatch.setattr("os.path.relpath", elsewhere)
     path = config.rootpath / "baseline_images/test_a.png"
     assert summary.shown(config, path) == str(path)
+
+
+@pytest.mark.parametrize(
+    ("system", "expected"),
+    [
+        ("posix", "'test_a.py::test[it'\\''s \"$x\" & y]'"),
+        ("nt", '"test_a.py::test[it\'s \\"$x\\" & y]"'),
+    ],
+)
+def test_a_command_is_quoted_as_the_shell_of_the_system_does(monkeypatch, system, expected):
+    argument = 'test_a.py::test[it\'s "$x" & y]'
+    with monkeypatch.context() as patched:
+        patched.setattr("os.name", system)
+        quoted = summary.quoted(argument)
+    assert quoted == expected
+    if system == "posix":
+        assert shlex.split(quoted) == [argument]
+    else:
+        assert subprocess.list2cmdline([argument]) == quoted  # as programs of Windows read it
 
 
 def test_weights_are_drawn_with_the_arguments_of_show_heatmaps_and_one_needs_no_name(pytester):

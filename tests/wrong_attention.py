@@ -14,8 +14,9 @@ from pytest_attnheat.attention.defects import DEFECTS
 INF = float("inf")
 
 # What goes wrong in calls of several lengths, and of a cache, the stand-ins of public callables
-# plant: see `public_callables` and `public_cached`.
-OF_CALLABLES = ("packed", "packing", "positions", "cache", "output_buffer")
+# plant, and what goes wrong over several ranks is planted there: see `public_callables`,
+# `public_cached` and `sharded_attention`.
+OF_CALLABLES = ("packed", "packing", "positions", "cache", "output_buffer", "shards")
 PLANTED = [one for one in DEFECTS if not one.name.startswith(OF_CALLABLES)]
 # The two numbers that are fitted, and the rate of dropout.
 TEMPERATURE, FACTOR, RATE = 1.37, 0.83, 0.25

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from pytest_attnheat.attention.lazy import LazyWeights
+from pytest_attnheat.attention.placed import Placed, is_placed
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.failure import Failure
@@ -60,6 +61,10 @@ def takes_records(
         given = args[0] if args else kwargs.get("weights")
         ask: Callable[..., None] = assertion
         named: dict[str, Any] = {**dict(zip(accepted, args, strict=False)), **kwargs}
+        if any(map(is_placed, named.values())):
+            named = {name: _where_it_lies(one, name, given) for name, one in named.items()}
+            ask(**named)
+            return
         if isinstance(given, LazyWeights):
             arguments = _lazily(given, accepted, named, with_sinks=with_sinks)
             if needs_mask and arguments["mask"] is None:
@@ -101,6 +106,20 @@ def takes_records(
             raise nothing or ValueError(_nothing_to_ask(assertion.__name__, records))
 
     return on_each
+
+
+def _where_it_lies(given: Any, name: str, weights: Any) -> Any:
+    """An argument, read where it lies if that is on several ranks."""
+    if not is_placed(given):
+        return given
+    if name == "mask" and is_placed(weights):
+        if given.shape != weights.shape:  # broadcast: all ranks need most of it
+            return given.full_tensor()
+        return Placed(given.redistribute(placements=weights.placements), name)
+    if name != "weights":
+        accepted = "a tensor: only weights may be a DTensor, and their mask"
+        raise TypeError(misuse(name, "a DTensor", accepted))
+    return Placed(given, name)
 
 
 def _lazily(

@@ -14,12 +14,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import TYPE_CHECKING, Generic, Protocol, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.scan import Block, Elements, Where, any_key
+from pytest_attnheat.assertions.scan import Block, Elements, Parts, Where, any_key
 from pytest_attnheat.attention.chunks import index_within
 from pytest_attnheat.attention.vocabulary import FullyMasked
 from pytest_attnheat.failure import Checked, Failure, Place, number_text
@@ -135,6 +136,8 @@ def first_broken(parts: Iterable[P], claims: Sequence[Claim[P]]) -> Claim[P] | N
     for part in parts:
         broken = torch.stack([claim.breaks(part).any() for claim in claims])
         found = broken if found is None else found.logical_or_(broken)
+    if isinstance(parts, Parts) and parts.placed is not None:
+        found = parts.placed.any_of(torch.zeros(len(claims)) if found is None else found)
     if found is None:
         return None
     at = int(torch.cat([found, found.new_ones(1)]).int().argmax())
@@ -210,6 +213,44 @@ def find(claim: Claim[P], parts: Iterable[P]) -> Finding[P] | None:
     Returns:
         What was found, None where the claim holds.
     """
+    found = _here(claim, parts)
+    if isinstance(parts, Parts) and parts.placed is not None:
+        told = parts.placed.told(found, of_rows=parts.of_rows)
+        found = reduce(_Tally.joined, told)
+    if found.worst is None or found.first is None:
+        return None
+    counts = found.of, found.broken, found.zeros, found.nans
+    return Finding(claim, *counts, found.first_nan, found.worst, found.first)
+
+
+@dataclass(frozen=True)
+class _Tally:
+    """What was found so far, the worst and by how much."""
+
+    of: int = 0
+    broken: int = 0
+    zeros: int = 0
+    nans: int = 0
+    first_nan: Index | None = None
+    first: Spot | None = None
+    worst: Spot | None = None
+    most: float = -math.inf
+
+    def joined(self, other: _Tally) -> _Tally:
+        """Join what was found of other places."""
+        nans = [one for one in (self.first_nan, other.first_nan) if one is not None]
+        firsts = [one for one in (self.first, other.first) if one is not None]
+        worse = [one for one in (self, other) if one.worst is not None]
+        worse.sort(key=lambda one: (-one.most, one.worst.index if one.worst else ()))
+        return _Tally(
+            self.of + other.of, self.broken + other.broken, self.zeros + other.zeros,
+            self.nans + other.nans, min(nans, default=None),
+            min(firsts, key=lambda one: one.index, default=None),
+            worse[0].worst if worse else None, worse[0].most if worse else -math.inf,
+        )  # fmt: skip
+
+
+def _here(claim: Claim[P], parts: Iterable[P]) -> _Tally:
     of = broken = zeros = nans = 0
     first_nan: Index | None = None
     worst = first = None
@@ -233,9 +274,7 @@ def find(claim: Claim[P], parts: Iterable[P]) -> Finding[P] | None:
         if float(excess[at]) > most:
             most = float(excess[at])
             worst = _spot(claim, part, at)
-    if worst is None or first is None:
-        return None
-    return Finding(claim, of, broken, zeros, nans, first_nan, worst, first)
+    return _Tally(of, broken, zeros, nans, first_nan, first, worst, most)
 
 
 def _spot(claim: Claim[P], part: P, at: int) -> Spot:

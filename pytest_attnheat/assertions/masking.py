@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeAlias, cast
@@ -33,8 +33,9 @@ from pytest_attnheat.assertions.masking_causes import (
     support_cause,
 )
 from pytest_attnheat.assertions.pictures import failure
-from pytest_attnheat.assertions.scan import Block, Elements, blocks, elements
+from pytest_attnheat.assertions.scan import Block, Elements, Parts, blocks, elements
 from pytest_attnheat.attention.boxes import LazyMask, as_lazy
+from pytest_attnheat.attention.placed import as_placed
 from pytest_attnheat.attention.reference import padding_mask, read_lengths
 from pytest_attnheat.attention.tolerance import row_tolerance
 from pytest_attnheat.attention.vocabulary import (
@@ -79,7 +80,7 @@ def assert_masked(
         ValueError: `weights` is empty or has fewer than two dimensions, the mask does not broadcast
             or permits every key, or `fully_masked` is unknown.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_masked(scores.softmax(-1), mask)
@@ -121,7 +122,7 @@ def _assert_causal(
         before = _steps(position - cast("int", rule.window) - key)
         return f"{where}, {before} before its window of {rule.window} (allowed 0)"
 
-    if as_lazy(operand) is not None:
+    if as_lazy(operand) is not None or as_placed(operand) is not None:
         mask: Any = LazyMask.causal(operand.shape, rule.offset, rule.window, operand.device)
     else:
         mask = rule.rows(numbers.to(operand.device))
@@ -167,7 +168,7 @@ def assert_causal(
             missing, the window reaches into the future or is below 0, or
             nothing is forbidden, as for a single query at the last key.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_causal(scores.softmax(-1))
@@ -199,7 +200,7 @@ def assert_support(
         TypeError: As in `assert_masked`.
         ValueError: As there, but for a mask that permits every key.
 
-    Example:
+    Examples:
         >>> mask = torch.ones(6, 6, dtype=torch.bool).tril()
         >>> scores = torch.randn(2, 4, 6, 6).masked_fill(~mask, float("-inf"))
         >>> assert_support(scores.softmax(-1), mask)
@@ -235,7 +236,7 @@ def assert_padding_masked(
             dimensions, there is not one length per batch entry, one is out of
             range, the side is unknown, or no batch entry has padding.
 
-    Example:
+    Examples:
         >>> mask = padding_mask([5, 3], key_len=5)
         >>> scores = torch.randn(2, 4, 6, 5).masked_fill(~mask, float("-inf"))
         >>> assert_padding_masked(scores.softmax(-1), [5, 3])
@@ -310,7 +311,7 @@ class _Masked:
             raise failure(self.assertion, self.weights, self.mask, of_row, likely)
         return True
 
-    def _blocks(self) -> Iterator[Block]:
+    def _blocks(self) -> Parts[Block]:
         return blocks(self.weights, self.mask)
 
     def _full_rows(self) -> list[Claim[Block]]:

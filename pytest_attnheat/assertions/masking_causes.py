@@ -57,8 +57,10 @@ def _only_in(evidence: Evidence) -> str | None:
     if weights.ndim != 4:
         return None
     maps = torch.zeros(weights.shape[:2], dtype=torch.bool, device=weights.device)
-    for block in blocks(weights, evidence.mask):
+    parts = blocks(weights, evidence.mask)
+    for block in parts:
         maps[block.index[:2]] |= claim.breaks(block).any(-1)
+    maps = maps if parts.placed is None else parts.placed.any_of(maps)
     heads = maps.any(0)
     if bool(heads.all()) or not torch.equal(maps, heads.expand_as(maps)):
         return None

@@ -12,6 +12,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.claims import Claim, Finding, Index, by_row
 from pytest_attnheat.assertions.scan import Block, blocks, mask_at
 from pytest_attnheat.attention.boxes import as_lazy
+from pytest_attnheat.attention.placed import as_placed
 from pytest_attnheat.failure import Failure, exponent
 from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
 
@@ -41,14 +42,19 @@ def failure(
     of_rows = len(finding.worst.index) < weights.ndim
     claim: Claim[Block] = finding.claim if of_rows else by_row(finding.claim)
     row = finding.worst.index[: weights.ndim - 1]
-    draw = partial(
-        _draw,
-        # Of the map alone, so that a kept failure does not keep more than it needs.
-        _map_at(weights, row),
-        None if mask is None else _map_at(mask, row),
-        claim,
-        row[-1],
-        f"{finding.broken} of {finding.of} {claim.statement}",
+    # All ranks would have to draw a map that lies on several.
+    draw = (
+        None
+        if as_placed(weights)
+        else partial(
+            _draw,
+            # Of the map alone, so that a kept failure does not keep more than it needs.
+            _map_at(weights, row),
+            None if mask is None else _map_at(mask, row),
+            claim,
+            row[-1],
+            f"{finding.broken} of {finding.of} {claim.statement}",
+        )
     )
     return finding.failure(
         assertion,

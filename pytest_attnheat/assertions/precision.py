@@ -109,7 +109,7 @@ def assert_matches_reference(
             out of range, two calls with the same inputs differ, or `reference` gives NaN or inf
             where it is compared with.
 
-    Example:
+    Examples:
         >>> q, k, v = torch.randn(3, 1, 2, 6, 16).unbind()
         >>> assert_matches_reference(F.scaled_dot_product_attention, q, k, v, is_causal=True)
     """

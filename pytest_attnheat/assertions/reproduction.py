@@ -106,7 +106,7 @@ def assert_reproduces_output(
         ValueError: An argument is empty, the shapes do not fit, the tolerance
             is out of range, or the dtype is too coarse for a default.
 
-    Example:
+    Examples:
         >>> weights, value = torch.rand(2, 4, 6, 8).softmax(-1), torch.randn(2, 4, 8, 16)
         >>> assert_reproduces_output(weights, value, weights @ value)
     """

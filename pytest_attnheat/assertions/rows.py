@@ -74,7 +74,7 @@ def assert_row_stochastic(
         ValueError: `weights` is empty or has fewer than two dimensions, the
             mask does not broadcast, or an argument is out of range.
 
-    Example:
+    Examples:
         >>> assert_row_stochastic(torch.softmax(torch.randn(2, 4, 6, 8), dim=-1))
     """
     __tracebackhide__ = True

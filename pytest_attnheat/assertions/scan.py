@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, reduce
-from typing import Literal, TypeAlias
+from typing import Generic, Literal, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from torch import Tensor
 from pytest_attnheat.attention.blocks import shared
 from pytest_attnheat.attention.boxes import LazyMask, Transposed, as_lazy, merged
 from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.attention.placed import Placed, as_own, as_placed
 from pytest_attnheat.inputs import wide_dtype
 
 # The thorough reading may hold a handful of temporaries of this size at once.
@@ -33,6 +34,8 @@ _BYTES_ON_ACCELERATOR = 2**28
 
 # Which keys of a row are read: `Block.elements`.
 Where: TypeAlias = Literal["weights", "mask", "either", "masked"]
+
+P = TypeVar("P")
 
 _SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -100,7 +103,7 @@ def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | Non
     """Return whether all rows pass, as a scalar on their device; None if they must be read."""
     key_len, size = weights.shape[-1], weights.dtype.itemsize
     lazy = as_lazy(weights)
-    if isinstance(lazy, Transposed) or key_len > _BYTES_ON_CPU // 8:
+    if isinstance(lazy, Transposed) or as_placed(weights) or key_len > _BYTES_ON_CPU // 8:
         return None  # a row must fit into a piece
     if lazy is None and weights.is_neg():
         return None  # the sign is kept apart from the bits
@@ -131,14 +134,14 @@ def _sound(weights: Tensor, mask: Tensor | None, allowed: float) -> Tensor | Non
 
 def _boxes(weights: Tensor, most_rows: int, most_elements: int) -> Iterator[tuple[slice, ...]]:
     """Yield all rows in order, in boxes of bounded size: of what is not held, as it is computed."""
-    if (lazy := as_lazy(weights)) is not None:
-        return lazy.boxes(most_rows, most_elements)
+    if (held := as_lazy(weights) or as_own(weights)) is not None:
+        return held.boxes(most_rows, most_elements)
     return pieces(weights.shape[:-1], max(1, min(most_rows, most_elements // weights.shape[-1])))
 
 
 def _runs(operand: Tensor, rows: tuple[slice, ...]) -> list[slice]:
     """Return the keys of some rows of weights, or of a mask, that may hold anything; some key."""
-    lazy = as_lazy(operand)
+    lazy = as_lazy(operand) or as_own(operand)
     whole = [slice(0, operand.shape[-1])]
     return whole if lazy is None else lazy.runs(_own(operand, rows)) or [slice(0, 1)]
 
@@ -174,10 +177,13 @@ class Block:
         self._step = max(1, _piece_elements(weights) // math.prod(self.shape))
         self._runs = _runs(weights, index)
         self._seen = None if mask is None else _runs(mask, index)
-        if mask is not None and isinstance(as_lazy(weights), Transposed):
-            self._seen = self._runs  # a block of rows at a time
+        if mask is not None and (isinstance(as_lazy(weights), Transposed) or as_own(weights)):
+            self._seen = self._runs  # a block of rows at a time, or the keys that lie here
         # How many keys of each row are known to be zero, and are not read.
         self.hidden = self.key_len - sum(run.stop - run.start for run in self._runs)
+        self._own = as_own(weights)
+        if self._own is not None:  # other ranks read them
+            self.hidden = 0
 
     def elements(self, *, where: Where = "weights") -> Iterator[Elements]:
         """Yield the weights, in parts of bounded size.
@@ -193,7 +199,7 @@ class Block:
         if where == "masked" and self._lazy_mask is not None:
             hidden = self._lazy_mask.hides(self.index)
             runs = [both for one in runs for two in hidden if (both := shared(one, two))]
-        for run in runs or [slice(0, 1)]:
+        for run in runs or [slice(self._runs[0].start, self._runs[0].start + 1)]:
             for keys in spans(run.stop - run.start, self._step):
                 yield Elements(self, slice(run.start + keys.start, run.start + keys.stop))
 
@@ -218,7 +224,8 @@ class Block:
         where: Where = "weights",
     ) -> Tensor:
         """Measure each part and combine the results; parts as in `elements`."""
-        return reduce(combine, map(measure, self.elements(where=where)))
+        found = reduce(combine, map(measure, self.elements(where=where)))
+        return found if self._own is None else self._own.placed.over_keys(found, combine)
 
     def values(self, keys: slice) -> Tensor:
         """Return the weights of some keys, in the dtype in which they are added up.
@@ -306,7 +313,9 @@ class Block:
         """Whether each row has a masked key."""
         if self._counts is not None:
             return self._counts < self.key_len
-        read = self.key_len if self._seen is None else sum(r.stop - r.start for r in self._seen)
+        read = self.key_len
+        if self._seen is not None and self._own is None:
+            read = sum(r.stop - r.start for r in self._seen)
         if read < self.key_len:
             return torch.ones(self.shape, dtype=torch.bool, device=self.device)
         return self.reduce(
@@ -379,16 +388,47 @@ class Elements:
         return self.block.permitted(self.keys)
 
 
-def blocks(weights: Tensor, mask: Tensor | None) -> Iterator[Block]:
-    """Yield all rows, in blocks of bounded size."""
-    for rows in _boxes(weights, _BLOCK_ROWS, _piece_elements(weights)):
-        yield Block(weights, mask, rows)
+@dataclass(frozen=True)
+class Parts(Generic[P]):
+    """Parts of weights, and what else there is of them.
+
+    Attributes:
+        make: Goes through the parts that lie here.
+        placed: The weights, where others lie on other ranks; else None.
+        of_rows: Whether the parts are whole rows.
+    """
+
+    make: Callable[[], Iterator[P]]
+    placed: Placed | None
+    of_rows: bool
+
+    def __iter__(self) -> Iterator[P]:
+        """Go through the parts that lie here."""
+        return self.make()
 
 
-def elements(weights: Tensor, mask: Tensor | None) -> Iterator[Elements]:
-    """Yield all weights in order, in parts of bounded size; not those that are known to be zero."""
-    for block in blocks(weights, mask):
-        if as_lazy(weights) is not None:
-            yield block.whole()
-        else:
-            yield from block.elements()
+def blocks(weights: Tensor, mask: Tensor | None) -> Parts[Block]:
+    """Return all rows, in blocks of bounded size."""
+    placed, its_mask = as_placed(weights), as_placed(mask)
+    here = weights if placed is None else cast(Tensor, placed.own)
+    seen = mask if its_mask is None else cast(Tensor, its_mask.own)
+
+    def make() -> Iterator[Block]:
+        for rows in _boxes(here, _BLOCK_ROWS, _piece_elements(weights)):
+            yield Block(here, seen, rows)
+
+    return Parts(make, placed, of_rows=True)
+
+
+def elements(weights: Tensor, mask: Tensor | None) -> Parts[Elements]:
+    """Return all weights in order, in parts of bounded size; not those known to be zero."""
+    rows = blocks(weights, mask)
+
+    def make() -> Iterator[Elements]:
+        for block in rows:
+            if as_lazy(weights) is not None:
+                yield block.whole()
+            else:
+                yield from block.elements()
+
+    return Parts(make, rows.placed, of_rows=False)

@@ -46,6 +46,7 @@ from pytest_attnheat.attention.plan import (
     operands,
     whole_blocks,
 )
+from pytest_attnheat.attention.sharding import turned
 from pytest_attnheat.attention.tolerance import answer_tolerance, answer_units
 
 # What a backward pass may do wrong of itself. It may also compute the weights once more with any
@@ -101,6 +102,11 @@ BACKWARD: tuple[Defect, ...] = (
               "whose backward pass does not divide by 1 - p what dropout left",
               kept_of_scores=["not_rescaled", "applied"],
               kept_of_values=["not_rescaled", "applied"], row_term=["saved", "own"]),
+    _backward("backward_shards_not_summed",
+              "that does not sum the gradients of keys and values over the ranks, or gives the sum "
+              "to another rank", "NVIDIA/Megatron-LM#1464",
+              shard_sum=["own", "next", "previous"]),
+    _backward("backward_queries_zero", "whose gradient of the queries is zero", queries="zero"),
     _backward("backward_partly_masked_blocks_skipped",
               "whose backward pass skips blocks that are masked in part",
               skipped_block=list(BLOCKS), form_of="causal_before_blocks"),
@@ -320,9 +326,11 @@ def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor
         if case.query.shape != case.key.shape:
             raise NotApplicable("gradients of other shapes cannot be exchanged")
         names = ("key", "query")
-    yield names[0], products @ key * scale
-    yield names[1], _of_groups(plan, products.mT @ query * scale, case)
-    yield "value", _of_groups(plan, (weights * kept[plan.kept_of_values]).mT @ above, case)
+    own, place = _shards(plan, case)
+    yield names[0], products @ key * scale * (plan.queries == "given")
+    yield names[1], _of_groups(plan, (products * own).mT @ query * scale, case)[..., place, :]
+    weights = weights * kept[plan.kept_of_values] * own
+    yield "value", _of_groups(plan, weights.mT @ above, case)[..., place, :]
     if case.sinks is not None:
         sinks = case.sinks.double()[:, None, None]
         attached = read.sinks is not None and not plan.detached
@@ -379,6 +387,17 @@ def _slopes(plan: BackwardPlan, read: Case, products: Tensor) -> tuple[Tensor, T
         scores = scores + 0.0 * (leaf + added)  # which a function of the score may leave out
         slope, bias_slope = torch.autograd.grad(scores.sum(), (leaf, added))
     return slope, bias_slope
+
+
+def _shards(plan: BackwardPlan, case: Case) -> tuple[Tensor, Tensor]:
+    """Which queries a key hears of, and whose gradients each key gets."""
+    every = torch.arange(case.key_len)
+    if plan.shard_sum == "sum" or case.shards is None:
+        return _ONE, every
+    if plan.shard_sum != "own":
+        return _ONE, turned(1 if plan.shard_sum == "previous" else -1, case.shards, case.key_len)
+    own, its = (case.shards.owner(length) for length in (case.query_len, case.key_len))
+    return (own[:, None] == its).double(), every
 
 
 def _of_groups(plan: BackwardPlan, heads: Tensor, case: Case) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from pytest_attnheat.attention.shards import Shards
 from pytest_attnheat.attention.storage import Storage
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked
 
@@ -67,6 +68,7 @@ class Call:
         rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
             "scores", "weights".
         stored: How keys and values are stored, by code that reads a cache; None for its own way.
+        shards: How the sequence lies on several ranks; None where it lies on one.
         upstream: The gradient of the output, (..., query_len, value_dim); None for no gradients.
     """
 
@@ -93,6 +95,7 @@ class Call:
     fully_masked: DeclaredFullyMasked = "zero"
     rounded: Mapping[str, torch.dtype] | None = None
     stored: Storage | None = None
+    shards: Shards | None = None
     upstream: Tensor | None = None
 
     @cached_property

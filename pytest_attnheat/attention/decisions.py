@@ -54,11 +54,12 @@ class Plan:
         blocks: Which blocks those are: "whole" ones, or a "short" one alone as well, or the
             "first" alone.
         part: Keys come in parts of so many, 0 for all at once; -1 for two parts, the first no
-            longer than the second, -2 for two, no shorter.
+            longer than the second, -2 for two, no shorter; -3 (`SHARDS`) for those of each rank.
         merging: How parts become one: right ("exact"), or with the "output" so far, the "sum" so
             far or "both" not brought down where a later part raises the maximum; with the wrong
-            base of the log-sum-exp ("two_for_e", "e_for_two"), by their "mean" or "added"; or NaN
-            where the "first_empty" part, the "first_two_empty" or "any_empty" has no key.
+            base of the log-sum-exp ("two_for_e", "e_for_two"), by their "mean", the mean of those
+            in which a key is seen ("mean_of_seen") or "added"; or NaN where the "first_empty"
+            part, the "first_two_empty" or "any_empty" has no key.
         masking: How a mask is applied: by a "fill" of the scores, by a number "added", as "ones"
             (1 where permitted, added) or "ones_masked" (1 where not), or to the weights "after"
             the softmax, or there with a new division by the sum ("after_renormalised").
@@ -107,8 +108,8 @@ class Plan:
     blocks: Literal["whole", "short", "first"] = "whole"
     part: int = 0
     merging: Literal[
-        "exact", "output", "sum", "both", "two_for_e", "e_for_two", "mean", "added", "first_empty",
-        "first_two_empty", "any_empty"] = "exact"  # fmt: skip
+        "exact", "output", "sum", "both", "two_for_e", "e_for_two", "mean", "mean_of_seen", "added",
+        "first_empty", "first_two_empty", "any_empty"] = "exact"  # fmt: skip
     masking: Literal["fill", "added", "ones", "ones_masked", "after", "after_renormalised"] = "fill"
     covers: Literal["all", "mask", "causal"] = "all"
     fill: float = -math.inf
@@ -151,6 +152,10 @@ class BackwardPlan(Plan):
         exchanged: Whether the gradients of query and key change places.
         kept_of_scores: Whether dropout is "applied" to dP, "ignored" there, or "not_rescaled".
         kept_of_values: Likewise of the weights that make dV.
+        shard_sum: Whose queries add up to the gradients of a key and its value: those of all ranks
+            ("sum"), or of its "own"; or they are given to the keys of the "next" or the
+            "previous" rank.
+        queries: Whether the gradient of the queries is "given", or "zero".
         skipped_block: Blocks of so many queries and keys that are masked in part get nothing; 0
             for none.
     """
@@ -169,6 +174,8 @@ class BackwardPlan(Plan):
     exchanged: bool = False
     kept_of_scores: Literal["applied", "ignored", "not_rescaled"] = "applied"
     kept_of_values: Literal["applied", "ignored", "not_rescaled"] = "applied"
+    shard_sum: Literal["sum", "own", "next", "previous"] = "sum"
+    queries: Literal["given", "zero"] = "given"
     skipped_block: int = 0
 
 
@@ -238,5 +245,8 @@ def _setting(fields: dict[str, Any]) -> Change:
 
 # Rows that the defect leaves without keys: as declared, or what the numbers then give.
 ROWS: list[Natural | None] = [None, "natural"]
+# Keys that come in the parts that ranks hold: each query takes those of its own rank first, then
+# those of the rank before.
+SHARDS = -3
 # The blocks that keys and queries are usually taken in, and small ones for small cases.
 BLOCKS = [2, 4, 8, 16, 32, 64, 128]

@@ -13,7 +13,7 @@ import torch
 
 from pytest_attnheat.attention.caching import STORED
 from pytest_attnheat.attention.call import FEATURES
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, Plan
+from pytest_attnheat.attention.decisions import BLOCKS, ROWS, SHARDS, Misreading, Plan
 from pytest_attnheat.attention.decisions import Change as Change
 from pytest_attnheat.attention.decisions import Defect as Defect
 from pytest_attnheat.attention.decisions import defect as _defect
@@ -28,11 +28,12 @@ from pytest_attnheat.attention.misreadings import (
     without,
 )
 from pytest_attnheat.attention.packing import PACKED
+from pytest_attnheat.attention.sharding import SHARDED
 
 _COVERS = ["all", "mask", "causal"]
 _SLICES = ["nan", "zero", "uniform"]
 # Two halves, and blocks that split the small cases or are usual.
-_PARTS = [-1, -2, 4, 16, 64, 128]
+_PARTS = [-1, -2, 4, 16, 64, 128, SHARDS]
 # Whether fewer keys than one block are dropped as well: those of the small cases.
 _SHORT = ["whole", "short"]
 _EMPTY = ["zero", "nan"]
@@ -69,15 +70,15 @@ _SOFTMAX = (
             normaliser="no_maximum", empty_slices=["nan", "zero"]),
     _defect("online_output_not_rescaled",
             "whose softmax takes keys block by block and does not rescale the output so far when "
-            "a later block raises the maximum", part=BLOCKS, merging="output",
+            "a later block raises the maximum", part=[*BLOCKS, SHARDS], merging="output",
             fully_masked=ROWS),
     _defect("online_sum_not_rescaled",
             "whose softmax takes keys block by block and does not rescale the sum so far when a "
-            "later block raises the maximum", part=BLOCKS, merging="sum",
+            "later block raises the maximum", part=[*BLOCKS, SHARDS], merging="sum",
             fully_masked=ROWS),
     _defect("online_never_rescaled",
             "whose softmax takes keys block by block and rescales neither the output nor the sum "
-            "so far when a later block raises the maximum", part=BLOCKS, merging="both",
+            "so far when a later block raises the maximum", part=[*BLOCKS, SHARDS], merging="both",
             fully_masked=ROWS),
     _defect("hard_maximum", "whose weights are 1 at the largest score and 0 elsewhere",
             normaliser="hard", fully_masked=ROWS),
@@ -169,7 +170,7 @@ _PARTS_MERGED = (
     _defect("merge_in_base_two", "that merges parts of the keys by 2 ** lse, its lse in base e",
             part=_PARTS, merging="e_for_two", empty_slices=_EMPTY),
     _defect("parts_averaged", "that merges parts of the keys by their mean, whatever their sums",
-            part=_PARTS, merging="mean", empty_slices=_EMPTY),
+            part=_PARTS, merging=["mean", "mean_of_seen"], empty_slices=_EMPTY),
     _defect("parts_added", "that adds parts of the keys, each divided by its own sum", part=_PARTS,
             merging="added", empty_slices=_EMPTY),
     _defect("empty_parts_nan", "that gives NaN where a whole part of the keys is masked",
@@ -258,6 +259,7 @@ DEFECTS: tuple[Defect, ...] = (
     *WINDOW,
     *CAUSAL,
     *_CAUSAL,
+    *SHARDED,
     *PACKED,
     *BESIDES,
     *_SOFTCAP,

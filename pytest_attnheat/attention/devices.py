@@ -68,7 +68,7 @@ def _count(kind: str) -> int:
         module = torch.get_device_module(kind)
     except RuntimeError:  # what would bring it is not installed
         return 0
-    return int(getattr(module, "device_count", int)())
+    return max(0, int(getattr(module, "device_count", int)()))  # of mtia, torch 2.6 counts -1
 
 
 def names_of(devices: Sequence[str], argument: str = "devices") -> list[str]:

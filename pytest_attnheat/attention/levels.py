@@ -80,6 +80,8 @@ class Declared:
         apart: Pairs of features that are never asked together.
         one_query: Whether there is one query, always.
         stored: The levels of how keys are stored, by feature, of `STORED`; none where they are not.
+        parts: A length is a multiple of this, as it is cut into so many parts.
+        uneven: Whether it may also be one less.
     """
 
     masks: frozenset[str] = frozenset()
@@ -104,11 +106,27 @@ class Declared:
     apart: tuple[tuple[str, str], ...] = ()
     one_query: bool = False
     stored: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    parts: int = 1
+    uneven: bool = False
+
+    def whole(self, sizes: tuple[int, int]) -> tuple[int, int]:
+        """Return the next sizes that can be cut into parts."""
+        query_len, key_len = (
+            one if self._divides(one) else -(-one // self.parts) * self.parts for one in sizes
+        )
+        return query_len, key_len
+
+    def _divides(self, length: int) -> bool:
+        shorter = self.uneven and length > self.parts and (length + 1) % self.parts == 0
+        return length % self.parts == 0 or shorter
 
     def levels(self) -> dict[str, tuple[Any, ...]]:
         """Return the levels of each feature, the most ordinary first."""
         few = self.few_shapes
-        sizes = self._allowed(_SQUARES if self.square else _RECTANGLES)
+        sizes = tuple(dict.fromkeys(map(self.whole, _SQUARES if self.square else _RECTANGLES)))
+        if self.uneven and self.parts > 1:
+            sizes = (*sizes[:1], (2 * self.parts - 1,) * 2, *sizes[1:])
+        sizes = self._allowed(sizes)
         sizes = ((1, 7), *sizes) if self.one_query else sizes
         if self.longest is not None:
             sizes = ((self.longest, self.longest), *(s for s in sizes if max(s) < self.longest))
@@ -151,7 +169,8 @@ class Declared:
         """Return the same from the simplest: numbers from the smallest, and small sizes besides."""
         levels = self.levels()
         if not self.few_shapes:
-            levels["sizes"] = tuple({*levels["sizes"], *self._allowed(_SMALL_SIZES)})
+            small = map(self.whole, _SMALL_SIZES)
+            levels["sizes"] = tuple({*levels["sizes"], *self._allowed(tuple(small))})
         return levels | {name: tuple(sorted(levels[name], key=_size)) for name in SIZES}
 
     def _allowed(self, sizes: tuple[tuple[int, int], ...]) -> tuple[tuple[int, int], ...]:
@@ -195,6 +214,8 @@ class Declared:
         if query_len != 1 and self.one_query and "sizes" in chosen:
             return False
         if query_len != key_len and self.square:
+            return False
+        if "sizes" in chosen and not (self._divides(query_len) and self._divides(key_len)):
             return False
         near = self.near or chosen.get("window") or chosen.get("chunk")
         if query_len > key_len and near:  # later queries would see nothing

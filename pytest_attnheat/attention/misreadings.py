@@ -107,7 +107,7 @@ def _scale(rule: Callable[[Case], float | None]) -> Misreading:
     return misread
 
 
-def _ruled(case: Case, rule: Tensor, **without: Any) -> Case:
+def ruled(case: Case, rule: Tensor, **without: Any) -> Case:
     """The mask with one rule more, for all maps in a row if it has three dimensions."""
     rule = rule.expand(case.maps, *case.shape[2:]).view(case.shape) if rule.ndim == 3 else rule
     return replace(case, mask=rule if case.mask is None else case.mask & rule, **without)
@@ -149,7 +149,7 @@ _inverted = _read("mask", lambda case, mask: ~mask)
 
 def _where_not_zero(case: Case) -> Case:
     """A bias that is read as a mask; a mask that is told by 0 and -inf is inverted then."""
-    return case if case.bias is None else _ruled(case, case.bias != 0, bias=None)
+    return case if case.bias is None else ruled(case, case.bias != 0, bias=None)
 
 
 # --- positions
@@ -190,7 +190,7 @@ def _counted_elsewhere(name: str, case: Case) -> Case:
         return case
     kept: dict[str, Any] = {other: _USUAL[other] for other in _HIDING if other != name}
     (rule,) = replace(case.other_corner(), **kept).rules(_at(case.other_corner()))
-    return _ruled(case, rule, **{name: None})
+    return ruled(case, rule, **{name: None})
 
 
 def _in_blocks(block: int, to_the_end: bool, case: Case) -> Case:
@@ -200,7 +200,7 @@ def _in_blocks(block: int, to_the_end: bool, case: Case) -> Case:
     at = _at(case)
     own, its = (at.behind + at.key) // block, at.key // block
     seen = its <= own if to_the_end else its < own
-    return _ruled(case, seen | (at.key < case.prefix), causal=False)
+    return ruled(case, seen | (at.key < case.prefix), causal=False)
 
 
 # --- numbers that are added to scores, and sinks
@@ -240,7 +240,7 @@ def _is_merely_causal(case: Case, hiding: Sequence[str]) -> bool:
     return hiding == ["causal"] and case.alignment == "top_left" and others == (None,) * 3
 
 
-def _padded(block: int, masked_too: bool, case: Case) -> Case:
+def padded(block: int, masked_too: bool, case: Case) -> Case:
     """Keys and values of zeros up to a whole block: scores of 0, that is a sink."""
     more = -case.key_len % block
     hiding = [name for name in _HIDING if _has(case, name)]
@@ -428,7 +428,7 @@ BESIDES = (
 PADDED = (
     defect("padded_keys_attended",
            "that attends to keys of zeros, with which it fills the last block of keys",
-           misread=[partial(_padded, block, masked_too)
+           misread=[partial(padded, block, masked_too)
                     for block in BLOCKS for masked_too in (True, False)]),
 )  # fmt: skip
 

@@ -252,6 +252,23 @@ class Outcomes:
             case = self._readings[case, reading]
         return case
 
+    def forget(self) -> None:
+        """Forget all but correct attention and its steps: outcomes of long inputs take room."""
+        node, kept = self._root, {self._root}
+        while not node.ends:
+            if node.name is not None:
+                usual = _USUAL[node.name]
+                node.by_value = {usual: node.by_value[usual]}
+                node = node.by_value[usual]
+            else:
+                assert node.then is not None
+                node = node.then
+            kept.add(node)
+        self._states = {at: node for at, node in self._states.items() if node in kept}
+        self._known = {at: one for at, one in self._known.items() if one is self.healthy}
+        self._given = {(): self.healthy}
+        self._readings.clear()
+
     def _one(self, outcome: Expected | None) -> Expected | None:
         if outcome is None:
             return None

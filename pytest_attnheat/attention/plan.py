@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.call import Positions
+from pytest_attnheat.attention.decisions import SHARDS, Source
 from pytest_attnheat.attention.decisions import Plan as Plan
-from pytest_attnheat.attention.decisions import Source
 from pytest_attnheat.attention.defects import in_order
 from pytest_attnheat.attention.misreadings import Case as Case
 from pytest_attnheat.attention.misreadings import NotApplicable as NotApplicable
@@ -276,10 +276,10 @@ def _in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
 def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> tuple[Tensor, Tensor | float]:
     """The weights, and that of the sink: one key more that has no value."""
     if case.sinks is None or plan.dim != "keys" or plan.normaliser == "uniform":
-        return _in_range(_normalised(plan, scores, case.dtype), case.dtype), 0.0
+        return _in_range(_normalised(plan, scores, case), case.dtype), 0.0
     sinks = case.sinks.double()[:, None, None].expand(*scores.shape[:-1], 1)
     if plan.sinks == "declared":
-        weights = _normalised(plan, torch.cat([scores, sinks], -1), case.dtype)
+        weights = _normalised(plan, torch.cat([scores, sinks], -1), case)
     else:
         largest = scores.amax(-1, keepdim=True)
         sinks = sinks - {"outside": 1, "not_shifted": 0, "twice": 2}[plan.sinks] * largest
@@ -289,7 +289,7 @@ def _with_sinks(plan: Plan, case: Case, scores: Tensor) -> tuple[Tensor, Tensor 
     return weights[..., :-1], weights[..., -1:]
 
 
-def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
+def _normalised(plan: Plan, scores: Tensor, case: Case) -> Tensor:
     """Weights of scores that are -inf where they are masked."""
     dims = {"keys": (-1,), "queries": (-2,), "heads": (1,), "batch": (0,), "map": (-2, -1)}
     dim = dims[plan.dim]
@@ -316,7 +316,7 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
     if kind == "unnormalised_shifted":
         return shifted.exp()
     if kind == "no_maximum":
-        numbers = _in_range(scores.exp(), dtype)
+        numbers = _in_range(scores.exp(), case.dtype)
         return _divided(plan, numbers, numbers.sum(dim, keepdim=True))
     numbers = shifted.exp()
     if kind == "plus_one":
@@ -325,7 +325,7 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
         numbers = (scores - top).exp()
         return numbers / (torch.exp(-top) + numbers.sum(dim, keepdim=True))
     if plan.part:
-        return _in_parts(plan, scores, numbers)
+        return _in_parts(plan, scores, numbers, case)
     total = numbers.sum(dim, keepdim=True)
     if kind == "plus_one_shifted":
         return numbers / (1.0 + total)
@@ -338,12 +338,26 @@ def _normalised(plan: Plan, scores: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.softmax(again, dim[0])
 
 
-def _in_parts(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
-    """Softmax part by part; `numbers` have the maximum of the whole row subtracted."""
-    size = plan.part if plan.part > 0 else max(1, (scores.shape[-1] + (plan.part < -1)) // 2)
-    number = torch.arange(scores.shape[-1]) // size
+def _parts(plan: Plan, scores: Tensor, case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The part of each key, the parts in the order of each query, and the scores of each part."""
+    length = scores.shape[-1]
+    if plan.part == SHARDS:
+        if case.shards is None or length != case.key_len:
+            raise NotApplicable("keys do not lie on several ranks, or a sink lies on none")
+        every, own = torch.arange(case.shards.ranks), case.shards.owner(case.query_len)
+        number = case.shards.owner(length)
+        order = (own[:, None] - every) % case.shards.ranks
+        return number, order, [scores.masked_fill(number != one, -math.inf) for one in every]
+    size = plan.part if plan.part > 0 else max(1, (length + (plan.part < -1)) // 2)
+    number = torch.arange(length) // size
     number = number if plan.part > 0 else number.clamp(max=1)
     parts = torch.split(scores, number.bincount().tolist(), -1)
+    return number, torch.arange(len(parts)), list(parts)
+
+
+def _in_parts(plan: Plan, scores: Tensor, numbers: Tensor, case: Case) -> Tensor:
+    """Softmax part by part; `numbers` have the maximum of the whole row subtracted."""
+    number, order, parts = _parts(plan, scores, case)
     empty = torch.stack([part.isneginf().all(-1) for part in parts], -1)
     if plan.merging.endswith("empty"):
         states = {"first_empty": empty[..., 0], "first_two_empty": empty[..., :2].all(-1),
@@ -352,7 +366,9 @@ def _in_parts(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
         return weights.masked_fill(states[plan.merging][..., None], math.nan)
     if plan.merging in ("output", "sum", "both"):
         # What is stale has the maximum of its own part's time subtracted.
-        largest = torch.stack([part.amax(-1) for part in parts], -1).cummax(-1).values
+        largest = torch.stack([part.amax(-1) for part in parts], -1)
+        order = order.expand_as(largest)
+        largest = largest.gather(-1, order).cummax(-1).values.gather(-1, order.argsort(-1))
         stale = (scores - largest[..., number]).exp().masked_fill(scores.isneginf(), 0.0)
         above = stale if plan.merging in ("output", "both") else numbers
         below = stale if plan.merging in ("sum", "both") else numbers
@@ -360,7 +376,10 @@ def _in_parts(plan: Plan, scores: Tensor, numbers: Tensor) -> Tensor:
     lse = torch.stack([part.logsumexp(-1) for part in parts], -1)
     own = (scores - lse[..., number]).exp()
     own = own.nan_to_num(nan=0.0) if plan.empty_slices == "zero" else own
-    if plan.merging in ("mean", "added"):
+    if plan.merging in ("mean", "mean_of_seen", "added"):
+        seen = (~empty).sum(-1, keepdim=True).double()
+        if plan.merging == "mean_of_seen":
+            return own / seen
         return own / len(parts) if plan.merging == "mean" else own
     base = math.log(2.0) if plan.merging == "e_for_two" else 1.0 / math.log(2.0)
     return own * torch.softmax(lse * base, -1)[..., number]

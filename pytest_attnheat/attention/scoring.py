@@ -21,7 +21,6 @@ from zlib import crc32
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from pytest_attnheat.attention.chunks import query_chunks
 from pytest_attnheat.inputs import dtype_name, misuse, one_of, positive, seed_number
@@ -107,7 +106,7 @@ class _ParametricScore(nn.Module):
 def _parameter(stream: str, seed: int, *shape: int, fan_in: int) -> nn.Parameter:
     """A parameter of variance 1 / fan_in, in the default dtype and on the default device."""
     numbers = draw(stream, seed, *shape) / math.sqrt(fan_in)
-    return nn.Parameter(numbers.to(torch.get_default_device(), torch.get_default_dtype()))
+    return nn.Parameter(numbers.to(torch.empty(0).device, torch.get_default_dtype()))
 
 
 class AdditiveScore(_ParametricScore):
@@ -176,6 +175,8 @@ class AdditiveScore(_ParametricScore):
         chunks = query_chunks(query.shape[-2], hidden_bytes)
         if len(chunks) < 2:
             return self._combine(from_query, from_key)
+        from torch.utils.checkpoint import checkpoint  # torch 2.6 loads sympy for it
+
         scores = [
             checkpoint(self._combine, from_query[..., chunk, :], from_key, use_reentrant=False)
             for chunk in chunks

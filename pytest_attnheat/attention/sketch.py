@@ -12,6 +12,8 @@ Nothing here imports torch: a tensor can only be given by somebody who has.
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -23,6 +25,8 @@ from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Numbers: TypeAlias = npt.NDArray[np.float64]
+# Maps, rows, columns, and the numbers of them.
+Found: TypeAlias = tuple[slice, slice, slice, tuple[Sequence[Array], ...]]
 
 _KEY = 20260711
 # Elements of a block: as float64, it stays in the cache of one core, or keeps a GPU busy.
@@ -37,7 +41,7 @@ _LARGEST = float(np.finfo(np.float32).max)
 _NORMS, _TYPICAL = 4.0, 0.1
 # Stored norms are powers of 2, rounded up; this one is no norm at all.
 _NO_NORM = -(1 << 15)
-# Stored sums have so many bits less than float32.
+# Numbers that are rounded have so many bits less than float32.
 _DROPPED_BITS = 6
 
 
@@ -126,8 +130,7 @@ class Sketcher:
         self._left, self._right = positions(queries), positions(keys)
         self._rows = np.zeros((3, maps, queries))
         self._columns = np.zeros((3, maps, keys))
-        # The squares of a block: memory that is new each time takes longer than the sums.
-        self._squares = np.empty(min(_BLOCK, maps * queries * keys))
+        self._own = threading.local()
 
     def add(
         self,
@@ -148,8 +151,21 @@ class Sketcher:
                 they are, as the square root of this times the sum, which takes no time.
             key: The number of the first key; those before it may be left out.
         """
+        for found in self.numbers(maps, rows, part, largest, key):
+            self.take(*found)
+
+    def numbers(
+        self,
+        maps: slice,
+        rows: slice,
+        part: Array,
+        largest: npt.NDArray[Any] | None = None,
+        key: int = 0,
+    ) -> list[Found]:
+        """Return what `add` adds, for `take`: several threads may ask for it at once."""
         first, top = maps.start or 0, rows.start or 0
         on_host = not _is_tensor(part) or part.device.type in ("cpu", "mps")
+        every: list[Found] = []
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
             here = slice(top + r.start, top + r.stop)
             among = slice(first + m.start, first + m.stop)
@@ -157,11 +173,16 @@ class Sketcher:
             found = self._numbers(block, here, there, None if largest is None else largest[m, k])
             if not (found[0][2] < HIDDEN_FROM**2).all():
                 found = self._numbers(_cleaned(block), here, there)
-            totals = self._rows[:, among, here], self._columns[:, among, there]
-            for total, numbers in zip(
-                (*totals[0], *totals[1]), (*found[0], *found[1]), strict=True
-            ):
-                total += numbers.cpu().numpy() if _is_tensor(numbers) else numbers
+            every.append((among, here, there, found))
+        return every
+
+    def take(
+        self, maps: slice, rows: slice, columns: slice, found: tuple[Sequence[Array], ...]
+    ) -> None:
+        """Add what `numbers` found: the same sketch, to the last bit, if in the same order."""
+        totals = *self._rows[:, maps, rows], *self._columns[:, maps, columns]
+        for total, numbers in zip(totals, (*found[0], *found[1]), strict=True):
+            total += numbers.cpu().numpy() if _is_tensor(numbers) else numbers
 
     def _numbers(
         self, block: Array, rows: slice, columns: slice, largest: npt.NDArray[Any] | None = None
@@ -181,15 +202,21 @@ class Sketcher:
                 # Each row times itself: of the ways to norms the one that only reads.
                 of_rows = (block[..., None, :] @ block[..., None])[..., 0, 0]
                 if largest is None:
-                    squares = self._squares.view(block.dtype)[: block.size].reshape(block.shape)
-                    np.multiply(block, block, out=squares)
-                    of_squares = of_rows, left[0] @ squares
+                    of_squares = of_rows, left[0] @ np.multiply(block, block, out=self._room(block))
                 else:
                     of_squares = of_rows, largest * sums[..., 0, :]
         return (
             (both[..., 0], both[..., 1], of_squares[0]),
             (sums[..., 0, :], sums[..., 1, :], of_squares[1]),
         )
+
+    def _room(self, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        """Return memory for a block: what is new each time takes longer than the sums."""
+        room = getattr(self._own, "room", None)
+        if room is None or room.nbytes < block.nbytes:
+            self._own.room = room = np.empty(block.nbytes, np.uint8)
+        found: npt.NDArray[Any] = room[: block.nbytes].view(block.dtype).reshape(block.shape)
+        return found
 
     def sketch(self) -> Sketch:
         """Return what was added up so far."""
@@ -273,10 +300,16 @@ def _packed(side: Side, step: float) -> bytes:
     parts[1] = parts[1].astype("<u4")
     if side.sums is not None:
         sums = np.clip(side.sums, -_LARGEST / 2, _LARGEST / 2)
-        bits = sums.astype("<f4").view("<u4").astype(np.uint64)
-        half = 1 << (_DROPPED_BITS - 1)
-        parts.append(((bits + half) >> _DROPPED_BITS << _DROPPED_BITS).astype("<u4"))
+        parts.append(rounded(sums.astype("<f4")))
     return b"".join(planes(part) for part in parts)
+
+
+def rounded(values: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Round float32 to 18 bits, which is by 4e-6 of themselves; what is not finite stays."""
+    bits = values.view(np.uint32).astype(np.uint64)
+    half = 1 << (_DROPPED_BITS - 1)
+    found = ((bits + half) >> _DROPPED_BITS << _DROPPED_BITS).astype(np.uint32).view(np.float32)
+    return np.where(np.isfinite(values) & np.isfinite(found), found, values)
 
 
 def unpacked(
@@ -298,7 +331,10 @@ def unpacked(
             sums, data = _taken(data, "<f4", (maps, count))
         wide = octaves.astype(np.float64)
         norms = np.where(octaves == _NO_NORM, 1.0, 2.0**wide)
-        sizes = (numbers + np.int64(1)) // 2
+        numbers = numbers.astype(
+            np.int64
+        )  # to numpy 1.26, a uint32 and an np.int64(1) are a uint32
+        sizes = (numbers + 1) // 2
         signed = np.where(numbers % 2, -sizes, sizes) * norms * step
         norms = np.where(octaves == _NO_NORM, 0.0, norms)
         sides.append(Side(None if sums is None else np.float64(sums), signed, norms, span))

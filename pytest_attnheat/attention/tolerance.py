@@ -199,3 +199,12 @@ def _eps(dtype: torch.dtype) -> float:
     import torch
 
     return torch.finfo(dtype).eps
+
+
+def merging_tolerance(dtype: torch.dtype, parts: int) -> float:
+    """Return by which part of its largest number a head may be off that is merged of so many parts.
+
+    Each part is rounded, and so is each merge of two, by numbers that may be as large as any value,
+    however small their sum is: half an eps for a part, and two for a merge.
+    """
+    return parts * _eps(dtype)

@@ -53,3 +53,10 @@ def check_fully_masked(value: object) -> FullyMasked:
     """Return the declared meaning of a fully masked row; ValueError for any other."""
     one_of("fully_masked", value, FULLY_MASKED)
     return cast("FullyMasked", value)
+
+
+def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """What two masks permit; None is one that permits everything."""
+    if one is None or other is None:
+        return one if other is None else other
+    return one & other

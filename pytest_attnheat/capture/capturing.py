@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +26,17 @@ from pytest_attnheat.inputs import misuse, one_of
 _FAST_PATH = "{}: PyTorch's fast path, if it takes it, was off while it was watched"
 
 
+class Around(Protocol):
+    """What says how a module is called, as `SequenceModel` does."""
+
+    @property
+    def module(self) -> Callable[..., Any]:
+        """The module."""
+
+
 @contextmanager
 def capture_attention(
-    model: nn.Module | None = None,
+    model: nn.Module | Around | None = None,
     *,
     keep: Keep = "inputs",
     layers: str | Sequence[str] | None = None,
@@ -48,7 +56,8 @@ def capture_attention(
     may be nested: each has all that happens within it. A backward pass is not recorded.
 
     Args:
-        model: A module; None to record what happens in the block, whoever does it.
+        model: A module, or a `SequenceModel` around it; None to record what happens in the block,
+            whoever does it.
         keep: "inputs" keeps query, key, value and mask, and computes weights when they are asked
             for; "weights" keeps weights alone; "statistics" their sums, entropies and maxima.
         layers: Names of layers, or patterns such as "*.self_attn"; all by default. The name of a
@@ -77,13 +86,14 @@ def capture_attention(
         CaptureWarning: Weights times value do not reproduce the output of a record, or something
             looks like attention and could not be read.
     """
-    wanted = _checked(model, keep, layers, heads, queries, dtype, max_bytes)
+    module: Any = model if isinstance(model, nn.Module) else getattr(model, "module", model)
+    wanted = _checked(module, keep, layers, heads, queries, dtype, max_bytes)
     trace = Trace()
-    running = Layers(model, lambda module: _note_fast_path(running, trace, module))
+    running = Layers(module, lambda module: _note_fast_path(running, trace, module))
     recording = Recording(wanted, running, trace)
-    repetition = _Repetition(model) if verify else None
+    repetition = _Repetition(module) if verify else None
     with ExitStack() as stack:
-        stack.enter_context(compiled_code_set_aside(model, trace))
+        stack.enter_context(compiled_code_set_aside(module, trace))
         stack.callback(running.stop)
         running.start()
         if repetition is not None:
@@ -96,7 +106,7 @@ def capture_attention(
     for unseen in (*recording.unread(), *find_unseen(running, trace)):
         trace._miss(unseen)
     if not len(trace) and not allow_empty:
-        raise CaptureError(_nothing(model, wanted, trace))
+        raise CaptureError(_nothing(module, wanted, trace))
     _warn(trace, allow_unseen=allow_unseen)
 
 

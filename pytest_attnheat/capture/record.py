@@ -15,16 +15,16 @@ from pytest_attnheat.attention.call import Call, ScoreMod
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.attention.lazy import LazyWeights
 from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, permits
+from pytest_attnheat.attention.vocabulary import Alignment, both, permits
 from pytest_attnheat.callables import apart
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.carried import Carried
 from pytest_attnheat.capture.selection import (
     Selection,
     batch_entry,
-    both,
     chosen,
     float_dtype,
+    listed,
     taken,
     within,
 )
@@ -34,7 +34,6 @@ from pytest_attnheat.inputs import dtype_name, misuse, readable, wide_dtype
 _PART_BYTES = 16 * 2**20
 # Weights that are smaller may be 0 by rounding.
 _SEEN = 1e-6
-
 
 # Of what a record that is a part of an attention holds but some.
 Part = Literal["", "keys", "queries"]
@@ -57,7 +56,7 @@ class Statistics:
     most_attended: Tensor = field(repr=False)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class AttentionRecord:
     """One attention that happened inside a model; all tensors are detached copies.
 
@@ -112,13 +111,13 @@ class AttentionRecord:
     source: str
     shape: tuple[int, int, int, int]
     dtype: torch.dtype
-    query: Tensor | None = field(default=None, repr=False)
-    key: Tensor | None = field(default=None, repr=False)
-    value: Tensor | None = field(default=None, repr=False)
-    output: Tensor | None = field(default=None, repr=False)
-    given_mask: Tensor | None = field(default=None, repr=False)
+    query: Tensor | None = None
+    key: Tensor | None = None
+    value: Tensor | None = None
+    output: Tensor | None = None
+    given_mask: Tensor | None = None
     soft_mask: bool = False
-    bias: Tensor | None = field(default=None, repr=False)
+    bias: Tensor | None = None
     causal: Alignment | None = None
     scale: float | None = None
     dropout: float = 0.0
@@ -130,22 +129,25 @@ class AttentionRecord:
     residual: float = float("nan")
     tolerance: float = 0.0
     unverified: str = ""
-    statistics: Statistics | None = field(default=None, repr=False)
+    statistics: Statistics | None = None
     softcap: float | None = None
-    sinks: Tensor | None = field(default=None, repr=False)
-    sink_weights: Tensor | None = field(default=None, repr=False)
-    score_mod: ScoreMod | None = field(default=None, repr=False)
+    sinks: Tensor | None = None
+    sink_weights: Tensor | None = None
+    score_mod: ScoreMod | None = None
     strange: str = ""
     mask_lost: bool = False
     doubt: str = ""
     kind: Literal["attention", "linear", "pooling"] = "attention"
     part: Part = ""
-    scale_steps: tuple[float, ...] = field(default=(), repr=False)
-    scaled_before: tuple[float, ...] = field(default=(), repr=False)
-    carried: tuple[Carried, ...] = field(default=(), repr=False)
-    kept_weights: Tensor | None = field(default=None, repr=False)
+    scale_steps: tuple[float, ...] = ()
+    scaled_before: tuple[float, ...] = ()
+    carried: tuple[Carried, ...] = ()
+    kept_weights: Tensor | None = None
     weights_dtype: torch.dtype = torch.float32
     most_bytes: int = 2**30
+
+    def __repr__(self) -> str:
+        return f"<AttentionRecord {'  '.join(listed(self))}>"
 
     @property
     def weights(self) -> Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.inputs import misuse, whole_number
+
+if TYPE_CHECKING:
+    from pytest_attnheat.capture.record import AttentionRecord
 
 # What may be selected: a number, several, or a slice.
 Selection = int | slice | Sequence[int]
@@ -80,11 +83,17 @@ def float_dtype(dtype: object) -> torch.dtype:
     return dtype
 
 
-def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-    """What two masks permit; None is one that permits everything."""
-    if one is None or other is None:
-        return one if other is None else other
-    return one & other
+# What is listed of a record.
+COLUMNS = ("layer", "source", "shape", "residual")
+
+
+def listed(record: AttentionRecord) -> tuple[str, str, str, str]:
+    """Return what a list of records says of one."""
+    source, residual = record.source, record.unverified or f"{record.residual:.1e}"
+    if not (record.unverified or record.trusted):
+        residual += f"  > {record.tolerance:.0e}!"
+    source += f", some {record.part}" if record.part else ""
+    return record.layer, source, str(record.shape_here), residual
 
 
 def taken(

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.selection import Selection, batch_entry, checked_patterns, matches
+from pytest_attnheat.capture.selection import (
+    COLUMNS,
+    Selection,
+    batch_entry,
+    checked_patterns,
+    listed,
+    matches,
+)
+from pytest_attnheat.failure import html_table
 from pytest_attnheat.inputs import misuse, whole_number
 
 if TYPE_CHECKING:
@@ -252,18 +260,23 @@ class Trace(Sequence[AttentionRecord]):
 
     def __str__(self) -> str:
         """A table: layer, source, shape, residual; and what was not seen or ran differently."""
-        rows = [("layer", "source", "shape", "residual")]
-        rows += [(r.layer, _source(r), str(r.shape_here), _residual(r)) for r in self._records]
+        rows = [COLUMNS, *map(listed, self._records)]
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = [
             "  ".join(f"{text:<{width}}" for text, width in zip(row, widths, strict=True)).rstrip()
             for row in rows
         ]
-        lines += [f"unseen   {unseen}" for unseen in self._unseen]
+        return "\n".join([*lines, *self._notes()])
+
+    def _notes(self) -> list[str]:
+        lines = [f"unseen   {unseen}" for unseen in self._unseen]
         lines += [f"changed  {change}" for change in self._changes]
         if self.difference is not None:
             lines.append(f"output   differs by {self.difference:.1e} from that without capture")
-        return "\n".join(lines)
+        return lines
+
+    def _repr_html_(self) -> str:
+        return html_table([COLUMNS, *map(listed, self._records)], below="\n".join(self._notes()))
 
     def __repr__(self) -> str:
         """How many records of how many layers."""
@@ -298,16 +311,6 @@ class Trace(Sequence[AttentionRecord]):
 def _listed(layers: Sequence[str]) -> str:
     shown = ", ".join(layers[:8])
     return f"{shown} and {len(layers) - 8} more" if len(layers) > 8 else shown or "none"
-
-
-def _source(record: AttentionRecord) -> str:
-    return f"{record.source}, some {record.part}" if record.part else record.source
-
-
-def _residual(record: AttentionRecord) -> str:
-    if record.unverified:
-        return record.unverified
-    return f"{record.residual:.1e}" + ("" if record.trusted else f"  > {record.tolerance:.0e}!")
 
 
 def _titles(records: Sequence[AttentionRecord]) -> list[str]:

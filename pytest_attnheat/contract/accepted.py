@@ -15,6 +15,7 @@ from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
 from pytest_attnheat.attention.levels import MASK_SHAPES
+from pytest_attnheat.attention.shards import SCHEMES, Shards
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
 from pytest_attnheat.callables import plans_and_runs
 from pytest_attnheat.capture.record import AttentionRecord
@@ -221,4 +222,7 @@ _ACCEPTED: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
     "memory": _KEYWORD,
     "like": (Convention | str | None, lambda _: True, "the name of a convention, one, or None"),
     "call": _FUNCTION,
+    "sharding": (str | Shards | None, lambda given: isinstance(given, Shards) or given in SCHEMES,
+                 f"one of {', '.join(map(repr, SCHEMES))}, or None"),
+    "uneven": (bool, lambda _: True, "True or False"),
 }  # fmt: skip

@@ -15,12 +15,11 @@ from pytest_attnheat.assertions.behaviour.sequences import SequenceModel
 from pytest_attnheat.assertions.rows import assert_row_stochastic
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.tolerance import answer_tolerance, row_tolerance
-from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked
+from pytest_attnheat.attention.vocabulary import DeclaredFullyMasked, both
 from pytest_attnheat.callables import borrowed, exits_as_errors, modules_in
 from pytest_attnheat.capture import CaptureError
 from pytest_attnheat.capture.capturing import capture_attention
 from pytest_attnheat.capture.record import AttentionRecord, Statistics
-from pytest_attnheat.capture.selection import both
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract.asking import model_of
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text

@@ -179,7 +179,8 @@ _judged("large_scores", "large scores do not overflow",
 def block_lengths(examination: Examination) -> None:
     """Around multiples of 32, 64 and 128, few queries of many keys, and beyond a wide window."""
     declared = examination.space.declared
-    few = {"batch": 1} | ({"key_heads": 1} if declared.heads is None else {})
+    heads = min(declared.levels()["key_heads"])
+    few = {"batch": 1} | ({"key_heads": heads} if declared.heads is None else {})
     long = [sizes for sizes in declared.levels()["sizes"] if max(sizes) > 30]
     if not long:
         raise Skipped(f"it is declared for at most {declared.longest} queries and keys")

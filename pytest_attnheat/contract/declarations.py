@@ -12,7 +12,7 @@ from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
 from pytest_attnheat.contract.captured import causal_inside
 from pytest_attnheat.contract.conventions import fitting
 from pytest_attnheat.contract.examination import Check, Examination, Skipped
-from pytest_attnheat.contract.needs import undeclared
+from pytest_attnheat.contract.needs import all_undeclared
 from pytest_attnheat.contract.spec import AttentionSpec
 
 _MASKS = ({"mask": "keep"}, {"mask": "drop"})
@@ -48,11 +48,11 @@ _DECODER = (
 
 
 def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
-    """What a specification leaves unsaid of parameters that look like a mask or causality.
+    """What a specification leaves unsaid of parameters that sound like one of its fields.
 
     Or of a module of PyTorch, which is no function of queries, keys and values.
     """
-    found = [undeclared(spec, "mask"), undeclared(spec, "causal")]
+    found = all_undeclared(spec)
     said = spec.convention or spec.is_block or spec.call
     likes = [] if said else fitting(spec.parameters or {})
     if likes:
@@ -62,7 +62,7 @@ def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
     if spec.inputs is None and type(subject).__module__.startswith("torch.nn.modules"):
         kind = type(subject).__name__
         found = [f"{kind} is a block: hand it to check_attention itself, or give inputs= as well"]
-    return tuple(text for text in found if text)
+    return tuple(found)
 
 
 def wrong_declaration(check: Check, examination: Examination) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from pytest_attnheat.failure import html_table
 from pytest_attnheat.heatmaps.terminal import format_heatmap
 
 if TYPE_CHECKING:
@@ -88,7 +89,17 @@ class Diagnosis:
 
     def __str__(self) -> str:
         """The message: the sentence, where, what else it might be, and the weights as text."""
-        lines = [f"diagnose: {self.sentence}"]
+        lines, entries = [f"diagnose: {self.sentence}"], self._entries()
+        width = max(map(len, entries), default=0) + 2
+        lines += [f"  {name:<{width}}{text}" for name, text in entries.items()]
+        lines += [f"  {line}".rstrip() for line in self._triptych()]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [("", self.sentence), *self._entries().items()]
+        return html_table(rows, below="\n".join(self._triptych()))
+
+    def _entries(self) -> dict[str, str]:
         entries = {
             "shows": "; ".join(self.shows),
             **self.where,
@@ -98,11 +109,7 @@ class Diagnosis:
             "refused": "; ".join(f"{name} ({why})" for name, why in self.refused.items()),
             "compared": self._compared(),
         }
-        width = max((len(name) for name, text in entries.items() if text), default=0) + 2
-        lines += [f"  {name:<{width}}{text}" for name, text in entries.items() if text]
-        if not self.healthy:
-            lines += [f"  {line}".rstrip() for line in self._triptych()]
-        return "\n".join(lines)
+        return {name: text for name, text in entries.items() if text}
 
     def __repr__(self) -> str:
         """The first lines of the message: the sentence, and where."""
@@ -171,7 +178,7 @@ class Diagnosis:
         return maps
 
     def _triptych(self) -> list[str]:
-        maps = self._maps()
+        maps = {} if self.healthy else self._maps()
         if not maps:
             return []
         rows, keys = self._part(maps)

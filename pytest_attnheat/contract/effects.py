@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.precision_elements import judge
 from pytest_attnheat.attention import computation
+from pytest_attnheat.attention.backward import Saved, carried_back
+from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import MOST_ALLOWED
-from pytest_attnheat.attention.outcomes import Expected, Outcomes
-from pytest_attnheat.attention.plan import Case, NotApplicable
+from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.contract.versions import Form, Version
 
-# What each defect gives is kept only of calls whose outputs hold no more numbers than that.
-_MOST_KEPT = 2**15
 # By how many times what a plain computation is off, at each number, a defect has to be: what
 # `assert_matches_reference` allows. And by how many times what the target itself is off.
 _FACTOR = 2.0
@@ -38,9 +41,15 @@ class Change:
     def of(cls, error: Tensor, exact: Tensor, rounding: float) -> Change:
         """Measure an error (..., length, width) beside what is exact."""
         error = error.nan_to_num(nan=math.inf).abs()
-        largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
-        parts = error.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        parts = error.amax((-2, -1)) / largest_of_heads(exact)
         return cls(float(parts.max()), float(error.max()), rounding)
+
+
+def largest_of_heads(exact: Tensor) -> Tensor:
+    """The largest number of each head, (...); where a head holds zeros alone, that of all."""
+    largest = exact.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).abs().amax((-2, -1))
+    whole = largest.max().clamp(min=torch.finfo(exact.dtype).tiny)
+    return torch.where(largest > 0, largest, whole)
 
 
 @dataclass
@@ -54,6 +63,7 @@ class Effect:
         off_by: Likewise, in numbers.
         rounding: What rounding may do at most where it was off, likewise.
         dtype: The dtype of that call.
+        set_aside: How many calls were answered as the target does, whatever is planted, by why.
         refused: Why calls were not understood.
         seen: What the calls had, see `grading.never_exercised`.
     """
@@ -64,8 +74,15 @@ class Effect:
     off_by: float = 0.0
     rounding: float = 0.0
     dtype: str = ""
+    set_aside: Counter[str] = field(default_factory=Counter)
     refused: dict[str, None] = field(default_factory=dict)
     seen: set[str] = field(default_factory=set)
+
+    @property
+    def unfit(self) -> tuple[str, ...]:
+        """Why nothing can be said by these calls, if they are not understood."""
+        none = self.calls and self.calls == self.set_aside.total()
+        return tuple(self.refused) or (tuple(self.set_aside) if none else ())
 
     def changed(self, change: Change, dtype: torch.dtype) -> None:
         """Note a call on which numbers were off."""
@@ -77,11 +94,58 @@ class Effect:
 
 
 @dataclass(frozen=True, eq=False)
+class Slopes:
+    """The gradients of a call, and how far rounding may move each number of them.
+
+    Attributes:
+        saved: What the forward pass leaves, with the gradient of the output.
+        right: By name, as `Call.shapes` has them.
+        allowed: Of the same shapes, what a plain computation and as much again may be off.
+    """
+
+    saved: Saved
+    right: dict[str, Tensor]
+    allowed: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, call: Call, upstream: Tensor) -> Slopes:
+        """Compute them, for the gradient (batch, heads, query_len, value_dim) of the output."""
+        call = replace(call, upstream=upstream)
+        with torch.no_grad():
+            saved = Saved.of(replace(call, upstream=upstream.double()), None)
+            right = dict(carried_back(BackwardPlan(), saved))
+            expected = computation.reference(call)
+        with torch.enable_grad():
+            plain = computation.plain(call)
+        allowed = {}
+        for name, exact in right.items():
+            of = [one[name] for one in (expected.exact, plain, expected.scale, expected.least)]
+            everything = torch.ones_like(of[0], dtype=torch.bool)
+            most = judge(name, None, *of, factor=_FACTOR, dtype=call.query.dtype, judged=everything)
+            floor = _FLOOR * exact.nan_to_num(nan=0.0).abs().max()
+            own = most.allowed.reshape(exact.shape).nan_to_num(nan=math.inf)
+            allowed[name] = own.cpu().clamp(min=floor)
+        return cls(saved, right, allowed)
+
+    def change(self, name: str, own: Tensor) -> Change | None:
+        """By how much a gradient is off; None if by rounding alone."""
+        exact, allowed = self.right[name], self.allowed[name]
+        error = (own.reshape(exact.shape) - exact).abs().nan_to_num(nan=math.inf)
+        if not bool((error > allowed).any()):
+            return None
+        matrix = (1,) * max(0, 2 - exact.ndim) + tuple(exact.shape)
+        exact, error, allowed = (one.reshape(matrix) for one in (exact, error, allowed))
+        parts = allowed.amax((-2, -1)) / largest_of_heads(exact)
+        return Change.of(error, exact, float(parts.max()))
+
+
+@dataclass(frozen=True, eq=False)
 class Chosen:
-    """The form of a defect that shows on a call, and what it changes."""
+    """The form of a defect that shows on a call, what it changes, and its output, if kept."""
 
     form: Form
     change: Change
+    output: Tensor | None = None
 
 
 class Known:
@@ -97,13 +161,31 @@ class Known:
         """
         self.case = case
         self._least = max(answer_tolerance(case.dtype), tolerance)
-        outcomes = Outcomes(case)
-        assert outcomes.healthy is not None
-        self.healthy: Expected = outcomes.healthy
-        # Else computed anew for each defect: outcomes of long inputs take too much room.
-        self._outcomes = outcomes if self.healthy.output.numel() <= _MOST_KEPT else None
+        self._outcomes = Outcomes(case)
+        assert self._outcomes.healthy is not None
+        self.healthy: Expected = self._outcomes.healthy
         self._chosen: dict[Version, Chosen | None] = {}
+        self._slopes: dict[int, Slopes] = {}
         self._allowed = self._rounding(tolerance, found)
+        self._found = found
+
+    def slopes(self, call: Call, upstream: Tensor) -> Slopes:
+        """The gradients of this call, for a gradient of its output; the last are kept."""
+        key = digest(upstream.cpu())
+        if key not in self._slopes:
+            self._slopes = {key: Slopes.of(call, upstream)}
+        return self._slopes[key]
+
+    @cached_property
+    def right(self) -> Outcome:
+        """What attention gives, and what there is on the way."""
+        return carry_out(Plan(), self.case)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it holds, about."""
+        tensors = sum(tensor.numel() for tensor in self.case.tensors)
+        return 4 * tensors + 4 * self.healthy.output.numel() + 6 * math.prod(self.case.shape)
 
     def _rounding(self, tolerance: float, found: Tensor | None) -> Tensor:
         """How far each number may be off by rounding, (batch, heads, query_len, value_dim)."""
@@ -127,31 +209,40 @@ class Known:
         coarse = (own > allowed).any(-1).any(-1)[..., None, None]
         return torch.where(coarse, torch.maximum(allowed, _FACTOR * worst), allowed)
 
-    def reproduces(self, found: Tensor) -> bool:
-        """Whether an answer of the target is what is described, to within rounding."""
+    @cached_property
+    def is_reproduced(self) -> bool:
+        """Whether the answer of the target is what is described, to within rounding."""
+        if self._found is None:
+            return False
         dtype = self.case.dtype
-        error, allowed = self.healthy.errors(found, dtype, least=self._least, most=MOST_ALLOWED)
+        error, allowed = self.healthy.errors(
+            self._found, dtype, least=self._least, most=MOST_ALLOWED
+        )
         return bool((error <= allowed).all())
 
     def chosen(self, version: Version) -> Chosen | None:
-        """Return the first form of a defect that changes this call, None if none does."""
+        """Return the first form of a defect that changes this call, None if none does.
+
+        The output is kept of the version that was asked last.
+        """
         if version not in self._chosen:
-            self._chosen[version] = self._found(version)
+            self._chosen = {one: known and replace(known, output=None)
+                            for one, known in self._chosen.items()}  # fmt: skip
+            self._chosen[version] = self._first_that_shows(version)
+            self._outcomes.forget()
         return self._chosen[version]
 
-    def _found(self, version: Version) -> Chosen | None:
-        outcomes = None
+    def _first_that_shows(self, version: Version) -> Chosen | None:
         for form in version.forms:
             if form.decided is None:
                 output = None
                 with suppress(NotApplicable):
                     output = form.make(self.case).output
             else:
-                outcomes = outcomes or self._outcomes or Outcomes(self.case)
-                outcome = outcomes.of(form.decided)
-                output = None if outcome in (None, outcomes.healthy) else outcome.output
+                outcome = self._outcomes.of(form.decided)
+                output = None if outcome in (None, self.healthy) else outcome.output
             if output is not None and (change := self._change(output)) is not None:
-                return Chosen(form, change)
+                return Chosen(form, change, output)
         return None
 
     def _change(self, output: Tensor) -> Change | None:
@@ -166,6 +257,5 @@ class Known:
         error = (output - exact).abs().nan_to_num(nan=math.inf).masked_fill(same, 0.0)
         if not bool((error > self._allowed).any()):
             return None
-        largest = exact.nan_to_num(nan=0.0).abs().amax((-2, -1))
-        parts = self._allowed.amax((-2, -1)) / largest.clamp(min=torch.finfo(exact.dtype).tiny)
+        parts = self._allowed.amax((-2, -1)) / largest_of_heads(exact)
         return Change.of(error, exact, float(parts.max()))

@@ -26,6 +26,7 @@ from pytest_attnheat.attention.levels import (
     Space,
     text_of,
 )
+from pytest_attnheat.attention.shards import Shards
 from pytest_attnheat.callables import borrowed, exits_as_errors, is_past_compiling, modules_in
 from pytest_attnheat.contract.asking import UndeclaredError, keyword_of, model_of
 from pytest_attnheat.contract.needs import Need, takes_causal, takes_mask
@@ -194,6 +195,8 @@ class Examination:
             if is_asked and (reason := need(self.spec)):
                 raise Skipped(reason)
         known, longest = self.space.declared.levels(), self.space.declared.longest
+        if "sizes" in levels:
+            levels["sizes"] = self.space.declared.whole(levels["sizes"])
         sizes = levels.get("sizes", (1, 1))
         if longest is not None and max(sizes) > longest:
             if sizes[0] != sizes[1]:
@@ -229,7 +232,8 @@ class Examination:
             if isinstance(error, Failure):
                 error.repeat = self.repeat(chosen)
             else:
-                vars(error)["__notes__"] = [self.repeat(chosen)]  # `add_note`: from Python 3.11
+                said = getattr(error, "__notes__", ())
+                vars(error)["__notes__"] = [*said, self.repeat(chosen)]  # `add_note`: from 3.11
             raise
 
     def _judge(self, chosen: Choice, explain: bool) -> None:
@@ -244,7 +248,9 @@ class Examination:
             self._run(self.spec, wanted == NONE),
             call,
             Criteria(
-                reference=self._reference(), seed=self.seed, tolerance=self.spec.tolerance or 0.0
+                reference=self._reference(),
+                seed=self.seed,
+                tolerance=self.spec.tolerance_in(self.dtype),
             ),
             names=names,
             code=self.spec.subject,
@@ -261,7 +267,9 @@ class Examination:
 
     def repeat(self, chosen: Choice) -> str:
         """Return what asks a choice again, under pytest and in plain Python."""
-        text = self.text(chosen)
+        text, shards = self.text(chosen), self.spec.sharding
+        if isinstance(shards, Shards):
+            return f'check_attention(..., ranks={shards.ranks}, replay="{text}")'
         return f'--attn-replay="{text}"\ncheck_attention(..., replay="{text}")'
 
     def _run(self, spec: AttentionSpec, without_gradients: bool = False) -> Run:
@@ -363,7 +371,10 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
     masks = {None: (), "additive": ("additive", "boolean"), "any": ("additive", "boolean")}
     far = [rule for rule in (spec.window, spec.chunk, spec.may_see) if not isinstance(rule, str)]
     options = {name for name in OPTIONS if keyword_of(spec, name) is not None}
-    seen, own = spec.may_see, spec.convention
+    seen, own, shards = spec.may_see, spec.convention, spec.sharding
+    limited = {} if own is None else own.limited(spec.parameters or {})
+    if isinstance(shards, Shards):
+        limited |= shards.limits(limited.get("only", ()), uneven=spec.uneven)
     return Declared(
         masks=frozenset(masks.get(spec.mask, ("boolean",))),
         mask_shape=spec.mask_shape,
@@ -383,7 +394,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         gradients=spec.gradients and spec.rounded is None,
         longest=min(seen.shape) if isinstance(seen, Tensor) else None,
         few_shapes=spec.few_shapes,
-        **({} if own is None else own.limited(spec.parameters or {})),
+        **limited,
     )
 
 

@@ -77,6 +77,22 @@ def by_signature(spec: AttentionSpec) -> dict[str, Any]:
         raise ValueError(misuse("causal", "'bottom_right' without a window", accepted))
     if spec.inputs is None and not spec.is_captured:
         found |= _keywords(spec) | _without_keywords(spec)
+    return found | (_of_shards(spec) if spec.sharding is not None else {})
+
+
+# What is not scattered to ranks, and is not gathered.
+_WHOLE = ("mask", "bias", "documents", "lengths", "inputs", "call", "reference", "memory")
+
+
+def _of_shards(spec: AttentionSpec) -> dict[str, Any]:
+    """What is true of a subject on several ranks."""
+    found = {**dict.fromkeys(_WHOLE), "returns": "output", "square": True}
+    for name, only in found.items():
+        if name in spec.typed and getattr(spec, name) not in (only, None):
+            got = f"{getattr(spec, name)!r} beside sharding"
+            raise ValueError(misuse(name, got, f"{only!r}: nothing else is scattered to ranks"))
+    if spec.is_captured:
+        raise ValueError(misuse("sharding", repr(spec.sharding), "None, of what was captured"))
     return found
 
 

@@ -10,10 +10,9 @@ import math
 import signal
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
 from torch import nn
@@ -21,6 +20,7 @@ from torch import nn
 from pytest_attnheat.callables import borrowed, seed_everything
 from pytest_attnheat.contract.effects import Effect
 from pytest_attnheat.contract.planting import Planted
+from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
 from pytest_attnheat.contract.reading_calls import unreadable
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.remedy import Remedy, remedy_for
@@ -30,6 +30,7 @@ from pytest_attnheat.inputs import check_number, misuse, seed_number
 
 Status: TypeAlias = Literal["killed", "survived", "inactive"]
 Judge: TypeAlias = Callable[[Any], Any]
+AnyPlanted: TypeAlias = Planted | PlantedInside
 # A wrong version gets so many seconds, and so many times what the right one took.
 _SECONDS, _TIMES = 60.0, 20.0
 # What calls may have, and whether a target takes it.
@@ -106,6 +107,8 @@ class Grade:
         inactive: Those that changed no call beyond rounding.
         trivial: What became of trivial answers.
         refused: Why calls were not understood; then nothing is graded.
+        set_aside: Of how many calls nothing is known, and why; they are answered as the target
+            does.
         never_exercised: What the calls never had, though the target takes it.
         remedy: Cases that tell what survived from the right one.
         calls: How many calls the judge made of the right one.
@@ -118,6 +121,7 @@ class Grade:
     inactive: tuple[Verdict, ...] = ()
     trivial: tuple[Verdict, ...] = ()
     refused: tuple[str, ...] = ()
+    set_aside: tuple[tuple[str, int], ...] = ()
     never_exercised: tuple[str, ...] = ()
     remedy: Remedy = field(default_factory=Remedy)
     calls: int = 0
@@ -140,7 +144,7 @@ class Grade:
     def _head(self) -> str:
         if self.refused:
             return "no grade, as its calls are not understood"
-        calls = f"{self.calls} call{'s' * (self.calls != 1)}"
+        calls = _counted(self.calls, "call")
         if self.score is None:
             return f"no defect changed anything beyond rounding in {calls}"
         active = len(self.killed) + len(self.survived)
@@ -154,6 +158,8 @@ class Grade:
             yield f"  refused   {reason}"
         if self.refused:
             return
+        for reason, count in self.set_aside:
+            yield f"  set aside {_counted(count, 'call')}, answered as the right one does: {reason}"
         trivial = [one for one in self.trivial if one.status == "survived"]
         ranked = sorted(self.survived, key=lambda one: -one.off)
         for title, some in (("trivial answers that passed", trivial), ("survived", ranked)):
@@ -183,6 +189,10 @@ class Grade:
         return data
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
 def _part(off: float) -> str:
     return f"{off:.1e}" if math.isfinite(off) else "NaN, inf"
 
@@ -208,6 +218,7 @@ class Study:
         *,
         defects: Collection[str] | None = None,
         seed: int = 0,
+        inside: bool | None = None,
     ) -> None:
         """Make the wrong versions of a target.
 
@@ -215,11 +226,17 @@ class Study:
             right: The target, or its specification.
             defects: The names of the defects to plant; all by default.
             seed: Where random numbers start.
+            inside: Whether it is a block, whose defects are those of the attention inside of it;
+                by default, if it is a module with parameters and is not specified otherwise.
 
         Raises:
             ValueError: A name is unknown.
         """
-        self.spec, self.seed = as_spec(right), seed_number(seed)
+        is_declared = isinstance(right, AttentionSpec) and right.is_block
+        block: Any = right.subject if is_declared else right  # type: ignore[union-attr]
+        self.inside = _is_block(block) if inside is None else inside
+        self.spec = _spec_inside(block) if self.inside else as_spec(right)
+        self.seed, self._block = seed_number(seed), block
         every = tuple(versions(self.spec, seed=self.seed))
         if unknown := [name for name in defects or () if simple_name(name) is None]:
             accepted = "names of the catalogue, docs/defects.md, or of trivial answers: "
@@ -227,20 +244,30 @@ class Study:
             raise ValueError(misuse("defects", repr(unknown[0]), accepted))
         wanted = None if defects is None else {simple_name(name) for name in defects}
         self.versions = tuple(v for v in every if wanted is None or v.name in wanted)
-        self._known: OrderedDict[Any, Any] = OrderedDict()
-        self.watched = Planted(self.spec, None, self._known)
+        self._within = Inside()
+        self.watched = self._planted(None)
 
-    def plant(self, version: Version) -> Planted:
+    def plant(self, version: Version) -> AnyPlanted:
         """Return the target with a defect, called as the target is."""
-        return Planted(self.spec, version, self._known)
+        return self._planted(version)
+
+    def _planted(self, version: Version | None) -> AnyPlanted:
+        if self.inside:
+            return PlantedInside(self.spec, self._block, version, self._within)
+        return Planted(self.spec, version, self._within.known)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether it is a block that was called and has no attention inside that is known."""
+        return NOTHING_INSIDE in self.watched.effect.refused
 
     @property
     def unfit(self) -> tuple[str, ...]:
         """Why the calls of the right one are not understood, if they are not."""
-        why = unreadable(self.spec)
-        return (why,) if why else tuple(self.watched.effect.refused)
+        why = "" if self.inside else unreadable(self.spec)
+        return (why,) if why else self.watched.effect.unfit
 
-    def verdict(self, planted: Planted, rejected: str | None) -> Verdict:
+    def verdict(self, planted: AnyPlanted, rejected: str | None) -> Verdict:
         """Return what became of a wrong version.
 
         Args:
@@ -271,13 +298,32 @@ class Study:
         left = [v for v in ranked if v.status == "survived"]
         plants = {one.name: one for one in self.versions}
         effect = self.watched.effect
-        rounding = {v.dtype: max(w.rounding for w in left if w.dtype == v.dtype) for v in left}
+        # Of a block, that of the attention inside: which calls of itself lead to them is not known.
+        remedy = remedy_for(
+            self.spec,
+            [plants[v.name] for v in left],
+            [plants[v.name] for v in having("inactive")],
+            lambda version: Planted(self.spec, version, self._within.known),
+            {v.dtype: max(w.rounding for w in left if w.dtype == v.dtype) for v in left},
+            seed=self.seed,
+        )
         return Grade(
             self.spec.name, having("killed"), having("survived"), having("inactive"), trivial,
+            set_aside=tuple(sorted(effect.set_aside.items())),
             never_exercised=never_exercised(self.spec, effect),
-            remedy=remedy_for(self.spec, [plants[v.name] for v in left], self.plant, rounding),
+            remedy=remedy if not self.inside else replace(remedy, code=""),
             calls=effect.calls, seed=self.seed,
         )  # fmt: skip
+
+
+def _is_block(right: object) -> bool:
+    return isinstance(right, nn.Module) and any(True for _ in right.parameters())
+
+
+def _spec_inside(block: Any) -> AttentionSpec:
+    """What a block may do inside: all that PyTorch's function takes."""
+    name = type(block).__name__ if isinstance(block, nn.Module) else block.__qualname__
+    return AttentionSpec(SDPA, name=name)
 
 
 def never_exercised(spec: AttentionSpec, effect: Effect) -> tuple[str, ...]:
@@ -321,10 +367,13 @@ def grade(
         raise TypeError(misuse("judge", type(judge).__name__, "a function of an implementation"))
     limit = math.inf if time_limit is None else check_number(time_limit, "time_limit")
     study = Study(right, defects=defects, seed=seed)
-    if why := unreadable(study.spec):
-        return Grade(study.spec.name, refused=(why,), seed=study.seed)
+    if study.unfit:
+        return Grade(study.spec.name, refused=study.unfit, seed=study.seed)
     start = time.monotonic()
     rejected = _judged(judge, study.watched, study.seed, math.inf)
+    if study.is_empty and may_be_a_function(right):  # its parameters may be those of a function
+        study = Study(right, defects=defects, seed=seed, inside=False)
+        rejected = _judged(judge, study.watched, study.seed, math.inf)
     if time_limit is None:
         limit = _SECONDS + _TIMES * (time.monotonic() - start)
     if rejected is not None:
@@ -343,7 +392,15 @@ def grade(
     return study.grade(verdicts)
 
 
-def _judged(judge: Judge, planted: Planted, seed: int, limit: float) -> str | None:
+def may_be_a_function(right: object) -> bool:
+    """Whether something can be called as attention is, with query, key and value."""
+    try:
+        return not as_spec(right).is_block  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        return False
+
+
+def _judged(judge: Judge, planted: AnyPlanted, seed: int, limit: float) -> str | None:
     """Return what a judge says against an implementation, None if it accepts it."""
     try:
         with _handed(planted) as subject, borrowed(judge, seed=seed), _within(limit):
@@ -358,10 +415,10 @@ def _judged(judge: Judge, planted: Planted, seed: int, limit: float) -> str | No
 
 
 @contextmanager
-def _handed(planted: Planted) -> Iterator[Any]:
+def _handed(planted: AnyPlanted) -> Iterator[Any]:
     """What a judge is given: of a module, that module with another forward."""
-    target = planted.spec.implementation
-    if not isinstance(target, nn.Module):
+    target = planted.module
+    if target is None:
         yield planted
         return
     had = vars(target).get("forward")

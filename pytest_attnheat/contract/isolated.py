@@ -1,21 +1,12 @@
 """Checks in a process of their own: what crashes or hangs there fails, and the run goes on.
 
-There is one process for each subject, and a new one after a crash. It is forked where that is safe,
-so that any subject can be asked. Where there is a GPU, which no fork may use, a new Python is
-started, and the subject has to be one that it can import. The two talk through a pipe.
+There is one process for each subject, and a new one after a crash, see `contract.processes`.
 """
 
 from __future__ import annotations
 
-import faulthandler
-import multiprocessing
 import os
-import pickle
-import signal
-import sys
-import threading
 import time
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from copy import copy
@@ -26,7 +17,8 @@ import torch
 
 from pytest_attnheat.attention.devices import fault_of
 from pytest_attnheat.attention.levels import Choice, Declared, Space, read, shrunk
-from pytest_attnheat.callables import accelerators, is_compiled
+from pytest_attnheat.callables import is_compiled
+from pytest_attnheat.contract import processes
 from pytest_attnheat.contract.combinations import REPLAY, Replay
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Check, Examination
@@ -61,7 +53,7 @@ class Isolated:
     checks: Sequence[Check] = ()
     time_limit: float = TIME_LIMIT
     _process: Any = None
-    _pipe: Any = None  # of bytes that are pickled here: torch would share tensors through files
+    _pipe: Any = None
     _call: str = ""
     _crashed: list[str] = field(default_factory=list)
     _deadly: dict[str, Failure] = field(default_factory=dict)
@@ -98,23 +90,8 @@ class Isolated:
 
     def start(self) -> None:
         """Start the process; ValueError if its subject cannot be sent to it."""
-        forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-        forks = forks and not accelerators()
-        given: Any = (self.spec, self.checks, self._deadly)
-        try:
-            given = given if forks else pickle.dumps(given)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            got = f"{self.spec.name}, which cannot be sent to another process ({error})"
-            accepted = "a function or class at the top of a module, which another Python can import"
-            raise ValueError(misuse("isolate", got, accepted)) from None
-        context: Any = multiprocessing.get_context("fork" if forks else "spawn")
-        self._pipe, theirs = context.Pipe()
-        sent = (theirs, self._pipe if forks else None, given)
-        self._process = context.Process(target=serve, args=sent, daemon=True)
-        with warnings.catch_warnings():  # of a fork beside other threads, which it does without
-            warnings.simplefilter("ignore", DeprecationWarning)
-            self._process.start()
-        theirs.close()
+        given = (self.spec, self.checks, self._deadly)
+        self._process, self._pipe = processes.started(serve, given, "isolate", self.spec.name)
         try:
             self._answer(_START_LIMIT)
         except _DiedError as died:
@@ -125,20 +102,14 @@ class Isolated:
     def close(self) -> None:
         """End the process, and all that it started."""
         if self._process is not None:
-            self._pipe.close()
-            try:
-                os.killpg(self._process.pid, signal.SIGKILL)
-            except (AttributeError, OSError):  # it has ended, or has no group of its own
-                self._process.kill()
-            self._process.join()
+            processes.ended(self._process, self._pipe)
         self._process = self._pipe = None
 
     def _ask(self, kind: str, examination: Examination, *told: Any) -> Any:
         """Send a command, and return the answer."""
         if self._process is None:
             self.start()
-        with suppress(OSError):  # if it has ended, that is read from the pipe
-            self._pipe.send_bytes(pickle.dumps((kind, _parts(examination), told)))
+        processes.send(self._pipe, kind, _parts(examination), told)
         return self._answer(self.time_limit)
 
     def _answer(self, limit: float) -> Any:
@@ -146,7 +117,7 @@ class Isolated:
         self._call, died = "", f"did not answer within {limit:g} s, its time_limit"
         try:
             while self._pipe.poll(limit):
-                kind, told = pickle.loads(self._pipe.recv_bytes())
+                kind, told = processes.receive(self._pipe)
                 if kind == "answer":
                     return told
                 if kind == "fault":
@@ -155,7 +126,7 @@ class Isolated:
                 self._call = told
         except (EOFError, OSError):
             self._process.join(limit)
-            died = _ending(self._process.exitcode)
+            died = processes.ending(self._process.exitcode)
         self.close()
         died = f"the subject {died}"
         if self._call:
@@ -215,12 +186,6 @@ def _parts(examination: Examination) -> tuple[Any, ...]:
     return examination.dtype, examination.device, examination.seed, examination.quick
 
 
-def _ending(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"ended its process with exit code {code}"
-    return f"ended its process: {signal.Signals(-code).name} ({signal.strsignal(-code)})"
-
-
 def isolated(
     spec: AttentionSpec, checks: Sequence[Check], wanted: bool | None, time_limit: float
 ) -> tuple[Isolated | None, str]:
@@ -249,42 +214,26 @@ def isolated(
 # --- the process itself
 
 
-def serve(pipe: Any, other: Any, given: Any) -> None:
+def serve(pipe: Any, given: Any) -> None:
     """Answer commands until the pipe is closed.
 
     Args:
         pipe: Where commands come from, and answers go to.
-        other: The other end of it, if this process was forked; it has to be closed here.
-        given: The specification and the checks of its own, pickled if it was not.
+        given: The specification, the checks of its own, and the calls that are known to crash.
     """
-    if other is not None:
-        other.close()
-    if hasattr(os, "setsid"):  # what it starts ends with it
-        os.setsid()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is for the parent
-    faulthandler.disable()
-    torch.set_num_threads(1)  # a fork has none of those of its parent
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    spec, checks, deadly = pickle.loads(given) if isinstance(given, bytes) else given
+    spec, checks, deadly = given
     known = {check.name: check for check in (*checks_of(spec), *checks)}
     served = _Served(pipe, spec, known, deadly)
     served.send("answer", None)
     while True:
         try:
-            kind, parts, told = pickle.loads(pipe.recv_bytes())
+            kind, parts, told = processes.receive(pipe)
         except EOFError:
             return
         examination = served.examination(parts)
         answer = getattr(served, kind)(examination, *told)
         served.check_device(examination.device)
         served.send("answer", answer)
-
-
-def _end_with(parent: int) -> None:
-    """End with the process that started this one, whatever the subject is at."""
-    while os.getppid() == parent:
-        time.sleep(1)
-    os._exit(1)
 
 
 @dataclass
@@ -301,7 +250,7 @@ class _Served:
     kept: dict[Any, Any] = field(default_factory=dict)
 
     def send(self, kind: str, told: Any) -> None:
-        self.pipe.send_bytes(pickle.dumps((kind, told)))
+        processes.send(self.pipe, kind, told)
 
     def examination(self, parts: tuple[Any, ...]) -> Examination:
         if parts not in self.kept:

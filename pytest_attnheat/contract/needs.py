@@ -6,10 +6,11 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from pytest_attnheat.assertions.behaviour.sequences import name_of_cache
-from pytest_attnheat.contract.asking import keyword_of, model_of
+from pytest_attnheat.contract.asking import KEYWORDS, keyword_of, model_of
 from pytest_attnheat.contract.spec import AttentionSpec, Sound
 
 Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
+_FIELDS = {option: field for field, option in KEYWORDS.items()}
 
 
 def all_of(*needs: Need) -> Need:
@@ -65,7 +66,7 @@ def takes_option(name: str) -> Need:
             return None
         if getattr(spec, name, None) is not None:
             return f"its own {name} are part of every call"
-        return f"it takes no {name}"
+        return undeclared(spec, _FIELDS[name]) or f"it takes no {name}"
 
     return need
 
@@ -141,17 +142,32 @@ _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'b
 
 
 def undeclared(spec: AttentionSpec, field: Sound) -> str:
-    """Say what a specification leaves unsaid: a parameter that looks like a mask or causality."""
+    """Say what a specification leaves unsaid: a parameter that sounds like one of its fields."""
     if spec.is_block:
         is_none = spec.mask is None and "mask" in spec.typed
         return _undeclared_mask(spec) if field == "mask" and not is_none else ""
-    is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
-    if is_declared or spec.is_captured or spec.convention or spec.call:
+    if spec.is_captured or spec.convention or spec.call:
         return ""
     names = spec.sounding_like(field)
-    if not names or names == [getattr(spec, f"{field}_argument")]:
-        return ""  # or it is declared to be None
+    if field in KEYWORDS:
+        known = {spec.mask_argument, *spec.keywords.values(), *(spec.arguments or ())}
+        names = [name for name in names if name not in known]
+        said, meaning = f"{field}={names[0]!r}" if names else "", ""
+        is_declared = getattr(spec, field) is not None or field in spec.typed
+    else:
+        is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
+        is_declared |= names == [getattr(spec, f"{field}_argument")]  # or it is None on purpose
+        said = f"{field}_argument={names[0]!r}, {field}=..." if names else ""
+        meaning = f", {_MEANINGS[field]}"
+    if is_declared or not names:
+        return ""
     return (
         f"it takes {names[0]}=, and the specification does not say what that means: "
-        f"AttentionSpec(..., {field}_argument={names[0]!r}, {field}=...), {_MEANINGS[field]}"
+        f"AttentionSpec(..., {said}){meaning}"
     )
+
+
+def all_undeclared(spec: AttentionSpec) -> list[str]:
+    """Say all that a specification leaves unsaid."""
+    said = (undeclared(spec, field) for field in ("mask", "causal", *KEYWORDS))
+    return list(dict.fromkeys(text for text in said if text))

@@ -8,6 +8,7 @@ gradients are those of autograd through that computation, or of a wrong backward
 
 from __future__ import annotations
 
+import copy
 import functools
 import math
 from collections import OrderedDict
@@ -18,23 +19,26 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
-from pytest_attnheat.attention.backward import Saved, carried_back, off_by
+from pytest_attnheat.attention.backward import carried_back
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
 from pytest_attnheat.attention.mistakes import as_case
 from pytest_attnheat.attention.outcomes import digest
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out, misread
-from pytest_attnheat.contract.effects import Change, Effect, Known
+from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
+from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.contract.conventions.reading import SetAsideError, UnreadError
+from pytest_attnheat.contract.effects import Change, Effect, Known, Slopes
 from pytest_attnheat.contract.probing import one_thread
-from pytest_attnheat.contract.reading_calls import Reading, UnreadError, read, signature_of
+from pytest_attnheat.contract.reading_calls import Reading, read, signature_of
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
 # Above so many scores a call takes too much memory in float64.
 _MOST_SCORES = 2**25
-# Of so many calls at most is kept what is known, and of no more than so many numbers in outputs.
-_KEPT, _KEPT_NUMBERS = 48, 2**18
+# What is known of calls is kept up to so many numbers, of 8 bytes each.
+_KEPT_NUMBERS = 2**25
 _BASES = (1.0, math.log(2.0), math.log(10.0))
 
 
@@ -45,6 +49,9 @@ class Planted:
         spec: The target.
         version: What is planted; None for nothing, so that calls are only watched.
         effect: What was asked, and what was changed.
+        module: The target, where it is a module.
+        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len),
+            since `keep_weights` was called.
     """
 
     def __init__(
@@ -60,24 +67,44 @@ class Planted:
         self.spec, self.version, self.effect = spec, version, Effect()
         target = spec.implementation
         # That of a module may be replaced by this while it is graded.
+        self.module = target if isinstance(target, nn.Module) else None
         self._target = target.forward if isinstance(target, nn.Module) else target
+        self._keeps_weights = False
+        self.weights: Tensor | None = None
         self._known, self._first = known, dict[Any, Case]()
         functools.update_wrapper(self, self._target, updated=())
         self.__signature__ = signature_of(spec)
 
     def __call__(self, *given: Any, **named: Any) -> Any:
         """Answer a call: as the target does, or with the defect where it shows."""
+        before = _written(given, named)
         answer = self._target(*given, **named)
         self.effect.calls += 1
         try:
+            if _written(given, named) != before:
+                raise UnreadError("it writes into what it is given")
+            if any(is_functorch_wrapped_tensor(t) for t in given if isinstance(t, Tensor)):
+                raise UnreadError("it ran inside of torch.func (vmap, grad ...)")
             mode = torch.inference_mode(False) if _plain(given, named) else torch.no_grad()
             with mode, one_thread():
                 return self._answer(answer, read(self.spec, given, named))
+        except SetAsideError as error:
+            self.effect.set_aside[str(error)] += 1
         except UnreadError as error:
             self.effect.refused[str(error)] = None
         except Exception as error:  # whatever is not understood is refused, never charged
             self.effect.refused[f"{type(error).__name__}: {str(error).splitlines()[:1]}"] = None
         return answer
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Planted:
+        """A part of a copy of its module; what is asked of either is noted once."""
+        own = object.__new__(type(self))
+        vars(own).update(vars(self), _target=copy.deepcopy(self._target, memo))
+        return own
+
+    def keep_weights(self) -> None:
+        """Keep the weights of which answers are made, for a target that returns none."""
+        self._keeps_weights, self.weights = True, None
 
     def _answer(self, answer: Any, reading: Reading) -> Any:
         output = answer[0] if isinstance(answer, tuple | list) and answer else answer
@@ -85,11 +112,15 @@ class Planted:
             raise UnreadError(f"it returns no tensor, but {type(output).__name__}")
         if reading.call.maps * reading.call.query_len * reading.call.key_len > _MOST_SCORES:
             raise UnreadError(f"a call has more than {_MOST_SCORES} scores")
+        if torch.is_autocast_enabled(output.device.type):  # it casts within the function
+            cast = [tensor.to(output.dtype) for tensor in reading.call.tensors]
+            call = replace(reading.call, query=cast[0], key=cast[1], value=cast[2])
+            reading = replace(reading, call=call)
         found = reading.given.here(output.detach()).cpu().double()
         if found.shape != reading.call.shapes["output"]:
             raise UnreadError(f"its output has the shape {tuple(output.shape)}")
         known = self._recall(reading, found)
-        if not known.reproduces(found):
+        if not known.is_reproduced:
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
             raise UnreadError(
                 "what is described does not give its own answer to within rounding: it is off by "
@@ -101,13 +132,17 @@ class Planted:
         if version is None:
             return answer
         if version.kind == "backward":
-            return self._with_wrong_gradients(answer, output, reading)
+            return self._with_wrong_gradients(answer, output, reading, known)
         chosen = known.chosen(version)
         if chosen is None:
             return answer
-        attached = _attached(known.case, reading)
-        outcome = chosen.form.make(attached)
-        own = reading.given.back(outcome.output).to(output)
+        beside, wrong = None, chosen.output
+        if wrong is None or back is not None or output.requires_grad or self._keeps_weights:
+            attached = _attached(known.case, reading)
+            outcome = chosen.form.make(attached)
+            self.weights = outcome.weights if self._keeps_weights else None
+            wrong, beside = outcome.output, back and back(chosen.form, attached, outcome)
+        own = reading.given.back(wrong).to(output)
         self.effect.changed(chosen.change, output.dtype)
         if own.stride() != output.stride():
             own = torch.empty_like(output.detach()).copy_(own)
@@ -116,7 +151,7 @@ class Planted:
             own = _Reached.apply(own, *tensors)  # type: ignore[no-untyped-call]
         else:
             own = own.detach()
-        return _structured(answer, own, back(chosen.form, attached, outcome))
+        return _structured(answer, own, beside)
 
     def _recall(self, reading: Reading, found: Tensor) -> Known:
         """What is known of a call, by its numbers, and those of the answer of the target."""
@@ -131,11 +166,9 @@ class Planted:
         key = digest(case), digest(found), earlier_key
         if key not in self._known:
             self._known[key] = Known(case, self.spec.tolerance or 0.0, found)
-            while len(self._known) > 1 and (
-                len(self._known) > _KEPT
-                or sum(k.healthy.output.numel() for k in self._known.values()) > _KEPT_NUMBERS
-            ):
-                self._known.popitem(last=False)
+            kept = sum(known.numbers for known in self._known.values())
+            while len(self._known) > 1 and kept > _KEPT_NUMBERS:
+                kept -= self._known.popitem(last=False)[1].numbers
         self._known.move_to_end(key)
         known: Known = self._known[key]
         return known
@@ -143,11 +176,15 @@ class Planted:
     def _note(self, reading: Reading, output: Tensor) -> None:
         """Note what a call has."""
         call, seen = reading.call, self.effect.seen
+        # A mask that hides nothing, and causality that does, exercise nothing.
+        is_masked = call.mask is not None and not bool(call.mask.all())
+        is_masked |= call.bias is not None and bool((call.bias != 0).any())
+        first = call.key_len - call.query_len if call.alignment == "bottom_right" else 0
+        is_causal = call.causal and call.key_len - 1 > first
         has = {
-            "a mask": call.mask is not None or call.bias is not None,
-            "causality": call.causal,
-            "a mask together with causality": call.causal
-            and (call.mask is not None or call.bias is not None),
+            "a mask": is_masked,
+            "causality": is_causal,
+            "a mask together with causality": is_masked and is_causal,
             "other numbers of keys than of queries": call.query_len != call.key_len,
             "grouped heads": call.group > 1,
             "several heads": call.heads > 1,
@@ -166,47 +203,59 @@ class Planted:
         if output.requires_grad and self.version is None:
             output.register_hook(lambda upstream: seen.add("gradients"))  # type: ignore[no-untyped-call]
 
-    def _with_wrong_gradients(self, answer: Any, output: Tensor, reading: Reading) -> Any:
+    def _with_wrong_gradients(
+        self, answer: Any, output: Tensor, reading: Reading, known: Known
+    ) -> Any:
         version, call = self.version, reading.call
         if not output.requires_grad or version is None:
             return answer
-        tensors = {"query": call.query, "key": call.key, "value": call.value}
-        tensors |= {} if call.bias is None else {"attn_mask": call.bias}
-        tensors |= {} if call.sinks is None else {"sinks": call.sinks}
-        wanted = {name: t for name, t in tensors.items() if t.requires_grad}
+        wanted = {name: t for name, t in _differentiable(call).items() if t.requires_grad}
 
         def wrong(upstream: Tensor) -> list[Tensor | None]:
-            found = _wrong_gradients(version, replace(call, upstream=upstream.double()), wanted)
+            found = _wrong_gradients(version, known.slopes(call, upstream.detach()), wanted)
             if found is None:
                 return [None] * len(wanted)
             self.effect.changed(found[1], call.query.dtype)
             return [found[0][n].reshape(t.shape).to(t) for n, t in wanted.items()]
 
-        shape = (*call.query.shape[:-1], call.value.shape[-1])
+        shape = call.shapes["output"]
         nothing: Tensor = _Besides.apply(wrong, shape, *wanted.values())  # type: ignore[no-untyped-call]
         return _structured(answer, output + reading.given.back(nothing).to(output), None)
 
 
+def slopes_of(call: Call) -> Slopes:
+    """The gradients of a call, with that of its output drawn at random."""
+    drawn = draw("upstream", 0, *call.shapes["output"]).to(call.query)
+    return Slopes.of(call, drawn)
+
+
+def shows_in_gradients(version: Version, slopes: Slopes) -> bool:
+    """Whether a wrong backward pass gives other gradients."""
+    return _wrong_gradients(version, slopes, _differentiable(slopes.saved.call)) is not None
+
+
+def _differentiable(call: Call) -> dict[str, Tensor]:
+    named = {"query": call.query, "key": call.key, "value": call.value}
+    named |= {} if call.bias is None else {"attn_mask": call.bias}
+    return named | ({} if call.sinks is None else {"sinks": call.sinks})
+
+
 def _wrong_gradients(
-    version: Version, call: Call, wanted: Mapping[str, Tensor]
+    version: Version, slopes: Slopes, wanted: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], Change] | None:
     """By how much the first form that shows changes each gradient; and the worst of them."""
-    with torch.no_grad():
-        saved = Saved.of(call, None)
-        right = {n: g for n, g in carried_back(BackwardPlan(), saved) if n in wanted}
-        for change in version.changes:
-            try:
-                own = dict(carried_back(change(BackwardPlan()), saved))  # type: ignore[arg-type]
-            except NotApplicable:
-                continue
-            parts = {n: off_by(exact, own[n], saved) for n, exact in right.items()}
-            if all(same for _, same in parts.values()):
-                continue
-            more = {n: own[n].reshape(g.shape) - g for n, g in right.items()}
-            worst = max((n for n in parts if not parts[n][1]), key=lambda n: parts[n][0])
-            exact = right[worst].reshape((1,) * max(0, 2 - right[worst].ndim) + right[worst].shape)
-            more[worst] = more[worst].reshape(exact.shape)
-            return more, Change.of(more[worst], exact, saved.allowed)
+    right = {name: one for name, one in slopes.right.items() if name in wanted}
+    for change in version.changes:
+        try:
+            with torch.no_grad():
+                own = dict(carried_back(change(BackwardPlan()), slopes.saved))  # type: ignore[arg-type]
+        except NotApplicable:
+            continue
+        found = [slopes.change(name, own[name]) for name in right]
+        changes = [one for one in found if one is not None]
+        if changes:
+            more = {name: own[name].reshape(one.shape) - one for name, one in right.items()}
+            return more, max(changes, key=lambda one: one.off)
     return None
 
 
@@ -241,6 +290,12 @@ def _plain(given: Sequence[Any], named: dict[str, Any]) -> bool:
     return not any(isinstance(t, Tensor) and t.is_inference() for t in (*given, *named.values()))
 
 
+def _written(given: Sequence[Any], named: Mapping[str, Any]) -> list[int]:
+    """How often each tensor that is given was written into."""
+    tensors = [one for one in (*given, *named.values()) if isinstance(one, Tensor)]
+    return [one._version for one in tensors if not one.is_inference()]
+
+
 def _attached(case: Case, reading: Reading) -> Case:
     """The case with the tensors of the call itself, so that gradients reach them."""
     call = reading.call
@@ -265,15 +320,15 @@ def _structured(answer: Any, output: Tensor, beside: Tensor | None) -> Any:
     return type(answer)(parts)
 
 
-Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor | None]
+Beside: TypeAlias = Callable[[Form, Case, Outcome], Tensor]
 
 
-def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside:
-    """How what is returned beside the output is made of what was carried out."""
+def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) -> Beside | None:
+    """How what is returned beside the output is made of what was carried out; None if not."""
     more = answer[1] if isinstance(answer, tuple | list) and len(answer) > 1 else None
     if not isinstance(more, Tensor) or spec.returns == "output":
-        return lambda form, case, outcome: None
-    right = carry_out(Plan(), known.case)
+        return None
+    right = known.right
     turns: list[Callable[[Form, Case, Outcome], Tensor]]
     if spec.returns == "lse":
         number = len(reading.given.sums(right.scores[..., 0]))
@@ -294,7 +349,6 @@ def _beside(spec: AttentionSpec, reading: Reading, known: Known, answer: Any) ->
 
 def _like(turn: Beside, more: Tensor, form: Form, case: Case, outcome: Outcome) -> Tensor:
     made = turn(form, case, outcome)
-    assert made is not None
     return made.reshape(more.shape).to(more) if more.requires_grad else made.detach().reshape(
         more.shape).to(more)  # fmt: skip
 

@@ -181,6 +181,8 @@ def _versions(examination: Examination, blueprint: Blueprint) -> Iterator[Case]:
         return
     if is_square and "sizes" in levels:
         levels = {**levels, "sizes": (max(levels["sizes"]),) * 2}
+    if "sizes" in levels:
+        levels = {**levels, "sizes": declared.whole(levels["sizes"])}
     if declared.one_query:
         levels = {**levels, "sizes": (1, levels.get("sizes", (1, 7))[1])}
     usual = {"head_dim": 16}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from torch import nn
@@ -60,7 +62,15 @@ def transformers_attention(name: str = "sdpa") -> AttentionSpec:
 
     Raises:
         ValueError: There is no such function.
+        ImportError: transformers is not installed, or older than 4.53, whose `"sdpa"` is causal
+            whatever its layer says.
     """
+    try:
+        found = version("transformers")
+    except PackageNotFoundError:
+        found = "none"
+    if tuple(map(int, re.findall(r"\d+", found)[:2])) < (4, 53):
+        raise ImportError(misuse("transformers", found, "version 4.53 or newer"))
     from transformers import AttentionInterface
     from transformers.models.llama.modeling_llama import eager_attention_forward
 

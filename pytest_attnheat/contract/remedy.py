@@ -1,20 +1,24 @@
-"""The smallest set of cases that tells wrong versions of attention from the right one."""
+"""The smallest set of calls that tells wrong versions of attention from the right one."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
 from pytest_attnheat.assertions.precision_calls import Criteria, asking, described_call
 from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
+from pytest_attnheat.attention.levels import Choice
 from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.contract.effects import Known
-from pytest_attnheat.contract.planting import Planted
+from pytest_attnheat.contract.effects import Known, Slopes
+from pytest_attnheat.contract.examination import Examination
+from pytest_attnheat.contract.planting import Planted, shows_in_gradients, slopes_of
 from pytest_attnheat.contract.probing import one_thread
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Version
@@ -24,37 +28,56 @@ _BATCH = 2
 # Longer cases are asked where shorter ones do not tell all apart.
 _SMALL = 40
 _FINEST = ("float64", "float32", "float16", "bfloat16")
-_TEST = """\
+_BY_NAME = """\
 @pytest.mark.parametrize("name", {names})
 def test_what_survived(name):
     case = hard_case(name, dtype="{dtype}", batch={batch})
     {call}
 """
+_BY_CALL = """\
+@pytest.mark.parametrize(
+    "call",
+    [
+{calls}
+    ],
+)
+def test_what_hard_cases_do_not_tell(call):
+    assert check_attention({subject}, replay=call).passed
+"""
 
 
 @dataclass(frozen=True)
 class Remedy:
-    """Cases that tell what survived from the right one.
+    """Calls that tell what survived from the right one.
 
     Attributes:
         cases: Names of hard cases, the one that tells most apart first.
+        calls: Calls of the examination, as `check_attention(replay=)` takes them, for what hard
+            cases do not tell apart.
         dtype: The dtype in which they are asked.
         killed: The names of what they tell apart.
         left: The names of what they do not.
+        exercised: By hard case, which inactive defects would be active on it.
         tolerance: By dtype, by which part of the largest number of a head rounding may move one.
-        code: A test ready to paste; empty without cases.
+        code: Tests ready to paste; empty without calls, and of a block.
     """
 
     cases: tuple[str, ...] = ()
+    calls: tuple[str, ...] = ()
     dtype: str = ""
     killed: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
+    exercised: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tolerance: tuple[tuple[str, float], ...] = ()
     code: str = ""
 
     def __str__(self) -> str:
         """What to add, and which tolerance follows from the dtype."""
         lines = []
+        if self.exercised:
+            cases = ", ".join(f"{name} ({len(some)})" for name, some in self.exercised)
+            count = sum(len(some) for _, some in self.exercised)
+            lines += [f"hard cases on which {count} of the inactive would show: {cases}"]
         if self.tolerance:
             parts = ", ".join(f"{part:.1e} in {dtype}" for dtype, part in self.tolerance)
             lines += [
@@ -62,106 +85,203 @@ class Remedy:
                 "of them, or too coarsely. Rounding alone moves no number of these answers by more "
                 f"than this part of the largest of its head: {parts}"
             ]
-        if self.cases:
-            count = len(self.cases)
+        told = f"{len(self.killed)} of {len(self.killed) + len(self.left)} apart"
+        if (count := len(self.cases) + len(self.calls)) and not self.code:
             lines += [
-                f"{count} case{'s' * (count > 1)} would have told {len(self.killed)} of "
-                f"{len(self.killed) + len(self.left)} apart:\n\n{self.code}"
+                f"the attention inside, given hard cases, would have told {told}: "
+                f"{', '.join((*self.cases, *self.calls))}. "
+                "check_attention(AttentionSpec(block, inputs=...)) examines a block"
             ]
+        elif count:
+            lines += [f"{count} call{'s' * (count > 1)} would have told {told}:\n\n{self.code}"]
         if self.left:
             lines += [f"check_attention examines what is left: {', '.join(self.left)}"]
         return "\n".join(lines)
 
 
+@dataclass(frozen=True, eq=False)
+class _Asked:
+    """A call that may tell versions apart.
+
+    Attributes:
+        name: That of a hard case, or the levels of a call of the examination.
+        call: The call.
+        spec: The target.
+        examined: The examination that it is one of, and what is chosen there; None of a hard case.
+    """
+
+    name: str
+    call: Call
+    spec: AttentionSpec
+    examined: tuple[Examination, Choice] | None = None
+
+    @cached_property
+    def known(self) -> Known:
+        """What attention gives on it."""
+        return Known(as_case(self.spec.described(self.call)), self.spec.tolerance or 0.0)
+
+    @cached_property
+    def slopes(self) -> Slopes:
+        """Its gradients."""
+        return slopes_of(self.spec.described(self.call))
+
+    @cached_property
+    def is_taken(self) -> bool:
+        """Whether the right one takes it, and passes."""
+        try:
+            return self.accepts(None)
+        except Exception:  # whatever the target raises, it does not take this call
+            return False
+
+    def may_tell(self, version: Version) -> bool:
+        """Whether a version may be another than the right one here."""
+        return version.kind == "backward" or version.remembers or bool(self.known.chosen(version))
+
+    def shows(self, version: Version) -> bool:
+        """Whether a version is another than the right one here."""
+        if version.kind == "backward":
+            return shows_in_gradients(version, self.slopes)
+        return bool(self.known.chosen(version))
+
+    def accepts(self, planted: Planted | None) -> bool:
+        """Whether a version passes for right: as `assert_matches_reference` judges, or a replay."""
+        own = self.spec if planted is None else _with_subject(self.spec, planted)
+        try:
+            with torch.enable_grad():
+                self._judge(own, planted)
+        except AssertionError:
+            return False
+        except Exception:
+            if planted is None:
+                raise
+            return False
+        return True
+
+    def _judge(self, own: AttentionSpec, planted: Planted | None) -> None:
+        if self.examined is not None:
+            examination, chosen = self.examined
+            again = Examination(own, examination.dtype, examination.device, examination.seed)
+            vars(again)["space"] = examination.space  # the right one says what can be asked
+            again.judge(chosen, explain=False)
+            return
+        described, asked, names = described_call(own, (self.call, None, None), {})
+        criteria = Criteria(tolerance=self.spec.tolerance or 0.0)
+        judge_call("assert_matches_reference", asking(described), asked, criteria, names=names,
+                   code=planted, explain=False)  # fmt: skip
+
+
 def remedy_for(
     spec: AttentionSpec,
     survived: Sequence[Version],
+    inactive: Sequence[Version],
     plant: Callable[[Version], Planted],
     rounding: Mapping[str, float],
+    *,
+    seed: int = 0,
 ) -> Remedy:
-    """Return the fewest hard cases, chosen greedily, on which our assertion kills what survived.
+    """Return the fewest calls, chosen greedily, on which our assertions kill what survived.
 
     Args:
         spec: The target.
         survived: The versions that a judge accepted.
+        inactive: Those that were the right one on all its calls.
         plant: Plants a version.
         rounding: By each dtype in which they were off, what rounding may do.
+        seed: Where calls of the examination are drawn from.
     """
-    if not survived:
-        return Remedy()
-    dtype = next((name for name in _FINEST if name in rounding), "float32")
-    cases, left = list[str](), list(survived)
-    every = {n: hard_case(n, dtype=dtype, device=_device(spec), batch=_BATCH)
-             for n in (*HARD_CASES, *FEATURE_CASES)}  # fmt: skip
-    for large in (False, True):
-        some = {n: call for n, call in every.items() if (call.key_len > _SMALL) is large}
-        with one_thread():
-            more, left = _greedy(spec, left, plant, some) if left else ([], left)
-        cases += more
-    told = [one for one in survived if one not in left]
+    dtype = next((name for name in _FINEST if name in rounding), spec.dtypes[0])
+    device = spec.devices[0] if spec.devices else "cpu"
+    every = [_Asked(n, hard_case(n, dtype=dtype, device=device, batch=_BATCH), spec)
+             for n in (*HARD_CASES, *FEATURE_CASES)]  # fmt: skip
+    small = [one for one in every if one.call.key_len <= _SMALL]
+    large = [one for one in every if one not in small]
+    chosen, left = list[_Asked](), list(survived)
+    with one_thread():
+        for some in (small, large):
+            left = _greedy(left, plant, some, chosen) if left else left
+        if left:
+            left = _greedy(left, plant, [*_examined(spec, dtype, device, seed)], chosen)
+        exercised = _exercised(inactive, small)
+    cases = tuple(one.name for one in chosen if one.examined is None)
+    calls = tuple(one.name for one in chosen if one.examined is not None)
     return Remedy(
-        tuple(cases),
-        dtype,
-        tuple(one.name for one in told),
+        cases,
+        calls,
+        dtype if survived else "",
+        tuple(one.name for one in survived if one not in left),
         tuple(one.name for one in left),
+        exercised,
         tuple(sorted(rounding.items())),
-        _code(spec, cases, dtype) if cases else "",
+        _code(spec, cases, calls, dtype) if chosen else "",
     )
 
 
-def _device(spec: AttentionSpec) -> str:
-    return spec.devices[0] if spec.devices else "cpu"
+def _examined(spec: AttentionSpec, dtype: str, device: str, seed: int) -> Iterator[_Asked]:
+    """The calls of the examination in which every pair of levels occurs."""
+    examination = Examination(spec, as_dtype(dtype), torch.device(device), seed)
+    for chosen in examination.space.covering().cases:
+        try:
+            call = examination.drawn(chosen)
+        except Exception:  # it cannot be said to this target
+            continue
+        yield _Asked(examination.text(chosen), call, spec, (examination, chosen))
 
 
 def _greedy(
-    spec: AttentionSpec,
     survived: Sequence[Version],
     plant: Callable[[Version], Planted],
-    calls: Mapping[str, Call],
-) -> tuple[list[str], list[Version]]:
-    """Choose cases, that which tells most apart first; return them and what none tells apart."""
-    hopes = {}
-    for name, call in calls.items():
-        if _taken(spec, call):
-            known = Known(as_case(spec.described(call)), spec.tolerance or 0.0)
-            hopes[name] = [v for v in survived if v.kind == "backward" or known.chosen(v)]
-    cases, left = list[str](), list(survived)
+    asked: Sequence[_Asked],
+    chosen: list[_Asked],
+) -> list[Version]:
+    """Choose calls, that which tells most apart first; return what none tells apart."""
+    taken = [one for one in asked if one.is_taken]
+    hopes = {one: [v for v in survived if one.may_tell(v)] for one in taken}
+    left = list(survived)
     while hopes:
-        name = max(hopes, key=lambda name: sum(one in left for one in hopes[name]))
-        hoped = [one for one in hopes.pop(name) if one in left]
+        best = max(hopes, key=lambda one: sum(v in left for v in hopes[one]))
+        hoped = [v for v in hopes.pop(best) if v in left]
         if not hoped:
             break
-        told = [one for one in hoped if not _accepted(spec, plant(one), calls[name])]
+        told = [v for v in hoped if _told(plant(v), [*chosen, best] if v.remembers else [best])]
         if told:
-            cases.append(name)
-            left = [one for one in left if one not in told]
-    return cases, left
+            chosen.append(best)
+            left = [v for v in left if v not in told]
+    for version in [v for v in left if v.remembers]:  # it takes two calls of the same shapes
+        pair = _telling_pair(plant(version), taken)
+        if pair:
+            chosen += [one for one in pair if one not in chosen]
+            left.remove(version)
+    return left
 
 
-def _taken(spec: AttentionSpec, call: Call) -> bool:
-    """Whether the right one takes a call, and passes."""
-    try:
-        return _accepted(spec, None, call)
-    except Exception:  # whatever the target raises, it does not take this case
-        return False
+def _told(planted: Planted, asked: Sequence[_Asked]) -> bool:
+    """Whether a version is rejected on one of some calls, asked one after another."""
+    return any(not one.accepts(planted) for one in asked)
 
 
-def _accepted(spec: AttentionSpec, planted: Planted | None, call: Call) -> bool:
-    """Whether `assert_matches_reference` accepts an implementation on a call."""
-    own = spec if planted is None else _with_subject(spec, planted)
-    described, asked, names = described_call(own, (call, None, None), {})
-    criteria = Criteria(tolerance=spec.tolerance or 0.0)
-    try:
-        with torch.enable_grad():
-            judge_call("assert_matches_reference", asking(described), asked, criteria,
-                       names=names, code=planted, explain=False)  # fmt: skip
-    except AssertionError:
-        return False
-    except Exception:
-        if planted is None:
-            raise
-        return False
-    return True
+def _telling_pair(planted: Planted, asked: Sequence[_Asked]) -> list[_Asked]:
+    """The first two calls of the same shapes on which a version is told apart; or none."""
+    first: dict[object, _Asked] = {}
+    for one in asked:
+        before = first.setdefault(tuple(tensor.shape for tensor in one.call.tensors), one)
+        if not one.accepts(planted):
+            return [before, one]
+    return []
+
+
+def _exercised(
+    inactive: Sequence[Version], asked: Sequence[_Asked]
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """The calls that the target takes on which inactive versions show, each but once."""
+    left, found = list(inactive), list[tuple[str, tuple[str, ...]]]()
+    for one in asked:
+        if not left:
+            break
+        some = [v for v in left if one.shows(v)] if one.is_taken else []
+        if some:
+            found.append((one.name, tuple(v.name for v in some)))
+            left = [v for v in left if v not in some]
+    return tuple(sorted(found, key=lambda pair: -len(pair[1])))
 
 
 def _with_subject(spec: AttentionSpec, planted: Planted) -> AttentionSpec:
@@ -176,26 +296,29 @@ def _imported(spec: AttentionSpec) -> list[str]:
     """The line that imports a target which stands at the top of a module under its own name."""
     target = spec.implementation
     module = str(getattr(target, "__module__", ""))
+    module = {"torch._C._nn": "torch.nn.functional"}.get(module, module)
     found = getattr(sys.modules.get(module), spec.name, None)
     if module == "__main__" or found is not target:
         return []
     return ["", f"from {module} import {spec.name}"]
 
 
-def _code(spec: AttentionSpec, cases: Sequence[str], dtype: str) -> str:
-    """A test of these cases alone."""
+def _code(spec: AttentionSpec, cases: Sequence[str], calls: Sequence[str], dtype: str) -> str:
+    """Tests of these calls alone."""
     name = spec.name if spec.name.isidentifier() else "my_attention"
     plain = spec.convention is None and spec.typed <= {"subject", "name", "few_shapes"}
-    head = ["import pytest", ""]
-    if plain:
-        head += ["from pytest_attnheat import assert_matches_reference, hard_case"]
-        call = (f"assert_matches_reference({name}, case.query, case.key, case.value, "
-                "**case.arguments)")  # fmt: skip
-    else:
-        head += ["from pytest_attnheat import AttentionSpec, assert_matches_reference, hard_case"]
-        declared = "" if spec.convention is not None else ", ..."
-        call = f"assert_matches_reference(AttentionSpec({name}{declared}), case)"
-    head += _imported(spec)
-    names = "[" + ", ".join(f'"{one}"' for one in cases) + "]"
-    test = _TEST.format(names=names, dtype=dtype, batch=_BATCH, call=call)
-    return "\n".join([*head, "", "", test])
+    declared = "" if plain or spec.convention is not None else ", ..."
+    subject = name if plain else f"AttentionSpec({name}{declared})"
+    names = ["AttentionSpec"] * (not plain) + ["assert_matches_reference"] * bool(cases)
+    names += ["check_attention"] * bool(calls) + ["hard_case"] * bool(cases)
+    head = ["import pytest", "", f"from pytest_attnheat import {', '.join(names)}"]
+    tests = []
+    if cases:
+        given = "case.query, case.key, case.value, **case.arguments" if plain else "case"
+        listed = "[" + ", ".join(f'"{one}"' for one in cases) + "]"
+        call = f"assert_matches_reference({subject}, {given})"
+        tests += [_BY_NAME.format(names=listed, dtype=dtype, batch=_BATCH, call=call)]
+    if calls:
+        listed = "\n".join(f'        "{one}",' for one in calls)
+        tests += [_BY_CALL.format(calls=listed, subject=subject)]
+    return "\n".join([*head, *_imported(spec), "", "", "\n\n".join(tests)])

@@ -29,7 +29,9 @@ from pytest_attnheat.contract.running import (
     report_data,
     run_check,
 )
+from pytest_attnheat.contract.sharded import on_ranks
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import html_table
 from pytest_attnheat.inputs import misuse
 
 ExpectedFailures: TypeAlias = Mapping[str, str]
@@ -90,23 +92,41 @@ class Report:
 
     def __str__(self) -> str:
         """The diagnosis first, then a line for each check, then what failed in full."""
+        return "\n".join([*self._above(), "", *self._table(), *self._below()])
+
+    def _above(self) -> list[str]:
         lines = [f"{self.spec.name}: {self._head()}"]
         lines += dict.fromkeys(result.declaration for result in self.failed if result.declaration)
         lines += [f"hint: {hint}" for hint in self._hints]
         # Where the small cases of the diagnosis come out right, the checks tell what is wrong.
         if self.diagnosis is not None and not self.diagnosis.healthy:
             lines += ["", str(self.diagnosis)]
-        lines += ["", *self._table()]
+        return lines
+
+    def _below(self) -> list[str]:
+        lines = []
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
-        for name in dict.fromkeys(result.name for result in self.failed):
-            first = next(result for result in self.failed if result.name == name)
+        for alike in self._alike():
+            # What can be called again says most.
+            first = next((result for result in alike if result.replay), alike[0])
             said = [first.declaration] if first.declaration else []
-            found = self._inside[1].get(name, "") if not said else ""
+            found = self._inside[1].get(first.name, "") if not said else ""
             said += [first.message, *([f"  inside   {found}"] if found else [])]
-            lines += ["", f"{name} ({first.dtype}, {first.device})", *said]
-        return "\n".join(lines)
+            names = ", ".join(result.name for result in alike)
+            lines += ["", f"{names} ({first.dtype}, {first.device})", *said]
+        return lines
+
+    def _alike(self) -> list[list[Result]]:
+        """The first failure of each check; those whose subject raised the same thing together."""
+        firsts, groups = dict[str, Result](), dict[str, list[Result]]()
+        for result in self.failed:
+            firsts.setdefault(result.name, result)
+        for name, result in firsts.items():
+            raised = result.failure is None and result.reason.startswith("it raised")
+            groups.setdefault(result.reason if raised else name, []).append(result)
+        return list(groups.values())
 
     def __repr__(self) -> str:
         """Its first line: all of it is printed by `print`."""
@@ -152,20 +172,27 @@ class Report:
             return f"{head}; attention inside was not judged: {left_out or 'it was not asked'}"
         return head + (f"; {TWO_CODES}" if is_compiled(self.spec.subject) else "")
 
-    def _table(self) -> Iterator[str]:
+    def _rows(self) -> list[list[str]]:
+        """Its table: the checks, by dtype and device."""
         columns = list(dict.fromkeys((r.dtype, r.device) for r in self.results))
-        names = list(dict.fromkeys(r.name for r in self.results))
-        by_place = {(r.name, r.dtype, r.device): r for r in self.results}
+        by_place = {(r.name, r.dtype, r.device): r.status for r in self.results}
         heads = [dtype if device == "cpu" else f"{dtype} {device}" for dtype, device in columns]
-        width = max(len(name) for name in names)
-        yield "  ".join([" " * width, *heads]).rstrip()
-        for name in names:
-            cells = [by_place.get((name, *column)) for column in columns]
-            shown = [
-                ("" if cell is None else cell.status).ljust(len(head))
-                for cell, head in zip(cells, heads, strict=True)
-            ]
-            yield "  ".join([name.ljust(width), *shown]).rstrip()
+        names = dict.fromkeys(r.name for r in self.results)
+        return [
+            ["", *heads],
+            *([name, *(by_place.get((name, *one), "") for one in columns)] for name in names),
+        ]
+
+    def _table(self) -> Iterator[str]:
+        rows = self._rows()
+        widths = [max(len(row[0]) for row in rows), *map(len, rows[0][1:])]
+        for row in rows:
+            yield "  ".join(map(str.ljust, row, widths)).rstrip()
+
+    def _repr_html_(self) -> str:
+        return html_table(
+            self._rows(), above="\n".join(self._above()), below="\n".join(self._below()).lstrip()
+        )
 
 
 def check_attention(
@@ -179,6 +206,7 @@ def check_attention(
     replay: str | None = None,
     isolate: bool | None = None,
     time_limit: float = TIME_LIMIT,
+    ranks: int | None = None,
 ) -> Report:
     """Examine an implementation of attention.
 
@@ -197,7 +225,9 @@ def check_attention(
         replay: A call as a failure printed it, "sizes=1x2 causal=True": nothing else is judged.
         isolate: Whether the subject is called in a process of its own, so that a crash or a hang
             of it is a failure; by default, if it is compiled and can be.
-        time_limit: How long one call may take there, in seconds.
+        time_limit: How long one call may take there, or on ranks, in seconds.
+        ranks: On how many ranks the subject is called, each a process with `torch.distributed`, of
+            a specification that says `sharding`: gloo on a CPU, nccl on as many GPUs.
 
     Returns:
         The report. It raises nothing about the implementation.
@@ -205,9 +235,21 @@ def check_attention(
     Raises:
         TypeError: The subject is not callable, or a check is not one.
         ValueError: The name of an expected failure is not that of a check, `replay` is no call of
-            the subject, or it cannot be isolated.
+            the subject, or it cannot be isolated. It is sharded and `ranks` is not given, or it is
+            not.
     """
     spec = as_spec(subject)
+    if ranks is not None:
+        if isolate:
+            raise ValueError(misuse("isolate", "True beside ranks", "None: ranks are processes"))
+        spec, sharded = on_ranks(spec, ranks, time_limit)
+        with closing(sharded):
+            report = check_attention(
+                spec, quick=quick, checks=checks, expected_failures=expected_failures, seed=seed,
+                replay=replay, isolate=False,
+            )  # fmt: skip
+            _ = report.diagnosis  # made while there are ranks for it
+        return report
     expected = dict(expected_failures or {})
     asked = checks_of(spec, checks, quick=quick)
     if long and not (spec.is_block or spec.is_captured):

@@ -294,6 +294,8 @@ def _is_of_subject(error: AssertionError) -> bool:
 
 def _place(error: Exception, spec: AttentionSpec) -> str:
     """The innermost line of the subject's own file that the error came from."""
+    if spec.sharding is not None:  # of another process, which noted it
+        return ""
     subject = spec.subject if spec.is_captured else getattr(spec.subject, "module", spec.subject)
     try:
         file = inspect.getfile(subject if inspect.isfunction(subject) else type(subject))

@@ -6,13 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, wraps
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
+from pytest_attnheat.attention.shards import Scheme, Shards
+from pytest_attnheat.attention.tolerance import merging_tolerance
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
 from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
@@ -24,10 +26,14 @@ from pytest_attnheat.contract.conventions import Convention, named
 from pytest_attnheat.contract.filling import by_convention, by_signature
 from pytest_attnheat.failure import Failure
 
-Sound: TypeAlias = Literal["mask", "causal"]
+Sound: TypeAlias = str
 
 # Looked up in this order: a causal_mask is a mask.
-_SOUNDS: dict[Sound, tuple[str, ...]] = {"mask": ("mask", "padding"), "causal": ("causal",)}
+_SOUNDS: dict[Sound, tuple[str, ...]] = {
+    "mask": ("mask", "padding"), "causal": ("causal",),
+    **{field: (name if name == "lengths" else name.rstrip("s"),)
+       for field, name in KEYWORDS.items()},
+}  # fmt: skip
 # What is declared of every call, unless it is a keyword.
 _ALWAYS = ("alignment", "window", "chunk", "prefix", "sink_keys", "scale", "softcap", "score_mod",
            "sinks", "rounded", "fully_masked")  # fmt: skip
@@ -116,6 +122,13 @@ class AttentionSpec:
             tensors are (batch, heads, length, width), that returns the output (batch, heads,
             query_len, value_dim), or that and more. What it takes besides the three tensors has
             to be typed; the text of a keyword then says no more than that it does.
+        sharding: How a sequence lies on several ranks, of a subject that is called on each of them
+            with its shards of query, key and value, and answers its own queries: `"ring"` and
+            `"ulysses"` (rank r holds the r-th chunk), `"zigzag"` (of twice as many chunks, the r-th
+            from the front and the r-th from the end) or `"striped"` (position p lies on rank
+            p % ranks). Its causality and its window are those of the whole sequence.
+            `check_attention(spec, ranks=)` examines it.
+        uneven: Whether the last of its shards may be shorter than the others.
     """
 
     subject: Callable[..., Any] | Trace | AttentionRecord
@@ -157,6 +170,8 @@ class AttentionSpec:
     memory: str | None = None
     like: str | Convention | None = None
     call: Callable[..., Any] | None = None
+    sharding: Scheme | Shards | None = None
+    uneven: bool = False
     # Itself: `replace` hands it on, and so tells what was typed from what was filled in.
     _made: AttentionSpec | None = field(default=None, repr=False, compare=False, kw_only=True)
 
@@ -259,11 +274,11 @@ class AttentionSpec:
         return "h" in self.layout
 
     def sounding_like(self, kind: Sound) -> list[str]:
-        """The parameters of the subject that sound like a mask, or like causality."""
+        """The parameters of the subject that sound like a mask, like causality, or an option."""
         return [
             name for name in self.parameters or {}
-            if [k for k, words in _SOUNDS.items() if any(w in name.lower() for w in words)][:1]
-            == [kind]
+            if [k for k, words in _SOUNDS.items()
+                if any(word in name.lower().replace("_", "") for word in words)][:1] == [kind]
         ]  # fmt: skip
 
     @property
@@ -290,6 +305,8 @@ class AttentionSpec:
     @property
     def unmet(self) -> str:
         """What a call needs besides query, key, value and what is declared; empty if nothing."""
+        if isinstance(self.sharding, str):
+            return "it lies on several ranks: check_attention(spec, ranks=) starts them"
         if self.is_block or self.is_captured or self.call or self.convention:
             return ""
         positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -328,9 +345,15 @@ class AttentionSpec:
         seen = (
             asking.by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
         )
-        given = {name: getattr(self, name) for name in _ALWAYS} | {"alibi": slopes, "may_see": seen}
+        given = {name: getattr(self, name) for name in _ALWAYS}
+        given |= {"alibi": slopes, "may_see": seen, "shards": self.sharding}
         return {name: value for name, value in given.items() if not isinstance(value, str | None)
                 or name in ("alignment", "fully_masked")}  # fmt: skip
+
+    def tolerance_in(self, dtype: torch.dtype) -> float:
+        """How far it may be off besides rounding, as a part of the largest number of a head."""
+        merged = isinstance(self.sharding, Shards) and self.sharding.ranks
+        return max(self.tolerance or 0.0, merging_tolerance(dtype, merged or 0))
 
     def described(self, call: Call) -> Call:
         """Return a call with what the subject always does, where the call does not say it."""

@@ -63,7 +63,7 @@ def attention_cases(spec: AttentionSpec | Callable[..., Any]) -> SearchStrategy[
         ImportError: Hypothesis is not installed.
         TypeError: It is a block, or was captured.
 
-    Example:
+    Examples:
         >>> @given(call=attention_cases(spec))
         ... def test_attention(call):
         ...     assert_matches_reference(spec, call)

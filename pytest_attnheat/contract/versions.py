@@ -72,7 +72,7 @@ def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
     forms = [one for one in DEFECTS if _simple(one) in forward]
     for one in everything:
         if one.backward and spec.gradients:
-            if _can_act(one.name.removeprefix("backward_"), spec):
+            if _can_act(one.name, spec):
                 yield Version(one.name, one.sentence, "backward", changes=one.changes)
         elif not one.backward and one not in forms and _can_act(one.name, spec):
             known = [one, *(form for form in forms if _simple(form) == one.name)]
@@ -116,8 +116,11 @@ def _can_act(name: str, spec: AttentionSpec) -> bool:
         "scale_argument": spec.scale_argument,
         "cache": False,  # calls of what reads a cache cannot be read
         "output_buffer": False,
+        "shards": False,  # and of what is called on several ranks
         "dropout": name in ("dropout_in_eval", "dropout_not_rescaled"),
+        "backward_dropout": False,  # calls that drop weights are set aside
     }
+    name = name if name.startswith("backward_dropout") else name.removeprefix("backward_")
     about = [one for one in takes if name.startswith(one)]
     return not about or bool(takes[max(about, key=len)])
 

@@ -165,9 +165,16 @@ class HeatmapFigure(Figure):
 
     def _repr_svg_(self) -> str:
         """Show the figure in a notebook, crisp at any zoom."""
+        return self._saved("svg").decode("utf-8")
+
+    def _repr_png_(self) -> bytes:
+        """Show it where no SVG can be shown."""
+        return self._saved("png")
+
+    def _saved(self, kind: str) -> bytes:
         file = io.BytesIO()
-        self.savefig(file, format="svg")
-        return file.getvalue().decode("utf-8")
+        self.savefig(file, format=kind)
+        return file.getvalue()
 
 
 class _Bare(Axis):

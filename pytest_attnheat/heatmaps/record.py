@@ -33,6 +33,7 @@ from pytest_attnheat.attention.sketch import (
     packed,
     packed_size,
     planes,
+    rounded,
     unpacked,
 )
 from pytest_attnheat.attention.tolerance import drift_tolerance
@@ -51,6 +52,9 @@ VERSIONS = (1, 2)
 MOST_CELLS, _FEWER_CELLS = 1 << 20, 1 << 14
 # The sums of columns are kept where the sketch has at most so many rows and columns for each cell.
 _SPARE = 1 / 8
+# Where they are not, numbers are rounded by so many times what may differ, and cells by less than
+# that, to keep the file small.
+_COARSER = 4
 _LONGEST_HEADER = 1 << 20
 _MUCH = 1 << 16
 _LARGEST_FILE = 1 << 28
@@ -61,8 +65,10 @@ class Heatmaps:
     """The data of a picture, as `read_heatmaps` returns it.
 
     Attributes:
-        values: float32 (rows, columns, queries, keys), what each cell shows. Weights given in
-            float16 or bfloat16 are exact; NaN and infinity are kept.
+        values: float32 (rows, columns, queries, keys), what each cell shows; rounded by 4e-6 of
+            itself where so many weights are shown pooled that their sketch has more numbers than
+            an eighth of the cells. Weights given in float16 or bfloat16 are exact; NaN and
+            infinity are kept.
         masked: boolean, the same shape; True where a cell is masked.
         block: weights (queries, keys) that one cell stands for; their maximum is shown.
         shape: (rows, columns, queries, keys) of the weights that were given.
@@ -113,13 +119,15 @@ def encode(shown: Shown) -> str:
         "matplotlib": matplotlib.__version__,
         "freetype": ft2font.__freetype_version__,
     }
-    content = _packed(cells.values, shown.dtype) + np.packbits(cells.masked).tobytes()
+    values, sketch = cells.values, b""
     if shown.whole is not None:
-        room = _SPARE * math.prod(cells.values.shape[2:]) >= shape[2] + shape[3]
-        step = (1 if room else 4) * drift_tolerance([shown.dtype], 1, shape[3])
-        content += packed(shown.whole.sketch, step, column_sums=room)
+        room = _SPARE * math.prod(values.shape[2:]) >= shape[2] + shape[3]
+        step = (1 if room else _COARSER) * drift_tolerance([shown.dtype], 1, shape[3])
+        values = values if room else rounded(values)
+        sketch = packed(shown.whole.sketch, step, column_sums=room)
         header["sketch"] = {"step": step, "column_sums": room}
         header["masks"] = shown.whole.masks
+    content = _packed(values, shown.dtype) + np.packbits(cells.masked).tobytes() + sketch
     head = json.dumps(header, separators=(",", ":"))
     if len(head) > _LONGEST_HEADER:  # of what it would not read, it keeps a checksum
         sums = {name: _checksum(text) for name, text in header["labels"].items()}
@@ -131,7 +139,7 @@ def joined(head: str, content: bytes) -> str:
     """Return a line of JSON and some bytes as text."""
     # Of much, what repeats at once is enough: to look for more takes longer than to draw it.
     strategy = zlib.Z_RLE if len(content) > _MUCH else zlib.Z_DEFAULT_STRATEGY
-    packer = zlib.compressobj(strategy=strategy)
+    packer = zlib.compressobj(memLevel=5, strategy=strategy)
     body = packer.compress(content) + packer.flush()
     return head + "\n" + base64.b64encode(body).decode("ascii")
 

@@ -131,6 +131,8 @@ def show_heatmaps(
     if words.numbers and math.prod(maps.shape) > _MOST_NUMBERS:
         got = f"{numbers!r} for {math.prod(maps.shape)} cells"
         raise ValueError(misuse("numbers", got, f"False for more than {_MOST_NUMBERS} cells"))
+    if colorbar not in (True, False):
+        raise TypeError(misuse("colorbar", repr(colorbar), "True or False"))
     if dpi is not None and not check_number(dpi, "dpi") > 0:
         raise ValueError(misuse("dpi", repr(dpi), "a number above 0"))
     if ax is not None and not isinstance(ax, (Axes, SubFigure)):

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
+from pytest_attnheat.attention.sketch import Found, Sketch, Sketcher, exact
 from pytest_attnheat.heatmaps.maps import (
     HELD,
     Array,
@@ -31,6 +33,10 @@ from pytest_attnheat.inputs import InBoxes
 # So many elements stay in the cache of one core while several things are done with them.
 _CACHED = 9 << 15
 _SHORTEST = 4
+# The largest weights, and the smallest ones if any is below zero.
+_Ends: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
+# Of some queries, from a key on: these, and what is added to the sketch.
+_Read: TypeAlias = tuple[slice, int, _Ends, list[Found]]
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -105,18 +111,29 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
         for m in spans(columns, max(1, _CACHED // (block[0] * keys))):
             here = slice(index * columns + m.start, index * columns + m.stop)
             step = _CACHED // ((m.stop - m.start) * keys)
-            for chosen in spans(queries, step, multiple_of=block[0]) if held else _cuts(row, block):
+            cuts = spans(queries, step, multiple_of=block[0]) if held else _cuts(row, block)
+
+            def read(
+                chosen: slice, row: Any = row, m: slice = m, here: slice = here
+            ) -> _Read | None:
                 first, part = _read(row, m, chosen, block[1])
                 ends = _ends(part, block[0])
                 if ends is None:
                     return None
                 most = ends[0].max(1) if ends[1] is None and not is_tensor(part) else None
-                sketcher.add(here, chosen, part, most, first)
+                return chosen, first, ends, sketcher.numbers(here, chosen, part, most, first)
+
+            for found in _in_order(read, cuts, threads=2 if held else 1):
+                if found is None:
+                    return None
+                chosen, first, ends, numbers = found
+                for one in numbers:
+                    sketcher.take(*one)
                 cell = (
                     index,
                     m,
                     slice(chosen.start // block[0], -(-chosen.stop // block[0])),
-                    slice(first // block[1], -(-(first + part.shape[-1]) // block[1])),
+                    slice(first // block[1], -(-(first + ends[0].shape[-1]) // block[1])),
                 )
                 high = block_max(ends[0], -1, block[1])
                 low = high if ends[1] is None else block_max(ends[1], -1, block[1], least=True)
@@ -130,6 +147,17 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
     return Survey(
         cells, Cells(signed, masked, block, True), low, Whole(sketcher.sketch(), None, _held(maps))
     )
+
+
+def _in_order(
+    read: Callable[[slice], _Read | None], cuts: Iterable[slice], threads: int
+) -> Iterator[_Read | None]:
+    """Read parts, by several threads where that is faster: it waits for memory most of all."""
+    if threads == 1:
+        yield from map(read, cuts)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        yield from pool.map(read, cuts)
 
 
 def _cuts(row: Array, block: tuple[int, int]) -> list[slice]:
@@ -153,9 +181,7 @@ def _read(row: Array, maps: slice, queries: slice, width: int) -> tuple[int, Arr
     return first, exact(row[maps, queries, first:last])
 
 
-def _ends(
-    part: npt.NDArray[Any], size: int
-) -> tuple[npt.NDArray[Any], npt.NDArray[Any] | None] | None:
+def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
     """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one.
 
     The second is None where no weight is below zero. Nothing is returned of weights that are not

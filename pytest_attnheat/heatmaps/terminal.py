@@ -82,7 +82,7 @@ def format_heatmap(
             not broadcast, a limit below 1, a scale that does not rise, or a number
             of notes that is not the number of rows.
 
-    Example:
+    Examples:
         >>> print(format_heatmap(torch.eye(3)))
         keys 0..2
           q0  █▁▁  1.000

@@ -6,8 +6,8 @@ standard library and pytest, and nothing else.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,13 +44,24 @@ def pytest_configure(config: pytest.Config) -> None:
         from pytest_attnheat.plugin import grading
 
         config.pluginmanager.register(grading.Grading(config), grading.NAME)
-    if config.getoption("attn_json") and not hasattr(config, "workerinput"):
+    file = config.stash[settings.SETTINGS].json
+    if file and not hasattr(config, "workerinput"):
         from pytest_attnheat.plugin.summary import JsonFile
 
-        path = Path(config.invocation_params.dir, config.getoption("attn_json"))
+        path = settings.path_of(config, "attn_json", file)
         config.pluginmanager.register(JsonFile(path), "attnheat_json")
     if config.getoption("attn_check") and config.args_source is not config.ArgsSource.ARGS:
         config.args = []  # nothing but the examination was asked for
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Say what is wrong with `--attn-check` where workers collect, which cannot say it."""
+    config = session.config
+    shared_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
+    for target in settings.targets_of(config) if shared_out else ():
+        from pytest_attnheat.plugin import examination
+
+        examination.load(config, target)
 
 
 def pytest_collection(session: pytest.Session) -> None:
@@ -82,7 +93,7 @@ def pytest_collection_modifyitems(
 ) -> None:
     """Give each marked test its baseline, and add the checks of `--attn-check`."""
     pictures.find_baselines(config, items)
-    for target in config.getoption("attn_check"):
+    for target in settings.targets_of(config):
         from pytest_attnheat.plugin import examination
 
         items.extend(examination.examine(session, target))
@@ -91,6 +102,10 @@ def pytest_collection_modifyitems(
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
     """Make fixtures in the style of a compared test: they may make its figure."""
+    if "torch" in sys.modules:
+        from pytest_attnheat.plugin import memory
+
+        memory.start(item)
     with pictures.style_of(item):
         return (yield)
 
@@ -110,6 +125,10 @@ def pytest_runtest_makereport(
     report = yield
     if item.config.stash.get(settings.GRADING, False):
         return report
+    if call.excinfo is not None and "torch" in sys.modules:
+        from pytest_attnheat.plugin import memory
+
+        memory.explain(item, call, report)
     pictures.leave_heatmap(item, call, report)
     summary.attach_outcomes(item, call, report)
     if item.get_closest_marker(settings.CHECKS_MARKER) is not None:

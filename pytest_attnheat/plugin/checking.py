@@ -18,6 +18,7 @@ from pytest_attnheat.plugin.settings import (
     chosen_devices,
     device_of_test,
     end_processes,
+    switched,
 )
 from pytest_attnheat.plugin.summary import DIAGNOSIS_DRAWN
 
@@ -102,11 +103,23 @@ class CheckCall:
         examination = replace(self._examination, device=device)
         self.result = result = self._examined.run(self._check, examination, self._expected)
         if result.status == "skipped":
+            self._refuse_what_is_undeclared()
             pytest.skip(result.message)
         if result.status == "xfailed":
             pytest.xfail(result.message)
         if result.status == "failed":
             raise self._failure(examination)
+
+    def _refuse_what_is_undeclared(self) -> None:
+        """Fail a check that was skipped, if that is asked for and the declaration is why."""
+        __tracebackhide__ = True
+        examined = self._examined
+        if switched(examined.config, "attn_check_strict") and self.result.message in (
+            *examined.told["undeclared"],
+            self._examination.spec.unmet,
+        ):
+            self.result = replace(self.result, status="failed")
+            pytest.fail(f"{self.result.message} (--attn-check-strict)", pytrace=False)
 
     def _failure(self, examination: Examination) -> FailedCheckError:
         """The error: what does not hold, the diagnosis, and the check's own message."""
@@ -175,11 +188,16 @@ class _Examined:
         self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check] | None
     ) -> None:
         from pytest_attnheat.contract.declarations import hints_of
+        from pytest_attnheat.contract.needs import all_undeclared
         from pytest_attnheat.contract.running import spec_data
 
         self.config, self.spec, self.checks = config, spec, checks
-        self.told: dict[str, Any] = {"subject": spec.name, "hints": list(hints_of(spec))}
-        if config.getoption("attn_json"):
+        self.told: dict[str, Any] = {
+            "subject": spec.name,
+            "hints": list(hints_of(spec)),
+            "undeclared": all_undeclared(spec),
+        }
+        if config.stash[SETTINGS].json:
             self.told["spec"] = spec_data(spec)
 
     def run(self, check: Check, examination: Examination, expected: str | None) -> Result:
@@ -196,7 +214,7 @@ class _Examined:
         from pytest_attnheat.contract.isolated import isolated
 
         end_processes(self.config)
-        wanted = self.config.getoption("attn_isolate") or None
+        wanted = switched(self.config, "attn_isolate") or None
         limit = self.config.stash[SETTINGS].time_limit
         try:
             worker, hint = isolated(self.spec, self.checks or (), wanted, limit)

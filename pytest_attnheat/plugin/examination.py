@@ -14,7 +14,7 @@ import pytest
 
 from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.checking import CheckCall, FailedCheckError, calls_of
-from pytest_attnheat.plugin.settings import CHECKS_MARKER
+from pytest_attnheat.plugin.settings import CHECKS_MARKER, switched
 from pytest_attnheat.plugin.summary import VERDICT
 
 if TYPE_CHECKING:
@@ -127,11 +127,11 @@ def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
 def examine(session: pytest.Session, target: str) -> list[pytest.Item]:
     """Make the checks of what `--attn-check` names."""
     config = session.config
-    quick = config.getoption("attn_check_quick")
+    quick = switched(config, "attn_check_quick")
     target_node = CheckTarget.from_parent(session, name=target, nodeid=target)
     return [
         CheckItem.from_parent(target_node, name=call.name, check=call, place=_place(target, spec))
-        for spec in _told_apart(_load(config, target))
+        for spec in _told_apart(load(config, target))
         for call in calls_of(config, spec, {}, None, quick=quick)
     ]
 
@@ -234,7 +234,7 @@ def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
     return found
 
 
-def _load(config: pytest.Config, target: str) -> list[AttentionSpec]:
+def load(config: pytest.Config, target: str) -> list[AttentionSpec]:
     """Import what `--attn-check` names."""
     from pytest_attnheat.contract.ready import as_spec
 

@@ -15,7 +15,7 @@ import pytest
 
 from pytest_attnheat.inputs import dtype_name, misuse
 from pytest_attnheat.plugin import regressions
-from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test
+from pytest_attnheat.plugin.settings import SETTINGS, chosen_devices, device_of_test, skip_absent
 
 if TYPE_CHECKING:
     import torch
@@ -161,8 +161,40 @@ def attention_regression(
         yield regression
 
 
+@pytest.fixture
+def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """Runs a function on several ranks: `ranks(4, body, *arguments)`, a process for each.
+
+    `torch.distributed` is ready there. It returns what each rank returned, and raises what one
+    raised first; a rank that dies ends all, and so does one that takes longer than `time_limit=`
+    seconds, by default `--attn-time-limit`. On a CPU they talk by gloo; `device="cuda"` gives each
+    a GPU, and nccl, and skips the test where there are not as many.
+    """
+
+    def run(count: int, body: Callable[..., Any], *arguments: Any, **options: Any) -> list[Any]:
+        __tracebackhide__ = True
+        from pytest_attnheat.contract.ranks import AbsentError, on_ranks
+
+        options = {"time_limit": request.config.stash[SETTINGS].time_limit, **options}
+        try:
+            return on_ranks(count, body, *arguments, **options)
+        except AbsentError as absent:
+            skip_absent(request.config, str(absent))
+
+    return run
+
+
 def _marked(node: pytest.Item) -> dict[str, Any]:
-    """Merge the `attention` markers of a test; the nearest one wins, keyword by keyword."""
+    """Merge the `attention` markers of a test; the nearest one wins, keyword by keyword.
+
+    Not their devices: these are where a case is made, and no part of it.
+    """
+    merged = _all_marked(node)
+    merged.pop("devices", None)
+    return merged
+
+
+def _all_marked(node: pytest.Item) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     for marker in reversed(list(node.iter_markers("attention"))):
         merged.update(marker.kwargs)
@@ -243,7 +275,9 @@ def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
     ]
     return {
         "scoring_function": cases.several(marked.get("scoring", known)),
-        "attn_device": chosen_devices(metafunc.config),
+        "attn_device": chosen_devices(
+            metafunc.config, _all_marked(metafunc.definition).get("devices")
+        ),
         "attn_dtype": [dtype_name(dtype) for dtype in dict.fromkeys(dtypes)],
     }
 

@@ -58,8 +58,8 @@ class Graded:
     def as_data(self) -> Found:
         """Return all of it, for `--attn-json`."""
         grade = {} if self.grade is None else self.grade.as_dict()
-        told = {name: self.found.get(name, []) for name in ("tests", "left_out", "where", "kept",
-                                                             "unjudged")}  # fmt: skip
+        names = ("tests", "left_out", "where", "kept", "unjudged")
+        told = {name: self.found.get(name, []) for name in names}
         return {"target": self.target, "error": self.error, **grade, **told}
 
 
@@ -73,6 +73,12 @@ def notes_of(every: Sequence[Found]) -> Iterator[tuple[str, str]]:
         yield "WARNING", f"not replaced in {one}: what is called there is the right one"
     if tests:
         yield "tests", f"{len(tests)} call it and pass; {found['others']} do not call it"
+    killers = {_test_of(one, tests) for share in every for one in share["verdicts"]}
+    if idle := [name for name in tests if name not in killers]:
+        listed = ", ".join(idle[:_MOST_LINES]) + f" and {len(idle) - _MOST_LINES} more" * (
+            len(idle) > _MOST_LINES
+        )
+        yield "idle", f"these killed nothing that a test before them had not killed: {listed}"
     unjudged = [one for share in every for one in share["unjudged"]]
     for title, some in (("left out", found["left_out"]), ("not judged", unjudged)):
         for name, why in some[:_MOST_LINES]:
@@ -81,6 +87,12 @@ def notes_of(every: Sequence[Found]) -> Iterator[tuple[str, str]]:
             yield title, f"... and {len(some) - _MOST_LINES} more"
     if len({json.dumps(one.get("tests")) for one in every}) > 1:
         yield "WARNING", "workers do not agree on which tests call it and pass"
+
+
+def _test_of(verdict: Found, tests: Sequence[str]) -> str:
+    """The test that killed a version, "" if none did."""
+    fits = [name for name in tests if verdict["said"].startswith(f"{name}: ")]
+    return max(fits, key=len, default="")
 
 
 def _short(text: str) -> Iterator[str]:

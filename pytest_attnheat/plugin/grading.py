@@ -12,7 +12,8 @@ import json
 import sys
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import asdict
+from contextlib import nullcontext
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,19 +22,11 @@ from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.grades import Found, Graded, notes_of
 from pytest_attnheat.plugin.replacing import Target, find_target
 from pytest_attnheat.plugin.rerunning import outcomes, quiet, tear_down
-from pytest_attnheat.plugin.settings import (
-    CHECKS_MARKER,
-    GRADE_MARKER,
-    MARKED,
-    SETTINGS,
-    Settings,
-    split,
-)
+from pytest_attnheat.plugin.settings import CHECKS_MARKER, GRADE_MARKER, MARKED, SETTINGS, Settings
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.effects import Effect
-    from pytest_attnheat.contract.grading import Study
-    from pytest_attnheat.contract.planting import Planted
+    from pytest_attnheat.contract.grading import AnyPlanted, Study
 
 NAME = "attnheat_grading"
 _HANDED_ON, _SHARE = "attnheat_grading", "attnheat_share"
@@ -56,8 +49,9 @@ class Grading:
         # The fixtures that call the target, and which of their calls are not understood.
         self._watched: Effect | None = None
         self._calling: dict[str, list[str]] = {}
+        given = {"attn_update": self.settings.update or None}
         for option in ("attn_update", "mpl_generate_path", "mpl_generate_hash_library"):
-            if getattr(config.option, option, None) is not None:
+            if given.get(option, getattr(config.option, option, None)) is not None:
                 other = "--" + option.replace("_", "-")
                 raise pytest.UsageError(f"{other}: wrong versions would be written; accepted is "
                                         "a run of its own, without --attn-grade")  # fmt: skip
@@ -79,7 +73,7 @@ class Grading:
                 target = find_target(self.config, text)
                 study = self._study(target)
                 if study.unfit:
-                    raise pytest.UsageError(f"--attn-grade {text}: {study.unfit[0]}{_hint(target)}")
+                    raise pytest.UsageError(f"--attn-grade {text}: {study.unfit[0]}")
         except pytest.UsageError as error:
             if not self._is_worker:
                 raise
@@ -98,12 +92,17 @@ class Grading:
     def _study(self, target: Target) -> Study:
         from pytest_attnheat.contract.grading import Study
 
-        names = self.config.getoption("attn_grade_defects")
         try:
-            defects = None if names is None else split(names)
-            return Study(target.spec, defects=defects, seed=self.settings.seed)
-        except ValueError as error:
-            raise pytest.UsageError(f"--attn-grade-defects: {error}") from None
+            return Study(
+                target.right,
+                defects=self.settings.grade_defects,
+                seed=self.settings.seed,
+                inside=target.inside,
+            )
+        except (TypeError, ValueError) as error:
+            of_defects = str(error).startswith("defects")
+            option = "--attn-grade-defects" if of_defects else f"--attn-grade {target.text}"
+            raise pytest.UsageError(f"{option}: {error}") from error
 
     # -- running
 
@@ -131,17 +130,25 @@ class Grading:
     def _judge_all(self, session: pytest.Session) -> list[Found]:
         if self._error:
             return [{"target": ", ".join(self.settings.grade), "error": self._error}]
+        from pytest_attnheat.contract.probing import one_thread
+
         found = []
         for text in self._targets(session.items):
             target = find_target(self.config, text)
             # However the tests are ordered, they run as they are written here.
             items = sorted(_chosen(session.items, text), key=_place)
-            with quiet(session):
-                found.append({"target": text, **self._judge(session, target, items)})
+            # Workers would take one another's cores.
+            with quiet(session), one_thread() if self._is_worker else nullcontext():
+                own = self._judge(session, target, items)
+                if own["is_empty"] and _is_a_function(target):
+                    own = self._judge(session, replace(target, inside=False), items)
+                found.append({"target": text, **own})
         return found
 
     def _judge(self, session: pytest.Session, target: Target, items: list[pytest.Item]) -> Found:
         """Run tests with the right one, and with a share of the wrong versions."""
+        from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE
+
         index, count = getattr(self.config, "workerinput", {}).get(_SHARE, (0, 1))
         first, study = self._study(target), self._study(target)
         # Before anything is replaced: they look for what they call.
@@ -151,13 +158,15 @@ class Grading:
         with target.replaced(session.items) as where:
             found["where"] = where
             items = self._callers(session, target, first.watched, items, found)
+            found |= {"inside": first.inside, "is_empty": NOTHING_INSIDE in found["refused"]}
             if not items:
                 return found
             limit = self._control(session, target, study.watched, items, found)
             if not items:
                 return found
             effect = study.watched.effect
-            found |= {"calls": effect.calls, "seen": sorted(effect.seen),
+            found |= {"calls": effect.calls, "set_aside": effect.set_aside,
+                      "seen": sorted(effect.seen),
                       "tests": [item.nodeid for item in items]}  # fmt: skip
             for number, one in enumerate(planted):
                 self._say(target.text, number, len(planted))
@@ -166,8 +175,8 @@ class Grading:
         return found
 
     def _callers(
-        self, session: pytest.Session, target: Target, watched: Planted, items: list[pytest.Item],
-        found: Found,
+        self, session: pytest.Session, target: Target, watched: AnyPlanted,
+        items: list[pytest.Item], found: Found,
     ) -> list[pytest.Item]:  # fmt: skip
         """Return the tests that pass with the right one and call it; say of others why not."""
         self._watched, self._calling = watched.effect, {}
@@ -178,10 +187,11 @@ class Grading:
             watched.effect.calls = 0
             for item, outcome in outcomes(session, items, self.settings.seed):
                 fixtures = [name for name in _fixtures(item) if name in self._calling]
-                refused = [*watched.effect.refused]
+                refused = [*watched.effect.unfit]
                 refused += [reason for name in fixtures for reason in self._calling[name]]
                 called = watched.effect.calls > 0 or bool(fixtures)
                 watched.effect.calls = 0
+                watched.effect.set_aside.clear()
                 watched.effect.refused.clear()
                 if outcome.status != "passed" and called:
                     why = f"{outcome.status} with the right one: {outcome.said}"
@@ -199,8 +209,8 @@ class Grading:
         return callers
 
     def _control(
-        self, session: pytest.Session, target: Target, watched: Planted, items: list[pytest.Item],
-        found: Found,
+        self, session: pytest.Session, target: Target, watched: AnyPlanted,
+        items: list[pytest.Item], found: Found,
     ) -> float:  # fmt: skip
         """Run the right one as wrong versions will be run; return their time limit in seconds."""
         target.stand_in.version = watched
@@ -216,7 +226,7 @@ class Grading:
         return self.settings.time_limit + _TIMES * (time.monotonic() - start)
 
     def _rejected(
-        self, session: pytest.Session, target: Target, planted: Planted,
+        self, session: pytest.Session, target: Target, planted: AnyPlanted,
         items: Sequence[pytest.Item], limit: float,
     ) -> str | None:  # fmt: skip
         """Return which test fails with a version, and how; None if none does."""
@@ -238,7 +248,7 @@ class Grading:
             target.stand_in.version = None
         return None
 
-    def _note(self, study: Study, planted: Planted, rejected: str | None, found: Found) -> None:
+    def _note(self, study: Study, planted: AnyPlanted, rejected: str | None, found: Found) -> None:
         verdict = study.verdict(planted, rejected)
         if planted.effect.refused and verdict.status != "killed":
             found["unjudged"].append([verdict.name, next(iter(planted.effect.refused))])
@@ -260,12 +270,14 @@ class Grading:
                 self._calling.setdefault(fixturedef.argname, []).extend(refused)
 
     def _say(self, text: str, number: int, count: int) -> None:
+        if number % max(1, -(-count // _PROGRESS)) == 0:
+            self._write(f"{text}, version {number + 1} of {count}")
+
+    def _write(self, text: str) -> None:
         reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
-        often = max(1, -(-count // _PROGRESS))
-        if reporter is not None and number % often == 0 and self.config.option.verbose >= 0:
-            if number == 0:
-                reporter.ensure_newline()
-            reporter.write_line(f"attention grade: {text}, version {number + 1} of {count}")
+        if reporter is not None and self.config.option.verbose >= 0:
+            reporter.ensure_newline()
+            reporter.write_line(f"attention grade: {text}")
 
     # -- workers
 
@@ -287,19 +299,14 @@ class Grading:
         found, path = json.loads(text)
         sys.path += [folder for folder in path if folder not in sys.path]
         self._handed.append(found)
-        for one in found if self.config.option.verbose >= 0 else ():
-            reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
-            count = len(one.get("verdicts", ()))
-            reporter.ensure_newline()
-            reporter.write_line(
-                f"attention grade: {one['target']}, {count} of {one.get('versions', 0)} versions "
-                f"judged by {node.gateway.id}"
-            )
 
     def _gather(self, text: str, every: Sequence[Found]) -> Graded:
         """Make a grade of what all workers found."""
         from pytest_attnheat.contract.grading import Grade, Verdict
 
+        if sum(len(share.get("verdicts", ())) for share in every):
+            workers = f", judged by {len(every)} workers" if len(every) > 1 else ""
+            self._write(f"{text}{workers}; what would tell more apart is looked for")
         errors = [found["error"] for found in every if "error" in found]
         if errors:
             return Graded(text, error=errors[0])
@@ -308,7 +315,8 @@ class Grading:
         unjudged = [one for share in every for one in share["unjudged"]]
         verdicts = [Verdict(**one) for share in every for one in share["verdicts"]]
         found = found | {"unjudged": unjudged}
-        study = self._study(find_target(self.config, text))
+        target = replace(find_target(self.config, text), inside=found["inside"])
+        study = self._study(target)
         if not found.get("tests"):
             if found["refused"]:
                 refused = tuple(dict.fromkeys(found["refused"]))
@@ -320,6 +328,7 @@ class Grading:
             why = f"{lost} of {len(study.versions)} versions were not judged: a worker was lost"
             return Graded(text, None, why, notes, found)
         study.watched.effect.calls = found["calls"]
+        study.watched.effect.set_aside.update(found["set_aside"])
         study.watched.effect.seen = set(found["seen"])
         return Graded(text, study.grade(verdicts), "", notes, found)
 
@@ -354,10 +363,11 @@ class Grading:
             postfix.append(f"<h2>Attention grade</h2><pre>{html.escape(text)}</pre>")
 
 
-def _hint(target: Target) -> str:
-    if not target.spec.is_block:
-        return ""
-    return "; name the function that it calls, as torch.nn.functional:scaled_dot_product_attention"
+def _is_a_function(target: Target) -> bool:
+    """Whether calls of a target may be read as those of a function of query, key and value."""
+    from pytest_attnheat.contract.grading import may_be_a_function
+
+    return target.inside is not False and may_be_a_function(target.right)
 
 
 def _marked(item: pytest.Item) -> str | None:

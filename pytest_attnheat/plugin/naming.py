@@ -98,9 +98,9 @@ def default_folder(item: pytest.Item) -> Path:
     return Path("baseline_images")
 
 
-def stem_of(item: pytest.Item, *, parameters: bool = True) -> str:
-    """Name a test by its module, class, function and parameters other than the device."""
-    parts = parts_for_all_devices(item)
+def stem_of(item: pytest.Item, *, parameters: bool = True, device: bool = False) -> str:
+    """Name a test by its module, class, function and parameters, also the device if asked."""
+    parts = parts_of(item) if device else parts_for_all_devices(item)
     parts = parts if parameters else parts[:2]
     names = [part for part in parts[0].removesuffix(".py").split("/") if part not in _ANYWHERE]
     return safe_name("-".join([".".join([*names, *parts[1].split("::")]), *parts[2:]]))
@@ -110,17 +110,23 @@ def stem_of(item: pytest.Item, *, parameters: bool = True) -> str:
 _ANYWHERE = ("", ".", "tests", "test")
 
 
-def parts_for_all_devices(item: pytest.Item) -> tuple[str, ...]:
-    """Return file, name and parameters of a test, without the device."""
+def parts_of(item: pytest.Item) -> tuple[str, ...]:
+    """Return file, name and parameters of a test."""
     file, _, rest = item.nodeid.partition("::")
     callspec = getattr(item, "callspec", None)
     if callspec is None:
         return file, rest
-    parameters = callspec.id.split("-")
-    device = str(callspec.params.get("attn_device", ""))
-    if device in parameters:
-        parameters.remove(device)
-    return file, rest.partition("[")[0], *parameters
+    return file, rest.partition("[")[0], *callspec.id.split("-")
+
+
+def parts_for_all_devices(item: pytest.Item) -> tuple[str, ...]:
+    """Return file, name and parameters of a test, without the device."""
+    parts = list(parts_of(item))
+    given = getattr(getattr(item, "callspec", None), "params", {})
+    device = str(given.get("attn_device", ""))
+    if device in parts[2:]:
+        del parts[parts.index(device, 2)]
+    return tuple(parts)
 
 
 def safe_name(name: str) -> str:

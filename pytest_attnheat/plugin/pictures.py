@@ -11,7 +11,7 @@ import inspect
 import sys
 import tempfile
 from collections.abc import Callable, Generator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,7 +25,8 @@ from pytest_attnheat.plugin.naming import (
     safe_name,
     stem_of,
 )
-from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, shown
+from pytest_attnheat.plugin.settings import SETTINGS, path_of
+from pytest_attnheat.plugin.summary import OUTCOMES, USED, Outcome, add_to_html, quoted, shown
 
 if TYPE_CHECKING:
     from pytest_attnheat.baselines.judging import Verdict
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
 # What makes pytest-mpl's own comparison, made for its reports, agree with the verdict.
 _MPL_PASSES, _MPL_FAILS = 256.0, -1.0
 
+# The picture of an assertion.
+_ROWS = "rows.png"
 # A string says why the test cannot be compared.
 EXPECTED = pytest.StashKey["Expected | str"]()
 # Baselines that tests of this run wrote.
@@ -150,6 +153,8 @@ def leave_heatmap(
     item: pytest.Item, call: pytest.CallInfo[None], report: pytest.TestReport
 ) -> None:
     """Leave the picture of a failure that can draw one, and say where."""
+    if call.when == "call" and report.passed and _artifacts(item.config).is_dir():
+        _clear(_left_in(item), _ROWS)
     if not report.failed or call.excinfo is None:
         return
     from pytest_attnheat.failure import Failure
@@ -159,9 +164,11 @@ def leave_heatmap(
         return
     from pytest_attnheat.baselines import judging
 
-    path = _artifacts(item.config) / safe_name(item.nodeid.replace("::", ".")) / "rows.png"
+    path = _left_in(item) / _ROWS
     try:
-        judging.save(error.draw(), path)
+        drawn = error.draw()
+        _make_artifacts(item.config)
+        judging.save(drawn, path)
     except Exception as reason:  # the message must not be lost with its picture
         said = str(reason) or type(reason).__name__
         report.sections.append((error.drawn, f"not drawn: {said}"))
@@ -276,9 +283,13 @@ def compare(
             _note(item, expected, verdict, "written")
             return None
         kept: dict[str, Path] = {}
-        if not verdict.passed:
+        folder = _left_in(item, expected)
+        if verdict.passed:
+            _clear(folder, "expected.*", "actual.*", "difference.*")
+        else:
             try:
-                kept = judging.keep(verdict, _artifacts(item.config) / expected.path.stem)
+                _make_artifacts(item.config)
+                kept = judging.keep(verdict, folder)
             except OSError as error:
                 unkept = f"pictures        not written: {error}"
     _note(item, expected, verdict, verdict.status, kept)
@@ -288,19 +299,42 @@ def compare(
 
 
 def _is_to_write(item: pytest.Item, expected: Expected, verdict: Verdict) -> bool:
-    update = item.config.getoption("--attn-update")
+    update = item.config.stash[SETTINGS].update
     # What another test wrote in this run is shared, and must be what this one draws.
-    if update is None or verdict.status == "equal" or expected.path in item.config.stash[_WRITTEN]:
+    if not update or verdict.status == "equal" or expected.path in item.config.stash[_WRITTEN]:
         return False
     statuses = {"missing": ("missing",), "changed": ("missing", "data", "panels", "pixels")}
     return update == "all" or verdict.status in statuses[update]
 
 
+def _left_in(item: pytest.Item, expected: Expected | None = None) -> Path:
+    """The folder of what a test leaves when it fails, or one of its comparisons."""
+    name = stem_of(item, device=True)
+    if expected is not None:  # what is named after the test is not named twice
+        usual, stem = stem_of(item), expected.path.stem
+        name += stem.removeprefix(usual) if stem.startswith(usual) else f".{stem}"
+    return _artifacts(item.config) / name
+
+
+def _make_artifacts(config: pytest.Config) -> None:
+    """Make the folder of all that is left, which no version control shall see."""
+    root = _artifacts(config)
+    if not root.exists():
+        root.mkdir(parents=True)
+        (root / ".gitignore").write_text("*\n", "ascii")
+
+
+def _clear(folder: Path, *patterns: str) -> None:
+    """Remove what a test that passes now left when it failed."""
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        path.unlink(missing_ok=True)
+    with suppress(OSError):  # it may be absent, or have files of others
+        folder.rmdir()
+
+
 def _artifacts(config: pytest.Config) -> Path:
-    given = config.getoption("--attn-artifacts")
-    if given is not None:
-        return Path(config.invocation_params.dir, given)
-    return Path(config.rootpath, config.getini("attn_artifacts"))
+    name = "attn_artifacts"
+    return path_of(config, name, config.getoption(name) or config.getini(name))
 
 
 def _message(
@@ -316,7 +350,7 @@ def _message(
     verb = "to keep it" if verdict.status == "missing" else "to accept it"
     lines = [what, *verdict.details]
     lines += [unkept] if unkept else [f"{name:<15} {path}" for name, path in kept.items()]
-    lines.append(f"{verb:<15} pytest --attn-update={update} '{_argument(item)}'")
+    lines.append(f"{verb:<15} pytest --attn-update={update} {quoted(_argument(item))}")
     return "\n  ".join(lines)
 
 

@@ -68,6 +68,7 @@ class StandIn:
         signature = inspect.signature(self.original)
         parameters = list(signature.parameters.values())[1:]
         rest.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        rest.of_object = lambda: self._at_work.objects[0]  # type: ignore[attr-defined]
         return rest
 
 
@@ -77,17 +78,19 @@ class Target:
 
     Attributes:
         text: How it was named.
-        spec: How its calls are read; those of a method, without the object.
+        right: What is graded, or its specification; a method, without the object.
         stand_in: What is put in its place.
         place: The object and the attribute that are set; None where all modules are searched.
         wrap: What an attribute of a class is wrapped in.
+        inside: Whether its attention is looked for inside, see `contract.grading.Study`.
     """
 
     text: str
-    spec: AttentionSpec
+    right: AttentionSpec | Callable[..., Any]
     stand_in: StandIn
     place: tuple[Any, str] | None = None
     wrap: Callable[[Any], Any] | None = None
+    inside: bool | None = None
 
     @contextmanager
     def replaced(self, items: Sequence[pytest.Item]) -> Iterator[list[str]]:
@@ -134,7 +137,6 @@ def find_target(config: pytest.Config, text: str) -> Target:
     """
     from torch import nn
 
-    from pytest_attnheat.contract.ready import as_spec
     from pytest_attnheat.contract.spec import AttentionSpec
 
     *_, owner, found = imported(config, "--attn-grade", text)
@@ -148,25 +150,26 @@ def find_target(config: pytest.Config, text: str) -> Target:
     try:
         if isinstance(owner, type) and not isinstance(found, AttentionSpec):
             return _of_class(text, owner, name)
-        spec = as_spec(found)
         if isinstance(subject, nn.Module):
-            return Target(text, spec, StandIn(subject.forward), (subject, "forward"))
+            return Target(text, found, StandIn(subject.forward), (subject, "forward"))
         of_object = not isinstance(owner, ModuleType) and subject is found
-        return Target(text, spec, StandIn(subject), (owner, name) if of_object else None)
+        return Target(text, found, StandIn(subject), (owner, name) if of_object else None)
     except (TypeError, ValueError) as error:
         raise pytest.UsageError(f"--attn-grade {text}: {error}") from error
 
 
 def _of_class(text: str, owner: type, name: str) -> Target:
     """A method, of a class and not of an object."""
-    from pytest_attnheat.contract.ready import as_spec
+    from torch import nn
 
     plain = inspect.getattr_static(owner, name)
     function = getattr(plain, "__func__", plain)
     wrap = type(plain) if isinstance(plain, staticmethod | classmethod) else None
     stand_in = StandIn(function, is_method=wrap is not staticmethod)
     right = stand_in.on_its_object() if stand_in.is_method else function
-    return Target(text, as_spec(right), stand_in, (owner, name), wrap)
+    # What objects of the class hold is known when they are called.
+    inside = True if issubclass(owner, nn.Module) and name == "forward" else None
+    return Target(text, right, stand_in, (owner, name), wrap, inside)
 
 
 # -- where it is ------------------------------------------------------------------------------

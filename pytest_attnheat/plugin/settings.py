@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar
 
 import pytest
 
 from pytest_attnheat.attention import devices
-from pytest_attnheat.inputs import DTYPE_NAMES, misuse
+from pytest_attnheat.inputs import DTYPE_NAMES, misuse, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,8 @@ _SEED = "a whole number from 0"
 
 CHECKS_MARKER = "attention_checks"
 GRADE_MARKER = "attention_grade"
+# What `--attn-update` takes.
+_UPDATES = ("missing", "changed", "all")
 # What `--attn-grade` takes in place of a target: none, and those that markers name.
 NO_TARGET, MARKED = "nothing", "marked"
 MARKERS = (
@@ -33,8 +36,9 @@ MARKERS = (
     "causal=, alignment=, window=, chunk=, prefix=, sink_keys=, documents=, lengths=, "
     "query_lengths=, may_see=, "
     "scale=, softcap=, alibi=, score_mod=, sinks=, bias=, fully_masked=, kind=, dtype=, "
-    "seed=): what the attention fixtures of pytest-attnheat make for this test. scoring and "
-    "dtype also take lists, which parametrise the test; what is not "
+    "seed=, devices=): what the attention fixtures of pytest-attnheat make for this test, and the "
+    "devices that it runs on, as --attn-device names them. scoring, dtype and "
+    "devices also take lists, which parametrise the test; what is not "
     "given comes from the marker of the class or module, then from the defaults of "
     "pytest_attnheat.make_attention.",
     f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "
@@ -65,6 +69,9 @@ class Settings(NamedTuple):
         time_limit: How long one call of an isolated implementation may take, in seconds.
         grade: The implementations by whose wrong versions tests are graded, as they are named.
         grade_min: The part of active defects that tests must find.
+        grade_defects: The defects that are planted, by name; None for all.
+        update: Which baselines are written; empty for none.
+        json: Where what was found is written; empty for nowhere.
     """
 
     devices: tuple[str, ...]
@@ -74,6 +81,9 @@ class Settings(NamedTuple):
     time_limit: float
     grade: tuple[str, ...]
     grade_min: float
+    grade_defects: tuple[str, ...] | None
+    update: str
+    json: str
 
 
 SETTINGS = pytest.StashKey[Settings]()
@@ -89,7 +99,7 @@ def add_options(parser: pytest.Parser) -> None:
 
     def option_and_ini(name: str, default: str, metavar: str, text: str, more: str = "") -> None:
         option = "--" + name.replace("_", "-")
-        more += f". Default: the ini setting {name}, or {default}"
+        more += f". Default: the ini setting {name}, or {default or 'nothing'}"
         group.addoption(option, metavar=metavar, help=text + more)
         parser.addini(name, text, default=default)
 
@@ -101,29 +111,43 @@ def add_options(parser: pytest.Parser) -> None:
         f": {_DEVICES}. auto: the CPU and the accelerator present; all: the CPU and every GPU. "
         "Under xdist, plain cuda is shared out by worker",
     )
-    required = "fail a test whose named device is absent, instead of skipping it"
-    group.addoption(
-        "--attn-require-device",
-        action="store_true",
-        help=f"{required}. Default: the ini setting attn_require_device, or no",
+
+    def switch(name: str, text: str) -> None:
+        option = "--" + name.replace("_", "-")
+        # None tells that it is not given.
+        group.addoption(
+            option,
+            action="store_true",
+            default=None,
+            help=f"{text}. Default: the ini setting {name}, or no",
+        )
+        parser.addini(name, text, type="bool", default=False)
+
+    switch(
+        "attn_require_device", "fail a test whose named device is absent, instead of skipping it"
     )
-    parser.addini("attn_require_device", required, type="bool", default=False)
     option_and_ini("attn_dtype", "float32", "DTYPES", "dtypes of attention tensors", f": {_DTYPES}")
     option_and_ini(
         "attn_seed", "0", "SEED", "seed of attention tensors and parameters", f": {_SEED}"
+    )
+    examined = (
+        "examine an implementation of attention, with no test file: an AttentionSpec, a callable, "
+        "or a list of them, as package.module:object"
     )
     group.addoption(
         "--attn-check",
         action="append",
         metavar="MODULE:OBJECT",
         default=[],
-        help="examine an implementation of attention, with no test file: an AttentionSpec, a "
-        "callable, or a list of them, as package.module:object. May be given several times",
+        help=f"{examined}. May be given several times; those of the ini setting attn_check, one a "
+        "line, are examined beside the tests of every run",
     )
-    group.addoption(
-        "--attn-check-quick",
-        action="store_true",
-        help="make fewer checks, in the first dtype alone",
+    parser.addini("attn_check", examined, type="linelist", default=[])
+    switch("attn_check_quick", "make fewer checks, in the first dtype alone")
+    switch(
+        "attn_check_strict",
+        "fail checks that are skipped because a parameter that sounds like a mask, causality or "
+        "another feature is not declared, or because nothing could be called",
     )
     group.addoption(
         "--attn-replay",
@@ -131,11 +155,10 @@ def add_options(parser: pytest.Parser) -> None:
         help="in place of all checks of an examination, judge one call, as a failure printed it: "
         '"sizes=1x2 causal=True dtype=float32"',
     )
-    group.addoption(
-        "--attn-isolate",
-        action="store_true",
-        help="call each examined implementation in a process of its own, so that a crash or a hang "
-        "of it is a failure. What is compiled is isolated anyway, where it can be",
+    switch(
+        "attn_isolate",
+        "call each examined implementation in a process of its own, so that a crash or a hang of "
+        "it is a failure. What is compiled is isolated anyway, where it can be",
     )
     option_and_ini(
         "attn_time_limit",
@@ -160,28 +183,27 @@ def add_options(parser: pytest.Parser) -> None:
         "fail a run whose tests find a smaller part of the active defects",
         ", from 0 to 1",
     )
-    group.addoption(
-        "--attn-grade-defects",
-        metavar="NAMES",
-        help="plant these defects alone, separated by commas, see docs/defects.md",
+    option_and_ini(
+        "attn_grade_defects",
+        "",
+        "NAMES",
+        "plant these defects alone, separated by commas, see docs/defects.md",
     )
-    group.addoption(
-        "--attn-json",
-        metavar="FILE",
-        help="write what the examination and --attn-grade found as JSON, for programs",
+    option_and_ini(
+        "attn_json",
+        "",
+        "FILE",
+        "write what the examination and --attn-grade found as JSON, for programs",
     )
-    group.addoption(
-        "--attn-update",
-        choices=("missing", "changed", "all"),
-        help="write baselines of heatmap_compare tests. missing: those there are none of; "
+    option_and_ini(
+        "attn_update",
+        "",
+        "|".join(_UPDATES),
+        "write baselines of heatmap_compare tests. missing: those there are none of; "
         "changed: also those whose data or panels changed; all: also those whose text another "
         "matplotlib drew. Files that would stay as they are are not touched",
     )
-    group.addoption(
-        "--attn-unused",
-        action="store_true",
-        help="list baselines that no collected test uses. Nothing is deleted",
-    )
+    switch("attn_unused", "list baselines that no collected test uses. Nothing is deleted")
     option_and_ini(
         "attn_artifacts",
         "attn-artifacts",
@@ -201,12 +223,31 @@ def read_settings(config: pytest.Config) -> Settings:
         devices=_setting(config, "attn_device", _read_devices),
         dtypes=_setting(config, "attn_dtype", _read_dtypes),
         seed=_setting(config, "attn_seed", _read_seed),
-        require_device=config.getoption("attn_require_device")
-        or config.getini("attn_require_device"),
+        require_device=switched(config, "attn_require_device"),
         time_limit=_setting(config, "attn_time_limit", _read_seconds),
         grade=grade,
         grade_min=_setting(config, "attn_grade_min", _read_part),
+        grade_defects=_setting(config, "attn_grade_defects", _read_names),
+        update=_setting(config, "attn_update", _read_update),
+        json=_setting(config, "attn_json", lambda text, source: text),
     )
+
+
+def targets_of(config: pytest.Config) -> list[str]:
+    """Return what `--attn-check` and the ini setting of its name name."""
+    return [*config.getoption("attn_check"), *config.getini("attn_check")]
+
+
+def switched(config: pytest.Config, name: str) -> bool:
+    """Whether an option is given, or else the ini setting of the same name says so."""
+    given = config.getoption(name)
+    return bool(config.getini(name) if given is None else given)
+
+
+def path_of(config: pytest.Config, name: str, path: str) -> Path:
+    """Return what a setting names: from where pytest was started, or from its ini file."""
+    typed = config.getoption(name) is not None
+    return Path(config.invocation_params.dir if typed else config.rootpath, path)
 
 
 def _setting(config: pytest.Config, name: str, read: Callable[[str, str], _Setting]) -> _Setting:
@@ -263,6 +304,16 @@ def _read_targets(text: str, source: str) -> tuple[str, ...]:
     return targets
 
 
+def _read_names(text: str, source: str) -> tuple[str, ...] | None:
+    return split(text) if text else None
+
+
+def _read_update(text: str, source: str) -> str:
+    if text:
+        one_of(source, text, _UPDATES)
+    return text
+
+
 def _read_part(text: str, source: str) -> float:
     part = _number(text)
     if not 0 <= part <= 1:
@@ -284,10 +335,22 @@ def _read_seconds(text: str, source: str) -> float:
     return seconds
 
 
-def chosen_devices(config: pytest.Config) -> list[str]:
-    """Name the devices that are chosen, here or not; a usage error if torch knows one of none."""
+def chosen_devices(config: pytest.Config, marked: object = None) -> list[str]:
+    """Name the devices that are chosen, here or not; a usage error if torch knows one of none.
+
+    Args:
+        config: The configuration of the run.
+        marked: What the marker of a test chooses in their place: a name, or several.
+    """
+    chosen, source = config.stash[SETTINGS].devices, "attn_device"
     try:
-        return devices.names_of(config.stash[SETTINGS].devices, "attn_device")
+        if marked is not None:
+            source = "the attention marker's devices"
+            names = [marked] if isinstance(marked, str) else marked
+            if not isinstance(names, (list, tuple)) or not all(isinstance(n, str) for n in names):
+                raise ValueError(misuse(source, repr(marked), _DEVICES))
+            chosen = _read_devices(",".join(names), source)
+        return devices.names_of(chosen, source)
     except ValueError as error:
         raise pytest.UsageError(str(error)) from None
 
@@ -300,7 +363,12 @@ def device_of_test(config: pytest.Config, name: str) -> torch.device:
         number = _number_of(worker)
         return devices.resolve(name, worker=number, argument="attn_device")
     except LookupError as error:
-        absent = str(error)
+        skip_absent(config, str(error))
+
+
+def skip_absent(config: pytest.Config, absent: str) -> NoReturn:
+    """Skip a test whose device is absent, or fail it if that is set."""
+    __tracebackhide__ = True
     if config.stash[SETTINGS].require_device:
         pytest.fail(f"{absent}, and --attn-require-device is set", pytrace=False)
     pytest.skip(absent)

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from pytest_attnheat.plugin.naming import SUFFIXES, TRACE_SUFFIX
+from pytest_attnheat.plugin.settings import switched
 
 # What a report carries its comparisons and its verdict as, and a worker the baselines it uses.
 COMPARED = "attnheat_compared"
@@ -63,6 +64,12 @@ def shown(config: pytest.Config, path: Path) -> str:
         return os.path.relpath(path, here)
     except ValueError:  # on Windows, from another drive
         return str(path)
+
+
+def quoted(argument: str) -> str:
+    """Return an argument in the quotes of the shell of this system: to cmd a ' is a letter."""
+    mark, escaped = ('"', '\\"') if os.name == "nt" else ("'", "'\\''")
+    return mark + argument.replace(mark, escaped) + mark
 
 
 def attach_outcomes(
@@ -160,7 +167,7 @@ def _of_pictures(config: pytest.Config, reports: Sequence[pytest.TestReport]) ->
     )
     if without:
         yield f"WARNING: {without} heatmap_compare tests compared nothing"
-    if config.getoption("--attn-unused"):
+    if switched(config, "attn_unused"):
         yield from _unused(config)
 
 
@@ -245,6 +252,21 @@ def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
         if entries:
             yield f"{name} ({where}): {_counts(found)}"
             yield from (f"  {title:<10} {text}" for title, text in entries)
+    yield from _skipped([verdict for found in subjects.values() for verdict in found])
+
+
+def _skipped(found: Sequence[Found]) -> Iterator[str]:
+    """Yield how many checks were skipped, and how many of these for want of a declaration."""
+    reasons = [one for one in found if one["outcome"] == "skipped"]
+    if not reasons:
+        return
+    unsaid = sum(one["message"] in one["undeclared"] for one in reasons)
+    text = f"{len(reasons)} of {len(found)} checks were skipped: -rs says why"
+    if unsaid:
+        text += (
+            f"; {unsaid} because a parameter is not declared: --attn-check-strict makes that fail"
+        )
+    yield text
 
 
 def _counts(found: Sequence[Found]) -> str:

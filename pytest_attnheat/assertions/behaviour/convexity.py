@@ -70,7 +70,7 @@ def assert_convex(
         ValueError: Shapes do not fit, no query may see any key, a value that may be seen is not
             finite, or the function answers at random.
 
-    Example:
+    Examples:
         >>> assert_convex(plain_attention, query, key, value, is_causal=True)
     """
     __tracebackhide__ = True

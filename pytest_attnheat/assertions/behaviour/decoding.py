@@ -105,7 +105,7 @@ def assert_decode_matches_prefill(
             mask shows a query later keys, the subject answers at random, or it takes a cache
             and nothing says how to decode with it.
 
-    Example:
+    Examples:
         >>> assert_decode_matches_prefill(F.scaled_dot_product_attention, query, key, value)
         >>> assert_decode_matches_prefill(language_model, token_ids, chunks=[5, 1, 1, 3])
     """

@@ -86,7 +86,7 @@ def assert_batch_independent(
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, there is only one sample, or the subject answers at random.
 
-    Example:
+    Examples:
         >>> assert_batch_independent(my_attention, query, key, value)
     """
     __tracebackhide__ = True
@@ -172,7 +172,7 @@ def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
         return f"rows are not the same in the batch as alone{named}"
 
     return Compared(
-        batch.output[samples],
+        _picked(batch.output, samples),
         alone,
         claim=claim,
         judged=batch.judged(samples),
@@ -182,6 +182,11 @@ def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
         repeat=repeat,
         again=batch.called.run,
     )
+
+
+def _picked(output: Tensor, samples: Tensor) -> Tensor:
+    """The rows of some samples, of any dtype: torch 2.6 cannot index float8 by a tensor."""
+    return torch.stack([output[one] for one in samples.tolist()])
 
 
 def _most(rows: Tensor) -> int:
@@ -203,7 +208,7 @@ def _elsewhere(
         return torch.cat([batch.run(part) for part in parts])
 
     return Compared(
-        run()[back],
+        _picked(run(), back),
         batch.output,
         claim=claim,
         judged=batch.judged(torch.arange(batch.called.batch)),
@@ -347,7 +352,7 @@ def assert_key_permutation_invariant(
         ValueError: Shapes do not fit, there is only one key, `is_causal` is
             given, or the subject answers at random.
 
-    Example:
+    Examples:
         >>> assert_key_permutation_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True

@@ -87,7 +87,7 @@ def assert_layout_invariant(
         TypeError: There are neither one nor three inputs, or one has the wrong type.
         ValueError: Shapes do not fit, or the subject answers at random.
 
-    Example:
+    Examples:
         >>> assert_layout_invariant(my_attention, query, key, value)
     """
     __tracebackhide__ = True

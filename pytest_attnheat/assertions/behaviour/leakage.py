@@ -95,7 +95,7 @@ def assert_no_leakage(
         ValueError: Shapes do not fit; nothing is forbidden; the subject answers at random; or
             `by="gradient"` is passed and it is not differentiable.
 
-    Example:
+    Examples:
         >>> assert_no_leakage(F.scaled_dot_product_attention, query, key, value, is_causal=True)
         >>> assert_no_leakage(language_model, token_ids)
     """

@@ -94,7 +94,7 @@ def assert_merges(
         ValueError: What is declared does not fit together, nothing says how it is called, or two
             known functions have its parameters.
 
-    Example:
+    Examples:
         >>> assert_merges(flashinfer.merge_state, device="cuda", dtypes="float16")
         >>> assert_merges(my_merge, layout="blhd", lse_layout="bhl", base="2")
     """

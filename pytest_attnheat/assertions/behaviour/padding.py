@@ -84,7 +84,7 @@ def assert_padding_invariant(
         ValueError: Shapes do not fit, the model is not known to take a mask, an argument is out
             of range, or the subject answers at random.
 
-    Example:
+    Examples:
         >>> model = SequenceModel(my_encoder, mask="keep", mask_argument="mask")
         >>> assert_padding_invariant(model, torch.randn(2, 6, 16))
     """

@@ -89,7 +89,7 @@ def assert_deterministic(
         ValueError: A module is in training mode without `dropout`; an argument is out of range; or
             there are too few weights or runs to tell.
 
-    Example:
+    Examples:
         >>> assert_deterministic(model.eval(), token_ids)
         >>> assert_deterministic(F.scaled_dot_product_attention, query, key, value, dropout=0.1)
     """

@@ -62,12 +62,15 @@ def _dense(
     device: torch.device,
 ) -> Tensor | None:
     """The mask that the block mask stands for; None where everything may be attended to."""
+    from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
     from torch.nn.attention.flex_attention import create_mask
 
     if getattr(mask_mod, "__name__", "") in ("noop_mask", "_noop_mask"):
         return None
     batch, heads = of
-    mask: Tensor = create_mask(mask_mod, batch, heads, shape[2], shape[3], device=str(device))
+    # As newer versions do it themselves.
+    with torch._C._EnableTorchFunction(), TransformGetItemToIndex():
+        mask: Tensor = create_mask(mask_mod, batch, heads, shape[2], shape[3], device=str(device))
     return None if bool(mask.all()) else mask
 
 

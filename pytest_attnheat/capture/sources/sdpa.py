@@ -102,7 +102,7 @@ def see_within(call: Call) -> Instead:
         watcher.heads = call.given(4, "num_heads")
         try:
             with watcher:
-                return _unasking()(*call.args, **call.kwargs)
+                return multi_head_unasking()(*call.args, **call.kwargs)
         finally:
             watcher.heads = before
 
@@ -110,8 +110,8 @@ def see_within(call: Call) -> Instead:
 
 
 @lru_cache(maxsize=1)
-def _unasking() -> Callable[..., Any]:
-    """The function's own code, with globals in which no argument is special."""
+def multi_head_unasking() -> Callable[..., Any]:
+    """The code of `multi_head_attention_forward`, which asks no mode in place of itself."""
     original = functional.multi_head_attention_forward
     names = {**original.__globals__, "has_torch_function": lambda tensors: False}
     copy = types.FunctionType(

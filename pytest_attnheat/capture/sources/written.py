@@ -7,6 +7,7 @@ multiplies nothing, and that of a router what experts made.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -59,7 +60,18 @@ def _listed(given: Any) -> list[Any]:
 
 def _convolved(base: str, call: Call) -> After | None:
     call.watcher.note("convolution")
-    return moved.anything(base, call)  # Which may mix heads.
+    source = call.given(0, "input")
+    tag, follow = call.watcher.tags[source], moved.anything(base, call)
+    if tag is None or not tag.weights or follow is None:
+        return follow
+
+    def after(output: Any) -> None:
+        follow(output)
+        if (now := call.watcher.tags[output]) is not None:
+            # Heads are mixed, or keys: these are not the softmax of their scores any more.
+            call.watcher.tags[output] = replace(now, scores=None, clean=None)
+
+    return after
 
 
 def _summed(base: str, call: Call) -> After | None:
@@ -68,7 +80,10 @@ def _summed(base: str, call: Call) -> After | None:
     tag, dim = call.watcher.tags[source], call.given(1, "dim")
     dim = dim[0] if isinstance(dim, tuple | list) and len(dim) == 1 else dim
     if tag is None or tag.operands is None or not isinstance(dim, int):
-        return None
+        if tag is None or tag.weights or tag.scores is not None or tag.factor == 1:
+            return None
+        # Pooled queries: a number that divides them may be the scale, or make a mean of the sum.
+        return lambda output: call.watcher.tags.put(output, Tag(factor=math.nan))
     (a, b), keepdim = tag.operands, bool(call.given(2, "keepdim", False))
 
     def after(output: Tensor) -> None:

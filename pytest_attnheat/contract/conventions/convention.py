@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.contract.asking import KEYWORDS, dense
+from pytest_attnheat.contract.conventions.reading import Read
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -51,6 +52,9 @@ class Convention:
             several, the first that it has is taken.
         values: By field of `Call`, what becomes of a value before it is passed on.
         arrange: How a call is made.
+        read: How the tensors of such a call are read, so that judges of such a callable can be
+            graded; by default query, key and value come first. A row with an `arrange` of its own
+            and without this cannot be graded.
         besides: Arguments that make it return its log-sum-exp.
         lse: How that is returned; None if it has none.
         handles: Keywords that `arrange` takes, though the signature has them not.
@@ -73,6 +77,7 @@ class Convention:
     lacks: tuple[str, ...] = ()
     values: Mapping[str, Callable[[Any], Any]] = field(default_factory=dict)
     arrange: Arrange = dense
+    read: Read | None = None
     besides: Mapping[str, Any] = field(default_factory=dict)
     lse: Lse | None = None
     handles: tuple[str, ...] = ()

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.contract.asking import dense, to_layout
+from pytest_attnheat.contract.conventions import reading
 from pytest_attnheat.contract.conventions.convention import Convention, Lse
 
 if TYPE_CHECKING:
@@ -197,11 +198,11 @@ CONVENTIONS = (
                ("qkv", "softmax_scale", "window_size"),
                {**FLASH_2, "grouped": False, "square": True, "dropout": False}, limits="dropout",
                lacks=("cu_seqlens",), values=FLASH_VALUES, arrange=_qkv_packed,
-               besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
+               read=reading.qkv_stacked, besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
     Convention("flash_attn_kvpacked", "flash_attn_kvpacked_func of FlashAttention 2",
                ("q", "kv", "softmax_scale", "window_size"), {**FLASH_2, "dropout": False},
                limits="dropout", lacks=("cu_seqlens_q", "cu_seqlens"), values=FLASH_VALUES,
-               arrange=_kv_packed,
+               arrange=_kv_packed, read=reading.kv_stacked,
                besides=_FLASH_2.besides, lse=Lse(), only=ALIKE),
     Convention("flash_attn_3", "flash_attn_func of FlashAttention 3",
                ("q", "k", "v", "softmax_scale", "attention_chunk"),
@@ -227,23 +228,26 @@ CONVENTIONS = (
                {**FLASHINFER, "mask": "keep", "mask_argument": "custom_mask",
                 "mask_shape": "(B, 1, L, S)"},
                lacks=("qo_indptr",), values={"window": left_only}, arrange=_each_sample,
-               besides={"return_lse": True}, lse=Lse("blh", "2"), only={"window": (False, "left")},
+               read=reading.each_sample, besides={"return_lse": True}, lse=Lse("blh", "2"),
+               only={"window": (False, "left")},
                apart=(("mask", "causal"),), limits="custom_mask and causal at once"),
     Convention("flashinfer_single_decode", "single_decode_with_kv_cache of FlashInfer",
                ("logits_soft_cap", "window_left", "kv_layout", "sm_scale"),
                FLASHINFER,
                lacks=("custom_mask", "qo_indptr", "indptr", "causal"), values={"window": left_only},
-               arrange=_one_query, besides={"return_lse": True}, lse=Lse("blh", "2"),
+               arrange=_one_query, read=reading.each_sample, besides={"return_lse": True},
+               lse=Lse("blh", "2"),
                only={"window": (False, "left")}, one_query=True),
     Convention("fla_parallel_attn", "parallel_attn of flash-linear-attention",
                ("g", "scale", "window_size", "sink_bias"),
                {"layout": "blhd", "mask": None, "causal": "top_left", "scale_argument": "scale",
                 "window": "window_size", "sinks": "sink_bias", "grouped": True, "square": True},
-               values={"window": with_itself}, arrange=_always_causal, handles=("is_causal",),
+               values={"window": with_itself}, arrange=_always_causal,
+               read=reading.always_causal, handles=("is_causal",),
                only={"causal": (True,), "window": (False, "left")}),
     Convention("flex_attention", "flex_attention of PyTorch",
                ("score_mod", "block_mask", "enable_gqa"),
-               {"grouped": True, "scale_argument": "scale"}, arrange=_flex,
+               {"grouped": True, "scale_argument": "scale"}, arrange=_flex, read=reading.flex,
                handles=("attn_mask", "is_causal")),
     Convention("transformers", "an attention function of transformers",
                ("module", "query", "key", "value", "attention_mask"),
@@ -252,6 +256,6 @@ CONVENTIONS = (
                 "scale_argument": "scaling", "softcap": "softcap", "sinks": "s_aux",
                 "window": "sliding_window", "dropout": "dropout", "grouped": True,
                 "fully_masked": "undefined"},
-               values={"window": with_itself}, arrange=_transformers,
+               values={"window": with_itself}, arrange=_transformers, read=reading.transformers,
                only={"window": (False, "left")}, apart=(("mask", "causal"),)),
 )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.drawing import RAGGED, SAME
 from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
+from pytest_attnheat.contract.conventions import reading
 from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
 from pytest_attnheat.contract.conventions.dense import (
     ALIKE,
@@ -56,6 +58,14 @@ def packing(
     return arrange
 
 
+def in_a_row(*, names: tuple[str, ...] = CU, together: str = "") -> dict[str, Any]:
+    """How calls of a row are made and read, see `packing`."""
+    return {
+        "arrange": packing(names=names, together=together),
+        "read": partial(reading.back_to_back, names, together),
+    }
+
+
 def unpack(result: Any, call: Call, heads_first: bool) -> Any:
     """Return an output (tokens, heads, width), and a log-sum-exp beside it, as of a whole batch."""
     queries, _ = lengths_of(call)
@@ -99,41 +109,42 @@ _BARE = {name: FLASH[name] for name in ("layout", "mask", "causal", "grouped", "
 CONVENTIONS = (
     Convention("flash_attn_varlen", "flash_attn_varlen_func of FlashAttention 2",
                ("q", "k", "v", *CU, "softmax_scale"), FLASH_2,
-               lacks=("seqused_k", "attention_chunk"), arrange=packing(), only=ALIKE, **_PACKED),
+               lacks=("seqused_k", "attention_chunk"), **in_a_row(), only=ALIKE, **_PACKED),
     Convention("flash_attn_varlen_qkvpacked",
                "flash_attn_varlen_qkvpacked_func of FlashAttention 2",
                ("qkv", "cu_seqlens", "max_seqlen", "softmax_scale"),
                {**FLASH_2, "grouped": False, "square": True, "dropout": False},
                limits="dropout", only=ALIKE,
-               arrange=packing(names=("cu_seqlens", "max_seqlen"), together="qkv"),
+               **in_a_row(names=("cu_seqlens", "max_seqlen"), together="qkv"),
                **{**_PACKED, "ragged": SAME}),
     Convention("flash_attn_varlen_kvpacked", "flash_attn_varlen_kvpacked_func of FlashAttention 2",
                ("q", "kv", *CU, "softmax_scale"), {**FLASH_2, "dropout": False},
-               arrange=packing(together="kv"), limits="dropout", only=ALIKE, **_PACKED),
+               **in_a_row(together="kv"), limits="dropout", only=ALIKE, **_PACKED),
     Convention("flash_attn_3_varlen", "flash_attn_varlen_func of FlashAttention 3",
                ("q", "k", "v", *CU, "softmax_scale", "attention_chunk"),
-               {**FLASH, "chunk": "attention_chunk"}, lacks=("k_cache",), arrange=packing(),
+               {**FLASH, "chunk": "attention_chunk"}, lacks=("k_cache",), **in_a_row(),
                **_PACKED),
     Convention("flash_attn_4_varlen", "flash_attn_varlen_func of FlashAttention 4",
                ("q", "k", "v", *CU, "softmax_scale", "learnable_sink"),
-               {**FLASH, "sinks": "learnable_sink"}, arrange=packing(),
+               {**FLASH, "sinks": "learnable_sink"}, **in_a_row(),
                **{**_PACKED, "values": {"window": inclusive(None)}, "lse": Lse(sink=True),
                   "besides": {"return_lse": True}}),
     Convention("flash_mla_varlen", "flash_attn_varlen_func of FlashMLA",
                ("q", "k", "v", "cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo", "max_seqlen_kv"),
                {**_BARE, "causal_argument": "causal", "scale_argument": "softmax_scale",
                 "dropout": "dropout_p"}, ragged=RAGGED,
-               arrange=packing(names=("cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo",
-                                      "max_seqlen_kv"))),
+               **in_a_row(names=("cu_seqlens_qo", "cu_seqlens_kv", "max_seqlen_qo",
+                                 "max_seqlen_kv"))),
     Convention("torch_varlen", "varlen_attn of PyTorch",
                ("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"),
                {**_BARE, "causal_argument": "is_causal", "scale_argument": "scale",
                 "window": "window_size"},
-               handles=("is_causal",), arrange=_window_alone, only=ALIKE, ragged=RAGGED),
+               handles=("is_causal",), arrange=_window_alone, read=reading.varlen_of_torch,
+               only=ALIKE, ragged=RAGGED),
     Convention("sageattn_varlen", "sageattn_varlen of SageAttention",
                ("q", "k", "v", *CU, "is_causal", "sm_scale"),
                {**_BARE, "causal": "top_left", "causal_argument": "is_causal",
                 "scale_argument": "sm_scale", "square": True},
-               arrange=packing(), only=ALIKE, ragged=SAME,
+               **in_a_row(), only=ALIKE, ragged=SAME,
                limits="other numbers of keys than of queries"),
 )  # fmt: skip

@@ -1,0 +1,302 @@
+"""A function on several ranks: a group of processes with torch.distributed, that ends as one.
+
+One rank that fails, dies or hangs ends all of them, and says why. Nothing of them is left.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import os
+import pickle
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
+from functools import partial
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed
+
+from pytest_attnheat.attention.devices import visible_devices
+from pytest_attnheat.contract import processes
+from pytest_attnheat.failure import Failure
+from pytest_attnheat.inputs import check_number, misuse, positive
+
+# How long one call may take, in seconds; and the start of a group, which may import torch again.
+TIME_LIMIT, _START_LIMIT = 120.0, 300.0
+# Who waits for a rank that failed says so as well, or never answers: others are awaited for so
+# long, in seconds, once it is known why, and before it is.
+_GRACE, _PATIENCE = 0.3, 3.0
+# What a rank says that has lost another one.
+_LOST = re.compile("closed by peer|reset by peer|connection refused|broken pipe|timed out", re.I)
+# How a traceback that faulthandler writes names a place.
+_FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
+
+
+class AbsentError(LookupError):
+    """There are not as many devices as ranks."""
+
+
+class _Error(NamedTuple):
+    """What a rank raised: at which time, on the clock that all processes share, and where."""
+
+    at: float
+    error: BaseException
+    where: str
+
+
+@dataclass
+class Ranks:
+    """A group of processes that call one function together; to be closed in the end.
+
+    Attributes:
+        count: How many there are.
+        body: The function. `torch.distributed` is ready where it is called.
+        device: "cpu", on which they talk by gloo; or a kind of device of which there is one for
+            each rank, "cuda": then tensors there travel by nccl.
+        time_limit: How long one call may take, in seconds.
+    """
+
+    count: int
+    body: Callable[..., Any]
+    device: str = "cpu"
+    time_limit: float = TIME_LIMIT
+    _processes: list[tuple[Any, Any]] = field(default_factory=list)
+    _folder: str = ""
+
+    def __post_init__(self) -> None:
+        positive("ranks", self.count)
+        if not callable(self.body):
+            raise TypeError(misuse("body", type(self.body).__name__, "a function"))
+        if not check_number(self.time_limit, "time_limit") > 0:
+            raise ValueError(misuse("time_limit", repr(self.time_limit), "seconds above 0"))
+
+    def start(self) -> None:
+        """Start them.
+
+        Raises:
+            AbsentError: There are not as many devices.
+            ValueError: The function cannot be sent to another process.
+            Failure: They did not start.
+        """
+        present = visible_devices().get(self.device, 0)
+        if self.device != "cpu" and present < self.count:
+            raise AbsentError(f"{self.count} ranks need as many {self.device}, here are {present}")
+        self._folder = tempfile.mkdtemp(prefix="attn-ranks-")
+        try:
+            for rank in range(self.count):
+                given = (rank, self.count, self._folder, self.device, self.body)
+                self._processes.append(processes.started(_serve, given, "body", _name(self.body)))
+            self._answers(_START_LIMIT)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, arguments: Sequence[Sequence[Any]]) -> list[Any]:
+        """Call the function on each rank, with arguments of its own; return what each returned.
+
+        Raises:
+            Failure: A rank died, or did not answer in time.
+            Exception: What a rank raised, first of all.
+        """
+        if not self._processes:
+            self.start()
+        for (_, pipe), given in zip(self._processes, arguments, strict=True):
+            processes.send(pipe, *given)
+        return self._answers(self.time_limit)
+
+    def close(self) -> None:
+        """End all of them."""
+        for process, pipe in self._processes:
+            processes.ended(process, pipe)
+        self._processes.clear()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _answers(self, limit: float) -> list[Any]:
+        answers: dict[int, Any] = {}
+        died: dict[int, str] = {}
+        errors: dict[int, _Error] = {}
+        until, first = time.monotonic() + limit, None
+        while waiting := {
+            pipe: rank for rank, (_, pipe) in enumerate(self._processes)
+            if rank not in {*answers, *died, *errors}
+        }:  # fmt: skip
+            if died or errors:
+                first = first or time.monotonic()
+                sure = died or not all(_lost(one) for one in errors.values())
+                until = min(until, first + (_GRACE if sure else _PATIENCE))
+            ready = wait(list(waiting), max(0.0, until - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                rank = waiting[pipe]
+                try:
+                    kind, told = processes.receive(pipe)
+                except (EOFError, OSError):
+                    process = self._processes[rank][0]
+                    process.join(limit)
+                    died[rank] = processes.ending(process.exitcode)
+                else:
+                    (answers if kind == "answer" else errors)[rank] = told
+        if len(answers) == self.count:
+            return [answers[rank] for rank in range(self.count)]
+        hung = [] if died or errors else sorted(waiting.values())
+        places = self._places(hung)
+        if len(errors) < self.count or len({str(one.error) for one in errors.values()}) > 1:
+            self.close()  # else all are where they were, and can be called again
+        if died:
+            rank, said = next(iter(died.items()))
+            raise Failure("", f"rank {rank} of {self.count} {said}")
+        if hung:
+            raise Failure("", self._hung(hung, limit), cause=places or None)
+        raise self._first(errors)
+
+    def _first(self, errors: Mapping[int, _Error]) -> BaseException:
+        """What was raised first; what a rank says that has lost another one comes last."""
+        rank, found = min(errors.items(), key=lambda one: (_lost(one[1]), one[1].at))
+        same = [r for r, one in errors.items() if str(one.error) == str(found.error)]
+        who = f"rank {rank} of {self.count}"
+        if len(same) == self.count > 1:
+            who = f"each of {self.count} ranks"
+        notes = [*getattr(found.error, "__notes__", ()), f"on {who}: {found.where}"]
+        vars(found.error)["__notes__"] = notes  # `add_note`: from Python 3.11
+        return found.error
+
+    def _hung(self, ranks: Sequence[int], limit: float) -> str:
+        who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        return f"{who} of {self.count} did not answer within {limit:g} s, the time_limit"
+
+    def _places(self, ranks: Sequence[int]) -> str:
+        """Where ranks that do not answer are, as far as they can be asked."""
+        if not hasattr(signal, "SIGUSR1"):
+            return ""
+        for rank in ranks:
+            with suppress(OSError):
+                os.kill(self._processes[rank][0].pid, signal.SIGUSR1)
+        time.sleep(0.2 if ranks else 0.0)
+        said = []
+        for rank in ranks:
+            frames = _FRAME.findall(_text_of(_place_file(self._folder, rank)))
+            own = [one for one in frames if not _is_foreign(one[0])] or frames
+            if own:
+                file, line, function = own[0]
+                said.append(f"rank {rank} is at {Path(file).name}:{line} in {function}")
+        return "; ".join(said)
+
+
+def on_ranks(
+    count: int,
+    body: Callable[..., Any],
+    *arguments: Any,
+    device: str = "cpu",
+    time_limit: float = TIME_LIMIT,
+) -> list[Any]:
+    """Call `body(*arguments)` on so many ranks, see `Ranks`; return what each returned."""
+    group = Ranks(count, partial(body, *arguments), device, time_limit)
+    with closing(group):
+        return group.run([()] * group.count)
+
+
+def _name(body: Callable[..., Any]) -> str:
+    named = body.func if isinstance(body, partial) else body
+    return str(getattr(named, "__qualname__", type(named).__name__))
+
+
+def _lost(one: _Error) -> bool:
+    """Whether a rank says that it has lost another one."""
+    return isinstance(one.error, RuntimeError) and bool(_LOST.search(str(one.error)))
+
+
+def _is_foreign(file: str) -> bool:
+    parts = Path(file).parts
+    ours = Path(__file__).parent.parent.parts
+    library = Path(os.__file__).parent.parts
+    return parts[: len(ours)] == ours or parts[: len(library)] == library or "torch" in parts
+
+
+def _place_file(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank-{rank}"
+
+
+def _text_of(file: Path) -> str:
+    try:
+        return file.read_text(errors="replace")
+    except OSError:
+        return ""
+
+
+# --- a rank
+
+
+def _serve(pipe: Any, given: tuple[int, int, str, str, Callable[..., Any]]) -> None:
+    """Be a rank, and answer calls until the pipe is closed."""
+    rank, count, folder, device, body = given
+    with _place_file(folder, rank).open("w") as places:
+        if hasattr(signal, "SIGUSR1"):
+            faulthandler.register(signal.SIGUSR1, file=places, all_threads=False)
+        answer = _answered(partial(_join, rank, count, folder, device))
+        while True:
+            _tell(pipe, answer)
+            try:
+                arguments = processes.receive(pipe)
+            except (EOFError, OSError):
+                return
+            answer = _answered(partial(body, *arguments))
+
+
+def _join(rank: int, count: int, folder: str, device: str) -> None:
+    """Join the group. Its file is one that only this group knows: no port can be taken."""
+    torch.manual_seed(rank)
+    backend = "gloo"
+    if device != "cpu":
+        torch.get_device_module(device).set_device(rank)
+        backend = f"cpu:gloo,{device}:nccl"
+    store = distributed.FileStore(str(Path(folder) / "store"), count)
+    # Who waits in vain is ended by its parent, which knows the limit.
+    limit = timedelta(days=1)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
+
+
+def _answered(call: Callable[[], Any]) -> tuple[str, Any]:
+    """What a call returns, or raises, as it can be told."""
+    try:
+        return "answer", call()
+    except (SystemExit, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # skips of pytest are no exceptions of the usual kind
+        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+        own = [f for f in frames if not _is_foreign(f.filename)] or frames
+        where = f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else ""
+        return "error", _Error(time.monotonic(), _portable(error), where)
+
+
+def _portable(error: BaseException) -> BaseException:
+    """An error as another process can read it."""
+    error = error.with_traceback(None)
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:  # whatever its class does
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _tell(pipe: Any, answer: tuple[str, Any]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):
+            stream.flush()
+    try:
+        processes.send(pipe, *answer)
+    except Exception as error:  # what it returned cannot be pickled
+        got = f"a {type(answer[1]).__name__} that cannot be sent to another process ({error})"
+        refused = TypeError(misuse("what a rank returns", got, "tensors and plain data"))
+        processes.send(pipe, "error", _Error(time.monotonic(), refused, ""))

@@ -1,0 +1,215 @@
+"""A subject that runs on several ranks, each with its shard, called as one with whole tensors.
+
+A call is scattered in the order of the scheme, and the answer gathered. So are the gradients: of
+whole tensors they are what the ranks make of their shards, in a backward pass of their own.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import count
+from typing import Any, cast
+
+import torch
+from torch import Tensor, distributed
+
+from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
+from pytest_attnheat.callables import parameters_of
+from pytest_attnheat.contract.ranks import Ranks
+from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.inputs import misuse, whole_number
+
+# How many calls a rank keeps, of which gradients may be asked.
+_KEPT = 8
+
+
+class Sharded:
+    """A subject on several ranks, with the signature that it has on one of them.
+
+    Attributes:
+        subject: Called on each rank with its shards of query, key and value.
+        shards: How the sequence lies on the ranks.
+    """
+
+    def __init__(
+        self, subject: Callable[..., Any], name: str, shards: Shards, dim: int, time_limit: float
+    ) -> None:
+        """Start nothing yet.
+
+        Args:
+            subject: The subject.
+            name: What it is called.
+            shards: How the sequence lies on the ranks.
+            dim: The dimension of positions, in each tensor as the subject takes it.
+            time_limit: How long one call may take, in seconds.
+        """
+        self.subject, self.shards, self._dim, self._limit = subject, shards, dim, time_limit
+        self._groups: dict[str, Ranks] = {}
+        self._numbers = count()
+        self.__name__ = name
+        if (parameters := parameters_of(subject)) is not None:
+            self.__signature__ = inspect.Signature(list(parameters.values()))
+
+    def __deepcopy__(self, memory: object) -> Sharded:
+        """Stay the same: ranks are not copied."""
+        return self
+
+    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+        """Call the subject on all ranks."""
+        tensors = (query, key, value)
+        if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+            return cast(Tensor, _apply(self, arguments, *tensors))
+        return self.forward(tensors, arguments, (False,) * 3)[0]
+
+    def forward(
+        self, tensors: Sequence[Tensor], arguments: dict[str, Any], wanted: Sequence[bool]
+    ) -> tuple[Tensor, int | None]:
+        """Return the output, and the number of the call if gradients can be asked of it."""
+        number = next(self._numbers)
+        # Each rank has random numbers of its own, and other ones in each call.
+        seed = int(torch.randint(2**40, ()))
+        scattered = [self._scattered(tensor) for tensor in tensors]
+        answers = self._group(tensors[0]).run(
+            [("forward", number, seed, list(local), arguments, tuple(wanted))
+             for local in zip(*scattered, strict=True)]
+        )  # fmt: skip
+        outputs = [output for output, _ in answers]
+        for rank, (output, query) in enumerate(zip(outputs, scattered[0], strict=True)):
+            if output.ndim != query.ndim or output.shape[self._dim] != query.shape[self._dim]:
+                raise ValueError(
+                    f"rank {rank} of {self.shards.ranks} must answer its own queries, here of shape"
+                    f" {tuple(query.shape)}; got {tuple(output.shape)}"
+                )
+        differentiable = any(one for _, one in answers)
+        whole = self.shards.gather(outputs, self._dim).to(tensors[0].device)
+        return whole, number if differentiable else None
+
+    def backward(self, number: int, above: Tensor) -> list[Tensor | None]:
+        """Return the gradients of query, key and value; None where no rank has one."""
+        answers = self._group(above).run(
+            [("backward", number, local) for local in self._scattered(above)]
+        )
+        found: list[Tensor | None] = []
+        for shards in zip(*answers, strict=True):
+            known = next((one for one in shards if isinstance(one, Tensor)), None)
+            if known is None:
+                found.append(None)
+                continue
+            # What has no gradient on some ranks has told its shape there.
+            given = [one if isinstance(one, Tensor) else known.new_zeros(one) for one in shards]
+            found.append(self.shards.gather(given, self._dim).to(above.device))
+        return found
+
+    def close(self) -> None:
+        """End the ranks."""
+        for group in self._groups.values():
+            group.close()
+        self._groups.clear()
+
+    def _scattered(self, tensor: Tensor) -> list[Tensor]:
+        return self.shards.scatter(tensor.detach().cpu(), self._dim)
+
+    def _group(self, tensor: Tensor) -> Ranks:
+        kind = tensor.device.type
+        if kind not in self._groups:
+            body = OnRank(self.subject, kind)
+            self._groups[kind] = Ranks(self.shards.ranks, body, kind, self._limit)
+        return self._groups[kind]
+
+
+class _Scattered(torch.autograd.Function):
+    """A call whose backward pass is that of the ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, sharded: Sharded, arguments: dict[str, Any], *tensors: Tensor) -> Tensor:
+        ctx.sharded = sharded
+        output, ctx.number = sharded.forward(tensors, arguments, ctx.needs_input_grad[2:])
+        if ctx.number is None:
+            ctx.mark_non_differentiable(output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, above: Tensor) -> Any:
+        return None, None, *ctx.sharded.backward(ctx.number, above)
+
+
+_apply: Callable[..., Any] = _Scattered.apply
+
+
+@dataclass
+class OnRank:
+    """The subject on one rank; it keeps the last calls, of which gradients may be asked.
+
+    Attributes:
+        subject: The subject.
+        device: The kind of device that its tensors are on.
+    """
+
+    subject: Callable[..., Any]
+    device: str
+    _calls: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
+
+    def __call__(self, kind: str, *told: Any) -> Any:
+        """Do what is asked, "forward" or "backward"."""
+        return getattr(self, kind)(*told)
+
+    def forward(
+        self,
+        number: int,
+        seed: int,
+        tensors: list[Tensor],
+        arguments: dict[str, Any],
+        wanted: tuple[bool, ...],
+    ) -> tuple[Tensor, bool]:
+        """Return the output, and whether gradients can be asked of it."""
+        torch.manual_seed(seed + distributed.get_rank())
+        leaves = [tensor.to(self.device) for tensor in tensors]
+        for leaf, needed in zip(leaves, wanted, strict=True):
+            leaf.requires_grad_(needed)
+        with torch.set_grad_enabled(any(wanted)):
+            result = self.subject(*leaves, **arguments)
+        output = result[0] if isinstance(result, tuple | list) and result else result
+        if not isinstance(output, Tensor):
+            raise TypeError(f"each rank must return a tensor; got {type(output).__name__}")
+        self._calls[number] = output, leaves
+        for old in [one for one in self._calls if one <= number - _KEPT]:
+            del self._calls[old]
+        return output.detach().cpu().clone(), output.requires_grad
+
+    def backward(self, number: int, above: Tensor) -> list[Any]:
+        """Return the gradient of each tensor; its shape where it has none."""
+        output, leaves = self._calls[number]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        found: list[Tensor | None] = [None] * len(wanted)
+        if output.requires_grad:
+            found = list(
+                torch.autograd.grad(
+                    output, wanted, above.to(output.device, output.dtype), allow_unused=True,
+                    retain_graph=True,
+                )
+            )  # fmt: skip
+        slopes = iter(found)
+        given = [next(slopes) if leaf.requires_grad else None for leaf in leaves]
+        return [
+            tuple(leaf.shape) if slope is None else slope.detach().cpu().clone()
+            for leaf, slope in zip(leaves, given, strict=True)
+        ]
+
+
+def on_ranks(spec: AttentionSpec, ranks: int, time_limit: float) -> tuple[AttentionSpec, Sharded]:
+    """Return the specification of a sharded subject as it is called on several ranks, and that.
+
+    Raises:
+        ValueError: Nothing says how it is sharded, or there are not several ranks.
+    """
+    whole_number("ranks", ranks, least=2)
+    if spec.sharding is None:
+        accepted = f"AttentionSpec(..., sharding=), one of {', '.join(map(repr, SCHEMES))}"
+        raise ValueError(misuse("ranks", f"{ranks} for what is not sharded", accepted))
+    scheme: Scheme = spec.sharding.scheme if isinstance(spec.sharding, Shards) else spec.sharding
+    shards = Shards(scheme, ranks)
+    dim = spec.layout.index("l")
+    subject = Sharded(spec.implementation, spec.name, shards, dim, time_limit)
+    return replace(spec, subject=subject, sharding=shards), subject

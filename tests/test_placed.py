@@ -1,0 +1,207 @@
+"""Weights that lie on several ranks are judged where they lie, and as the whole tensor is."""
+
+import multiprocessing
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import (
+    DTensor,
+    Partial,
+    Replicate,
+    Shard,
+    distribute_tensor,
+    init_device_mesh,
+)
+
+from pytest_attnheat import (
+    assert_causal,
+    assert_doubly_stochastic,
+    assert_entropy,
+    assert_masked,
+    assert_one_hot,
+    assert_padding_masked,
+    assert_reproduces_output,
+    assert_row_stochastic,
+    assert_support,
+    assert_uniform,
+)
+from pytest_attnheat.attention.placed import Placed
+from pytest_attnheat.contract.ranks import on_ranks
+
+# Sharded by batch, head, query and key, and on each rank as a whole.
+WAYS = ("batch", "head", "query", "key", "whole")
+
+
+def cases():
+    """Assertions that hold, and that do not: (name, assertion, weights, arguments)."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return torch.randn(shape, generator=generator)
+
+    # Sizes that no number of ranks divides.
+    weights, square = drawn(2, 3, 9, 11).softmax(-1), drawn(2, 3, 9, 9).softmax(-1)
+    wrong, negative = weights.clone(), weights.clone()
+    wrong[1, 2, 5] *= 1.7
+    wrong[0, 1, 3] *= 0.5
+    wrong[1, 0, 2, 7] = torch.nan
+    negative[1, 2, 8, 10] = -0.1
+    mask = drawn(2, 1, 9, 11) > -0.5
+    masked = weights * mask
+    masked /= masked.sum(-1, keepdim=True)
+    leaking = masked.clone()
+    leaking[0, 2, 4, int((~mask[0, 0, 4]).nonzero()[0])] = 1e-9
+    causal = square.tril() / square.tril().sum(-1, keepdim=True)
+    peeking = causal.clone()
+    peeking[1, 2, 3, 6] = 0.2
+    return [
+        ("rows", assert_row_stochastic, weights, {}),
+        ("wrong rows", assert_row_stochastic, wrong, {}),
+        ("a negative weight", assert_row_stochastic, negative, {}),
+        ("rows and columns", assert_doubly_stochastic, square, {}),
+        ("one-hot", assert_one_hot, weights, {}),
+        ("uniform", assert_uniform, masked, {"mask": mask}),
+        ("entropy", assert_entropy, weights, {"maximum": 1.9}),
+        ("masked", assert_masked, masked, {"mask": mask}),
+        ("a leak", assert_masked, leaking, {"mask": mask}),
+        ("no mask in use", assert_masked, weights, {"mask": mask}),
+        ("nothing masked", assert_masked, weights, {"mask": torch.ones(9, 11).bool()}),
+        ("support", assert_support, masked * (drawn(2, 3, 9, 11) > -2), {"mask": mask}),
+        ("fully masked", assert_row_stochastic, weights, {"mask": mask & (mask.cumsum(-2) > 2)}),
+        ("causal", assert_causal, causal, {}),
+        ("not causal", assert_causal, square, {}),
+        ("one peek", assert_causal, peeking, {}),
+        ("window", assert_causal, causal, {"window": 3}),
+        ("padding", assert_padding_masked, weights, {"lengths": [8, 11]}),
+    ]
+
+
+def said(assertion, weights, **arguments):
+    try:
+        assertion(weights, **arguments)
+    except (AssertionError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "it holds"
+
+
+WHOLE = {name: said(assertion, *rest, **more) for name, assertion, *rest, more in cases()}
+
+
+def on_each(ways):
+    """What is said on this rank of each case, in each way in which it may lie on ranks."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    found = {}
+    for name, assertion, weights, more in cases():
+        for way in ways:
+            placement = Replicate() if way == "whole" else Shard(WAYS.index(way))
+            placed = distribute_tensor(weights, mesh, [placement])
+            found[name, way] = said(assertion, placed, **more)
+    return found
+
+
+def on_a_grid():
+    mesh = init_device_mesh("cpu", (2, 2))
+    return {
+        (name, str(cut)): said(assertion, distribute_tensor(weights, mesh, cut), **more)
+        for name, assertion, weights, more in cases()
+        for cut in ([Shard(1), Shard(3)], [Shard(2), Replicate()])
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left():
+    yield
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_each_rank_says_of_each_shard_what_is_said_of_the_whole(ranks):
+    assert any(text == "it holds" for text in WHOLE.values())
+    for found in on_ranks(ranks, on_each, WAYS):
+        assert found == {(name, way): WHOLE[name] for name in WHOLE for way in WAYS}
+
+
+def test_so_it_is_of_what_is_cut_in_two_ways():
+    for found in on_ranks(4, on_a_grid):
+        assert {name for name, _ in found} == set(WHOLE)
+        assert all(text == WHOLE[name] for (name, _), text in found.items())
+
+
+def large(dim):
+    """How much a rank holds of a map that it judges, and of one that it reads a row of."""
+    mesh = init_device_mesh("cpu", (2,))
+    weights = distribute_tensor(torch.randn(1, 2, 64, 96).softmax(-1), mesh, [Shard(dim)])
+    whole = DTensor.full_tensor
+    DTensor.full_tensor = lambda *_, **__: 1 / 0  # nobody gathers it
+    sizes = []
+    reduced = dist.all_reduce
+
+    def counted(tensor, *rest):
+        sizes.append(tensor.numel())
+        return reduced(tensor, *rest)
+
+    dist.all_reduce = counted
+    try:
+        text = said(assert_one_hot, weights)
+    finally:
+        DTensor.full_tensor, dist.all_reduce = whole, reduced
+    return text, max(sizes)
+
+
+@pytest.mark.parametrize("dim", [1, 2, 3])
+def test_no_rank_gathers_the_whole(dim):
+    texts, most = zip(*on_ranks(2, large, dim), strict=True)
+    assert "rows do not put all weight on one key" in texts[0]
+    assert max(most) <= 6 * 96  # the rows of the small picture
+
+
+def with_masks():
+    mesh = init_device_mesh("cpu", (2,))
+    cased = {name: (weights, more) for name, _, weights, more in cases()}
+    weights, more = cased["a leak"]
+    found = []
+    for mask in (more["mask"], more["mask"].expand(weights.shape)):
+        for dim in (0, 2, 3):
+            placed = distribute_tensor(weights, mesh, [Shard(dim)])
+            found.append(
+                said(assert_masked, placed, mask=distribute_tensor(mask, mesh, [Shard(2)]))
+            )
+    return found
+
+
+def test_a_mask_may_lie_on_ranks_as_well():
+    for found in on_ranks(2, with_masks):
+        assert [one.partition("\n")[0] for one in found] == [WHOLE["a leak"].partition("\n")[0]] * 6
+
+
+def refused():
+    mesh = init_device_mesh("cpu", (2,))
+    summands = DTensor.from_local(torch.rand(2, 3), mesh, [Partial()])
+    numbers = distribute_tensor(torch.ones(2, 3).long(), mesh, [Shard(0)])
+    texts = []
+    for given in (summands, numbers):
+        with pytest.raises(TypeError) as caught:
+            assert_row_stochastic(given)
+        texts.append(str(caught.value))
+    weights = distribute_tensor(torch.rand(2, 3), mesh, [Shard(0)])
+    with pytest.raises(TypeError) as caught:
+        assert_reproduces_output(weights, weights, weights)
+    return [*texts, str(caught.value)]
+
+
+def test_what_cannot_be_read_on_ranks_is_refused():
+    (texts, _) = on_ranks(2, refused)
+    assert texts[0].startswith("weights: got a DTensor placed as (Partial(sum),); accepted is ")
+    assert texts[1].startswith("weights: got dtype int64; accepted is ")
+    assert texts[2].startswith("value: got a DTensor; accepted is ")
+
+
+def test_a_box_is_read_of_whatever_ranks_have_it():
+    def body():
+        whole = torch.arange(2 * 5 * 7.0).view(2, 5, 7)
+        placed = Placed(distribute_tensor(whole, init_device_mesh("cpu", (2,)), [Shard(1)]), "w")
+        box = placed[1, 1:4, 2:6]
+        return torch.equal(box, whole[1, 1:4, 2:6]), torch.equal(placed.mT[0], whole[0].T)
+
+    assert on_ranks(2, body) == [(True, True)] * 2
