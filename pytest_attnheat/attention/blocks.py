@@ -209,8 +209,9 @@ class Blocks:
         if start <= sinks:
             runs = [slice(0 if sinks > 0 else start, max(sinks, stop))]
         runs = [run for run in runs if run.start < run.stop]
-        shown = self._shown(some, span)
-        for rule in shown if runs else ():
+        for rule in self._shown(some, span):
+            if not runs:
+                break
             hull = slice(runs[0].start, runs[-1].stop)
             mine = _runs(rule[hull] if rule.numel() > 1 else rule.expand(call.key_len)[hull])
             mine = [slice(hull.start + run.start, hull.start + run.stop) for run in mine]
