@@ -106,6 +106,13 @@ def headless(session: nox.Session) -> None:
 
 
 @nox.session
+def lazy(session: nox.Session) -> None:
+    """Weights that never exist beside the whole tensor, on 500 random cases of each question."""
+    install_pinned(session)
+    session.run("pytest", "tests/test_lazy.py", *session.posargs, env={"ATTNHEAT_CASES": "500"})
+
+
+@nox.session
 def zoo(session: nox.Session) -> None:
     """Capture sixty model types of transformers, and hold each against every softmax that ran."""
     install_pinned(session)

@@ -120,6 +120,8 @@ def small_blocks(monkeypatch):
 MANY = settings(
     max_examples=int(os.environ.get("ATTNHEAT_CASES", "8")),
     deadline=None,
+    database=None,
+    derandomize=True,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
@@ -332,6 +334,16 @@ def test_rows_of_other_draws_are_not_compared():
     heat.assert_same_attention(one, LazyWeights(query, key, rows=64, seed=1))
     with pytest.raises(ValueError, match="both with the same rows= and seed="):
         heat.assert_same_attention(one, other)
+
+
+def test_what_nobody_may_see_is_not_read_whatever_else_hides_it():
+    number = torch.zeros(1, 5).long()
+    hidden = torch.zeros(5, 5, dtype=torch.bool)
+    query, key = torch.randn(2, 1, 1, 5, 4).unbind()
+    lazy = LazyWeights(query, key, mask=hidden, documents=(number, number))
+    assert lazy.blocks.seen(slice(0, 1), slice(0, 5)) == ()
+    assert torch.equal(lazy.dense(), torch.zeros(1, 1, 5, 5))
+    heat.assert_row_stochastic(lazy)
 
 
 @pytest.mark.parametrize("name", ["assert_doubly_stochastic", "show_heatmaps"])

@@ -65,7 +65,13 @@ class Blocks:
         spans: Their rows.
     """
 
-    def __init__(self, call: Call, dtype: torch.dtype, tiles: Tiles | None = None) -> None:
+    def __init__(
+        self,
+        call: Call,
+        dtype: torch.dtype,
+        tiles: Tiles | None = None,
+        most_rows: int | None = None,
+    ) -> None:
         self.call, self.dtype, self._tiles = call, dtype, tiles
         self._flat, self._own = flattened(call)
         self._device = call.query.device
@@ -76,6 +82,7 @@ class Blocks:
         # Of rows that see other keys each, a block computes no more than a quarter in vain.
         most = block // key_len if near == key_len else min(near // 4, 4 * block // near)
         self.rows = min(call.query_len, max(1, min(_ROWS, _MOST // key_len), most))
+        self.rows = min(self.rows, most_rows or self.rows)
         self.together = max(1, block // (self.rows * key_len))
         self._kept: tuple[slice, dict[str, Tensor]] | None = None
         self._last: tuple[slice, slice, Block] | None = None
@@ -202,8 +209,9 @@ class Blocks:
         if start <= sinks:
             runs = [slice(0 if sinks > 0 else start, max(sinks, stop))]
         runs = [run for run in runs if run.start < run.stop]
-        shown = self._shown(some, span)
-        for rule in shown if runs else ():
+        for rule in self._shown(some, span):
+            if not runs:
+                break
             hull = slice(runs[0].start, runs[-1].stop)
             mine = _runs(rule[hull] if rule.numel() > 1 else rule.expand(call.key_len)[hull])
             mine = [slice(hull.start + run.start, hull.start + run.stop) for run in mine]

@@ -121,10 +121,12 @@ class LazyWeights(LazyBoxes):
             query, key, key, mask=mask, bias=bias, causal=causal, alignment=alignment or "top_left",
             window=window, fully_masked=check_fully_masked(fully_masked), **features,
         )  # fmt: skip
-        self._set(Blocks(call, wide_dtype(query.dtype), tiles))
+        sampled = None
         if rows is not None:
-            self.sampled = _sample(call.query_len, positive("rows", rows), seed_number(seed))
-            self.seed = seed
+            sampled = _sample(call.query_len, positive("rows", rows), seed_number(seed))
+        most_rows = None if sampled is None else _NEIGHBOURS
+        self._set(Blocks(call, wide_dtype(query.dtype), tiles, most_rows))
+        self.sampled, self.seed = sampled, seed
 
     def _set(self, blocks: Blocks) -> None:
         call = blocks.call
