@@ -521,6 +521,16 @@ def of_scores(change):
     return attention
 
 
+def test_rows_of_a_single_weight_are_in_no_order_of_scores():
+    def attention(query, key, value):
+        chosen = (query @ key.mT).roll(1, -1).argmax(-1)
+        return torch.nn.functional.one_hot(chosen, key.shape[-2]).to(value.dtype) @ value
+
+    found = diagnose(AttentionSpec(attention, dtypes=("float64",), **PLAIN))
+    assert not found.healthy
+    assert "in the order of the scores" not in str(found)
+
+
 def far(scores):
     return (torch.arange(scores.shape[-2])[:, None] - torch.arange(scores.shape[-1])).abs()
 
