@@ -150,6 +150,12 @@ def public_names() -> Iterator[str]:
         yield from _table(("name", "what it is"), partial(rows, names))
 
 
+def found_in_the_wild(verdict: str) -> Rows:
+    """What `benchmarks/wild.py` found in released packages."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield from import_module("wild").tables(verdict)
+
+
 def fields_of_failure() -> Rows:
     """What a failure knows: field, and what it holds."""
     from pytest_attnheat import Failure
@@ -207,6 +213,9 @@ DEFECT_HEAD = ("defect", "attention", "a public issue that reports it")
 CONVENTION_HEAD = ("like=", "of", "told by its parameters", "causal from the", "keywords asked",
                    "log-sum-exp", "not asked")  # fmt: skip
 ENVIRONMENT_HEAD = ("session", "Python", "versions", "system", "day", "ended", "minutes")
+WRONG_HEAD = ("package, what of it", "what is documented, or done elsewhere in it", "what it does",
+              "call", "off from that; from loops that do the same", "the examination says",
+              "public issue of its kind", "on")  # fmt: skip
 TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "checks": (CHECK_HEAD, lambda: checks("CHECKS")),
     "checks of a block": (CHECK_HEAD, lambda: checks("BLOCK_CHECKS")),
@@ -220,6 +229,11 @@ TABLES: dict[str, tuple[tuple[str, ...], Callable[[], Rows]]] = {
     "options": (("option", "ini", "meaning"), options),
     "fixtures": (("fixture", "what it is"), fixtures),
     "fields of a failure": (("field", "what it holds"), fields_of_failure),
+    "found wrong": (WRONG_HEAD, lambda: found_in_the_wild("wrong")),
+    "found right": (
+        ("package, what of it", "what was declared", "on"),
+        lambda: found_in_the_wild("right"),
+    ),
     "markers": (("marker", "what it says"), markers),
     "hooks": (("hook", "what it is for"), hooks),
 }

@@ -23,10 +23,12 @@ from pytest_attnheat import (
     assert_padding_masked,
     assert_reproduces_output,
     assert_row_stochastic,
+    assert_same_attention,
     assert_support,
     assert_uniform,
 )
 from pytest_attnheat.attention.placed import Placed
+from pytest_attnheat.baselines.layers import layers_of
 from pytest_attnheat.contract.ranks import on_ranks
 
 # Sharded by batch, head, query and key, and on each rank as a whole.
@@ -173,6 +175,43 @@ def with_masks():
 def test_a_mask_may_lie_on_ranks_as_well():
     for found in on_ranks(2, with_masks):
         assert [one.partition("\n")[0] for one in found] == [WHOLE["a leak"].partition("\n")[0]] * 6
+
+
+def sketched():
+    """What is said where one head moved, in each way."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 3, 9, 11, generator=generator).softmax(-1)
+    moved = weights.clone()
+    moved[1, 2] = moved[1, 2].flip(-1)
+    texts = []
+    for dim in range(4):
+        one, other = (distribute_tensor(t, mesh, [Shard(dim)]) for t in (weights, moved))
+        assert_same_attention(one, one)
+        texts.append(said(assert_same_attention, one, other=other))
+    return texts
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_head_that_moved_is_the_same_on_each_rank_and_in_each_way(ranks):
+    texts = {text for found in on_ranks(ranks, sketched) for text in found}
+    (text,) = texts
+    assert text.startswith("Failure: assert_same_attention: 1 of 6 maps moved\n")
+
+
+def test_a_baseline_of_weights_on_ranks_is_that_of_the_whole():
+    def body():
+        mesh = init_device_mesh("cpu", (2,))
+        weights = torch.randn(2, 3, 9, 11, generator=torch.Generator().manual_seed(0)).softmax(-1)
+        return [layers_of(distribute_tensor(weights, mesh, [Shard(dim)]))[0] for dim in range(4)]
+
+    first, second = on_ranks(2, body)
+    for one, other in zip(first, second, strict=True):
+        assert (one.statistics == other.statistics).all()
+        assert (one.sketch.rows.signed == other.sketch.rows.signed).all()
+        assert abs(one.sketch.rows.signed - first[0].sketch.rows.signed).max() < 1e-6
+        assert abs(one.sketch.columns.norms - first[0].sketch.columns.norms).max() < 1e-6
+        assert abs(one.statistics - first[0].statistics).max() < 1e-6
 
 
 def refused():

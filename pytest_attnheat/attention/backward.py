@@ -106,7 +106,8 @@ BACKWARD: tuple[Defect, ...] = (
               "that does not sum the gradients of keys and values over the ranks, or gives the sum "
               "to another rank", "NVIDIA/Megatron-LM#1464",
               shard_sum=["own", "next", "previous"]),
-    _backward("backward_queries_zero", "whose gradient of the queries is zero", queries="zero"),
+    _backward("backward_queries_zero", "whose gradient of the queries is zero",
+              queries="zero"),
     _backward("backward_partly_masked_blocks_skipped",
               "whose backward pass skips blocks that are masked in part",
               skipped_block=list(BLOCKS), form_of="causal_before_blocks"),

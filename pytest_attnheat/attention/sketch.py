@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -183,6 +183,10 @@ class Sketcher:
         totals = *self._rows[:, maps, rows], *self._columns[:, maps, columns]
         for total, numbers in zip(totals, (*found[0], *found[1]), strict=True):
             total += numbers.cpu().numpy() if _is_tensor(numbers) else numbers
+
+    def join(self, summed: Callable[[Numbers], Numbers]) -> None:
+        """Add what others added of the same maps, elsewhere: `summed` returns the sum of all."""
+        self._rows, self._columns = summed(self._rows), summed(self._columns)
 
     def _numbers(
         self, block: Array, rows: slice, columns: slice, largest: npt.NDArray[Any] | None = None

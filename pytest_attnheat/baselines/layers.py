@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 import torch
 
+from pytest_attnheat.attention.chunks import CHUNK_BYTES
 from pytest_attnheat.attention.lazy import LazyWeights
+from pytest_attnheat.attention.placed import Placed, is_placed, with_whole_rows
 from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher
 from pytest_attnheat.callables import apart
 from pytest_attnheat.capture.record import AttentionRecord, name_of, parts_of
@@ -55,8 +58,10 @@ def layers_of(trace: object) -> list[Layer]:
         return [_layer_of(trace)]
     if isinstance(trace, LazyWeights):
         return [_layer_of_lazy(trace)]
+    if is_placed(trace):
+        return [_layer_of_placed(Placed(with_whole_rows(trace), "trace"))]
     if not isinstance(trace, Trace):
-        accepted = "what capture_attention returns, a record of it, or LazyWeights"
+        accepted = "what capture_attention returns, a record of it, LazyWeights or a DTensor"
         raise TypeError(misuse("trace", type(trace).__name__, accepted))
     if not len(trace):
         raise ValueError(misuse("trace", "no attention", "one or more records"))
@@ -131,6 +136,29 @@ def _sketched(
             counts[maps] += found.shape[1]
     means = totals / counts
     return sketcher.sketch(), means[:, :5], means[:, 5]
+
+
+def _layer_of_placed(weights: Placed) -> Layer:
+    """Sketch weights that lie on several ranks: each adds up its own, and all get the sum."""
+    if weights.ndim != 4:
+        got = f"shape {tuple(weights.shape)}"
+        raise ValueError(misuse("trace", got, "(batch, heads, query_len, key_len)"))
+    batch, heads, queries, keys = weights.shape
+    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
+    with apart():
+        for index in weights.own.boxes(queries, CHUNK_BYTES // 8):
+            for entry, head in product(*(range(one.start, one.stop) for one in index[:2])):
+                at, rows = entry * heads + head, index[2]
+                box = (slice(entry, entry + 1), slice(head, head + 1), rows, slice(0, keys))
+                part = weights.own[box].flatten(0, 1)
+                sketcher.add(slice(at, at + 1), rows, part)
+                here = torch.arange(rows.start, rows.stop) + keys - queries
+                totals[at] += _statistics(part, here).cpu().double().sum((0, 1)).numpy()
+        sketcher.join(weights.summed)
+        totals = weights.summed(totals) / queries
+    shape = (batch, heads, queries, keys)
+    dtype = dtype_name(weights.dtype)
+    return Layer("weights", shape, dtype, sketcher.sketch(), totals[:, :5], totals[:, 5])
 
 
 def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:

@@ -61,7 +61,8 @@ def assert_same_attention(
     order.
 
     Args:
-        trace: What `capture_attention` returned, one record of it, or `LazyWeights`.
+        trace: What `capture_attention` returned, one record of it, or `LazyWeights`; or a
+            `DTensor` of weights, on each rank of its mesh.
         other: What it returned of the other run: what "was" in the message. A query that may attend
             to nothing is left out, since implementations give it different things.
         tolerance: By what part of itself a weight may differ; by default what follows from dtypes,

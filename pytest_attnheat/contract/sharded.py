@@ -48,7 +48,7 @@ class Sharded:
         self.subject, self.shards, self._dim, self._limit = subject, shards, dim, time_limit
         self._groups: dict[str, Ranks] = {}
         self._numbers = count()
-        self.__name__ = name
+        self.__name__ = self.__qualname__ = name
         if (parameters := parameters_of(subject)) is not None:
             self.__signature__ = inspect.Signature(list(parameters.values()))
 

@@ -114,7 +114,8 @@ class AttentionRegression(_Regression):
         """Compare what was captured with its baseline, layer by layer and head by head.
 
         Args:
-            trace: What `capture_attention` returned, or one record of it.
+            trace: What `capture_attention` returned, one record of it, or `LazyWeights`; or a
+                `DTensor` of weights, on each rank of its mesh.
             name: What tells it from the others of the test; part of the file name.
             tolerance: As in `assert_same_attention`.
             precision: As in `assert_same_attention`.
