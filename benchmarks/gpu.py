@@ -37,7 +37,7 @@ NEEDED = {
     "PIL": "pillow>=10",
     "pytest": "pytest>=8",
     "pytest_mpl": "pytest-mpl>=0.17",
-    "transformers": "transformers>=4.48",
+    "transformers": "transformers>=4.53",
 }
 ENVIRONMENT = ROOT / ".venv-gpu"
 _FIRST_LINES = 12
@@ -147,11 +147,12 @@ def parts_of(device: str, *, dry_run: bool) -> list[Part]:
         return (str(ROOT / "benchmarks" / f"{name}.py"), "--device", device, *quick)
 
     return [
-        Part("waits and bandwidth", 30, benchmark("waits")),
+        Part("waits and bandwidth", 20, benchmark("waits")),
         Part("tests", 200, ("-m", "pytest", *options, *marked)),
-        Part("rows", 30, benchmark("bench_rows")),
+        Part("rows", 20, benchmark("bench_rows")),
+        Part("long sequences", 40, benchmark("bench_scale")),
         Part("capture", 60, benchmark("bench_capture")),
-        Part("heatmaps", 70, benchmark("bench_heatmaps")),
+        Part("heatmaps", 50, benchmark("bench_heatmaps")),
     ]
 
 

@@ -6,6 +6,7 @@ runs there with ATTNHEAT_TEST_DEVICE=cpu, which shows that the tests themselves 
 
 import importlib.util
 import os
+import re
 
 import pytest
 import torch
@@ -387,6 +388,64 @@ def test_one_wrong_weight_is_found_where_it_is(shape, dtype):
         attn.assert_row_stochastic(weights)
     last = ", ".join(str(size - 1) for size in shape[:3])
     assert f"[{last}, :]" in str(caught.value), str(caught.value)
+
+
+# --- what is too long to be held, or lies on several GPUs
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_weights_that_never_exist_are_read_where_queries_and_keys_are(dtype):
+    length = 131_072 if ON_CUDA else 512
+    query, key, _ = (t.to(NAME) for t in qkv(1, 2, length, length, 64, dtype=DTYPES[dtype]))
+    weights = attn.LazyWeights(query, key, causal=True, window=(1023, 0))
+    if ON_CUDA:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if ON_CUDA else 0
+    attn.assert_row_stochastic(weights)
+    attn.assert_causal(weights)
+    if ON_CUDA:
+        assert torch.cuda.max_memory_allocated() - before < 512 * 2**20
+    short = attn.LazyWeights(query[:, :, :400], key[:, :, :400], causal=True)
+    said = []
+    for one in (short, short[:]):
+        with pytest.raises(AssertionError) as caught:
+            attn.assert_one_hot(one)
+        said.append(str(caught.value).partition("\n  head")[0])  # one of them knows the mask
+    assert said[0] == said[1]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_call_of_many_keys_is_judged_by_some_rows(dtype):
+    length = 131_072 if ON_CUDA else 5000
+    inputs = [t.to(NAME) for t in qkv(1, 2, 256, length, 64, dtype=DTYPES[dtype])]
+    attn.assert_matches_reference(sdpa, *inputs, rows=16)
+
+    def shortened(query, key, value):
+        return sdpa(query, key[:, :, : length - 70], value[:, :, : length - 70])
+
+    with pytest.raises(AssertionError, match="a length that is cut between") as caught:
+        attn.assert_matches_reference(shortened, *inputs, rows=16)
+    first, last = re.search(r"between (\d+) and (\d+)", str(caught.value)).groups()
+    assert int(first) < length - 70 < int(last)
+
+
+def rows_over_gpus():
+    """What each rank does: the module is imported there."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cuda", (torch.distributed.get_world_size(),))
+    whole = torch.randn(2, 8, 64, 64, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    for dim in range(4):
+        weights = distribute_tensor(whole.cuda(), mesh, [Shard(dim)])
+        attn.assert_row_stochastic(weights)
+        with pytest.raises(AssertionError, match="one-hot"):
+            attn.assert_one_hot(weights)
+
+
+@cuda_alone
+def test_weights_that_lie_on_all_gpus_are_judged_there(ranks):
+    ranks(torch.cuda.device_count(), rows_over_gpus, device="cuda")
 
 
 # --- models

@@ -231,7 +231,8 @@ def _where(one: Judgement, runs: Runs) -> str | None:
                 f"{text}, and {runs.merged(~lost)} get theirs: offsets that wrap at {start} "
                 f"(2^{start.bit_length() - 1})?"
             )
-        return f"{text}: a tail that is lost, or a length that is cut at {start}?"
+        cut = _cut(one, runs, lost, int(lost.int().argmax()))
+        return f"{text}: a tail that is lost, or a length that is cut {cut}?"
     nowhere = one.broken & (one.exact == 0) & (one.found.abs() > 0)
     if bool(nowhere.any()):
         keys = runs.merged(nowhere.any(lead))
@@ -239,6 +240,22 @@ def _where(one: Judgement, runs: Runs) -> str | None:
         return f"{keys} get weight from {rows} of these rows that may not see them"
     wrong = runs.merged(one.broken.any(lead))
     return f"the weight of {wrong} is off"
+
+
+def _cut(one: Judgement, runs: Runs, lost: Tensor, first: int) -> str:
+    """Say where a length is cut: at the first run that is lost, or within the run before it."""
+    rows = tuple(range(one.exact.ndim - 1))
+    found, exact = one.found.sum(rows), one.exact.sum(rows)
+    whole = ~lost
+    whole[max(first - 1, 0)] = False
+    if first == 0 or not bool(whole.any()):
+        return f"at {runs.edges[first]}"
+    # Of the keys that are left, each weighs more by one factor.
+    factor = float(found[whole].sum() / exact[whole].sum().clamp(min=1e-300))
+    expected = factor * float(exact[first - 1])
+    short = expected - float(found[first - 1]) > max(0.01 * expected, float(one.allowed.max()))
+    start, stop = runs.edges[first - 1], runs.edges[first]
+    return f"between {start} and {stop}" if short else f"at {stop}"
 
 
 def _wraps(one: Judgement, runs: Runs, lost: Tensor) -> bool:
