@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from pytest_attnheat.assertions.behaviour.sequences import name_of_cache
 from pytest_attnheat.contract.asking import KEYWORDS, keyword_of, model_of
-from pytest_attnheat.contract.spec import AttentionSpec, Sound
+from pytest_attnheat.contract.spec import AttentionSpec
 
 Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
 _FIELDS = {option: field for field, option in KEYWORDS.items()}
@@ -18,7 +18,7 @@ def all_of(*needs: Need) -> Need:
     return lambda spec: next((reason for need in needs if (reason := need(spec))), None)
 
 
-def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: Sound | None = None) -> Need:
+def _need(holds: Callable[[AttentionSpec], Any], reason: str, field: str | None = None) -> Need:
     """Return the need for what holds; the reason names a parameter that sounds like the field."""
 
     def need(spec: AttentionSpec) -> str | None:
@@ -141,7 +141,7 @@ order_may_matter = _need(
 _MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
 
 
-def undeclared(spec: AttentionSpec, field: Sound) -> str:
+def undeclared(spec: AttentionSpec, field: str) -> str:
     """Say what a specification leaves unsaid: a parameter that sounds like one of its fields."""
     if spec.is_block:
         is_none = spec.mask is None and "mask" in spec.typed

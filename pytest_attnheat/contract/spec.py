@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property, wraps
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +26,8 @@ from pytest_attnheat.contract.conventions import Convention, named
 from pytest_attnheat.contract.filling import by_convention, by_signature
 from pytest_attnheat.failure import Failure
 
-Sound: TypeAlias = str
-
 # Looked up in this order: a causal_mask is a mask.
-_SOUNDS: dict[Sound, tuple[str, ...]] = {
+_SOUNDS: dict[str, tuple[str, ...]] = {
     "mask": ("mask", "padding"), "causal": ("causal",),
     **{field: (name if name == "lengths" else name.rstrip("s"),)
        for field, name in KEYWORDS.items()},
@@ -273,7 +271,7 @@ class AttentionSpec:
         """Whether the layout has heads."""
         return "h" in self.layout
 
-    def sounding_like(self, kind: Sound) -> list[str]:
+    def sounding_like(self, kind: str) -> list[str]:
         """The parameters of the subject that sound like a mask, like causality, or an option."""
         return [
             name for name in self.parameters or {}
@@ -287,7 +285,7 @@ class AttentionSpec:
         given = {name: getattr(self, name) for name in KEYWORDS}
         return {name: keyword for name, keyword in given.items() if isinstance(keyword, str)}
 
-    def lacks(self, keyword: str, kind: Sound) -> bool:
+    def lacks(self, keyword: str, kind: str) -> bool:
         """Whether a keyword is not taken, or not by the parameter that is meant for its kind."""
         elsewhere = not self.names(keyword) and bool(self.sounding_like(kind))
         return elsewhere or not self.takes(keyword)
