@@ -772,11 +772,11 @@ def test_a_parameter_that_sounds_like_a_mask_or_causality_gets_a_hint():
 
     masks = (
         "it takes mask=, and the specification does not say what that means: AttentionSpec(..., "
-        "mask_argument='mask', mask=...), 'keep', 'drop' or 'additive'"
+        "mask_argument='mask', mask='keep') (or 'drop', 'additive')"
     )
     causality = (
         "it takes causal=, and the specification does not say what that means: AttentionSpec(..., "
-        "causal_argument='causal', causal=...), 'top_left' or 'bottom_right'"
+        "causal_argument='causal', causal='top_left') (or 'bottom_right')"
     )
     report = check_attention(AttentionSpec(own, dtypes=ONE_DTYPE), quick=True)
     needed = "it needs mask besides query, key and value: a function around it that takes these "

@@ -680,7 +680,20 @@ def test_a_call_that_is_not_described_is_refused(named, reason):
         return plain(query, key, value)
 
     found = grade(lambda f: f(*drawn(5, 7), **named), target)
-    assert found.refused == (reason,)
+    assert found.refused[0].startswith(reason)
+    assert len(found.refused) == 1
+
+
+def test_what_is_not_declared_is_said_beside_the_grade():
+    def target(query, key, value, mask=None):
+        return plain(query, key, value)
+
+    found = grade(lambda f: f(*drawn(5, 7)), target, defects=["scale_missing", "mask_ignored"])
+    assert found.unplanted == ("mask_ignored",)
+    assert found.undeclared[0].startswith("it takes mask=, and the specification does not say")
+    lines = str(found).splitlines()
+    assert lines[1].startswith("  undeclared it takes mask=")
+    assert lines[2] == "  unplanted mask_ignored: they need what the target is not declared to take"
 
 
 def test_the_judge_must_accept_the_right_one_and_call_it():

@@ -19,6 +19,7 @@ from torch import nn
 
 from pytest_attnheat.callables import borrowed, seed_everything
 from pytest_attnheat.contract.effects import Effect
+from pytest_attnheat.contract.needs import all_undeclared
 from pytest_attnheat.contract.planting import Planted
 from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
 from pytest_attnheat.contract.reading_calls import unreadable
@@ -110,6 +111,9 @@ class Grade:
         set_aside: Of how many calls nothing is known, and why; they are answered as the target
             does.
         never_exercised: What the calls never had, though the target takes it.
+        undeclared: Parameters of the target that sound like a feature and are not declared: their
+            defects are not planted.
+        unplanted: Defects that were asked for by name, and need what is not declared.
         remedy: Cases that tell what survived from the right one.
         calls: How many calls the judge made of the right one.
         seed: Where random numbers started.
@@ -123,6 +127,8 @@ class Grade:
     refused: tuple[str, ...] = ()
     set_aside: tuple[tuple[str, int], ...] = ()
     never_exercised: tuple[str, ...] = ()
+    undeclared: tuple[str, ...] = ()
+    unplanted: tuple[str, ...] = ()
     remedy: Remedy = field(default_factory=Remedy)
     calls: int = 0
     seed: int = 0
@@ -158,6 +164,10 @@ class Grade:
             yield f"  refused   {reason}"
         if self.refused:
             return
+        yield from (f"  undeclared {hint}" for hint in self.undeclared)
+        if self.unplanted:
+            names = ", ".join(self.unplanted)
+            yield f"  unplanted {names}: they need what the target is not declared to take"
         for reason, count in self.set_aside:
             yield f"  set aside {_counted(count, 'call')}, answered as the right one does: {reason}"
         trivial = [one for one in self.trivial if one.status == "survived"]
@@ -244,6 +254,8 @@ class Study:
             raise ValueError(misuse("defects", repr(unknown[0]), accepted))
         wanted = None if defects is None else {simple_name(name) for name in defects}
         self.versions = tuple(v for v in every if wanted is None or v.name in wanted)
+        known = {version.name for version in self.versions}
+        self._unplanted = tuple(sorted(str(name) for name in (wanted or set()) - known))
         self._within = Inside()
         self.watched = self._planted(None)
 
@@ -311,6 +323,8 @@ class Study:
             self.spec.name, having("killed"), having("survived"), having("inactive"), trivial,
             set_aside=tuple(sorted(effect.set_aside.items())),
             never_exercised=never_exercised(self.spec, effect),
+            undeclared=() if self.inside else tuple(all_undeclared(self.spec)),
+            unplanted=self._unplanted,
             remedy=remedy if not self.inside else replace(remedy, code=""),
             calls=effect.calls, seed=self.seed,
         )  # fmt: skip

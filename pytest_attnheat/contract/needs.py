@@ -138,7 +138,10 @@ order_may_matter = _need(
 )
 
 
-_MEANINGS = {"mask": "'keep', 'drop' or 'additive'", "causal": "'top_left' or 'bottom_right'"}
+# What is typed first, and what may be typed in its place.
+_MEANINGS = {
+    "mask": ("'keep'", "or 'drop', 'additive'"), "causal": ("'top_left'", "or 'bottom_right'"),
+}  # fmt: skip
 
 
 def undeclared(spec: AttentionSpec, field: str) -> str:
@@ -157,8 +160,9 @@ def undeclared(spec: AttentionSpec, field: str) -> str:
     else:
         is_declared = spec.takes_causal if field == "causal" else spec.mask is not None
         is_declared |= names == [getattr(spec, f"{field}_argument")]  # or it is None on purpose
-        said = f"{field}_argument={names[0]!r}, {field}=..." if names else ""
-        meaning = f", {_MEANINGS[field]}"
+        usual, others = _MEANINGS[field]
+        said = f"{field}_argument={names[0]!r}, {field}={usual}" if names else ""
+        meaning = f" ({others})"
     if is_declared or not names:
         return ""
     return (

@@ -189,7 +189,10 @@ def _refuse_others(spec: AttentionSpec, of: inspect.Signature, arguments: Argume
             continue
         if not isinstance(given, Tensor) and given == usual.get(name):
             continue
-        raise UnreadError(f"{name}={_shown(given)} is not described")
+        raise UnreadError(
+            f"{name}={_shown(given)} is not described: say what it means in an AttentionSpec, and "
+            "grade that"
+        )
 
 
 def _shown(given: object) -> str:

@@ -38,6 +38,8 @@ class Graded:
         """Say why a run fails by it; empty if it does not."""
         if self.grade is None or self.grade.refused:
             return "there is no grade"
+        if least and self.grade.unplanted:
+            return f"{', '.join(self.grade.unplanted)} could not be planted"
         score = self.grade.score
         if least and (score is None or score < least):
             known = "no defect was active" if score is None else f"{score:.3f}"
