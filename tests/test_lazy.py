@@ -390,3 +390,36 @@ def test_a_block_mask_leaves_out_what_it_hides():
 def test_what_cannot_be_read_is_refused_when_it_is_made(given_, error, said):
     with pytest.raises(error, match=said):
         LazyWeights(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 7, 4), **given_)
+
+
+# --- what is NaN, what comes first, what is refused
+
+
+def failure_of(assertion, weights, **options):
+    with pytest.raises(heat.Failure) as caught:
+        assertion(weights, **options)
+    return str(caught.value)
+
+
+def test_the_first_that_is_broken_is_the_first_of_the_tensor_where_a_block_has_several_maps(
+    monkeypatch,
+):
+    monkeypatch.setattr(blocks_module, "_BLOCK", 3 * 3 * 20)
+    query, key = (draw(name, 3, 3, 1, 20, 4).float() for name in ("query", "key"))
+    mask = torch.ones(3, 1, 20, 20, dtype=torch.bool)
+    mask[0, :, 9, 3] = mask[1, :, 2, 5] = mask[2, :, 12, 6] = False
+    lazy = LazyWeights(query, key, window=(7, 7))
+    assert (lazy.blocks.together, lazy.blocks.rows) == (3, 3)
+    found = failure_of(heat.assert_masked, lazy, mask=mask)
+    assert found == failure_of(heat.assert_masked, lazy.dense(), mask=mask)
+    assert "weights[0, 0, 9, 3]" in found
+
+
+def test_of_equals_the_worst_is_the_first_where_a_block_has_several_maps(monkeypatch):
+    monkeypatch.setattr(blocks_module, "_BLOCK", 3 * 3 * 20)
+    nothing = torch.zeros(3, 1, 20, 4)
+    mask = torch.ones(3, 1, 20, 20, dtype=torch.bool)
+    mask[0, :, 12, 8] = mask[1, :, 9, 9] = False
+    lazy = LazyWeights(nothing, nothing, window=(7, 7))
+    found = failure_of(heat.assert_masked, lazy, mask=mask)
+    assert found == failure_of(heat.assert_masked, lazy.dense(), mask=mask)
