@@ -401,6 +401,25 @@ def failure_of(assertion, weights, **options):
     return str(caught.value)
 
 
+@pytest.mark.parametrize("row", [6, 7])
+def test_a_row_of_nan_is_nan_at_the_keys_that_its_block_does_not_read_too(monkeypatch, row):
+    monkeypatch.setattr(blocks_module, "_BLOCK", 8 * 30)
+    query, key = (draw(name, 3, 1, 1, 30, 4).float() for name in ("query", "key"))
+    query[0, 0, row] = math.nan
+    seen = torch.ones(30, 30, dtype=torch.bool).tril()
+    dense = (query @ key.mT / 2).masked_fill(~seen, -math.inf).softmax(-1)
+    lazy = LazyWeights(query, key, causal=True)
+    assert torch.equal(lazy.dense().isnan(), dense.isnan())
+    assert f"{29 - row} of 435 masked" in failure_of(heat.assert_causal, lazy)
+    for name in ("assert_causal", "assert_row_stochastic", "assert_entropy"):
+        options = {} if name == "assert_causal" else {"mask": seen}
+        options |= {"minimum": 0.0} if name == "assert_entropy" else {}
+        assertion = getattr(heat, name)
+        assert failure_of(assertion, lazy, **options) == failure_of(assertion, dense, **options)
+    sunk = LazyWeights(query, key, causal=True, sinks=torch.zeros(1)).sinks
+    assert sunk.dense()[0, 0, row].isnan().all()
+
+
 def test_the_first_that_is_broken_is_the_first_of_the_tensor_where_a_block_has_several_maps(
     monkeypatch,
 ):

@@ -259,6 +259,8 @@ class LazyWeights(LazyBoxes):
         """Return the keys of some rows that may hold anything, as runs in order."""
         *lead, rows = box
         numbers = self.numbers[tuple(lead)].flatten().tolist()
+        if numbers and rows.start < rows.stop:  # what is asked of is read next
+            self.blocks.holding(numbers[0], rows.start)
         held = self.blocks.among_last(numbers, rows)
         found = merged(held) if held is not None else self.seen(numbers, rows)
         key_len = self.blocks.call.key_len
