@@ -442,3 +442,13 @@ def test_of_equals_the_worst_is_the_first_where_a_block_has_several_maps(monkeyp
     lazy = LazyWeights(nothing, nothing, window=(7, 7))
     found = failure_of(heat.assert_masked, lazy, mask=mask)
     assert found == failure_of(heat.assert_masked, lazy.dense(), mask=mask)
+
+
+def test_weights_end_where_their_maps_end():
+    query, key = (draw(name, 3, 2, 3, 5, 4).float() for name in ("query", "key"))
+    lazy = LazyWeights(query, key)
+    assert len(list(lazy)) == 2
+    assert torch.equal(lazy[..., -1], lazy.dense()[..., -1])
+    for index in ((0, 3), (-3,), (0, 0, slice(0, 5, 2)), (0, 0, 0, 0, 0)):
+        with pytest.raises(IndexError):
+            lazy[index]
