@@ -452,3 +452,39 @@ def test_weights_end_where_their_maps_end():
     for index in ((0, 3), (-3,), (0, 0, slice(0, 5, 2)), (0, 0, 0, 0, 0)):
         with pytest.raises(IndexError):
             lazy[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kind"),
+    [
+        ("window", 5, TypeError),
+        ("window", (-1, 2), ValueError),
+        ("window", (1.5, 2), TypeError),
+        ("chunk", 0, ValueError),
+        ("prefix", -3, ValueError),
+        ("softcap", 0.0, ValueError),
+        ("alibi", torch.ones(3), ValueError),
+        ("sinks", [0.5, 0.5], TypeError),
+        ("lengths", torch.tensor([9]), ValueError),
+        ("lengths", torch.tensor([3, 4]), ValueError),
+        ("documents", (torch.zeros(8), torch.zeros(8)), ValueError),
+        ("documents", torch.zeros(1, 8), TypeError),
+        ("may_see", True, TypeError),
+    ],
+)
+def test_what_says_nothing_of_these_weights_is_refused(name, given, kind):
+    query = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(kind, match=rf"^{name}: got .*; accepted is "):
+        LazyWeights(query, query, **{name: given})
+    function = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(kind, match=rf"^{name}: got .*; accepted is "):
+        heat.assert_matches_reference(function, query, query, query, **{name: given})
+
+
+def test_a_mask_of_blocks_of_other_lengths_is_refused():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    mask = flex.create_block_mask(lambda b, h, q, k: q >= k, 2, None, 128, 128, device="cpu")
+    for batch, length in ((2, 129), (3, 128)):
+        query = torch.zeros(batch, 1, length, 4)
+        with pytest.raises(ValueError, match=r"^mask: got a BlockMask of \(2, 1, 128, 128\)"):
+            LazyWeights(query, query, mask=mask)
