@@ -391,3 +391,101 @@ def test_a_block_mask_leaves_out_what_it_hides():
 def test_what_cannot_be_read_is_refused_when_it_is_made(given_, error, said):
     with pytest.raises(error, match=said):
         LazyWeights(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 7, 4), **given_)
+
+
+# --- what is NaN, what comes first, what is refused
+
+
+def failure_of(assertion, weights, **options):
+    with pytest.raises(heat.Failure) as caught:
+        assertion(weights, **options)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("row", [6, 7])
+def test_a_row_of_nan_is_nan_at_the_keys_that_its_block_does_not_read_too(monkeypatch, row):
+    monkeypatch.setattr(blocks_module, "_BLOCK", 8 * 30)
+    query, key = (draw(name, 3, 1, 1, 30, 4).float() for name in ("query", "key"))
+    query[0, 0, row] = math.nan
+    seen = torch.ones(30, 30, dtype=torch.bool).tril()
+    dense = (query @ key.mT / 2).masked_fill(~seen, -math.inf).softmax(-1)
+    lazy = LazyWeights(query, key, causal=True)
+    assert torch.equal(lazy.dense().isnan(), dense.isnan())
+    assert f"{29 - row} of 435 masked" in failure_of(heat.assert_causal, lazy)
+    for name in ("assert_causal", "assert_row_stochastic", "assert_entropy"):
+        options = {} if name == "assert_causal" else {"mask": seen}
+        options |= {"minimum": 0.0} if name == "assert_entropy" else {}
+        assertion = getattr(heat, name)
+        assert failure_of(assertion, lazy, **options) == failure_of(assertion, dense, **options)
+    sunk = LazyWeights(query, key, causal=True, sinks=torch.zeros(1)).sinks
+    assert sunk.dense()[0, 0, row].isnan().all()
+
+
+def test_the_first_that_is_broken_is_the_first_of_the_tensor_where_a_block_has_several_maps(
+    monkeypatch,
+):
+    monkeypatch.setattr(blocks_module, "_BLOCK", 3 * 3 * 20)
+    query, key = (draw(name, 3, 3, 1, 20, 4).float() for name in ("query", "key"))
+    mask = torch.ones(3, 1, 20, 20, dtype=torch.bool)
+    mask[0, :, 9, 3] = mask[1, :, 2, 5] = mask[2, :, 12, 6] = False
+    lazy = LazyWeights(query, key, window=(7, 7))
+    assert (lazy.blocks.together, lazy.blocks.rows) == (3, 3)
+    found = failure_of(heat.assert_masked, lazy, mask=mask)
+    assert found == failure_of(heat.assert_masked, lazy.dense(), mask=mask)
+    assert "weights[0, 0, 9, 3]" in found
+
+
+def test_of_equals_the_worst_is_the_first_where_a_block_has_several_maps(monkeypatch):
+    monkeypatch.setattr(blocks_module, "_BLOCK", 3 * 3 * 20)
+    nothing = torch.zeros(3, 1, 20, 4)
+    mask = torch.ones(3, 1, 20, 20, dtype=torch.bool)
+    mask[0, :, 12, 8] = mask[1, :, 9, 9] = False
+    lazy = LazyWeights(nothing, nothing, window=(7, 7))
+    found = failure_of(heat.assert_masked, lazy, mask=mask)
+    assert found == failure_of(heat.assert_masked, lazy.dense(), mask=mask)
+
+
+def test_weights_end_where_their_maps_end():
+    query, key = (draw(name, 3, 2, 3, 5, 4).float() for name in ("query", "key"))
+    lazy = LazyWeights(query, key)
+    assert len(list(lazy)) == 2
+    assert torch.equal(lazy[..., -1], lazy.dense()[..., -1])
+    for index in ((0, 3), (-3,), (0, 0, slice(0, 5, 2)), (0, 0, 0, 0, 0)):
+        with pytest.raises(IndexError):
+            lazy[index]
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "kind"),
+    [
+        ("window", 5, TypeError),
+        ("window", (-1, 2), ValueError),
+        ("window", (1.5, 2), TypeError),
+        ("chunk", 0, ValueError),
+        ("prefix", -3, ValueError),
+        ("softcap", 0.0, ValueError),
+        ("alibi", torch.ones(3), ValueError),
+        ("sinks", [0.5, 0.5], TypeError),
+        ("lengths", torch.tensor([9]), ValueError),
+        ("lengths", torch.tensor([3, 4]), ValueError),
+        ("documents", (torch.zeros(8), torch.zeros(8)), ValueError),
+        ("documents", torch.zeros(1, 8), TypeError),
+        ("may_see", True, TypeError),
+    ],
+)
+def test_what_says_nothing_of_these_weights_is_refused(name, given, kind):
+    query = torch.zeros(1, 2, 8, 4)
+    with pytest.raises(kind, match=rf"^{name}: got .*; accepted is "):
+        LazyWeights(query, query, **{name: given})
+    function = torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(kind, match=rf"^{name}: got .*; accepted is "):
+        heat.assert_matches_reference(function, query, query, query, **{name: given})
+
+
+def test_a_mask_of_blocks_of_other_lengths_is_refused():
+    flex = pytest.importorskip("torch.nn.attention.flex_attention")
+    mask = flex.create_block_mask(lambda b, h, q, k: q >= k, 2, None, 128, 128, device="cpu")
+    for batch, length in ((2, 129), (3, 128)):
+        query = torch.zeros(batch, 1, length, 4)
+        with pytest.raises(ValueError, match=r"^mask: got a BlockMask of \(2, 1, 128, 128\)"):
+            LazyWeights(query, query, mask=mask)

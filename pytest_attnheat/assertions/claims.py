@@ -265,15 +265,22 @@ def _here(claim: Claim[P], parts: Iterable[P]) -> _Tally:
         broken += int(breaks.sum())
         zeros += int((breaks & (value == 0)).sum())
         nans += int(nan.sum())
-        if first_nan is None and bool(nan.any()):
-            first_nan = index_within(part.index, nan.flatten().int().argmax())
-        if first is None:
-            first = _spot(claim, part, int(breaks.flatten().int().argmax()))
+        # Parts of what is computed when it is read hold some rows of several maps each.
+        start = tuple(span.start for span in part.index)
+        if (first_nan is None or start < first_nan) and bool(nan.any()):
+            at = index_within(part.index, nan.flatten().int().argmax())
+            first_nan = at if first_nan is None else min(at, first_nan)
+        if first is None or start < first.index:
+            spot = _spot(claim, part, int(breaks.flatten().int().argmax()))
+            first = spot if first is None else min(spot, first, key=lambda one: one.index)
         excess = claim.excess(part, breaks).flatten()
-        at = int(excess.argmax())
-        if float(excess[at]) > most:
-            most = float(excess[at])
-            worst = _spot(claim, part, at)
+        at_most = int(excess.argmax())
+        reached = float(excess[at_most])
+        if reached < most or (worst is not None and reached == most and start > worst.index):
+            continue
+        spot = _spot(claim, part, at_most)
+        if worst is None or reached > most or spot.index < worst.index:
+            most, worst = reached, spot
     return _Tally(of, broken, zeros, nans, first_nan, first, worst, most)
 
 

@@ -27,6 +27,7 @@ from pytest_attnheat.attention.backward import likely_backward_mistake
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.computation import reference
+from pytest_attnheat.attention.features import check_features
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.callables import borrowed, modules_in, seed_all
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -117,6 +118,7 @@ def called(
         if mask.dtype != torch.bool and bool((mask.isnan() | (mask == math.inf)).any()):
             raise ValueError(misuse("attn_mask", "NaN or inf", "finite numbers and -inf"))
     call = subject.call
+    check_features(features, call.query.shape, call.key.shape)
     own = {name: value for name, value in features.items() if name not in taken}
     return subject, replace(call, **own), runner(subject)
 

@@ -43,7 +43,8 @@ class Block:
     """Some rows of some maps.
 
     Attributes:
-        seen: The keys that any of the rows may see, as runs in order; all others weigh 0.
+        seen: The keys that any of the rows may see, as runs in order; all others weigh 0. All keys
+            where a row is NaN.
         weights: (maps, rows, keys), of the keys of these runs.
         sink: (maps, rows, 1), the weight of the sink; None without one.
     """
@@ -293,9 +294,13 @@ class Blocks:
         if empty is not None and bool(empty.any()):
             what = {"uniform": 1 / call.key_len, "nan": math.nan}.get(call.fully_masked, 0.0)
             made.masked_fill_(empty, what)
-        if call.sinks is None:
-            return Block(seen, made, None)
-        return Block(seen, made[..., :-1], made[..., -1:])
+        sink = None if call.sinks is None else made[..., -1:]
+        made = made if sink is None else made[..., :-1]
+        if seen != (whole := (slice(0, call.key_len),)):
+            nan = made[..., :1].isnan()  # a softmax makes whole rows NaN
+            if bool(nan.any()):
+                seen, made = whole, _scattered(made, seen, call.key_len).masked_fill_(nan, math.nan)
+        return Block(seen, made, sink)
 
     def _cut(self, scores: Tensor, span: slice, seen: tuple[slice, ...]) -> bool:
         """Hide in each row what lies before its first key, and after its last one.
@@ -353,7 +358,12 @@ def _from_the_first(block: Block, into: Tensor | None) -> Tensor:
     if into is not None and len(runs) == 1 and found.is_set_to(into[..., runs[0]]):
         into[..., : runs[0].start] = 0
         return into[..., : runs[0].stop]
-    whole = found.new_zeros(*found.shape[:-1], runs[-1].stop)
+    return _scattered(found, runs, runs[-1].stop)
+
+
+def _scattered(found: Tensor, runs: tuple[slice, ...], key_len: int) -> Tensor:
+    """The weights of some runs of keys among zeros for the other keys."""
+    whole = found.new_zeros(*found.shape[:-1], key_len)
     at = 0
     for run in runs:
         whole[..., run] = found[..., at : at + run.stop - run.start]

@@ -13,7 +13,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import pieces, spans
 from pytest_attnheat.attention.parts import own_rows
 from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.inputs import InBoxes
+from pytest_attnheat.inputs import InBoxes, as_whole
 
 Box = tuple[slice, ...]
 
@@ -63,16 +63,23 @@ class LazyBoxes(Lazy):
     def __getitem__(self, box: Any) -> Tensor:
         """Return a box, of slices without steps and whole numbers; the rest is whole."""
         given = box if isinstance(box, tuple) else (box,)
+        if ... in given and len(given) <= self.ndim + 1:
+            at = given.index(...)
+            every = [slice(None)] * (self.ndim - len(given) + 1)
+            given = (*given[:at], *every, *given[at + 1 :])
         given = (*given, *[slice(None)] * (self.ndim - len(given)))
-        whole = tuple(
-            slice(*one.indices(size)[:2]) if isinstance(one, slice) else _only(one, size)
-            for one, size in zip(given, self.shape, strict=True)
-        )
+        if len(given) > self.ndim:
+            raise IndexError(f"{len(given)} indices for {self.ndim} dimensions")
+        whole = tuple(map(_span, given, self.shape))
         found = self.read(whole)
         dropped = [at for at, one in enumerate(given) if not isinstance(one, slice)]
         for at in reversed(dropped):
             found = found.squeeze(at)
         return found
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yield each place of the first dimension."""
+        yield from (self[number] for number in range(self.shape[0]))
 
     def read(self, box: Box) -> Tensor:
         """Return a box of slices, one for each dimension."""
@@ -227,9 +234,19 @@ def merged(runs: Sequence[slice]) -> list[slice]:
     return found
 
 
-def _only(number: Any, size: int) -> slice:
-    at = number.__index__() % size
-    return slice(at, at + 1)
+def _span(one: Any, size: int) -> slice:
+    """What a slice or a whole number means in a dimension of some size."""
+    if isinstance(one, slice):
+        start, stop, step = one.indices(size)
+        if step != 1:
+            raise IndexError(f"a slice with a step of {step}: read it whole, and take the step")
+        return slice(start, stop)
+    number = as_whole(one)
+    if number is None:
+        raise TypeError(f"an index of {type(one).__name__}: a slice or a whole number is read")
+    if not -size <= number < size:
+        raise IndexError(f"index {number} of a dimension of {size}")
+    return slice(number % size, number % size + 1)
 
 
 def neighbours(numbers: Sequence[int], step: int | None = None) -> Iterator[slice]:

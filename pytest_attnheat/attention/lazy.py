@@ -16,6 +16,7 @@ from pytest_attnheat.attention.blocks import Block, Blocks, Tiles, shared
 from pytest_attnheat.attention.boxes import Box, LazyBoxes, LazyMask, merged, neighbours
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.attention.features import check_features
 from pytest_attnheat.attention.vocabulary import (
     ALIGNMENTS,
     Alignment,
@@ -107,6 +108,8 @@ class LazyWeights(LazyBoxes):
             names = ", ".join(("mask", "causal", *FEATURES))
             raise TypeError(misuse("features", sorted(unknown), f"one of {names}"))
         _check_shapes(query, key)
+        features = {name: one for name, one in features.items() if one is not None}
+        check_features({**features, "window": window}, query.shape, key.shape)
         tiles = None
         if hasattr(mask, "mask_mod"):
             tiles, features = _tiles_of(mask, query, key), {**features, "may_see": mask.mask_mod}
@@ -259,6 +262,8 @@ class LazyWeights(LazyBoxes):
         """Return the keys of some rows that may hold anything, as runs in order."""
         *lead, rows = box
         numbers = self.numbers[tuple(lead)].flatten().tolist()
+        if numbers and rows.start < rows.stop:  # what is asked of is read next
+            self.blocks.holding(numbers[0], rows.start)
         held = self.blocks.among_last(numbers, rows)
         found = merged(held) if held is not None else self.seen(numbers, rows)
         key_len = self.blocks.call.key_len
@@ -411,6 +416,13 @@ def _tiles_of(mask: Any, query: Tensor, key: Tensor) -> Tiles:
     (tall, wide), key_len = mask.BLOCK_SIZE, key.shape[-2]
     shown = mask.to_dense().bool().cpu()
     heads = query.shape[-3] if query.ndim > 2 else 1
+    of_maps = (query.shape[:-3].numel(), heads)
+    lengths = (query.shape[-2], key_len)
+    made = tuple(getattr(mask, "seq_lengths", (shown.shape[-2] * tall, shown.shape[-1] * wide)))
+    fits = all(n in (1, own) for n, own in zip(shown.shape[:2], of_maps, strict=True))
+    if not fits or any(n < own for n, own in zip(made, lengths, strict=True)):
+        accepted = f"one of {(*of_maps, *lengths)}, or of one batch entry or head, or longer"
+        raise ValueError(misuse("mask", f"a BlockMask of {(*shown.shape[:2], *made)}", accepted))
 
     def tiles(some: slice, span: slice) -> Tensor:
         rows = slice(span.start // tall, (span.stop - 1) // tall + 1)

@@ -1,0 +1,78 @@
+"""What a caller declares of a call, checked before anything is computed of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from pytest_attnheat.inputs import as_whole, check_number, misuse, whole_number
+
+_LEAST = {"chunk": 1, "prefix": 0, "sink_keys": 0}
+
+
+def check_features(
+    features: Mapping[str, Any], query_shape: Sequence[int], key_shape: Sequence[int]
+) -> None:
+    """Refuse a window, lengths, slopes ... that say nothing of queries and keys of these shapes.
+
+    Args:
+        features: By their names in `Call`; None is not looked at.
+        query_shape: (..., heads, query_len, head_dim)
+        key_shape: (..., key_heads, key_len, head_dim)
+
+    Raises:
+        TypeError: One is of another kind.
+        ValueError: A number is out of range, or a shape is another.
+    """
+    heads = query_shape[-3] if len(query_shape) > 2 else 1
+    batch = torch.Size(query_shape[:-3]).numel()
+    sizes = {"lengths": key_shape[-2], "query_lengths": query_shape[-2]}
+    for name, given in features.items():
+        if given is None:
+            continue
+        if name in _LEAST:
+            whole_number(name, given, least=_LEAST[name])
+        elif name == "window":
+            _check_window(given)
+        elif name == "softcap" and check_number(given, name) <= 0:
+            raise ValueError(misuse(name, repr(given), "a number above 0, or None"))
+        elif name in ("alibi", "sinks"):
+            _check_shape(name, given, (heads,), "(heads,)")
+        elif name in sizes:
+            _check_shape(name, given, (batch,), "(batch,)")
+            if not all(0 <= one <= sizes[name] for one in given.tolist()):
+                raise ValueError(misuse(name, given.tolist(), f"numbers from 0 to {sizes[name]}"))
+        elif name == "documents":
+            _check_documents(given, (batch, query_shape[-2]), (batch, key_shape[-2]))
+        elif name in ("may_see", "score_mod") and not callable(given):
+            raise TypeError(misuse(name, type(given).__name__, "a function of positions"))
+
+
+def _check_window(given: object) -> None:
+    accepted = "a pair (left, right), each a whole number from 0, or None for no limit"
+    wrong = misuse("window", repr(given), accepted)
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(wrong)
+    for side in (one for one in given if one is not None):
+        if (number := as_whole(side)) is None:
+            raise TypeError(wrong)
+        if number < 0:
+            raise ValueError(wrong)
+
+
+def _check_documents(given: object, queries: tuple[int, int], keys: tuple[int, int]) -> None:
+    accepted = f"a pair of tensors, {queries} of the queries and {keys} of the keys"
+    if not isinstance(given, (tuple, list)) or len(given) != 2:
+        raise TypeError(misuse("documents", type(given).__name__, accepted))
+    for one, shape in zip(given, (queries, keys), strict=True):
+        _check_shape("documents", one, shape, "(batch, length)")
+
+
+def _check_shape(name: str, given: object, shape: tuple[int, ...], said: str) -> None:
+    if not isinstance(given, torch.Tensor):
+        raise TypeError(misuse(name, type(given).__name__, f"a tensor {said}, here {shape}"))
+    if tuple(given.shape) != shape:
+        got = f"a tensor {tuple(given.shape)}"
+        raise ValueError(misuse(name, got, f"a tensor {said}, here {shape}"))
