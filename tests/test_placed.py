@@ -5,6 +5,7 @@ import multiprocessing
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import (
     DTensor,
     Partial,
@@ -175,6 +176,47 @@ def with_masks():
 def test_a_mask_may_lie_on_ranks_as_well():
     for found in on_ranks(2, with_masks):
         assert [one.partition("\n")[0] for one in found] == [WHOLE["a leak"].partition("\n")[0]] * 6
+
+
+def with_a_mask_on_another_mesh():
+    weights, more = next((one, more) for name, _, one, more in cases() if name == "a leak")
+    mask = more["mask"].expand(weights.shape)
+    placed = distribute_tensor(weights, init_device_mesh("cpu", (2, 1)), [Shard(1), Shard(3)])
+    other = distribute_tensor(mask, init_device_mesh("cpu", (2,)), [Shard(2)])
+    return said(assert_masked, weights, mask=mask), said(assert_masked, placed, mask=other)
+
+
+def test_a_mask_may_lie_on_another_mesh():
+    for whole, placed in on_ranks(2, with_a_mask_on_another_mesh):
+        assert placed == whole
+
+
+def misplaced():
+    weights = torch.randn(1, 2, 6, 8).softmax(-1)
+    mesh = init_device_mesh("cpu", (2,))
+    cut = weights.split([4, 2], 2)[dist.get_rank()]
+    like = {"shape": weights.shape, "stride": weights.stride(), "run_check": False}
+    return [
+        said(assert_row_stochastic, one)
+        for one in (
+            distribute_tensor(weights, DeviceMesh("cpu", [1, 0]), [Shard(3)]),
+            DTensor.from_local(cut, mesh, [Shard(2)], **like),
+            distribute_tensor(weights[0, 0, 0], mesh, [Shard(0)]),
+            distribute_tensor(weights[..., :0], mesh, [Shard(1)]),
+            distribute_tensor(weights, DeviceMesh("cpu", [0]), [Shard(3)]),
+        )
+    ]
+
+
+def test_what_lies_in_no_known_place_or_holds_nothing_is_refused_and_said_of_the_whole():
+    for rank, (order, cut, line, nothing, other) in enumerate(on_ranks(2, misplaced)):
+        assert "over ranks [1, 0], which are not in ascending order; accepted is" in order
+        shape = (1, 2, 4 - 2 * rank, 8)
+        assert f"whose shard on rank {rank} has shape {shape}; accepted is" in cut
+        assert "got 1 dimension(s), shape (8,); accepted is" in line
+        assert "got shape (1, 2, 6, 0), which has no elements" in nothing
+        on_rank_one = "ValueError: weights: got a DTensor over ranks [0] on rank 1; accepted is"
+        assert other.startswith(on_rank_one if rank else "it holds")
 
 
 def sketched():

@@ -96,6 +96,110 @@ def test_an_error_that_cannot_be_sent_is_told_in_words():
         on_ranks(2, body)
 
 
+def test_a_rank_that_skips_or_fails_as_pytest_does_skips_or_fails_the_test(ranks):
+    with pytest.raises(pytest.skip.Exception, match=r"^not here\n.*on rank 1 of 2: test_ra"):
+        ranks(2, only, 1, lambda: pytest.skip("not here"))
+    with pytest.raises(pytest.fail.Exception, match="DID NOT RAISE"):
+        ranks(2, only, 1, did_not_raise)
+
+
+def did_not_raise():
+    with pytest.raises(KeyError):
+        pass
+
+
+def test_a_rank_that_skips_does_not_hide_one_that_fails(ranks):
+    def body():
+        if dist.get_rank() == 0:
+            pytest.skip("not here")
+        time.sleep(0.05)
+        complain()
+
+    with pytest.raises(KeyError, match="of this rank"):
+        ranks(2, body)
+
+
+def test_an_error_that_cannot_even_be_said_is_told_by_its_kind():
+    class SilentError(Exception):
+        def __str__(self):
+            raise KeyError
+
+    def body():
+        raise SilentError
+
+    with pytest.raises(RuntimeError, match=r"^SilentError\n"):
+        on_ranks(2, body)
+
+
+class Unreadable:
+    """Can be sent, and not be read."""
+
+    def __init__(self, error=None):
+        if error:
+            raise error
+
+    def __reduce__(self):
+        return Unreadable, (OSError("nowhere"),)
+
+
+def test_what_cannot_be_read_here_is_refused():
+    match = r"what a rank returns: got what cannot be read in this process \(OSError: nowhere\);"
+    with pytest.raises(TypeError, match=match) as caught:
+        on_ranks(2, lambda: Unreadable() if dist.get_rank() == 1 else 0)
+    assert vars(caught.value)["__notes__"] == ["on rank 1 of 2"]
+
+
+def test_what_another_rank_raised_before_one_died_is_said():
+    def body():
+        if dist.get_rank() == 0:
+            complain()
+        time.sleep(0.1)
+        os._exit(9)
+
+    with pytest.raises(Failure, match=r"^rank 1 of 2 ended its process with exit code 9") as caught:
+        on_ranks(2, body)
+    assert caught.value.cause.startswith("rank 0 of 2 raised KeyError: 'of this rank', at test_")
+
+
+def test_a_signal_without_a_name_is_told_by_its_number():
+    assert processes.ending(-40).startswith("ended its process: signal 40")
+
+
+def test_a_rank_may_start_processes_and_they_end_with_it(ranks):
+    def body():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(1000,))
+        child.start()
+        return child.pid
+
+    left = ranks(2, body)
+    until = time.monotonic() + 30
+    while any(_runs(pid) for pid in left) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert not any(_runs(pid) for pid in left)
+
+
+def test_a_rank_that_dies_is_missed_though_what_it_started_lives(ranks):
+    def body():
+        if not os.fork():
+            time.sleep(1000)
+        os._exit(4)
+
+    start = time.monotonic()
+    with pytest.raises(Failure, match=r"ended its process with exit code 4$"):
+        ranks(2, only, 1, body)
+    assert time.monotonic() - start < 30
+
+
+def test_where_there_is_a_group_already_no_ranks_are_started(tmp_path):
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match=r"^ranks: got .* has a group already.*; accepted is "):
+            on_ranks(2, summed)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_what_cannot_be_returned_is_refused():
     with pytest.raises(TypeError, match=r"what a rank returns: got a function that cannot be sent"):
         on_ranks(2, lambda: lambda: 0)
@@ -124,11 +228,23 @@ def test_without_a_fork_a_body_has_to_be_one_that_can_be_imported(monkeypatch):
 
 @pytest.mark.parametrize(
     ("count", "options", "error"),
-    [(0, {}, ValueError), (2.5, {}, TypeError), (2, {"time_limit": 0}, ValueError)],
+    [
+        (0, {}, ValueError),
+        (2.5, {}, TypeError),
+        (2, {"time_limit": 0}, ValueError),
+        (2, {"device": "gpu"}, ValueError),
+        (2, {"device": "cuda:0"}, ValueError),
+        (2, {"device": torch.device("cpu")}, TypeError),
+    ],
 )
 def test_bad_use_is_refused_before_anything_starts(count, options, error):
     with pytest.raises(error, match=r"; accepted is "):
         on_ranks(count, summed, **options)
+
+
+def test_a_body_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"^body: got int; accepted is a function$"):
+        on_ranks(2, 3)
 
 
 def test_ranks_end_with_the_process_that_started_them(pytester):

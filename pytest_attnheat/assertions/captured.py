@@ -113,7 +113,8 @@ def _where_it_lies(given: Any, name: str, weights: Any) -> Any:
     if not is_placed(given):
         return given
     if name == "mask" and is_placed(weights):
-        if given.shape != weights.shape:  # broadcast: all ranks need most of it
+        same = given.shape == weights.shape and given.device_mesh == weights.device_mesh
+        if not same:  # broadcast: all ranks need most of it
             return given.full_tensor()
         return Placed(given.redistribute(placements=weights.placements), name)
     if name != "weights":

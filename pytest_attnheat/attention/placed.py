@@ -45,17 +45,20 @@ class Placed(InBoxes):
 
         Raises:
             TypeError: Ranks hold summands of it, or shards in another order.
+            ValueError: It has no rows, this rank has no part of it, or another than it should.
         """
         from torch.distributed.tensor import Replicate, Shard
         from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
         if not {type(one) for one in tensor.placements} <= {Replicate, Shard}:
             raise TypeError(misuse(name, f"a DTensor placed as {tensor.placements}", _ACCEPTED))
+        _check_mesh(tensor.device_mesh, name)
+        if tensor.dtype != torch.bool:  # refuse what is refused of a tensor
+            as_weights(tensor.to_local().new_zeros(()).expand(tensor.shape), name)
+        _check_shard(tensor, name)
         tensor = _with_keys_everywhere(tensor.detach())
         self._tensor, self._name, self._mesh = tensor, name, tensor.device_mesh
         self.local: Tensor = tensor.to_local()
-        if self.local.dtype != torch.bool:
-            _check_floats(self.local, tensor.shape, name)
         self.shape, self.dtype, self.device = tensor.shape, self.local.dtype, self.local.device
         _, offset = compute_local_shape_and_global_offset(
             tensor.shape, self._mesh, tensor.placements
@@ -212,9 +215,28 @@ def _with_keys_everywhere(tensor: Any) -> Any:
     return tensor.redistribute(placements=placements)
 
 
-def _check_floats(local: Tensor, shape: Sequence[int], name: str) -> None:
-    """Refuse what is refused of a tensor, whatever lies here of it."""
-    as_weights(local.new_zeros([min(size, 1) for size in shape]), name)
+def _check_mesh(mesh: Any, name: str) -> None:
+    """Refuse a mesh whose order is not that of its groups, for torch sends shards by the latter."""
+    accepted = f"{_ACCEPTED}, on ranks that its mesh has"
+    if mesh.get_coordinate() is None:
+        got = f"a DTensor over ranks {mesh.mesh.tolist()} on rank {distributed.get_rank()}"
+        raise ValueError(misuse(name, got, accepted))
+    if any((mesh.mesh.diff(dim=dim) < 0).any() for dim in range(mesh.ndim)):
+        got = f"a DTensor over ranks {mesh.mesh.tolist()}, which are not in ascending order"
+        raise ValueError(misuse(name, got, accepted))
+
+
+def _check_shard(tensor: Any, name: str) -> None:
+    """Refuse a shard that is not as torch cuts it, of which nothing tells where it lies."""
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, _ = compute_local_shape_and_global_offset(
+        tensor.shape, tensor.device_mesh, tensor.placements
+    )
+    local = tuple(tensor.to_local().shape)
+    if local != tuple(shape):
+        got = f"a DTensor whose shard on rank {distributed.get_rank()} has shape {local}"
+        raise ValueError(misuse(name, got, f"one as torch.chunk cuts it, here {tuple(shape)}"))
 
 
 def _both(span: slice, start: int, stop: int) -> slice:

@@ -38,23 +38,28 @@ def started(target: Callable[..., None], given: Any, argument: str, name: str) -
     Raises:
         ValueError: It has to be pickled, and cannot be.
     """
-    forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
-    forks = forks and not accelerators()
+    forked = forks()
     try:
-        given = given if forks else pickle.dumps(given)
+        given = given if forked else pickle.dumps(given)
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         got = f"{name}, which cannot be sent to another process ({error})"
         accepted = "a function or class at the top of a module, which another Python can import"
         raise ValueError(misuse(argument, got, accepted)) from None
-    context: Any = multiprocessing.get_context("fork" if forks else "spawn")
+    context: Any = multiprocessing.get_context("fork" if forked else "spawn")
     ours, theirs = context.Pipe()
-    sent = (target, theirs, ours if forks else None, given)
+    sent = (target, theirs, ours if forked else None, given)
     process = context.Process(target=_begin, args=sent, daemon=True)
     with warnings.catch_warnings():  # of a fork beside other threads, which it does without
         warnings.simplefilter("ignore", DeprecationWarning)
         process.start()
     theirs.close()
     return process, ours
+
+
+def forks() -> bool:
+    """Whether processes are forked here."""
+    can = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return can and not accelerators()
 
 
 def ended(process: Any, pipe: Any) -> None:
@@ -82,7 +87,11 @@ def ending(code: int | None) -> str:
     """Say how a process ended."""
     if code is None or code >= 0:
         return f"ended its process with exit code {code}"
-    return f"ended its process: {signal.Signals(-code).name} ({signal.strsignal(-code)})"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:  # a signal for real time, but the first and the last of them
+        name = f"signal {-code}"
+    return f"ended its process: {name} ({signal.strsignal(-code)})"
 
 
 # --- the process itself
@@ -94,6 +103,7 @@ def _begin(target: Callable[..., None], pipe: Any, other: Any, given: Any) -> No
         other.close()
     if hasattr(os, "setsid"):  # what it starts ends with it
         os.setsid()
+    multiprocessing.current_process().daemon = False  # it may start processes: they end with it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # that is for the parent
     faulthandler.disable()
     torch.set_num_threads(1)  # a fork has none of those of its parent
@@ -105,4 +115,6 @@ def _end_with(parent: int) -> None:
     """End with the process that started this one, whatever it is at."""
     while os.getppid() == parent:
         time.sleep(1)
+    with suppress(AttributeError, OSError):
+        os.killpg(os.getpid(), signal.SIGKILL)  # and what it started
     os._exit(1)

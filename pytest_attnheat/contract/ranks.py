@@ -5,7 +5,9 @@ One rank that fails, dies or hangs ends all of them, and says why. Nothing of th
 
 from __future__ import annotations
 
+import copyreg
 import faulthandler
+import importlib
 import os
 import pickle
 import re
@@ -27,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
-from pytest_attnheat.attention.devices import visible_devices
+from pytest_attnheat.attention.devices import check_device, visible_devices
 from pytest_attnheat.contract import processes
 from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import check_number, misuse, positive
@@ -37,8 +39,12 @@ TIME_LIMIT, _START_LIMIT = 120.0, 300.0
 # Who waits for a rank that failed says so as well, or never answers: others are awaited for so
 # long, in seconds, once it is known why, and before it is.
 _GRACE, _PATIENCE = 0.3, 3.0
+# How often it is asked whether they live, in seconds: what a rank started may hold its pipe open.
+_PULSE = 1.0
+_DEVICE = "a kind of device, without a number: cpu, or one of which there is one a rank, cuda"
 # What a rank says that has lost another one.
 _LOST = re.compile("closed by peer|reset by peer|connection refused|broken pipe|timed out", re.I)
+_RETURNED = "tensors and plain data"
 # How a traceback that faulthandler writes names a place.
 _FRAME = re.compile(r'File "(.+)", line (\d+) in (\S+)')
 
@@ -65,19 +71,24 @@ class Ranks:
         device: "cpu", on which they talk by gloo; or a kind of device of which there is one for
             each rank, "cuda": then tensors there travel by nccl.
         time_limit: How long one call may take, in seconds.
+        skips: Errors that are told where no rank raises another one.
     """
 
     count: int
     body: Callable[..., Any]
     device: str = "cpu"
     time_limit: float = TIME_LIMIT
+    skips: tuple[type[BaseException], ...] = ()
     _processes: list[tuple[Any, Any]] = field(default_factory=list)
     _folder: str = ""
 
     def __post_init__(self) -> None:
         positive("ranks", self.count)
-        if not callable(self.body):
-            raise TypeError(misuse("body", type(self.body).__name__, "a function"))
+        _check_body(self.body)
+        if not isinstance(self.device, str):
+            raise TypeError(misuse("device", repr(self.device), _DEVICE))
+        if ":" in check_device(self.device, "device", _DEVICE):
+            raise ValueError(misuse("device", repr(self.device), _DEVICE))
         if not check_number(self.time_limit, "time_limit") > 0:
             raise ValueError(misuse("time_limit", repr(self.time_limit), "seconds above 0"))
 
@@ -86,12 +97,16 @@ class Ranks:
 
         Raises:
             AbsentError: There are not as many devices.
-            ValueError: The function cannot be sent to another process.
+            ValueError: The function cannot be sent to another process, or this one is a rank.
             Failure: They did not start.
         """
         present = visible_devices().get(self.device, 0)
         if self.device != "cpu" and present < self.count:
             raise AbsentError(f"{self.count} ranks need as many {self.device}, here are {present}")
+        if processes.forks() and distributed.is_initialized():
+            got = "a process in which torch.distributed has a group already, as a rank has"
+            accepted = "one without: torch.distributed.destroy_process_group() first"
+            raise ValueError(misuse("ranks", got, accepted))
         self._folder = tempfile.mkdtemp(prefix="attn-ranks-")
         try:
             for rank in range(self.count):
@@ -135,18 +150,23 @@ class Ranks:
                 first = first or time.monotonic()
                 sure = died or not all(_lost(one) for one in errors.values())
                 until = min(until, first + (_GRACE if sure else _PATIENCE))
-            ready = wait(list(waiting), max(0.0, until - time.monotonic()))
-            if not ready:
+            left = until - time.monotonic()
+            ready: list[Any] = wait(list(waiting), max(0.0, min(left, _PULSE)))
+            if not ready and left <= _PULSE:
                 break
-            for pipe in ready:
+            dead = [one for one in waiting if self._processes[waiting[one]][0].exitcode is not None]
+            for pipe in ready or dead:
                 rank = waiting[pipe]
                 try:
-                    kind, told = processes.receive(pipe)
+                    if not pipe.poll():
+                        raise EOFError
+                    answer = pipe.recv_bytes()
                 except (EOFError, OSError):
                     process = self._processes[rank][0]
                     process.join(limit)
                     died[rank] = processes.ending(process.exitcode)
                 else:
+                    kind, told = _read(answer)
                     (answers if kind == "answer" else errors)[rank] = told
         if len(answers) == self.count:
             return [answers[rank] for rank in range(self.count)]
@@ -156,21 +176,34 @@ class Ranks:
             self.close()  # else all are where they were, and can be called again
         if died:
             rank, said = next(iter(died.items()))
-            raise Failure("", f"rank {rank} of {self.count} {said}")
+            raise Failure("", f"rank {rank} of {self.count} {said}", cause=self._said(errors))
         if hung:
             raise Failure("", self._hung(hung, limit), cause=places or None)
         raise self._first(errors)
 
     def _first(self, errors: Mapping[int, _Error]) -> BaseException:
-        """What was raised first; what a rank says that has lost another one comes last."""
-        rank, found = min(errors.items(), key=lambda one: (_lost(one[1]), one[1].at))
+        """What was raised first; skips come after that, and what says that a rank was lost last."""
+        rank, found = min(
+            errors.items(),
+            key=lambda one: (_lost(one[1]), isinstance(one[1].error, self.skips), one[1].at),
+        )
         same = [r for r, one in errors.items() if str(one.error) == str(found.error)]
         who = f"rank {rank} of {self.count}"
         if len(same) == self.count > 1:
             who = f"each of {self.count} ranks"
-        notes = [*getattr(found.error, "__notes__", ()), f"on {who}: {found.where}"]
+        on = f"on {who}: {found.where}" if found.where else f"on {who}"
+        notes = [*getattr(found.error, "__notes__", ()), on]
         vars(found.error)["__notes__"] = notes  # `add_note`: from Python 3.11
         return found.error
+
+    def _said(self, errors: Mapping[int, _Error]) -> str | None:
+        """What ranks raised beside one that died, which may be why it did."""
+        own = {rank: one for rank, one in errors.items() if not _lost(one)}
+        if not own:
+            return None
+        rank, found = min(own.items(), key=lambda one: one[1].at)
+        raised = f"{type(found.error).__name__}: {found.error}, at {found.where}"
+        return f"rank {rank} of {self.count} raised {raised}"
 
     def _hung(self, ranks: Sequence[int], limit: float) -> str:
         who = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
@@ -200,11 +233,29 @@ def on_ranks(
     *arguments: Any,
     device: str = "cpu",
     time_limit: float = TIME_LIMIT,
+    skips: tuple[type[BaseException], ...] = (),
 ) -> list[Any]:
     """Call `body(*arguments)` on so many ranks, see `Ranks`; return what each returned."""
-    group = Ranks(count, partial(body, *arguments), device, time_limit)
+    _check_body(body)
+    group = Ranks(count, partial(body, *arguments), device, time_limit, skips)
     with closing(group):
         return group.run([()] * group.count)
+
+
+def _check_body(body: object) -> None:
+    if not callable(body):
+        raise TypeError(misuse("body", type(body).__name__, "a function"))
+
+
+def _read(answer: bytes) -> tuple[str, Any]:
+    """What a rank told; an error, if it cannot be read here."""
+    try:
+        kind, told = pickle.loads(answer)
+    except Exception as error:  # whatever its class does
+        got = f"what cannot be read in this process ({type(error).__name__}: {error})"
+        refused = TypeError(misuse("what a rank returns", got, _RETURNED))
+        return "error", _Error(time.monotonic(), refused, "")
+    return kind, told
 
 
 def _name(body: Callable[..., Any]) -> str:
@@ -221,7 +272,8 @@ def _is_foreign(file: str) -> bool:
     parts = Path(file).parts
     ours = Path(__file__).parent.parent.parts
     library = Path(os.__file__).parent.parts
-    return parts[: len(ours)] == ours or parts[: len(library)] == library or "torch" in parts
+    installed = {"torch", "site-packages"} & set(parts)
+    return bool(installed) or library == parts[: len(library)] or ours == parts[: len(ours)]
 
 
 def _place_file(folder: str, rank: int) -> Path:
@@ -283,10 +335,26 @@ def _answered(call: Callable[[], Any]) -> tuple[str, Any]:
 def _portable(error: BaseException) -> BaseException:
     """An error as another process can read it."""
     error = error.with_traceback(None)
+    kind = type(error)
+    if not hasattr(sys.modules.get(kind.__module__), kind.__name__):
+        copyreg.pickle(kind, _taken_apart)
+    said = kind.__name__
     try:
+        said = f"{said}: {error}"
         pickle.loads(pickle.dumps(error))
     except Exception:  # whatever its class does
-        return RuntimeError(f"{type(error).__name__}: {error}")
+        return RuntimeError(said)
+    return error
+
+
+def _taken_apart(error: Any) -> tuple[Any, ...]:
+    """How to pickle an error whose class is not where it says that it is, as those of pytest."""
+    module = type(error).__init__.__globals__["__name__"]
+    return _put_together, (module, type(error).__name__, error.args), vars(error)
+
+
+def _put_together(module: str, name: str, arguments: tuple[Any, ...]) -> BaseException:
+    error: BaseException = getattr(importlib.import_module(module), name)(*arguments)
     return error
 
 
@@ -298,5 +366,5 @@ def _tell(pipe: Any, answer: tuple[str, Any]) -> None:
         processes.send(pipe, *answer)
     except Exception as error:  # what it returned cannot be pickled
         got = f"a {type(answer[1]).__name__} that cannot be sent to another process ({error})"
-        refused = TypeError(misuse("what a rank returns", got, "tensors and plain data"))
+        refused = TypeError(misuse("what a rank returns", got, _RETURNED))
         processes.send(pipe, "error", _Error(time.monotonic(), refused, ""))

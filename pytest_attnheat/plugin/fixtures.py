@@ -175,7 +175,8 @@ def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
         __tracebackhide__ = True
         from pytest_attnheat.contract.ranks import AbsentError, on_ranks
 
-        options = {"time_limit": request.config.stash[SETTINGS].time_limit, **options}
+        limit = request.config.stash[SETTINGS].time_limit
+        options = {"time_limit": limit, "skips": (pytest.skip.Exception,), **options}
         try:
             return on_ranks(count, body, *arguments, **options)
         except AbsentError as absent:
