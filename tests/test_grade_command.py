@@ -408,7 +408,7 @@ def test_more(tensors):
     assert counts(grade) == WANTED
     result.stdout.fnmatch_lines([
         "  left out   test_it.py::test_fails: failed with the right one: assert *",
-        "  left out   test_it.py::test_more: a call is not understood: more=1.0 is not described: *",
+        "  left out   test_it.py::test_more: a call is not understood: more=1.0 is not *",
     ])  # fmt: skip
 
 

@@ -160,6 +160,19 @@ def test_a_rank_that_dies_is_a_failure_and_the_other_checks_are_asked():
     assert report.failed[0].replay.startswith("causal=True ")
 
 
+def test_a_subject_that_hangs_is_given_up_after_two_calls():
+    def hangs(query, key, value, is_causal=False):
+        if torch.distributed.get_rank() == 0:
+            torch.distributed.barrier()
+        return query
+
+    spec = AttentionSpec(hangs, sharding="ring", mask=None, dtypes=("float32",))
+    report = check_attention(spec, ranks=2, quick=True, time_limit=0.5)
+    (failed,) = report.failed
+    assert failed.message.startswith("rank 0 of 2 did not answer within 0.5 s, the time_limit; so")
+    assert not report.passed
+
+
 def test_what_a_rank_refuses_is_skipped_and_what_it_raises_is_told():
     def refusing(query, key, value, is_causal=False, scale=None):
         if is_causal:

@@ -19,10 +19,14 @@ from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
 from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.contract.ranks import Ranks
 from pytest_attnheat.contract.spec import AttentionSpec
+from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import misuse, whole_number
 
 # How many calls a rank keeps, of which gradients may be asked.
 _KEPT = 8
+# After so many calls in a row that a rank did not survive, no more is asked: each may have waited
+# for the time limit.
+_MOST_IN_A_ROW = 2
 
 
 class Sharded:
@@ -48,6 +52,7 @@ class Sharded:
         self.subject, self.shards, self._dim, self._limit = subject, shards, dim, time_limit
         self._groups: dict[str, Ranks] = {}
         self._numbers = count()
+        self._lost: list[str] = []
         self.__name__ = self.__qualname__ = name
         if (parameters := parameters_of(subject)) is not None:
             self.__signature__ = inspect.Signature(list(parameters.values()))
@@ -71,9 +76,10 @@ class Sharded:
         # Each rank has random numbers of its own, and other ones in each call.
         seed = int(torch.randint(2**40, ()))
         scattered = [self._scattered(tensor) for tensor in tensors]
-        answers = self._group(tensors[0]).run(
+        answers = self._asked(
+            tensors[0],
             [("forward", number, seed, list(local), arguments, tuple(wanted))
-             for local in zip(*scattered, strict=True)]
+             for local in zip(*scattered, strict=True)],
         )  # fmt: skip
         outputs = [output for output, _ in answers]
         for rank, (output, query) in enumerate(zip(outputs, scattered[0], strict=True)):
@@ -88,8 +94,8 @@ class Sharded:
 
     def backward(self, number: int, above: Tensor) -> list[Tensor | None]:
         """Return the gradients of query, key and value; None where no rank has one."""
-        answers = self._group(above).run(
-            [("backward", number, local) for local in self._scattered(above)]
+        answers = self._asked(
+            above, [("backward", number, local) for local in self._scattered(above)]
         )
         found: list[Tensor | None] = []
         for shards in zip(*answers, strict=True):
@@ -101,6 +107,22 @@ class Sharded:
             given = [one if isinstance(one, Tensor) else known.new_zeros(one) for one in shards]
             found.append(self.shards.gather(given, self._dim).to(above.device))
         return found
+
+    def _asked(self, tensor: Tensor, told: Sequence[Sequence[Any]]) -> list[Any]:
+        """Ask all ranks; what was lost too often is refused, so that an examination ends."""
+        if (lost := len(self._lost)) >= _MOST_IN_A_ROW:
+            why = f"{self._lost[0]}; so in {_MOST_IN_A_ROW} calls in a row, and no more is asked"
+            self._lost.append(why)
+            # Once a failure, as some calls find out what the subject takes, and are not judged.
+            raise Failure("", why) if lost == _MOST_IN_A_ROW else NotImplementedError(why)
+        try:
+            answers = self._group(tensor).run(told)
+        except Failure as failure:
+            if not failure.assertion:  # not one that the subject raised
+                self._lost.append(failure.claim)
+            raise
+        self._lost.clear()
+        return answers
 
     def close(self) -> None:
         """End the ranks."""
