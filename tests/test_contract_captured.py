@@ -264,15 +264,14 @@ def test_statistics_answer_for_their_rows_and_for_nothing_else(hidden):
     assert statuses(trace)["rows"] == "passed"
 
 
-def test_weights_that_take_more_than_is_allowed_are_not_asked_for():
+def test_weights_that_take_more_than_is_allowed_are_read_a_block_at_a_time():
     inputs = torch.randn(1, 2, 60, 4)
     with capture_attention(max_bytes=9000) as trace:
         scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
     report = check_attention(trace)
     assert report.passed, report
     skipped = [result for result in report.results if result.status == "skipped"]
-    large = {result.name for result in skipped if "accepted is 9 kB" in result.message}
-    assert large >= {"rows", "masks", "output"}
+    assert not {"rows", "masks"} & {result.name for result in skipped}
     assert "dropout" in {result.name for result in skipped}
 
 

@@ -570,6 +570,8 @@ def test_a_specification_reads_what_the_signature_says():
 REFUSED = [
     ({"subject": 3}, TypeError, "subject: got int; accepted is a callable, as subject("),
     ({"name": 3}, TypeError, "name: got 3; accepted is a text"),
+    ({"sharding": "spiral"}, ValueError, "sharding: got 'spiral'; accepted is one of 'ring', "),
+    ({"uneven": 3}, TypeError, "uneven: got 3; accepted is True or False"),
     ({"mask_argument": 3}, TypeError, "mask_argument: got 3; accepted is a text"),
     ({"causal_argument": None}, TypeError, "causal_argument: got None; accepted is a text"),
     ({"layout": "bhqd"}, ValueError, "layout: got 'bhqd'; accepted is the letters b (batch), h"),

@@ -67,7 +67,7 @@ def test_help_markers_and_fixtures_read_like_documentation(pytester):
     text = " ".join(pytester.runpytest("--help").stdout.str().split())
     assert "attention (pytest-attnheat): --attn-" in text
     assert "--attn-device=DEVICES devices to run attention" in text
-    assert "--attn-update={missing,changed,all} write baselines" in text
+    assert "--attn-update=missing|changed|all write baselines" in text
     assert "--attn-unused list baselines that no collected test uses" in text
     assert "--attn-artifacts=FOLDER where failed comparisons leave" in text
     for name in ("device", "require-device", "dtype", "seed"):
@@ -76,7 +76,7 @@ def test_help_markers_and_fixtures_read_like_documentation(pytester):
         assert re.search(rf" attn_{name.replace('-', '_')} \((string|bool)\): ", text)
     text = pytester.runpytest("--markers").stdout.str()
     (line,) = re.findall(r"@pytest\.mark\.attention\((.*?)\): (.*)", text)
-    assert line[0] == ", ".join(f"{option}=" for option in cases.OPTIONS)
+    assert line[0] == ", ".join(f"{option}=" for option in (*cases.OPTIONS, "devices"))
     assert "scoring and dtype also take lists" in line[1]
     text = pytester.runpytest("--fixtures").stdout.str()
     ours = text.partition("fixtures defined from pytest_attnheat")[2].partition("\n----")[0]

@@ -169,7 +169,7 @@ def test_two_workers_do_all_this_as_one_process_does(pytester):
     result.assert_outcomes(failed=4)
     result.stdout.fnmatch_lines(["heatmap_regression: the data differ *layer_1*: 5 of 25 cells *"])
     result.stdout.fnmatch_lines(["WARNING: 2 heatmap_compare tests compared nothing"])
-    assert (pytester.path / "elsewhere/one/difference.png").exists()
+    assert (pytester.path / "elsewhere/test_a.test_one.one/difference.png").exists()
     assert not (pytester.path / "attn-artifacts").exists()
     assert states(folder) == before
 
@@ -225,7 +225,7 @@ def test_failures_leave_their_pictures_where_they_were_asked_to(project, pyteste
     if how == "ini":
         pytester.makeini("[pytest]\nattn_artifacts = elsewhere")
     pytester.runpytest(*(["--attn-artifacts=elsewhere"] if how == "option" else []))
-    left = sorted(path.name for path in (pytester.path / "elsewhere/one").iterdir())
+    left = sorted(path.name for path in (pytester.path / "elsewhere/test_a.test_one.one").iterdir())
     assert left == ["actual.svg", "difference.png", "expected.svg"]
     assert not (pytester.path / "attn-artifacts").exists()
 

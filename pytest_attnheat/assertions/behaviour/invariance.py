@@ -186,7 +186,9 @@ def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
 
 def _picked(output: Tensor, samples: Tensor) -> Tensor:
     """The rows of some samples, of any dtype: torch 2.6 cannot index float8 by a tensor."""
-    return torch.stack([output[one] for one in samples.tolist()])
+    if output.itemsize > 1:
+        return output[samples]
+    return output.view(torch.uint8)[samples].view(output.dtype)
 
 
 def _most(rows: Tensor) -> int:
