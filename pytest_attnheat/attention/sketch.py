@@ -12,8 +12,7 @@ Nothing here imports torch: a tensor can only be given by somebody who has.
 from __future__ import annotations
 
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -25,8 +24,6 @@ from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 
 Array: TypeAlias = Any  # a torch.Tensor or a numpy.ndarray
 Numbers: TypeAlias = npt.NDArray[np.float64]
-# Maps, rows, columns, and the numbers of them.
-Found: TypeAlias = tuple[slice, slice, slice, tuple[Sequence[Array], ...]]
 
 _KEY = 20260711
 # Elements of a block: as float64, it stays in the cache of one core, or keeps a GPU busy.
@@ -130,7 +127,8 @@ class Sketcher:
         self._left, self._right = positions(queries), positions(keys)
         self._rows = np.zeros((3, maps, queries))
         self._columns = np.zeros((3, maps, keys))
-        self._own = threading.local()
+        # The squares of a block: memory that is new each time takes longer than the sums.
+        self._squares = np.empty(min(_BLOCK, maps * queries * keys))
 
     def add(
         self,
@@ -151,21 +149,8 @@ class Sketcher:
                 they are, as the square root of this times the sum, which takes no time.
             key: The number of the first key; those before it may be left out.
         """
-        for found in self.numbers(maps, rows, part, largest, key):
-            self.take(*found)
-
-    def numbers(
-        self,
-        maps: slice,
-        rows: slice,
-        part: Array,
-        largest: npt.NDArray[Any] | None = None,
-        key: int = 0,
-    ) -> list[Found]:
-        """Return what `add` adds, for `take`: several threads may ask for it at once."""
         first, top = maps.start or 0, rows.start or 0
         on_host = not _is_tensor(part) or part.device.type in ("cpu", "mps")
-        every: list[Found] = []
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):
             here = slice(top + r.start, top + r.stop)
             among = slice(first + m.start, first + m.stop)
@@ -173,16 +158,9 @@ class Sketcher:
             found = self._numbers(block, here, there, None if largest is None else largest[m, k])
             if not (found[0][2] < HIDDEN_FROM**2).all():
                 found = self._numbers(_cleaned(block), here, there)
-            every.append((among, here, there, found))
-        return every
-
-    def take(
-        self, maps: slice, rows: slice, columns: slice, found: tuple[Sequence[Array], ...]
-    ) -> None:
-        """Add what `numbers` found: the same sketch, to the last bit, if in the same order."""
-        totals = *self._rows[:, maps, rows], *self._columns[:, maps, columns]
-        for total, numbers in zip(totals, (*found[0], *found[1]), strict=True):
-            total += numbers.cpu().numpy() if _is_tensor(numbers) else numbers
+            totals = *self._rows[:, among, here], *self._columns[:, among, there]
+            for total, numbers in zip(totals, (*found[0], *found[1]), strict=True):
+                total += numbers.cpu().numpy() if _is_tensor(numbers) else numbers
 
     def join(self, summed: Callable[[Numbers], Numbers]) -> None:
         """Add what others added of the same maps, elsewhere: `summed` returns the sum of all."""
@@ -206,21 +184,15 @@ class Sketcher:
                 # Each row times itself: of the ways to norms the one that only reads.
                 of_rows = (block[..., None, :] @ block[..., None])[..., 0, 0]
                 if largest is None:
-                    of_squares = of_rows, left[0] @ np.multiply(block, block, out=self._room(block))
+                    squares = self._squares.view(block.dtype)[: block.size].reshape(block.shape)
+                    np.multiply(block, block, out=squares)
+                    of_squares = of_rows, left[0] @ squares
                 else:
                     of_squares = of_rows, largest * sums[..., 0, :]
         return (
             (both[..., 0], both[..., 1], of_squares[0]),
             (sums[..., 0, :], sums[..., 1, :], of_squares[1]),
         )
-
-    def _room(self, block: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        """Return memory for a block: what is new each time takes longer than the sums."""
-        room = getattr(self._own, "room", None)
-        if room is None or room.nbytes < block.nbytes:
-            self._own.room = room = np.empty(block.nbytes, np.uint8)
-        found: npt.NDArray[Any] = room[: block.nbytes].view(block.dtype).reshape(block.shape)
-        return found
 
     def sketch(self) -> Sketch:
         """Return what was added up so far."""

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias, cast
 
@@ -16,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Found, Sketch, Sketcher, exact
+from pytest_attnheat.attention.sketch import Sketch, Sketcher, exact
 from pytest_attnheat.heatmaps.maps import (
     HELD,
     Array,
@@ -35,8 +33,6 @@ _CACHED = 9 << 15
 _SHORTEST = 4
 # The largest weights, and the smallest ones if any is below zero.
 _Ends: TypeAlias = tuple[npt.NDArray[Any], npt.NDArray[Any] | None]
-# Of some queries, from a key on: these, and what is added to the sketch.
-_Read: TypeAlias = tuple[slice, int, _Ends, list[Found]]
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -111,24 +107,13 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
         for m in spans(columns, max(1, _CACHED // (block[0] * keys))):
             here = slice(index * columns + m.start, index * columns + m.stop)
             step = _CACHED // ((m.stop - m.start) * keys)
-            cuts = spans(queries, step, multiple_of=block[0]) if held else _cuts(row, block)
-
-            def read(
-                chosen: slice, row: Any = row, m: slice = m, here: slice = here
-            ) -> _Read | None:
+            for chosen in spans(queries, step, multiple_of=block[0]) if held else _cuts(row, block):
                 first, part = _read(row, m, chosen, block[1])
                 ends = _ends(part, block[0])
                 if ends is None:
                     return None
                 most = ends[0].max(1) if ends[1] is None and not is_tensor(part) else None
-                return chosen, first, ends, sketcher.numbers(here, chosen, part, most, first)
-
-            for found in _in_order(read, cuts, threads=2 if held else 1):
-                if found is None:
-                    return None
-                chosen, first, ends, numbers = found
-                for one in numbers:
-                    sketcher.take(*one)
+                sketcher.add(here, chosen, part, most, first)
                 cell = (
                     index,
                     m,
@@ -147,17 +132,6 @@ def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
     return Survey(
         cells, Cells(signed, masked, block, True), low, Whole(sketcher.sketch(), None, _held(maps))
     )
-
-
-def _in_order(
-    read: Callable[[slice], _Read | None], cuts: Iterable[slice], threads: int
-) -> Iterator[_Read | None]:
-    """Read parts, by several threads where that is faster: it waits for memory most of all."""
-    if threads == 1:
-        yield from map(read, cuts)
-        return
-    with ThreadPoolExecutor(threads) as pool:
-        yield from pool.map(read, cuts)
 
 
 def _cuts(row: Array, block: tuple[int, int]) -> list[slice]:
