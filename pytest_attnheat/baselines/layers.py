@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
@@ -90,15 +90,12 @@ def _layer_of(record: AttentionRecord) -> Layer:
 
 def _layer_of_lazy(weights: LazyWeights) -> Layer:
     """Sketch weights that are never held, in one pass; of rows that were drawn, these alone."""
-    if weights.ndim != 4:
-        got = f"shape {tuple(weights.shape)}"
-        raise ValueError(misuse("trace", got, "(batch, heads, query_len, key_len)"))
-    batch, heads, queries, keys = weights.shape
+    _, _, queries, keys = shape = _four(weights)
     here = torch.arange(queries) + keys - queries
-    found = _sketched((batch, heads, queries, keys), weights.with_zeros().parts(), here)
+    found = _sketched(shape, weights.with_zeros().parts(), here)
     rows = None if weights.sampled is None else tuple(n for r in weights.rows for n in _range(r))
     dtype = dtype_name(weights.blocks.call.query)
-    return Layer("weights", (batch, heads, queries, keys), dtype, *found, None, rows)
+    return Layer("weights", shape, dtype, *found, None, rows)
 
 
 def _range(rows: slice) -> range:
@@ -117,6 +114,7 @@ def _sketched(
     shape: tuple[int, int, int, int],
     parts: Iterator[tuple[slice, slice, torch.Tensor, int]],
     here: torch.Tensor,
+    summed: Callable[[Numbers], Numbers] | None = None,
 ) -> tuple[Sketch, Numbers, Numbers]:
     """Return the sketch, the statistics and the spread of maps.
 
@@ -124,6 +122,7 @@ def _sketched(
         shape: (batch, heads, query_len, key_len).
         parts: Some maps, some rows, their weights, and the number of the first key of them.
         here: The key at each query.
+        summed: Returns the sum of what each rank has, where other ranks have other parts.
     """
     batch, heads, queries, keys = shape
     sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
@@ -134,31 +133,36 @@ def _sketched(
             found = _statistics(part, here[rows] - first, first).cpu().double()
             totals[maps] += found.sum(1).numpy()
             counts[maps] += found.shape[1]
+    if summed is not None:
+        sketcher.join(summed)
+        totals, counts = summed(totals), summed(counts)
     means = totals / counts
     return sketcher.sketch(), means[:, :5], means[:, 5]
 
 
 def _layer_of_placed(weights: Placed) -> Layer:
     """Sketch weights that lie on several ranks: each adds up its own, and all get the sum."""
+    _, _, queries, keys = shape = _four(weights)
+    here = torch.arange(queries) + keys - queries
+    found = _sketched(shape, _own_parts(weights), here, weights.summed)
+    return Layer("weights", shape, dtype_name(weights.dtype), *found)
+
+
+def _own_parts(weights: Placed) -> Iterator[tuple[slice, slice, torch.Tensor, int]]:
+    _, heads, queries, keys = weights.shape
+    for index in weights.own.boxes(queries, CHUNK_BYTES // 8):
+        for entry, head in product(*(range(one.start, one.stop) for one in index[:2])):
+            at, rows = entry * heads + head, index[2]
+            box = (slice(entry, entry + 1), slice(head, head + 1), rows, slice(0, keys))
+            yield slice(at, at + 1), rows, weights.own[box].flatten(0, 1), 0
+
+
+def _four(weights: LazyWeights | Placed) -> tuple[int, int, int, int]:
     if weights.ndim != 4:
         got = f"shape {tuple(weights.shape)}"
         raise ValueError(misuse("trace", got, "(batch, heads, query_len, key_len)"))
     batch, heads, queries, keys = weights.shape
-    sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
-    with apart():
-        for index in weights.own.boxes(queries, CHUNK_BYTES // 8):
-            for entry, head in product(*(range(one.start, one.stop) for one in index[:2])):
-                at, rows = entry * heads + head, index[2]
-                box = (slice(entry, entry + 1), slice(head, head + 1), rows, slice(0, keys))
-                part = weights.own[box].flatten(0, 1)
-                sketcher.add(slice(at, at + 1), rows, part)
-                here = torch.arange(rows.start, rows.stop) + keys - queries
-                totals[at] += _statistics(part, here).cpu().double().sum((0, 1)).numpy()
-        sketcher.join(weights.summed)
-        totals = weights.summed(totals) / queries
-    shape = (batch, heads, queries, keys)
-    dtype = dtype_name(weights.dtype)
-    return Layer("weights", shape, dtype, sketcher.sketch(), totals[:, :5], totals[:, 5])
+    return batch, heads, queries, keys
 
 
 def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
