@@ -34,7 +34,19 @@ def misuse(name: str, got: object, accepted: str) -> str:
 def one_of(name: str, given: object, known: Sequence[str]) -> None:
     """Raise ValueError unless `given` is among the `known` names."""
     if not isinstance(given, str) or given not in known:
-        raise ValueError(misuse(name, repr(given), f"one of {', '.join(map(repr, known))}"))
+        accepted = f"one of {', '.join(map(repr, known))}"
+        raise ValueError(misuse(name, repr(given), accepted + meant(given, known)))
+
+
+def meant(given: object, known: Sequence[str]) -> str:
+    """Ask after the known name that a given one is nearest to; empty if it is near to none."""
+    if not isinstance(given, str):
+        return ""
+    from difflib import get_close_matches
+
+    by_letters = {one.lower(): one for one in known}
+    near = get_close_matches(given.lower(), by_letters, n=1, cutoff=0.75)
+    return f"; did you mean {by_letters[near[0]]!r}?" if near else ""
 
 
 # Before torch is loaded, names of dtypes are read too.

@@ -1199,6 +1199,7 @@ def test_a_wrong_backward_is_seen_though_the_output_is_right():
         ({"is_causal": "yes"}, TypeError, "is_causal: got 'yes'; accepted is True or False"),
         ({"enable_gqa": 1}, TypeError, "enable_gqa: got 1; accepted is True or False"),
         ({"scale": math.inf}, ValueError, "scale: got inf"),
+        ({"may_see": lambda b, h, q, k: True}, TypeError, "may_see: got one that returned bool; "),
         ({"seed": -1}, ValueError, "seed: got .*; accepted is a whole number from 0"),
         ({"function": 3}, TypeError, "accepted is a callable"),
         ({"function": lambda q, k, v: None}, TypeError, "got NoneType"),

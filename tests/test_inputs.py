@@ -12,6 +12,7 @@ from pytest_attnheat import (
     assert_one_hot,
     assert_row_stochastic,
     assert_uniform,
+    causal_mask,
 )
 
 ASSERTIONS = [
@@ -106,3 +107,10 @@ def test_a_tolerance_that_asserts_nothing_is_refused(check, tolerance, error):
 def test_an_unknown_declaration_is_refused(check, declared):
     with pytest.raises(ValueError, match="accepted is one of 'zero', 'uniform', 'nan'"):
         check(EYE, fully_masked=declared)
+
+
+def test_a_name_that_is_nearly_a_known_one_is_asked_after():
+    with pytest.raises(ValueError, match=r"; did you mean 'bottom_right'\?$"):
+        causal_mask(2, 3, alignment="Bottom-Right")
+    with pytest.raises(ValueError, match=r"'top_left', 'bottom_right'$"):
+        causal_mask(2, 3, alignment="centre")

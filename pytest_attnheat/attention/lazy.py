@@ -26,6 +26,7 @@ from pytest_attnheat.attention.vocabulary import (
 from pytest_attnheat.inputs import (
     as_weights,
     dtype_name,
+    meant,
     misuse,
     one_of,
     positive,
@@ -106,10 +107,11 @@ class LazyWeights(LazyBoxes):
                       ((query, "query"), (key, "key")))  # fmt: skip
         if unknown := set(features) - set(FEATURES):
             names = ", ".join(("mask", "causal", *FEATURES))
-            raise TypeError(misuse("features", sorted(unknown), f"one of {names}"))
+            near = meant(min(unknown), ("mask", "causal", *FEATURES))
+            raise TypeError(misuse("features", sorted(unknown), f"one of {names}{near}"))
         _check_shapes(query, key)
         features = {name: one for name, one in features.items() if one is not None}
-        check_features({**features, "window": window}, query.shape, key.shape)
+        check_features({**features, "window": window}, query.shape, key.shape, query.device)
         tiles = None
         if hasattr(mask, "mask_mod"):
             tiles, features = _tiles_of(mask, query, key), {**features, "may_see": mask.mask_mod}
