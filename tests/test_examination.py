@@ -503,11 +503,11 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
         f"refusing (subjects:every): 0 of 0 checks failed, {QUICK} skipped",
         "  nothing    was examined; most often, the subject refuses: not here",
         "block (subjects:every): 2 of 5 checks failed, 2 skipped",
-        "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
+        "  assumed    not declared: causal='top_left' is assumed, but the code means None: *",
         "  because    no_leakage: assert_no_leakage: 16 of 18 outputs depend on what they must *",
         "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
         f"turned (subjects:every): 2 of 4 checks failed, {QUICK - 4} skipped",
-        "  declared   wrong declaration: layout='bhld' is the default, but the code means 'blhd'",
+        "  assumed    not declared: layout='bhld' is assumed, but the code means 'blhd'; *",
         "  picture    *",
     ]
     for line, pattern in zip(told, expected, strict=False):

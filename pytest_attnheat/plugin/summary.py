@@ -288,7 +288,7 @@ def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
         yield "failed", ", ".join(f"{count} in {place}" for place, count in places.items())
     declarations = _unique(failed, "declaration")
     for declaration in declarations:
-        yield "declared", declaration
+        yield "assumed" if declaration.startswith("not declared") else "declared", declaration
     diagnoses = _unique(failed, "diagnosis")
     # Under a wrong declaration no defect may fit. Each worker made its own, of the same cases.
     if diagnoses and (not declarations or any(verdict["named"] for verdict in failed)):
