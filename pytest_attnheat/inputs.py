@@ -273,6 +273,12 @@ def readable(count: int) -> str:
     return f"{size:.3g} GB"
 
 
+def multiple(ratio: float) -> str:
+    """Return how many times something is, in two digits: 1.3, 7,500, 3.3e+07."""
+    plain = 10 <= ratio < 1e6
+    return f"{float(f'{ratio:.2g}'):,.0f}" if plain else f"{ratio:.2g}"
+
+
 def _is_known_float(dtype: torch.dtype) -> bool:
     import torch
 

@@ -144,6 +144,7 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch):
         ["FAILED wrong:attention::attention-causal-float32 - not so: with is_causal it is causal *"]
     )
     result.stdout.fnmatch_lines(["SKIPPED * wrong.py:4: it is not declared to take grouped heads"])
+    result.stdout.fnmatch_lines([f"collected {2 * QUICK} items"])
     *_, failed, title, name, diagnosis, picture, skipped, _ = result.stdout.lines
     assert failed.startswith("FAILED wrong:attention::")
     assert title.strip("= ") == "attention examination"
@@ -546,6 +547,7 @@ def test_strict_fails_what_is_skipped_for_want_of_a_declaration(pytester, monkey
         [f"FAILED strict:undeclared::windowed-window-float32 - Failed: {told}*"]
     )
     assert result.parseoutcomes()["failed"] == 1
+    assert result.stdout.str().count(told) == 2  # of the test, and of what was examined
     if not ini:
         options[-2] = "--attn-check=strict:declared"
         result = pytester.runpytest(*options)
@@ -581,7 +583,7 @@ def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pyt
     result = pytester.runpytest("--attn-check=subjects:block", "--attn-check-quick")
     result.stdout.fnmatch_lines(
         [
-            "not so: no output depends on what it must not see*",
+            "not so: each output depends on all that it may see, and on that alone*",
             "*what is wrong happens outside of it: in the mask it was given,*",
             "assert_no_leakage: *",
             "block (subjects:block): 2 of 6 checks failed, 1 skipped",

@@ -14,6 +14,7 @@ from pytest_attnheat import (
     assert_uniform,
     causal_mask,
 )
+from pytest_attnheat.inputs import multiple
 
 ASSERTIONS = [
     assert_row_stochastic,
@@ -114,3 +115,11 @@ def test_a_name_that_is_nearly_a_known_one_is_asked_after():
         causal_mask(2, 3, alignment="Bottom-Right")
     with pytest.raises(ValueError, match=r"'top_left', 'bottom_right'$"):
         causal_mask(2, 3, alignment="centre")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(1.29, "1.3"), (9.96, "10"), (70_312.0, "70,000"), (7.52e3, "7,500"), (3.27e7, "3.3e+07")],
+)
+def test_how_many_times_something_is_reads_as_a_plain_figure(ratio, said):
+    assert multiple(ratio) == said

@@ -128,12 +128,16 @@ def examine(session: pytest.Session, target: str) -> list[pytest.Item]:
     """Make the checks of what `--attn-check` names."""
     config = session.config
     quick = switched(config, "attn_check_quick")
-    target_node = CheckTarget.from_parent(session, name=target, nodeid=target)
-    return [
-        CheckItem.from_parent(target_node, name=call.name, check=call, place=_place(target, spec))
+    parent = CheckTarget.from_parent(session, name=target, nodeid=target)
+    parent.items = [
+        CheckItem.from_parent(parent, name=call.name, check=call, place=_place(target, spec))
         for spec in _told_apart(load(config, target))
         for call in calls_of(config, spec, {}, None, quick=quick)
     ]
+    # So pytest counts them among what it collected.
+    hook = parent.ihook
+    hook.pytest_collectreport(report=hook.pytest_make_collect_report(collector=parent))
+    return [*parent.items]
 
 
 def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
@@ -146,9 +150,11 @@ def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
 class CheckTarget(pytest.Collector):
     """What `--attn-check` names: the parent of its checks."""
 
+    items: list[pytest.Item]
+
     def collect(self) -> list[pytest.Item]:
-        """Collect nothing: the checks are made where pytest gathers all items."""
-        return []
+        """Return its checks, which are made where pytest gathers all items."""
+        return self.items
 
 
 class CheckItem(pytest.Item):

@@ -303,8 +303,10 @@ def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
         passed = (one for one in found if one["outcome"] == "passed")
         for check, note in dict.fromkeys((one["check"], one["message"]) for one in passed):
             yield from ((check, line) for line in note.splitlines())
+    said = {verdict["reason"] for verdict in failed}  # with `--attn-check-strict`, and above
     for hint in dict.fromkeys(hint for verdict in found for hint in verdict["hints"]):
-        yield "hint", hint
+        if hint not in said or diagnoses:
+            yield "hint", hint
 
 
 def _unique(found: Sequence[Found], key: str) -> list[str]:
