@@ -269,6 +269,33 @@ def test_what_cannot_be_examined_is_a_usage_error(contract, target, message):
     assert result.ret == pytest.ExitCode.USAGE_ERROR
 
 
+@pytest.mark.parametrize("option", ["--attn-check", "--attn-grade"])
+def test_a_package_that_cannot_be_imported_is_told_how(pytester, option):
+    package = pytester.mkdir("src").joinpath("mine")
+    package.mkdir()
+    package.joinpath("kernels.py").write_text(RIGHT, encoding="utf-8")
+    pytester.makepyfile("def test_it(): pass")
+    said = f"ERROR: {option} mine.kernels:attention: No module named 'mine'; it lies in 'src': set "
+    result = pytester.runpytest(f"{option}=mine.kernels:attention")
+    result.stderr.fnmatch_lines([f"{said}pytest's ini setting pythonpath = src, or install it"])
+    result = pytester.runpytest(f"{option}=absent.kernels:attention")
+    result.stderr.fnmatch_lines(["*No module named 'absent'; install it, or name the folder *"])
+    pytester.makeini("[pytest]\npythonpath = src")
+    result = pytester.runpytest(f"{option}=mine.kernels:attention", "--collect-only")
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_what_is_undeclared_is_looked_for_once_for_each_subject(pytester, monkeypatch):
+    from pytest_attnheat.contract import declarations, needs
+
+    asked, look = [], needs.all_undeclared
+    for module in (declarations, needs):
+        monkeypatch.setattr(module, "all_undeclared", lambda spec: asked.append(spec) or look(spec))
+    pytester.makepyfile(right=RIGHT)
+    pytester.inline_run("--attn-check=right:attention", "--attn-check-quick", "--collect-only")
+    assert len(asked) == 1
+
+
 def test_a_usage_error_is_said_where_workers_collect(contract):
     result = contract.runpytest("--attn-check=nowhere:attention", "-n", "1")
     result.stderr.fnmatch_lines(["*--attn-check nowhere:attention: No module named 'nowhere'*"])

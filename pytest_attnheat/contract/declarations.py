@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,12 +50,16 @@ _DECODER = (
 )
 
 
-def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
+def hints_of(spec: AttentionSpec, unsaid: Sequence[str] | None = None) -> tuple[str, ...]:
     """What a specification leaves unsaid of parameters that sound like one of its fields.
 
     Or of a module of PyTorch, which is no function of queries, keys and values.
+
+    Args:
+        spec: What is claimed.
+        unsaid: `all_undeclared` of it, where that is known.
     """
-    found = all_undeclared(spec)
+    found = [*(all_undeclared(spec) if unsaid is None else unsaid)]
     said = spec.convention or spec.is_block or spec.call
     likes = [] if said else fitting(spec.parameters or {})
     if likes:

@@ -236,8 +236,24 @@ def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
     except Exception as error:  # the module is the user's, and may raise anything
         known = isinstance(error, ImportError | AttributeError)
         said = str(error) if known else f"importing {module} raised {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            said += _how_to_find(config, str(error.name).partition(".")[0])
         raise pytest.UsageError(f"{option} {target}: {said}") from error
     return found
+
+
+def _how_to_find(config: pytest.Config, package: str) -> str:
+    """Say what makes a package importable that is not; empty of a part of one that is."""
+    if package in sys.modules:
+        return ""
+    root = config.rootpath
+    folders = [root, *sorted(one for one in root.iterdir() if one.is_dir())]
+    inside = [one for one in folders
+              if (one / package).is_dir() or (one / f"{package}.py").is_file()]  # fmt: skip
+    if not inside:
+        return "; install it, or name the folder that holds it in pytest's ini setting pythonpath"
+    folder = inside[0].relative_to(root).as_posix()
+    return f"; it lies in {folder!r}: set pytest's ini setting pythonpath = {folder}, or install it"
 
 
 def load(config: pytest.Config, target: str) -> list[AttentionSpec]:
