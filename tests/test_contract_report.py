@@ -206,7 +206,7 @@ def test_one_head_without_a_dimension_of_heads_is_examined():
     assert statuses(report, "masked") == {"passed"}
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
 def test_the_attention_functions_of_transformers_pass(name):
     report = check_attention(transformers_attention(name), checks=NAMED)
     assert report.passed, str(report)

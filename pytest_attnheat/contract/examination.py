@@ -53,6 +53,7 @@ _OF_KERNELS = ("fp16", "bf16", "float16", "dtype", "data type", "datatype", "sca
                "device", "gpu", "cpu")  # fmt: skip
 # How a kernel says that it does not do what it is asked, in an error of no kind of its own.
 _REFUSALS = ("No available kernel", "No viable backend", "not implemented for", "not supported")
+_NOT_HERE = "cannot be run on"
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -65,6 +66,7 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, UndeclaredError):
         return True
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+    said |= isinstance(error, ValueError) and _NOT_HERE in str(error)
     return isinstance(error, NotImplementedError) or said or is_past_compiling(error)
 
 
