@@ -178,6 +178,7 @@ def _uncompiled() -> Iterator[None]:
     untraced = nullcontext() if stance is None else stance("force_eager")
     with warnings.catch_warnings(), untraced:
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
+        warnings.simplefilter("ignore", DeprecationWarning)  # what is to compile it has some
         yield
 
 
