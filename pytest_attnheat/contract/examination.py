@@ -233,6 +233,9 @@ class Examination:
             vars(error)["replay"] = self.text(chosen)
             if isinstance(error, Failure):
                 error.repeat = self.repeat(chosen)
+                if self.spec.convention and self.spec.convention.begins:
+                    places, call = (error.worst, error.first), self.drawn(chosen)
+                    error.worst, error.first = (self.spec.convention.packed(p, call) for p in places)
             else:
                 said = getattr(error, "__notes__", ())
                 vars(error)["__notes__"] = [*said, self.repeat(chosen)]  # `add_note`: from 3.11
