@@ -325,9 +325,16 @@ class Study:
             never_exercised=never_exercised(self.spec, effect),
             undeclared=() if self.inside else tuple(all_undeclared(self.spec)),
             unplanted=self._unplanted,
-            remedy=remedy if not self.inside else replace(remedy, code=""),
+            remedy=self._of_block(remedy) if self.inside else remedy,
             calls=effect.calls, seed=self.seed,
         )  # fmt: skip
+
+
+    def _of_block(self, remedy: Remedy) -> Remedy:
+        """Return what a block can be given in place of the calls of the attention inside."""
+        assert isinstance(self.watched, PlantedInside)
+        survived = remedy.killed or remedy.left
+        return replace(remedy, code=self.watched.code if survived else "", inside=True)
 
 
 def _is_block(right: object) -> bool:

@@ -17,6 +17,8 @@ from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import misuse
 
 _BATCH, _LENGTH = 2, 9
+# Blocks that need no inputs to be given.
+READY_MADE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
