@@ -153,7 +153,8 @@ def test_what_the_subject_raises_is_told_with_the_call_that_raises_it():
     said = report.failed[0].message.split("\n")
     assert said[0].startswith("it raised IndexError: index 2 is too much (test_combinations.py:")
     assert re.fullmatch(
-        r"  \d+ of \d+ calls are wrong, all with mask=.* causal=True scale=.*; this is one of them, .*", said[1]
+        r"  \d+ of \d+ calls are wrong, all with mask=.* causal=True scale=.*; this is one of .*",
+        said[1],
     )
     assert said[2].startswith('  --attn-replay="mask=boolean causal=True scale=0.7 dtype=')
 

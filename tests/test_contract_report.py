@@ -725,7 +725,9 @@ def test_a_function_that_is_always_causal_is_declared_by_a_window_that_ends_nowh
     assert report.passed, str(report)
     spec = AttentionSpec(always_causal, dtypes=ONE_DTYPE)
     report = check_attention(spec, checks=[BY_NAME["plain"]])
-    wrong = "not declared: window=None is assumed, but the code means (None, 0): it is always causal; "
+    wrong = (
+        "not declared: window=None is assumed, but the code means (None, 0): it is always causal; "
+    )
     assert report.failed[0].declaration.startswith(wrong)
 
 
@@ -849,7 +851,9 @@ def test_causality_that_nobody_takes_is_a_wrong_declaration():
 
     spec = AttentionSpec(own, grouped=False, dropout=False, dtypes=ONE_DTYPE)
     report = check_attention(spec, checks=[BY_NAME["causal"]])
-    wrong = "not declared: causal='top_left' is assumed, but is_causal=True changes nothing, and no "
+    wrong = (
+        "not declared: causal='top_left' is assumed, but is_causal=True changes nothing, and no "
+    )
     assert report.failed[0].declaration.startswith(wrong)
 
 

@@ -289,8 +289,13 @@ def test_what_is_undeclared_is_looked_for_once_for_each_subject(pytester, monkey
     from pytest_attnheat.contract import declarations, needs
 
     asked, look = [], needs.all_undeclared
+
+    def counted(spec):
+        asked.append(spec)
+        return look(spec)
+
     for module in (declarations, needs):
-        monkeypatch.setattr(module, "all_undeclared", lambda spec: asked.append(spec) or look(spec))
+        monkeypatch.setattr(module, "all_undeclared", counted)
     pytester.makepyfile(right=RIGHT)
     pytester.inline_run("--attn-check=right:attention", "--attn-check-quick", "--collect-only")
     assert len(asked) == 1

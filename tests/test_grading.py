@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 from wrong_attention import attention_with, declared_for
 
 from pytest_attnheat import AttentionSpec, assert_matches_reference, grade, hard_case
+from pytest_attnheat.attention import chunks
 from pytest_attnheat.contract.asking import UndeclaredError
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.grading import JudgeError, Study
@@ -557,6 +558,13 @@ def test_blocks_of_transformers_are_graded(how):
     assert found.calls == 2  # one in each layer
     assert "scale_missing" in names(found.killed)
     assert found.refused == found.survived == ()
+
+
+def test_a_grade_that_takes_long_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(chunks, "_SECONDS", -1.0)
+    with caplog.at_level("INFO", "pytest_attnheat"):
+        grade(lambda own: own(*torch.randn(3, 1, 1, 2, 4)), sdpa, defects=["no_softmax", "zeros"])
+    assert "dot_product_attention: 50 % of the versions judged, about 0 s are left" in caplog.text
 
 
 class _Block(nn.Module):

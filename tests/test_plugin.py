@@ -98,8 +98,7 @@ def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
     [
         (
             "dtyp='float32'",
-            "keyword of the attention marker: got 'dtyp'; *'devices'; *"
-            "did you mean 'dtype'?",
+            "keyword of the attention marker: got 'dtyp'; *'devices'; *did you mean 'dtype'?",
         ),
         ("deveices='cpu'", "keyword of *: got 'deveices'; *; did you mean 'devices'?"),
         ("'additive'", "the attention marker: got ('additive',); accepted is keywords only: sc*"),

@@ -149,8 +149,9 @@ def _why_not_padded(examination: Examination) -> str:
     return "documents are packed" if examination.spec.documents is not None else ""
 
 
-@check("padding", "with padding that the mask hides, the output is what it is without", "block", needs=takes_padding_mask,
-       quick=True, issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
+@check("padding", "with padding that the mask hides, the output is what it is without", "block",
+       needs=takes_padding_mask, quick=True,
+       issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def block_padding(examination: Examination) -> None:
     """On the right and on the left, of any content; of a memory, if there is one."""
     model, inputs = examination.block()
@@ -230,7 +231,12 @@ def _unsaid_positions(examination: Examination) -> str:
     return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
 
 
-@check("layout", "whatever the strides of the inputs, the output is the same", "block", issue="pytorch/pytorch#181133")
+@check(
+    "layout",
+    "whatever the strides of the inputs, the output is the same",
+    "block",
+    issue="pytorch/pytorch#181133",
+)
 def block_layout(examination: Examination) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
     assert_layout_invariant(*examination.block(), seed=examination.seed)

@@ -297,7 +297,11 @@ def decoding(examination: Examination) -> None:
     assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
-@check("layout", "whatever the strides of the inputs, the output is the same", issue="pytorch/pytorch#181133")
+@check(
+    "layout",
+    "whatever the strides of the inputs, the output is the same",
+    issue="pytorch/pytorch#181133",
+)
 def layout(examination: Examination) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
     assert_layout_invariant(examination.spec, *examination.case().tensors)

@@ -27,8 +27,11 @@ _OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "no_leakage_through_mask": _MASKS,
     "padding": _MASKS,
     # Of a causal mask at the other corner, other rows see nothing.
-    "causal_rectangular": (*_CAUSAL, *_EMPTY_ROWS,
-                           *(one | empty for one in _CAUSAL for empty in _EMPTY_ROWS)),
+    "causal_rectangular": (
+        *_CAUSAL,
+        *_EMPTY_ROWS,
+        *(one | empty for one in _CAUSAL for empty in _EMPTY_ROWS),
+    ),
     "fully_masked": (*_EMPTY_ROWS, *_MASKS),
 }
 _OF_BLOCKS: dict[str, tuple[dict[str, Any], ...]] = {

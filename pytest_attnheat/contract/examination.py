@@ -53,7 +53,6 @@ _OF_KERNELS = ("fp16", "bf16", "float16", "dtype", "data type", "datatype", "sca
                "device", "gpu", "cpu")  # fmt: skip
 # How a kernel says that it does not do what it is asked, in an error of no kind of its own.
 _REFUSALS = ("No available kernel", "No viable backend", "not implemented for", "not supported")
-_NOT_HERE = "cannot be run on"
 
 
 def is_refusal(error: BaseException) -> bool:
@@ -66,7 +65,7 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, UndeclaredError):
         return True
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
-    said |= isinstance(error, ValueError) and _NOT_HERE in str(error)
+    said |= isinstance(error, ValueError) and "cannot be run on" in str(error)
     return isinstance(error, NotImplementedError) or said or is_past_compiling(error)
 
 
@@ -233,9 +232,8 @@ class Examination:
             vars(error)["replay"] = self.text(chosen)
             if isinstance(error, Failure):
                 error.repeat = self.repeat(chosen)
-                if self.spec.convention and self.spec.convention.begins:
-                    places, call = (error.worst, error.first), self.drawn(chosen)
-                    error.worst, error.first = (self.spec.convention.packed(p, call) for p in places)
+                if self.spec.convention:
+                    self.spec.convention.tell(error, self.drawn(chosen))
             else:
                 said = getattr(error, "__notes__", ())
                 vars(error)["__notes__"] = [*said, self.repeat(chosen)]  # `add_note`: from 3.11

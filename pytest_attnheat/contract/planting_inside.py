@@ -240,8 +240,10 @@ def _described(target: Callable[..., Any], given: Sequence[Any], named: Mapping[
     if isinstance(x, Tensor) and x.ndim == (3 if x.is_floating_point() else 2):
         shape = ", ".join(map(str, (max(2, len(x)), *x.shape[1:])))
         dtype = f", dtype={x.dtype}" * (x.dtype != torch.float32)
-        drawn = f"torch.randn({shape}{dtype})" if x.ndim == 3 else (
-            f"torch.randint({int(x.max()) + 1}, ({shape}))"
+        drawn = (
+            f"torch.randn({shape}{dtype})"
+            if x.ndim == 3
+            else (f"torch.randint({int(x.max()) + 1}, ({shape}))")
         )
         inputs = f"inputs={drawn}"
     told = [f'"{name}": {one if isinstance(one, bool | int | float) else "..."}'

@@ -265,7 +265,9 @@ def judge_lse(examination: Examination) -> str:
     elif said := _said_of(readings, answers):
         cause = said
     elif math.isfinite(worst(nearest)):
-        cause = f"nearest to one of {nearest}, off by {multiple(worst(nearest))} times what is allowed"
+        cause = (
+            f"nearest to one of {nearest}, off by {multiple(worst(nearest))} times what is allowed"
+        )
     raise Failure("", claim, tensor=Checked.of(answers[0][1]), cause=cause)
 
 

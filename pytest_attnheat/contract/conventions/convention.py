@@ -10,7 +10,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.packing import bounds, lengths_of
 from pytest_attnheat.contract.asking import KEYWORDS, dense
 from pytest_attnheat.contract.conventions.reading import Read
-from pytest_attnheat.failure import Place
+from pytest_attnheat.failure import Failure, Place
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -97,8 +97,13 @@ class Convention:
     limits: str = ""
     makes: bool = False
 
-    def packed(self, place: Place | None, call: Call) -> Place | None:
-        """Say of a place in a batch where it is in the packed tensor; others as they are."""
+    def tell(self, failure: Failure, call: Call) -> None:
+        """Say where in the packed tensors of a call its places are, if it has such."""
+        failure.worst, failure.first = (
+            self._packed(place, call) for place in (failure.worst, failure.first)
+        )
+
+    def _packed(self, place: Place | None, call: Call) -> Place | None:
         if place is None or place.index is None or len(place.index) != _DIMENSIONS:
             return place
         of_keys = place.tensor is not None and place.tensor.startswith(("key", "value"))
