@@ -27,6 +27,7 @@ from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.drawing import RAGGED, SAME, WINDOWS
 from pytest_attnheat.attention.levels import NONE, OPTIONS, STORED, Choice, text_of
+from pytest_attnheat.attention.shards import Shards
 from pytest_attnheat.attention.storage import UNUSED
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
 from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
@@ -59,6 +60,7 @@ from pytest_attnheat.contract.needs import (
     takes_several_lengths,
 )
 from pytest_attnheat.contract.returned import judge_lse
+from pytest_attnheat.contract.sharded import judge_dropout_of_ranks
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure, Place
 
@@ -326,6 +328,8 @@ def repeats(examination: Examination) -> None:
        needs=takes_dropout)  # fmt: skip
 def dropout(examination: Examination) -> None:
     """Its share, its independence, its scale."""
+    if isinstance(examination.spec.sharding, Shards):
+        judge_dropout_of_ranks(examination, examination.spec.sharding)
     runs = 40 if examination.quick else 200
     alike = examination.space.declared.levels()["value_dim"] == ("equal",)
     # The weights are read off values that are an identity matrix, twice.

@@ -7,19 +7,22 @@ whole tensors they are what the ranks make of their shards, in a backward pass o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import combinations, count, product
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
 
+from pytest_attnheat.attention.sharding import SHARDED
 from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
 from pytest_attnheat.callables import parameters_of
+from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.ranks import Ranks
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
+from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse, whole_number
 
 # How many calls a rank keeps, of which gradients may be asked.
@@ -235,3 +238,78 @@ def on_ranks(spec: AttentionSpec, ranks: int, time_limit: float) -> tuple[Attent
     dim = spec.layout.index("l")
     subject = Sharded(spec.implementation, spec.name, shards, dim, time_limit)
     return replace(spec, subject=subject, sharding=shards), subject
+
+
+# --- one seed of dropout for all ranks
+
+_SHARE = 0.25
+# How many queries and keys there are at least.
+_LENGTH = 32
+# That two ranks drop the same weights by chance is as rare as e ** -this.
+_UNLIKELY = 20.0
+
+
+def judge_dropout_of_ranks(examination: Examination, shards: Shards) -> None:
+    """Judge whether ranks drop the same of the weights that each of them makes.
+
+    Each rank has random numbers of its own, so what is dropped alike comes from one seed.
+
+    Raises:
+        Failure: Two ranks drop the same weights.
+    """
+    length = -(-_LENGTH // shards.parts) * shards.parts
+    alike = examination.space.declared.levels()["value_dim"] == ("equal",)
+    call = examination.case(sizes=(length, length), **({"head_dim": 64} if alike else {}))
+    # The weights are read off values that are an identity matrix.
+    width = call.query.shape[-1] if alike else length
+    identity = torch.eye(length, width, dtype=call.value.dtype, device=call.value.device)
+    call = replace(call, value=identity.expand(*call.value.shape[:2], -1, -1).contiguous())
+    whole, kept = (
+        examination.spec.ask(call, dropout=share).output[..., :length].cpu()
+        for share in (0.0, _SHARE)
+    )
+    judged = whole > 2 * torch.finfo(whole.dtype).smallest_normal
+    dropped = (kept == 0) & judged
+    parts = list(_of_ranks(judged, dropped, shards))
+    for (rank, where, seen, lost), (other, there, seen_too, lost_too) in combinations(parts, 2):
+        both = seen & seen_too
+        if rank == other or not torch.equal(lost & both, lost_too & both):
+            continue
+        if _is_no_chance(both, lost & both):
+            (defect,) = (one for one in SHARDED if one.seen == "randomness")
+            raise Failure(
+                "",
+                f"with dropout_p={_SHARE:g} ranks {rank} and {other} drop the same weights",
+                worst=Place(f"{int((lost & both).sum())} of {where} are dropped, and the same of "
+                            f"{there}"),
+                cause=f"it is attention {defect.sentence} ({defect.name})",
+                tensor=Checked.of(whole),
+            )  # fmt: skip
+
+
+def _of_ranks(
+    judged: Tensor, dropped: Tensor, shards: Shards
+) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+    """Yield what a rank makes: its number, where it lies, what is judged, and what is dropped."""
+    if shards.scheme == "ulysses":
+        some = zip(judged.chunk(shards.ranks, 1), dropped.chunk(shards.ranks, 1), strict=True)
+        for rank, (seen, lost) in enumerate(some):
+            yield rank, f"the weights of the heads of rank {rank}", seen, lost
+        return
+    held = shards.of(judged.shape[-1])
+    for (rank, own), (source, keys) in product(enumerate(held), repeat=2):
+        where = f"the weights of rank {rank} at the keys of rank {source}"
+        yield rank, where, judged[:, :, own][..., keys], dropped[:, :, own][..., keys]
+
+
+def _is_no_chance(judged: Tensor, dropped: Tensor) -> bool:
+    """Whether what is dropped is so much, one by one, that no other rank drops it by chance.
+
+    Where whole lines are dropped, or nothing, another check tells so, which says nothing of ranks.
+    """
+    kept = judged & ~dropped
+    if not all(bool((dropped.any(dim) & kept.any(dim)).any()) for dim in (-1, -2)):
+        return False
+    every, lost = float(judged.sum()), float(dropped.sum())
+    ways = math.lgamma(every + 1) - math.lgamma(lost + 1) - math.lgamma(every - lost + 1)
+    return ways > _UNLIKELY
