@@ -232,6 +232,19 @@ def test_a_rank_that_answers_other_queries_than_its_own_is_told():
     assert "rank 0 of 2 must answer its own queries, here of shape" in report.failed[0].message
 
 
+def test_what_a_rank_writes_into_is_written_into_the_whole():
+    def writing(query, key, value):
+        output = rotating()(query, key, value)
+        if dist.get_rank() == 1:
+            key[:, :, -1] = 0
+        return output
+
+    spec = spec_of(writing, "zigzag", gradients=False)
+    (found,) = check_attention(spec, ranks=2, checks=some("repeats"), quick=True).failed
+    assert "64 of 512 elements change: the subject writes into key" in found.message
+    assert "key[0, 0, 5, 0] was " in found.message  # the last that rank 1 holds
+
+
 def test_without_ranks_nothing_is_examined_and_it_is_said_how():
     report = check_attention(spec_of(rotating(), "ring"), quick=True)
     assert not report.passed

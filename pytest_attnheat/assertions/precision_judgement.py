@@ -341,8 +341,8 @@ def _coarse_scores(one: Judgement, context: Context) -> str | None:
         return None
     name = dtype_name(context.dtype)
     return (
-        f"scores reach {context.top_score:.3g}, where numbers of {name} are {step:g} apart: scores, "
-        "or a log-sum-exp, kept in it?"
+        f"scores reach {context.top_score:.3g}, where numbers of {name} are {step:g} apart: "
+        "scores, or a log-sum-exp, kept in it?"
     )
 
 

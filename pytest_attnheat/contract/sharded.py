@@ -18,7 +18,7 @@ from torch import Tensor, distributed
 
 from pytest_attnheat.attention.sharding import SHARDED
 from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
-from pytest_attnheat.callables import parameters_of
+from pytest_attnheat.callables import identical, parameters_of
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.ranks import Ranks
 from pytest_attnheat.contract.spec import AttentionSpec
@@ -84,14 +84,22 @@ class Sharded:
             [("forward", number, seed, list(local), arguments, tuple(wanted))
              for local in zip(*scattered, strict=True)],
         )  # fmt: skip
-        outputs = [output for output, _ in answers]
+        outputs = [output for output, _, _ in answers]
+        # What the subject writes into its shards is written into the whole, as it were there.
+        for tensor, *shards in zip(tensors, *(held for _, _, held in answers), strict=True):
+            if any(shard is not None for shard in shards):
+                whole = [
+                    own if shard is None else shard
+                    for shard, own in zip(shards, self._scattered(tensor), strict=True)
+                ]
+                tensor.detach().copy_(self.shards.gather(whole, self._dim))
         for rank, (output, query) in enumerate(zip(outputs, scattered[0], strict=True)):
             if output.ndim != query.ndim or output.shape[self._dim] != query.shape[self._dim]:
                 raise ValueError(
                     f"rank {rank} of {self.shards.ranks} must answer its own queries, here of shape"
                     f" {tuple(query.shape)}; got {tuple(output.shape)}"
                 )
-        differentiable = any(one for _, one in answers)
+        differentiable = any(one for _, one, _ in answers)
         whole = self.shards.gather(outputs, self._dim).to(tensors[0].device)
         return whole, number if differentiable else None
 
@@ -187,10 +195,10 @@ class OnRank:
         tensors: list[Tensor],
         arguments: dict[str, Any],
         wanted: tuple[bool, ...],
-    ) -> tuple[Tensor, bool]:
-        """Return the output, and whether gradients can be asked of it."""
+    ) -> tuple[Tensor, bool, list[Tensor | None]]:
+        """Return the output, whether gradients can be asked of it, and the inputs that changed."""
         torch.manual_seed(seed + distributed.get_rank())
-        leaves = [tensor.to(self.device) for tensor in tensors]
+        leaves = [tensor.to(self.device, copy=True) for tensor in tensors]
         for leaf, needed in zip(leaves, wanted, strict=True):
             leaf.requires_grad_(needed)
         with torch.set_grad_enabled(any(wanted)):
@@ -201,7 +209,10 @@ class OnRank:
         self._calls[number] = output, leaves
         for old in [one for one in self._calls if one <= number - _KEPT]:
             del self._calls[old]
-        return output.detach().cpu().clone(), output.requires_grad
+        held = [leaf.detach().cpu() for leaf in leaves]
+        changed = [None if identical(now, was) else now
+                   for now, was in zip(held, tensors, strict=True)]  # fmt: skip
+        return output.detach().cpu().clone(), output.requires_grad, changed
 
     def backward(self, number: int, above: Tensor) -> list[Any]:
         """Return the gradient of each tensor; its shape where it has none."""
