@@ -222,6 +222,18 @@ def test_some_defect_is_found_by_a_check_and_few_others(name):
     assert len(found) <= FEW, found
 
 
+def test_a_subject_that_writes_into_what_it_is_given_is_found_where_few_checks_are_made():
+    def scaled_in_place(query, key, value, is_causal=False):
+        output = sdpa(query, key, value, is_causal=is_causal)
+        query *= query.shape[-1] ** -0.5
+        return output
+
+    spec = AttentionSpec(scaled_in_place, dtypes=("float32",))
+    (found,) = check_attention(spec, quick=True).failed
+    assert found.name == "repeats"
+    assert "elements change: the subject writes into query" in found.message
+
+
 @pytest.mark.parametrize("subject", [causal_in_the_first_block, masked_in_the_first_block])
 def test_what_goes_wrong_with_two_features_alone_is_found_by_the_pairs_of_them(subject):
     report = check_attention(AttentionSpec(subject, dtypes=("float32",)))
