@@ -797,6 +797,7 @@ MISTAKEN = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize(("name", "function", "words"), MISTAKEN)
 def test_a_usual_wrong_mask_is_named(name, function, words, dtype):

@@ -66,6 +66,7 @@ WHOLE = ("flash_attn", "flash_attn_varlen", "flashinfer_single_prefill", "fla_pa
          "xformers")  # fmt: skip
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("row", ROWS)
 def test_a_public_callable_passes_as_it_is_called_with_nothing_declared(row):
     asked = [one for one in CHECKS if row in WHOLE or one.quick or one.name in ASKED.get(row, ())]
@@ -135,6 +136,7 @@ WRONG: dict[str, list[_Wrong]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("row", "decisions", "name"), [(row, *one) for row, several in WRONG.items() for one in several]
 )
@@ -146,6 +148,7 @@ def test_a_wrong_version_of_a_public_callable_is_found_and_named(row, decisions,
     assert name in named, found.sentence
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("row", "decisions", "says"),
     [
