@@ -234,6 +234,12 @@ def test_a_rank_that_answers_other_queries_than_its_own_is_told():
     assert "rank 0 of 2 must answer its own queries, here of shape" in report.failed[0].message
 
 
+def test_strides_are_not_asked_of_shards_that_are_laid_out_anew():
+    (found,) = check_attention(spec_of(rotating(), "ring"), ranks=2, checks=some("layout")).results
+    assert found.status == "skipped"
+    assert found.message == "each rank gets shards that are laid out anew"
+
+
 def test_what_a_rank_writes_into_is_written_into_the_whole():
     def writing(query, key, value):
         output = rotating()(query, key, value)

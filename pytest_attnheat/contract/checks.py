@@ -51,6 +51,7 @@ from pytest_attnheat.contract.needs import (
     decodes_in_chunks,
     has_gradients,
     has_no_positions,
+    keeps_strides,
     may_be_causal,
     reads_a_cache,
     returns_lse,
@@ -303,7 +304,8 @@ def decoding(examination: Examination) -> None:
     assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
-@check("layout", "strides of the inputs change nothing", issue="pytorch/pytorch#181133")
+@check("layout", "strides of the inputs change nothing", needs=keeps_strides,
+       issue="pytorch/pytorch#181133")  # fmt: skip
 def layout(examination: Examination) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
     assert_layout_invariant(examination.spec, *examination.case().tensors)

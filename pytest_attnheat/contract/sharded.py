@@ -86,13 +86,11 @@ class Sharded:
         )  # fmt: skip
         outputs = [output for output, _, _ in answers]
         # What the subject writes into its shards is written into the whole, as it were there.
-        for tensor, *shards in zip(tensors, *(held for _, _, held in answers), strict=True):
-            if any(shard is not None for shard in shards):
-                whole = [
-                    own if shard is None else shard
-                    for shard, own in zip(shards, self._scattered(tensor), strict=True)
-                ]
-                tensor.detach().copy_(self.shards.gather(whole, self._dim))
+        written = (held for _, _, held in answers)
+        for tensor, before, *after in zip(tensors, scattered, *written, strict=True):
+            if any(shard is not None for shard in after):
+                now = [b if a is None else a for b, a in zip(before, after, strict=True)]
+                tensor.detach().copy_(self.shards.gather(now, self._dim))
         for rank, (output, query) in enumerate(zip(outputs, scattered[0], strict=True)):
             if output.ndim != query.ndim or output.shape[self._dim] != query.shape[self._dim]:
                 raise ValueError(
