@@ -838,6 +838,19 @@ def test_the_picture_shows_three_maps(tmp_path):
         diagnosed().draw()
 
 
+def test_the_picture_of_a_long_case_shows_what_differs_by_little():
+    def skipping(query, key, value):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        scores[..., 64:72] -= 99 * (key.shape[-2] > 100)
+        return scores.softmax(-1) @ value
+
+    found = diagnose(AttentionSpec(skipping, dtypes=["float32"]))
+    assert found.case == "long"
+    off = float((found.inferred_weights - found.expected_weights)[found.place].abs().max())
+    assert 0.01 < off < 0.3
+    assert found.draw().picture.shown.scale.range == pytest.approx((-off, off))
+
+
 # --- the plan
 
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import pytest_attnheat as heat
 from pytest_attnheat import LazyWeights
 from pytest_attnheat.attention import blocks as blocks_module
-from pytest_attnheat.attention import lazy as lazy_module
+from pytest_attnheat.attention import chunks
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.heatmaps import maps
 
@@ -358,7 +358,7 @@ def test_what_needs_all_rows_refuses_some(name):
 
 
 def test_a_long_pass_tells_how_far_it_is(monkeypatch, caplog):
-    monkeypatch.setattr(lazy_module, "_SECONDS", -1.0)
+    monkeypatch.setattr(chunks, "_SECONDS", -1.0)
     query, key = (draw(name, 3, 1, 1, 40, 4).float() for name in ("query", "key"))
     with caplog.at_level("INFO", "pytest_attnheat"):
         heat.assert_row_stochastic(LazyWeights(query, key))
@@ -383,10 +383,16 @@ def test_a_block_mask_leaves_out_what_it_hides():
     ("given_", "error", "said"),
     [
         ({"causal": True}, ValueError, "alignment: got None for 5 queries and 7 keys"),
-        ({"windw": 3}, TypeError, "features: got .'windw'.; accepted is one of mask, causal"),
+        ({"windw": 3}, TypeError, "features: got .'windw'.; accepted is one of mask, causal.*; "),
+        ({"lenghts": 3}, TypeError, "; did you mean 'lengths'[?]"),
         ({"mask": torch.ones(5, 7)[:3] > 0}, ValueError, "broadcasts to that of the weights"),
         ({"mask": torch.ones(5, 7).int()}, TypeError, "mask: got dtype int32"),
         ({"rows": 0}, ValueError, "rows: got 0; accepted is a whole number from 1"),
+        ({"scale": "x"}, TypeError, "scale: got str; accepted is a number"),
+        ({"may_see": lambda b, h, q, k: True}, TypeError, "may_see: got one that returned bool"),
+        ({"may_see": lambda b, h, q, k: 1 * k}, ValueError, "may_see: got one that returned int64"),
+        ({"score_mod": lambda s, b, h, q, k: 1.0}, TypeError, "one that returned float; accepted"),
+        ({"score_mod": lambda s, b, h, q: s}, ValueError, "score_mod: got one that raised TypeErr"),
     ],
 )
 def test_what_cannot_be_read_is_refused_when_it_is_made(given_, error, said):

@@ -5,6 +5,8 @@ Pictures of NumPy arrays are cut here too, so that nothing imports torch.
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
@@ -14,6 +16,33 @@ if TYPE_CHECKING:
 
 # The most that one step over a few queries may allocate.
 CHUNK_BYTES = 64 * 2**20
+# How often what takes long tells how far it is.
+_SECONDS = 2.0
+_LOG = logging.getLogger("pytest_attnheat")
+
+
+class Progress:
+    """Tells the log how far something is that takes longer than some seconds.
+
+    Args:
+        name: What it is told of.
+        steps: How many steps there are.
+        done: What becomes of them: "are read".
+    """
+
+    def __init__(self, name: str, steps: int, done: str) -> None:
+        self._name, self._steps, self._what, self._done = name, steps, done, 0
+        self._start = self._told = time.monotonic()
+
+    def step(self) -> None:
+        """Count a step that begins, and tell every few seconds."""
+        now = time.monotonic()
+        if now - self._told > _SECONDS:
+            self._told, share = now, self._done / self._steps
+            left = (now - self._start) * (1 - share) / max(share, 1e-9)
+            text = "%s: %.0f %% %s, about %.0f s are left"
+            _LOG.info(text, self._name, 100 * share, self._what, left)
+        self._done += 1
 
 
 def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
