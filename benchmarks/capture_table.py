@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import inspect
 import math
 import os
 import sys
@@ -388,20 +389,23 @@ def both(
     eager = kind._from_config(copy.deepcopy(config), attn_implementation="eager").eval()
 
     @torch.no_grad()
-    def filled(model: nn.Module) -> Any:
-        return None if before is None else model(**before, use_cache=True).past_key_values
+    def filled(model: nn.Module) -> dict[str, Any]:
+        if before is None:
+            return {}
+        taken = inspect.signature(model.forward).parameters
+        cache = "cache" if "cache" in taken else "past_key_values"  # before transformers 5.24
+        return {cache: model(**before, use_cache=True)[cache]}
 
     @torch.no_grad()
     def asked(model: nn.Module) -> list[Tensor]:
-        cache = {} if before is None else {"past_key_values": filled(model)}
-        return attentions(model(**inputs, **cache, output_attentions=True))
+        return attentions(model(**inputs, **filled(model), output_attentions=True))
 
     reference = asked(eager)
     assert max(float(weights.max()) for weights in reference) > 0.5
     for way in ("eager", "sdpa"):
         model = kind._from_config(copy.deepcopy(config), attn_implementation=way).eval()
         model.load_state_dict(eager.state_dict())
-        given = {} if before is None else {"past_key_values": filled(model)}
+        given = filled(model)
 
         def call(model: nn.Module, given: Any = given) -> Any:
             return model(**inputs, **copy.deepcopy(given))  # A step makes its cache longer.

@@ -193,6 +193,7 @@ def exchanging(*defects):
     """Ulysses: each rank takes some heads of the whole sequence."""
 
     def attention(query, key, value, is_causal=False, dropout_p=0.0):
+        draws = _one_seed() if "one_seed" in defects else None
         order = list(range(dist.get_world_size()))
         order = order[::-1] if "chunks_reversed" in defects else order
         query, key, value = (_Exchange.apply(t, True, order) for t in (query, key, value))
@@ -201,8 +202,50 @@ def exchanging(*defects):
         scores = query @ key.mT / query.shape[-1] ** 0.5
         if is_causal:
             scores = scores.masked_fill(torch.ones_like(scores[0, 0]).triu(1).bool(), -INF)
-        weights = torch.dropout(scores.softmax(-1), dropout_p, dropout_p > 0)
+        weights = _dropped(scores.softmax(-1), dropout_p, draws)
         return _Exchange.apply(weights @ value, False, order)
+
+    return attention
+
+
+def _one_seed():
+    """Random numbers that are those of all ranks: the seed of one is told to the others."""
+    seed = torch.randint(2**40, (1,))
+    dist.broadcast(seed, 0)
+    return torch.Generator().manual_seed(int(seed))
+
+
+def _dropped(weights, share, draws):
+    kept = torch.rand(weights.shape, generator=draws).to(weights) >= share
+    return weights * kept / (1 - share) if share else weights
+
+
+def dropping(*defects, scheme="ring"):
+    """A ring that drops weights shard by shard, or of all keys at once, if they are "gathered"."""
+
+    def attention(query, key, value, dropout_p=0.0):
+        rank, ranks = dist.get_rank(), dist.get_world_size()
+        draws = _one_seed() if "one_seed" in defects else None
+        shards = [(key, value)]
+        for _ in range(1, ranks):
+            shards.append(tuple(around(tensor) for tensor in shards[-1]))
+        if "gathered" in defects:  # all ranks in the same order
+            shards = [shards[(rank - source) % ranks] for source in range(ranks)]
+        group = query.shape[1] // key.shape[1]
+        scores = [_scores(query, k, query.shape[-1] ** -0.5, group) for k, _ in shards]
+        lse = torch.cat(scores, -1).logsumexp(-1, keepdim=True)
+        if "keys_dropped" in defects:  # each rank drops some of its own keys, for all queries
+            kept = torch.rand(*value.shape[:3], 1) >= dropout_p
+            values = [value * kept / (1 - dropout_p)]
+            for _ in range(1, ranks):
+                values.append(around(values[-1]))
+            parts = [(s - lse).exp() @ v.repeat_interleave(group, 1)
+                     for s, v in zip(scores, values, strict=True)]  # fmt: skip
+            return sum(parts)
+        return sum(
+            _dropped((s - lse).exp(), dropout_p, draws) @ v.repeat_interleave(group, 1)
+            for s, (_, v) in zip(scores, shards, strict=True)
+        )
 
     return attention
 

@@ -184,12 +184,9 @@ def test_a_failure_is_told_whatever_the_default_device(name):
     weights = right.clone()
     weights[1, 2, 3, 5] = 0.5
     expected = message(check, weights), message(check, everywhere)
-    try:
-        torch.set_default_device("meta")
+    with torch.device("meta"):
         check(right)
         found = message(check, weights), message(check, everywhere)
-    finally:
-        torch.set_default_device(None)
     assert found == expected
 
 
@@ -720,11 +717,8 @@ HIDDEN = {
 @pytest.mark.parametrize("name", HIDDEN)
 def test_missing_weight_is_told_whatever_the_default_device(name):
     weights, mask, phrase = HIDDEN[name]
-    try:
-        torch.set_default_device("meta")
+    with torch.device("meta"):
         found = cause(assert_support, weights, mask)
-    finally:
-        torch.set_default_device(None)
     assert (found is None) if phrase is None else (phrase in found)
 
 

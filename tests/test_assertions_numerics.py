@@ -692,6 +692,19 @@ def test_a_softmax_in_lower_precision_is_named(dtype, narrow):
     assert words in text
 
 
+def test_scores_too_large_for_their_dtype_make_no_mistake_of_weights_that_are_all_one():
+    query, key, value = inputs(1, 1, dtype=torch.bfloat16)
+    query[..., 0] = key[..., 0] = 350.0
+
+    def function(query, key, value):
+        scores = query @ key.mT * query.shape[-1] ** -0.5
+        return (scores - scores.logsumexp(-1, keepdim=True)).exp() @ value
+
+    text = message(function, query, key, value)
+    assert "scores reach 3.06e+04, where numbers of bfloat16 are 128 apart: scores, or a" in text
+    assert "of attention whose" not in text
+
+
 def test_a_gradient_that_is_wrong_at_one_place_is_no_step_in_lower_precision():
     class Off(torch.autograd.Function):
         """Its gradient is off by little everywhere, and by much in one row."""
@@ -790,6 +803,7 @@ MISTAKEN = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize(("name", "function", "words"), MISTAKEN)
 def test_a_usual_wrong_mask_is_named(name, function, words, dtype):

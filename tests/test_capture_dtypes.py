@@ -300,16 +300,17 @@ def test_masked_values_that_are_nan_or_inf_leave_weights_alone():
 @pytest.mark.parametrize("function", [fused, written])
 def test_the_default_device_and_dtype_of_the_user_do_not_matter(function, keep):
     query, key, value = three(2, 3, queries=20)
+    shown = {"keep": keep, "heads": [2, 0], "queries": range(15)}
     try:
-        torch.set_default_device("meta")
         torch.set_default_dtype(torch.float64)
-        record = captured(function, query, key, value, keep=keep, heads=[2, 0], queries=range(15))
-        record = record.select(heads=0, queries=slice(2, 4))
-        mask = captured(F.scaled_dot_product_attention, query, key, value, None, 0.0, True).mask
-        of_statistics = keep == "statistics"
-        found = record.statistics.maximum if of_statistics else record.weights.amax(-1)
+        with torch.device("meta"):
+            record = captured(function, query, key, value, **shown).select(
+                heads=0, queries=slice(2, 4)
+            )
+            mask = captured(F.scaled_dot_product_attention, query, key, value, None, 0.0, True).mask
+            of_statistics = keep == "statistics"
+            found = record.statistics.maximum if of_statistics else record.weights.amax(-1)
     finally:
-        torch.set_default_device(None)
         torch.set_default_dtype(torch.float32)
     assert found.dtype == torch.float32
     expected = plain_weights(query, key)[:, :1, 2:4].amax(-1)

@@ -211,6 +211,7 @@ NEEDED = {
 COMMON = ["plain", "masked", "causal"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NEEDED)
 def test_some_defect_is_found_by_a_check_and_few_others(name):
     subject = NEEDED[name]
@@ -220,6 +221,18 @@ def test_some_defect_is_found_by_a_check_and_few_others(name):
     found = {result.name for result in check_attention(subject, checks=NAMED).failed}
     assert name in found
     assert len(found) <= FEW, found
+
+
+def test_a_subject_that_writes_into_what_it_is_given_is_found_where_few_checks_are_made():
+    def scaled_in_place(query, key, value, is_causal=False):
+        output = sdpa(query, key, value, is_causal=is_causal)
+        query *= query.shape[-1] ** -0.5
+        return output
+
+    spec = AttentionSpec(scaled_in_place, dtypes=("float32",))
+    (found,) = check_attention(spec, quick=True).failed
+    assert found.name == "repeats"
+    assert "elements change: the subject writes into query" in found.message
 
 
 @pytest.mark.parametrize("subject", [causal_in_the_first_block, masked_in_the_first_block])

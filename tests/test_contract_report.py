@@ -284,6 +284,7 @@ def test_returned_weights_are_checked():
 # --- planted defects
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", FOUND)
 def test_every_defect_of_the_catalogue_is_found(name):
     subject, declared = planted_with(name)
@@ -314,6 +315,7 @@ def test_what_the_planted_defects_are_planted_in_is_right(names):
     assert check_attention(sound, checks=CHECKS if names else NAMED).passed
 
 
+@pytest.mark.matrix
 def test_the_pairs_of_a_correct_function_pass_in_half_precision():
     spec = AttentionSpec(sdpa, dtypes=("bfloat16",))
     assert statuses(check_attention(spec, checks=[BY_NAME["pairs"]]), "pairs") == {"passed"}

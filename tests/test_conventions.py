@@ -68,6 +68,7 @@ WHOLE = ("flash_attn", "flash_attn_varlen", "flashinfer_single_prefill", "fla_pa
          "xformers")  # fmt: skip
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("row", ROWS)
 def test_a_public_callable_passes_as_it_is_called_with_nothing_declared(row):
     asked = [one for one in CHECKS if row in WHOLE or one.quick or one.name in ASKED.get(row, ())]
@@ -137,6 +138,7 @@ WRONG: dict[str, list[_Wrong]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("row", "decisions", "name"), [(row, *one) for row, several in WRONG.items() for one in several]
 )
@@ -175,6 +177,7 @@ def test_a_failure_of_a_packed_call_names_the_row_of_the_packed_tensor(of, begin
     )
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("row", "decisions", "says"),
     [

@@ -143,6 +143,7 @@ def test_it_says_which_test_killed_a_version(project):
     assert grade["killed"][0]["said"].startswith("test_it.py::test_first_row: AssertionError")
 
 
+@pytest.mark.matrix
 def test_counts_are_equal_under_workers_and_in_another_order(project):
     project.makeconftest("def pytest_collection_modifyitems(items): items.reverse()")
     _, (alone,) = graded(project, tests=TESTS)

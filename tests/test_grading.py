@@ -444,6 +444,7 @@ def test_masks_of_every_meaning_are_read(meaning):
     assert names(grade(judge, spec, defects=["mask_ignored"]).killed) == {"mask_ignored"}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "vllm_flash_attn"])
 def test_calls_of_public_callables_are_read_as_they_are_asked(row):
     """What asking writes, reading reads: the target's own answer is reproduced."""

@@ -243,6 +243,7 @@ def drawn(figure):
     return np.asarray(figure.canvas.buffer_rgba())
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("held", [1 << 24, 0], ids=["held", "not held"])
 @pytest.mark.parametrize(
     "declared",

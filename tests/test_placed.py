@@ -77,7 +77,46 @@ def cases():
         ("one peek", assert_causal, peeking, {}),
         ("window", assert_causal, causal, {"window": 3}),
         ("padding", assert_padding_masked, weights, {"lengths": [8, 11]}),
+        *(
+            (name, assert_reproduces_output, weights, {"value": value, "output": output})
+            for name, weights, value, output in products(drawn)
+        ),
     ]
+
+
+def products(drawn):
+    """Weights, a value and an output that they made or did not: (name, all three)."""
+    weights, value = drawn(2, 3, 9, 11).softmax(-1), drawn(2, 3, 11, 5)
+    made = weights @ value
+    one_off, felt, nothing = made.clone(), value.clone(), made.clone()
+    one_off[1, 2, 7, 3] += 0.5
+    felt[1, 0, 6, 2] = torch.nan
+    nothing[0, 1] = 0
+    sharp = torch.eye(11)[torch.arange(18) % 11].view(2, 1, 9, 11).repeat(1, 3, 1, 1)
+    square = drawn(1, 2, 9, 9).softmax(-1)
+    many, few = drawn(2, 6, 9, 11).softmax(-1), drawn(2, 2, 11, 5)
+    grouped, tiled = (many @ one for one in (few.repeat_interleave(3, 1), few.repeat(1, 3, 1, 1)))
+    averaged = weights.mean(1, keepdim=True).expand(-1, 3, -1, -1).contiguous()
+    return [
+        ("made", weights, value, made),
+        ("one element", weights, value, one_off),
+        ("another head", weights, value, (weights[:, [1, 0, 2]] @ value)),
+        ("a factor", weights, value, made * 1.5),
+        ("a map of zeros", weights, value, nothing),
+        ("NaN that is felt", weights, felt, made),
+        ("NaN that is not felt", sharp, felt.masked_fill(sharp.mT.sum(-1)[..., None] == 0,
+                                                         torch.nan), sharp @ value),
+        ("changed places", square, drawn(1, 2, 9, 5), square.mT @ drawn(1, 2, 9, 5)),
+        ("averaged", averaged, value, made),
+        ("two dimensions", weights[0, 0], value[0, 0], made[0, 0]),
+        ("grouped", many, few, grouped),
+        ("grouped, tiled", many, few, tiled),
+        ("merged", weights, value, made.transpose(1, 2).flatten(2)),
+        ("merged, grouped, wrong", many, few, tiled.transpose(1, 2).flatten(2)),
+        ("merged as it lies", weights, value, made.flatten(1).view(2, 9, 15)),
+        ("heads that share", weights[:, 0], value, weights[:, :1] @ value),
+        ("heads that do not share", weights[:, 0], value, made),
+    ]  # fmt: skip
 
 
 def said(assertion, weights, **arguments):
@@ -97,7 +136,8 @@ def on_each(ways):
     found = {}
     for name, assertion, weights, more in cases():
         for way in ways:
-            placement = Replicate() if way == "whole" else Shard(WAYS.index(way))
+            dims = WAYS[4 - weights.ndim : 4]
+            placement = Shard(dims.index(way)) if way in dims else Replicate()
             placed = distribute_tensor(weights, mesh, [placement])
             found[name, way] = said(assertion, placed, **more)
     return found
@@ -109,6 +149,7 @@ def on_a_grid():
         (name, str(cut)): said(assertion, distribute_tensor(weights, mesh, cut), **more)
         for name, assertion, weights, more in cases()
         for cut in ([Shard(1), Shard(3)], [Shard(2), Replicate()])
+        if weights.ndim == 4
     }
 
 
@@ -127,7 +168,7 @@ def test_each_rank_says_of_each_shard_what_is_said_of_the_whole(ranks):
 
 def test_so_it_is_of_what_is_cut_in_two_ways():
     for found in on_ranks(4, on_a_grid):
-        assert {name for name, _ in found} == set(WHOLE)
+        assert {name for name, _ in found} == {name for name, _, one, _ in cases() if one.ndim > 3}
         assert all(text == WHOLE[name] for (name, _), text in found.items())
 
 
@@ -146,17 +187,22 @@ def large(dim):
 
     dist.all_reduce = counted
     try:
-        text = said(assert_one_hot, weights)
+        texts = [said(assert_one_hot, weights)]
+        values = {"value": torch.randn(1, 2, 96, 3), "output": torch.ones(1, 2, 64, 3)}
+        rows, sizes[:] = max(sizes), []
+        texts.append(said(assert_reproduces_output, weights, **values))
     finally:
         DTensor.full_tensor, dist.all_reduce = whole, reduced
-    return text, max(sizes)
+    return texts, rows, max(sizes)
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
 def test_no_rank_gathers_the_whole(dim):
-    texts, most = zip(*on_ranks(2, large, dim), strict=True)
-    assert "rows do not put all weight on one key" in texts[0]
-    assert max(most) <= 6 * 96  # the rows of the small picture
+    texts, rows, products = zip(*on_ranks(2, large, dim), strict=True)
+    assert "rows do not put all weight on one key" in texts[0][0]
+    assert max(rows) <= 6 * 96  # the rows of the small picture
+    assert "output elements are not weights @ value" in texts[0][1]
+    assert max(products) < 2 * 64 * 96 / 4  # some rows, and a few numbers of each
 
 
 def with_masks():
@@ -176,6 +222,29 @@ def with_masks():
 def test_a_mask_may_lie_on_ranks_as_well():
     for found in on_ranks(2, with_masks):
         assert [one.partition("\n")[0] for one in found] == [WHOLE["a leak"].partition("\n")[0]] * 6
+
+
+def with_all_three_on_ranks():
+    mesh, other = (init_device_mesh("cpu", shape) for shape in ((2,), (1, 2)))
+    found = {}
+    for name, assertion, weights, more in cases():
+        if assertion is not assert_reproduces_output:
+            continue
+        for dims in ((0, 1, 2), (2, 3, 0), (3, 2, 1)):
+            tensors = zip(dims, (weights, *more.values()), strict=True)
+            weights_dim, *rest = (dim % one.ndim for dim, one in tensors)
+            placed = {name: distribute_tensor(one, mesh, [Shard(dim)])
+                      for (name, one), dim in zip(more.items(), rest, strict=True)}  # fmt: skip
+            placed_weights = distribute_tensor(weights, mesh, [Shard(weights_dim)])
+            found[name, dims] = said(assertion, placed_weights, **placed)
+        placed["value"] = distribute_tensor(more["value"], other, [Replicate(), Shard(0)])
+        found[name, "another mesh"] = said(assertion, placed_weights, **placed)
+    return found
+
+
+def test_the_value_and_the_output_may_lie_on_ranks_as_well():
+    for found in on_ranks(2, with_all_three_on_ranks):
+        assert found == {(name, dims): WHOLE[name] for name, dims in found}
 
 
 def with_a_mask_on_another_mesh():
@@ -267,7 +336,7 @@ def refused():
         texts.append(str(caught.value))
     weights = distribute_tensor(torch.rand(2, 3), mesh, [Shard(0)])
     with pytest.raises(TypeError) as caught:
-        assert_reproduces_output(weights, weights, weights)
+        assert_reproduces_output(torch.rand(2, 3), weights, weights)
     return [*texts, str(caught.value)]
 
 

@@ -93,6 +93,7 @@ def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
 # --- marker
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -57,6 +58,71 @@ def test_one_rank_that_raises_ends_all_with_its_own_error(ranks):
     (note,) = vars(caught.value)["__notes__"]
     assert note.startswith("on rank 2 of 4: test_ranks.py:")
     assert note.endswith(" in complain")
+
+
+def test_what_an_error_of_a_rank_was_raised_from_is_told_as_well(ranks):
+    def body():
+        try:
+            {}["inner"]
+        except KeyError as inner:
+            try:
+                raise ValueError("middle")
+            except ValueError:
+                raise RuntimeError("outer") from inner
+
+    with pytest.raises(RuntimeError, match="outer") as caught:
+        ranks(2, body)
+    inner = caught.value.__cause__
+    assert repr(inner) == "KeyError('inner')"
+    (note,) = vars(inner)["__notes__"]
+    assert note.startswith("on each of 2 ranks: test_ranks.py:")
+    assert caught.value.__suppress_context__
+
+
+def test_what_an_error_of_a_rank_was_raised_while_handling_is_told_as_well(ranks):
+    def body():
+        try:
+            complain()
+        except KeyError:
+            raise TypeError("outer")  # noqa: B904
+
+    with pytest.raises(TypeError, match="outer") as caught:
+        ranks(2, body)
+    assert repr(caught.value.__context__) == "KeyError('of this rank')"
+    assert caught.value.__cause__ is None
+
+
+class OwnWarning(UserWarning):
+    pass
+
+
+@pytest.mark.filterwarnings("always")
+def test_what_ranks_warn_of_is_told_once_from_where_it_is(ranks):
+    def body(fails):
+        class Local(UserWarning):
+            pass
+
+        warnings.warn(f"on rank {dist.get_rank()}", OwnWarning, stacklevel=1)
+        warnings.warn("on all", Local, stacklevel=1)
+        if fails:
+            complain()
+
+    for fails in (False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            if fails:
+                with pytest.raises(KeyError):
+                    ranks(2, body, True)
+            else:
+                ranks(2, body, False)
+        said = sorted((str(one.message), one.category) for one in caught)
+        assert said == [("on all", UserWarning), *((f"on rank {n}", OwnWarning) for n in (0, 1))]
+        assert {Path(one.filename).name for one in caught} == {"test_ranks.py"}
+
+
+def test_a_warning_that_is_an_error_is_one_on_ranks(ranks):
+    with pytest.raises(OwnWarning, match="that is an error") as caught:
+        ranks(2, warnings.warn, OwnWarning("that is an error"))
+    assert vars(caught.value)["__notes__"][0].startswith("on each of 2 ranks")
 
 
 def test_what_all_ranks_raise_is_said_once(ranks):
@@ -240,6 +306,15 @@ def test_without_a_fork_a_body_has_to_be_one_that_can_be_imported(monkeypatch):
 def test_bad_use_is_refused_before_anything_starts(count, options, error):
     with pytest.raises(error, match=r"; accepted is "):
         on_ranks(count, summed, **options)
+
+
+def test_a_name_that_is_no_option_is_refused_and_it_is_said_how_to_hand_it_on(ranks):
+    said = (
+        r"^ranks: got more=1; accepted is device= and time_limit=; what the function takes follows "
+        r"it without a name, or comes in functools.partial\(function, ...\)$"
+    )
+    with pytest.raises(TypeError, match=said):
+        ranks(2, summed, more=1, time_limit=9)
 
 
 def test_a_body_that_is_no_function_is_refused():

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_attention import exchanging, filled_up, of_pytorch, positions, rotating
+from sharded_attention import dropping, exchanging, filled_up, of_pytorch, positions, rotating
 from sharded_gradients import GRADIENTS, RIGHT_GRADIENTS
 
 from pytest_attnheat import AttentionSpec, check_attention, diagnose
@@ -93,6 +93,7 @@ def test_right_attention_passes(name):
     assert report.passed, report
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_an_output_that_is_wrong_over_ranks_fails_with_the_name_of_what_is_wrong(name, ranks):
@@ -107,6 +108,7 @@ def test_an_output_that_is_wrong_over_ranks_fails_with_the_name_of_what_is_wrong
         assert SENTENCES[expected] in report.failed[0].message
 
 
+@pytest.mark.matrix(of=3)
 @pytest.mark.parametrize("name", ["order", "chunks", "causal own", "averaged", "filled up"])
 def test_what_is_wrong_over_ranks_is_diagnosed(name):
     expected, subject, scheme, declared = OUTPUTS[name]
@@ -114,6 +116,39 @@ def test_what_is_wrong_over_ranks_is_diagnosed(name):
     with closing(sharded):
         found = diagnose(spec)
     assert found.defects == (expected,), found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize(
+    ("subject", "scheme"),
+    [(dropping("one_seed"), "ring"), (dropping("one_seed", "gathered"), "zigzag"),
+     (exchanging("one_seed"), "ulysses")],
+    ids=["ring", "gathered", "ulysses"],
+)  # fmt: skip
+def test_one_seed_of_dropout_for_all_ranks_is_named(subject, scheme, ranks):
+    spec = spec_of(subject, scheme, gradients=False, causal=None, dtypes=("float32",))
+    (found,) = check_attention(spec, ranks=ranks, checks=some("dropout")).results
+    assert found.status == "failed"
+    assert "with dropout_p=0.25 ranks 0 and 1 drop the same weights" in found.message
+    assert SENTENCES["shards_dropped_alike"] in found.message
+
+
+@pytest.mark.parametrize(
+    ("subject", "scheme"),
+    [(dropping(), "striped"), (dropping("gathered"), "ring"), (exchanging(), "ulysses")],
+    ids=["ring", "gathered", "ulysses"],
+)
+def test_ranks_that_draw_random_numbers_of_their_own_pass(subject, scheme):
+    spec = spec_of(subject, scheme, gradients=False, causal=None, dtypes=("float32",))
+    report = check_attention(spec, ranks=2, checks=some("dropout"), quick=True)
+    assert report.passed, report
+
+
+def test_keys_that_are_dropped_for_all_queries_are_not_taken_for_one_seed():
+    spec = spec_of(dropping("keys_dropped"), "ring", gradients=False, causal=None)
+    (found,) = check_attention(spec, ranks=2, checks=some("dropout"), quick=True).results
+    assert found.status == "failed"
+    assert "what is dropped is the same for all queries" in found.message
 
 
 @pytest.fixture(scope="module")
@@ -197,6 +232,25 @@ def test_a_rank_that_answers_other_queries_than_its_own_is_told():
 
     report = check_attention(spec_of(gathering, "ring"), ranks=2, checks=some("plain"))
     assert "rank 0 of 2 must answer its own queries, here of shape" in report.failed[0].message
+
+
+def test_strides_are_not_asked_of_shards_that_are_laid_out_anew():
+    (found,) = check_attention(spec_of(rotating(), "ring"), ranks=2, checks=some("layout")).results
+    assert found.status == "skipped"
+    assert found.message == "each rank gets shards that are laid out anew"
+
+
+def test_what_a_rank_writes_into_is_written_into_the_whole():
+    def writing(query, key, value):
+        output = rotating()(query, key, value)
+        if dist.get_rank() == 1:
+            key[:, :, -1] = 0
+        return output
+
+    spec = spec_of(writing, "zigzag", gradients=False)
+    (found,) = check_attention(spec, ranks=2, checks=some("repeats"), quick=True).failed
+    assert "64 of 512 elements change: the subject writes into key" in found.message
+    assert "key[0, 0, 5, 0] was " in found.message  # the last that rank 1 holds
 
 
 def test_without_ranks_nothing_is_examined_and_it_is_said_how():

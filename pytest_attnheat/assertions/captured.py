@@ -117,8 +117,9 @@ def _where_it_lies(given: Any, name: str, weights: Any) -> Any:
         if not same:  # broadcast: all ranks need most of it
             return given.full_tensor()
         return Placed(given.redistribute(placements=weights.placements), name)
-    if name != "weights":
-        accepted = "a tensor: only weights may be a DTensor, and their mask"
+    known = ("weights", "mask", "value", "output")
+    if name not in known or not is_placed(weights):
+        accepted = "a tensor: weights may be a DTensor, and then what belongs to them"
         raise TypeError(misuse(name, "a DTensor", accepted))
     return Placed(given, name)
 

@@ -22,6 +22,9 @@ from pytest_attnheat.inputs import dtype_name
 
 # What the claim about a gradient ends with, or its cause begins with.
 RIGHT = "the output is right"
+# Where scores that are rounded to the dtype may be off by half of this, weights that are wrong may
+# be those of many mistakes.
+_BLIND = 8.0
 # A constant factor needs some elements that bear witness to it.
 _WITNESSES = 8
 
@@ -319,7 +322,7 @@ def _rms(errors: Tensor) -> float:
 def _known_mistake(one: Judgement, context: Context) -> str | None:
     """A known mistake that gives this very output, or these very gradients."""
     output = context.found["output"]
-    if not context.explain or output is None:
+    if not context.explain or output is None or _step(context) >= _BLIND:
         return None
     if one.name == "output":
         return likely_mistake(context.call, output)
@@ -329,6 +332,25 @@ def _known_mistake(one: Judgement, context: Context) -> str | None:
         return mistake or "the output is wrong as well: assert_matches_reference tells how"
     mistake = likely_backward_mistake(context.call, slopes, wrong=context.broken)
     return mistake and f"{RIGHT}; {mistake}"
+
+
+def _step(context: Context) -> float:
+    """How far two numbers of the dtype are apart that are as large as the largest score."""
+    if not context.top_score or not math.isfinite(context.top_score):
+        return 0.0
+    power = math.frexp(context.top_score)[1] - 1
+    return float(torch.finfo(context.dtype).eps * 2.0**power)
+
+
+def _coarse_scores(one: Judgement, context: Context) -> str | None:
+    """Scores are so large that a step in the dtype of the inputs decides what weights are."""
+    if (step := _step(context)) < _BLIND:
+        return None
+    name = dtype_name(context.dtype)
+    return (
+        f"scores reach {context.top_score:.3g}, where numbers of {name} are {step:g} apart: "
+        "scores, or a log-sum-exp, kept in it?"
+    )
 
 
 _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
@@ -342,4 +364,5 @@ _CAUSES: tuple[Callable[[Judgement, Context], str | None], ...] = (
     _constant_factor,
     _some_maps,
     _narrower,
+    _coarse_scores,
 )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product as every_combination
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor
 from pytest_attnheat.assertions import causes
 from pytest_attnheat.assertions.claims import Index
 from pytest_attnheat.assertions.scan import evenly, mask_at
+from pytest_attnheat.attention.boxes import neighbours
 from pytest_attnheat.attention.chunks import pieces
+from pytest_attnheat.attention.placed import Placed, as_placed
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.tolerance import row_rounding
 from pytest_attnheat.attention.vocabulary import Alignment
@@ -54,6 +56,7 @@ class Product:
         merged: Whether heads are merged in it.
         grouped: Whether the last leading dimension of all three is that of a group.
         worst: The element of `output` that is farthest off, once it is known.
+        here: What of it lies on this rank, if the weights lie on several.
     """
 
     weights: Tensor
@@ -63,6 +66,7 @@ class Product:
     merged: bool
     grouped: bool
     worst: Index = ()
+    here: Here | None = None
 
     @classmethod
     def read(cls, weights: object, value: object, output: object) -> Product:
@@ -81,7 +85,11 @@ class Product:
         except _MisfitError:
             shapes = ", ".join(str(tuple(operand.shape)) for operand in operands.values())
             raise ValueError(misuse(names, shapes, _ACCEPTED)) from None
-        return cls(*seen[:3], operands["output"], *seen[3:])
+        found = cls(*seen[:3], operands["output"], *seen[3:])
+        placed = as_placed(operands["weights"])
+        if placed is None:
+            return found
+        return replace(found, here=Here.of(found, placed, operands["value"], operands["output"]))
 
     @property
     def coarsest(self) -> torch.dtype:
@@ -107,13 +115,20 @@ class Product:
     def index_given(self, index: Index) -> Index:
         """Return an index into `output` as an index into the output that was given."""
         *leading, query, channel = index
-        if self.grouped:
+        if self.grouped and len(index) == self.output.ndim:
             *leading, value_head, member = leading
             leading.append(value_head * self.output.shape[-3] + member)
         if self.merged:
             *batch, head = leading
             return (*batch, query, head * self.output.shape[-1] + channel)
         return (*leading, query, channel)
+
+    def index_seen(self, index: Index) -> Index:
+        """Return an index as `Here` has it, whose heads are not grouped, as one into `output`."""
+        if not self.grouped or len(index) == self.output.ndim:
+            return index
+        *leading, head, query, channel = index
+        return (*leading, *divmod(head, self.output.shape[-3]), query, channel)
 
     def take(self, leading: Index, queries: Tensor, channels: int = CHANNELS) -> Sample:
         """Return one map in float64: some queries, all keys, at most so many channels."""
@@ -128,6 +143,45 @@ class Product:
         # A key without weight is not felt, whatever its value.
         value = value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
         return Sample(weights, value, output[:, some], self.slack)
+
+
+@dataclass(frozen=True)
+class Here:
+    """What lies on this rank of a product whose weights lie on several.
+
+    Attributes:
+        placed: Those weights.
+        product: The shard of this rank, with what it needs of value and output; heads of the value
+            are repeated where they are grouped.
+        offset: Where the shard of the output begins.
+    """
+
+    placed: Placed
+    product: Product
+    offset: Index
+
+    @classmethod
+    def of(cls, whole: Product, placed: Placed, value: Tensor, output: Tensor) -> Here:
+        """Bring what the shard of this rank needs to it."""
+        *lead, query, key = range(placed.ndim)
+        along = {at: at for at in lead if value.shape[at] == placed.shape[at]}
+        merged = {0: 0, query: 1} if whole.merged else {at: at for at in lead}
+        own_value = placed.beside(value, {**along, key: value.ndim - 2})
+        own = placed.beside(output, merged if whole.merged else {**merged, query: output.ndim - 2})
+        weights, offset = placed.local, placed.offset[:-1]
+        shared = placed.ndim == 3 and value.ndim == 4
+        heads = slice(0, whole.output.shape[1])
+        if (whole.merged or whole.grouped) and not shared:
+            heads = slice(offset[-2], offset[-2] + weights.shape[-3])
+        if whole.merged:
+            own = _split(own, -1, value.shape[-1]).swapaxes(1, 2)[:, heads]
+        if whole.grouped:
+            used = torch.arange(heads.start, heads.stop, device=value.device)
+            own_value = own_value.index_select(-3, used // whole.output.shape[-3])
+        if shared:
+            weights, offset = weights.unsqueeze(1), (offset[0], 0, offset[1])
+        shard = replace(whole, weights=weights, value=own_value, output=own, grouped=False)
+        return cls(placed, shard, (*offset, 0))
 
 
 @dataclass(frozen=True)
@@ -166,7 +220,7 @@ def _see(
     if grouped:
         members = weights.shape[-3] // value.shape[-3]
         weights, output = _split(weights, -3, members), _split(output, -3, members)
-        value = value[..., None, :, :]
+        value = value.unsqueeze(-3)
     leading = tuple(output.shape[:-2])
     (query_len, key_len), value_dim = weights.shape[-2:], value.shape[-1]
     wanted = (
@@ -188,11 +242,11 @@ def _split(tensor: Tensor, dim: int, inner: int) -> Tensor:
 
 
 def gather(operand: Tensor, index: tuple[slice, ...], numbers: Tensor, dim: int) -> Tensor:
-    """Return a map with only some numbers of a dimension, one at a time: the map may be large."""
+    """Return a map with only some numbers of a dimension, read apart: the map may be large."""
     parts = []
-    for number in numbers.tolist():
+    for some in neighbours(numbers.tolist()):
         spans = list(index)
-        spans[dim] = slice(number, number + 1)
+        spans[dim] = some
         part = mask_at(operand, tuple(spans)).double().cpu()
         parts.append(part.reshape(part.shape[-2:]))
     return torch.cat(parts, dim)

@@ -50,7 +50,7 @@ import torch
 from pytest_attnheat.assertions.captured import Weights, takes_records
 from pytest_attnheat.assertions.claims import Claim, Spot, find, first_broken
 from pytest_attnheat.assertions.product import Product, likely_cause
-from pytest_attnheat.assertions.scan import holds_nothing, mask_at
+from pytest_attnheat.assertions.scan import Parts, holds_nothing, mask_at
 from pytest_attnheat.attention.chunks import pieces
 from pytest_attnheat.failure import number_text
 from pytest_attnheat.inputs import check_tolerance, dtype_name, misuse
@@ -131,7 +131,7 @@ def assert_reproduces_output(
         return
     finding = find(claim, _parts(product, limit, careful=True))
     if finding is not None:
-        cause = likely_cause(replace(product, worst=finding.worst.index))
+        cause = likely_cause(replace(product, worst=product.index_seen(finding.worst.index)))
         raise finding.failure("assert_reproduces_output", product.given, cause)
 
 
@@ -162,38 +162,50 @@ class _Part:
         return off.masked_fill_(~off.isfinite(), math.nan)
 
 
-def _parts(product: Product, tolerance: float | None, *, careful: bool) -> Iterator[_Part]:
-    """Yield all elements of the output in parts of bounded size, with what they should be."""
-    *_, query_len, value_dim = product.output.shape
+def _parts(product: Product, tolerance: float | None, *, careful: bool) -> Parts[_Part]:
+    """Return all elements of the output in parts of bounded size, with what they should be.
+
+    Of weights on several ranks, those of the rows that lie here.
+    """
+    here = product.here
+    own = product if here is None else here.product
+    *_, query_len, value_dim = own.output.shape
     key_len = product.weights.shape[-1]
     # Several whole maps, or a part of one, whichever of its operands is the largest.
-    maps = _ELEMENTS // (key_len * max(query_len, value_dim))
+    maps = _ELEMENTS // max(1, key_len * max(query_len, value_dim))
     rows = maps * query_len if maps else max(1, _ELEMENTS // max(min(key_len, 4096), value_dim))
     keys = key_len if maps else max(1, min(key_len, 4096, _ELEMENTS // value_dim))
-    for index in pieces(product.output.shape[:-1], rows if maps else min(rows, query_len)):
-        yield _part(product, index, keys, tolerance, careful=careful)
+
+    def make() -> Iterator[_Part]:
+        if 0 in own.output.shape:
+            return
+        for index in pieces(own.output.shape[:-1], rows if maps else min(rows, query_len)):
+            yield _part(product, index, keys, tolerance, careful=careful)
+
+    return Parts(make, None if here is None else here.placed, of_rows=True)
 
 
 def _part(
     product: Product, rows: tuple[slice, ...], step: int, tolerance: float | None, *, careful: bool
 ) -> _Part:
-    *_, value_dim = product.output.shape
+    own = product if product.here is None else product.here.product
+    *_, value_dim = own.output.shape
     every_channel = slice(0, value_dim)
     index = (*rows, every_channel)
-    output = product.output[index].double()
+    output = own.output[index].double()
     expected, size, mean, square = (torch.zeros_like(output) for _ in range(4))
     felt = torch.zeros_like(output, dtype=torch.bool)
     least = torch.full_like(output[..., :1], math.inf)
     largest, sums = torch.zeros_like(least), torch.zeros_like(least)
     zero = torch.zeros_like(least, dtype=torch.bool)
-    key_len = product.weights.shape[-1]
+    key_len = own.weights.shape[-1]
     for start in range(0, key_len, step):
         keys = slice(start, min(start + step, key_len))
-        if holds_nothing(product.weights, (*rows, keys)):
+        if holds_nothing(own.weights, (*rows, keys)):
             zero.fill_(True)
             continue
-        weights = mask_at(product.weights, (*rows, keys)).double()
-        value = mask_at(product.value, (*rows[:-1], keys, every_channel)).double()
+        weights = mask_at(own.weights, (*rows, keys)).double()
+        value = mask_at(own.value, (*rows[:-1], keys, every_channel)).double()
         if careful:
             bad = ~value.isfinite()
             felt |= ((weights != 0).double() @ bad.double()) > 0
@@ -211,6 +223,16 @@ def _part(
         some = magnitude.masked_fill(none, math.inf)
         least = torch.minimum(least, some.amin(-1, keepdim=True))
         largest = torch.maximum(largest, magnitude.amax(-1, keepdim=True))
+    if product.here is not None:  # other ranks have other keys of these rows
+        over_keys = product.here.placed.over_keys
+        widths = [value_dim] * 4 + [1]
+        added = over_keys(torch.cat([expected, size, mean, square, sums], -1), torch.add)
+        expected, size, mean, square, sums = torch.split(added, widths, -1)
+        felt, zero = (over_keys(one, torch.logical_or) for one in (felt, zero))
+        least, largest = over_keys(least, torch.minimum), over_keys(largest, torch.maximum)
+        least = least.masked_fill(sums.isnan(), math.nan)  # which a minimum may lose
+        index = tuple(slice(span.start + at, span.stop + at)
+                      for span, at in zip(index, product.here.offset, strict=True))  # fmt: skip
     if tolerance is None:
         log_range = (largest / least).log().clamp(_LEAST_RANGE, _MOST_RANGE)
         if -math.log(torch.finfo(product.weights.dtype).smallest_normal) < _MOST_RANGE:

@@ -66,9 +66,10 @@ def _count(kind: str) -> int:
 
     try:
         module = torch.get_device_module(kind)
-    except RuntimeError:  # what would bring it is not installed
+        count = int(getattr(module, "device_count", int)())
+    except RuntimeError:  # what would bring it, or count it, is not installed
         return 0
-    return max(0, int(getattr(module, "device_count", int)()))  # of mtia, torch 2.6 counts -1
+    return max(0, count)  # of mtia, torch 2.6 counts -1
 
 
 def names_of(devices: Sequence[str], argument: str = "devices") -> list[str]:

@@ -7,8 +7,8 @@ No rank gathers the whole: of others a few rows are read, by all ranks at once, 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeGuard, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeGuard, TypeVar, cast
 
 import numpy as np
 import torch
@@ -29,7 +29,69 @@ def is_placed(given: object) -> TypeGuard[Any]:
     return known is not None and isinstance(given, known.DTensor)
 
 
-class Placed(InBoxes):
+class Viewed(InBoxes):
+    """What lies on several ranks, in its own shape or another, as of a view of a tensor."""
+
+    def unsqueeze(self, dim: int) -> Viewed:
+        """Return it with one dimension more, of size 1."""
+        at = dim % (self.ndim + 1)
+        shape = (*self.shape[:at], 1, *self.shape[at:])
+        return _View(
+            self,
+            shape,
+            lambda box: (*box[:at], *box[at + 1 :]),
+            lambda found, _: found.unsqueeze(at),
+        )
+
+    def swapaxes(self, one: int, other: int) -> Viewed:
+        """Return it with two dimensions in each other's place."""
+        order = list(range(self.ndim))
+        order[one], order[other] = other, one
+        return _View(
+            self, [self.shape[at] for at in order], lambda box: tuple(box[at] for at in order),
+            lambda found, _: found.permute(order),
+        )  # fmt: skip
+
+    def unflatten(self, dim: int, sizes: tuple[int, int]) -> Viewed:
+        """Return it with two dimensions in place of one; the first of the two sizes is not read."""
+        at, inner = dim % self.ndim, sizes[1]
+        outer = self.shape[at] // inner
+
+        def of(box: Box) -> Box:
+            own = slice(box[at].start * inner, box[at].stop * inner)
+            return (*box[:at], own, *box[at + 2 :])
+
+        def then(found: Tensor, box: Box) -> Tensor:
+            parts = found.reshape(*found.shape[:at], -1, inner, *found.shape[at + 1 :])
+            return parts.narrow(at + 1, box[at + 1].start, box[at + 1].stop - box[at + 1].start)
+
+        return _View(self, (*self.shape[:at], outer, inner, *self.shape[at + 1 :]), of, then)
+
+    def double(self) -> Tensor:
+        """Return all of it, in float64: who asks for that knows that it is small."""
+        return self[(slice(None),) * self.ndim].double()
+
+
+class _View(Viewed):
+    """A tensor in another shape: a box of it is made of one of that tensor."""
+
+    def __init__(
+        self,
+        source: Viewed,
+        shape: Sequence[int],
+        of: Callable[[Box], Box],
+        then: Callable[[Tensor, Box], Tensor],
+    ) -> None:
+        self.shape, self.dtype, self.device = torch.Size(shape), source.dtype, source.device
+        self._source, self._of, self._then = source, of, then
+
+    def __getitem__(self, box: Box) -> Tensor:
+        """Return a box of slices, one for each dimension."""
+        whole = tuple(slice(*one.indices(n)[:2]) for one, n in zip(box, self.shape, strict=True))
+        return self._then(self._source[self._of(whole)], whole)
+
+
+class Placed(Viewed):
     """Weights, or a mask, whose shards lie on several ranks.
 
     A box of it is read by all ranks at once, each of which has to ask for the same.
@@ -65,7 +127,9 @@ class Placed(InBoxes):
         )
         self.offset = tuple(offset)
         # For each dimension of the mesh, that of the tensor which it cuts.
-        self._dims = [one.dim if isinstance(one, Shard) else None for one in tensor.placements]
+        self._dims = [
+            one.dim % tensor.ndim if isinstance(one, Shard) else None for one in tensor.placements
+        ]
         self.own = Own(self)
 
     def __getitem__(self, box: Any) -> Tensor:
@@ -95,6 +159,32 @@ class Placed(InBoxes):
     def mT(self) -> Placed:  # noqa: N802 (as of a tensor)
         """Queries and keys in each other's place."""
         return Placed(self._tensor.transpose(-2, -1), self._name)
+
+    def beside(self, operand: Placed | Tensor, dims: Mapping[int, int]) -> Tensor:
+        """Return what goes with the shard of this rank of another tensor.
+
+        Args:
+            operand: The tensor, which all ranks have, or which lies on ranks as well.
+            dims: Which of its dimensions runs along with one of this. Others are returned whole.
+        """
+        from torch.distributed.tensor import Replicate, Shard
+        from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+        start: Sequence[int] = (0,) * operand.ndim
+        local: Any = operand
+        if isinstance(operand, Placed):
+            tensor = operand._tensor
+            if operand._mesh != self._mesh:
+                local = tensor.full_tensor()
+            else:
+                alike = {at: to for at, to in dims.items() if operand.shape[to] == self.shape[at]}
+                cuts = [Replicate() if at not in alike else Shard(alike[at]) for at in self._dims]
+                tensor = tensor.redistribute(placements=cuts)
+                local = tensor.to_local()
+                _, start = compute_local_shape_and_global_offset(tensor.shape, self._mesh, cuts)
+        for at, to in dims.items():
+            local = local.narrow(to, self.offset[at] - start[to], self.local.shape[at])
+        return cast(Tensor, local)
 
     def any_of(self, found: Tensor) -> Tensor:
         """Return which of some booleans are True on any rank."""

@@ -196,4 +196,7 @@ SHARDED = (
            misread=_forms(*(partial(_padded, too) for too in (True, False)))),
     defect("shards_cut_off", "whose shards are all cut off where the shortest ends",
            misread=_forms(*(partial(_cut_off, too) for too in (False, True))), fully_masked=ROWS),
+    defect("shards_dropped_alike",
+           "whose ranks drop the same weights, as from one seed of dropout for all of them",
+           seen="randomness"),
 )  # fmt: skip

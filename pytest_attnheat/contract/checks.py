@@ -15,7 +15,11 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
 from pytest_attnheat.assertions.behaviour.invariance import assert_batch_independent
-from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
+from pytest_attnheat.assertions.behaviour.layout import (
+    assert_layout_invariant,
+    check_unwritten,
+    versions_of,
+)
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
@@ -27,6 +31,7 @@ from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.attention.computation import reference
 from pytest_attnheat.attention.drawing import RAGGED, SAME, WINDOWS
 from pytest_attnheat.attention.levels import NONE, OPTIONS, STORED, Choice, text_of
+from pytest_attnheat.attention.shards import Shards
 from pytest_attnheat.attention.storage import UNUSED
 from pytest_attnheat.contract.block_checks import BLOCK_CHECKS as BLOCK_CHECKS
 from pytest_attnheat.contract.block_checks import CAPTURED_CHECKS as CAPTURED_CHECKS
@@ -46,6 +51,7 @@ from pytest_attnheat.contract.needs import (
     decodes_in_chunks,
     has_gradients,
     has_no_positions,
+    keeps_strides,
     may_be_causal,
     reads_a_cache,
     returns_lse,
@@ -59,6 +65,7 @@ from pytest_attnheat.contract.needs import (
     takes_several_lengths,
 )
 from pytest_attnheat.contract.returned import judge_lse
+from pytest_attnheat.contract.sharded import judge_dropout_of_ranks
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure, Place
 
@@ -300,6 +307,7 @@ def decoding(examination: Examination) -> None:
 @check(
     "layout",
     "whatever the strides of the inputs, the output is the same",
+    needs=keeps_strides,
     issue="pytorch/pytorch#181133",
 )
 def layout(examination: Examination) -> None:
@@ -307,15 +315,18 @@ def layout(examination: Examination) -> None:
     assert_layout_invariant(examination.spec, *examination.case().tensors)
 
 
-@check("repeats", "the same input gives the same output", quick=True,
+@check("repeats", "the same input gives the same output, and stays as it is", quick=True,
        issue="pytorch/pytorch#124464")  # fmt: skip
 def repeats(examination: Examination) -> None:
-    """In evaluation mode, whatever the random state, and what was answered stays as it is."""
+    """In evaluation mode, whatever the random state; what was given and answered stays as it is."""
     examination.refuse_training()
     call = examination.case()
-    assert_deterministic(examination.spec, *call.tensors)
+    given = dict(zip(("query", "key", "value"), call.tensors, strict=True))
+    held, versions = {name: one.clone() for name, one in given.items()}, versions_of(given)
     answer = examination.spec.ask(call).output
     before = answer.detach().clone()
+    check_unwritten(given, held, versions, assertion="")
+    assert_deterministic(examination.spec, *call.tensors)
     examination.spec.ask(replace(call, value=-call.value))
     if not torch.equal(answer.nan_to_num(), before.nan_to_num()):
         raise Failure(
@@ -330,6 +341,8 @@ def repeats(examination: Examination) -> None:
        needs=takes_dropout)  # fmt: skip
 def dropout(examination: Examination) -> None:
     """Its share, its independence, its scale."""
+    if isinstance(examination.spec.sharding, Shards):
+        judge_dropout_of_ranks(examination, examination.spec.sharding)
     runs = 40 if examination.quick else 200
     alike = examination.space.declared.levels()["value_dim"] == ("equal",)
     # The weights are read off values that are an identity matrix, twice.

@@ -71,6 +71,8 @@ def takes_option(name: str) -> Need:
     return need
 
 
+keeps_strides = _need(lambda spec: spec.sharding is None,
+                      "each rank gets shards that are laid out anew")  # fmt: skip
 takes_several_lengths = _need(lambda spec: spec.convention and spec.convention.ragged,
                               "its sequences are all as long")  # fmt: skip
 reads_a_cache = _need(lambda spec: spec.convention and spec.convention.stored,

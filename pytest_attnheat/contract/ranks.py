@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ _GRACE, _PATIENCE = 0.3, 3.0
 # How often it is asked whether they live, in seconds: what a rank started may hold its pipe open.
 _PULSE = 1.0
 _DEVICE = "a kind of device, without a number: cpu, or one of which there is one a rank, cuda"
+# How many errors beneath one another are told of one.
+_DEEPEST = 8
 # What a rank says that has lost another one.
 _LOST = re.compile("closed by peer|reset by peer|connection refused|broken pipe|timed out", re.I)
 _RETURNED = "tensors and plain data"
@@ -54,11 +57,24 @@ class AbsentError(LookupError):
 
 
 class _Error(NamedTuple):
-    """What a rank raised: at which time, on the clock that all processes share, and where."""
+    """What a rank raised: at which time, on the clock that all processes share, and where.
+
+    `beneath` is what it was raised from, or while handling (False): each error, and where.
+    """
 
     at: float
     error: BaseException
     where: str
+    beneath: tuple[tuple[bool, BaseException, str], ...] = ()
+
+
+class _Warned(NamedTuple):
+    """A warning of a rank: what `warnings.warn_explicit` takes."""
+
+    text: str
+    category: type[Warning]
+    file: str
+    line: int
 
 
 @dataclass
@@ -81,6 +97,7 @@ class Ranks:
     skips: tuple[type[BaseException], ...] = ()
     _processes: list[tuple[Any, Any]] = field(default_factory=list)
     _folder: str = ""
+    _registries: dict[str, dict[Any, Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         positive("ranks", self.count)
@@ -141,6 +158,7 @@ class Ranks:
         answers: dict[int, Any] = {}
         died: dict[int, str] = {}
         errors: dict[int, _Error] = {}
+        warned: dict[_Warned, None] = {}
         until, first = time.monotonic() + limit, None
         while waiting := {
             pipe: rank for rank, (_, pipe) in enumerate(self._processes)
@@ -166,8 +184,11 @@ class Ranks:
                     process.join(limit)
                     died[rank] = processes.ending(process.exitcode)
                 else:
-                    kind, told = _read(answer)
+                    kind, told, its_warnings = _read(answer)
                     (answers if kind == "answer" else errors)[rank] = told
+                    warned |= dict.fromkeys(its_warnings)
+        for one in warned:  # once, of whatever ranks
+            warnings.warn_explicit(*one, registry=self._registries.setdefault(one.file, {}))
         if len(answers) == self.count:
             return [answers[rank] for rank in range(self.count)]
         hung = [] if died or errors else sorted(waiting.values())
@@ -191,9 +212,12 @@ class Ranks:
         who = f"rank {rank} of {self.count}"
         if len(same) == self.count > 1:
             who = f"each of {self.count} ranks"
-        on = f"on {who}: {found.where}" if found.where else f"on {who}"
-        notes = [*getattr(found.error, "__notes__", ()), on]
-        vars(found.error)["__notes__"] = notes  # `add_note`: from Python 3.11
+        upper = found.error
+        _note(upper, who, found.where)
+        for meant, lower, where in found.beneath:
+            _note(lower, who, where)
+            setattr(upper, "__cause__" if meant else "__context__", lower)
+            upper = lower
         return found.error
 
     def _said(self, errors: Mapping[int, _Error]) -> str | None:
@@ -242,20 +266,26 @@ def on_ranks(
         return group.run([()] * group.count)
 
 
+def _note(error: BaseException, who: str, where: str) -> None:
+    """Note where an error was raised, whose traceback is that of this process."""
+    notes = [*getattr(error, "__notes__", ()), f"on {who}: {where}" if where else f"on {who}"]
+    vars(error)["__notes__"] = notes  # `add_note`: from Python 3.11
+
+
 def _check_body(body: object) -> None:
     if not callable(body):
         raise TypeError(misuse("body", type(body).__name__, "a function"))
 
 
-def _read(answer: bytes) -> tuple[str, Any]:
+def _read(answer: bytes) -> tuple[str, Any, Sequence[_Warned]]:
     """What a rank told; an error, if it cannot be read here."""
     try:
-        kind, told = pickle.loads(answer)
+        kind, told, warned = pickle.loads(answer)
     except Exception as error:  # whatever its class does
         got = f"what cannot be read in this process ({type(error).__name__}: {error})"
         refused = TypeError(misuse("what a rank returns", got, _RETURNED))
-        return "error", _Error(time.monotonic(), refused, "")
-    return kind, told
+        return "error", _Error(time.monotonic(), refused, ""), ()
+    return kind, told, warned
 
 
 def _name(body: Callable[..., Any]) -> str:
@@ -319,17 +349,45 @@ def _join(rank: int, count: int, folder: str, device: str) -> None:
     distributed.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=limit)
 
 
-def _answered(call: Callable[[], Any]) -> tuple[str, Any]:
-    """What a call returns, or raises, as it can be told."""
-    try:
-        return "answer", call()
-    except (SystemExit, KeyboardInterrupt):
-        raise
-    except BaseException as error:  # skips of pytest are no exceptions of the usual kind
-        frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
-        own = [f for f in frames if not _is_foreign(f.filename)] or frames
-        where = f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else ""
-        return "error", _Error(time.monotonic(), _portable(error), where)
+def _answered(call: Callable[[], Any]) -> tuple[str, Any, list[_Warned]]:
+    """What a call returns, or raises, as it can be told; and of what it warned."""
+    with warnings.catch_warnings(record=True) as caught:
+        try:
+            kind, told = "answer", call()
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # skips of pytest are no exceptions of the usual kind
+            beneath = tuple((meant, *_told(one)) for meant, one in _beneath(error))
+            kind, told = "error", _Error(time.monotonic(), *_told(error), beneath)
+    return kind, told, [_warned(one) for one in caught]
+
+
+def _told(error: BaseException) -> tuple[BaseException, str]:
+    """An error as it is told, and the last line that raised it, if there is one of no library."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename != __file__]
+    own = [f for f in frames if not _is_foreign(f.filename)] or frames
+    where = f"{Path(own[-1].filename).name}:{own[-1].lineno} in {own[-1].name}" if own else ""
+    return _portable(error), where
+
+
+def _beneath(error: BaseException) -> list[tuple[bool, BaseException]]:
+    """What an error was raised from (True) or while handling, and what that was, and so on."""
+    found: list[tuple[bool, BaseException]] = []
+    while len(found) < _DEEPEST:
+        meant = error.__cause__ is not None
+        lower = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+        if lower is None:
+            break
+        found.append((meant, lower))
+        error = lower
+    return found
+
+
+def _warned(one: warnings.WarningMessage) -> _Warned:
+    category: type[Warning] = one.category
+    if not hasattr(sys.modules.get(category.__module__), category.__name__):
+        category = UserWarning  # which can be sent
+    return _Warned(str(one.message), category, one.filename, one.lineno)
 
 
 def _portable(error: BaseException) -> BaseException:
@@ -358,7 +416,7 @@ def _put_together(module: str, name: str, arguments: tuple[Any, ...]) -> BaseExc
     return error
 
 
-def _tell(pipe: Any, answer: tuple[str, Any]) -> None:
+def _tell(pipe: Any, answer: tuple[str, Any, list[_Warned]]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with suppress(Exception):
             stream.flush()
@@ -367,4 +425,4 @@ def _tell(pipe: Any, answer: tuple[str, Any]) -> None:
     except Exception as error:  # what it returned cannot be pickled
         got = f"a {type(answer[1]).__name__} that cannot be sent to another process ({error})"
         refused = TypeError(misuse("what a rank returns", got, _RETURNED))
-        processes.send(pipe, "error", _Error(time.monotonic(), refused, ""))
+        processes.send(pipe, "error", _Error(time.monotonic(), refused, ""), answer[2])

@@ -7,19 +7,22 @@ whole tensors they are what the ranks make of their shards, in a backward pass o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import combinations, count, product
 from typing import Any, cast
 
 import torch
 from torch import Tensor, distributed
 
+from pytest_attnheat.attention.sharding import SHARDED
 from pytest_attnheat.attention.shards import SCHEMES, Scheme, Shards
-from pytest_attnheat.callables import parameters_of
+from pytest_attnheat.callables import identical, parameters_of
+from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.ranks import Ranks
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.failure import Failure
+from pytest_attnheat.failure import Checked, Failure, Place
 from pytest_attnheat.inputs import misuse, whole_number
 
 # How many calls a rank keeps, of which gradients may be asked.
@@ -81,14 +84,20 @@ class Sharded:
             [("forward", number, seed, list(local), arguments, tuple(wanted))
              for local in zip(*scattered, strict=True)],
         )  # fmt: skip
-        outputs = [output for output, _ in answers]
+        outputs = [output for output, _, _ in answers]
+        # What the subject writes into its shards is written into the whole, as it were there.
+        written = (held for _, _, held in answers)
+        for tensor, before, *after in zip(tensors, scattered, *written, strict=True):
+            if any(shard is not None for shard in after):
+                now = [b if a is None else a for b, a in zip(before, after, strict=True)]
+                tensor.detach().copy_(self.shards.gather(now, self._dim))
         for rank, (output, query) in enumerate(zip(outputs, scattered[0], strict=True)):
             if output.ndim != query.ndim or output.shape[self._dim] != query.shape[self._dim]:
                 raise ValueError(
                     f"rank {rank} of {self.shards.ranks} must answer its own queries, here of shape"
                     f" {tuple(query.shape)}; got {tuple(output.shape)}"
                 )
-        differentiable = any(one for _, one in answers)
+        differentiable = any(one for _, one, _ in answers)
         whole = self.shards.gather(outputs, self._dim).to(tensors[0].device)
         return whole, number if differentiable else None
 
@@ -184,10 +193,10 @@ class OnRank:
         tensors: list[Tensor],
         arguments: dict[str, Any],
         wanted: tuple[bool, ...],
-    ) -> tuple[Tensor, bool]:
-        """Return the output, and whether gradients can be asked of it."""
+    ) -> tuple[Tensor, bool, list[Tensor | None]]:
+        """Return the output, whether gradients can be asked of it, and the inputs that changed."""
         torch.manual_seed(seed + distributed.get_rank())
-        leaves = [tensor.to(self.device) for tensor in tensors]
+        leaves = [tensor.to(self.device, copy=True) for tensor in tensors]
         for leaf, needed in zip(leaves, wanted, strict=True):
             leaf.requires_grad_(needed)
         with torch.set_grad_enabled(any(wanted)):
@@ -198,7 +207,10 @@ class OnRank:
         self._calls[number] = output, leaves
         for old in [one for one in self._calls if one <= number - _KEPT]:
             del self._calls[old]
-        return output.detach().cpu().clone(), output.requires_grad
+        held = [leaf.detach().cpu() for leaf in leaves]
+        changed = [None if identical(now, was) else now
+                   for now, was in zip(held, tensors, strict=True)]  # fmt: skip
+        return output.detach().cpu().clone(), output.requires_grad, changed
 
     def backward(self, number: int, above: Tensor) -> list[Any]:
         """Return the gradient of each tensor; its shape where it has none."""
@@ -235,3 +247,78 @@ def on_ranks(spec: AttentionSpec, ranks: int, time_limit: float) -> tuple[Attent
     dim = spec.layout.index("l")
     subject = Sharded(spec.implementation, spec.name, shards, dim, time_limit)
     return replace(spec, subject=subject, sharding=shards), subject
+
+
+# --- one seed of dropout for all ranks
+
+_SHARE = 0.25
+# How many queries and keys there are at least.
+_LENGTH = 32
+# That two ranks drop the same weights by chance is as rare as e ** -this.
+_UNLIKELY = 20.0
+
+
+def judge_dropout_of_ranks(examination: Examination, shards: Shards) -> None:
+    """Judge whether ranks drop the same of the weights that each of them makes.
+
+    Each rank has random numbers of its own, so what is dropped alike comes from one seed.
+
+    Raises:
+        Failure: Two ranks drop the same weights.
+    """
+    length = -(-_LENGTH // shards.parts) * shards.parts
+    alike = examination.space.declared.levels()["value_dim"] == ("equal",)
+    call = examination.case(sizes=(length, length), **({"head_dim": 64} if alike else {}))
+    # The weights are read off values that are an identity matrix.
+    width = call.query.shape[-1] if alike else length
+    identity = torch.eye(length, width, dtype=call.value.dtype, device=call.value.device)
+    call = replace(call, value=identity.expand(*call.value.shape[:2], -1, -1).contiguous())
+    whole, kept = (
+        examination.spec.ask(call, dropout=share).output[..., :length].cpu()
+        for share in (0.0, _SHARE)
+    )
+    judged = whole > 2 * torch.finfo(whole.dtype).smallest_normal
+    dropped = (kept == 0) & judged
+    parts = list(_of_ranks(judged, dropped, shards))
+    for (rank, where, seen, lost), (other, there, seen_too, lost_too) in combinations(parts, 2):
+        both = seen & seen_too
+        if rank == other or not torch.equal(lost & both, lost_too & both):
+            continue
+        if _is_no_chance(both, lost & both):
+            (defect,) = (one for one in SHARDED if one.seen == "randomness")
+            raise Failure(
+                "",
+                f"with dropout_p={_SHARE:g} ranks {rank} and {other} drop the same weights",
+                worst=Place(f"{int((lost & both).sum())} of {where} are dropped, and the same of "
+                            f"{there}"),
+                cause=f"it is attention {defect.sentence} ({defect.name})",
+                tensor=Checked.of(whole),
+            )  # fmt: skip
+
+
+def _of_ranks(
+    judged: Tensor, dropped: Tensor, shards: Shards
+) -> Iterator[tuple[int, str, Tensor, Tensor]]:
+    """Yield what a rank makes: its number, where it lies, what is judged, and what is dropped."""
+    if shards.scheme == "ulysses":
+        some = zip(judged.chunk(shards.ranks, 1), dropped.chunk(shards.ranks, 1), strict=True)
+        for rank, (seen, lost) in enumerate(some):
+            yield rank, f"the weights of the heads of rank {rank}", seen, lost
+        return
+    held = shards.of(judged.shape[-1])
+    for (rank, own), (source, keys) in product(enumerate(held), repeat=2):
+        where = f"the weights of rank {rank} at the keys of rank {source}"
+        yield rank, where, judged[:, :, own][..., keys], dropped[:, :, own][..., keys]
+
+
+def _is_no_chance(judged: Tensor, dropped: Tensor) -> bool:
+    """Whether what is dropped is so much, one by one, that no other rank drops it by chance.
+
+    Where whole lines are dropped, or nothing, another check tells so, which says nothing of ranks.
+    """
+    kept = judged & ~dropped
+    if not all(bool((dropped.any(dim) & kept.any(dim)).any()) for dim in (-1, -2)):
+        return False
+    every, lost = float(judged.sum()), float(dropped.sum())
+    ways = math.lgamma(every + 1) - math.lgamma(lost + 1) - math.lgamma(every - lost + 1)
+    return ways > _UNLIKELY

@@ -175,6 +175,13 @@ def ranks(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
         __tracebackhide__ = True
         from pytest_attnheat.contract.ranks import AbsentError, on_ranks
 
+        if unknown := [f"{name}={given!r}" for name, given in options.items()
+                       if name not in ("device", "time_limit")]:  # fmt: skip
+            accepted = (
+                "device= and time_limit=; what the function takes follows it without a name, or "
+                "comes in functools.partial(function, ...)"
+            )
+            raise TypeError(misuse("ranks", ", ".join(unknown), accepted))
         limit = request.config.stash[SETTINGS].time_limit
         options = {"time_limit": limit, "skips": (pytest.skip.Exception,), **options}
         try:

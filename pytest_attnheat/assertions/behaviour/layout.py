@@ -97,7 +97,7 @@ def assert_layout_invariant(
         settled(subject, plain.run, training=training, seed=seed)
         laid = _contiguous(plain.tensors)
         _run(called, laid)
-        _check_unwritten(laid, plain.tensors, dict.fromkeys(laid, 0), "")
+        check_unwritten(laid, plain.tensors, dict.fromkeys(laid, 0), "")
         for trial in _trials(plain):
             _check(trial, gradients=gradients, training=training)
 
@@ -228,9 +228,9 @@ def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
     """Check one layout."""
     __tracebackhide__ = True
     plain, repeat = trial.plain, f"seed={trial.plain.seed}"
-    versions = _versions(trial.laid)
+    versions = versions_of(trial.laid)
     got = _tried(trial, trial.run)
-    _check_unwritten(trial.laid, plain.tensors, versions, f" with {trial.what}")
+    check_unwritten(trial.laid, plain.tensors, versions, f" with {trial.what}")
     check_rows(
         _NAME,
         got,
@@ -309,17 +309,19 @@ def _rms(tensor: Tensor, dim: int | None = None) -> Tensor:
     return finite(tensor.detach().double()).square().mean(dim).sqrt()
 
 
-def _versions(tensors: _Tensors) -> dict[str, int]:
+def versions_of(tensors: _Tensors) -> dict[str, int]:
+    """How often each tensor was written to."""
     # Tensors of inference mode count no versions: of them the contents are compared alone.
     return {n: 0 if t.is_inference() else t._version for n, t in tensors.items()}
 
 
-def _check_unwritten(
-    tensors: _Tensors, before: _Tensors, versions: Mapping[str, int], when: str
-) -> None:
+def check_unwritten(
+    tensors: _Tensors, before: _Tensors, versions: Mapping[str, int], when: str = "", *,
+    assertion: str = _NAME
+) -> None:  # fmt: skip
     """Raise a Failure about an input that a call has written into."""
     __tracebackhide__ = True
-    now = _versions(tensors)
+    now = versions_of(tensors)
     changes = {name: changed(tensor, before[name]) for name, tensor in tensors.items()}
     device = next(iter(changes.values())).device  # a mask may be on another
     any_changed = torch.stack([change.any().to(device) for change in changes.values()])
@@ -333,7 +335,7 @@ def _check_unwritten(
         told = f"{output_place(place, name)} was {then:.6g} and is {after:.6g} after the call"
         worst = Place(f"{name} is written with what it held")
         raise Failure(
-            _NAME,
+            assertion,
             f"elements change: the subject writes into {name}{when}",
             broken=int(change.sum()),
             of=change.numel(),
