@@ -17,7 +17,6 @@ from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Check
 from pytest_attnheat.contract.isolated import TIME_LIMIT, isolated
-from pytest_attnheat.contract.long_calls import LONG
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.running import (
     KNOWN,
@@ -245,18 +244,13 @@ def check_attention(
         spec, sharded = on_ranks(spec, ranks, time_limit)
         with closing(sharded):
             report = check_attention(
-                spec, quick=quick, checks=checks, expected_failures=expected_failures, seed=seed,
-                replay=replay, isolate=False,
+                spec, quick=quick, long=long, checks=checks, expected_failures=expected_failures,
+                seed=seed, replay=replay, isolate=False,
             )  # fmt: skip
             _ = report.diagnosis  # made while there are ranks for it
         return report
     expected = dict(expected_failures or {})
-    asked = checks_of(spec, checks, quick=quick)
-    if long and not (spec.is_block or spec.is_captured):
-        asked = (*asked, LONG)
-    elif long:
-        accepted = "False for a block, and for what was captured: it is a call of a function"
-        raise ValueError(misuse("long", True, accepted))
+    asked = checks_of(spec, checks, quick=quick, long=long)
     if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:
         names = ", ".join(repr(check.name) for check in asked)
         raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
