@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import pytest_attnheat as heat
 from pytest_attnheat import LazyWeights
 from pytest_attnheat.attention import blocks as blocks_module
-from pytest_attnheat.attention import lazy as lazy_module
+from pytest_attnheat.attention import chunks
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.heatmaps import maps
 
@@ -357,7 +357,7 @@ def test_what_needs_all_rows_refuses_some(name):
 
 
 def test_a_long_pass_tells_how_far_it_is(monkeypatch, caplog):
-    monkeypatch.setattr(lazy_module, "_SECONDS", -1.0)
+    monkeypatch.setattr(chunks, "_SECONDS", -1.0)
     query, key = (draw(name, 3, 1, 1, 40, 4).float() for name in ("query", "key"))
     with caplog.at_level("INFO", "pytest_attnheat"):
         heat.assert_row_stochastic(LazyWeights(query, key))

@@ -1,10 +1,12 @@
-"""Going through tensors of any size in pieces of bounded size, and finding the way back.
+"""Going through tensors of any size in pieces of bounded size, and telling how far that is.
 
 Pictures of NumPy arrays are cut here too, so that nothing imports torch.
 """
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import TYPE_CHECKING
@@ -14,6 +16,38 @@ if TYPE_CHECKING:
 
 # The most that one step over a few queries may allocate.
 CHUNK_BYTES = 64 * 2**20
+# How often long work tells how far it is, in seconds.
+_SECONDS = 2.0
+# What it is told; under pytest the plugin shows it as it comes.
+LOG = logging.getLogger("pytest_attnheat")
+
+
+class Progress:
+    """Tells the log, every few seconds, how far some work is."""
+
+    def __init__(self, name: str, steps: int, done: str, *, even: bool = False) -> None:
+        """Begin.
+
+        Args:
+            name: What works.
+            steps: How many there are.
+            done: What steps are when they are done: "are read".
+            even: Whether each takes as long, so that it is known how long is left.
+        """
+        self._name, self._steps, self._done, self._even = name, steps, done, even
+        self._start = self._told = time.monotonic()
+
+    def at(self, step: int) -> None:
+        """Tell that so many steps are done."""
+        now = time.monotonic()
+        if now - self._told <= _SECONDS:
+            return
+        self._told, share, past = now, step / self._steps, now - self._start
+        said = f"{step} of {self._steps} {self._done}, after {past:.0f} s"
+        if self._even:
+            left = f", about {past * (1 / share - 1):.0f} s are left" if share else ""
+            said = f"{100 * share:.0f} % {self._done}{left}"
+        LOG.info("%s: %s", self._name, said)
 
 
 def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import math
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -15,7 +13,7 @@ from torch import Tensor
 from pytest_attnheat.attention.blocks import Block, Blocks, Tiles, shared
 from pytest_attnheat.attention.boxes import Box, LazyBoxes, LazyMask, merged, neighbours
 from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.chunks import pieces, spans
+from pytest_attnheat.attention.chunks import Progress, pieces, spans
 from pytest_attnheat.attention.features import check_features
 from pytest_attnheat.attention.vocabulary import (
     ALIGNMENTS,
@@ -33,9 +31,6 @@ from pytest_attnheat.inputs import (
     wide_dtype,
 )
 
-# How often a long pass tells how far it is.
-_SECONDS = 2.0
-_LOG = logging.getLogger("pytest_attnheat")
 # Rows are sampled so many neighbours at a time: products of fewer are slow.
 _NEIGHBOURS = 16
 
@@ -275,11 +270,12 @@ class LazyWeights(LazyBoxes):
         alike = lead == self.blocks.call.query.shape[:-2]
         together = self.blocks.maps[0].stop if alike else 1
         groups: list[Box] = [()] if not lead else list(pieces(lead, together))
-        progress = _Progress(self, len(groups) * len(self.blocks.spans))
-        for group in groups:
+        all_spans = self.blocks.spans
+        progress = Progress(repr(self), len(groups) * len(all_spans), "are read", even=True)
+        for before, group in enumerate(groups):
             number = int(self.numbers[group].flatten()[0])
-            for span in self.blocks.spans:
-                progress.step()
+            for at, span in enumerate(all_spans):
+                progress.at(before * len(all_spans) + at)
                 for part in _within(span, self.sampled):
                     some = self.numbers[group].numel()
                     self.blocks.holding(number, span.start)
@@ -329,23 +325,6 @@ class LazyWeights(LazyBoxes):
                 slice(whole.start + own.start, whole.start + own.stop)
                 for whole, own in zip((*group, part), box, strict=True)
             )
-
-
-class _Progress:
-    """Tells the log how far a pass is that takes longer than some seconds."""
-
-    def __init__(self, weights: LazyWeights, steps: int) -> None:
-        self._name, self._steps, self._done = repr(weights), steps, 0
-        self._start = self._told = time.monotonic()
-
-    def step(self) -> None:
-        """Count a block, and tell every few seconds."""
-        now = time.monotonic()
-        if now - self._told > _SECONDS:
-            self._told, share = now, self._done / self._steps
-            left = (now - self._start) * (1 - share) / max(share, 1e-9)
-            _LOG.info("%s: %.0f %% are read, about %.0f s are left", self._name, 100 * share, left)
-        self._done += 1
 
 
 def _within(span: slice, sampled: list[slice] | None) -> Iterator[slice]:

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
+from pytest_attnheat.attention.chunks import Progress
 from pytest_attnheat.attention.devices import check_device, visible_devices
 from pytest_attnheat.contract import processes
 from pytest_attnheat.failure import Failure
@@ -159,6 +160,8 @@ class Ranks:
         died: dict[int, str] = {}
         errors: dict[int, _Error] = {}
         warned: dict[_Warned, None] = {}
+        name = f"{_name(self.body)} on {self.count} ranks"
+        progress = Progress(name, self.count, "have answered")
         until, first = time.monotonic() + limit, None
         while waiting := {
             pipe: rank for rank, (_, pipe) in enumerate(self._processes)
@@ -168,6 +171,7 @@ class Ranks:
                 first = first or time.monotonic()
                 sure = died or not all(_lost(one) for one in errors.values())
                 until = min(until, first + (_GRACE if sure else _PATIENCE))
+            progress.at(len(answers))
             left = until - time.monotonic()
             ready: list[Any] = wait(list(waiting), max(0.0, min(left, _PULSE)))
             if not ready and left <= _PULSE:

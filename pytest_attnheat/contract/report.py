@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, TypeAlias
 
+from pytest_attnheat.attention.chunks import Progress
 from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
@@ -261,11 +263,11 @@ def check_attention(
     worker, hint = isolated(spec, asked, isolate, time_limit)
     with nullcontext() if worker is None else closing(worker):
         run = run_check if worker is None else worker.run
-        results = [
-            run(check, examination, expected.get(check.name))
-            for examination in examinations
-            for check in asked
-        ]
+        every = list(product(examinations, asked))
+        progress, results = Progress(spec.name, len(every), "checks are made"), list[Result]()
+        for examination, check in every:
+            progress.at(len(results))
+            results.append(run(check, examination, expected.get(check.name)))
         report = Report(spec, tuple(results), seed, (hint,) if hint else ())
         if worker is not None:  # diagnosed while there is a process for it
             diagnosed = partial(worker.diagnosed, examinations[0])
