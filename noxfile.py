@@ -65,27 +65,27 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def current(session: nox.Session) -> None:
-    """All tests, with the pinned versions."""
+    """All tests and all of their long matrices, with the pinned versions."""
     install_pinned(session)
-    run(session, "pytest", "-n", "2")
+    run(session, "pytest", "-n", "2", "--dist", "worksteal", "--mpl", env={"ATTNHEAT_MATRIX": "1"})
 
 
 @nox.session(python="3.10")
 def lowest(session: nox.Session) -> None:
-    """All tests, with the oldest version of each dependency that is supported."""
+    """The tests, with the oldest version of each dependency that is supported."""
     ranges = [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["test"]]
     oldest = [one.replace(">=", "==") for one in ranges if ">=" in one and "setuptools" not in one]
     # matplotlib of that time calls what newer versions of pyparsing warn of.
     session.install("-e", ".[test]", "pyparsing<3.2", *oldest)
     # Old versions warn of what newer ones of Python and NumPy have changed.
-    run(session, "pytest", "-n", "2", "-W", "default")
+    run(session, "pytest", "-n", "2", "--dist", "worksteal", "-W", "default")
 
 
 @nox.session(python=PYTHONS)
 def newest(session: nox.Session) -> None:
-    """All tests, with the newest version of everything."""
+    """The tests, with the newest version of everything."""
     session.install("--upgrade", "-e", ".[test]")
-    run(session, "pytest", "-n", "2")
+    run(session, "pytest", "-n", "2", "--dist", "worksteal")
 
 
 @nox.session
@@ -160,7 +160,7 @@ def sdist(session: nox.Session) -> None:
         packed.extractall(folder / "unpacked")
     session.chdir(folder / "unpacked" / built.name.removesuffix(".tar.gz"))
     session.install("-c", "constraints.txt", ".[test]")
-    run(session, "pytest", "-n", "2")
+    run(session, "pytest", "-n", "2", "--dist", "worksteal")
 
 
 @nox.session

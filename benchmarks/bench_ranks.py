@@ -1,6 +1,6 @@
 """What ranks and workers cost: time and memory against how many there are, as ratios.
 
-    python benchmarks/bench_ranks.py [--quick]
+    python benchmarks/bench_ranks.py [--quick] [--draw docs/ranks.png]
 
 Each figure is the median of several rounds, beside one rank that does the same over the same
 blocks: the start of ranks, an assertion on weights that lie on them, one call of a ring that is
@@ -17,6 +17,7 @@ import time
 from contextlib import closing
 from pathlib import Path
 
+import matplotlib
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard, init_device_mesh
@@ -111,28 +112,60 @@ def on_workers(workers: int, tests: int, length: int) -> float:
         return timed(lambda: subprocess.run(command, check=True, capture_output=True))
 
 
-def row(name: str, figures: dict[int, float], unit: str = "s") -> None:
-    """Print a line: the first figure, and the others as ratios to it."""
+def row(name: str, figures: dict[int, float], unit: str = "s") -> tuple[str, dict[int, float]]:
+    """Print a line: the first figure, and the others as ratios to it. Return name and ratios."""
     first, *others = figures
-    ratios = "  ".join(f"{n}: {figures[n] / max(figures[first], 1e-9):5.2f}x" for n in others)
-    print(f"{name:<46} {first}: {figures[first]:8.3f} {unit}   {ratios}")
+    ratios = {n: figures[n] / max(figures[first], 1e-9) for n in others}
+    said = "  ".join(f"{n}: {ratio:5.2f}x" for n, ratio in ratios.items())
+    print(f"{name:<46} {first}: {figures[first]:8.3f} {unit}   {said}", flush=True)
+    return name, {first: 1.0, **ratios}
+
+
+def draw(ratios: dict[str, dict[int, float]], megabytes: dict[str, dict[int, float]],
+         path: Path) -> None:  # fmt: skip
+    """Draw the ratios of times, and the memory that one rank takes beside its shard."""
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(8.5, 3.2), dpi=100, layout="constrained")
+    styles = iter(["#99000d", "#cb6d51", "#4d7ea8", "#555555", "black", "#888888"])
+    colours = {name: next(styles) for name in ratios}
+    for axis, all_of in zip(axes, (ratios, megabytes), strict=True):
+        for name, figures in all_of.items():
+            axis.plot(list(figures), list(figures.values()), color=colours[name], label=name)
+        axis.set_xticks(RANKS)
+        axis.set_xlabel("ranks or workers" if all_of is ratios else "ranks")
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_yscale("log", base=2)
+    axes[0].set_title("times of one rank, or one worker", fontsize=9)
+    axes[1].set_ylim(0, None)
+    axes[1].set_title("MB beside the shard, of one rank", fontsize=9)
+    figure.legend(loc="outside right center", frameon=False, fontsize=8,
+                  handles=axes[0].get_legend_handles_labels()[0])  # fmt: skip
+    figure.savefig(path)
 
 
 def main() -> None:
     """Measure all, and print a line for each."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="tiny sizes: only see that it runs")
-    quick = parser.parse_args().quick
-    length, rounds = (256, 1) if quick else (2048, 5)
-    row("starting ranks", {n: timed(lambda n=n: started(n, dist.barrier)) for n in RANKS})
-    for dim, name in ((1, "heads"), (2, "queries"), (3, "keys, and a failure")):
+    parser.add_argument("--draw", type=Path, help="where a figure is written")
+    given = parser.parse_args()
+    length, rounds = (256, 1) if given.quick else (2048, 5)
+    rows, memory = [], {}
+    rows += [row("starting ranks", {n: timed(lambda n=n: started(n, dist.barrier)) for n in RANKS})]
+    for dim, of in ((1, "heads"), (2, "queries"), (3, "keys, and a failure")):
+        name = f"rows, sharded by {of}"
         found = {n: started(n, judged, length, rounds, dim) for n in RANKS}
-        row(f"rows, sharded by {name}", {n: max(t for t, _ in one) for n, one in found.items()})
-        memory = {n: max(m for _, m in one) for n, one in found.items()}
-        row("  memory beside the shard, of one rank", memory, "MB")
-    row("a call of a sharded subject", {n: of_a_call(n, length, rounds) for n in RANKS})
-    tests = 4 if quick else 48
-    row("a run of tests on workers", {n: on_workers(n, tests, length // 2) for n in WORKERS})
+        rows += [row(name, {n: max(t for t, _ in one) for n, one in found.items()})]
+        memory[name] = {n: max(m for _, m in one) for n, one in found.items()}
+        row("  memory beside the shard, of one rank", memory[name], "MB")
+    rows += [row("a call of a sharded subject", {n: of_a_call(n, length, rounds) for n in RANKS})]
+    tests = 4 if given.quick else 48
+    workers = {n: on_workers(n, tests, length // 2) for n in WORKERS}
+    rows += [row("a run of tests on workers", workers)]
+    if given.draw:
+        draw(dict(rows), memory, given.draw)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""What weights that never exist cost, beside one plain pass over the same blocks, by length.
+"""What weights that never exist cost, beside one plain pass over the same blocks.
+
+By length, of all keys and of a window, and by the number of heads.
 
     python benchmarks/bench_scale.py [--device cuda] [--quick] [--draw docs/scale.png]
 
@@ -29,6 +31,7 @@ from pytest_attnheat import (
 )
 
 LENGTHS = (1024, 4096, 16384, 65536, 131072)
+HEADS = (1, 2, 4, 8)
 QUERIES, WINDOW_QUERIES, WIDTH, WINDOW = 256, 4096, 64, 1023
 ROUNDS = 3
 PROMISED, MEGABYTES = 1.5, 512
@@ -93,56 +96,67 @@ def megabytes(action, device):
 
 
 def measured(lengths, device, rounds):
-    """Yield kind, length, and by what is asked: seconds of the plain pass, ratios, megabytes."""
-    for kind in ("full", "window"):
-        for length in lengths:
-            actions = asked(weights(length, kind, device))
-            times = alternate(list(actions.values()), rounds, device)
-            print(f"{kind} {length}", file=sys.stderr, flush=True)
-            # Two passes: what is compared is sketched each.
-            times[3] /= 2
-            memory = [megabytes(action, device) for action in actions.values()]
-            yield kind, length, dict(zip(actions, zip(times, memory, strict=True), strict=True))
+    """Yield kind, how many keys or heads, and by what is asked: seconds and megabytes."""
+    of_heads = min(LONG, lengths[-1])
+    for kind, number, made in [
+        *(("full", length, weights(length, "full", device)) for length in lengths),
+        *(("window", length, weights(length, "window", device)) for length in lengths),
+        *(("heads", heads, weights(of_heads, "full", device, heads)) for heads in HEADS),
+    ]:
+        actions = asked(made)
+        times = alternate(list(actions.values()), rounds, device)
+        print(kind, number, file=sys.stderr, flush=True)
+        # Two passes: what is compared is sketched each.
+        times[3] /= 2
+        memory = [megabytes(action, device) for action in actions.values()]
+        yield kind, number, dict(zip(actions, zip(times, memory, strict=True), strict=True))
 
 
 def draw(found, path):
-    """Draw ratios and memory by length."""
+    """Draw ratios and memory by length, and ratios by the number of heads."""
     matplotlib.use("agg")
     from matplotlib import pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(10.5, 3.2), dpi=100, layout="constrained")
-    styles = {"full": "-", "window": "--"}
+    figure, axes = plt.subplots(1, 4, figsize=(12.5, 3.2), dpi=100, layout="constrained")
     colours = dict(zip(list(found[0][2])[1:], ("#99000d", "#cb6d51", "#4d7ea8", "#555555"),
                        strict=True))  # fmt: skip
-    for kind, style in styles.items():
-        of_kind = [(length, values) for one, length, values in found if one == kind]
-        lengths = [length for length, _ in of_kind]
+    for kind, style in {"full": "-", "window": "--", "heads": "-"}.items():
+        of_kind = [(number, values) for one, number, values in found if one == kind]
+        numbers = [number for number, _ in of_kind]
         base = [values["a plain pass"][0] for _, values in of_kind]
-        queries = WINDOW_QUERIES if kind == "window" else QUERIES
-        each = [1000 * one / min(n, queries) for n, one in zip(lengths, base, strict=True)]
-        axes[0].plot(lengths, each, style, color="black", label=f"{kind}")
+        if kind != "heads":
+            queries = WINDOW_QUERIES if kind == "window" else QUERIES
+            each = [1000 * one / min(n, queries) for n, one in zip(numbers, base, strict=True)]
+            axes[0].plot(numbers, each, style, color="black", label=f"{kind}")
         for name, colour in colours.items():
             times, memory = zip(*(values[name] for _, values in of_kind), strict=True)
             ratios = [one / plain_one for one, plain_one in zip(times, base, strict=True)]
             label = name if kind == "full" else None
-            axes[1].plot(lengths, ratios, style, color=colour, label=label)
-            axes[2].plot(lengths, memory, style, color=colour)
+            axes[3 if kind == "heads" else 1].plot(
+                numbers, ratios, style, color=colour, label=label
+            )
+            if kind != "heads":
+                axes[2].plot(numbers, memory, style, color=colour)
     titles = (
         "a plain pass: seconds for 1,000 queries",
         "times of a plain pass",
         "MB beside the inputs",
+        "times of a plain pass, 16k keys",
     )
     for axis, title in zip(axes, titles, strict=True):
+        by_heads = axis is axes[3]
+        at = sorted({number for kind, number, _ in found if (kind == "heads") == by_heads})
         axis.set_xscale("log", base=2)
-        axis.set_xticks(sorted({length for _, length, _ in found}))
-        axis.set_xticklabels([f"{n // 1024}k" for n in sorted({n for _, n, _ in found})])
-        axis.set_title(title, fontsize=10)
-        axis.set_xlabel("keys")
+        axis.set_xticks(at)
+        axis.set_xticklabels([str(n) if by_heads else f"{n // 1024}k" for n in at])
+        axis.set_title(title, fontsize=9)
+        axis.set_xlabel("heads" if by_heads else "keys")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log")
     axes[0].legend(frameon=False, fontsize=8)
-    axes[1].axhline(PROMISED, color="black", linewidth=0.6)
-    axes[1].set_ylim(0, 6)
+    for axis in axes[[1, 3]]:
+        axis.axhline(PROMISED, color="black", linewidth=0.6)
+        axis.set_ylim(0, 6)
     axes[1].legend(frameon=False, fontsize=8)
     axes[2].axhline(MEGABYTES, color="black", linewidth=0.6)
     axes[2].set_ylim(0, None)
@@ -159,17 +173,15 @@ def main():
     lengths = LENGTHS[:2] if given.quick else LENGTHS
     found = list(measured(lengths, given.device, 1 if given.quick else ROUNDS))
     print(f"{'':<24}{'plain':>9}" + "".join(f"{name:>22}" for name in list(found[0][2])[1:]))
-    for kind, length, values in found:
+    for kind, number, values in found:
         base, _ = values["a plain pass"]
         cells = [f"{taken / base:8.2f}x {memory:8.0f} MB" for taken, memory in values.values()]
-        print(f"{kind:<8}{length:>8} keys   {base:8.3f}s" + "".join(f"{c:>22}" for c in cells[1:]))
-    several = asked(weights(lengths[-1] // 8, "full", given.device, heads=4))
-    base, rows = alternate(list(several.values())[:2], 3, given.device)
-    for kind, length, values in found:
-        if length >= LONG:
+        of = "    " if kind == "heads" else "keys"
+        print(f"{kind:<8}{number:>8} {of}   {base:8.3f}s" + "".join(f"{c:>22}" for c in cells[1:]))
+    for kind, number, values in found:
+        if kind == "heads" or number >= LONG:
             taken = values["rows sum to 1"][0] / values["a plain pass"][0]
-            report(f"{kind}, {length} keys: rows, against a plain pass", taken, "<=", PROMISED)
-    report("4 heads: rows, against a plain pass", rows / base, "<=", PROMISED)
+            report(f"{kind}, {number}: rows, against a plain pass", taken, "<=", PROMISED)
     most = max(memory for *_, values in found for _, memory in values.values())
     report("MB beside the inputs, at most", most, "<=", MEGABYTES)
     if given.draw:

@@ -611,7 +611,7 @@ def examine(wild: Wild) -> dict[str, Any]:
 
 def _found(report: Any) -> str:
     """What the report says in one line: its diagnosis, or the first thing that failed."""
-    wrong = [one for one in str(report).splitlines() if one.startswith("wrong declaration: ")]
+    wrong = [one.declaration for one in report.failed if one.declaration]
     diagnosis = report.diagnosis
     if wrong and not (diagnosis is not None and diagnosis.defects):
         return wrong[0]

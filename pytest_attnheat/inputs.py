@@ -34,7 +34,19 @@ def misuse(name: str, got: object, accepted: str) -> str:
 def one_of(name: str, given: object, known: Sequence[str]) -> None:
     """Raise ValueError unless `given` is among the `known` names."""
     if not isinstance(given, str) or given not in known:
-        raise ValueError(misuse(name, repr(given), f"one of {', '.join(map(repr, known))}"))
+        accepted = f"one of {', '.join(map(repr, known))}"
+        raise ValueError(misuse(name, repr(given), accepted + meant(given, known)))
+
+
+def meant(given: object, known: Sequence[str]) -> str:
+    """Ask after the known name that a given one is nearest to; empty if it is near to none."""
+    if not isinstance(given, str):
+        return ""
+    from difflib import get_close_matches
+
+    by_letters = {one.lower(): one for one in known}
+    near = get_close_matches(given.lower(), by_letters, n=1, cutoff=0.75)
+    return f"; did you mean {by_letters[near[0]]!r}?" if near else ""
 
 
 # Before torch is loaded, names of dtypes are read too.
@@ -259,6 +271,12 @@ def readable(count: int) -> str:
             return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.3g} GB"
+
+
+def multiple(ratio: float) -> str:
+    """Return how many times something is, in two digits: 1.3, 7,500, 3.3e+07."""
+    plain = 10 <= ratio < 1e6
+    return f"{float(f'{ratio:.2g}'):,.0f}" if plain else f"{ratio:.2g}"
 
 
 def _is_known_float(dtype: torch.dtype) -> bool:

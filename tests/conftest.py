@@ -45,3 +45,22 @@ def pytest_runtest_call():
         if LACKING.search(str(error)):
             pytest.skip(f"an older version: {error}")
         raise
+
+
+def pytest_collection_modifyitems(config, items):
+    """Run a part of each long matrix, unless all are asked for, or a test by its name.
+
+    Every `of`-th case of a function marked `matrix` stays, the last of them first: a test that is
+    no matrix runs only where all do.
+    """
+    if os.environ.get("ATTNHEAT_MATRIX") or any("::" in one for one in config.args):
+        return
+    seen, left = {}, []
+    for item in items:
+        if mark := item.get_closest_marker("matrix"):
+            number = seen[item.function] = seen.get(item.function, 0) + 1
+            if number % mark.kwargs.get("of", 4):
+                left.append(item)
+    config.hook.pytest_deselected(items=left)
+    gone = set(left)
+    items[:] = [item for item in items if item not in gone]

@@ -667,10 +667,16 @@ def test_wrong_heads_are_named():
         output = sdpa(query, key, value)
         return torch.cat([output[:, :1], output[:, 1:].flip(-1)], 1)
 
-    text = message(function, *inputs(2, 3))
-    assert (
-        "cause    only in 4 of 6 maps: head [0, 1], head [0, 2], head [1, 1], head [1, 2]" in text
-    )
+    assert "cause    only in heads 1, 2 of 3\n" in message(function, *inputs(2, 3))
+
+
+def test_a_wrong_batch_entry_is_named():
+    def function(query, key, value):
+        output = sdpa(query, key, value)
+        return torch.cat([output[:1], output[1:].flip(-1)])
+
+    assert "cause    only in batch entry 1 of 2\n" in message(function, *inputs(2, 3))
+    assert "cause    only in batch entry 1 of 2\n" in message(function, *inputs(2, 1))
 
 
 @pytest.mark.parametrize(
@@ -797,6 +803,7 @@ MISTAKEN = [
 ]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", TWO)
 @pytest.mark.parametrize(("name", "function", "words"), MISTAKEN)
 def test_a_usual_wrong_mask_is_named(name, function, words, dtype):
@@ -1212,6 +1219,7 @@ def test_a_wrong_backward_is_seen_though_the_output_is_right():
         ({"is_causal": "yes"}, TypeError, "is_causal: got 'yes'; accepted is True or False"),
         ({"enable_gqa": 1}, TypeError, "enable_gqa: got 1; accepted is True or False"),
         ({"scale": math.inf}, ValueError, "scale: got inf"),
+        ({"may_see": lambda b, h, q, k: True}, TypeError, "may_see: got one that returned bool; "),
         ({"seed": -1}, ValueError, "seed: got .*; accepted is a whole number from 0"),
         ({"function": 3}, TypeError, "accepted is a callable"),
         ({"function": lambda q, k, v: None}, TypeError, "got NoneType"),

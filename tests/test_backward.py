@@ -288,6 +288,7 @@ def test_a_right_backward_pass_is_left_alone(name, dtype):
     assert_gradients_match(with_mistake(""), *inputs, **options)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("wrong", MISTAKES)
 def test_a_wrong_backward_pass_is_found_and_named_and_nothing_else_is(wrong):
     name, words = MISTAKES[wrong]
@@ -385,6 +386,7 @@ def test_the_examination_leaves_a_right_backward_pass_alone():
     assert not examined_with("").failed
 
 
+@pytest.mark.matrix(of=3)
 @pytest.mark.parametrize(
     ("wrong", "checks", "words"),
     [

@@ -388,7 +388,8 @@ def test_none_and_false_declare_nothing(name, nothing):
         ({"alignment": "top_left"}, "alignment: got 'top_left'; accepted is it with causal or"),
         ({"prefix": 2}, "prefix: got 2; accepted is it with causal"),
         ({"sinks": True, "kind": "gating"}, "sinks: got kind 'gating'; accepted is kind 'soft'"),
-        ({"softcaps": 1.0}, "option: got 'softcaps'; accepted is one of"),
+        ({"softcaps": 1.0}, "keyword of make_attention: got 'softcaps'; .*mean 'softcap'[?]$"),
+        ({"may_see": lambda b, h, q, k: True}, "may_see: got one that returned bool; accepted is"),
     ],
 )
 def test_a_feature_that_makes_no_sense_is_refused(options, said):

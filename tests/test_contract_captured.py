@@ -212,9 +212,9 @@ def test_an_error_outside_of_attention_is_said_to_be_outside(hidden):
 
 def test_a_wrong_softmax_is_not_called_a_wrong_declaration_and_a_missing_mask_is(hidden):
     wrong = check_attention(AttentionSpec(model("softmax_over_queries"), inputs=hidden))
-    assert "wrong declaration" not in str(wrong)
+    assert "but the code means" not in str(wrong)
     encoder = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True).eval()
-    assert "wrong declaration: causal='top_left'" in str(
+    assert "not declared: causal='top_left' is assumed, but the code means None" in str(
         check_attention(AttentionSpec(encoder, inputs=hidden))
     )
 

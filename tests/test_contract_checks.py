@@ -211,6 +211,7 @@ NEEDED = {
 COMMON = ["plain", "masked", "causal"]
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", NEEDED)
 def test_some_defect_is_found_by_a_check_and_few_others(name):
     subject = NEEDED[name]

@@ -133,6 +133,7 @@ def test_every_change_gives_another_plan():
     assert Plan() not in plans
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", ALL)
 def test_a_planted_defect_is_named(name):
     found = diagnosed(name)
@@ -142,6 +143,7 @@ def test_a_planted_defect_is_named(name):
     assert name not in found.excluded
 
 
+@pytest.mark.matrix(of=3)
 @pytest.mark.parametrize(
     "name", [name for name in IN_PAIRS if not name.startswith(OWN_CASES)][::10]
 )
@@ -170,6 +172,7 @@ def test_what_large_blocks_do_wrong_is_named(name, block):
     assert found.where.get("pattern", words) == words  # of one case it says nothing
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(
     "name", ["softmax_over_queries", "scale_missing", "mask_inverted", "groups_tiled"]
@@ -215,6 +218,7 @@ def test_a_constant_is_found(name, constant):
 # --- pairs
 
 
+@pytest.mark.matrix
 def test_most_pairs_are_named_and_none_with_certainty_that_is_wrong():
     choice = random.Random(5)
     # Two of those that benchmarks/defect_pairs.py takes.
@@ -832,6 +836,19 @@ def test_the_picture_shows_three_maps(tmp_path):
     assert (tmp_path / "diagnosis.png").stat().st_size > 1000
     with pytest.raises(ValueError, match="healthy"):
         diagnosed().draw()
+
+
+def test_the_picture_of_a_long_case_shows_what_differs_by_little():
+    def skipping(query, key, value):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        scores[..., 64:72] -= 99 * (key.shape[-2] > 100)
+        return scores.softmax(-1) @ value
+
+    found = diagnose(AttentionSpec(skipping, dtypes=["float32"]))
+    assert found.case == "long"
+    off = float((found.inferred_weights - found.expected_weights)[found.place].abs().max())
+    assert 0.01 < off < 0.3
+    assert found.draw().picture.shown.scale.range == pytest.approx((-off, off))
 
 
 # --- the plan

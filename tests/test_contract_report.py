@@ -206,7 +206,7 @@ def test_one_head_without_a_dimension_of_heads_is_examined():
     assert statuses(report, "masked") == {"passed"}
 
 
-@pytest.mark.parametrize("name", ["eager", "sdpa"])
+@pytest.mark.parametrize("name", ["eager", "sdpa", "flex_attention"])
 def test_the_attention_functions_of_transformers_pass(name):
     report = check_attention(transformers_attention(name), checks=NAMED)
     assert report.passed, str(report)
@@ -284,6 +284,7 @@ def test_returned_weights_are_checked():
 # --- planted defects
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", FOUND)
 def test_every_defect_of_the_catalogue_is_found(name):
     subject, declared = planted_with(name)
@@ -314,6 +315,7 @@ def test_what_the_planted_defects_are_planted_in_is_right(names):
     assert check_attention(sound, checks=CHECKS if names else NAMED).passed
 
 
+@pytest.mark.matrix
 def test_the_pairs_of_a_correct_function_pass_in_half_precision():
     spec = AttentionSpec(sdpa, dtypes=("bfloat16",))
     assert statuses(check_attention(spec, checks=[BY_NAME["pairs"]]), "pairs") == {"passed"}
@@ -725,7 +727,9 @@ def test_a_function_that_is_always_causal_is_declared_by_a_window_that_ends_nowh
     assert report.passed, str(report)
     spec = AttentionSpec(always_causal, dtypes=ONE_DTYPE)
     report = check_attention(spec, checks=[BY_NAME["plain"]])
-    wrong = "wrong declaration: window=None is the default, but the code means (None, 0): it is "
+    wrong = (
+        "not declared: window=None is assumed, but the code means (None, 0): it is always causal; "
+    )
     assert report.failed[0].declaration.startswith(wrong)
 
 
@@ -757,8 +761,31 @@ def test_another_layout_is_recognised():
         return sdpa(*(t.transpose(1, 2) for t in (query, key, value))).transpose(1, 2)
 
     report = check_attention(AttentionSpec(turned, dtypes=ONE_DTYPE), quick=True)
-    wrong = "wrong declaration: layout='bhld' is the default, but the code means 'blhd'"
-    assert report.failed[0].declaration == wrong
+    assert report.failed[0].declaration == (
+        "not declared: layout='bhld' is assumed, but the code means 'blhd'; if it is to mean that, "
+        "declare it: AttentionSpec(..., layout='blhd')"
+    )
+
+
+def test_what_nobody_declared_is_not_called_a_wrong_declaration_of_two_fields_either():
+    def aligned_at_the_end(query, key, value, attn_mask=None, is_causal=False):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        length, keys = scores.shape[-2:]
+        seen = torch.ones(length, keys, dtype=torch.bool).tril(keys - length)
+        scores = scores.masked_fill(~seen, -math.inf) if is_causal else scores
+        scores = scores if attn_mask is None else scores.masked_fill(~attn_mask, -math.inf)
+        return scores.softmax(-1) @ value
+
+    rectangular = BY_NAME["causal_rectangular"]
+    spec = AttentionSpec(aligned_at_the_end, dtypes=ONE_DTYPE)
+    report = check_attention(spec, checks=[rectangular])
+    assert report.failed[0].declaration == (
+        "not declared: causal='top_left' and fully_masked='zero' are assumed, but the code means "
+        "'bottom_right' and 'nan'; if it is to mean that, declare it: AttentionSpec(..., "
+        "causal='bottom_right', fully_masked='nan')"
+    )
+    said = dataclasses.replace(spec, causal="bottom_right", fully_masked="nan")
+    assert check_attention(said, checks=[rectangular]).passed
 
 
 def test_a_module_that_is_no_attention_function_is_called_a_block():
@@ -826,14 +853,16 @@ def test_causality_that_nobody_takes_is_a_wrong_declaration():
 
     spec = AttentionSpec(own, grouped=False, dropout=False, dtypes=ONE_DTYPE)
     report = check_attention(spec, checks=[BY_NAME["causal"]])
-    wrong = "wrong declaration: causal='top_left' is declared, but is_causal=True changes nothing,"
+    wrong = (
+        "not declared: causal='top_left' is assumed, but is_causal=True changes nothing, and no "
+    )
     assert report.failed[0].declaration.startswith(wrong)
 
 
 def test_a_block_that_is_declared_causal_and_is_not_is_a_wrong_declaration():
     model = of_transformers("bert", "sdpa")
     report = check_attention(AttentionSpec(model, inputs=tokens(2, 9)), quick=True)
-    wrong = "wrong declaration: causal='top_left' is the default, but the code means None: each "
+    wrong = "not declared: causal='top_left' is assumed, but the code means None: each output "
     assert [r.name for r in report.failed] == ["no_leakage", "decoding", "attention_inside"]
     assert all(result.declaration.startswith(wrong) for result in report.failed)
     model = of_transformers("gpt2", "sdpa")

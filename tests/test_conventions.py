@@ -1,5 +1,7 @@
 """Public callables are examined as they are called; each stand-in has a real one's signature."""
 
+import functools
+import inspect
 import math
 
 import public_callables as public
@@ -66,6 +68,7 @@ WHOLE = ("flash_attn", "flash_attn_varlen", "flashinfer_single_prefill", "fla_pa
          "xformers")  # fmt: skip
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("row", ROWS)
 def test_a_public_callable_passes_as_it_is_called_with_nothing_declared(row):
     asked = [one for one in CHECKS if row in WHOLE or one.quick or one.name in ASKED.get(row, ())]
@@ -135,6 +138,7 @@ WRONG: dict[str, list[_Wrong]] = {
 }
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("row", "decisions", "name"), [(row, *one) for row, several in WRONG.items() for one in several]
 )
@@ -146,6 +150,34 @@ def test_a_wrong_version_of_a_public_callable_is_found_and_named(row, decisions,
     assert name in named, found.sentence
 
 
+@pytest.mark.parametrize(("of", "begins"), [("q", "cu_seqlens_q"), ("k", "cu_seqlens_k")])
+@pytest.mark.parametrize("replay", ["gradients=all", "gradients=all ragged=unequal"])
+def test_a_failure_of_a_packed_call_names_the_row_of_the_packed_tensor(of, begins, replay):
+    starts, right = [], public.flash_attn_varlen_func
+
+    @functools.wraps(right)
+    def wrong_gradient_of_row_2(*tensors, **named):
+        given = inspect.signature(right).bind(*tensors, **named).arguments
+        starts.append(given[begins].tolist())
+        factor = torch.ones(len(given[of]), 1, 1)
+        factor[2] = 1.5
+        own = given[of] + 0
+        if own.requires_grad:
+            own.register_hook(lambda gradient: gradient * factor)
+        return right(**{**given, of: own})
+
+    spec = AttentionSpec(wrong_gradient_of_row_2, dtypes=("float32",))
+    report = check_attention(spec, replay=replay)
+    said = str(report.failed[0].failure.worst).splitlines()[-1]
+    sequence = max(n for n, start in enumerate(starts[-1][:-1]) if start <= 2)
+    begin = starts[-1][sequence]
+    assert said == (
+        f"row 2 of the packed tensor: {'query' if of == 'q' else 'key'} {2 - begin} of sequence "
+        f"{sequence}, which begins at {begins}[{sequence}] = {begin}"
+    )
+
+
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("row", "decisions", "says"),
     [

@@ -237,6 +237,7 @@ def test_what_is_right_is_diagnosed_as_healthy(made: str) -> None:
     assert diagnose(AttentionSpec(MADE[made](Steps()), dtypes=["float64"])).healthy
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(("name", "made", "wrong", "call"), WRONG)
 def test_what_goes_wrong_in_a_cache_is_named(
     name: str, made: str, wrong: type[Steps], call: str

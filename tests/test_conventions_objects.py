@@ -208,6 +208,7 @@ def test_it_passes_as_it_is_called_with_nothing_declared(row):
     assert ASKED[row] <= passed
 
 
+@pytest.mark.matrix(of=3)
 @pytest.mark.parametrize(
     ("row", "decisions", "name"),
     [

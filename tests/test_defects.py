@@ -148,6 +148,7 @@ def test_a_plan_gives_exactly_what_an_implementation_with_the_defect_gives(name)
     assert any(all(agrees(found, outcome(p, case)) for case, found in kept) for p in plans)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", [name for name in EXACT if EXACT[name].seen == "exactly"])
 def test_what_an_implementation_with_a_defect_answers_is_given_its_name_and_no_other(name):
     probes = [Probe(case, found, torch.float64, 1e-9) for case, found in answers_of(name)]

@@ -232,6 +232,7 @@ def test_an_implementation_is_examined_with_no_test_file(contract, monkeypatch):
         ["FAILED wrong:attention::attention-causal-float32 - not so: with is_causal it is causal *"]
     )
     result.stdout.fnmatch_lines(["SKIPPED * wrong.py:4: it is not declared to take grouped heads"])
+    result.stdout.fnmatch_lines([f"collected {2 * QUICK} items"])
     *_, failed, title, name, diagnosis, picture, skipped, _ = result.stdout.lines
     assert failed.startswith("FAILED wrong:attention::")
     assert title.strip("= ") == "attention examination"
@@ -354,6 +355,38 @@ def test_what_cannot_be_examined_is_a_usage_error(contract, target, message):
     result = contract.runpytest(f"--attn-check={target}")
     result.stderr.fnmatch_lines([f"*{message}*"])
     assert result.ret == pytest.ExitCode.USAGE_ERROR
+
+
+@pytest.mark.parametrize("option", ["--attn-check", "--attn-grade"])
+def test_a_package_that_cannot_be_imported_is_told_how(pytester, option):
+    package = pytester.mkdir("src").joinpath("mine")
+    package.mkdir()
+    package.joinpath("kernels.py").write_text(RIGHT, encoding="utf-8")
+    pytester.makepyfile("def test_it(): pass")
+    said = f"ERROR: {option} mine.kernels:attention: No module named 'mine'; it lies in 'src': set "
+    result = pytester.runpytest(f"{option}=mine.kernels:attention")
+    result.stderr.fnmatch_lines([f"{said}pytest's ini setting pythonpath = src, or install it"])
+    result = pytester.runpytest(f"{option}=absent.kernels:attention")
+    result.stderr.fnmatch_lines(["*No module named 'absent'; install it, or name the folder *"])
+    pytester.makeini("[pytest]\npythonpath = src")
+    result = pytester.runpytest(f"{option}=mine.kernels:attention", "--collect-only")
+    assert result.ret == pytest.ExitCode.OK
+
+
+def test_what_is_undeclared_is_looked_for_once_for_each_subject(pytester, monkeypatch):
+    from pytest_attnheat.contract import declarations, needs
+
+    asked, look = [], needs.all_undeclared
+
+    def counted(spec):
+        asked.append(spec)
+        return look(spec)
+
+    for module in (declarations, needs):
+        monkeypatch.setattr(module, "all_undeclared", counted)
+    pytester.makepyfile(right=RIGHT)
+    pytester.inline_run("--attn-check=right:attention", "--attn-check-quick", "--collect-only")
+    assert len(asked) == 1
 
 
 def test_a_usage_error_is_said_where_workers_collect(contract):
@@ -591,11 +624,11 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
         f"refusing (subjects:every): 0 of 0 checks failed, {QUICK} skipped",
         "  nothing    was examined; most often, the subject refuses: not here",
         "block (subjects:every): 2 of 5 checks failed, 2 skipped",
-        "  declared   wrong declaration: causal='top_left' is the default, but the code means *",
+        "  assumed    not declared: causal='top_left' is assumed, but the code means None: *",
         "  because    no_leakage: assert_no_leakage: 16 of 18 outputs depend on what they must *",
         "  because    decoding: assert_decode_matches_prefill: 16 of 18 *; token 0 decoded *",
         f"turned (subjects:every): 2 of 4 checks failed, {QUICK - 4} skipped",
-        "  declared   wrong declaration: layout='bhld' is the default, but the code means 'blhd'",
+        "  assumed    not declared: layout='bhld' is assumed, but the code means 'blhd'; *",
         "  picture    *",
     ]
     for line, pattern in zip(told, expected, strict=False):
@@ -634,6 +667,7 @@ def test_strict_fails_what_is_skipped_for_want_of_a_declaration(pytester, monkey
         [f"FAILED strict:undeclared::windowed-window-float32 - Failed: {told}*"]
     )
     assert result.parseoutcomes()["failed"] == 1
+    assert result.stdout.str().count(told) == 2  # of the test, and of what was examined
     if not ini:
         options[-2] = "--attn-check=strict:declared"
         result = pytester.runpytest(*options)
@@ -669,7 +703,7 @@ def test_a_block_that_is_right_inside_is_said_to_be_wrong_outside_at_the_end(pyt
     result = pytester.runpytest("--attn-check=subjects:block", "--attn-check-quick")
     result.stdout.fnmatch_lines(
         [
-            "not so: no output depends on what it must not see*",
+            "not so: each output depends on all that it may see, and on that alone*",
             "*what is wrong happens outside of it: in the mask it was given,*",
             "assert_no_leakage: *",
             "block (subjects:block): 2 of 6 checks failed, 1 skipped",

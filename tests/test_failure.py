@@ -75,6 +75,13 @@ def test_many_broken_rows_of_a_large_map_are_drawn_in_bounded_number():
     assert len(figure.picture.shown.highlight) == 32
 
 
+def test_a_large_map_of_small_weights_is_drawn_up_to_the_largest():
+    weights = torch.full((400, 400), 1 / 400)
+    weights[7, 9] = 0.02
+    figure = raised_by(assert_row_stochastic, weights).draw()
+    assert figure.picture.shown.scale.range == pytest.approx((0, 0.02))
+
+
 def test_the_fields_of_a_claim_about_rows():
     weights = torch.full((1, 2, 5, 5), 0.2)
     weights[0, 1, 2], weights[0, 1, 4] = 0.25, 0.3

@@ -304,7 +304,10 @@ def test_the_marker_declares_features_of_attention_for_all_scoring_functions(pyt
         ("softcap=-1", "softcap: got -1; accepted is a number above 0, or None"),
         ("window=(1,)", "window: got (1,); accepted is a pair (left, right)"),
         ("sinks='yes'", "sinks: got 'yes'; accepted is a tensor or list of numbers"),
-        ("soft_cap=2", "option: got 'soft_cap'; accepted is one of 'scoring', "),
+        (
+            "soft_cap=2",
+            "keyword of the attention marker: got 'soft_cap'; accepted is one of 'scoring', ",
+        ),
     ],
 )
 def test_a_wrong_feature_is_an_error_at_collection(pytester, marked, said):

@@ -23,6 +23,7 @@ def gpu(monkeypatch):
         sys.modules.pop(name, None)
 
 
+@pytest.mark.matrix
 def test_a_dry_run_collects_the_tests_and_tries_each_benchmark(gpu, monkeypatch, tmp_path):
     in_a_process = gpu.run
 

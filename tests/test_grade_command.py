@@ -143,6 +143,7 @@ def test_it_says_which_test_killed_a_version(project):
     assert grade["killed"][0]["said"].startswith("test_it.py::test_first_row: AssertionError")
 
 
+@pytest.mark.matrix
 def test_counts_are_equal_under_workers_and_in_another_order(project):
     project.makeconftest("def pytest_collection_modifyitems(items): items.reverse()")
     _, (alone,) = graded(project, tests=TESTS)
@@ -250,11 +251,12 @@ def test_core(tensors):
 """
     names = ("block", "Heads", "Core")
     target = ",".join(f"my_package.attention:{name}" for name in names)
-    _, grades = graded(project, tests=tests, target=target,
-                       defects="scale_missing,causal_ignored,mask_ignored")  # fmt: skip
+    result, grades = graded(project, tests=tests, target=target,
+                            defects="scale_missing,causal_ignored,mask_ignored")  # fmt: skip
     found = [[one["name"] for one in grade["killed"]] for grade in grades]
     assert found == [["scale_missing"], ["causal_ignored"], ["scale_missing"]]
     assert [one["name"] for one in grades[1]["survived"]] == ["scale_missing"]
+    result.stdout.fnmatch_lines(["*block, inputs=torch.randn(2, 5, 8)))"])  # causal, as it is
 
 
 def test_parameters_of_tests_are_replaced_and_what_is_not_is_said(project):

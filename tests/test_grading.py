@@ -12,10 +12,12 @@ import pytest
 import torch
 from test_conventions import ROWS
 from torch import nn
+from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 from wrong_attention import attention_with, declared_for
 
 from pytest_attnheat import AttentionSpec, assert_matches_reference, grade, hard_case
+from pytest_attnheat.attention import chunks
 from pytest_attnheat.contract.asking import UndeclaredError
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.grading import JudgeError, Study
@@ -442,6 +444,7 @@ def test_masks_of_every_meaning_are_read(meaning):
     assert names(grade(judge, spec, defects=["mask_ignored"]).killed) == {"mask_ignored"}
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("row", [row for row in ROWS if row != "vllm_flash_attn"])
 def test_calls_of_public_callables_are_read_as_they_are_asked(row):
     """What asking writes, reading reads: the target's own answer is reproduced."""
@@ -556,6 +559,66 @@ def test_blocks_of_transformers_are_graded(how):
     assert found.calls == 2  # one in each layer
     assert "scale_missing" in names(found.killed)
     assert found.refused == found.survived == ()
+
+
+def test_a_grade_that_takes_long_tells_how_far_it_is(monkeypatch, caplog):
+    monkeypatch.setattr(chunks, "_SECONDS", -1.0)
+    with caplog.at_level("INFO", "pytest_attnheat"):
+        grade(lambda own: own(*torch.randn(3, 1, 1, 2, 4)), sdpa, defects=["no_softmax", "zeros"])
+    assert "dot_product_attention: 50 % of the versions judged, about 0 s are left" in caplog.text
+
+
+class _Block(nn.Module):
+    """Self-attention of four features, whose weights may be rounded."""
+
+    def __init__(self, rounded=torch.float32):
+        super().__init__()
+        self.projected, self.rounded = nn.Linear(4, 12), rounded
+
+    def forward(self, x, is_causal=False, note=None):
+        query, key, value = self.projected(x).chunk(3, -1)
+        if self.rounded == torch.float32:
+            return functional.scaled_dot_product_attention(query, key, value, is_causal=is_causal)
+        scores = query @ key.mT / 2
+        hidden = torch.ones(x.shape[1], x.shape[1]).triu(1).bool() & is_causal
+        weights = scores.masked_fill(hidden, -math.inf).softmax(-1)
+        return weights.to(self.rounded).float() @ value
+
+
+@pytest.mark.parametrize(("named", "spec"), [
+    ({}, "AttentionSpec(block, inputs=torch.randn(3, 5, 4), causal=None)"),
+    ({"is_causal": True},
+     'AttentionSpec(block, inputs=torch.randn(3, 5, 4), arguments={"is_causal": True})'),
+])  # fmt: skip
+def test_the_remedy_of_a_block_can_be_pasted_and_tells_what_survived(named, spec):
+    block = _Block().eval()
+    right = copy.deepcopy(block)
+
+    def coarse(module):
+        x = torch.randn(3, 5, 4)
+        torch.testing.assert_close(module(x, **named), right(x, **named), atol=0.1, rtol=0.1)
+
+    found = grade(coarse, block, defects=["weights_in_bfloat16"])
+    assert names(found.survived) == {"weights_in_bfloat16"}
+    assert f"report = check_attention({spec})\n" in found.remedy.code
+    assert str(found.remedy).endswith(found.remedy.code)
+    exec(found.remedy.code, {"block": block})
+    with pytest.raises(AssertionError, match="weights are rounded to bfloat16"):
+        exec(found.remedy.code, {"block": _Block(torch.bfloat16).eval()})
+
+
+def test_the_remedy_of_a_block_says_what_is_to_be_filled_in():
+    block = _Block().eval()
+
+    def blind(module):
+        module(torch.randn(1, 5, 4), note="some")
+
+    code = grade(blind, block, defects=["scale_missing"]).remedy.code
+    assert 'inputs=torch.randn(2, 5, 4), arguments={"note": ...}, causal=None)' in code
+    ready = nn.MultiheadAttention(8, 2, batch_first=True).eval()
+    code = grade(lambda own: own(*[torch.randn(2, 3, 8)] * 3), ready).remedy.code
+    assert "check_attention(block)" in code
+    exec(code, {"block": ready})
 
 
 def test_a_judge_may_copy_a_module_and_change_the_copy():

@@ -12,7 +12,9 @@ from pytest_attnheat import (
     assert_one_hot,
     assert_row_stochastic,
     assert_uniform,
+    causal_mask,
 )
+from pytest_attnheat.inputs import multiple
 
 ASSERTIONS = [
     assert_row_stochastic,
@@ -106,3 +108,18 @@ def test_a_tolerance_that_asserts_nothing_is_refused(check, tolerance, error):
 def test_an_unknown_declaration_is_refused(check, declared):
     with pytest.raises(ValueError, match="accepted is one of 'zero', 'uniform', 'nan'"):
         check(EYE, fully_masked=declared)
+
+
+def test_a_name_that_is_nearly_a_known_one_is_asked_after():
+    with pytest.raises(ValueError, match=r"; did you mean 'bottom_right'\?$"):
+        causal_mask(2, 3, alignment="Bottom-Right")
+    with pytest.raises(ValueError, match=r"'top_left', 'bottom_right'$"):
+        causal_mask(2, 3, alignment="centre")
+
+
+@pytest.mark.parametrize(
+    ("ratio", "said"),
+    [(1.29, "1.3"), (9.96, "10"), (70_312.0, "70,000"), (7.52e3, "7,500"), (3.27e7, "3.3e+07")],
+)
+def test_how_many_times_something_is_reads_as_a_plain_figure(ratio, said):
+    assert multiple(ratio) == said

@@ -243,6 +243,7 @@ def drawn(figure):
     return np.asarray(figure.canvas.buffer_rgba())
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("held", [1 << 24, 0], ids=["held", "not held"])
 @pytest.mark.parametrize(
     "declared",
@@ -382,10 +383,16 @@ def test_a_block_mask_leaves_out_what_it_hides():
     ("given_", "error", "said"),
     [
         ({"causal": True}, ValueError, "alignment: got None for 5 queries and 7 keys"),
-        ({"windw": 3}, TypeError, "features: got .'windw'.; accepted is one of mask, causal"),
+        ({"windw": 3}, TypeError, "features: got .'windw'.; accepted is one of mask, causal.*; "),
+        ({"lenghts": 3}, TypeError, "; did you mean 'lengths'[?]"),
         ({"mask": torch.ones(5, 7)[:3] > 0}, ValueError, "broadcasts to that of the weights"),
         ({"mask": torch.ones(5, 7).int()}, TypeError, "mask: got dtype int32"),
         ({"rows": 0}, ValueError, "rows: got 0; accepted is a whole number from 1"),
+        ({"scale": "x"}, TypeError, "scale: got str; accepted is a number"),
+        ({"may_see": lambda b, h, q, k: True}, TypeError, "may_see: got one that returned bool"),
+        ({"may_see": lambda b, h, q, k: 1 * k}, ValueError, "may_see: got one that returned int64"),
+        ({"score_mod": lambda s, b, h, q, k: 1.0}, TypeError, "one that returned float; accepted"),
+        ({"score_mod": lambda s, b, h, q: s}, ValueError, "score_mod: got one that raised TypeErr"),
     ],
 )
 def test_what_cannot_be_read_is_refused_when_it_is_made(given_, error, said):

@@ -53,6 +53,7 @@ def test_a_right_kernel_passes_at_a_length_that_no_map_can_be_held_of(dtype):
     assert_matches_reference(sdpa, *three(dtype=dtype, width=16), rows=12)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("attention", "cause"),
     [

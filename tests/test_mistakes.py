@@ -32,6 +32,7 @@ def computed(query, key, value, *, scale=0.25, softcap=None, sinks=None, slopes=
     return (weights / total @ value.double()).to(query.dtype)
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("feature", ["softcap", "sinks", "alibi"])
 def test_a_mistake_is_named_beside_what_else_is_declared(feature, dtype):

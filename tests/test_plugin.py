@@ -94,10 +94,15 @@ def test_names_listed_without_torch_are_those_that_torch_is_asked_for():
 # --- marker
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ("dtyp='float32'", "option: got 'dtyp'; accepted is one of 'scoring', 'batch', *'seed'"),
+        (
+            "dtyp='float32'",
+            "keyword of the attention marker: got 'dtyp'; *'devices'; *did you mean 'dtype'?",
+        ),
+        ("deveices='cpu'", "keyword of *: got 'deveices'; *; did you mean 'devices'?"),
         ("'additive'", "the attention marker: got ('additive',); accepted is keywords only: sc*"),
         ("scoring='cosine'", "scoring: got 'cosine'; accepted is one of 'additive', *'bilinear'*"),
         (

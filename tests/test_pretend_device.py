@@ -378,6 +378,7 @@ def test_cases_are_made_on_the_device(pretend):
     assert {case.query.device.type for case in hard} == {"pretend"}
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("subject", [plain, unscaled])
 def test_an_examination_finds_the_same(subject, pretend):
     found = []

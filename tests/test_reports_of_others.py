@@ -460,6 +460,7 @@ def spec_of(reported, wrong, dtypes):
     return AttentionSpec(reported.make(wrong), dtypes=dtypes, **reported.declared)
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("name", REPORTS)
 def test_what_was_reported_is_found(name):
     reported = REPORTS[name]
@@ -468,6 +469,7 @@ def test_what_was_reported_is_found(name):
     assert {result.name for result in report.failed} == set(reported.rows)
 
 
+@pytest.mark.matrix(of=2)
 @pytest.mark.parametrize("name", REPORTS)
 def test_what_was_mended_is_left_alone(name):
     """Each in one dtype, all of them in turn: right code of one kind is asked in four elsewhere."""

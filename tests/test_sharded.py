@@ -93,6 +93,7 @@ def test_right_attention_passes(name):
     assert report.passed, report
 
 
+@pytest.mark.matrix
 @pytest.mark.parametrize("name", OUTPUTS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_an_output_that_is_wrong_over_ranks_fails_with_the_name_of_what_is_wrong(name, ranks):
@@ -107,6 +108,7 @@ def test_an_output_that_is_wrong_over_ranks_fails_with_the_name_of_what_is_wrong
         assert SENTENCES[expected] in report.failed[0].message
 
 
+@pytest.mark.matrix(of=3)
 @pytest.mark.parametrize("name", ["order", "chunks", "causal own", "averaged", "filled up"])
 def test_what_is_wrong_over_ranks_is_diagnosed(name):
     expected, subject, scheme, declared = OUTPUTS[name]

@@ -116,6 +116,7 @@ def _draw(
         figsize=None,
         mask=mask,
         title=title,
+        scale="largest",  # of many keys, each has little
         highlight=[(0, 0, row) for row in marked[:_MOST_MARKED]],
     )
 

@@ -118,7 +118,7 @@ def called(
         if mask.dtype != torch.bool and bool((mask.isnan() | (mask == math.inf)).any()):
             raise ValueError(misuse("attn_mask", "NaN or inf", "finite numbers and -inf"))
     call = subject.call
-    check_features(features, call.query.shape, call.key.shape)
+    check_features(features, call.query.shape, call.key.shape, call.query.device)
     own = {name: value for name, value in features.items() if name not in taken}
     return subject, replace(call, **own), runner(subject)
 

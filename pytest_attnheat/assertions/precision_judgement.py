@@ -276,10 +276,17 @@ def _constant_factor(one: Judgement, context: Context) -> str | None:
 
 
 def _some_maps(one: Judgement, context: Context) -> str | None:
-    """Only some heads are broken."""
+    """Only some heads, or batch entries, are broken."""
     maps = one.broken.any(-1).any(-1)
     if maps.ndim == 0 or not bool((~maps).any()):
         return None
+    if maps.ndim == 2:
+        for dim, (noun, nouns) in enumerate((("batch entry", "batch entries"), ("head", "heads"))):
+            wrong = maps.any(1 - dim)
+            if torch.equal(wrong, maps.all(1 - dim)):
+                numbers = wrong.nonzero().flatten().tolist()
+                listed = ", ".join(map(str, numbers[:4])) + ", ..." * (len(numbers) > 4)
+                return f"only in {noun if len(numbers) == 1 else nouns} {listed} of {len(wrong)}"
     places = [tuple(place) for place in maps.nonzero().tolist()]
     names = ", ".join(map_name(place) for place in places[:4]) + ", ..." * (len(places) > 4)
     return f"only in {len(places)} of {maps.numel()} maps: {names}"

@@ -307,6 +307,8 @@ def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor
     """
     case, above, read = saved.case, saved.above, misread(plan, saved.case)
     query, key, value = operands(plan, read)
+    if (query.shape[-2], key.shape[-2]) != (case.query_len, case.key_len):
+        raise NotApplicable("it reads fewer tokens than it gives gradients to")
     weights = _weights(plan, carry_out(plan, case), saved)
     kept = {"applied": saved.kept, "ignored": _ONE, "not_rescaled": (saved.kept > 0).double()}
     felt = (above @ value.mT) * kept[plan.kept_of_scores]

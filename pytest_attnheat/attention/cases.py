@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pytest_attnheat.attention.call import FEATURES, Call
 from pytest_attnheat.attention.devices import ACCEPTED
+from pytest_attnheat.attention.features import FUNCTIONS, check_function
 from pytest_attnheat.attention.reference import (
     KINDS,
     Kind,
@@ -177,8 +178,12 @@ def make_attention(
             **features,
         },
         scoring_names(extra),
+        teller="make_attention",
+        besides="device",
     )
     target, number = _as_device(device), as_dtype(dtype)
+    for function_name in FUNCTIONS:
+        check_function(function_name, features.get(function_name), target)
     given: Any = scoring
     if not isinstance(given, str) and not callable(given):
         accepted = "the name of a scoring function, or a function (query, key) -> scores"
@@ -244,15 +249,19 @@ def several(choice: object) -> list[Any]:
     return list(dict.fromkeys(choice)) if isinstance(choice, (list, tuple)) else [choice]
 
 
-def check_options(options: Mapping[str, Any], scorings: Sequence[str]) -> None:
+def check_options(
+    options: Mapping[str, Any], scorings: Sequence[str], *, teller: str, besides: str
+) -> None:
     """Check what `make_attention` and the `attention` marker can be told.
 
     Args:
         options: Some of OPTIONS by name. `scoring` and `dtype` may be lists.
         scorings: The known scoring functions.
+        teller: What is told so, for the errors.
+        besides: What else it can be told.
     """
     for name, given in options.items():
-        one_of("option", name, OPTIONS)
+        one_of(f"keyword of {teller}", name, (*OPTIONS, besides))
         if name in DECLARED and given is not None and given is not False:
             _check_feature(name, given)
         if name in SIZES and not (name == "value_dim" and given is None):

@@ -1,4 +1,4 @@
-"""Going through tensors of any size in pieces of bounded size, and telling how far that is.
+"""Going through tensors of any size in pieces of bounded size, and finding the way back.
 
 Pictures of NumPy arrays are cut here too, so that nothing imports torch.
 """
@@ -16,37 +16,42 @@ if TYPE_CHECKING:
 
 # The most that one step over a few queries may allocate.
 CHUNK_BYTES = 64 * 2**20
-# How often long work tells how far it is, in seconds.
+# How often what takes long tells how far it is, in seconds.
 _SECONDS = 2.0
 # What it is told; under pytest the plugin shows it as it comes.
 LOG = logging.getLogger("pytest_attnheat")
 
 
 class Progress:
-    """Tells the log, every few seconds, how far some work is."""
+    """Tells the log how far something is that takes longer than some seconds.
 
-    def __init__(self, name: str, steps: int, done: str, *, even: bool = False) -> None:
-        """Begin.
+    Args:
+        name: What it is told of.
+        steps: How many steps there are.
+        done: What becomes of them: "are read".
+        even: Whether each takes as long, so that it is known how long is left.
+    """
 
-        Args:
-            name: What works.
-            steps: How many there are.
-            done: What steps are when they are done: "are read".
-            even: Whether each takes as long, so that it is known how long is left.
-        """
-        self._name, self._steps, self._done, self._even = name, steps, done, even
+    def __init__(self, name: str, steps: int, done: str, *, even: bool = True) -> None:
+        self._name, self._steps, self._what, self._even = name, steps, done, even
+        self._done = 0
         self._start = self._told = time.monotonic()
 
-    def at(self, step: int) -> None:
-        """Tell that so many steps are done."""
+    def step(self) -> None:
+        """Count a step that begins, and tell every few seconds."""
+        self.at(self._done)
+        self._done += 1
+
+    def at(self, done: int) -> None:
+        """Tell, every few seconds, that so many steps are done."""
         now = time.monotonic()
         if now - self._told <= _SECONDS:
             return
-        self._told, share, past = now, step / self._steps, now - self._start
-        said = f"{step} of {self._steps} {self._done}, after {past:.0f} s"
+        self._told, share, past = now, done / self._steps, now - self._start
+        said = f"{done} of {self._steps} {self._what}, after {past:.0f} s"
         if self._even:
             left = f", about {past * (1 / share - 1):.0f} s are left" if share else ""
-            said = f"{100 * share:.0f} % {self._done}{left}"
+            said = f"{100 * share:.0f} % {self._what}{left}"
         LOG.info("%s: %s", self._name, said)
 
 

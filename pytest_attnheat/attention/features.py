@@ -7,13 +7,18 @@ from typing import Any
 
 import torch
 
-from pytest_attnheat.inputs import as_whole, check_number, misuse, whole_number
+from pytest_attnheat.inputs import as_whole, check_number, dtype_name, misuse, whole_number
 
 _LEAST = {"chunk": 1, "prefix": 0, "sink_keys": 0}
+# Functions of positions.
+FUNCTIONS = ("may_see", "score_mod")
 
 
 def check_features(
-    features: Mapping[str, Any], query_shape: Sequence[int], key_shape: Sequence[int]
+    features: Mapping[str, Any],
+    query_shape: Sequence[int],
+    key_shape: Sequence[int],
+    device: torch.device,
 ) -> None:
     """Refuse a window, lengths, slopes ... that say nothing of queries and keys of these shapes.
 
@@ -21,6 +26,7 @@ def check_features(
         features: By their names in `Call`; None is not looked at.
         query_shape: (..., heads, query_len, head_dim)
         key_shape: (..., key_heads, key_len, head_dim)
+        device: Where they are: functions of positions are called there, once.
 
     Raises:
         TypeError: One is of another kind.
@@ -46,8 +52,44 @@ def check_features(
                 raise ValueError(misuse(name, given.tolist(), f"numbers from 0 to {sizes[name]}"))
         elif name == "documents":
             _check_documents(given, (batch, query_shape[-2]), (batch, key_shape[-2]))
-        elif name in ("may_see", "score_mod") and not callable(given):
-            raise TypeError(misuse(name, type(given).__name__, "a function of positions"))
+        elif name == "scale":
+            check_number(given, name)
+        elif name in FUNCTIONS:
+            check_function(name, given, device)
+
+
+def check_function(name: str, given: Any, device: torch.device | str = "cpu") -> None:
+    """Call a function of positions once, of the first query and key; None and tensors are not.
+
+    Args:
+        name: One of `FUNCTIONS`.
+        given: It.
+        device: Where its positions are.
+
+    Raises:
+        TypeError: It is no function, or returns no tensor.
+        ValueError: It raises, or returns anything but one boolean, or one score.
+    """
+    if given is None or isinstance(given, torch.Tensor):
+        return
+    if not callable(given):
+        raise TypeError(misuse(name, type(given).__name__, "a function of positions"))
+    scored = name == "score_mod"
+    takes = "score, " * scored + "batch, head, query position, key position"
+    returns = "a tensor of scores" if scored else "a tensor of booleans"
+    accepted = f"a function of ({takes}), elementwise, that returns {returns}"
+    at = torch.zeros(1, 1, 1, dtype=torch.long, device=device)
+    first = [at.float()] if scored else []
+    try:
+        found = given(*first, at, at, at, at)
+    except Exception as error:
+        raised = f"one that raised {type(error).__name__}: {error}"
+        raise ValueError(misuse(name, raised, accepted)) from error
+    if not isinstance(found, torch.Tensor):
+        raise TypeError(misuse(name, f"one that returned {type(found).__name__}", accepted))
+    if (found.dtype == torch.bool) == scored or found.numel() != 1:
+        returned = f"one that returned {dtype_name(found)} {tuple(found.shape)}"
+        raise ValueError(misuse(name, returned, accepted))
 
 
 def _check_window(given: object) -> None:

@@ -24,6 +24,7 @@ from pytest_attnheat.attention.vocabulary import (
 from pytest_attnheat.inputs import (
     as_weights,
     dtype_name,
+    meant,
     misuse,
     one_of,
     positive,
@@ -101,10 +102,11 @@ class LazyWeights(LazyBoxes):
                       ((query, "query"), (key, "key")))  # fmt: skip
         if unknown := set(features) - set(FEATURES):
             names = ", ".join(("mask", "causal", *FEATURES))
-            raise TypeError(misuse("features", sorted(unknown), f"one of {names}"))
+            near = meant(min(unknown), ("mask", "causal", *FEATURES))
+            raise TypeError(misuse("features", sorted(unknown), f"one of {names}{near}"))
         _check_shapes(query, key)
         features = {name: one for name, one in features.items() if one is not None}
-        check_features({**features, "window": window}, query.shape, key.shape)
+        check_features({**features, "window": window}, query.shape, key.shape, query.device)
         tiles = None
         if hasattr(mask, "mask_mod"):
             tiles, features = _tiles_of(mask, query, key), {**features, "may_see": mask.mask_mod}
@@ -270,12 +272,11 @@ class LazyWeights(LazyBoxes):
         alike = lead == self.blocks.call.query.shape[:-2]
         together = self.blocks.maps[0].stop if alike else 1
         groups: list[Box] = [()] if not lead else list(pieces(lead, together))
-        all_spans = self.blocks.spans
-        progress = Progress(repr(self), len(groups) * len(all_spans), "are read", even=True)
-        for before, group in enumerate(groups):
+        progress = Progress(repr(self), len(groups) * len(self.blocks.spans), "are read")
+        for group in groups:
             number = int(self.numbers[group].flatten()[0])
-            for at, span in enumerate(all_spans):
-                progress.at(before * len(all_spans) + at)
+            for span in self.blocks.spans:
+                progress.step()
                 for part in _within(span, self.sampled):
                     some = self.numbers[group].numel()
                     self.blocks.holding(number, span.start)

@@ -32,7 +32,7 @@ from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.failure import Failure, Place
 from pytest_attnheat.heatmaps.record import joined, parted, sizes_of
-from pytest_attnheat.inputs import check_tolerance, dtype_names, misuse
+from pytest_attnheat.inputs import check_tolerance, dtype_names, misuse, multiple
 
 # The first folded queries and keys by numbers of their positions that may be equal.
 VERSIONS = (2,)
@@ -167,7 +167,7 @@ def compare_layers(
         layer=f"{first.actual.name} is the first that moved, number {first.number + 1} of "
         f"{len(expected)}{_before(first.number)}; {_heads(heads, first.actual)} moved",
         worst=Place(
-            f"{worst.said_of(worst_head)} ({worst.of_maps[worst_head]:.3g} times what "
+            f"{worst.said_of(worst_head)} ({multiple(float(worst.of_maps[worst_head]))} times what "
             f"{worst.tolerance:.1e} of the weights allows)"
         ),
         first=Place(first.said_of(head)),

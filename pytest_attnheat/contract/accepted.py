@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
+from pytest_attnheat.attention.features import FUNCTIONS, check_function
 from pytest_attnheat.attention.levels import MASK_SHAPES
 from pytest_attnheat.attention.shards import SCHEMES, Shards
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
@@ -88,8 +89,8 @@ def check_rules(spec: AttentionSpec) -> None:
         got = f"{spec.heads} numbers per head for the layout {spec.layout!r}, which has no heads"
         raise ValueError(misuse("sinks or alibi", got, "one number, or a layout with h"))
     if spec.devices is None or "cpu" in spec.devices:
-        _check_function(spec, "may_see", [], torch.bool, "booleans")
-        _check_function(spec, "score_mod", [torch.zeros(1, 1, 1)], torch.float32, "scores")
+        for name in FUNCTIONS:
+            check_function(name, getattr(spec, name))
 
 
 def _check_block(spec: AttentionSpec, inputs: Tensor) -> None:
@@ -105,28 +106,6 @@ def _check_block(spec: AttentionSpec, inputs: Tensor) -> None:
     if isinstance(spec.may_see, Tensor) and spec.may_see.shape != (length, length):
         accepted = f"a function, or booleans of shape {(length, length)}"
         raise ValueError(misuse("may_see", f"shape {tuple(spec.may_see.shape)}", accepted))
-
-
-def _check_function(
-    spec: AttentionSpec, name: str, first: list[Tensor], dtype: torch.dtype, what: str
-) -> None:
-    """Call a function of positions once, of the first query and key."""
-    function = getattr(spec, name)
-    if function is None or isinstance(function, Tensor):
-        return
-    takes = ("score, " if first else "") + "batch, head, query position, key position"
-    accepted = f"a function of ({takes}), elementwise, that returns {what}"
-    at = torch.zeros(1, 1, 1, dtype=torch.long)
-    try:
-        found = function(*first, at, at, at, at)
-    except Exception as error:
-        raised = f"one that raised {type(error).__name__}: {error}"
-        raise ValueError(misuse(name, raised, accepted)) from error
-    if not isinstance(found, Tensor):
-        raise TypeError(misuse(name, f"one that returned {type(found).__name__}", accepted))
-    alike = (found.dtype == torch.bool) == (dtype == torch.bool)
-    if not alike or found.numel() != 1:
-        raise ValueError(misuse(name, f"one that returned {_shown(found)}", accepted))
 
 
 def _is_text(given: object) -> bool:

@@ -57,7 +57,7 @@ def block_call(examination: Examination) -> None:
         raise error
 
 
-@check("no_leakage", "no output depends on what it must not see, and each on what it must", "block",
+@check("no_leakage", "each output depends on all that it may see, and on that alone", "block",
        quick=True, issue="pytorch/pytorch#103082")  # fmt: skip
 def block_no_leakage(examination: Examination) -> None:
     """What is declared to be unseen; other sequences of the batch in any case; with padding too."""
@@ -149,8 +149,9 @@ def _why_not_padded(examination: Examination) -> str:
     return "documents are packed" if examination.spec.documents is not None else ""
 
 
-@check("padding", "padding that the mask hides changes nothing", "block", needs=takes_padding_mask,
-       quick=True, issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
+@check("padding", "with padding that the mask hides, the output is what it is without", "block",
+       needs=takes_padding_mask, quick=True,
+       issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def block_padding(examination: Examination) -> None:
     """On the right and on the left, of any content; of a memory, if there is one."""
     model, inputs = examination.block()
@@ -182,7 +183,7 @@ def block_decoding(examination: Examination) -> None:
         assert_decode_matches_prefill(model, inputs, lengths=lengths, seed=seed)
 
 
-@check("positions", "the order of tokens matters if it has positions, and if not it does not",
+@check("positions", "the order of tokens matters where it has positions, and there alone",
        "block", issue="speechbrain/speechbrain#2276",
        needs=order_may_matter)  # fmt: skip
 def block_positions(examination: Examination) -> None:
@@ -230,7 +231,12 @@ def _unsaid_positions(examination: Examination) -> str:
     return "SequenceModel(..., has_positions=) does not say whether the order of tokens matters"
 
 
-@check("layout", "strides of the inputs change nothing", "block", issue="pytorch/pytorch#181133")
+@check(
+    "layout",
+    "whatever the strides of the inputs, the output is the same",
+    "block",
+    issue="pytorch/pytorch#181133",
+)
 def block_layout(examination: Examination) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
     assert_layout_invariant(*examination.block(), seed=examination.seed)
@@ -254,7 +260,7 @@ def captured_rows(examination: Examination) -> None:
     )
 
 
-@check("masks", "masked keys get no weight", "captured", quick=True,
+@check("masks", "masked keys have the weight zero", "captured", quick=True,
        issue="huggingface/pytorch-image-models#2236")  # fmt: skip
 def captured_masks(examination: Examination) -> None:
     """Masked keys get no weight, in attention that was given a mask."""
@@ -277,7 +283,7 @@ def captured_output(examination: Examination) -> None:
     _ask_each(whole, assert_reproduces_output)
 
 
-@check("dropout", "nothing is dropped in evaluation mode", "captured", quick=True,
+@check("dropout", "in evaluation mode all weights are kept", "captured", quick=True,
        issue="pytorch/pytorch#124464")  # fmt: skip
 def captured_dropout(examination: Examination) -> None:
     """Whatever its rate: only a module in training mode drops weights."""

@@ -177,12 +177,12 @@ _judged("fully_masked", "a query that may attend to nothing gives what is declar
 _judged("grouped", "grouped heads share keys in the order of repeat_interleave",
         "Two and more query heads for one of keys.", {"group": 2}, {"group": 3}, {"group": 4},
         quick=True, issue="fkodom/grouped-query-attention-pytorch#5")  # fmt: skip
-_judged("large_scores", "large scores do not overflow",
+_judged("large_scores", "where scores are large it is attention",
         "Scores of a few hundred: exp of them overflows in every dtype but float64.",
         {"numbers": "large"}, quick=True, issue="huggingface/transformers#17306")  # fmt: skip
 
 
-@check("block_lengths", "lengths around the size of a block are no exception")
+@check("block_lengths", "at lengths around the size of a block it is attention")
 def block_lengths(examination: Examination) -> None:
     """Around multiples of 32, 64 and 128, few queries of many keys, and beyond a wide window."""
     declared = examination.space.declared
@@ -213,7 +213,7 @@ for _name, _sentence, _calls in (
     ("alibi", "a score falls with the distance of query and key", [{"alibi": True}]),
     ("bias", "a bias is added to the scores", [{"bias": True}]),
     ("documents", "a query sees its own document alone", [{"documents": True, "sizes": (7, 7)}]),
-    ("lengths", "keys beyond the length of a batch entry are not seen",
+    ("lengths", "a batch entry sees as many keys as its length says",
      [{"lengths": True}, {"lengths": "empty"}]),
     ("window", "a window hides what is outside of it, and nothing else",
      [{"window": side, "causal": causal} for causal in (False, True) for side in WINDOWS]),
@@ -236,13 +236,13 @@ _judged("gradients_masked", "gradients are right under a mask, and finite where 
         {"mask": "boolean", "gradients": "all"}, issue="pytorch/pytorch#103963")  # fmt: skip
 
 
-@check("pairs", "no pair of declared features goes wrong together")
+@check("pairs", "any two declared features are right together")
 def pairs(examination: Examination) -> str:
     """Output and gradients of few calls in which every pair of levels occurs."""
     return ask_pairs(examination)
 
 
-@check("no_leakage", "no output depends on what it must not see, and each on what it must",
+@check("no_leakage", "each output depends on all that it may see, and on that alone",
        issue="ml-explore/mlx#2835")  # fmt: skip
 def no_leakage(examination: Examination) -> None:
     """Future keys, other queries, heads and batch entries."""
@@ -250,7 +250,7 @@ def no_leakage(examination: Examination) -> None:
     _assert_no_leakage(examination, examination.case(causal=causal, sizes=(7, 7)))
 
 
-@check("no_leakage_through_mask", "no output depends on a key that the mask hides",
+@check("no_leakage_through_mask", "each output depends on keys alone that the mask shows",
        needs=takes_mask, issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def no_leakage_through_mask(examination: Examination) -> None:
     """Each batch entry has its own mask."""
@@ -263,7 +263,7 @@ def _assert_no_leakage(examination: Examination, call: Call) -> None:
     assert_no_leakage(examination.spec, *call.tensors, **given)
 
 
-@check("padding", "padding that the mask hides changes nothing",
+@check("padding", "with padding that the mask hides, the output is what it is without",
        needs=all_of(takes_mask, has_no_positions),
        issue="TransformerLensOrg/TransformerLens#1005")  # fmt: skip
 def padding(examination: Examination) -> None:
@@ -304,8 +304,12 @@ def decoding(examination: Examination) -> None:
     assert_decode_matches_prefill(_of_whole_masks(examination), *call.tensors)
 
 
-@check("layout", "strides of the inputs change nothing", needs=keeps_strides,
-       issue="pytorch/pytorch#181133")  # fmt: skip
+@check(
+    "layout",
+    "whatever the strides of the inputs, the output is the same",
+    needs=keeps_strides,
+    issue="pytorch/pytorch#181133",
+)
 def layout(examination: Examination) -> None:
     """Permuted, strided, expanded and misaligned inputs."""
     assert_layout_invariant(examination.spec, *examination.case().tensors)

@@ -236,6 +236,7 @@ def _raise_smallest(examination: Examination, wrong: _Wrong, asked: Sequence[Cho
     smallest = shrunk(first, lambda one: _kind(_error(one, examination)) == kind, space)
     shared = _shared(space, smallest, [one for one, _ in wrong], asked)
     said = f"{len(wrong)} of {len(asked)} calls are wrong" + (f", all with {shared}" * bool(shared))
+    said += "; this is one of them, made as small as it still is wrong" * (smallest != first)
     try:
         examination.judge(smallest, explain=False)
     except Failure as failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from pytest_attnheat.contract.spec import AttentionSpec
 _MASKS = ({"mask": "keep"}, {"mask": "drop"})
 _LAYOUTS = ({"layout": "bhld"}, {"layout": "blhd"})
 _EMPTY_ROWS = ({"fully_masked": "zero"}, {"fully_masked": "uniform"}, {"fully_masked": "nan"})
+_CAUSAL = ({"causal": "top_left"}, {"causal": "bottom_right"})
 # What else may have been meant, by the check that fails where the declaration is wrong.
 _OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "shape_and_dtype": _LAYOUTS,
@@ -25,7 +26,12 @@ _OTHERWISE: dict[str, tuple[dict[str, Any], ...]] = {
     "masked": _MASKS,
     "no_leakage_through_mask": _MASKS,
     "padding": _MASKS,
-    "causal_rectangular": ({"causal": "top_left"}, {"causal": "bottom_right"}, *_EMPTY_ROWS),
+    # Of a causal mask at the other corner, other rows see nothing.
+    "causal_rectangular": (
+        *_CAUSAL,
+        *_EMPTY_ROWS,
+        *(one | empty for one in _CAUSAL for empty in _EMPTY_ROWS),
+    ),
     "fully_masked": (*_EMPTY_ROWS, *_MASKS),
 }
 _OF_BLOCKS: dict[str, tuple[dict[str, Any], ...]] = {
@@ -47,12 +53,16 @@ _DECODER = (
 )
 
 
-def hints_of(spec: AttentionSpec) -> tuple[str, ...]:
+def hints_of(spec: AttentionSpec, unsaid: Sequence[str] | None = None) -> tuple[str, ...]:
     """What a specification leaves unsaid of parameters that sound like one of its fields.
 
     Or of a module of PyTorch, which is no function of queries, keys and values.
+
+    Args:
+        spec: What is claimed.
+        unsaid: `all_undeclared` of it, where that is known.
     """
-    found = all_undeclared(spec)
+    found = [*(all_undeclared(spec) if unsaid is None else unsaid)]
     said = spec.convention or spec.is_block or spec.call
     likes = [] if said else fitting(spec.parameters or {})
     if likes:
@@ -69,40 +79,58 @@ def wrong_declaration(check: Check, examination: Examination) -> str:
     """Say which other declaration would be right, if there is one, of a check that failed."""
     spec = examination.spec
     if _leaves_causal_aside(check, examination):
-        argument = spec.causal_argument
+        text, argument = _given(spec, ["causal"]), spec.causal_argument
         if spec.call is not None:
             return (
-                f"wrong declaration: causal={spec.causal!r} is declared, but case.causal changes "
-                "nothing: the function of call= does not hand it on"
+                f"{text}, but case.causal changes nothing: the function of call= does not hand it "
+                "on"
             )
         return (
-            f"wrong declaration: causal={spec.causal!r} is declared, but {argument}=True changes "
-            f"nothing, and no parameter is called {argument}: declare causal=None, or its "
-            "causal_argument"
+            f"{text}, but {argument}=True changes nothing, and no parameter is called {argument}: "
+            "declare causal=None, or its causal_argument"
         )
-    for field, other in _others(check, spec):
-        declared = getattr(spec, field)
-        if declared == other or not _passes(check, examination, {field: other}):
-            continue
-        source = "declared" if field in spec.typed else "the default"
-        if spec.convention and field not in spec.typed and spec.says(field):
-            source = f"what {spec.convention.name} means"
-        words = _DECODER if field == "causal" and declared is None else _WORDS.get((field, other))
-        return (
-            f"wrong declaration: {field}={declared!r} is {source}, but the code means {other!r}"
-            + (f": {words}" if words else "")
-            + ("; or it reads floats as booleans" * (field == "mask" and declared == "additive"))
-        )
+    for changes in _others(check, spec):
+        if _passes(check, examination, changes):
+            return _meaning(spec, changes)
     return ""
 
 
-def _others(check: Check, spec: AttentionSpec) -> Iterator[tuple[str, Any]]:
+def _given(spec: AttentionSpec, names: Collection[str]) -> str:
+    """Say what is declared, or is assumed where nobody declares it."""
+    given = " and ".join(f"{name}={getattr(spec, name)!r}" for name in names)
+    given += " is" if len(names) == 1 else " are"
+    if not any(map(spec.says, names)):
+        return f"not declared: {given} assumed"
+    if spec.convention and spec.typed.isdisjoint(names):
+        return f"wrong declaration: {given} what {spec.convention.name} means"
+    return f"wrong declaration: {given} declared"
+
+
+def _meaning(spec: AttentionSpec, changes: Mapping[str, Any]) -> str:
+    """Say what the code means in place of what is declared, and how to declare that."""
+    text = _given(spec, changes)
+    text += f", but the code means {' and '.join(map(repr, changes.values()))}"
+    is_decoder = spec.causal is None and "causal" in changes
+    said = [_DECODER if is_decoder else _WORDS.get(one, "") for one in changes.items()]
+    words, _, otherwise = "; ".join(filter(None, said)).partition("; if ")
+    text += f": {words}" * bool(words)
+    if text.startswith("not declared"):
+        fields = ", ".join(f"{name}={other!r}" for name, other in changes.items())
+        text += f"; if it is to mean that, declare it: AttentionSpec(..., {fields})"
+    text += f"; if {otherwise}" * bool(otherwise)
+    reads_floats = "mask" in changes and spec.mask == "additive"
+    return text + "; or it reads floats as booleans" * reads_floats
+
+
+def _others(check: Check, spec: AttentionSpec) -> Iterator[dict[str, Any]]:
     """What else may be declared; of a block that is causal inside, nothing about causality."""
     if spec.is_block and spec.causal is not None and causal_inside(spec):
         return
     for changes in (_OF_BLOCKS if spec.is_block else _OTHERWISE).get(check.name, ()):
+        is_other = all(getattr(spec, name) != other for name, other in changes.items())
         # What call= returns has one layout.
-        yield from (one for one in changes.items() if spec.call is None or one[0] != "layout")
+        if is_other and not (spec.call is not None and "layout" in changes):
+            yield changes
 
 
 def _passes(check: Check, examination: Examination, changes: dict[str, Any]) -> bool:

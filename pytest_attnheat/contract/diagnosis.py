@@ -141,16 +141,19 @@ class Diagnosis:
         if not maps:
             reason = "it is healthy" if self.healthy else "its output is right"
             raise ValueError(f"{self.subject}: there are no weights to draw; {reason}")
+        # On the scale of weights, what differs where there are many keys would be blank.
+        largest = _scale([maps.get("difference", maps["expected"])])
+        upto = "" if largest == 1.0 else f", drawn up to {largest:.2g}"
         return show_heatmaps(
             torch.stack(list(maps.values())).unsqueeze(0),
             xlabel="Keys",
             ylabel="Queries",
             titles=list(maps),
-            title=f"{self.subject}: {self.case}, batch {self.place[0]}, head {self.place[1]}",
+            title=f"{self.subject}: {self.case}, batch {self.place[0]}, head {self.place[1]}{upto}",
             figsize=None,
             cmap="RdBu_r",
-            vmin=-1.0,
-            vmax=1.0,
+            vmin=-largest,
+            vmax=largest,
         )
 
     def _next_best(self) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,6 +21,7 @@ from pytest_attnheat.attention.mistakes import MOST_ALLOWED
 from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
+from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Form, Version
 
 # By how many times what a plain computation is off, at each number, a defect has to be: what
@@ -27,6 +29,24 @@ from pytest_attnheat.contract.versions import Form, Version
 _FACTOR = 2.0
 # Of the largest number of a head: two computations in float64 differ by as much.
 _FLOOR = 1e-12
+# What calls may have, and whether a target takes it.
+_FEATURES: dict[str, Callable[[AttentionSpec], object]] = {
+    "a mask": lambda spec: spec.mask,
+    "causality": lambda spec: spec.takes_causal,
+    "a mask together with causality": lambda spec: spec.mask and spec.takes_causal,
+    "other numbers of keys than of queries": lambda spec: not spec.square,
+    "grouped heads": lambda spec: spec.grouped,
+    "several heads": lambda spec: spec.has_heads,
+    "several samples": lambda spec: True,
+    "values of another width": lambda spec: spec.convention is None,
+    "more than 64 keys": lambda spec: True,
+    "a number of keys that 16 does not divide": lambda spec: True,
+    "a scale": lambda spec: spec.scale_argument,
+    "negative numbers in query and key": lambda spec: True,
+    "gradients": lambda spec: spec.gradients,
+    **{name: (lambda spec, name=name: isinstance(getattr(spec, name), str))  # type: ignore[misc]
+       for name in ("window", "chunk", "documents", "lengths", "softcap", "alibi", "sinks")},
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -65,7 +85,7 @@ class Effect:
         dtype: The dtype of that call.
         set_aside: How many calls were answered as the target does, whatever is planted, by why.
         refused: Why calls were not understood.
-        seen: What the calls had, see `grading.never_exercised`.
+        seen: What the calls had, see `never_exercised`.
     """
 
     calls: int = 0
@@ -256,3 +276,11 @@ class Known:
             return None
         parts = self._allowed.amax((-2, -1)) / largest_of_heads(exact)
         return Change.of(error, exact, float(parts.max()))
+
+
+def never_exercised(spec: AttentionSpec, effect: Effect) -> tuple[str, ...]:
+    """Return what calls never had, though the target takes it."""
+    missing = [n for n, takes in _FEATURES.items() if takes(spec) and n not in effect.seen]
+    dtypes = sorted(name for name in effect.seen if name.startswith("torch."))
+    one = [f"any dtype but {dtypes[0].removeprefix('torch.')}"] if len(dtypes) == 1 else []
+    return (*missing, *one)

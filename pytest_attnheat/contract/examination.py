@@ -65,6 +65,7 @@ def is_refusal(error: BaseException) -> bool:
     if isinstance(error, UndeclaredError):
         return True
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in _REFUSALS)
+    said |= isinstance(error, ValueError) and "cannot be run on" in str(error)
     return isinstance(error, NotImplementedError) or said or is_past_compiling(error)
 
 
@@ -231,6 +232,8 @@ class Examination:
             vars(error)["replay"] = self.text(chosen)
             if isinstance(error, Failure):
                 error.repeat = self.repeat(chosen)
+                if self.spec.convention:
+                    self.spec.convention.tell(error, self.drawn(chosen))
             else:
                 said = getattr(error, "__notes__", ())
                 vars(error)["__notes__"] = [*said, self.repeat(chosen)]  # `add_note`: from 3.11

@@ -17,8 +17,9 @@ from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
+from pytest_attnheat.attention.chunks import Progress
 from pytest_attnheat.callables import borrowed, seed_everything
-from pytest_attnheat.contract.effects import Effect
+from pytest_attnheat.contract.effects import never_exercised
 from pytest_attnheat.contract.needs import all_undeclared
 from pytest_attnheat.contract.planting import Planted
 from pytest_attnheat.contract.planting_inside import NOTHING_INSIDE, SDPA, Inside, PlantedInside
@@ -34,24 +35,6 @@ Judge: TypeAlias = Callable[[Any], Any]
 AnyPlanted: TypeAlias = Planted | PlantedInside
 # A wrong version gets so many seconds, and so many times what the right one took.
 _SECONDS, _TIMES = 60.0, 20.0
-# What calls may have, and whether a target takes it.
-_FEATURES: dict[str, Callable[[AttentionSpec], object]] = {
-    "a mask": lambda spec: spec.mask,
-    "causality": lambda spec: spec.takes_causal,
-    "a mask together with causality": lambda spec: spec.mask and spec.takes_causal,
-    "other numbers of keys than of queries": lambda spec: not spec.square,
-    "grouped heads": lambda spec: spec.grouped,
-    "several heads": lambda spec: spec.has_heads,
-    "several samples": lambda spec: True,
-    "values of another width": lambda spec: spec.convention is None,
-    "more than 64 keys": lambda spec: True,
-    "a number of keys that 16 does not divide": lambda spec: True,
-    "a scale": lambda spec: spec.scale_argument,
-    "negative numbers in query and key": lambda spec: True,
-    "gradients": lambda spec: spec.gradients,
-    **{name: (lambda spec, name=name: isinstance(getattr(spec, name), str))  # type: ignore[misc]
-       for name in ("window", "chunk", "documents", "lengths", "softcap", "alibi", "sinks")},
-}  # fmt: skip
 
 
 class _TimeUpError(BaseException):
@@ -325,9 +308,15 @@ class Study:
             never_exercised=never_exercised(self.spec, effect),
             undeclared=() if self.inside else tuple(all_undeclared(self.spec)),
             unplanted=self._unplanted,
-            remedy=remedy if not self.inside else replace(remedy, code=""),
+            remedy=self._of_block(remedy) if self.inside else remedy,
             calls=effect.calls, seed=self.seed,
         )  # fmt: skip
+
+    def _of_block(self, remedy: Remedy) -> Remedy:
+        """Return what a block can be given in place of the calls of the attention inside."""
+        assert isinstance(self.watched, PlantedInside)
+        survived = remedy.killed or remedy.left
+        return replace(remedy, code=self.watched.code if survived else "", inside=True)
 
 
 def _is_block(right: object) -> bool:
@@ -340,14 +329,6 @@ def _spec_inside(block: Any) -> AttentionSpec:
     return AttentionSpec(SDPA, name=name)
 
 
-def never_exercised(spec: AttentionSpec, effect: Effect) -> tuple[str, ...]:
-    """Return what calls never had, though the target takes it."""
-    missing = [n for n, takes in _FEATURES.items() if takes(spec) and n not in effect.seen]
-    dtypes = sorted(name for name in effect.seen if name.startswith("torch."))
-    one = [f"any dtype but {dtypes[0].removeprefix('torch.')}"] if len(dtypes) == 1 else []
-    return (*missing, *one)
-
-
 def grade(
     judge: Judge,
     right: AttentionSpec | Callable[..., Any],
@@ -357,6 +338,9 @@ def grade(
     time_limit: float | None = None,
 ) -> Grade:
     """Grade a judge of attention by the defects that it lets through.
+
+    Each version costs one run of the judge, and the reading of each call that it makes. How far it
+    is goes to the log "pytest_attnheat", at the level INFO.
 
     Args:
         judge: Called with an implementation, called as `right` is. It raises, or returns False,
@@ -398,7 +382,9 @@ def grade(
         return Grade(study.spec.name, refused=study.unfit, calls=study.watched.effect.calls,
                      seed=study.seed)  # fmt: skip
     verdicts = []
+    progress = Progress(f"grade {study.spec.name}", len(study.versions), "of the versions judged")
     for version in study.versions:
+        progress.step()
         planted = study.plant(version)
         verdicts.append(study.verdict(planted, _judged(judge, planted, study.seed, limit)))
         if planted.effect.refused:

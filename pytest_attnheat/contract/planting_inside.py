@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
@@ -26,7 +27,7 @@ from pytest_attnheat.capture.sources.sdpa import multi_head_unasking
 from pytest_attnheat.contract.conventions import fitting
 from pytest_attnheat.contract.effects import Effect
 from pytest_attnheat.contract.planting import Planted
-from pytest_attnheat.contract.ready import as_spec
+from pytest_attnheat.contract.ready import READY_MADE, as_spec
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.contract.versions import Version
 
@@ -40,6 +41,12 @@ NOTHING_INSIDE = (
 _TENSORS = ({"query", "key", "value"}, {"q", "k", "v"})
 # Whose functions are no part of a block.
 _OTHERS = ("torch", "pytest_attnheat")
+_EXAMINED = """\
+from pytest_attnheat import AttentionSpec, check_attention
+
+# In a test of yours, where block is the {name} that it judges:
+report = check_attention({subject})
+assert report.passed, str(report)"""
 
 
 @dataclass
@@ -81,6 +88,7 @@ class PlantedInside:
         module: The block, None of a method.
         version: What is planted; None for nothing, so that calls are only watched.
         effect: What was asked of the attention inside, and what was changed.
+        called: What the block was first called with, in words of `AttentionSpec`.
     """
 
     def __init__(
@@ -99,6 +107,7 @@ class PlantedInside:
             inside: What is known of the functions that it calls.
         """
         self.spec, self.version, self.effect, self._inside = spec, version, Effect(), inside
+        self.called = ""
         self.module = block if isinstance(block, nn.Module) else None
         self._target = block.forward if isinstance(block, nn.Module) else block
         self._planted: dict[Callable[..., Any], Planted] = {}
@@ -110,12 +119,26 @@ class PlantedInside:
         if self._is_inside:  # what it is called by itself for
             return self._target(*given, **named)
         before = self.effect.calls
+        self.called = self.called or _described(self._target, given, named)
         with self._replaced(), self._mode:
             answer = self._target(*given, **named)
         if self.effect.calls == before:
             self.effect.calls += 1
             self.effect.refused[NOTHING_INSIDE] = None
         return answer
+
+    @property
+    def code(self) -> str:
+        """What examines the attention inside, to be pasted into a test that has the block."""
+        if isinstance(self.module, READY_MADE):
+            subject = "block"
+        else:
+            # Whether it is to be causal tells its own argument, or else a mask, which may do more.
+            fields = self.called or "inputs=..."
+            sees_all = self.effect.seen.isdisjoint(("causality", "a mask"))
+            subject = f"AttentionSpec(block, {fields}{', causal=None' * sees_all})"
+        code = _EXAMINED.format(name=self.spec.name, subject=subject)
+        return "import torch\n\n" * ("torch." in subject) + code
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PlantedInside:
         """A part of a copy of its block; what is asked of either is noted once."""
@@ -206,6 +229,26 @@ class PlantedInside:
         kinds = {type(one): None for one in (module.modules() if module is not None else ())}
         names = dict.fromkeys(kind.__module__ for kind in kinds)
         return [vars(sys.modules[name]) for name in names if name in sys.modules]
+
+
+def _described(target: Callable[..., Any], given: Sequence[Any], named: Mapping[str, Any]) -> str:
+    """Say what a block is called with, as `inputs=` and `arguments=`; what is no number is left."""
+    names = [name for name in parameters_of(target) or () if name not in named]
+    every = [*zip(names, given, strict=False), *named.items()]
+    (_, x), others = every[0] if every else ("", None), every[1:]
+    inputs = "inputs=..."
+    if isinstance(x, Tensor) and x.ndim == (3 if x.is_floating_point() else 2):
+        shape = ", ".join(map(str, (max(2, len(x)), *x.shape[1:])))
+        dtype = f", dtype={x.dtype}" * (x.dtype != torch.float32)
+        drawn = (
+            f"torch.randn({shape}{dtype})"
+            if x.ndim == 3
+            else (f"torch.randint({int(x.max()) + 1}, ({shape}))")
+        )
+        inputs = f"inputs={drawn}"
+    told = [f'"{name}": {one if isinstance(one, bool | int | float) else "..."}'
+            for name, one in others if one is not None]  # fmt: skip
+    return f"{inputs}, arguments={{{', '.join(told)}}}" if told else inputs
 
 
 _MULTI_HEAD = tuple(parameters_of(functional.multi_head_attention_forward) or ())

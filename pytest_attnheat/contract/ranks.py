@@ -161,7 +161,7 @@ class Ranks:
         errors: dict[int, _Error] = {}
         warned: dict[_Warned, None] = {}
         name = f"{_name(self.body)} on {self.count} ranks"
-        progress = Progress(name, self.count, "have answered")
+        progress = Progress(name, self.count, "have answered", even=False)
         until, first = time.monotonic() + limit, None
         while waiting := {
             pipe: rank for rank, (_, pipe) in enumerate(self._processes)

@@ -17,6 +17,8 @@ from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.inputs import misuse
 
 _BATCH, _LENGTH = 2, 9
+# Blocks that need no inputs to be given.
+READY_MADE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
 
 
 def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
@@ -58,7 +60,7 @@ def transformers_attention(name: str = "sdpa") -> AttentionSpec:
     Returns:
         A specification. It is handed its mask as models hand it: floats of 0 and the lowest
         number of the dtype. Fully masked rows are not judged; eager attention computes its softmax
-        in float32, so that it is not examined in float64.
+        in float32, so that it is not examined in float64, and `"flex_attention"` is not compiled.
 
     Raises:
         ValueError: There is no such function.
@@ -80,4 +82,8 @@ def transformers_attention(name: str = "sdpa") -> AttentionSpec:
         raise ValueError(misuse("name", repr(name), f"one of {known}"))
     forward = eager_attention_forward if name == "eager" else registered[name]
     dtypes = ("float32", "float16", "bfloat16") + (() if name == "eager" else ("float64",))
-    return AttentionSpec(forward, name=f"transformers_{name}", like="transformers", dtypes=dtypes)
+    # Of a mask for each head it reads the first: models hand it none.
+    shape = "(B, 1, L, S)" if name == "flex_attention" else None
+    return AttentionSpec(
+        forward, name=f"transformers_{name}", like="transformers", dtypes=dtypes, mask_shape=shape
+    )

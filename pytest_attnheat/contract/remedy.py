@@ -59,7 +59,8 @@ class Remedy:
         left: The names of what they do not.
         exercised: By hard case, which inactive defects would be active on it.
         tolerance: By dtype, by which part of the largest number of a head rounding may move one.
-        code: Tests ready to paste; empty without calls, and of a block.
+        code: Tests ready to paste; empty where nothing survived.
+        inside: Whether the cases are of the attention inside of a block.
     """
 
     cases: tuple[str, ...] = ()
@@ -70,6 +71,7 @@ class Remedy:
     exercised: tuple[tuple[str, tuple[str, ...]], ...] = ()
     tolerance: tuple[tuple[str, float], ...] = ()
     code: str = ""
+    inside: bool = False
 
     def __str__(self) -> str:
         """What to add, and which tolerance follows from the dtype."""
@@ -86,11 +88,12 @@ class Remedy:
                 f"than this part of the largest of its head: {parts}"
             ]
         told = f"{len(self.killed)} of {len(self.killed) + len(self.left)} apart"
-        if (count := len(self.cases) + len(self.calls)) and not self.code:
+        count = len(self.cases) + len(self.calls)
+        if self.inside and self.code:
+            calls = ", ".join((*self.cases, *self.calls)) or "no call that is known"
             lines += [
-                f"the attention inside, given hard cases, would have told {told}: "
-                f"{', '.join((*self.cases, *self.calls))}. "
-                "check_attention(AttentionSpec(block, inputs=...)) examines a block"
+                f"the attention inside, given {calls}, would have told {told}. Which calls of the "
+                f"block lead to these is not known. This examines what is inside:\n\n{self.code}"
             ]
         elif count:
             lines += [f"{count} call{'s' * (count > 1)} would have told {told}:\n\n{self.code}"]

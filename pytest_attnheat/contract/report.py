@@ -264,9 +264,10 @@ def check_attention(
     with nullcontext() if worker is None else closing(worker):
         run = run_check if worker is None else worker.run
         every = list(product(examinations, asked))
-        progress, results = Progress(spec.name, len(every), "checks are made"), list[Result]()
+        progress = Progress(spec.name, len(every), "checks are made", even=False)
+        results = list[Result]()
         for examination, check in every:
-            progress.at(len(results))
+            progress.step()
             results.append(run(check, examination, expected.get(check.name)))
         report = Report(spec, tuple(results), seed, (hint,) if hint else ())
         if worker is not None:  # diagnosed while there is a process for it

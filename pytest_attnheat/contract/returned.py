@@ -26,6 +26,7 @@ from pytest_attnheat.contract.examination import Examination, Skipped
 from pytest_attnheat.contract.probing import Probe, answer_to
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Checked, Failure
+from pytest_attnheat.inputs import multiple
 
 # Not compared: cases whose weights are 0 and 1, or many.
 _LEFT_OUT = ("large scores", "long")
@@ -264,7 +265,9 @@ def judge_lse(examination: Examination) -> str:
     elif said := _said_of(readings, answers):
         cause = said
     elif math.isfinite(worst(nearest)):
-        cause = f"nearest to one of {nearest}, off by {worst(nearest):.2g} times what is allowed"
+        cause = (
+            f"nearest to one of {nearest}, off by {multiple(worst(nearest))} times what is allowed"
+        )
     raise Failure("", claim, tensor=Checked.of(answers[0][1]), cause=cause)
 
 

@@ -197,10 +197,11 @@ class _Examined:
         from pytest_attnheat.contract.running import spec_data
 
         self.config, self.spec, self.checks = config, spec, checks
+        unsaid = all_undeclared(spec)
         self.told: dict[str, Any] = {
             "subject": spec.name,
-            "hints": list(hints_of(spec)),
-            "undeclared": all_undeclared(spec),
+            "hints": list(hints_of(spec, unsaid)),
+            "undeclared": unsaid,
         }
         if config.stash[SETTINGS].json:
             self.told["spec"] = spec_data(spec)

@@ -140,12 +140,16 @@ def examine(session: pytest.Session, target: str) -> list[pytest.Item]:
     """Make the checks of what `--attn-check` names."""
     config = session.config
     quick = switched(config, "attn_check_quick")
-    target_node = CheckTarget.from_parent(session, name=target, nodeid=target)
-    return [
-        CheckItem.from_parent(target_node, name=call.name, check=call, place=_place(target, spec))
+    parent = CheckTarget.from_parent(session, name=target, nodeid=target)
+    parent.items = [
+        CheckItem.from_parent(parent, name=call.name, check=call, place=_place(target, spec))
         for spec in _told_apart(load(config, target))
         for call in calls_of(config, spec, {}, None, quick=quick)
     ]
+    # So pytest counts them among what it collected.
+    hook = parent.ihook
+    hook.pytest_collectreport(report=hook.pytest_make_collect_report(collector=parent))
+    return [*parent.items]
 
 
 def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
@@ -158,9 +162,11 @@ def _place(target: str, spec: AttentionSpec) -> tuple[str, int]:
 class CheckTarget(pytest.Collector):
     """What `--attn-check` names: the parent of its checks."""
 
+    items: list[pytest.Item]
+
     def collect(self) -> list[pytest.Item]:
-        """Collect nothing: the checks are made where pytest gathers all items."""
-        return []
+        """Return its checks, which are made where pytest gathers all items."""
+        return self.items
 
 
 class CheckItem(pytest.Item):
@@ -242,8 +248,24 @@ def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
     except Exception as error:  # the module is the user's, and may raise anything
         known = isinstance(error, ImportError | AttributeError)
         said = str(error) if known else f"importing {module} raised {type(error).__name__}: {error}"
+        if isinstance(error, ModuleNotFoundError):
+            said += _how_to_find(config, str(error.name).partition(".")[0])
         raise pytest.UsageError(f"{option} {target}: {said}") from error
     return found
+
+
+def _how_to_find(config: pytest.Config, package: str) -> str:
+    """Say what makes a package importable that is not; empty of a part of one that is."""
+    if package in sys.modules:
+        return ""
+    root = config.rootpath
+    folders = [root, *sorted(one for one in root.iterdir() if one.is_dir())]
+    inside = [one for one in folders
+              if (one / package).is_dir() or (one / f"{package}.py").is_file()]  # fmt: skip
+    if not inside:
+        return "; install it, or name the folder that holds it in pytest's ini setting pythonpath"
+    folder = inside[0].relative_to(root).as_posix()
+    return f"; it lies in {folder!r}: set pytest's ini setting pythonpath = {folder}, or install it"
 
 
 def load(config: pytest.Config, target: str) -> list[AttentionSpec]:

@@ -277,7 +277,7 @@ def _choices(metafunc: pytest.Metafunc) -> dict[str, list[str]]:
             accepted = f"keywords only: {', '.join(cases.OPTIONS)}"
             raise TypeError(misuse("the attention marker", repr(marker.args), accepted))
     marked = _marked(metafunc.definition)
-    cases.check_options(marked, known)
+    cases.check_options(marked, known, teller="the attention marker", besides="devices")
     dtypes = [
         cases.as_dtype(dtype) for dtype in cases.several(marked.get("dtype", settings.dtypes))
     ]

@@ -166,7 +166,7 @@ class Grading:
                 return found
             effect = study.watched.effect
             found |= {"calls": effect.calls, "set_aside": effect.set_aside,
-                      "seen": sorted(effect.seen),
+                      "seen": sorted(effect.seen), "called": getattr(study.watched, "called", ""),
                       "tests": [item.nodeid for item in items]}  # fmt: skip
             for number, one in enumerate(planted):
                 self._say(target.text, number, len(planted))
@@ -332,6 +332,7 @@ class Grading:
         study.watched.effect.calls = found["calls"]
         study.watched.effect.set_aside.update(found["set_aside"])
         study.watched.effect.seen = set(found["seen"])
+        vars(study.watched)["called"] = found["called"]
         return Graded(text, study.grade(verdicts), "", notes, found)
 
     # -- what is said

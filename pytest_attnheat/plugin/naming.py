@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from pytest_attnheat.inputs import dtype_names, misuse
+from pytest_attnheat.inputs import dtype_names, meant, misuse
 
 # What a baseline may be.
 SUFFIXES = (".png", ".svg")
@@ -45,6 +45,7 @@ def expected_of(item: pytest.Item, marker: pytest.Mark) -> Expected:
     if unknown or marker.args:
         given = ", ".join([*map(repr, marker.args), *unknown])
         accepted = f"the keyword arguments {', '.join(_ARGUMENTS)}"
+        accepted += meant(next(iter(unknown), None), _ARGUMENTS)
         raise ValueError(misuse("the marker", given, accepted))
     if any(True for _ in item.iter_markers("mpl_image_compare")):
         raise ValueError("the test is marked mpl_image_compare as well; one of them is enough")

@@ -332,7 +332,7 @@ def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
         yield "failed", ", ".join(f"{count} in {place}" for place, count in places.items())
     declarations = _unique(failed, "declaration")
     for declaration in declarations:
-        yield "declared", declaration
+        yield "assumed" if declaration.startswith("not declared") else "declared", declaration
     diagnoses = _unique(failed, "diagnosis")
     # Under a wrong declaration no defect may fit. Each worker made its own, of the same cases.
     if diagnoses and (not declarations or any(verdict["named"] for verdict in failed)):
@@ -347,8 +347,10 @@ def _entries(found: Sequence[Found]) -> Iterator[tuple[str, str]]:
         passed = (one for one in found if one["outcome"] == "passed")
         for check, note in dict.fromkeys((one["check"], one["message"]) for one in passed):
             yield from ((check, line) for line in note.splitlines())
+    said = {verdict["reason"] for verdict in failed}  # with `--attn-check-strict`, and above
     for hint in dict.fromkeys(hint for verdict in found for hint in verdict["hints"]):
-        yield "hint", hint
+        if hint not in said or diagnoses:
+            yield "hint", hint
 
 
 def _unique(found: Sequence[Found], key: str) -> list[str]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.packing import bounds, lengths_of
 from pytest_attnheat.contract.asking import KEYWORDS, dense
 from pytest_attnheat.contract.conventions.reading import Read
+from pytest_attnheat.failure import Failure, Place
 
 if TYPE_CHECKING:
     from pytest_attnheat.contract.spec import AttentionSpec
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 # an output in the layout that is declared, or a tuple that begins with it and a log-sum-exp.
 Arrange: TypeAlias = Callable[["AttentionSpec", Call, dict[str, Any]], Any]
 # Fields of a specification that name a parameter.
+# Of a place in an output, or in a gradient: batch entry, head, token, feature.
+_DIMENSIONS = 4
 _NAMING = ("mask_argument", "causal_argument", "dropout", *KEYWORDS)
 
 
@@ -63,6 +67,8 @@ class Convention:
         one_query: Whether it takes one query of each sequence alone.
         ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
             first; empty where they may not.
+        begins: Of packed calls, the parameter that says where each sequence of queries begins, and
+            of keys, where these are packed as well.
         stored: Of what reads a cache, the levels of how that is stored, see `levels.STORED`.
         stored_by: The parameters that each of these needs; "rows" are pages of no size. Without
             them the most ordinary level alone is asked.
@@ -85,10 +91,31 @@ class Convention:
     apart: tuple[tuple[str, str], ...] = ()
     one_query: bool = False
     ragged: tuple[str, ...] = ()
+    begins: tuple[str, ...] = ()
     stored: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     stored_by: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     limits: str = ""
     makes: bool = False
+
+    def tell(self, failure: Failure, call: Call) -> None:
+        """Say where in the packed tensors of a call its places are, if it has such."""
+        failure.worst, failure.first = (
+            self._packed(place, call) for place in (failure.worst, failure.first)
+        )
+
+    def _packed(self, place: Place | None, call: Call) -> Place | None:
+        if place is None or place.index is None or len(place.index) != _DIMENSIONS:
+            return place
+        of_keys = place.tensor is not None and place.tensor.startswith(("key", "value"))
+        if len(self.begins) <= of_keys:
+            return place
+        sequence, _, token, _ = place.index
+        begin = int(bounds(lengths_of(call)[of_keys])[sequence])
+        where = (
+            f"row {begin + token} of the packed tensor: {'key' if of_keys else 'query'} {token} of "
+            f"sequence {sequence}, which begins at {self.begins[of_keys]}[{sequence}] = {begin}"
+        )
+        return replace(place, text=f"{place.text}\n{where}")
 
     def kept(self, names: Mapping[str, Any]) -> dict[str, tuple[Any, ...]]:
         """The levels of how keys are stored that a signature can be told of."""

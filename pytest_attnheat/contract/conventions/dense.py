@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -163,13 +164,25 @@ def _flex(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
     arguments["block_mask"] = block_mask
     if is_compiled(spec.implementation):
         return dense(spec, call, arguments)
-    # Not compiled: each of the many small shapes would be compiled anew, and, even where nobody
-    # compiles, traced anew.
+    with _uncompiled():
+        return dense(spec, call, arguments)
+
+
+@contextmanager
+def _uncompiled() -> Iterator[None]:
+    """Call `flex_attention` as it is: each of many small shapes would be compiled anew.
+
+    And, even where nobody compiles, traced anew.
+    """
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     untraced = nullcontext() if stance is None else stance("force_eager")
     with warnings.catch_warnings(), untraced:
         warnings.filterwarnings("ignore", "flex_attention called without torch.compile")
-        return dense(spec, call, arguments)
+        warnings.simplefilter("ignore", DeprecationWarning)  # what is to compile it has some
+        yield
+
+
+_FLEX_OF_TRANSFORMERS = "transformers.integrations.flex_attention"
 
 
 def _transformers(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
@@ -188,7 +201,11 @@ def _transformers(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
         added = torch.zeros(mask.shape, dtype=call.query.dtype, device=call.query.device)
         mask = added.masked_fill(~mask, lowest)
     arguments = {"dropout": 0.0, **arguments, "scaling": call.factor}
-    output = spec.implementation(layer, *call.tensors, mask, **arguments)[0]
+    is_flex = getattr(spec.implementation, "__module__", "") == _FLEX_OF_TRANSFORMERS
+    if is_flex and mask is not None:  # it reads each place of it
+        mask = mask.expand(len(call.query), -1, call.query_len, call.key_len)
+    with _uncompiled() if is_flex else nullcontext():
+        output = spec.implementation(layer, *call.tensors, mask, **arguments)[0]
     return output.transpose(1, 2)  # of what goes in, heads come first
 
 

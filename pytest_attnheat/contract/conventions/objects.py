@@ -138,6 +138,7 @@ CONVENTIONS = (
                 "mask_shape": "(B, 1, L, S)"},
                lacks=("paged_kv_indptr",), values={"window": left_only}, arrange=_plan_and_run,
                besides={"return_lse": True}, lse=Lse("bhl", "2"), ragged=RAGGED,
+               begins=("qo_indptr", "kv_indptr"),
                only={"window": (False, "left")}, apart=(("mask", "causal"),),
                limits="custom_mask and causal at once"),
     Convention("transformer_engine", "DotProductAttention of TransformerEngine",

@@ -63,6 +63,7 @@ def in_a_row(*, names: tuple[str, ...] = CU, together: str = "") -> dict[str, An
     return {
         "arrange": packing(names=names, together=together),
         "read": partial(reading.back_to_back, names, together),
+        "begins": (names[0], names[len(names) // 2 - 1]),
     }
 
 
@@ -140,6 +141,7 @@ CONVENTIONS = (
                {**_BARE, "causal_argument": "is_causal", "scale_argument": "scale",
                 "window": "window_size"},
                handles=("is_causal",), arrange=_window_alone, read=reading.varlen_of_torch,
+               begins=("cu_seq_q", "cu_seq_k"),
                only=ALIKE, ragged=RAGGED),
     Convention("sageattn_varlen", "sageattn_varlen of SageAttention",
                ("q", "k", "v", *CU, "is_causal", "sm_scale"),
