@@ -159,7 +159,7 @@ class Ranks:
         answers: dict[int, Any] = {}
         died: dict[int, str] = {}
         errors: dict[int, _Error] = {}
-        warned: dict[_Warned, None] = {}
+        warned: dict[int, Sequence[_Warned]] = {}
         name = f"{_name(self.body)} on {self.count} ranks"
         progress = Progress(name, self.count, "have answered", even=False)
         until, first = time.monotonic() + limit, None
@@ -188,10 +188,9 @@ class Ranks:
                     process.join(limit)
                     died[rank] = processes.ending(process.exitcode)
                 else:
-                    kind, told, its_warnings = _read(answer)
+                    kind, told, warned[rank] = _read(answer)
                     (answers if kind == "answer" else errors)[rank] = told
-                    warned |= dict.fromkeys(its_warnings)
-        for one in warned:  # once, of whatever ranks
+        for one in dict.fromkeys(w for rank in sorted(warned) for w in warned[rank]):
             warnings.warn_explicit(*one, registry=self._registries.setdefault(one.file, {}))
         if len(answers) == self.count:
             return [answers[rank] for rank in range(self.count)]
