@@ -59,7 +59,7 @@ def show_progress(config: pytest.Config) -> None:
     shows_log = config.pluginmanager.hasplugin("logging") and (
         config.getoption("log_cli_level", None) is not None or config.getini("log_cli")
     )
-    if shows_log or config.getoption("verbose", -1) < 0 or hasattr(config, "workerinput"):
+    if shows_log or config.getoption("verbose", -1) < 0:
         return
     logger, handler = logging.getLogger(_LOGGER), LiveProgress(config)
     level = logger.level
