@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from pytest_attnheat import AttentionSpec, check_attention, parametrize_with_checks
+from pytest_attnheat.contract import long_calls
 from pytest_attnheat.contract.checks import CHECKS
 from pytest_attnheat.inputs import DTYPE_NAMES
 from pytest_attnheat.plugin.checking import _in_both
@@ -66,6 +68,92 @@ def test_each_check_is_a_test_with_a_readable_id(contract):
     )
     outcomes = result.parseoutcomes()
     assert set(outcomes) == {"passed", "skipped"}
+
+
+def test_the_checks_of_a_scheme_are_asked_on_ranks_and_end_with_them(contract):
+    contract.makepyfile(
+        sharded="""
+        import torch
+        import torch.distributed as dist
+        from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+        def gathering(query, key, value, is_causal=False):
+            ranks, length = dist.get_world_size(), query.shape[2]
+            whole = []
+            for shard in (key, value):
+                every = [torch.empty_like(shard) for _ in range(ranks)]
+                dist.all_gather(every, shard.contiguous())
+                whole.append(torch.cat(every, 2))
+            mask = torch.ones(length, ranks * length).tril(dist.get_rank() * length).bool()
+            return sdpa(query, *whole, mask if is_causal else None)
+
+        def alone(query, key, value, is_causal=False):
+            return sdpa(query, key, value, is_causal=is_causal)
+        """
+    )
+    contract.makepyfile(
+        """
+        from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from pytest_attnheat.contract.checks import CHECKS
+        from sharded import alone, gathering
+
+        some = [check for check in CHECKS if check.name in ("plain", "causal")]
+        specs = [AttentionSpec(one, sharding="ring", gradients=False, dtypes=("float32",))
+                 for one in (gathering, alone)]
+
+        @parametrize_with_checks(specs, checks=some, ranks=2)
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest("-v", "-W", "error")
+    result.assert_outcomes(passed=2, failed=2)
+    result.stdout.fnmatch_lines(
+        [
+            "*::test_contract?gathering-causal-float32? PASSED*",
+            "*::test_contract?alone-plain-float32? FAILED*",
+            "*that sees the keys of its own shard alone*",
+            '*repeat   check_attention(..., ranks=2, replay="*")',
+        ]
+    )
+    assert not multiprocessing.active_children()
+
+
+def test_a_call_as_long_as_memory_allows_is_a_test_where_it_is_asked_for(contract, monkeypatch):
+    memory = long_calls._SPARE + 2**28
+    monkeypatch.setattr(long_calls, "free_bytes", lambda device: memory)
+    contract.makepyfile(
+        """
+        from pytest_attnheat import AttentionSpec, parametrize_with_checks
+        from pytest_attnheat.contract.checks import CHECKS
+        from right import attention
+
+        spec = AttentionSpec(attention, dtypes=("float32",))
+
+        @parametrize_with_checks([spec], checks=CHECKS[:1], long=True)
+        def test_contract(check):
+            check()
+        """
+    )
+    result = contract.runpytest("-v", "-W", "error")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["*::test_contract?scaled_dot_product_attention-long-float32? P*"])
+
+
+@pytest.mark.parametrize(
+    ("declared", "options", "said"),
+    [
+        ({}, {"ranks": 2}, r"^ranks: got 2 for what is not sharded; accepted is "),
+        ({"sharding": "ring"}, {"ranks": 1}, r"^ranks: got 1; accepted is a whole number from 2"),
+        ({"sharding": "ring"}, {"ranks": 2, "long": True}, r"^long: got True; accepted is False "),
+    ],
+)
+def test_what_cannot_be_asked_on_ranks_is_refused_where_it_is_declared(declared, options, said):
+    spec = AttentionSpec(lambda query, key, value: query, **declared)
+    with pytest.raises(ValueError, match=said):
+        parametrize_with_checks([spec], **options)
+    with pytest.raises(ValueError, match=said):
+        check_attention(spec, **options)
 
 
 def test_a_failure_leads_with_the_diagnosis(contract):

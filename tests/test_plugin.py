@@ -1,6 +1,7 @@
 """Options, marker, hook and cost of the plugin, as a user meets them."""
 
 import importlib
+import logging
 import os
 import pkgutil
 import re
@@ -357,3 +358,53 @@ def test_it_works_under_the_options_that_people_use(pytester, options):
     result = pytester.runpytest("--attn-device=cpu", *options)
     result.assert_outcomes(passed=2 * len(NAMES))
     assert "warning" not in result.stdout.str().lower()
+
+
+# --- how far long work is
+
+LONG_WORK = """
+import time
+import pytest
+import torch
+from pytest_attnheat import LazyWeights, assert_row_stochastic
+from pytest_attnheat.attention import chunks
+
+@pytest.fixture(autouse=True)
+def at_once(monkeypatch):
+    monkeypatch.setattr(chunks, "_SECONDS", -1.0)
+
+def test_lazily():
+    query, key = torch.randn(2, 1, 1, 40, 4).unbind(0)
+    assert_row_stochastic(LazyWeights(query, key))
+
+def test_on_ranks(ranks):
+    ranks(2, time.sleep, 0.1)
+"""
+IN_FULL = "attention: *float32 (1, 1, 40, 40)>: 0 % are read"
+
+
+def test_how_far_long_work_is_stands_between_what_pytest_says(pytester):
+    pytester.makepyfile(LONG_WORK)
+    logger = logging.getLogger("pytest_attnheat")
+    before = logger.level, [*logger.handlers]
+    result = pytester.runpytest("-v")
+    result.assert_outcomes(passed=2)
+    answered = "attention: sleep on 2 ranks: 0 of 2 have answered, after 0 s"
+    result.stdout.fnmatch_lines(["*::test_lazily*", IN_FULL, "*::test_on_ranks*", answered])
+    assert (logger.level, logger.handlers) == before
+
+
+@pytest.mark.parametrize("options", [["-q"], ["--log-cli-level=INFO"], ["-p", "no:terminal"]])
+def test_it_is_said_once_and_not_where_little_is_wanted(pytester, options):
+    pytester.makepyfile(LONG_WORK)
+    result = pytester.runpytest(*options)
+    assert result.ret == 0
+    result.stdout.no_fnmatch_line("attention: *")
+    assert ("are read" in result.stdout.str()) == ("--log-cli-level=INFO" in options)
+
+
+def test_workers_say_nothing_of_how_far_they_are(pytester):
+    pytester.makepyfile(LONG_WORK)
+    result = pytester.runpytest("-n1")
+    result.assert_outcomes(passed=2)
+    result.stdout.no_fnmatch_line("attention: *")

@@ -16,9 +16,10 @@ if TYPE_CHECKING:
 
 # The most that one step over a few queries may allocate.
 CHUNK_BYTES = 64 * 2**20
-# How often what takes long tells how far it is.
+# How often what takes long tells how far it is, in seconds.
 _SECONDS = 2.0
-_LOG = logging.getLogger("pytest_attnheat")
+# What it is told; under pytest the plugin shows it as it comes.
+LOG = logging.getLogger("pytest_attnheat")
 
 
 class Progress:
@@ -28,21 +29,30 @@ class Progress:
         name: What it is told of.
         steps: How many steps there are.
         done: What becomes of them: "are read".
+        even: Whether each takes as long, so that it is known how long is left.
     """
 
-    def __init__(self, name: str, steps: int, done: str) -> None:
-        self._name, self._steps, self._what, self._done = name, steps, done, 0
+    def __init__(self, name: str, steps: int, done: str, *, even: bool = True) -> None:
+        self._name, self._steps, self._what, self._even = name, steps, done, even
+        self._done = 0
         self._start = self._told = time.monotonic()
 
     def step(self) -> None:
         """Count a step that begins, and tell every few seconds."""
-        now = time.monotonic()
-        if now - self._told > _SECONDS:
-            self._told, share = now, self._done / self._steps
-            left = (now - self._start) * (1 - share) / max(share, 1e-9)
-            text = "%s: %.0f %% %s, about %.0f s are left"
-            _LOG.info(text, self._name, 100 * share, self._what, left)
+        self.at(self._done)
         self._done += 1
+
+    def at(self, done: int) -> None:
+        """Tell, every few seconds, that so many steps are done."""
+        now = time.monotonic()
+        if now - self._told <= _SECONDS:
+            return
+        self._told, share, past = now, done / self._steps, now - self._start
+        said = f"{done} of {self._steps} {self._what}, after {past:.0f} s"
+        if self._even:
+            left = f", about {past * (1 / share - 1):.0f} s are left" if share else ""
+            said = f"{100 * share:.0f} % {self._what}{left}"
+        LOG.info("%s: %s", self._name, said)
 
 
 def pieces(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:

@@ -17,11 +17,12 @@ from torch import Tensor
 from pytest_attnheat.assertions.precision_calls import Criteria
 from pytest_attnheat.assertions.precision_judging import judge_call
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.chunks import LOG
 from pytest_attnheat.attention.levels import NONE
 from pytest_attnheat.contract.examination import Check, Examination, Skipped
 from pytest_attnheat.contract.needs import has_gradients
 from pytest_attnheat.failure import Failure
-from pytest_attnheat.inputs import readable
+from pytest_attnheat.inputs import dtype_name, readable
 
 # Beyond 2^16, and no multiple of a block.
 LONGEST = 2**17 - 27
@@ -95,6 +96,10 @@ def _run(examination: Examination) -> str:
             chosen = space.choice(sizes=(queries, keys), gradients=NONE, **few, **named)
         except ValueError as reason:
             raise Skipped(str(reason)) from None
+        LOG.info(
+            "%s: a call of %d queries and %d keys in %s%s is made and judged",
+            spec.name, queries, keys, dtype_name(examination.dtype), ", causal," * causal,
+        )  # fmt: skip
         drawn = space.call(chosen, examination.dtype, examination.device)
         _judge(examination, spec.described(drawn))
     return f"{min(_ROWS, queries)} of {queries} queries were judged, of {keys} keys"

@@ -30,6 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import distributed
 
+from pytest_attnheat.attention.chunks import Progress
 from pytest_attnheat.attention.devices import check_device, visible_devices
 from pytest_attnheat.contract import processes
 from pytest_attnheat.failure import Failure
@@ -158,7 +159,9 @@ class Ranks:
         answers: dict[int, Any] = {}
         died: dict[int, str] = {}
         errors: dict[int, _Error] = {}
-        warned: dict[_Warned, None] = {}
+        warned: dict[int, Sequence[_Warned]] = {}
+        name = f"{_name(self.body)} on {self.count} ranks"
+        progress = Progress(name, self.count, "have answered", even=False)
         until, first = time.monotonic() + limit, None
         while waiting := {
             pipe: rank for rank, (_, pipe) in enumerate(self._processes)
@@ -168,6 +171,7 @@ class Ranks:
                 first = first or time.monotonic()
                 sure = died or not all(_lost(one) for one in errors.values())
                 until = min(until, first + (_GRACE if sure else _PATIENCE))
+            progress.at(len(answers))
             left = until - time.monotonic()
             ready: list[Any] = wait(list(waiting), max(0.0, min(left, _PULSE)))
             if not ready and left <= _PULSE:
@@ -184,10 +188,9 @@ class Ranks:
                     process.join(limit)
                     died[rank] = processes.ending(process.exitcode)
                 else:
-                    kind, told, its_warnings = _read(answer)
+                    kind, told, warned[rank] = _read(answer)
                     (answers if kind == "answer" else errors)[rank] = told
-                    warned |= dict.fromkeys(its_warnings)
-        for one in warned:  # once, of whatever ranks
+        for one in dict.fromkeys(w for rank in sorted(warned) for w in warned[rank]):
             warnings.warn_explicit(*one, registry=self._registries.setdefault(one.file, {}))
         if len(answers) == self.count:
             return [answers[rank] for rank in range(self.count)]

@@ -6,8 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import product
 from typing import Any, TypeAlias
 
+from pytest_attnheat.attention.chunks import Progress
 from pytest_attnheat.callables import is_compiled
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
@@ -17,7 +19,6 @@ from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Check
 from pytest_attnheat.contract.isolated import TIME_LIMIT, isolated
-from pytest_attnheat.contract.long_calls import LONG
 from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.running import (
     KNOWN,
@@ -245,18 +246,13 @@ def check_attention(
         spec, sharded = on_ranks(spec, ranks, time_limit)
         with closing(sharded):
             report = check_attention(
-                spec, quick=quick, checks=checks, expected_failures=expected_failures, seed=seed,
-                replay=replay, isolate=False,
+                spec, quick=quick, long=long, checks=checks, expected_failures=expected_failures,
+                seed=seed, replay=replay, isolate=False,
             )  # fmt: skip
             _ = report.diagnosis  # made while there are ranks for it
         return report
     expected = dict(expected_failures or {})
-    asked = checks_of(spec, checks, quick=quick)
-    if long and not (spec.is_block or spec.is_captured):
-        asked = (*asked, LONG)
-    elif long:
-        accepted = "False for a block, and for what was captured: it is a call of a function"
-        raise ValueError(misuse("long", True, accepted))
+    asked = checks_of(spec, checks, quick=quick, long=long)
     if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:
         names = ", ".join(repr(check.name) for check in asked)
         raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
@@ -267,11 +263,12 @@ def check_attention(
     worker, hint = isolated(spec, asked, isolate, time_limit)
     with nullcontext() if worker is None else closing(worker):
         run = run_check if worker is None else worker.run
-        results = [
-            run(check, examination, expected.get(check.name))
-            for examination in examinations
-            for check in asked
-        ]
+        every = list(product(examinations, asked))
+        progress = Progress(spec.name, len(every), "checks are made", even=False)
+        results = list[Result]()
+        for examination, check in every:
+            progress.step()
+            results.append(run(check, examination, expected.get(check.name)))
         report = Report(spec, tuple(results), seed, (hint,) if hint else ())
         if worker is not None:  # diagnosed while there is a process for it
             diagnosed = partial(worker.diagnosed, examinations[0])

@@ -26,6 +26,7 @@ from pytest_attnheat.contract.declarations import hints_of, wrong_declaration
 from pytest_attnheat.contract.diagnosing import diagnose
 from pytest_attnheat.contract.diagnosis import Diagnosis
 from pytest_attnheat.contract.examination import Examination, Skipped, is_refusal
+from pytest_attnheat.contract.long_calls import LONG
 from pytest_attnheat.contract.spec import AttentionSpec
 from pytest_attnheat.failure import Failure
 from pytest_attnheat.inputs import dtype_name, misuse
@@ -150,9 +151,21 @@ KNOWN = (*CHECKS, *BLOCK_CHECKS, *CAPTURED_CHECKS)
 
 
 def checks_of(
-    spec: AttentionSpec, given: Sequence[Check] | None = None, *, quick: bool = False
+    spec: AttentionSpec,
+    given: Sequence[Check] | None = None,
+    *,
+    quick: bool = False,
+    long: bool = False,
 ) -> tuple[Check, ...]:
-    """Return the checks that a specification is asked: those that are given, or all of its kind."""
+    """Return the checks that a specification is asked: those that are given, or all of its kind.
+
+    With `long`, that of one call as long as memory allows as well.
+    """
+    if long:
+        if spec.is_block or spec.is_captured or spec.sharding is not None:
+            accepted = "False for a block, on ranks, and for what was captured"
+            raise ValueError(misuse("long", True, f"{accepted}: it is a call of one function"))
+        return (*checks_of(spec, given, quick=quick), LONG)
     if given is None:
         known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
         return tuple(check for check in known if check.quick or not quick)

@@ -146,6 +146,7 @@ class Sharded:
         kind = tensor.device.type
         if kind not in self._groups:
             body = OnRank(self.subject, kind)
+            vars(body)["__qualname__"] = self.__name__  # what is said to be on ranks
             self._groups[kind] = Ranks(self.shards.ranks, body, kind, self._limit)
         return self._groups[kind]
 

@@ -34,6 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     config.stash[settings.SETTINGS] = settings.read_settings(config)
     config.stash[summary.USED] = set()
+    summary.show_progress(config)
     config.stash[settings.ISOLATED] = []
     config.add_cleanup(lambda: settings.end_processes(config))
     if config.getoption("attn_replay") is not None:

@@ -38,14 +38,21 @@ def calls_of(
     checks: Sequence[Check] | None,
     *,
     quick: bool,
+    long: bool = False,
+    ranks: int | None = None,
 ) -> Iterator[CheckCall]:
-    """Make the calls of the checks of one implementation."""
+    """Make the calls of the checks of one implementation, see `parametrize_with_checks`."""
     from pytest_attnheat.contract.running import checks_of
 
     call = replayed(config)
-    examined = _Examined(config, spec, checks)
+    if ranks is not None:
+        from pytest_attnheat.contract.sharded import on_ranks
+
+        spec, sharded = on_ranks(spec, ranks, config.stash[SETTINGS].time_limit)
+        config.stash[ISOLATED].append(sharded)
+    asked = checks_of(spec, checks, quick=quick, long=long)
+    examined = _Examined(config, spec, asked)
     examinations, unselected = examined.examinations(quick=quick and not (call and call.dtype))
-    asked = checks_of(spec, checks, quick=quick)
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
     for number, (examination, check) in enumerate(product(examinations, asked)):
@@ -180,13 +187,11 @@ class _Examined:
     Attributes:
         config: The configuration of the run.
         spec: What is claimed.
-        checks: The checks that are asked; None for all of its kind.
+        checks: The checks that are asked.
         told: What each verdict says of it, in words and numbers alone.
     """
 
-    def __init__(
-        self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check] | None
-    ) -> None:
+    def __init__(self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check]) -> None:
         from pytest_attnheat.contract.declarations import hints_of
         from pytest_attnheat.contract.needs import all_undeclared
         from pytest_attnheat.contract.running import spec_data
@@ -213,12 +218,15 @@ class _Examined:
     def _worker(self) -> Isolated | None:
         """The process of the subject, if it has one; that of another subject is ended."""
         from pytest_attnheat.contract.isolated import isolated
+        from pytest_attnheat.contract.sharded import Sharded
 
         end_processes(self.config)
+        if isinstance(self.spec.subject, Sharded):  # it has processes of its own
+            return None
         wanted = switched(self.config, "attn_isolate") or None
         limit = self.config.stash[SETTINGS].time_limit
         try:
-            worker, hint = isolated(self.spec, self.checks or (), wanted, limit)
+            worker, hint = isolated(self.spec, self.checks, wanted, limit)
         except ValueError as error:
             pytest.fail(str(error), pytrace=False)
         self.told["hints"] += [hint] if hint else []

@@ -45,6 +45,8 @@ def parametrize_with_checks(
     expected_failures: Mapping[str, str] | None = None,
     checks: Sequence[Check] | None = None,
     quick: bool = False,
+    long: bool = False,
+    ranks: int | None = None,
 ) -> pytest.MarkDecorator:
     """Make a test of each check of each implementation, on each selected device and dtype.
 
@@ -62,6 +64,9 @@ def parametrize_with_checks(
             (`"my_attention-dropout"`), that are known to fail, with the reason.
         checks: The checks, by default all that are known.
         quick: Make fewer checks, in the first of the selected dtypes alone.
+        long: Make one call more, as long as memory allows, as `check_attention` does.
+        ranks: On how many ranks each is called, of specifications that say `sharding`. A call may
+            take as long as `--attn-time-limit` says.
 
     Returns:
         A decorator for the test.
@@ -69,10 +74,12 @@ def parametrize_with_checks(
     Raises:
         TypeError: A check is not one.
         ValueError: There are no specifications, or the name of an expected failure is not that
-            of a check.
+            of a check. One of them cannot be called on ranks, or as long.
     """
+    from pytest_attnheat.contract.ranks import TIME_LIMIT
     from pytest_attnheat.contract.ready import as_spec
     from pytest_attnheat.contract.running import checks_of
+    from pytest_attnheat.contract.sharded import on_ranks
 
     accepted = "a list of one or more specifications or callables"
     given: Any = (specs, expected_failures)
@@ -84,10 +91,13 @@ def parametrize_with_checks(
         got = type(expected_failures).__name__
         raise TypeError(misuse("expected_failures", got, "reasons by the names of checks, or None"))
     claimed = _told_apart([as_spec(spec) for spec in specs])
+    if ranks is not None:
+        for spec in claimed:
+            on_ranks(spec, ranks, TIME_LIMIT)  # which starts nothing, and refuses what is not one
     names = {
         name
         for spec in claimed
-        for check in checks_of(spec, checks)
+        for check in checks_of(spec, checks, long=long)
         for name in (check.name, f"{spec.name}-{check.name}")
     }
     unknown = sorted(set(expected_failures or {}) - names)
@@ -95,7 +105,7 @@ def parametrize_with_checks(
         accepted = f"names of checks, of {sorted(names)}"
         raise ValueError(misuse("expected_failures", unknown, accepted))
     mark: pytest.MarkDecorator = getattr(pytest.mark, CHECKS_MARKER)
-    return mark(claimed, dict(expected_failures or {}), checks, quick)
+    return mark(claimed, dict(expected_failures or {}), checks, quick, long, ranks)
 
 
 def _told_apart(specs: Sequence[AttentionSpec]) -> list[AttentionSpec]:
@@ -111,12 +121,14 @@ def _told_apart(specs: Sequence[AttentionSpec]) -> list[AttentionSpec]:
 
 def parametrize(metafunc: pytest.Metafunc, marker: pytest.Mark) -> None:
     """Parametrise a test that `parametrize_with_checks` marked."""
-    specs, expected, checks, quick = marker.args
+    specs, expected, checks, quick, long, ranks = marker.args
     try:
         calls = [
             call
             for spec in specs
-            for call in calls_of(metafunc.config, spec, expected, checks, quick=quick)
+            for call in calls_of(
+                metafunc.config, spec, expected, checks, quick=quick, long=long, ranks=ranks
+            )
         ]
     except pytest.UsageError as error:
         message = f"{metafunc.definition.nodeid}: {error}"

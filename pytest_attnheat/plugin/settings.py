@@ -41,8 +41,8 @@ MARKERS = (
     "devices also take lists, which parametrise the test; what is not "
     "given comes from the marker of the class or module, then from the defaults of "
     "pytest_attnheat.make_attention.",
-    f"{CHECKS_MARKER}(specs, expected_failures, checks, quick): what parametrize_with_checks of "
-    "pytest-attnheat leaves on a test.",
+    f"{CHECKS_MARKER}(specs, expected_failures, checks, quick, long, ranks): what "
+    "parametrize_with_checks of pytest-attnheat leaves on a test.",
     "heatmap_compare(filename=, baseline_dir=, tolerance=, precision=, share=): compare the "
     "figure that this test returns with its baseline, with and without --mpl: first the data "
     "that both carry, then their pixels. One baseline serves all devices; it lies in mpl-"
