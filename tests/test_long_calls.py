@@ -98,6 +98,13 @@ def test_keys_in_the_middle_that_are_skipped_are_named_one_by_one(spans, said, d
         assert_matches_reference(without(*spans), *given, rows=8, gradients=False)
 
 
+@pytest.mark.parametrize("width", [12, 64])
+def test_a_single_key_is_found_in_half_precision_whatever_the_width(width):
+    given = three(48, 9973, width=width, dtype=torch.bfloat16)
+    with pytest.raises(Failure, match="key 3324 of 9973 get no weight"):
+        assert_matches_reference(without((3324, 3325)), *given, rows=32, gradients=False)
+
+
 def test_right_kernels_in_half_precision_are_not_accused_of_a_key():
     for seed in range(4):
         query, key, value = (draw(name, seed, 1, 2, 5000, 16).bfloat16()

@@ -206,7 +206,7 @@ def _judge_rows(
             raise failure
         is_told = {"key", "value"} & set(names) or is_fine(call.query.dtype)
         few = suspected() if output and not is_told and criteria.reference is None else None
-        if few is not None and (said := few.lost(count)):
+        if few is not None and (said := few.lost(count, 1.0)):
             raise Failure(assertion, said, tensor=one.checked, repeat=repeat)
         check(assertion, slopes, context(found, slopes, "; values that count runs of keys"))
     whole = replace(whole, upstream=spread(call.upstream))

@@ -175,14 +175,15 @@ class Runs:
         """Return the keys of several channels, (value_dim,) boolean, as few runs as they make."""
         return _listed([self.spans[one] for one in self._chosen(channels)])
 
-    def lost(self, count: Callable[[Runs], Judgement]) -> str:
+    def lost(self, count: Callable[[Runs], Judgement], factor: float | None = None) -> str:
         """Name the keys in them that get no weight, down to single keys; empty if there are none.
 
         Args:
             count: Judges the output of values that count runs.
+            factor: Which part of their weight keys have that are not lost; by default, what most
+                of the runs have.
         """
         runs, found, others = self, list[tuple[int, int]](), False
-        factor = None
         for _ in range(_ZOOMS):
             one = count(runs)
             share, none = _share(one), _none(one)
@@ -262,7 +263,7 @@ def suspects(call: Call, off: Tensor) -> Runs | None:
         felt[keys] += (seen * ((off[maps, rows] / part) @ signs[keys].mT)).sum((0, 1))
         power[keys] += seen.square().sum((0, 1)) * signs.shape[-1]
     errors = -felt / power.clamp(min=_TINY).sqrt()  # in standard errors
-    sure, worst = errors.topk(min(max(1, signs.shape[-1] // 8), len(errors)))
+    sure, worst = errors.topk(min(max(1, signs.shape[-1] // 4), len(errors)))
     near = [int(key) // _NEAR * _NEAR for key in worst[sure > _SURE]]
     spans = [(at, min(at + _NEAR, call.key_len)) for at in dict.fromkeys(near)]
     return Runs(tuple(spans), call.key_len) if spans else None
