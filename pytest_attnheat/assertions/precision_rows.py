@@ -202,8 +202,8 @@ class Runs:
             runs = runs.parts(some[: max(1, width // 4)], width)
         if not found:
             return ""
-        said = f"{'at least ' * others}{_listed(found)} of {self.key_len}"
-        return f"{said} get no weight from any of these rows: are they read?"
+        said = f"{'at least ' * others}{_unread(found, self.key_len)}"
+        return f"{said}: {'are they' if ' get ' in said else 'is it'} read?"
 
     def _chosen(self, channels: Tensor) -> list[int]:
         return [int(one) for one in channels[: len(self.spans)].nonzero().flatten()]
@@ -219,6 +219,12 @@ def _listed(spans: Sequence[tuple[int, int]]) -> str:
     noun = "key" if sum(b - a for a, b in found) == 1 else "keys"
     more = f" and {len(found) - _LISTED} more runs" * (len(found) > _LISTED)
     return f"{noun} {', '.join(said)}{more}"
+
+
+def _unread(spans: Sequence[tuple[int, int]], key_len: int) -> str:
+    keys = _listed(spans)
+    gets = "get" if keys.startswith("keys") else "gets"
+    return f"{keys} of {key_len} {gets} no weight from any of these rows"
 
 
 def _share(one: Judgement) -> Tensor:
@@ -333,7 +339,7 @@ def _where(one: Judgement, runs: Runs, count: Callable[[Runs], Judgement]) -> st
         to_the_end = bool(lost[int(lost.int().argmax()) : len(runs.spans)].all())
         if not to_the_end:
             return runs.lost(count)
-        text = f"{runs.merged(lost)} of {runs.key_len} get no weight from any of these rows"
+        text = _unread([runs.spans[one] for one in runs._chosen(lost)], runs.key_len)
         others = (one.found / one.exact)[one.broken & (one.exact > 0) & ~lost]
         wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, runs, lost)
         if wraps:
