@@ -141,6 +141,27 @@ def test_an_order_that_follows_the_place_in_the_batch_is_named():
     assert "with its place in a batch of the same size" in found.cause
 
 
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_one_place_of_the_batch_that_goes_another_way_is_told_from_its_size(place):
+    def one_apart(query, key, value):
+        there = (torch.arange(len(query)) == min(place, len(query) - 1)).view(-1, 1, 1, 1)
+        pairs = [invariant(query, key, value, backwards=back) for back in (True, False)]
+        return torch.where(there, *pairs)
+
+    found = failure_of(assert_batch_independent, one_apart, *qkv(batch=4, key_len=32), exact=True)
+    assert "with its place in a batch of the same size" in found.cause
+
+
+def test_bits_that_follow_several_samples_together_are_told_from_the_size_of_the_batch():
+    def by_largest(query, key, value):
+        return invariant(query, key, value, backwards=bool(query.max() > 10))
+
+    query, key, value = qkv(batch=4, key_len=32)
+    query[:2, ..., 0] = 11
+    found = failure_of(assert_batch_independent, by_largest, query, key, value, exact=True)
+    assert "change with the other samples together, and with none of them alone" in found.cause
+
+
 def test_bits_that_follow_another_sample_name_it():
     def with_scale(query, key, value):
         shift = value[0].mean()  # cancels, but for rounding
@@ -148,7 +169,7 @@ def test_bits_that_follow_another_sample_name_it():
 
     found = failure_of(assert_batch_independent, with_scale, *qkv(batch=3, key_len=16), exact=True)
     assert "though right to rounding" in found.claim
-    assert "change with sample 0" in found.cause
+    assert "change with the first sample, whichever that is: a scale or" in found.cause
 
 
 @pytest.mark.parametrize("size", [4, 6, 12, 16])

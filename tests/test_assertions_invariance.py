@@ -199,7 +199,7 @@ def test_a_sample_that_its_place_changes_is_named():
 
     message = in_batch(wrong, *qkv())
     assert "18 of 36 rows are not the same in the batch as alone, in sample 1\n" in message
-    assert "cause    sample 1 changes with no other sample, but with its place in" in message
+    assert "cause    sample 1 changes with its place in a batch of the same size: an" in message
 
 
 @pytest.mark.parametrize("sample", [0, 3, 8])
@@ -214,7 +214,31 @@ def test_one_wrong_sample_of_nine_is_found_also_where_it_is_not_run_alone(sample
     alone = f"18 of 72 rows are not the same in the batch as alone, in sample {sample}\n"
     assert alone in message or "rows change when the samples of the batch change" in message
     assert alone not in message or f"worst    output[{sample}, " in message
-    assert "with its place in the batch or the size of the batch" in message
+    assert "with its place in a batch of the same size" in message
+
+
+def test_a_scale_from_the_largest_number_of_the_batch_is_not_called_the_mask_of_the_first_sample():
+    def rounded(query, key, value):
+        scale = value.abs().max() / 127
+        return SDPA(query, key, (value / scale).round() * scale)
+
+    query, key, value = qkv(batch=4)
+    value[0] *= 3
+    message = in_batch(rounded, query, key, value)
+    assert "cause    sample 1 changes with sample 0: a mean, a norm or a softmax" in message
+    assert ", a scale from its largest number, or" in message
+
+
+def test_a_number_that_several_samples_share_is_said_to_be_of_all_of_them():
+    def rounded(query, key, value):
+        scale = value.abs().amax((1, 2, 3)).topk(min(2, len(value))).values[-1] / 3
+        return SDPA(query, key, (value / scale).round() * scale)
+
+    query, key, value = qkv(batch=4)
+    value[:3] *= 3
+    value[1:3] = value[:1]
+    message = in_batch(rounded, query, key, value)
+    assert "cause    sample 3 changes with the other samples together, and with none of" in message
 
 
 def test_a_large_batch_is_run_a_few_times_only():

@@ -58,7 +58,7 @@ def test_a_right_kernel_passes_at_a_length_that_no_map_can_be_held_of(dtype):
     ("attention", "cause"),
     [
         (of_first(2**16), "keys 65536..65635 of 65636 get no weight .*: a tail that is lost"),
-        (of_first(KEYS - 1), "keys 65635 of 65636 get no weight .*: a tail that is lost"),
+        (of_first(KEYS - 1), "key 65635 of 65636 get no weight .*: a tail that is lost"),
         (of_first(KEYS // 128 * 128), "keys 65536..65635 of 65636 .* cut at 65536"),
         (wrapping(16), r"keys 65536..65635 .*offsets that wrap at 65536 \(2\^16\)\?"),
         (wrapping(15), r"keys 32768..65635 .*offsets that wrap at 32768 \(2\^15\)\?"),
@@ -69,6 +69,43 @@ def test_a_right_kernel_passes_at_a_length_that_no_map_can_be_held_of(dtype):
 def test_keys_that_are_lost_or_read_twice_are_named(attention, cause, dtype):
     with pytest.raises(Failure, match=f"weights of runs of keys(.|\n)*{cause}"):
         assert_matches_reference(attention, *three(24, dtype=dtype), rows=8, gradients=False)
+
+
+def without(*spans):
+    """Attention in float32 that leaves out some keys in the middle."""
+
+    def attention(query, key, value):
+        hidden = torch.zeros(key.shape[-2], dtype=torch.bool)
+        for start, stop in spans:
+            hidden[start:stop] = True
+        own = plain(query.float(), key.float(), value.float(), ~hidden)
+        return own.to(value.dtype)
+
+    return attention
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("spans", "said"),
+    [
+        ([(7001, 7002)], "key 7001 of 9973"),
+        ([(2048, 2112), (6000, 6064)], "keys 2048..2111, 6000..6063 of 9973"),
+    ],
+)
+def test_keys_in_the_middle_that_are_skipped_are_named_one_by_one(spans, said, dtype):
+    given = three(24, 9973, dtype=dtype)
+    with pytest.raises(Failure, match=f"{said} get no weight from any of these rows: are"):
+        assert_matches_reference(without(*spans), *given, rows=8, gradients=False)
+
+
+def test_right_kernels_in_half_precision_are_not_accused_of_a_key():
+    for seed in range(4):
+        query, key, value = (draw(name, seed, 1, 2, 5000, 16).bfloat16()
+                             for name in ("query", "key", "value"))  # fmt: skip
+        for attention in (sdpa, without()):
+            assert_matches_reference(
+                attention, query[..., :20, :], key, value, rows=8, seed=seed, gradients=False
+            )
 
 
 def test_a_window_that_is_wrong_where_rows_are_many_is_found():
@@ -170,11 +207,9 @@ LENGTHS = [(131072, 64), (131101, 16), (5, 64), (300, 2), (9, 4)]
 
 @pytest.mark.parametrize(("key_len", "width"), LENGTHS)
 def test_runs_of_keys_cover_all_keys_and_are_no_more_than_the_channels(key_len, width):
-    edges = Runs.of(key_len, width).edges
-    assert edges[0] == 0
-    assert edges[-1] == key_len
-    assert len(edges) - 1 <= min(width, key_len)
-    assert list(edges) == sorted(set(edges))
+    spans = Runs.of(key_len, width).spans
+    assert [key for start, stop in spans for key in range(start, stop)] == [*range(key_len)]
+    assert len(spans) <= min(width, key_len)
 
 
 # --- in the examination

@@ -26,11 +26,14 @@ from pytest_attnheat.assertions.precision_rows import (
     Runs,
     chosen_rows,
     of_rows,
+    signs_like,
+    suspects,
     weights_of_runs,
 )
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.scoring import draw
+from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -170,6 +173,21 @@ def _judge_rows(
             explain=False,
         )
 
+    def valued(value: Tensor) -> tuple[Call, Tensor]:
+        """Ask with other values: return the call of the rows, and the whole output."""
+        output = ask(replace(whole, value=value, upstream=None), [])["output"]
+        assert output is not None
+        return replace(call, value=value, upstream=None), output
+
+    def count(runs: Runs) -> Judgement:
+        own, output = valued(runs.value(whole.value))
+        return judged("output", output, _expected(own, criteria, [], code), own)
+
+    def suspected() -> Runs | None:
+        own, output = valued(signs_like(whole.value, criteria.seed))
+        off = output[..., numbers, :].double() - computation.reference(own).exact["output"]
+        return suspects(own, off.nan_to_num().masked_fill(masked_rows.unsqueeze(-1), 0.0))
+
     if whole.value.shape[-1] > 1:
         runs = Runs.of(whole.key_len, whole.value.shape[-1])
         counting, asked = runs.value(whole.value), [name for name in names if name == "query"]
@@ -181,9 +199,15 @@ def _judge_rows(
         one, *slopes = [judged(name, found[name], expected, own) for name in ["output", *asked]]
         failure = None
         if output:
-            failure = weights_of_runs(assertion, one, runs, repeat, surrounded=criteria.surrounded)
+            failure = weights_of_runs(
+                assertion, one, runs, repeat, count=count, surrounded=criteria.surrounded
+            )
         if failure is not None:
             raise failure
+        is_told = {"key", "value"} & set(names) or is_fine(call.query.dtype)
+        few = suspected() if output and not is_told and criteria.reference is None else None
+        if few is not None and (said := few.lost(count)):
+            raise Failure(assertion, said, tensor=one.checked, repeat=repeat)
         check(assertion, slopes, context(found, slopes, "; values that count runs of keys"))
     whole = replace(whole, upstream=spread(call.upstream))
     found = ask(whole, names)

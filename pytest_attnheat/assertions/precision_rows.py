@@ -9,12 +9,18 @@ subject is called once more with values that count: each channel has ones at a r
 zeros elsewhere, and the output there is the weight of that run. Short runs lie where kernels go
 wrong: at the end, beside blocks, and where an offset needs one bit more. The gradient of a query is
 judged there too, each row by one run: as a sum over all keys, it is small beside its rounding.
+
+A few keys of a long run are less than its rounding. Where no gradient of keys is judged, half
+precision is asked once more, with signs as values: a sum of signs is near zero, and so is its
+rounding. Each key leaves its own signs in all rows and channels, by which one that is lost is
+suspected where its weights are not small beside the rounding of all others. It is counted then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -22,6 +28,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.precision_elements import Judgement
 from pytest_attnheat.attention.call import Call, ScoreMod
+from pytest_attnheat.attention.lazy import LazyWeights
 from pytest_attnheat.failure import Failure, Place
 
 # Where kernels cut, and where offsets of 16 bits end, with a sign and without.
@@ -30,6 +37,13 @@ _BLOCKS, _BITS = (64, 128), (15, 16)
 _NEAR = 16
 # Less than this part of the weight that a run of keys should have is none of it.
 _NONE = 0.01
+# Runs of keys that are named one by one.
+_LISTED = 6
+# Keys are counted one by one that may be lost beyond so many standard errors.
+_SURE = 5.0
+# Of one key in a run, this part of its weight is missed; so often runs are cut into parts.
+_PART, _ZOOMS = 0.05, 6
+_TINY = torch.finfo(torch.float64).tiny
 # So many NaN lie before and after an input whose surroundings are NaN: more than a block has.
 BESIDE = 2**15
 
@@ -102,10 +116,12 @@ class Runs:
     """Runs of keys, one for each channel of the value.
 
     Attributes:
-        edges: Where they begin, and the number of keys.
+        spans: The first key of each, and the one after its last.
+        key_len: The number of keys.
     """
 
-    edges: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...]
+    key_len: int
 
     @classmethod
     def of(cls, key_len: int, width: int) -> Runs:
@@ -124,18 +140,27 @@ class Runs:
             sizes = [b - a for a, b in pairwise(edges)]
             longest = sizes.index(max(sizes))
             edges.insert(longest + 1, edges[longest] + sizes[longest] // 2)
-        return cls(tuple(edges))
+        return cls(tuple(pairwise(edges)), key_len)
+
+    def parts(self, channels: Sequence[int], width: int) -> Runs:
+        """Return the parts of some of them, as many as the value has channels."""
+        each, spans = max(2, width // len(channels)), list[tuple[int, int]]()
+        for channel in channels[: max(1, width // 2)]:
+            start, stop = self.spans[channel]
+            edges = sorted({start + (stop - start) * n // each for n in range(each + 1)})
+            spans += pairwise(edges)
+        return replace(self, spans=tuple(spans[:width]))
 
     def value(self, value: Tensor) -> Tensor:
         """Return a value of the same shape that has ones in each channel at its run."""
         counting = torch.zeros_like(value)
-        for channel, (start, stop) in enumerate(pairwise(self.edges)):
+        for channel, (start, stop) in enumerate(self.spans):
             counting[..., start:stop, channel] = 1
         return counting
 
     def upstream(self, like: Tensor) -> Tensor:
         """Return a gradient of the output that is one channel of each row, short runs first."""
-        sizes = torch.tensor([b - a for a, b in pairwise(self.edges)], device="cpu")
+        sizes = torch.tensor([b - a for a, b in self.spans], device="cpu")
         order = sizes.argsort(stable=True).to(like.device)
         channel = order[torch.arange(like.shape[-2], device=like.device) % len(order)]
         one = torch.nn.functional.one_hot(channel, like.shape[-1]).to(like)
@@ -144,25 +169,113 @@ class Runs:
 
     def name(self, channel: int) -> str:
         """Return the keys that a channel counts."""
-        start, last = self.edges[channel], self.edges[channel + 1] - 1
-        return f"key {start}" if start == last else f"keys {start}..{last}"
+        return _listed([self.spans[channel]])
 
     def merged(self, channels: Tensor) -> str:
         """Return the keys of several channels, (value_dim,) boolean, as few runs as they make."""
-        found: list[tuple[int, int]] = []
-        for channel in channels[: len(self.edges) - 1].nonzero().flatten().tolist():
-            start, stop = self.edges[channel], self.edges[channel + 1]
-            found = (
-                [*found[:-1], (found[-1][0], stop)]
-                if found and found[-1][1] == start
-                else [*found, (start, stop)]
-            )
-        said = [f"{a}" if b == a + 1 else f"{a}..{b - 1}" for a, b in found[:3]]
-        return f"keys {' and '.join(said)}{' and more' * (len(found) > 3)}"
+        return _listed([self.spans[one] for one in self._chosen(channels)])
+
+    def lost(self, count: Callable[[Runs], Judgement]) -> str:
+        """Name the keys in them that get no weight, down to single keys; empty if there are none.
+
+        Args:
+            count: Judges the output of values that count runs.
+        """
+        runs, found, others = self, list[tuple[int, int]](), False
+        factor = None
+        for _ in range(_ZOOMS):
+            one = count(runs)
+            share, none = _share(one), _none(one)
+            factor = float(share.nanmedian()) if factor is None else factor
+            found += [runs.spans[channel] for channel in runs._chosen(none)]
+            sizes = share.new_tensor([b - a for a, b in runs.spans])
+            # A key that is lost of so many, on the average.
+            low = share[: len(sizes)] < factor * (1 - _PART / sizes)
+            low &= (sizes > 1) & ~none[: len(sizes)]
+            some = runs._chosen(low)
+            if not some:
+                break
+            some.sort(key=lambda channel: float(share[channel]))
+            width = one.exact.shape[-1]
+            others |= len(some) > width // 4
+            runs = runs.parts(some[: max(1, width // 4)], width)
+        if not found:
+            return ""
+        said = f"{'at least ' * others}{_listed(found)} of {self.key_len}"
+        return f"{said} get no weight from any of these rows: are they read?"
+
+    def _chosen(self, channels: Tensor) -> list[int]:
+        return [int(one) for one in channels[: len(self.spans)].nonzero().flatten()]
+
+
+def _listed(spans: Sequence[tuple[int, int]]) -> str:
+    """Name runs of keys, in order, of which those that touch are one."""
+    found: list[tuple[int, int]] = []
+    for start, stop in sorted(spans):
+        touches = bool(found) and found[-1][1] == start
+        found = [*found[:-1], (found[-1][0], stop)] if touches else [*found, (start, stop)]
+    said = [f"{a}" if b == a + 1 else f"{a}..{b - 1}" for a, b in found[:_LISTED]]
+    noun = "key" if sum(b - a for a, b in found) == 1 else "keys"
+    more = f" and {len(found) - _LISTED} more runs" * (len(found) > _LISTED)
+    return f"{noun} {', '.join(said)}{more}"
+
+
+def _share(one: Judgement) -> Tensor:
+    """Of the weight that each channel should have, the part that it has, (value_dim,)."""
+    lead = tuple(range(one.exact.ndim - 1))
+    exact = one.exact.nan_to_num().sum(lead)
+    return torch.where(exact > 0, one.found.nan_to_num().sum(lead) / exact, math.nan)
+
+
+def _none(one: Judgement) -> Tensor:
+    """Which channels get no weight from any row, as far as that is beyond rounding."""
+    lead = tuple(range(one.exact.ndim - 1))
+    seen = (one.exact > 0) & (one.exact > 2 * one.allowed)
+    none = one.broken & seen & (one.found.abs() <= _NONE * one.exact)
+    return none.any(lead) & ~(seen & ~none).any(lead)
+
+
+# --- values of signs, by which single keys are told from one another
+
+
+def signs_like(value: Tensor, seed: int) -> Tensor:
+    """Return a value of the same shape with a drawn sign in each place, the same in all maps."""
+    drawn = torch.rand(value.shape[-2:], generator=torch.Generator("cpu").manual_seed(seed))
+    return (drawn < 0.5).to(value).mul(2).sub(1).expand(value.shape).contiguous()
+
+
+def suspects(call: Call, off: Tensor) -> Runs | None:
+    """Return short runs around the keys that may have none of their weight; None if none may.
+
+    Args:
+        call: That of some rows, with signs as values.
+        off: By how much the output is off, (..., rows, value_dim), float64.
+    """
+    signs, off = call.value.flatten(0, -3)[0].double(), off.flatten(0, -3)
+    # Rows count by what is not explained in them.
+    noise = off.square().mean(-1, keepdim=True).sqrt().clamp(min=_TINY)
+    felt = off.new_zeros(call.key_len)
+    power = torch.zeros_like(felt)
+    for maps, rows, weights, first in LazyWeights.of_call(call, torch.float64).parts():
+        part, seen = noise[maps, rows], weights / noise[maps, rows]
+        keys = slice(first, first + weights.shape[-1])
+        felt[keys] += (seen * ((off[maps, rows] / part) @ signs[keys].mT)).sum((0, 1))
+        power[keys] += seen.square().sum((0, 1)) * signs.shape[-1]
+    errors = -felt / power.clamp(min=_TINY).sqrt()  # in standard errors
+    sure, worst = errors.topk(min(max(1, signs.shape[-1] // 8), len(errors)))
+    near = [int(key) // _NEAR * _NEAR for key in worst[sure > _SURE]]
+    spans = [(at, min(at + _NEAR, call.key_len)) for at in dict.fromkeys(near)]
+    return Runs(tuple(spans), call.key_len) if spans else None
 
 
 def weights_of_runs(
-    assertion: str, one: Judgement, runs: Runs, repeat: str, *, surrounded: bool = False
+    assertion: str,
+    one: Judgement,
+    runs: Runs,
+    repeat: str,
+    *,
+    surrounded: bool = False,
+    count: Callable[[Runs], Judgement],
 ) -> Failure | None:
     """Return what is wrong with the weights of runs of keys; None if nothing is.
 
@@ -172,6 +285,7 @@ def weights_of_runs(
         runs: What they count.
         repeat: What it takes to see the same again.
         surrounded: Whether what lies beside the inputs in memory is NaN.
+        count: Judges the output of values that count other runs.
     """
     broken = one.broken
     if not bool(broken.any()):
@@ -194,7 +308,7 @@ def weights_of_runs(
         broken=int(broken.sum()),
         of=int(one.judged.sum()),
         worst=Place(text, (*place, row), found, "output"),
-        cause=_read_beside(one) if surrounded and nan else _where(one, runs),
+        cause=_read_beside(one) if surrounded and nan else _where(one, runs, count),
         tensor=one.checked,
         tolerance=float(one.allowed[at]),
         repeat=repeat,
@@ -209,21 +323,16 @@ def _read_beside(one: Judgement) -> str:
     )
 
 
-def _where(one: Judgement, runs: Runs) -> str | None:
+def _where(one: Judgement, runs: Runs, count: Callable[[Runs], Judgement]) -> str:
     """Name the keys that get no weight from any row, or weight that is not theirs."""
     lead = tuple(range(one.exact.ndim - 1))
-    clear = one.broken & (one.exact > 2 * one.allowed)
-    none = clear & (one.found.abs() <= _NONE * one.exact)
-    seen = (one.exact > 0) & (one.exact > 2 * one.allowed)
-    lost = none.any(lead) & ~(seen & ~none).any(lead)
+    lost = _none(one)
     if bool(lost.any()):
-        key_len = runs.edges[-1]
-        keys = runs.merged(lost)
-        start = runs.edges[int(lost.int().argmax())]
-        to_the_end = bool(lost[int(lost.int().argmax()) : len(runs.edges) - 1].all())
-        text = f"{keys} of {key_len} get no weight from any of these rows"
+        start = runs.spans[int(lost.int().argmax())][0]
+        to_the_end = bool(lost[int(lost.int().argmax()) : len(runs.spans)].all())
         if not to_the_end:
-            return f"{text}: are they read?"
+            return runs.lost(count)
+        text = f"{runs.merged(lost)} of {runs.key_len} get no weight from any of these rows"
         others = (one.found / one.exact)[one.broken & (one.exact > 0) & ~lost]
         wraps = others.numel() > 0 and start & (start - 1) == 0 and _wraps(one, runs, lost)
         if wraps:
@@ -238,6 +347,8 @@ def _where(one: Judgement, runs: Runs) -> str | None:
         keys = runs.merged(nowhere.any(lead))
         rows = int(nowhere.any(-1).sum())
         return f"{keys} get weight from {rows} of these rows that may not see them"
+    if said := runs.lost(count):
+        return said
     wrong = runs.merged(one.broken.any(lead))
     return f"the weight of {wrong} is off"
 
@@ -249,12 +360,12 @@ def _cut(one: Judgement, runs: Runs, lost: Tensor, first: int) -> str:
     whole = ~lost
     whole[max(first - 1, 0)] = False
     if first == 0 or not bool(whole.any()):
-        return f"at {runs.edges[first]}"
+        return f"at {runs.spans[first][0]}"
     # Of the keys that are left, each weighs more by one factor.
     factor = float(found[whole].sum() / exact[whole].sum().clamp(min=1e-300))
     expected = factor * float(exact[first - 1])
     short = expected - float(found[first - 1]) > max(0.01 * expected, float(one.allowed.max()))
-    start, stop = runs.edges[first - 1], runs.edges[first]
+    start, stop = runs.spans[first - 1]
     return f"between {start} and {stop}" if short else f"at {stop}"
 
 

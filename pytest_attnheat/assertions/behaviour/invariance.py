@@ -247,66 +247,98 @@ def _batch_norm(subject: object) -> str | None:
     return None
 
 
-def _company(batch: _Batch, sample: int) -> str:
-    """Say which other samples a sample depends on, as replacing them by a copy of it tells."""
-    felt = _felt(batch, sample)
-    if not felt:
-        return (
-            f"sample {sample} changes with no other sample, but with its place in the batch or "
-            "the size of the batch"
-        )
-    if felt == [0]:
-        return (
-            f"sample {sample} changes with sample 0: is the mask, or are the keys, of sample 0 "
-            "taken for all?"
-        )
-    return (
-        f"sample {sample} changes with {_samples(felt)}: a mean, a norm or a softmax over the "
-        "batch (dim=0), or a reshape that mixes it with another dimension?"
-    )
-
-
-def _felt(batch: _Batch, sample: int) -> list[int]:
-    others = [other for other in range(batch.called.batch) if other != sample][:_COMPANY]
-    felt = []
-    for other in others:
-        which = torch.arange(batch.called.batch)
-        which[other] = sample
-        if holds(partial(_changes, batch, sample, which)):
-            felt.append(other)
-    return felt
-
-
 def _cause_of_bits(batch: _Batch, sample: int) -> str:
     """Say what the bits of a sample depend on, which is right to rounding."""
     if batch.training:
         return RANDOM_CAUSE
-    size = batch.called.batch
-    own = torch.arange(size)
-    if any(holds(partial(_changes, batch, sample, own)) for _ in range(_AGAIN)):
+    own = torch.arange(batch.called.batch)
+    if any(holds(partial(_changes, batch, sample, own, exact=True)) for _ in range(_AGAIN)):
         return "two calls with the same input differ as well: atomic adds, or a race?"
-    if felt := _felt(batch, sample):
-        return (
-            f"the bits of sample {sample} change with {_samples(felt)}: a scale, a norm or a "
-            "choice of kernel from the numbers of the whole batch?"
-        )
-    if holds(partial(_changes, batch, sample, own.roll(1), at=(sample + 1) % size)):
-        return (
-            f"the bits of sample {sample} change with its place in a batch of the same size: "
-            "tiles or splits that begin elsewhere?"
-        )
-    return (
-        f"the bits of sample {sample} change with the size of the batch alone: another kernel, "
-        "another tile, or another split of the keys for another size?"
-    )
+    return _company(batch, sample, exact=True)
 
 
-def _changes(batch: _Batch, sample: int, which: Tensor, at: int | None = None) -> bool:
-    """Whether a sample gives something else in a batch of others, where it is the one at `at`."""
+# By whether it is right to rounding: what takes it from the numbers of other samples, from where it
+# is, and from how many there are.
+_FROM_OTHERS = (
+    "a mean, a norm or a softmax over the batch (dim=0), a scale from its largest number, or a "
+    "reshape that mixes it with another dimension?",
+    "a scale, a norm or a choice of kernel from the numbers of the whole batch?",
+)
+_FROM_FIRST = (
+    "is its mask, or are its keys, taken for all?",
+    "a scale or a choice of kernel from its numbers?",
+)
+_FROM_PLACE = "an index of the batch that is wrong?", "tiles or splits that begin elsewhere?"
+_FROM_SIZE = (
+    "a number of samples where a length is meant?",
+    "another kernel, another tile, or another split of the keys for another size?",
+)
+
+
+def _company(batch: _Batch, sample: int, *, exact: bool = False) -> str:
+    """Say what a sample, or its bits, depends on, as batches of the same size tell."""
+    said = f"the bits of sample {sample} change" if exact else f"sample {sample} changes"
+    size = batch.called.batch
+
+    def changes(which: Tensor, at: int = sample, expected: Tensor | None = None) -> bool:
+        return holds(partial(_changes, batch, sample, which, at=at, exact=exact, expected=expected))
+
+    own, felt = torch.arange(size), []
+    for other in [other for other in range(size) if other != sample][:_COMPANY]:
+        which = own.clone()
+        which[other] = sample
+        felt += [other] if changes(which) else []
+    if felt == [0] and _feels_the_first(batch, sample, changes):
+        return f"{said} with the first sample, whichever that is: {_FROM_FIRST[exact]}"
+    if felt:
+        return f"{said} with {_samples(felt)}: {_FROM_OTHERS[exact]}"
+    if changes(torch.full((size,), sample)):
+        return (
+            f"{said} with the other samples together, and with none of them alone: "
+            f"{_FROM_OTHERS[exact]}"
+        )
+    if any(changes(own.roll(by), (sample + by) % size) for by in range(1, min(size, 1 + _COMPANY))):
+        return f"{said} with its place in a batch of the same size: {_FROM_PLACE[exact]}"
+    return f"{said} with the size of the batch alone: {_FROM_SIZE[exact]}"
+
+
+def _feels_the_first(batch: _Batch, sample: int, changes: Callable[..., bool]) -> bool:
+    """Whether a sample depends on the first of a batch, also where that is another one."""
+    own = torch.arange(batch.called.batch)
+    for by in range(1, len(own)):
+        order, at = own.roll(by), (sample + by) % len(own)
+        if at == 0:
+            continue
+        other, expected = order.clone(), batch.run(order)[at : at + 1]
+        other[0] = sample
+        return changes(other, at, expected)
+    return True  # of two samples, nothing tells
+
+
+def _changes(
+    batch: _Batch,
+    sample: int,
+    which: Tensor,
+    at: int | None = None,
+    *,
+    exact: bool,
+    expected: Tensor | None = None,
+) -> bool:
+    """Whether a sample gives something else in a batch of others.
+
+    Args:
+        batch: The batch.
+        sample: The sample.
+        which: The samples of the other batch.
+        at: Where it is among them; where it was, by default.
+        exact: Whether every bit counts.
+        expected: What it is compared with; by default, what it gives in the batch.
+    """
     place = sample if at is None else at
-    got, expected = batch.run(which)[place : place + 1], batch.output[sample : sample + 1]
+    got = batch.run(which)[place : place + 1]
+    expected = batch.output[sample : sample + 1] if expected is None else expected
     judged = batch.judged(torch.tensor([sample]))
-    if not batch.exact:
+    if not exact:
         return differ(got, expected, batch.allowed, judged)
     rows = differing_bits(got, expected).any(-1)
     return bool((rows if judged is None else rows & judged.to(rows.device)).any())
