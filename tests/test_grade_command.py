@@ -457,7 +457,7 @@ def test_html_shows_the_grade(project):
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--attn-grade=nowhere:f"], "--attn-grade nowhere:f: No module named 'nowhere'"),
+        (["--attn-grade=nowhere:f"], "--attn-grade nowhere:f: No module named 'nowhere'; *"),
         (["--attn-grade=my_package.attention:f"], "*has no attribute 'f'"),
         (["--attn-grade=f"], "--attn-grade: got 'f'; accepted is package.module:object, *"),
         (["--attn-grade=my_package.attention:Tools"], "*Tools, which is a class; accepted is *"),
