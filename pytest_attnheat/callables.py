@@ -53,14 +53,14 @@ def always_compiled(subject: object) -> Iterator[None]:
         return
     from torch._dynamo import config
 
+    of = "recompile" if hasattr(config, "recompile_limit") else "cache_size"  # torch 2.6
+    hit = "recompile" if of == "recompile" else "cache"
     wanted = {
-        "recompile_limit": _COMPILATIONS,
-        "accumulated_recompile_limit": 16 * _COMPILATIONS,
-        "fail_on_recompile_limit_hit": True,
+        f"{of}_limit": _COMPILATIONS,
+        f"accumulated_{of}_limit": 16 * _COMPILATIONS,
+        f"fail_on_{hit}_limit_hit": True,
     }
-    known = {name: max(getattr(config, name), it) for name, it in wanted.items()
-             if hasattr(config, name)}  # fmt: skip
-    with config.patch(known):
+    with config.patch({name: max(getattr(config, name), it) for name, it in wanted.items()}):
         yield
 
 

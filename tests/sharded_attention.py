@@ -9,7 +9,11 @@ import math
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+
+try:
+    from torch.distributed.tensor.experimental._context_parallel import _attention as theirs
+except ImportError:  # older versions of torch have it elsewhere, and other
+    theirs = None
 
 INF = float("inf")
 

@@ -173,7 +173,8 @@ def test_flex_attention_passes_in_every_dtype():
         report = check_attention(flex_attention, checks=[BY_NAME[name] for name in some])
     assert report.passed, str(report)
     assert report.spec.name == "flex_attention"
-    assert statuses(report, "gradients") == {"skipped"}  # there is no backward on a CPU
+    # There is no backward pass of it on a CPU, but in old versions of torch.
+    assert statuses(report, "gradients") in ({"skipped"}, {"passed"})
     assert statuses(report, "grouped") == statuses(report, "masked") == {"passed"}
 
 

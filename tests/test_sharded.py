@@ -16,7 +16,15 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_attention import dropping, exchanging, filled_up, of_pytorch, positions, rotating
+from sharded_attention import (
+    dropping,
+    exchanging,
+    filled_up,
+    of_pytorch,
+    positions,
+    rotating,
+    theirs,
+)
 from sharded_gradients import GRADIENTS, RIGHT_GRADIENTS
 
 from pytest_attnheat import AttentionSpec, check_attention, diagnose
@@ -88,6 +96,8 @@ def test_a_scheme_says_which_positions_each_rank_holds_and_gathers_what_it_scatt
 @pytest.mark.parametrize("name", RIGHT)
 def test_right_attention_passes(name):
     subject, scheme, declared = RIGHT[name]
+    if theirs is None and name.startswith("PyTorch"):
+        pytest.skip("an older version of torch has its ring elsewhere")
     checks = some("plain", "causal", "large_scores")
     report = check_attention(spec_of(subject, scheme, **declared), ranks=2, checks=checks)
     assert report.passed, report
@@ -170,6 +180,8 @@ def of_gradients():
 @pytest.mark.parametrize("name", RIGHT_GRADIENTS)
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_right_gradients_pass(name, ranks, of_gradients):
+    if theirs is None and name.startswith("PyTorch"):
+        pytest.skip("an older version of torch has its ring elsewhere")
     assert of_gradients[name, ranks] == [True, ""]
 
 
