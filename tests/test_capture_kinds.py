@@ -507,7 +507,7 @@ def test_a_convolution_in_attention_that_was_not_seen_does_not_stand_for_it():
     assert [(unseen.layer, unseen.what) for unseen in trace.unseen] == [("0", "KernelAttention")]
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 def test_what_is_traced_is_named_and_holds_nothing_of_ours():
     expected = [node.kind() for node in torch.jit.trace(Attend(), X).graph.nodes()]
     with capture_attention(allow_empty=True, allow_unseen=True) as trace:

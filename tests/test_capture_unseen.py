@@ -12,7 +12,7 @@ from pytest_attnheat import capture_attention
 from pytest_attnheat.capture import CaptureWarning
 from pytest_attnheat.capture.trace import Unseen
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated:DeprecationWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.jit.*is deprecated")
 X = draw("x", 2, 3, 5, 4)
 
 

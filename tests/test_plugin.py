@@ -408,3 +408,36 @@ def test_workers_say_nothing_of_how_far_they_are(pytester):
     result = pytester.runpytest("-n1")
     result.assert_outcomes(passed=2)
     result.stdout.no_fnmatch_line("attention: *")
+
+
+REDIRECTED = """
+import contextlib
+import io
+import logging
+import sys
+
+def told():
+    print("one")
+    sys.stderr.write("one\\n")
+    logging.getLogger("pytest_attnheat").info("half of it")
+    print("two")
+    sys.stderr.write("two\\n")
+
+def test_redirected():
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        told()
+    assert out.getvalue() == errors.getvalue() == "one\\ntwo\\n"
+
+def test_captured(capsys):
+    told()
+    assert capsys.readouterr() == ("one\\ntwo\\n", "one\\ntwo\\n")
+"""
+
+
+@pytest.mark.parametrize("capture", ["fd", "sys", "no"])
+def test_what_a_test_redirects_stays_redirected(pytester, capture):
+    pytester.makepyfile(REDIRECTED)
+    result = pytester.runpytest(f"--capture={capture}")
+    result.assert_outcomes(passed=2)
+    result.stdout.fnmatch_lines(["attention: half of it"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -46,9 +47,13 @@ class LiveProgress(logging.Handler):
         reporter, capture = map(manager.get_plugin, ("terminalreporter", "capturemanager"))
         if reporter is None or logging.getLogger(_LOGGER).handlers[-1] is not self:
             return
-        with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-            reporter.ensure_newline()
-            reporter.write_line(f"attention: {record.getMessage()}")
+        streams = sys.stdout, sys.stderr
+        try:
+            with nullcontext() if capture is None else capture.global_and_fixture_disabled():
+                reporter.ensure_newline()
+                reporter.write_line(f"attention: {record.getMessage()}")
+        finally:  # pytest puts its own in place of those that a test has redirected
+            sys.stdout, sys.stderr = streams
 
 
 def show_progress(config: pytest.Config) -> None:
