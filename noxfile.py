@@ -15,13 +15,15 @@ import nox
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml(ROOT / "pyproject.toml")["project"]
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-# Those that people have beside it, and that hook into the same places.
+# Those that people have beside it, and that hook into the same places; but pytest-asyncio, which
+# warns of each run that does not configure it, and pytest-randomly, which changes what tests of
+# the order of tests find.
 PLUGINS = [
     "hypothesis",
-    "pytest-asyncio",
     "pytest-benchmark",
     "pytest-cov",
-    "pytest-randomly",
+    "pytest-mock",
+    "pytest-order",
     "pytest-rerunfailures",
     "pytest-timeout",
     "syrupy",
@@ -93,8 +95,7 @@ def plugins_together(session: nox.Session) -> None:
     """The tests of the plugin, in runs that have other plugins as well."""
     install_pinned(session, *PLUGINS)
     files = [f"tests/test_{name}.py" for name in ("plugin", "fixtures", "baselines", "updates")]
-    # The tests themselves in their order; the runs that they start, with all that is installed.
-    run(session, "pytest", "-n", "2", "-p", "no:randomly", *files)
+    run(session, "pytest", "-n", "2", *files)
 
 
 @nox.session
