@@ -309,6 +309,31 @@ def test_slopes_may_depend_on_the_number_of_heads():
     assert torch.equal(spec.described(plain_call()).alibi, torch.tensor([0.5, 0.25, 0.125, 0.0625]))
 
 
+def test_slopes_may_be_a_list_and_are_one_for_each_head():
+    _, attention = recording()
+    spec = AttentionSpec(attention, alibi=lambda heads: [2.0**-n for n in range(1, heads + 1)])
+    assert spec.described(plain_call()).alibi.tolist() == [0.5, 0.25, 0.125, 0.0625]
+    for wrong, said in (
+        (lambda heads: torch.ones(heads + 1), r"alibi: got one that returned float32 \(5,\); "),
+        (
+            lambda heads: torch.ones(heads, 1, 1),
+            r"alibi: got .* returns one number for each, here 4",
+        ),
+        (lambda heads: [1.0][heads], "alibi: got one that raised IndexError"),
+        (lambda heads: object(), "alibi: got one that returned object"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=said):
+            AttentionSpec(attention, alibi=wrong)
+
+
+def test_what_a_block_alone_has_is_refused_of_a_function():
+    _, attention = recording()
+    with pytest.raises(ValueError, match=r"documents: got int64 .6,.; accepted is of a function, "):
+        AttentionSpec(attention, documents=torch.zeros(6, dtype=torch.long))
+    with pytest.raises(ValueError, match="memory: got 'text'; accepted is None, but of a block"):
+        AttentionSpec(attention, memory="text")
+
+
 # --- what is not declared
 
 

@@ -178,6 +178,43 @@ def test_flex_attention_passes_in_every_dtype():
     assert statuses(report, "grouped") == statuses(report, "masked") == {"passed"}
 
 
+def rotated(x):
+    width, length = x.shape[-1], x.shape[-2]
+    at = torch.arange(length)[:, None] * 10000.0 ** (-torch.arange(0, width, 2) / width)
+    cos, sin, even, odd = at.cos().to(x), at.sin().to(x), x[..., ::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+def with_rotation(query, key, value, is_causal=False):
+    return sdpa(rotated(query), rotated(key), value, is_causal=is_causal)
+
+
+def in_float64(query, key, value, is_causal=False):
+    return with_rotation(query.double(), key.double(), value.double(), is_causal)
+
+
+def test_a_reference_that_rounds_nothing_leaves_room_for_the_steps_it_does_not_show():
+    spec = AttentionSpec(with_rotation, reference=in_float64, dtypes=ONE_DTYPE)
+    report = check_attention(spec)
+    assert report.passed, str(report)
+
+
+def test_beside_a_reference_no_defect_of_other_attention_is_named():
+    def sees_one_more(query, key, value, is_causal=False):
+        seen = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril(1)
+        return sdpa(rotated(query), rotated(key), value, attn_mask=seen if is_causal else None)
+
+    spec = AttentionSpec(sees_one_more, reference=in_float64, dtypes=ONE_DTYPE)
+    report = check_attention(spec, checks=[BY_NAME["plain"], BY_NAME["causal"]])
+    assert [result.name for result in report.failed] == ["causal"]
+    assert report.diagnosis is None
+
+
+def test_expected_failures_are_given_with_their_reasons():
+    with pytest.raises(TypeError, match="expected_failures: got list; accepted is reasons by the"):
+        check_attention(sdpa, expected_failures=["dropout"])
+
+
 def test_another_layout_and_meaning_of_the_mask_are_declared():
     def own(q, k, v, dropped=None):
         turned = (t.transpose(1, 2) for t in (q, k, v))

@@ -387,6 +387,10 @@ def test_a_block_mask_leaves_out_what_it_hides():
         ({"lenghts": 3}, TypeError, "; did you mean 'lengths'[?]"),
         ({"mask": torch.ones(5, 7)[:3] > 0}, ValueError, "broadcasts to that of the weights"),
         ({"mask": torch.ones(5, 7).int()}, TypeError, "mask: got dtype int32"),
+        ({"mask": lambda b, h, q, k: q >= k}, TypeError, "mask: got function; .* is may_see="),
+        ({"bias": torch.ones(5, 7) > 0}, TypeError, "bias: got dtype bool; .* are a mask="),
+        ({"causal": "bottom_right"}, TypeError, "causal: got str; accepted is True or False; al"),
+        ({"score_mod": torch.ones(3)}, TypeError, "score_mod: got Tensor; accepted is a function"),
         ({"rows": 0}, ValueError, "rows: got 0; accepted is a whole number from 1"),
         ({"scale": "x"}, TypeError, "scale: got str; accepted is a number"),
         ({"may_see": lambda b, h, q, k: True}, TypeError, "may_see: got one that returned bool"),
@@ -398,6 +402,15 @@ def test_a_block_mask_leaves_out_what_it_hides():
 def test_what_cannot_be_read_is_refused_when_it_is_made(given_, error, said):
     with pytest.raises(error, match=said):
         LazyWeights(torch.randn(1, 1, 5, 4), torch.randn(1, 1, 7, 4), **given_)
+
+
+def test_booleans_say_what_may_be_seen_and_lists_are_tensors():
+    query, key = torch.randn(2, 1, 2, 6, 4).unbind()
+    low = torch.ones(6, 6, dtype=torch.bool).tril()
+    seen = LazyWeights(query, key, may_see=low, mask=~torch.eye(6, dtype=torch.bool) | (low < 2))
+    assert torch.equal(seen.dense(), LazyWeights(query, key, mask=low).dense())
+    biased = LazyWeights(query, key, bias=[[0.5] * 5 + [-math.inf]] * 6)
+    assert float(biased.dense()[..., 5].sum()) == 0
 
 
 # --- what is NaN, what comes first, what is refused

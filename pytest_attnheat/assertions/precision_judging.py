@@ -41,6 +41,9 @@ from pytest_attnheat.inputs import misuse
 
 # Of a reference function given by the caller, only the size of its rows is known.
 _OWN_REFERENCE = 8.0
+# By how many times more rounding may move those of one that computes in float64 alone, so that it
+# does not show what rounding its steps does, of which there may be more than attention has.
+_STEPS_UNKNOWN = 16.0
 
 
 def judge_call(
@@ -302,16 +305,44 @@ def _callers_reference(
 
     with borrowed((run, code), call.query, call.key, call.value):
         exact, plain = compute(torch.float64), compute(call.query.dtype)
+    plain, unknown = _rounded(plain, exact, call)
     info = torch.finfo(call.query.dtype)
     # Places without a number are refused, or not judged: they allow nothing.
     scale = {
         name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
+        .mul(_STEPS_UNKNOWN if name in unknown else 1)
         .add(info.smallest_normal * info.eps)
         .expand(tensor.shape)
         .nan_to_num(nan=0.0)
         for name, tensor in exact.items()
     }
     return computation.Reference(exact, scale, scale, info.eps / 2), plain
+
+
+def _rounded(
+    plain: dict[str, Tensor], exact: dict[str, Tensor], call: Call
+) -> tuple[dict[str, Tensor], set[str]]:
+    """What a reference gives in the dtype of the inputs, where it computes in that.
+
+    Where it computes in float64 whatever it is given, its steps are unknown: each number may be off
+    by a multiple of the most that one of its map is off in plain attention. Their names are
+    returned as well.
+    """
+    eps, attention = torch.finfo(call.query.dtype).eps, dict[str, Tensor]()
+    found, unknown = dict(plain), set[str]()
+    if exact["output"].shape != (*call.query.shape[:-1], call.value.shape[-1]):
+        return found, unknown
+    for name, tensor in plain.items():
+        own = tensor - exact[name]
+        if not tensor.numel() or not bool((own.abs() <= eps * exact[name].abs().amax()).all()):
+            continue
+        unknown.add(name)
+        attention = attention or computation.plain(call)
+        if name in attention and attention[name].shape == tensor.shape:
+            off = (attention[name].double() - computation.reference(call).exact[name]).abs()
+            most = _STEPS_UNKNOWN * off.nan_to_num(0.0).amax((-2, -1), keepdim=True)
+            found[name] = exact[name] + most
+    return found, unknown
 
 
 def _check_reference(expected: computation.Reference, call: Call, masked_rows: Tensor) -> None:

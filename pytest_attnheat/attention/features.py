@@ -59,7 +59,7 @@ def check_features(
 
 
 def check_function(name: str, given: Any, device: torch.device | str = "cpu") -> None:
-    """Call a function of positions once, of the first query and key; None and tensors are not.
+    """Call a function of positions once, of the first query and key, if there is one.
 
     Args:
         name: One of `FUNCTIONS`.
@@ -70,14 +70,14 @@ def check_function(name: str, given: Any, device: torch.device | str = "cpu") ->
         TypeError: It is no function, or returns no tensor.
         ValueError: It raises, or returns anything but one boolean, or one score.
     """
-    if given is None or isinstance(given, torch.Tensor):
+    if given is None:
         return
-    if not callable(given):
-        raise TypeError(misuse(name, type(given).__name__, "a function of positions"))
     scored = name == "score_mod"
     takes = "score, " * scored + "batch, head, query position, key position"
     returns = "a tensor of scores" if scored else "a tensor of booleans"
     accepted = f"a function of ({takes}), elementwise, that returns {returns}"
+    if not callable(given):
+        raise TypeError(misuse(name, type(given).__name__, accepted))
     at = torch.zeros(1, 1, 1, dtype=torch.long, device=device)
     first = [at.float()] if scored else []
     try:
@@ -90,6 +90,30 @@ def check_function(name: str, given: Any, device: torch.device | str = "cpu") ->
     if (found.dtype == torch.bool) == scored or found.numel() != 1:
         returned = f"one that returned {dtype_name(found)} {tuple(found.shape)}"
         raise ValueError(misuse(name, returned, accepted))
+
+
+def slopes_of(function: Any, heads: int) -> torch.Tensor:
+    """Return the slopes that a function of the number of heads gives, (heads,); lists are taken.
+
+    Raises:
+        TypeError: It returns no numbers.
+        ValueError: It raises, or returns other than one number for each head.
+    """
+    accepted = f"a function of the number of heads that returns one number for each, here {heads}"
+    try:
+        found = function(heads)
+    except Exception as error:
+        raised = f"one that raised {type(error).__name__}: {error}"
+        raise ValueError(misuse("alibi", raised, accepted)) from error
+    try:
+        slopes = torch.as_tensor(found)
+    except (TypeError, ValueError, RuntimeError):
+        got = f"one that returned {type(found).__name__}"
+        raise TypeError(misuse("alibi", got, accepted)) from None
+    if tuple(slopes.shape) != (heads,):
+        got = f"one that returned {dtype_name(slopes)} {tuple(slopes.shape)}"
+        raise ValueError(misuse("alibi", got, accepted))
+    return slopes
 
 
 def _check_window(given: object) -> None:

@@ -106,6 +106,12 @@ class LazyWeights(LazyBoxes):
             raise TypeError(misuse("features", sorted(unknown), f"one of {names}{near}"))
         _check_shapes(query, key)
         features = {name: one for name, one in features.items() if one is not None}
+        said: Any = causal
+        if not isinstance(said, bool):
+            got, accepted = type(causal).__name__, "True or False; alignment= says whence it counts"
+            raise TypeError(misuse("causal", got, accepted))
+        if isinstance(features.get("may_see"), Tensor):
+            mask = _both(mask, features.pop("may_see"))
         check_features({**features, "window": window}, query.shape, key.shape, query.device)
         tiles = None
         if hasattr(mask, "mask_mod"):
@@ -366,12 +372,36 @@ def _check_shapes(query: Tensor, key: Tensor) -> None:
         raise TypeError(misuse("query, key", f"on {query.device} and {key.device}", "one device"))
 
 
+_ACCEPTED = {
+    "mask": "a boolean tensor, True where a query may attend, or a BlockMask; a function of "
+    "positions is may_see=",
+    "bias": "a tensor of floats, which are added to the scores; booleans are a mask=",
+}
+
+
+def _both(mask: Any, may_see: Tensor) -> Tensor:
+    """A mask and booleans (query_len, key_len) that hold beside it."""
+    if mask is None:
+        return may_see
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or may_see.dtype != torch.bool:
+        raise TypeError(misuse("may_see", "a tensor beside such a mask", "a function, or no mask"))
+    return mask & may_see
+
+
+def _as_tensor(name: str, given: Any) -> Tensor | None:
+    if given is None or isinstance(given, Tensor):
+        return given
+    try:
+        return torch.as_tensor(given)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(misuse(name, type(given).__name__, _ACCEPTED[name])) from None
+
+
 def _masks(
     mask: Any, bias: Tensor | None, shape: Sequence[int]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Check a mask and a bias; a float mask is a bias."""
-    if mask is not None and not isinstance(mask, Tensor):
-        mask = torch.as_tensor(mask)
+    mask, bias = (_as_tensor(*one) for one in (("mask", mask), ("bias", bias)))
     if mask is not None and mask.is_floating_point():
         if bias is not None:
             got = "a mask of floats beside a bias"
@@ -381,8 +411,9 @@ def _masks(
         if one is None:
             continue
         if name == "mask" and one.dtype != torch.bool:
-            accepted = "a boolean tensor, True where a query may attend, or a BlockMask"
-            raise TypeError(misuse(name, f"dtype {dtype_name(one)}", accepted))
+            raise TypeError(misuse(name, f"dtype {dtype_name(one)}", _ACCEPTED[name]))
+        if name == "bias" and not one.is_floating_point():
+            raise TypeError(misuse(name, f"dtype {dtype_name(one)}", _ACCEPTED[name]))
         try:
             torch.broadcast_to(one, tuple(shape))
         except RuntimeError:

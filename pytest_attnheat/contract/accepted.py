@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from pytest_attnheat.assertions.behaviour.visibility import as_documents
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
-from pytest_attnheat.attention.features import FUNCTIONS, check_function
+from pytest_attnheat.attention.features import FUNCTIONS, check_function, slopes_of
 from pytest_attnheat.attention.levels import MASK_SHAPES
 from pytest_attnheat.attention.shards import SCHEMES, Shards
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS
@@ -85,12 +85,20 @@ def check_rules(spec: AttentionSpec) -> None:
     """
     if spec.inputs is not None:
         _check_block(spec, spec.inputs)
+    elif isinstance(spec.documents, Tensor) and not spec.is_captured:
+        accepted = "of a function, the keyword of them; numbers are those of a block with inputs="
+        raise ValueError(misuse("documents", _shown(spec.documents), accepted))
+    elif spec.memory is not None:
+        raise ValueError(misuse("memory", repr(spec.memory), "None, but of a block with inputs="))
     elif not spec.has_heads and spec.heads not in (None, 1):
         got = f"{spec.heads} numbers per head for the layout {spec.layout!r}, which has no heads"
         raise ValueError(misuse("sinks or alibi", got, "one number, or a layout with h"))
     if spec.devices is None or "cpu" in spec.devices:
         for name in FUNCTIONS:
-            check_function(name, getattr(spec, name))
+            if not isinstance(getattr(spec, name), Tensor):
+                check_function(name, getattr(spec, name))
+    if callable(spec.alibi):
+        slopes_of(spec.alibi, 4)
 
 
 def _check_block(spec: AttentionSpec, inputs: Tensor) -> None:

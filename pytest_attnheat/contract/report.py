@@ -251,6 +251,10 @@ def check_attention(
             )  # fmt: skip
             _ = report.diagnosis  # made while there are ranks for it
         return report
+    given: Any = expected_failures
+    if not isinstance(given, Mapping | None):
+        accepted = "reasons by the names of checks, or None"
+        raise TypeError(misuse("expected_failures", type(given).__name__, accepted))
     expected = dict(expected_failures or {})
     asked = checks_of(spec, checks, quick=quick, long=long)
     if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:

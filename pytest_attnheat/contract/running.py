@@ -91,11 +91,13 @@ def diagnosis_of(
         search: Whether to look for what attention in a block is instead, if it is wrong.
 
     Returns:
-        The diagnosis, None of what answers nothing at all; and the sentence.
+        The diagnosis, None of what answers nothing at all, or has a reference of its own; and the
+        sentence.
     """
     failure = result.failure
     again = None if failure is None else failure.again
-    if result.name == REPLAY:  # nothing but that call is made
+    # Nothing but that call is made; or known defects are those of other attention.
+    if result.name == REPLAY or (spec.reference is not None and not spec.is_block):
         return None, ""
     try:
         if not spec.is_block:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
 from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
+from pytest_attnheat.attention.features import slopes_of
 from pytest_attnheat.attention.shards import Scheme, Shards
 from pytest_attnheat.attention.tolerance import merging_tolerance
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning
@@ -338,7 +339,7 @@ class AttentionSpec:
             heads: The number of query heads.
         """
         if callable(self.alibi) and heads not in self._slopes:
-            self._slopes[heads] = self.alibi(heads)
+            self._slopes[heads] = slopes_of(self.alibi, heads)
         slopes = self._slopes[heads] if callable(self.alibi) else self.alibi
         seen = (
             asking.by_position(self.may_see) if isinstance(self.may_see, Tensor) else self.may_see
