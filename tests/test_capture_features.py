@@ -77,7 +77,7 @@ def sinks():
 def test_rows_sum_to_one_with_the_weight_of_the_sink(keep):
     trace = traced(Block(with_sinks, sinks=sinks()), keep=keep)
     report = check_attention(trace)
-    assert report.passed, report
+    assert report.passed, str(report)
     assert {r.name: r.status for r in report.results}["rows"] == "passed"
     if keep != "statistics":
         assert_row_stochastic(trace)

@@ -150,7 +150,7 @@ def test_the_diagnosis_of_a_block_shows_expected_and_captured_weights(hidden):
 def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(hidden):
     windowed = Windowed().eval()
     report = check_attention(AttentionSpec(windowed, inputs=hidden, window=(3, 0)))
-    assert report.passed, report
+    assert report.passed, str(report)
     report = check_attention(AttentionSpec(Windowed(6).eval(), inputs=hidden, window=(3, 0)))
     assert [result.name for result in report.failed] == ["attention_inside"]
     report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
@@ -182,7 +182,7 @@ def test_fused_attention_passes_with_masks_groups_and_fully_masked_rows(dtype):
         scaled_dot_product_attention(query, key, key, is_causal=True, enable_gqa=True)
         scaled_dot_product_attention(query, query, query)
     report = check_attention(trace)
-    assert report.passed, report
+    assert report.passed, str(report)
 
 
 def test_padded_encoders_pass(hidden):
@@ -269,7 +269,7 @@ def test_weights_that_take_more_than_is_allowed_are_read_a_block_at_a_time():
     with capture_attention(max_bytes=9000) as trace:
         scaled_dot_product_attention(inputs, inputs, inputs, is_causal=True)
     report = check_attention(trace)
-    assert report.passed, report
+    assert report.passed, str(report)
     skipped = [result for result in report.results if result.status == "skipped"]
     assert not {"rows", "masks"} & {result.name for result in skipped}
     assert "dropout" in {result.name for result in skipped}

@@ -95,7 +95,7 @@ def test_a_model_passes_as_a_trace_and_as_a_block_with_nothing_declared(name, im
     assert len(trace) == 2
     assert not any(record.strange for record in trace)
     report = check_attention(trace)
-    assert report.passed, report
+    assert report.passed, str(report)
     assert {r.name: r.status for r in report.results}["attention_inside"] == "passed"
     result = inside(as_block(model, name))
     assert result.status == "passed"
@@ -117,7 +117,7 @@ def test_a_padded_batch_passes_whatever_its_padding_attends_to(name, dtype):
         with torch.no_grad(), capture_attention(model) as trace:
             model(IDS, attention_mask=mask)
         report = check_attention(trace)
-        assert report.passed, report
+        assert report.passed, str(report)
 
 
 def test_a_softmax_in_float32_is_judged_as_one():

@@ -100,7 +100,7 @@ def test_right_attention_passes(name):
         pytest.skip("an older version of torch has its ring elsewhere")
     checks = some("plain", "causal", "large_scores")
     report = check_attention(spec_of(subject, scheme, **declared), ranks=2, checks=checks)
-    assert report.passed, report
+    assert report.passed, str(report)
 
 
 @pytest.mark.matrix
@@ -151,7 +151,7 @@ def test_one_seed_of_dropout_for_all_ranks_is_named(subject, scheme, ranks):
 def test_ranks_that_draw_random_numbers_of_their_own_pass(subject, scheme):
     spec = spec_of(subject, scheme, gradients=False, causal=None, dtypes=("float32",))
     report = check_attention(spec, ranks=2, checks=some("dropout"), quick=True)
-    assert report.passed, report
+    assert report.passed, str(report)
 
 
 def test_keys_that_are_dropped_for_all_queries_are_not_taken_for_one_seed():

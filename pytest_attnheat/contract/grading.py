@@ -232,7 +232,7 @@ class Study:
         self.seed, self._block = seed_number(seed), block
         every = tuple(versions(self.spec, seed=self.seed))
         if unknown := [name for name in defects or () if simple_name(name) is None]:
-            accepted = "names of the catalogue, docs/defects.md, or of trivial answers: "
+            accepted = "names of the catalogue of defects, or of trivial answers: "
             accepted += ", ".join(one.name for one in every if one.kind == "trivial")
             raise ValueError(misuse("defects", repr(unknown[0]), accepted))
         wanted = None if defects is None else {simple_name(name) for name in defects}
@@ -347,7 +347,8 @@ def grade(
             when it thinks that the implementation is wrong.
         right: An implementation that it accepts: a function, a module without projections of its
             own, or an `AttentionSpec` that says how it is called.
-        defects: The names of the defects to plant, see docs/defects.md; all by default.
+        defects: The names of the defects to plant, as the page "The catalogue of defects" of the
+            docs lists them; all by default.
         seed: Where the random numbers of torch, NumPy and Python start each time the judge runs.
         time_limit: After so many seconds a wrong version counts as killed; by default 60, and 20
             times what the right one took. Only the main thread of a POSIX system can be stopped.

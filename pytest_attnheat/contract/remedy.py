@@ -42,7 +42,8 @@ _BY_CALL = """\
     ],
 )
 def test_what_hard_cases_do_not_tell(call):
-    assert check_attention({subject}, replay=call).passed
+    report = check_attention({subject}, replay=call)
+    assert report.passed, str(report)
 """
 
 

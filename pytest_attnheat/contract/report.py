@@ -137,7 +137,7 @@ class Report:
         """Return all that it says as plain data, which `json.dumps` writes.
 
         Numbers that are not finite are "nan", "inf" and "-inf"; there are no tensors. What each
-        key means is in docs/examination.md, and changes with "version" alone.
+        key means is on the page "The examination" of the docs, and changes with "version" alone.
         """
         results = [
             result.as_dict() | {"inside": self._inside[1].get(result.name, "")}

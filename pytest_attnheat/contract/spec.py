@@ -113,10 +113,10 @@ class AttentionSpec:
         arguments: Further arguments of each call, by name.
         memory: Of a block: which of `arguments` its queries look things up in, (batch, length,
             width); its mask is then about that.
-        like: The convention by which it is called, by name ("flash_attn", see docs/conventions.md)
-            or one of your own; what is not typed is taken from it. By default it is recognised by
-            its parameters, unless `layout` or the keyword of the mask, of causality or of the
-            scale is typed.
+        like: The convention by which it is called, by name ("flash_attn"; the page "Public
+            callables" of the docs lists all) or one of your own; what is not typed is taken from
+            it. By default it is recognised by its parameters, unless `layout` or the keyword of
+            the mask, of causality or of the scale is typed.
         call: Calls it, for what no field says: a function of the subject and a `Call`, whose
             tensors are (batch, heads, length, width), that returns the output (batch, heads,
             query_len, value_dim), or that and more. What it takes besides the three tensors has

@@ -187,7 +187,7 @@ def add_options(parser: pytest.Parser) -> None:
         "attn_grade_defects",
         "",
         "NAMES",
-        "plant these defects alone, separated by commas, see docs/defects.md",
+        "plant these defects of the catalogue alone, by name, separated by commas",
     )
     option_and_ini(
         "attn_json",

@@ -65,11 +65,15 @@ class Convention:
         only: By feature, the only levels that can be asked of it.
         apart: Pairs of features that are never asked together.
         one_query: Whether it takes one query of each sequence alone.
-        ragged: How lengths may differ within a call, of `drawing.RAGGED`, the most ordinary
-            first; empty where they may not.
+        ragged: How lengths may differ within a call, the most ordinary first: of "equal",
+            "unequal", "one token", "without queries", "without keys" and "empty"; ("equal",
+            "same") where there are as many keys as queries; empty where they may not differ.
         begins: Of packed calls, the parameter that says where each sequence of queries begins, and
             of keys, where these are packed as well.
-        stored: Of what reads a cache, the levels of how that is stored, see `levels.STORED`.
+        stored: Of what reads a cache, the levels of how that is stored, as {"pages": (4, 16),
+            "append": (0, 1), "shared": (False, True), "left": (False, True)}: the tokens of a
+            page, those that are appended, whether sequences share pages, whether a row begins
+            with unused slots.
         stored_by: The parameters that each of these needs; "rows" are pages of no size. Without
             them the most ordinary level alone is asked.
         limits: What cannot be asked of it, in words.
