@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import re
+import textwrap
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -436,6 +437,7 @@ def test_an_absent_device_skips_the_examination_with_a_reason(in_both_manners):
     result.stdout.fnmatch_lines(["SKIPPED*attention device 'cuda:99' is absent (present: cpu*)"])
     result.stdout.fnmatch_lines([f"mine (test_both:spec): 0 of 0 checks failed, {QUICK} skipped"])
     result.stdout.fnmatch_lines(["  nothing    was examined; *, the device cuda:99 is absent"])
+    assert result.ret == pytest.ExitCode.OK
 
 
 def test_a_required_device_that_is_absent_fails_the_examination(in_both_manners):
@@ -583,6 +585,32 @@ def test_a_run_without_an_examination_loads_nothing_of_it(pytester):
     assert "attention examination" not in result.stdout.str()
 
 
+UNASKED = """
+from pytest_attnheat import parametrize_with_checks
+
+def refusing(query, key, value):
+    raise NotImplementedError("not here")
+"""
+SAID = "ERROR: nothing was asked of refusing, and what compares nothing fails"
+
+
+def test_a_run_that_asked_nothing_of_a_subject_fails(pytester):
+    marked = """
+        @parametrize_with_checks([refusing], quick=True)
+        def test_contract(check):
+            check()
+        """
+    pytester.makepyfile(subjects=UNASKED, test_it=UNASKED + textwrap.dedent(marked))
+    for run in (["test_it.py"], ["--attn-check=subjects:refusing", "--attn-check-quick"]):
+        result = pytester.runpytest(*run)
+        assert result.ret == pytest.ExitCode.TESTS_FAILED
+        result.assert_outcomes(skipped=QUICK)
+        result.stdout.fnmatch_lines([SAID])
+    result = pytester.runpytest("test_it.py", "-k", "plain")
+    assert result.ret == pytest.ExitCode.OK
+    result.stdout.no_fnmatch_line("ERROR:*")
+
+
 def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pytester):
     pytester.makepyfile(
         subjects="""
@@ -633,8 +661,9 @@ def test_a_block_a_hint_and_what_refuses_are_summarised_without_a_diagnosis(pyte
     ]
     for line, pattern in zip(told, expected, strict=False):
         assert fnmatch(line, pattern), line
-    assert len(told) == len(expected) + 2
-    assert told[-2].endswith("; 2 because a parameter is not declared: --attn-check-strict makes "
+    assert len(told) == len(expected) + 3
+    assert told[-2].startswith("ERROR: nothing was asked of raising, refusing, and ")
+    assert told[-3].endswith("; 2 because a parameter is not declared: --attn-check-strict makes "
                              "that fail")  # fmt: skip
 
 

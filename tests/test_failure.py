@@ -11,6 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from pytest_attnheat import (
     Failure,
+    LazyWeights,
     assert_causal,
     assert_doubly_stochastic,
     assert_masked,
@@ -19,6 +20,7 @@ from pytest_attnheat import (
     capture_attention,
     read_heatmaps,
 )
+from pytest_attnheat.assertions.claims import first_broken, of_rows
 from pytest_attnheat.plugin.checking import FailedCheckError
 
 
@@ -80,6 +82,39 @@ def test_a_large_map_of_small_weights_is_drawn_up_to_the_largest():
     weights[7, 9] = 0.02
     figure = raised_by(assert_row_stochastic, weights).draw()
     assert figure.picture.shown.scale.range == pytest.approx((0, 0.02))
+
+
+def test_of_a_long_map_the_neighbourhood_of_the_worst_weight_is_drawn():
+    query, key = torch.randn(2, 1, 1, 9000, 4, generator=torch.Generator().manual_seed(0))
+    error = raised_by(assert_causal, LazyWeights(query, key, window=(5, 0)), window=4)
+    row, column = error.worst.index[-2:]
+    shown = error.draw().picture.shown
+    assert shown.cells.values.shape == (1, 1, 64, 64)
+    words = shown.design.words
+    at = words.query_labels.index(str(row)), words.key_labels.index(str(column))
+    assert shown.cells.values[0, 0][at] == pytest.approx(error.worst.value)
+    assert shown.cells.masked[0, 0][at]
+    assert shown.highlight[0] == (0, 0, at[0])
+    first = words.query_labels[0]
+    assert f"not zero; shown: queries {first}..{int(first) + 63} of 9000, keys " in words.title
+
+
+def test_of_a_large_map_whole_rows_are_drawn_where_a_row_is_worst():
+    weights = torch.eye(4100)
+    weights[4000, 7] = 0.5
+    shown = raised_by(assert_row_stochastic, weights).draw().picture.shown
+    assert shown.highlight == [(0, 0, shown.design.words.query_labels.index("4000"))]
+    assert shown.design.words.title.endswith("; shown: queries 3968..4031 of 4100")
+    tall, wide = shown.cells.block
+    assert shown.cells.values[0, 0, 32 // tall, 7 // wide] == 0.5
+
+
+def test_the_search_for_what_is_broken_ends_where_it_is_found():
+    parts = iter([1, 2, 3])
+    off = torch.ones(())
+    claim = of_rows("are not 0", "sum", lambda part: off, "is", regards=lambda part: off == part)
+    assert first_broken(parts, [claim]) is claim
+    assert list(parts) == [2, 3]
 
 
 def test_the_fields_of_a_claim_about_rows():

@@ -133,11 +133,15 @@ class Claim(Generic[P]):
 def first_broken(parts: Iterable[P], claims: Sequence[Claim[P]]) -> Claim[P] | None:
     """Return the first claim that is broken anywhere, waiting for the device once."""
     found: Tensor | None = None
+    placed = parts.placed if isinstance(parts, Parts) else None
     for part in parts:
         broken = torch.stack([claim.breaks(part).any() for claim in claims])
         found = broken if found is None else found.logical_or_(broken)
-    if isinstance(parts, Parts) and parts.placed is not None:
-        found = parts.placed.any_of(torch.zeros(len(claims)) if found is None else found)
+        # On a CPU there is nothing to wait for, and what is computed when it is read takes long.
+        if placed is None and found.device.type == "cpu" and found[0]:
+            break
+    if placed is not None:
+        found = placed.any_of(torch.zeros(len(claims)) if found is None else found)
     if found is None:
         return None
     at = int(torch.cat([found, found.new_ones(1)]).int().argmax())

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
@@ -25,6 +26,8 @@ _ROWS_SHOWN = 6
 _LEAST_DECIMALS, _MOST_DECIMALS = 3, 6
 # More outlines would cover the map that they are to explain.
 _MOST_MARKED = 32
+# Of a map that is too large to be seen whole, so many rows and keys around the worst are drawn.
+_NEIGHBOURS = 64
 
 
 def failure(
@@ -52,7 +55,7 @@ def failure(
             _map_at(weights, row),
             None if mask is None else _map_at(mask, row),
             claim,
-            row[-1],
+            finding.worst.index[weights.ndim - 2 :],
             f"{finding.broken} of {finding.of} {claim.statement}",
         )
     )
@@ -69,16 +72,14 @@ def failure(
 def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], row: Index) -> str:
     """Return a small heatmap of a row and its neighbours, the broken ones pointed at."""
     *place, number = row
-    size = weights.shape[-2]
-    first = max(0, min(number - _ROWS_SHOWN // 2, size - _ROWS_SHOWN))
-    window = slice(first, min(first + _ROWS_SHOWN, size))
+    window = _around(number, weights.shape[-2], _ROWS_SHOWN)
     block = Block(weights, mask, (*(slice(i, i + 1) for i in place), window))
     breaks = claim.breaks(block).flatten().tolist()
     return format_heatmap(
         _rows_at(weights, place, window),
         mask=None if mask is None else _rows_at(mask, place, window),
-        first_row=first,
-        marked=[first + i for i, broken in enumerate(breaks) if broken],
+        first_row=window.start,
+        marked=[window.start + i for i, broken in enumerate(breaks) if broken],
         notes=_notes(claim, block),
         row_name=claim.lines.letter,
         column_name=claim.lines.across,
@@ -102,33 +103,63 @@ def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
 
 
 def _draw(
-    weights: Tensor, mask: Tensor | None, claim: Claim[Block], worst: int, title: str
+    weights: Tensor, mask: Tensor | None, claim: Claim[Block], worst: Index, title: str
 ) -> HeatmapFigure:
-    """Draw a map with its broken rows outlined, the worst among them."""
+    """Draw a map with its broken rows outlined, the worst among them.
+
+    Of a large one the neighbourhood of the worst row and key alone, whose numbers are its labels:
+    no more is read, and a weight among so many would not be seen. `worst` is a row, or a row and
+    a key; where no key is worst, all are shown.
+    """
+    from pytest_attnheat.heatmaps.maps import HELD
     from pytest_attnheat.heatmaps.showing import show_heatmaps
 
-    across, down = ("Keys", "Queries")[:: -1 if claim.lines.transposed else 1]
-    marked = [worst, *(row for row in _broken(weights, mask, claim) if row != worst)]
+    names = ("queries", "keys")[:: -1 if claim.lines.transposed else 1]
+    shown = [slice(0, size) for size in weights.shape]
+    labels: list[list[str] | None] = [None, None]
+    if weights.shape.numel() > HELD:
+        for axis, at in enumerate(worst):
+            here = shown[axis] = _around(at, weights.shape[axis], _NEIGHBOURS)
+            labels[axis] = [str(number) for number in range(here.start, here.stop)]
+            of = f"{names[axis]} {here.start}..{here.stop - 1} of {weights.shape[axis]}"
+            title += f"{', ' if axis else '; shown: '}{of}"
+        weights_shown, mask_shown = weights[tuple(shown)], _part(mask, shown)
+    else:
+        weights_shown, mask_shown = weights, mask
+    others = (row for row in _broken(weights, mask, claim, shown[0]) if row != worst[0])
+    marked = [worst[0], *islice(others, _MOST_MARKED - 1)]
     return show_heatmaps(
-        weights,
-        xlabel=across,
-        ylabel=down,
+        weights_shown,
+        xlabel=names[1].capitalize(),
+        ylabel=names[0].capitalize(),
         figsize=None,
-        mask=mask,
+        mask=mask_shown,
         title=title,
+        query_labels=labels[0],
+        key_labels=labels[1],
         scale="largest",  # of many keys, each has little
-        highlight=[(0, 0, row) for row in marked[:_MOST_MARKED]],
+        highlight=[(0, 0, row - shown[0].start) for row in marked],
     )
 
 
-def _broken(weights: Tensor, mask: Tensor | None, claim: Claim[Block]) -> list[int]:
-    broken: list[int] = []
-    for block in blocks(weights, mask):
+def _around(at: int, size: int, count: int) -> slice:
+    """Return so many neighbours, fewer where there are no more."""
+    first = max(0, min(at - count // 2, size - count))
+    return slice(first, min(first + count, size))
+
+
+def _part(mask: Tensor | None, shown: list[slice]) -> Tensor | None:
+    return None if mask is None else mask_at(mask, tuple(shown))
+
+
+def _broken(
+    weights: Tensor, mask: Tensor | None, claim: Claim[Block], rows: slice
+) -> Iterator[int]:
+    """Yield the rows of a map that break a claim, of those that are shown."""
+    some = rows.stop - rows.start < weights.shape[0]
+    for block in [Block(weights, mask, (rows,))] if some else blocks(weights, mask):
         breaks = claim.breaks(block).nonzero().flatten().tolist()
-        broken += [block.index[0].start + row for row in breaks]
-        if len(broken) >= _MOST_MARKED:
-            break
-    return broken
+        yield from (block.index[0].start + row for row in breaks)
 
 
 def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:

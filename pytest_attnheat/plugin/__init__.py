@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pytest_attnheat.plugin import fixtures, pictures, settings, summary
+from pytest_attnheat.plugin import fixtures, pictures, progress, settings, summary
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,7 +34,7 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("markers", marker)
     config.stash[settings.SETTINGS] = settings.read_settings(config)
     config.stash[summary.USED] = set()
-    summary.show_progress(config)
+    progress.show_progress(config)
     config.stash[settings.ISOLATED] = []
     config.add_cleanup(lambda: settings.end_processes(config))
     if config.getoption("attn_replay") is not None:
@@ -56,8 +56,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Say what is wrong with `--attn-check` where workers collect, which cannot say it."""
+    """Say what is wrong with `--attn-check` where workers collect, which cannot say it.
+
+    By now pytest has the handlers of its logs.
+    """
     config = session.config
+    progress.keep_progress_live(config)
     shared_out = getattr(config.option, "dist", "no") != "no" and not hasattr(config, "workerinput")
     for target in settings.targets_of(config) if shared_out else ():
         from pytest_attnheat.plugin import examination
@@ -140,7 +144,8 @@ def pytest_runtest_makereport(
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Hand on, from a worker, which baselines are used."""
+    """Hand on, from a worker, which baselines are used; fail a run that asked nothing."""
+    summary.fail_if_unasked(session)
     used = session.config.stash[summary.USED]
     if hasattr(session.config, "workeroutput"):
         session.config.workeroutput[summary.HANDED_ON] = sorted(used)

@@ -55,7 +55,9 @@ def calls_of(
     examinations, unselected = examined.examinations(quick=quick and not (call and call.dtype))
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
-    for number, (examination, check) in enumerate(product(examinations, asked)):
+    calls = list(product(examinations, asked))
+    examined.told["calls"] = len(calls)
+    for number, (examination, check) in enumerate(calls):
         reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
         yield CheckCall(examined, check, examination, reason, unselected, number)
 

@@ -7,12 +7,9 @@ that workers need nothing else to hand them on.
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,54 +25,8 @@ HANDED_ON = "attnheat_used"
 # The picture of a check that failed.
 DIAGNOSIS_DRAWN = "weights: expected, inferred from the output, difference"
 _MOST_KINDS = 6
-# What long work tells how far it is.
-_LOGGER = "pytest_attnheat"
 
 Found = Mapping[str, Any]
-
-
-class LiveProgress(logging.Handler):
-    """Shows how far long work is, as it tells the log: a line at a time, between pytest's own."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        super().__init__(logging.INFO)
-        self._config = config
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Show a record; that of a run within a run is shown there."""
-        manager: Any = self._config.pluginmanager
-        reporter, capture = map(manager.get_plugin, ("terminalreporter", "capturemanager"))
-        if reporter is None or logging.getLogger(_LOGGER).handlers[-1] is not self:
-            return
-        streams = sys.stdout, sys.stderr
-        try:
-            with nullcontext() if capture is None else capture.global_and_fixture_disabled():
-                reporter.ensure_newline()
-                reporter.write_line(f"attention: {record.getMessage()}")
-        finally:  # pytest puts its own in place of those that a test has redirected
-            sys.stdout, sys.stderr = streams
-
-
-def show_progress(config: pytest.Config) -> None:
-    """Show how far long work is, until the end of the session.
-
-    Not where pytest shows its log itself; nor in a worker of pytest-xdist, which has no terminal.
-    """
-    shows_log = config.pluginmanager.hasplugin("logging") and (
-        config.getoption("log_cli_level", None) is not None or config.getini("log_cli")
-    )
-    if shows_log or config.getoption("verbose", -1) < 0:
-        return
-    logger, handler = logging.getLogger(_LOGGER), LiveProgress(config)
-    level = logger.level
-    logger.addHandler(handler)
-    logger.setLevel(min(level, logging.INFO) or logging.INFO)
-
-    def stop() -> None:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-
-    config.add_cleanup(stop)
 
 
 class Outcome(NamedTuple):
@@ -286,10 +237,7 @@ def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
 
     What failed comes last, where a log is read from; else in an order that workers do not change.
     """
-    subjects: dict[tuple[str, str], list[Found]] = {}
-    for verdict in map(verdict_of, reports):
-        if verdict is not None:
-            subjects.setdefault((verdict["subject"], verdict["where"]), []).append(verdict)
+    subjects = _subjects(reports)
 
     def place(subject: tuple[str, str]) -> tuple[bool, str, str]:
         failed = any(verdict["outcome"] == "failed" for verdict in subjects[subject])
@@ -302,6 +250,40 @@ def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
             yield f"{name} ({where}): {_counts(found)}"
             yield from (f"  {title:<10} {text}" for title, text in entries)
     yield from _skipped([verdict for found in subjects.values() for verdict in found])
+    if unasked := _unasked(subjects):
+        yield f"ERROR: nothing was asked of {', '.join(unasked)}, and what compares nothing fails"
+
+
+def _subjects(reports: Sequence[pytest.TestReport]) -> dict[tuple[str, str], list[Found]]:
+    """The verdicts on each subject, by its name and where it is examined."""
+    subjects: dict[tuple[str, str], list[Found]] = {}
+    for verdict in map(verdict_of, reports):
+        if verdict is not None:
+            subjects.setdefault((verdict["subject"], verdict["where"]), []).append(verdict)
+    return subjects
+
+
+def _unasked(subjects: Mapping[tuple[str, str], Sequence[Found]]) -> list[str]:
+    """The subjects of which nothing was asked, though the run was to ask all.
+
+    Not where a check was deselected or not reached, nor where all of them were left out unasked:
+    their device is absent, or not selected.
+    """
+    return [
+        name
+        for (name, _), found in sorted(subjects.items(), key=lambda one: one[0])
+        if len(found) >= found[0]["calls"]
+        and all(one["outcome"] == "skipped" for one in found)
+        and any(one["message"] for one in found)
+    ]
+
+
+def fail_if_unasked(session: pytest.Session) -> None:
+    """Let no run pass that asked nothing of a subject."""
+    reporter: Any = session.config.pluginmanager.get_plugin("terminalreporter")
+    passed = reporter is not None and session.exitstatus == pytest.ExitCode.OK
+    if passed and _unasked(_subjects(reports_of(reporter))):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 def _skipped(found: Sequence[Found]) -> Iterator[str]:
