@@ -5,12 +5,14 @@ import logging
 import os
 import pkgutil
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from pytest_attnheat import plugin
 from pytest_attnheat.attention import cases, devices, scoring
 from pytest_attnheat.inputs import DTYPE_NAMES
+from pytest_attnheat.plugin import settings
 
 NAMES = scoring.scoring_names()
 
@@ -358,6 +360,11 @@ def test_it_works_under_the_options_that_people_use(pytester, options):
     result = pytester.runpytest("--attn-device=cpu", *options)
     result.assert_outcomes(passed=2 * len(NAMES))
     assert "warning" not in result.stdout.str().lower()
+
+
+def test_a_list_in_a_file_of_toml_is_what_commas_separate():
+    config = SimpleNamespace(getoption=lambda name: None, getini=lambda name: ["cpu", "meta"])
+    assert settings._setting(config, "attn_device", settings._read_devices) == ("cpu", "meta")
 
 
 # --- how far long work is

@@ -149,7 +149,7 @@ class AttentionSpec:
     tolerance: float | None = None
     softcap: float | str | None = None
     sinks: Tensor | str | None = None
-    alibi: Tensor | Callable[[int], Tensor] | str | None = None
+    alibi: Tensor | Callable[[int], Tensor | Sequence[float]] | str | None = None
     bias: str | None = None
     score_mod: ScoreMod | None = None
     may_see: MaySee | Tensor | None = None

@@ -258,6 +258,8 @@ def _setting(config: pytest.Config, name: str, read: Callable[[str, str], _Setti
         if option is None
         else (option, "--" + name.replace("_", "-"))
     )
+    if isinstance(text, list | tuple):  # as a list of TOML comes
+        text = ",".join(map(str, text))
     try:
         return read(text, source)
     except ValueError as error:
