@@ -441,3 +441,25 @@ def test_what_a_test_redirects_stays_redirected(pytester, capture):
     result = pytester.runpytest(f"--capture={capture}")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["attention: half of it"])
+
+
+def test_the_log_of_a_failed_test_is_without_how_far_long_work_was(pytester):
+    pytester.makepyfile(
+        """
+        import logging
+        from pytest_attnheat.attention.chunks import Progress
+
+        def test_it(caplog):
+            progress = Progress("work", 2, "are read")
+            progress._told -= 9
+            progress.step()
+            logging.getLogger("mine").warning("own words")
+            assert "work: " in caplog.text
+            assert not caplog.text
+        """
+    )
+    result = pytester.runpytest("--show-capture=log", "--tb=short")
+    result.stdout.fnmatch_lines(["attention: work: 0 % are read"])
+    logged = result.stdout.str().partition("Captured log call")[2]
+    assert "own words" in logged
+    assert "are read" not in logged
