@@ -112,7 +112,9 @@ def test_of_a_large_map_whole_rows_are_drawn_where_a_row_is_worst():
 def test_the_search_for_what_is_broken_ends_where_it_is_found():
     parts = iter([1, 2, 3])
     off = torch.ones(())
-    claim = of_rows("are not 0", "sum", lambda part: off, "is", regards=lambda part: off == part)
+    claim = of_rows(
+        "are not 0", "sum", lambda part: off, "is", regards=lambda part: torch.tensor(part == 1)
+    )
     assert first_broken(parts, [claim]) is claim
     assert list(parts) == [2, 3]
 
