@@ -41,7 +41,7 @@ from pytest_attnheat import (
 from pytest_attnheat.contract.asking import KEYWORDS
 from pytest_attnheat.contract.checks import BLOCK_CHECKS, CHECKS, Check
 from pytest_attnheat.contract.declarations import hints_of
-from pytest_attnheat.contract.examination import Skipped
+from pytest_attnheat.contract.examination import Examination, Skipped
 from pytest_attnheat.contract.running import as_data, examinations_of
 from pytest_attnheat.failure import Failure
 
@@ -1054,3 +1054,21 @@ def test_a_module_of_torch_that_is_declared_without_inputs_gets_a_hint():
         "MultiheadAttention is a block: hand it to check_attention itself, or give inputs= as well"
     )
     assert hint in str(report)
+
+
+@pytest.mark.parametrize(
+    ("levels", "said"),
+    [
+        ({"sizes": (5, 7), "causal": True, "gradients": "none"},
+         "it is declared to take as many keys as queries alone: not 5 queries and 7 keys"),
+        ({"unused": "ordinary"},
+         "what is declared leaves out ordinary numbers in unused slots of a cache"),
+        ({"causal": True, "scale": -0.4},
+         "what is declared leaves out calls with causality, with scale -0.4"),
+    ],
+)  # fmt: skip
+def test_what_is_left_out_is_said_in_the_words_of_a_user(levels, said):
+    spec = AttentionSpec(sdpa, square=True)
+    examination = Examination(spec, torch.float32, torch.device("cpu"))
+    with pytest.raises(Skipped, match=re.escape(said)):
+        examination.choice(**levels)

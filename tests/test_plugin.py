@@ -363,8 +363,8 @@ def test_it_works_under_the_options_that_people_use(pytester, options):
 
 
 def test_a_list_in_a_file_of_toml_is_what_commas_separate():
-    config = SimpleNamespace(getoption=lambda name: None, getini=lambda name: ["cpu", "meta"])
-    assert settings._setting(config, "attn_device", settings._read_devices) == ("cpu", "meta")
+    config = SimpleNamespace(getoption=lambda name: None, getini=lambda name: ["cpu", "mps"])
+    assert settings._setting(config, "attn_device", settings._read_devices) == ("cpu", "mps")
 
 
 # --- how far long work is
@@ -448,3 +448,25 @@ def test_what_a_test_redirects_stays_redirected(pytester, capture):
     result = pytester.runpytest(f"--capture={capture}")
     result.assert_outcomes(passed=2)
     result.stdout.fnmatch_lines(["attention: half of it"])
+
+
+def test_the_log_of_a_failed_test_is_without_how_far_long_work_was(pytester):
+    pytester.makepyfile(
+        """
+        import logging
+        from pytest_attnheat.attention.chunks import Progress
+
+        def test_it(caplog):
+            progress = Progress("work", 2, "are read")
+            progress._told -= 9
+            progress.step()
+            logging.getLogger("mine").warning("own words")
+            assert "work: " in caplog.text
+            assert not caplog.text
+        """
+    )
+    result = pytester.runpytest("--show-capture=log", "--tb=short")
+    result.stdout.fnmatch_lines(["attention: work: 0 % are read"])
+    logged = result.stdout.str().partition("Captured log call")[2]
+    assert "own words" in logged
+    assert "are read" not in logged

@@ -339,6 +339,23 @@ def _shown(level: Any) -> str:
     return str(level).replace(" ", "")
 
 
+# Levels in words: of a feature that is on, or with what it holds.
+_WORDS = {
+    "sizes": "{0[0]} queries and {0[1]} keys", "causal": "causality", "mask": "a mask ({0})",
+    "empty": "a query that may see nothing", "gradients": "gradients",
+    "unused": "{0} numbers in unused slots of a cache", "pages": "pages of {0} slots",
+    "append": "{0} keys that are appended", "shared": "pages that sequences share",
+    "left": "a cache that is padded on the left", "ragged": "a batch of lengths: {0}",
+}  # fmt: skip
+
+
+def said_of(chosen: Choice) -> str:
+    """Return a choice in words for a reader; what it is without is left out."""
+    on = {name: one for name, one in chosen.items() if one is not False and one != NONE}
+    named = (_WORDS.get(n, n if one is True else f"{n} {{0}}").format(one) for n, one in on.items())
+    return ", with ".join(named)
+
+
 def read(text: str, space: Space) -> dict[str, Any]:
     """Return the choice that a text names; what it leaves out is ordinary.
 

@@ -24,6 +24,7 @@ from pytest_attnheat.attention.levels import (
     Choice,
     Declared,
     Space,
+    said_of,
     text_of,
 )
 from pytest_attnheat.attention.shards import Shards
@@ -207,11 +208,21 @@ class Examination:
         for name, level in levels.items():
             of_few = name in known and (len(known[name]) == 1 or name in narrow)
             if name not in known or (of_few and level not in known[name]):
-                raise Skipped(f"{name}={level} is not among what it takes")
+                raise Skipped(f"what is declared leaves out {said_of({name: level})}")
         try:
             return self.space.choice(**levels)
-        except ValueError as reason:
-            raise Skipped(str(reason)) from None
+        except ValueError:
+            raise Skipped(self._left_out(levels)) from None
+
+    def _left_out(self, levels: Choice) -> str:
+        """Say of some levels that no call of what is declared has them."""
+        declared, sizes = self.space.declared, levels.get("sizes", (1, 1))
+        square = declared.square or (declared.square_if_causal and levels.get("causal"))
+        if square and sizes[0] != sizes[1]:
+            whose = "it is declared to take" if self.spec.square else "it takes"
+            causal = "" if declared.square else ", where it is causal"
+            return f"{whose} as many keys as queries alone{causal}: not {said_of({'sizes': sizes})}"
+        return f"what is declared leaves out calls with {said_of(levels)}"
 
     def judge(self, chosen: Choice, *, explain: bool = True) -> None:
         """Judge the output and the gradients of a choice.
