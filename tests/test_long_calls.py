@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -96,6 +97,41 @@ def test_keys_in_the_middle_that_are_skipped_are_named_one_by_one(spans, said, d
     given = three(24, 9973, dtype=dtype)
     with pytest.raises(Failure, match=f"{said} gets? no weight from any of these rows: (are|is)"):
         assert_matches_reference(without(*spans), *given, rows=8, gradients=False)
+
+
+@pytest.mark.parametrize("queries", [1, 16])
+def test_keys_are_counted_of_a_call_that_has_no_more_queries_than_rows_are_judged(queries):
+    for dtype, lost in ((torch.bfloat16, (9972, 9973)), (torch.float32, (6000, 6010))):
+        query, key, value = three(queries, 9973, heads=2, dtype=dtype)
+        assert_matches_reference(without(), query, key, value, rows=64)
+        said = Runs((lost,), 9973).name(0)
+        with pytest.raises(Failure, match=f"cause +{said} of 9973 gets? no weight"):
+            assert_matches_reference(without(lost), query, key, value, rows=64, gradients=False)
+
+
+def test_the_gradient_of_a_mask_is_judged_where_all_rows_are():
+    mask = torch.zeros(5, 40, requires_grad=True)
+
+    def attention(query, key, value, attn_mask):
+        return sdpa(query, key, value, attn_mask + 1e-3 * (attn_mask - attn_mask.detach()))
+
+    with pytest.raises(Failure, match=r"gradient of attn_mask(.|\n)*rows=9, seed=0"):
+        assert_matches_reference(attention, *three(5, 40), attn_mask=mask, rows=9)
+
+
+@pytest.mark.parametrize("width", [8, 12])
+def test_keys_that_are_lost_are_named_to_the_first_and_the_last(width):
+    keys, lost = 2**17 - 27, (90000, 90063)
+    read = torch.ones(keys, dtype=torch.float64)
+    read[slice(*lost)] = 0
+
+    def count(runs):
+        exact = runs.value(torch.zeros(1, keys, width, dtype=torch.float64)).sum(1, keepdim=True)
+        found = runs.value(torch.zeros(1, keys, width, dtype=torch.float64)).mT @ read[:, None]
+        broken = found.mT != exact
+        return SimpleNamespace(exact=exact, found=found.mT, broken=broken, allowed=exact * 1e-9)
+
+    assert "keys 90000..90062 of 131045 get no weight" in Runs.of(keys, width).lost(count)
 
 
 @pytest.mark.parametrize("width", [12, 64])

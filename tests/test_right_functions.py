@@ -39,6 +39,35 @@ def later(query, key, *, from_the_end=False):
     return torch.ones(sizes, dtype=torch.bool).triu(begins + 1)
 
 
+# --- what is asked of float16
+
+
+def behind(left, wide):
+    """A window of so many keys before each query, computed in a dtype."""
+
+    def attention(query, key, value):
+        sizes = query.shape[-2], key.shape[-2]
+        far = torch.ones(sizes, dtype=torch.bool).tril(sizes[1] - sizes[0] - left - 1)
+        hidden = far | later(query, key, from_the_end=True)
+        scores = query.to(wide) @ key.to(wide).mT / query.shape[-1] ** 0.5
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(-1).nan_to_num()
+        return (weights @ value.to(wide)).to(value.dtype)
+
+    return attention
+
+
+@pytest.mark.parametrize("left", [0, 1, 2, 4, 8])
+def test_products_beyond_float16_are_asked_only_of_what_computes_in_more(left):
+    def numbers(wide):
+        declared = {"window": (left, 0), "causal": "bottom_right", "dtypes": ("float16",)}
+        spec = AttentionSpec(behind(left, wide), **declared)
+        return Examination(spec, torch.float16, torch.device("cpu")).space.declared.numbers
+
+    assert "overflowing" not in numbers(torch.float16)
+    # Of one key, nothing tells them apart.
+    assert ("overflowing" in numbers(torch.float32)) == (left > 0)
+
+
 # --- shapes that are not taken
 
 

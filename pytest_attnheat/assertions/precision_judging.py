@@ -33,7 +33,6 @@ from pytest_attnheat.assertions.precision_rows import (
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.scoring import draw
-from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.callables import borrowed
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -74,9 +73,11 @@ def judge_call(
     __tracebackhide__ = True
     check_call(call)
     with torch.inference_mode(False), torch.enable_grad():
-        whole, rows = call, None
-        if criteria.rows is not None and criteria.rows < call.query_len:
+        whole, rows, repeat = call, None, f"seed={criteria.seed}"
+        if criteria.rows is not None:
             rows = chosen_rows(call.query_len, call.key_len, criteria.rows, criteria.seed)
+            repeat = f"rows={criteria.rows}, {repeat}"
+        if few := rows is not None and len(rows) < call.query_len:
             call = of_rows(call, rows)
             names, explain = [name for name in names if name != "attn_mask"], False
         masked_rows = _masked_rows(call)
@@ -84,6 +85,7 @@ def judge_call(
         call = replace(call, upstream=upstream)
         if rows is not None:
             _judge_rows(assertion, run, (whole, call), rows, criteria, names, code, output=output)
+        if few:
             return
         found = run_once(run, call, names, code, training=criteria.training, seed=criteria.seed)
         expected, plain = _expected(call, criteria, names, code)
@@ -105,7 +107,7 @@ def judge_call(
             top_score=expected.top_score,
             factor=criteria.factor,
             tolerance=criteria.tolerance,
-            repeat=f"seed={criteria.seed}",
+            repeat=repeat,
             broken=[one.name for one in judgements if bool(one.broken.any())],
             # Beside a reference of the caller's no mistake is known.
             explain=explain and criteria.reference is None,
@@ -126,6 +128,8 @@ def _judge_rows(
     output: bool,
 ) -> None:
     """Judge some rows of a call that is made as a whole.
+
+    Of all rows, only the weights of runs of keys are: the rest is judged as ever.
 
     Args:
         assertion: What the failure is called.
@@ -207,11 +211,13 @@ def _judge_rows(
             )
         if failure is not None:
             raise failure
-        is_told = {"key", "value"} & set(names) or is_fine(call.query.dtype)
+        is_told = {"key", "value"} & set(names)
         few = suspected() if output and not is_told and criteria.reference is None else None
         if few is not None and (said := few.lost(count, 1.0)):
             raise Failure(assertion, said, tensor=one.checked, repeat=repeat)
         check(assertion, slopes, context(found, slopes, "; values that count runs of keys"))
+    if len(rows) == whole.query_len:
+        return
     whole = replace(whole, upstream=spread(call.upstream))
     found = ask(whole, names)
     expected = _expected(call, criteria, names, code)

@@ -10,8 +10,8 @@ zeros elsewhere, and the output there is the weight of that run. Short runs lie 
 wrong: at the end, beside blocks, and where an offset needs one bit more. The gradient of a query is
 judged there too, each row by one run: as a sum over all keys, it is small beside its rounding.
 
-A few keys of a long run are less than its rounding. Where no gradient of keys is judged, half
-precision is asked once more, with signs as values: a sum of signs is near zero, and so is its
+A few keys of a long run are less than its rounding. Where no gradient of keys is judged, the
+subject is called once more, with signs as values: a sum of signs is near zero, and so is its
 rounding. Each key leaves its own signs in all rows and channels, by which one that is lost is
 suspected where its weights are not small beside the rounding of all others. It is counted then.
 """
@@ -41,8 +41,8 @@ _NONE = 0.01
 _LISTED = 6
 # Keys are counted one by one that may be lost beyond so many standard errors.
 _SURE = 5.0
-# Of one key in a run, this part of its weight is missed; so often runs are cut into parts.
-_PART, _ZOOMS = 0.05, 6
+# Of one key in a run, this part of its weight is missed.
+_PART = 0.05
 _TINY = torch.finfo(torch.float64).tiny
 # So many NaN lie before and after an input whose surroundings are NaN: more than a block has.
 BESIDE = 2**15
@@ -144,7 +144,7 @@ class Runs:
 
     def parts(self, channels: Sequence[int], width: int) -> Runs:
         """Return the parts of some of them, as many as the value has channels."""
-        each, spans = max(2, width // len(channels)), list[tuple[int, int]]()
+        each, spans = max(2, width // max(1, len(channels))), list[tuple[int, int]]()
         for channel in channels[: max(1, width // 2)]:
             start, stop = self.spans[channel]
             edges = sorted({start + (stop - start) * n // each for n in range(each + 1)})
@@ -184,7 +184,7 @@ class Runs:
                 of the runs have.
         """
         runs, found, others = self, list[tuple[int, int]](), False
-        for _ in range(_ZOOMS):
+        while runs.spans:  # until none is left that is more than a key
             one = count(runs)
             share, none = _share(one), _none(one)
             factor = float(share.nanmedian()) if factor is None else factor
@@ -193,10 +193,7 @@ class Runs:
             # A key that is lost of so many, on the average.
             low = share[: len(sizes)] < factor * (1 - _PART / sizes)
             low &= (sizes > 1) & ~none[: len(sizes)]
-            some = runs._chosen(low)
-            if not some:
-                break
-            some.sort(key=lambda channel: float(share[channel]))
+            some = sorted(runs._chosen(low), key=lambda channel: float(share[channel]))
             width = one.exact.shape[-1]
             others |= len(some) > width // 4
             runs = runs.parts(some[: max(1, width // 4)], width)
