@@ -12,6 +12,7 @@ from wrong_attention import PLANTED, attention_with, declared_for
 
 from pytest_attnheat import AttentionSpec, SequenceModel, capture_attention, check_attention
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
+from pytest_attnheat.contract.declarations import hints_of
 
 SDPA = functional.scaled_dot_product_attention
 CHUNK = 4
@@ -534,3 +535,24 @@ def test_no_cause_that_is_named_of_a_block_with_a_defect_is_false(name, kind):
     said = [result.failure.cause or "" for result in report.failed if result.failure is not None]
     for words, true_of in TRUE_OF.items():
         assert name.startswith(true_of) or not any(words in cause for cause in said)
+
+
+class Padded(nn.Module):
+    """A block whose mask has a name that nobody knows."""
+
+    def forward(self, states, pad=None, cache=None, depth: int | None = None):
+        masked = states if pad is None else states * pad[..., None]
+        return states + masked.mean(1, keepdim=True)
+
+
+def test_an_optional_tensor_that_nobody_declares_gets_a_hint_and_what_is_skipped_its_reason():
+    inputs, some = randn(2, 9, 8), [c for c in BLOCK_CHECKS if c.name in ("padding", "decoding")]
+    report = check_attention(AttentionSpec(Padded(), inputs=inputs, causal=None), checks=some)
+    hint = next(line for line in str(report).splitlines() if line.startswith("hint: "))
+    assert hint.startswith("hint: it takes pad=, of which nothing is declared, and no check passes")
+    assert "skipped decoding: it is not declared to be causal" in str(report).splitlines()
+    told = SequenceModel(Padded(), mask="keep", mask_argument="pad")
+    given = AttentionSpec(Padded(), inputs=inputs, arguments={"pad": torch.ones(2, 9)})
+    layer = AttentionSpec(nn.TransformerEncoderLayer(8, 2, batch_first=True), inputs=inputs)
+    for spec in (AttentionSpec(told, inputs=inputs, causal=None), given, layer):
+        assert hints_of(spec) == ()

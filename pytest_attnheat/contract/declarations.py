@@ -12,7 +12,7 @@ from pytest_attnheat.contract.block_checks import BLOCK_CHECKS
 from pytest_attnheat.contract.captured import causal_inside
 from pytest_attnheat.contract.conventions import fitting
 from pytest_attnheat.contract.examination import Check, Examination, Skipped
-from pytest_attnheat.contract.needs import all_undeclared
+from pytest_attnheat.contract.needs import all_undeclared, undeclared_tensors
 from pytest_attnheat.contract.spec import AttentionSpec
 
 _MASKS = ({"mask": "keep"}, {"mask": "drop"})
@@ -63,6 +63,8 @@ def hints_of(spec: AttentionSpec, unsaid: Sequence[str] | None = None) -> tuple[
         unsaid: `all_undeclared` of it, where that is known.
     """
     found = [*(all_undeclared(spec) if unsaid is None else unsaid)]
+    if tensors := undeclared_tensors(spec):
+        found.append(tensors)
     said = spec.convention or spec.is_block or spec.call
     likes = [] if said else fitting(spec.parameters or {})
     if likes:

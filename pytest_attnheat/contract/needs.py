@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
-from pytest_attnheat.assertions.behaviour.sequences import name_of_cache
+from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, name_of_cache, recognise
 from pytest_attnheat.contract.asking import KEYWORDS, keyword_of, model_of
 from pytest_attnheat.contract.spec import AttentionSpec
 
 Need: TypeAlias = Callable[[AttentionSpec], "str | None"]
+# A cache, or the flag that asks for one.
+_CACHE = re.compile("cache|past")
 _FIELDS = {option: field for field, option in KEYWORDS.items()}
 
 
@@ -133,6 +137,43 @@ def _undeclared_mask(spec: AttentionSpec) -> str:
         f"it takes {names[0]}=, and nothing says what that means: SequenceModel(module, mask=..., "
         f"mask_argument={names[0]!r})"
     )
+
+
+def undeclared_tensors(spec: AttentionSpec) -> str:
+    """Say which optional tensors an unknown block takes that no check gives it.
+
+    What sounds like a mask, causality or a cache is told of elsewhere. Nothing says what the
+    others are for.
+    """
+    model = model_of(spec) if spec.is_block else None
+    if model is None or (spec.mask is None and "mask" in spec.typed):
+        return ""
+    if not isinstance(spec.implementation, SequenceModel) and recognise(model.module).mask:
+        return ""
+    told = (model.mask_argument, model.positions_argument, model.memory_argument)
+    given = {*model.arguments, *told, *spec.sounding_like("mask"), *spec.sounding_like("causal")}
+    if model.mask is not None:  # padding is declared already
+        given |= {*spec.sounding_like("lengths")}
+    names = [
+        name
+        for name, one in [*(spec.parameters or {}).items()][1:]  # the first is the input
+        if name not in given and not _CACHE.search(name.lower()) and _may_be_tensor(one)
+    ]
+    if not names:
+        return ""
+    padding = f"if it marks padding, SequenceModel(module, mask=..., mask_argument={names[0]!r}); "
+    return (
+        f"it takes {', '.join(f'{name}=' for name in names)}, of which nothing is declared, and no "
+        f"check passes it: {padding * (model.mask is None)}if every call has it, "
+        f"arguments={{{names[0]!r}: ...}}"
+    )
+
+
+def _may_be_tensor(parameter: inspect.Parameter) -> bool:
+    """Whether a parameter may be left out, and may be a tensor as far as its signature tells."""
+    said = parameter.annotation
+    untold = said is parameter.empty or said is Any
+    return parameter.default is None and (untold or "Tensor" in str(said))
 
 
 order_may_matter = _need(

@@ -105,7 +105,7 @@ class Report:
         return lines
 
     def _below(self) -> list[str]:
-        lines = []
+        lines = list(self._left_out())
         if self.passed:
             notes = dict.fromkeys((r.name, r.message) for r in self.results if r.status == "passed")
             lines += [f"{name}: {note}" for name, note in notes if note]
@@ -118,6 +118,15 @@ class Report:
             names = ", ".join(result.name for result in alike)
             lines += ["", f"{names} ({first.dtype}, {first.device})", *said]
         return lines
+
+    def _left_out(self) -> Iterator[str]:
+        """Why checks of a block were skipped, each reason once; of others -rs lists dozens."""
+        reasons = dict[str, dict[str, None]]()
+        for result in self.results if self.spec.is_block else ():
+            if result.status == "skipped" and result.reason and result.reason not in self._head():
+                reasons.setdefault(result.reason, {})[result.name] = None
+        for reason, names in reasons.items():
+            yield f"skipped {', '.join(names)}: {reason}"
 
     def _alike(self) -> list[list[Result]]:
         """The first failure of each check; those whose subject raised the same thing together."""
