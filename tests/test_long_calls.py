@@ -109,6 +109,16 @@ def test_keys_are_counted_of_a_call_that_has_no_more_queries_than_rows_are_judge
             assert_matches_reference(without(lost), query, key, value, rows=64, gradients=False)
 
 
+@pytest.mark.parametrize(
+    ("queries", "width", "dtype"), [(1, 12, torch.float32), (16, 32, torch.bfloat16)]
+)
+def test_a_key_is_named_where_only_an_element_that_it_makes_is_off(queries, width, dtype):
+    given = three(queries, 2**15 + 7, width=width, dtype=dtype)
+    assert_matches_reference(without(), *given, rows=64)
+    with pytest.raises(Failure, match="key 20001 of 32775 gets no weight"):
+        assert_matches_reference(without((20001, 20002)), *given, rows=64)
+
+
 def test_the_gradient_of_a_mask_is_judged_where_all_rows_are():
     mask = torch.zeros(5, 40, requires_grad=True)
 

@@ -94,7 +94,8 @@ def assert_matches_reference(
             from `seed`. The function is called at its full length; the gradient of its output is
             zero elsewhere, and the gradients of all keys and values are judged by the share of
             these rows. It is called once more with values that count, so that keys that are lost
-            or read twice show, and are named. None for all rows.
+            or read twice show, and are named; also where that is no fewer than all rows, as in
+            decoding. None for all rows, and nothing is counted.
         arguments: More options for the function, and for `reference`. Those that are fields of
             `Call` say what is to be computed besides: softcap, sinks, alibi, bias, score_mod,
             may_see, window, chunk, prefix, sink_keys, documents, lengths, alignment. They are

@@ -190,10 +190,14 @@ def _judge_rows(
         own, output = valued(runs.value(whole.value))
         return judged("output", output, _expected(own, criteria, [], code), own)
 
-    def suspected() -> Runs | None:
+    def unread(runs: Runs) -> str:
+        """Name single keys that leave no signs; of an output that is off, keys of any run."""
         own, output = valued(signs_like(whole.value, criteria.seed))
-        off = output[..., numbers, :].double() - computation.reference(own).exact["output"]
-        return suspects(own, off.nan_to_num().masked_fill(masked_rows.unsqueeze(-1), 0.0))
+        one = judged("output", output, _expected(own, criteria, [], code), own)
+        off = (one.found - one.exact).nan_to_num().masked_fill(masked_rows.unsqueeze(-1), 0.0)
+        few = suspects(own, off)
+        said = "" if few is None else few.lost(count, 1.0)
+        return said or (runs.lost(count) if bool(one.broken.any()) else "")
 
     if whole.value.shape[-1] > 1:
         runs = Runs.of(whole.key_len, whole.value.shape[-1])
@@ -211,9 +215,7 @@ def _judge_rows(
             )
         if failure is not None:
             raise failure
-        is_told = {"key", "value"} & set(names)
-        few = suspected() if output and not is_told and criteria.reference is None else None
-        if few is not None and (said := few.lost(count, 1.0)):
+        if output and criteria.reference is None and (said := unread(runs)):
             raise Failure(assertion, said, tensor=one.checked, repeat=repeat)
         check(assertion, slopes, context(found, slopes, "; values that count runs of keys"))
     if len(rows) == whole.query_len:

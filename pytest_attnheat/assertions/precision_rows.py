@@ -10,10 +10,10 @@ zeros elsewhere, and the output there is the weight of that run. Short runs lie 
 wrong: at the end, beside blocks, and where an offset needs one bit more. The gradient of a query is
 judged there too, each row by one run: as a sum over all keys, it is small beside its rounding.
 
-A few keys of a long run are less than its rounding. Where no gradient of keys is judged, the
-subject is called once more, with signs as values: a sum of signs is near zero, and so is its
-rounding. Each key leaves its own signs in all rows and channels, by which one that is lost is
-suspected where its weights are not small beside the rounding of all others. It is counted then.
+A few keys of a long run are less than its rounding. So the subject is called once more, with signs
+as values: a sum of signs is near zero, and so is its rounding. Each key leaves its own signs in all
+rows and channels, by which one that is lost is suspected where its weights are not small beside the
+rounding of all others. It is counted then.
 """
 
 from __future__ import annotations
