@@ -137,6 +137,7 @@ def draw(ratios: dict[str, dict[int, float]], megabytes: dict[str, dict[int, flo
         axis.set_xlabel("ranks or workers" if all_of is ratios else "ranks")
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_yscale("log", base=2)
+    axes[0].yaxis.set_major_formatter("{x:g}")
     axes[0].set_title("times of one rank, or one worker", fontsize=9)
     axes[1].set_ylim(0, None)
     axes[1].set_title("MB beside the shard, of one rank", fontsize=9)
