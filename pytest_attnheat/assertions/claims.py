@@ -28,6 +28,8 @@ from pytest_attnheat.failure import Checked, Failure, Place, number_text
 if TYPE_CHECKING:
     from pytest_attnheat.heatmaps.figure import HeatmapFigure
 
+# How many last bits of what is off say nothing of which is worst.
+_LAST_BITS = 6
 Index: TypeAlias = tuple[int, ...]
 
 
@@ -123,9 +125,13 @@ class Claim(Generic[P]):
     def excess(self, part: P, breaks: Tensor) -> Tensor:
         """Return by how much each is further off than allowed, below 0 where it is not.
 
-        NaN is worst, and infinity is worse than any number.
+        NaN is worst, and infinity is worse than any number. What differs in its last bits is as
+        bad: in which order a row was added up does not decide which is worst.
         """
         over = self.deviation(part) - self.limit(part)
+        mantissa, exponent = torch.frexp(over)
+        steps = 2.0**_LAST_BITS / torch.finfo(over.dtype).eps
+        over = torch.ldexp((mantissa * steps).round() / steps, exponent)
         over = over.nan_to_num(nan=math.inf, posinf=torch.finfo(over.dtype).max)
         return over.masked_fill_(~breaks, -1)
 
