@@ -336,7 +336,7 @@ def _rounded(
     by a multiple of the most that one of its map is off in plain attention. Their names are
     returned as well.
     """
-    eps, attention = torch.finfo(call.query.dtype).eps, dict[str, Tensor]()
+    eps, attention = torch.finfo(call.query.dtype).eps, tuple[dict[str, Tensor], ...]()
     found, unknown = dict(plain), set[str]()
     if exact["output"].shape != (*call.query.shape[:-1], call.value.shape[-1]):
         return found, unknown
@@ -345,9 +345,10 @@ def _rounded(
         if not tensor.numel() or not bool((own.abs() <= eps * exact[name].abs().amax()).all()):
             continue
         unknown.add(name)
-        attention = attention or computation.plain(call)
-        if name in attention and attention[name].shape == tensor.shape:
-            off = (attention[name].double() - computation.reference(call).exact[name]).abs()
+        attention = attention or (computation.plain(call), computation.reference(call).exact)
+        rounded, right = (one.get(name) for one in attention)
+        if rounded is not None and right is not None and rounded.shape == tensor.shape:
+            off = (rounded.double() - right).abs()
             most = _STEPS_UNKNOWN * off.nan_to_num(0.0).amax((-2, -1), keepdim=True)
             found[name] = exact[name] + most
     return found, unknown

@@ -410,9 +410,7 @@ def _masks(
     for name, one in (("mask", mask), ("bias", bias)):
         if one is None:
             continue
-        if name == "mask" and one.dtype != torch.bool:
-            raise TypeError(misuse(name, f"dtype {dtype_name(one)}", _ACCEPTED[name]))
-        if name == "bias" and not one.is_floating_point():
+        if not (one.dtype == torch.bool if name == "mask" else one.is_floating_point()):
             raise TypeError(misuse(name, f"dtype {dtype_name(one)}", _ACCEPTED[name]))
         try:
             torch.broadcast_to(one, tuple(shape))

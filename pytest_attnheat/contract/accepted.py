@@ -98,7 +98,7 @@ def check_rules(spec: AttentionSpec) -> None:
             if not isinstance(getattr(spec, name), Tensor):
                 check_function(name, getattr(spec, name))
     if callable(spec.alibi):
-        slopes_of(spec.alibi, 4)
+        slopes_of(spec.alibi, 4 if spec.has_heads else 1)
 
 
 def _check_block(spec: AttentionSpec, inputs: Tensor) -> None:
