@@ -110,17 +110,11 @@ ACCEPTED_MASK = "a boolean torch.Tensor or numpy.ndarray, True where a query may
 
 
 class InBoxes:
-    """What is read as a tensor, a box of it at a time, and is never held as a whole.
+    """What is read as a tensor, a box of it at a time, and is never held as a whole."""
 
-    Attributes:
-        shape: Its sizes.
-        dtype: That of its boxes.
-        device: Where they are computed.
-    """
-
-    shape: torch.Size
-    dtype: torch.dtype
-    device: torch.device
+    shape: torch.Size  # Its sizes
+    dtype: torch.dtype  # That of its boxes
+    device: torch.device  # Where they are computed
 
     # What a verdict has to say of it: which rows stand for all.
     note: str = ""

@@ -33,23 +33,14 @@ NEARLY_ALL = 0.98
 
 @dataclass(frozen=True)
 class Evidence:
-    """What a cause may look at.
+    """What a cause may look at."""
 
-    Attributes:
-        weights: The weights, ``(..., queries, keys)``.
-        mask: Their mask, with as many dimensions, or None.
-        finding: What the thorough reading found.
-        queries: Which query of its map each row of the sample is, ``(n,)``.
-        rows: The weights of those rows, ``(n, keys)`` in float64.
-        permitted: Their mask, ``(n, keys)``.
-    """
-
-    weights: Tensor
-    mask: Tensor | None
-    finding: Finding[Any]
-    queries: Tensor
-    rows: Tensor
-    permitted: Tensor
+    weights: Tensor  # The weights, ``(..., queries, keys)``
+    mask: Tensor | None  # Their mask, with as many dimensions, or None
+    finding: Finding[Any]  # What the thorough reading found
+    queries: Tensor  # Which query of its map each row of the sample is, ``(n,)``
+    rows: Tensor  # The weights of those rows, ``(n, keys)`` in float64
+    permitted: Tensor  # Their mask, ``(n, keys)``
 
     @classmethod
     def spread(cls, weights: Tensor, mask: Tensor | None, finding: Finding[Any]) -> Evidence:

@@ -46,19 +46,12 @@ P = TypeVar("P", bound=Part)
 
 @dataclass(frozen=True)
 class Lines:
-    """What the rows that are read are, in the caller's tensor.
+    """What the rows that are read are, in the caller's tensor."""
 
-    Attributes:
-        transposed: Whether they are its columns.
-        noun: What they are called.
-        letter: What comes before the number of one of them.
-        across: What they run over.
-    """
-
-    transposed: bool
-    noun: str
-    letter: str
-    across: str
+    transposed: bool  # Whether they are its columns
+    noun: str  # What they are called
+    letter: str  # What comes before the number of one of them
+    across: str  # What they run over
 
     def name(self, index: Index) -> str:
         """Return one of them as an index into the caller's tensor."""
@@ -87,31 +80,20 @@ class Claim(Generic[P]):
     """Something that an assertion says of every row, or of every element.
 
     The functions take a part, and return one number or boolean for each row or element of it.
-
-    Attributes:
-        statement: What broken ones do, for instance "rows do not sum to 1".
-        kind: One word that tells which likely causes to look for.
-        regards: Which the claim is about.
-        value: What is measured.
-        deviation: How far each is from what is claimed; NaN breaks it.
-        allowed: The largest deviation that is accepted, of all or of each.
-        says: What is said of one that breaks it, in this part.
-        given: What its index is in the tensor as the caller has it.
-        lines: What the rows are, of a claim about rows.
-        besides: How many more it is about, which are known to keep it and are not read.
-        unit: What comes after a value in a picture, for instance "nats".
     """
 
-    statement: str
-    kind: str
-    regards: Callable[[P], Tensor]
-    value: Callable[[P], Tensor]
-    deviation: Callable[[P], Tensor]
+    statement: str  # What broken ones do, for instance "rows do not sum to 1"
+    kind: str  # One word that tells which likely causes to look for
+    regards: Callable[[P], Tensor]  # Which the claim is about
+    value: Callable[[P], Tensor]  # What is measured
+    deviation: Callable[[P], Tensor]  # How far each is from what is claimed; NaN breaks it
+    # The largest deviation that is accepted, of all or of each
     allowed: float | Callable[[P], Tensor]
-    says: Callable[[P, Spot], str]
-    given: Callable[[Index], Index] = tuple
-    lines: Lines = ROWS
-    unit: str = ""
+    says: Callable[[P, Spot], str]  # What is said of one that breaks it, in this part
+    given: Callable[[Index], Index] = tuple  # What its index is in the tensor as the caller has it
+    lines: Lines = ROWS  # What the rows are, of a claim about rows
+    unit: str = ""  # What comes after a value in a picture, for instance "nats"
+    # How many more it is about, which are known to keep it and are not read
     besides: Callable[[P], int] = lambda _: 0
 
     def limit(self, part: P) -> float | Tensor:
@@ -156,27 +138,16 @@ def first_broken(parts: Iterable[P], claims: Sequence[Claim[P]]) -> Claim[P] | N
 
 @dataclass(frozen=True)
 class Finding(Generic[P]):
-    """What the thorough reading found about a broken claim.
+    """What the thorough reading found about a broken claim."""
 
-    Attributes:
-        claim: The claim.
-        of: How many rows or elements it is about.
-        broken: How many of them break it.
-        zeros: How many broken ones have the value 0.
-        nans: How many broken ones have the value NaN.
-        first_nan: The first of those.
-        worst: The one that is farthest off, the first with NaN if there is one.
-        first: The first one that is broken.
-    """
-
-    claim: Claim[P]
-    of: int
-    broken: int
-    zeros: int
-    nans: int
-    first_nan: Index | None
-    worst: Spot
-    first: Spot
+    claim: Claim[P]  # The claim
+    of: int  # How many rows or elements it is about
+    broken: int  # How many of them break it
+    zeros: int  # How many broken ones have the value 0
+    nans: int  # How many broken ones have the value NaN
+    first_nan: Index | None  # The first of those
+    worst: Spot  # The one that is farthest off, the first with NaN if there is one
+    first: Spot  # The first one that is broken
 
     def failure(
         self,

@@ -297,19 +297,12 @@ def whole_after_dropout(evidence: Evidence) -> str | None:
 
 @dataclass(frozen=True)
 class CausalRule:
-    """Which keys a causal query may attend to.
+    """Which keys a causal query may attend to."""
 
-    Attributes:
-        query_len: Number of queries.
-        key_len: Number of keys.
-        alignment: Where query 0 stands.
-        window: How many keys before its own position a query may attend to, None for all.
-    """
-
-    query_len: int
-    key_len: int
-    alignment: Alignment
-    window: int | None
+    query_len: int  # Number of queries
+    key_len: int  # Number of keys
+    alignment: Alignment  # Where query 0 stands
+    window: int | None  # How many keys before its own position a query may attend to, None for all
 
     @classmethod
     def read(cls, query_len: int, key_len: int, alignment: object, window: object) -> CausalRule:

@@ -54,25 +54,15 @@ _Run: TypeAlias = Callable[[dict[str, Tensor]], Tensor]
 
 @dataclass(frozen=True)
 class Criteria:
-    """How it is judged.
+    """How it is judged."""
 
-    Attributes:
-        factor: How many times the rounding of a plain computation is allowed.
-        training: Whether the subject may draw random numbers, each call from `seed`.
-        seed: That seed, and that of the gradient of the output.
-        reference: What is compared with in place of attention; None for attention.
-        tolerance: What is allowed anyway, as a part of the largest number of a map.
-        rows: How many rows are judged, about; None for all.
-        surrounded: Whether what lies beside the inputs in memory is NaN.
-    """
-
-    factor: float = 2.0
-    training: bool = False
-    seed: int = 0
-    reference: Run | None = None
-    tolerance: float = 0.0
-    rows: int | None = None
-    surrounded: bool = False
+    factor: float = 2.0  # How many times the rounding of a plain computation is allowed
+    training: bool = False  # Whether the subject may draw random numbers, each call from `seed`
+    seed: int = 0  # That seed, and that of the gradient of the output
+    reference: Run | None = None  # What is compared with in place of attention; None for attention
+    tolerance: float = 0.0  # What is allowed anyway, as a part of the largest number of a map
+    rows: int | None = None  # How many rows are judged, about; None for all
+    surrounded: bool = False  # Whether what lies beside the inputs in memory is NaN
 
 
 def check_criteria(criteria: Criteria) -> None:

@@ -28,35 +28,21 @@ from pytest_attnheat.failure import Checked
 
 @dataclass(frozen=True)
 class Judgement:
-    """One tensor of a subject, beside its reference. All but `judged` are (..., length, width).
+    """One tensor of a subject, beside its reference. All but `judged` are (..., length, width)."""
 
-    Attributes:
-        name: "output", or the input whose gradient it is.
-        found: What the subject gave, in float64.
-        exact: What it should be; NaN where NaN is declared.
-        plain: What a plain computation gave, in float64.
-        scale: The natural scale.
-        allowed: How far each element may be off.
-        judged: Where it is judged, boolean.
-        dtype: The dtype that the subject gave it in.
-        shape: Its shape, which may have fewer than two dimensions.
-        missing: Whether the subject gave none, which counts as zeros.
-        rows: The numbers of its rows, where they are some of more; None for all.
-        length: How many rows there were.
-    """
-
-    name: str
-    found: Tensor
-    exact: Tensor
-    plain: Tensor
-    scale: Tensor
-    allowed: Tensor
-    judged: Tensor
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    missing: bool
+    name: str  # "output", or the input whose gradient it is
+    found: Tensor  # What the subject gave, in float64
+    exact: Tensor  # What it should be; NaN where NaN is declared
+    plain: Tensor  # What a plain computation gave, in float64
+    scale: Tensor  # The natural scale
+    allowed: Tensor  # How far each element may be off
+    judged: Tensor  # Where it is judged, boolean
+    dtype: torch.dtype  # The dtype that the subject gave it in
+    shape: tuple[int, ...]  # Its shape, which may have fewer than two dimensions
+    missing: bool  # Whether the subject gave none, which counts as zeros
+    # The numbers of its rows, where they are some of more; None for all
     rows: Sequence[int] | None = None
-    length: int = 0
+    length: int = 0  # How many rows there were
 
     def given(self, at: tuple[int, ...]) -> tuple[int, ...]:
         """Return an index into this as one into the tensor of all rows."""

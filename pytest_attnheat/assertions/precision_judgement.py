@@ -31,31 +31,20 @@ _WITNESSES = 8
 
 @dataclass(frozen=True)
 class Context:
-    """What a cause may look at besides the tensor.
+    """What a cause may look at besides the tensor."""
 
-    Attributes:
-        call: What was asked, with the gradient of the output if gradients are judged.
-        found: The output and the gradients of the subject, by name; None for no gradient.
-        unit: The unit roundoff that the scale was computed with.
-        fully_masked: (..., query_len), True where a query may attend to no key.
-        top_score: The largest permitted score; None if unknown.
-        factor: As given by the caller.
-        tolerance: What is allowed anyway, as a part of the largest number of a map.
-        repeat: What it takes to see the same again.
-        broken: The names of those that are off, the output's whether it is judged or not.
-        explain: Whether to look for what was computed instead, which takes time.
-    """
-
-    call: Call
+    call: Call  # What was asked, with the gradient of the output if gradients are judged
+    # The output and the gradients of the subject, by name; None for no gradient
     found: Mapping[str, Tensor | None]
-    unit: float
-    fully_masked: Tensor
-    top_score: float | None
-    factor: float
-    tolerance: float
-    repeat: str
+    unit: float  # The unit roundoff that the scale was computed with
+    fully_masked: Tensor  # (..., query_len), True where a query may attend to no key
+    top_score: float | None  # The largest permitted score; None if unknown
+    factor: float  # As given by the caller
+    tolerance: float  # What is allowed anyway, as a part of the largest number of a map
+    repeat: str  # What it takes to see the same again
+    # The names of those that are off, the output's whether it is judged or not
     broken: Collection[str]
-    explain: bool
+    explain: bool  # Whether to look for what was computed instead, which takes time
 
     @property
     def dtype(self) -> torch.dtype:

@@ -113,15 +113,10 @@ def _renumbered(function: ScoreMod | None, numbers: Tensor) -> ScoreMod | None:
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of keys, one for each channel of the value.
+    """Runs of keys, one for each channel of the value."""
 
-    Attributes:
-        spans: The first key of each, and the one after its last.
-        key_len: The number of keys.
-    """
-
-    spans: tuple[tuple[int, int], ...]
-    key_len: int
+    spans: tuple[tuple[int, int], ...]  # The first key of each, and the one after its last
+    key_len: int  # The number of keys
 
     @classmethod
     def of(cls, key_len: int, width: int) -> Runs:

@@ -355,17 +355,11 @@ class Block:
 
 @dataclass(frozen=True)
 class Elements:
-    """The weights of some keys of a block.
+    """The weights of some keys of a block."""
 
-    Attributes:
-        block: The block.
-        keys: The keys.
-        unread: How many others of each row are in no part: they are zero, and masked.
-    """
-
-    block: Block
-    keys: slice
-    unread: int = 0
+    block: Block  # The block
+    keys: slice  # The keys
+    unread: int = 0  # How many others of each row are in no part: they are zero, and masked
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -390,17 +384,11 @@ class Elements:
 
 @dataclass(frozen=True)
 class Parts(Generic[P]):
-    """Parts of weights, and what else there is of them.
+    """Parts of weights, and what else there is of them."""
 
-    Attributes:
-        make: Goes through the parts that lie here.
-        placed: The weights, where others lie on other ranks; else None.
-        of_rows: Whether the parts are whole rows.
-    """
-
-    make: Callable[[], Iterator[P]]
-    placed: Placed | None
-    of_rows: bool
+    make: Callable[[], Iterator[P]]  # Goes through the parts that lie here
+    placed: Placed | None  # The weights, where others lie on other ranks; else None
+    of_rows: bool  # Whether the parts are whole rows
 
     def __iter__(self) -> Iterator[P]:
         """Go through the parts that lie here."""

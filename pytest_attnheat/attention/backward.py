@@ -128,27 +128,16 @@ _MOST_NUMBERS = 2**18
 
 @dataclass(frozen=True, eq=False)
 class Saved:
-    """What the forward pass leaves for the backward pass.
+    """What the forward pass leaves for the backward pass."""
 
-    Attributes:
-        call: What was computed.
-        case: The same on the CPU, (batch, heads, length, width).
-        above: The gradient of its output.
-        forward: What attention gives on it.
-        lse: The logarithm of the sum of each row, (batch, heads, query_len, 1).
-        kept: What dropout does to each weight, (batch, heads, query_len, key_len), or 1.
-        right: The row term D, (batch, heads, query_len, 1).
-        allowed: By which part of its size a row of a gradient may be off by rounding.
-    """
-
-    call: Call
-    case: Case
-    above: Tensor
-    forward: Outcome
-    lse: Tensor
-    kept: Tensor
-    right: Tensor
-    allowed: float
+    call: Call  # What was computed
+    case: Case  # The same on the CPU, (batch, heads, length, width)
+    above: Tensor  # The gradient of its output
+    forward: Outcome  # What attention gives on it
+    lse: Tensor  # The logarithm of the sum of each row, (batch, heads, query_len, 1)
+    kept: Tensor  # What dropout does to each weight, (batch, heads, query_len, key_len), or 1
+    right: Tensor  # The row term D, (batch, heads, query_len, 1)
+    allowed: float  # By which part of its size a row of a gradient may be off by rounding
 
     @classmethod
     def of(cls, call: Call, kept: Tensor | None) -> Saved:

@@ -40,18 +40,13 @@ _KEEPS_SUMS = "out_dtype" in (torch.bmm.__doc__ or "")
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """Some rows of some maps.
+    """Some rows of some maps."""
 
-    Attributes:
-        seen: The keys that any of the rows may see, as runs in order; all others weigh 0. All keys
-            where a row is NaN.
-        weights: (maps, rows, keys), of the keys of these runs.
-        sink: (maps, rows, 1), the weight of the sink; None without one.
-    """
-
+    # The keys that any of the rows may see, as runs in order; all others weigh 0. All keys where a
+    # row is NaN.
     seen: tuple[slice, ...]
-    weights: Tensor
-    sink: Tensor | None
+    weights: Tensor  # (maps, rows, keys), of the keys of these runs
+    sink: Tensor | None  # (maps, rows, 1), the weight of the sink; None without one
 
 
 class Blocks:

@@ -38,64 +38,52 @@ class Call:
 
     Every rule of who may attend to whom has to permit; where none is given, all keys are seen.
     Leading dimensions are any, (batch, heads) where a feature speaks of batch entries or heads.
-
-    Attributes:
-        query: (..., query_len, head_dim)
-        key: (..., key_len, head_dim), of fewer heads where they are grouped.
-        value: (..., key_len, value_dim), likewise.
-        mask: Boolean, True where a query may attend, broadcastable to (..., query_len, key_len).
-        bias: Added to the scores, of such a shape; -inf forbids.
-        causal: Whether a query sees no later key.
-        alignment: Where query 0 stands if lengths differ: what `causal`, `window`, `chunk` and
-            `alibi` are counted from.
-        window: How many keys before and after its own position a query sees; None is no limit.
-        chunk: A query sees keys of its own chunk of so many positions alone.
-        prefix: So many first keys are seen in spite of `causal`.
-        sink_keys: So many first keys are seen in spite of `window` and `chunk`.
-        documents: The document of each query, (batch, query_len), and of each key,
-            (batch, key_len): a query sees its own document alone.
-        lengths: How many first keys of each batch entry are real, (batch,). The last query stands
-            at the last real key where the alignment is bottom right.
-        query_lengths: How many first queries of each batch entry are real, (batch,); the others see
-            nothing. The last real one is the last query of the entry.
-        may_see: A function of positions, called with integer tensors that broadcast.
-        scale: What the products of queries and keys are multiplied by; None for 1 / sqrt(head_dim).
-        softcap: Scores become softcap * tanh(score / softcap).
-        alibi: One slope per head: a score loses slope times the distance of query and key.
-        score_mod: A function of the score and its positions, elementwise.
-        sinks: One score per head that joins the sum of each row and has no value.
-        fully_masked: What the weights are of a query that may attend to nothing.
-        rounded: Steps that are rounded on purpose, and to which dtype: "query", "key", "value",
-            "scores", "weights".
-        stored: How keys and values are stored, by code that reads a cache; None for its own way.
-        shards: How the sequence lies on several ranks; None where it lies on one.
-        upstream: The gradient of the output, (..., query_len, value_dim); None for no gradients.
     """
 
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    query: Tensor  # (..., query_len, head_dim)
+    key: Tensor  # (..., key_len, head_dim), of fewer heads where they are grouped
+    value: Tensor  # (..., key_len, value_dim), likewise
+    # Boolean, True where a query may attend, broadcastable to (..., query_len, key_len)
     mask: Tensor | None = None
-    bias: Tensor | None = None
-    causal: bool = False
+    bias: Tensor | None = None  # Added to the scores, of such a shape; -inf forbids
+    causal: bool = False  # Whether a query sees no later key
+    # Where query 0 stands if lengths differ: what `causal`, `window`, `chunk` and `alibi` are
+    # counted from
     alignment: Alignment = "top_left"
+    # How many keys before and after its own position a query sees; None is no limit
     window: tuple[int | None, int | None] | None = None
-    chunk: int | None = None
-    prefix: int = 0
-    sink_keys: int = 0
+    chunk: int | None = None  # A query sees keys of its own chunk of so many positions alone
+    prefix: int = 0  # So many first keys are seen in spite of `causal`
+    sink_keys: int = 0  # So many first keys are seen in spite of `window` and `chunk`
+    # The document of each query, (batch, query_len), and of each key, (batch, key_len): a query
+    # sees its own document alone
     documents: tuple[Tensor, Tensor] | None = None
+    # How many first keys of each batch entry are real, (batch,). The last query stands at the last
+    # real key where the alignment is bottom right.
     lengths: Tensor | None = None
+    # How many first queries of each batch entry are real, (batch,); the others see nothing. The
+    # last real one is the last query of the entry.
     query_lengths: Tensor | None = None
+    # A function of positions, called with integer tensors that broadcast
     may_see: MaySee | None = None
+    # What the products of queries and keys are multiplied by; None for 1 / sqrt(head_dim)
     scale: float | None = None
-    softcap: float | None = None
+    softcap: float | None = None  # Scores become softcap * tanh(score / softcap)
+    # One slope per head: a score loses slope times the distance of query and key
     alibi: Tensor | None = None
-    score_mod: ScoreMod | None = None
+    score_mod: ScoreMod | None = None  # A function of the score and its positions, elementwise
+    # One score per head that joins the sum of each row and has no value
     sinks: Tensor | None = None
+    # What the weights are of a query that may attend to nothing
     fully_masked: DeclaredFullyMasked = "zero"
+    # Steps that are rounded on purpose, and to which dtype: "query", "key", "value", "scores",
+    # "weights"
     rounded: Mapping[str, torch.dtype] | None = None
+    # How keys and values are stored, by code that reads a cache; None for its own way
     stored: Storage | None = None
+    # How the sequence lies on several ranks; None where it lies on one
     shards: Shards | None = None
+    # The gradient of the output, (..., query_len, value_dim); None for no gradients
     upstream: Tensor | None = None
 
     @cached_property
@@ -279,21 +267,13 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Positions:
-    """Where some queries and all keys stand; integer tensors that broadcast.
+    """Where some queries and all keys stand; integer tensors that broadcast."""
 
-    Attributes:
-        batch: (maps, 1, 1)
-        head: (maps, 1, 1)
-        query: (1, rows, 1)
-        key: (1, 1, key_len)
-        behind: How many keys each key is behind its query, below 0 in its future.
-    """
-
-    batch: Tensor
-    head: Tensor
-    query: Tensor
-    key: Tensor
-    behind: Tensor
+    batch: Tensor  # (maps, 1, 1)
+    head: Tensor  # (maps, 1, 1)
+    query: Tensor  # (1, rows, 1)
+    key: Tensor  # (1, 1, key_len)
+    behind: Tensor  # How many keys each key is behind its query, below 0 in its future
 
     def within(self, left: int | None, right: int | None) -> Tensor:
         """Return which keys are at most so many before and after a query; None is no limit."""

@@ -80,21 +80,16 @@ class Reference:
 
 @dataclass(frozen=True)
 class _Units:
-    """The roundoff of a computation in the dtype of a call.
+    """The roundoff of a computation in the dtype of a call."""
 
-    Attributes:
-        one: That of the dtype, with what a long sum adds to it.
-        sums: That of the dtype that sums are kept in: float32 or wider, as in
-            `pytest_attnheat.attention.tolerance`.
-        tiny: The smallest number that the dtype holds; at least the smallest normal one of float32
-            where that is what is computed in, as many kernels take a smaller one for zero.
-        exp: How far exp is off by its approximation, as a part of itself.
-    """
-
-    one: float
+    one: float  # That of the dtype, with what a long sum adds to it
+    # That of the dtype that sums are kept in: float32 or wider, as in
+    # `pytest_attnheat.attention.tolerance`
     sums: float
+    # The smallest number that the dtype holds; at least the smallest normal one of float32 where
+    # that is what is computed in, as many kernels take a smaller one for zero
     tiny: float
-    exp: float
+    exp: float  # How far exp is off by its approximation, as a part of itself
 
     @classmethod
     def of(cls, call: Call) -> _Units:
@@ -111,22 +106,14 @@ class _Units:
 
 @dataclass(frozen=True)
 class _Row:
-    """What the rows of a part come to, all (maps, rows, key_len) but for the last dimension.
+    """What the rows of a part come to, all (maps, rows, key_len) but for the last dimension."""
 
-    Attributes:
-        scores: As they enter the softmax, not masked.
-        weights: Without that of the sink.
-        sink: The weight of the sink, (maps, rows, 1); None without one.
-        slope: How scores grow with the scaled product; None where it is 1.
-        bias_slope: How they grow with the bias; None where it is 1.
-        felt: What the rounding of a score is in proportion to: d / u - 1 in the formulas above.
-    """
-
-    scores: Tensor
-    weights: Tensor
-    sink: Tensor | None
-    slope: Tensor | None
-    bias_slope: Tensor | None
+    scores: Tensor  # As they enter the softmax, not masked
+    weights: Tensor  # Without that of the sink
+    sink: Tensor | None  # The weight of the sink, (maps, rows, 1); None without one
+    slope: Tensor | None  # How scores grow with the scaled product; None where it is 1
+    bias_slope: Tensor | None  # How they grow with the bias; None where it is 1
+    # What the rounding of a score is in proportion to: d / u - 1 in the formulas above
     felt: Tensor
 
 

@@ -26,17 +26,11 @@ _TRIES = 4
 
 @dataclass(frozen=True)
 class Covering:
-    """Cases that cover all pairs.
+    """Cases that cover all pairs."""
 
-    Attributes:
-        cases: A level for each feature.
-        pairs: How many pairs of levels occur in some case: all that can.
-        impossible: How many pairs cannot occur together in any case.
-    """
-
-    cases: tuple[dict[str, Any], ...]
-    pairs: int
-    impossible: int
+    cases: tuple[dict[str, Any], ...]  # A level for each feature
+    pairs: int  # How many pairs of levels occur in some case: all that can
+    impossible: int  # How many pairs cannot occur together in any case
 
 
 def covering(

@@ -32,21 +32,13 @@ _OVERFLOWING = 1.2e5
 
 @dataclass(frozen=True, eq=False)
 class Drawing:
-    """Draws the call of a choice.
+    """Draws the call of a choice."""
 
-    Attributes:
-        chosen: A level for each feature.
-        heads: How many query heads there are.
-        seed: Where tensors are drawn from.
-        dtype: The dtype of all tensors of floats.
-        device: Where they are.
-    """
-
-    chosen: Choice
-    heads: int
-    seed: int
-    dtype: torch.dtype
-    device: torch.device
+    chosen: Choice  # A level for each feature
+    heads: int  # How many query heads there are
+    seed: int  # Where tensors are drawn from
+    dtype: torch.dtype  # The dtype of all tensors of floats
+    device: torch.device  # Where they are
 
     def call(self, always: Mapping[str, Any]) -> Call:
         """Draw all that is chosen, besides the fields that every call has."""

@@ -40,19 +40,13 @@ _USUAL: dict[str, Any] = {one.name: getattr(Plan(), one.name) for one in fields(
 
 @dataclass(frozen=True, eq=False)
 class Expected:
-    """What a plan gives on a case, and what judging it takes.
+    """What a plan gives on a case, and what judging it takes."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        largest_score: The largest score of each row, (batch, heads, query_len).
-        ordinary: The rms of the values that were used; of several outcomes, a tensor of theirs.
-        unjudged: Rows that are not judged, (batch, heads, query_len); None if all are.
-    """
-
-    output: Tensor
-    largest_score: Tensor
+    output: Tensor  # (batch, heads, query_len, value_dim)
+    largest_score: Tensor  # The largest score of each row, (batch, heads, query_len)
+    # The rms of the values that were used; of several outcomes, a tensor of theirs
     ordinary: float | Tensor
-    unjudged: Tensor | None
+    unjudged: Tensor | None  # Rows that are not judged, (batch, heads, query_len); None if all are
 
     def errors(
         self, found: Tensor, dtype: torch.dtype, *, least: float, most: float

@@ -25,21 +25,13 @@ from pytest_attnheat.attention.packing import lengths_of
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a plan gives on a case.
+    """What a plan gives on a case."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim), float64
-        weights: (batch, heads, query_len, key_len), float64
-        scores: Of the same shape: scaled, without any mask.
-        permitted: Of the same shape: where the plan lets a query attend.
-        value: (batch, heads, key_len, value_dim): what was used as values.
-    """
-
-    output: Tensor
-    weights: Tensor
-    scores: Tensor
-    permitted: Tensor
-    value: Tensor
+    output: Tensor  # (batch, heads, query_len, value_dim), float64
+    weights: Tensor  # (batch, heads, query_len, key_len), float64
+    scores: Tensor  # Of the same shape: scaled, without any mask
+    permitted: Tensor  # Of the same shape: where the plan lets a query attend
+    value: Tensor  # (batch, heads, key_len, value_dim): what was used as values
 
 
 # How a step is done: it is called with its function, the plan, the case, and what it works on.

@@ -17,15 +17,10 @@ SCHEMES: tuple[Scheme, ...] = get_args(Scheme)
 
 @dataclass(frozen=True)
 class Shards:
-    """A scheme over some ranks.
+    """A scheme over some ranks."""
 
-    Attributes:
-        scheme: Its name, of `SCHEMES`.
-        ranks: How many ranks there are.
-    """
-
-    scheme: Scheme
-    ranks: int
+    scheme: Scheme  # Its name, of `SCHEMES`
+    ranks: int  # How many ranks there are
 
     @property
     def parts(self) -> int:

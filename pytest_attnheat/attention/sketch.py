@@ -44,19 +44,14 @@ _DROPPED_BITS = 6
 
 @dataclass(frozen=True)
 class Side:
-    """The numbers of all rows, or of all columns, of some maps.
+    """The numbers of all rows, or of all columns, of some maps."""
 
-    Attributes:
-        sums: (maps, groups), what the weights of a row sum to; None where they are not kept.
-        signed: (maps, groups), what they sum to, each multiplied by the number of its position.
-        norms: (maps, groups), the roots of the sums of their squares.
-        span: Rows that are one group; the numbers of their positions go into `signed`.
-    """
-
+    # (maps, groups), what the weights of a row sum to; None where they are not kept
     sums: Numbers | None
+    # (maps, groups), what they sum to, each multiplied by the number of its position
     signed: Numbers
-    norms: Numbers
-    span: int = 1
+    norms: Numbers  # (maps, groups), the roots of the sums of their squares
+    span: int = 1  # Rows that are one group; the numbers of their positions go into `signed`
 
     def folded(self, span: int) -> Side:
         """Return the numbers of groups of so many neighbours, of rows or columns not grouped."""
@@ -95,17 +90,11 @@ class Side:
 
 @dataclass(frozen=True)
 class Sketch:
-    """What stands for some maps.
+    """What stands for some maps."""
 
-    Attributes:
-        rows: Of their rows, which are queries.
-        columns: Of their columns, which are keys.
-        step: What the numbers were rounded by, as a part of their norm; 0 for not at all.
-    """
-
-    rows: Side
-    columns: Side
-    step: float = 0.0
+    rows: Side  # Of their rows, which are queries
+    columns: Side  # Of their columns, which are keys
+    step: float = 0.0  # What the numbers were rounded by, as a part of their norm; 0 for not at all
 
     def folded(self, spans: tuple[int, int]) -> Sketch:
         """Return the sketch of groups of rows and of columns."""

@@ -25,24 +25,17 @@ _LEFT, _ROOM, _SPARE = 3, 5, 2
 
 @dataclass(frozen=True)
 class Storage:
-    """How the keys and values of a call are stored. What is stored is the same attention.
+    """How the keys and values of a call are stored. What is stored is the same attention."""
 
-    Attributes:
-        page: How many keys a page holds; 0 for one row of slots for each sequence.
-        appended: How many last keys of each sequence are handed over in the call, as far as it has
-            so many; `OWN` for as many as it has queries.
-        shared: Whether sequences that begin alike share the pages of that.
-        left: Whether the keys of a row begin after its first slot.
-        unused: What slots hold that are not in use, of `UNUSED`, and the buffer of the output.
-        seed: Where the order of pages and ordinary numbers are drawn from.
-    """
-
-    page: int = 0
+    page: int = 0  # How many keys a page holds; 0 for one row of slots for each sequence
+    # How many last keys of each sequence are handed over in the call, as far as it has so many;
+    # `OWN` for as many as it has queries
     appended: int = 0
-    shared: bool = False
-    left: bool = False
+    shared: bool = False  # Whether sequences that begin alike share the pages of that
+    left: bool = False  # Whether the keys of a row begin after its first slot
+    # What slots hold that are not in use, of `UNUSED`, and the buffer of the output
     unused: str = "ordinary"
-    seed: int = 0
+    seed: int = 0  # Where the order of pages and ordinary numbers are drawn from
 
     def filled(
         self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None
@@ -77,26 +70,16 @@ class Cache:
     """The keys and values of a batch of sequences as they are stored.
 
     Slot `n` is place `n % page` of page `n // page`.
-
-    Attributes:
-        storage: How they are stored.
-        page: How many slots a page has; a row of slots is a page.
-        table: The pages of each sequence, (batch, pages); those after its last hold nothing.
-        first: The place of its first key, (batch,).
-        lengths: How many keys it has, with those that are appended, (batch,).
-        appended: How many of them are handed over in the call, (batch,).
-        before: Keys and values before the call, (slots, heads, width) each.
-        after: The same with what is appended where it belongs.
     """
 
-    storage: Storage
-    page: int
-    table: Tensor
-    first: Tensor
-    lengths: Tensor
-    appended: Tensor
-    before: tuple[Tensor, Tensor]
-    after: tuple[Tensor, Tensor]
+    storage: Storage  # How they are stored
+    page: int  # How many slots a page has; a row of slots is a page
+    table: Tensor  # The pages of each sequence, (batch, pages); those after its last hold nothing
+    first: Tensor  # The place of its first key, (batch,)
+    lengths: Tensor  # How many keys it has, with those that are appended, (batch,)
+    appended: Tensor  # How many of them are handed over in the call, (batch,)
+    before: tuple[Tensor, Tensor]  # Keys and values before the call, (slots, heads, width) each
+    after: tuple[Tensor, Tensor]  # The same with what is appended where it belongs
 
     @property
     def kept(self) -> Tensor:

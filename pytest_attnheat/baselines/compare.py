@@ -35,16 +35,11 @@ _SUM_MOVED = 1e-4
 
 @dataclass(frozen=True)
 class DataDifference:
-    """How the data of a picture differ from those of its baseline.
+    """How the data of a picture differ from those of its baseline."""
 
-    Attributes:
-        reason: one line, for example "3 of 64 cells differ".
-        details: further lines: the worst cell and a likely relation.
-        worst: (row, column, query, key) of the worst cell; None where shapes or labels differ.
-    """
-
-    reason: str
-    details: list[str]
+    reason: str  # one line, for example "3 of 64 cells differ"
+    details: list[str]  # further lines: the worst cell and a likely relation
+    # (row, column, query, key) of the worst cell; None where shapes or labels differ
     worst: tuple[int, int, int, int] | None = None
 
 

@@ -58,25 +58,17 @@ _TOO_LARGE = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison found.
+    """What a comparison found."""
 
-    Attributes:
-        status: "equal"; "text" (only text differs, drawn by another matplotlib); "pooled" (equal,
-            but the baseline is from before there were sketches of pooled maps); or why it fails:
-            "missing", "unreadable", "data", "panels", "pixels".
-        reason: one line for a failure.
-        details: further lines.
-        compared: what was compared: "data", "sketch", "pixels".
-        artifacts: files left behind, by name.
-        drawn_by: the matplotlib of the baseline.
-    """
-
+    # "equal"; "text" (only text differs, drawn by another matplotlib); "pooled" (equal, but the
+    # baseline is from before there were sketches of pooled maps); or why it fails: "missing",
+    # "unreadable", "data", "panels", "pixels"
     status: Status
-    reason: str = ""
-    details: list[str] = field(default_factory=list)
-    compared: tuple[str, ...] = ()
-    artifacts: dict[str, Path] = field(default_factory=dict)
-    drawn_by: str = ""
+    reason: str = ""  # one line for a failure
+    details: list[str] = field(default_factory=list)  # further lines
+    compared: tuple[str, ...] = ()  # what was compared: "data", "sketch", "pixels"
+    artifacts: dict[str, Path] = field(default_factory=dict)  # files left behind, by name
+    drawn_by: str = ""  # the matplotlib of the baseline
 
     @property
     def passed(self) -> bool:

@@ -23,28 +23,19 @@ STATISTICS = ("entropy", "largest weight", "on the first key", "on the key befor
 
 @dataclass(frozen=True)
 class Layer:
-    """What is known of one attention of a model.
+    """What is known of one attention of a model."""
 
-    Attributes:
-        name: The layer, and the number of its call after the first.
-        shape: (batch, heads, query_len, key_len).
-        dtype: What the model computed in, by name.
-        sketch: Of batch x heads maps.
-        statistics: (maps, 5), means over the queries of each map, as `STATISTICS` names them.
-        spread: (maps,), how far the logarithm of the largest weight is above their mean, over keys
-            that have any; a mean over queries.
-        heads: The numbers of its heads, where they are a selection; None for all. So are queries.
-        queries: Those of its queries.
-    """
-
-    name: str
-    shape: tuple[int, int, int, int]
-    dtype: str
-    sketch: Sketch
-    statistics: Numbers
+    name: str  # The layer, and the number of its call after the first
+    shape: tuple[int, int, int, int]  # (batch, heads, query_len, key_len)
+    dtype: str  # What the model computed in, by name
+    sketch: Sketch  # Of batch x heads maps
+    statistics: Numbers  # (maps, 5), means over the queries of each map, as `STATISTICS` names them
+    # (maps,), how far the logarithm of the largest weight is above their mean, over keys that have
+    # any; a mean over queries
     spread: Numbers
+    # The numbers of its heads, where they are a selection; None for all. So are queries.
     heads: tuple[int, ...] | None = None
-    queries: tuple[int, ...] | None = None
+    queries: tuple[int, ...] | None = None  # Those of its queries
 
 
 def layers_of(trace: object) -> list[Layer]:

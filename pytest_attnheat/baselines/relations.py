@@ -182,17 +182,11 @@ def _permutation(panels: list[tuple[int, int]], sources: list[int]) -> str:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What is compared of some maps: three lists of numbers for each.
+    """What is compared of some maps: three lists of numbers for each."""
 
-    Attributes:
-        rows: (maps, queries), sums of weights times the numbers of their positions.
-        sums: (maps, queries), sums of weights.
-        columns: (maps, keys), as `rows`, of keys.
-    """
-
-    rows: Numbers
-    sums: Numbers
-    columns: Numbers
+    rows: Numbers  # (maps, queries), sums of weights times the numbers of their positions
+    sums: Numbers  # (maps, queries), sums of weights
+    columns: Numbers  # (maps, keys), as `rows`, of keys
 
     def far(self, other: _Numbers, norms: tuple[Numbers, Numbers]) -> float:
         """Return how far the worst number is off, as a part of the norm of its weights."""

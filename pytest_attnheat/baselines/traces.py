@@ -88,21 +88,14 @@ def assert_same_attention(
 
 @dataclass(frozen=True)
 class _Moved:
-    """How far one layer is from what was expected of it.
+    """How far one layer is from what was expected of it."""
 
-    Attributes:
-        number: Which layer.
-        expected: What was expected.
-        actual: What it is.
-        excess: How far queries and keys of each map are off, as a part of what may be.
-        tolerance: That of the layer.
-    """
-
-    number: int
-    expected: Layer
-    actual: Layer
+    number: int  # Which layer
+    expected: Layer  # What was expected
+    actual: Layer  # What it is
+    # How far queries and keys of each map are off, as a part of what may be
     excess: tuple[Numbers, Numbers]
-    tolerance: float
+    tolerance: float  # That of the layer
 
     @property
     def of_maps(self) -> Numbers:

@@ -13,17 +13,12 @@ Feature: TypeAlias = Literal["scale", "softcap", "window", "chunk", "sinks"]
 
 @dataclass(frozen=True, eq=False)
 class Carried:
-    """One thing that a module carries.
+    """One thing that a module carries."""
 
-    Attributes:
-        feature: What it declares.
-        name: The attribute: "scaling", "config.sliding_window" ...
-        value: A number: the scale, the cap, how many keys with its own position a query sees, the
-            size of chunks; or the sinks, (heads,).
-    """
-
-    feature: Feature
-    name: str
+    feature: Feature  # What it declares
+    name: str  # The attribute: "scaling", "config.sliding_window" ..
+    # A number: the scale, the cap, how many keys with its own position a query sees, the size of
+    # chunks; or the sinks, (heads,)
     value: Any = field(repr=False)
 
 

@@ -41,18 +41,12 @@ Part = Literal["", "keys", "queries"]
 
 @dataclass(frozen=True)
 class Statistics:
-    """What a distribution over keys is like, without the keys: float32, on the CPU.
+    """What a distribution over keys is like, without the keys: float32, on the CPU."""
 
-    Attributes:
-        row_sum: (batch, heads, query_len)
-        entropy: (batch, heads, query_len), in nats.
-        maximum: (batch, heads, query_len): the largest weight.
-        most_attended: (batch, heads, query_len): the key that has it, int64; -1 without keys.
-    """
-
-    row_sum: Tensor = field(repr=False)
-    entropy: Tensor = field(repr=False)
-    maximum: Tensor = field(repr=False)
+    row_sum: Tensor = field(repr=False)  # (batch, heads, query_len)
+    entropy: Tensor = field(repr=False)  # (batch, heads, query_len), in nats
+    maximum: Tensor = field(repr=False)  # (batch, heads, query_len): the largest weight
+    # (batch, heads, query_len): the key that has it, int64; -1 without keys
     most_attended: Tensor = field(repr=False)
 
 

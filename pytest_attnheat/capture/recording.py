@@ -41,23 +41,14 @@ _WITH_WEIGHTS = ("given_mask", "bias", "sinks", "sink_weights")
 
 @dataclass(frozen=True)
 class Wanted:
-    """What a capture keeps.
+    """What a capture keeps."""
 
-    Attributes:
-        keep: Inputs, from which weights are computed when asked for; weights; or statistics.
-        layers: Patterns of layer names; None for all.
-        heads: Which heads; None for all.
-        queries: Which queries; None for all.
-        max_bytes: What all records, and the weights of one, may take.
-        dtype: That of the weights.
-    """
-
-    keep: Keep
-    layers: Sequence[str] | None
-    heads: Selection | None
-    queries: Selection | None
-    max_bytes: int
-    dtype: torch.dtype
+    keep: Keep  # Inputs, from which weights are computed when asked for; weights; or statistics
+    layers: Sequence[str] | None  # Patterns of layer names; None for all
+    heads: Selection | None  # Which heads; None for all
+    queries: Selection | None  # Which queries; None for all
+    max_bytes: int  # What all records, and the weights of one, may take
+    dtype: torch.dtype  # That of the weights
 
     def wants(self, layer: str) -> bool:
         """Whether a layer is wanted: its name, or that of a module around it, is matched."""

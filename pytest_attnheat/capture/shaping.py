@@ -11,19 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Shaping:
-    """How the leading axes of an attention are batch entries and heads.
+    """How the leading axes of an attention are batch entries and heads."""
 
-    Attributes:
-        lead: The leading axes of the queries.
-        batch: Number of batch entries.
-        heads: Number of heads.
-        packed: How many heads that share keys were written as queries of one; 1 for none.
-    """
-
-    lead: tuple[int, ...]
-    batch: int
-    heads: int
-    packed: int = 1
+    lead: tuple[int, ...]  # The leading axes of the queries
+    batch: int  # Number of batch entries
+    heads: int  # Number of heads
+    packed: int = 1  # How many heads that share keys were written as queries of one; 1 for none
 
     @classmethod
     def of(cls, rows: Tensor, before: tuple[int, ...] | None, heads: int | None) -> Shaping:

@@ -20,50 +20,34 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 @dataclass(frozen=True, eq=False)
 class Origin:
-    """A product of two activations.
+    """A product of two activations."""
 
-    Attributes:
-        left: (..., rows, inner)
-        right: (..., columns, inner)
-        factors: What left and right had been multiplied by before; NaN for what is not known.
-        before: The shape of one of them before its axes were joined, see `Tag`.
-        windows: Whether one of them has windows, see `Tag`.
-    """
-
-    left: Tensor
-    right: Tensor
+    left: Tensor  # (..., rows, inner)
+    right: Tensor  # (..., columns, inner)
+    # What left and right had been multiplied by before; NaN for what is not known
     factors: tuple[float, float] = (1.0, 1.0)
+    # The shape of one of them before its axes were joined, see `Tag`
     before: tuple[int, ...] | None = None
-    windows: bool = False
+    windows: bool = False  # Whether one of them has windows, see `Tag`
 
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """What goes along with a product and all that is made of it; tensors broadcast to its shape.
+    """What goes along with a product and all that is made of it; tensors broadcast to its shape."""
 
-    Attributes:
-        origin: The product; None for scores that were made in another way.
-        rows: The row of the left operand, counted through its leading axes; -1 for none. Like
-            the columns on the CPU, where nobody waits for what they say.
-        columns: The row of the right operand; -1 for none. Without a product, the number of the
-            key.
-        zero: What it would be if the product were zero.
-        steps: The numbers that it was multiplied by since.
-        softcap: What a tanh was multiplied by since.
-        went: The functions that changed it.
-        coarsest: The dtype with the largest rounding error that it has had.
-        done: Whether these are weights already, and `zero` is of before.
-    """
-
-    origin: Origin | None
+    origin: Origin | None  # The product; None for scores that were made in another way
+    # The row of the left operand, counted through its leading axes; -1 for none. Like the columns
+    # on the CPU, where nobody waits for what they say.
     rows: Tensor
+    # The row of the right operand; -1 for none. Without a product, the number of the key.
     columns: Tensor
-    zero: Tensor
-    steps: tuple[float, ...] = ()
-    softcap: float | None = None
-    went: tuple[str, ...] = ()
+    zero: Tensor  # What it would be if the product were zero
+    steps: tuple[float, ...] = ()  # The numbers that it was multiplied by since
+    softcap: float | None = None  # What a tanh was multiplied by since
+    went: tuple[str, ...] = ()  # The functions that changed it
+    # The dtype with the largest rounding error that it has had
     coarsest: torch.dtype = torch.float32
-    done: bool = False
+    done: bool = False  # Whether these are weights already, and `zero` is of before
 
     @classmethod
     def of(cls, origin: Origin, zero: Tensor, dtype: torch.dtype) -> Scores:
@@ -113,58 +97,44 @@ class Sample:
 
 @dataclass(frozen=True, eq=False)
 class Tag:
-    """What is known of one tensor.
+    """What is known of one tensor."""
 
-    Attributes:
-        before: Its shape (batch, heads, length, width) before batch and heads were joined, or
-            heads were packed into queries.
-        windows: Whether its third axis from the right is one of windows of rows, or of a batch that
-            comes after the heads.
-        scores: What goes along with it, if it descends from a product of activations.
-        weights: Whether it is the result of a softmax (or sigmoid, sparsemax).
-        dtype: That of the softmax; None if it is not known.
-        clean: Those before dropout, in the same layout; None where that is the tensor itself.
-        source: How the weights were recognised.
-        dropout: The probability of the dropout that was applied.
-        parametric: Whether its last axis is one of a parameter: the classes of a classifier.
-        turned: Whether axes were exchanged since it became weights.
-        softmaxes: The numbers of the softmaxes that it comes from.
-        factor: The number it was multiplied by: queries may be scaled in place of scores. NaN if
-            something that is not understood was done to it since.
-        sink: The weights and the scores of the sink that was left out, (..., query_len, 1) each.
-        sample: Of what the softmax was given.
-        routes: Whether these are weights over the classes of a layer.
-        of_experts: Whether it holds what several layers made, beside one another.
-        operands: Two tensors that broadcast, of which it is the product element by element.
-        unnormalised: The product with a value, of weights that their sum has yet to divide.
-        part: Of weights of some of the keys: the first of them, and how many there are in all.
-        parts: The products with values of such parts so far, by their first keys.
-        attended: The attention that it is the result of.
-        grouped: "exp" for an exponential, "sums" for its sums over groups: edges of a graph.
-    """
-
+    # Its shape (batch, heads, length, width) before batch and heads were joined, or heads were
+    # packed into queries
     before: tuple[int, ...] | None = None
+    # Whether its third axis from the right is one of windows of rows, or of a batch that comes
+    # after the heads
     windows: bool = False
+    # What goes along with it, if it descends from a product of activations
     scores: Scores | None = None
-    weights: bool = False
-    dtype: torch.dtype | None = None
+    weights: bool = False  # Whether it is the result of a softmax (or sigmoid, sparsemax)
+    dtype: torch.dtype | None = None  # That of the softmax; None if it is not known
+    # Those before dropout, in the same layout; None where that is the tensor itself
     clean: Tensor | None = None
-    source: str = ""
-    dropout: float = 0.0
+    source: str = ""  # How the weights were recognised
+    dropout: float = 0.0  # The probability of the dropout that was applied
+    # Whether its last axis is one of a parameter: the classes of a classifier
     parametric: bool = False
-    turned: bool = False
-    softmaxes: tuple[int, ...] = ()
+    turned: bool = False  # Whether axes were exchanged since it became weights
+    softmaxes: tuple[int, ...] = ()  # The numbers of the softmaxes that it comes from
+    # The number it was multiplied by: queries may be scaled in place of scores. NaN if something
+    # that is not understood was done to it since.
     factor: float = 1.0
+    # The weights and the scores of the sink that was left out, (..., query_len, 1) each
     sink: tuple[Tensor, Tensor] | None = None
-    sample: Sample | None = None
-    routes: bool = False
-    of_experts: bool = False
+    sample: Sample | None = None  # Of what the softmax was given
+    routes: bool = False  # Whether these are weights over the classes of a layer
+    of_experts: bool = False  # Whether it holds what several layers made, beside one another
+    # Two tensors that broadcast, of which it is the product element by element
     operands: tuple[Tensor, Tensor] | None = None
+    # The product with a value, of weights that their sum has yet to divide
     unnormalised: Any = None
+    # Of weights of some of the keys: the first of them, and how many there are in all
     part: tuple[int, int] | None = None
+    # The products with values of such parts so far, by their first keys
     parts: dict[int, Any] = field(default_factory=dict)
-    attended: Any = None
-    grouped: str = ""
+    attended: Any = None  # The attention that it is the result of
+    grouped: str = ""  # "exp" for an exponential, "sums" for its sums over groups: edges of a graph
 
 
 class Tags:

@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unseen:
-    """Something that looks like attention and could not be read.
+    """Something that looks like attention and could not be read."""
 
-    Attributes:
-        layer: The module in which it happened; empty outside of the model.
-        what: What it was.
-        why: Why it could not be read.
-    """
-
-    layer: str
-    what: str
-    why: str
+    layer: str  # The module in which it happened; empty outside of the model
+    what: str  # What it was
+    why: str  # Why it could not be read
 
     def __str__(self) -> str:
         """Where, what and why."""

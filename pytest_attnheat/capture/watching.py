@@ -28,19 +28,12 @@ Keywords = dict[str, Any]
 
 @dataclass(frozen=True)
 class Call:
-    """A function of torch that is about to be called.
+    """A function of torch that is about to be called."""
 
-    Attributes:
-        watcher: Who sees it.
-        func: The function.
-        args: Its arguments.
-        kwargs: Its keywords.
-    """
-
-    watcher: Watcher
-    func: Function
-    args: Args
-    kwargs: Keywords
+    watcher: Watcher  # Who sees it
+    func: Function  # The function
+    args: Args  # Its arguments
+    kwargs: Keywords  # Its keywords
 
     def given(self, place: int, name: str, default: Any = None) -> Any:
         """Return an argument by its place or by its name."""

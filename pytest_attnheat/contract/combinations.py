@@ -63,15 +63,10 @@ _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]
 
 @dataclass
 class Refusals:
-    """What the subject turned out not to take, found by asking for little besides.
+    """What the subject turned out not to take, found by asking for little besides."""
 
-    Attributes:
-        examination: What is examined.
-        known: By what was refused, the levels of one feature or of two: its words, or None where
-            it is taken.
-    """
-
-    examination: Examination
+    examination: Examination  # What is examined
+    # By what was refused, the levels of one feature or of two: its words, or None where it is taken
     known: dict[Levels, str | None] = field(default_factory=dict)
 
     def of(self, chosen: Choice, error: Exception) -> bool:
@@ -153,13 +148,9 @@ def _words(error: Exception) -> str:
 
 
 class Counted(str):
-    """A text with the numbers that it says.
+    """A text with the numbers that it says."""
 
-    Attributes:
-        counts: The numbers, by name.
-    """
-
-    counts: dict[str, int]
+    counts: dict[str, int]  # The numbers, by name
 
     def __new__(cls, text: str, counts: dict[str, int] | None = None) -> Counted:
         """Make the text, with its numbers."""
@@ -305,17 +296,11 @@ def _shared(
 
 @dataclass(frozen=True)
 class Replay:
-    """One call as a failed examination printed it.
+    """One call as a failed examination printed it."""
 
-    Attributes:
-        levels: Its levels as text; what is left out is ordinary.
-        dtype: The dtype that it names, if it does.
-        seed: The seed that it names, if it does.
-    """
-
-    levels: str
-    dtype: str | None = None
-    seed: int | None = None
+    levels: str  # Its levels as text; what is left out is ordinary
+    dtype: str | None = None  # The dtype that it names, if it does
+    seed: int | None = None  # The seed that it names, if it does
 
     @classmethod
     def of(cls, text: str) -> Replay:

@@ -74,29 +74,19 @@ def largest_of_heads(exact: Tensor) -> Tensor:
 
 @dataclass
 class Effect:
-    """What was asked of a version, and what its defect changed.
+    """What was asked of a version, and what its defect changed."""
 
-    Attributes:
-        calls: How many calls there were.
-        active: On how many of them it changed the answer, or the gradients, beyond rounding.
-        off: By how much at most, as a part of the largest number of a head; NaN counts as inf.
-        off_by: Likewise, in numbers.
-        rounding: What rounding may do at most where it was off, likewise.
-        dtype: The dtype of that call.
-        set_aside: How many calls were answered as the target does, whatever is planted, by why.
-        refused: Why calls were not understood.
-        seen: What the calls had, see `never_exercised`.
-    """
-
-    calls: int = 0
-    active: int = 0
+    calls: int = 0  # How many calls there were
+    active: int = 0  # On how many of them it changed the answer, or the gradients, beyond rounding
+    # By how much at most, as a part of the largest number of a head; NaN counts as inf
     off: float = 0.0
-    off_by: float = 0.0
-    rounding: float = 0.0
-    dtype: str = ""
+    off_by: float = 0.0  # Likewise, in numbers
+    rounding: float = 0.0  # What rounding may do at most where it was off, likewise
+    dtype: str = ""  # The dtype of that call
+    # How many calls were answered as the target does, whatever is planted, by why
     set_aside: Counter[str] = field(default_factory=Counter)
-    refused: dict[str, None] = field(default_factory=dict)
-    seen: set[str] = field(default_factory=set)
+    refused: dict[str, None] = field(default_factory=dict)  # Why calls were not understood
+    seen: set[str] = field(default_factory=set)  # What the calls had, see `never_exercised`
 
     @property
     def unfit(self) -> tuple[str, ...]:
@@ -115,16 +105,11 @@ class Effect:
 
 @dataclass(frozen=True, eq=False)
 class Slopes:
-    """The gradients of a call, and how far rounding may move each number of them.
+    """The gradients of a call, and how far rounding may move each number of them."""
 
-    Attributes:
-        saved: What the forward pass leaves, with the gradient of the output.
-        right: By name, as `Call.shapes` has them.
-        allowed: By how much each matrix may be off: what a plain computation is, and as much again.
-    """
-
-    saved: Saved
-    right: dict[str, Tensor]
+    saved: Saved  # What the forward pass leaves, with the gradient of the output
+    right: dict[str, Tensor]  # By name, as `Call.shapes` has them
+    # By how much each matrix may be off: what a plain computation is, and as much again
     allowed: dict[str, Tensor]
 
     @classmethod

@@ -80,22 +80,14 @@ def is_about_dtypes(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Examination:
-    """What a check is given.
+    """What a check is given."""
 
-    Attributes:
-        spec: What the implementation claims.
-        dtype: The dtype of all inputs.
-        device: Where they are.
-        seed: Where they are drawn from.
-        quick: Whether to examine little.
-        tell: Called with this and each call that is drawn, as `Replay` takes it.
-    """
-
-    spec: AttentionSpec
-    dtype: torch.dtype
-    device: torch.device
-    seed: int = 0
-    quick: bool = False
+    spec: AttentionSpec  # What the implementation claims
+    dtype: torch.dtype  # The dtype of all inputs
+    device: torch.device  # Where they are
+    seed: int = 0  # Where they are drawn from
+    quick: bool = False  # Whether to examine little
+    # Called with this and each call that is drawn, as `Replay` takes it
     tell: Callable[[Examination, str], None] | None = None
 
     @cached_property

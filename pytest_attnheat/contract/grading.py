@@ -51,33 +51,19 @@ class JudgeError(AssertionError):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What became of a wrong version.
+    """What became of a wrong version."""
 
-    Attributes:
-        name: The name of the defect.
-        sentence: What it does; it follows the word "attention".
-        status: "killed", "survived", or "inactive": it changed no call beyond rounding.
-        kind: "forward", "backward", or "trivial".
-        said: What the judge said.
-        off: By how much it was off at most, as a part of the largest number of a head.
-        off_by: Likewise, in numbers.
-        rounding: What rounding may do there at most, likewise.
-        dtype: The dtype of the call on which it was off most.
-        calls: How many calls the judge made.
-        active: How many of them it changed.
-    """
-
-    name: str
-    sentence: str
-    status: Status
-    kind: str = "forward"
-    said: str = ""
-    off: float = 0.0
-    off_by: float = 0.0
-    rounding: float = 0.0
-    dtype: str = ""
-    calls: int = 0
-    active: int = 0
+    name: str  # The name of the defect
+    sentence: str  # What it does; it follows the word "attention"
+    status: Status  # "killed", "survived", or "inactive": it changed no call beyond rounding
+    kind: str = "forward"  # "forward", "backward", or "trivial"
+    said: str = ""  # What the judge said
+    off: float = 0.0  # By how much it was off at most, as a part of the largest number of a head
+    off_by: float = 0.0  # Likewise, in numbers
+    rounding: float = 0.0  # What rounding may do there at most, likewise
+    dtype: str = ""  # The dtype of the call on which it was off most
+    calls: int = 0  # How many calls the judge made
+    active: int = 0  # How many of them it changed
 
 
 @dataclass(frozen=True)

@@ -28,20 +28,14 @@ _NORMALISED = 1e-3
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """What an attention should be.
+    """What an attention should be."""
 
-    Attributes:
-        case: What it is held to, by all that is declared.
-        used: The same without what contradicts what the record says that it did.
-        lacks: What the module carries and the attention did without, in words, by the names of
-            the defects; each follows "attention".
-        hint: What could not be decided.
-    """
-
-    case: Case
-    used: Case
+    case: Case  # What it is held to, by all that is declared
+    used: Case  # The same without what contradicts what the record says that it did
+    # What the module carries and the attention did without, in words, by the names of the defects;
+    # each follows "attention"
     lacks: dict[str, str]
-    hint: str = ""
+    hint: str = ""  # What could not be decided
 
 
 def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: bool) -> Held:

@@ -41,17 +41,11 @@ class _DiedError(Exception):
 
 @dataclass
 class Isolated:
-    """Runs the checks of one subject in a process of its own; to be closed in the end.
+    """Runs the checks of one subject in a process of its own; to be closed in the end."""
 
-    Attributes:
-        spec: What is examined.
-        checks: The checks that may be run besides those of the package.
-        time_limit: How long one call may take, in seconds.
-    """
-
-    spec: AttentionSpec
-    checks: Sequence[Check] = ()
-    time_limit: float = TIME_LIMIT
+    spec: AttentionSpec  # What is examined
+    checks: Sequence[Check] = ()  # The checks that may be run besides those of the package
+    time_limit: float = TIME_LIMIT  # How long one call may take, in seconds
     _process: Any = None
     _pipe: Any = None
     _call: str = ""

@@ -33,15 +33,10 @@ _AT_ONCE = 2**20
 
 @dataclass(frozen=True)
 class Fit:
-    """How far a plan is from the answers.
+    """How far a plan is from the answers."""
 
-    Attributes:
-        residual: The worst relative rms over the cases.
-        excess: The worst row, as a multiple of what rounding may do. At most 1: it reproduces.
-    """
-
-    residual: float
-    excess: float
+    residual: float  # The worst relative rms over the cases
+    excess: float  # The worst row, as a multiple of what rounding may do. At most 1: it reproduces.
 
 
 PERFECT, NOWHERE = Fit(0.0, 0.0), Fit(math.inf, math.inf)
@@ -55,20 +50,15 @@ def worst(fits: Iterable[Fit]) -> Fit:
 
 @dataclass(eq=False, slots=True)
 class Explanation:
-    """A plan that might be what the subject computes.
+    """A plan that might be what the subject computes."""
 
-    Attributes:
-        defects: What makes it differ from the correct plan; none for the correct plan.
-        decided: What the plan decides otherwise than the correct one.
-        fit: How far it is from the answers.
-        constant: The constant that was fitted, if any.
-        partly: Whether it is compared with the wrong answers alone: it would change right ones.
-    """
-
+    # What makes it differ from the correct plan; none for the correct plan
     defects: tuple[Defect, ...] = ()
+    # What the plan decides otherwise than the correct one
     decided: Decisions = field(default_factory=dict)
-    fit: Fit = NOWHERE
-    constant: float | None = None
+    fit: Fit = NOWHERE  # How far it is from the answers
+    constant: float | None = None  # The constant that was fitted, if any
+    # Whether it is compared with the wrong answers alone: it would change right ones
     partly: bool = False
 
     @property

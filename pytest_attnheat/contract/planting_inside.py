@@ -51,16 +51,13 @@ assert report.passed, str(report)"""
 
 @dataclass
 class Inside:
-    """What is known of the functions that a block calls; shared by all its versions.
+    """What is known of the functions that a block calls; shared by all its versions."""
 
-    Attributes:
-        specs: How functions are called that may be attention; None of those that are not.
-        known: What is known of calls, see `planting.Planted`.
-    """
-
+    # How functions are called that may be attention; None of those that are not
     specs: dict[Callable[..., Any], AttentionSpec | None] = field(
         default_factory=lambda: {SDPA: AttentionSpec(SDPA)}
     )
+    # What is known of calls, see `planting.Planted`
     known: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
 
     def spec_of(self, function: Callable[..., Any]) -> AttentionSpec | None:

@@ -42,39 +42,25 @@ Change: TypeAlias = Callable[[Case, int], Case]
 
 @dataclass(frozen=True)
 class Blueprint:
-    """How a case is made.
+    """How a case is made."""
 
-    Attributes:
-        name: Its name.
-        levels: What is chosen for it; the rest is ordinary.
-        change: What is made of it when it is drawn.
-        judged: Whether a wrong answer is a defect, or only worth a note.
-    """
-
-    name: str
+    name: str  # Its name
+    # What is chosen for it; the rest is ordinary
     levels: dict[str, Any] = field(default_factory=dict)
-    change: Change = lambda case, seed: case
-    judged: bool = True
+    change: Change = lambda case, seed: case  # What is made of it when it is drawn
+    judged: bool = True  # Whether a wrong answer is a defect, or only worth a note
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """A case and what the subject answered.
+    """A case and what the subject answered."""
 
-    Attributes:
-        case: The inputs, in float64, rounded to `dtype` before.
-        output: The answer (batch, heads, query_len, value_dim), in float64 on the CPU.
-        dtype: The dtype in which the subject was asked.
-        tolerance: The least part by which an output may be off.
-        judged: Whether a wrong answer is a defect, or only worth a note.
-        fault: What the subject did to a cache; None if nothing that it was not to do.
-    """
-
-    case: Case
-    output: Tensor
-    dtype: torch.dtype
-    tolerance: float
-    judged: bool = True
+    case: Case  # The inputs, in float64, rounded to `dtype` before
+    output: Tensor  # The answer (batch, heads, query_len, value_dim), in float64 on the CPU
+    dtype: torch.dtype  # The dtype in which the subject was asked
+    tolerance: float  # The least part by which an output may be off
+    judged: bool = True  # Whether a wrong answer is a defect, or only worth a note
+    # What the subject did to a cache; None if nothing that it was not to do
     fault: Fault | None = None
 
 

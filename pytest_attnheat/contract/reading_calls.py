@@ -33,17 +33,12 @@ _INERT = {"enable_gqa", "deterministic", "num_splits", "pack_gqa", "sm_margin", 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
-    """A call of a target as it is understood.
+    """A call of a target as it is understood."""
 
-    Attributes:
-        call: What it asks. Its tensors are those of the arguments, turned: gradients reach them.
-        given: Its tensors, and how answers are turned.
-        scale_given: Whether the scale is an argument of the call.
-    """
-
+    # What it asks. Its tensors are those of the arguments, turned: gradients reach them.
     call: Call
-    given: Given
-    scale_given: bool
+    given: Given  # Its tensors, and how answers are turned
+    scale_given: bool  # Whether the scale is an argument of the call
 
 
 def _of_torch(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, *, scale=None,  # type: ignore[no-untyped-def]

@@ -49,30 +49,21 @@ def test_what_hard_cases_do_not_tell(call):
 
 @dataclass(frozen=True)
 class Remedy:
-    """Calls that tell what survived from the right one.
+    """Calls that tell what survived from the right one."""
 
-    Attributes:
-        cases: Names of hard cases, the one that tells most apart first.
-        calls: Calls of the examination, as `check_attention(replay=)` takes them, for what hard
-            cases do not tell apart.
-        dtype: The dtype in which they are asked.
-        killed: The names of what they tell apart.
-        left: The names of what they do not.
-        exercised: By hard case, which inactive defects would be active on it.
-        tolerance: By dtype, by which part of the largest number of a head rounding may move one.
-        code: Tests ready to paste; empty where nothing survived.
-        inside: Whether the cases are of the attention inside of a block.
-    """
-
-    cases: tuple[str, ...] = ()
+    cases: tuple[str, ...] = ()  # Names of hard cases, the one that tells most apart first
+    # Calls of the examination, as `check_attention(replay=)` takes them, for what hard cases do not
+    # tell apart
     calls: tuple[str, ...] = ()
-    dtype: str = ""
-    killed: tuple[str, ...] = ()
-    left: tuple[str, ...] = ()
+    dtype: str = ""  # The dtype in which they are asked
+    killed: tuple[str, ...] = ()  # The names of what they tell apart
+    left: tuple[str, ...] = ()  # The names of what they do not
+    # By hard case, which inactive defects would be active on it
     exercised: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    # By dtype, by which part of the largest number of a head rounding may move one
     tolerance: tuple[tuple[str, float], ...] = ()
-    code: str = ""
-    inside: bool = False
+    code: str = ""  # Tests ready to paste; empty where nothing survived
+    inside: bool = False  # Whether the cases are of the attention inside of a block
 
     def __str__(self) -> str:
         """What to add, and which tolerance follows from the dtype."""
@@ -105,18 +96,12 @@ class Remedy:
 
 @dataclass(frozen=True, eq=False)
 class _Asked:
-    """A call that may tell versions apart.
+    """A call that may tell versions apart."""
 
-    Attributes:
-        name: That of a hard case, or the levels of a call of the examination.
-        call: The call.
-        spec: The target.
-        examined: The examination that it is one of, and what is chosen there; None of a hard case.
-    """
-
-    name: str
-    call: Call
-    spec: AttentionSpec
+    name: str  # That of a hard case, or the levels of a call of the examination
+    call: Call  # The call
+    spec: AttentionSpec  # The target
+    # The examination that it is one of, and what is chosen there; None of a hard case
     examined: tuple[Examination, Choice] | None = None
 
     @cached_property

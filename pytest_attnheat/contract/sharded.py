@@ -172,15 +172,10 @@ _apply: Callable[..., Any] = _Scattered.apply
 
 @dataclass
 class OnRank:
-    """The subject on one rank; it keeps the last calls, of which gradients may be asked.
+    """The subject on one rank; it keeps the last calls, of which gradients may be asked."""
 
-    Attributes:
-        subject: The subject.
-        device: The kind of device that its tensors are on.
-    """
-
-    subject: Callable[..., Any]
-    device: str
+    subject: Callable[..., Any]  # The subject
+    device: str  # The kind of device that its tensors are on
     _calls: dict[int, tuple[Tensor, list[Tensor]]] = field(default_factory=dict)
 
     def __call__(self, kind: str, *told: Any) -> Any:

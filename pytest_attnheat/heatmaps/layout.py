@@ -66,32 +66,23 @@ class Content:
 
 @dataclass(frozen=True)
 class Layout:
-    """A figure, laid out.
+    """A figure, laid out."""
 
-    Attributes:
-        size: width and height of the figure.
-        em: pixels per em of the label font.
-        block: cells (queries, keys) pooled into one drawn cell.
-        cell: width and height of a drawn cell.
-        panel: width and height of a panel.
-        lefts, tops: the edges of the columns and rows of panels.
-        bar: the colorbar.
-        title, column_titles, xlabel: vertical centre of these lines of text.
-        notes: vertical centre of the first of these lines.
-        ylabel, row_titles: horizontal centre of these columns of text.
-    """
-
-    size: tuple[int, int]
-    em: float
-    block: tuple[int, int]
-    cell: tuple[int, int]
+    size: tuple[int, int]  # width and height of the figure
+    em: float  # pixels per em of the label font
+    block: tuple[int, int]  # cells (queries, keys) pooled into one drawn cell
+    cell: tuple[int, int]  # width and height of a drawn cell
+    # width and height of a panel. lefts, tops: the edges of the columns and rows of panels.
     panel: tuple[int, int]
     lefts: tuple[int, ...]
     tops: tuple[int, ...]
+    # the colorbar. title, column_titles, xlabel: vertical centre of these lines of text.
     bar: Box | None
     title: float
     column_titles: float
     xlabel: float
+    # vertical centre of the first of these lines. ylabel, row_titles: horizontal centre of these
+    # columns of text.
     notes: float
     ylabel: float
     row_titles: float

@@ -74,18 +74,13 @@ def distance(one: npt.NDArray[Any], other: npt.NDArray[Any]) -> npt.NDArray[np.f
 
 @dataclass(frozen=True)
 class Cells:
-    """Maps reduced to the cells that a picture can show.
+    """Maps reduced to the cells that a picture can show."""
 
-    Attributes:
-        values: float32 (rows, columns, queries, keys), the largest weight of each block.
-        masked: boolean, the same shape; True where no element of the block may be attended to.
-        block: elements (queries, keys) that one cell stands for; (1, 1) is every weight itself.
-        signed: whether a cell shows what lies farthest from zero in its block, not the largest.
-    """
-
-    values: Floats
-    masked: Bools
+    values: Floats  # float32 (rows, columns, queries, keys), the largest weight of each block
+    masked: Bools  # boolean, the same shape; True where no element of the block may be attended to
+    # elements (queries, keys) that one cell stands for; (1, 1) is every weight itself
     block: tuple[int, int]
+    # whether a cell shows what lies farthest from zero in its block, not the largest
     signed: bool = False
 
 

@@ -35,25 +35,17 @@ _LARGER = "a larger one, or None for a size that fits (26 inches at most), or fe
 
 @dataclass(frozen=True)
 class Shown:
-    """Everything that a picture shows, independent of its size.
+    """Everything that a picture shows, independent of its size."""
 
-    Attributes:
-        design: what it consists of.
-        cells: the values.
-        scale: the range of the colours.
-        cmap: the colours.
-        highlight: what is outlined: cells (row, column, query, key), queries (row, column, query).
-        dtype: the dtype that the values were given in, by name.
-        whole: what is known of the maps besides their cells, where these are pooled, or too many
-            for a record; else None.
-    """
-
-    design: Design
-    cells: Cells
-    scale: colors.Scale
-    cmap: str | Colormap
+    design: Design  # what it consists of
+    cells: Cells  # the values
+    scale: colors.Scale  # the range of the colours
+    cmap: str | Colormap  # the colours
+    # what is outlined: cells (row, column, query, key), queries (row, column, query)
     highlight: Sequence[tuple[int, ...]]
-    dtype: str
+    dtype: str  # the dtype that the values were given in, by name
+    # what is known of the maps besides their cells, where these are pooled, or too many for a
+    # record; else None
     whole: Whole | None = None
 
 
@@ -317,19 +309,12 @@ def _write_ticks(
 
 @dataclass(frozen=True)
 class _Axis:
-    """One axis of all panels side by side, and the labels along it.
+    """One axis of all panels side by side, and the labels along it."""
 
-    Attributes:
-        edges: where each panel begins.
-        side: pixels along one panel.
-        count: keys or queries of one panel.
-        given: their labels, if the user gave any.
-    """
-
-    edges: tuple[int, ...]
-    side: int
-    count: int
-    given: list[Label] | None
+    edges: tuple[int, ...]  # where each panel begins
+    side: int  # pixels along one panel
+    count: int  # keys or queries of one panel
+    given: list[Label] | None  # their labels, if the user gave any
     lettering: Lettering
 
     def ticks(self, extent: Callable[[Label], float]) -> list[tuple[Label, float]]:

@@ -38,17 +38,13 @@ _LARGEST = float(np.finfo(np.float32).max)
 
 @dataclass(frozen=True)
 class Whole:
-    """What is known of maps besides the cells that they are pooled to.
+    """What is known of maps besides the cells that they are pooled to."""
 
-    Attributes:
-        sketch: of their weights.
-        masks: a checksum of the mask of each map, by row and column; None without a mask.
-        maps: the maps themselves, not copied, to be asked how they differ from others; None where
-            they are too many to be held as long as the picture is.
-    """
-
-    sketch: Sketch
+    sketch: Sketch  # of their weights
+    # a checksum of the mask of each map, by row and column; None without a mask
     masks: list[list[int]] | None
+    # the maps themselves, not copied, to be asked how they differ from others; None where they are
+    # too many to be held as long as the picture is
     maps: Maps | None = None
 
 
@@ -71,19 +67,12 @@ def _held(maps: Maps) -> Maps | None:
 
 @dataclass(frozen=True)
 class Survey:
-    """What one pass over maps finds.
+    """What one pass over maps finds."""
 
-    Attributes:
-        cells: what `pool` returns.
-        signed: what it returns of signed maps.
-        low: the smallest weight; 0 where all are between 0 and 1.
-        whole: what `whole_of` returns.
-    """
-
-    cells: Cells
-    signed: Cells
-    low: float
-    whole: Whole
+    cells: Cells  # what `pool` returns
+    signed: Cells  # what it returns of signed maps
+    low: float  # the smallest weight; 0 where all are between 0 and 1
+    whole: Whole  # what `whole_of` returns
 
 
 def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:

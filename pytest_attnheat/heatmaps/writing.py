@@ -54,15 +54,10 @@ _RANGE_WIDTH = 6.0
 
 @dataclass(frozen=True)
 class Lettering:
-    """The default font, and how wide it sets a text.
+    """The default font, and how wide it sets a text."""
 
-    Attributes:
-        family: matplotlib's names for it.
-        path: its file.
-    """
-
-    family: tuple[str, ...]
-    path: str
+    family: tuple[str, ...]  # matplotlib's names for it
+    path: str  # its file
 
     @classmethod
     def default(cls) -> Lettering:
@@ -160,23 +155,14 @@ LABELS = tuple(entry.name for entry in fields(Words) if entry.name != "lettering
 
 @dataclass(frozen=True)
 class Design:
-    """What a picture consists of, apart from the values that it shows.
+    """What a picture consists of, apart from the values that it shows."""
 
-    Attributes:
-        shape: (rows, columns, queries, keys) of the maps.
-        words: what is written.
-        colorbar: whether there is one.
-        ranges: whether each panel has its own range written above it.
-        headline: whether a line is left free above all, for what others write there.
-        headings: whether one is left free above each row of panels.
-    """
-
-    shape: tuple[int, int, int, int]
-    words: Words
-    colorbar: bool
-    ranges: bool
-    headline: bool = False
-    headings: bool = False
+    shape: tuple[int, int, int, int]  # (rows, columns, queries, keys) of the maps
+    words: Words  # what is written
+    colorbar: bool  # whether there is one
+    ranges: bool  # whether each panel has its own range written above it
+    headline: bool = False  # whether a line is left free above all, for what others write there
+    headings: bool = False  # whether one is left free above each row of panels
 
     def plan(
         self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: int

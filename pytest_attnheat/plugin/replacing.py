@@ -74,22 +74,16 @@ class StandIn:
 
 @dataclass(frozen=True)
 class Target:
-    """What is graded.
+    """What is graded."""
 
-    Attributes:
-        text: How it was named.
-        right: What is graded, or its specification; a method, without the object.
-        stand_in: What is put in its place.
-        place: The object and the attribute that are set; None where all modules are searched.
-        wrap: What an attribute of a class is wrapped in.
-        inside: Whether its attention is looked for inside, see `contract.grading.Study`.
-    """
-
-    text: str
+    text: str  # How it was named
+    # What is graded, or its specification; a method, without the object
     right: AttentionSpec | Callable[..., Any]
-    stand_in: StandIn
+    stand_in: StandIn  # What is put in its place
+    # The object and the attribute that are set; None where all modules are searched
     place: tuple[Any, str] | None = None
-    wrap: Callable[[Any], Any] | None = None
+    wrap: Callable[[Any], Any] | None = None  # What an attribute of a class is wrapped in
+    # Whether its attention is looked for inside, see `contract.grading.Study`
     inside: bool | None = None
 
     @contextmanager

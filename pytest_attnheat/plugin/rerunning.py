@@ -15,15 +15,10 @@ from pytest_attnheat.plugin.settings import GRADING
 
 
 class Outcome(NamedTuple):
-    """What became of a test.
+    """What became of a test."""
 
-    Attributes:
-        status: "passed", "failed", or "skipped": also what was expected to fail.
-        said: Why, in one line.
-    """
-
-    status: str
-    said: str = ""
+    status: str  # "passed", "failed", or "skipped": also what was expected to fail
+    said: str = ""  # Why, in one line
 
 
 class _Quiet:

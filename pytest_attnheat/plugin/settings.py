@@ -59,31 +59,19 @@ _Setting = TypeVar("_Setting")
 
 
 class Settings(NamedTuple):
-    """The options of one run.
+    """The options of one run."""
 
-    Attributes:
-        devices: Device names, or `("auto",)` or `("all",)`.
-        dtypes: Dtype names.
-        seed: The seed where the marker gives none.
-        require_device: Whether an absent device fails a test instead of skipping it.
-        time_limit: How long one call of an isolated implementation may take, in seconds.
-        grade: The implementations by whose wrong versions tests are graded, as they are named.
-        grade_min: The part of active defects that tests must find.
-        grade_defects: The defects that are planted, by name; None for all.
-        update: Which baselines are written; empty for none.
-        json: Where what was found is written; empty for nowhere.
-    """
-
-    devices: tuple[str, ...]
-    dtypes: tuple[str, ...]
-    seed: int
-    require_device: bool
-    time_limit: float
+    devices: tuple[str, ...]  # Device names, or `("auto",)` or `("all",)`
+    dtypes: tuple[str, ...]  # Dtype names
+    seed: int  # The seed where the marker gives none
+    require_device: bool  # Whether an absent device fails a test instead of skipping it
+    time_limit: float  # How long one call of an isolated implementation may take, in seconds
+    # The implementations by whose wrong versions tests are graded, as they are named
     grade: tuple[str, ...]
-    grade_min: float
-    grade_defects: tuple[str, ...] | None
-    update: str
-    json: str
+    grade_min: float  # The part of active defects that tests must find
+    grade_defects: tuple[str, ...] | None  # The defects that are planted, by name; None for all
+    update: str  # Which baselines are written; empty for none
+    json: str  # Where what was found is written; empty for nowhere
 
 
 SETTINGS = pytest.StashKey[Settings]()

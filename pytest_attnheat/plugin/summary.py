@@ -30,23 +30,14 @@ Found = Mapping[str, Any]
 
 
 class Outcome(NamedTuple):
-    """One comparison, in plain words that a worker can send.
+    """One comparison, in plain words that a worker can send."""
 
-    Attributes:
-        baseline: its path, as shown.
-        status: that of the verdict, or "written".
-        compared: "data", "sketch", "pixels".
-        drawn_by: the matplotlib of the baseline.
-        reason: one line.
-        pictures: files left behind, by name.
-    """
-
-    baseline: str
-    status: str
-    compared: tuple[str, ...]
-    drawn_by: str = ""
-    reason: str = ""
-    pictures: tuple[tuple[str, str], ...] = ()
+    baseline: str  # its path, as shown
+    status: str  # that of the verdict, or "written"
+    compared: tuple[str, ...]  # "data", "sketch", "pixels"
+    drawn_by: str = ""  # the matplotlib of the baseline
+    reason: str = ""  # one line
+    pictures: tuple[tuple[str, str], ...] = ()  # files left behind, by name
 
 
 # The comparisons of a test, and the baselines that collected tests use: paths, or how they begin

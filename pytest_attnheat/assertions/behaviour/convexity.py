@@ -116,15 +116,10 @@ def _allowed(tolerance: object, dtype: torch.dtype, key_len: int) -> float:
 
 @dataclass(frozen=True)
 class _Probe:
-    """What the outputs of one function are held against.
+    """What the outputs of one function are held against."""
 
-    Attributes:
-        subject: The function and its inputs.
-        allowed: By what part of the largest visible value an output may be out of range.
-    """
-
-    subject: AttentionFunction
-    allowed: float
+    subject: AttentionFunction  # The function and its inputs
+    allowed: float  # By what part of the largest visible value an output may be out of range
 
     def check(self, value: Tensor, output: Tensor, *, with_values: str) -> None:
         """Raise a Failure if some output is out of the range of these values.

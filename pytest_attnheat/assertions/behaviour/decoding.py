@@ -247,16 +247,11 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
 
 @dataclass(frozen=True)
 class _FunctionDecoder(Decoder):
-    """An attention function that is given some queries, and the keys up to the last of them.
-
-    Attributes:
-        mask: Who may see what, spelled out, (..., query_len, key_len).
-        own_causal: Whether chunks are called with `is_causal=True`.
-    """
+    """An attention function that is given some queries, and the keys up to the last of them."""
 
     subject: AttentionFunction
-    mask: Tensor
-    own_causal: bool
+    mask: Tensor  # Who may see what, spelled out, (..., query_len, key_len)
+    own_causal: bool  # Whether chunks are called with `is_causal=True`
 
     def part(self, step: range) -> AttentionFunction:
         """The function with the queries of a chunk, all keys up to it, and its masks."""

@@ -41,23 +41,15 @@ _AHEAD, _LONGEST = 100.0, 3e3
 
 @dataclass(frozen=True)
 class AttentionFunction:
-    """An attention function, its inputs and how it is called: a `Subject`.
+    """An attention function, its inputs and how it is called: a `Subject`."""
 
-    Attributes:
-        function: Called as `function(query, key, value, **arguments)`.
-        query: (..., query_len, head_dim)
-        key: (..., key_len, head_dim)
-        value: (..., key_len, value_dim)
-        arguments: attn_mask, is_causal, scale, enable_gqa, whatever the caller gave.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
-
-    function: Callable[..., Any]
-    query: Tensor
-    key: Tensor
-    value: Tensor
+    function: Callable[..., Any]  # Called as `function(query, key, value, **arguments)`
+    query: Tensor  # (..., query_len, head_dim)
+    key: Tensor  # (..., key_len, head_dim)
+    value: Tensor  # (..., key_len, value_dim)
+    # attn_mask, is_causal, scale, enable_gqa, whatever the caller gave
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    seed: int | None = None
+    seed: int | None = None  # Where each call starts its random numbers; None: from where they are
 
     ordered = "keys and values are"
     observer, element = "query", "key"

@@ -109,19 +109,12 @@ def _run(subject: Subject, tensors: _Tensors) -> Tensor:
 
 @dataclass(frozen=True)
 class _Plain:
-    """Contiguous inputs, and what they give: the same must be given wherever they lie in memory.
+    """Contiguous inputs, and what they give: the same must be given wherever they lie in memory."""
 
-    Attributes:
-        subject: What is called.
-        tensors: Its inputs.
-        tolerance: As the caller gave it.
-        seed: What the gradient of the output is drawn from.
-    """
-
-    subject: Subject
-    tensors: _Tensors
-    tolerance: float | None
-    seed: int
+    subject: Subject  # What is called
+    tensors: _Tensors  # Its inputs
+    tolerance: float | None  # As the caller gave it
+    seed: int  # What the gradient of the output is drawn from
 
     def run(self) -> Tensor:
         """Call the subject, with copies: it may write to them."""
@@ -350,19 +343,12 @@ def check_unwritten(
 
 @dataclass(frozen=True)
 class _Trial:
-    """Some inputs in another layout.
+    """Some inputs in another layout."""
 
-    Attributes:
-        plain: The same contents, contiguous.
-        what: Names the inputs and the layout.
-        names: Which inputs.
-        laid: All inputs.
-    """
-
-    plain: _Plain
-    what: str
-    names: Sequence[str]
-    laid: _Tensors
+    plain: _Plain  # The same contents, contiguous
+    what: str  # Names the inputs and the layout
+    names: Sequence[str]  # Which inputs
+    laid: _Tensors  # All inputs
 
     def run(self) -> Tensor:
         """Call the subject."""

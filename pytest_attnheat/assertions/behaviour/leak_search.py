@@ -32,29 +32,19 @@ _MOST_COUNTING, _MOST_DEAR = 128, 16
 
 @dataclass(frozen=True)
 class Fault:
-    """Outputs that break the claim.
+    """Outputs that break the claim."""
 
-    Attributes:
-        blind: Whether they do not depend on what they must see; else they depend on what they
-            must not see.
-        method: How it was found: "perturbation", "gradient" or "nan".
-        broken: How many outputs.
-        judged: Of how many.
-        entries: In how many batch entries and heads.
-        worst: The index of the worst output (*leading, query).
-        first: That of the first.
-        replacements: What was replaced when the worst and the first were found.
-        counted: Whether all that is broken was looked for; else there is at least so much.
-    """
-
+    # Whether they do not depend on what they must see; else they depend on what they must not see
     blind: bool
-    method: str
-    broken: int
-    judged: int
-    entries: int
-    worst: tuple[int, ...]
-    first: tuple[int, ...]
+    method: str  # How it was found: "perturbation", "gradient" or "nan"
+    broken: int  # How many outputs
+    judged: int  # Of how many
+    entries: int  # In how many batch entries and heads
+    worst: tuple[int, ...]  # The index of the worst output (*leading, query)
+    first: tuple[int, ...]  # That of the first
+    # What was replaced when the worst and the first were found
     replacements: tuple[Replacement, Replacement]
+    # Whether all that is broken was looked for; else there is at least so much
     counted: bool = True
 
 

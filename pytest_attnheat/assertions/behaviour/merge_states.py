@@ -57,29 +57,17 @@ def folded(
 
 @dataclass(frozen=True)
 class Comparison:
-    """The states of some parts, and what merging them gave. All but `lses` in base e.
+    """The states of some parts, and what merging them gave. All but `lses` in base e."""
 
-    Attributes:
-        name: What is special of the parts.
-        sizes: How many keys each part has.
-        order: How more than two are merged: "at once", "from the left", "from the right".
-        outs: The outputs as they were handed over, one of each part.
-        lses: Their log-sum-exps likewise, in the base of the merge.
-        per_unit: What one of that base is in base e.
-        out: What was returned, (..., width), in float64, on the CPU.
-        lse: (...) likewise, in base e; None if none is returned.
-        empty: What is declared of a row that no part has a key for.
-    """
-
-    name: str
-    sizes: tuple[int, ...]
-    order: str
-    outs: list[Tensor]
-    lses: list[Tensor]
-    per_unit: float
-    out: Tensor
-    lse: Tensor | None
-    empty: DeclaredFullyMasked
+    name: str  # What is special of the parts
+    sizes: tuple[int, ...]  # How many keys each part has
+    order: str  # How more than two are merged: "at once", "from the left", "from the right"
+    outs: list[Tensor]  # The outputs as they were handed over, one of each part
+    lses: list[Tensor]  # Their log-sum-exps likewise, in the base of the merge
+    per_unit: float  # What one of that base is in base e
+    out: Tensor  # What was returned, (..., width), in float64, on the CPU
+    lse: Tensor | None  # (...) likewise, in base e; None if none is returned
+    empty: DeclaredFullyMasked  # What is declared of a row that no part has a key for
 
     @property
     def dtype(self) -> torch.dtype:

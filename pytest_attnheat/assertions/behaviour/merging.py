@@ -132,19 +132,12 @@ def assert_merges(
 
 @dataclass(frozen=True)
 class _Judge:
-    """Merges, and compares with what all keys give.
+    """Merges, and compares with what all keys give."""
 
-    Attributes:
-        merge: What merges.
-        empty: What is declared of a row that no part has a key for.
-        assumed: What was assumed of how it is called.
-        maker: Makes the states.
-    """
-
-    merge: Merge
-    empty: DeclaredFullyMasked
-    assumed: str | None
-    maker: Maker
+    merge: Merge  # What merges
+    empty: DeclaredFullyMasked  # What is declared of a row that no part has a key for
+    assumed: str | None  # What was assumed of how it is called
+    maker: Maker  # Makes the states
 
     def compared(
         self, problem: Problem, outs: list[Tensor], lses: list[Tensor]

@@ -43,23 +43,17 @@ _CHEAP, _PER_TOKEN = 2**27, 64
 
 @dataclass(frozen=True)
 class ModelSubject:
-    """A sequence model, its inputs and how it is called: a `Subject`.
+    """A sequence model, its inputs and how it is called: a `Subject`."""
 
-    Attributes:
-        model: How the module is called.
-        inputs: (batch, length, width) floats or (batch, length) token ids.
-        arguments: Further keyword arguments of every call.
-        real: Boolean (batch, length), True where a token is no padding; None for no mask.
-        positions: (batch, length), of each token; None where the model finds them itself.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
-
-    model: SequenceModel
-    inputs: Tensor
+    model: SequenceModel  # How the module is called
+    inputs: Tensor  # (batch, length, width) floats or (batch, length) token ids
+    # Further keyword arguments of every call
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    # Boolean (batch, length), True where a token is no padding; None for no mask
     real: Tensor | None = None
+    # (batch, length), of each token; None where the model finds them itself
     positions: Tensor | None = None
-    seed: int | None = None
+    seed: int | None = None  # Where each call starts its random numbers; None: from where they are
 
     group = 1
     scale = None

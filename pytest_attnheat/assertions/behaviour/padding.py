@@ -126,19 +126,12 @@ def _sides(sides: object) -> tuple[Side, ...]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A subject with padding on one side.
+    """A subject with padding on one side."""
 
-    Attributes:
-        subject: The subject without it.
-        padding: The padding.
-        allowed: By what part of its size a row may change.
-        alone: Outputs without padding, by whether positions are told.
-    """
-
-    subject: Subject
-    padding: Padding
-    allowed: float
-    alone: dict[bool, Tensor]
+    subject: Subject  # The subject without it
+    padding: Padding  # The padding
+    allowed: float  # By what part of its size a row may change
+    alone: dict[bool, Tensor]  # Outputs without padding, by whether positions are told
 
     @property
     def expected(self) -> Tensor:

@@ -127,15 +127,10 @@ def assert_deterministic(
 
 @dataclass(frozen=True)
 class _Call:
-    """A subject whose mode can be set.
+    """A subject whose mode can be set."""
 
-    Attributes:
-        called: The subject.
-        modules: The modules that it is or holds.
-    """
-
-    called: Subject
-    modules: list[nn.Module]
+    called: Subject  # The subject
+    modules: list[nn.Module]  # The modules that it is or holds
 
     def run(self) -> Tensor:
         """Call it."""

@@ -50,37 +50,26 @@ class Stated:
 
 @dataclass(frozen=True)
 class Rule:
-    """One reason why an observer may not see an element.
+    """One reason why an observer may not see an element."""
 
-    Attributes:
-        allowed: Boolean, broadcastable to `may_see`.
-        because: Says why not.
-    """
-
-    allowed: Tensor
-    because: Because
+    allowed: Tensor  # Boolean, broadcastable to `may_see`
+    because: Because  # Says why not
 
 
 @dataclass(frozen=True)
 class Claim:
-    """What each observer may see.
+    """What each observer may see."""
 
-    Attributes:
-        may_see: (*leading, query_len, key_len), boolean.
-        judged: (*leading, query_len): the observers whose output means something.
-        rules: Why an observer may not see an element, in the order in which they are named.
-        may_be_causal: What to say where outputs see nothing of their future, but may; "" where
-            nothing is their future.
-        assumed: What is claimed where the caller said nothing; None where something was said.
-        must_see: Whether what may be seen has to be seen.
-    """
-
-    may_see: Tensor
-    judged: Tensor
+    may_see: Tensor  # (*leading, query_len, key_len), boolean
+    judged: Tensor  # (*leading, query_len): the observers whose output means something
+    # Why an observer may not see an element, in the order in which they are named
     rules: Sequence[Rule]
+    # What to say where outputs see nothing of their future, but may; "" where nothing is their
+    # future
     may_be_causal: str
+    # What is claimed where the caller said nothing; None where something was said
     assumed: str | None = None
-    must_see: bool = True
+    must_see: bool = True  # Whether what may be seen has to be seen
 
     @classmethod
     def of(
@@ -155,44 +144,31 @@ def as_documents(documents: object, shape: tuple[int, int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Replacement:
-    """Other content for some inputs of a subject.
+    """Other content for some inputs of a subject."""
 
-    Attributes:
-        elements: Which, boolean (*leading of the keys, key_len), or None.
-        queries: Boolean (*leading, query_len), or None; a sequence model has none.
-        content: By what: `"same"` or `"larger"` size, or `"nan"`.
-        like: An element that gets the attention. The keys are replaced by its key, so that they get
-            as much; what a sequence model gets is only drawn anew.
-        towards: An observer per batch entry and head, (*leading): the keys are made such that its
-            query gives them all attention. For a sequence model as without.
-    """
-
-    elements: Tensor | None
+    elements: Tensor | None  # Which, boolean (*leading of the keys, key_len), or None
+    # Boolean (*leading, query_len), or None; a sequence model has none
     queries: Tensor | None = None
-    content: str = "same"
+    content: str = "same"  # By what: `"same"` or `"larger"` size, or `"nan"`
+    # An element that gets the attention. The keys are replaced by its key, so that they get as
+    # much; what a sequence model gets is only drawn anew.
     like: int | None = None
+    # An observer per batch entry and head, (*leading): the keys are made such that its query gives
+    # them all attention. For a sequence model as without.
     towards: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Padding:
-    """Padding on one side, and what it holds.
+    """Padding on one side, and what it holds."""
 
-    Attributes:
-        side: The side.
-        total: How many elements there are with it.
-        lengths: How many tokens of each sample are real; nothing for an attention function.
-        value: What it holds; None for numbers drawn from the seed.
-        seed: That seed.
-        scale: How much larger than the inputs they are.
-    """
-
-    side: Side
-    total: int
+    side: Side  # The side
+    total: int  # How many elements there are with it
+    # How many tokens of each sample are real; nothing for an attention function
     lengths: Sequence[int]
-    value: float | None
-    seed: int
-    scale: float = _SCALES[0]
+    value: float | None  # What it holds; None for numbers drawn from the seed
+    seed: int  # That seed
+    scale: float = _SCALES[0]  # How much larger than the inputs they are
 
     def each(self) -> Iterator[Padding]:
         """The same at every scale, or once if it holds one value."""

@@ -18,30 +18,19 @@ Move = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Product:
-    """output = scale * left @ right + added.
+    """output = scale * left @ right + added."""
 
-    Attributes:
-        left: (..., rows, inner)
-        right: (..., inner, columns)
-        output: (..., rows, columns)
-        left_source: The operand that `left` is a view of.
-        right_source: The operand that `right` is a view of.
-        scale: A factor.
-        added: What was added.
-        left_of: Brings a tensor in the layout of the left operand into that of `left`.
-        right_of: The same on the right.
-        back: Brings a tensor in the layout of `output` into that of what the function returned.
-    """
-
-    left: Tensor
-    right: Tensor
-    output: Tensor
-    left_source: Tensor
-    right_source: Tensor
-    scale: float = 1.0
-    added: Tensor | None = None
+    left: Tensor  # (..., rows, inner)
+    right: Tensor  # (..., inner, columns)
+    output: Tensor  # (..., rows, columns)
+    left_source: Tensor  # The operand that `left` is a view of
+    right_source: Tensor  # The operand that `right` is a view of
+    scale: float = 1.0  # A factor
+    added: Tensor | None = None  # What was added
+    # Brings a tensor in the layout of the left operand into that of `left`
     left_of: Move = lambda tensor: tensor
-    right_of: Move = lambda tensor: tensor
+    right_of: Move = lambda tensor: tensor  # The same on the right
+    # Brings a tensor in the layout of `output` into that of what the function returned
     back: Move = lambda tensor: tensor
 
     def turned(self) -> Product:

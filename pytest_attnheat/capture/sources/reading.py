@@ -311,19 +311,13 @@ def _taken(operand: Tensor, numbers: Tensor) -> Tensor | None:
 
 @dataclass
 class _Added:
-    """What the scores would be if their product were zero: mask, bias and sinks.
+    """What the scores would be if their product were zero: mask, bias and sinks."""
 
-    Attributes:
-        zero: That, broadcastable to the weights.
-        seen: Where it hides no key.
-        sinks: (heads,), or None.
-        flags: On the device: whether it hides any key, by a finite number, whether it is felt
-            elsewhere, and whether sinks are one number per head.
-    """
-
-    zero: Tensor
-    seen: Tensor
-    sinks: Tensor | None
+    zero: Tensor  # That, broadcastable to the weights
+    seen: Tensor  # Where it hides no key
+    sinks: Tensor | None  # (heads,), or None
+    # On the device: whether it hides any key, by a finite number, whether it is felt elsewhere, and
+    # whether sinks are one number per head
     flags: list[Tensor]
 
     @property

@@ -36,19 +36,15 @@ _FAR = 2**30
 
 @dataclass(frozen=True)
 class Library:
-    """What another library is handed, and how it computes.
+    """What another library is handed, and how it computes."""
 
-    Attributes:
-        give: Makes an array of a tensor.
-        gradients: Of a function, its arrays, of how many first ones gradients are wanted, and the
-            gradient of its first output, makes those gradients.
-        take: Makes a tensor of an array, of its own memory or not.
-        compiled: Returns what a function with some keywords is called as, the same for the same.
-    """
-
-    give: Callable[[Tensor], Any]
+    give: Callable[[Tensor], Any]  # Makes an array of a tensor
+    # Of a function, its arrays, of how many first ones gradients are wanted, and the gradient of
+    # its first output, makes those gradients
     gradients: Callable[[Function, Sequence[Any], int, Any], Sequence[Any]]
+    # Makes a tensor of an array, of its own memory or not
     take: Callable[[Any], Tensor] = torch.from_dlpack
+    # Returns what a function with some keywords is called as, the same for the same
     compiled: Callable[..., Function] = lambda function, names, options: _called(
         function, names, options
     )

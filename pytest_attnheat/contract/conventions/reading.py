@@ -34,23 +34,16 @@ class SetAsideError(UnreadError):
 
 @dataclass(frozen=True, eq=False)
 class Given:
-    """The tensors of a call of a target, in our own shapes.
+    """The tensors of a call of a target, in our own shapes."""
 
-    Attributes:
-        query: (batch, heads, query_len, head_dim), likewise key and value.
-        back: Makes of an output (batch, heads, query_len, value_dim) one as the target has it.
-        here: The inverse.
-        sums: What a log-sum-exp (batch, heads, query_len) may look like as the target returns it.
-        features: Fields of `Call` that are said already.
-    """
-
-    query: Tensor
+    query: Tensor  # (batch, heads, query_len, head_dim), likewise key and value
     key: Tensor
     value: Tensor
-    back: Turn
-    here: Turn
+    back: Turn  # Makes of an output (batch, heads, query_len, value_dim) one as the target has it
+    here: Turn  # The inverse
+    # What a log-sum-exp (batch, heads, query_len) may look like as the target returns it
     sums: Callable[[Tensor], list[Tensor]]
-    features: dict[str, Any] = field(default_factory=dict)
+    features: dict[str, Any] = field(default_factory=dict)  # Fields of `Call` that are said already
 
 
 # Takes what belongs to query, key and value out of the arguments.
