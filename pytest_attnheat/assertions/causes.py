@@ -227,10 +227,8 @@ def same_sum(evidence: Evidence) -> str | None:
 
 
 def masked_afterwards(evidence: Evidence) -> str | None:
-    """Masked keys are zero, and their weight is missing from the row.
-
-    Rows without a masked key bear witness: they still sum to one.
-    """
+    """Masked keys are zero, and their weight is missing from the row."""
+    # Rows without a masked key bear witness: they still sum to one.
     rows, permitted = evidence.rows, evidence.permitted
     if bool((rows < 0).any()):
         return None
@@ -274,11 +272,9 @@ def low_precision(evidence: Evidence) -> str | None:
 
 
 def dropout(rows: Tensor, permitted: Tensor | None) -> str | None:
-    """Zeros strewn at random, and sums that vary around one as those zeros make them.
-
-    Dropout with probability p keeps a weight as w / (1 - p). The variance of a row sum is then p
-    times the sum of the squared kept weights: the zeros and the sums must tell of the same p.
-    """
+    """Zeros strewn at random, and sums that vary around one as those zeros make them."""
+    # Dropout with probability p keeps a weight as w / (1 - p). The variance of a row sum is then p
+    # times the sum of the squared kept weights: the zeros and the sums must tell of the same p.
     if rows.shape[0] < 8 or bool((rows < 0).any()):
         return None
     looked_at = _before_the_last_weight(rows) if permitted is None else permitted

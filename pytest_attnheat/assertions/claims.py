@@ -105,11 +105,9 @@ class Claim(Generic[P]):
         return self.regards(part) & ~(self.deviation(part) <= self.limit(part))
 
     def excess(self, part: P, breaks: Tensor) -> Tensor:
-        """Return by how much each is further off than allowed, below 0 where it is not.
-
-        NaN is worst, and infinity is worse than any number. What differs in its last bits is as
-        bad: in which order a row was added up does not decide which is worst.
-        """
+        """Return by how much each is further off than allowed, below 0 where it is not."""
+        # NaN is worst, and infinity is worse than any number. What differs in its last bits is as
+        # bad: in which order a row was added up does not decide which is worst.
         over = self.deviation(part) - self.limit(part)
         mantissa, exponent = torch.frexp(over)
         steps = 2.0**_LAST_BITS / torch.finfo(over.dtype).eps
@@ -290,10 +288,8 @@ def of_rows(
     lines: Lines = ROWS,
     unit: str = "",
 ) -> Claim[Block]:
-    """Make a claim about rows.
-
-    Without more, it is about those with a permitted key, and what is measured is the deviation.
-    """
+    """Make a claim about rows."""
+    # Without more, it is about those with a permitted key, and what is measured is the deviation.
     return Claim(
         statement=statement,
         kind=kind,

@@ -272,11 +272,9 @@ def _missing_causes(evidence: Evidence) -> Iterator[str | None]:
 
 
 def whole_after_dropout(evidence: Evidence) -> str | None:
-    """Rows that dropout took nothing from tell its p, and the share of zeros is about the same.
-
-    Where a few keys hold most weight, as in the first causal rows, sums vary
-    too much for `causes.dropout`.
-    """
+    """Rows that dropout took nothing from tell its p, and the share of zeros is about the same."""
+    # Where a few keys hold most weight, as in the first causal rows, sums vary too much for
+    # `causes.dropout`.
     rows, permitted = evidence.rows, evidence.permitted
     gone = (rows == 0) & permitted
     whole = rows.sum(-1)[permitted.any(-1) & ~gone.any(-1)]
@@ -397,11 +395,9 @@ def _uniform_rows(evidence: Evidence) -> str | None:
 
 
 def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]:
-    """Yield other masks that causal code may have used by mistake.
-
-    The widest first where some are the same: in small maps a window that is
-    one too wide is no window, and a diagonal that is off by one no mask.
-    """
+    """Yield other masks that causal code may have used by mistake."""
+    # The widest first where some are the same: in small maps a window that is one too wide is no
+    # window, and a diagonal that is off by one no mask.
     # How many keys each key is behind each query, below 0 in its future.
     keys = torch.arange(rule.key_len, device="cpu")
     behind = queries.unsqueeze(-1) + rule.offset - keys

@@ -88,10 +88,8 @@ def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], ro
 
 
 def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
-    """Return what stands beside the rows of a picture, None for the plain sums.
-
-    With as many decimals as it takes to see that the broken rows are broken.
-    """
+    """Return what stands beside the rows of a picture, None for the plain sums."""
+    # With as many decimals as it takes to see that the broken rows are broken.
     if claim.kind not in ("sum", "entropy"):
         return None
     off = claim.deviation(block)[claim.breaks(block)]
@@ -105,12 +103,10 @@ def _notes(claim: Claim[Block], block: Block) -> list[str] | None:
 def _draw(
     weights: Tensor, mask: Tensor | None, claim: Claim[Block], worst: Index, title: str
 ) -> HeatmapFigure:
-    """Draw a map with its broken rows outlined, the worst among them.
-
-    Of a large one the neighbourhood of the worst row and key alone, whose numbers are its labels:
-    no more is read, and a weight among so many would not be seen. `worst` is a row, or a row and
-    a key; where no key is worst, all are shown.
-    """
+    """Draw a map with its broken rows outlined, the worst among them."""
+    # Of a large one the neighbourhood of the worst row and key alone, whose numbers are its labels:
+    # no more is read, and a weight among so many would not be seen. `worst` is a row, or a row and
+    # a key; where no key is worst, all are shown.
     from pytest_attnheat.heatmaps.maps import HELD
     from pytest_attnheat.heatmaps.showing import show_heatmaps
 

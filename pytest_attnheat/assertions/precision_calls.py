@@ -254,10 +254,8 @@ def gradients(
 
 
 def copies(call: Call, names: Sequence[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Copies of the tensors of a call, by the name of their result, with the same strides.
-
-    Those in `names` require a gradient.
-    """
+    """Copies of the tensors of a call, by the name of their result, with the same strides."""
+    # Those in `names` require a gradient.
     leaves = {}
     for name, field in _LEAVES.items():
         tensor = getattr(call, field)

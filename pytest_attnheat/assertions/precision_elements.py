@@ -90,12 +90,10 @@ def judge(
     judged: Tensor,
     tolerance: float = 0.0,
 ) -> Judgement:
-    """Lay a tensor of the subject beside its reference; None counts as zeros.
-
-    Where scale and least are 0 the tensor must be exact; elsewhere it may be off by `tolerance`, as
-    a part of the largest number of its matrix. It may have fewer than two dimensions,
-    as a mask (key_len,): it is judged as a matrix, and named as it is.
-    """
+    """Lay a tensor of the subject beside its reference; None counts as zeros."""
+    # Where scale and least are 0 the tensor must be exact; elsewhere it may be off by `tolerance`,
+    # as a part of the largest number of its matrix. It may have fewer than two dimensions, as a
+    # mask (key_len,): it is judged as a matrix, and named as it is.
     shape = tuple(exact.shape)
     exact, plain, scale, least, judged = (
         _as_matrices(tensor) for tensor in (exact, plain, scale, least, judged)

@@ -271,13 +271,11 @@ def _masked_rows(call: Call) -> Tensor:
 
 
 def _upstream(call: Call, seed: int, masked_rows: Tensor) -> Tensor:
-    """The gradient of the output: Gaussian, in the dtype of the inputs.
-
-    Zero for a query without any key, unless its output is zero: what flows back from there
-    depends on how the mask is made, and is no property of attention. Zero also for a query whose
-    every key is forbidden by a finite number: its weights are rounding, which would excuse
-    any gradient of keys and values.
-    """
+    """The gradient of the output: Gaussian, in the dtype of the inputs."""
+    # Zero for a query without any key, unless its output is zero: what flows back from there
+    # depends on how the mask is made, and is no property of attention. Zero also for a query whose
+    # every key is forbidden by a finite number: its weights are rounding, which would excuse any
+    # gradient of keys and values.
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     drawn = draw("gradient of the output", seed, *shape).to(call.query)
     without = torch.zeros_like(masked_rows)
@@ -330,12 +328,10 @@ def _callers_reference(
 def _rounded(
     plain: dict[str, Tensor], exact: dict[str, Tensor], call: Call
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """What a reference gives in the dtype of the inputs, where it computes in that.
-
-    Where it computes in float64 whatever it is given, its steps are unknown: each number may be off
-    by a multiple of the most that one of its map is off in plain attention. Their names are
-    returned as well.
-    """
+    """What a reference gives in the dtype of the inputs, where it computes in that."""
+    # Where it computes in float64 whatever it is given, its steps are unknown: each number may be
+    # off by a multiple of the most that one of its map is off in plain attention. Their names are
+    # returned as well.
     eps, attention = torch.finfo(call.query.dtype).eps, tuple[dict[str, Tensor], ...]()
     found, unknown = dict(plain), set[str]()
     if exact["output"].shape != (*call.query.shape[:-1], call.value.shape[-1]):

@@ -49,12 +49,10 @@ BESIDE = 2**15
 
 
 def chosen_rows(query_len: int, key_len: int, count: int, seed: int) -> list[int]:
-    """Return the numbers of about so many rows, in order.
-
-    The first and the last, those beside 2^15 and 2^16 (as queries, and as keys where the last
-    query stands at the last key), beside the edges of the first and the last block; the others
-    are drawn evenly from a seed.
-    """
+    """Return the numbers of about so many rows, in order."""
+    # The first and the last, those beside 2^15 and 2^16 (as queries, and as keys where the last
+    # query stands at the last key), beside the edges of the first and the last block; the others
+    # are drawn evenly from a seed.
     if count >= query_len:
         return list(range(query_len))
     edges = [1 << bits for bits in _BITS]
@@ -369,10 +367,8 @@ def _cut(one: Judgement, runs: Runs, lost: Tensor, first: int) -> str:
 
 
 def _wraps(one: Judgement, runs: Runs, lost: Tensor) -> bool:
-    """Whether the first keys hold what is lost, as they do not where a tail is left out.
-
-    A softmax without its tail makes all weights of a row larger by one factor.
-    """
+    """Whether the first keys hold what is lost, as they do not where a tail is left out."""
+    # A softmax without its tail makes all weights of a row larger by one factor.
     found, exact = one.found[..., ~lost], one.exact[..., ~lost]
     some = exact > 0
     factor = found.sum(-1, keepdim=True) / exact.sum(-1, keepdim=True).clamp(min=1e-300)

@@ -163,10 +163,8 @@ class _Part:
 
 
 def _parts(product: Product, tolerance: float | None, *, careful: bool) -> Parts[_Part]:
-    """Return all elements of the output in parts of bounded size, with what they should be.
-
-    Of weights on several ranks, those of the rows that lie here.
-    """
+    """Return all elements of the output in parts of bounded size, with what they should be."""
+    # Of weights on several ranks, those of the rows that lie here.
     here = product.here
     own = product if here is None else here.product
     *_, query_len, value_dim = own.output.shape

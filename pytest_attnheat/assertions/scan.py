@@ -228,10 +228,8 @@ class Block:
         return found if self._own is None else self._own.placed.over_keys(found, combine)
 
     def values(self, keys: slice) -> Tensor:
-        """Return the weights of some keys, in the dtype in which they are added up.
-
-        The last ones are kept, for what is measured next.
-        """
+        """Return the weights of some keys, in the dtype in which they are added up."""
+        # The last ones are kept, for what is measured next.
         if self._last is None or self._last[0] != keys:
             index = (*self.index, keys)
             self._last = keys, self._weights[index].to(self._wide)

@@ -234,10 +234,8 @@ def names_of(names: list[str]) -> str:
 def _fit(
     plan: BackwardPlan, found: Mapping[str, Tensor], by: Mapping[str, float], saved: Saved
 ) -> tuple[bool, float] | None:
-    """How far a plan is from what was found: what gives all that is right as well comes first.
-
-    None if it does not give each gradient that is wrong.
-    """
+    """How far a plan is from what was found: what gives all that is right as well comes first."""
+    # None if it does not give each gradient that is wrong.
     misses, share = False, 0.0
     with suppress(NotApplicable):
         for name, exact in carried_back(plan, saved):

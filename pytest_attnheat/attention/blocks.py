@@ -99,10 +99,8 @@ class Blocks:
         yield from product(self.maps, self.spans)
 
     def holding(self, number: int, row: int) -> tuple[slice, slice, Block]:
-        """Return the maps, the rows and the weights of the block with a row of a map.
-
-        The last one is kept, for who reads a block in several boxes.
-        """
+        """Return the maps, the rows and the weights of the block with a row of a map."""
+        # The last one is kept, for who reads a block in several boxes.
         some, span = self.maps[number // self.maps[0].stop], self.spans[row // self.spans[0].stop]
         if self._last is None or self._last[:2] != (some, span):
             self._last = None  # its memory is free while the next one is made
@@ -180,10 +178,8 @@ class Blocks:
         return (last - first + 1).clamp(min=0)[:, 0]
 
     def seen_by_all(self, rows: slice) -> tuple[int, int]:
-        """Return from which key on, and up to which one, some rows all see the keys.
-
-        Where `counts` are known.
-        """
+        """Return from which key on, and up to which one, some rows all see the keys."""
+        # Where `counts` are known.
         stand = self._stands[0]
         return self.ends(rows.stop - 1 + stand)[0], self.ends(rows.start + stand)[1] + 1
 
@@ -333,12 +329,10 @@ def _stands(call: Call) -> tuple[int, int]:
 def weights(
     call: Call, dtype: torch.dtype, *, into: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype.
-
-    Keys after the last that any of these queries may see are left out, as is the weight of a sink.
-    A query that may attend to nothing has zeros. Where it can be, they are made in the memory of
-    `into`, (maps, query_len, key_len).
-    """
+    """Yield some maps, some of their queries, and their weights (maps, rows, keys) in a dtype."""
+    # Keys after the last that any of these queries may see are left out, as is the weight of a
+    # sink. A query that may attend to nothing has zeros. Where it can be, they are made in the
+    # memory of `into`, (maps, query_len, key_len).
     blocks = Blocks(call, dtype)
     for some, span in blocks.grid():
         made = blocks.block(some, span, into)

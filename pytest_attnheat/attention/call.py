@@ -140,10 +140,8 @@ class Call:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """What is declared, under the keywords of `assert_matches_reference`.
-
-        A bias alone is an additive `attn_mask`, as in PyTorch.
-        """
+        """What is declared, under the keywords of `assert_matches_reference`."""
+        # A bias alone is an additive `attn_mask`, as in PyTorch.
         given = {f.name: getattr(self, f.name) for f in fields(Call)[3:] if f.name != "upstream"}
         usual = {f.name: f.default for f in fields(Call)}
         given = {n: v for n, v in given.items() if isinstance(v, Tensor) or v != usual[n]}
@@ -214,10 +212,8 @@ class Call:
     def permitted(
         self, maps: Tensor, rows: slice | Tensor, keys: Tensor | None = None
     ) -> Tensor | None:
-        """Return what the rules of positions permit, (maps, rows, keys) or broadcastable.
-
-        The mask and the bias are not looked at. Arguments are those of `positions`.
-        """
+        """Return what the rules of positions permit, (maps, rows, keys) or broadcastable."""
+        # The mask and the bias are not looked at. Arguments are those of `positions`.
         every: Tensor | None = None
         for rule in self.rules(self.positions(maps, rows, keys)):
             every = rule if every is None else every & rule

@@ -292,12 +292,10 @@ def _unsure(units: _Units, part: Part, row: _Row) -> Tensor:
 
 
 def _recomputed(units: _Units, row: _Row, unsure: Tensor) -> Tensor:
-    """How far each weight may be off in the backward pass.
-
-    FlashAttention computes the scores once more there, in another order, and subtracts the
-    logarithm of the sum of before: what they differ by is felt where one key has all the weight
-    as well.
-    """
+    """How far each weight may be off in the backward pass."""
+    # FlashAttention computes the scores once more there, in another order, and subtracts the
+    # logarithm of the sum of before: what they differ by is felt where one key has all the weight
+    # as well.
     off = (row.felt * units.one).clamp_(max=_LARGEST_EXPONENT).expm1_()
     return off.mul_(row.weights).add_(unsure).clamp_(max=1.0)
 
@@ -322,16 +320,15 @@ def _gradients(call: Call, part: Part, row: _Row, above: Tensor) -> dict[str, Te
 def _gradient_scales(
     call: Call, units: _Units, part: Part, row: _Row, unsure: Tensor, above: Tensor
 ) -> dict[str, Tensor]:
-    """How far the gradients may be off.
-
-    dS_ij = w_ij (dP_ij - D_i) is off by the error of its weight times |dP_ij - D_i|, and by its
-    weight times the errors of dP_ij = dO_i . v_j (u |dO_i| . |v_j|) and of D_i (those of each
-    dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
-    of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
-    are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
-    each off by the rounding of those; a sink that is merged so parts it from the mean of the keys.
-    The slope of softcap is off by a few units of itself and, through its argument, of the score.
-    """
+    """How far the gradients may be off."""
+    # dS_ij = w_ij (dP_ij - D_i) is off by the error of its weight times |dP_ij - D_i|, and by its
+    # weight times the errors of dP_ij = dO_i . v_j (u |dO_i| . |v_j|) and of D_i (those of each
+    # dP_ij, and of each weight). Where the row maximum is subtracted first, autograd adds the sum
+    # of a row of dS to the highest score: zero, but for the errors of all. Where parts of the keys
+    # are merged by the logarithms of their normalisers, the parts of dP_ij - D_i that cancel are
+    # each off by the rounding of those; a sink that is merged so parts it from the mean of the
+    # keys. The slope of softcap is off by a few units of itself and, through its argument, of the
+    # score.
     weights, logarithm = row.weights, _logarithm(units, part, row)
     felt = above @ part.value.mT
     mean = (weights * felt).sum(-1, keepdim=True)

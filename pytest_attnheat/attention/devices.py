@@ -122,10 +122,8 @@ def resolve(name: str, *, worker: int = 0, argument: str = "devices") -> torch.d
 
 
 def fault_of(device: torch.device) -> str:
-    """Return in what words a device fails, if it does; "" if it answers.
-
-    After a fault of a kernel, a GPU answers its process nothing any more but that.
-    """
+    """Return in what words a device fails, if it does; "" if it answers."""
+    # After a fault of a kernel, a GPU answers its process nothing any more but that.
     import torch
 
     if device.type == "cpu":

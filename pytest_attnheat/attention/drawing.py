@@ -129,10 +129,8 @@ class Drawing:
         return {name: torch.tensor(some, device=self.device) for name, some in lengths.items()}
 
     def _stored(self, call: Call) -> Call:
-        """The same with how it is stored, if that is chosen.
-
-        Of sequences that share pages, the first halves are alike.
-        """
+        """The same with how it is stored, if that is chosen."""
+        # Of sequences that share pages, the first halves are alike.
         if "pages" not in self.chosen:
             return call
         of = self.chosen

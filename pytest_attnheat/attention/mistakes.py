@@ -64,10 +64,8 @@ def too_large(call: Call) -> bool:
 
 
 def fitting(call: Call, output: Tensor) -> dict[str, Plan]:
-    """Return the mistakes that give an output, by their sentences, with what each computes.
-
-    None are returned where the output is right.
-    """
+    """Return the mistakes that give an output, by their sentences, with what each computes."""
+    # None are returned where the output is right.
     if too_large(call):
         return {}
     case = as_case(call)

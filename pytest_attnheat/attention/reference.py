@@ -336,10 +336,8 @@ def _fill_fully_masked(weights: Tensor, permitted: Tensor, fully_masked: str) ->
 
 
 def _first_largest(numbers: Tensor, permitted: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """The largest permitted number along `dim`, and True at the first element that holds it.
-
-    `argmax` would not do: it may land on a masked element where all permitted ones are -inf.
-    """
+    """The largest permitted number along `dim`, and True at the first element that holds it."""
+    # `argmax` would not do: it may land on a masked element where all permitted ones are -inf.
     filled = numbers.masked_fill(~permitted, -math.inf)
     largest = filled.amax(dim, keepdim=True)
     holds_it = (filled == largest) & permitted

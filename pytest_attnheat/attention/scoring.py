@@ -45,10 +45,8 @@ def draw(stream: str, seed: int, *shape: int) -> Tensor:
 
 
 def broadcast(*shapes: Sequence[int]) -> torch.Size:
-    """Return the shape that shapes broadcast to; RuntimeError where they do not.
-
-    `torch.broadcast_shapes` imports sympy on its first call, which takes a third of a second.
-    """
+    """Return the shape that shapes broadcast to; RuntimeError where they do not."""
+    # `torch.broadcast_shapes` imports sympy on its first call, which takes a third of a second.
     scalar = torch.empty((), device="cpu")  # expanded to any shape, it takes no memory
     expanded = [scalar.expand(tuple(shape)) for shape in shapes]
     together = torch.broadcast_tensors(scalar, *expanded)  # type: ignore[no-untyped-call]

@@ -200,10 +200,8 @@ def positions(count: int) -> Numbers:
 
 
 def _within(count: int, span: int) -> Numbers:
-    """Return numbers of positions that differ within each group: (count,).
-
-    Of two rows of equal numbers, nobody would see that they trade places.
-    """
+    """Return numbers of positions that differ within each group: (count,)."""
+    # Of two rows of equal numbers, nobody would see that they trade places.
     own = positions(count)[1]
     groups = np.arange(count) // span
     order = np.lexsort((np.abs(own), groups))

@@ -321,11 +321,9 @@ def compare_pixels(
 def _sheets(
     shown: Shown, data: Heatmaps, size: tuple[int, int], dpi: float, tolerance: float
 ) -> Iterator[Sheet]:
-    """Draw the data of a baseline anew.
-
-    Where a file has fewer cells than its picture, those of the other picture are drawn in their
-    place, then as far off as they may be.
-    """
+    """Draw the data of a baseline anew."""
+    # Where a file has fewer cells than its picture, those of the other picture are drawn in their
+    # place, then as far off as they may be.
     scale = Scale(data.limits[..., 0], data.limits[..., 1], data.scale == "shared")
     if data.block == shown.cells.block:
         cells = replace(shown.cells, values=data.values, masked=data.masked)

@@ -166,10 +166,8 @@ def _empty_rows(record: AttentionRecord) -> torch.Tensor | None:
 
 
 def _statistics(part: torch.Tensor, itself: torch.Tensor, first: int = 0) -> torch.Tensor:
-    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each.
-
-    Keys are counted from `first`.
-    """
+    """Return statistics and spread of each row, (maps, rows, 6); `itself` is the key at each."""
+    # Keys are counted from `first`.
     wide = part.to(wide_dtype(part.dtype))
     logarithms = wide.clamp_min(torch.finfo(wide.dtype).tiny).log()
     found = [

@@ -281,10 +281,8 @@ def _undoings(
     sketch: Sketch,
     panels: Sequence[int],
 ) -> Iterator[tuple[str, _Numbers | None]]:
-    """Yield what could have happened, and the numbers of maps in which it is undone.
-
-    None is yielded where a few queries already show that it is not so.
-    """
+    """Yield what could have happened, and the numbers of maps in which it is undone."""
+    # None is yielded where a few queries already show that it is not so.
     same = _undone(live, after, lambda rows, sums: rows)
     if same is None:  # they were changed since they were drawn
         return

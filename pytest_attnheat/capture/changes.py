@@ -23,11 +23,9 @@ _OPERATORS = re.compile(
 
 
 def find_unseen(layers: Layers, trace: Trace) -> Iterator[Unseen]:
-    """Name modules that ran in another thread, scripted code, and attention without a record.
-
-    A module whose class is called attention is taken to do attention, unless some is seen in a
-    module around it or within it.
-    """
+    """Name modules that ran in another thread, scripted code, and attention without a record."""
+    # A module whose class is called attention is taken to do attention, unless some is seen in a
+    # module around it or within it.
     for name, module in layers.elsewhere.items():
         if _is_attention(module) and not _lies_in_one(name, layers.elsewhere):
             yield Unseen(name, type(module).__name__, "it ran in another thread")

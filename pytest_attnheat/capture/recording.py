@@ -236,11 +236,9 @@ def _sampled(record: AttentionRecord) -> AttentionRecord:
 
 
 def _worst_row(record: AttentionRecord) -> Tensor:
-    """How far weights times value are from the output, in the worst row: a number on the device.
-
-    Each row of the difference (its rms over the channels) is divided by that of the weights
-    times the sizes of the values: values that cancel do not make a rounding error large.
-    """
+    """How far weights times value are from the output, in the worst row: a number on the device."""
+    # Each row of the difference (its rms over the channels) is divided by that of the weights times
+    # the sizes of the values: values that cancel do not make a rounding error large.
     value, output = record.value, record.output
     assert value is not None
     assert output is not None

@@ -98,10 +98,8 @@ def block_no_leakage(examination: Examination) -> None:
 
 
 def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:
-    """What is declared that each token may see in a layer, (batch, heads, length, length).
-
-    There is one head, but for a function of the head.
-    """
+    """What is declared that each token may see in a layer, (batch, heads, length, length)."""
+    # There is one head, but for a function of the head.
     (batch, length), heads = inputs.shape[:2], 1
     documents = spec.documents
     if isinstance(documents, Tensor):

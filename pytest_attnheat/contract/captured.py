@@ -108,10 +108,8 @@ def diagnoses(
     *,
     search: bool = True,
 ) -> Iterator[Diagnosis]:
-    """Diagnose one record after the other; add the reasons why some cannot be.
-
-    What made a wrong output is only searched for in the first that is wrong: it takes seconds.
-    """
+    """Diagnose one record after the other; add the reasons why some cannot be."""
+    # What made a wrong output is only searched for in the first that is wrong: it takes seconds.
     records = records_of(spec, call)
     plain = records if call is None else records_of(spec)
     looked_up = _looked_up(spec, plain)
@@ -135,11 +133,9 @@ def diagnoses(
 
 
 def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[tuple[str, int]]:
-    """The attention of a causal block that looks things up elsewhere than in its own sequence.
-
-    Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
-    about them.
-    """
+    """The attention of a causal block that looks things up elsewhere than in its own sequence."""
+    # Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
+    # about them.
     inputs = spec.inputs
     if inputs is None or spec.causal is None or torch.equal(inputs, inputs.flip(1)):
         return set()

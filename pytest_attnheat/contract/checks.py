@@ -92,11 +92,9 @@ def _unmet(levels: Mapping[str, Any], spec: AttentionSpec) -> str | None:
 def _judged(
     name: str, sentence: str, about: str, *calls: dict[str, Any], refused: bool = False, **more: Any
 ) -> None:
-    """Register the check that judges some calls, by their levels; `about` says what they are.
-
-    It asks those that can be asked, and for the output alone unless they say more. They may be
-    `refused` in any words.
-    """
+    """Register the check that judges some calls, by their levels; `about` says what they are."""
+    # It asks those that can be asked, and for the output alone unless they say more. They may be
+    # `refused` in any words.
 
     def needs(spec: AttentionSpec) -> str | None:
         reasons = [_unmet(levels, spec) for levels in calls]

@@ -85,11 +85,9 @@ class Refusals:
         return is_refusal(error) or self.known.get(special) is not None
 
     def _names_two(self, named: Mapping[str, Any], error: Exception) -> bool:
-        """Whether an error is about two of the arguments that were given, by their keywords.
-
-        "attn_mask should not be set when is_causal": a subject may take both in some of its ways
-        to compute, and decline them in others.
-        """
+        """Whether an error is about two of the arguments that were given, by their keywords."""
+        # "attn_mask should not be set when is_causal": a subject may take both in some of its ways
+        # to compute, and decline them in others.
         raw = any(words in str(error) for words in (*_OF_DEVICES, *_OF_SHAPES))
         if raw or not isinstance(error, RuntimeError | ValueError):
             return False
@@ -131,11 +129,9 @@ class Refusals:
 
 
 def _is_raw(error: Exception, levels: Mapping[str, Any]) -> bool:
-    """Whether an error is no word of somebody who declines.
-
-    A device that fails is one. So are shapes that do not fit where two things come together that
-    are taken each alone, one of them lengths: who declines lengths declines them with anything.
-    """
+    """Whether an error is no word of somebody who declines."""
+    # A device that fails is one. So are shapes that do not fit where two things come together that
+    # are taken each alone, one of them lengths: who declines lengths declines them with anything.
     text = str(error)
     if is_about_dtypes(error) or any(words in text for words in _OF_DEVICES):
         return True

@@ -223,10 +223,8 @@ class Known:
         return bool((error <= allowed).all())
 
     def chosen(self, version: Version) -> Chosen | None:
-        """Return the first form of a defect that changes this call, None if none does.
-
-        The output is kept of the version that was asked last.
-        """
+        """Return the first form of a defect that changes this call, None if none does."""
+        # The output is kept of the version that was asked last.
         if version not in self._chosen:
             self._chosen = {one: known and replace(known, output=None)
                             for one, known in self._chosen.items()}  # fmt: skip

@@ -59,10 +59,8 @@ _REFUSALS = ("No available kernel", "No viable backend", "not implemented for", 
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether a subject says that it does not do what it is asked, as fused kernels say it.
-
-    Or its specification does: of a mask that its one shape cannot say.
-    """
+    """Whether a subject says that it does not do what it is asked, as fused kernels say it."""
+    # Or its specification does: of a mask that its one shape cannot say.
     if isinstance(error, AssertionError | ValueError) and error.__cause__ is not None:
         return is_refusal(error.__cause__)
     if isinstance(error, UndeclaredError):
@@ -117,13 +115,11 @@ class Examination:
         return False
 
     def _is_wide(self, declared: Declared) -> bool:
-        """Whether it rounds to float16 at the end alone, so that its products may not overflow.
-
-        What computes in float16 all the way is judged by what float16 can do. Where the scores
-        are exact in it, the output of the other is the exact one, rounded once. So may be that of
-        a query with one key, whatever computes it: where a plain computation in float16 gives
-        nearly the same, it is not told.
-        """
+        """Whether it rounds to float16 at the end alone, so that its products may not overflow."""
+        # What computes in float16 all the way is judged by what float16 can do. Where the scores
+        # are exact in it, the output of the other is the exact one, rounded once. So may be that of
+        # a query with one key, whatever computes it: where a plain computation in float16 gives
+        # nearly the same, it is not told.
         space = self._space_of(declared)
         try:
             call = self._drawn(space, space.choice(numbers="structured", sizes=(31, 31)))
@@ -144,10 +140,8 @@ class Examination:
 
     @cached_property
     def unserved(self) -> str:
-        """Why a public callable is not asked in this dtype on this device; empty if it is.
-
-        Kernels are made for some of them, and say so when they are called with another.
-        """
+        """Why a public callable is not asked in this dtype on this device; empty if it is."""
+        # Kernels are made for some of them, and say so when they are called with another.
         if self.spec.convention is None:
             return ""
         try:
@@ -367,10 +361,8 @@ class Examination:
             raise Failure("", advice)
 
     def function(self, call: Call) -> Callable[..., Tensor]:
-        """Return the subject as `function(query, key, value)` that is asked all else of a call.
-
-        Further keywords are accepted and left aside: they tell an assertion what may be seen.
-        """
+        """Return the subject as `function(query, key, value)` that is asked all else of a call."""
+        # Further keywords are accepted and left aside: they tell an assertion what may be seen.
 
         def subject(query: Tensor, key: Tensor, value: Tensor, **aside: Any) -> Tensor:
             return self.spec.ask(replace(call, query=query, key=key, value=value)).output

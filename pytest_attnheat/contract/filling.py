@@ -114,10 +114,8 @@ def _keywords(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def _without_keywords(spec: AttentionSpec) -> dict[str, Any]:
-    """What is left of the mask and of causality if the subject has no keyword for them.
-
-    Only a default is dropped. What was declared is kept if it has an effect, else refused.
-    """
+    """What is left of the mask and of causality if the subject has no keyword for them."""
+    # Only a default is dropped. What was declared is kept if it has an effect, else refused.
     left: dict[str, Any] = {}
     accepted = "None, or with {}_argument= the name of its parameter"
     if spec.lacks(spec.mask_argument, "mask"):

@@ -123,10 +123,8 @@ def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dic
 
 
 def _beyond(case: Case) -> Tensor | None:
-    """What the mask hides besides what is declared; None if that is nothing.
-
-    A mask that was to make attention causal, and is wrong, would else be taken as told.
-    """
+    """What the mask hides besides what is declared; None if that is nothing."""
+    # A mask that was to make attention causal, and is wrong, would else be taken as told.
     mask = case.mask
     if mask is None or bool(mask.all()):
         return None
@@ -208,10 +206,8 @@ def _steps(record: AttentionRecord) -> tuple[float, ...]:
 
 
 def _normalised(record: AttentionRecord) -> bool:
-    """Whether queries and keys went through a normalisation, which takes the place of a scale.
-
-    Then all rows lie on one sphere, or on one ellipsoid after a gain of each channel.
-    """
+    """Whether queries and keys went through a normalisation, which takes the place of a scale."""
+    # Then all rows lie on one sphere, or on one ellipsoid after a gain of each channel.
     for tensor in (record.query, record.key):
         assert tensor is not None
         rows = _wide(tensor).flatten(0, -2).square()
@@ -254,11 +250,9 @@ def _with_carried(
 
 
 def _limited(record: AttentionRecord, one: Carried) -> Tensor | None:
-    """The mask with a limit that it goes without altogether; None if it has any, or needs none.
-
-    A query stands at the last key that it may see. Where all see the same first key, and all keys
-    from there, and one sees more keys than the limit allows, there is none.
-    """
+    """The mask with a limit that it goes without altogether; None if it has any, or needs none."""
+    # A query stands at the last key that it may see. Where all see the same first key, and all keys
+    # from there, and one sees more keys than the limit allows, there is none.
     if record.mask is None or record.shape[2] < 2:
         return None
     seen = record.mask.cpu().expand(record.shape_here)

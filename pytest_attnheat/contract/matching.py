@@ -103,10 +103,8 @@ def _fit(error: Tensor, ratio_of: Tensor) -> Fit:
 
 
 def nearly(probes: Sequence[Probe]) -> float:
-    """Return up to which excess an explanation is not excluded.
-
-    What float16 and bfloat16 allow is large beside any defect: there it is 2, not 10.
-    """
+    """Return up to which excess an explanation is not excluded."""
+    # What float16 and bfloat16 allow is large beside any defect: there it is 2, not 10.
     return _NEARLY if is_fine(probes[0].dtype) else _NEARLY_IN_HALF
 
 

@@ -88,10 +88,8 @@ def _output(answer: Answer) -> Tensor:
 def answer_to(
     spec: AttentionSpec, case: Case, dtype: torch.dtype, *, dropout: float = 0.0
 ) -> Answer:
-    """Call the subject as `ask` does, and return all it answers.
-
-    What it was to be asked before is asked first, in the same memory.
-    """
+    """Call the subject as `ask` does, and return all it answers."""
+    # What it was to be asked before is asked first, in the same memory.
     device = spec.devices[0] if spec.devices else "cpu"
 
     def moved(tensor: Tensor) -> Tensor:
@@ -235,11 +233,9 @@ def in_dtype(case: Case, dtype: torch.dtype) -> Case:
 
 
 def with_identity(spec: AttentionSpec, one: Probe) -> list[tuple[Case, slice]]:
-    """Return cases whose outputs are the columns of the weights, and which columns.
-
-    Values are an identity matrix; in parts as wide as the values were, where the subject takes no
-    other width.
-    """
+    """Return cases whose outputs are the columns of the weights, and which columns."""
+    # Values are an identity matrix; in parts as wide as the values were, where the subject takes no
+    # other width.
     whole = _with_identity(one.case, one.case.key_len)
     try:
         ask(spec, whole[0][0], one.dtype)
@@ -261,11 +257,9 @@ def _with_identity(case: Case, width: int) -> list[tuple[Case, slice]]:
 
 
 def inferred_weights(spec: AttentionSpec, one: Probe) -> Tensor | None:
-    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len).
-
-    Its output for values that are an identity matrix: the weights, as long as the output is a sum
-    of values. None where the subject refuses such values.
-    """
+    """Return what a subject uses as weights on a case, (batch, heads, query_len, key_len)."""
+    # Its output for values that are an identity matrix: the weights, as long as the output is a sum
+    # of values. None where the subject refuses such values.
     weights = torch.zeros(one.case.shape, dtype=torch.float64)
     for case, columns in with_identity(spec, one):
         try:
@@ -290,11 +284,9 @@ def _clear(case: Case, seed: int) -> Case:
 
 
 def _large_scores(case: Case, seed: int) -> Case:
-    """The first two rows have scores that differ by hundreds, the next two very low ones.
-
-    Keys stand on a line in their first channel, far apart, so that rounding never decides which
-    one such a query chooses.
-    """
+    """The first two rows have scores that differ by hundreds, the next two very low ones."""
+    # Keys stand on a line in their first channel, far apart, so that rounding never decides which
+    # one such a query chooses.
     query, key = case.query, case.key
     scale = abs(case.scale) if case.scale else query.shape[-1] ** -0.5
     line = torch.linspace(-3, 3, case.key_len, dtype=torch.float64)

@@ -159,10 +159,8 @@ def checks_of(
     quick: bool = False,
     long: bool = False,
 ) -> tuple[Check, ...]:
-    """Return the checks that a specification is asked: those that are given, or all of its kind.
-
-    With `long`, that of one call as long as memory allows as well.
-    """
+    """Return the checks that a specification is asked: those that are given, or all of its kind."""
+    # With `long`, that of one call as long as memory allows as well.
     if long:
         if spec.is_block or spec.is_captured or spec.sharding is not None:
             accepted = "False for a block, on ranks, and for what was captured"
@@ -222,10 +220,8 @@ def _first_served(some: Sequence[Examination]) -> Sequence[Examination]:
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
-    """Run one check; whatever the subject raises is an answer.
-
-    So is a fault of its device, whatever was answered; nothing is asked of a device after one.
-    """
+    """Run one check; whatever the subject raises is an answer."""
+    # So is a fault of its device, whatever was answered; nothing is asked of a device after one.
     dtype, device = dtype_name(examination.dtype), str(examination.device)
     result = Result(check.name, dtype, device, "passed")
     try:
@@ -335,11 +331,9 @@ VERSION = 1
 
 
 def as_data(value: Any) -> Any:
-    """Return a value as texts, numbers, lists and dictionaries.
-
-    A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
-    name; a function or a module goes by its name. Of a dataclass, tensors are left out.
-    """
+    """Return a value as texts, numbers, lists and dictionaries."""
+    # A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
+    # name; a function or a module goes by its name. Of a dataclass, tensors are left out.
     if isinstance(value, str):
         return str(value)  # of a subclass as well, which workers cannot send
     if value is None or isinstance(value, bool | int):

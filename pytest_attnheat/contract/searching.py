@@ -106,10 +106,8 @@ class Search:
         return sorted(range(len(probes)), key=lambda i: (is_large(probes[i].case), self.telling[i]))
 
     def in_some_cases(self) -> list[Explanation]:
-        """Return the defects that reproduce every wrong answer, in one form of them or another.
-
-        Where they would change answers that are right, the subject has them in some calls alone.
-        """
+        """Return the defects that reproduce every wrong answer, in one form of them or another."""
+        # Where they would change answers that are right, the subject has them in some calls alone.
         count = range(len(self.answers.probes))
         wrong = [i for i in count if self.answers.compare(i, [Explanation()])[0].excess > 1.0]
         found = []

@@ -308,10 +308,9 @@ def _of_ranks(
 
 
 def _is_no_chance(judged: Tensor, dropped: Tensor) -> bool:
-    """Whether what is dropped is so much, one by one, that no other rank drops it by chance.
-
-    Where whole lines are dropped, or nothing, another check tells so, which says nothing of ranks.
-    """
+    """Whether what is dropped is so much, one by one, that no other rank drops it by chance."""
+    # Where whole lines are dropped, or nothing, another check tells so, which says nothing of
+    # ranks.
     kept = judged & ~dropped
     if not all(bool((dropped.any(dim) & kept.any(dim)).any()) for dim in (-1, -2)):
         return False

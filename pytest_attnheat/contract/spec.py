@@ -418,12 +418,10 @@ class AttentionSpec:
         enable_gqa: bool = False,
         **features: Any,
     ) -> Tensor:
-        """Call the subject with the arguments of PyTorch's own function, and get its output.
-
-        So every assertion on attention functions takes a specification, whatever the layout of
-        the subject and the meaning of its mask. `is_causal` means what the specification says.
-        Further keywords are fields of `Call`.
-        """
+        """Call the subject with the arguments of PyTorch's own function, and get its output."""
+        # So every assertion on attention functions takes a specification, whatever the layout of
+        # the subject and the meaning of its mask. `is_causal` means what the specification says.
+        # Further keywords are fields of `Call`.
         call = Call(query, key, value, causal=is_causal, scale=scale, **features)
         if is_causal and not self.takes_causal:
             call = replace(call, causal=False)

@@ -58,10 +58,8 @@ class Scale:
 def shared_scale(
     cells: Cells, smallest: float, vmin: float | None, vmax: float | None, *, tight: bool = False
 ) -> Scale:
-    """Make one range for all panels: 0 to 1 for weights, else that of the values.
-
-    A tight one ends at the largest weight.
-    """
+    """Make one range for all panels: 0 to 1 for weights, else that of the values."""
+    # A tight one ends at the largest weight.
     largest = float(cells.values.max())
     if cells.masked.any() or not np.isfinite(largest):
         shown = np.isfinite(cells.values) & ~cells.masked
@@ -142,10 +140,8 @@ def is_dark(cmap: str | Colormap, cells: Cells, scale: Scale) -> npt.NDArray[np.
 
 
 def leaking(cells: Cells, scale: Scale) -> npt.NDArray[np.bool_]:
-    """Tell which masked cells hold weight all the same.
-
-    Only where weights are shown: scores are usually drawn before they are masked.
-    """
+    """Tell which masked cells hold weight all the same."""
+    # Only where weights are shown: scores are usually drawn before they are masked.
     weights = (scale.low == 0) & (scale.high <= 1)
     if not cells.masked.any() or not weights.any():
         return np.zeros_like(cells.masked)

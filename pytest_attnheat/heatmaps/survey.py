@@ -76,11 +76,9 @@ class Survey:
 
 
 def survey(maps: Maps, block: tuple[int, int]) -> Survey | None:
-    """Pool and sketch maps in one pass over the memory of the host.
-
-    Returns None for what asks for more care: a mask, another device, values that are not finite;
-    and for blocks of few queries, whose maxima take longer here than in `pool`.
-    """
+    """Pool and sketch maps in one pass over the memory of the host."""
+    # Returns None for what asks for more care: a mask, another device, values that are not finite;
+    # and for blocks of few queries, whose maxima take longer here than in `pool`.
     held = not isinstance(maps.rows[0], InBoxes)
     if maps.mask is not None or (held and block[0] < _SHORTEST):
         return None
@@ -145,11 +143,9 @@ def _read(row: Array, maps: slice, queries: slice, width: int) -> tuple[int, Arr
 
 
 def _ends(part: npt.NDArray[Any], size: int) -> _Ends | None:
-    """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one.
-
-    The second is None where no weight is below zero. Nothing is returned of weights that are not
-    all finite.
-    """
+    """Return the largest weight of each run of rows, (maps, runs, keys), and the smallest one."""
+    # The second is None where no weight is below zero. Nothing is returned of weights that are not
+    # all finite.
     if is_tensor(part):  # of softmax, on another device
         high = block_max(tensor := cast("Any", part), -2, size)
         sound = high.isfinite().all() & (tensor.amin() >= 0)

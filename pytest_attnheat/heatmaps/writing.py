@@ -194,10 +194,8 @@ class Design:
     def natural_size(
         self, dpi: float, number_width: float, *, small: bool = False
     ) -> tuple[int, int]:
-        """Return the size in pixels at which cells, labels and numbers have room.
-
-        A small one has room for small panels, and for those labels that fit beside them.
-        """
+        """Return the size in pixels at which cells, labels and numbers have room."""
+        # A small one has room for small panels, and for those labels that fit beside them.
         rows, columns, queries, keys = self.shape
         em = LARGEST_FONT * dpi / 72
         block = math.ceil(max(queries, keys) / _SMALL_PANEL) if small else 1
@@ -320,11 +318,9 @@ class Pen:
 
 
 def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
-    """Escape what cannot be drawn.
-
-    Returns the text, the further fonts that it needs, and whether it depends on the fonts
-    installed.
-    """
+    """Escape what cannot be drawn."""
+    # Returns the text, the further fonts that it needs, and whether it depends on the fonts
+    # installed.
     characters: list[str] = []
     fallbacks: list[str] = []
     foreign = False

@@ -239,10 +239,8 @@ class _Examined:
     def diagnosed(
         self, examination: Examination, result: Result
     ) -> tuple[str, Callable[[], HeatmapFigure] | None, str]:
-        """The diagnosis and what draws it, the first time, then its sentence alone.
-
-        And what is known of attention in the call of a block that failed.
-        """
+        """The diagnosis and what draws it, the first time, then its sentence alone."""
+        # And what is known of attention in the call of a block that failed.
         sentence = self.told.get("diagnosis", "")
         shown = sentence and f"diagnose: {sentence}"
         if "diagnosis" in self.told and not self.spec.is_block:
@@ -264,11 +262,9 @@ class _Examined:
         return str(diagnosis), draw, inside
 
     def examinations(self, *, quick: bool) -> tuple[list[Examination], str]:
-        """Its examinations on the selected devices and in the selected dtypes.
-
-        If nothing that is declared is selected, one of the others, and why it is skipped: a test
-        without any checks would vanish.
-        """
+        """Its examinations on the selected devices and in the selected dtypes."""
+        # If nothing that is declared is selected, one of the others, and why it is skipped: a test
+        # without any checks would vanish.
         from pytest_attnheat.contract.running import examinations_of
 
         settings = self.config.stash[SETTINGS]

@@ -45,11 +45,9 @@ STEMS = pytest.StashKey[dict[str, set[str]]]()
 
 
 def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every marked test its baseline, and hand it to pytest-mpl.
-
-    A test with a wrong marker fails when it runs: an error here would end a run on workers
-    without saying why.
-    """
+    """Give every marked test its baseline, and hand it to pytest-mpl."""
+    # A test with a wrong marker fails when it runs: an error here would end a run on workers
+    # without saying why.
     tests_of: dict[str, list[tuple[pytest.Item, Expected]]] = {}
     stems: dict[str, set[str]] = {}
     config.stash[STEMS] = stems

@@ -55,10 +55,8 @@ class _Quiet:
 
 @contextmanager
 def quiet(session: pytest.Session) -> Iterator[None]:
-    """Let the files of this run be as they are, whatever tests do that run again.
-
-    Pictures of what fails go to a folder that is deleted.
-    """
+    """Let the files of this run be as they are, whatever tests do that run again."""
+    # Pictures of what fails go to a folder that is deleted.
     config = session.config
     config.stash[GRADING] = True
     kept = config.option.attn_artifacts
@@ -81,10 +79,8 @@ def quiet(session: pytest.Session) -> Iterator[None]:
 def outcomes(
     session: pytest.Session, items: Sequence[pytest.Item], seed: int
 ) -> Iterator[tuple[pytest.Item, Outcome]]:
-    """Run tests again, up to where the caller stops, and yield what becomes of each.
-
-    Fixtures are set up anew; tests share those of a wider scope until one fails.
-    """
+    """Run tests again, up to where the caller stops, and yield what becomes of each."""
+    # Fixtures are set up anew; tests share those of a wider scope until one fails.
     done = False
     last: pytest.Item | None = None
     try:

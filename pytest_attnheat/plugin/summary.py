@@ -182,10 +182,8 @@ def _unused(config: pytest.Config) -> Iterator[str]:
 
 
 def shorten(reports: Sequence[pytest.TestReport]) -> None:
-    """Of a check that failed alike in several dtypes, print the first failure in full alone.
-
-    What JUnit writes was taken from each report before, as it was.
-    """
+    """Of a check that failed alike in several dtypes, print the first failure in full alone."""
+    # What JUnit writes was taken from each report before, as it was.
     places: dict[tuple[str, ...], str] = {}
     for report in reports:
         verdict = verdict_of(report)
@@ -255,11 +253,9 @@ def _subjects(reports: Sequence[pytest.TestReport]) -> dict[tuple[str, str], lis
 
 
 def _unasked(subjects: Mapping[tuple[str, str], Sequence[Found]]) -> list[str]:
-    """The subjects of which nothing was asked, though the run was to ask all.
-
-    Not where a check was deselected or not reached, nor where all of them were left out unasked:
-    their device is absent, or not selected.
-    """
+    """The subjects of which nothing was asked, though the run was to ask all."""
+    # Not where a check was deselected or not reached, nor where all of them were left out unasked:
+    # their device is absent, or not selected.
     return [
         name
         for (name, _), found in sorted(subjects.items(), key=lambda one: one[0])

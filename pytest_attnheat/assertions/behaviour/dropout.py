@@ -272,10 +272,8 @@ class _Count:
             )
 
     def _check_pairs(self) -> None:
-        """Check that two weights are dropped together as often as those of two coins are.
-
-        Pairs of one test have no weight in common, so that they are independent of each other.
-        """
+        """Check that two weights are dropped together as often as those of two coins are."""
+        # Pairs of one test have no weight in common, so that they are independent of each other.
         __tracebackhide__ = True
         p, tests = self.share, list(self._pairings())
         counts: list[list[int]] = torch.stack(

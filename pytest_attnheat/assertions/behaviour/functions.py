@@ -209,10 +209,8 @@ class AttentionFunction:
         return output
 
     def mistake(self, output: Tensor, alignment: Alignment | None = None) -> str | None:
-        """Name the known defect that gives this output, with another alignment than its own.
-
-        A cause that cannot be looked for never hides the failure.
-        """
+        """Name the known defect that gives this output, with another alignment than its own."""
+        # A cause that cannot be looked for never hides the failure.
         try:
             call = self.call
             call = call if alignment is None else replace(call, alignment=alignment)
@@ -323,11 +321,9 @@ class AttentionFunction:
         return spelled.given(**tensors, **{MASK: mask})
 
     def _attracting(self, padding: Tensor) -> Tensor:
-        """Turn the last padding key towards a query, so that it wins the softmax if not masked.
-
-        Random keys get small scores from most queries, so that a fill of -10 in place of -inf would
-        look right. The score of this one is above every real score by `_AHEAD`.
-        """
+        """Turn the last padding key towards a query, so that it wins the softmax if not masked."""
+        # Random keys get small scores from most queries, so that a fill of -10 in place of -inf
+        # would look right. The score of this one is above every real score by `_AHEAD`.
         query, key, judged = self.query, self.key, self.judged()
         if query.shape[-1] != key.shape[-1]:  # the function projects them first
             return padding

@@ -132,11 +132,9 @@ class _Plain:
 
     @cached_property
     def allowed(self) -> float | Tensor:
-        """By what part of its size a row of the output may change.
-
-        A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
-        scores that are this large half of that was measured in float32.
-        """
+        """By what part of its size a row of the output may change."""
+        # A score of 1000 is rounded by 1000 eps, and its weight with it, by the exponential: of
+        # scores that are this large half of that was measured in float32.
         inputs = [tensor for name, tensor in self.tensors.items() if name != MASK]
         dtype = coarsest(self.output, *(one for one in inputs if one.is_floating_point()))
         allowed = check_relative(self.tolerance, dtype)
@@ -176,27 +174,23 @@ class _Plain:
         return dict(zip(wanted, found, strict=True))
 
     def gradient_allowed(self, name: str) -> tuple[float, Tensor]:
-        """By what part of its size a row of a gradient may change, and the least size of a row.
-
-        Where all keys are the same the query has no gradient, but rounding leaves some. What counts
-        is by how much an input changes the loss, next to the one that changes it most.
-        """
+        """By what part of its size a row of a gradient may change, and the least size of a row."""
+        # Where all keys are the same the query has no gradient, but rounding leaves some. What
+        # counts is by how much an input changes the loss, next to the one that changes it most.
         dtype = coarsest(self.gradients[name], self.output)
         own = _rms(self.tensors[name]).clamp(min=torch.finfo(torch.float32).tiny)
         floor = torch.maximum(self._moved / own, self._subtracted(name, dtype))
         return _gradient_tolerance(self.tolerance, dtype), floor
 
     def _subtracted(self, name: str, dtype: torch.dtype) -> Tensor:
-        """The size below which the gradient of query or key is what a subtraction leaves.
-
-        The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight and
-        the mean is taken with the weights. Where attention is saturated g equals its mean, and
-        what is left is the rounding of g, times the key (for the query) or the queries that see it
-        (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that product,
-        and `_ROUNDED_SCORE` in wider dtypes, whose tolerance is many eps: several times what the
-        kernels of PyTorch were seen to need. The price is that in saturated attention an error in
-        the gradient of queries and keys, which is nearly all rounding there, may pass.
-        """
+        """The size below which the gradient of query or key is what a subtraction leaves."""
+        # The gradient of a score is `weight * (g - mean)`, where g is the gradient of the weight
+        # and the mean is taken with the weights. Where attention is saturated g equals its mean,
+        # and what is left is the rounding of g, times the key (for the query) or the queries that
+        # see it (for the key). The floor is such that the tolerance allows `_ROUNDED` eps of that
+        # product, and `_ROUNDED_SCORE` in wider dtypes, whose tolerance is many eps: several times
+        # what the kernels of PyTorch were seen to need. The price is that in saturated attention an
+        # error in the gradient of queries and keys, which is nearly all rounding there, may pass.
         tensors = self.tensors
         if self.subject.scale is None or name not in ("query", "key"):
             return torch.zeros((), dtype=torch.float64, device=tensors[name].device)
@@ -427,10 +421,8 @@ def _expanded(dim: int, name: str, tensor: Tensor) -> Tensor | None:
 
 
 def packed_together(given: _Tensors) -> _Tensors:
-    """Query, key and value as `projection.view(batch, length, 3, heads, width).unbind(2)`.
-
-    Nothing where their lengths differ: then one projection cannot have made them.
-    """
+    """Query, key and value as `projection.view(batch, length, 3, heads, width).unbind(2)`."""
+    # Nothing where their lengths differ: then one projection cannot have made them.
     # The heads of grouped attention may differ in number; they lie side by side in memory.
     turned = {
         name: given[name].transpose(-3, -2) if given[name].ndim > 3 else given[name].unsqueeze(-2)

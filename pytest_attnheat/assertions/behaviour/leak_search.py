@@ -180,11 +180,9 @@ class Search:
         return tally.fault(method, counted=bool((self.hidden | ~self._watched).all()))
 
     def _never_moved(self, unfelt: Tensor, of: int) -> Fault | None:
-        """Outputs that stay the same even if all that they may see is replaced at once.
-
-        That none of the passes moved one proves little: all its attention may be on a key that
-        no pass replaced.
-        """
+        """Outputs that stay the same even if all that they may see is replaced at once."""
+        # That none of the passes moved one proves little: all its attention may be on a key that no
+        # pass replaced.
         pairs: list[_Pair] = []
         for at in unfelt.nonzero().tolist()[:_MOST_BLIND]:
             observer = tuple(at)
@@ -372,11 +370,9 @@ class Search:
     def _blind(
         self, observer: tuple[int, ...], replaced: Replacement, strongest: int
     ) -> Replacement | None:
-        """Some of the elements that make no difference, whatever is there; None if all do.
-
-        A weight or a gradient may be rounded to 0 where the output does depend on one; the
-        key that gets most attention brings some to any of them.
-        """
+        """Some of the elements that make no difference, whatever is there; None if all do."""
+        # A weight or a gradient may be rounded to 0 where the output does depend on one; the key
+        # that gets most attention brings some to any of them.
         assert replaced.elements is not None
         suspects = [replaced.elements.nonzero()]
         for _ in range(_TRIALS):

@@ -303,11 +303,9 @@ def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
 
 
 def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list[float]]:
-    """With what probability each layer drops, by its path; and other numbers named like dropout.
-
-    A layer that never drops says nothing of dropout that is done by a function beside it, of
-    which a module keeps the probability as `self.attention_dropout`.
-    """
+    """With what probability each layer drops, by its path; and other numbers named like dropout."""
+    # A layer that never drops says nothing of dropout that is done by a function beside it, of
+    # which a module keeps the probability as `self.attention_dropout`.
     layers: dict[str, float] = {}
     others: list[float] = []
     for path, part in (named for module in modules for named in module.named_modules()):
@@ -327,11 +325,9 @@ def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list
 
 
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
-    """Check that the mean in training mode is the output in evaluation mode.
-
-    It compares one number: how much of the output of evaluation mode there is in that of
-    training mode. It is a sum over all outputs, and so close to normally distributed.
-    """
+    """Check that the mean in training mode is the output in evaluation mode."""
+    # It compares one number: how much of the output of evaluation mode there is in that of training
+    # mode. It is a sum over all outputs, and so close to normally distributed.
     __tracebackhide__ = True
     wanted = evaluated.double().flatten()
     size = wanted.square().sum()

@@ -164,10 +164,8 @@ def as_sequence(
 
 
 def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
-    """Return a function with a part of its inputs, about so many weights, if all have more.
-
-    All inputs are kept where it is not known how to cut them, or the function refuses a part.
-    """
+    """Return a function with a part of its inputs, about so many weights, if all have more."""
+    # All inputs are kept where it is not known how to cut them, or the function refuses a part.
     query, key = function.query, function.key
     others = [v for name, v in function.arguments.items() if name != MASK]
     if query[..., 0].numel() * key.shape[-2] <= most:
@@ -183,10 +181,8 @@ def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
 
 
 def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
-    """Keep some batch entries, heads, queries and keys.
-
-    Keys are kept together if a mask is given: a query might be left without any.
-    """
+    """Keep some batch entries, heads, queries and keys."""
+    # Keys are kept together if a mask is given: a query might be left without any.
     query, key, arguments = function.query, function.key, dict(function.arguments)
     mask, is_causal = function.mask, bool(arguments.get("is_causal"))
     keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)

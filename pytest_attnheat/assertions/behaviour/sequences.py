@@ -316,10 +316,8 @@ class CachedDecoding:
         self._name = next((name for name in _CACHES if name in taken), _CACHES[-1])
 
     def __call__(self, inputs: Tensor, cache: Any, **arguments: Any) -> tuple[Any, Any]:
-        """Run the model on a chunk and return what it returned, with its cache.
-
-        A caller's `use_cache` and `return_dict` are overridden: the cache is needed here.
-        """
+        """Run the model on a chunk and return what it returned, with its cache."""
+        # A caller's `use_cache` and `return_dict` are overridden: the cache is needed here.
         arguments = {**arguments, self._name: cache, "use_cache": True}
         if "return_dict" in arguments:  # Not passed unasked: not every model takes it.
             arguments["return_dict"] = True

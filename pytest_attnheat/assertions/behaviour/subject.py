@@ -307,10 +307,8 @@ class Compared:
 def check_each(
     assertion: str, compared: Iterable[Compared], *, allowed: float, exact: bool
 ) -> None:
-    """Check one pair of outputs after the other, see `check_rows`.
-
-    Where bits count, what is wrong by more than rounding is told before what is not.
-    """
+    """Check one pair of outputs after the other, see `check_rows`."""
+    # Where bits count, what is wrong by more than rounding is told before what is not.
     __tracebackhide__ = True
     if exact:
         compared = sorted(

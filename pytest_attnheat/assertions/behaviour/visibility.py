@@ -255,10 +255,8 @@ def _same(ids: Tensor, given: Tensor) -> bool:
 def gradients(
     output: Tensor, sources: Sequence[Tensor], observers: Iterable[Tensor]
 ) -> list[list[Tensor]]:
-    """The gradients of the chosen rows of the output, channels added up with random signs.
-
-    Equal signs would not do: a layer norm at the end adds up to a constant.
-    """
+    """The gradients of the chosen rows of the output, channels added up with random signs."""
+    # Equal signs would not do: a layer norm at the end adds up to a constant.
     if not output.requires_grad:
         raise RuntimeError("the output has no gradient")
     generator = torch.Generator().manual_seed(0)

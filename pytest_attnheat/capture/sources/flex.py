@@ -18,11 +18,9 @@ SOURCE = "flex_attention"
 
 
 def see(call: Call) -> After:
-    """Tell what the operator behind `flex_attention` was given.
-
-    It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
-    pair whether it may attend), scale, and options of the kernel.
-    """
+    """Tell what the operator behind `flex_attention` was given."""
+    # It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
+    # pair whether it may attend), scale, and options of the kernel.
 
     def after(result: Any) -> None:
         call.watcher.tell(_record(call.args, result[0]))

@@ -90,11 +90,9 @@ def _mask(given: dict[str, Any]) -> tuple[Tensor | None, Tensor | None, Alignmen
 
 
 def see_within(call: Call) -> Instead:
-    """Run `multi_head_attention_forward` under the watcher: what happens within is seen.
-
-    A mode is set aside while it handles a function, and the function would hand itself to the
-    mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
-    """
+    """Run `multi_head_attention_forward` under the watcher: what happens within is seen."""
+    # A mode is set aside while it handles a function, and the function would hand itself to the
+    # mode for ever if the mode came back. So a copy of the function runs that never asks for modes.
     watcher = call.watcher
 
     def run() -> Any:

@@ -170,10 +170,8 @@ def _flex(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 @contextmanager
 def _uncompiled() -> Iterator[None]:
-    """Call `flex_attention` as it is: each of many small shapes would be compiled anew.
-
-    And, even where nobody compiles, traced anew.
-    """
+    """Call `flex_attention` as it is: each of many small shapes would be compiled anew."""
+    # And, even where nobody compiles, traced anew.
     stance = getattr(torch.compiler, "set_stance", None)  # since torch 2.6
     untraced = nullcontext() if stance is None else stance("force_eager")
     with warnings.catch_warnings(), untraced:

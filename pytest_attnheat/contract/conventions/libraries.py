@@ -129,10 +129,8 @@ _QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passe
 
 
 def _jitted(function: Function) -> Function:
-    """Compile a function as a whole, or leave it as it is if numbers decide what it does.
-
-    To run it uncompiled takes longer, as then each step of it is compiled by itself.
-    """
+    """Compile a function as a whole, or leave it as it is if numbers decide what it does."""
+    # To run it uncompiled takes longer, as then each step of it is compiled by itself.
     jax = import_module("jax")
     compiled = jax.jit(function, compiler_options=_QUICK)
 
@@ -237,10 +235,8 @@ _INPUTS = ("Q", "K", "V", "attn_mask", "", "", "nonpad_kv_seqlen")
 
 
 def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Run the operator Attention in a session that the subject makes of a model.
-
-    What is no input or attribute of it goes to the subject.
-    """
+    """Run the operator Attention in a session that the subject makes of a model."""
+    # What is no input or attribute of it goes to the subject.
     onnx = import_module("onnx")
     taken = {n: arguments.pop(n) for n in _OF_ONNX if n in arguments}
     left, right = taken.pop("left_window_size", None) or (None, None)

@@ -66,10 +66,8 @@ def _kernel(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 
 def _plan_and_run(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Tell it the lengths of all sequences and the options, then hand it the packed tensors.
-
-    Where the number of heads is odd, it is handed buffers for what it returns.
-    """
+    """Tell it the lengths of all sequences and the options, then hand it the packed tensors."""
+    # Where the number of heads is odd, it is handed buffers for what it returns.
     subject: Any = spec.subject
     queries, keys = lengths_of(call)
     inputs = packed(call.query, queries), packed(call.key, keys), packed(call.value, keys)
