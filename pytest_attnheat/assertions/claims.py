@@ -149,24 +149,15 @@ class Finding(Generic[P]):
 
     def failure(
         self,
-        assertion: str,
-        checked: Tensor,
-        cause: str | None,
+        assertion: str,  # The name of the assertion
+        checked: Tensor,  # What was checked, as the caller passed it
+        cause: str | None,  # A likely cause, None where the numbers show none
         *,
-        names_first: bool = True,
-        picture: str = "",
-        draw: Callable[[], HeatmapFigure] | None = None,
+        names_first: bool = True,  # Whether to name the first beside the worst
+        picture: str = "",  # The small picture
+        draw: Callable[[], HeatmapFigure] | None = None,  # Draws the full one
     ) -> Failure:
-        """Return the failure to raise.
-
-        Args:
-            assertion: The name of the assertion.
-            checked: What was checked, as the caller passed it.
-            cause: A likely cause, None where the numbers show none.
-            names_first: Whether to name the first beside the worst.
-            picture: The small picture.
-            draw: Draws the full one.
-        """
+        """Return the failure to raise."""
         elsewhere = names_first and self.first.index != self.worst.index
         return Failure(
             assertion,

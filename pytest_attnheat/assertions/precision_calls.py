@@ -174,26 +174,16 @@ def check_call(call: Call) -> None:
 
 
 def run_once(
-    run: Run,
-    call: Call,
-    names: Sequence[str],
-    code: object,
+    run: Run,  # Calls the subject, twice: it must give the same again
+    call: Call,  # What it is asked, with the gradient of the output if there are names
+    names: Sequence[str],  # The results whose gradients are taken
+    code: object,  # The subject itself, whose modules and random state are left as they were
     *,
-    training: bool,
-    seed: int,
-    beside: int = 0,
+    training: bool,  # Whether it may draw random numbers, each call from `seed`
+    seed: int,  # That seed
+    beside: int = 0,  # How many NaN lie before and after each input in memory
 ) -> dict[str, Tensor | None]:
-    """Return the output of a subject and its gradients, by name; None for no gradient.
-
-    Args:
-        run: Calls the subject, twice: it must give the same again.
-        call: What it is asked, with the gradient of the output if there are names.
-        names: The results whose gradients are taken.
-        code: The subject itself, whose modules and random state are left as they were.
-        training: Whether it may draw random numbers, each call from `seed`.
-        seed: That seed.
-        beside: How many NaN lie before and after each input in memory.
-    """
+    """Return the output of a subject and its gradients, by name; None for no gradient."""
     calls: list[tuple[Tensor, dict[str, Tensor]]] = []
 
     def again() -> Tensor:

@@ -46,30 +46,20 @@ _STEPS_UNKNOWN = 16.0
 
 
 def judge_call(
-    assertion: str,
-    run: Run,
-    call: Call,
-    criteria: Criteria,
+    assertion: str,  # What the failure is called
+    run: Run,  # Calls the subject
+    call: Call,  # What it is asked, without the gradient of the output
+    criteria: Criteria,  # How it is judged
     *,
+    # The results whose gradients are judged: query, key, value, attn_mask, sinks
     names: Sequence[str],
-    code: object,
-    output: bool = True,
+    code: object,  # The subject itself, whose modules and random state are left as they were
+    output: bool = True,  # Whether the output is judged
+    # The shape of the mask as the caller has it, which places are named by
     mask_shape: tuple[int, ...] | None = None,
-    explain: bool = True,
+    explain: bool = True,  # Whether a failure looks for what was computed instead, which takes time
 ) -> None:
-    """Judge what a subject gives for a call, by attention in float64 or another reference.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        call: What it is asked, without the gradient of the output.
-        criteria: How it is judged.
-        names: The results whose gradients are judged: query, key, value, attn_mask, sinks.
-        code: The subject itself, whose modules and random state are left as they were.
-        output: Whether the output is judged.
-        mask_shape: The shape of the mask as the caller has it, which places are named by.
-        explain: Whether a failure looks for what was computed instead, which takes time.
-    """
+    """Judge what a subject gives for a call, by attention in float64 or another reference."""
     __tracebackhide__ = True
     check_call(call)
     with torch.inference_mode(False), torch.enable_grad():
@@ -117,30 +107,19 @@ def judge_call(
 
 
 def _judge_rows(
-    assertion: str,
-    run: Run,
+    assertion: str,  # What the failure is called
+    run: Run,  # Calls the subject
+    # The whole call, and that of the rows, with the gradient of their output
     calls: tuple[Call, Call],
-    rows: Sequence[int],
-    criteria: Criteria,
-    names: Sequence[str],
-    code: object,
+    rows: Sequence[int],  # Their numbers
+    criteria: Criteria,  # How they are judged
+    names: Sequence[str],  # The results whose gradients are judged
+    code: object,  # The subject itself
     *,
-    output: bool,
+    output: bool,  # Whether the output is judged
 ) -> None:
-    """Judge some rows of a call that is made as a whole.
-
-    Of all rows, only the weights of runs of keys are: the rest is judged as ever.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        calls: The whole call, and that of the rows, with the gradient of their output.
-        rows: Their numbers.
-        criteria: How they are judged.
-        names: The results whose gradients are judged.
-        code: The subject itself.
-        output: Whether the output is judged.
-    """
+    """Judge some rows of a call that is made as a whole."""
+    # Of all rows, only the weights of runs of keys are: the rest is judged as ever.
     __tracebackhide__ = True
     whole, call = calls
     numbers, repeat = torch.tensor(rows, device=call.query.device), f"seed={criteria.seed}"

@@ -266,24 +266,15 @@ def suspects(call: Call, off: Tensor) -> Runs | None:
 
 
 def weights_of_runs(
-    assertion: str,
-    one: Judgement,
-    runs: Runs,
-    repeat: str,
+    assertion: str,  # What the failure is called
+    one: Judgement,  # The output, of values that count
+    runs: Runs,  # What they count
+    repeat: str,  # What it takes to see the same again
     *,
-    surrounded: bool = False,
-    count: Callable[[Runs], Judgement],
+    surrounded: bool = False,  # Whether what lies beside the inputs in memory is NaN
+    count: Callable[[Runs], Judgement],  # Judges the output of values that count other runs
 ) -> Failure | None:
-    """Return what is wrong with the weights of runs of keys; None if nothing is.
-
-    Args:
-        assertion: What the failure is called.
-        one: The output, of values that count.
-        runs: What they count.
-        repeat: What it takes to see the same again.
-        surrounded: Whether what lies beside the inputs in memory is NaN.
-        count: Judges the output of values that count other runs.
-    """
+    """Return what is wrong with the weights of runs of keys; None if nothing is."""
     broken = one.broken
     if not bool(broken.any()):
         return None

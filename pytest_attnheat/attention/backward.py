@@ -164,24 +164,19 @@ def _masked(outcome: Outcome) -> Tensor:
 
 
 def likely_backward_mistake(
-    call: Call,
-    gradients: Mapping[str, Tensor],
+    call: Call,  # What was to be computed, with the gradient of its output
+    gradients: Mapping[str, Tensor],  # What was computed instead, under the names of `Call.shapes`
+    # The output, (..., query_len, value_dim), if it is wrong: no mistake of the backward pass is
+    # named then
     output: Tensor | None = None,
     *,
+    # Which of them are wrong; those that are off by more than rounding by default
     wrong: Collection[str] = (),
+    # What dropout did to each weight, (..., query_len, key_len): it became 0, or was divided by 1 -
+    # p
     kept: Tensor | None = None,
 ) -> str | None:
-    """Return the mistake that gives these gradients, or those that all give them; None if none.
-
-    Args:
-        call: What was to be computed, with the gradient of its output.
-        gradients: What was computed instead, under the names of `Call.shapes`.
-        output: The output, (..., query_len, value_dim), if it is wrong: no mistake of the backward
-            pass is named then.
-        wrong: Which of them are wrong; those that are off by more than rounding by default.
-        kept: What dropout did to each weight, (..., query_len, key_len): it became 0, or was
-            divided by 1 - p.
-    """
+    """Return the mistake that gives these gradients, or those that all give them; None if none."""
     numbers = call.maps * (call.query_len + call.key_len) * sum(t.shape[-1] for t in call.tensors)
     if numbers > _MOST_NUMBERS or too_large(call) or call.upstream is None or call.rounded:
         return None

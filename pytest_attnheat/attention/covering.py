@@ -34,20 +34,15 @@ class Covering:
 
 
 def covering(
-    levels: Levels,
+    levels: Levels,  # The levels of each feature, the most ordinary first
+    # Whether some levels can occur together. It is asked of parts of a case, and may say no as soon
+    # as it knows; a part of what is possible must be possible.
     possible: Callable[[Chosen], bool],
     *,
-    known: Sequence[Chosen] = (),
-    seed: int = 0,
+    known: Sequence[Chosen] = (),  # Cases that need not be found again: what they cover is covered
+    seed: int = 0,  # Which of many coverings is found
 ) -> Covering:
     """Return cases in which every pair of levels occurs that can.
-
-    Args:
-        levels: The levels of each feature, the most ordinary first.
-        possible: Whether some levels can occur together. It is asked of parts of a case, and may
-            say no as soon as it knows; a part of what is possible must be possible.
-        known: Cases that need not be found again: what they cover is covered.
-        seed: Which of many coverings is found.
 
     Returns:
         The cases that are not known. If none is, the first has the first level of each feature, if

@@ -15,18 +15,12 @@ FUNCTIONS = ("may_see", "score_mod")
 
 
 def check_features(
-    features: Mapping[str, Any],
-    query_shape: Sequence[int],
-    key_shape: Sequence[int],
-    device: torch.device,
+    features: Mapping[str, Any],  # By their names in `Call`; None is not looked at
+    query_shape: Sequence[int],  # (..., heads, query_len, head_dim)
+    key_shape: Sequence[int],  # (..., key_heads, key_len, head_dim)
+    device: torch.device,  # Where they are: functions of positions are called there, once
 ) -> None:
     """Refuse a window, lengths, slopes ... that say nothing of queries and keys of these shapes.
-
-    Args:
-        features: By their names in `Call`; None is not looked at.
-        query_shape: (..., heads, query_len, head_dim)
-        key_shape: (..., key_heads, key_len, head_dim)
-        device: Where they are: functions of positions are called there, once.
 
     Raises:
         TypeError: One is of another kind.

@@ -344,25 +344,16 @@ def scoring_names(extra: Mapping[str, ScoringFactory] | None = None) -> tuple[st
 
 
 def make_scoring(
-    name: str,
-    query_dim: int,
-    key_dim: int | None = None,
+    name: str,  # A name from `scoring_names(extra)`
+    query_dim: int,  # Width of the queries
+    key_dim: int | None = None,  # Width of the keys; `query_dim` by default
     *,
-    seed: int = 0,
-    device: torch.device | None = None,
-    dtype: torch.dtype | None = None,
-    extra: Mapping[str, ScoringFactory] | None = None,
+    seed: int = 0,  # Seed of the parameters
+    device: torch.device | None = None,  # Where the module is moved to; left where it is by default
+    dtype: torch.dtype | None = None,  # What the module is cast to; left as it is by default
+    extra: Mapping[str, ScoringFactory] | None = None,  # More factories by name, for this call only
 ) -> Scoring:
     """Make a scoring function by name.
-
-    Args:
-        name: A name from `scoring_names(extra)`.
-        query_dim: Width of the queries.
-        key_dim: Width of the keys; `query_dim` by default.
-        seed: Seed of the parameters.
-        device: Where the module is moved to; left where it is by default.
-        dtype: What the module is cast to; left as it is by default.
-        extra: More factories by name, for this call only.
 
     Raises:
         TypeError: The factory returned something that cannot be called.

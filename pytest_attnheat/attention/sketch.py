@@ -121,23 +121,16 @@ class Sketcher:
 
     def add(
         self,
-        maps: slice,
-        rows: slice,
-        part: Array,
+        maps: slice,  # Which maps
+        rows: slice,  # Which of their rows
+        part: Array,  # Their weights
+        # (maps, keys), of an array without anything below zero or infinite, what no weight of each
+        # column exceeds, if known: then norms of columns are at least what they are, as the square
+        # root of this times the sum, which takes no time
         largest: npt.NDArray[Any] | None = None,
-        key: int = 0,
+        key: int = 0,  # The number of the first key; those before it may be left out
     ) -> None:
-        """Add some rows of some maps, (maps, rows, keys); the last keys may be left out.
-
-        Args:
-            maps: Which maps.
-            rows: Which of their rows.
-            part: Their weights.
-            largest: (maps, keys), of an array without anything below zero or infinite, what no
-                weight of each column exceeds, if known: then norms of columns are at least what
-                they are, as the square root of this times the sum, which takes no time.
-            key: The number of the first key; those before it may be left out.
-        """
+        """Add some rows of some maps, (maps, rows, keys); the last keys may be left out."""
         first, top = maps.start or 0, rows.start or 0
         on_host = not _is_tensor(part) or part.device.type in ("cpu", "mps")
         for m, r, k in pieces(part.shape, _BLOCK if on_host else _GPU_BLOCK):

@@ -160,23 +160,15 @@ class Cache:
 
 
 def laid_out(
-    storage: Storage,
-    key: Tensor,
-    value: Tensor,
-    queries: Tensor,
-    keys: Tensor,
+    storage: Storage,  # How
+    key: Tensor,  # (batch, heads, key_len, width)
+    value: Tensor,  # Likewise
+    queries: Tensor,  # How many queries each sequence has, (batch,)
+    keys: Tensor,  # How many keys, (batch,)
+    # What stale numbers are rounded to, if not to that of the keys
     dtype: torch.dtype | None = None,
 ) -> Cache:
-    """Store keys and values.
-
-    Args:
-        storage: How.
-        key: (batch, heads, key_len, width)
-        value: Likewise.
-        queries: How many queries each sequence has, (batch,).
-        keys: How many keys, (batch,).
-        dtype: What stale numbers are rounded to, if not to that of the keys.
-    """
+    """Store keys and values."""
     batch, _, key_len, _ = key.shape
     page = storage.page or key_len + _LEFT + _ROOM
     first = torch.arange(batch, device=key.device) % _LEFT + 1

@@ -157,21 +157,13 @@ def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
 
 
 def said_of_sketches(
-    expected: Sketch,
-    actual: Sketch,
-    excess: tuple[Numbers, Numbers],
-    number: int,
-    queries: Sequence[int] | None = None,
+    expected: Sketch,  # The sketch of what was expected
+    actual: Sketch,  # Of what there is
+    excess: tuple[Numbers, Numbers],  # How far both are apart, as `Sketch.excess` says
+    number: int,  # Which map
+    queries: Sequence[int] | None = None,  # The numbers of its queries, where they are a selection
 ) -> list[str]:
-    """Say which queries and keys of one map differ, and what the worst query sums to.
-
-    Args:
-        expected: The sketch of what was expected.
-        actual: Of what there is.
-        excess: How far both are apart, as `Sketch.excess` says.
-        number: Which map.
-        queries: The numbers of its queries, where they are a selection.
-    """
+    """Say which queries and keys of one map differ, and what the worst query sums to."""
     lines = []
     for singular, plural, found, side, names in (
         ("query", "queries", excess[0], expected.rows, queries),

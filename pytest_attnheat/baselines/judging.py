@@ -77,24 +77,18 @@ class Verdict:
 
 
 def check(
+    # The figure; one of `show_heatmaps` is compared by its data and its panels, another one by all
+    # pixels
     figure: Figure,
-    baseline: Path,
-    folder: Path,
+    baseline: Path,  # A PNG or SVG file
+    folder: Path,  # Where the pictures are written
+    # For data, by what part of itself a weight may differ; by default what follows from dtypes,
+    # layers and length. For other figures, the root mean square of the pixel differences, of 255;
+    # 0.1 by default.
     tolerance: float | None = None,
-    precision: Sequence[str] = (),
+    precision: Sequence[str] = (),  # Other dtypes, by name, in which the same model must agree
 ) -> Verdict:
-    """Compare a figure with its baseline.
-
-    Args:
-        figure: The figure; one of `show_heatmaps` is compared by its data and its panels,
-            another one by all pixels.
-        baseline: A PNG or SVG file.
-        folder: Where the pictures are written.
-        tolerance: For data, by what part of itself a weight may differ; by default what follows
-            from dtypes, layers and length. For other figures, the root mean square of the pixel
-            differences, of 255; 0.1 by default.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Compare a figure with its baseline."""
     actual = folder / f"actual{baseline.suffix}"
     save(figure, actual)
     if not baseline.exists():

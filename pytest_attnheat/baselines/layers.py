@@ -102,19 +102,14 @@ def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor
 
 
 def _sketched(
-    shape: tuple[int, int, int, int],
+    shape: tuple[int, int, int, int],  # (batch, heads, query_len, key_len)
+    # Some maps, some rows, their weights, and the number of the first key of them
     parts: Iterator[tuple[slice, slice, torch.Tensor, int]],
-    here: torch.Tensor,
+    here: torch.Tensor,  # The key at each query
+    # Returns the sum of what each rank has, where other ranks have other parts
     summed: Callable[[Numbers], Numbers] | None = None,
 ) -> tuple[Sketch, Numbers, Numbers]:
-    """Return the sketch, the statistics and the spread of maps.
-
-    Args:
-        shape: (batch, heads, query_len, key_len).
-        parts: Some maps, some rows, their weights, and the number of the first key of them.
-        here: The key at each query.
-        summed: Returns the sum of what each rank has, where other ranks have other parts.
-    """
+    """Return the sketch, the statistics and the spread of maps."""
     batch, heads, queries, keys = shape
     sketcher, totals = Sketcher(batch * heads, queries, keys), np.zeros((batch * heads, 6))
     counts = np.zeros((batch * heads, 1))

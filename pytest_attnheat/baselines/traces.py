@@ -234,21 +234,13 @@ def _cause(moved: _Moved) -> str | None:
 
 
 def check(
-    layers: Sequence[Layer],
-    baseline: Path,
-    folder: Path,
-    tolerance: float | None = None,
-    precision: Sequence[str] = (),
+    layers: Sequence[Layer],  # What was captured
+    baseline: Path,  # A file
+    folder: Path,  # Where they are written
+    tolerance: float | None = None,  # By what part of itself a weight may differ
+    precision: Sequence[str] = (),  # Other dtypes, by name, in which the same model must agree
 ) -> Verdict:
-    """Compare attention with its baseline.
-
-    Args:
-        layers: What was captured.
-        baseline: A file.
-        folder: Where they are written.
-        tolerance: By what part of itself a weight may differ.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Compare attention with its baseline."""
     actual = folder / f"actual{baseline.suffix}"
     actual.write_text(encode(layers), "ascii")
     artifacts = {"actual": actual}

@@ -25,24 +25,16 @@ _LONG = 100
 
 
 def explained(
-    name: str,
-    probes: Sequence[Probe],
-    refused: dict[str, str],
-    weights: WeightsOf = lambda one: None,
+    name: str,  # What answered
+    probes: Sequence[Probe],  # What it was asked, and answered
+    refused: dict[str, str],  # Why other cases were not answered, by name
+    weights: WeightsOf = lambda one: None,  # What it used as weights
     *,
-    search: bool = True,
+    search: bool = True,  # Whether to look for what it is instead, if it is wrong
+    # Keep what defects give on these cases, for the next subject that is asked them
     keep: bool = False,
 ) -> Diagnosis:
-    """Say what reproduces the answers: correct attention, a defect, two, or nothing.
-
-    Args:
-        name: What answered.
-        probes: What it was asked, and answered.
-        refused: Why other cases were not answered, by name.
-        weights: What it used as weights.
-        search: Whether to look for what it is instead, if it is wrong.
-        keep: Keep what defects give on these cases, for the next subject that is asked them.
-    """
+    """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
     dtype = dtype_name(probes[0].dtype)
     correct = Explanation(fit=measure(probes))
     base = Diagnosis(name, dtype, correct.reproduces, residual=correct.fit.residual)

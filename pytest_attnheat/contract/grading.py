@@ -193,20 +193,15 @@ class Study:
 
     def __init__(
         self,
-        right: AttentionSpec | Callable[..., Any],
+        right: AttentionSpec | Callable[..., Any],  # The target, or its specification
         *,
-        defects: Collection[str] | None = None,
-        seed: int = 0,
+        defects: Collection[str] | None = None,  # The names of the defects to plant; all by default
+        seed: int = 0,  # Where random numbers start
+        # Whether it is a block, whose defects are those of the attention inside of it; by default,
+        # if it is a module with parameters and is not specified otherwise
         inside: bool | None = None,
     ) -> None:
         """Make the wrong versions of a target.
-
-        Args:
-            right: The target, or its specification.
-            defects: The names of the defects to plant; all by default.
-            seed: Where random numbers start.
-            inside: Whether it is a block, whose defects are those of the attention inside of it;
-                by default, if it is a module with parameters and is not specified otherwise.
 
         Raises:
             ValueError: A name is unknown.

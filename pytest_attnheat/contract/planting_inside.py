@@ -90,19 +90,13 @@ class PlantedInside:
 
     def __init__(
         self,
-        spec: AttentionSpec,
+        spec: AttentionSpec,  # What of attention a block may take
+        # The block, or a function that runs one; that one then is `of_object()`
         block: Callable[..., Any],
-        version: Version | None,
-        inside: Inside,
+        version: Version | None,  # What is planted, None for nothing
+        inside: Inside,  # What is known of the functions that it calls
     ) -> None:
-        """Plant a version.
-
-        Args:
-            spec: What of attention a block may take.
-            block: The block, or a function that runs one; that one then is `of_object()`.
-            version: What is planted, None for nothing.
-            inside: What is known of the functions that it calls.
-        """
+        """Plant a version."""
         self.spec, self.version, self.effect, self._inside = spec, version, Effect(), inside
         self.called = ""
         self.module = block if isinstance(block, nn.Module) else None

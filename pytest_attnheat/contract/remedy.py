@@ -160,24 +160,15 @@ class _Asked:
 
 
 def remedy_for(
-    spec: AttentionSpec,
-    survived: Sequence[Version],
-    inactive: Sequence[Version],
-    plant: Callable[[Version], Planted],
-    rounding: Mapping[str, float],
+    spec: AttentionSpec,  # The target
+    survived: Sequence[Version],  # The versions that a judge accepted
+    inactive: Sequence[Version],  # Those that were the right one on all its calls
+    plant: Callable[[Version], Planted],  # Plants a version
+    rounding: Mapping[str, float],  # By each dtype in which they were off, what rounding may do
     *,
-    seed: int = 0,
+    seed: int = 0,  # Where calls of the examination are drawn from
 ) -> Remedy:
-    """Return the fewest calls, chosen greedily, on which our assertions kill what survived.
-
-    Args:
-        spec: The target.
-        survived: The versions that a judge accepted.
-        inactive: Those that were the right one on all its calls.
-        plant: Plants a version.
-        rounding: By each dtype in which they were off, what rounding may do.
-        seed: Where calls of the examination are drawn from.
-    """
+    """Return the fewest calls, chosen greedily, on which our assertions kill what survived."""
     dtype = next((name for name in _FINEST if name in rounding), spec.dtypes[0])
     device = spec.devices[0] if spec.devices else "cpu"
     every = [_Asked(n, hard_case(n, dtype=dtype, device=device, batch=_BATCH), spec)

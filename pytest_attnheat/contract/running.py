@@ -178,23 +178,17 @@ def checks_of(
 
 
 def examinations_of(
-    spec: AttentionSpec,
+    spec: AttentionSpec,  # What is claimed
     *,
-    quick: bool = False,
-    seed: int = 0,
+    quick: bool = False,  # Take the first of the dtypes alone
+    seed: int = 0,  # Where the inputs are drawn from
+    # The names of devices, in place of those that are declared or else present
     devices: Sequence[str] | None = None,
+    # Which of the declared dtypes to take; all by default. What is examined as it was captured, or
+    # with inputs of its own, has one dtype.
     dtypes: Sequence[str] | None = None,
 ) -> list[Examination]:
-    """Return an examination for each dtype and device of a specification.
-
-    Args:
-        spec: What is claimed.
-        quick: Take the first of the dtypes alone.
-        seed: Where the inputs are drawn from.
-        devices: The names of devices, in place of those that are declared or else present.
-        dtypes: Which of the declared dtypes to take; all by default. What is examined as it was
-            captured, or with inputs of its own, has one dtype.
-    """
+    """Return an examination for each dtype and device of a specification."""
     if devices is None:
         devices = ["cpu"] if spec.is_captured else spec.devices or names_of(("auto",))
     if spec.inputs is not None:

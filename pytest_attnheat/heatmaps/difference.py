@@ -61,24 +61,15 @@ def show_difference(
 
 
 def triptych(
-    pair: tuple[Map, Map],
-    masks: Sequence[Bools],
-    worst: tuple[int, int] | None,
+    pair: tuple[Map, Map],  # The maps
+    masks: Sequence[Bools],  # True where a query may attend, for each map
+    worst: tuple[int, int] | None,  # The query and key that are outlined; None for none
     *,
-    panel: str = "",
-    block: tuple[int, int] = (1, 1),
-    **options: Any,
+    panel: str = "",  # What the title begins with
+    block: tuple[int, int] = (1, 1),  # How many queries and keys each of theirs stands for
+    **options: Any,  # As in `show_difference`
 ) -> HeatmapFigure:
-    """Draw two maps and their difference, and say and outline where they differ most.
-
-    Args:
-        pair: The maps.
-        masks: True where a query may attend, for each map.
-        worst: The query and key that are outlined; None for none.
-        panel: What the title begins with.
-        block: How many queries and keys each of theirs stands for.
-        **options: As in `show_difference`.
-    """
+    """Draw two maps and their difference, and say and outline where they differ most."""
     either = masks[0] | masks[1]
     apart = np.where(either, distance(*pair), 0)
     title = "no difference" if worst is None else panel + _said(apart, masks, worst, block)

@@ -60,36 +60,22 @@ def _is_nan(tensor: Tensor) -> Tensor:
 
 def check_bits(
     assertion: str,
-    got: Tensor,
-    expected: Tensor,
+    got: Tensor,  # (..., length, width)
+    expected: Tensor,  # The same shape and dtype
     *,
-    claim: Callable[[Tensor], str],
-    change: Tensor,
-    allowed: float,
-    judged: Tensor,
-    place: Callable[[tuple[int, ...]], str],
+    claim: Callable[[Tensor], str],  # What broken rows do, from the changes
+    change: Tensor,  # By what part of its size each row is off, (..., length)
+    allowed: float,  # How much of that is ordinary rounding
+    judged: Tensor,  # Which rows are judged, boolean (..., length)
+    place: Callable[[tuple[int, ...]], str],  # Names a row by its index
+    # Looks at changes that are more than rounding for a likely cause
     cause: Callable[[Tensor], str | None] | None,
+    # Looks at which rows differ, boolean (..., length), where it is rounding alone
     cause_of_bits: Callable[[Tensor], str | None] | None,
-    repeat: str | None,
-    again: Callable[[], object] | None,
+    repeat: str | None,  # What it takes to see the same again
+    again: Callable[[], object] | None,  # Makes the call once more that gave `got`
 ) -> None:
-    """Raise a Failure if any element of a judged row has other bits than expected.
-
-    Args:
-        assertion: Its name.
-        got: (..., length, width)
-        expected: The same shape and dtype.
-        claim: What broken rows do, from the changes.
-        change: By what part of its size each row is off, (..., length).
-        allowed: How much of that is ordinary rounding.
-        judged: Which rows are judged, boolean (..., length).
-        place: Names a row by its index.
-        cause: Looks at changes that are more than rounding for a likely cause.
-        cause_of_bits: Looks at which rows differ, boolean (..., length), where it is rounding
-            alone.
-        repeat: What it takes to see the same again.
-        again: Makes the call once more that gave `got`.
-    """
+    """Raise a Failure if any element of a judged row has other bits than expected."""
     __tracebackhide__ = True
     dtypes = dtype_name(got), dtype_name(expected)
     if dtypes[0] != dtypes[1]:

@@ -316,24 +316,16 @@ def _feels_the_first(batch: _Batch, sample: int, changes: Callable[..., bool]) -
 
 
 def _changes(
-    batch: _Batch,
-    sample: int,
-    which: Tensor,
-    at: int | None = None,
+    batch: _Batch,  # The batch
+    sample: int,  # The sample
+    which: Tensor,  # The samples of the other batch
+    at: int | None = None,  # Where it is among them; where it was, by default
     *,
-    exact: bool,
+    exact: bool,  # Whether every bit counts
+    # What it is compared with; by default, what it gives in the batch
     expected: Tensor | None = None,
 ) -> bool:
-    """Whether a sample gives something else in a batch of others.
-
-    Args:
-        batch: The batch.
-        sample: The sample.
-        which: The samples of the other batch.
-        at: Where it is among them; where it was, by default.
-        exact: Whether every bit counts.
-        expected: What it is compared with; by default, what it gives in the batch.
-    """
+    """Whether a sample gives something else in a batch of others."""
     place = sample if at is None else at
     got = batch.run(which)[place : place + 1]
     expected = batch.output[sample : sample + 1] if expected is None else expected

@@ -57,24 +57,15 @@ class Search:
 
     def __init__(
         self,
-        subject: Subject,
-        claim: Claim,
-        base: Tensor,
+        subject: Subject,  # The subject
+        claim: Claim,  # What it may depend on
+        base: Tensor,  # Its output with nothing replaced
         *,
-        allowed: float,
-        passes: int,
-        seed: int,
+        allowed: float,  # By what part of its size an output may change
+        passes: int,  # How many observers are judged for each batch entry and head, at least
+        seed: int,  # What observers and replacements are drawn from
     ) -> None:
-        """Prepare the search; the subject is not called.
-
-        Args:
-            subject: The subject.
-            claim: What it may depend on.
-            base: Its output with nothing replaced.
-            allowed: By what part of its size an output may change.
-            passes: How many observers are judged for each batch entry and head, at least.
-            seed: What observers and replacements are drawn from.
-        """
+        """Prepare the search; the subject is not called."""
         self.subject, self.base, self.allowed, self.seed = subject, base, allowed, seed
         self.may_see, self.claim = claim.may_see, claim
         # What a query gives that may see nothing is a matter of declaration, not of leaks.

@@ -31,23 +31,16 @@ _TOGETHER = "query, key and value"
 
 
 def as_subject(
-    subject: object,
-    inputs: Sequence[object],
-    arguments: Mapping[str, Any],
+    subject: object,  # An attention function or a sequence model
+    inputs: Sequence[object],  # Its positional inputs
+    arguments: Mapping[str, Any],  # Its keyword arguments
+    # How many tokens of each sample are real, (batch,); the rest is padding on the right. None for
+    # no mask. For sequence models only.
     lengths: object = None,
     *,
-    seed: int | None = None,
+    seed: int | None = None,  # Where each call starts its random numbers; None: from where they are
 ) -> Subject:
-    """Return a subject with its inputs: three are query, key and value, one is a sequence.
-
-    Args:
-        subject: An attention function or a sequence model.
-        inputs: Its positional inputs.
-        arguments: Its keyword arguments.
-        lengths: How many tokens of each sample are real, (batch,); the rest is padding on the
-            right. None for no mask. For sequence models only.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
+    """Return a subject with its inputs: three are query, key and value, one is a sequence."""
     if len(inputs) == 3 and not isinstance(subject, SequenceModel):
         if lengths is not None:
             accepted = "None for an attention function, which is told of padding by attn_mask"

@@ -197,43 +197,30 @@ def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.
 
 def check_rows(
     assertion: str,
-    got: Tensor,
-    expected: Tensor,
+    got: Tensor,  # (..., length, width)
+    expected: Tensor,  # The same shape
     *,
+    # What broken rows do, for instance "outputs change with the padding"; or what says so, from the
+    # relative changes (..., length), 0 where not judged
     claim: str | Callable[[Tensor], str],
-    allowed: float | Tensor,
-    judged: Tensor | None = None,
-    may_be_none: bool = False,
-    floor: float | Tensor = 0.0,
+    allowed: float | Tensor,  # The largest relative change of a row
+    judged: Tensor | None = None,  # Which rows are judged, boolean (..., length); all by default
+    may_be_none: bool = False,  # Whether it is right that no row is judged
+    floor: float | Tensor = 0.0,  # The size that a row has at least, see `relative_change`
+    # Names a row by its index; "output[0, 3]" by default
     place: Callable[[tuple[int, ...]], str] | None = None,
+    # Looks at the same changes for a likely cause
     cause: Callable[[Tensor], str | None] | None = None,
+    # Whether every element must be bitwise the same; `allowed` then says what would be rounding
+    # alone, see `bitwise`
     exact: bool = False,
+    # What looks for a cause of that, from the rows that differ
     cause_of_bits: Callable[[Tensor], str | None] | None = None,
-    repeat: str | None = None,
-    again: Callable[[], object] | None = None,
+    repeat: str | None = None,  # What it takes to see the same again
+    again: Callable[[], object] | None = None,  # Makes the call once more that gave `got`
 ) -> None:
-    """Raise a Failure if any judged row of `got` is not what is expected.
-
-    As long as none is, the host reads once from the device.
-
-    Args:
-        assertion: Its name.
-        got: (..., length, width)
-        expected: The same shape.
-        claim: What broken rows do, for instance "outputs change with the padding"; or what says
-            so, from the relative changes (..., length), 0 where not judged.
-        allowed: The largest relative change of a row.
-        judged: Which rows are judged, boolean (..., length); all by default.
-        may_be_none: Whether it is right that no row is judged.
-        floor: The size that a row has at least, see `relative_change`.
-        place: Names a row by its index; "output[0, 3]" by default.
-        cause: Looks at the same changes for a likely cause.
-        exact: Whether every element must be bitwise the same; `allowed` then says what would be
-            rounding alone, see `bitwise`.
-        cause_of_bits: What looks for a cause of that, from the rows that differ.
-        repeat: What it takes to see the same again.
-        again: Makes the call once more that gave `got`.
-    """
+    """Raise a Failure if any judged row of `got` is not what is expected."""
+    # As long as none is, the host reads once from the device.
     __tracebackhide__ = True
     compared = _without_equal_infinities(got, expected) if exact else (got, expected)
     change = relative_change(*compared, floor=floor)
