@@ -178,11 +178,7 @@ class Finding(Generic[P]):
 
 
 def find(claim: Claim[P], parts: Iterable[P]) -> Finding[P] | None:
-    """Read everything again: count what breaks a claim, find the worst and the first.
-
-    Returns:
-        What was found, None where the claim holds.
-    """
+    """Read everything again: count what breaks a claim, find the worst and the first; or None."""
     found = _here(claim, parts)
     if isinstance(parts, Parts) and parts.placed is not None:
         told = parts.placed.told(found, of_rows=parts.of_rows)
@@ -348,12 +344,7 @@ Says: TypeAlias = Callable[[Index, float], str]
 
 
 def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
-    """Claim that masked keys hold exactly zero: no rounding makes weight where there is none.
-
-    Args:
-        says: What is said of one that does not.
-        every_row: Whether it is also about fully masked rows.
-    """
+    """Claim that masked keys hold exactly zero: no rounding makes weight where there is none."""
 
     def regards(part: Elements) -> Tensor:
         masked = ~part.permitted

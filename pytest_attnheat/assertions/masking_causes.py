@@ -365,13 +365,7 @@ def _keys_before(window: object) -> int | None:
 
 
 def causal_cause(evidence: Evidence, rule: CausalRule, numbers: Tensor) -> str | None:
-    """Return a likely cause of weight in the future, or before the window, or None.
-
-    Args:
-        evidence: What was found.
-        rule: What was claimed.
-        numbers: Which query each row is of, ``(queries,)``.
-    """
+    """Return a likely cause of weight in the future, or before the window, or None."""
     telling = evidence.telling()
     others = _causal_candidates(numbers[telling.queries], rule)
     other = next((said for mask, said in others if telling.explained_by(mask)), None)

@@ -33,15 +33,8 @@ _NEIGHBOURS = 64
 def failure(
     assertion: str, weights: Tensor, mask: Tensor | None, finding: Finding[Any], cause: str | None
 ) -> Failure:
-    """Return the failure of a claim about rows or weights, with its pictures.
-
-    Args:
-        assertion: The name of the assertion.
-        weights: The weights as they were read: transposed where the claim is about columns.
-        mask: Their mask.
-        finding: What the thorough reading found.
-        cause: A likely cause, or None.
-    """
+    """Return the failure of a claim about rows or weights, with its pictures."""
+    # `weights` as they were read: transposed where the claim is about columns.
     of_rows = len(finding.worst.index) < weights.ndim
     claim: Claim[Block] = finding.claim if of_rows else by_row(finding.claim)
     row = finding.worst.index[: weights.ndim - 1]

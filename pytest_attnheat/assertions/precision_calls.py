@@ -83,13 +83,8 @@ def said(given: Mapping[str, Any]) -> dict[str, Any]:
 def called(
     function: Function, inputs: Sequence[object], given: Mapping[str, Any]
 ) -> tuple[AttentionFunction, Call, Run]:
-    """Return a function with its inputs, what it is asked by that, and how it is called.
-
-    Args:
-        function: The function.
-        inputs: Query, key and value.
-        given: Its keywords. Fields of `Call` are passed on if its signature has them.
-    """
+    """Return a function with its inputs, what it is asked by that, and how it is called."""
+    # Keywords that are fields of `Call` are passed on if its signature has them.
     for name in ("is_causal", "enable_gqa"):
         if not isinstance(given.get(name, False), bool):
             raise TypeError(misuse(name, repr(given[name]), "True or False"))
@@ -116,11 +111,7 @@ def called(
 def described_call(
     function: Function, inputs: Sequence[Call | Tensor | None], given: Mapping[str, Any]
 ) -> tuple[Described, Call, list[str]]:
-    """Return a function that says what it does, a call of it, and which gradients that has.
-
-    Raises:
-        TypeError: It does not say what it does, or something is given beside the call.
-    """
+    """Return a function that says what it does, a call of it, and which gradients that has."""
     (call, *others), described = inputs, as_described(function)
     beside = said(given) or any(one is not None for one in others)
     if described is None or beside or not isinstance(call, Call):
@@ -299,14 +290,8 @@ def _copy(tensor: Tensor, dtype: torch.dtype | None, beside: int = 0) -> Tensor:
 def check_by_differences(
     assertion: str, subject: AttentionFunction, share: float, seed: int
 ) -> None:
-    """Compare the gradients of a function that drops weights with differences of its output.
-
-    Args:
-        assertion: What the failure is called.
-        subject: The function, which is left as it was found.
-        share: The share of weights that it drops.
-        seed: Where its random numbers start in every call, and where directions are drawn from.
-    """
+    """Compare the gradients of a function that drops weights with differences of its output."""
+    # Its random numbers start from the seed in every call.
     tensors = {"query": subject.query, "key": subject.key, "value": subject.value}
     dtype = subject.query.dtype
     if dtype not in _STEPS:

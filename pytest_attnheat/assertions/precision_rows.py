@@ -169,13 +169,9 @@ class Runs:
         return _listed([self.spans[one] for one in self._chosen(channels)])
 
     def lost(self, count: Callable[[Runs], Judgement], factor: float | None = None) -> str:
-        """Name the keys in them that get no weight, down to single keys; empty if there are none.
-
-        Args:
-            count: Judges the output of values that count runs.
-            factor: Which part of their weight keys have that are not lost; by default, what most
-                of the runs have.
-        """
+        """Name the keys in them that get no weight, down to single keys; empty if there is none."""
+        # `factor`: which part of their weight keys have that are not lost; by default, what most
+        # have.
         runs, found, others = self, list[tuple[int, int]](), False
         while runs.spans:  # until none is left that is more than a key
             one = count(runs)
@@ -242,12 +238,7 @@ def signs_like(value: Tensor, seed: int) -> Tensor:
 
 
 def suspects(call: Call, off: Tensor) -> Runs | None:
-    """Return short runs around the keys that may have none of their weight; None if none may.
-
-    Args:
-        call: That of some rows, with signs as values.
-        off: By how much the output is off, (..., rows, value_dim), float64.
-    """
+    """Return short runs around the keys that may have none of their weight; None if none may."""
     signs, off = call.value.flatten(0, -3)[0].double(), off.flatten(0, -3)
     # Rows count by what is not explained in them.
     noise = off.square().mean(-1, keepdim=True).sqrt().clamp(min=_TINY)

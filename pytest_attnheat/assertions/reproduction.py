@@ -249,15 +249,9 @@ def _part(
 def _spread(
     sums: torch.Tensor, mean: torch.Tensor, square: torch.Tensor, size: torch.Tensor, slack: float
 ) -> torch.Tensor:
-    """Return how far the values that an element is made of lie apart.
-
-    Args:
-        sums: ``sum |w|``.
-        mean: ``sum |w| v``, and so on.
-        square: ``sum |w| v ** 2``.
-        size: ``sum |w| |v|``.
-        slack: What rounding does to `sums`.
-    """
+    """Return how far the values that an element is made of lie apart, from sums over its keys."""
+    # `sums` is ``sum |w|``, with a `slack` of rounding, `mean` ``sum |w| v``, `square` ``sum |w| v
+    # ** 2``, and `size` ``sum |w| |v|``.
     # What dropout took away is gone from the mean, and the normaliser knew of it.
     whole = (sums - 1).abs() <= slack
     apart = (sums * square - torch.where(whole, mean.square(), 0)).clamp(min=0).sqrt()

@@ -75,19 +75,9 @@ def any_key(mask: Tensor) -> Tensor:
 
 
 def rows_sum_to_one(weights: Tensor, mask: Tensor | None, allowed: float) -> bool:
-    """Tell quickly whether all rows are distributions, those without a key zero.
-
-    True is certain. False means that the thorough reading must decide: minus
-    zero, for instance, looks negative here.
-
-    Args:
-        weights: `(..., queries, keys)`.
-        mask: As `as_mask` returns it.
-        allowed: The largest |row sum - 1|.
-
-    Returns:
-        Whether every row passes.
-    """
+    """Tell quickly whether all rows are distributions, those without a key zero."""
+    # True is certain. False means that the thorough reading must decide: minus zero, for instance,
+    # looks negative here.
     sound = _sound(weights, mask, allowed)
     return sound is not None and bool(sound)
 
@@ -186,13 +176,9 @@ class Block:
             self.hidden = 0
 
     def elements(self, *, where: Where = "weights") -> Iterator[Elements]:
-        """Yield the weights, in parts of bounded size.
-
-        Args:
-            where: Which keys: where weights may be anything but zero, and of these, "masked",
-                where the mask may hide any; where the mask may permit any; or where either may.
-                The others are left out.
-        """
+        """Yield the weights, in parts of bounded size."""
+        # `where`: where weights may be anything but zero, and of these, "masked", where the mask
+        # may hide any; where the mask may permit any; or where either may. Other keys are left out.
         runs = self._runs if where in ("weights", "masked") or self._seen is None else self._seen
         if where == "either" and runs is not self._runs:
             runs = merged([*self._runs, *runs])
@@ -333,12 +319,8 @@ class Block:
         return self.reduce(largest, torch.maximum, where="masked")
 
     def misfit(self, *, masked: bool) -> Tensor:
-        """Return how far each row strays from uniform, as a part of a uniform weight.
-
-        Args:
-            masked: Whether uniform means over the permitted keys and zero
-                elsewhere, or over all keys.
-        """
+        """Return how far each row strays from uniform, as a part of a uniform weight."""
+        # `masked`: uniform over the permitted keys and zero elsewhere, not over all keys.
         everywhere = not masked or self._mask is None
         count = self.permitted_keys if masked else torch.full_like(self.low, self.key_len)
 

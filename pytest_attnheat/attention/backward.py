@@ -282,11 +282,7 @@ def _started(plan: Plan, weights_from: str, row_term: str) -> BackwardPlan:
 
 
 def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor]]:
-    """Yield the gradients, by name, of a backward pass.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out on these shapes.
-    """
+    """Yield the gradients, by name, of a backward pass."""
     case, above, read = saved.case, saved.above, misread(plan, saved.case)
     query, key, value = operands(plan, read)
     if (query.shape[-2], key.shape[-2]) != (case.query_len, case.key_len):

@@ -140,11 +140,7 @@ class Blocks:
         return left, right
 
     def ends(self, place: Place) -> tuple[Place, Place]:
-        """The first and the last key that a query at some place sees, but for sink keys.
-
-        Args:
-            place: A number, or a tensor of them.
-        """
+        """The first and the last key that a query at some place sees, but for sink keys."""
         call, (least, most) = self.call, _EXTREMES[isinstance(place, Tensor)]
         first = place * 0
         last = first + call.key_len - 1
@@ -242,13 +238,7 @@ class Blocks:
         return torch.baddbmm(nothing, query, key, beta=0, alpha=self.call.factor)
 
     def block(self, some: slice, span: slice, into: Tensor | None = None) -> Block:
-        """Compute a block of the grid.
-
-        Args:
-            some: Its maps.
-            span: Its rows.
-            into: (maps, query_len, key_len), memory to make it in, where that is possible.
-        """
+        """Compute a block of the grid, if possible `into` memory (maps, query_len, key_len)."""
         call, seen = self.call, self.seen(some, span)
         mine = self._operands(some)
         maps = torch.arange(some.start, some.stop, device=self._device)
@@ -294,11 +284,8 @@ class Blocks:
         return Block(seen, made, sink)
 
     def _cut(self, scores: Tensor, span: slice, seen: tuple[slice, ...]) -> bool:
-        """Hide in each row what lies before its first key, and after its last one.
-
-        Returns:
-            Whether a row may be left with nothing: it stands where there is no key.
-        """
+        """Hide in each row what lies before its first key, and after its last one."""
+        # Returns whether a row may be left with nothing: it stands where there is no key.
         call, stand = self.call, self._stands[0]
         start, stop = (end[span] for end in self._of_rows)
         since_all, until_all = self.seen_by_all(span)

@@ -233,14 +233,7 @@ def _other_layout(into: bool, case: Case, read: _Read) -> _Read | None:
 
 
 def _appended(at: Callable[[Cache], Tensor], beside: bool, case: Case, read: _Read) -> _Read | None:
-    """What is handed over is written elsewhere, and read from there; or `beside` where it belongs.
-
-    Args:
-        at: The place of the first that is handed over, (batch,).
-        beside: Whether it is written where it belongs as well.
-        case: The case.
-        read: What should be read.
-    """
+    """What is handed over is written elsewhere, read from there, or `beside` where it belongs."""
     cache = read.cache
     if not bool(cache.appended.any()):
         return None

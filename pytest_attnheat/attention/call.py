@@ -155,13 +155,7 @@ class Call:
     def positions(
         self, maps: Tensor, rows: slice | Tensor, keys: Tensor | None = None
     ) -> Positions:
-        """Return the positions of some queries of some maps, and of keys.
-
-        Args:
-            maps: Numbers of maps, counted through all leading dimensions.
-            rows: The queries: a slice, or their numbers.
-            keys: The numbers of the keys; None for all.
-        """
+        """Return the positions of some queries of some maps, counted through, and of keys."""
         device = maps.device
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, device=device)
@@ -220,14 +214,8 @@ class Call:
         return every
 
     def visible(self, forbidden: float = -math.inf) -> Tensor:
-        """Return where all rules, the mask and the bias let a query attend.
-
-        Args:
-            forbidden: What a bias hides a key with: this and less.
-
-        Returns:
-            Boolean, broadcastable to (..., query_len, key_len).
-        """
+        """Return where all rules, the mask and the bias let a query attend."""
+        # Broadcastable to (..., query_len, key_len). A bias hides a key with `forbidden` and less.
         device = self.query.device
         seen = torch.ones(1, 1, dtype=torch.bool, device=device)
         rule = self.permitted(torch.arange(self.maps, device=device), slice(0, self.query_len))

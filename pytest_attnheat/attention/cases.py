@@ -252,14 +252,7 @@ def several(choice: object) -> list[Any]:
 def check_options(
     options: Mapping[str, Any], scorings: Sequence[str], *, teller: str, besides: str
 ) -> None:
-    """Check what `make_attention` and the `attention` marker can be told.
-
-    Args:
-        options: Some of OPTIONS by name. `scoring` and `dtype` may be lists.
-        scorings: The known scoring functions.
-        teller: What is told so, for the errors.
-        besides: What else it can be told.
-    """
+    """Check what `make_attention` and the `attention` marker can be told."""
     for name, given in options.items():
         one_of(f"keyword of {teller}", name, (*OPTIONS, besides))
         if name in DECLARED and given is not None and given is not False:

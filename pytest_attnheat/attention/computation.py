@@ -118,13 +118,9 @@ class _Row:
 
 
 def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:
-    """Compute attention in float64, its gradients, and the natural scale of each number.
-
-    Args:
-        call: What is computed.
-        wanted: Besides the output and the gradients: "lse", the logarithm of the sum of each row,
-            (..., query_len), with the sink where there is one; "weights", all of them at once.
-    """
+    """Compute attention in float64, its gradients, and the natural scale of each number."""
+    # Besides the output and the gradients, "lse", the logarithm of the sum of each row, with the
+    # sink where there is one, (..., query_len), and "weights", all of them at once, may be wanted.
     units = _Units.of(call)
     exact, scale = _zeros(call, wanted), _zeros(call, wanted)
     drift = _zeros(replace(call, upstream=None), ())["output"]

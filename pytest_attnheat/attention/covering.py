@@ -42,12 +42,8 @@ def covering(
     known: Sequence[Chosen] = (),  # Cases that need not be found again: what they cover is covered
     seed: int = 0,  # Which of many coverings is found
 ) -> Covering:
-    """Return cases in which every pair of levels occurs that can.
-
-    Returns:
-        The cases that are not known. If none is, the first has the first level of each feature, if
-        that is possible.
-    """
+    """Return cases (but those known) in which every pair of levels occurs that can."""
+    # If none is known, the first has the first level of each feature, if that is possible.
     search = _Search(levels, possible, random.Random(seed))
     cases: list[_Case] = []
     for case in known:
@@ -95,12 +91,8 @@ class _Search:
         return {one: self._levels[one].index(case[name]) for one, name in enumerate(self._names)}
 
     def complete(self, part: _Case, *, ordinary: bool = False) -> _Case | None:
-        """Return a case with these levels, None if there is none.
-
-        Args:
-            part: Some levels.
-            ordinary: Prefer the first level of each feature to one that covers more pairs.
-        """
+        """Return a case with these levels, None if there is none."""
+        # `ordinary`: prefer the first level of each feature to one that covers more pairs.
         if not self._possible(self.named(part)):
             return None
         left = [one for one in range(len(self._names)) if one not in part]

@@ -26,13 +26,8 @@ _KINDS = ("cuda", "mps", "xpu", "hpu", "mtia", "xla")
 
 
 def check_device(name: str, argument: str = "devices", accepted: str = ACCEPTED) -> str:
-    """Return the name of a device, which need not be here: a type, with or without a number.
-
-    Whether torch knows the type can only be told once torch is loaded.
-
-    Raises:
-        ValueError: It is not such a name.
-    """
+    """Return the name of a device, which need not be here: a type, with or without a number."""
+    # Whether torch knows the type can only be told once torch is loaded.
     if not re.fullmatch(_NAME, name, re.ASCII):
         hint = "; a GPU is called cuda" if name.startswith("gpu") else ""
         raise ValueError(misuse(argument, repr(name), accepted + hint))
@@ -73,11 +68,7 @@ def _count(kind: str) -> int:
 
 
 def names_of(devices: Sequence[str], argument: str = "devices") -> list[str]:
-    """Return the devices that a choice stands for: names, `("auto",)` or `("all",)`.
-
-    Raises:
-        ValueError: torch does not know one of them.
-    """
+    """Return the devices that a choice stands for: names, `("auto",)` or `("all",)`."""
     import torch  # noqa: F401 (for check_device)
 
     if tuple(devices) == ("auto",):

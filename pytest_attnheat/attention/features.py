@@ -20,12 +20,7 @@ def check_features(
     key_shape: Sequence[int],  # (..., key_heads, key_len, head_dim)
     device: torch.device,  # Where they are: functions of positions are called there, once
 ) -> None:
-    """Refuse a window, lengths, slopes ... that say nothing of queries and keys of these shapes.
-
-    Raises:
-        TypeError: One is of another kind.
-        ValueError: A number is out of range, or a shape is another.
-    """
+    """Refuse a window, lengths, slopes ... that say nothing of queries and keys of these shapes."""
     heads = query_shape[-3] if len(query_shape) > 2 else 1
     batch = torch.Size(query_shape[:-3]).numel()
     sizes = {"lengths": key_shape[-2], "query_lengths": query_shape[-2]}
@@ -53,17 +48,7 @@ def check_features(
 
 
 def check_function(name: str, given: Any, device: torch.device | str = "cpu") -> None:
-    """Call a function of positions once, of the first query and key, if there is one.
-
-    Args:
-        name: One of `FUNCTIONS`.
-        given: It.
-        device: Where its positions are.
-
-    Raises:
-        TypeError: It is no function, or returns no tensor.
-        ValueError: It raises, or returns anything but one boolean, or one score.
-    """
+    """Call a function of positions, of `FUNCTIONS`, once, of the first query and key, if any."""
     if given is None:
         return
     scored = name == "score_mod"
@@ -87,12 +72,7 @@ def check_function(name: str, given: Any, device: torch.device | str = "cpu") ->
 
 
 def slopes_of(function: Any, heads: int) -> torch.Tensor:
-    """Return the slopes that a function of the number of heads gives, (heads,); lists are taken.
-
-    Raises:
-        TypeError: It returns no numbers.
-        ValueError: It raises, or returns other than one number for each head.
-    """
+    """Return the slopes that a function of the number of heads gives, (heads,); lists are taken."""
     accepted = f"a function of the number of heads that returns one number for each, here {heads}"
     try:
         found = function(heads)

@@ -231,20 +231,11 @@ class Space:
     def covering(
         self, refused: frozenset[Levels] = frozenset(), known: Sequence[Choice] = ()
     ) -> Covering:
-        """Return choices in which every pair of levels occurs that can.
-
-        Args:
-            refused: Levels that do not occur together, of one feature or of several.
-            known: Choices whose pairs need not occur again.
-        """
+        """Return choices in which every pair of levels occurs that can, but for known ones."""
         return _covering(self.declared, refused, tuple(tuple(one.items()) for one in known))
 
     def choice(self, **levels: Any) -> dict[str, Any]:
-        """Return some levels, and the ordinary one of each other feature.
-
-        Raises:
-            ValueError: They cannot occur together, or a feature is unknown.
-        """
+        """Return some levels, and the ordinary one of each other feature."""
         ordinary = {name: known[0] for name, known in self.declared.levels().items()}
         if unknown := sorted(set(levels) - set(ordinary)):
             accepted = f"features among {', '.join(ordinary)}"
@@ -327,11 +318,7 @@ def said_of(chosen: Choice) -> str:
 
 
 def read(text: str, space: Space) -> dict[str, Any]:
-    """Return the choice that a text names; what it leaves out is ordinary.
-
-    Raises:
-        ValueError: It names something that is not known, or that cannot occur together.
-    """
+    """Return the choice that a text names; what it leaves out is ordinary."""
     levels: dict[str, Any] = {}
     for part in text.split():
         name, equals, given = part.partition("=")
@@ -361,14 +348,7 @@ def _level(given: str, known: tuple[Any, ...]) -> Any:
 def shrunk(
     chosen: Choice, fails: Callable[[Choice], bool], space: Space, *, most: int = 60
 ) -> dict[str, Any]:
-    """Return the smallest choice found that still fails, always the same.
-
-    Args:
-        chosen: A choice that fails.
-        fails: Whether another one does.
-        space: What can be chosen.
-        most: How many are asked.
-    """
+    """Return the smallest choice found that still fails, always the same."""
     levels = space.declared.simplest_first()
     # Whole features go first: a call that has fewer of them is smaller, whatever its sizes.
     names = ["mask", *(name for name in reversed(levels) if name not in ("mask", *SIZES)), *SIZES]

@@ -36,12 +36,7 @@ MOST_NAMED = 3
 
 
 def likely_mistake(call: Call, output: Tensor) -> str | None:
-    """Return the mistake that gives this output, or those that all give it; None if none does.
-
-    Args:
-        call: What was to be computed.
-        output: What was computed instead, (..., query_len, value_dim).
-    """
+    """Return the mistake that gives this output, or those that all give it; None if none does."""
     named = fitting(call, output)
     if named and not bool(output.any()):  # whatever drops all there is fits, and says less
         return "every number of the output is 0"

@@ -51,19 +51,11 @@ class Expected:
     def errors(
         self, found: Tensor, dtype: torch.dtype, *, least: float, most: float
     ) -> tuple[Tensor, Tensor]:
-        """Compare it with what was found, (batch, heads, query_len, value_dim).
-
-        Args:
-            found: An answer in float64.
-            dtype: The dtype that it was computed in.
-            least: The least part of a row by which it may be off.
-            most: The most.
-
-        Returns:
-            The error of each row as a part of its size and what rounding may do (see **Answers**
-            in `attention.tolerance`), both (batch, heads, query_len). A row of which only one is
-            finite has the largest error that there is, 2; rows that are not judged have 0.
-        """
+        """Compare it with an answer in float64, (batch, heads, query_len, value_dim)."""
+        # Returns the error of each row as a part of its size, from `least` to `most` of it, and
+        # what rounding may do (see **Answers** in `attention.tolerance`), both (batch, heads,
+        # query_len). A row of which only one is finite has the largest error that there is, 2;
+        # unjudged rows have 0.
         differs = found.isfinite() != self.output.isfinite()
         off, sizes = rms(finite(found - self.output)), map(rms, map(finite, (found, self.output)))
         least_size = torch.as_tensor(self.ordinary, dtype=torch.float64).clamp(min=1e-30)
@@ -169,12 +161,7 @@ class _Watched(Plan):
 
 
 class Outcomes:
-    """What plans give on a case.
-
-    Attributes:
-        case: The case.
-        healthy: What correct attention gives. What hardly differs from it is the same object.
-    """
+    """What plans give on a case. What hardly differs from what is `healthy` is the same object."""
 
     def __init__(self, case: Case) -> None:
         self.case = case

@@ -44,18 +44,10 @@ def directly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
-    """Carry out a plan in float64, and keep what there was on the way.
-
-    Args:
-        plan: How attention is computed; `Plan()` is correct.
-        case: Inputs, on the CPU.
-        step: Does each step. What it comes to may depend on the plan, the case and what the steps
-            before came to, and on nothing else.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
-            of another width.
-    """
+    """Carry out a plan in float64, on the CPU, and keep what there was on the way."""
+    # What a step comes to may depend on the plan, the case and what the steps before came to, and
+    # on nothing else. NotApplicable: the plan cannot be carried out on these shapes, for instance
+    # keys as values of another width.
     case = step(misread, plan, case)
     query, key, value = step(operands, plan, case)
     scores = step(_scores, plan, case, query, key)
@@ -78,11 +70,7 @@ def misread(plan: Plan, case: Case) -> Case:
 
 
 def operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is used as query, key and value, all of as many heads as queries have.
-
-    Raises:
-        NotApplicable: They do not fit together.
-    """
+    """Return what is used as query, key and value, all of as many heads as queries have."""
     groups = case.query.shape[1] // case.key.shape[1]
     tensors: dict[Source, Tensor] = {
         "query": _split(plan, case.query.double()),

@@ -146,12 +146,7 @@ def padding_mask(
 
 
 def read_lengths(lengths: object, key_len: int, *, batch: int | None = None) -> list[int]:
-    """Return how many keys of each batch entry are real, as plain numbers.
-
-    Raises:
-        TypeError: They are not whole numbers.
-        ValueError: There are none, or not as many as `batch`; or one is out of range.
-    """
+    """Return how many keys of each batch entry are real, as plain numbers."""
     accepted = f"one whole number from 0 to {key_len} for each batch entry"
     try:
         # NumPy knows all byte orders, strides and lists.

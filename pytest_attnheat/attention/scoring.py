@@ -31,14 +31,9 @@ _Factory = TypeVar("_Factory", bound=ScoringFactory)
 
 
 def draw(stream: str, seed: int, *shape: int) -> Tensor:
-    """Draw standard normal numbers on the CPU, in float64, without touching the global RNG.
-
-    Args:
-        stream: What the numbers are for. Streams of one seed are independent, so that
-            for example the parameters of a scoring function do not repeat the queries.
-        seed: A whole number from 0.
-        shape: The shape of the result.
-    """
+    """Draw standard normal numbers on the CPU, in float64, without touching the global RNG."""
+    # Streams of one seed are independent, so that for example the parameters of a scoring function
+    # do not repeat the queries.
     # The CPU generator reads only 32 bits of its seed: hash stream and seed into them.
     generator = torch.Generator("cpu").manual_seed(crc32(f"{stream} {seed_number(seed)}".encode()))
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
@@ -60,12 +55,7 @@ def mismatch(accepted: str, **tensors: Tensor) -> str:
 
 
 def leading_shape(**tensors: Tensor) -> torch.Size:
-    """Broadcast the leading dimensions (all but the last two) of named tensors.
-
-    Raises:
-        TypeError: An argument is not a tensor of floating point numbers.
-        ValueError: A tensor has fewer than two dimensions, or they do not broadcast.
-    """
+    """Broadcast the leading dimensions (all but the last two) of named tensors."""
     accepted = "a torch.Tensor of floating point numbers, (..., length, width)"
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
@@ -353,12 +343,7 @@ def make_scoring(
     dtype: torch.dtype | None = None,  # What the module is cast to; left as it is by default
     extra: Mapping[str, ScoringFactory] | None = None,  # More factories by name, for this call only
 ) -> Scoring:
-    """Make a scoring function by name.
-
-    Raises:
-        TypeError: The factory returned something that cannot be called.
-        ValueError: No scoring function has that name.
-    """
+    """Make a scoring function by name."""
     one_of("scoring function", name, scoring_names(extra))
     factory = (extra or {}).get(name) or _factories[name]
     scoring = factory(query_dim, query_dim if key_dim is None else key_dim, seed)

@@ -28,12 +28,7 @@ class Shards:
         return self.ranks * (2 if self.scheme == "zigzag" else 1)
 
     def limits(self, only: tuple[Any, ...], *, uneven: bool) -> dict[str, Any]:
-        """Return which calls can be asked, as fields of `levels.Declared`.
-
-        Args:
-            only: What is limited besides.
-            uneven: Whether the last part may be shorter.
-        """
+        """Return which calls can be asked, as fields of `levels.Declared`."""
         if self.scheme == "ulysses":  # each rank takes some of the heads
             only = (*only, ("key_heads", (self.ranks, 2 * self.ranks)))
         return {"parts": self.parts, "uneven": uneven, "only": only}

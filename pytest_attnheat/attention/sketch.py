@@ -67,13 +67,9 @@ class Side:
         return Side(sums, signed, np.sqrt(added(self.norms**2)), span)
 
     def excess(self, other: Side, tolerance: float | Numbers, step: float) -> Numbers:
-        """Return how far each group is from another's, (maps, groups), as a part of what may be.
-
-        Args:
-            other: The same rows or columns of other maps.
-            tolerance: By what part of themselves weights may differ; (maps, 1) for each map.
-            step: By what part of their norm both numbers were rounded, together.
-        """
+        """Return how far each group is from another's, (maps, groups), as a part of what may be."""
+        # Weights may differ by a part of themselves, (maps, 1) for each map; `step`: by what part
+        # of their norm both numbers were rounded, together.
         norms = np.maximum(self.norms, other.norms)
         typical = np.sqrt((norms**2).mean(axis=1, keepdims=True))
         free = tolerance * (_NORMS * norms + _TYPICAL * typical) + step * norms
@@ -204,10 +200,8 @@ def _within(count: int, span: int) -> Numbers:
 
 
 def exact(part: Array) -> Array:
-    """Return a block where it is as float64; on the host as an array, as float32 if that is exact.
-
-    Sums of a block in float32 are off by 1e-7 of their norm, a hundredth of what may differ.
-    """
+    """Return a block where it is, as float64; on the host as an array, as float32 if exact."""
+    # Sums of a block in float32 are off by 1e-7 of their norm, a hundredth of what may differ.
     if _is_tensor(part):
         if part.device.type not in ("cpu", "mps"):
             return part.double()
@@ -234,13 +228,8 @@ def _is_tensor(value: object) -> bool:
 
 
 def packed(sketch: Sketch, step: float, *, column_sums: bool = True) -> bytes:
-    """Return a sketch in as few bytes as show what is larger than `step` times a norm.
-
-    Args:
-        sketch: Not rounded so far.
-        step: What numbers are rounded by, as a part of their norm.
-        column_sums: Whether the sums of columns are kept, which take as much as all else of them.
-    """
+    """Return a sketch in as few bytes as show what is larger than `step` times a norm."""
+    # The sums of columns take as much as all else of them.
     sums = sketch.columns.sums if column_sums else None
     sides = (sketch.rows, Side(sums, sketch.columns.signed, sketch.columns.norms))
     return b"".join(_packed(side, step) for side in sides)

@@ -40,14 +40,7 @@ class Storage:
     def filled(
         self, name: str, like: Tensor, *shape: int, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """Return what memory holds before it is used.
-
-        Args:
-            name: What it is for: each has numbers of its own.
-            like: A tensor of the same dtype and device.
-            shape: Its shape.
-            dtype: What ordinary numbers are rounded to; by default the dtype of `like`.
-        """
+        """Return what memory holds before it is used; each name has numbers of its own."""
         if self.unused == "ordinary":
             count = math.prod(shape)
             few = draw(f"unused {name}", self.seed, min(count, _DRAWN)).to(dtype or like.dtype)
@@ -94,13 +87,7 @@ class Cache:
     def slots(
         self, places: Tensor, *, table: Tensor | None = None, first: Tensor | None = None
     ) -> Tensor:
-        """Return the slots of keys of each sequence, (batch, keys).
-
-        Args:
-            places: Which keys, (keys,) or (batch, keys).
-            table: The pages of each sequence, where they are others.
-            first: The place of its first key, where that is another.
-        """
+        """Return the slots of keys, (keys,) or (batch, keys), of each sequence, (batch, keys)."""
         table = self.table if table is None else table
         at = places + (self.first if first is None else first)[:, None]
         number = (at // self.page).clamp(0, table.shape[1] - 1)
@@ -123,11 +110,7 @@ class Cache:
         return keys, values
 
     def fault(self, found: tuple[Tensor, Tensor]) -> Fault | None:
-        """Return what is wrong with keys and values after a call; None if nothing is.
-
-        Args:
-            found: (slots, heads, width) each.
-        """
+        """Return what is wrong with keys and values after a call; None if nothing is."""
         wrong = torch.zeros(len(found[0]), dtype=torch.bool, device=found[0].device)
         for pool, expected in zip(found, self.after, strict=True):
             same = (pool == expected) | (pool.isnan() & expected.isnan())

@@ -44,13 +44,8 @@ class DataDifference:
 
 
 def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str] = ()) -> float:
-    """Return what follows from both dtypes, rows of panels, which are layers, and keys.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Return what follows from the dtypes, rows of panels, which are layers, and keys."""
+    # `precision`: other dtypes, by name, in which the same model must agree.
     dtypes = (expected.dtype, actual.dtype, *precision)
     return drift_tolerance(dtypes, expected.shape[0], expected.shape[3])
 
@@ -58,18 +53,9 @@ def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str]
 def compare_data(
     expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None, maps: Maps | None = None
 ) -> DataDifference | None:
-    """Compare what two pictures show, and the sketches of maps that they show pooled.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        tolerance: By what part of itself a weight may differ (`drift_allowed`); by default that of
-            `tolerance_for`.
-        maps: What the picture shows, in full: relations of pooled maps are found with it.
-
-    Returns:
-        The difference, or None.
-    """
+    """Compare what two pictures show, and the sketches of maps that they show pooled."""
+    # Without a tolerance (`drift_allowed`) that of `tolerance_for` counts. `maps` is what the
+    # picture shows, in full: relations of pooled maps are found with it.
     if expected.shape != actual.shape:
         return DataDifference(f"the shape changed from {expected.shape} to {actual.shape}", [])
     if expected.block != actual.block:

@@ -120,11 +120,7 @@ def keep(verdict: Verdict, folder: Path) -> dict[str, Path]:
 
 
 def save(figure: Figure, path: Path) -> None:
-    """Save a figure as a baseline.
-
-    Raises:
-        OSError: The folder or the file cannot be written to.
-    """
+    """Save a figure as a baseline."""
     # What tells the day or the version would change the file and not the picture.
     metadata = {"Date": None} if path.suffix == ".svg" else {"Software": None}
     file = io.BytesIO()
@@ -135,11 +131,7 @@ def save(figure: Figure, path: Path) -> None:
 
 
 def write(content: bytes, path: Path) -> None:
-    """Write a file: under another name first, so that none is ever half written.
-
-    Raises:
-        OSError: The folder or the file cannot be written to.
-    """
+    """Write a file: under another name first, so that none is ever half written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     for part in path.parent.glob(f"{_PART}*"):
         with suppress(OSError):  # another process may remove it too
@@ -261,21 +253,11 @@ def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query:
 def compare_pixels(
     picture: Picture, data: Heatmaps, expected: Path, actual: Path, dpi: float, tolerance: float
 ) -> Outcome:
-    """Compare two files of a picture whose data agree.
-
-    Args:
-        picture: The picture that was drawn.
-        data: The data of the baseline.
-        expected: The baseline, PNG or SVG.
-        actual: The file that was saved from the picture.
-        dpi: The resolution of the picture.
-        tolerance: By what part of itself a weight may differ that no cell of the data shows.
-
-    Returns:
-        "equal"; "text" where only text differs, which another matplotlib or FreeType drew;
-        "size" or "panels" where these differ; "rest" where something else does, under the same
-        matplotlib and FreeType.
-    """
+    """Compare two files of a picture, PNG or SVG, whose data agree."""
+    # Returns "equal"; "text" where only text differs, which another matplotlib or FreeType drew;
+    # "size" or "panels" where these differ; "rest" where something else does, under the same
+    # matplotlib and FreeType. `tolerance`: by what part of itself a weight may differ unseen in
+    # cells.
     images = [_read(path) for path in (expected, actual)]
     if images[0].shape != images[1].shape:
         return "size"

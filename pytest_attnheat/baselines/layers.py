@@ -39,12 +39,7 @@ class Layer:
 
 
 def layers_of(trace: object) -> list[Layer]:
-    """Sketch what was captured; no map is held at once.
-
-    Raises:
-        TypeError: It is neither a trace nor a record.
-        ValueError: It is empty, or keeps no weights.
-    """
+    """Sketch what was captured; no map is held at once."""
     if isinstance(trace, AttentionRecord):
         return [_layer_of(trace)]
     if isinstance(trace, LazyWeights):

@@ -71,14 +71,8 @@ def relation_of_cells(
 def _explanations(
     one: Panels, other: Panels, panels: list[tuple[int, int]], heads: Panels
 ) -> Iterator[tuple[str, Panels]]:
-    """Yield what could have happened to the baseline, and what that would have made of it.
-
-    Args:
-        one: Of the baseline, the panels that differ.
-        other: What they are now.
-        panels: Where they are.
-        heads: Of the baseline, the mean of all panels in the row of each.
-    """
+    """Yield what could have happened to the baseline, and what that would have made of it."""
+    # Of the baseline there are the panels that differ, and the mean of all panels in each's row.
     sources = [int(np.abs(one - panel).max(axis=(1, 2)).argmin()) for panel in other]
     if len(panels) > 1 and len(set(sources)) == len(sources):
         yield _permutation(panels, sources), one[sources]
@@ -211,14 +205,7 @@ def _numbers_of(sketch: Sketch, chosen: Sequence[int]) -> _Numbers:
 def relation_of_sketches(
     expected: Heatmaps, actual: Heatmaps, panels: Sequence[int], maps: Maps | None
 ) -> str | None:
-    """Name how pooled panels that differ follow from the baseline, if the numbers show it.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        panels: Numbers of the panels that differ, row by row.
-        maps: What the picture shows, in full; None where that is not known.
-    """
+    """Name how pooled panels that differ follow from the baseline, if the numbers show it."""
     if expected.sketch is None or actual.sketch is None:
         return None
     before, after = (_numbers_of(data.sketch, panels) for data in (expected, actual) if data.sketch)
@@ -304,10 +291,8 @@ def _undoings(
 
 
 def _undone(live: Sequence[Numbers], before: _Numbers, undo: Undo) -> _Numbers | None:
-    """Return the numbers of maps after something was undone in each of their rows, given its sum.
-
-    Returns None where a few rows do not have the numbers that they should have.
-    """
+    """Return the numbers of maps after something was undone in each row, given its sum, or None."""
+    # None where a few rows do not have the numbers that they should have.
     queries, keys = live[0].shape
     left = positions(keys)[1]
     tried = np.unique(np.linspace(0, queries - 1, _TRIED).astype(int))

@@ -279,12 +279,7 @@ def encode(layers: Sequence[Layer]) -> str:
 
 
 def read(path: Path) -> list[Layer]:
-    """Read layers from a file.
-
-    Raises:
-        OSError: It cannot be read.
-        ValueError: It is damaged, or no such file.
-    """
+    """Read layers from a file."""
     if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
         raise ValueError(f"it is no file of at most {_LARGEST_FILE >> 20} MB")
     return parted(path.read_text("ascii"), VERSIONS, _decode)

@@ -69,13 +69,8 @@ def _graph(module: torch.jit.ScriptModule) -> str:
 
 @contextmanager
 def compiled_code_set_aside(model: nn.Module | None, trace: Trace) -> Iterator[None]:
-    """Run what was compiled as it was written, and note in the trace what that is.
-
-    flex_attention compiles a part of itself at each call, even where nobody asked for it.
-
-    Raises:
-        CaptureError: A module is compiled, and this PyTorch cannot set that aside.
-    """
+    """Run what was compiled as it was written, and note in the trace what that is."""
+    # flex_attention compiles a part of itself at each call, even where nobody asked for it.
     compiled = "torch._dynamo" in sys.modules
     if not compiled and "torch.nn.attention.flex_attention" not in sys.modules:
         yield

@@ -380,18 +380,11 @@ class AttentionRecord:
 def parts_of(
     record: AttentionRecord, entry: int | None = None, into: Tensor | None = None
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Go through the weights of a record in parts of bounded size; see `apart`.
-
-    Args:
-        record: Has weights, or is known as a call; then they are computed in float32 or, where
-            the model was in it, float64.
-        entry: The only batch entry that is wanted; None for all.
-        into: (maps, query_len, key_len): memory to make them in, where that spares a copy.
-
-    Yields:
-        Some maps, counted through batch entries and heads, some of their queries, and the weights;
-        those of the last keys may be left out where they are zero.
-    """
+    """Go through the weights of a record in parts of bounded size; see `apart`."""
+    # A record without weights is known as a call; then they are computed in float32 or, where the
+    # model was in it, float64. Yields some maps, counted through batch entries and heads (of one
+    # entry, if one is wanted), some of their queries, and the weights; those of the last keys may
+    # be left out where they are zero. `into`: memory to make them in, where that spares a copy.
     kept = record.kept_weights
     if 0 in record.shape_here:
         return

@@ -20,17 +20,10 @@ class Shaping:
 
     @classmethod
     def of(cls, rows: Tensor, before: tuple[int, ...] | None, heads: int | None) -> Shaping:
-        """Read the axes of queries or weights (..., query_len, width).
-
-        A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
-        unless it was made by joining (batch, heads), or `heads` says what it holds. With more,
-        heads are taken to be in groups.
-
-        Args:
-            rows: The queries, or weights.
-            before: Their shape before they were reshaped, see `tags.Tag`.
-            heads: How many heads a 3-D batch axis holds, if that is known.
-        """
+        """Read the axes of queries or weights (..., query_len, width)."""
+        # A third axis from the right is one of heads in 4-D. In 3-D it is one of batch entries,
+        # unless it was made by joining (batch, heads), see `tags.Tag`, or `heads` says how many it
+        # holds. With more, heads are taken to be in groups.
         lead = tuple(rows.shape[:-2])
         group = rows.shape[-2]
         if before and len(lead) == 2 and before[:3] == (lead[0], lead[1] * group, 1):
@@ -89,10 +82,8 @@ class Shaping:
 
 
 def joined(shape: torch.Size, output: Tensor) -> tuple[int, ...] | None:
-    """The shape (batch, heads, ...) of a tensor of which these, or heads and queries, were joined.
-
-    Before batch and heads there may be an axis of queries, keys and values.
-    """
+    """The shape (batch, heads, ...) of a tensor of which these, or heads, queries, were joined."""
+    # Before batch and heads there may be an axis of queries, keys and values.
     old, new = tuple(shape), tuple(output.shape)
     if 0 in old or len(new) < 3 or new == old:
         return None

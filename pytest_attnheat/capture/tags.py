@@ -180,12 +180,8 @@ def before_of(sources: Sequence[Tag | Origin | None]) -> tuple[int, ...] | None:
 
 
 def doubt_of(sources: Sequence[Tag | Origin | None], rows: Tensor) -> str:
-    """What about the axes of an attention is a guess, by where its tensors come from.
-
-    Args:
-        sources: What is known of its tensors.
-        rows: Its queries or weights: with four axes, the second is taken to be one of heads.
-    """
+    """What about the axes of an attention is a guess, by where its tensors come from."""
+    # Of rows with four axes, the second is taken to be one of heads.
     before = before_of(sources)
     joined = before is not None and len(rows) == before[0] * before[1] > before[0]
     windows = any(one is not None and one.windows for one in sources) or (rows.ndim == 4 and joined)

@@ -172,12 +172,7 @@ class Watcher(TorchFunctionMode):
             recorder.found(numbers)
 
     def tell(self, record: AttentionRecord, used: Tensor | None = None) -> list[Taken]:
-        """Hand an attention to all recorders; return what they took.
-
-        Args:
-            record: The attention.
-            used: The weights that were multiplied, if they are known.
-        """
+        """Hand an attention to all recorders; return what they took."""
         tensors = [value for value in vars(record).values() if isinstance(value, Tensor)]
         if any(map(is_functorch_wrapped_tensor, tensors)):
             self.miss(record.source, _TRANSFORMED)

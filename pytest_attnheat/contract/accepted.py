@@ -79,10 +79,8 @@ def _is_block(subject: object) -> bool:
 
 
 def check_rules(spec: AttentionSpec) -> None:
-    """Refuse what does not fit the inputs of a block, or the heads, and functions that do not work.
-
-    Else what they do wrong would be charged to the subject.
-    """
+    """Refuse what does not fit the inputs of a block, or the heads, and functions that fail."""
+    # Else what they do wrong would be charged to the subject.
     if spec.inputs is not None:
         _check_block(spec, spec.inputs)
     elif isinstance(spec.documents, Tensor) and not spec.is_captured:

@@ -42,15 +42,7 @@ _HALF, _ROUNDED = 0.5, 1e-4
 def records_of(
     spec: AttentionSpec, call: Callable[[], object] | None = None
 ) -> Sequence[AttentionRecord]:
-    """Return the records of a specification: those of its trace, or of its block at work.
-
-    Args:
-        spec: The specification.
-        call: Calls the block; by default it is called on its inputs.
-
-    Raises:
-        Skipped: Nothing could be captured in the block.
-    """
+    """Return the records of a specification: those of its trace, or of its block at work."""
     if isinstance(spec.subject, AttentionRecord):
         return [spec.subject]
     if isinstance(spec.subject, Trace):
@@ -79,11 +71,7 @@ def _captured(
 def diagnose_records(
     spec: AttentionSpec, call: Callable[[], object] | None = None, *, search: bool = True
 ) -> Diagnosis:
-    """Diagnose the first attention that is not what it is declared to be, or any if all are.
-
-    Raises:
-        ValueError: None of them tells enough to be judged; the reasons are listed.
-    """
+    """Diagnose the first attention that is not what it is declared to be, or any if all are."""
     last: Diagnosis | None = None
     reasons: list[str] = []
     for diagnosis in diagnoses(spec, reasons, call, search=search):

@@ -156,13 +156,9 @@ class Counted(str):
 
 
 def ask_pairs(examination: Examination) -> Counted:
-    """Judge calls in which every pair of levels occurs; return how many pairs that were.
-
-    Raises:
-        Failure: Some call is wrong. It is about the smallest one found that still is.
-        Exception: What the subject raises for it.
-        Skipped: It refuses every call.
-    """
+    """Judge calls in which every pair of levels occurs; return how many pairs that were."""
+    # The failure is about the smallest call found that is still wrong. Skipped: it refuses every
+    # call.
     refusals = Refusals(examination)
     asked: list[dict[str, Any]] = []
     wrong: _Wrong = []
@@ -300,11 +296,7 @@ class Replay:
 
     @classmethod
     def of(cls, text: str) -> Replay:
-        """Read a text.
-
-        Raises:
-            ValueError: It is a call of no subject.
-        """
+        """Read a text."""
         given = dict(re.findall(r"(?:^|\s)(dtype|seed)=(\S*)", text))
         dtype, seed = given.get("dtype"), given.get("seed")
         if dtype not in (None, *DTYPES):

@@ -154,13 +154,7 @@ class Known:
     """A call that was read, what attention gives on it, and which forms of defects show."""
 
     def __init__(self, case: Case, tolerance: float, found: Tensor | None = None) -> None:
-        """Compute what attention gives.
-
-        Args:
-            case: The call.
-            tolerance: What is declared of the target, as a part of the largest number of a head.
-            found: What the target answers, (batch, heads, query_len, value_dim) in float64.
-        """
+        """Compute what attention gives."""
         self.case = case
         self._least = max(answer_tolerance(case.dtype), tolerance)
         self._outcomes = Outcomes(case)

@@ -178,15 +178,8 @@ class Examination:
         return self._drawn(self.space, chosen)
 
     def case(self, **levels: Any) -> Call:
-        """Draw a call with some levels, ordinary for the rest.
-
-        Args:
-            levels: Levels of features by name, see `pytest_attnheat.attention.levels`: sizes
-                (query_len, key_len), mask "boolean" or "additive", causal, group ...
-
-        Raises:
-            Skipped: The specification does not claim to take such a call.
-        """
+        """Draw a call with some levels, ordinary for the rest."""
+        # Skipped: the specification does not claim to take such a call.
         return self.drawn(self.choice(**levels))
 
     def choice(self, **levels: Any) -> Choice:
@@ -224,16 +217,8 @@ class Examination:
         return f"what is declared leaves out calls with {said_of(levels)}"
 
     def judge(self, chosen: Choice, *, explain: bool = True) -> None:
-        """Judge the output and the gradients of a choice.
-
-        Args:
-            chosen: A level for each feature.
-            explain: Whether a failure looks for what was computed instead, which takes time.
-
-        Raises:
-            Failure: Some number is off by more than rounding.
-            Exception: Whatever the subject raises.
-        """
+        """Judge the output and the gradients of a choice."""
+        # To look for what was computed instead (`explain`) takes time.
         try:
             self._judge(chosen, explain)
         except Exception as error:

@@ -22,22 +22,14 @@ _CALLED = {"layout", "mask_argument", "causal_argument", "scale_argument"}
 
 
 def convention_of(spec: AttentionSpec) -> Convention | None:
-    """Return the convention that is named, or, where nothing says otherwise, that fits.
-
-    Raises:
-        ValueError: Two of them fit equally well.
-    """
+    """Return the convention that is named, or, where nothing says otherwise, that fits."""
     if spec.convention is not None or spec.call is not None or spec.typed & _CALLED:
         return spec.convention
     return recognised(spec.parameters or {})
 
 
 def by_convention(spec: AttentionSpec) -> dict[str, Any]:
-    """Return what the convention says by which a subject is called, if it is one of the table.
-
-    Raises:
-        ValueError: It is said twice how it is called, or of what is not called like that.
-    """
+    """Return what the convention says by which a subject is called, if it is one of the table."""
     if spec.call is not None and spec.like is not None:
         raise ValueError(misuse("call", "a function beside like", "one of the two"))
     for name in ("dropout", "arguments") if spec.call is not None else ():
@@ -61,11 +53,7 @@ def by_convention(spec: AttentionSpec) -> dict[str, Any]:
 
 
 def by_signature(spec: AttentionSpec) -> dict[str, Any]:
-    """Return what the subject's own name and signature say.
-
-    Raises:
-        ValueError: Something is declared that they contradict.
-    """
+    """Return what the subject's own name and signature say."""
     found: dict[str, Any] = {}
     if not spec.name:
         whole = getattr(spec.subject, "module", spec.subject)

@@ -201,11 +201,7 @@ class Study:
         # if it is a module with parameters and is not specified otherwise
         inside: bool | None = None,
     ) -> None:
-        """Make the wrong versions of a target.
-
-        Raises:
-            ValueError: A name is unknown.
-        """
+        """Make the wrong versions of a target."""
         is_declared = isinstance(right, AttentionSpec) and right.is_block
         block: Any = right.subject if is_declared else right  # type: ignore[union-attr]
         self.inside = _is_block(block) if inside is None else inside
@@ -244,12 +240,7 @@ class Study:
         return (why,) if why else self.watched.effect.unfit
 
     def verdict(self, planted: AnyPlanted, rejected: str | None) -> Verdict:
-        """Return what became of a wrong version.
-
-        Args:
-            planted: The version, after it was judged.
-            rejected: What the judge said against it, None if it accepted it.
-        """
+        """Return what became of a version that the judge rejected, or (None) accepted."""
         version, effect = planted.version, planted.effect
         if version is None:
             raise ValueError(misuse("planted", "the right one", "a wrong version"))

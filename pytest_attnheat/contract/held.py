@@ -39,14 +39,7 @@ class Held:
 
 
 def held_to(record: AttentionRecord, spec: AttentionSpec, name: str, *, own: bool) -> Held:
-    """Return what a record is held to.
-
-    Args:
-        record: Has query, key, value and output.
-        spec: Declares what it should be.
-        name: What the record is called.
-        own: Whether it attends to its own sequence, where its block is causal.
-    """
+    """Return what a record is held to; `own`: whether it attends to its own sequence."""
     used = _case(record, spec, name, own=own)
     scale, hint = _scale_of(record, spec)
     case, lacks = replace(used, scale=scale), dict[str, str]()

@@ -78,10 +78,7 @@ class Explanation:
 
 
 def errors(probe: Probe, outcome: Expected | None = None) -> tuple[Tensor, Tensor]:
-    """Return the error of each row of an answer, and what rounding may do: see `Expected.errors`.
-
-    It is compared with correct attention, or else with what is given.
-    """
+    """Return the error of each row of an answer, and what rounding may do."""
     wanted = outcome or expected(Plan(), probe.case)
     assert wanted is not None
     return wanted.errors(probe.output, probe.dtype, least=probe.tolerance, most=_MOST_ALLOWED)

@@ -57,13 +57,7 @@ class Planted:
     def __init__(
         self, spec: AttentionSpec, version: Version | None, known: OrderedDict[Any, Any]
     ) -> None:
-        """Plant a version.
-
-        Args:
-            spec: The target.
-            version: What is planted, None for nothing.
-            known: What is known of calls; shared by all versions of a target.
-        """
+        """Plant a version, or None; what is `known` of calls is shared by versions of a target."""
         self.spec, self.version, self.effect = spec, version, Effect()
         target = spec.implementation
         # That of a module may be replaced by this while it is graded.

@@ -168,10 +168,8 @@ class PlantedInside:
         return self._planted[function]
 
     def multi_head(self, given: Sequence[Any], named: Mapping[str, Any]) -> Any:
-        """Run PyTorch's multi-head attention; its weights, if they are wanted, go with the output.
-
-        With weights it calls no other function for its attention, without them it does.
-        """
+        """Run PyTorch's multi-head attention; its weights, if wanted, go with the output."""
+        # With weights it calls no other function for its attention, without them it does.
         run = multi_head_unasking()
         wanted = dict(zip(_MULTI_HEAD, given, strict=False)) | {**named}
         if not wanted.get("need_weights", True) or self._is_inside:

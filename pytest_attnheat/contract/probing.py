@@ -69,14 +69,7 @@ WeightsOf: TypeAlias = Callable[[Probe], Tensor | None]
 
 
 def ask(spec: AttentionSpec, case: Case, dtype: torch.dtype) -> Tensor:
-    """Call the subject with copies of a case.
-
-    Returns:
-        Its output (batch, heads, query_len, value_dim) in float64 on the CPU.
-
-    Raises:
-        Exception: Whatever the subject raises.
-    """
+    """Call the subject with copies of a case; return its output in float64 on the CPU."""
     return _output(answer_to(spec, case, dtype))
 
 
@@ -130,11 +123,8 @@ def one_thread() -> Iterator[None]:
 
 
 def probe(examination: Examination, blueprint: Blueprint, tolerance: float) -> Probe | str | None:
-    """Return a case with the subject's answer.
-
-    Returns:
-        Why it was refused, in all its sizes, or None if it is not among what is declared.
-    """
+    """Return a case with the subject's answer."""
+    # Or why it was refused, in all its sizes, or None if it is not among what is declared.
     refusal = None
     dtype = examination.dtype
     for case in _versions(examination, blueprint):

@@ -54,16 +54,7 @@ def signature_of(spec: AttentionSpec) -> inspect.Signature:
 
 
 def read(spec: AttentionSpec, given: Sequence[Any], named: Mapping[str, Any]) -> Reading:
-    """Read a call of a target as its specification says that it is called.
-
-    Args:
-        spec: The specification of the target.
-        given: The arguments of the call by position.
-        named: Those by name.
-
-    Raises:
-        UnreadError: Something of the call is not described.
-    """
+    """Read a call of a target as its specification says that it is called."""
     if why := unreadable(spec):
         raise UnreadError(why)
     bound = signature_of(spec).bind(*given, **named)

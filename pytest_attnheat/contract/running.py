@@ -82,18 +82,8 @@ class Result:
 def diagnosis_of(
     spec: AttentionSpec, result: Result, seed: int = 0, *, search: bool = True
 ) -> tuple[Diagnosis | None, str]:
-    """Diagnose what failed, and say what is known of attention in the call of a block that failed.
-
-    Args:
-        spec: What is claimed.
-        result: What failed.
-        seed: Where inputs are drawn from.
-        search: Whether to look for what attention in a block is instead, if it is wrong.
-
-    Returns:
-        The diagnosis, None of what answers nothing at all, or has a reference of its own; and the
-        sentence.
-    """
+    """Diagnose what failed, and say what is known of attention in the failed call of a block."""
+    # There is no diagnosis of what answers nothing at all, or has a reference of its own.
     failure = result.failure
     again = None if failure is None else failure.again
     # Nothing but that call is made; or known defects are those of other attention.
@@ -351,15 +341,7 @@ def as_data(value: Any) -> Any:
 def report_data(
     spec: Any, results: Sequence[Mapping[str, Any]], diagnosis: Any, hints: Sequence[str], seed: int
 ) -> dict[str, Any]:
-    """Return a report as plain data.
-
-    Args:
-        spec: What was examined, a specification or its data.
-        results: `Result.as_dict()` of each.
-        diagnosis: What it computes instead, a `Diagnosis` or its data; None without one.
-        hints: What a reader may want to declare or know.
-        seed: Where the inputs were drawn from.
-    """
+    """Return a report as plain data, of a specification and a diagnosis or their data."""
     counts = Counter(result["status"] for result in results)
     return {
         "version": VERSION,

@@ -50,12 +50,8 @@ class Search:
     """
 
     def __init__(self, probes: Sequence[Probe], *, keep: bool = False) -> None:
-        """Compare the answers with attention that carries each known defect.
-
-        Args:
-            probes: Cases and answers.
-            keep: Keep what they give on these cases, for the next subject that is asked them.
-        """
+        """Compare the answers with attention that carries each known defect."""
+        # `keep`: keep what they give on these cases, for the next subject that is asked them.
         self.answers = Answers(probes, keep=keep)
         self._begun: list[Explanation] = []  # pairs that reproduce the first case that is wrong
         self.singles: list[Explanation] = []
@@ -123,13 +119,9 @@ class Search:
         return found
 
     def in_pairs(self) -> list[Explanation]:
-        """Compare the answers with attention that carries two defects.
-
-        All pairs are compared on the first case that is wrong, what comes near on the next.
-
-        Returns:
-            What comes near on all cases, and the best of what does not.
-        """
+        """Compare the answers with attention that carries two defects."""
+        # All pairs are compared on the first case that is wrong, what comes near on the next.
+        # Returns what comes near on all cases, and the best of what does not.
         limit = nearly(self.answers.probes)
         correct = Explanation()
         ordered = self._in_order()
@@ -246,14 +238,8 @@ class Search:
     # --- several defects, step by step
 
     def step_by_step(self, fitted: Sequence[Explanation]) -> list[Explanation]:
-        """Compare the answers with attention that carries several defects, one more at each step.
-
-        Args:
-            fitted: What defects give with a constant besides, which may explain the first case.
-
-        Returns:
-            What reproduces every answer, if anything does.
-        """
+        """Compare the answers with attention with several defects, one more at each step."""
+        # Returns what reproduces every answer, if anything does.
         explained: list[int] = []
         kept = [Explanation()]
         for i in self._in_order():

@@ -43,15 +43,7 @@ class Sharded:
     def __init__(
         self, subject: Callable[..., Any], name: str, shards: Shards, dim: int, time_limit: float
     ) -> None:
-        """Start nothing yet.
-
-        Args:
-            subject: The subject.
-            name: What it is called.
-            shards: How the sequence lies on the ranks.
-            dim: The dimension of positions, in each tensor as the subject takes it.
-            time_limit: How long one call may take, in seconds.
-        """
+        """Start nothing yet; `dim` is that of positions, in each tensor as the subject takes it."""
         self.subject, self.shards, self._dim, self._limit = subject, shards, dim, time_limit
         self._groups: dict[str, Ranks] = {}
         self._numbers = count()
@@ -229,11 +221,7 @@ class OnRank:
 
 
 def on_ranks(spec: AttentionSpec, ranks: int, time_limit: float) -> tuple[AttentionSpec, Sharded]:
-    """Return the specification of a sharded subject as it is called on several ranks, and that.
-
-    Raises:
-        ValueError: Nothing says how it is sharded, or there are not several ranks.
-    """
+    """Return the specification of a sharded subject as it is called on several ranks, and that."""
     whole_number("ranks", ranks, least=2)
     if spec.sharding is None:
         accepted = f"AttentionSpec(..., sharding=), one of {', '.join(map(repr, SCHEMES))}"
@@ -255,13 +243,8 @@ _UNLIKELY = 20.0
 
 
 def judge_dropout_of_ranks(examination: Examination, shards: Shards) -> None:
-    """Judge whether ranks drop the same of the weights that each of them makes.
-
-    Each rank has random numbers of its own, so what is dropped alike comes from one seed.
-
-    Raises:
-        Failure: Two ranks drop the same weights.
-    """
+    """Judge whether ranks drop the same of the weights that each of them makes."""
+    # Each rank has random numbers of its own, so what is dropped alike comes from one seed.
     length = -(-_LENGTH // shards.parts) * shards.parts
     alike = examination.space.declared.levels()["value_dim"] == ("equal",)
     call = examination.case(sizes=(length, length), **({"head_dim": 64} if alike else {}))

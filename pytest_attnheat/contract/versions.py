@@ -48,12 +48,8 @@ class Version:
 
 
 def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
-    """Yield all versions: of each defect, with its forms, and the trivial answers.
-
-    Args:
-        spec: The target; without gradients, no backward pass is wrong.
-        seed: Seed of what is dropped at random.
-    """
+    """Yield all versions: of each defect, with its forms, and the trivial answers."""
+    # Without gradients, no backward pass is wrong.
     everything: tuple[Defect, ...] = (*DEFECTS, *BACKWARD)
     forward = {one.name for one in DEFECTS}
     forms = [one for one in DEFECTS if _simple(one) in forward]

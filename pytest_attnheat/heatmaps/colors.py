@@ -95,11 +95,8 @@ def panel_scales(cells: Cells) -> Scale:
 def paint(
     cells: Cells, scale: Scale, cmap: str | Colormap, layout: Layout, highlight: list[Box]
 ) -> Image:
-    """Paint panels, tick marks' frame, colorbar and highlights on a transparent figure.
-
-    Returns:
-        RGBA (height, width, 4), the first row on top.
-    """
+    """Paint panels, tick marks' frame, colorbar and highlights on a transparent figure."""
+    # RGBA (height, width, 4), the first row on top.
     width, height = layout.size
     canvas = np.full((height, width), _CLEAR, dtype=np.uint16)
     levels = _levels(cells, scale, _count(cmap))

@@ -63,11 +63,7 @@ class Sheet:
 
 
 class Picture(Artist):
-    """Panels, colorbar and every text of a heatmap figure.
-
-    Attributes:
-        shown: what it shows, independent of its size.
-    """
+    """Panels, colorbar and every text of a heatmap figure."""
 
     def __init__(self, shown: Shown, host: Figure | SubFigure | Axes) -> None:
         super().__init__()
@@ -95,11 +91,8 @@ class Picture(Artist):
         return self._sheets[size, dpi]
 
     def sheet_for(self, renderer: RendererBase | None) -> tuple[Sheet, Bbox, float]:
-        """Compose the picture for a renderer.
-
-        Returns:
-            The sheet, the box that it is drawn into, and how many pixels each of its own takes.
-        """
+        """Compose the picture for a renderer."""
+        # Returns the box that it is drawn into as well, and how many pixels each of its own takes.
         box, figure = self.get_window_extent(renderer), self._figure
         scalable = renderer is not None and renderer.option_scale_image()
         # Vector formats draw at 72 dots per inch, but keep the pixels that the figure was made for.

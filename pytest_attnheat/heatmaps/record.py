@@ -184,22 +184,14 @@ def _unpacked(data: bytes, dtype: str) -> Floats:
 
 
 def decode(record: str) -> Heatmaps:
-    """Read a record.
-
-    Raises:
-        ValueError: It is damaged, or of a version that is not known.
-    """
+    """Read a record."""
     return parted(record, VERSIONS, _decode)
 
 
 def parted(
     text: str, versions: Sequence[int], read: Callable[[dict[str, Any], Callable[[int], bytes]], T]
 ) -> T:
-    """Read what `joined` wrote: `read` gets the JSON, and a function that returns so many bytes.
-
-    Raises:
-        ValueError: It is damaged, or of a version that is not known.
-    """
+    """Read what `joined` wrote: `read` gets the JSON, and a function that returns so many bytes."""
     head, _, _ = text[: _LONGEST_HEADER + 1].partition("\n")
     if len(head) > _LONGEST_HEADER:
         raise ValueError("its header is too long")
@@ -315,12 +307,7 @@ def read_heatmaps(path: str | Path) -> Heatmaps:
 
 
 def find_record(file: Path) -> str | None:
-    """Return the record in a PNG or SVG file, or None if it has none.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is neither PNG nor SVG, or damaged.
-    """
+    """Return the record in a PNG or SVG file, or None if it has none."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):
         raise ValueError("it is not a file, but a folder, a pipe or a device")

@@ -167,13 +167,9 @@ class Design:
     def plan(
         self, grid: tuple[int, int], size: tuple[int, int], dpi: float, *, notes: int
     ) -> tuple[Layout, bool]:
-        """Lay out panels of `grid` cells (queries, keys) in a figure of `size` pixels.
-
-        Key labels stand upright where they fit side by side and are turned where they do not.
-
-        Returns:
-            The layout, and whether key labels are turned.
-        """
+        """Lay out panels of `grid` cells (queries, keys) in a figure of `size` pixels."""
+        # Key labels stand upright where they fit side by side and are turned where they do not:
+        # whether they are is returned as well.
         layout = plan(self._content(grid, notes=notes, turned=False), size, dpi)
         if self.words.keys is None:
             return layout, False

@@ -74,12 +74,7 @@ def replayed(config: pytest.Config) -> Replay | None:
 
 
 class CheckCall:
-    """One check of one implementation, in one dtype and on one device, to be called.
-
-    Attributes:
-        name: What it is called in test ids.
-        result: What it found; as long as it was not called, why it is skipped, or nothing.
-    """
+    """One check of one implementation, in one dtype and on one device, to be called."""
 
     def __init__(
         self,
@@ -184,14 +179,7 @@ def _failed_check(*args: Any) -> FailedCheckError:
 
 
 class _Examined:
-    """What all checks of one implementation share.
-
-    Attributes:
-        config: The configuration of the run.
-        spec: What is claimed.
-        checks: The checks that are asked.
-        told: What each verdict says of it, in words and numbers alone.
-    """
+    """What all checks of one implementation share."""
 
     def __init__(self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check]) -> None:
         from pytest_attnheat.contract.declarations import hints_of

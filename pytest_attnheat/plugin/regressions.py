@@ -63,17 +63,22 @@ class HeatmapRegression(_Regression):
 
     def check(
         self,
-        figure: Any,  # A figure, or weights of any kind that `show_heatmaps` takes and draws
-        # What tells this picture from the others of the test; part of the file name
+        figure: Any,
         name: str = "",
         *,
-        tolerance: float | None = None,  # As in the marker
-        precision: str | Sequence[str] = (),  # As in the marker
-        # Where weights are given, arguments of `show_heatmaps`: `mask`, `titles` ... The axes are
-        # named "Keys" and "Queries", and `figsize` is None, by default.
+        tolerance: float | None = None,
+        precision: str | Sequence[str] = (),
         **options: Any,
     ) -> None:
         """Compare a picture with its baseline.
+
+        Args:
+            figure: A figure, or weights of any kind that `show_heatmaps` takes and draws.
+            name: What tells this picture from the others of the test; part of the file name.
+            tolerance: As in the marker.
+            precision: As in the marker.
+            **options: Where weights are given, arguments of `show_heatmaps`: `mask`, `titles` ...
+                The axes are named "Keys" and "Queries", and `figsize` is None, by default.
 
         Raises:
             TypeError: Arguments of `show_heatmaps` beside a figure, or one that it does not have.
@@ -100,15 +105,20 @@ class AttentionRegression(_Regression):
 
     def check(
         self,
-        # What `capture_attention` returned, one record of it, or `LazyWeights`; or a `DTensor` of
-        # weights, on each rank of its mesh
         trace: Trace | AttentionRecord,
-        name: str = "",  # What tells it from the others of the test; part of the file name
+        name: str = "",
         *,
-        tolerance: float | None = None,  # As in `assert_same_attention`
-        precision: str | Sequence[str] = (),  # As in `assert_same_attention`
+        tolerance: float | None = None,
+        precision: str | Sequence[str] = (),
     ) -> None:
         """Compare what was captured with its baseline, layer by layer and head by head.
+
+        Args:
+            trace: What `capture_attention` returned, one record of it, or `LazyWeights`; or a
+                `DTensor` of weights, on each rank of its mesh.
+            name: What tells it from the others of the test; part of the file name.
+            tolerance: As in `assert_same_attention`.
+            precision: As in `assert_same_attention`.
 
         Raises:
             TypeError: It is neither a trace nor a record, or the tolerance is no number.

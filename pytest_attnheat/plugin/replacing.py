@@ -88,11 +88,7 @@ class Target:
 
     @contextmanager
     def replaced(self, items: Sequence[pytest.Item]) -> Iterator[list[str]]:
-        """Put the stand-in in its place; yield where that is.
-
-        Args:
-            items: Tests, whose modules and parameters may hold the target.
-        """
+        """Put the stand-in in its place, in modules and parameters; yield where that is."""
         original, function = self.stand_in.original, self.stand_in.function
         if self.place is None:
             try:
@@ -124,11 +120,7 @@ class Target:
 
 
 def find_target(config: pytest.Config, text: str) -> Target:
-    """Import what `--attn-grade` names.
-
-    Raises:
-        pytest.UsageError: It cannot be imported, or nothing of it can be replaced.
-    """
+    """Import what `--attn-grade` names."""
     from torch import nn
 
     from pytest_attnheat.contract.spec import AttentionSpec

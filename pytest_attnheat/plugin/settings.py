@@ -326,12 +326,7 @@ def _read_seconds(text: str, source: str) -> float:
 
 
 def chosen_devices(config: pytest.Config, marked: object = None) -> list[str]:
-    """Name the devices that are chosen, here or not; a usage error if torch knows one of none.
-
-    Args:
-        config: The configuration of the run.
-        marked: What the marker of a test chooses in their place: a name, or several.
-    """
+    """Name the devices that are chosen, or `marked`; a usage error if torch knows none such."""
     chosen, source = config.stash[SETTINGS].devices, "attn_device"
     try:
         if marked is not None:

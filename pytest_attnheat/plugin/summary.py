@@ -222,10 +222,8 @@ def verdict_of(report: pytest.TestReport) -> Found | None:
 
 
 def _of_examination(reports: Sequence[pytest.TestReport]) -> Iterator[str]:
-    """Yield what the examination found, once for each subject that failed or has a note or a hint.
-
-    What failed comes last, where a log is read from; else in an order that workers do not change.
-    """
+    """Yield what the examination found, once for each subject that failed or has a note or hint."""
+    # What failed comes last, where a log is read from; else in an order that workers do not change.
     subjects = _subjects(reports)
 
     def place(subject: tuple[str, str]) -> tuple[bool, str, str]:

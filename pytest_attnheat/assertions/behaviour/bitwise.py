@@ -30,11 +30,8 @@ def differing_bits(a: Tensor, b: Tensor) -> Tensor:
 
 
 def units_apart(a: Tensor, b: Tensor) -> Tensor:
-    """Return how many units in the last place two tensors of one float dtype are apart.
-
-    Returns:
-        The same shape, in float64. Between NaN and a number there are inf, between NaN and NaN 0.
-    """
+    """Return how many units in the last place two tensors are apart, of their shape, in float64."""
+    # Between NaN and a number there are inf, between NaN and NaN 0.
     (size_a, below_a), (size_b, below_b) = _magnitude(a), _magnitude(b)
     # Through zero both sizes count; together they may be more than int64 holds.
     through = size_a.double() + size_b.double()

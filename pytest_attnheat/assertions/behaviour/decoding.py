@@ -197,12 +197,7 @@ def _in_chunks(sizes: Sequence[int]) -> str:
 
 
 def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -> _FunctionDecoder:
-    """Return how an attention function is called in chunks.
-
-    Args:
-        subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
-        alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
-    """
+    """Return how a function is called in chunks; `"bottom_right"`: maybe by `is_causal=True`."""
     if alignment is not None:
         one_of("alignment", alignment, ALIGNMENTS)
     given = subject.mask

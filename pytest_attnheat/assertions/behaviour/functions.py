@@ -135,12 +135,7 @@ class AttentionFunction:
         value: Tensor | None = None,
         **changed: Any,
     ) -> Tensor:
-        """Call the function, with other inputs or arguments where they are given.
-
-        Raises:
-            TypeError: It returns no tensor (nor a tuple that begins with one).
-            ValueError: Its output is not (..., query_len, value_dim).
-        """
+        """Call the function, with other inputs or arguments where they are given."""
         query = self.query.clone() if query is None else query
         key = self.key.clone() if key is None else key
         value = self.value.clone() if value is None else value
@@ -165,12 +160,8 @@ class AttentionFunction:
         return replace(self, arguments=arguments, **tensors)  # type: ignore[arg-type]
 
     def may_see(self) -> Tensor:
-        """Which key each query may see, by its arguments and by what it says of itself.
-
-        Returns:
-            Boolean (..., query_len, key_len), a view that is not expanded in memory where the
-            mask has no leading dimensions.
-        """
+        """Which key each query may see, by its arguments and by what it says of itself."""
+        # A view (..., query_len, key_len), not expanded where the mask has no leading dimensions.
         shape = (*self.leading, self.query.shape[-2], self.key.shape[-2])
         return self.call.visible(HIDDEN_FROM).expand(shape)
 
@@ -375,17 +366,7 @@ def wrong_shape(output: Tensor, wanted: tuple[int, ...]) -> str:
 
 
 def permitted(mask: object, shape: tuple[int, ...]) -> Tensor:
-    """Where an attn_mask permits, expanded to `shape`.
-
-    Args:
-        mask: Boolean, True where a query may attend, or floats that are added
-            to the scores, see `permits`.
-        shape: (..., query_len, key_len)
-
-    Raises:
-        TypeError: No tensor of booleans or floats.
-        ValueError: Does not broadcast to the shape.
-    """
+    """Where an attn_mask permits, see `permits`, expanded to `shape` (..., query_len, key_len)."""
     try:
         return permits(_checked(mask)).expand(shape)
     except RuntimeError:

@@ -130,13 +130,9 @@ class Search:
     def first_fault(
         self, methods: Sequence[str], *, optional: bool, must_see: bool
     ) -> Fault | None:
-        """Return what is broken, leaks before blindness, or None.
-
-        Args:
-            methods: "perturbation", "gradient", "nan".
-            optional: Whether a subject that is not differentiable may go without "gradient".
-            must_see: Whether blindness counts.
-        """
+        """Return what is broken by some methods, leaks before blindness, or None."""
+        # Methods are "perturbation", "gradient" and "nan"; where that is `optional`, a subject that
+        # is not differentiable may go without "gradient".
         blind: Fault | None = None
         if "gradient" not in methods:
             self._passes, self._backward = self._passes + self._backward, 0
@@ -238,11 +234,7 @@ class Search:
         return away.argmin(-1)
 
     def _others(self, *, of_model: bool = True) -> Iterator[Replacement]:
-        """Every second batch entry, head and query, and then the rest.
-
-        Args:
-            of_model: Whether a whole model is to be called no more than twice.
-        """
+        """Every second batch entry, head and query, then the rest; of a model there are but two."""
         shape = self.claim.judged.shape
         takes_queries = self.subject.has_queries
         for dim in range(len(shape) - (0 if takes_queries else 1)):
@@ -321,15 +313,9 @@ class Search:
     def _suspects(
         self, groups: Sequence[Tensor], forbidden: Sequence[Tensor], gradients: Sequence[Tensor]
     ) -> Iterator[Replacement]:
-        """Yield elements that a group of observers must not see, and that have a gradient.
-
-        The gradient of all of them together finds a single pair; other inputs there prove it.
-
-        Args:
-            groups: An observer per batch entry, (batch,); its group may see no more than it does.
-            forbidden: What they must not see, (batch, length).
-            gradients: Of the groups, (batch, length).
-        """
+        """Yield elements that a group of observers must not see, and that have a gradient."""
+        # The gradient of all of them together finds a single pair; other inputs there prove it. Of
+        # each group one observer (batch,) stands for all: the others may see no more than it does.
         for observers, elements, felt in zip(groups, forbidden, gradients, strict=True):
             self.followed.scatter_(-1, observers.unsqueeze(-1), True)
             rounded = felt.amax(-1, keepdim=True) * torch.finfo(self.base.dtype).eps
@@ -382,12 +368,7 @@ class Search:
 
 
 class _Tally:
-    """Which outputs change with what they must not see, over some replacements.
-
-    Attributes:
-        reached: Which may see something that was replaced.
-        felt: Which changed at all.
-    """
+    """Which outputs change (`felt`) with what they must not see, and which were `reached`."""
 
     def __init__(self, search: Search, replacements: Sequence[Replacement]) -> None:
         """Make the replacements, one after the other."""

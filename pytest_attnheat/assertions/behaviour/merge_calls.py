@@ -87,12 +87,7 @@ def form_of(
     lse_layout: str | None,
     base: Base | None,
 ) -> tuple[Form, str | None]:
-    """Return how a function is called, and what of that was assumed.
-
-    Raises:
-        TypeError: It is not callable.
-        ValueError: What is declared does not fit together, or nothing says how it is called.
-    """
+    """Return how a function is called, and what of that was assumed."""
     if not callable(merge):
         raise TypeError(misuse("merge", type(merge).__name__, "a function that merges two states"))
     for name, given, known in (("calling", calling, CALLINGS), ("base", base, BASES)):

@@ -250,11 +250,7 @@ class _Judge:
     def _gradients(
         self, one: Comparison
     ) -> list[tuple[str, list[Tensor | None], Tensor, Tensor]] | None:
-        """The gradients by name, what they should be, and how far they may be off.
-
-        Returns:
-            Those of the outputs and of the log-sum-exps, of all parts; None if there are none.
-        """
+        """The gradients by name, what they should be, and how far they may be off; None if none."""
         leaves = [leaf.detach().clone().requires_grad_() for leaf in (*one.outs, *one.lses)]
         count = len(one.outs)
         with torch.enable_grad():

@@ -47,11 +47,7 @@ class Plan:
         return f"{output_place(index)}, {name_tokens(self.step_of(index[-1]), index[-1])},"
 
     def cause_of_bits(self, rows: Tensor) -> str | None:
-        """Say which sizes of chunks have other bits than the prefill, if others have not.
-
-        Args:
-            rows: Which rows differ, (..., length).
-        """
+        """Say which sizes of chunks have other bits than the prefill, if others have not."""
         off = set(tokens_off(rows))
         sizes = {len(step) for step in self.steps if not off.isdisjoint(step)}
         same = {len(step) for step in self.steps if off.isdisjoint(step)} - sizes
@@ -117,12 +113,7 @@ class Decoder:
         raise NotImplementedError
 
     def cause(self, evidence: Evidence, broken: Tensor) -> str | None:
-        """Say why they differ, where the numbers show it.
-
-        Args:
-            evidence: What is known.
-            broken: Which rows are off, (..., length).
-        """
+        """Say why they differ, where the numbers show it."""
         raise NotImplementedError
 
 

@@ -207,12 +207,7 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
 
 
 def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
-    """Keep the first entries along each leading dimension that the tensor is not broadcast along.
-
-    Args:
-        tensor: (..., length, width), maybe with fewer leading dimensions.
-        leading: How many entries to keep along each.
-    """
+    """Keep the first entries along each leading dimension that it is not broadcast along."""
     for dim, size in zip(range(-3, -tensor.ndim - 1, -1), reversed(leading), strict=False):
         if tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, size)

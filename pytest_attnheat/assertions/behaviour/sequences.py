@@ -180,13 +180,7 @@ def _parameters(model: SequenceModel) -> str:
 
 
 def as_meant(mask: Tensor, meaning: MaskMeaning | None, dtype: torch.dtype) -> Tensor:
-    """Return a boolean mask, True where a query may attend, as a subject reads it.
-
-    Args:
-        mask: The mask.
-        meaning: What the subject takes a mask to mean; None for one that takes none, as it is.
-        dtype: That of an additive mask.
-    """
+    """Return a boolean mask, True where a query may attend, as a subject reads it."""
     if meaning == "drop":
         return ~mask
     if meaning == "additive":
@@ -378,11 +372,7 @@ def decode_takes(model: SequenceModel) -> bool:
 
 
 def decoded(decode: Callable[..., Any], chunk: Tensor, cache: Any, **arguments: Any) -> Any:
-    """Call `decode` and return its output and cache.
-
-    Raises:
-        TypeError: It takes or returns something else.
-    """
+    """Call `decode` and return its output and cache."""
     try:
         inspect.signature(decode).bind(chunk, cache, **arguments)
     except TypeError as error:

@@ -67,15 +67,9 @@ def begin(seed: int | None) -> None:
 def settled(
     subject: object, call: Callable[[], Tensor], *, training: bool, seed: int, exact: bool = False
 ) -> Tensor:
-    """Return what a call of a subject gives, but refuse one that answers at random.
-
-    Args:
-        subject: What is called, for the names in the error.
-        call: Calls it.
-        training: Whether the caller allows randomness: then every call starts from `seed`.
-        seed: That seed.
-        exact: Whether bits are judged: what two calls differ by in rounding is then no refusal.
-    """
+    """Return what a call of a subject gives, but refuse one that answers at random."""
+    # In training it may: then each call starts from `seed`. Where bits are judged (`exact`), what
+    # two calls differ by in rounding is no refusal.
     begin(seed if training else None)
     first = call()
     begin(seed if training else None)
@@ -111,11 +105,7 @@ def _random_subject(subject: object) -> str:
 
 
 def coarsest(*tensors: Tensor) -> torch.dtype:
-    """The coarsest dtype that an output may have been computed in: its own, or that of autocast.
-
-    Args:
-        *tensors: The output, and the inputs of floats.
-    """
+    """The coarsest dtype that an output may have been computed in: its own, or that of autocast."""
     dtypes = [tensor.dtype for tensor in tensors]
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
@@ -176,16 +166,9 @@ def check_relative(tolerance: object, dtype: torch.dtype, *, strict: bool = Fals
 
 
 def relative_change(got: Tensor, expected: Tensor, *, floor: float | Tensor = 0.0) -> Tensor:
-    """Return by what part of its size each row of `got` is off.
-
-    Args:
-        got: (..., length, width)
-        expected: The same shape, on any device.
-        floor: The size that a row has at least, where all of them may be nothing but rounding.
-
-    Returns:
-        (..., length) in float64. A row with NaN or inf is off by inf, also where both have it.
-    """
+    """Return by what part of its size each row of `got` (..., length, width) is off, in float64."""
+    # A row with NaN or inf is off by inf, also where both have it. `floor`: the size that a row has
+    # at least, where all of them may be nothing but rounding.
     wanted = expected.detach().to(got.device, torch.float64)
     size = rms(wanted)
     usual = size.masked_fill(size.isinf(), torch.nan).nanmedian().nan_to_num(nan=0.0)

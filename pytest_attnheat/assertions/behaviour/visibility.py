@@ -125,12 +125,7 @@ def of_document(documents: Tensor) -> Because:
 
 
 def as_documents(documents: object, shape: tuple[int, int]) -> Tensor:
-    """Return the document of each token, (batch, length).
-
-    Raises:
-        TypeError: Not a tensor of whole numbers.
-        ValueError: It does not broadcast to the shape.
-    """
+    """Return the document of each token, (batch, length)."""
     accepted = f"a tensor of whole numbers that broadcasts to (batch, length) {shape}"
     if not isinstance(documents, Tensor) or documents.is_floating_point():
         given = documents.dtype if isinstance(documents, Tensor) else type(documents).__name__
@@ -283,15 +278,7 @@ def size_of(gradient: Tensor) -> Tensor:
 
 
 def touched(may_see: Tensor, elements: Tensor) -> Tensor:
-    """Tell which observers may see any of the elements.
-
-    Args:
-        may_see: (*leading, query_len, key_len)
-        elements: (*leading, key_len)
-
-    Returns:
-        (*leading, query_len)
-    """
+    """Tell which observers (*leading, query_len) may see any of some keys (*leading, key_len)."""
     query_len, key_len = may_see.shape[-2:]
     result = torch.empty(may_see.shape[:-1], dtype=torch.bool, device=may_see.device)
     for at in product(*map(range, may_see.shape[:-2])):
@@ -301,17 +288,9 @@ def touched(may_see: Tensor, elements: Tensor) -> Tensor:
 
 
 def spread_rows(length: int, slots: int, ends: int, seed: int) -> list[int]:
-    """Choose a row for each batch entry and head of each pass.
-
-    All rows, where there is room for them; else some ends of blocks, and an even spread that moves
-    with the seed.
-
-    Args:
-        length: How many rows there are.
-        slots: How many are chosen.
-        ends: Of how many that are chosen one is the end of a block.
-        seed: The seed.
-    """
+    """Choose a row for each batch entry and head of each pass, as many as there are slots."""
+    # All rows, where there is room for them; else some ends of blocks (one of `ends`), and an even
+    # spread that moves with the seed.
     if slots >= length:  # another one each time round
         return [(slot + slot // length + seed) % length for slot in range(slots)]
     generator = torch.Generator().manual_seed(seed)

@@ -66,15 +66,8 @@ def _some(count: int, most: int) -> Tensor:
 
 
 def explained(scores: Scores, sample: Sample, scale: float) -> tuple[Tensor, Tensor]:
-    """Return whether a scale, a cap and what was added explain scores, and what hides keys does.
-
-    Nobody waits yet for the device to say so.
-
-    Args:
-        scores: What is known of them.
-        sample: Some of them.
-        scale: Of the product.
-    """
+    """Return whether a scale, a cap and what was added explain scores, and what hides keys does."""
+    # Nobody waits yet for the device to say so.
     assert scores.origin is not None
     given, zero, device = sample.given.double(), sample.zero.double(), sample.given.device
     columns = sample.columns.to(device, non_blocking=True)

@@ -62,11 +62,7 @@ FLASH_VALUES = {"alibi": float32}
 
 
 def inclusive(off: Any) -> Any:
-    """Return what makes a window a pair of how many keys before and after are seen.
-
-    Args:
-        off: What stands for a side that ends nowhere.
-    """
+    """Return what makes a window a pair; `off` stands for a side that ends nowhere."""
     return lambda window: tuple(off if side is None else side for side in window)
 
 

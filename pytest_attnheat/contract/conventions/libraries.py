@@ -85,11 +85,7 @@ class _Across(torch.autograd.Function):
 
 
 def across(library: Callable[[], Library]) -> Arrange:
-    """Return what calls a subject with arrays of a library in place of tensors.
-
-    Args:
-        library: What imports it, and says what it is handed.
-    """
+    """Return what calls a subject with arrays of a library in place of tensors."""
 
     def arrange(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
         own = library()
