@@ -41,8 +41,7 @@ def takes_records(
     # Asserts it of some queries: called with the arguments of the assertion, `queries` (their
     # positions) and `query_len` (how many there were)
     of_some: Callable[..., None] | None = None,
-    # Whether it takes the numbers of queries and keys for positions in a sequence
-    by_position: bool = False,
+    by_position: bool = False,  # Whether it takes numbers of queries and keys for positions
 ) -> Callable[P, None]:
     """Let an assertion on weights take a record, or a trace, of which each record is asserted."""
     # What the caller does not give comes from the record: its mask, value and output. A failure

@@ -87,14 +87,12 @@ class Claim(Generic[P]):
     regards: Callable[[P], Tensor]  # Which the claim is about
     value: Callable[[P], Tensor]  # What is measured
     deviation: Callable[[P], Tensor]  # How far each is from what is claimed; NaN breaks it
-    # The largest deviation that is accepted, of all or of each
-    allowed: float | Callable[[P], Tensor]
+    allowed: float | Callable[[P], Tensor]  # The largest deviation that is accepted
     says: Callable[[P, Spot], str]  # What is said of one that breaks it, in this part
     given: Callable[[Index], Index] = tuple  # What its index is in the tensor as the caller has it
     lines: Lines = ROWS  # What the rows are, of a claim about rows
     unit: str = ""  # What comes after a value in a picture, for instance "nats"
-    # How many more it is about, which are known to keep it and are not read
-    besides: Callable[[P], int] = lambda _: 0
+    besides: Callable[[P], int] = lambda _: 0  # How many more, that keep it, are not read
 
     def limit(self, part: P) -> float | Tensor:
         """Return what is allowed in a part."""

@@ -40,8 +40,7 @@ class Judgement:
     dtype: torch.dtype  # The dtype that the subject gave it in
     shape: tuple[int, ...]  # Its shape, which may have fewer than two dimensions
     missing: bool  # Whether the subject gave none, which counts as zeros
-    # The numbers of its rows, where they are some of more; None for all
-    rows: Sequence[int] | None = None
+    rows: Sequence[int] | None = None  # Their numbers, where they are some of more; else None
     length: int = 0  # How many rows there were
 
     def given(self, at: tuple[int, ...]) -> tuple[int, ...]:

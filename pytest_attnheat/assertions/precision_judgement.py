@@ -34,16 +34,14 @@ class Context:
     """What a cause may look at besides the tensor."""
 
     call: Call  # What was asked, with the gradient of the output if gradients are judged
-    # The output and the gradients of the subject, by name; None for no gradient
-    found: Mapping[str, Tensor | None]
+    found: Mapping[str, Tensor | None]  # What the subject gave, by name; None for no gradient
     unit: float  # The unit roundoff that the scale was computed with
     fully_masked: Tensor  # (..., query_len), True where a query may attend to no key
     top_score: float | None  # The largest permitted score; None if unknown
     factor: float  # As given by the caller
     tolerance: float  # What is allowed anyway, as a part of the largest number of a map
     repeat: str  # What it takes to see the same again
-    # The names of those that are off, the output's whether it is judged or not
-    broken: Collection[str]
+    broken: Collection[str]  # The names of those that are off, the output's in any case
     explain: bool  # Whether to look for what was computed instead, which takes time
 
     @property

@@ -51,12 +51,10 @@ def judge_call(
     call: Call,  # What it is asked, without the gradient of the output
     criteria: Criteria,  # How it is judged
     *,
-    # The results whose gradients are judged: query, key, value, attn_mask, sinks
-    names: Sequence[str],
+    names: Sequence[str],  # The results whose gradients are judged
     code: object,  # The subject itself, whose modules and random state are left as they were
     output: bool = True,  # Whether the output is judged
-    # The shape of the mask as the caller has it, which places are named by
-    mask_shape: tuple[int, ...] | None = None,
+    mask_shape: tuple[int, ...] | None = None,  # The caller's, which places are named by
     explain: bool = True,  # Whether a failure looks for what was computed instead, which takes time
 ) -> None:
     """Judge what a subject gives for a call, by attention in float64 or another reference."""
@@ -109,8 +107,7 @@ def judge_call(
 def _judge_rows(
     assertion: str,  # What the failure is called
     run: Run,  # Calls the subject
-    # The whole call, and that of the rows, with the gradient of their output
-    calls: tuple[Call, Call],
+    calls: tuple[Call, Call],  # The whole, and the rows, with the gradient of their output
     rows: Sequence[int],  # Their numbers
     criteria: Criteria,  # How they are judged
     names: Sequence[str],  # The results whose gradients are judged

@@ -166,12 +166,9 @@ def _masked(outcome: Outcome) -> Tensor:
 def likely_backward_mistake(
     call: Call,  # What was to be computed, with the gradient of its output
     gradients: Mapping[str, Tensor],  # What was computed instead, under the names of `Call.shapes`
-    # The output, (..., query_len, value_dim), if it is wrong: no mistake of the backward pass is
-    # named then
-    output: Tensor | None = None,
+    output: Tensor | None = None,  # It, if it is wrong: no mistake of the pass is named then
     *,
-    # Which of them are wrong; those that are off by more than rounding by default
-    wrong: Collection[str] = (),
+    wrong: Collection[str] = (),  # Those that are off by more than rounding by default
     # What dropout did to each weight, (..., query_len, key_len): it became 0, or was divided by 1 -
     # p
     kept: Tensor | None = None,

@@ -42,9 +42,7 @@ _KEEPS_SUMS = "out_dtype" in (torch.bmm.__doc__ or "")
 class Block:
     """Some rows of some maps."""
 
-    # The keys that any of the rows may see, as runs in order; all others weigh 0. All keys where a
-    # row is NaN.
-    seen: tuple[slice, ...]
+    seen: tuple[slice, ...]  # The keys that any of the rows may see, as runs in order; or all
     weights: Tensor  # (maps, rows, keys), of the keys of these runs
     sink: Tensor | None  # (maps, rows, 1), the weight of the sink; None without one
 

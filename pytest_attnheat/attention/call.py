@@ -43,15 +43,13 @@ class Call:
     query: Tensor  # (..., query_len, head_dim)
     key: Tensor  # (..., key_len, head_dim), of fewer heads where they are grouped
     value: Tensor  # (..., key_len, value_dim), likewise
-    # Boolean, True where a query may attend, broadcastable to (..., query_len, key_len)
-    mask: Tensor | None = None
+    mask: Tensor | None = None  # Boolean, True where a query may attend
     bias: Tensor | None = None  # Added to the scores, of such a shape; -inf forbids
     causal: bool = False  # Whether a query sees no later key
     # Where query 0 stands if lengths differ: what `causal`, `window`, `chunk` and `alibi` are
     # counted from
     alignment: Alignment = "top_left"
-    # How many keys before and after its own position a query sees; None is no limit
-    window: tuple[int | None, int | None] | None = None
+    window: tuple[int | None, int | None] | None = None  # How many keys before and after
     chunk: int | None = None  # A query sees keys of its own chunk of so many positions alone
     prefix: int = 0  # So many first keys are seen in spite of `causal`
     sink_keys: int = 0  # So many first keys are seen in spite of `window` and `chunk`
@@ -64,27 +62,19 @@ class Call:
     # How many first queries of each batch entry are real, (batch,); the others see nothing. The
     # last real one is the last query of the entry.
     query_lengths: Tensor | None = None
-    # A function of positions, called with integer tensors that broadcast
-    may_see: MaySee | None = None
-    # What the products of queries and keys are multiplied by; None for 1 / sqrt(head_dim)
-    scale: float | None = None
+    may_see: MaySee | None = None  # Called with integer tensors that broadcast
+    scale: float | None = None  # Of the products of queries and keys; None for 1 / sqrt(head_dim)
     softcap: float | None = None  # Scores become softcap * tanh(score / softcap)
-    # One slope per head: a score loses slope times the distance of query and key
-    alibi: Tensor | None = None
+    alibi: Tensor | None = None  # Slopes, per head: a score loses slope times the distance
     score_mod: ScoreMod | None = None  # A function of the score and its positions, elementwise
-    # One score per head that joins the sum of each row and has no value
-    sinks: Tensor | None = None
-    # What the weights are of a query that may attend to nothing
-    fully_masked: DeclaredFullyMasked = "zero"
+    sinks: Tensor | None = None  # Per head, a score that joins the sum of rows, without value
+    fully_masked: DeclaredFullyMasked = "zero"  # What a query weighs that sees nothing
     # Steps that are rounded on purpose, and to which dtype: "query", "key", "value", "scores",
     # "weights"
     rounded: Mapping[str, torch.dtype] | None = None
-    # How keys and values are stored, by code that reads a cache; None for its own way
-    stored: Storage | None = None
-    # How the sequence lies on several ranks; None where it lies on one
-    shards: Shards | None = None
-    # The gradient of the output, (..., query_len, value_dim); None for no gradients
-    upstream: Tensor | None = None
+    stored: Storage | None = None  # How keys and values are stored, by code with a cache
+    shards: Shards | None = None  # How the sequence lies on several ranks; None for one
+    upstream: Tensor | None = None  # The gradient of the output; None for no gradients
 
     @cached_property
     def factor(self) -> float:

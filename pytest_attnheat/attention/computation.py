@@ -83,9 +83,7 @@ class _Units:
     """The roundoff of a computation in the dtype of a call."""
 
     one: float  # That of the dtype, with what a long sum adds to it
-    # That of the dtype that sums are kept in: float32 or wider, as in
-    # `pytest_attnheat.attention.tolerance`
-    sums: float
+    sums: float  # That of the dtype of sums: float32 or wider, as in `attention.tolerance`
     # The smallest number that the dtype holds; at least the smallest normal one of float32 where
     # that is what is computed in, as many kernels take a smaller one for zero
     tiny: float
@@ -113,8 +111,7 @@ class _Row:
     sink: Tensor | None  # The weight of the sink, (maps, rows, 1); None without one
     slope: Tensor | None  # How scores grow with the scaled product; None where it is 1
     bias_slope: Tensor | None  # How they grow with the bias; None where it is 1
-    # What the rounding of a score is in proportion to: d / u - 1 in the formulas above
-    felt: Tensor
+    felt: Tensor  # What the rounding of a score is in proportion to: d / u - 1 above
 
 
 def reference(call: Call, *, wanted: Sequence[str] = ()) -> Reference:

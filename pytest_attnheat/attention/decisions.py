@@ -25,13 +25,11 @@ Misreading: TypeAlias = Callable[[Any], Any]
 class Plan:
     """One decision per field; the defaults are correct attention."""
 
-    # How the call is misread, of `misreadings`: functions of a case
-    misread: frozenset[Misreading] = frozenset()
+    misread: frozenset[Misreading] = frozenset()  # How it is misread, of `misreadings`
     query_from: Source = "query"  # The tensor used as queries; likewise `key_from` and `value_from`
     key_from: Source = "key"
     value_from: Source = "value"
-    # How heads are split off the embedding: by "transpose", or wrongly by "reshape"
-    split: Literal["transpose", "reshape"] = "transpose"
+    split: Literal["transpose", "reshape"] = "transpose"  # How heads are split off
     # How heads are merged, likewise, or "averaged"
     merge: Literal["transpose", "reshape", "averaged"] = "transpose"
     weights_of_heads: Literal["own", "averaged"] = "own"  # "own", or "averaged" over all heads
@@ -41,8 +39,7 @@ class Plan:
     scale_after: bool = False  # Leave the scores as they are, and scale the weights
     temperature: float = 1.0  # A factor of the scores besides
     overflow: bool = False  # Whether products that float16 cannot hold become infinite in it
-    # The dtype that products of queries and keys are rounded to
-    products_dtype: torch.dtype | None = None
+    products_dtype: torch.dtype | None = None  # That products of queries and keys are rounded to
     scores_dtype: torch.dtype | None = None  # The dtype that scaled scores are rounded to
     weights_dtype: torch.dtype | None = None  # The dtype that weights are rounded to
     output_dtype: torch.dtype | None = None  # The dtype that the output is rounded to
@@ -58,10 +55,8 @@ class Plan:
     causal_shift: int = 0  # How many keys more a causal query sees
     # In "all" cases, where lengths "differ", or there are "more_keys"
     causal_shift_where: Literal["all", "differ", "more_keys"] = "all"
-    # Given a mask and causal: "both" count, or "mask_only", "causal_only"
-    together: Literal["both", "mask_only", "causal_only"] = "both"
-    # "first" or "last": a key that nobody attends to
-    dropped_key: Literal["none", "first", "last"] = "none"
+    together: Literal["both", "mask_only", "causal_only"] = "both"  # A mask and causal
+    dropped_key: Literal["none", "first", "last"] = "none"  # A key that nobody attends to
     key_block: int = 0  # Keys after the last whole block of so many are ignored; 0 for none
     query_block: int = 0  # Queries after the last whole block of so many get zeros; 0 for none
     # Which blocks those are: "whole" ones, or a "short" one alone as well, or the "first" alone
@@ -101,8 +96,7 @@ class Plan:
     # What softmax over nothing but -inf gives where it does not run over keys, and 0 / 0 elsewhere
     empty_slices: Literal["nan", "zero", "uniform"] = "nan"
     output_factor: float = 1.0  # A factor of the output
-    # Whether NaN in the value of a masked key is "unfelt" or "felt"
-    masked_nan: Literal["unfelt", "felt"] = "unfelt"
+    masked_nan: Literal["unfelt", "felt"] = "unfelt"  # Whether NaN in values is felt
     # Whether the buffer of the output is "written", or "added_to"; or "left" for queries that see
     # nothing, or ("left_if_empty") for sequences without keys
     buffer: Literal["written", "added_to", "left", "left_if_empty"] = "written"
@@ -167,8 +161,7 @@ class Defect:
     # What attention with it does; it follows the word "attention". The fitted constant stands in
     # place of `{constant}`.
     sentence: str
-    # What it does to the plan, in each of its forms; the first one is the most usual
-    changes: tuple[Change, ...] = ()
+    changes: tuple[Change, ...] = ()  # What it does to the plan in each form, the usual first
     issue: str | None = None  # A public issue that reports it
     # How it is found: its output is reproduced "exactly" (to within rounding), or with a constant
     # that is "fitted"; by "rounding" that another order of the same steps may do differently in a
@@ -178,8 +171,7 @@ class Defect:
     # A simpler defect, or several with spaces between, one of which is named in its place where it
     # gives the same output
     form_of: str = ""
-    # Whether it is one of the backward pass: its changes are of a `BackwardPlan`
-    backward: bool = False
+    backward: bool = False  # Whether its changes are of a `BackwardPlan`
 
     def change(self, plan: Plan) -> Plan:
         """Return the plan with this defect, in its most usual form."""

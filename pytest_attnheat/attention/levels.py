@@ -73,15 +73,11 @@ class Declared:
     longest: int | None = None  # How many queries and keys there are at most
     few_shapes: bool = False  # Whether few shapes are asked
     most_weights: int = _MOST_WEIGHTS  # How many weights a call has at most
-    # How the lengths of a batch may differ, of `RAGGED`, the most ordinary first; none where all
-    # are as long
-    ragged: tuple[str, ...] = ()
-    # By feature, the only levels that may be asked
-    only: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    ragged: tuple[str, ...] = ()  # How lengths of a batch may differ, of `RAGGED`; none if equal
+    only: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # By feature, the only levels to be asked
     apart: tuple[tuple[str, str], ...] = ()  # Pairs of features that are never asked together
     one_query: bool = False  # Whether there is one query, always
-    # The levels of how keys are stored, by feature, of `STORED`; none where they are not
-    stored: tuple[tuple[str, tuple[Any, ...]], ...] = ()
+    stored: tuple[tuple[str, tuple[Any, ...]], ...] = ()  # Levels of how keys are stored, or none
     parts: int = 1  # A length is a multiple of this, as it is cut into so many parts
     uneven: bool = False  # Whether it may also be one less
 

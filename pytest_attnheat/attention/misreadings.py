@@ -28,10 +28,8 @@ class Case(Call):
 
     name: str = ""  # What it is called in messages
     scale_given: bool = False  # Whether the scale is passed as an argument of this call
-    # The dtype in which it is computed: beyond its range exp is 0 or inf
-    dtype: torch.dtype = torch.float64
-    # What the same code was asked just before, in the same memory; None if nothing that matters
-    earlier: Case | None = None
+    dtype: torch.dtype = torch.float64  # In which it is computed: beyond its range exp is 0 or inf
+    earlier: Case | None = None  # What the same code was asked just before, in the same memory
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -44,8 +44,7 @@ class Expected:
 
     output: Tensor  # (batch, heads, query_len, value_dim)
     largest_score: Tensor  # The largest score of each row, (batch, heads, query_len)
-    # The rms of the values that were used; of several outcomes, a tensor of theirs
-    ordinary: float | Tensor
+    ordinary: float | Tensor  # The rms of the values that were used; of several, a tensor
     unjudged: Tensor | None  # Rows that are not judged, (batch, heads, query_len); None if all are
 
     def errors(

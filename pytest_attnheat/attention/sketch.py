@@ -46,10 +46,8 @@ _DROPPED_BITS = 6
 class Side:
     """The numbers of all rows, or of all columns, of some maps."""
 
-    # (maps, groups), what the weights of a row sum to; None where they are not kept
-    sums: Numbers | None
-    # (maps, groups), what they sum to, each multiplied by the number of its position
-    signed: Numbers
+    sums: Numbers | None  # (maps, groups), what the weights of a row sum to; None if not kept
+    signed: Numbers  # (maps, groups), what they sum to, each times the number of its position
     norms: Numbers  # (maps, groups), the roots of the sums of their squares
     span: int = 1  # Rows that are one group; the numbers of their positions go into `signed`
 

@@ -33,8 +33,7 @@ class Storage:
     appended: int = 0
     shared: bool = False  # Whether sequences that begin alike share the pages of that
     left: bool = False  # Whether the keys of a row begin after its first slot
-    # What slots hold that are not in use, of `UNUSED`, and the buffer of the output
-    unused: str = "ordinary"
+    unused: str = "ordinary"  # What slots that are not in use hold, of `UNUSED`, and the buffer
     seed: int = 0  # Where the order of pages and ordinary numbers are drawn from
 
     def filled(
@@ -148,8 +147,7 @@ def laid_out(
     value: Tensor,  # Likewise
     queries: Tensor,  # How many queries each sequence has, (batch,)
     keys: Tensor,  # How many keys, (batch,)
-    # What stale numbers are rounded to, if not to that of the keys
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,  # What stale numbers are rounded to, by default its own
 ) -> Cache:
     """Store keys and values."""
     batch, _, key_len, _ = key.shape

@@ -39,8 +39,7 @@ class DataDifference:
 
     reason: str  # one line, for example "3 of 64 cells differ"
     details: list[str]  # further lines: the worst cell and a likely relation
-    # (row, column, query, key) of the worst cell; None where shapes or labels differ
-    worst: tuple[int, int, int, int] | None = None
+    worst: tuple[int, int, int, int] | None = None  # (row, column, query, key), or None
 
 
 def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str] = ()) -> float:

@@ -33,8 +33,7 @@ class Layer:
     # (maps,), how far the logarithm of the largest weight is above their mean, over keys that have
     # any; a mean over queries
     spread: Numbers
-    # The numbers of its heads, where they are a selection; None for all. So are queries.
-    heads: tuple[int, ...] | None = None
+    heads: tuple[int, ...] | None = None  # Numbers of its heads, where selected; so are queries
     queries: tuple[int, ...] | None = None  # Those of its queries
 
 
@@ -98,11 +97,9 @@ def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor
 
 def _sketched(
     shape: tuple[int, int, int, int],  # (batch, heads, query_len, key_len)
-    # Some maps, some rows, their weights, and the number of the first key of them
-    parts: Iterator[tuple[slice, slice, torch.Tensor, int]],
+    parts: Iterator[tuple[slice, slice, torch.Tensor, int]],  # Maps, rows, weights, first key
     here: torch.Tensor,  # The key at each query
-    # Returns the sum of what each rank has, where other ranks have other parts
-    summed: Callable[[Numbers], Numbers] | None = None,
+    summed: Callable[[Numbers], Numbers] | None = None,  # Sums what each rank has
 ) -> tuple[Sketch, Numbers, Numbers]:
     """Return the sketch, the statistics and the spread of maps."""
     batch, heads, queries, keys = shape

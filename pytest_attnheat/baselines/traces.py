@@ -93,8 +93,7 @@ class _Moved:
     number: int  # Which layer
     expected: Layer  # What was expected
     actual: Layer  # What it is
-    # How far queries and keys of each map are off, as a part of what may be
-    excess: tuple[Numbers, Numbers]
+    excess: tuple[Numbers, Numbers]  # How far queries and keys are off, as a part of what may be
     tolerance: float  # That of the layer
 
     @property

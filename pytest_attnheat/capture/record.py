@@ -46,8 +46,7 @@ class Statistics:
     row_sum: Tensor = field(repr=False)  # (batch, heads, query_len)
     entropy: Tensor = field(repr=False)  # (batch, heads, query_len), in nats
     maximum: Tensor = field(repr=False)  # (batch, heads, query_len): the largest weight
-    # (batch, heads, query_len): the key that has it, int64; -1 without keys
-    most_attended: Tensor = field(repr=False)
+    most_attended: Tensor = field(repr=False)  # Of (b, heads, queries): that key; -1 without keys
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -24,10 +24,8 @@ class Origin:
 
     left: Tensor  # (..., rows, inner)
     right: Tensor  # (..., columns, inner)
-    # What left and right had been multiplied by before; NaN for what is not known
-    factors: tuple[float, float] = (1.0, 1.0)
-    # The shape of one of them before its axes were joined, see `Tag`
-    before: tuple[int, ...] | None = None
+    factors: tuple[float, float] = (1.0, 1.0)  # Of left and right before; NaN: not known
+    before: tuple[int, ...] | None = None  # The shape of one before its axes were joined
     windows: bool = False  # Whether one of them has windows, see `Tag`
 
 
@@ -45,8 +43,7 @@ class Scores:
     steps: tuple[float, ...] = ()  # The numbers that it was multiplied by since
     softcap: float | None = None  # What a tanh was multiplied by since
     went: tuple[str, ...] = ()  # The functions that changed it
-    # The dtype with the largest rounding error that it has had
-    coarsest: torch.dtype = torch.float32
+    coarsest: torch.dtype = torch.float32  # That with the largest rounding error so far
     done: bool = False  # Whether these are weights already, and `zero` is of before
 
     @classmethod
@@ -102,37 +99,27 @@ class Tag:
     # Its shape (batch, heads, length, width) before batch and heads were joined, or heads were
     # packed into queries
     before: tuple[int, ...] | None = None
-    # Whether its third axis from the right is one of windows of rows, or of a batch that comes
-    # after the heads
-    windows: bool = False
-    # What goes along with it, if it descends from a product of activations
-    scores: Scores | None = None
+    windows: bool = False  # Whether its third axis from the right is one of windows of rows
+    scores: Scores | None = None  # What goes along with it, if it is of activations
     weights: bool = False  # Whether it is the result of a softmax (or sigmoid, sparsemax)
     dtype: torch.dtype | None = None  # That of the softmax; None if it is not known
-    # Those before dropout, in the same layout; None where that is the tensor itself
-    clean: Tensor | None = None
+    clean: Tensor | None = None  # Before dropout, in the same layout; None: the tensor itself
     source: str = ""  # How the weights were recognised
     dropout: float = 0.0  # The probability of the dropout that was applied
-    # Whether its last axis is one of a parameter: the classes of a classifier
-    parametric: bool = False
+    parametric: bool = False  # Whether its last axis is one of a parameter, as of classes
     turned: bool = False  # Whether axes were exchanged since it became weights
     softmaxes: tuple[int, ...] = ()  # The numbers of the softmaxes that it comes from
     # The number it was multiplied by: queries may be scaled in place of scores. NaN if something
     # that is not understood was done to it since.
     factor: float = 1.0
-    # The weights and the scores of the sink that was left out, (..., query_len, 1) each
-    sink: tuple[Tensor, Tensor] | None = None
+    sink: tuple[Tensor, Tensor] | None = None  # Weights and scores of the sink left out
     sample: Sample | None = None  # Of what the softmax was given
     routes: bool = False  # Whether these are weights over the classes of a layer
     of_experts: bool = False  # Whether it holds what several layers made, beside one another
-    # Two tensors that broadcast, of which it is the product element by element
-    operands: tuple[Tensor, Tensor] | None = None
-    # The product with a value, of weights that their sum has yet to divide
-    unnormalised: Any = None
-    # Of weights of some of the keys: the first of them, and how many there are in all
-    part: tuple[int, int] | None = None
-    # The products with values of such parts so far, by their first keys
-    parts: dict[int, Any] = field(default_factory=dict)
+    operands: tuple[Tensor, Tensor] | None = None  # Two, of which it is the product
+    unnormalised: Any = None  # The product with a value, to be divided by the sums
+    part: tuple[int, int] | None = None  # Of weights of some keys: the first, and of how many
+    parts: dict[int, Any] = field(default_factory=dict)  # Products of such parts, by first key
     attended: Any = None  # The attention that it is the result of
     grouped: str = ""  # "exp" for an exponential, "sums" for its sums over groups: edges of a graph
 

@@ -34,9 +34,7 @@ class Answer:
     """What a subject returned."""
 
     output: Tensor  # (batch, heads, query_len, value_dim)
-    # What it returned beside the output as it returned it, weights or a log-sum-exp; None if
-    # nothing is declared
-    besides: Any
+    besides: Any  # What it returned beside the output; None if nothing is declared
     fault: Fault | None = None  # What it did to a cache that it was not to do; None if nothing
 
 

@@ -78,8 +78,7 @@ class Effect:
 
     calls: int = 0  # How many calls there were
     active: int = 0  # On how many of them it changed the answer, or the gradients, beyond rounding
-    # By how much at most, as a part of the largest number of a head; NaN counts as inf
-    off: float = 0.0
+    off: float = 0.0  # By how much at most, as a part of the largest number of a head
     off_by: float = 0.0  # Likewise, in numbers
     rounding: float = 0.0  # What rounding may do at most where it was off, likewise
     dtype: str = ""  # The dtype of that call
@@ -109,8 +108,7 @@ class Slopes:
 
     saved: Saved  # What the forward pass leaves, with the gradient of the output
     right: dict[str, Tensor]  # By name, as `Call.shapes` has them
-    # By how much each matrix may be off: what a plain computation is, and as much again
-    allowed: dict[str, Tensor]
+    allowed: dict[str, Tensor]  # By how much each matrix may be off: a plain one, twice
 
     @classmethod
     def of(cls, call: Call, upstream: Tensor) -> Slopes:

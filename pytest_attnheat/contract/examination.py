@@ -85,8 +85,7 @@ class Examination:
     device: torch.device  # Where they are
     seed: int = 0  # Where they are drawn from
     quick: bool = False  # Whether to examine little
-    # Called with this and each call that is drawn, as `Replay` takes it
-    tell: Callable[[Examination, str], None] | None = None
+    tell: Callable[[Examination, str], None] | None = None  # Called with each call that is drawn
 
     @cached_property
     def space(self) -> Space:

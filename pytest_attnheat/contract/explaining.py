@@ -31,8 +31,7 @@ def explained(
     weights: WeightsOf = lambda one: None,  # What it used as weights
     *,
     search: bool = True,  # Whether to look for what it is instead, if it is wrong
-    # Keep what defects give on these cases, for the next subject that is asked them
-    keep: bool = False,
+    keep: bool = False,  # Keep what defects give, for the next subject that is asked them
 ) -> Diagnosis:
     """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
     dtype = dtype_name(probes[0].dtype)

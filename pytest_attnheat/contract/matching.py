@@ -52,14 +52,11 @@ def worst(fits: Iterable[Fit]) -> Fit:
 class Explanation:
     """A plan that might be what the subject computes."""
 
-    # What makes it differ from the correct plan; none for the correct plan
-    defects: tuple[Defect, ...] = ()
-    # What the plan decides otherwise than the correct one
-    decided: Decisions = field(default_factory=dict)
+    defects: tuple[Defect, ...] = ()  # What makes it differ from the correct plan, if it does
+    decided: Decisions = field(default_factory=dict)  # What the plan decides otherwise
     fit: Fit = NOWHERE  # How far it is from the answers
     constant: float | None = None  # The constant that was fitted, if any
-    # Whether it is compared with the wrong answers alone: it would change right ones
-    partly: bool = False
+    partly: bool = False  # Whether it is compared with the wrong answers alone
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -57,8 +57,7 @@ class Inside:
     specs: dict[Callable[..., Any], AttentionSpec | None] = field(
         default_factory=lambda: {SDPA: AttentionSpec(SDPA)}
     )
-    # What is known of calls, see `planting.Planted`
-    known: OrderedDict[Any, Any] = field(default_factory=OrderedDict)
+    known: OrderedDict[Any, Any] = field(default_factory=OrderedDict)  # See `planting.Planted`
 
     def spec_of(self, function: Callable[..., Any]) -> AttentionSpec | None:
         """How a function is called, None if it is no attention."""
@@ -91,8 +90,7 @@ class PlantedInside:
     def __init__(
         self,
         spec: AttentionSpec,  # What of attention a block may take
-        # The block, or a function that runs one; that one then is `of_object()`
-        block: Callable[..., Any],
+        block: Callable[..., Any],  # It, or a function that runs one, that is `of_object()`
         version: Version | None,  # What is planted, None for nothing
         inside: Inside,  # What is known of the functions that it calls
     ) -> None:

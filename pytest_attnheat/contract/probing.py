@@ -45,8 +45,7 @@ class Blueprint:
     """How a case is made."""
 
     name: str  # Its name
-    # What is chosen for it; the rest is ordinary
-    levels: dict[str, Any] = field(default_factory=dict)
+    levels: dict[str, Any] = field(default_factory=dict)  # What is chosen; the rest is ordinary
     change: Change = lambda case, seed: case  # What is made of it when it is drawn
     judged: bool = True  # Whether a wrong answer is a defect, or only worth a note
 
@@ -60,8 +59,7 @@ class Probe:
     dtype: torch.dtype  # The dtype in which the subject was asked
     tolerance: float  # The least part by which an output may be off
     judged: bool = True  # Whether a wrong answer is a defect, or only worth a note
-    # What the subject did to a cache; None if nothing that it was not to do
-    fault: Fault | None = None
+    fault: Fault | None = None  # What the subject did to a cache that it was not to do
 
 
 # What was used as weights, (batch, heads, query_len, key_len); None where that is not known.

@@ -35,8 +35,7 @@ _INERT = {"enable_gqa", "deterministic", "num_splits", "pack_gqa", "sm_margin", 
 class Reading:
     """A call of a target as it is understood."""
 
-    # What it asks. Its tensors are those of the arguments, turned: gradients reach them.
-    call: Call
+    call: Call  # What it asks. Its tensors are the arguments, turned: gradients reach them
     given: Given  # Its tensors, and how answers are turned
     scale_given: bool  # Whether the scale is an argument of the call
 

@@ -60,8 +60,7 @@ class Remedy:
     left: tuple[str, ...] = ()  # The names of what they do not
     # By hard case, which inactive defects would be active on it
     exercised: tuple[tuple[str, tuple[str, ...]], ...] = ()
-    # By dtype, by which part of the largest number of a head rounding may move one
-    tolerance: tuple[tuple[str, float], ...] = ()
+    tolerance: tuple[tuple[str, float], ...] = ()  # By dtype, what rounding may do to a head
     code: str = ""  # Tests ready to paste; empty where nothing survived
     inside: bool = False  # Whether the cases are of the attention inside of a block
 
@@ -101,8 +100,7 @@ class _Asked:
     name: str  # That of a hard case, or the levels of a call of the examination
     call: Call  # The call
     spec: AttentionSpec  # The target
-    # The examination that it is one of, and what is chosen there; None of a hard case
-    examined: tuple[Examination, Choice] | None = None
+    examined: tuple[Examination, Choice] | None = None  # It, and what is chosen; None: hard case
 
     @cached_property
     def known(self) -> Known:

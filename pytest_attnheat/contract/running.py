@@ -172,8 +172,7 @@ def examinations_of(
     *,
     quick: bool = False,  # Take the first of the dtypes alone
     seed: int = 0,  # Where the inputs are drawn from
-    # The names of devices, in place of those that are declared or else present
-    devices: Sequence[str] | None = None,
+    devices: Sequence[str] | None = None,  # In place of those that are declared or else present
     # Which of the declared dtypes to take; all by default. What is examined as it was captured, or
     # with inputs of its own, has one dtype.
     dtypes: Sequence[str] | None = None,

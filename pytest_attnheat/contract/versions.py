@@ -40,8 +40,7 @@ class Version:
 
     name: str  # The name of the defect
     sentence: str  # What it does; it follows the word "attention"
-    # Whether it is one of the forward or the backward pass, or a trivial answer
-    kind: Kind = "forward"
+    kind: Kind = "forward"  # Of the forward or the backward pass, or a trivial answer
     forms: tuple[Form, ...] = ()  # Its forms in a forward pass, the most usual first
     changes: tuple[Change, ...] = ()  # Those in a backward pass
     remembers: bool = False  # Whether it knows the first call of the same shapes

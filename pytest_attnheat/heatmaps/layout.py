@@ -72,19 +72,15 @@ class Layout:
     em: float  # pixels per em of the label font
     block: tuple[int, int]  # cells (queries, keys) pooled into one drawn cell
     cell: tuple[int, int]  # width and height of a drawn cell
-    # width and height of a panel. lefts, tops: the edges of the columns and rows of panels.
-    panel: tuple[int, int]
-    lefts: tuple[int, ...]
-    tops: tuple[int, ...]
-    # the colorbar. title, column_titles, xlabel: vertical centre of these lines of text.
-    bar: Box | None
-    title: float
+    panel: tuple[int, int]  # width and height of a panel
+    lefts: tuple[int, ...]  # the edges of the columns of panels
+    tops: tuple[int, ...]  # and of their rows
+    bar: Box | None  # the colorbar
+    title: float  # vertical centre of this line of text, as of the next two
     column_titles: float
     xlabel: float
-    # vertical centre of the first of these lines. ylabel, row_titles: horizontal centre of these
-    # columns of text.
-    notes: float
-    ylabel: float
+    notes: float  # vertical centre of the first of these lines
+    ylabel: float  # horizontal centre of this column of text, as of the next
     row_titles: float
 
     @property

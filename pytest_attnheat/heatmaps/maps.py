@@ -80,8 +80,7 @@ class Cells:
     masked: Bools  # boolean, the same shape; True where no element of the block may be attended to
     # elements (queries, keys) that one cell stands for; (1, 1) is every weight itself
     block: tuple[int, int]
-    # whether a cell shows what lies farthest from zero in its block, not the largest
-    signed: bool = False
+    signed: bool = False  # whether a cell shows what lies farthest from zero, not the largest
 
 
 def is_tensor(value: object) -> bool:

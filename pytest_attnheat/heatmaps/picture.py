@@ -41,8 +41,7 @@ class Shown:
     cells: Cells  # the values
     scale: colors.Scale  # the range of the colours
     cmap: str | Colormap  # the colours
-    # what is outlined: cells (row, column, query, key), queries (row, column, query)
-    highlight: Sequence[tuple[int, ...]]
+    highlight: Sequence[tuple[int, ...]]  # outlined cells (row, column, query, key), or queries
     dtype: str  # the dtype that the values were given in, by name
     # what is known of the maps besides their cells, where these are pooled, or too many for a
     # record; else None

@@ -41,8 +41,7 @@ class Whole:
     """What is known of maps besides the cells that they are pooled to."""
 
     sketch: Sketch  # of their weights
-    # a checksum of the mask of each map, by row and column; None without a mask
-    masks: list[list[int]] | None
+    masks: list[list[int]] | None  # a checksum for each map, by row and column; None without mask
     # the maps themselves, not copied, to be asked how they differ from others; None where they are
     # too many to be held as long as the picture is
     maps: Maps | None = None

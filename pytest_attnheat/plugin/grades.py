@@ -23,8 +23,7 @@ class Graded:
     target: str  # How it was named
     grade: Grade | None = None  # Its grade, None where there is an error
     error: str = ""  # Why nothing was graded
-    # What was done, and what was not, by title
-    notes: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[tuple[str, str]] = field(default_factory=list)  # What was done, by title
     found: Found = field(default_factory=dict)  # What workers found, as plain data
 
     def fails(self, least: float) -> str:

@@ -77,14 +77,11 @@ class Target:
     """What is graded."""
 
     text: str  # How it was named
-    # What is graded, or its specification; a method, without the object
-    right: AttentionSpec | Callable[..., Any]
+    right: AttentionSpec | Callable[..., Any]  # What is graded, without the object of a method
     stand_in: StandIn  # What is put in its place
-    # The object and the attribute that are set; None where all modules are searched
-    place: tuple[Any, str] | None = None
+    place: tuple[Any, str] | None = None  # What is set; None where all modules are searched
     wrap: Callable[[Any], Any] | None = None  # What an attribute of a class is wrapped in
-    # Whether its attention is looked for inside, see `contract.grading.Study`
-    inside: bool | None = None
+    inside: bool | None = None  # Whether its attention is inside, see `grading.Study`
 
     @contextmanager
     def replaced(self, items: Sequence[pytest.Item]) -> Iterator[list[str]]:

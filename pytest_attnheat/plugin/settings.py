@@ -66,8 +66,7 @@ class Settings(NamedTuple):
     seed: int  # The seed where the marker gives none
     require_device: bool  # Whether an absent device fails a test instead of skipping it
     time_limit: float  # How long one call of an isolated implementation may take, in seconds
-    # The implementations by whose wrong versions tests are graded, as they are named
-    grade: tuple[str, ...]
+    grade: tuple[str, ...]  # The implementations to be graded with, as they are named
     grade_min: float  # The part of active defects that tests must find
     grade_defects: tuple[str, ...] | None  # The defects that are planted, by name; None for all
     update: str  # Which baselines are written; empty for none

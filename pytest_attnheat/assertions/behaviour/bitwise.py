@@ -65,10 +65,8 @@ def check_bits(
     allowed: float,  # How much of that is ordinary rounding
     judged: Tensor,  # Which rows are judged, boolean (..., length)
     place: Callable[[tuple[int, ...]], str],  # Names a row by its index
-    # Looks at changes that are more than rounding for a likely cause
-    cause: Callable[[Tensor], str | None] | None,
-    # Looks at which rows differ, boolean (..., length), where it is rounding alone
-    cause_of_bits: Callable[[Tensor], str | None] | None,
+    cause: Callable[[Tensor], str | None] | None,  # Looks at changes beyond rounding for a cause
+    cause_of_bits: Callable[[Tensor], str | None] | None,  # Looks at which rows differ, by rounding
     repeat: str | None,  # What it takes to see the same again
     again: Callable[[], object] | None,  # Makes the call once more that gave `got`
 ) -> None:

@@ -47,8 +47,7 @@ class AttentionFunction:
     query: Tensor  # (..., query_len, head_dim)
     key: Tensor  # (..., key_len, head_dim)
     value: Tensor  # (..., key_len, value_dim)
-    # attn_mask, is_causal, scale, enable_gqa, whatever the caller gave
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # attn_mask, is_causal, scale ...
     seed: int | None = None  # Where each call starts its random numbers; None: from where they are
 
     ordered = "keys and values are"

@@ -322,8 +322,7 @@ def _changes(
     at: int | None = None,  # Where it is among them; where it was, by default
     *,
     exact: bool,  # Whether every bit counts
-    # What it is compared with; by default, what it gives in the batch
-    expected: Tensor | None = None,
+    expected: Tensor | None = None,  # By default, what it gives in the batch
 ) -> bool:
     """Whether a sample gives something else in a batch of others."""
     place = sample if at is None else at

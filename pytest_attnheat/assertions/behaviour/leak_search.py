@@ -34,18 +34,15 @@ _MOST_COUNTING, _MOST_DEAR = 128, 16
 class Fault:
     """Outputs that break the claim."""
 
-    # Whether they do not depend on what they must see; else they depend on what they must not see
-    blind: bool
+    blind: bool  # Whether they do not depend on what they must see; else on what they must not see
     method: str  # How it was found: "perturbation", "gradient" or "nan"
     broken: int  # How many outputs
     judged: int  # Of how many
     entries: int  # In how many batch entries and heads
     worst: tuple[int, ...]  # The index of the worst output (*leading, query)
     first: tuple[int, ...]  # That of the first
-    # What was replaced when the worst and the first were found
-    replacements: tuple[Replacement, Replacement]
-    # Whether all that is broken was looked for; else there is at least so much
-    counted: bool = True
+    replacements: tuple[Replacement, Replacement]  # For the worst and the first
+    counted: bool = True  # Whether all that is broken was looked for; else that is the least
 
 
 # An observer and what it depends on, or does not.

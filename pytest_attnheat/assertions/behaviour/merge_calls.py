@@ -41,9 +41,7 @@ class Form:
     base: Base = "e"  # That of the logarithm
     names: tuple[str, ...] = ()  # The first parameters that it is recognised by, in order
     never: tuple[str, ...] = ()  # Parameters by which it is told from another
-    # Whether log-sum-exps lie in memory in the order of their dimensions; else they are views of
-    # (..., heads, query_len)
-    dense: bool = True
+    dense: bool = True  # Whether they lie in memory so; else they are views of (..., heads, l)
 
     @property
     def takes_all(self) -> bool:

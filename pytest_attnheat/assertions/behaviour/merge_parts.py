@@ -32,8 +32,7 @@ class Problem:
     name: str  # What is special of it
     sizes: tuple[int, ...]  # How many keys each part has
     levels: tuple[float, ...] = ()  # What is added to all scores of each part
-    # Who may see what: "nothing" is hidden, "later" keys, or keys at "random"
-    hidden: str = "nothing"
+    hidden: str = "nothing"  # "nothing", "later" keys, or keys at "random"
 
     @property
     def parts(self) -> list[slice]:
@@ -84,8 +83,7 @@ class Added:
     out: Tensor  # Of all keys
     lse: Tensor  # Likewise
     call: Call  # What was asked of all keys
-    # By what part of its size an output and a log-sum-exp may be off
-    tolerance: tuple[float, float]
+    tolerance: tuple[float, float]  # By what part an output and a log-sum-exp may be off
     per_unit: float  # What a log-sum-exp of 1 is in base e
 
     def wrong(self, change: Callable[[Tensor], Tensor] = lambda lse: lse) -> tuple[Tensor, Tensor]:
@@ -171,8 +169,7 @@ def _named_sink(sinks: Tensor, said: str) -> str | None:
 class Maker:
     """Makes the states of parts."""
 
-    # Code under test that makes them; None for attention in float64
-    attention: Callable[..., Any] | None
+    attention: Callable[..., Any] | None  # Code that makes them; None for attention in float64
     per_unit: float  # What a log-sum-exp of 1 is in base e
     seed: int  # What all is drawn from
     device: str  # Where the states are

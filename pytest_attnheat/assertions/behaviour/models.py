@@ -47,12 +47,10 @@ class ModelSubject:
 
     model: SequenceModel  # How the module is called
     inputs: Tensor  # (batch, length, width) floats or (batch, length) token ids
-    # Further keyword arguments of every call
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # Further keyword arguments
     # Boolean (batch, length), True where a token is no padding; None for no mask
     real: Tensor | None = None
-    # (batch, length), of each token; None where the model finds them itself
-    positions: Tensor | None = None
+    positions: Tensor | None = None  # (batch, length); None where the model finds them itself
     seed: int | None = None  # Where each call starts its random numbers; None: from where they are
 
     group = 1

@@ -190,15 +190,12 @@ def check_rows(
     judged: Tensor | None = None,  # Which rows are judged, boolean (..., length); all by default
     may_be_none: bool = False,  # Whether it is right that no row is judged
     floor: float | Tensor = 0.0,  # The size that a row has at least, see `relative_change`
-    # Names a row by its index; "output[0, 3]" by default
-    place: Callable[[tuple[int, ...]], str] | None = None,
-    # Looks at the same changes for a likely cause
-    cause: Callable[[Tensor], str | None] | None = None,
+    place: Callable[[tuple[int, ...]], str] | None = None,  # Names a row by its index
+    cause: Callable[[Tensor], str | None] | None = None,  # Looks for a likely cause
     # Whether every element must be bitwise the same; `allowed` then says what would be rounding
     # alone, see `bitwise`
     exact: bool = False,
-    # What looks for a cause of that, from the rows that differ
-    cause_of_bits: Callable[[Tensor], str | None] | None = None,
+    cause_of_bits: Callable[[Tensor], str | None] | None = None,  # Looks at rows that differ
     repeat: str | None = None,  # What it takes to see the same again
     again: Callable[[], object] | None = None,  # Makes the call once more that gave `got`
 ) -> None:

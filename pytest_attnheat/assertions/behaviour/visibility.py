@@ -62,13 +62,9 @@ class Claim:
 
     may_see: Tensor  # (*leading, query_len, key_len), boolean
     judged: Tensor  # (*leading, query_len): the observers whose output means something
-    # Why an observer may not see an element, in the order in which they are named
-    rules: Sequence[Rule]
-    # What to say where outputs see nothing of their future, but may; "" where nothing is their
-    # future
-    may_be_causal: str
-    # What is claimed where the caller said nothing; None where something was said
-    assumed: str | None = None
+    rules: Sequence[Rule]  # Why an observer may not see an element, in the order of naming
+    may_be_causal: str  # What to say where outputs see nothing of their future, but may, or ""
+    assumed: str | None = None  # What is claimed where the caller said nothing, or None
     must_see: bool = True  # Whether what may be seen has to be seen
 
     @classmethod
@@ -142,8 +138,7 @@ class Replacement:
     """Other content for some inputs of a subject."""
 
     elements: Tensor | None  # Which, boolean (*leading of the keys, key_len), or None
-    # Boolean (*leading, query_len), or None; a sequence model has none
-    queries: Tensor | None = None
+    queries: Tensor | None = None  # Boolean (*leading, query_len), or None, as of a model
     content: str = "same"  # By what: `"same"` or `"larger"` size, or `"nan"`
     # An element that gets the attention. The keys are replaced by its key, so that they get as
     # much; what a sequence model gets is only drawn anew.
@@ -159,8 +154,7 @@ class Padding:
 
     side: Side  # The side
     total: int  # How many elements there are with it
-    # How many tokens of each sample are real; nothing for an attention function
-    lengths: Sequence[int]
+    lengths: Sequence[int]  # Real tokens of each sample; nothing for an attention function
     value: float | None  # What it holds; None for numbers drawn from the seed
     seed: int  # That seed
     scale: float = _SCALES[0]  # How much larger than the inputs they are

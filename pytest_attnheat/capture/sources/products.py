@@ -27,11 +27,9 @@ class Product:
     right_source: Tensor  # The operand that `right` is a view of
     scale: float = 1.0  # A factor
     added: Tensor | None = None  # What was added
-    # Brings a tensor in the layout of the left operand into that of `left`
-    left_of: Move = lambda tensor: tensor
+    left_of: Move = lambda tensor: tensor  # Brings the left operand in the layout of `left`
     right_of: Move = lambda tensor: tensor  # The same on the right
-    # Brings a tensor in the layout of `output` into that of what the function returned
-    back: Move = lambda tensor: tensor
+    back: Move = lambda tensor: tensor  # Brings `output` in the layout of what was returned
 
     def turned(self) -> Product:
         """The same product read from the right: output.mT = right.mT @ left.mT."""

@@ -42,8 +42,7 @@ class Library:
     # Of a function, its arrays, of how many first ones gradients are wanted, and the gradient of
     # its first output, makes those gradients
     gradients: Callable[[Function, Sequence[Any], int, Any], Sequence[Any]]
-    # Makes a tensor of an array, of its own memory or not
-    take: Callable[[Any], Tensor] = torch.from_dlpack
+    take: Callable[[Any], Tensor] = torch.from_dlpack  # Makes a tensor of an array
     # Returns what a function with some keywords is called as, the same for the same
     compiled: Callable[..., Function] = lambda function, names, options: _called(
         function, names, options

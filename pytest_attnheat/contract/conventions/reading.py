@@ -41,8 +41,7 @@ class Given:
     value: Tensor
     back: Turn  # Makes of an output (batch, heads, query_len, value_dim) one as the target has it
     here: Turn  # The inverse
-    # What a log-sum-exp (batch, heads, query_len) may look like as the target returns it
-    sums: Callable[[Tensor], list[Tensor]]
+    sums: Callable[[Tensor], list[Tensor]]  # What a log-sum-exp may look like as returned
     features: dict[str, Any] = field(default_factory=dict)  # Fields of `Call` that are said already
 
 
