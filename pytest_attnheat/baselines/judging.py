@@ -32,11 +32,11 @@ from PIL import Image
 from pytest_attnheat.attention.tolerance import drift_allowed
 from pytest_attnheat.baselines.compare import compare_data, tolerance_for
 from pytest_attnheat.heatmaps.colors import Scale
-from pytest_attnheat.heatmaps.difference import triptych
 from pytest_attnheat.heatmaps.figure import HeatmapFigure
 from pytest_attnheat.heatmaps.layout import Layout
 from pytest_attnheat.heatmaps.picture import IMAGE_ID, Picture, Sheet, Shown, compose
 from pytest_attnheat.heatmaps.record import Heatmaps, find_record, read_heatmaps
+from pytest_attnheat.heatmaps.showing import triptych
 
 Status = Literal["equal", "text", "pooled", "missing", "unreadable", "data", "panels", "pixels"]
 Outcome = Literal["equal", "text", "size", "panels", "rest"]

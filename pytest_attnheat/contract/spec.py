@@ -21,10 +21,16 @@ from pytest_attnheat.callables import parameters_of
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
 from pytest_attnheat.contract import asking
-from pytest_attnheat.contract.accepted import Returns, check_fields, check_rules, check_subject
+from pytest_attnheat.contract.accepted import (
+    Returns,
+    by_convention,
+    by_signature,
+    check_fields,
+    check_rules,
+    check_subject,
+)
 from pytest_attnheat.contract.asking import KEYWORDS, Answer
 from pytest_attnheat.contract.conventions import Convention, named
-from pytest_attnheat.contract.filling import by_convention, by_signature
 from pytest_attnheat.failure import Failure
 
 # Looked up in this order: a causal_mask is a mask.

@@ -12,8 +12,7 @@ from torch import Tensor
 from pytest_attnheat.attention.vocabulary import permits
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.sources.numbers import explained, sample_of
-from pytest_attnheat.capture.sources.products import Product
+from pytest_attnheat.capture.sources.products import Product, explained, sample_of
 from pytest_attnheat.capture.tags import (
     Scores,
     Tag,

@@ -16,8 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pytest_attnheat.capture.sources import moved
-from pytest_attnheat.capture.sources.numbers import rows_are_distributions, sample_of, seen_in
-from pytest_attnheat.capture.sources.products import Product, read_product, read_sum
+from pytest_attnheat.capture.sources.products import (
+    Product,
+    read_product,
+    read_sum,
+    rows_are_distributions,
+    sample_of,
+    seen_in,
+)
 from pytest_attnheat.capture.sources.reading import tell
 from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
 from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
