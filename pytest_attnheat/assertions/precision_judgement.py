@@ -15,7 +15,7 @@ from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.backward import likely_backward_mistake, names_of
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.outcomes import likely_mistake
 from pytest_attnheat.failure import Failure, Place, number_text
 from pytest_attnheat.heatmaps.terminal import map_name
 from pytest_attnheat.inputs import dtype_name

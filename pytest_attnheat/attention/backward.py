@@ -23,12 +23,14 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BLOCKS, BackwardPlan, Defect, Plan
 from pytest_attnheat.attention.decisions import backward_defect as _backward
 from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.mistakes import (
+from pytest_attnheat.attention.outcomes import (
     AS_WELL,
     MOST_ALLOWED,
     PART,
+    Outcomes,
     as_case,
     changes,
+    decisions_of,
     finite,
     fitting,
     listed,
@@ -36,7 +38,6 @@ from pytest_attnheat.attention.mistakes import (
     simplest,
     too_large,
 )
-from pytest_attnheat.attention.outcomes import Outcomes, decisions_of
 from pytest_attnheat.attention.plan import (
     Case,
     NotApplicable,

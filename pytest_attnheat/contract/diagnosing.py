@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.mistakes import finite
+from pytest_attnheat.attention.outcomes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.callables import always_compiled, random_kept, seed_all

@@ -17,8 +17,7 @@ from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.backward import Saved, carried_back, off_by
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.mistakes import MOST_ALLOWED
-from pytest_attnheat.attention.outcomes import Expected, Outcomes, digest
+from pytest_attnheat.attention.outcomes import MOST_ALLOWED, Expected, Outcomes, digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.contract.spec import AttentionSpec

@@ -1,6 +1,6 @@
 """How well a plan reproduces what a subject answered.
 
-What counts as rounding is said in `pytest_attnheat.attention.mistakes`.
+What counts as rounding is said in `pytest_attnheat.attention.outcomes`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.mistakes import Expected, expected
-from pytest_attnheat.attention.outcomes import Decisions, Outcomes, kept_outcomes, stacked
+from pytest_attnheat.attention.outcomes import (
+    Decisions,
+    Expected,
+    Outcomes,
+    expected,
+    kept_outcomes,
+    stacked,
+)
 from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.contract.probing import Probe

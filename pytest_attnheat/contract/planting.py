@@ -24,8 +24,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from pytest_attnheat.attention.backward import carried_back
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.attention.outcomes import digest
+from pytest_attnheat.attention.outcomes import as_case, digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.conventions.reading import SetAsideError, UnreadError

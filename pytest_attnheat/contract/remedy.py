@@ -15,7 +15,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.cases import as_dtype
 from pytest_attnheat.attention.hard_cases import FEATURE_CASES, HARD_CASES, hard_case
 from pytest_attnheat.attention.levels import Choice
-from pytest_attnheat.attention.mistakes import as_case
+from pytest_attnheat.attention.outcomes import as_case
 from pytest_attnheat.contract.effects import Known, Slopes
 from pytest_attnheat.contract.examination import Examination
 from pytest_attnheat.contract.planting import Planted, shows_in_gradients, slopes_of

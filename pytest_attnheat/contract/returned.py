@@ -18,7 +18,7 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.levels import OPTIONS
 from pytest_attnheat.attention.misreadings import without
-from pytest_attnheat.attention.mistakes import as_case
+from pytest_attnheat.attention.outcomes import as_case
 from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text

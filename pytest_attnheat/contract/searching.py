@@ -17,8 +17,15 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.mistakes import Expected, expected, finite
-from pytest_attnheat.attention.outcomes import Decisions, decisions_of, is_large, together
+from pytest_attnheat.attention.outcomes import (
+    Decisions,
+    Expected,
+    decisions_of,
+    expected,
+    finite,
+    is_large,
+    together,
+)
 from pytest_attnheat.attention.plan import Plan
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.contract.matching import PERFECT, Answers, Explanation, nearly, worst

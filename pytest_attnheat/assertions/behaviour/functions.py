@@ -27,7 +27,7 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     size_of,
 )
 from pytest_attnheat.attention.call import FEATURES, Call
-from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.outcomes import likely_mistake
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM, Alignment, Side, permits
 from pytest_attnheat.callables import copied

@@ -26,7 +26,7 @@ from pytest_attnheat.assertions.behaviour.subject import (
 )
 from pytest_attnheat.attention.backward import names_of
 from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.attention.mistakes import finite
+from pytest_attnheat.attention.outcomes import finite
 from pytest_attnheat.attention.tolerance import is_fine
 from pytest_attnheat.callables import borrowed, changed
 from pytest_attnheat.failure import Checked, Failure, Place
