@@ -48,16 +48,7 @@ class Block:
 
 
 class Blocks:
-    """The weights of a call, to be had by the block.
-
-    Attributes:
-        call: The call.
-        dtype: What they are computed in.
-        rows: How many rows a block has, at most.
-        together: How many maps.
-        maps: The maps of the blocks.
-        spans: Their rows.
-    """
+    """The weights of a call, to be had by the block: some rows (`spans`) of some maps."""
 
     def __init__(
         self,

@@ -25,11 +25,8 @@ LOG = logging.getLogger("pytest_attnheat")
 class Progress:
     """Tells the log how far something is that takes longer than some seconds.
 
-    Args:
-        name: What it is told of.
-        steps: How many steps there are.
-        done: What becomes of them: "are read".
-        even: Whether each takes as long, so that it is known how long is left.
+    `done` says what becomes of its steps: "are read". Where they are even, each takes as long, so
+    that it is known how long is left.
     """
 
     def __init__(self, name: str, steps: int, done: str, *, even: bool = True) -> None:

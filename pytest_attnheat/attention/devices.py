@@ -88,18 +88,8 @@ def _every_device(present: Mapping[str, int]) -> list[str]:
 
 
 def resolve(name: str, *, worker: int = 0, argument: str = "devices") -> torch.device:
-    """Return the device that a name stands for.
-
-    Args:
-        name: The name.
-        worker: Which of several processes this is: they share out the devices of a kind that is
-            named without a number.
-        argument: What the name was given as.
-
-    Raises:
-        ValueError: It is not such a name.
-        LookupError: The device is absent.
-    """
+    """Return the device that a name stands for; a LookupError if it is absent."""
+    # Several workers share out the devices of a kind that is named without a number.
     import torch
 
     kind, _, index = check_device(name, argument).partition(":")

@@ -256,16 +256,7 @@ class Space:
         }
 
     def call(self, chosen: Choice, dtype: torch.dtype, device: torch.device | str = "cpu") -> Call:
-        """Draw the call of a choice, the same on every device and in every dtype but for rounding.
-
-        Args:
-            chosen: A level for each feature.
-            dtype: The dtype of all tensors of floats.
-            device: Where they are.
-
-        Returns:
-            The call. The upstream gradient is not given.
-        """
+        """Draw the call of a choice, the same on every device and (but for rounding) dtype."""
         heads = self.declared.heads or chosen["key_heads"] * chosen["group"]
         drawing = Drawing(chosen, heads, self.seed, dtype, torch.device(device))
         return drawing.call(self.always)

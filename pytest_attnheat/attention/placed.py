@@ -95,11 +95,7 @@ class Placed(Viewed):
     """Weights, or a mask, whose shards lie on several ranks.
 
     A box of it is read by all ranks at once, each of which has to ask for the same.
-
-    Attributes:
-        offset: Where the shard of this rank begins, by dimension.
-        local: That shard.
-        own: What of it lies here, by its place in the whole.
+    `local` is the shard of this rank, which begins at `offset`; `own` is its place in the whole.
     """
 
     def __init__(self, tensor: Any, name: str) -> None:

@@ -183,12 +183,6 @@ class Study:
     nothing can be graded. Then run it with `plant(version)` for each of `versions`, and tell
     `verdict` what became of it. `grade` gathers the verdicts, which can come from several
     processes.
-
-    Attributes:
-        spec: The target.
-        seed: Where random numbers start.
-        versions: The wrong versions.
-        watched: The target itself, whose calls are read.
     """
 
     def __init__(

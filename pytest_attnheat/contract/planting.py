@@ -42,15 +42,10 @@ _BASES = (1.0, math.log(2.0), math.log(10.0))
 
 
 class Planted:
-    """A target with a defect, called as the target is.
+    """A target with a defect, called as the target is; without a version, it is only watched.
 
-    Attributes:
-        spec: The target.
-        version: What is planted; None for nothing, so that calls are only watched.
-        effect: What was asked, and what was changed.
-        module: The target, where it is a module.
-        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len),
-            since `keep_weights` was called.
+    `weights` are those of the last answer that was changed, (batch, heads, query_len, key_len),
+    since `keep_weights` was called.
     """
 
     def __init__(

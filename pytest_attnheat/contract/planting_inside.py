@@ -79,12 +79,7 @@ def _spec_of(function: Callable[..., Any]) -> AttentionSpec | None:
 class PlantedInside:
     """A block with a defect, called as the block is.
 
-    Attributes:
-        spec: What of attention a block may take.
-        module: The block, None of a method.
-        version: What is planted; None for nothing, so that calls are only watched.
-        effect: What was asked of the attention inside, and what was changed.
-        called: What the block was first called with, in words of `AttentionSpec`.
+    `called` is what it was first called with, in words of `AttentionSpec`.
     """
 
     def __init__(

@@ -48,12 +48,8 @@ _BY_NAME = {defect.name: defect for defect in DEFECTS}
 class Search:
     """The search among the known defects for what a subject computes.
 
-    Attributes:
-        answers: What it answered.
-        singles: Every plan with one defect that was compared, with its fit.
-        unseen: Defects that change nothing on these cases.
-        compared: How many plans were compared.
-        telling: For each case, how many of the singles change it.
+    `singles` are the plans with one defect that were compared, `telling` how many of them change
+    each case, and `unseen` the defects that change nothing on these cases.
     """
 
     def __init__(self, probes: Sequence[Probe], *, keep: bool = False) -> None:
@@ -167,16 +163,8 @@ class Search:
     def by_constant(
         self, bases: Sequence[Explanation], i: int = 0, *, factors: bool = False
     ) -> list[Explanation]:
-        """Fit one constant, besides each of some plans, to one answer; measure it on all.
-
-        Args:
-            bases: The plans.
-            i: The case of the answer that it is fitted to.
-            factors: Fit factors of the output alone.
-
-        Returns:
-            What was fitted, which need not reproduce anything.
-        """
+        """Fit a constant, besides each of some plans, to answer `i`; measure it on all."""
+        # What was fitted need not reproduce anything.
         probe, outcomes = self.answers.probes[i], self.answers.outcomes[i]
         alike: dict[Expected, list[Explanation]] = {}
         for base in bases:

@@ -33,12 +33,7 @@ _MOST_IN_A_ROW = 2
 
 
 class Sharded:
-    """A subject on several ranks, with the signature that it has on one of them.
-
-    Attributes:
-        subject: Called on each rank with its shards of query, key and value.
-        shards: How the sequence lies on the ranks.
-    """
+    """A subject on several ranks, with the signature that it has on one of them."""
 
     def __init__(
         self, subject: Callable[..., Any], name: str, shards: Shards, dim: int, time_limit: float

@@ -130,10 +130,8 @@ class _Operand:
 
 
 def _read(out: list[str], output: Tensor, a: _Operand, b: _Operand) -> Product | None:
-    """Two operands with one axis summed, as one product of matrices or, read from the right, not.
-
-    There are batch axes, one of rows, one of columns, and perhaps groups of rows.
-    """
+    """Two operands with one axis summed, as a product of matrices or, from the right, not."""
+    # There are batch axes, one of rows, one of columns, and perhaps groups of rows.
     return _matrices(a, b, out, output) or _matrices(b, a, out, output)
 
 

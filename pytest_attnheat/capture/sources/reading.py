@@ -66,11 +66,9 @@ _OF_SOME_KEYS: dict[str, Any] = {
 
 
 def mark_blocks(pieces: list[tuple[Tensor, Attended]], axis: int) -> None:
-    """Mark attentions as blocks of queries, if their outputs were put beside one another as such.
-
-    Heads may be put together as well, along an axis of their own, and batch entries along the
-    first.
-    """
+    """Mark attentions as blocks of queries, if outputs were put beside one another as such."""
+    # Heads may be put together as well, along an axis of their own, and batch entries along the
+    # first.
     tensor, first = pieces[0]
     *lead, queries, _width = first.product.output.shape
     shapes = {one.product.left.shape[-2:] for _, one in pieces}
