@@ -134,15 +134,10 @@ class Failure(AssertionError):  # noqa: N818 (it is what users read: a failure)
     def __str__(self) -> str:
         """Say all of it, in several lines."""
         entries = {
-            "layer": self.layer,
-            "cases": self.cases,
-            "worst": self.worst,
-            "first": self.first,
-            "cause": self.cause,
-            "claim": self.assumed,
-            "tensor": self.tensor,
+            "layer": self.layer, "cases": self.cases, "worst": self.worst, "first": self.first,
+            "cause": self.cause, "claim": self.assumed, "tensor": self.tensor,
             "repeat": self.repeat,
-        }
+        }  # fmt: skip
         lines = [self.headline]
         for name, said in entries.items():
             if said is not None:

@@ -158,18 +158,11 @@ class Finding(Generic[P]):
         """Return the failure to raise."""
         elsewhere = names_first and self.first.index != self.worst.index
         return Failure(
-            assertion,
-            self.claim.statement,
-            broken=self.broken,
-            of=self.of,
-            worst=self._place(self.worst),
-            first=self._place(self.first) if elsewhere else None,
-            cause=cause,
-            tensor=Checked.of(checked),
-            tolerance=self.worst.allowed or None,
-            picture=picture,
-            draw=draw,
-        )
+            assertion, self.claim.statement, broken=self.broken, of=self.of,
+            worst=self._place(self.worst), first=self._place(self.first) if elsewhere else None,
+            cause=cause, tensor=Checked.of(checked), tolerance=self.worst.allowed or None,
+            picture=picture, draw=draw,
+        )  # fmt: skip
 
     def _place(self, spot: Spot) -> Place:
         return Place(spot.text, self.claim.given(spot.index), spot.value)
@@ -276,16 +269,10 @@ def of_rows(
     """Make a claim about rows."""
     # Without more, it is about those with a permitted key, and what is measured is the deviation.
     return Claim(
-        statement=statement,
-        kind=kind,
-        regards=regards,
-        value=value,
-        deviation=deviation or value,
-        allowed=allowed,
-        says=lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
-        lines=lines,
-        unit=unit,
-    )
+        statement=statement, kind=kind, regards=regards, value=value, deviation=deviation or value,
+        allowed=allowed, says=lambda _, spot: f"{lines.name(spot.index)} {verb} {_measured(spot)}",
+        lines=lines, unit=unit,
+    )  # fmt: skip
 
 
 def _measured(spot: Spot) -> str:
@@ -355,15 +342,10 @@ def masked_is_zero(says: Says, *, every_row: bool) -> Claim[Elements]:
         return part.unread * rows if part.unread else 0
 
     return Claim(
-        statement="masked weights are not zero",
-        kind="outside",
-        regards=regards,
-        value=lambda part: part.values,
-        deviation=lambda part: part.values.abs(),
-        allowed=0.0,
-        says=lambda _, spot: says(spot.index, spot.value),
-        besides=besides,
-    )
+        statement="masked weights are not zero", kind="outside", regards=regards,
+        value=lambda part: part.values, deviation=lambda part: part.values.abs(), allowed=0.0,
+        says=lambda _, spot: says(spot.index, spot.value), besides=besides,
+    )  # fmt: skip
 
 
 def permitted_is_positive(says: Says) -> Claim[Elements]:
@@ -398,11 +380,7 @@ def masks_nothing() -> Claim[Block]:
 def _quick(statement: str, kind: str, broken: Callable[[Block], Tensor]) -> Claim[Block]:
     """Claim something that is asked, of every row, and never counted."""
     return Claim(
-        statement=statement,
-        kind=kind,
-        regards=lambda block: torch.ones((), dtype=torch.bool, device=block.device),
-        value=broken,
-        deviation=broken,
-        allowed=0.0,
-        says=lambda *_: "",
-    )
+        statement=statement, kind=kind,
+        regards=lambda block: torch.ones((), dtype=torch.bool, device=block.device), value=broken,
+        deviation=broken, allowed=0.0, says=lambda *_: "",
+    )  # fmt: skip

@@ -53,13 +53,9 @@ def failure(
         )
     )
     return finding.failure(
-        assertion,
-        weights.mT if claim.lines.transposed else weights,
-        cause,
-        names_first=not of_rows,
-        picture=_small_picture(weights, mask, claim, row),
-        draw=draw,
-    )
+        assertion, weights.mT if claim.lines.transposed else weights, cause,
+        names_first=not of_rows, picture=_small_picture(weights, mask, claim, row), draw=draw,
+    )  # fmt: skip
 
 
 def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], row: Index) -> str:
@@ -70,14 +66,11 @@ def _small_picture(weights: Tensor, mask: Tensor | None, claim: Claim[Block], ro
     breaks = claim.breaks(block).flatten().tolist()
     return format_heatmap(
         _rows_at(weights, place, window),
-        mask=None if mask is None else _rows_at(mask, place, window),
-        first_row=window.start,
+        mask=None if mask is None else _rows_at(mask, place, window), first_row=window.start,
         marked=[window.start + i for i, broken in enumerate(breaks) if broken],
-        notes=_notes(claim, block),
-        row_name=claim.lines.letter,
-        column_name=claim.lines.across,
+        notes=_notes(claim, block), row_name=claim.lines.letter, column_name=claim.lines.across,
         title=map_name(tuple(place)),
-    )
+    )  # fmt: skip
 
 
 def _notes(claim: Claim[Block], block: Block) -> list[str] | None:

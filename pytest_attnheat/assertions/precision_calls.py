@@ -327,11 +327,8 @@ def check_by_differences(
             raise Failure(
                 assertion,
                 f"the gradient of {name} is not that of the output it gives with dropout",
-                worst=place,
-                cause=mistake,
-                tensor=Checked.of(slope),
-                repeat=f"seed={seed}",
-            )
+                worst=place, cause=mistake, tensor=Checked.of(slope), repeat=f"seed={seed}",
+            )  # fmt: skip
 
 
 def _misplaced(

@@ -107,15 +107,9 @@ def judge(
     return Judgement(
         name=name,
         found=torch.zeros_like(exact) if found is None else _as_matrices(found.detach()).to(exact),
-        exact=exact,
-        plain=plain,
-        scale=scale,
-        allowed=allowed,
-        judged=judged,
-        dtype=dtype if found is None else found.dtype,
-        shape=shape,
-        missing=found is None,
-    )
+        exact=exact, plain=plain, scale=scale, allowed=allowed, judged=judged,
+        dtype=dtype if found is None else found.dtype, shape=shape, missing=found is None,
+    )  # fmt: skip
 
 
 def _as_matrices(tensor: Tensor) -> Tensor:

@@ -144,17 +144,11 @@ def _judge_rows(
 
     def context(found: Mapping[str, Tensor | None], several: list[Judgement], more: str) -> Context:
         return Context(
-            call=call,
-            found=found,
-            unit=expected[0].unit,
-            fully_masked=masked_rows,
-            top_score=expected[0].top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=repeat + more,
-            broken=[one.name for one in several if bool(one.broken.any())],
+            call=call, found=found, unit=expected[0].unit, fully_masked=masked_rows,
+            top_score=expected[0].top_score, factor=criteria.factor, tolerance=criteria.tolerance,
+            repeat=repeat + more, broken=[one.name for one in several if bool(one.broken.any())],
             explain=False,
-        )
+        )  # fmt: skip
 
     def valued(value: Tensor) -> tuple[Call, Tensor]:
         """Ask with other values: return the call of the rows, and the whole output."""
@@ -378,17 +372,9 @@ def _judge(
     elif call.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(
-        name,
-        found,
-        exact,
-        plain,
-        scale,
-        least,
-        factor=criteria.factor,
-        tolerance=criteria.tolerance,
-        dtype=call.query.dtype,
-        judged=judged,
-    )
+        name, found, exact, plain, scale, least, factor=criteria.factor,
+        tolerance=criteria.tolerance, dtype=call.query.dtype, judged=judged,
+    )  # fmt: skip
 
 
 def _touched(gradient: Tensor, masked_rows: Tensor, call: Call) -> Tensor:

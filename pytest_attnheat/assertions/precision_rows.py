@@ -282,16 +282,12 @@ def weights_of_runs(
         f"{exact:.6g} (off by {float(one.error[at]):.1e}; allowed {float(one.allowed[at]):.1e})"
     )
     return Failure(
-        assertion,
-        "weights of runs of keys are not those of attention in float64",
-        broken=int(broken.sum()),
-        of=int(one.judged.sum()),
+        assertion, "weights of runs of keys are not those of attention in float64",
+        broken=int(broken.sum()), of=int(one.judged.sum()),
         worst=Place(text, (*place, row), found, "output"),
         cause=_read_beside(one) if surrounded and nan else _where(one, runs, count),
-        tensor=one.checked,
-        tolerance=float(one.allowed[at]),
-        repeat=repeat,
-    )
+        tensor=one.checked, tolerance=float(one.allowed[at]), repeat=repeat,
+    )  # fmt: skip
 
 
 def _read_beside(one: Judgement) -> str:

@@ -393,15 +393,9 @@ def dropout(_: Product, worst: Sample, __: Tensor) -> str | None:
 
 
 _CAUSES: tuple[Cause, ...] = (
-    zero,
-    constant_factor,
-    made_by_another,
-    rearranged,
-    transposed,
-    causal_elsewhere,
-    averaged,
+    zero, constant_factor, made_by_another, rearranged, transposed, causal_elsewhere, averaged,
     dropout,
-)
+)  # fmt: skip
 
 
 def _queries(product: Product, maps: int) -> Tensor:

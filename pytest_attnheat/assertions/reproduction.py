@@ -116,15 +116,11 @@ def assert_reproduces_output(
     if limit is None:
         _check_meaning(product)
     claim = Claim(
-        statement="output elements are not weights @ value",
-        kind="output",
+        statement="output elements are not weights @ value", kind="output",
         regards=lambda part: torch.ones_like(part.output, dtype=torch.bool),
-        value=lambda part: part.output,
-        deviation=lambda part: part.off,
-        allowed=lambda part: part.allowed,
-        says=partial(_says, product),
-        given=product.index_given,
-    )
+        value=lambda part: part.output, deviation=lambda part: part.off,
+        allowed=lambda part: part.allowed, says=partial(_says, product), given=product.index_given,
+    )  # fmt: skip
     # To have passed is certain. Else the careful reading decides: the NaN in the value of a key
     # without weight, for instance, spreads in the quick one.
     if first_broken(_parts(product, limit, careful=False), [claim]) is None:

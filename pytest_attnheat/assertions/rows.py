@@ -152,13 +152,10 @@ def assert_one_hot(
     operand, permitted, declared, allowed = _read(weights, mask, fully_masked, tolerance)
     one_weight = row_tolerance(operand.dtype, 1) if tolerance is None else allowed
     largest_is_one = of_rows(
-        "rows do not put all weight on one key",
-        "one-hot",
-        lambda block: block.high,
-        "has as its largest weight",
-        deviation=lambda block: (block.high - 1).abs(),
+        "rows do not put all weight on one key", "one-hot", lambda block: block.high,
+        "has as its largest weight", deviation=lambda block: (block.high - 1).abs(),
         allowed=one_weight,
-    )
+    )  # fmt: skip
     claims = [*_distribution(permitted, declared, allowed), largest_is_one]
     _check("assert_one_hot", operand, permitted, claims)
 
@@ -321,14 +318,11 @@ def _entropy_within(
 
     def claim(bound: float, sign: float, word: str) -> Claim[Block]:
         return of_rows(
-            f"rows have an entropy {word} {bound:.6g} {unit}",
-            "entropy",
-            lambda block: block.entropy * per_nat,
-            f"has an entropy ({unit}) of",
+            f"rows have an entropy {word} {bound:.6g} {unit}", "entropy",
+            lambda block: block.entropy * per_nat, f"has an entropy ({unit}) of",
             deviation=lambda block: ((bound - block.entropy * per_nat) * sign).clamp(min=0),
-            allowed=slack,
-            unit=unit,
-        )
+            allowed=slack, unit=unit,
+        )  # fmt: skip
 
     least = [] if minimum is None else [claim(minimum, 1.0, "below")]
     return least if maximum is None else [*least, claim(maximum, -1.0, "above")]

@@ -293,12 +293,9 @@ def carried_back(plan: BackwardPlan, saved: Saved) -> Iterator[tuple[str, Tensor
     scale = read.factor * plan.temperature
     slope, bias_slope = _slopes(plan, read, (query @ key.mT) * scale)
     scale = {
-        "applied": scale,
-        "missing": 1.0,
-        "twice": scale * scale,
-        "base_two": scale * math.log(2),
+        "applied": scale, "missing": 1.0, "twice": scale * scale, "base_two": scale * math.log(2),
         "base_e": scale / math.log(2),
-    }[plan.gradient_scale]
+    }[plan.gradient_scale]  # fmt: skip
     products = scores * slope
     names = ("query", "key")
     if plan.exchanged:

@@ -213,15 +213,10 @@ def make_attention(
         scores = call.scored(products)
         output, weights, sink_weights = _weighed(call, scores, kind)
     return AttentionCase(
-        **{field.name: getattr(call, field.name) for field in fields(Call)},
-        scores=scores,
-        weights=weights,
-        sink_weights=sink_weights,
-        output=output,
-        scoring_function=function,
-        scoring=name,
-        seed=seed,
-    )
+        **{field.name: getattr(call, field.name) for field in fields(Call)}, scores=scores,
+        weights=weights, sink_weights=sink_weights, output=output, scoring_function=function,
+        scoring=name, seed=seed,
+    )  # fmt: skip
 
 
 def _weighed(call: Call, scores: Tensor, kind: Kind) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -44,17 +44,13 @@ class Drawing:
         """Draw all that is chosen, besides the fields that every call has."""
         call = Call(*self._tensors(), **always)
         drawn: dict[str, Callable[[], Any]] = {
-            "causal": lambda: True,
-            "scale": lambda: self.chosen["scale"],
-            "softcap": lambda: 2.0,
+            "causal": lambda: True, "scale": lambda: self.chosen["scale"], "softcap": lambda: 2.0,
             "sinks": lambda: self._drawn("sinks", self.heads),
             "alibi": lambda: self._given(2.0 ** -torch.arange(1, self.heads + 1).clamp(max=8)),
-            "documents": self._documents,
-            "lengths": self._real,
-            "window": self._window,
+            "documents": self._documents, "lengths": self._real, "window": self._window,
             "chunk": lambda: max(3, self.chosen["sizes"][1] // 3),
             "bias": lambda: self._drawn("bias", *self._whole),
-        }
+        }  # fmt: skip
         own = {name: make() for name, make in drawn.items()
                if self.chosen.get(name, False) not in (False, NONE)}  # fmt: skip
         return self._stored(self._masked(replace(call, **own, **self._ragged())))

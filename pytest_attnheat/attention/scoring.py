@@ -348,11 +348,8 @@ def make_scoring(
     factory = (extra or {}).get(name) or _factories[name]
     scoring = factory(query_dim, query_dim if key_dim is None else key_dim, seed)
     if not callable(scoring):
-        raise TypeError(
-            misuse(
-                f"what the factory of scoring function {name!r} returns",
-                repr(scoring),
-                "an nn.Module or a function (query, key) -> scores",
-            )
-        )
+        raise TypeError(misuse(
+            f"what the factory of scoring function {name!r} returns", repr(scoring),
+            "an nn.Module or a function (query, key) -> scores",
+        ))  # fmt: skip
     return scoring.to(device, dtype) if isinstance(scoring, nn.Module) else scoring

@@ -235,14 +235,9 @@ def _in_text(expected: Heatmaps, actual: Heatmaps, row: int, column: int, query:
     low, high = (float(end) for end in expected.limits[row, column])
     for name, data in (("expected", expected), ("actual", actual)):
         text = format_heatmap(
-            data.values[row, column, rows],
-            mask=~data.masked[row, column, rows],
-            first_row=first,
-            marked=[query],
-            vmin=low,
-            vmax=high if high > low else low + 1,
-            title=name,
-        )
+            data.values[row, column, rows], mask=~data.masked[row, column, rows], first_row=first,
+            marked=[query], vmin=low, vmax=high if high > low else low + 1, title=name,
+        )  # fmt: skip
         lines += text.splitlines()
     return lines
 

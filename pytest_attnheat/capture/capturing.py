@@ -124,13 +124,10 @@ def _checked(
     if not 0 <= max_bytes < float("inf"):
         raise ValueError(refusal)
     return Wanted(
-        keep,
-        checked_patterns(layers),
-        None if heads is None else selection("heads", heads),
-        None if queries is None else selection("queries", queries),
-        int(max_bytes),
+        keep, checked_patterns(layers), None if heads is None else selection("heads", heads),
+        None if queries is None else selection("queries", queries), int(max_bytes),
         float_dtype(dtype),
-    )
+    )  # fmt: skip
 
 
 @contextmanager

@@ -43,16 +43,11 @@ def _root(value: Any) -> float | None:
 
 # The name of an attribute -> what it declares, and how it is read; None for what says nothing.
 _OF_MODULE: dict[str, tuple[Feature, Callable[[Any], Any]]] = {
-    "scaling": ("scale", _number),
-    "scale": ("scale", _number),
-    "softmax_scale": ("scale", _number),
-    "inv_norm_factor": ("scale", _number),
-    "norm_factor": ("scale", _number),
-    "attn_logit_softcapping": ("softcap", _number),
-    "softcap": ("softcap", _number),
-    "sliding_window": ("window", _whole),
-    "sinks": ("sinks", _sinks),
-}
+    "scaling": ("scale", _number), "scale": ("scale", _number), "softmax_scale": ("scale", _number),
+    "inv_norm_factor": ("scale", _number), "norm_factor": ("scale", _number),
+    "attn_logit_softcapping": ("softcap", _number), "softcap": ("softcap", _number),
+    "sliding_window": ("window", _whole), "sinks": ("sinks", _sinks),
+}  # fmt: skip
 # The same of its `config`; the third is what `config.layer_types` calls a layer that has it.
 _OF_CONFIG: dict[str, tuple[Feature, Callable[[Any], Any], str]] = {
     "query_pre_attn_scalar": ("scale", _root, ""),

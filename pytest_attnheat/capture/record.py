@@ -254,18 +254,10 @@ class AttentionRecord:
         if self.queries is not None:
             mask, causal = both(mask, _causal(self)), None
         return Call(
-            query,
-            key,
-            value,
-            mask=_entries(mask, some),
-            bias=_entries(self.bias, some),
-            causal=causal is not None,
-            alignment=causal or "top_left",
-            scale=self.scale,
-            softcap=self.softcap,
-            sinks=self.sinks,
-            score_mod=self._renumbered(batch or 0),
-        )
+            query, key, value, mask=_entries(mask, some), bias=_entries(self.bias, some),
+            causal=causal is not None, alignment=causal or "top_left", scale=self.scale,
+            softcap=self.softcap, sinks=self.sinks, score_mod=self._renumbered(batch or 0),
+        )  # fmt: skip
 
     def _renumbered(self, first: int) -> ScoreMod | None:
         """The function of scores, called with numbers of what was selected."""

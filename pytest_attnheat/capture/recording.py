@@ -74,16 +74,11 @@ class Recording:
         if not self._wanted.wants(layer):
             return None
         record = replace(
-            record,
-            layer=layer,
-            call=self._calls[layer],
-            step=max(self._layers.step, 0),
-            training=self._layers.training,
-            tolerance=residual_tolerance(record.dtype),
-            weights_dtype=self._wanted.dtype,
-            most_bytes=self._wanted.max_bytes,
+            record, layer=layer, call=self._calls[layer], step=max(self._layers.step, 0),
+            training=self._layers.training, tolerance=residual_tolerance(record.dtype),
+            weights_dtype=self._wanted.dtype, most_bytes=self._wanted.max_bytes,
             carried=tuple(self._carried(layer, record, tags)),
-        )
+        )  # fmt: skip
         self._calls[layer] += 1
         try:
             selected = self._selected(record)

@@ -212,15 +212,12 @@ class Trace(Sequence[AttentionRecord]):
         numbers = {int(r.queries[0]) for r in self._records if r.queries is not None}
         (own,) = given.get("query_labels", [""])
         defaults = {
-            "xlabel": "Heads",
-            "ylabel": "Keys",
-            "titles": given["row_titles"],
+            "xlabel": "Heads", "ylabel": "Keys", "titles": given["row_titles"],
             "key_labels": None if heads is None else heads.tolist(),
             "query_labels": given.get("key_labels"),
             "title": f"Query {', '.join(map(str, sorted(numbers)))} {own}".rstrip(),
-            "mask": None if mask is None else mask[:, :, 0].mT,
-            "figsize": None,
-        }
+            "mask": None if mask is None else mask[:, :, 0].mT, "figsize": None,
+        }  # fmt: skip
         return show_heatmaps(maps[:, :, 0].mT, **{**defaults, **options})
 
     def _drawn(

@@ -290,13 +290,10 @@ def captured_dropout(examination: Examination) -> None:
     if wrong:
         first = wrong[0]
         raise Failure(
-            "",
-            "attentions drop weights in evaluation mode",
-            broken=len(wrong),
-            of=len(records),
+            "", "attentions drop weights in evaluation mode", broken=len(wrong), of=len(records),
             layer=f"{layer_of(first)}, rate {first.dropout:g}",
             cause="dropout that does not ask for self.training",
-        )
+        )  # fmt: skip
     if not any(record.layer and not record.training for record in records):
         raise Skipped("no module was captured in evaluation mode")
 

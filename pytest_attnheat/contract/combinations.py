@@ -45,17 +45,11 @@ _ROUNDS = 4
 # The check that a replay is.
 REPLAY = "replay"
 # All calls that any subject may be asked.
-_EVERYTHING = Space(
-    Declared(
-        masks=frozenset(("boolean", "additive")),
-        causal=True,
-        options=frozenset(OPTIONS),
-        grouped=True,
-        most_weights=sys.maxsize,
-        ragged=(*RAGGED, *SAME[1:]),
-        stored=(("shared", (False, True)), ("left", (False, True))),
-    )
-)
+_EVERYTHING = Space(Declared(
+    masks=frozenset(("boolean", "additive")), causal=True, options=frozenset(OPTIONS), grouped=True,
+    most_weights=sys.maxsize, ragged=(*RAGGED, *SAME[1:]),
+    stored=(("shared", (False, True)), ("left", (False, True))),
+))  # fmt: skip
 # What calls that are wrong share with a smaller probability is no chance.
 _CHANCE = 1e-3
 _Wrong: TypeAlias = list[tuple[dict[str, Any], Exception]]

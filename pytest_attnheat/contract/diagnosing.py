@@ -203,17 +203,12 @@ def _at_random(
         return None
     between = float((again - first.output).square().mean().sqrt())
     diagnosis = Diagnosis(
-        spec.name,
-        dtype_name(first.dtype),
-        healthy=False,
-        residual=between,
+        spec.name, dtype_name(first.dtype), healthy=False, residual=between,
         sentence=f"{spec.name} gives another output when called again",
         where={"wrong": f"two calls with the same inputs differ by {residual_text(between)} (rms)"},
-        refused=refused,
-        expected_weights=carry_out(Plan(), first.case).weights,
-        inferred_weights=inferred_weights(spec, first),
-        case=first.case.name,
-    )
+        refused=refused, expected_weights=carry_out(Plan(), first.case).weights,
+        inferred_weights=inferred_weights(spec, first), case=first.case.name,
+    )  # fmt: skip
     zero = first.output == 0
     if bool((zero.any(-1) & ~zero.all(-1)).any()):  # those of weights that are dropped never are
         sentence = f"{diagnosis.sentence}: single numbers of it are 0, as if it were dropped out"

@@ -240,19 +240,9 @@ class Examination:
         if wanted == "all":
             names += ["attn_mask"] if call.bias is not None else []
             names += ["sinks"] if chosen.get("sinks") else []
-        judge_call(
-            "",
-            self._run(self.spec, wanted == NONE),
-            call,
-            Criteria(
-                reference=self._reference(),
-                seed=self.seed,
-                tolerance=self.spec.tolerance_in(self.dtype),
-            ),
-            names=names,
-            code=self.spec.subject,
-            explain=explain,
-        )
+        run, allowed = self._run(self.spec, wanted == NONE), self.spec.tolerance_in(self.dtype)
+        criteria = Criteria(reference=self._reference(), seed=self.seed, tolerance=allowed)
+        judge_call("", run, call, criteria, names=names, code=self.spec.subject, explain=explain)
 
     def text(self, chosen: Choice) -> str:
         """Return a choice as a text that `Replay` takes, whatever else is examined."""
@@ -316,10 +306,8 @@ class Examination:
         try:
             called = getattr(model.module, "forward", model.module)
             inspect.signature(called).bind(inputs, **model.arguments)
-        except TypeError:
-            return False
-        except ValueError:  # a callable made in C
-            pass
+        except (TypeError, ValueError) as error:
+            return isinstance(error, ValueError)  # a callable made in C
         return True
 
     def answer(self) -> Tensor:

@@ -64,16 +64,13 @@ def explained(
     excluded = [one for one in others if not any(names <= set(one.names) for names in named)]
     best_other = min([*excluded, correct], key=lambda one: one.fit.residual)
     return replace(
-        diagnosis,
-        defects=best.names,
+        diagnosis, defects=best.names,
         alternatives=tuple(names for names in alternatives if set(names) != set(best.names)),
-        residual=best.fit.residual,
-        next_best=best_other.fit.residual,
-        next_best_defects=best_other.names or ("correct attention",),
-        constant=best.constant,
+        residual=best.fit.residual, next_best=best_other.fit.residual,
+        next_best_defects=best_other.names or ("correct attention",), constant=best.constant,
         excluded=_excluded(explanations, [best.names, *alternatives]),
         sentence=_sentence(name, best, rest, best_other),
-    )
+    )  # fmt: skip
 
 
 def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explanation]]:
@@ -157,12 +154,9 @@ def _unexplained(
     if coarse := _as_if_coarse(diagnosis):
         sentence += f"; {coarse}"
     return replace(
-        diagnosis,
-        next_best=nearest.fit.residual,
-        next_best_defects=nearest.names,
-        excluded=_excluded(explanations, []),
-        sentence=sentence,
-    )
+        diagnosis, next_best=nearest.fit.residual, next_best_defects=nearest.names,
+        excluded=_excluded(explanations, []), sentence=sentence,
+    )  # fmt: skip
 
 
 def _as_if_coarse(diagnosis: Diagnosis) -> str:

@@ -183,14 +183,9 @@ def _drawn(examination: Examination, blueprint: Blueprint, chosen: Choice) -> Ca
     given = {name: level for name, level in chosen.items() if level is not False and level != NONE}
     given.pop("gradients", None)
     return _case(
-        blueprint.name,
-        blueprint.change,
-        declared.heads,
-        tuple(always.items()),
-        tuple(given.items()),
-        examination.dtype,
-        seed,
-    )
+        blueprint.name, blueprint.change, declared.heads, tuple(always.items()),
+        tuple(given.items()), examination.dtype, seed,
+    )  # fmt: skip
 
 
 # Cases are kept, and compared by identity: what plans make of them is kept as well (see

@@ -183,15 +183,11 @@ def remedy_for(
     cases = tuple(one.name for one in chosen if one.examined is None)
     calls = tuple(one.name for one in chosen if one.examined is not None)
     return Remedy(
-        cases,
-        calls,
-        dtype if survived else "",
-        tuple(one.name for one in survived if one not in left),
-        tuple(one.name for one in left),
-        exercised,
-        tuple(sorted(rounding.items())),
+        cases, calls, dtype if survived else "",
+        tuple(one.name for one in survived if one not in left), tuple(one.name for one in left),
+        exercised, tuple(sorted(rounding.items())),
         _code(spec, cases, calls, dtype) if chosen else "",
-    )
+    )  # fmt: skip
 
 
 def _examined(spec: AttentionSpec, dtype: str, device: str, seed: int) -> Iterator[_Asked]:

@@ -343,16 +343,12 @@ def report_data(
     """Return a report as plain data, of a specification and a diagnosis or their data."""
     counts = Counter(result["status"] for result in results)
     return {
-        "version": VERSION,
-        "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
+        "version": VERSION, "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
         "passed": not counts["failed"] and counts["skipped"] < len(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "skipped", "xfailed")},
-        "spec": spec if isinstance(spec, Mapping) else spec_data(spec),
-        "seed": seed,
-        "hints": list(hints),
-        "diagnosis": diagnosis_data(diagnosis),
-        "results": list(results),
-    }
+        "spec": spec if isinstance(spec, Mapping) else spec_data(spec), "seed": seed,
+        "hints": list(hints), "diagnosis": diagnosis_data(diagnosis), "results": list(results),
+    }  # fmt: skip
 
 
 def spec_data(spec: Any) -> dict[str, Any]:

@@ -22,14 +22,10 @@ _COLORS = 256
 # Codes beyond the colours of the scale.
 _MASKED, _STRIPE, _NAN, _BLACK, _WHITE, _FRAME, _CLEAR = range(_COLORS, _COLORS + 7)
 _BEYOND = {
-    _MASKED: (232, 232, 232, 255),
-    _STRIPE: (176, 176, 176, 255),
-    _NAN: (0, 160, 255, 255),
-    _BLACK: (0, 0, 0, 255),
-    _WHITE: (255, 255, 255, 255),
-    _FRAME: (96, 96, 96, 255),
+    _MASKED: (232, 232, 232, 255), _STRIPE: (176, 176, 176, 255), _NAN: (0, 160, 255, 255),
+    _BLACK: (0, 0, 0, 255), _WHITE: (255, 255, 255, 255), _FRAME: (96, 96, 96, 255),
     _CLEAR: (255, 255, 255, 0),
-}
+}  # fmt: skip
 # How bright red, green and blue are.
 LUMINANCE = (0.299, 0.587, 0.114)
 # Weights beyond 0..1 by rounding are weights all the same.

@@ -186,21 +186,16 @@ def _place(
     below = top + height + (TICK + PAD + content.key_ticks) * em
     beside = left - (TICK + PAD + content.query_ticks) * em
     return Layout(
-        size=size,
-        em=em,
-        block=block,
-        cell=cell,
-        panel=panel,
+        size=size, em=em, block=block, cell=cell, panel=panel,
         lefts=tuple(left + index * (panel[0] + gaps[0]) for index in range(columns)),
         tops=tuple(top + index * (panel[1] + gaps[1]) for index in range(rows)),
         bar=_bar(em, left + width, top, height) if content.bar else None,
         title=above - (content.column_titles * LINE + content.lift + LINE / 2) * em,
-        column_titles=above - LINE / 2 * em,
-        xlabel=below + LINE / 2 * em,
+        column_titles=above - LINE / 2 * em, xlabel=below + LINE / 2 * em,
         notes=below + (content.xlabel * LINE + SMALL * LINE / 2) * em,
         ylabel=beside - (content.row_titles * LINE + LINE / 2) * em,
         row_titles=beside - LINE / 2 * em,
-    )
+    )  # fmt: skip
 
 
 def _fit(queries: int, keys: int, most: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int]]:

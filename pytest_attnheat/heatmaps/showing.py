@@ -335,14 +335,10 @@ def triptych(
         for name, size in zip(("Queries", "Keys"), block, strict=True)
     ]
     defaults: dict[str, Any] = {
-        "xlabel": axes[1],
-        "ylabel": axes[0],
-        "titles": ["expected", "actual", "difference"],
-        "title": title,
-        "figsize": None,
-        "mask": np.stack([*masks, either]),
+        "xlabel": axes[1], "ylabel": axes[0], "titles": ["expected", "actual", "difference"],
+        "title": title, "figsize": None, "mask": np.stack([*masks, either]),
         "highlight": [] if worst is None else [(0, number, *worst) for number in range(3)],
-    }
+    }  # fmt: skip
     given = {**defaults, **options, **({"scale": "panel"} if own else {})}
     figure = show_heatmaps([*pair, apart], **given)
     if own:

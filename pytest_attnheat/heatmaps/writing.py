@@ -223,19 +223,12 @@ class Design:
         if words.queries:
             query_ticks = max(label.width for label in words.queries)
         return Content(
-            grid=(*self.shape[:2], *grid),
-            title=words.title is not None or self.headline,
-            column_titles=words.titles is not None,
-            row_titles=words.row_titles is not None,
-            xlabel=bool(words.xlabel),
-            ylabel=bool(words.ylabel),
-            key_ticks=SMALL * key_ticks,
-            query_ticks=SMALL * query_ticks,
-            bar_ticks=SMALL * BAR_TICKS,
-            bar=self.colorbar,
-            above=LINE * self.headings + SMALL * LINE * self.ranges,
-            notes=notes,
-        )
+            grid=(*self.shape[:2], *grid), title=words.title is not None or self.headline,
+            column_titles=words.titles is not None, row_titles=words.row_titles is not None,
+            xlabel=bool(words.xlabel), ylabel=bool(words.ylabel), key_ticks=SMALL * key_ticks,
+            query_ticks=SMALL * query_ticks, bar_ticks=SMALL * BAR_TICKS, bar=self.colorbar,
+            above=LINE * self.headings + SMALL * LINE * self.ranges, notes=notes,
+        )  # fmt: skip
 
 
 class Pen:

@@ -164,12 +164,9 @@ def add_options(parser: pytest.Parser) -> None:
         f"those that markers {GRADE_MARKER} name",
     )
     option_and_ini(
-        "attn_grade_min",
-        "0",
-        "PART",
-        "fail a run whose tests find a smaller part of the active defects",
-        ", from 0 to 1",
-    )
+        "attn_grade_min", "0", "PART",
+        "fail a run whose tests find a smaller part of the active defects", ", from 0 to 1",
+    )  # fmt: skip
     option_and_ini(
         "attn_grade_defects",
         "",

@@ -114,15 +114,8 @@ def check_bits(
 
     limit = f" ({dtypes[0]}; none allowed; ordinary rounding is {allowed:.1e} of a row)"
     raise Failure(
-        assertion,
-        f"elements are not bitwise the same, {verdict}: {claim(off)}",
-        broken=broken,
-        of=int(judged.sum()) * got.shape[-1],
-        worst=placed(worst, limit),
-        first=None if first == worst else placed(first),
-        cause=found,
-        tensor=Checked.of(got),
-        tolerance=0.0,
-        repeat=repeat,
-        again=again,
-    )
+        assertion, f"elements are not bitwise the same, {verdict}: {claim(off)}", broken=broken,
+        of=int(judged.sum()) * got.shape[-1], worst=placed(worst, limit),
+        first=None if first == worst else placed(first), cause=found, tensor=Checked.of(got),
+        tolerance=0.0, repeat=repeat, again=again,
+    )  # fmt: skip

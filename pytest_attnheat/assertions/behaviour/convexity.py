@@ -147,14 +147,11 @@ class _Probe:
         raise Failure(
             _NAME,
             f"outputs{with_values} lie outside the range of the values that their query may see",
-            broken=wrong,
-            of=counted,
-            worst=self._place(worst, output, low, high),
+            broken=wrong, of=counted, worst=self._place(worst, output, low, high),
             first=None if first == worst else self._place(first, output, low, high),
-            cause=self._cause(output, worst, judged.any(-1)),
-            tensor=Checked.of(output),
+            cause=self._cause(output, worst, judged.any(-1)), tensor=Checked.of(output),
             tolerance=self.allowed,
-        )
+        )  # fmt: skip
 
     def _place(self, index: tuple[int, ...], output: Tensor, low: Tensor, high: Tensor) -> Place:
         """Say where an output is, and where it might be."""

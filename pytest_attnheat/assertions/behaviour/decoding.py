@@ -260,12 +260,9 @@ class _FunctionDecoder(Decoder):
             masks = {}
         kept = {k: v for k, v in function.arguments.items() if k not in (MASK, "is_causal")}
         return replace(
-            function,
-            query=function.query[..., rows, :],
-            key=function.key[..., :last, :],
-            value=function.value[..., :last, :],
-            arguments={**kept, **masks},
-        )
+            function, query=function.query[..., rows, :], key=function.key[..., :last, :],
+            value=function.value[..., :last, :], arguments={**kept, **masks},
+        )  # fmt: skip
 
     @cached_property
     def _sees_all_before(self) -> list[bool]:

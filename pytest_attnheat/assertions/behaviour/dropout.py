@@ -54,23 +54,17 @@ def check_dropout_of_weights(
         allowed=output_tolerance(weights.dtype),
     )
     check_rows(
-        assertion,
-        run(identity, share, seeded=True),
-        run(identity, share, seeded=True),
+        assertion, run(identity, share, seeded=True), run(identity, share, seeded=True),
         claim=f"rows of weights with dropout_p={share:g} are not repeated by torch.manual_seed",
-        allowed=output_tolerance(weights.dtype, strict=True),
-        repeat=f"seed={seed}",
-    )
+        allowed=output_tolerance(weights.dtype, strict=True), repeat=f"seed={seed}",
+    )  # fmt: skip
     twice = run(torch.cat([identity, identity], -1), share, seeded=True)
     check_rows(
-        assertion,
-        twice[..., :key_len],
-        twice[..., key_len:],
+        assertion, twice[..., :key_len], twice[..., key_len:],
         claim=f"outputs with dropout_p={share:g} differ between equal channels of the value",
         allowed=output_tolerance(weights.dtype),
-        cause=lambda _: "dropout falls on the outputs, not on the weights",
-        repeat=f"seed={seed}",
-    )
+        cause=lambda _: "dropout falls on the outputs, not on the weights", repeat=f"seed={seed}",
+    )  # fmt: skip
     seed_all(seed)
     observed, each = [run(identity, share)], int(_judged(weights).sum())
     while len(observed) < runs and (len(observed) < 2 or len(observed) * each < _ENOUGH_WEIGHTS):
@@ -223,13 +217,9 @@ class _Count:
             f"mean, expected {1 / (1 - self.share):.4g}"
         )
         self._fail(
-            "weights that are kept are not divided by 1 - p",
-            Place(said, worst, off),
-            self._why_factor(factor, allowed),
-            broken=broken,
-            of=self.each,
-            tolerance=allowed,
-        )
+            "weights that are kept are not divided by 1 - p", Place(said, worst, off),
+            self._why_factor(factor, allowed), broken=broken, of=self.each, tolerance=allowed,
+        )  # fmt: skip
 
     def _why_factor(self, factor: float, allowed: float) -> str | None:
         judged_sums = self.first.double().sum(-1)

@@ -104,13 +104,10 @@ class AttentionFunction:
         is_bias = mask is not None and mask.dtype != torch.bool
         features = {n: self.arguments[n] for n in FEATURES if self.arguments.get(n) is not None}
         call = Call(
-            query=self.query,
-            key=self.key,
-            value=self.value,
-            mask=None if is_bias else mask,
+            query=self.query, key=self.key, value=self.value, mask=None if is_bias else mask,
             causal=bool(self.arguments.get("is_causal")),
             **{**features, **({"bias": mask} if is_bias else {})},
-        )
+        )  # fmt: skip
         described = as_described(self.function)
         return call if described is None else described.described(call)
 

@@ -172,16 +172,12 @@ def _alone(batch: _Batch, samples: Tensor, repeat: str) -> Compared:
         return f"rows are not the same in the batch as alone{named}"
 
     return Compared(
-        _picked(batch.output, samples),
-        alone,
-        claim=claim,
-        judged=batch.judged(samples),
+        _picked(batch.output, samples), alone, claim=claim, judged=batch.judged(samples),
         place=lambda index: output_place((chosen[index[0]], *index[1:])),
         cause=lambda change: _batch_cause(batch, off(change, batch.allowed)[0]),
-        cause_of_bits=lambda rows: _cause_of_bits(batch, chosen[_most(rows)]),
-        repeat=repeat,
+        cause_of_bits=lambda rows: _cause_of_bits(batch, chosen[_most(rows)]), repeat=repeat,
         again=batch.called.run,
-    )
+    )  # fmt: skip
 
 
 def _picked(output: Tensor, samples: Tensor) -> Tensor:
@@ -210,15 +206,11 @@ def _elsewhere(
         return torch.cat([batch.run(part) for part in parts])
 
     return Compared(
-        _picked(run(), back),
-        batch.output,
-        claim=claim,
+        _picked(run(), back), batch.output, claim=claim,
         judged=batch.judged(torch.arange(batch.called.batch)),
         cause=lambda change: _batch_cause(batch, _most(change)),
-        cause_of_bits=lambda rows: _cause_of_bits(batch, _most(rows)),
-        repeat=repeat,
-        again=run,
-    )
+        cause_of_bits=lambda rows: _cause_of_bits(batch, _most(rows)), repeat=repeat, again=run,
+    )  # fmt: skip
 
 
 def _batch_cause(batch: _Batch, sample: int) -> str:
@@ -394,15 +386,12 @@ def assert_key_permutation_invariant(
         for name, order in _orders(called.length, seed):
             turned = order.to(base.device)
             check_rows(
-                _KEYS,
-                called.restore(called.reorder(turned).run(), turned),
-                base,
-                claim=f"rows change when {called.ordered} {name}",
-                allowed=allowed,
+                _KEYS, called.restore(called.reorder(turned).run(), turned), base,
+                claim=f"rows change when {called.ordered} {name}", allowed=allowed,
                 judged=called.judged(),
                 cause=lambda _: RANDOM_CAUSE if training else called.cause_of_order(base, allowed),
                 repeat=f"seed={seed}",
-            )
+            )  # fmt: skip
 
 
 def _orders(length: int, seed: int) -> list[tuple[str, Tensor]]:

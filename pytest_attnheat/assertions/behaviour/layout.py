@@ -219,16 +219,10 @@ def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
     got = _tried(trial, trial.run)
     check_unwritten(trial.laid, plain.tensors, versions, f" with {trial.what}")
     check_rows(
-        _NAME,
-        got,
-        plain.output,
-        claim=f"rows change with {trial.what}",
-        allowed=plain.allowed,
-        judged=plain.judged,
-        cause=lambda _: RANDOM_CAUSE if training else _cause(trial, got),
-        repeat=repeat,
-        again=trial.run,
-    )
+        _NAME, got, plain.output, claim=f"rows change with {trial.what}", allowed=plain.allowed,
+        judged=plain.judged, cause=lambda _: RANDOM_CAUSE if training else _cause(trial, got),
+        repeat=repeat, again=trial.run,
+    )  # fmt: skip
     if not gradients or not plain.gradients:
         return
     found = _tried(trial, lambda: plain.gradients_of(trial.laid))
@@ -238,18 +232,12 @@ def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
             continue
         allowed, floor = plain.gradient_allowed(name)
         check_rows(
-            _NAME,
-            other,
-            gradient,
-            claim=f"rows of the gradient of {name} change with {trial.what}",
-            allowed=allowed,
-            judged=gradient.isfinite().all(-1),
-            may_be_none=True,
-            floor=floor,
+            _NAME, other, gradient,
+            claim=f"rows of the gradient of {name} change with {trial.what}", allowed=allowed,
+            judged=gradient.isfinite().all(-1), may_be_none=True, floor=floor,
             place=partial(output_place, name=f"{name}.grad"),
-            cause=lambda _: RANDOM_CAUSE if training else None,
-            repeat=repeat,
-        )
+            cause=lambda _: RANDOM_CAUSE if training else None, repeat=repeat,
+        )  # fmt: skip
 
 
 def _tried(trial: _Trial, run: Callable[[], Any]) -> Any:

@@ -46,17 +46,11 @@ def describe(fault: Fault, search: Search) -> Failure:
         while worst.take([crop.strongest]):
             crop = _Crop(search, worst.observer, worst.element, content)
     return _failure(
-        search,
-        f"{_does(worst)} what they must not see{_only_in(fault, search)}",
-        worst.place(),
-        broken=fault.broken,
-        of=fault.judged,
-        first=None if first is worst else first.place(),
-        cause=_cause(fault, worst, crop),
-        assumed=search.claim.assumed,
-        tolerance=search.allowed,
+        search, f"{_does(worst)} what they must not see{_only_in(fault, search)}", worst.place(),
+        broken=fault.broken, of=fault.judged, first=None if first is worst else first.place(),
+        cause=_cause(fault, worst, crop), assumed=search.claim.assumed, tolerance=search.allowed,
         picture="" if crop is None else crop.draw(),
-    )
+    )  # fmt: skip
 
 
 def _does(worst: _Mover) -> str:
@@ -142,15 +136,11 @@ def _blindness(fault: Fault, search: Search) -> Failure:
         f"whatever is there, {output_place(observer)} stays the same"
     )
     return _failure(
-        search,
-        f"outputs do not depend on what they must see{_only_in(fault, search)}",
-        Place(unseen, observer),
-        broken=fault.broken,
-        of=fault.judged,
-        cause=_cause_of_blindness(search, observer, numbers, crop),
-        assumed=search.claim.assumed,
+        search, f"outputs do not depend on what they must see{_only_in(fault, search)}",
+        Place(unseen, observer), broken=fault.broken, of=fault.judged,
+        cause=_cause_of_blindness(search, observer, numbers, crop), assumed=search.claim.assumed,
         picture=crop.draw(),
-    )
+    )  # fmt: skip
 
 
 def _cause_of_blindness(
@@ -467,16 +457,13 @@ class _Crop:
         wrong &= self.judged
         lead = self.observer[:-1]
         return format_heatmap(
-            drawn,
-            mask=self.changes != 0,
-            first_row=self.rows.start,
+            drawn, mask=self.changes != 0, first_row=self.rows.start,
             first_column=self.columns.start,
             marked=[self.rows.start + i for i in wrong.nonzero().flatten().tolist()],
-            notes=[""] * len(drawn),
-            row_name=subject.observer[0],
+            notes=[""] * len(drawn), row_name=subject.observer[0],
             column_name=f"{subject.element}s",
             title=", ".join(filter(None, [_entry_name(lead), "change when each is replaced"])),
-        )
+        )  # fmt: skip
 
 
 def _window(center: int, size: int, most: int) -> slice:

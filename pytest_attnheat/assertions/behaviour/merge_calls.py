@@ -97,12 +97,9 @@ def form_of(
         own = _lse_layout(layout or "")
     same = layout in (None, form.layout) and lse_layout in (None, form.lse_layout)
     declared = replace(
-        form,
-        layout=layout or form.layout,
-        lse_layout=lse_layout or own,
-        base=base or form.base,
+        form, layout=layout or form.layout, lse_layout=lse_layout or own, base=base or form.base,
         dense=form.dense or not same,
-    )
+    )  # fmt: skip
     _check(declared)
     if calling and layout and base:
         return declared, None

@@ -199,13 +199,10 @@ class Maker:
         out, lse = self._asked(call, dtype)
         return Added(
             torch.stack([*outs]).cpu().double(),
-            torch.stack([*lses]).cpu().double() * self.per_unit,
-            out.cpu().double(),
-            lse.cpu().double() * self.per_unit,
-            call,
-            (2 * output_tolerance(dtype), output_tolerance(lse.dtype)),
-            self.per_unit,
-        )
+            torch.stack([*lses]).cpu().double() * self.per_unit, out.cpu().double(),
+            lse.cpu().double() * self.per_unit, call,
+            (2 * output_tolerance(dtype), output_tolerance(lse.dtype)), self.per_unit,
+        )  # fmt: skip
 
     def _in(self, dtype: torch.dtype, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
         wide = wide_dtype(dtype)  # what kernels keep log-sum-exps in

@@ -182,14 +182,10 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
     reseeded = call.run()
     for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
         check_rows(
-            _NAME,
-            *_without_equal_nans(again, first),
-            claim=f"outputs change {when}, {call.mode}",
-            allowed=0.0,
-            cause=lambda _: _why_random(call, seed),
-            repeat=f"seed={seed}",
+            _NAME, *_without_equal_nans(again, first), claim=f"outputs change {when}, {call.mode}",
+            allowed=0.0, cause=lambda _: _why_random(call, seed), repeat=f"seed={seed}",
             again=call.run,
-        )
+        )  # fmt: skip
     return first
 
 
@@ -350,11 +346,7 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
         return
     off = f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})"
     raise Failure(
-        _NAME,
-        f"the mean over {runs} calls in training mode is not the output in evaluation mode",
-        worst=Place(off, value=mean),
-        cause=why_factor(mean / (1 - share), share, error / mean),
-        tensor=Checked.of(evaluated),
-        tolerance=allowed,
-        repeat=f"seed={seed}",
-    )
+        _NAME, f"the mean over {runs} calls in training mode is not the output in evaluation mode",
+        worst=Place(off, value=mean), cause=why_factor(mean / (1 - share), share, error / mean),
+        tensor=Checked.of(evaluated), tolerance=allowed, repeat=f"seed={seed}",
+    )  # fmt: skip

@@ -231,18 +231,12 @@ def check_rows(
         return Place(said, index, float(change[index]))
 
     raise Failure(
-        assertion,
-        claim if isinstance(claim, str) else claim(change),
-        broken=wrong,
-        of=counted,
+        assertion, claim if isinstance(claim, str) else claim(change), broken=wrong, of=counted,
         worst=placed(worst, f" (allowed {limit:.1e})"),
         first=None if first == worst else placed(first),
-        cause=cause(change) if cause is not None else None,
-        tensor=Checked.of(got),
-        tolerance=limit,
-        repeat=repeat,
-        again=again,
-    )
+        cause=cause(change) if cause is not None else None, tensor=Checked.of(got), tolerance=limit,
+        repeat=repeat, again=again,
+    )  # fmt: skip
 
 
 def _without_equal_infinities(got: Tensor, expected: Tensor) -> tuple[Tensor, Tensor]:

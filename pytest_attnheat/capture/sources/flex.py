@@ -34,19 +34,11 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     batch, heads, query_len, _ = query.shape
     shape = (batch, heads, query_len, key.shape[-2])
     return AttentionRecord(
-        layer="",
-        source=SOURCE,
-        shape=shape,
-        dtype=query.dtype,
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
-        scale=float(scale),
-        scale_steps=(float(scale),),
+        layer="", source=SOURCE, shape=shape, dtype=query.dtype, query=query, key=key, value=value,
+        output=output, given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
+        scale=float(scale), scale_steps=(float(scale),),
         score_mod=None if _changes_nothing(score_mod) else _of_many(_frozen(score_mod, query)),
-    )
+    )  # fmt: skip
 
 
 def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:

@@ -190,30 +190,20 @@ def _record(
     known = _known(tag, product, shaping, math.prod(scores.steps) if scores is not None else 1.0)
     exact = scores is not None and not known.strange
     record = AttentionRecord(
-        layer="",
-        source=tag.source,
+        layer="", source=tag.source,
         kind="pooling" if scores is not None and scores.origin is None else "attention",
         doubt=shaping.doubt or known.doubt or doubt_of(sources, used),
         shape=shaping.weights_shape(*used.shape[-2:]),
-        dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),
-        query=known.query,
-        key=known.key,
-        value=shaping.keys(product.right),
-        output=shaping.queries(product.output),
-        given_mask=known.mask,
-        soft_mask=known.soft,
-        bias=known.bias,
-        scale=scale if exact else None,
-        scale_steps=() if scores is None else scores.steps,
-        scaled_before=factors,
-        softcap=scores.softcap if exact and scores is not None else None,
+        dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype), query=known.query,
+        key=known.key, value=shaping.keys(product.right), output=shaping.queries(product.output),
+        given_mask=known.mask, soft_mask=known.soft, bias=known.bias,
+        scale=scale if exact else None, scale_steps=() if scores is None else scores.steps,
+        scaled_before=factors, softcap=scores.softcap if exact and scores is not None else None,
         sinks=known.sinks,
         sink_weights=None if tag.sink is None else shaping.queries(tag.sink[0])[..., 0],
-        strange=known.strange,
-        mask_lost=known.lost,
-        dropout=tag.dropout,
+        strange=known.strange, mask_lost=known.lost, dropout=tag.dropout,
         kept_weights=shaping.queries(clean),
-    )
+    )  # fmt: skip
     return record, shaping.queries(used)
 
 

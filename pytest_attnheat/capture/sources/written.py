@@ -251,11 +251,7 @@ def _dropped(base: str, call: Call) -> After | None:
 
 
 _SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
-    (_PRODUCTS, _multiplied),
-    ({"sum"}, _summed),
-    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved),
-    ({"linear"}, _projected),
-    (_SHARES, _shared),
-    (_DROPOUTS, _dropped),
-    *moved.SOURCES,
-)
+    (_PRODUCTS, _multiplied), ({"sum"}, _summed),
+    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved), ({"linear"}, _projected),
+    (_SHARES, _shared), (_DROPOUTS, _dropped), *moved.SOURCES,
+)  # fmt: skip

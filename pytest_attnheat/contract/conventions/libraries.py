@@ -261,39 +261,23 @@ def _onnx(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 _IR_VERSION = 10
 _OF_ONNX = ("attn_mask", "nonpad_kv_seqlen", "is_causal", "scale", "softcap", "left_window_size")
 _ONNX: dict[str, Any] = {
-    "mask": "any",
-    "causal": "top_left",
-    "scale_argument": "scale",
-    "softcap": "softcap",
-    "window": "left_window_size",
-    "lengths": "nonpad_kv_seqlen",
-    "grouped": True,
-    "fully_masked": "zero",
-    "gradients": False,
-    "dtypes": ("float32", "float16"),
-    "devices": ("cpu",),
-    "few_shapes": True,
-}
+    "mask": "any", "causal": "top_left", "scale_argument": "scale", "softcap": "softcap",
+    "window": "left_window_size", "lengths": "nonpad_kv_seqlen", "grouped": True,
+    "fully_masked": "zero", "gradients": False, "dtypes": ("float32", "float16"),
+    "devices": ("cpu",), "few_shapes": True,
+}  # fmt: skip
 # Its scale is that of queries and that of keys, both the root of it.
 _ASKED_OF_ONNX: dict[str, Any] = {
-    "makes": True,
-    "arrange": _onnx,
-    "handles": _OF_ONNX,
-    "values": {"window": tuple},
-    "only": {"scale": (NONE, 0.7)},
-    "apart": (("lengths", "causal"), ("lengths", "window")),
-}
+    "makes": True, "arrange": _onnx, "handles": _OF_ONNX, "values": {"window": tuple},
+    "only": {"scale": (NONE, 0.7)}, "apart": (("lengths", "causal"), ("lengths", "window")),
+}  # fmt: skip
 
 
 # What functions of arrays share.
 _ARRAYS: dict[str, Any] = {
-    "mask_argument": "mask",
-    "scale_argument": "scale",
-    "grouped": True,
-    "fully_masked": "uniform",
-    "devices": ("cpu",),
-    "few_shapes": True,
-}
+    "mask_argument": "mask", "scale_argument": "scale", "grouped": True, "fully_masked": "uniform",
+    "devices": ("cpu",), "few_shapes": True,
+}  # fmt: skip
 
 CONVENTIONS = (
     Convention("jax", "dot_product_attention of JAX",

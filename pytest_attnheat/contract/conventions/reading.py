@@ -76,13 +76,10 @@ def _laid_out(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) ->
         query, key, value = four(query), four(key), four(value)
         lead = query.shape[:3]
         return Given(
-            query,
-            key,
-            value,
-            back=lambda output: output.reshape(*shape, output.shape[-1]),
+            query, key, value, back=lambda output: output.reshape(*shape, output.shape[-1]),
             here=lambda output: output.reshape(*lead, output.shape[-1]),
             sums=lambda lse: [lse.reshape(shape)],
-        )
+        )  # fmt: skip
     if any(tensor.ndim != len(spec.layout) for tensor in (query, key, value)):
         raise UnreadError(f"layout {spec.layout!r} has other dimensions than {tuple(query.shape)}")
     ours = "bhld" if spec.has_heads else "bld"
