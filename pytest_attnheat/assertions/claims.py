@@ -293,29 +293,17 @@ def fully_masked_rows(
         return []
     broken, verb, value = {
         "zero": ("are not zero", "holds", _farthest_from_zero),
-        "uniform": (
-            "are not uniform",
-            "strays, relative to 1 / key_len, by",
-            lambda block: block.misfit(masked=False),
-        ),
-        "nan": (
-            "hold numbers",
-            "holds numbers, not NaN, at this many keys:",
-            lambda block: block.numbers,
-        ),
-    }[declared]
-    return [
-        of_rows(
-            f'fully masked {lines.noun} {broken} (fully_masked="{declared}")',
-            "masked",
-            value,
-            verb,
-            regards=lambda block: ~block.attends,
-            deviation=lambda block: value(block).abs(),
-            allowed=allowed if declared == "uniform" else 0.0,
-            lines=lines,
-        )
-    ]
+        "uniform": ("are not uniform", "strays, relative to 1 / key_len, by",
+                    lambda block: block.misfit(masked=False)),
+        "nan": ("hold numbers", "holds numbers, not NaN, at this many keys:",
+                lambda block: block.numbers),
+    }[declared]  # fmt: skip
+    statement = f'fully masked {lines.noun} {broken} (fully_masked="{declared}")'
+    return [of_rows(
+        statement, "masked", value, verb, regards=lambda block: ~block.attends, lines=lines,
+        deviation=lambda block: value(block).abs(),
+        allowed=allowed if declared == "uniform" else 0.0,
+    )]  # fmt: skip
 
 
 def _farthest_from_zero(block: Block) -> Tensor:

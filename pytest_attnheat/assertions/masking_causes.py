@@ -307,15 +307,11 @@ class CausalRule:
         """Read the arguments of `assert_causal`."""
         if alignment is None and query_len != key_len:
             got = f"None for {query_len} queries and {key_len} keys"
-            raise ValueError(
-                misuse(
-                    "alignment",
-                    got,
-                    "'top_left' (query 0 stands at key 0: what is_causal=True means in PyTorch) "
-                    "or 'bottom_right' (the last query stands at the last key: decoding with a "
-                    "cache)",
-                )
+            accepted = (
+                "'top_left' (query 0 stands at key 0: what is_causal=True means in PyTorch) or "
+                "'bottom_right' (the last query stands at the last key: decoding with a cache)"
             )
+            raise ValueError(misuse("alignment", got, accepted))
         if alignment is not None:
             one_of("alignment", alignment, ALIGNMENTS)
         named = cast("Alignment", alignment or "top_left")

@@ -357,16 +357,9 @@ def _kept(call: Call, run: _Run, share: float) -> Tensor | None:
     width, keys = call.value.shape[-1], torch.arange(call.key_len, device=call.value.device)
     if call.key_len > _MOST_CALLS * width:
         return None
-    own = [
-        run(
-            {
-                "value": (keys[:, None] == start + torch.arange(width, device=keys.device))
-                .to(call.value)
-                .expand_as(call.value)
-            }
-        )
-        for start in range(0, call.key_len, width)
-    ]
+    columns = torch.arange(width, device=keys.device)
+    ones = (keys[:, None] == start + columns for start in range(0, call.key_len, width))
+    own = [run({"value": one.to(call.value).expand_as(call.value)}) for one in ones]
     weights = torch.cat(own, -1)[..., : call.key_len].double()
     right = reference(replace(call, upstream=None), wanted=("weights",)).exact["weights"]
     kept = (weights >= right / (1 - share) / 2).double() / (1 - share)

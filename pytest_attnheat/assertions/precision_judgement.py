@@ -66,22 +66,15 @@ def _failure(assertion: str, broken: list[Judgement], context: Context) -> Failu
     one = broken[0]
     cause = _cause(one, context)
     worst, first = _worst(one), index_of(one.broken.flatten().int().argmax(), one.broken.shape)
+    alone = one.missing or first == worst
     return Failure(
-        assertion,
-        _claim(one, broken, context.right and not str(cause).startswith(RIGHT)),
+        assertion, _claim(one, broken, context.right and not str(cause).startswith(RIGHT)),
         broken=None if one.missing else int(one.broken.sum()),
         of=None if one.missing else int(one.judged.sum()),
         worst=_place(one, worst, _compared(one, worst, context)),
-        first=(
-            None
-            if one.missing or first == worst
-            else _place(one, first, _value_at(one, first, context))
-        ),
-        cause=cause,
-        tensor=one.checked,
-        tolerance=float(one.allowed[worst]),
-        repeat=context.repeat,
-    )
+        first=None if alone else _place(one, first, _value_at(one, first, context)), cause=cause,
+        tensor=one.checked, tolerance=float(one.allowed[worst]), repeat=context.repeat,
+    )  # fmt: skip
 
 
 def _place(one: Judgement, at: tuple[int, ...], text: str) -> Place:

@@ -88,19 +88,13 @@ def judge_call(
                 replace(one, shape=mask_shape) if one.name == "attn_mask" else one
                 for one in judgements
             ]
+        # Beside a reference of the caller's no mistake is known.
+        explain = explain and criteria.reference is None
         context = Context(
-            call=call,
-            unit=expected.unit,
-            fully_masked=masked_rows,
-            top_score=expected.top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=repeat,
-            broken=[one.name for one in judgements if bool(one.broken.any())],
-            # Beside a reference of the caller's no mistake is known.
-            explain=explain and criteria.reference is None,
-            found=found,
-        )
+            call=call, found=found, unit=expected.unit, fully_masked=masked_rows, repeat=repeat,
+            top_score=expected.top_score, factor=criteria.factor, tolerance=criteria.tolerance,
+            broken=[one.name for one in judgements if bool(one.broken.any())], explain=explain,
+        )  # fmt: skip
         check(assertion, judgements if output else judgements[1:], context)
 
 

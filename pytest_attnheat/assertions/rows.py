@@ -190,15 +190,10 @@ def assert_uniform(
     leak = "rows are not uniform: masked keys hold weight"
     claims = [
         of_rows(leak, "leak", lambda block: block.leaked, "holds, at a masked key,"),
-        of_rows(
-            "rows are not uniform",
-            "uniform",
-            lambda block: block.misfit(masked=True),
-            "strays, relative to 1 / (permitted keys), by",
-            allowed=allowed,
-        ),
+        of_rows("rows are not uniform", "uniform", lambda block: block.misfit(masked=True),
+                "strays, relative to 1 / (permitted keys), by", allowed=allowed),
         *fully_masked_rows(permitted, declared, allowed),
-    ]
+    ]  # fmt: skip
     _check("assert_uniform", operand, permitted, claims[permitted is None :])
 
 
@@ -289,25 +284,12 @@ def _distribution(
 ) -> list[Claim[Block]]:
     """Claim that rows sum to one and hold no negative weight, however small."""
     return [
-        of_rows(
-            f"{lines.noun} do not sum to 1",
-            "sum",
-            lambda block: block.total,
-            "sums to",
-            deviation=lambda block: (block.total - 1).abs(),
-            allowed=allowed,
-            lines=lines,
-        ),
-        of_rows(
-            f"{lines.noun} hold a negative weight",
-            "negative",
-            lambda block: block.low,
-            "holds",
-            deviation=lambda block: block.low.neg().clamp(min=0),
-            lines=lines,
-        ),
+        of_rows(f"{lines.noun} do not sum to 1", "sum", lambda block: block.total, "sums to",
+                deviation=lambda block: (block.total - 1).abs(), allowed=allowed, lines=lines),
+        of_rows(f"{lines.noun} hold a negative weight", "negative", lambda block: block.low,
+                "holds", deviation=lambda block: block.low.neg().clamp(min=0), lines=lines),
         *fully_masked_rows(mask, declared, allowed, lines),
-    ]
+    ]  # fmt: skip
 
 
 def _entropy_within(

@@ -151,22 +151,16 @@ def compare_layers(
     head, worst_head = int((first.of_maps > 1).argmax()), int(worst.of_maps.argmax())
     heads = np.unique(np.flatnonzero(first.of_maps > 1) % first.expected.shape[1])
     renamed = sum(one != other for one, other in zip(*names, strict=True))
+    layer = f"{first.actual.name} is the first that moved, number {first.number + 1} of "
+    layer += f"{len(expected)}{_before(first.number)}; {_heads(heads, first.actual)} moved"
+    times = multiple(float(worst.of_maps[worst_head]))
+    said = f"{worst.said_of(worst_head)} ({times} times what {worst.tolerance:.1e} of the weights"
     return Failure(
-        caller,
-        "maps moved",
-        broken=sum(int((one.of_maps > 1).sum()) for one in moved),
-        of=sum(len(one.of_maps) for one in moved),
-        layer=f"{first.actual.name} is the first that moved, number {first.number + 1} of "
-        f"{len(expected)}{_before(first.number)}; {_heads(heads, first.actual)} moved",
-        worst=Place(
-            f"{worst.said_of(worst_head)} ({multiple(float(worst.of_maps[worst_head]))} times what "
-            f"{worst.tolerance:.1e} of the weights allows)"
-        ),
-        first=Place(first.said_of(head)),
-        cause=_cause(first),
+        caller, "maps moved", broken=sum(int((one.of_maps > 1).sum()) for one in moved),
+        of=sum(len(one.of_maps) for one in moved), layer=layer, worst=Place(f"{said} allows)"),
+        first=Place(first.said_of(head)), cause=_cause(first), tolerance=first.tolerance,
         assumed=f"{renamed} renamed layers are those of the same place" if renamed else None,
-        tolerance=first.tolerance,
-    )
+    )  # fmt: skip
 
 
 def _before(count: int) -> str:

@@ -309,19 +309,11 @@ def _sums(
     off = (sums - 1).abs().nan_to_num(nan=torch.inf).masked_fill(right, -1.0)
     worst = index_of(off.argmax(), off.shape)
     found = float(sums[worst])
+    said = f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})"
     raise Failure(
-        "",
-        "rows do not sum to 1",
-        broken=int((~right).sum()),
-        of=right.numel(),
-        layer=layer_of(record),
-        worst=Place(
-            f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})",
-            worst,
-            found,
-        ),
-        tolerance=tolerance,
-    )
+        "", "rows do not sum to 1", broken=int((~right).sum()), of=right.numel(),
+        layer=layer_of(record), worst=Place(said, worst, found), tolerance=tolerance,
+    )  # fmt: skip
 
 
 def layer_of(record: AttentionRecord) -> str:

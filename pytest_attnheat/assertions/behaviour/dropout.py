@@ -250,14 +250,9 @@ class _Count:
         # Pairs of one test have no weight in common, so that they are independent of each other.
         __tracebackhide__ = True
         p, tests = self.share, list(self._pairings())
-        counts: list[list[int]] = torch.stack(
-            [
-                torch.stack(
-                    [_pairs(mask, axis, ones, others) for mask in (self.judged, self.masks)]
-                )
-                for axis, _, ones, others in tests
-            ]
-        ).tolist()
+        masks = (self.judged, self.masks)
+        every = [[_pairs(mask, axis, *both) for mask in masks] for axis, _, *both in tests]
+        counts: list[list[int]] = torch.stack([torch.stack(one) for one in every]).tolist()
         for (axis, lag, *_), (judged, found) in zip(tests, counts, strict=True):
             count = judged * self.runs
             if not count:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any, Literal, TypeAlias
 
@@ -252,18 +253,9 @@ def gradients(
     signs = torch.randint(0, 2, (output.shape[-1],), generator=generator) * 2 - 1
     # Small gradients of float16 would be rounded to zero.
     signs = signs.to(output) * (64.0 if output.dtype == torch.float16 else 1.0)
-    return [
-        list(
-            torch.autograd.grad(
-                output,
-                list(sources),
-                chosen.unsqueeze(-1).to(output.dtype) * signs,
-                retain_graph=True,
-                materialize_grads=True,
-            )
-        )
-        for chosen in observers
-    ]
+    of = partial(torch.autograd.grad, output, list(sources), retain_graph=True)
+    rows = (chosen.unsqueeze(-1).to(output.dtype) * signs for chosen in observers)
+    return [list(of(row, materialize_grads=True)) for row in rows]
 
 
 def size_of(gradient: Tensor) -> Tensor:
