@@ -24,10 +24,9 @@ from pytest_attnheat.assertions.behaviour.subject import (
     takes,
 )
 from pytest_attnheat.attention.backward import likely_backward_mistake
-from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.call import FEATURES, Call, check_features
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.computation import reference
-from pytest_attnheat.attention.features import check_features
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.callables import borrowed, modules_in, seed_all
 from pytest_attnheat.failure import Checked, Failure, Place

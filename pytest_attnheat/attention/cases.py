@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.call import FEATURES, FUNCTIONS, Call, check_function
 from pytest_attnheat.attention.devices import ACCEPTED
-from pytest_attnheat.attention.features import FUNCTIONS, check_function
 from pytest_attnheat.attention.reference import (
     KINDS,
     Kind,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.visibility import as_documents
+from pytest_attnheat.attention.call import FUNCTIONS, check_function, slopes_of
 from pytest_attnheat.attention.cases import DTYPES
 from pytest_attnheat.attention.devices import check_device
-from pytest_attnheat.attention.features import FUNCTIONS, check_function, slopes_of
 from pytest_attnheat.attention.levels import MASK_SHAPES
 from pytest_attnheat.attention.shards import SCHEMES, Shards
 from pytest_attnheat.attention.vocabulary import ALIGNMENTS, DECLARED_FULLY_MASKED, MASK_MEANINGS

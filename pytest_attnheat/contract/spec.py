@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, with_causal
-from pytest_attnheat.attention.call import Call, MaySee, ScoreMod
-from pytest_attnheat.attention.features import slopes_of
+from pytest_attnheat.attention.call import Call, MaySee, ScoreMod, slopes_of
 from pytest_attnheat.attention.shards import Scheme, Shards
 from pytest_attnheat.attention.tolerance import merging_tolerance
 from pytest_attnheat.attention.vocabulary import Alignment, DeclaredFullyMasked, MaskMeaning

@@ -20,8 +20,7 @@ import pytest
 
 from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.grades import Found, Graded, notes_of
-from pytest_attnheat.plugin.replacing import Target, find_target
-from pytest_attnheat.plugin.rerunning import outcomes, quiet, tear_down
+from pytest_attnheat.plugin.replacing import Target, find_target, outcomes, quiet, tear_down
 from pytest_attnheat.plugin.settings import CHECKS_MARKER, GRADE_MARKER, MARKED, SETTINGS, Settings
 
 if TYPE_CHECKING:
