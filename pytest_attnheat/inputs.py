@@ -162,9 +162,11 @@ def as_mask(mask: object, weights: torch.Tensor) -> torch.Tensor | None:
 
     if mask is None:
         return None
-    if isinstance(mask, InBoxes):
-        return cast("torch.Tensor", mask)
-    operand = _as_operand(mask, "mask", ACCEPTED_MASK)
+    if isinstance(mask, InBoxes) and mask.dtype != torch.bool:
+        accepted = f"{ACCEPTED_MASK}; the mask of lazy weights is their .mask"
+        raise TypeError(misuse("mask", repr(mask), accepted))
+    lazy = isinstance(mask, InBoxes)
+    operand = cast("torch.Tensor", mask) if lazy else _as_operand(mask, "mask", ACCEPTED_MASK)
     if operand.dtype != torch.bool:
         raise TypeError(
             f"{misuse('mask', f'dtype {dtype_name(operand)}', ACCEPTED_MASK)}. For a mask of 0 "
@@ -175,7 +177,11 @@ def as_mask(mask: object, weights: torch.Tensor) -> torch.Tensor | None:
     if not broadcasts(given, wanted):
         accepted = f"a shape that broadcasts to that of the weights, {wanted}"
         raise ValueError(misuse("mask", f"shape {given}", accepted))
-    return operand[(None,) * (len(wanted) - len(given))]
+    missing = len(wanted) - len(given)
+    if lazy and missing:
+        accepted = f"one of {len(wanted)} dimensions, as the weights have"
+        raise ValueError(misuse("mask", repr(mask), accepted))
+    return operand if lazy else operand[(None,) * missing]
 
 
 def check_tolerance(value: object) -> float:

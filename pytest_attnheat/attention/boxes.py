@@ -13,7 +13,7 @@ from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.chunks import pieces, spans
 from pytest_attnheat.attention.parts import own_rows
 from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.inputs import InBoxes, as_whole
+from pytest_attnheat.inputs import InBoxes, as_whole, dtype_name
 
 Box = tuple[slice, ...]
 
@@ -47,6 +47,10 @@ class LazyBoxes(Lazy):
     def __init__(self, blocks: Blocks, numbers: Tensor, shape: Sequence[int]) -> None:
         self.blocks, self.numbers = blocks, numbers
         self.shape, self.device = torch.Size(shape), blocks.call.query.device
+
+    def __repr__(self) -> str:
+        """Say what it is, and how large it would be."""
+        return f"<{type(self).__name__} {dtype_name(self.dtype)} {tuple(self.shape)}>"
 
     def __getitem__(self, box: Any) -> Tensor:
         """Return a box, of slices without steps and whole numbers; the rest is whole."""

@@ -201,9 +201,11 @@ _STORED: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 for _name, _sentence, _calls in (
-    ("softcap", "softcap bounds the scores before the mask", [{"softcap": True}]),
+    ("softcap", "softcap bounds the scores before the mask",
+     [{"softcap": True, **hides} for hides in ({}, {"mask": "boolean"}, {"causal": True})]),
     ("sinks", "a sink joins the sum of each row, and has no value", [{"sinks": True}]),
-    ("alibi", "a score falls with the distance of query and key", [{"alibi": True}]),
+    ("alibi", "a score falls with the distance of query and key",
+     [{"alibi": True}, {"alibi": True, "key_heads": 3}]),
     ("bias", "a bias is added to the scores", [{"bias": True}]),
     ("documents", "a query sees its own document alone", [{"documents": True, "sizes": (7, 7)}]),
     ("lengths", "a batch entry sees as many keys as its length says",

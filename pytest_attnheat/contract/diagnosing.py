@@ -41,7 +41,7 @@ from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.returned import with_returned
 from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import dtype_name, seed_number
+from pytest_attnheat.inputs import dtype_name, misuse, seed_number
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -82,11 +82,15 @@ def diagnose(
     Raises:
         TypeError: The subject cannot be called, or the seed is not a whole number.
         ValueError: The subject answered no case at all; its first refusal is quoted. Nothing
-            that was captured can be judged.
+            that was captured can be judged. A function has a reference of its own: known defects
+            are those of attention as it is declared.
     """
     spec = as_spec(subject)
     if spec.is_captured or spec.is_block:
         return diagnose_records(spec)
+    if spec.reference is not None:
+        accepted = "None: known defects are those of attention as declared; use check_attention"
+        raise ValueError(misuse("reference", "a function", accepted))
     seed = seed_number(seed)
     sound: dict[str, float] = {}
     refused: dict[str, str] = {}

@@ -27,6 +27,7 @@ from pytest_attnheat.contract.running import (
     checks_of,
     diagnosis_of,
     examinations_of,
+    left_out_of,
     report_data,
     run_check,
 )
@@ -47,12 +48,14 @@ class Report:
         results: One for each check, dtype and device.
         seed: Where the inputs were drawn from.
         hints: What a reader may want to declare or know, besides.
+        left_out: The names of the checks that the quick form of the examination left out.
     """
 
     spec: AttentionSpec
     results: tuple[Result, ...]
     seed: int = 0
     hints: tuple[str, ...] = ()
+    left_out: str = ""
 
     @property
     def passed(self) -> bool:
@@ -120,7 +123,12 @@ class Report:
         return lines
 
     def _left_out(self) -> Iterator[str]:
-        """Why checks of a block were skipped, each reason once; of others -rs lists dozens."""
+        """What was not asked, and why checks of a block were skipped, each reason once.
+
+        Of others -rs lists dozens.
+        """
+        if self.left_out:
+            yield f"not asked in the quick form: {self.left_out}"
         reasons = dict[str, dict[str, None]]()
         for result in self.results if self.spec.is_block else ():
             if result.status == "skipped" and result.reason and result.reason not in self._head():
@@ -152,7 +160,9 @@ class Report:
             result.as_dict() | {"inside": self._inside[1].get(result.name, "")}
             for result in self.results
         ]
-        return report_data(self.spec, results, self.diagnosis, self._hints, self.seed)
+        return report_data(
+            self.spec, results, self.diagnosis, self._hints, self.seed, self.left_out
+        )
 
     @property
     def _hints(self) -> list[str]:
@@ -172,7 +182,7 @@ class Report:
             return f"nothing was examined; {calls[0] if calls else why}"
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
         if not self.failed:
-            head = "all checks passed"
+            head = f"all {'quick ' if self.left_out else ''}checks passed"
         head += f", {skipped} skipped" if skipped else ""
         if self.failed or not self.spec.is_block:
             return head
@@ -271,6 +281,7 @@ def check_attention(
         raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
     call = None if replay is None else Replay.of(replay)
     examinations = examinations_of(spec, quick=quick and not (call and call.dtype), seed=seed)
+    left_out = left_out_of(spec, asked) if quick and not (checks or call) else ""
     if call is not None:
         examinations, asked = call.among(examinations), (call.check,)
     worker, hint = isolated(spec, asked, isolate, time_limit)
@@ -282,7 +293,7 @@ def check_attention(
         for examination, check in every:
             progress.step()
             results.append(run(check, examination, expected.get(check.name)))
-        report = Report(spec, tuple(results), seed, (hint,) if hint else ())
+        report = Report(spec, tuple(results), seed, (hint,) if hint else (), left_out)
         if worker is not None:  # diagnosed while there is a process for it
             diagnosed = partial(worker.diagnosed, examinations[0])
             vars(report)["_inside"] = report._diagnosed(diagnosed)

@@ -157,14 +157,22 @@ def checks_of(
             raise ValueError(misuse("long", True, f"{accepted}: it is a call of one function"))
         return (*checks_of(spec, given, quick=quick), LONG)
     if given is None:
-        known = CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
-        return tuple(check for check in known if check.quick or not quick)
+        return tuple(check for check in _all_of(spec) if check.quick or not quick)
     accepted = "one or more checks, as Check(name, sentence, function), or None for all"
     if not all(isinstance(one, Check) for one in given):
         raise TypeError(misuse("checks", repr(given), accepted))
     if not given:
         raise ValueError(misuse("checks", repr(given), accepted))
     return tuple(given)
+
+
+def _all_of(spec: AttentionSpec) -> tuple[Check, ...]:
+    return CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
+
+
+def left_out_of(spec: AttentionSpec, asked: Sequence[Check]) -> str:
+    """Say which checks the quick form of the examination leaves out."""
+    return ", ".join(check.name for check in _all_of(spec) if check not in asked)
 
 
 def examinations_of(
@@ -338,7 +346,12 @@ def as_data(value: Any) -> Any:
 
 
 def report_data(
-    spec: Any, results: Sequence[Mapping[str, Any]], diagnosis: Any, hints: Sequence[str], seed: int
+    spec: Any,
+    results: Sequence[Mapping[str, Any]],
+    diagnosis: Any,
+    hints: Sequence[str],
+    seed: int,
+    left_out: str = "",
 ) -> dict[str, Any]:
     """Return a report as plain data, of a specification and a diagnosis or their data."""
     counts = Counter(result["status"] for result in results)
@@ -347,7 +360,8 @@ def report_data(
         "passed": not counts["failed"] and counts["skipped"] < len(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "skipped", "xfailed")},
         "spec": spec if isinstance(spec, Mapping) else spec_data(spec), "seed": seed,
-        "hints": list(hints), "diagnosis": diagnosis_data(diagnosis), "results": list(results),
+        "hints": list(hints), "left_out": left_out.split(", ") if left_out else [],
+        "diagnosis": diagnosis_data(diagnosis), "results": list(results),
     }  # fmt: skip
 
 

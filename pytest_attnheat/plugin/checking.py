@@ -42,7 +42,7 @@ def calls_of(
     ranks: int | None = None,
 ) -> Iterator[CheckCall]:
     """Make the calls of the checks of one implementation, see `parametrize_with_checks`."""
-    from pytest_attnheat.contract.running import checks_of
+    from pytest_attnheat.contract.running import checks_of, left_out_of
 
     call = replayed(config)
     if ranks is not None:
@@ -57,6 +57,7 @@ def calls_of(
         examinations, asked = call.among(examinations), (call.check,)
     calls = list(product(examinations, asked))
     examined.told["calls"] = len(calls)
+    examined.told["left_out"] = left_out_of(spec, asked) if quick and not (checks or call) else ""
     for number, (examination, check) in enumerate(calls):
         reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
         yield CheckCall(examined, check, examination, reason, unselected, number)

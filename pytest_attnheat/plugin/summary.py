@@ -272,7 +272,9 @@ def fail_if_unasked(session: pytest.Session) -> None:
 
 
 def _skipped(found: Sequence[Found]) -> Iterator[str]:
-    """Yield how many checks were skipped, and how many of these for want of a declaration."""
+    """Yield what was not asked, and how many checks were skipped, for want of a declaration too."""
+    for left_out in _unique(found, "left_out"):
+        yield f"not asked in the quick form: {left_out}"
     reasons = [one for one in found if one["outcome"] == "skipped"]
     if not reasons:
         return
@@ -385,5 +387,6 @@ def _subject(where: str, found: list[dict[str, Any]]) -> dict[str, Any]:
     hints = list(dict.fromkeys(hint for verdict in found for hint in verdict["hints"]))
     found = sorted(found, key=lambda verdict: verdict["number"])  # workers end in any order
     results = [verdict["result"] | {"status": verdict["outcome"]} for verdict in found]
-    data = report_data(found[0]["spec"], results, next(iter(diagnosed), None), hints, 0)
+    diagnosis = next(iter(diagnosed), None)
+    data = report_data(found[0]["spec"], results, diagnosis, hints, 0, found[0]["left_out"])
     return {"where": where, **data}
