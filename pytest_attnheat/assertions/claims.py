@@ -194,7 +194,6 @@ class _Tally:
     most: float = -math.inf
 
     def joined(self, other: _Tally) -> _Tally:
-        """Join what was found of other places."""
         nans = [one for one in (self.first_nan, other.first_nan) if one is not None]
         firsts = [one for one in (self.first, other.first) if one is not None]
         worse = [one for one in (self, other) if one.worst is not None]

@@ -152,7 +152,6 @@ def _rows_at(operand: Tensor, place: Sequence[int], rows: slice) -> Tensor:
 
 
 def _map_at(operand: Tensor, row: Index) -> Tensor:
-    """Return the map that holds a row."""
     if (lazy := as_lazy(operand)) is not None:
         sizes = zip(operand.shape[:-2], row, strict=False)
         return cast("Tensor", lazy.map_at([0 if size == 1 else at for size, at in sizes]))

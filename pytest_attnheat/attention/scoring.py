@@ -79,7 +79,6 @@ class _ParametricScore(nn.Module):
         self.key_dim = self.query_dim if key_dim is None else positive("key_dim", key_dim)
 
     def extra_repr(self) -> str:
-        """Show the widths in the repr of the module."""
         return f"query_dim={self.query_dim}, key_dim={self.key_dim}"
 
     def _check(self, query: Tensor, key: Tensor) -> torch.Size:

@@ -249,7 +249,6 @@ class _Repetition:
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Remember the calls within."""
         handles = [
             self._model.register_forward_pre_hook(self._before, with_kwargs=True),
             self._model.register_forward_hook(self._returned),

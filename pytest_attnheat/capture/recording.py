@@ -189,7 +189,6 @@ class _Taken:
     size: int
 
     def undo(self) -> None:
-        """Take it back."""
         if self.record is not None:
             self.recording._trace._replace(self.record)
             self.recording._calls[self.record.layer] -= 1

@@ -162,7 +162,6 @@ class Planted:
         return known
 
     def _note(self, reading: Reading, output: Tensor) -> None:
-        """Note what a call has."""
         call, seen = reading.call, self.effect.seen
         # A mask that hides nothing, and causality that does, exercise nothing.
         is_masked = call.mask is not None and not bool(call.mask.all())

@@ -101,7 +101,6 @@ def answer_to(
 
 
 def _mapped(case: Case, change: Callable[[Tensor], Tensor]) -> Case:
-    """The same with other tensors."""
     given = {one.name: getattr(case, one.name) for one in fields(Case)}
     new: dict[str, Any] = {n: change(t) for n, t in given.items() if isinstance(t, Tensor)}
     if case.documents is not None:

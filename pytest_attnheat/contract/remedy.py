@@ -104,12 +104,10 @@ class _Asked:
 
     @cached_property
     def known(self) -> Known:
-        """What attention gives on it."""
         return Known(as_case(self.spec.described(self.call)), self.spec.tolerance or 0.0)
 
     @cached_property
     def slopes(self) -> Slopes:
-        """Its gradients."""
         return slopes_of(self.spec.described(self.call))
 
     @cached_property

@@ -307,7 +307,6 @@ class Pen:
 
 
 def _drawable(text: str, lettering: Lettering) -> tuple[str, list[str], bool]:
-    """Escape what cannot be drawn."""
     # Returns the text, the further fonts that it needs, and whether it depends on the fonts
     # installed.
     characters: list[str] = []

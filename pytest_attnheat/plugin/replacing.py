@@ -254,7 +254,6 @@ class _Quiet:
         """Let no debugger open."""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
-        """Keep a report."""
         self._reports.append(report)
 
     def pytest_runtest_teardown(self, item: pytest.Item, nextitem: pytest.Item | None) -> Any:

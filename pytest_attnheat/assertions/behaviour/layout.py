@@ -122,7 +122,6 @@ class _Plain:
 
     @cached_property
     def output(self) -> Tensor:
-        """What it gives."""
         return self.run()
 
     @cached_property
@@ -212,7 +211,6 @@ class _Plain:
 
 
 def _check(trial: _Trial, *, gradients: bool, training: bool) -> None:
-    """Check one layout."""
     __tracebackhide__ = True
     plain, repeat = trial.plain, f"seed={trial.plain.seed}"
     versions = versions_of(trial.laid)
@@ -333,7 +331,6 @@ class _Trial:
     laid: _Tensors  # All inputs
 
     def run(self) -> Tensor:
-        """Call the subject."""
         return _run(self.plain.subject, self.laid)
 
 

@@ -379,7 +379,6 @@ class _Tally:
             self.add(replaced)
 
     def add(self, replaced: Replacement) -> None:
-        """Make one more replacement."""
         change, may_change = self._search.change(replaced), self._search.reached(replaced)
         judged = self._search.judged
         self.reached |= judged & may_change

@@ -133,11 +133,9 @@ class _Call:
     modules: list[nn.Module]  # The modules that it is or holds
 
     def run(self) -> Tensor:
-        """Call it."""
         return self.called.run()
 
     def train(self, mode: bool) -> None:
-        """Set the mode of all modules."""
         for module in self.modules:
             module.train(mode)
 

@@ -68,7 +68,6 @@ class _Across(torch.autograd.Function):
     def forward(
         ctx: Any, library: Library, function: Function, others: Sequence[Any], *tensors: Tensor
     ) -> tuple[Tensor, ...]:
-        """Call it with tensors, and with further arrays."""
         given = [*(library.give(tensor.detach()) for tensor in tensors), *others]
         ctx.about = library, function, given, len(tensors)
         taken = tuple(library.take(one).clone() for one in function(*given))
@@ -77,7 +76,6 @@ class _Across(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor, *aside: Tensor) -> tuple[Any, ...]:
-        """Return the gradients of the tensors."""
         library, function, given, count = ctx.about
         found = library.gradients(function, given, count, library.give(upstream.contiguous()))
         return None, None, None, *(library.take(one).clone() for one in found)
