@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.mistakes import likely_mistake
+from pytest_attnheat.attention.outcomes import likely_mistake
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

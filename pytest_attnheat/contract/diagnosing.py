@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.mistakes import finite
+from pytest_attnheat.attention.outcomes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.callables import always_compiled, random_kept, seed_all
@@ -207,17 +207,12 @@ def _at_random(
         return None
     between = float((again - first.output).square().mean().sqrt())
     diagnosis = Diagnosis(
-        spec.name,
-        dtype_name(first.dtype),
-        healthy=False,
-        residual=between,
+        spec.name, dtype_name(first.dtype), healthy=False, residual=between,
         sentence=f"{spec.name} gives another output when called again",
         where={"wrong": f"two calls with the same inputs differ by {residual_text(between)} (rms)"},
-        refused=refused,
-        expected_weights=carry_out(Plan(), first.case).weights,
-        inferred_weights=inferred_weights(spec, first),
-        case=first.case.name,
-    )
+        refused=refused, expected_weights=carry_out(Plan(), first.case).weights,
+        inferred_weights=inferred_weights(spec, first), case=first.case.name,
+    )  # fmt: skip
     zero = first.output == 0
     if bool((zero.any(-1) & ~zero.all(-1)).any()):  # those of weights that are dropped never are
         sentence = f"{diagnosis.sentence}: single numbers of it are 0, as if it were dropped out"

@@ -82,18 +82,8 @@ class Result:
 def diagnosis_of(
     spec: AttentionSpec, result: Result, seed: int = 0, *, search: bool = True
 ) -> tuple[Diagnosis | None, str]:
-    """Diagnose what failed, and say what is known of attention in the call of a block that failed.
-
-    Args:
-        spec: What is claimed.
-        result: What failed.
-        seed: Where inputs are drawn from.
-        search: Whether to look for what attention in a block is instead, if it is wrong.
-
-    Returns:
-        The diagnosis, None of what answers nothing at all, or has a reference of its own; and the
-        sentence.
-    """
+    """Diagnose what failed, and say what is known of attention in the failed call of a block."""
+    # There is no diagnosis of what answers nothing at all, or has a reference of its own.
     failure = result.failure
     again = None if failure is None else failure.again
     # Nothing but that call is made; or known defects are those of other attention.
@@ -159,10 +149,8 @@ def checks_of(
     quick: bool = False,
     long: bool = False,
 ) -> tuple[Check, ...]:
-    """Return the checks that a specification is asked: those that are given, or all of its kind.
-
-    With `long`, that of one call as long as memory allows as well.
-    """
+    """Return the checks that a specification is asked: those that are given, or all of its kind."""
+    # With `long`, that of one call as long as memory allows as well.
     if long:
         if spec.is_block or spec.is_captured or spec.sharding is not None:
             accepted = "False for a block, on ranks, and for what was captured"
@@ -209,23 +197,16 @@ def left_out_of(spec: AttentionSpec, asked: Sequence[Check]) -> str:
 
 
 def examinations_of(
-    spec: AttentionSpec,
+    spec: AttentionSpec,  # What is claimed
     *,
-    quick: bool = False,
-    seed: int = 0,
-    devices: Sequence[str] | None = None,
+    quick: bool = False,  # Take the first of the dtypes alone
+    seed: int = 0,  # Where the inputs are drawn from
+    devices: Sequence[str] | None = None,  # In place of those that are declared or else present
+    # Which of the declared dtypes to take; all by default. What is examined as it was captured, or
+    # with inputs of its own, has one dtype.
     dtypes: Sequence[str] | None = None,
 ) -> list[Examination]:
-    """Return an examination for each dtype and device of a specification.
-
-    Args:
-        spec: What is claimed.
-        quick: Take the first of the dtypes alone.
-        seed: Where the inputs are drawn from.
-        devices: The names of devices, in place of those that are declared or else present.
-        dtypes: Which of the declared dtypes to take; all by default. What is examined as it was
-            captured, or with inputs of its own, has one dtype.
-    """
+    """Return an examination for each dtype and device of a specification."""
     if devices is None:
         devices = ["cpu"] if spec.is_captured else spec.devices or names_of(("auto",))
     if spec.inputs is not None:
@@ -251,10 +232,8 @@ def _first_served(some: Sequence[Examination]) -> Sequence[Examination]:
 
 
 def run_check(check: Check, examination: Examination, expected: str | None = None) -> Result:
-    """Run one check; whatever the subject raises is an answer.
-
-    So is a fault of its device, whatever was answered; nothing is asked of a device after one.
-    """
+    """Run one check; whatever the subject raises is an answer."""
+    # So is a fault of its device, whatever was answered; nothing is asked of a device after one.
     dtype, device = dtype_name(examination.dtype), str(examination.device)
     result = Result(check.name, dtype, device, "passed")
     try:
@@ -364,11 +343,9 @@ VERSION = 1
 
 
 def as_data(value: Any) -> Any:
-    """Return a value as texts, numbers, lists and dictionaries.
-
-    A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
-    name; a function or a module goes by its name. Of a dataclass, tensors are left out.
-    """
+    """Return a value as texts, numbers, lists and dictionaries."""
+    # A number that is not finite is "nan", "inf" or "-inf", a tensor "float32 (2, 3)", a dtype its
+    # name; a function or a module goes by its name. Of a dataclass, tensors are left out.
     if isinstance(value, str):
         return str(value)  # of a subclass as well, which workers cannot send
     if value is None or isinstance(value, bool | int):
@@ -397,29 +374,16 @@ def report_data(
     seed: int,
     left_out: str = "",
 ) -> dict[str, Any]:
-    """Return a report as plain data.
-
-    Args:
-        spec: What was examined, a specification or its data.
-        results: `Result.as_dict()` of each.
-        diagnosis: What it computes instead, a `Diagnosis` or its data; None without one.
-        hints: What a reader may want to declare or know.
-        seed: Where the inputs were drawn from.
-        left_out: The checks that the quick form of the examination left out.
-    """
+    """Return a report as plain data, of a specification and a diagnosis or their data."""
     counts = Counter(result["status"] for result in results)
     return {
-        "version": VERSION,
-        "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
+        "version": VERSION, "subject": spec["name"] if isinstance(spec, Mapping) else spec.name,
         "passed": not counts["failed"] and counts["skipped"] < len(results),
         "counts": {status: counts[status] for status in ("passed", "failed", "skipped", "xfailed")},
-        "spec": spec if isinstance(spec, Mapping) else spec_data(spec),
-        "seed": seed,
-        "hints": list(hints),
-        "left_out": left_out.split(", ") if left_out else [],
-        "diagnosis": diagnosis_data(diagnosis),
-        "results": list(results),
-    }
+        "spec": spec if isinstance(spec, Mapping) else spec_data(spec), "seed": seed,
+        "hints": list(hints), "left_out": left_out.split(", ") if left_out else [],
+        "diagnosis": diagnosis_data(diagnosis), "results": list(results),
+    }  # fmt: skip
 
 
 def spec_data(spec: Any) -> dict[str, Any]:

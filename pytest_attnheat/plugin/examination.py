@@ -23,11 +23,7 @@ if TYPE_CHECKING:
 
 
 def learn_conventions(config: pytest.Config) -> None:
-    """Add the conventions of the project's hooks to the table, until the end of the session.
-
-    Raises:
-        pytest.UsageError: One of them is none, or its name is taken.
-    """
+    """Add the conventions of the project's hooks to the table, until the end of the session."""
     from pytest_attnheat.contract import conventions
 
     for given in config.hook.pytest_attnheat_conventions(config=config):
@@ -164,12 +160,7 @@ class CheckTarget(pytest.Collector):
 
 
 class CheckItem(pytest.Item):
-    """A check of `--attn-check`.
-
-    Attributes:
-        check: What is called.
-        place: The file and line of what is examined.
-    """
+    """A check of `--attn-check`."""
 
     def __init__(self, *, check: CheckCall, place: tuple[str, int], **given: Any) -> None:
         super().__init__(**given)
@@ -221,14 +212,7 @@ def _check_of(item: pytest.Item) -> CheckCall | None:
 
 
 def imported(config: pytest.Config, option: str, target: str) -> list[Any]:
-    """Import what an option names, as package.module:object.
-
-    Returns:
-        The module, and each object on the way to the one that is named last.
-
-    Raises:
-        pytest.UsageError: It cannot be imported, or is not there.
-    """
+    """Import what an option names, as package.module:object: that, and all on the way."""
     module, separator, name = target.partition(":")
     if not (module and separator and name):
         raise pytest.UsageError(f"{option}: got {target!r}; accepted is package.module:object")
