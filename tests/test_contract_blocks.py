@@ -10,9 +10,16 @@ from torch import nn
 from torch.nn import functional
 from wrong_attention import PLANTED, attention_with, declared_for
 
-from pytest_attnheat import AttentionSpec, SequenceModel, capture_attention, check_attention
+from pytest_attnheat import (
+    AttentionSpec,
+    SequenceModel,
+    assert_decode_matches_prefill,
+    capture_attention,
+    check_attention,
+)
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
 from pytest_attnheat.contract.declarations import hints_of
+from pytest_attnheat.failure import Failure
 
 SDPA = functional.scaled_dot_product_attention
 CHUNK = 4
@@ -62,14 +69,18 @@ class Decoder(nn.Module):
     def forward(self, ids, cache=None, keep=None, documents=None):
         new, past = ids.shape[1], 0 if cache is None else cache[0][0].shape[2]
         at = torch.arange(past, past + new).expand(len(ids), -1)
+        if self.wrong == "padding_uncounted" and past and keep is not None:
+            at = at - (keep.long().cumsum(-1) == 0).sum(-1, keepdim=True)
         states, grown = self.embedding(ids), []
         for number, layer in enumerate(self.layers):
             query, key, value = layer(states).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
             neighbours = self.wrong == "rotary_pairs"
             query, key = rotated(query, at, neighbours), rotated(key, at, neighbours)
             if cache is not None:
-                old = cache[number]
-                key, value = torch.cat([old[0], key], 2), torch.cat([old[1], value], 2)
+                old, old_value = cache[number]
+                if self.wrong == "rotated_again":
+                    old = rotated(old, torch.arange(past)[None], neighbours)
+                key, value = torch.cat([old, key], 2), torch.cat([old_value, value], 2)
             grown.append((key, value))
             seen = self.seen(new, past, keep, documents)
             if self.additive:  # a query that may see nothing sees all
@@ -353,6 +364,33 @@ def test_a_later_chunk_that_sees_other_keys_is_told_by_what_was_captured():
     assert cause in message(report, "decoding")
     forgotten = message(check_attention(spec_of("mask_forgotten", causal="top_left")), "decoding")
     assert "at once: the mask of a later chunk is another one" in forgotten
+
+
+def test_what_the_cache_holds_is_told_before_a_guess_at_the_token_from_which_it_is_wrong():
+    told = message(check_attention(spec_of("rotated_again", causal="top_left")), "decoding")
+    fact = "right up to token 1, wrong from token 2 on: in Decoder, the cached keys are others"
+    assert f"{fact} than at once, values are not: rotated by other positions?" in told
+
+
+def test_entries_that_are_off_where_they_are_padded_are_said_to_be_padded():
+    block, ids = Decoder("padding_uncounted"), tokens(3, 11)
+    model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
+    with pytest.raises(Failure) as caught:
+        assert_decode_matches_prefill(model, ids, lengths=[11, 8, 11])
+    assert caught.value.cause.startswith(
+        "batch entry 1 alone, which is padded, is off: in Decoder, the new keys are others"
+    )
+
+
+def test_a_cache_that_is_not_told_of_padding_leaves_unequal_lengths_out_and_says_so():
+    block = Decoder("padding_uncounted")
+    model = SequenceModel(
+        block, mask="keep", mask_argument="keep", decode=lambda ids, cache: block(ids, cache)
+    )
+    report = check_attention(AttentionSpec(model, inputs=tokens(2, 11), causal="top_left"))
+    assert report.passed
+    said = "decoding: no batch of unequal lengths: decode= does not take keep="
+    assert str(report).splitlines()[-1] == said
 
 
 def test_lengths_in_place_of_a_mask_are_asked_on_the_right():

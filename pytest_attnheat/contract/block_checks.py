@@ -169,7 +169,7 @@ def block_batch(examination: Examination) -> None:
 
 @check("decoding", "decoded in chunks it gives what it gives at once", "block",
        needs=is_causal_block, quick=True)  # fmt: skip
-def block_decoding(examination: Examination) -> None:
+def block_decoding(examination: Examination) -> str:
     """With its cache, if it has one, else by prefixes; then a batch of unequal lengths."""
     model, inputs = examination.block()
     spec, seed, length = examination.spec, examination.seed, inputs.shape[1]
@@ -178,9 +178,14 @@ def block_decoding(examination: Examination) -> None:
     # What comes first is seen whole.
     chunks = [spec.prefix, *[1] * (length - spec.prefix)] if 1 < spec.prefix < length else None
     assert_decode_matches_prefill(model, inputs, chunks=chunks, seed=seed)
-    if decode_takes(model) and chunks is None and length > 3 and not _why_not_padded(examination):
+    if chunks is not None or length <= 3 or _why_not_padded(examination):
+        return ""
+    if decode_takes(model):
         lengths = [length - 2 + i % 3 for i in range(len(inputs))]
         assert_decode_matches_prefill(model, inputs, lengths=lengths, seed=seed)
+    elif model.decode is not None and model.mask != "lengths" and not model.memory_argument:
+        return f"no batch of unequal lengths: decode= does not take {model.mask_argument}="
+    return ""
 
 
 @check("positions", "the order of tokens matters where it has positions, and there alone",

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.subject import differ, holds
+from pytest_attnheat.assertions.behaviour.subject import differ, holds, listed
 from pytest_attnheat.attention.reference import causal_mask
 from pytest_attnheat.callables import modules_in
 from pytest_attnheat.capture.capturing import capture_attention
@@ -185,20 +185,25 @@ class Inside:
         )
 
     @_careful
-    def why_chunk_differs(self, step: range, at_once: Inside) -> str | None:
+    def why_chunk_differs(self, number: int, step: range, at_once: Inside) -> str | None:
         """Say what differs in the first attention of a chunk that comes with a cache.
 
         Args:
+            number: The number of the chunk, from 0.
             step: The tokens of the chunk.
             at_once: The whole sequence.
         """
         calls = Counter(record.layer for record in at_once._squares)
         known = {(one.layer, one.call): one for one in at_once._squares}
         for own in self.records:
-            whole = known.get((own.layer, own.call % (calls[own.layer] or 1)))
-            if whole is None or own.shape[2:] != (len(step), step.stop):
+            chunk, call = divmod(own.call, calls[own.layer] or 1)
+            whole = known.get((own.layer, call))
+            if whole is None or chunk != number or own.shape[2] != len(step):
                 continue
-            said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
+            if own.shape[3] == step.stop:
+                said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
+            else:
+                said = _why_kept_keys_differ(own, whole, step)
             if said:
                 return f"in {name_of(own)}, {said}"
         return None
@@ -247,14 +252,44 @@ def _why_operands_differ(own: AttentionRecord, whole: AttentionRecord, step: ran
     before, here = slice(step.start), slice(step.start, step.stop)
     parts = {"cached keys": ("key", before), "cached values": ("value", before)}
     parts |= {"new keys": ("key", here), "new values": ("value", here)}
+    off = []
     for words, (name, rows) in parts.items():
         one, other = (getattr(record, name)[..., rows, :] for record in (own, whole))
         if differ(one, other, _ALIKE):
-            return f"the {words} are others than at once"
+            off.append(words)
     assert own.query is not None
     assert whole.query is not None
     if differ(own.query, whole.query[..., here, :], _ALIKE):
-        return "the queries of a later chunk are others than at once"
+        off.append("queries of a later chunk")
+    if not off:
+        return None
+    others = "" if "values" in " ".join(off) else ", values are not: rotated by other positions?"
+    return f"the {off[0]} are others than at once{others}"
+
+
+def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens.
+
+    Which token a key is of is told by the key itself, of the first sample and head.
+    """
+    assert own.key is not None
+    assert whole.key is not None
+    kept, known = own.key[0, 0].double(), whole.key[0, 0].double()
+    alike = torch.cdist(kept, known) <= _ALIKE * known.norm(dim=-1)
+    sees, saw = (_seen(record)[0, 0] for record in (own, whole))
+    for row, token in enumerate(step):
+        owners = alike[sees[row]]
+        if bool((owners.sum(-1) > 1).any()):
+            return None  # keys of several tokens are the same
+        if not bool(owners.any(-1).all()):
+            return f"token {token} sees a key with the cache that is no token's at once"
+        seen = owners.any(0)
+        lost, more = ((one & ~other).nonzero().flatten().tolist()
+                      for one, other in ((saw[token], seen), (seen, saw[token])))  # fmt: skip
+        if lost:
+            return f"token {token} sees {listed('token', lost)} at once, not with the cache"
+        if more:
+            return f"token {token} sees {listed('token', more)} with the cache, not at once"
     return None
 
 

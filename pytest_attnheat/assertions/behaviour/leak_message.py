@@ -14,7 +14,13 @@ from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
 from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds, output_place
+from pytest_attnheat.assertions.behaviour.subject import (
+    as_of_keys,
+    differ,
+    holds,
+    listed,
+    output_place,
+)
 from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -138,7 +144,7 @@ def _blindness(fault: Fault, search: Search) -> Failure:
     numbers = missed.nonzero().flatten().tolist()
     crop = _Crop(search, observer, numbers[-1], "larger")
     unseen = (
-        f"{subject.observer} {observer[-1]} does not see {_listed(subject.element, numbers)}: "
+        f"{subject.observer} {observer[-1]} does not see {listed(subject.element, numbers)}: "
         f"whatever is there, {output_place(observer)} stays the same"
     )
     return _failure(
@@ -178,13 +184,6 @@ def _cause_of_blindness(
             "(with window=, chunk= or documents= of an AttentionSpec)"
         )
     return None
-
-
-def _listed(name: str, numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"{name} {numbers[0]}"
-    shown = ", ".join(map(str, numbers[:4]))
-    return f"{name}s {shown}{', ...' * (len(numbers) > 4)}"
 
 
 class _Mover:
