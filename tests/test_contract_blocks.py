@@ -393,6 +393,70 @@ def test_a_cache_that_is_not_told_of_padding_leaves_unequal_lengths_out_and_says
     assert str(report).splitlines()[-1] == said
 
 
+class Near(nn.Module):
+    """Each token sees a few before it and a few behind it; padding is hidden."""
+
+    def __init__(self, before=3, behind=2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.behind, self.layer = before, behind, nn.Linear(WIDTH, 3 * WIDTH)
+        self.eval()
+
+    def forward(self, hidden, keep=None):
+        query, key, value = self.layer(hidden).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        at = torch.arange(hidden.shape[1])
+        seen = (at >= at[:, None] - self.before) & (at <= at[:, None] + self.behind)
+        seen = seen if keep is None else seen & keep[:, None, None]
+        return SDPA(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(
+    ("size", "defect"),
+    [
+        ((3, 2), None),
+        ((3, 1), "window_right_too_narrow"),
+        ((2, 2), "window_left_too_narrow"),
+        ((4, 2), "window_left_too_wide"),
+    ],
+)
+def test_a_window_inside_a_block_is_held_to_all_that_is_declared(size, defect):
+    model = SequenceModel(Near(*size), mask="keep", mask_argument="keep")
+    spec = AttentionSpec(model, inputs=randn(2, 12, WIDTH), causal=None, window=(3, 2))
+    report = check_attention(spec)
+    assert report.passed is (defect is None)
+    if defect is not None:
+        assert report.diagnosis.defects == (defect,)
+
+
+class Placed(nn.Module):
+    """Attention that adds the position of each slot, and is told of no other positions."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.near, self.positions = Near(99, 99), nn.Embedding(20, WIDTH)
+        self.eval()
+
+    def forward(self, hidden, keep=None):
+        return self.near(hidden + self.positions.weight[: hidden.shape[1]], keep)
+
+
+def test_what_counts_positions_from_its_first_slot_is_asked_on_the_side_that_it_declares():
+    told = SequenceModel(Placed(), mask="keep", mask_argument="keep")
+    inputs = randn(2, 9, WIDTH)
+    on_both = message(check_attention(AttentionSpec(told, inputs=inputs, causal=None)), "padding")
+    assert "or say side='right' there if it is never padded on the left" in on_both
+    told = replace(told, side="right")
+    report = check_attention(AttentionSpec(told, inputs=inputs, causal=None))
+    assert report.passed
+    assert statuses(report)["padding"] == "passed"
+    unmasked = replace(told, module=lambda hidden, keep=None: told.module(hidden))
+    report = check_attention(AttentionSpec(unmasked, inputs=inputs, causal=None))
+    assert failed(report) == {"no_leakage", "padding"}
+    with pytest.raises(ValueError, match="side: got 'top'; accepted is one of 'right', 'left'"):
+        replace(told, side="top")
+
+
 def test_lengths_in_place_of_a_mask_are_asked_on_the_right():
     told = ("lengths", "lengths")
     report = check_attention(encoder_spec(told=told))

@@ -28,7 +28,6 @@ from pytest_attnheat.assertions.masking import assert_masked
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord
@@ -83,8 +82,7 @@ def block_no_leakage(examination: Examination) -> None:
         ragged = [memory.shape[1] - 1 - i % 2 for i in range(len(memory))]
         assert_no_leakage(model, inputs, lengths=ragged, **told)
     elif not _why_not_padded(examination) and min(lengths) > 1:
-        sides: tuple[Side, ...] = ("right", "left") if model.mask != "lengths" else ("right",)
-        for side in sides:
+        for side in model.sides:
             if "may_see" in told and side == "left":
                 told["may_see"] = _shifted(through, lengths)
             try:
@@ -178,12 +176,13 @@ def block_decoding(examination: Examination) -> str:
     # What comes first is seen whole.
     chunks = [spec.prefix, *[1] * (length - spec.prefix)] if 1 < spec.prefix < length else None
     assert_decode_matches_prefill(model, inputs, chunks=chunks, seed=seed)
-    if chunks is not None or length <= 3 or _why_not_padded(examination):
+    some = chunks is not None or length <= 3 or "left" not in model.sides
+    if some or _why_not_padded(examination):
         return ""
     if decode_takes(model):
         lengths = [length - 2 + i % 3 for i in range(len(inputs))]
         assert_decode_matches_prefill(model, inputs, lengths=lengths, seed=seed)
-    elif model.decode is not None and model.mask != "lengths" and not model.memory_argument:
+    elif model.decode is not None and not model.memory_argument:
         return f"no batch of unequal lengths: decode= does not take {model.mask_argument}="
     return ""
 

@@ -423,7 +423,8 @@ class ModelSubject:
         if argument is None:
             return (
                 "the module is not told the positions: if it has absolute positions, let it take "
-                "them, with SequenceModel(..., positions_argument=...)"
+                "them, with SequenceModel(..., positions_argument=...), or say side='right' there "
+                "if it is never padded on the left"
             )
         return f"are the positions in {argument} used?"
 
