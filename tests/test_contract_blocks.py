@@ -1,6 +1,7 @@
 """Blocks and language models are judged whole, by what is declared of them."""
 
 import itertools
+import math
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,9 @@ from pytest_attnheat import (
     assert_decode_matches_prefill,
     capture_attention,
     check_attention,
+    diagnose,
 )
+from pytest_attnheat.capture import CaptureWarning
 from pytest_attnheat.contract.checks import BLOCK_CHECKS
 from pytest_attnheat.contract.declarations import hints_of
 from pytest_attnheat.failure import Failure
@@ -426,6 +429,111 @@ def test_a_window_inside_a_block_is_held_to_all_that_is_declared(size, defect):
     assert report.passed is (defect is None)
     if defect is not None:
         assert report.diagnosis.defects == (defect,)
+
+
+class Merging(nn.Module):
+    """Two heads whose outputs are merged in some order, and projected."""
+
+    def __init__(self, merge, batch_first=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.merge, self.batch_first = merge, batch_first
+        self.split, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.eval()
+
+    def forward(self, hidden):
+        hidden = hidden if self.batch_first else hidden.transpose(0, 1)
+        query, key, value = self.split(hidden).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        output = self.out(self.merge(SDPA(query, key, value)))
+        return output if self.batch_first else output.transpose(0, 1)
+
+
+RESHAPED = "heads are merged in the wrong order after attention in Merging: its output goes on by"
+MISPLACED = "its output goes on with numbers of one token in the place of another"
+
+
+@pytest.mark.parametrize(
+    ("merge", "words", "checks"),
+    [
+        (lambda heads: heads.transpose(1, 2).flatten(2), None, set()),
+        (lambda heads: heads.permute(0, 2, 3, 1).flatten(2), None, set()),  # a token keeps its own
+        (lambda heads: heads.reshape(len(heads), -1, WIDTH), RESHAPED, {"attention_inside"}),
+        (
+            lambda heads: heads.permute(1, 2, 0, 3).reshape(len(heads), -1, WIDTH),
+            MISPLACED,
+            {"no_leakage", "batch"},
+        ),
+    ],
+)
+def test_heads_that_are_merged_wrongly_are_told_by_what_the_projection_is_given(
+    merge, words, checks
+):
+    report = check_attention(AttentionSpec(Merging(merge), inputs=randn(3, 6, WIDTH), causal=None))
+    assert failed(report) == checks
+    assert all(words in message(report, name) for name in checks)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_heads_that_are_split_by_a_view_alone_are_found_where_every_token_sees_all(fused):
+    class Splitting(Merging):
+        def forward(self, hidden):
+            shape = (len(hidden) * 2, -1, WIDTH // 2)
+            whole = self.split(hidden).chunk(3, -1)
+            query, key, value = (part.contiguous().view(shape) for part in whole)
+            if fused:
+                query, key, value = (part.view(len(hidden), 2, *part.shape[1:])
+                                     for part in (query, key, value))  # fmt: skip
+            return self.out(SDPA(query, key, value).reshape(hidden.shape))
+
+    block = Splitting(None)
+    report = check_attention(AttentionSpec(block, inputs=randn(3, 6, WIDTH), causal=None))
+    assert failed(report) == {"no_leakage", "attention_inside"}
+    cause = "heads are split in the wrong order before attention in Splitting: by a reshape without"
+    assert cause in message(report, "attention_inside")
+
+
+def test_attention_over_the_batch_is_told_from_a_normalisation_over_it():
+    block = Merging(lambda heads: heads.transpose(1, 2).flatten(2), batch_first=False)
+    report = check_attention(AttentionSpec(block, inputs=randn(3, 6, WIDTH), causal=None))
+    assert failed(report) == {"no_leakage", "batch"}
+    for name in failed(report):
+        cause = "attention in Merging takes the batch for the sequence: its rows are over the 3"
+        assert cause in message(report, name)
+    # Of as many samples as tokens nothing tells.
+    report = check_attention(AttentionSpec(block, inputs=randn(6, 6, WIDTH), causal=None))
+    assert "takes the batch for the sequence" not in str(report)
+
+
+class Times(nn.Module):
+    """A padding mask that is a product: what is hidden gets a number, the others 0 times it."""
+
+    def __init__(self, number):
+        super().__init__()
+        self.number = number
+
+    def forward(self, hidden, keep=None):
+        scores = hidden @ hidden.mT / WIDTH**0.5
+        if keep is not None:
+            scores = scores + (1 - keep[:, None].float()) * self.number
+        return scores.softmax(-1) @ hidden
+
+
+def test_nothing_is_named_of_attention_that_gives_nan_alone():
+    told = {"mask": "keep", "mask_argument": "keep"}
+    inputs = randn(2, 6, WIDTH)
+    right = SequenceModel(Times(-1e9).eval(), **told)
+    assert check_attention(AttentionSpec(right, inputs=inputs, causal=None)).passed
+    wrong = Times(-math.inf).eval()
+    report = check_attention(
+        AttentionSpec(SequenceModel(wrong, **told), inputs=inputs, causal=None)
+    )
+    cause = "a mask that hides nothing makes the output nan: is it multiplied by -inf, or by a"
+    assert f"cause    {cause}" in message(report, "padding")
+    with pytest.warns(CaptureWarning), capture_attention(wrong) as trace:
+        wrong(inputs, torch.ones(2, 6, dtype=torch.bool))
+    diagnosis = diagnose(trace)
+    assert (diagnosis.healthy, diagnosis.defects) == (False, ())
+    assert "gives nan and nothing else" in diagnosis.sentence
 
 
 class Placed(nn.Module):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
+from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.invariance import (
     assert_batch_independent,
     assert_key_permutation_invariant,
@@ -337,7 +338,15 @@ def attention_inside(examination: Examination) -> str:
         claim = "attentions that were captured are not what their queries, keys and values make"
         said = "; ".join([wrong[0].sentence, *wrong[0].shows])
         raise Failure("", claim, broken=len(wrong), of=judged, cause=said)
+    if examination.spec.is_block and (cause := _torn_heads(*examination.block())):
+        raise Failure("", "heads hold numbers of several tokens", cause=cause)
     return "; ".join(hints)
+
+
+def _torn_heads(model: SequenceModel, inputs: Tensor) -> str | None:
+    """Why heads are not those of a token: no mask shows it where every token sees all."""
+    with borrowed(model.module, inputs), torch.no_grad():
+        return Inside(as_sequence(model, inputs, {})).why_heads_are_torn()
 
 
 BLOCK_CHECKS: tuple[Check, ...] = registered("block")

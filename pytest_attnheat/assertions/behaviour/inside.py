@@ -10,7 +10,7 @@ import functools
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -28,6 +28,8 @@ _Says = TypeVar("_Says", bound=Callable[..., str | None])
 _FELT = 1e-5
 # How far rows may be apart, as a part of their size, that should be the same.
 _ALIKE = 1e-4
+_MERGED = "heads are merged in the wrong order after attention in"
+_RESHAPED = "output goes on by a reshape without transpose(1, 2)"
 _ROTATED = (
     "keys that are moved alike change their products with one another, and values do not change: "
     "positions do not act by their difference alone; if they are rotations, are the pairs that are "
@@ -54,23 +56,26 @@ class Inside:
     Attributes:
         records: What was captured; nothing where some attention may have been missed.
         into_linear: What its linear layers were given.
+        out_of_linear: What they gave.
     """
 
     def __init__(self, subject: ModelSubject, run: Callable[[], object] | None = None) -> None:
         """Call it, or run what calls it."""
         self.into_linear: list[Tensor] = []
+        self.out_of_linear: list[Tensor] = []
         try:
             self.records = self._look(subject, run or subject.run)
         except Exception:  # code that is compiled, or attention that takes too much memory
             self.records = []
         square = (subject.batch, subject.length, subject.length)
+        self._size = subject.batch, subject.length
         own = subject.model.memory_argument is None
         self._squares = [r for r in self.records if own and (r.shape[0], *r.shape[2:]) == square]
 
     def _look(self, subject: ModelSubject, run: Callable[[], object]) -> list[AttentionRecord]:
         modules = modules_in(subject.model.module)
         linear = [part for m in modules for part in m.modules() if isinstance(part, nn.Linear)]
-        handles = [part.register_forward_pre_hook(self._note) for part in linear]
+        handles = [part.register_forward_hook(self._note) for part in linear]
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # the failure itself is to be reported
@@ -81,9 +86,10 @@ class Inside:
                 handle.remove()
         return [] if trace.unseen else list(trace)
 
-    def _note(self, module: nn.Module, given: tuple[object, ...]) -> None:
-        if given and isinstance(given[0], Tensor):
+    def _note(self, module: nn.Module, given: tuple[object, ...], result: object) -> None:
+        if given and isinstance(given[0], Tensor) and isinstance(result, Tensor):
             self.into_linear.append(given[0].detach())
+            self.out_of_linear.append(result.detach())
 
     @property
     def has_mask(self) -> bool:
@@ -101,24 +107,87 @@ class Inside:
         forbidden = (~may_see & judged.unsqueeze(-1)).unsqueeze(1)
         if not self._squares or not all(_hides(record, forbidden) for record in self._squares):
             return None
-        for record in self._squares:
-            if record.output is not None and self._is_merged_wrongly(record.output):
-                return (
-                    f"heads are merged in the wrong order after attention in {name_of(record)}: "
-                    "its output goes on by a reshape without transpose(1, 2)"
-                )
+        if said := self._why_merged_wrongly():
+            return said
         count = len(self._squares)
         each = f"of {count} attentions none lets it be seen"
         if count == 1:
             each = f"attention in {name_of(self._squares[0])} does not let it be seen"
         return f"{each}: it is seen outside of what was captured"
 
-    def _is_merged_wrongly(self, output: Tensor) -> bool:
-        batch, _, length, _ = output.shape
-        wrong, right = (t.reshape(batch, length, -1) for t in (output, output.transpose(1, 2)))
-        given = [g.reshape(wrong.shape) for g in self.into_linear if g.numel() == wrong.numel()]
-        found = [any(torch.equal(g.to(t), t) for g in given) for t in (wrong, right)]
-        return found[0] and not found[1]
+    @_careful
+    def why_entries_mix(self) -> str | None:
+        """Say which attention takes the batch for the sequence, or whose heads are merged wrongly.
+
+        Of as many entries as tokens, nothing tells the one from the other.
+        """
+        batch, length = self._size
+        for record in self.records:
+            if batch != length and (record.shape[0], *record.shape[2:]) == (length, batch, batch):
+                return (
+                    f"attention in {name_of(record)} takes the batch for the sequence: its rows "
+                    f"are over the {batch} entries; is batch_first=, or a transpose, forgotten?"
+                )
+        return self._why_merged_wrongly()
+
+    @_careful
+    def why_heads_are_torn(self) -> str | None:
+        """Say which attention has its heads split, or merged, by a reshape without transpose(1, 2).
+
+        That is a mistake whatever the module is for: a head then holds numbers of several tokens.
+        """
+        for record in self.records:
+            if record.value is not None and self._is_torn(record.value, self.out_of_linear):
+                return (
+                    f"heads are split in the wrong order before attention in {name_of(record)}: by "
+                    "a reshape without transpose(1, 2)"
+                )
+            if record.output is not None and self._is_torn(record.output, self.into_linear):
+                return f"{_MERGED} {name_of(record)}: its {_RESHAPED}"
+        return None
+
+    def _is_torn(self, heads: Tensor, rows: Sequence[Tensor]) -> bool:
+        """Whether rows of tokens are the numbers of heads as they lie in memory, and no others are.
+
+        Args:
+            heads: Values or outputs of heads, (..., length, head_dim).
+            rows: What linear layers were given, or gave.
+        """
+        batch, length = self._size
+        if heads.shape[-2] != length or heads.numel() % (batch * length):
+            return False
+        heads = heads.reshape(batch, -1, length, heads.shape[-1])
+        right = heads.transpose(1, 2).reshape(batch, length, -1)
+        # One layer may give queries, keys and values.
+        found = [one.to(right).flatten() for whole in rows for one in (whole, *whole.chunk(3, -1))
+                 if one.shape[-1] == right.shape[-1] and one.numel() == right.numel()]  # fmt: skip
+        torn, whole = (any(torch.equal(one, wanted.flatten()) for one in found)
+                       for wanted in (heads, right))  # fmt: skip
+        return torn and not whole
+
+    def _why_merged_wrongly(self) -> str | None:
+        """Say whose output goes on with numbers of one token in the place of another."""
+        if said := self.why_heads_are_torn():
+            return said
+        batch, length = self._size
+        for record in self._squares:
+            if record.output is None:
+                continue
+            rows = record.output.transpose(1, 2).reshape(batch, length, -1)
+            given = [g.to(rows) for g in self.into_linear if g.shape[-1] == rows.shape[-1]]
+            given = [g for g in given if g.numel() == rows.numel()]
+            # Whatever the order of its numbers, a token keeps its own.
+            turned = [g.reshape(rows.shape) for g in given]
+            turned += [g.reshape(length, batch, -1).transpose(0, 1) for g in given]
+            if any(torch.equal(one.sort(-1).values, rows.sort(-1).values) for one in turned):
+                continue
+            numbers = rows.flatten().sort().values
+            if any(torch.equal(one.flatten().sort().values, numbers) for one in given):
+                return (
+                    f"{_MERGED} {name_of(record)}: its output goes on with numbers of one token in "
+                    "the place of another"
+                )
+        return None
 
     @_careful
     def why_mask_fails(self, real: Tensor) -> str | None:

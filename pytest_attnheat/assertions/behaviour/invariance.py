@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.assertions.behaviour.bitwise import differing_bits
-from pytest_attnheat.assertions.behaviour.models import Subject
+from pytest_attnheat.assertions.behaviour.inside import Inside
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.reading import as_subject
 from pytest_attnheat.assertions.behaviour.subject import (
     Compared,
@@ -231,6 +232,8 @@ def _batch_cause(batch: _Batch, sample: int) -> str:
     # Any other known defect a sample has alone as well.
     if "batch" in known or "samples" in known:
         return known
+    if isinstance(batch.called, ModelSubject) and (said := Inside(batch.called).why_entries_mix()):
+        return said
     return _company(batch, sample)
 
 

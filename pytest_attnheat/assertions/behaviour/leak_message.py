@@ -13,7 +13,7 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.models import Subject
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
 from pytest_attnheat.assertions.behaviour.subject import (
     as_of_keys,
     differ,
@@ -92,9 +92,12 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     if crop is not None:
         return _cause_inside(worst, _cause_in(crop))
-    known = worst.search.subject.mistake(worst.search.base)
+    subject = worst.search.subject
+    known = subject.mistake(worst.search.base)
     if known or worst.query is not None or worst.is_another_head:
         return known
+    if isinstance(subject, ModelSubject) and (said := Inside(subject).why_entries_mix()):
+        return said
     return "softmax or a normalisation over the batch, or another entry's keys?"
 
 
