@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from wrong_attention import PLANTED, attention_with, declared_for
 from pytest_attnheat import (
     AttentionSpec,
     SequenceModel,
+    assert_batch_independent,
     assert_decode_matches_prefill,
     capture_attention,
     check_attention,
@@ -534,6 +536,52 @@ def test_nothing_is_named_of_attention_that_gives_nan_alone():
     diagnosis = diagnose(trace)
     assert (diagnosis.healthy, diagnosis.defects) == (False, ())
     assert "gives nan and nothing else" in diagnosis.sentence
+
+
+class Packing(nn.Module):
+    """Packed documents do not see one another; their positions begin anew, or go on."""
+
+    def __init__(self, wrong=""):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wrong, self.at, self.project = wrong, nn.Embedding(20, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.eval()
+
+    def forward(self, hidden, packed):
+        same = packed[:, :, None] == packed[:, None]
+        seen = (same | (self.wrong == "seen")).tril()
+        at = same.tril(-1).sum(-1)  # how many of its own document are before it
+        at = torch.arange(hidden.shape[1]) if self.wrong == "positions" else at
+        hidden = self.project(hidden + self.at(at))
+        return SDPA(hidden, hidden, hidden, attn_mask=seen)
+
+
+@pytest.mark.parametrize("wrong", ["", "positions", "seen"])
+def test_a_document_gives_alone_what_it_gives_packed(wrong):
+    packed, inputs = PACKED.expand(2, -1), randn(2, len(PACKED), WIDTH)
+    cause = "the first document of a sequence is right: are the others shown to it by the mask, or"
+    for some in (slice(1), slice(2)):
+        with pytest.raises(Failure, match=cause) if wrong else nullcontext():
+            assert_batch_independent(
+                Packing(wrong), inputs[some], documents=PACKED, packed=packed[some]
+            )
+
+
+def test_positions_that_go_on_over_packed_documents_are_noted_as_they_may_be_meant():
+    packed, inputs = PACKED.expand(2, -1), randn(2, len(PACKED), WIDTH)
+    model = SequenceModel(Packing("positions"), arguments={"packed": packed})
+    report = check_attention(AttentionSpec(model, inputs=inputs, documents=packed))
+    assert report.passed
+    note = "batch: rows of documents are not the same packed into one sequence as alone: the first"
+    assert note in str(report)
+    ends = {"packed": packed, "ends": torch.tensor([4, 11])}
+    right = Packing()
+    model = SequenceModel(lambda hidden, packed, ends: right(hidden, packed), arguments=ends)
+    report = check_attention(AttentionSpec(model, inputs=inputs, documents=packed))
+    assert report.passed
+    assert "batch: ends: got shape (2,); accepted is a tensor (batch, length)" in str(report)
+    with pytest.raises(ValueError, match="documents: got some, with an attention function"):
+        assert_batch_independent(SDPA, *[randn(2, 1, 11, WIDTH)] * 3, documents=PACKED)
 
 
 class Placed(nn.Module):

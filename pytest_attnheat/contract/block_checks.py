@@ -161,9 +161,18 @@ def block_padding(examination: Examination) -> None:
 
 @check("batch", "a sequence gives the same output alone and in a batch", "block", quick=True,
        issue="PetrochukM/PyTorch-NLP#2")  # fmt: skip
-def block_batch(examination: Examination) -> None:
-    """Up to four sequences alone, and all in another order."""
-    assert_batch_independent(*examination.block(), seed=examination.seed)
+def block_batch(examination: Examination) -> str:
+    """Up to four sequences alone, and all in another order; of packed documents, a word on each."""
+    block, documents = examination.block(), examination.spec.documents
+    assert_batch_independent(*block, seed=examination.seed)
+    if isinstance(documents, Tensor):
+        try:
+            assert_batch_independent(*block, documents=documents, seed=examination.seed)
+        except Failure as failure:  # positions that go on may be meant
+            return f"{failure.claim}: {failure.cause}"
+        except ValueError as reason:
+            return str(reason)
+    return ""
 
 
 @check("decoding", "decoded in chunks it gives what it gives at once", "block",
