@@ -88,6 +88,10 @@ class Decoder(nn.Module):
                 key, value = torch.cat([old, key], 2), torch.cat([old_value, value], 2)
             grown.append((key, value))
             seen = self.seen(new, past, keep, documents)
+            if self.wrong.startswith("bias"):
+                rows = torch.arange(new)[:, None] + past * (self.wrong == "bias")
+                distance = 0.3 * (torch.arange(past + new) - rows).abs()
+                seen = distance.expand(seen.shape).masked_fill(~seen, -math.inf)
             if self.additive:  # a query that may see nothing sees all
                 seen = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo().min)
             states = states + SDPA(query, key, value, attn_mask=seen).transpose(1, 2).flatten(2)
@@ -283,6 +287,18 @@ def test_a_block_with_a_memory_passes(causal):
     assert statuses(report)["padding"] == statuses(report)["attention_inside"] == "passed"
 
 
+def test_an_argument_that_is_as_long_as_the_memory_leaves_its_padding_out():
+    given = {"text": randn(2, 6, 8, seed=1), "weights": torch.ones(2, 6)}
+    block = Looking()
+    model = SequenceModel(
+        lambda states, text, weights, text_mask=None: block(states, text, text_mask),
+        mask="keep", mask_argument="text_mask", arguments=given, memory_argument="text",
+    )  # fmt: skip
+    report = check_attention(AttentionSpec(model, inputs=randn(2, 9, WIDTH), causal=None))
+    assert report.passed
+    assert "weights: got shape (2, 6), made for sequences of 6" in message(report, "padding")
+
+
 @pytest.mark.parametrize(
     ("wrong", "checks"),
     [
@@ -377,6 +393,12 @@ def test_what_the_cache_holds_is_told_before_a_guess_at_the_token_from_which_it_
     assert f"{fact} than at once, values are not: rotated by other positions?" in told
 
 
+def test_a_bias_that_a_later_chunk_counts_from_its_own_queries_is_told():
+    assert check_attention(spec_of("bias", causal="top_left")).passed
+    told = message(check_attention(spec_of("bias_from_zero", causal="top_left")), "decoding")
+    assert "in Decoder, what is added to the scores of a later chunk is not what is added" in told
+
+
 def test_entries_that_are_off_where_they_are_padded_are_said_to_be_padded():
     block, ids = Decoder("padding_uncounted"), tokens(3, 11)
     model = SequenceModel(block, mask="keep", mask_argument="keep", decode=block)
@@ -431,6 +453,20 @@ def test_a_window_inside_a_block_is_held_to_all_that_is_declared(size, defect):
     assert report.passed is (defect is None)
     if defect is not None:
         assert report.diagnosis.defects == (defect,)
+
+
+def test_what_is_declared_of_a_sequence_is_not_claimed_of_windows_that_it_is_cut_into():
+    near, at = Near(99, 99), torch.arange(12)
+    windows = (at - 2) % 12 // 4  # they begin two tokens later, and the last is both ends
+
+    class Cut(nn.Module):
+        def forward(self, hidden):
+            cut = hidden.roll(-2, 1).unflatten(1, (3, 4)).flatten(0, 1)
+            return near(cut).reshape(hidden.shape).roll(2, 1)
+
+    seen = windows[:, None] == windows
+    block, inputs = Cut().eval(), randn(2, 12, WIDTH)
+    assert check_attention(AttentionSpec(block, inputs=inputs, causal=None, may_see=seen)).passed
 
 
 class Merging(nn.Module):

@@ -158,7 +158,7 @@ def test_a_block_with_a_window_is_asked_what_depth_allows_and_held_to_it_inside(
     report = check_attention(AttentionSpec(model("one_key_too_many"), inputs=hidden, window=(3, 0)))
     assert "no_leakage" in [result.name for result in report.failed]
     report = check_attention(AttentionSpec(windowed, inputs=hidden))
-    assert "a sliding window? Say so with " in report.failed[0].message
+    assert "a sliding window, chunks or packed documents? Say so with " in report.failed[0].message
     assert "(with window=, chunk= or documents= of an AttentionSpec)\n" in report.failed[0].message
 
 

@@ -18,6 +18,7 @@ from pytest_attnheat.assertions.behaviour.invariance import (
 )
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
+from pytest_attnheat.assertions.behaviour.memory import memory_of
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
@@ -142,7 +143,8 @@ def _why_not_padded(examination: Examination) -> str:
     if reason := takes_padding_mask(examination.spec):
         return reason
     try:
-        as_sequence(*examination.block(), {}).check_padding(needs_mask=True)
+        subject = as_sequence(*examination.block(), {})
+        (memory_of(subject) or subject).check_padding(needs_mask=True)
     except ValueError as reason:
         return str(reason)
     return "documents are packed" if examination.spec.documents is not None else ""
@@ -154,7 +156,7 @@ def _why_not_padded(examination: Examination) -> str:
 def block_padding(examination: Examination) -> None:
     """On the right and on the left, of any content; of a memory, if there is one."""
     model, inputs = examination.block()
-    if model.memory_argument is None and (reason := _why_not_padded(examination)):
+    if reason := _why_not_padded(examination):
         raise Skipped(reason)
     assert_padding_invariant(model, inputs, seed=examination.seed)
 

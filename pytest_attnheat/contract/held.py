@@ -113,8 +113,10 @@ def _declared(record: AttentionRecord, spec: AttentionSpec, *, own: bool) -> dic
     if {"alibi", "score_mod"} & found.keys():
         found["bias"] = None  # in place of what was seen
     causal, rules = record.causal, dict[str, Any]()
-    # The claim of a block is about its own sequence, not about one that it looks things up in.
-    if not spec.is_block or (own and query_len == key_len):
+    # The claim of a block is about its own sequence, not about one that it looks things up in, nor
+    # about windows that its sequences were cut into.
+    cut = spec.inputs is not None and (record.shape[0] > len(spec.inputs) or bool(record.doubt))
+    if not spec.is_block or (own and query_len == key_len and not cut):
         causal = (spec.causal if spec.is_block else None) or causal
         rules = {n: always[n] for n in _RULES if always.get(n)}
         if isinstance(spec.documents, Tensor):

@@ -270,7 +270,11 @@ class Inside:
             if whole is None or chunk != number or own.shape[2] != len(step):
                 continue
             if own.shape[3] == step.stop:
-                said = _why_masks_differ(own, whole, step) or _why_operands_differ(own, whole, step)
+                said = (
+                    _why_masks_differ(own, whole, step)
+                    or _why_operands_differ(own, whole, step)
+                    or _why_scores_differ(own, whole, step)
+                )
             else:
                 said = _why_kept_keys_differ(own, whole, step)
             if said:
@@ -334,6 +338,28 @@ def _why_operands_differ(own: AttentionRecord, whole: AttentionRecord, step: ran
         return None
     others = "" if "values" in " ".join(off) else ", values are not: rotated by other positions?"
     return f"the {off[0]} are others than at once{others}"
+
+
+def _why_scores_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
+    """Whether the same queries, keys and values give another output, as by another bias."""
+    rows = slice(step.start, step.stop)
+    if own.output is None or whole.output is None:
+        return None
+    if not differ(own.output, whole.output[..., rows, :], _ALIKE):
+        return None
+    one, other = own.bias, whole.bias
+    if other is not None:
+        other = other[..., rows if other.shape[-2] > 1 else slice(None), : step.stop]
+    if (one is None) != (other is None) or (
+        one is not None
+        and other is not None
+        and bool((one - other).nan_to_num(0.0, 0.0, 0.0).abs().max() > _ALIKE)
+    ):
+        return (
+            "what is added to the scores of a later chunk is not what is added at once: is it made "
+            "for the queries at their own positions?"
+        )
+    return "the same queries, keys and values give another output than at once"
 
 
 def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:

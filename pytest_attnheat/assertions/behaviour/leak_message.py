@@ -174,7 +174,7 @@ def _cause_of_blindness(
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     square = search.may_see.shape[-2] == search.may_see.shape[-1]  # else, from which corner?
     future = [number for number in numbers if number > observer[-1] and square]
-    if future and set(missed) <= set(future) and search.claim.may_be_causal:
+    if future and set(missed) == set(future) and search.claim.may_be_causal:
         return f"all of them lie in its future: {search.claim.may_be_causal}"
     if len(missed) == len(numbers) > 1:
         return "it sees nothing at all: is the whole row masked?"
@@ -183,8 +183,9 @@ def _cause_of_blindness(
         return f"the last that it may see{own}: a mask that closes one place too early?"
     if list(missed) == numbers[: len(missed)]:
         return (
-            "those farthest back: a sliding window? Say so with may_see=, or must_see=False "
-            "(with window=, chunk= or documents= of an AttentionSpec)"
+            "those farthest back: a sliding window, chunks or packed documents? Say so with "
+            "may_see= or documents=, or must_see=False (with window=, chunk= or documents= of an "
+            "AttentionSpec)"
         )
     return None
 
