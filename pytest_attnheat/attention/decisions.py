@@ -32,7 +32,10 @@ class Plan:
         merge: How heads are merged, likewise, or "averaged".
         weights_of_heads: "own", or "averaged" over all heads.
         grouping: Which key head serves a query head: neighbours share one ("interleave"), heads
-            take turns ("tile"), or all use the "first".
+            take turns ("tile"), all use the "first", or its number is "divided" by that of the key
+            heads, not by the size of a group.
+        grouped: Whether that is about keys and values ("both"), the "keys" or the "values" alone.
+        in_groups_of_one: Whether it is where there are as many key heads as query heads as well.
         scale_after: Leave the scores as they are, and scale the weights.
         temperature: A factor of the scores besides.
         overflow: Whether products that float16 cannot hold become infinite in it.
@@ -42,7 +45,8 @@ class Plan:
         output_dtype: The dtype that the output is rounded to.
         softcap: What is capped: scaled products ("declared"), or products "before_scale"; scores
             "after_bias", or "after_mask" as well; or one of its two factors is missing
-            ("not_divided", "not_multiplied").
+            ("not_divided", "not_multiplied"), or is the score ("times_score", "times_own",
+            "times_quotient").
         causal: "declared", the "other_corner" (with all that is counted from it, or "alone"), or
             "reversed" (the future).
         causal_shift: How many keys more a causal query sees.
@@ -54,10 +58,12 @@ class Plan:
         blocks: Which blocks those are: "whole" ones, or a "short" one alone as well, or the
             "first" alone.
         part: Keys come in parts of so many, 0 for all at once; -1 for two parts, the first no
-            longer than the second, -2 for two, no shorter; -3 (`SHARDS`) for those of each rank.
+            longer than the second, -2 for two, no shorter; -3 (`SHARDS`) for those of each rank;
+            -4 (`PREFIX`) for the keys before those of the queries, and these.
         merging: How parts become one: right ("exact"), or with the "output" so far, the "sum" so
             far or "both" not brought down where a later part raises the maximum; with the wrong
-            base of the log-sum-exp ("two_for_e", "e_for_two"), by their "mean", the mean of those
+            base of the log-sum-exp ("two_for_e", "e_for_two") of "all", of the "first" or of the
+            "others", such as "first:two_for_e"; by their "mean", the mean of those
             in which a key is seen ("mean_of_seen") or "added"; or NaN where the "first_empty"
             part, the "first_two_empty" or "any_empty" has no key.
         masking: How a mask is applied: by a "fill" of the scores, by a number "added", as "ones"
@@ -87,7 +93,9 @@ class Plan:
     split: Literal["transpose", "reshape"] = "transpose"
     merge: Literal["transpose", "reshape", "averaged"] = "transpose"
     weights_of_heads: Literal["own", "averaged"] = "own"
-    grouping: Literal["interleave", "tile", "first"] = "interleave"
+    grouping: Literal["interleave", "tile", "first", "divided"] = "interleave"
+    grouped: Literal["both", "keys", "values"] = "both"
+    in_groups_of_one: bool = False
     scale_after: bool = False
     temperature: float = 1.0
     overflow: bool = False
@@ -96,8 +104,8 @@ class Plan:
     weights_dtype: torch.dtype | None = None
     output_dtype: torch.dtype | None = None
     softcap: Literal[
-        "declared", "before_scale", "after_bias", "after_mask", "not_divided", "not_multiplied"
-    ] = "declared"
+        "declared", "before_scale", "after_bias", "after_mask", "not_divided", "not_multiplied",
+        "times_score", "times_own", "times_quotient"] = "declared"  # fmt: skip
     causal: Literal["declared", "other_corner", "other_corner_alone", "reversed"] = "declared"
     causal_shift: int = 0
     causal_shift_where: Literal["all", "differ", "more_keys"] = "all"
@@ -108,7 +116,8 @@ class Plan:
     blocks: Literal["whole", "short", "first"] = "whole"
     part: int = 0
     merging: Literal[
-        "exact", "output", "sum", "both", "two_for_e", "e_for_two", "mean", "mean_of_seen", "added",
+        "exact", "output", "sum", "both", "all:two_for_e", "all:e_for_two", "first:two_for_e",
+        "first:e_for_two", "others:two_for_e", "others:e_for_two", "mean", "mean_of_seen", "added",
         "first_empty", "first_two_empty", "any_empty"] = "exact"  # fmt: skip
     masking: Literal["fill", "added", "ones", "ones_masked", "after", "after_renormalised"] = "fill"
     covers: Literal["all", "mask", "causal"] = "all"
@@ -248,5 +257,7 @@ ROWS: list[Natural | None] = [None, "natural"]
 # Keys that come in the parts that ranks hold: each query takes those of its own rank first, then
 # those of the rank before.
 SHARDS = -3
+# In two parts: the keys before those of the queries, such as a cache, and these.
+PREFIX = -4
 # The blocks that keys and queries are usually taken in, and small ones for small cases.
 BLOCKS = [2, 4, 8, 16, 32, 64, 128]

@@ -23,6 +23,7 @@ from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.callables import always_compiled, random_kept, seed_all
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
+from pytest_attnheat.contract.blueprints import blueprints
 from pytest_attnheat.contract.captured import diagnose_records
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.examination import Examination
@@ -31,7 +32,6 @@ from pytest_attnheat.contract.matching import Explanation, errors, measure
 from pytest_attnheat.contract.probing import (
     Probe,
     ask,
-    blueprints,
     inferred_weights,
     one_thread,
     probe,
