@@ -875,3 +875,9 @@ def test_a_log_sum_exp_is_not_taken_for_weights():
         return scores.softmax(-1) @ value, scores.logsumexp(-1)
 
     assert diagnose(AttentionSpec(attention, returns="lse", dtypes=("float64",))).healthy
+
+
+def test_what_has_a_reference_of_its_own_is_not_diagnosed_as_plain_attention():
+    spec = AttentionSpec(F.scaled_dot_product_attention, reference=F.scaled_dot_product_attention)
+    with pytest.raises(ValueError, match="known defects are those of attention as declared; use c"):
+        diagnose(spec)

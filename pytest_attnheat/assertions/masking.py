@@ -274,16 +274,8 @@ class _Masked:
     def check(
         self, says: Says, cause: Callable[[Evidence], str | None], *more: Claim[Elements]
     ) -> bool:
-        """Raise a Failure about the first claim that does not hold.
-
-        Args:
-            says: What is said of a masked weight that is not zero.
-            cause: Looks for a likely cause where a claim about weights is broken.
-            more: What is claimed of weights besides.
-
-        Returns:
-            Whether the mask forbids anything, so that something was compared.
-        """
+        """Raise a Failure about the first claim that does not hold."""
+        # Returns whether the mask forbids anything, so that something was compared.
         __tracebackhide__ = True
         zeros_declared = self.declared == "zero"
         zero = masked_is_zero(says, every_row=zeros_declared)

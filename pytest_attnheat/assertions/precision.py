@@ -118,14 +118,10 @@ def assert_matches_reference(
     given = {"attn_mask": attn_mask, "is_causal": is_causal, "scale": scale,
              "enable_gqa": enable_gqa, **arguments}  # fmt: skip
     _compare(
-        "assert_matches_reference",
-        (function, reference),
-        (query, key, value),
-        given,
+        "assert_matches_reference", (function, reference), (query, key, value), given,
         Criteria(factor, training, seed, rows=None if rows is None else positive("rows", rows)),
-        fully_masked,
-        gradients=gradients,
-    )
+        fully_masked, gradients=gradients,
+    )  # fmt: skip
 
 
 def assert_gradients_match(
@@ -163,14 +159,10 @@ def assert_gradients_match(
         check_by_differences("assert_gradients_match", subject, share, seed)
         return
     _compare(
-        "assert_gradients_match",
-        (function, reference),
-        (query, key, value),
-        given,
+        "assert_gradients_match", (function, reference), (query, key, value), given,
         Criteria(factor, training, seed, rows=None if rows is None else positive("rows", rows)),
-        fully_masked,
-        output=False,
-    )
+        fully_masked, output=False,
+    )  # fmt: skip
 
 
 def _compare(

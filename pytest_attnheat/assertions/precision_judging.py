@@ -47,30 +47,18 @@ _STEPS_UNKNOWN = 16.0
 
 
 def judge_call(
-    assertion: str,
-    run: Run,
-    call: Call,
-    criteria: Criteria,
+    assertion: str,  # What the failure is called
+    run: Run,  # Calls the subject
+    call: Call,  # What it is asked, without the gradient of the output
+    criteria: Criteria,  # How it is judged
     *,
-    names: Sequence[str],
-    code: object,
-    output: bool = True,
-    mask_shape: tuple[int, ...] | None = None,
-    explain: bool = True,
+    names: Sequence[str],  # The results whose gradients are judged
+    code: object,  # The subject itself, whose modules and random state are left as they were
+    output: bool = True,  # Whether the output is judged
+    mask_shape: tuple[int, ...] | None = None,  # The caller's, which places are named by
+    explain: bool = True,  # Whether a failure looks for what was computed instead, which takes time
 ) -> None:
-    """Judge what a subject gives for a call, by attention in float64 or another reference.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        call: What it is asked, without the gradient of the output.
-        criteria: How it is judged.
-        names: The results whose gradients are judged: query, key, value, attn_mask, sinks.
-        code: The subject itself, whose modules and random state are left as they were.
-        output: Whether the output is judged.
-        mask_shape: The shape of the mask as the caller has it, which places are named by.
-        explain: Whether a failure looks for what was computed instead, which takes time.
-    """
+    """Judge what a subject gives for a call, by attention in float64 or another reference."""
     __tracebackhide__ = True
     check_call(call)
     with torch.inference_mode(False), torch.enable_grad():
@@ -101,47 +89,29 @@ def judge_call(
                 replace(one, shape=mask_shape) if one.name == "attn_mask" else one
                 for one in judgements
             ]
+        # Beside a reference of the caller's no mistake is known.
+        explain = explain and criteria.reference is None
         context = Context(
-            call=call,
-            unit=expected.unit,
-            fully_masked=masked_rows,
-            top_score=expected.top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=repeat,
-            broken=[one.name for one in judgements if bool(one.broken.any())],
-            # Beside a reference of the caller's no mistake is known.
-            explain=explain and criteria.reference is None,
-            found=found,
-        )
+            call=call, found=found, unit=expected.unit, fully_masked=masked_rows, repeat=repeat,
+            top_score=expected.top_score, factor=criteria.factor, tolerance=criteria.tolerance,
+            broken=[one.name for one in judgements if bool(one.broken.any())], explain=explain,
+        )  # fmt: skip
         check(assertion, judgements if output else judgements[1:], context)
 
 
 def _judge_rows(
-    assertion: str,
-    run: Run,
-    calls: tuple[Call, Call],
-    rows: Sequence[int],
-    criteria: Criteria,
-    names: Sequence[str],
-    code: object,
+    assertion: str,  # What the failure is called
+    run: Run,  # Calls the subject
+    calls: tuple[Call, Call],  # The whole, and the rows, with the gradient of their output
+    rows: Sequence[int],  # Their numbers
+    criteria: Criteria,  # How they are judged
+    names: Sequence[str],  # The results whose gradients are judged
+    code: object,  # The subject itself
     *,
-    output: bool,
+    output: bool,  # Whether the output is judged
 ) -> None:
-    """Judge some rows of a call that is made as a whole.
-
-    Of all rows, only the weights of runs of keys are: the rest is judged as ever.
-
-    Args:
-        assertion: What the failure is called.
-        run: Calls the subject.
-        calls: The whole call, and that of the rows, with the gradient of their output.
-        rows: Their numbers.
-        criteria: How they are judged.
-        names: The results whose gradients are judged.
-        code: The subject itself.
-        output: Whether the output is judged.
-    """
+    """Judge some rows of a call that is made as a whole."""
+    # Of all rows, only the weights of runs of keys are: the rest is judged as ever.
     __tracebackhide__ = True
     whole, call = calls
     numbers, repeat = torch.tensor(rows, device=call.query.device), f"seed={criteria.seed}"
@@ -169,17 +139,11 @@ def _judge_rows(
 
     def context(found: Mapping[str, Tensor | None], several: list[Judgement], more: str) -> Context:
         return Context(
-            call=call,
-            found=found,
-            unit=expected[0].unit,
-            fully_masked=masked_rows,
-            top_score=expected[0].top_score,
-            factor=criteria.factor,
-            tolerance=criteria.tolerance,
-            repeat=repeat + more,
-            broken=[one.name for one in several if bool(one.broken.any())],
+            call=call, found=found, unit=expected[0].unit, fully_masked=masked_rows,
+            top_score=expected[0].top_score, factor=criteria.factor, tolerance=criteria.tolerance,
+            repeat=repeat + more, broken=[one.name for one in several if bool(one.broken.any())],
             explain=False,
-        )
+        )  # fmt: skip
 
     def valued(value: Tensor) -> tuple[Call, Tensor]:
         """Ask with other values: return the call of the rows, and the whole output."""
@@ -272,13 +236,11 @@ def _masked_rows(call: Call) -> Tensor:
 
 
 def _upstream(call: Call, seed: int, masked_rows: Tensor) -> Tensor:
-    """The gradient of the output: Gaussian, in the dtype of the inputs.
-
-    Zero for a query without any key, unless its output is zero: what flows back from there
-    depends on how the mask is made, and is no property of attention. Zero also for a query whose
-    every key is forbidden by a finite number: its weights are rounding, which would excuse
-    any gradient of keys and values.
-    """
+    """The gradient of the output: Gaussian, in the dtype of the inputs."""
+    # Zero for a query without any key, unless its output is zero: what flows back from there
+    # depends on how the mask is made, and is no property of attention. Zero also for a query whose
+    # every key is forbidden by a finite number: its weights are rounding, which would excuse any
+    # gradient of keys and values.
     shape = (*call.query.shape[:-1], call.value.shape[-1])
     drawn = draw("gradient of the output", seed, *shape).to(call.query)
     without = torch.zeros_like(masked_rows)
@@ -343,12 +305,10 @@ def _rounded(
     call: Call,
     attention: computation.Reference | None,
 ) -> tuple[dict[str, Tensor], set[str]]:
-    """What a reference gives in the dtype of the inputs, where it computes in that.
-
-    Where it computes in float64 whatever it is given, its steps are unknown: each number may be off
-    by a multiple of the most that one of its map is off in plain attention. Their names are
-    returned as well.
-    """
+    """What a reference gives in the dtype of the inputs, where it computes in that."""
+    # Where it computes in float64 whatever it is given, its steps are unknown: each number may be
+    # off by a multiple of the most that one of its map is off in plain attention. Their names are
+    # returned as well.
     eps, ordinary = torch.finfo(call.query.dtype).eps, dict[str, Tensor]()
     found, unknown = dict(plain), set[str]()
     if attention is None:
@@ -419,17 +379,9 @@ def _judge(
     elif call.fully_masked == "zero" and name == "output":
         scale, least = (tensor.masked_fill(rows, 0.0) for tensor in (scale, least))
     return judge(
-        name,
-        found,
-        exact,
-        plain,
-        scale,
-        least,
-        factor=criteria.factor,
-        tolerance=criteria.tolerance,
-        dtype=call.query.dtype,
-        judged=judged,
-    )
+        name, found, exact, plain, scale, least, factor=criteria.factor,
+        tolerance=criteria.tolerance, dtype=call.query.dtype, judged=judged,
+    )  # fmt: skip
 
 
 def _touched(gradient: Tensor, masked_rows: Tensor, call: Call) -> Tensor:

@@ -12,9 +12,8 @@ from torch import Tensor
 
 from pytest_attnheat.attention.blocks import Block, Blocks, Tiles, shared
 from pytest_attnheat.attention.boxes import Box, LazyBoxes, LazyMask, merged, neighbours
-from pytest_attnheat.attention.call import FEATURES, Call
+from pytest_attnheat.attention.call import FEATURES, Call, check_features
 from pytest_attnheat.attention.chunks import Progress, pieces, spans
-from pytest_attnheat.attention.features import check_features
 from pytest_attnheat.attention.vocabulary import (
     ALIGNMENTS,
     Alignment,

@@ -24,20 +24,12 @@ class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan an
 
 @dataclass(frozen=True, eq=False)
 class Case(Call):
-    """A call that a plan is carried out on, (batch, heads, length, width).
+    """A call that a plan is carried out on, (batch, heads, length, width)."""
 
-    Attributes:
-        name: What it is called in messages.
-        scale_given: Whether the scale is passed as an argument of this call.
-        dtype: The dtype in which it is computed: beyond its range exp is 0 or inf.
-        earlier: What the same code was asked just before, in the same memory; None if nothing
-            that matters.
-    """
-
-    name: str = ""
-    scale_given: bool = False
-    dtype: torch.dtype = torch.float64
-    earlier: Case | None = None
+    name: str = ""  # What it is called in messages
+    scale_given: bool = False  # Whether the scale is passed as an argument of this call
+    dtype: torch.dtype = torch.float64  # In which it is computed: beyond its range exp is 0 or inf
+    earlier: Case | None = None  # What the same code was asked just before, in the same memory
 
     @property
     def shape(self) -> tuple[int, int, int, int]:

@@ -26,21 +26,13 @@ from pytest_attnheat.attention.packing import lengths_of
 
 @dataclass(frozen=True, eq=False)
 class Outcome:
-    """What a plan gives on a case.
+    """What a plan gives on a case."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim), float64
-        weights: (batch, heads, query_len, key_len), float64
-        scores: Of the same shape: scaled, without any mask.
-        permitted: Of the same shape: where the plan lets a query attend.
-        value: (batch, heads, key_len, value_dim): what was used as values.
-    """
-
-    output: Tensor
-    weights: Tensor
-    scores: Tensor
-    permitted: Tensor
-    value: Tensor
+    output: Tensor  # (batch, heads, query_len, value_dim), float64
+    weights: Tensor  # (batch, heads, query_len, key_len), float64
+    scores: Tensor  # Of the same shape: scaled, without any mask
+    permitted: Tensor  # Of the same shape: where the plan lets a query attend
+    value: Tensor  # (batch, heads, key_len, value_dim): what was used as values
 
 
 # How a step is done: it is called with its function, the plan, the case, and what it works on.
@@ -53,18 +45,10 @@ def directly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def carry_out(plan: Plan, case: Case, step: Step = directly) -> Outcome:
-    """Carry out a plan in float64, and keep what there was on the way.
-
-    Args:
-        plan: How attention is computed; `Plan()` is correct.
-        case: Inputs, on the CPU.
-        step: Does each step. What it comes to may depend on the plan, the case and what the steps
-            before came to, and on nothing else.
-
-    Raises:
-        NotApplicable: The plan cannot be carried out on these shapes, for instance keys as values
-            of another width.
-    """
+    """Carry out a plan in float64, on the CPU, and keep what there was on the way."""
+    # What a step comes to may depend on the plan, the case and what the steps before came to, and
+    # on nothing else. NotApplicable: the plan cannot be carried out on these shapes, for instance
+    # keys as values of another width.
     case = step(misread, plan, case)
     query, key, value = step(operands, plan, case)
     scores = step(_scores, plan, case, query, key)
@@ -87,11 +71,7 @@ def misread(plan: Plan, case: Case) -> Case:
 
 
 def operands(plan: Plan, case: Case) -> tuple[Tensor, Tensor, Tensor]:
-    """Return what is used as query, key and value, all of as many heads as queries have.
-
-    Raises:
-        NotApplicable: They do not fit together.
-    """
+    """Return what is used as query, key and value, all of as many heads as queries have."""
     groups = case.query.shape[1] // case.key.shape[1]
     tensors: dict[Source, Tensor] = {
         "query": _split(plan, case.query.double()),

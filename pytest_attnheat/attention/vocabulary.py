@@ -40,12 +40,9 @@ def hides(number: float) -> bool:
 
 
 def permits(mask: Tensor) -> Tensor:
-    """Return where a mask lets a query attend, boolean, of the shape of the mask.
-
-    Args:
-        mask: Boolean, True where a query may attend; or floats that are added to the scores, of
-            which `HIDDEN_FROM` and less hide. NaN hides nothing: it is felt.
-    """
+    """Return where a mask lets a query attend, boolean, of the shape of the mask."""
+    # A mask is boolean, True where a query may attend; or floats that are added to the scores, of
+    # which `HIDDEN_FROM` and less hide. NaN hides nothing: it is felt.
     return mask if dtype_name(mask) == "bool" else ~(mask <= HIDDEN_FROM)
 
 

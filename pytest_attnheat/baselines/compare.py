@@ -35,27 +35,16 @@ _SUM_MOVED = 1e-4
 
 @dataclass(frozen=True)
 class DataDifference:
-    """How the data of a picture differ from those of its baseline.
+    """How the data of a picture differ from those of its baseline."""
 
-    Attributes:
-        reason: one line, for example "3 of 64 cells differ".
-        details: further lines: the worst cell and a likely relation.
-        worst: (row, column, query, key) of the worst cell; None where shapes or labels differ.
-    """
-
-    reason: str
-    details: list[str]
-    worst: tuple[int, int, int, int] | None = None
+    reason: str  # one line, for example "3 of 64 cells differ"
+    details: list[str]  # further lines: the worst cell and a likely relation
+    worst: tuple[int, int, int, int] | None = None  # (row, column, query, key), or None
 
 
 def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str] = ()) -> float:
-    """Return what follows from both dtypes, rows of panels, which are layers, and keys.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        precision: Other dtypes, by name, in which the same model must agree.
-    """
+    """Return what follows from the dtypes, rows of panels, which are layers, and keys."""
+    # `precision`: other dtypes, by name, in which the same model must agree.
     dtypes = (expected.dtype, actual.dtype, *precision)
     return drift_tolerance(dtypes, expected.shape[0], expected.shape[3])
 
@@ -63,18 +52,9 @@ def tolerance_for(expected: Heatmaps, actual: Heatmaps, precision: Iterable[str]
 def compare_data(
     expected: Heatmaps, actual: Heatmaps, tolerance: float | None = None, maps: Maps | None = None
 ) -> DataDifference | None:
-    """Compare what two pictures show, and the sketches of maps that they show pooled.
-
-    Args:
-        expected: The data of the baseline.
-        actual: The data of the picture.
-        tolerance: By what part of itself a weight may differ (`drift_allowed`); by default that of
-            `tolerance_for`.
-        maps: What the picture shows, in full: relations of pooled maps are found with it.
-
-    Returns:
-        The difference, or None.
-    """
+    """Compare what two pictures show, and the sketches of maps that they show pooled."""
+    # Without a tolerance (`drift_allowed`) that of `tolerance_for` counts. `maps` is what the
+    # picture shows, in full: relations of pooled maps are found with it.
     if expected.shape != actual.shape:
         return DataDifference(f"the shape changed from {expected.shape} to {actual.shape}", [])
     if expected.block != actual.block:
@@ -162,21 +142,13 @@ def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
 
 
 def said_of_sketches(
-    expected: Sketch,
-    actual: Sketch,
-    excess: tuple[Numbers, Numbers],
-    number: int,
-    queries: Sequence[int] | None = None,
+    expected: Sketch,  # The sketch of what was expected
+    actual: Sketch,  # Of what there is
+    excess: tuple[Numbers, Numbers],  # How far both are apart, as `Sketch.excess` says
+    number: int,  # Which map
+    queries: Sequence[int] | None = None,  # The numbers of its queries, where they are a selection
 ) -> list[str]:
-    """Say which queries and keys of one map differ, and what the worst query sums to.
-
-    Args:
-        expected: The sketch of what was expected.
-        actual: Of what there is.
-        excess: How far both are apart, as `Sketch.excess` says.
-        number: Which map.
-        queries: The numbers of its queries, where they are a selection.
-    """
+    """Say which queries and keys of one map differ, and what the worst query sums to."""
     lines = []
     for singular, plural, found, side, names in (
         ("query", "queries", excess[0], expected.rows, queries),

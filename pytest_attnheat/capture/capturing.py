@@ -124,13 +124,10 @@ def _checked(
     if not 0 <= max_bytes < float("inf"):
         raise ValueError(refusal)
     return Wanted(
-        keep,
-        checked_patterns(layers),
-        None if heads is None else selection("heads", heads),
-        None if queries is None else selection("queries", queries),
-        int(max_bytes),
+        keep, checked_patterns(layers), None if heads is None else selection("heads", heads),
+        None if queries is None else selection("queries", queries), int(max_bytes),
         float_dtype(dtype),
-    )
+    )  # fmt: skip
 
 
 @contextmanager
@@ -252,7 +249,6 @@ class _Repetition:
 
     @contextmanager
     def remembering(self) -> Iterator[None]:
-        """Remember the calls within."""
         handles = [
             self._model.register_forward_pre_hook(self._before, with_kwargs=True),
             self._model.register_forward_hook(self._returned),

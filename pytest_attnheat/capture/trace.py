@@ -28,17 +28,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unseen:
-    """Something that looks like attention and could not be read.
+    """Something that looks like attention and could not be read."""
 
-    Attributes:
-        layer: The module in which it happened; empty outside of the model.
-        what: What it was.
-        why: Why it could not be read.
-    """
-
-    layer: str
-    what: str
-    why: str
+    layer: str  # The module in which it happened; empty outside of the model
+    what: str  # What it was
+    why: str  # Why it could not be read
 
     def __str__(self) -> str:
         """Where, what and why."""
@@ -218,15 +212,12 @@ class Trace(Sequence[AttentionRecord]):
         numbers = {int(r.queries[0]) for r in self._records if r.queries is not None}
         (own,) = given.get("query_labels", [""])
         defaults = {
-            "xlabel": "Heads",
-            "ylabel": "Keys",
-            "titles": given["row_titles"],
+            "xlabel": "Heads", "ylabel": "Keys", "titles": given["row_titles"],
             "key_labels": None if heads is None else heads.tolist(),
             "query_labels": given.get("key_labels"),
             "title": f"Query {', '.join(map(str, sorted(numbers)))} {own}".rstrip(),
-            "mask": None if mask is None else mask[:, :, 0].mT,
-            "figsize": None,
-        }
+            "mask": None if mask is None else mask[:, :, 0].mT, "figsize": None,
+        }  # fmt: skip
         return show_heatmaps(maps[:, :, 0].mT, **{**defaults, **options})
 
     def _drawn(

@@ -31,31 +31,19 @@ class UndeclaredError(TypeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """What a subject returned.
+    """What a subject returned."""
 
-    Attributes:
-        output: (batch, heads, query_len, value_dim)
-        besides: What it returned beside the output as it returned it, weights or a log-sum-exp;
-            None if nothing is declared.
-        fault: What it did to a cache that it was not to do; None if nothing.
-    """
-
-    output: Tensor
-    besides: Any
-    fault: Fault | None = None
+    output: Tensor  # (batch, heads, query_len, value_dim)
+    besides: Any  # What it returned beside the output; None if nothing is declared
+    fault: Fault | None = None  # What it did to a cache that it was not to do; None if nothing
 
 
 @dataclass(frozen=True)
 class Beside:
-    """What a convention found beside a result: what became of a cache.
+    """What a convention found beside a result: what became of a cache."""
 
-    Attributes:
-        result: What the subject returned, or wrote into a buffer.
-        fault: What is wrong with the cache; None if nothing is.
-    """
-
-    result: Any
-    fault: Fault | None
+    result: Any  # What the subject returned, or wrote into a buffer
+    fault: Fault | None  # What is wrong with the cache; None if nothing is
 
 
 def ask(spec: AttentionSpec, call: Call, *, dropout: float = 0.0, besides: bool = False) -> Answer:

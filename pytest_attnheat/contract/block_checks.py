@@ -98,10 +98,8 @@ def block_no_leakage(examination: Examination) -> None:
 
 
 def _seen(spec: AttentionSpec, inputs: Tensor) -> Tensor:
-    """What is declared that each token may see in a layer, (batch, heads, length, length).
-
-    There is one head, but for a function of the head.
-    """
+    """What is declared that each token may see in a layer, (batch, heads, length, length)."""
+    # There is one head, but for a function of the head.
     (batch, length), heads = inputs.shape[:2], 1
     documents = spec.documents
     if isinstance(documents, Tensor):
@@ -292,13 +290,10 @@ def captured_dropout(examination: Examination) -> None:
     if wrong:
         first = wrong[0]
         raise Failure(
-            "",
-            "attentions drop weights in evaluation mode",
-            broken=len(wrong),
-            of=len(records),
+            "", "attentions drop weights in evaluation mode", broken=len(wrong), of=len(records),
             layer=f"{layer_of(first)}, rate {first.dropout:g}",
             cause="dropout that does not ask for self.training",
-        )
+        )  # fmt: skip
     if not any(record.layer and not record.training for record in records):
         raise Skipped("no module was captured in evaluation mode")
 

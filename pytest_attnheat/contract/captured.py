@@ -42,15 +42,7 @@ _HALF, _ROUNDED = 0.5, 1e-4
 def records_of(
     spec: AttentionSpec, call: Callable[[], object] | None = None
 ) -> Sequence[AttentionRecord]:
-    """Return the records of a specification: those of its trace, or of its block at work.
-
-    Args:
-        spec: The specification.
-        call: Calls the block; by default it is called on its inputs.
-
-    Raises:
-        Skipped: Nothing could be captured in the block.
-    """
+    """Return the records of a specification: those of its trace, or of its block at work."""
     if isinstance(spec.subject, AttentionRecord):
         return [spec.subject]
     if isinstance(spec.subject, Trace):
@@ -79,11 +71,7 @@ def _captured(
 def diagnose_records(
     spec: AttentionSpec, call: Callable[[], object] | None = None, *, search: bool = True
 ) -> Diagnosis:
-    """Diagnose the first attention that is not what it is declared to be, or any if all are.
-
-    Raises:
-        ValueError: None of them tells enough to be judged; the reasons are listed.
-    """
+    """Diagnose the first attention that is not what it is declared to be, or any if all are."""
     last: Diagnosis | None = None
     reasons: list[str] = []
     for diagnosis in diagnoses(spec, reasons, call, search=search):
@@ -108,10 +96,8 @@ def diagnoses(
     *,
     search: bool = True,
 ) -> Iterator[Diagnosis]:
-    """Diagnose one record after the other; add the reasons why some cannot be.
-
-    What made a wrong output is only searched for in the first that is wrong: it takes seconds.
-    """
+    """Diagnose one record after the other; add the reasons why some cannot be."""
+    # What made a wrong output is only searched for in the first that is wrong: it takes seconds.
     records = records_of(spec, call)
     plain = records if call is None else records_of(spec)
     looked_up = _looked_up(spec, plain)
@@ -135,11 +121,9 @@ def diagnoses(
 
 
 def _looked_up(spec: AttentionSpec, records: Sequence[AttentionRecord]) -> set[tuple[str, int]]:
-    """The attention of a causal block that looks things up elsewhere than in its own sequence.
-
-    Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
-    about them.
-    """
+    """The attention of a causal block that looks things up elsewhere than in its own sequence."""
+    # Its keys are the same for other inputs: a memory, as in cross-attention. Causality is not
+    # about them.
     inputs = spec.inputs
     if inputs is None or spec.causal is None or torch.equal(inputs, inputs.flip(1)):
         return set()
@@ -325,19 +309,11 @@ def _sums(
     off = (sums - 1).abs().nan_to_num(nan=torch.inf).masked_fill(right, -1.0)
     worst = index_of(off.argmax(), off.shape)
     found = float(sums[worst])
+    said = f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})"
     raise Failure(
-        "",
-        "rows do not sum to 1",
-        broken=int((~right).sum()),
-        of=right.numel(),
-        layer=layer_of(record),
-        worst=Place(
-            f"weights{[*worst]} sums to {number_text(found)} (allowed {tolerance:.1e})",
-            worst,
-            found,
-        ),
-        tolerance=tolerance,
-    )
+        "", "rows do not sum to 1", broken=int((~right).sum()), of=right.numel(),
+        layer=layer_of(record), worst=Place(said, worst, found), tolerance=tolerance,
+    )  # fmt: skip
 
 
 def layer_of(record: AttentionRecord) -> str:

@@ -71,16 +71,11 @@ from pytest_attnheat.failure import Checked, Failure, Place
 
 # What each level of a call needs to be declared.
 _NEEDS: dict[str, Need] = {
-    "mask": takes_mask,
-    "fill": takes_float_mask,
-    "empty": declares_fully_masked,
-    "causal": takes_causal,
-    "group": takes_groups,
-    "gradients": has_gradients,
-    "ragged": takes_several_lengths,
-    **dict.fromkeys(STORED, reads_a_cache),
+    "mask": takes_mask, "fill": takes_float_mask, "empty": declares_fully_masked,
+    "causal": takes_causal, "group": takes_groups, "gradients": has_gradients,
+    "ragged": takes_several_lengths, **dict.fromkeys(STORED, reads_a_cache),
     **{name: takes_option(name) for name in OPTIONS},
-}
+}  # fmt: skip
 
 
 def _unmet(levels: Mapping[str, Any], spec: AttentionSpec) -> str | None:
@@ -92,11 +87,9 @@ def _unmet(levels: Mapping[str, Any], spec: AttentionSpec) -> str | None:
 def _judged(
     name: str, sentence: str, about: str, *calls: dict[str, Any], refused: bool = False, **more: Any
 ) -> None:
-    """Register the check that judges some calls, by their levels; `about` says what they are.
-
-    It asks those that can be asked, and for the output alone unless they say more. They may be
-    `refused` in any words.
-    """
+    """Register the check that judges some calls, by their levels; `about` says what they are."""
+    # It asks those that can be asked, and for the output alone unless they say more. They may be
+    # `refused` in any words.
 
     def needs(spec: AttentionSpec) -> str | None:
         reasons = [_unmet(levels, spec) for levels in calls]
@@ -208,9 +201,11 @@ _STORED: tuple[dict[str, Any], ...] = (
 )  # fmt: skip
 
 for _name, _sentence, _calls in (
-    ("softcap", "softcap bounds the scores before the mask", [{"softcap": True}]),
+    ("softcap", "softcap bounds the scores before the mask",
+     [{"softcap": True, **hides} for hides in ({}, {"mask": "boolean"}, {"causal": True})]),
     ("sinks", "a sink joins the sum of each row, and has no value", [{"sinks": True}]),
-    ("alibi", "a score falls with the distance of query and key", [{"alibi": True}]),
+    ("alibi", "a score falls with the distance of query and key",
+     [{"alibi": True}, {"alibi": True, "key_heads": 3}]),
     ("bias", "a bias is added to the scores", [{"bias": True}]),
     ("documents", "a query sees its own document alone", [{"documents": True, "sizes": (7, 7)}]),
     ("lengths", "a batch entry sees as many keys as its length says",
@@ -401,14 +396,11 @@ def _assert_averaged(weights: Tensor, call: Call) -> None:
     worst = index_of(off.argmax(), off.shape)
     found, wanted = float(weights[worst]), float(mean[worst])
     raise Failure(
-        "",
-        "weights are not the mean of those of the heads",
-        broken=int((off > allowed).sum()),
+        "", "weights are not the mean of those of the heads", broken=int((off > allowed).sum()),
         of=off.numel(),
         worst=Place(f"weights{[*worst]} is {found:.6g}, the mean {wanted:.6g}", worst, found),
-        tensor=Checked.of(weights),
-        tolerance=allowed,
-    )
+        tensor=Checked.of(weights), tolerance=allowed,
+    )  # fmt: skip
 
 
 CHECKS: tuple[Check, ...] = registered("function")

@@ -54,14 +54,8 @@ _DECODER = (
 
 
 def hints_of(spec: AttentionSpec, unsaid: Sequence[str] | None = None) -> tuple[str, ...]:
-    """What a specification leaves unsaid of parameters that sound like one of its fields.
-
-    Or of a module of PyTorch, which is no function of queries, keys and values.
-
-    Args:
-        spec: What is claimed.
-        unsaid: `all_undeclared` of it, where that is known.
-    """
+    """What a specification leaves unsaid of parameters that sound like one of its fields."""
+    # Or of a module of PyTorch, which is no function of queries, keys and values.
     found = [*(all_undeclared(spec) if unsaid is None else unsaid)]
     if tensors := undeclared_tensors(spec):
         found.append(tensors)

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.mistakes import finite
+from pytest_attnheat.attention.outcomes import finite
 from pytest_attnheat.attention.plan import Plan, carry_out
 from pytest_attnheat.attention.tolerance import answer_tolerance
 from pytest_attnheat.callables import always_compiled, random_kept, seed_all
 from pytest_attnheat.capture.record import AttentionRecord
 from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.blueprints import blueprints
 from pytest_attnheat.contract.captured import diagnose_records
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
 from pytest_attnheat.contract.examination import Examination
@@ -32,6 +31,7 @@ from pytest_attnheat.contract.matching import Explanation, errors, measure
 from pytest_attnheat.contract.probing import (
     Probe,
     ask,
+    blueprints,
     inferred_weights,
     one_thread,
     probe,
@@ -41,7 +41,7 @@ from pytest_attnheat.contract.ready import as_spec
 from pytest_attnheat.contract.returned import with_returned
 from pytest_attnheat.contract.searching import Search
 from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import dtype_name, seed_number
+from pytest_attnheat.inputs import dtype_name, misuse, seed_number
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.
 _DTYPES = ("float32", "float64", "float16", "bfloat16")
@@ -82,11 +82,15 @@ def diagnose(
     Raises:
         TypeError: The subject cannot be called, or the seed is not a whole number.
         ValueError: The subject answered no case at all; its first refusal is quoted. Nothing
-            that was captured can be judged.
+            that was captured can be judged. A function has a reference of its own: known defects
+            are those of attention as it is declared.
     """
     spec = as_spec(subject)
     if spec.is_captured or spec.is_block:
         return diagnose_records(spec)
+    if spec.reference is not None:
+        accepted = "None: known defects are those of attention as declared; use check_attention"
+        raise ValueError(misuse("reference", "a function", accepted))
     seed = seed_number(seed)
     sound: dict[str, float] = {}
     refused: dict[str, str] = {}
@@ -203,17 +207,12 @@ def _at_random(
         return None
     between = float((again - first.output).square().mean().sqrt())
     diagnosis = Diagnosis(
-        spec.name,
-        dtype_name(first.dtype),
-        healthy=False,
-        residual=between,
+        spec.name, dtype_name(first.dtype), healthy=False, residual=between,
         sentence=f"{spec.name} gives another output when called again",
         where={"wrong": f"two calls with the same inputs differ by {residual_text(between)} (rms)"},
-        refused=refused,
-        expected_weights=carry_out(Plan(), first.case).weights,
-        inferred_weights=inferred_weights(spec, first),
-        case=first.case.name,
-    )
+        refused=refused, expected_weights=carry_out(Plan(), first.case).weights,
+        inferred_weights=inferred_weights(spec, first), case=first.case.name,
+    )  # fmt: skip
     zero = first.output == 0
     if bool((zero.any(-1) & ~zero.all(-1)).any()):  # those of weights that are dropped never are
         sentence = f"{diagnosis.sentence}: single numbers of it are 0, as if it were dropped out"

@@ -145,16 +145,11 @@ class Diagnosis:
         largest = _scale([maps.get("difference", maps["expected"])])
         upto = "" if largest == 1.0 else f", drawn up to {largest:.2g}"
         return show_heatmaps(
-            torch.stack(list(maps.values())).unsqueeze(0),
-            xlabel="Keys",
-            ylabel="Queries",
+            torch.stack(list(maps.values())).unsqueeze(0), xlabel="Keys", ylabel="Queries",
             titles=list(maps),
             title=f"{self.subject}: {self.case}, batch {self.place[0]}, head {self.place[1]}{upto}",
-            figsize=None,
-            cmap="RdBu_r",
-            vmin=-largest,
-            vmax=largest,
-        )
+            figsize=None, cmap="RdBu_r", vmin=-largest, vmax=largest,
+        )  # fmt: skip
 
     def _next_best(self) -> str:
         if self.healthy or not self.next_best_defects or math.isinf(self.next_best):

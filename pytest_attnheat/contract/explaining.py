@@ -25,24 +25,15 @@ _LONG = 100
 
 
 def explained(
-    name: str,
-    probes: Sequence[Probe],
-    refused: dict[str, str],
-    weights: WeightsOf = lambda one: None,
+    name: str,  # What answered
+    probes: Sequence[Probe],  # What it was asked, and answered
+    refused: dict[str, str],  # Why other cases were not answered, by name
+    weights: WeightsOf = lambda one: None,  # What it used as weights
     *,
-    search: bool = True,
-    keep: bool = False,
+    search: bool = True,  # Whether to look for what it is instead, if it is wrong
+    keep: bool = False,  # Keep what defects give, for the next subject that is asked them
 ) -> Diagnosis:
-    """Say what reproduces the answers: correct attention, a defect, two, or nothing.
-
-    Args:
-        name: What answered.
-        probes: What it was asked, and answered.
-        refused: Why other cases were not answered, by name.
-        weights: What it used as weights.
-        search: Whether to look for what it is instead, if it is wrong.
-        keep: Keep what defects give on these cases, for the next subject that is asked them.
-    """
+    """Say what reproduces the answers: correct attention, a defect, two, or nothing."""
     dtype = dtype_name(probes[0].dtype)
     correct = Explanation(fit=measure(probes))
     base = Diagnosis(name, dtype, correct.reproduces, residual=correct.fit.residual)
@@ -73,16 +64,13 @@ def explained(
     excluded = [one for one in others if not any(names <= set(one.names) for names in named)]
     best_other = min([*excluded, correct], key=lambda one: one.fit.residual)
     return replace(
-        diagnosis,
-        defects=best.names,
+        diagnosis, defects=best.names,
         alternatives=tuple(names for names in alternatives if set(names) != set(best.names)),
-        residual=best.fit.residual,
-        next_best=best_other.fit.residual,
-        next_best_defects=best_other.names or ("correct attention",),
-        constant=best.constant,
+        residual=best.fit.residual, next_best=best_other.fit.residual,
+        next_best_defects=best_other.names or ("correct attention",), constant=best.constant,
         excluded=_excluded(explanations, [best.names, *alternatives]),
         sentence=_sentence(name, best, rest, best_other),
-    )
+    )  # fmt: skip
 
 
 def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explanation]]:
@@ -166,12 +154,9 @@ def _unexplained(
     if coarse := _as_if_coarse(diagnosis):
         sentence += f"; {coarse}"
     return replace(
-        diagnosis,
-        next_best=nearest.fit.residual,
-        next_best_defects=nearest.names,
-        excluded=_excluded(explanations, []),
-        sentence=sentence,
-    )
+        diagnosis, next_best=nearest.fit.residual, next_best_defects=nearest.names,
+        excluded=_excluded(explanations, []), sentence=sentence,
+    )  # fmt: skip
 
 
 def _as_if_coarse(diagnosis: Diagnosis) -> str:

@@ -52,14 +52,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def sizes_for(memory: int, *, square: bool, longest: int | None, width: int) -> tuple[int, int]:
-    """Return the numbers of queries and keys that so many bytes allow.
-
-    Args:
-        memory: What is free.
-        square: Whether there are as many queries as keys; else there are few.
-        longest: The most that the subject takes; None for any.
-        width: How many numbers a key and its value have.
-    """
+    """Return the numbers of queries (few, unless `square`) and keys that so many bytes allow."""
     memory = max(0, memory - _SPARE) // 2
     most = LONGEST if longest is None else min(LONGEST, longest)
 

@@ -140,11 +140,9 @@ def _undeclared_mask(spec: AttentionSpec) -> str:
 
 
 def undeclared_tensors(spec: AttentionSpec) -> str:
-    """Say which optional tensors an unknown block takes that no check gives it.
-
-    What sounds like a mask, causality or a cache is told of elsewhere. Nothing says what the
-    others are for.
-    """
+    """Say which optional tensors an unknown block takes that no check gives it."""
+    # What sounds like a mask, causality or a cache is told of elsewhere. Nothing says what the
+    # others are for.
     model = model_of(spec) if spec.is_block else None
     if model is None or (spec.mask is None and "mask" in spec.typed):
         return ""

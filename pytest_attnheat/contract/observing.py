@@ -36,27 +36,16 @@ _CAPS = [step / 16 for step in range(-32, 81)]
 
 @dataclass(frozen=True, eq=False)
 class _Seen:
-    """The weights of one case as they were found, and what goes into them.
+    """The weights of one case as they were found, and what goes into them."""
 
-    Attributes:
-        case: The case.
-        weights: As the subject uses them, (batch, heads, query_len, key_len).
-        right: Those of correct attention.
-        scores: Of correct attention.
-        permitted: Where queries may attend.
-        used: Which weights are large enough to tell their score.
-        output: Of the subject.
-        wanted: The output of correct attention.
-    """
-
-    case: Case
-    weights: Tensor
-    right: Tensor
-    scores: Tensor
-    permitted: Tensor
-    used: Tensor
-    output: Tensor
-    wanted: Tensor
+    case: Case  # The case
+    weights: Tensor  # As the subject uses them, (batch, heads, query_len, key_len)
+    right: Tensor  # Those of correct attention
+    scores: Tensor  # Of correct attention
+    permitted: Tensor  # Where queries may attend
+    used: Tensor  # Which weights are large enough to tell their score
+    output: Tensor  # Of the subject
+    wanted: Tensor  # The output of correct attention
 
     def centred(self, numbers: Tensor) -> Tensor:
         """Return numbers less the mean of their row, which a softmax does not feel; 0 unused."""

@@ -24,8 +24,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 from pytest_attnheat.attention.backward import carried_back
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.decisions import BackwardPlan
-from pytest_attnheat.attention.mistakes import as_case
-from pytest_attnheat.attention.outcomes import digest
+from pytest_attnheat.attention.outcomes import as_case, digest
 from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, misread
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.contract.conventions.reading import SetAsideError, UnreadError
@@ -43,27 +42,16 @@ _BASES = (1.0, math.log(2.0), math.log(10.0))
 
 
 class Planted:
-    """A target with a defect, called as the target is.
+    """A target with a defect, called as the target is; without a version, it is only watched.
 
-    Attributes:
-        spec: The target.
-        version: What is planted; None for nothing, so that calls are only watched.
-        effect: What was asked, and what was changed.
-        module: The target, where it is a module.
-        weights: Those of the last answer that was changed, (batch, heads, query_len, key_len),
-            since `keep_weights` was called.
+    `weights` are those of the last answer that was changed, (batch, heads, query_len, key_len),
+    since `keep_weights` was called.
     """
 
     def __init__(
         self, spec: AttentionSpec, version: Version | None, known: OrderedDict[Any, Any]
     ) -> None:
-        """Plant a version.
-
-        Args:
-            spec: The target.
-            version: What is planted, None for nothing.
-            known: What is known of calls; shared by all versions of a target.
-        """
+        """Plant a version, or None; what is `known` of calls is shared by versions of a target."""
         self.spec, self.version, self.effect = spec, version, Effect()
         target = spec.implementation
         # That of a module may be replaced by this while it is graded.
@@ -174,7 +162,6 @@ class Planted:
         return known
 
     def _note(self, reading: Reading, output: Tensor) -> None:
-        """Note what a call has."""
         call, seen = reading.call, self.effect.seen
         # A mask that hides nothing, and causality that does, exercise nothing.
         is_masked = call.mask is not None and not bool(call.mask.all())

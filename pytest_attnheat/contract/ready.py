@@ -22,12 +22,10 @@ READY_MADE = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerE
 
 
 def as_spec(subject: AttentionSpec | Callable[..., Any] | Trace | AttentionRecord) -> AttentionSpec:
-    """Return a specification: as it is, ready-made, or of a callable with nothing declared.
-
-    Ready-made are those of `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and
-    `nn.TransformerEncoder`, as blocks in evaluation mode. Public callables that are recognised by
-    their parameters are called as they are, see `conventions`.
-    """
+    """Return a specification: as it is, ready-made, or of a callable with nothing declared."""
+    # Ready-made are those of `nn.MultiheadAttention`, `nn.TransformerEncoderLayer` and
+    # `nn.TransformerEncoder`, as blocks in evaluation mode. Public callables that are recognised by
+    # their parameters are called as they are, see `conventions`.
     if isinstance(subject, AttentionSpec):
         return subject
     width = _width_of(subject)

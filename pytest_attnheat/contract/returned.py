@@ -18,7 +18,7 @@ from pytest_attnheat.attention.defects import DEFECTS
 from pytest_attnheat.attention.drawing import RAGGED
 from pytest_attnheat.attention.levels import OPTIONS
 from pytest_attnheat.attention.misreadings import without
-from pytest_attnheat.attention.mistakes import as_case
+from pytest_attnheat.attention.outcomes import as_case
 from pytest_attnheat.attention.plan import NotApplicable, Outcome, Plan, carry_out
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
@@ -190,14 +190,9 @@ class _Reading:
     def excess(
         self, given: Tensor, call: Call, empty: str | None = None, instead: _Instead | None = None
     ) -> float:
-        """How far it is off, as a multiple of what is allowed; inf where it cannot be this.
-
-        Args:
-            given: What was returned.
-            call: What was asked.
-            empty: What a row has that sees nothing, as of `Lse`; by default any infinity.
-            instead: What is made of a call in place of its log-sum-exp.
-        """
+        """How far it is off, as a multiple of what is allowed; inf where it cannot be this."""
+        # `empty`: what a row has that sees nothing, as of `Lse`; by default any infinity.
+        # `instead`: what is made of a call in place of its log-sum-exp.
         squeezed = given.squeeze(-1) if given.ndim == 4 and given.shape[-1] == 1 else given
         order = ["bhl".index(letter) for letter in self.shape]
         back = [self.shape.index(letter) for letter in "bhl"]
@@ -224,14 +219,8 @@ class _Reading:
 
 
 def judge_lse(examination: Examination) -> str:
-    """Judge the log-sum-exp of a few calls; return how it is meant.
-
-    That of a convention is known; else it is found out.
-
-    Raises:
-        Failure: It is not so, or no way to read it fits all calls.
-        Skipped: There are no calls to ask.
-    """
+    """Judge the log-sum-exp of a few calls; return how it is meant."""
+    # That of a convention is known; else it is found out.
     known = examination.spec.convention.lse if examination.spec.convention else None
     with_sinks = (True,) if examination.spec.sinks is None else (True, False)
     readings = [_Reading(*one) for one in product(_SHAPES, _BASES, with_sinks)]

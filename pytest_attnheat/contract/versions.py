@@ -28,45 +28,27 @@ _FEATURES = ("window", "chunk", "documents", "may_see", "softcap", "alibi", "sin
 
 @dataclass(frozen=True, eq=False)
 class Form:
-    """One way in which a defect computes.
+    """One way in which a defect computes."""
 
-    Attributes:
-        make: Carries it out; raises `NotApplicable` where that cannot be.
-        decided: What it decides, where that is all there is to it.
-    """
-
-    make: Callable[[Case], Outcome]
-    decided: Decisions | None = None
+    make: Callable[[Case], Outcome]  # Carries it out; raises `NotApplicable` where that cannot be
+    decided: Decisions | None = None  # What it decides, where that is all there is to it
 
 
 @dataclass(frozen=True, eq=False)
 class Version:
-    """A wrong version of a target.
+    """A wrong version of a target."""
 
-    Attributes:
-        name: The name of the defect.
-        sentence: What it does; it follows the word "attention".
-        kind: Whether it is one of the forward or the backward pass, or a trivial answer.
-        forms: Its forms in a forward pass, the most usual first.
-        changes: Those in a backward pass.
-        remembers: Whether it knows the first call of the same shapes.
-    """
-
-    name: str
-    sentence: str
-    kind: Kind = "forward"
-    forms: tuple[Form, ...] = ()
-    changes: tuple[Change, ...] = ()
-    remembers: bool = False
+    name: str  # The name of the defect
+    sentence: str  # What it does; it follows the word "attention"
+    kind: Kind = "forward"  # Of the forward or the backward pass, or a trivial answer
+    forms: tuple[Form, ...] = ()  # Its forms in a forward pass, the most usual first
+    changes: tuple[Change, ...] = ()  # Those in a backward pass
+    remembers: bool = False  # Whether it knows the first call of the same shapes
 
 
 def versions(spec: AttentionSpec, *, seed: int = 0) -> Iterator[Version]:
-    """Yield all versions: of each defect, with its forms, and the trivial answers.
-
-    Args:
-        spec: The target; without gradients, no backward pass is wrong.
-        seed: Seed of what is dropped at random.
-    """
+    """Yield all versions: of each defect, with its forms, and the trivial answers."""
+    # Without gradients, no backward pass is wrong.
     everything: tuple[Defect, ...] = (*DEFECTS, *BACKWARD)
     forward = {one.name for one in DEFECTS}
     forms = [one for one in DEFECTS if _simple(one) in forward]

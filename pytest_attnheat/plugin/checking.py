@@ -42,7 +42,7 @@ def calls_of(
     ranks: int | None = None,
 ) -> Iterator[CheckCall]:
     """Make the calls of the checks of one implementation, see `parametrize_with_checks`."""
-    from pytest_attnheat.contract.running import checks_of
+    from pytest_attnheat.contract.running import checks_of, left_out_of
 
     call = replayed(config)
     if ranks is not None:
@@ -57,6 +57,7 @@ def calls_of(
         examinations, asked = call.among(examinations), (call.check,)
     calls = list(product(examinations, asked))
     examined.told["calls"] = len(calls)
+    examined.told["left_out"] = left_out_of(spec, asked) if quick and not (checks or call) else ""
     for number, (examination, check) in enumerate(calls):
         reason = expected.get(check.name, expected.get(f"{spec.name}-{check.name}"))
         yield CheckCall(examined, check, examination, reason, unselected, number)
@@ -74,12 +75,7 @@ def replayed(config: pytest.Config) -> Replay | None:
 
 
 class CheckCall:
-    """One check of one implementation, in one dtype and on one device, to be called.
-
-    Attributes:
-        name: What it is called in test ids.
-        result: What it found; as long as it was not called, why it is skipped, or nothing.
-    """
+    """One check of one implementation, in one dtype and on one device, to be called."""
 
     def __init__(
         self,
@@ -184,14 +180,7 @@ def _failed_check(*args: Any) -> FailedCheckError:
 
 
 class _Examined:
-    """What all checks of one implementation share.
-
-    Attributes:
-        config: The configuration of the run.
-        spec: What is claimed.
-        checks: The checks that are asked.
-        told: What each verdict says of it, in words and numbers alone.
-    """
+    """What all checks of one implementation share."""
 
     def __init__(self, config: pytest.Config, spec: AttentionSpec, checks: Sequence[Check]) -> None:
         from pytest_attnheat.contract.declarations import hints_of
@@ -239,10 +228,8 @@ class _Examined:
     def diagnosed(
         self, examination: Examination, result: Result
     ) -> tuple[str, Callable[[], HeatmapFigure] | None, str]:
-        """The diagnosis and what draws it, the first time, then its sentence alone.
-
-        And what is known of attention in the call of a block that failed.
-        """
+        """The diagnosis and what draws it, the first time, then its sentence alone."""
+        # And what is known of attention in the call of a block that failed.
         sentence = self.told.get("diagnosis", "")
         shown = sentence and f"diagnose: {sentence}"
         if "diagnosis" in self.told and not self.spec.is_block:
@@ -264,11 +251,9 @@ class _Examined:
         return str(diagnosis), draw, inside
 
     def examinations(self, *, quick: bool) -> tuple[list[Examination], str]:
-        """Its examinations on the selected devices and in the selected dtypes.
-
-        If nothing that is declared is selected, one of the others, and why it is skipped: a test
-        without any checks would vanish.
-        """
+        """Its examinations on the selected devices and in the selected dtypes."""
+        # If nothing that is declared is selected, one of the others, and why it is skipped: a test
+        # without any checks would vanish.
         from pytest_attnheat.contract.running import examinations_of
 
         settings = self.config.stash[SETTINGS]

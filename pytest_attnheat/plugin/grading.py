@@ -20,8 +20,7 @@ import pytest
 
 from pytest_attnheat.inputs import misuse
 from pytest_attnheat.plugin.grades import Found, Graded, notes_of
-from pytest_attnheat.plugin.replacing import Target, find_target
-from pytest_attnheat.plugin.rerunning import outcomes, quiet, tear_down
+from pytest_attnheat.plugin.replacing import Target, find_target, outcomes, quiet, tear_down
 from pytest_attnheat.plugin.settings import CHECKS_MARKER, GRADE_MARKER, MARKED, SETTINGS, Settings
 
 if TYPE_CHECKING:
@@ -389,10 +388,8 @@ def _marked(item: pytest.Item) -> str | None:
 
 
 def _chosen(items: Sequence[pytest.Item], text: str) -> list[pytest.Item]:
-    """The tests that grade a target: marked ones if there are any, else all that have no marker.
-
-    The examination has the target in its specifications, where nothing is replaced.
-    """
+    """The tests that grade a target: marked ones if there are any, else all that have no marker."""
+    # The examination has the target in its specifications, where nothing is replaced.
     own = [item for item in items if item.get_closest_marker(CHECKS_MARKER) is None]
     marked = [item for item in own if _marked(item) in ("", text)]
     return marked or [item for item in own if _marked(item) is None]

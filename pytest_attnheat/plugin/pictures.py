@@ -45,11 +45,9 @@ STEMS = pytest.StashKey[dict[str, set[str]]]()
 
 
 def find_baselines(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Give every marked test its baseline, and hand it to pytest-mpl.
-
-    A test with a wrong marker fails when it runs: an error here would end a run on workers
-    without saying why.
-    """
+    """Give every marked test its baseline, and hand it to pytest-mpl."""
+    # A test with a wrong marker fails when it runs: an error here would end a run on workers
+    # without saying why.
     tests_of: dict[str, list[tuple[pytest.Item, Expected]]] = {}
     stems: dict[str, set[str]] = {}
     config.stash[STEMS] = stems
@@ -104,16 +102,10 @@ def _hand_to_mpl(item: pytest.Item, expected: Expected) -> None:
         return
     if config.getoption("--mpl-use-full-test-name") or config.getini("mpl-use-full-test-name"):
         return
-    item.add_marker(
-        pytest.mark.mpl_image_compare(
-            style="default",
-            backend="agg",
-            deterministic=True,
-            filename=expected.path.name,
-            baseline_dir=str(expected.path.parent),
-            savefig_kwargs={"format": "png"},
-        )
-    )
+    item.add_marker(pytest.mark.mpl_image_compare(
+        style="default", backend="agg", deterministic=True, filename=expected.path.name,
+        baseline_dir=str(expected.path.parent), savefig_kwargs={"format": "png"},
+    ))  # fmt: skip
 
 
 def _mpl_option(item: pytest.Item, *names: str) -> bool:
@@ -367,13 +359,9 @@ def _note(
     status: str,
     kept: dict[str, Path] | None = None,
 ) -> None:
-    item.stash.setdefault(OUTCOMES, []).append(
-        Outcome(
-            baseline=shown(item.config, expected.path),
-            status=status,
-            compared=verdict.compared,
-            drawn_by=verdict.drawn_by,
-            reason=verdict.reason or ("new" if verdict.status == "missing" else verdict.status),
-            pictures=tuple((name, str(path)) for name, path in (kept or {}).items()),
-        )
-    )
+    item.stash.setdefault(OUTCOMES, []).append(Outcome(
+        baseline=shown(item.config, expected.path), status=status, compared=verdict.compared,
+        drawn_by=verdict.drawn_by,
+        reason=verdict.reason or ("new" if verdict.status == "missing" else verdict.status),
+        pictures=tuple((name, str(path)) for name, path in (kept or {}).items()),
+    ))  # fmt: skip

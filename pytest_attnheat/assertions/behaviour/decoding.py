@@ -197,12 +197,7 @@ def _in_chunks(sizes: Sequence[int]) -> str:
 
 
 def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -> _FunctionDecoder:
-    """Return how an attention function is called in chunks.
-
-    Args:
-        subject: The function and its inputs; causal by `is_causal`, the default, or its mask.
-        alignment: `"bottom_right"` where chunks may be called with `is_causal=True`.
-    """
+    """Return how a function is called in chunks; `"bottom_right"`: maybe by `is_causal=True`."""
     if alignment is not None:
         one_of("alignment", alignment, ALIGNMENTS)
     given = subject.mask
@@ -247,16 +242,11 @@ def _function_decoder(subject: AttentionFunction, alignment: Alignment | None) -
 
 @dataclass(frozen=True)
 class _FunctionDecoder(Decoder):
-    """An attention function that is given some queries, and the keys up to the last of them.
-
-    Attributes:
-        mask: Who may see what, spelled out, (..., query_len, key_len).
-        own_causal: Whether chunks are called with `is_causal=True`.
-    """
+    """An attention function that is given some queries, and the keys up to the last of them."""
 
     subject: AttentionFunction
-    mask: Tensor
-    own_causal: bool
+    mask: Tensor  # Who may see what, spelled out, (..., query_len, key_len)
+    own_causal: bool  # Whether chunks are called with `is_causal=True`
 
     def part(self, step: range) -> AttentionFunction:
         """The function with the queries of a chunk, all keys up to it, and its masks."""
@@ -270,12 +260,9 @@ class _FunctionDecoder(Decoder):
             masks = {}
         kept = {k: v for k, v in function.arguments.items() if k not in (MASK, "is_causal")}
         return replace(
-            function,
-            query=function.query[..., rows, :],
-            key=function.key[..., :last, :],
-            value=function.value[..., :last, :],
-            arguments={**kept, **masks},
-        )
+            function, query=function.query[..., rows, :], key=function.key[..., :last, :],
+            value=function.value[..., :last, :], arguments={**kept, **masks},
+        )  # fmt: skip
 
     @cached_property
     def _sees_all_before(self) -> list[bool]:

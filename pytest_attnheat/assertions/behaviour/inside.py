@@ -49,12 +49,7 @@ def _careful(say: _Says) -> _Says:
 
 
 class Inside:
-    """The attention of a sequence with itself that a model performs in one call.
-
-    Attributes:
-        records: What was captured; nothing where some attention may have been missed.
-        into_linear: What its linear layers were given.
-    """
+    """The attention of a sequence with itself that a model performs in one call."""
 
     def __init__(self, subject: ModelSubject, run: Callable[[], object] | None = None) -> None:
         """Call it, or run what calls it."""
@@ -92,12 +87,7 @@ class Inside:
 
     @_careful
     def why_seen(self, may_see: Tensor, judged: Tensor) -> str | None:
-        """Say what lets a token see what it must not, where the attention inside does not.
-
-        Args:
-            may_see: Boolean (batch, length, length).
-            judged: Boolean (batch, length): the tokens whose output means something.
-        """
+        """Say what lets a token see what it must not, where the attention inside does not."""
         forbidden = (~may_see & judged.unsqueeze(-1)).unsqueeze(1)
         if not self._squares or not all(_hides(record, forbidden) for record in self._squares):
             return None
@@ -122,11 +112,7 @@ class Inside:
 
     @_careful
     def why_mask_fails(self, real: Tensor) -> str | None:
-        """Say which attention hides rows in place of columns, or what it hides too late.
-
-        Args:
-            real: Boolean (batch, length), True where a token is no padding.
-        """
+        """Say which attention hides rows in place of columns, or what it hides too late."""
         for record in self._squares:
             late = record.masked_late
             if late is not None and _least_sum(record, real) < 1 - _FELT:
@@ -159,11 +145,7 @@ class Inside:
 
     @_careful
     def why_places_are_felt(self, alone: Inside) -> str | None:
-        """Say what changes in the first attention where tokens are at other places.
-
-        Args:
-            alone: The same tokens, the first sample alone, at the beginning.
-        """
+        """Say what changes in the first attention where the first sample comes alone."""
         if not self._squares or not alone._squares:
             return None
         moved, kept = (
@@ -186,12 +168,7 @@ class Inside:
 
     @_careful
     def why_chunk_differs(self, step: range, at_once: Inside) -> str | None:
-        """Say what differs in the first attention of a chunk that comes with a cache.
-
-        Args:
-            step: The tokens of the chunk.
-            at_once: The whole sequence.
-        """
+        """Say what differs in the first attention of a chunk that comes with a cache."""
         calls = Counter(record.layer for record in at_once._squares)
         known = {(one.layer, one.call): one for one in at_once._squares}
         for own in self.records:

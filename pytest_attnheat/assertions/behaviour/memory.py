@@ -42,13 +42,9 @@ def claims_of(subject: Subject, stated: Stated) -> Iterator[tuple[Subject, Claim
 
 @dataclass(frozen=True)
 class MemorySubject(ModelSubject):
-    """A model of its memory: its inputs are the memory, its rows those of what looks it up.
+    """A model of its memory: its inputs are the memory, its rows those of what looks it up."""
 
-    Attributes:
-        queries: The inputs of the model.
-    """
-
-    queries: Tensor = field(kw_only=True)
+    queries: Tensor = field(kw_only=True)  # The inputs of the model
 
     element = "memory element"
     pads_rows = False

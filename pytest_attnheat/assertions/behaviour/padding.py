@@ -93,12 +93,9 @@ def assert_padding_invariant(
     amount = positive("amount", amount)
     value = None if padding_value is None else check_number(padding_value, "padding_value")
     called = as_subject(
-        subject,
-        inputs,
-        arguments,
-        lengths if len(inputs) == 3 else None,
+        subject, inputs, arguments, lengths if len(inputs) == 3 else None,
         seed=seed if training else None,
-    )
+    )  # fmt: skip
     called = memory_of(called) or called
     if sides is None and isinstance(called, ModelSubject) and called.model.mask == "lengths":
         given = ("right",)
@@ -126,19 +123,12 @@ def _sides(sides: object) -> tuple[Side, ...]:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A subject with padding on one side.
+    """A subject with padding on one side."""
 
-    Attributes:
-        subject: The subject without it.
-        padding: The padding.
-        allowed: By what part of its size a row may change.
-        alone: Outputs without padding, by whether positions are told.
-    """
-
-    subject: Subject
-    padding: Padding
-    allowed: float
-    alone: dict[bool, Tensor]
+    subject: Subject  # The subject without it
+    padding: Padding  # The padding
+    allowed: float  # By what part of its size a row may change
+    alone: dict[bool, Tensor]  # Outputs without padding, by whether positions are told
 
     @property
     def expected(self) -> Tensor:
@@ -190,17 +180,11 @@ class _Trial:
         __tracebackhide__ = True
         got = self.run()
         check_rows(
-            _NAME,
-            got,
-            self.expected,
-            claim=self.subject.name_padding(self.padding),
-            allowed=self.allowed,
-            judged=self.padded.judged(),
-            place=self._place,
+            _NAME, got, self.expected, claim=self.subject.name_padding(self.padding),
+            allowed=self.allowed, judged=self.padded.judged(), place=self._place,
             cause=lambda _: RANDOM_CAUSE if training else self._cause(got, sides),
-            repeat=f"seed={self.padding.seed}",
-            again=self.run,
-        )
+            repeat=f"seed={self.padding.seed}", again=self.run,
+        )  # fmt: skip
 
     def _place(self, index: tuple[int, ...]) -> str:
         model = self._model

@@ -127,22 +127,15 @@ def assert_deterministic(
 
 @dataclass(frozen=True)
 class _Call:
-    """A subject whose mode can be set.
+    """A subject whose mode can be set."""
 
-    Attributes:
-        called: The subject.
-        modules: The modules that it is or holds.
-    """
-
-    called: Subject
-    modules: list[nn.Module]
+    called: Subject  # The subject
+    modules: list[nn.Module]  # The modules that it is or holds
 
     def run(self) -> Tensor:
-        """Call it."""
         return self.called.run()
 
     def train(self, mode: bool) -> None:
-        """Set the mode of all modules."""
         for module in self.modules:
             module.train(mode)
 
@@ -187,14 +180,10 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
     reseeded = call.run()
     for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
         check_rows(
-            _NAME,
-            *_without_equal_nans(again, first),
-            claim=f"outputs change {when}, {call.mode}",
-            allowed=0.0,
-            cause=lambda _: _why_random(call, seed),
-            repeat=f"seed={seed}",
+            _NAME, *_without_equal_nans(again, first), claim=f"outputs change {when}, {call.mode}",
+            allowed=0.0, cause=lambda _: _why_random(call, seed), repeat=f"seed={seed}",
             again=call.run,
-        )
+        )  # fmt: skip
     return first
 
 
@@ -308,11 +297,9 @@ def _check_declared(call: _Call, evaluated: Tensor, share: float) -> None:
 
 
 def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list[float]]:
-    """With what probability each layer drops, by its path; and other numbers named like dropout.
-
-    A layer that never drops says nothing of dropout that is done by a function beside it, of
-    which a module keeps the probability as `self.attention_dropout`.
-    """
+    """With what probability each layer drops, by its path; and other numbers named like dropout."""
+    # A layer that never drops says nothing of dropout that is done by a function beside it, of
+    # which a module keeps the probability as `self.attention_dropout`.
     layers: dict[str, float] = {}
     others: list[float] = []
     for path, part in (named for module in modules for named in module.named_modules()):
@@ -332,11 +319,9 @@ def _probabilities(modules: Sequence[nn.Module]) -> tuple[dict[str, float], list
 
 
 def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed: int) -> None:
-    """Check that the mean in training mode is the output in evaluation mode.
-
-    It compares one number: how much of the output of evaluation mode there is in that of
-    training mode. It is a sum over all outputs, and so close to normally distributed.
-    """
+    """Check that the mean in training mode is the output in evaluation mode."""
+    # It compares one number: how much of the output of evaluation mode there is in that of training
+    # mode. It is a sum over all outputs, and so close to normally distributed.
     __tracebackhide__ = True
     wanted = evaluated.double().flatten()
     size = wanted.square().sum()
@@ -359,11 +344,7 @@ def _check_mean(call: _Call, evaluated: Tensor, share: float, *, runs: int, seed
         return
     off = f"it is {mean:.4g} of it (off by {abs(mean - 1):.1e}; allowed {allowed:.1e})"
     raise Failure(
-        _NAME,
-        f"the mean over {runs} calls in training mode is not the output in evaluation mode",
-        worst=Place(off, value=mean),
-        cause=why_factor(mean / (1 - share), share, error / mean),
-        tensor=Checked.of(evaluated),
-        tolerance=allowed,
-        repeat=f"seed={seed}",
-    )
+        _NAME, f"the mean over {runs} calls in training mode is not the output in evaluation mode",
+        worst=Place(off, value=mean), cause=why_factor(mean / (1 - share), share, error / mean),
+        tensor=Checked.of(evaluated), tolerance=allowed, repeat=f"seed={seed}",
+    )  # fmt: skip

@@ -31,23 +31,16 @@ _TOGETHER = "query, key and value"
 
 
 def as_subject(
-    subject: object,
-    inputs: Sequence[object],
-    arguments: Mapping[str, Any],
+    subject: object,  # An attention function or a sequence model
+    inputs: Sequence[object],  # Its positional inputs
+    arguments: Mapping[str, Any],  # Its keyword arguments
+    # How many tokens of each sample are real, (batch,); the rest is padding on the right. None for
+    # no mask. For sequence models only.
     lengths: object = None,
     *,
-    seed: int | None = None,
+    seed: int | None = None,  # Where each call starts its random numbers; None: from where they are
 ) -> Subject:
-    """Return a subject with its inputs: three are query, key and value, one is a sequence.
-
-    Args:
-        subject: An attention function or a sequence model.
-        inputs: Its positional inputs.
-        arguments: Its keyword arguments.
-        lengths: How many tokens of each sample are real, (batch,); the rest is padding on the
-            right. None for no mask. For sequence models only.
-        seed: Where each call starts its random numbers; None: from where they are.
-    """
+    """Return a subject with its inputs: three are query, key and value, one is a sequence."""
     if len(inputs) == 3 and not isinstance(subject, SequenceModel):
         if lengths is not None:
             accepted = "None for an attention function, which is told of padding by attn_mask"
@@ -164,10 +157,8 @@ def as_sequence(
 
 
 def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
-    """Return a function with a part of its inputs, about so many weights, if all have more.
-
-    All inputs are kept where it is not known how to cut them, or the function refuses a part.
-    """
+    """Return a function with a part of its inputs, about so many weights, if all have more."""
+    # All inputs are kept where it is not known how to cut them, or the function refuses a part.
     query, key = function.query, function.key
     others = [v for name, v in function.arguments.items() if name != MASK]
     if query[..., 0].numel() * key.shape[-2] <= most:
@@ -183,10 +174,8 @@ def part_of(function: AttentionFunction, most: int) -> AttentionFunction:
 
 
 def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
-    """Keep some batch entries, heads, queries and keys.
-
-    Keys are kept together if a mask is given: a query might be left without any.
-    """
+    """Keep some batch entries, heads, queries and keys."""
+    # Keys are kept together if a mask is given: a query might be left without any.
     query, key, arguments = function.query, function.key, dict(function.arguments)
     mask, is_causal = function.mask, bool(arguments.get("is_causal"))
     keys = key.shape[-2] if mask is not None else min(key.shape[-2], _MOST_KEYS)
@@ -218,12 +207,7 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
 
 
 def _corner(tensor: Tensor, leading: list[int]) -> Tensor:
-    """Keep the first entries along each leading dimension that the tensor is not broadcast along.
-
-    Args:
-        tensor: (..., length, width), maybe with fewer leading dimensions.
-        leading: How many entries to keep along each.
-    """
+    """Keep the first entries along each leading dimension that it is not broadcast along."""
     for dim, size in zip(range(-3, -tensor.ndim - 1, -1), reversed(leading), strict=False):
         if tensor.shape[dim] > 1:
             tensor = tensor.narrow(dim, 0, size)

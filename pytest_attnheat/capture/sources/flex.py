@@ -18,11 +18,9 @@ SOURCE = "flex_attention"
 
 
 def see(call: Call) -> After:
-    """Tell what the operator behind `flex_attention` was given.
-
-    It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
-    pair whether it may attend), scale, and options of the kernel.
-    """
+    """Tell what the operator behind `flex_attention` was given."""
+    # It has: query, key, value, score_mod, the parts of the block mask (its last part says of each
+    # pair whether it may attend), scale, and options of the kernel.
 
     def after(result: Any) -> None:
         call.watcher.tell(_record(call.args, result[0]))
@@ -36,19 +34,11 @@ def _record(args: tuple[Any, ...], output: Tensor) -> AttentionRecord:
     batch, heads, query_len, _ = query.shape
     shape = (batch, heads, query_len, key.shape[-2])
     return AttentionRecord(
-        layer="",
-        source=SOURCE,
-        shape=shape,
-        dtype=query.dtype,
-        query=query,
-        key=key,
-        value=value,
-        output=output,
-        given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
-        scale=float(scale),
-        scale_steps=(float(scale),),
+        layer="", source=SOURCE, shape=shape, dtype=query.dtype, query=query, key=key, value=value,
+        output=output, given_mask=_dense(mask_mod, blocks.shape[:2], shape, query.device),
+        scale=float(scale), scale_steps=(float(scale),),
         score_mod=None if _changes_nothing(score_mod) else _of_many(_frozen(score_mod, query)),
-    )
+    )  # fmt: skip
 
 
 def _changes_nothing(score_mod: Callable[..., Tensor]) -> bool:

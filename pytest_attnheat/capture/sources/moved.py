@@ -250,13 +250,9 @@ def _changed(scores: Scores, call: Call, base: str, number: float | None, output
     elif base == "tanh" and softcap is None:
         softcap = 1.0
     return replace(
-        scores,
-        zero=zero,
-        steps=scores.steps if number is None else (*scores.steps, number),
-        softcap=softcap,
-        went=(*scores.went, base),
-        coarsest=coarser(scores.coarsest, output.dtype),
-    )
+        scores, zero=zero, steps=scores.steps if number is None else (*scores.steps, number),
+        softcap=softcap, went=(*scores.went, base), coarsest=coarser(scores.coarsest, output.dtype),
+    )  # fmt: skip
 
 
 def _is_shift(base: str, scores: Scores, call: Call, output: Tensor) -> bool:
@@ -427,9 +423,6 @@ def _overwritten(base: str, call: Call) -> After | None:
 
 
 SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
-    (_COPIES, _copied),
-    (_MOVES, _moved),
-    (_PAIRS, _paired),
-    (_JOINS, _joined),
+    (_COPIES, _copied), (_MOVES, _moved), (_PAIRS, _paired), (_JOINS, _joined),
     ({"setitem"}, _overwritten),
-)
+)  # fmt: skip

@@ -16,8 +16,14 @@ from typing import Any
 from torch import Tensor, nn
 
 from pytest_attnheat.capture.sources import moved
-from pytest_attnheat.capture.sources.numbers import rows_are_distributions, sample_of, seen_in
-from pytest_attnheat.capture.sources.products import Product, read_product, read_sum
+from pytest_attnheat.capture.sources.products import (
+    Product,
+    read_product,
+    read_sum,
+    rows_are_distributions,
+    sample_of,
+    seen_in,
+)
 from pytest_attnheat.capture.sources.reading import tell
 from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
 from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
@@ -245,11 +251,7 @@ def _dropped(base: str, call: Call) -> After | None:
 
 
 _SOURCES: tuple[tuple[set[str], Callable[[str, Call], After | None]], ...] = (
-    (_PRODUCTS, _multiplied),
-    ({"sum"}, _summed),
-    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved),
-    ({"linear"}, _projected),
-    (_SHARES, _shared),
-    (_DROPOUTS, _dropped),
-    *moved.SOURCES,
-)
+    (_PRODUCTS, _multiplied), ({"sum"}, _summed),
+    ({"conv1d", "conv2d", "conv3d", "adaptive_avg_pool2d"}, _convolved), ({"linear"}, _projected),
+    (_SHARES, _shared), (_DROPOUTS, _dropped), *moved.SOURCES,
+)  # fmt: skip

@@ -66,11 +66,7 @@ def _buffer(spec: AttentionSpec, call: Call) -> Tensor:
 
 
 def _flash_cache(table: str) -> Arrange:
-    """Return what calls a `flash_attn_with_kvcache`.
-
-    Args:
-        table: The keyword of the pages of each sequence.
-    """
+    """Return what calls a `flash_attn_with_kvcache`, with pages by the keyword `table`."""
 
     def arrange(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
         cache, queries = _laid_out(spec, call), lengths_of(call)[0]
@@ -182,11 +178,7 @@ def _trtllm(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 
 def _latent(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """`flash_mla_with_kvcache`, whose values are the first part of its keys, of one head.
-
-    Raises:
-        UndeclaredError: They are not.
-    """
+    """`flash_mla_with_kvcache`, whose values are the first part of its keys, of one head."""
     cache, width = _laid_out(spec, call), call.value.shape[-1]
     if not torch.equal(call.key[..., :width], call.value):
         raise UndeclaredError(f"{spec.name} takes no values that are not part of its keys")

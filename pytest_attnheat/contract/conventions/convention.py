@@ -136,12 +136,9 @@ class Convention:
     def limited(self, names: Mapping[str, Any]) -> dict[str, Any]:
         """What it says of the calls that can be asked, as fields of `levels.Declared`."""
         return {
-            "only": tuple(self.only.items()),
-            "apart": self.apart,
-            "one_query": self.one_query,
-            "ragged": self.ragged,
-            "stored": tuple(self.kept(names).items()),
-        }
+            "only": tuple(self.only.items()), "apart": self.apart, "one_query": self.one_query,
+            "ragged": self.ragged, "stored": tuple(self.kept(names).items()),
+        }  # fmt: skip
 
     def said(self, spec: AttentionSpec) -> str:
         """Say in a report which convention was taken, why, and what is not asked of it."""

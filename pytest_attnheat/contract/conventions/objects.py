@@ -27,11 +27,7 @@ def poisoned(*shape: int, like: Tensor, dtype: torch.dtype | None = None) -> Ten
 
 
 def written(buffer: Tensor, name: str) -> Tensor:
-    """Return a buffer that was handed to a subject.
-
-    Raises:
-        Failure: Nothing was written into it.
-    """
+    """Return a buffer that was handed to a subject; a Failure if nothing was written into it."""
     if buffer.numel() and bool(buffer.isnan().all()):
         raise Failure("", f"nothing is written into the buffer {name}=", cause=f"{name} is ignored")
     return buffer
@@ -49,11 +45,7 @@ def _in_place(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any
 
 
 def _kernel(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Call a kernel of PyTorch that relies on its caller for strides, and for what has gradients.
-
-    Raises:
-        NotImplementedError: It is not made for such a call.
-    """
+    """Call a kernel of PyTorch that relies on its caller for strides, and for gradients."""
     mask = arguments.get("attn_mask")
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         raise NotImplementedError("it has no gradient of attn_mask")
@@ -66,10 +58,8 @@ def _kernel(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
 
 
 def _plan_and_run(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
-    """Tell it the lengths of all sequences and the options, then hand it the packed tensors.
-
-    Where the number of heads is odd, it is handed buffers for what it returns.
-    """
+    """Tell it the lengths of all sequences and the options, then hand it the packed tensors."""
+    # Where the number of heads is odd, it is handed buffers for what it returns.
     subject: Any = spec.subject
     queries, keys = lengths_of(call)
     inputs = packed(call.query, queries), packed(call.key, keys), packed(call.value, keys)
