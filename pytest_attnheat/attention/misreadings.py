@@ -406,7 +406,7 @@ PADDED = (
     defect("keys_as_many_as_queries", "that reads as many keys as there are queries, and no more",
            "jax-ml/jax#24491", misread=[_as_many_as_queries, lambda case: _with_zeros(
                case.query_len - case.key_len, False, _as_many_as_queries(case))],
-           fully_masked=ROWS),
+           fully_masked=ROWS, form_of="causal_other_corner"),
     defect("padded_keys_attended",
            "that attends to keys of zeros, with which it fills the last block of keys",
            misread=[partial(padded, block, masked_too)
