@@ -108,7 +108,7 @@ def diagnose(
             if not probes:
                 refused[name] = next(iter(refused_here.values()), "")
                 continue
-            last = _diagnosed(spec, seed, probes, refused_here)
+            last = _diagnosed(spec, probes, refused_here)
         if not last.healthy:
             elsewhere = [f"correct in {', '.join(sound)}"] if sound else []
             return replace(last, notes=(*last.notes, *elsewhere))
@@ -148,9 +148,7 @@ def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
     return max(answer_tolerance(dtype), spec.tolerance or 0.0)
 
 
-def _diagnosed(
-    spec: AttentionSpec, seed: int, probes: Sequence[Probe], refused: dict[str, str]
-) -> Diagnosis:
+def _diagnosed(spec: AttentionSpec, probes: Sequence[Probe], refused: dict[str, str]) -> Diagnosis:
     first = probes[0]
     again = ask(spec, first.case, first.dtype)
     if not torch.equal(torch.nan_to_num(again), torch.nan_to_num(first.output)):

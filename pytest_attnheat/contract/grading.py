@@ -251,9 +251,8 @@ class Study:
         order = {one.name: number for number, one in enumerate(self.versions)}
         ranked = sorted(verdicts, key=lambda one: order[one.name])
 
-        def having(status: str, *, trivial: bool = False) -> tuple[Verdict, ...]:
-            return tuple(v for v in ranked if v.status == status
-                         and (v.kind == "trivial") is trivial)  # fmt: skip
+        def having(status: str) -> tuple[Verdict, ...]:
+            return tuple(v for v in ranked if v.status == status and v.kind != "trivial")
 
         trivial = tuple(v for v in ranked if v.kind == "trivial")
         left = [v for v in ranked if v.status == "survived"]

@@ -181,7 +181,7 @@ def _check_repeats(call: _Call, seed: int) -> Tensor:
     for when, again in (("from one call to the next", following), ("with the seed", reseeded)):
         check_rows(
             _NAME, *_without_equal_nans(again, first), claim=f"outputs change {when}, {call.mode}",
-            allowed=0.0, cause=lambda _: _why_random(call, seed), repeat=f"seed={seed}",
+            allowed=0.0, cause=lambda _: _why_random(call), repeat=f"seed={seed}",
             again=call.run,
         )  # fmt: skip
     return first
@@ -201,7 +201,7 @@ def _without_equal_nans(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     return a.masked_fill(same, 0.0), b.masked_fill(same, 0.0)
 
 
-def _why_random(call: _Call, seed: int) -> str:
+def _why_random(call: _Call) -> str:
     states = [_random_state()]
     with _noting_who_draws(call.modules) as drawing:
         call.run()

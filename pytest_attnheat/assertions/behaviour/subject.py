@@ -148,9 +148,9 @@ def of_the_first(of_queries: Tensor, group: int, *, dim: int = -2) -> Tensor:
     return of_queries if group == 1 else _grouped(of_queries, group, dim).select(dim, 0)
 
 
-def of_any(of_queries: Tensor, group: int, *, dim: int = -2) -> Tensor:
+def of_any(of_queries: Tensor, group: int) -> Tensor:
     """Tell what is true of any of the query heads that share their keys."""
-    return of_queries if group == 1 else _grouped(of_queries, group, dim).any(dim)
+    return of_queries if group == 1 else _grouped(of_queries, group, -2).any(-2)
 
 
 def _grouped(of_queries: Tensor, group: int, dim: int) -> Tensor:

@@ -188,7 +188,7 @@ def anything(base: str, call: Call) -> After | None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         if tag.unnormalised is not None and base in ("div", "divide"):
-            tell_divided(call.watcher, tag.unnormalised, every[1], output)
+            tell_divided(call.watcher, tag.unnormalised, every[1])
         same = output.ndim >= len(shape) and output.shape[-2:] == shape[-2:]
         if tag.weights and same:
             clean = tag.clean

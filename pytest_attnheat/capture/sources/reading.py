@@ -125,7 +125,7 @@ def _together(parts: dict[int, Attended]) -> Product:
     return Product(left, right, output, left, right)
 
 
-def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tensor) -> None:
+def tell_divided(watcher: Watcher, product: Product, divisor: Any) -> None:
     """Tell of weights that their sum divides after they multiplied the value, if it does."""
     tag, left = watcher.tags[product.left_source], product.left
     sums = left.sum(-1, keepdim=True)

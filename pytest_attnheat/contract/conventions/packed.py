@@ -28,14 +28,11 @@ if TYPE_CHECKING:
 CU = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
 
 
-def packing(
-    *, names: tuple[str, ...] = CU, heads_first: bool = True, together: str = ""
-) -> Arrange:
+def packing(*, names: tuple[str, ...] = CU, together: str = "") -> Arrange:
     """Return what packs the sequences of a call, and unpacks what comes back."""
     # `names`: of where sequences of queries and of keys begin, and of how long the longest is; two
-    # of them where queries and keys share one. A log-sum-exp is (heads, tokens), unless heads are
-    # not first. `together`: "qkv" where all three are one tensor (tokens, 3, heads, width), "kv"
-    # where keys and values are.
+    # of them where queries and keys share one. `together`: "qkv" where all three are one tensor
+    # (tokens, 3, heads, width), "kv" where keys and values are.
 
     def arrange(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) -> Any:
         queries, keys = lengths_of(call)
@@ -49,7 +46,7 @@ def packing(
         ]
         told = told[::2] if together == "qkv" else told
         named = dict(zip(names, told, strict=True))
-        return unpack(spec.implementation(*inputs, **named, **arguments), call, heads_first)
+        return unpack(spec.implementation(*inputs, **named, **arguments), call, heads_first=True)
 
     return arrange
 
