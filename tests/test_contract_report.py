@@ -508,6 +508,12 @@ def test_the_quick_form_asks_a_softcap_beside_what_hides():
     assert "whose softcap comes after the mask" in str(report.diagnosis)
 
 
+def test_a_call_that_is_replayed_of_what_is_not_declared_says_so_first():
+    report = check_attention(sdpa, replay="sizes=3x3 chunk=True")
+    said = "nothing was examined; replay: got 'chunk=True'; accepted is feature=level, of sizes, b"
+    assert said in str(report).splitlines()[0]
+
+
 def test_expected_failures_are_said_so_with_their_reason():
     subject = AttentionSpec(attention_with("causal_other_corner"), dtypes=ONE_DTYPE)
     known = {"causal_rectangular": "see issue 7", "pairs": "see issue 8"}

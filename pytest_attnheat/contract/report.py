@@ -27,6 +27,7 @@ from pytest_attnheat.contract.running import (
     checks_of,
     diagnosis_of,
     examinations_of,
+    expected_of,
     left_out_of,
     report_data,
     run_check,
@@ -178,8 +179,9 @@ class Report:
             return f"nothing was examined: {self.spec.unmet}"
         if not self.asked:
             calls = [r.message for r in self.results if r.name == "call" and r.message]
-            why = "each check was refused, or left out by what is declared"
-            return f"nothing was examined; {calls[0] if calls else why}"
+            why = {"each check was refused, or left out by what is declared"}
+            alike = {r.message for r in self.results}
+            return f"nothing was examined; {(calls or [*(alike if len(alike) == 1 else why)])[0]}"
         head = f"{len(self.failed)} of {len(self.results) - skipped} checks failed"
         if not self.failed:
             head = f"all {'quick ' if self.left_out else ''}checks passed"
@@ -270,15 +272,8 @@ def check_attention(
             )  # fmt: skip
             _ = report.diagnosis  # made while there are ranks for it
         return report
-    given: Any = expected_failures
-    if not isinstance(given, Mapping | None):
-        accepted = "reasons by the names of checks, or None"
-        raise TypeError(misuse("expected_failures", type(given).__name__, accepted))
-    expected = dict(expected_failures or {})
     asked = checks_of(spec, checks, quick=quick, long=long)
-    if unknown := set(expected) - {check.name for check in (*KNOWN, *asked)}:
-        names = ", ".join(repr(check.name) for check in asked)
-        raise ValueError(misuse("expected_failures", sorted(unknown), f"names among {names}"))
+    expected = expected_of(expected_failures, [check.name for check in (*KNOWN, *asked)])
     call = None if replay is None else Replay.of(replay)
     examinations = examinations_of(spec, quick=quick and not (call and call.dtype), seed=seed)
     left_out = left_out_of(spec, asked) if quick and not (checks or call) else ""

@@ -6,7 +6,7 @@ import inspect
 import math
 import traceback
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
@@ -168,6 +168,27 @@ def checks_of(
 
 def _all_of(spec: AttentionSpec) -> tuple[Check, ...]:
     return CAPTURED_CHECKS if spec.is_captured else BLOCK_CHECKS if spec.is_block else CHECKS
+
+
+def expected_of(given: object, names: Iterable[str]) -> dict[str, str]:
+    """Return which checks are known to fail, with the reasons.
+
+    Args:
+        given: `expected_failures` as a user gave it.
+        names: Those that it may name.
+
+    Raises:
+        TypeError: It is not a mapping.
+        ValueError: It names something else.
+    """
+    if not isinstance(given, Mapping | None):
+        accepted = "reasons by the names of checks, or None"
+        raise TypeError(misuse("expected_failures", type(given).__name__, accepted))
+    expected, known = dict(given or {}), set(names)
+    if unknown := sorted(set(expected) - known):
+        accepted = f"names of checks, of {sorted(known)}"
+        raise ValueError(misuse("expected_failures", unknown, accepted))
+    return expected
 
 
 def left_out_of(spec: AttentionSpec, asked: Sequence[Check]) -> str:

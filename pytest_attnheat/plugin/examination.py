@@ -74,18 +74,15 @@ def parametrize_with_checks(
     """
     from pytest_attnheat.contract.ranks import TIME_LIMIT
     from pytest_attnheat.contract.ready import as_spec
-    from pytest_attnheat.contract.running import checks_of
+    from pytest_attnheat.contract.running import checks_of, expected_of
     from pytest_attnheat.contract.sharded import on_ranks
 
     accepted = "a list of one or more specifications or callables"
-    given: Any = (specs, expected_failures)
-    if not isinstance(given[0], Iterable):
+    given: Any = specs
+    if not isinstance(given, Iterable):
         raise TypeError(misuse("specs", type(specs).__name__, accepted))
     if not specs:
         raise ValueError(misuse("specs", repr(specs), accepted))
-    if not isinstance(given[1], Mapping | None):
-        got = type(expected_failures).__name__
-        raise TypeError(misuse("expected_failures", got, "reasons by the names of checks, or None"))
     claimed = _told_apart([as_spec(spec) for spec in specs])
     if ranks is not None:
         for spec in claimed:
@@ -96,12 +93,9 @@ def parametrize_with_checks(
         for check in checks_of(spec, checks, long=long)
         for name in (check.name, f"{spec.name}-{check.name}")
     }
-    unknown = sorted(set(expected_failures or {}) - names)
-    if unknown:
-        accepted = f"names of checks, of {sorted(names)}"
-        raise ValueError(misuse("expected_failures", unknown, accepted))
+    expected = expected_of(expected_failures, names)
     mark: pytest.MarkDecorator = getattr(pytest.mark, CHECKS_MARKER)
-    return mark(claimed, dict(expected_failures or {}), checks, quick, long, ranks)
+    return mark(claimed, expected, checks, quick, long, ranks)
 
 
 def _told_apart(specs: Sequence[AttentionSpec]) -> list[AttentionSpec]:
