@@ -388,9 +388,8 @@ def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]
     """Yield other masks that causal code may have used by mistake."""
     # The widest first where some are the same: in small maps a window that is one too wide is no
     # window, and a diagonal that is off by one no mask.
-    # How many keys each key is behind each query, below 0 in its future.
     keys = torch.arange(rule.key_len, device="cpu")
-    behind = queries.unsqueeze(-1) + rule.offset - keys
+    behind = queries.unsqueeze(-1) + rule.offset - keys  # how many keys; below 0 in its future
     if rule.query_len != rule.key_len:
         name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
         other = replace(rule, alignment=name).rows(queries)
