@@ -134,11 +134,8 @@ def _compare_sketches(
         f"panels          {_listed(panels)} of {expected.shape[0]} x {expected.shape[1]}",
     ]
     reason = f"weights differ within pooled cells, most in panel {list(place)}"
-    return DataDifference(reason, details, (*place, *_cell_of(expected, query, key)))
-
-
-def _cell_of(data: Heatmaps, query: int, key: int) -> tuple[int, int]:
-    return query // data.block[0], key // data.block[1]
+    cell = query // expected.block[0], key // expected.block[1]
+    return DataDifference(reason, details, (*place, *cell))
 
 
 def said_of_sketches(

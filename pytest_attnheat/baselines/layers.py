@@ -78,13 +78,10 @@ def _layer_of_lazy(weights: LazyWeights) -> Layer:
     _, _, queries, keys = shape = _four(weights)
     here = torch.arange(queries) + keys - queries
     found = _sketched(shape, weights.with_zeros().parts(), here)
-    rows = None if weights.sampled is None else tuple(n for r in weights.rows for n in _range(r))
+    runs = () if weights.sampled is None else weights.rows
+    rows = tuple(n for run in runs for n in range(run.start, run.stop)) or None
     dtype = dtype_name(weights.blocks.call.query)
     return Layer("weights", shape, dtype, *found, None, rows)
-
-
-def _range(rows: slice) -> range:
-    return range(rows.start, rows.stop)
 
 
 def _parts(record: AttentionRecord) -> Iterator[tuple[slice, slice, torch.Tensor, int]]:

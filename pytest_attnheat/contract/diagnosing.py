@@ -134,7 +134,7 @@ def diagnose(
 def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
     """Ask the subject all cases; return its answers, and why others were refused."""
     probes, refused = [], {}
-    tolerance = _tolerance(examination.spec, examination.dtype)
+    tolerance = max(answer_tolerance(examination.dtype), examination.spec.tolerance or 0.0)
     for blueprint in blueprints(examination.spec, examination.dtype):
         answer = probe(examination, blueprint, tolerance)
         if isinstance(answer, Probe):
@@ -142,10 +142,6 @@ def _answers(examination: Examination) -> tuple[list[Probe], dict[str, str]]:
         elif answer is not None and blueprint.judged:
             refused[blueprint.name] = answer
     return probes, refused
-
-
-def _tolerance(spec: AttentionSpec, dtype: torch.dtype) -> float:
-    return max(answer_tolerance(dtype), spec.tolerance or 0.0)
 
 
 def _diagnosed(spec: AttentionSpec, probes: Sequence[Probe], refused: dict[str, str]) -> Diagnosis:

@@ -110,9 +110,11 @@ class Planted:
         known = self._recall(reading, found)
         if not known.is_reproduced:
             error = (found - known.healthy.output).abs().nan_to_num(nan=math.inf).max()
+            query, key = reading.call.query, reading.call.key
             raise UnreadError(
                 "what is described does not give its own answer to within rounding: it is off by "
-                f"{float(error):.2g}, in {reading.call.query.dtype} {_sizes(reading.call)}"
+                f"{float(error):.2g}, in {query.dtype} query {tuple(query.shape)}, key "
+                f"{tuple(key.shape)}"
             )
         back = _beside(self.spec, reading, known, answer)
         self._note(reading, output)
@@ -363,7 +365,3 @@ def _alike(made: Tensor, more: Tensor) -> bool:
     sums = made.isfinite() & more.isfinite()
     near = 4 * torch.finfo(torch.float32).eps ** 0.5
     return bool(sums.any()) and torch.allclose(made[sums], more[sums], rtol=0.02, atol=10 * near)
-
-
-def _sizes(call: Call) -> str:
-    return f"query {tuple(call.query.shape)}, key {tuple(call.key.shape)}"

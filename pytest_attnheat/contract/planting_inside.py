@@ -171,7 +171,9 @@ class PlantedInside:
         active, planted = self.effect.active, self._of(SDPA)
         planted.keep_weights()
         with random_kept([wanted["query"].device]), self._mode:
-            output, _ = run(**{**wanted, "need_weights": False, **_unhinted(wanted)})
+            # With weights, being causal is but a hint of what the mask says.
+            hint = {} if wanted.get("attn_mask") is None else {"is_causal": False}
+            output, _ = run(**{**wanted, "need_weights": False, **hint})
         answer = run(**wanted)
         if self.version is not None and self.version.kind == "backward":
             return output, answer[1]
@@ -234,11 +236,6 @@ def _described(target: Callable[..., Any], given: Sequence[Any], named: Mapping[
 
 
 _MULTI_HEAD = tuple(parameters_of(functional.multi_head_attention_forward) or ())
-
-
-def _unhinted(wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """With weights, being causal is but a hint of what the mask says."""
-    return {} if wanted.get("attn_mask") is None else {"is_causal": False}
 
 
 class _Mode(TorchFunctionMode):

@@ -168,7 +168,8 @@ class Grading:
                       "seen": sorted(effect.seen), "called": getattr(study.watched, "called", ""),
                       "tests": [item.nodeid for item in items]}  # fmt: skip
             for number, one in enumerate(planted):
-                self._say(target.text, number, len(planted))
+                if number % max(1, -(-len(planted) // _PROGRESS)) == 0:
+                    self._write(f"{target.text}, version {number + 1} of {len(planted)}")
                 rejected = self._rejected(session, target, one, items, limit)
                 self._note(study, one, rejected, found)
         return found
@@ -185,7 +186,8 @@ class Grading:
         try:
             watched.effect.calls = 0
             for item, outcome in outcomes(session, items, self.settings.seed):
-                fixtures = [name for name in _fixtures(item) if name in self._calling]
+                own = getattr(item, "fixturenames", ())
+                fixtures = [name for name in own if name in self._calling]
                 refused = [*watched.effect.unfit]
                 refused += [reason for name in fixtures for reason in self._calling[name]]
                 called = watched.effect.calls > 0 or bool(fixtures)
@@ -267,10 +269,6 @@ class Grading:
             if effect.calls > calls:
                 refused = [reason for reason in effect.refused if reason not in known]
                 self._calling.setdefault(fixturedef.argname, []).extend(refused)
-
-    def _say(self, text: str, number: int, count: int) -> None:
-        if number % max(1, -(-count // _PROGRESS)) == 0:
-            self._write(f"{text}, version {number + 1} of {count}")
 
     def _write(self, text: str) -> None:
         reporter: Any = self.config.pluginmanager.get_plugin("terminalreporter")
@@ -398,7 +396,3 @@ def _chosen(items: Sequence[pytest.Item], text: str) -> list[pytest.Item]:
 def _place(item: pytest.Item) -> tuple[str, int, str]:
     file, line, _ = item.location
     return file, line or 0, item.nodeid
-
-
-def _fixtures(item: pytest.Item) -> Sequence[str]:
-    return getattr(item, "fixturenames", ())
