@@ -86,12 +86,9 @@ def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
     """Return a likely cause of weight on padding, or None."""
     telling, seen = evidence.telling(), _seen_keys(evidence)
     found = (
-        finite_mask(telling),
-        other_padding(seen, lengths, side),
-        padded_queries(telling, lengths, side),
-        no_padding(seen, lengths),
-        not_a_number(evidence),
-    )
+        finite_mask(telling), other_padding(seen, lengths, side),
+        padded_queries(telling, lengths, side), no_padding(seen, lengths), not_a_number(evidence),
+    )  # fmt: skip
     return named(evidence, found)
 
 

@@ -84,12 +84,9 @@ def _search(probes: Sequence[Probe], *, keep: bool) -> tuple[Search, list[Explan
         return fitted
 
     attempts: tuple[Callable[[], list[Explanation]], ...] = (
-        lambda: search.by_constant([Explanation()]),
-        search.in_some_cases,
-        search.in_pairs,
-        with_constant,
-        lambda: search.step_by_step(fitted),
-    )
+        lambda: search.by_constant([Explanation()]), search.in_some_cases, search.in_pairs,
+        with_constant, lambda: search.step_by_step(fitted),
+    )  # fmt: skip
     for attempt in attempts:
         if any(one.reproduces for one in found):
             break

@@ -198,12 +198,9 @@ def _cut(function: AttentionFunction, most: int) -> AttentionFunction:
         some = mask[..., rows.to(mask.device), :] if mask.ndim > 1 and mask.shape[-2] > 1 else mask
         arguments[MASK] = _corner(some, kept)
     return replace(
-        function,
-        query=_corner(query[..., rows, :], kept),
-        key=_corner(key[..., :keys, :], own),
-        value=_corner(function.value[..., :keys, :], own),
-        arguments=arguments,
-    )
+        function, query=_corner(query[..., rows, :], kept), key=_corner(key[..., :keys, :], own),
+        value=_corner(function.value[..., :keys, :], own), arguments=arguments,
+    )  # fmt: skip
 
 
 def _corner(tensor: Tensor, leading: list[int]) -> Tensor:

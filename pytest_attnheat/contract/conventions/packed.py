@@ -92,11 +92,8 @@ def _window_alone(spec: AttentionSpec, call: Call, arguments: dict[str, Any]) ->
 
 
 _PACKED: dict[str, Any] = {
-    "ragged": RAGGED,
-    "besides": {"return_attn_probs": True},
-    "lse": Lse(),
-    "values": FLASH_VALUES,
-}
+    "ragged": RAGGED, "besides": {"return_attn_probs": True}, "lse": Lse(), "values": FLASH_VALUES,
+}  # fmt: skip
 # Without what FlashAttention has besides.
 _BARE = {name: FLASH[name] for name in ("layout", "mask", "causal", "grouped", "fully_masked")}
 
