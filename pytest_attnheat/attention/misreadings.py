@@ -47,11 +47,6 @@ class Case(Call):
         """Whether some query may attend to nothing."""
         return not bool(self.seen.any(-1).all())
 
-    @cached_property
-    def hides(self) -> bool:
-        """Whether some query may not attend to some key."""
-        return not bool(self.seen.all())
-
     def other_corner(self) -> Case:
         """Return the same call, its positions counted from the other corner."""
         other = "bottom_right" if self.alignment == "top_left" else "top_left"

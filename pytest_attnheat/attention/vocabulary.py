@@ -34,11 +34,6 @@ MASK_MEANINGS: tuple[str, ...] = get_args(MaskMeaning)
 HIDDEN_FROM = -9e3
 
 
-def hides(number: float) -> bool:
-    """Whether a number that is added to a score, or put in its place, hides its key."""
-    return number <= HIDDEN_FROM
-
-
 def permits(mask: Tensor) -> Tensor:
     """Return where a mask lets a query attend, boolean, of the shape of the mask."""
     # A mask is boolean, True where a query may attend; or floats that are added to the scores, of
