@@ -32,6 +32,7 @@ from pytest_attnheat.assertions.precision_rows import (
 )
 from pytest_attnheat.attention import computation
 from pytest_attnheat.attention.call import Call
+from pytest_attnheat.attention.outcomes import rms
 from pytest_attnheat.attention.scoring import draw
 from pytest_attnheat.attention.vocabulary import HIDDEN_FROM
 from pytest_attnheat.callables import borrowed
@@ -275,38 +276,50 @@ def _callers_reference(
 
     with borrowed((run, code), call.query, call.key, call.value):
         exact, plain = compute(torch.float64), compute(call.query.dtype)
-    plain, unknown = _rounded(plain, exact, call)
+    fits = exact["output"].shape == (*call.query.shape[:-1], call.value.shape[-1])
+    attention = computation.reference(call) if fits else None
+    # Its features may be of ordinary size where queries and keys are small.
+    query, key = (t / rms(t.flatten()).clamp(1e-30, 1.0) for t in (call.query, call.key))
+    sized = replace(call, query=query, key=key)
+    cancelling = computation.reference(sized).scale if fits else {}
+    plain, unknown = _rounded(plain, exact, call, attention)
     info = torch.finfo(call.query.dtype)
-    # Places without a number are refused, or not judged: they allow nothing.
-    scale = {
-        name: (info.eps / 2 * _OWN_REFERENCE * tensor.abs().amax(-1, keepdim=True))
-        .mul(_STEPS_UNKNOWN if name in unknown else 1)
-        .add(info.smallest_normal * info.eps)
-        .expand(tensor.shape)
-        .nan_to_num(nan=0.0)
-        for name, tensor in exact.items()
-    }
-    return computation.Reference(exact, scale, scale, info.eps / 2), plain
+
+    def scale(name: str, tensor: Tensor) -> Tensor:
+        times = _OWN_REFERENCE * (_STEPS_UNKNOWN if name in unknown else 1)
+        own = info.eps / 2 * times * tensor.abs().amax(-1, keepdim=True)
+        own = own.add(info.smallest_normal * info.eps).expand(tensor.shape)
+        # What is small because large terms cancel is off by their rounding, as in attention.
+        terms = cancelling.get(name)
+        if terms is not None and terms.shape == own.shape:
+            own = torch.maximum(own, terms.amax(-1, keepdim=True))
+        return own.nan_to_num(nan=0.0)  # places without a number allow nothing
+
+    scales = {name: scale(name, tensor) for name, tensor in exact.items()}
+    return computation.Reference(exact, scales, scales, info.eps / 2), plain
 
 
 def _rounded(
-    plain: dict[str, Tensor], exact: dict[str, Tensor], call: Call
+    plain: dict[str, Tensor],
+    exact: dict[str, Tensor],
+    call: Call,
+    attention: computation.Reference | None,
 ) -> tuple[dict[str, Tensor], set[str]]:
     """What a reference gives in the dtype of the inputs, where it computes in that."""
     # Where it computes in float64 whatever it is given, its steps are unknown: each number may be
     # off by a multiple of the most that one of its map is off in plain attention. Their names are
     # returned as well.
-    eps, attention = torch.finfo(call.query.dtype).eps, tuple[dict[str, Tensor], ...]()
+    eps, ordinary = torch.finfo(call.query.dtype).eps, dict[str, Tensor]()
     found, unknown = dict(plain), set[str]()
-    if exact["output"].shape != (*call.query.shape[:-1], call.value.shape[-1]):
+    if attention is None:
         return found, unknown
     for name, tensor in plain.items():
         own = tensor - exact[name]
         if not tensor.numel() or not bool((own.abs() <= eps * exact[name].abs().amax()).all()):
             continue
         unknown.add(name)
-        attention = attention or (computation.plain(call), computation.reference(call).exact)
-        rounded, right = (one.get(name) for one in attention)
+        ordinary = ordinary or computation.plain(call)
+        rounded, right = ordinary.get(name), attention.exact.get(name)
         if rounded is not None and right is not None and rounded.shape == tensor.shape:
             off = (rounded.double() - right).abs()
             most = _STEPS_UNKNOWN * off.nan_to_num(0.0).amax((-2, -1), keepdim=True)

@@ -34,8 +34,11 @@ class Plan:
     merge: Literal["transpose", "reshape", "averaged"] = "transpose"
     weights_of_heads: Literal["own", "averaged"] = "own"  # "own", or "averaged" over all heads
     # Which key head serves a query head: neighbours share one ("interleave"), heads take turns
-    # ("tile"), or all use the "first"
-    grouping: Literal["interleave", "tile", "first"] = "interleave"
+    # ("tile"), all use the "first", or its number is "divided" by that of the key heads, not by the
+    # size of a group
+    grouping: Literal["interleave", "tile", "first", "divided"] = "interleave"
+    grouped: Literal["both", "keys", "values"] = "both"  # What that is about
+    in_groups_of_one: bool = False  # Whether it is where each query head has its own key head, too
     scale_after: bool = False  # Leave the scores as they are, and scale the weights
     temperature: float = 1.0  # A factor of the scores besides
     overflow: bool = False  # Whether products that float16 cannot hold become infinite in it
@@ -45,10 +48,10 @@ class Plan:
     output_dtype: torch.dtype | None = None  # The dtype that the output is rounded to
     # What is capped: scaled products ("declared"), or products "before_scale"; scores "after_bias",
     # or "after_mask" as well; or one of its two factors is missing ("not_divided",
-    # "not_multiplied")
+    # "not_multiplied"), or is the score ("times_score", "times_own", "times_quotient")
     softcap: Literal[
-        "declared", "before_scale", "after_bias", "after_mask", "not_divided", "not_multiplied"
-    ] = "declared"
+        "declared", "before_scale", "after_bias", "after_mask", "not_divided", "not_multiplied",
+        "times_score", "times_own", "times_quotient"] = "declared"  # fmt: skip
     # "declared", the "other_corner" (with all that is counted from it, or "alone"), or "reversed"
     # (the future)
     causal: Literal["declared", "other_corner", "other_corner_alone", "reversed"] = "declared"
@@ -62,15 +65,18 @@ class Plan:
     # Which blocks those are: "whole" ones, or a "short" one alone as well, or the "first" alone
     blocks: Literal["whole", "short", "first"] = "whole"
     # Keys come in parts of so many, 0 for all at once; -1 for two parts, the first no longer than
-    # the second, -2 for two, no shorter; -3 (`SHARDS`) for those of each rank
+    # the second, -2 for two, no shorter; -3 (`SHARDS`) for those of each rank; -4 (`PREFIX`) for
+    # the keys before those of the queries, and these
     part: int = 0
     # How parts become one: right ("exact"), or with the "output" so far, the "sum" so far or "both"
     # not brought down where a later part raises the maximum; with the wrong base of the log-sum-exp
-    # ("two_for_e", "e_for_two"), by their "mean", the mean of those in which a key is seen
+    # ("two_for_e", "e_for_two") of "all", of the "first" or the "others", such as
+    # "first:two_for_e"; by their "mean", the mean of those in which a key is seen
     # ("mean_of_seen") or "added"; or NaN where the "first_empty" part, the "first_two_empty" or
     # "any_empty" has no key
     merging: Literal[
-        "exact", "output", "sum", "both", "two_for_e", "e_for_two", "mean", "mean_of_seen", "added",
+        "exact", "output", "sum", "both", "all:two_for_e", "all:e_for_two", "first:two_for_e",
+        "first:e_for_two", "others:two_for_e", "others:e_for_two", "mean", "mean_of_seen", "added",
         "first_empty", "first_two_empty", "any_empty"] = "exact"  # fmt: skip
     # How a mask is applied: by a "fill" of the scores, by a number "added", as "ones" (1 where
     # permitted, added) or "ones_masked" (1 where not), or to the weights "after" the softmax, or
@@ -210,5 +216,7 @@ ROWS: list[Natural | None] = [None, "natural"]
 # Keys that come in the parts that ranks hold: each query takes those of its own rank first, then
 # those of the rank before.
 SHARDS = -3
+# In two parts: the keys before those of the queries, such as a cache, and these.
+PREFIX = -4
 # The blocks that keys and queries are usually taken in, and small ones for small cases.
 BLOCKS = [2, 4, 8, 16, 32, 64, 128]

@@ -250,6 +250,9 @@ class AttentionRecord:
             raise ValueError(f"{name_of(self)}: queries, keys or scale are not known: {why}")
         some = slice(None) if batch is None else slice(batch, batch + 1)
         query, key, value = (t[some] for t in (self.query, self.key, self.value) if t is not None)
+        if key.shape[1] != value.shape[1]:  # more query heads share the one than the other
+            heads = max(key.shape[1], value.shape[1])
+            key, value = (t.repeat_interleave(heads // t.shape[1], 1) for t in (key, value))
         mask, causal = self.given_mask, self.causal
         if self.queries is not None:
             mask, causal = both(mask, _causal(self)), None

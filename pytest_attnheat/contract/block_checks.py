@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from pytest_attnheat.assertions.behaviour.decoding import assert_decode_matches_prefill
+from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.invariance import (
     assert_batch_independent,
     assert_key_permutation_invariant,
 )
 from pytest_attnheat.assertions.behaviour.layout import assert_layout_invariant
 from pytest_attnheat.assertions.behaviour.leakage import assert_no_leakage
+from pytest_attnheat.assertions.behaviour.memory import memory_of
 from pytest_attnheat.assertions.behaviour.models import ModelSubject
 from pytest_attnheat.assertions.behaviour.padding import assert_padding_invariant
 from pytest_attnheat.assertions.behaviour.randomness import assert_deterministic
@@ -28,7 +30,6 @@ from pytest_attnheat.assertions.masking import assert_masked
 from pytest_attnheat.assertions.reproduction import assert_reproduces_output
 from pytest_attnheat.attention.call import Call
 from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
 from pytest_attnheat.callables import borrowed, modules_in
 from pytest_attnheat.capture import CaptureMemoryError
 from pytest_attnheat.capture.record import AttentionRecord
@@ -83,8 +84,7 @@ def block_no_leakage(examination: Examination) -> None:
         ragged = [memory.shape[1] - 1 - i % 2 for i in range(len(memory))]
         assert_no_leakage(model, inputs, lengths=ragged, **told)
     elif not _why_not_padded(examination) and min(lengths) > 1:
-        sides: tuple[Side, ...] = ("right", "left") if model.mask != "lengths" else ("right",)
-        for side in sides:
+        for side in model.sides:
             if "may_see" in told and side == "left":
                 told["may_see"] = _shifted(through, lengths)
             try:
@@ -141,7 +141,8 @@ def _why_not_padded(examination: Examination) -> str:
     if reason := takes_padding_mask(examination.spec):
         return reason
     try:
-        as_sequence(*examination.block(), {}).check_padding(needs_mask=True)
+        subject = as_sequence(*examination.block(), {})
+        (memory_of(subject) or subject).check_padding(needs_mask=True)
     except ValueError as reason:
         return str(reason)
     return "documents are packed" if examination.spec.documents is not None else ""
@@ -153,21 +154,30 @@ def _why_not_padded(examination: Examination) -> str:
 def block_padding(examination: Examination) -> None:
     """On the right and on the left, of any content; of a memory, if there is one."""
     model, inputs = examination.block()
-    if model.memory_argument is None and (reason := _why_not_padded(examination)):
+    if reason := _why_not_padded(examination):
         raise Skipped(reason)
     assert_padding_invariant(model, inputs, seed=examination.seed)
 
 
 @check("batch", "a sequence gives the same output alone and in a batch", "block", quick=True,
        issue="PetrochukM/PyTorch-NLP#2")  # fmt: skip
-def block_batch(examination: Examination) -> None:
-    """Up to four sequences alone, and all in another order."""
-    assert_batch_independent(*examination.block(), seed=examination.seed)
+def block_batch(examination: Examination) -> str:
+    """Up to four sequences alone, and all in another order; of packed documents, a word on each."""
+    block, documents = examination.block(), examination.spec.documents
+    assert_batch_independent(*block, seed=examination.seed)
+    if isinstance(documents, Tensor):
+        try:
+            assert_batch_independent(*block, documents=documents, seed=examination.seed)
+        except Failure as failure:  # positions that go on may be meant
+            return f"{failure.claim}: {failure.cause}"
+        except ValueError as reason:
+            return str(reason)
+    return ""
 
 
 @check("decoding", "decoded in chunks it gives what it gives at once", "block",
        needs=is_causal_block, quick=True)  # fmt: skip
-def block_decoding(examination: Examination) -> None:
+def block_decoding(examination: Examination) -> str:
     """With its cache, if it has one, else by prefixes; then a batch of unequal lengths."""
     model, inputs = examination.block()
     spec, seed, length = examination.spec, examination.seed, inputs.shape[1]
@@ -176,9 +186,15 @@ def block_decoding(examination: Examination) -> None:
     # What comes first is seen whole.
     chunks = [spec.prefix, *[1] * (length - spec.prefix)] if 1 < spec.prefix < length else None
     assert_decode_matches_prefill(model, inputs, chunks=chunks, seed=seed)
-    if decode_takes(model) and chunks is None and length > 3 and not _why_not_padded(examination):
+    some = chunks is not None or length <= 3 or "left" not in model.sides
+    if some or _why_not_padded(examination):
+        return ""
+    if decode_takes(model):
         lengths = [length - 2 + i % 3 for i in range(len(inputs))]
         assert_decode_matches_prefill(model, inputs, lengths=lengths, seed=seed)
+    elif model.decode is not None and not model.memory_argument:
+        return f"no batch of unequal lengths: decode= does not take {model.mask_argument}="
+    return ""
 
 
 @check("positions", "the order of tokens matters where it has positions, and there alone",
@@ -328,7 +344,15 @@ def attention_inside(examination: Examination) -> str:
         claim = "attentions that were captured are not what their queries, keys and values make"
         said = "; ".join([wrong[0].sentence, *wrong[0].shows])
         raise Failure("", claim, broken=len(wrong), of=judged, cause=said)
+    if examination.spec.is_block and (cause := _torn_heads(*examination.block())):
+        raise Failure("", "heads hold numbers of several tokens", cause=cause)
     return "; ".join(hints)
+
+
+def _torn_heads(model: SequenceModel, inputs: Tensor) -> str | None:
+    """Why heads are not those of a token: no mask shows it where every token sees all."""
+    with borrowed(model.module, inputs), torch.no_grad():
+        return Inside(as_sequence(model, inputs, {})).why_heads_are_torn()
 
 
 BLOCK_CHECKS: tuple[Check, ...] = registered("block")

@@ -43,6 +43,12 @@ def explained(
     if not search:
         return replace(base, sentence=f"{name} is not attention as declared", refused=refused)
     diagnosis = replace(base, refused=refused, where=where_wrong(probes), **shown(weights, probes))
+    if all(bool(one.output.isnan().all()) for one in probes):
+        return replace(
+            diagnosis,
+            sentence=f"{name} gives nan and nothing else, as many mistakes in its mask or in its "
+            "scores make it: by which, these numbers do not tell",
+        )
     if correct.fit.excess <= nearly(probes):
         # Any small change might explain that, so none is named.
         return replace(

@@ -265,6 +265,16 @@ def _clear(case: Case, seed: int) -> Case:
     return replace(case, mask=mask)
 
 
+def _tiled(case: Case, seed: int) -> Case:
+    """Whole blocks of 8 queries and keys are hidden as well."""
+    case = _clear(case, seed)
+    if case.mask is None or case.mask.shape[-2] == 1:
+        return case
+    query, key = torch.arange(case.query_len)[:, None], torch.arange(case.key_len)
+    mask = case.mask | (key % 4 == 0)  # so that each query has a key
+    return replace(case, mask=mask & (query // 8 != key // 8))
+
+
 def _large_scores(case: Case, seed: int) -> Case:
     """The first two rows have scores that differ by hundreds, the next two very low ones."""
     # Keys stand on a line in their first channel, far apart, so that rounding never decides which
@@ -359,12 +369,17 @@ _CASES = (
     Blueprint("additive mask of numbers", _sized(4, 6, 7, mask="additive", fill="finite")),
     Blueprint("mask, causal, more keys", _sized(6, 9, 7, **_MASK, **_CAUSAL)),
     Blueprint("mask, causal, square", _sized(9, 9, 6, **_SQUARE, **_MASK, **_CAUSAL)),
+    Blueprint("mask of blocks", _sized(13, 15, key_heads=2, **_MASK), _tiled),
     Blueprint("fully masked row", _sized(7, 8, empty=True, **_MASK)),
     Blueprint("asked again", _sized(3, 5), _again),
     Blueprint("mask, asked again", _sized(4, 5, **_MASK), _again),
     Blueprint("grouped", _sized(7, 9, key_heads=2, group=3)),
     Blueprint("scale=0.7", _sized(3, 7, scale=0.7)),
     Blueprint("scale=-0.4", _sized(3, 8, scale=-0.4)),
+    # Decoding, whatever else is declared.
+    Blueprint("one query", _sized(1, 10, 6)),
+    Blueprint("additive mask, one query", _sized(1, 8, 6, mask="additive", fill="finite")),
+    Blueprint("window, one query", _sized(1, 11, 6, window="left")),
     Blueprint("documents", _sized(10, 10, 6, documents=True)),
     *(
         Blueprint(", ".join([name, *more]), _sized(4 + at, 10, 6, **{name: True}, **more))

@@ -13,8 +13,14 @@ from torch import Tensor
 from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
 from pytest_attnheat.assertions.behaviour.inside import Inside
 from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import as_of_keys, differ, holds, output_place
+from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
+from pytest_attnheat.assertions.behaviour.subject import (
+    as_of_keys,
+    differ,
+    holds,
+    listed,
+    output_place,
+)
 from pytest_attnheat.assertions.behaviour.visibility import Replacement
 from pytest_attnheat.attention.chunks import index_of
 from pytest_attnheat.failure import Checked, Failure, Place
@@ -75,9 +81,12 @@ def _cause(fault: Fault, worst: _Mover, crop: _Crop | None) -> str | None:
         return "a weight of 0 times a value of nan is nan; PyTorch's own kernels do this too"
     if crop is not None:
         return _cause_inside(worst, _cause_in(crop))
-    known = worst.search.subject.mistake(worst.search.base)
+    subject = worst.search.subject
+    known = subject.mistake(worst.search.base)
     if known or worst.query is not None or worst.is_another_head:
         return known
+    if isinstance(subject, ModelSubject) and (said := Inside(subject).why_entries_mix()):
+        return said
     return "softmax or a normalisation over the batch, or another entry's keys?"
 
 
@@ -126,7 +135,7 @@ def _blindness(fault: Fault, search: Search) -> Failure:
     numbers = missed.nonzero().flatten().tolist()
     crop = _Crop(search, observer, numbers[-1], "larger")
     unseen = (
-        f"{subject.observer} {observer[-1]} does not see {_listed(subject.element, numbers)}: "
+        f"{subject.observer} {observer[-1]} does not see {listed(subject.element, numbers)}: "
         f"whatever is there, {output_place(observer)} stays the same"
     )
     return _failure(
@@ -149,7 +158,7 @@ def _cause_of_blindness(
     numbers = search.may_see[observer].nonzero().flatten().tolist()
     square = search.may_see.shape[-2] == search.may_see.shape[-1]  # else, from which corner?
     future = [number for number in numbers if number > observer[-1] and square]
-    if future and set(missed) <= set(future) and search.claim.may_be_causal:
+    if future and set(missed) == set(future) and search.claim.may_be_causal:
         return f"all of them lie in its future: {search.claim.may_be_causal}"
     if len(missed) == len(numbers) > 1:
         return "it sees nothing at all: is the whole row masked?"
@@ -158,17 +167,11 @@ def _cause_of_blindness(
         return f"the last that it may see{own}: a mask that closes one place too early?"
     if list(missed) == numbers[: len(missed)]:
         return (
-            "those farthest back: a sliding window? Say so with may_see=, or must_see=False "
-            "(with window=, chunk= or documents= of an AttentionSpec)"
+            "those farthest back: a sliding window, chunks or packed documents? Say so with "
+            "may_see= or documents=, or must_see=False (with window=, chunk= or documents= of an "
+            "AttentionSpec)"
         )
     return None
-
-
-def _listed(name: str, numbers: Sequence[int]) -> str:
-    if len(numbers) == 1:
-        return f"{name} {numbers[0]}"
-    shown = ", ".join(map(str, numbers[:4]))
-    return f"{name}s {shown}{', ...' * (len(numbers) > 4)}"
 
 
 class _Mover:

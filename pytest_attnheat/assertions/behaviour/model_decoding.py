@@ -200,17 +200,43 @@ class ModelDecoder(Decoder):
                 "single tokens are right, longer chunks are not: within a chunk the causal mask "
                 "must be aligned to the bottom right, and the positions must count on"
             )
-        if not bool(broken[:, : evidence.plan.sizes[0]].any()):
-            return (
-                _why_some_entries(broken)
-                or _why_from_some_token(broken, evidence.plan)
-                or Inside(self.subject, lambda: self.decode(evidence.plan.steps)).why_chunk_differs(
-                    first, Inside(self.subject)
+        if bool(broken[:, : evidence.plan.sizes[0]].any()):
+            return None
+        steps = evidence.plan.steps
+        found = Inside(self.subject, lambda: self.decode(steps)).why_chunk_differs(
+            steps.index(first), first, Inside(self.subject)
+        )
+        where, guess = self._where(broken, evidence.plan)
+        return ": ".join(part for part in (where, found or guess) if part)
+
+    def _where(self, broken: Tensor, plan: Plan) -> tuple[str, str]:
+        """Say which entries or tokens are off, where others are right, and a guess at why."""
+        off = broken.any(-1).flatten()
+        if not bool(off.all()):
+            if len(off) > 2 and not off[0] and bool(off[1:].all()):
+                return "batch entry 0 is right, all others are not", "is its cache used for all?"
+            named = ", ".join(map(str, off.nonzero().flatten().tolist()))
+            real = self.subject.real
+            if real is not None and torch.equal(off, ~real.all(-1).to(off.device)):
+                return (
+                    f"batch entry {named} alone, which is padded, is off",
+                    "do the positions and the mask of a later chunk count its padding?",
                 )
-                or "the first chunk is right, what comes with a cache is not: the cached keys, "
-                "the positions, or the mask of a later chunk"
+            return (
+                f"batch entry {named} alone is off",
+                "look at how the cache is indexed by the batch",
             )
-        return None
+        tokens = tokens_off(broken)
+        first = tokens[0]
+        if first > plan.sizes[0] and len(tokens) > 1 and tokens[-1] - first < len(tokens):
+            return (
+                f"right up to token {first - 1}, wrong from token {first} on",
+                "is the cache full then, cut or overwritten, or do the positions wrap around?",
+            )
+        return "", (
+            "the first chunk is right, what comes with a cache is not: the cached keys, the "
+            "positions, or the mask of a later chunk"
+        )
 
     def _mistakes(self, plan: Plan, step: range) -> Iterator[tuple[str, Callable[[], Tensor]]]:
         """Yield what may be wrong, in words, and the output of the chunk that it gives."""
@@ -235,26 +261,3 @@ class ModelDecoder(Decoder):
         tried += [(words, before + own, before + own) for words, before in histories.items()]
         for words, tokens, at in tried:
             yield words, lambda tokens=tokens, at=at: self._run(tokens, at)[:, -len(own) :]  # type: ignore[misc]
-
-
-def _why_some_entries(broken: Tensor) -> str | None:
-    """Name the entries of the batch that are off, where others are right."""
-    off = broken.any(-1).flatten().tolist()
-    if all(off):
-        return None
-    if len(off) > 2 and not off[0] and all(off[1:]):
-        return "batch entry 0 is right, all others are not: is its cache used for all?"
-    named = ", ".join(str(entry) for entry, is_off in enumerate(off) if is_off)
-    return f"batch entry {named} alone is off: look at how the cache is indexed by the batch"
-
-
-def _why_from_some_token(broken: Tensor, plan: Plan) -> str | None:
-    """Name the token from which on all are off, where some decoded ones before it are right."""
-    off = tokens_off(broken)
-    first = off[0]
-    if first <= plan.sizes[0] or len(off) < 2 or off[-1] - first + 1 > len(off):
-        return None
-    return (
-        f"right up to token {first - 1}, wrong from token {first} on: is the cache full then, cut "
-        "or overwritten, or do the positions wrap around?"
-    )

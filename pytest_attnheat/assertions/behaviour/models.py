@@ -376,12 +376,17 @@ class ModelSubject:
             plain, real=self.inputs.new_ones(self.inputs.shape[:2], dtype=torch.bool)
         )
         base = plain.run()
-        if not holds(lambda: differ(everything.run(), base, output_tolerance(base.dtype))):
+        allowed = output_tolerance(base.dtype)
+        if not holds(lambda: differ(everything.run(), base, allowed)):
             return None
-        return (
-            "a mask that hides nothing changes the output: is the causal mask lost where another "
-            "is given, as by | in place of &?"
-        )
+        said = "a mask that hides nothing "
+        if bool(everything.run().isnan().any()) and not bool(base.isnan().any()):
+            said += "makes the output nan: is it multiplied by -inf, or by a number that its dtype "
+            return said + "cannot hold?"
+        if holds(lambda: not differ(plain.cut([0]).run(), base[:, :1], allowed)):
+            said += "changes the output: is the causal mask lost where another is given, as by | "
+            return said + "in place of &?"
+        return said + "changes the output: what else is it used for?"
 
     def cause_of_padding(self, side: Side, *, felt: bool | None) -> str | None:
         """Tell a mask that does not hide from positions."""
@@ -398,7 +403,8 @@ class ModelSubject:
         if argument is None:
             return (
                 "the module is not told the positions: if it has absolute positions, let it take "
-                "them, with SequenceModel(..., positions_argument=...)"
+                "them, with SequenceModel(..., positions_argument=...), or say side='right' there "
+                "if it is never padded on the left"
             )
         return f"are the positions in {argument} used?"
 

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, MaskMeaning
+from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, SIDES, MaskMeaning, Side
 from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse
+from pytest_attnheat.inputs import misuse, one_of
 
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 
@@ -52,6 +52,8 @@ class SequenceModel:
         memory_argument: The keyword of a memory (batch, other length, width) in which the module
             looks things up, as in cross-attention. Its mask is then about the memory.
         has_positions: Whether the order of tokens matters to a module that is not causal.
+        side: On which side alone its sequences are padded; None for either. The right for a module
+            that counts positions from its first slot, and is only ever padded behind.
         batch_first: Whether the batch is the first dimension of inputs and output, the
             length the second; if not, the other way round. Masks are (batch, length) always.
         output: Picks the output (batch, length, ...) from what the module returns. By default
@@ -66,6 +68,7 @@ class SequenceModel:
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     memory_argument: str | None = None
     has_positions: bool | None = None
+    side: Side | None = None
     batch_first: bool = True
     output: Callable[[Any], Tensor] | None = None
 
@@ -75,6 +78,8 @@ class SequenceModel:
         if not callable(self.mask) and self.mask not in (None, *_MEANINGS):
             accepted = f"{', '.join(map(repr, _MEANINGS))}, a function, or None"
             raise ValueError(misuse("mask", repr(self.mask), accepted))
+        if self.side is not None:
+            one_of("side", self.side, SIDES)
         if (self.mask is None) != (self.mask_argument is None):
             got = f"mask={self.mask!r}, mask_argument={self.mask_argument!r}"
             accepted = (
@@ -149,6 +154,13 @@ class SequenceModel:
         )
         shapes = [tuple(tensor.shape) for tensor in found]
         raise ValueError(misuse(f"what {self.name} returns", shapes, accepted))
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """On which sides it may be padded. What is told lengths counts them from the first."""
+        if self.side is not None or self.mask == "lengths":
+            return (self.side or "right",)
+        return ("right", "left")
 
     @property
     def name(self) -> str:
@@ -362,7 +374,7 @@ def name_of_cache(module: Callable[..., Any]) -> str | None:
 
 def decode_takes(model: SequenceModel) -> bool:
     """Whether `decode` can be told of padding on the left."""
-    if model.decode is None or model.mask in (None, "lengths") or model.memory_argument:
+    if model.decode is None or model.mask is None or model.memory_argument:
         return False
     try:
         inspect.signature(model.decode).bind(None, None, **{str(model.mask_argument): None})

@@ -123,6 +123,12 @@ def differ(
     return bool(wrong.any())
 
 
+def listed(name: str, numbers: Sequence[int]) -> str:
+    """Name a few of some tokens or keys; empty where there are none."""
+    shown = ", ".join(map(str, numbers[:4])) + ", ..." * (len(numbers) > 4)
+    return shown and f"{name}{'s' * (len(numbers) > 1)} {shown}"
+
+
 def holds(suspicion: Callable[[], bool]) -> bool:
     """Tell whether a likely cause is the one; not if the subject refuses the unusual inputs."""
     try:
