@@ -124,10 +124,8 @@ class Report:
         return lines
 
     def _left_out(self) -> Iterator[str]:
-        """What was not asked, and why checks of a block were skipped, each reason once.
-
-        Of others -rs lists dozens.
-        """
+        """What was not asked, and why checks of a block were skipped, each reason once."""
+        # Of others -rs lists dozens.
         if self.left_out:
             yield f"not asked in the quick form: {self.left_out}"
         reasons = dict[str, dict[str, None]]()

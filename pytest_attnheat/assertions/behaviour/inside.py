@@ -338,10 +338,8 @@ def _why_scores_differ(own: AttentionRecord, whole: AttentionRecord, step: range
 
 
 def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
-    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens.
-
-    Which token a key is of is told by the key itself, of the first sample and head.
-    """
+    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens."""
+    # Which token a key is of is told by the key itself, of the first sample and head.
     assert own.key is not None
     assert whole.key is not None
     kept, known = own.key[0, 0].double(), whole.key[0, 0].double()

@@ -321,15 +321,13 @@ def _narrow(items: list[Any], move: Callable[[list[Any]], bool]) -> list[Any]:
 def _cause_in(crop: _Crop) -> str | None:
     """Read a likely cause from what the observers around the worst one see."""
     sees, forbidden, rightly = crop.sees, crop.forbidden, crop.seen_rightly
-    wrongly = sees & forbidden
-    if not bool(wrongly.any()):
+    if not bool((wrongly := sees & forbidden).any()):
         return None
     rows, columns = (torch.arange(one.start, one.stop) for one in (crop.rows, crop.columns))
     others = rightly & crop.judged.unsqueeze(-1) & (columns != rows.unsqueeze(-1))
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
-    extra = _elements_too_many(crop, wrongly)
-    if extra == 1:
+    if (extra := _elements_too_many(crop, wrongly)) == 1:
         return _ONE_TOO_MANY
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         allowed = crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist()
