@@ -14,19 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.causes import (
-    NEARLY_ALL,
-    Evidence,
-    dropout,
-    opposite_mask,
-    rows_of,
-    share,
-)
-from pytest_attnheat.assertions.claims import by_row
-from pytest_attnheat.assertions.scan import blocks, row_of
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment, Side
-from pytest_attnheat.inputs import misuse, one_of, whole_number
+from ..attention.reference import padding_mask
+from ..attention.vocabulary import ALIGNMENTS, Alignment, Side
+from ..inputs import misuse, one_of, whole_number
+from .causes import NEARLY_ALL, Evidence, dropout, opposite_mask, rows_of, share
+from .claims import by_row
+from .scan import blocks, row_of
 
 # The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17

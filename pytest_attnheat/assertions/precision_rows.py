@@ -26,10 +26,10 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.precision_elements import Judgement
-from pytest_attnheat.attention.call import Call, ScoreMod
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.failure import Failure, Place
+from ..attention.call import Call, ScoreMod
+from ..attention.lazy import LazyWeights
+from ..failure import Failure, Place
+from .precision_elements import Judgement
 
 # Where kernels cut, and where offsets of 16 bits end, with a sign and without.
 _BLOCKS, _BITS = (64, 128), (15, 16)

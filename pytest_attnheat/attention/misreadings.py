@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.call import FEATURES, Call, Positions
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, defect
+from .call import FEATURES, Call, Positions
+from .decisions import BLOCKS, ROWS, Misreading, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)

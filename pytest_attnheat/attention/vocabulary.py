@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal, TypeAlias, cast, get_args
 
-from pytest_attnheat.inputs import dtype_name, one_of
+from ..inputs import dtype_name, one_of
 
 if TYPE_CHECKING:  # pictures are sketched without torch
     from torch import Tensor

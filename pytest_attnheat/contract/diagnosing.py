@@ -16,32 +16,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import DEFECTS, Defect
-from pytest_attnheat.attention.outcomes import finite
-from pytest_attnheat.attention.plan import Plan, carry_out
-from pytest_attnheat.attention.tolerance import answer_tolerance
-from pytest_attnheat.callables import always_compiled, random_kept, seed_all
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.trace import Trace
-from pytest_attnheat.contract.captured import diagnose_records
-from pytest_attnheat.contract.diagnosis import Diagnosis, residual_text
-from pytest_attnheat.contract.examination import Examination
-from pytest_attnheat.contract.explaining import explained, filled
-from pytest_attnheat.contract.matching import Explanation, errors, measure
-from pytest_attnheat.contract.probing import (
-    Probe,
-    ask,
-    blueprints,
-    inferred_weights,
-    one_thread,
-    probe,
-    with_identity,
-)
-from pytest_attnheat.contract.ready import as_spec
-from pytest_attnheat.contract.returned import with_returned
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.inputs import dtype_name, misuse, seed_number
+from ..attention.defects import DEFECTS, Defect
+from ..attention.outcomes import finite
+from ..attention.plan import Plan, carry_out
+from ..attention.tolerance import answer_tolerance
+from ..callables import always_compiled, random_kept, seed_all
+from ..capture.record import AttentionRecord
+from ..capture.trace import Trace
+from ..inputs import dtype_name, misuse, seed_number
+from .captured import diagnose_records
+from .diagnosis import Diagnosis, residual_text
+from .examination import Examination
+from .explaining import explained, filled
+from .matching import Explanation, errors, measure
+from .probing import Probe, ask, blueprints, inferred_weights, one_thread, probe, with_identity
+from .ready import as_spec
+from .returned import with_returned
+from .searching import Search
+from .spec import AttentionSpec
 
 # Not float64 first: code that computes some steps in float32 is not wrong in float32.
 _DTYPES = ("float32", "float64", "float16", "bfloat16")

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.defects import Defect
-from pytest_attnheat.attention.plan import Case, Plan, carry_out
-from pytest_attnheat.contract.diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
-from pytest_attnheat.contract.matching import Explanation, errors, measure, nearly, wrong_rows
-from pytest_attnheat.contract.observing import observed
-from pytest_attnheat.contract.probing import Probe, WeightsOf
-from pytest_attnheat.contract.searching import Search
-from pytest_attnheat.inputs import dtype_name
+from ..attention.defects import Defect
+from ..attention.plan import Case, Plan, carry_out
+from ..inputs import dtype_name
+from .diagnosis import EXPLAINS, Diagnosis, number_list, residual_text
+from .matching import Explanation, errors, measure, nearly, wrong_rows
+from .observing import observed
+from .probing import Probe, WeightsOf
+from .searching import Search
 
 _MOST_TIES = 4
 _LISTED = 4

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from pytest_attnheat.callables import parameters_of, random_kept
-from pytest_attnheat.capture.sources.sdpa import multi_head_unasking
-from pytest_attnheat.contract.conventions import fitting
-from pytest_attnheat.contract.effects import Effect
-from pytest_attnheat.contract.planting import Planted
-from pytest_attnheat.contract.ready import READY_MADE, as_spec
-from pytest_attnheat.contract.spec import AttentionSpec
-from pytest_attnheat.contract.versions import Version
+from ..callables import parameters_of, random_kept
+from ..capture.sources.sdpa import multi_head_unasking
+from .conventions import fitting
+from .effects import Effect
+from .planting import Planted
+from .ready import READY_MADE, as_spec
+from .spec import AttentionSpec
+from .versions import Version
 
 SDPA = functional.scaled_dot_product_attention
 NOTHING_INSIDE = (

@@ -9,13 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.backward import BACKWARD
-from pytest_attnheat.attention.decisions import Change, Defect
-from pytest_attnheat.attention.defects import DEFECTS
-from pytest_attnheat.attention.misreadings import HISTORY
-from pytest_attnheat.attention.outcomes import Decisions, decisions_of
-from pytest_attnheat.attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.backward import BACKWARD
+from ..attention.decisions import Change, Defect
+from ..attention.defects import DEFECTS
+from ..attention.misreadings import HISTORY
+from ..attention.outcomes import Decisions, decisions_of
+from ..attention.plan import Case, NotApplicable, Outcome, Plan, carry_out
+from .spec import AttentionSpec
 
 Kind = Literal["forward", "backward", "trivial"]
 # The constants of defects that have one, and the share of weights that is dropped unasked.

@@ -16,12 +16,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.subject import differ, holds, listed
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.callables import modules_in
-from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, name_of
+from ...attention.reference import causal_mask
+from ...callables import modules_in
+from ...capture.capturing import capture_attention
+from ...capture.record import AttentionRecord, name_of
+from .models import ModelSubject
+from .subject import differ, holds, listed
 
 _Says = TypeVar("_Says", bound=Callable[..., str | None])
 # Weights that are larger are no rounding.

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    as_of_keys,
-    differ,
-    holds,
-    listed,
-    output_place,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Replacement
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from ...attention.chunks import index_of
+from ...failure import Checked, Failure, Place
+from ...heatmaps.terminal import format_heatmap, map_name
+from .functions import AttentionFunction
+from .inside import Inside
+from .leak_search import Fault, Search
+from .models import ModelSubject, Subject
+from .subject import as_of_keys, differ, holds, listed, output_place
+from .visibility import Replacement
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.

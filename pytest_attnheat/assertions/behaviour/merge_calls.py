@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse, one_of
+from ...callables import parameters_of
+from ...inputs import misuse, one_of
 
 Base: TypeAlias = Literal["e", "2"]
 Calling: TypeAlias = Literal["pair", "stacked", "list", "output_first", "in_place"]

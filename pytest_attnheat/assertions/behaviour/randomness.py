@@ -13,13 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.dropout import check_dropout_of_weights, why_factor
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import check_count, check_rows, relative_change
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.callables import (
+from ...attention.tolerance import output_tolerance
+from ...callables import (
     borrowed,
     identical,
     modules_in,
@@ -27,8 +22,13 @@ from pytest_attnheat.callables import (
     random_states,
     seed_everything,
 )
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.inputs import check_number, misuse, positive, seed_number
+from ...failure import Checked, Failure, Place
+from ...inputs import check_number, misuse, positive, seed_number
+from .dropout import check_dropout_of_weights, why_factor
+from .functions import AttentionFunction
+from .models import Subject
+from .reading import as_subject
+from .subject import check_count, check_rows, relative_change
 
 _NAME = "assert_deterministic"
 _STANDARD_ERRORS = 5

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from pytest_attnheat.attention.call import ScoreMod
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.watching import After, Call
-from pytest_attnheat.inputs import wide_dtype
+from ...attention.call import ScoreMod
+from ...inputs import wide_dtype
+from ..record import AttentionRecord
+from ..watching import After, Call
 
 SOURCE = "flex_attention"
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.tags import Sample, Scores, coarser
-from pytest_attnheat.capture.watching import Args, Keywords
+from ...attention.vocabulary import permits
+from ..tags import Sample, Scores, coarser
+from ..watching import Args, Keywords
 
 Move = Callable[[Tensor], Tensor]
 

@@ -15,18 +15,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pytest_attnheat.capture.sources import moved
-from pytest_attnheat.capture.sources.products import (
-    Product,
-    read_product,
-    read_sum,
-    rows_are_distributions,
-    sample_of,
-    seen_in,
-)
-from pytest_attnheat.capture.sources.reading import tell
-from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
-from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
+from ..tags import Origin, Scores, Tag, before_of
+from ..watching import After, Call, Function, Source, Watcher
+from . import moved
+from .products import Product, read_product, read_sum, rows_are_distributions, sample_of, seen_in
+from .reading import tell
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "mv", "tensordot"}
 _SHARES = {"softmax", "_softmax", "_safe_softmax", "sigmoid"}

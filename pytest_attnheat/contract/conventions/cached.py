@@ -8,25 +8,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.drawing import RAGGED
-from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
-from pytest_attnheat.attention.storage import OWN, Cache, Storage, laid_out
-from pytest_attnheat.contract.asking import Beside, UndeclaredError
-from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import (
-    ALIKE,
-    FLASH_2,
-    FLASH_VALUES,
-    FLASHINFER,
-    float32,
-    inclusive,
-    left_only,
-)
-from pytest_attnheat.contract.conventions.packed import flat_mask, packing, unpack
+from ...attention.call import Call
+from ...attention.drawing import RAGGED
+from ...attention.packing import bounds, lengths_of, packed, unpacked
+from ...attention.storage import OWN, Cache, Storage, laid_out
+from ..asking import Beside, UndeclaredError
+from .convention import Arrange, Convention, Lse
+from .dense import ALIKE, FLASH_2, FLASH_VALUES, FLASHINFER, float32, inclusive, left_only
+from .packed import flat_mask, packing, unpack
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # What caches have in common: no gradients, and a sequence that has no key gives 0.
 _CACHED: dict[str, Any] = {**FLASH_2, "dropout": False, "gradients": False}

@@ -8,21 +8,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.drawing import RAGGED, SAME
-from pytest_attnheat.attention.packing import bounds, lengths_of, packed, unpacked
-from pytest_attnheat.contract.conventions import reading
-from pytest_attnheat.contract.conventions.convention import Arrange, Convention, Lse
-from pytest_attnheat.contract.conventions.dense import (
-    ALIKE,
-    FLASH,
-    FLASH_2,
-    FLASH_VALUES,
-    inclusive,
-)
+from ...attention.call import Call
+from ...attention.drawing import RAGGED, SAME
+from ...attention.packing import bounds, lengths_of, packed, unpacked
+from . import reading
+from .convention import Arrange, Convention, Lse
+from .dense import ALIKE, FLASH, FLASH_2, FLASH_VALUES, inclusive
 
 if TYPE_CHECKING:
-    from pytest_attnheat.contract.spec import AttentionSpec
+    from ..spec import AttentionSpec
 
 # What `packing` needs to be told: keywords of where sequences begin, and of the longest.
 CU = ("cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k")
