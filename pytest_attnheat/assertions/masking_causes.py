@@ -14,19 +14,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.causes import (
-    NEARLY_ALL,
-    Evidence,
-    dropout,
-    opposite_mask,
-    rows_of,
-    share,
-)
-from pytest_attnheat.assertions.claims import by_row
-from pytest_attnheat.assertions.scan import blocks, row_of
-from pytest_attnheat.attention.reference import padding_mask
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment, Side
-from pytest_attnheat.inputs import misuse, one_of, whole_number
+from ..attention.reference import padding_mask
+from ..attention.vocabulary import ALIGNMENTS, Alignment, Side
+from ..inputs import misuse, one_of, whole_number
+from .causes import NEARLY_ALL, Evidence, dropout, opposite_mask, rows_of, share
+from .claims import by_row
+from .scan import blocks, row_of
 
 # The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17
@@ -86,12 +79,9 @@ def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
     """Return a likely cause of weight on padding, or None."""
     telling, seen = evidence.telling(), _seen_keys(evidence)
     found = (
-        finite_mask(telling),
-        other_padding(seen, lengths, side),
-        padded_queries(telling, lengths, side),
-        no_padding(seen, lengths),
-        not_a_number(evidence),
-    )
+        finite_mask(telling), other_padding(seen, lengths, side),
+        padded_queries(telling, lengths, side), no_padding(seen, lengths), not_a_number(evidence),
+    )  # fmt: skip
     return named(evidence, found)
 
 
@@ -388,9 +378,8 @@ def _causal_candidates(queries: Tensor, rule: CausalRule) -> Iterator[Candidate]
     """Yield other masks that causal code may have used by mistake."""
     # The widest first where some are the same: in small maps a window that is one too wide is no
     # window, and a diagonal that is off by one no mask.
-    # How many keys each key is behind each query, below 0 in its future.
     keys = torch.arange(rule.key_len, device="cpu")
-    behind = queries.unsqueeze(-1) + rule.offset - keys
+    behind = queries.unsqueeze(-1) + rule.offset - keys  # how many keys; below 0 in its future
     if rule.query_len != rule.key_len:
         name: Alignment = "top_left" if rule.alignment == "bottom_right" else "bottom_right"
         other = replace(rule, alignment=name).rows(queries)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.call import FEATURES, Call, Positions
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, Misreading, defect
+from .call import FEATURES, Call, Positions
+from .decisions import BLOCKS, ROWS, Misreading, defect
 
 
 class NotApplicable(ValueError):  # noqa: N818 (no error, a fact about a plan and a case)
@@ -46,11 +46,6 @@ class Case(Call):
     def has_empty_rows(self) -> bool:
         """Whether some query may attend to nothing."""
         return not bool(self.seen.any(-1).all())
-
-    @cached_property
-    def hides(self) -> bool:
-        """Whether some query may not attend to some key."""
-        return not bool(self.seen.all())
 
     def other_corner(self) -> Case:
         """Return the same call, its positions counted from the other corner."""

@@ -13,17 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.decisions import BLOCKS, ROWS, defect
-from pytest_attnheat.attention.misreadings import (
-    Case,
-    at_all,
-    first_head,
-    first_sample,
-    inverted,
-    read,
-    ruled,
-    transposed,
-)
+from .decisions import BLOCKS, ROWS, defect
+from .misreadings import Case, at_all, first_head, first_sample, inverted, read, ruled, transposed
 
 
 def _first(case: Case, given: Tensor) -> Tensor:

@@ -15,11 +15,11 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
-from pytest_attnheat.attention.chunks import spans
-from pytest_attnheat.attention.sketch import Numbers, Sketch, Sketcher, positions
-from pytest_attnheat.baselines.scaling import factors_of_keys
-from pytest_attnheat.heatmaps.maps import Maps
-from pytest_attnheat.heatmaps.record import Heatmaps
+from ..attention.chunks import spans
+from ..attention.sketch import Numbers, Sketch, Sketcher, positions
+from ..heatmaps.maps import Maps
+from ..heatmaps.record import Heatmaps
+from .scaling import factors_of_keys
 
 # A relation is named where it explains the values to this part of their range.
 CLOSE = 1e-3

@@ -10,25 +10,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.blocks import weights as weights_of
-from pytest_attnheat.attention.call import Call, ScoreMod
-from pytest_attnheat.attention.chunks import pieces
-from pytest_attnheat.attention.lazy import LazyWeights
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import Alignment, both, permits
-from pytest_attnheat.callables import apart
-from pytest_attnheat.capture import CaptureMemoryError
-from pytest_attnheat.capture.carried import Carried
-from pytest_attnheat.capture.selection import (
-    Selection,
-    batch_entry,
-    chosen,
-    float_dtype,
-    listed,
-    taken,
-    within,
-)
-from pytest_attnheat.inputs import dtype_name, misuse, readable, wide_dtype
+from ..attention.blocks import weights as weights_of
+from ..attention.call import Call, ScoreMod
+from ..attention.chunks import pieces
+from ..attention.lazy import LazyWeights
+from ..attention.reference import causal_mask
+from ..attention.vocabulary import Alignment, both, permits
+from ..callables import apart
+from ..inputs import dtype_name, misuse, readable, wide_dtype
+from . import CaptureMemoryError
+from .carried import Carried
+from .selection import Selection, batch_entry, chosen, float_dtype, listed, taken, within
 
 # Weights that were kept are looked at so many bytes at a time.
 _PART_BYTES = 16 * 2**20

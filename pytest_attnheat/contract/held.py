@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.call import Call
-from pytest_attnheat.attention.plan import Case
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.carried import Carried
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.contract.spec import AttentionSpec
+from ..attention.call import Call
+from ..attention.plan import Case
+from ..attention.vocabulary import permits
+from ..capture.carried import Carried
+from ..capture.record import AttentionRecord
+from .spec import AttentionSpec
 
 # How far a number may be off by rounding: some models compute their scale in half precision.
 _ALIKE = 1e-3

@@ -10,8 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import MASK, AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.model_decoding import (
+from ...attention.reference import causal_mask
+from ...attention.scoring import broadcast
+from ...attention.vocabulary import ALIGNMENTS, Alignment
+from ...callables import borrowed
+from ...inputs import misuse, one_of, positive
+from .functions import MASK, AttentionFunction, permitted
+from .model_decoding import (
     MOST_SINGLE_TOKENS,
     Decoder,
     Evidence,
@@ -21,21 +26,9 @@ from pytest_attnheat.assertions.behaviour.model_decoding import (
     name_tokens,
     tokens_off,
 )
-from pytest_attnheat.assertions.behaviour.reading import as_function, as_sequence, refuse_memory
-from pytest_attnheat.assertions.behaviour.sequences import with_causal
-from pytest_attnheat.assertions.behaviour.subject import (
-    Compared,
-    as_described,
-    check_count,
-    check_each,
-    check_relative,
-    settled,
-)
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.scoring import broadcast
-from pytest_attnheat.attention.vocabulary import ALIGNMENTS, Alignment
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import misuse, one_of, positive
+from .reading import as_function, as_sequence, refuse_memory
+from .sequences import with_causal
+from .subject import Compared, as_described, check_count, check_each, check_relative, settled
 
 _NAME = "assert_decode_matches_prefill"
 # More sizes of chunks than this say nothing to a reader.

@@ -16,12 +16,12 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.models import ModelSubject
-from pytest_attnheat.assertions.behaviour.subject import differ, holds, listed
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.callables import modules_in
-from pytest_attnheat.capture.capturing import capture_attention
-from pytest_attnheat.capture.record import AttentionRecord, name_of
+from ...attention.reference import causal_mask
+from ...callables import modules_in
+from ...capture.capturing import capture_attention
+from ...capture.record import AttentionRecord, name_of
+from .models import ModelSubject
+from .subject import differ, holds, listed
 
 _Says = TypeVar("_Says", bound=Callable[..., str | None])
 # Weights that are larger are no rounding.
@@ -338,10 +338,8 @@ def _why_scores_differ(own: AttentionRecord, whole: AttentionRecord, step: range
 
 
 def _why_kept_keys_differ(own: AttentionRecord, whole: AttentionRecord, step: range) -> str | None:
-    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens.
-
-    Which token a key is of is told by the key itself, of the first sample and head.
-    """
+    """Whether a cache that keeps fewer keys, or has room for more, shows those of other tokens."""
+    # Which token a key is of is told by the key itself, of the first sample and head.
     assert own.key is not None
     assert whole.key is not None
     kept, known = own.key[0, 0].double(), whole.key[0, 0].double()

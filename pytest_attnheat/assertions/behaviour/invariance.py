@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.bitwise import differing_bits
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
+from ...callables import borrowed, modules_in
+from ...inputs import misuse
+from .bitwise import differing_bits
+from .inside import Inside
+from .models import ModelSubject, Subject
+from .reading import as_subject
+from .subject import (
     Compared,
     check_each,
     check_relative,
@@ -26,9 +28,7 @@ from pytest_attnheat.assertions.behaviour.subject import (
     output_place,
     settled,
 )
-from pytest_attnheat.assertions.behaviour.visibility import as_documents
-from pytest_attnheat.callables import borrowed, modules_in
-from pytest_attnheat.inputs import misuse
+from .visibility import as_documents
 
 # Samples that are run alone, and others of which each is tried for its influence.
 _ALONE = 4

@@ -10,21 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.leak_search import Fault, Search
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    as_of_keys,
-    differ,
-    holds,
-    listed,
-    output_place,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Replacement
-from pytest_attnheat.attention.chunks import index_of
-from pytest_attnheat.failure import Checked, Failure, Place
-from pytest_attnheat.heatmaps.terminal import format_heatmap, map_name
+from ...attention.chunks import index_of
+from ...failure import Checked, Failure, Place
+from ...heatmaps.terminal import format_heatmap, map_name
+from .functions import AttentionFunction
+from .inside import Inside
+from .leak_search import Fault, Search
+from .models import ModelSubject, Subject
+from .subject import as_of_keys, differ, holds, listed, output_place
+from .visibility import Replacement
 
 _NAME = "assert_no_leakage"
 # A leak so much smaller than what may be seen comes from a mask that is not quite closed.
@@ -321,15 +315,13 @@ def _narrow(items: list[Any], move: Callable[[list[Any]], bool]) -> list[Any]:
 def _cause_in(crop: _Crop) -> str | None:
     """Read a likely cause from what the observers around the worst one see."""
     sees, forbidden, rightly = crop.sees, crop.forbidden, crop.seen_rightly
-    wrongly = sees & forbidden
-    if not bool(wrongly.any()):
+    if not bool((wrongly := sees & forbidden).any()):
         return None
     rows, columns = (torch.arange(one.start, one.stop) for one in (crop.rows, crop.columns))
     others = rightly & crop.judged.unsqueeze(-1) & (columns != rows.unsqueeze(-1))
     if bool(others.any()) and not bool(sees[others].any()):
         return "what may be seen is not, and the forbidden is: a mask of the opposite meaning?"
-    extra = _elements_too_many(crop, wrongly)
-    if extra == 1:
+    if (extra := _elements_too_many(crop, wrongly)) == 1:
         return _ONE_TOO_MANY
     if bool((sees | ~forbidden).all()) and int(forbidden.sum()) > 1:
         allowed = crop.changes[rightly & crop.judged.unsqueeze(-1)].tolist()

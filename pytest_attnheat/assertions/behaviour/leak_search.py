@@ -10,15 +10,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.models import Subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    for_each_query_head,
-    of_any,
-    of_the_first,
-    relative_change,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Claim, Replacement, spread_rows, touched
-from pytest_attnheat.attention.chunks import index_of
+from ...attention.chunks import index_of
+from .models import Subject
+from .subject import for_each_query_head, of_any, of_the_first, relative_change
+from .visibility import Claim, Replacement, spread_rows, touched
 
 # How many sets of elements are tried before an output is believed to depend on all of them.
 _TRIALS = 12

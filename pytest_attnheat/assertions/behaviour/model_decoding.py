@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.sequences import (
-    CachedDecoding,
-    decoded,
-    refuse_unused_cache,
-)
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
-from pytest_attnheat.attention.vocabulary import Alignment
-from pytest_attnheat.inputs import misuse
+from ...attention.vocabulary import Alignment
+from ...inputs import misuse
+from .inside import Inside
+from .models import ModelSubject, Subject
+from .sequences import CachedDecoding, decoded, refuse_unused_cache
+from .subject import begin, differ, holds, output_place
 
 # How many steps are a single token: with a cache a step is cheap, without one it is a prefix.
 MOST_SINGLE_TOKENS = 128

@@ -10,10 +10,15 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.assertions.behaviour.functions import AttentionFunction, permitted
-from pytest_attnheat.assertions.behaviour.sequences import SequenceModel, check_takes_mask
-from pytest_attnheat.assertions.behaviour.subject import begin, differ, holds, output_place
-from pytest_attnheat.assertions.behaviour.visibility import (
+from ...attention.reference import causal_mask, read_lengths
+from ...attention.tolerance import output_tolerance
+from ...attention.vocabulary import Side
+from ...callables import copied, modules_in
+from ...inputs import misuse
+from .functions import AttentionFunction, permitted
+from .sequences import SequenceModel, check_takes_mask
+from .subject import begin, differ, holds, output_place
+from .visibility import (
     Claim,
     Embedded,
     Padding,
@@ -31,11 +36,6 @@ from pytest_attnheat.assertions.behaviour.visibility import (
     since,
     size_of,
 )
-from pytest_attnheat.attention.reference import causal_mask, read_lengths
-from pytest_attnheat.attention.tolerance import output_tolerance
-from pytest_attnheat.attention.vocabulary import Side
-from pytest_attnheat.callables import copied, modules_in
-from pytest_attnheat.inputs import misuse
 
 # A call of so many multiplications is cheap; attention takes so many for each pair of tokens.
 _CHEAP, _PER_TOKEN = 2**27, 64

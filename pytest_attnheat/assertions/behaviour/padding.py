@@ -10,24 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.assertions.behaviour.inside import Inside
-from pytest_attnheat.assertions.behaviour.invariance import RANDOM_CAUSE
-from pytest_attnheat.assertions.behaviour.memory import memory_of
-from pytest_attnheat.assertions.behaviour.models import ModelSubject, Subject
-from pytest_attnheat.assertions.behaviour.reading import as_subject
-from pytest_attnheat.assertions.behaviour.subject import (
-    check_relative,
-    check_rows,
-    coarsest,
-    differ,
-    holds,
-    output_place,
-    settled,
-)
-from pytest_attnheat.assertions.behaviour.visibility import Padding, Told
-from pytest_attnheat.attention.vocabulary import SIDES, Side
-from pytest_attnheat.callables import borrowed
-from pytest_attnheat.inputs import check_number, misuse, positive
+from ...attention.vocabulary import SIDES, Side
+from ...callables import borrowed
+from ...inputs import check_number, misuse, positive
+from .inside import Inside
+from .invariance import RANDOM_CAUSE
+from .memory import memory_of
+from .models import ModelSubject, Subject
+from .reading import as_subject
+from .subject import check_relative, check_rows, coarsest, differ, holds, output_place, settled
+from .visibility import Padding, Told
 
 _NAME = "assert_padding_invariant"
 

@@ -12,10 +12,10 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from pytest_attnheat.attention.reference import causal_mask
-from pytest_attnheat.attention.vocabulary import MASK_MEANINGS, SIDES, MaskMeaning, Side
-from pytest_attnheat.callables import parameters_of
-from pytest_attnheat.inputs import misuse, one_of
+from ...attention.reference import causal_mask
+from ...attention.vocabulary import MASK_MEANINGS, SIDES, MaskMeaning, Side
+from ...callables import parameters_of
+from ...inputs import misuse, one_of
 
 Decode: TypeAlias = Callable[..., tuple[Any, Any]]
 

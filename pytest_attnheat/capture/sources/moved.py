@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from pytest_attnheat.capture.shaping import in_windows, joined, still_joined
-from pytest_attnheat.capture.sources.reading import attended_of, mark_blocks, tell_divided
-from pytest_attnheat.capture.tags import Scores, Tag, coarser
-from pytest_attnheat.capture.watching import After, Call, Function
+from ..shaping import in_windows, joined, still_joined
+from ..tags import Scores, Tag, coarser
+from ..watching import After, Call, Function
+from .reading import attended_of, mark_blocks, tell_divided
 
 # What leaves each element in its place.
 _COPIES = {
@@ -188,7 +188,7 @@ def anything(base: str, call: Call) -> After | None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             return
         if tag.unnormalised is not None and base in ("div", "divide"):
-            tell_divided(call.watcher, tag.unnormalised, every[1], output)
+            tell_divided(call.watcher, tag.unnormalised, every[1])
         same = output.ndim >= len(shape) and output.shape[-2:] == shape[-2:]
         if tag.weights and same:
             clean = tag.clean

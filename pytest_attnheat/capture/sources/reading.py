@@ -9,20 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pytest_attnheat.attention.vocabulary import permits
-from pytest_attnheat.capture.record import AttentionRecord
-from pytest_attnheat.capture.shaping import Shaping
-from pytest_attnheat.capture.sources.products import Product, explained, sample_of
-from pytest_attnheat.capture.tags import (
-    Scores,
-    Tag,
-    before_of,
-    coarser,
-    doubt_of,
-    without_factor,
-    without_repetition,
-)
-from pytest_attnheat.capture.watching import Taken, Watcher
+from ...attention.vocabulary import permits
+from ..record import AttentionRecord
+from ..shaping import Shaping
+from ..tags import Scores, Tag, before_of, coarser, doubt_of, without_factor, without_repetition
+from ..watching import Taken, Watcher
+from .products import Product, explained, sample_of
 
 
 @dataclass(frozen=True)
@@ -125,7 +117,7 @@ def _together(parts: dict[int, Attended]) -> Product:
     return Product(left, right, output, left, right)
 
 
-def tell_divided(watcher: Watcher, product: Product, divisor: Any, output: Tensor) -> None:
+def tell_divided(watcher: Watcher, product: Product, divisor: Any) -> None:
     """Tell of weights that their sum divides after they multiplied the value, if it does."""
     tag, left = watcher.tags[product.left_source], product.left
     sums = left.sum(-1, keepdim=True)
