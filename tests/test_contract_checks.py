@@ -315,6 +315,34 @@ def test_a_tile_of_query_heads_that_reaches_into_the_next_group_is_found(tile):
     assert found is None if tile != 16 else found.startswith("sizes=3x7 group=24 ")
 
 
+def as_if_contiguous(tensor):
+    """What is read where the strides of a tensor are not looked at, as far as memory goes."""
+    own = torch.empty(tensor.shape).stride()
+    room = tensor.untyped_storage().nbytes() // tensor.element_size() - tensor.numel()
+    return tensor.as_strided(tensor.shape, own, 0) if room >= 0 else tensor
+
+
+def test_a_mask_is_laid_out_otherwise_as_well():
+    def attention(query, key, value, attn_mask=None):
+        mask = attn_mask if attn_mask is None else as_if_contiguous(attn_mask)
+        return sdpa(query, key, value, mask)
+
+    assert failing(sdpa, "layout") is None
+    assert failing(attention, "layout", fully_masked="undefined") == ""
+
+
+def test_an_output_that_is_stored_as_the_query_lies_is_found_though_only_of_values_as_wide():
+    def attention(query, key, value):
+        output = sdpa(query, key, value)
+        if output.shape != query.shape or query.is_contiguous():
+            return output
+        memory = torch.zeros(max(output.numel(), query.untyped_storage().nbytes()))
+        memory.as_strided(output.shape, query.stride()).copy_(output)
+        return memory[: output.numel()].view(output.shape)
+
+    assert failing(attention, "layout", gradients=False) == ""
+
+
 def summed(query, key, value, *, sinks=None, factor=1.0, shifted=True):
     """The output, and the log-sum-exp times a factor; a sink may be left out of its maximum."""
     scores = query @ key.mT / query.shape[-1] ** 0.5

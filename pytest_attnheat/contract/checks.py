@@ -322,8 +322,16 @@ def decoding(examination: Examination) -> None:
     issue="pytorch/pytorch#181133",
 )
 def layout(examination: Examination) -> None:
-    """Permuted, strided, expanded and misaligned inputs."""
+    """Permuted, strided, expanded and misaligned inputs, masks as well where values are as wide."""
     assert_layout_invariant(examination.spec, *examination.case().tensors)
+    # Public kernels say how a mask has to lie, and refuse another one.
+    masked = examination.spec.mask is not None and examination.spec.convention is None
+    try:
+        call = examination.case(value_dim="equal", **({"mask": "boolean"} if masked else {}))
+    except Skipped:
+        return
+    given = {} if call.mask is None else {"attn_mask": call.mask}
+    assert_layout_invariant(_of_whole_masks(examination), *call.tensors, **given)
 
 
 @check("repeats", "the same input gives the same output, and stays as it is", quick=True,
