@@ -315,6 +315,27 @@ def test_a_tile_of_query_heads_that_reaches_into_the_next_group_is_found(tile):
     assert found is None if tile != 16 else found.startswith("sizes=3x7 group=24 ")
 
 
+def test_queries_before_all_real_keys_are_asked_where_it_is_declared_what_they_give():
+    def added(query, key, value, mask=None, is_causal=False, hide=-1e4):
+        scores = query @ key.mT / query.shape[-1] ** 0.5
+        if is_causal:
+            scores = scores + torch.ones(scores.shape[-2:]).triu(1) * hide
+        if mask is not None:
+            scores = scores + (~mask[:, None, None]) * hide
+        return scores.softmax(-1) @ value
+
+    def filled(query, key, value, mask=None, is_causal=False):
+        seen = torch.ones(query.shape[2], key.shape[2]).tril() > 0 if is_causal else True
+        seen = seen if mask is None else seen & mask[:, None, None]
+        return sdpa(query, key, value, seen if torch.is_tensor(seen) else None)
+
+    declared = {"mask": "keep", "mask_argument": "mask", "mask_shape": "(B, S)"}
+    ask = partial(failing, name="pairs", gradients=False, **declared)
+    assert ask(added) is None
+    assert "empty=True" in ask(added, fully_masked="zero")
+    assert ask(filled, fully_masked="zero") is None
+
+
 def as_if_contiguous(tensor):
     """What is read where the strides of a tensor are not looked at, as far as memory goes."""
     own = torch.empty(tensor.shape).stride()
