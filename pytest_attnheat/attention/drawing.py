@@ -164,7 +164,10 @@ class Drawing:
         for dim in (dim for dim, size in enumerate(shape) if size == 1):
             wanted = wanted.any(dim, keepdim=True)
         mask = mask | wanted
-        if self.chosen.get("empty"):
+        if self.chosen.get("empty") and mask.shape[-2] == 1:  # before all real keys
+            first = seen[0, 0, 0].sum()
+            mask[..., :first] = False
+        elif self.chosen.get("empty"):
             mask[..., mask.shape[-2] // 2, :] = False
         return mask
 

@@ -41,6 +41,7 @@ _RECTANGLES = (
     (1, 33), (1, 513), (3, 1025), (1, 2049),
 )  # fmt: skip
 _SQUARES = ((7, 7), (5, 5), (1, 1), (31, 31), (33, 33), (65, 65), (129, 129))
+_OF_KEYS = "(B, 1, 1, S)"
 # More weights than this, and a case costs more than it tells; of heads that are declared, each
 # may have so many that the longest sizes are asked of one batch entry.
 _MOST_WEIGHTS = 2**17
@@ -69,6 +70,8 @@ class Declared:
     near: bool = False  # Whether a rule of positions, such as a window, hides what is far
     numbers: tuple[str, ...] = NUMBERS  # What queries, keys and values may hold, of `NUMBERS`
     empty: bool = True  # Whether it is judged what a query gives that is left without any key
+    # Likewise of queries before all real keys: causal ones of what is padded on the left
+    before_all: bool = False
     gradients: bool = True  # Whether gradients are asked
     longest: int | None = None  # How many queries and keys there are at most
     few_shapes: bool = False  # Whether few shapes are asked
@@ -122,7 +125,7 @@ class Declared:
         if self.heads is not None:  # then the group tells how many heads keys have
             levels["group"] = tuple(n for n in levels["group"] if self.heads % n == 0)
             levels["key_heads"] = (self.heads,)
-        if self.shapes == ("(B, 1, 1, S)",):  # it would hide what is empty from all queries
+        if self.shapes == (_OF_KEYS,) and not (self.before_all and self.causal):
             levels["empty"] = (False,)
         if not self.masks:
             levels |= dict.fromkeys(("mask", "shape", "fill"), (NONE,)) | {"empty": (False,)}
@@ -173,8 +176,9 @@ class Declared:
             if mask == "additive" or ("boolean" not in self.masks and is_masked):
                 return False
         # What a number that is not -inf leaves of an empty row is rounding alone; a mask of keys
-        # alone would hide them from all queries.
-        unfit = NONE in (mask, shape) or shape == "(B, 1, 1, S)" or (is_floats and fill != "-inf")
+        # alone would hide them from all queries, but for those that are causal.
+        of_all = shape == _OF_KEYS and not (self.before_all and chosen.get("causal", True))
+        unfit = NONE in (mask, shape) or of_all or (is_floats and fill != "-inf")
         if any(all(chosen.get(n, False) not in (False, NONE) for n in two) for two in self.apart):
             return False
         return not (chosen.get("empty") and unfit) and self._fits(chosen)

@@ -59,6 +59,8 @@ from .returned import judge_lse
 from .sharded import judge_dropout_of_ranks
 from .spec import AttentionSpec
 
+# Query heads to a key head: more than the tiles of 16 that kernels take them in, and no multiple.
+_MANY = 24
 # What each level of a call needs to be declared.
 _NEEDS: dict[str, Need] = {
     "mask": takes_mask, "fill": takes_float_mask, "empty": declares_fully_masked,
@@ -97,11 +99,24 @@ def _judged(
         for chosen in asked:
             if refused:
                 _ask(examination, chosen)
-            examination.judge(chosen)
+            if chosen["group"] < _MANY or _takes(examination, chosen):
+                examination.judge(chosen)
 
     run.__doc__ = about
     needy = any(level in _NEEDS for levels in calls for level in levels)
     check(name, sentence, needs=needs if needy else None, **more)(run)
+
+
+def _takes(examination: Examination, chosen: Choice) -> bool:
+    """Whether it takes more query heads to a key head than kernels need to have room for."""
+    declared = examination.space.declared
+    if declared.heads is not None or declared.few_shapes:
+        return False
+    try:
+        _ask(examination, chosen)
+    except Skipped:
+        return False
+    return True
 
 
 def _ask(examination: Examination, chosen: Choice) -> None:
@@ -159,6 +174,7 @@ _judged("fully_masked", "a query that may attend to nothing gives what is declar
         quick=True, issue="pytorch/pytorch#103963")  # fmt: skip
 _judged("grouped", "grouped heads share keys in the order of repeat_interleave",
         "Two and more query heads for one of keys.", {"group": 2}, {"group": 3}, {"group": 4},
+        {"group": _MANY, "sizes": (3, 7)},
         quick=True, issue="fkodom/grouped-query-attention-pytorch#5")  # fmt: skip
 _judged("large_scores", "where scores are large it is attention",
         "Scores of a few hundred: exp of them overflows in every dtype but float64.",
@@ -296,8 +312,16 @@ def decoding(examination: Examination) -> None:
     issue="pytorch/pytorch#181133",
 )
 def layout(examination: Examination) -> None:
-    """Permuted, strided, expanded and misaligned inputs."""
+    """Permuted, strided, expanded and misaligned inputs, masks as well where values are as wide."""
     assert_layout_invariant(examination.spec, *examination.case().tensors)
+    # Public kernels say how a mask has to lie, and refuse another one.
+    masked = examination.spec.mask is not None and examination.spec.convention is None
+    try:
+        call = examination.case(value_dim="equal", **({"mask": "boolean"} if masked else {}))
+    except Skipped:
+        return
+    given = {} if call.mask is None else {"attn_mask": call.mask}
+    assert_layout_invariant(_of_whole_masks(examination), *call.tensors, **given)
 
 
 @check("repeats", "the same input gives the same output, and stays as it is", quick=True,

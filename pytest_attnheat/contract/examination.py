@@ -361,6 +361,7 @@ def declared_of(spec: AttentionSpec, square: bool, equal_widths: bool) -> Declar
         from_the_end=spec.alignment == "bottom_right",
         near=any(rule is not None for rule in far),
         numbers=_numbers(spec),
+        before_all=spec.says("fully_masked") and spec.fully_masked != "undefined",
         # Who takes no mask may not know of such queries: then it has to be typed.
         empty=spec.fully_masked != "undefined"
         and (spec.mask is not None or spec.says("fully_masked")),

@@ -154,7 +154,8 @@ def _unexplained(
     if nearest.fit.residual <= EXPLAINS * correct.fit.residual and not diagnosis.shows:
         sentence += f"; most of the error is that of {_described(nearest)} (residual "
         sentence += f"{residual_text(nearest.fit.residual)})"
-    if coarse := _as_if_coarse(diagnosis):
+    # Rounding spares no head.
+    if not {"heads", "batch"} & set(diagnosis.where) and (coarse := _as_if_coarse(diagnosis)):
         sentence += f"; {coarse}"
     return replace(
         diagnosis, next_best=nearest.fit.residual, next_best_defects=nearest.names,
@@ -187,6 +188,8 @@ def _sentence(name: str, best: Explanation, rest: Sequence[Explanation], other: 
 
 
 def _described(one: Explanation) -> str:
+    if one.names == ("scale_missing", "temperature"):
+        return f"attention whose scores are multiplied by {one.constant:.6g}, whatever head_dim is"
     parts = [filled(defect, one.constant) for defect in one.defects]
     return f"attention {', and '.join(parts)}"
 

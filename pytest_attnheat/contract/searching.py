@@ -178,6 +178,8 @@ class Search:
                 constants["temperature"] = self._temperature(some[0].decided, outcome, i)
             constants["output_factor"] = _output_factor(outcome, probe)
             for (name, constant), base in product(constants.items(), some):
+                if name == "temperature" and base.names[-1:] == ("scale_of_another_width",):
+                    continue  # a fixed scale times a constant is a fixed scale
                 if constant is None or abs(constant - 1.0) < _least_step(base.decided, probe):
                     continue
                 defects = (*base.defects, _BY_NAME[name])
