@@ -133,6 +133,7 @@ class Tag:
             something that is not understood was done to it since.
         sink: The weights and the scores of the sink that was left out, (..., query_len, 1) each.
         sample: Of what the softmax was given.
+        mixed: Whether the weights of several heads, or softmaxes, were put together in each.
         routes: Whether these are weights over the classes of a layer.
         of_experts: Whether it holds what several layers made, beside one another.
         operands: Two tensors that broadcast, of which it is the product element by element.
@@ -157,6 +158,7 @@ class Tag:
     factor: float = 1.0
     sink: tuple[Tensor, Tensor] | None = None
     sample: Sample | None = None
+    mixed: bool = False
     routes: bool = False
     of_experts: bool = False
     operands: tuple[Tensor, Tensor] | None = None
@@ -202,6 +204,11 @@ class Tags:
         """The number that a tensor was multiplied by; 1 if none is known."""
         tag = self[tensor]
         return 1.0 if tag is None else tag.factor
+
+
+def mixed(weights: Tag) -> Tag:
+    """The tag of weights that are no softmax of their own scores any more."""
+    return replace(weights, scores=None, clean=None, mixed=True)
 
 
 def before_of(sources: Sequence[Tag | Origin | None]) -> tuple[int, ...] | None:

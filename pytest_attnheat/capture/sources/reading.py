@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -180,6 +180,12 @@ class _Known:
     lost: bool = False
 
 
+def _kind(tag: Tag) -> Literal["attention", "pooling", "mixed"]:
+    if tag.mixed:
+        return "mixed"
+    return "pooling" if tag.scores is not None and tag.scores.origin is None else "attention"
+
+
 def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
@@ -195,7 +201,7 @@ def _record(
     record = AttentionRecord(
         layer="",
         source=tag.source,
-        kind="pooling" if scores is not None and scores.origin is None else "attention",
+        kind=_kind(tag),
         doubt=shaping.doubt or known.doubt or doubt_of(sources, used),
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype),

@@ -19,7 +19,7 @@ from pytest_attnheat.capture.sources import moved
 from pytest_attnheat.capture.sources.numbers import rows_are_distributions, sample_of, seen_in
 from pytest_attnheat.capture.sources.products import Product, read_product, read_sum
 from pytest_attnheat.capture.sources.reading import tell
-from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of
+from pytest_attnheat.capture.tags import Origin, Scores, Tag, before_of, mixed
 from pytest_attnheat.capture.watching import After, Call, Function, Source, Watcher
 
 _PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum", "mm", "mv", "tensordot"}
@@ -68,8 +68,7 @@ def _convolved(base: str, call: Call) -> After | None:
     def after(output: Any) -> None:
         follow(output)
         if (now := call.watcher.tags[output]) is not None:
-            # Heads are mixed, or keys: these are not the softmax of their scores any more.
-            call.watcher.tags[output] = replace(now, scores=None, clean=None)
+            call.watcher.tags[output] = mixed(now)  # heads, or keys
 
     return after
 
@@ -111,7 +110,7 @@ def _product(watcher: Watcher, product: Product, output: Tensor) -> None:
             and weights.weights
             and _mixes_heads(weights, other, product, output)
         ):
-            watcher.tags[output] = replace(weights, scores=None, clean=None)
+            watcher.tags[output] = mixed(weights)
             return
     for candidate in (product, product.turned()):
         if _is_attention(watcher, candidate):
@@ -189,7 +188,7 @@ def _projected(base: str, call: Call) -> After | None:
 
     def after(output: Tensor) -> None:
         if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
-            tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
+            tags[output] = mixed(tag)
         elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
             tags[output] = Tag(parametric=True)
 
