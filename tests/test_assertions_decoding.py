@@ -512,6 +512,10 @@ class Windowed(nn.Module):
         seen = (behind >= 0) & (behind <= 3)
         return sdpa(query, key, value, attn_mask=seen), kept
 
+    @staticmethod
+    def reordered(cache, order):
+        return cache[0][order], cache[1][order], cache[2]
+
 
 @pytest.mark.parametrize(
     ("mistake", "words"),
@@ -525,6 +529,43 @@ def test_keys_that_a_short_cache_lost_or_never_had_are_told_by_the_keys(mistake,
     assert_decode_matches_prefill(SequenceModel(right, decode=right), ids)
     wrong = Windowed(**mistake)
     assert words in cause(message(SequenceModel(wrong, decode=wrong), ids))
+
+
+@pytest.mark.parametrize(
+    ("batch", "reorder", "words"),
+    [
+        (
+            2,
+            lambda cache, order: cache,
+            "all are off: is the whole cache reordered, keys and values",
+        ),
+        (4, lambda cache, order: cache, "entries that keep their place alone are right: is the"),
+        (4, lambda cache, order: (cache[0][order], *cache[1:]), "entries that keep their place"),
+        (
+            4,
+            lambda cache, order: Windowed.reordered(cache, order.argsort()),
+            "is the cache put in the order that it is given: its entry i is entry order[i]?",
+        ),
+    ],
+)
+def test_a_cache_that_is_not_reordered_as_beam_search_needs_it_is_found(batch, reorder, words):
+    model, ids = Windowed(), torch.arange(8 * batch).reshape(batch, 8)
+    right = SequenceModel(model, decode=model, reorder=Windowed.reordered)
+    assert_decode_matches_prefill(right, ids)
+    told = message(SequenceModel(model, decode=model, reorder=reorder), ids)
+    claim = (
+        "outputs decoded with the cache after the batch was put in another order, as beam search"
+    )
+    assert claim in told
+    assert words in cause(told)
+
+
+def test_a_cache_that_cannot_be_reordered_is_not_asked_to():
+    def refuses(cache, order):
+        raise NotImplementedError
+
+    model, ids = Windowed(), torch.arange(16).reshape(2, 8)
+    assert_decode_matches_prefill(SequenceModel(model, decode=model, reorder=refuses), ids)
 
 
 def test_the_message_names_the_chunking_the_first_token_and_how_to_repeat():

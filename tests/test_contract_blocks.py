@@ -620,6 +620,16 @@ def test_positions_that_go_on_over_packed_documents_are_noted_as_they_may_be_mea
         assert_batch_independent(SDPA, *[randn(2, 1, 11, WIDTH)] * 3, documents=PACKED)
 
 
+def test_a_block_that_forgets_its_mask_where_gradients_are_computed_is_found():
+    class Saving(Near):
+        def forward(self, hidden, keep=None):
+            return Near(9, 9 * torch.is_grad_enabled())(hidden, keep)
+
+    report = check_attention(AttentionSpec(Saving(), inputs=randn(2, 6, WIDTH), causal="top_left"))
+    assert failed(report) == {"repeats", "no_leakage"}  # whose gradients see the future
+    assert "outputs are others where gradients are computed" in message(report, "repeats")
+
+
 class Placed(nn.Module):
     """Attention that adds the position of each slot, and is told of no other positions."""
 

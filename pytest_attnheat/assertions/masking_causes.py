@@ -24,6 +24,8 @@ from .scan import blocks, row_of
 # The most weights and batch entries that a sample of keys holds.
 _SAMPLE = 2**17
 _SAMPLE_ENTRIES = 64
+# Of what is padding so much gets weight where no mask was applied; some weights underflow.
+_MOST = 0.9
 # The heads that a sentence names.
 _HEADS_NAMED = 4
 # Masked keys with less than this part of the largest permitted weight hold a little of it.
@@ -80,7 +82,9 @@ def padding_cause(evidence: Evidence, lengths: Sequence[int], side: Side) -> str
     telling, seen = evidence.telling(), _seen_keys(evidence)
     found = (
         finite_mask(telling), other_padding(seen, lengths, side),
-        padded_queries(telling, lengths, side), no_padding(seen, lengths), not_a_number(evidence),
+        padded_queries(telling, lengths, side),
+        no_padding(seen, lengths, evidence.finding.broken / evidence.finding.of),
+        not_a_number(evidence),
     )  # fmt: skip
     return named(evidence, found)
 
@@ -181,12 +185,17 @@ def other_padding(seen: Tensor, lengths: Sequence[int], side: Side) -> str | Non
     return None
 
 
-def no_padding(seen: Tensor, lengths: Sequence[int]) -> str | None:
-    """Every key of every batch entry gets weight."""
+def no_padding(seen: Tensor, lengths: Sequence[int], part: float) -> str | None:
+    """Every key of every batch entry gets weight, in some part of all that is padding."""
     padded = [i for i, length in enumerate(lengths[: len(seen)]) if length < seen.shape[-1]]
     if not padded or not bool(seen[padded].all()):
         return None
-    return "padding gets weight like the rest: no padding mask was applied?"
+    if part > _MOST:
+        return "padding gets weight like the rest: no padding mask was applied?"
+    return (
+        "padding gets weight in some rows or heads, and none in others: are these the weights of "
+        "other heads or entries, or is the map turned?"
+    )
 
 
 def _real(lengths: Sequence[int], key_len: int, side: Side) -> Tensor:

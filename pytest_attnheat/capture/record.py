@@ -74,7 +74,8 @@ class AttentionRecord:
         mask_lost: Whether that may have hidden keys, and no mask was seen.
         doubt: What about its shape is a guess; empty if the call says all.
         kind: "linear" if the weights are those that linear attention implies and never holds,
-            "pooling" if they are a softmax of what was not seen to be queries times keys.
+            "pooling" if they are a softmax of what was not seen to be queries times keys, "mixed"
+            if heads or softmaxes were put together after it: rows need not sum to 1.
         part: "keys" if other keys of its rows went where they are not recorded: no row is whole.
             "queries" if its module put other queries beside them: all are numbered from 0.
         carried: What its module carries, which says what its attention should be.
@@ -122,7 +123,7 @@ class AttentionRecord:
     strange: str = ""
     mask_lost: bool = False
     doubt: str = ""
-    kind: Literal["attention", "linear", "pooling"] = "attention"
+    kind: Literal["attention", "linear", "pooling", "mixed"] = "attention"
     part: Part = ""
     scale_steps: tuple[float, ...] = ()
     scaled_before: tuple[float, ...] = ()

@@ -259,9 +259,25 @@ def block_layout(examination: Examination) -> None:
 @check("repeats", "the same input gives the same output", "block", quick=True,
        issue="pytorch/pytorch#124464")  # fmt: skip
 def block_repeats(examination: Examination) -> None:
-    """In evaluation mode, whatever the random state."""
+    """In evaluation mode, whatever the random state, with gradients and without."""
     examination.refuse_training()
-    assert_deterministic(*examination.block(), seed=examination.seed)
+    model, inputs = examination.block()
+    assert_deterministic(model, inputs, seed=examination.seed)
+    subject = as_sequence(model, inputs, {})
+    with borrowed(model.module, inputs, seed=examination.seed):
+        with torch.no_grad():
+            base = other = subject.run()
+        with suppress(RuntimeError, NotImplementedError), torch.enable_grad():  # it may have none
+            other = subject.run().detach()
+    allowed = output_tolerance(base.dtype)
+    if differ(other, base, allowed):
+        raise Failure(
+            "",
+            "outputs are others where gradients are computed",
+            cause="what asks for torch.is_grad_enabled(): checkpoints, a fast path, a cache?",
+            tensor=Checked.of(base),
+            tolerance=allowed,
+        )
 
 
 @check("rows", "every row is a distribution", "captured", quick=True,

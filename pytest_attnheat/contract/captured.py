@@ -275,7 +275,7 @@ def _listed(reasons: Sequence[str]) -> str:
 
 def assert_rows(record: AttentionRecord, fully_masked: DeclaredFullyMasked) -> None:
     """Assert that the rows of a record are distributions, or what is declared if fully masked."""
-    if record.kind == "linear":  # no softmax makes its rows sum to 1
+    if record.kind in ("linear", "mixed"):  # no softmax makes its rows sum to 1
         return
     # Weights are kept in a dtype of the reader's choice; what rounded them is the model's.
     coarser = max(record.dtype, record.weights_dtype, key=lambda dtype: torch.finfo(dtype).eps)

@@ -320,7 +320,7 @@ def layout(examination: Examination) -> None:
         call = examination.case(value_dim="equal", **({"mask": "boolean"} if masked else {}))
     except Skipped:
         return
-    given = {} if call.mask is None else {"attn_mask": call.mask}
+    given: dict[str, Any] = {} if call.mask is None else {"attn_mask": call.mask}
     assert_layout_invariant(_of_whole_masks(examination), *call.tensors, **given)
 
 

@@ -311,6 +311,11 @@ def _why_operands_differ(own: AttentionRecord, whole: AttentionRecord, step: ran
         off.append("queries of a later chunk")
     if not off:
         return None
+    if off[:2] == ["new keys", "new values"]:
+        return (
+            "the new keys and values are others than at once: is it positions that are added to "
+            "tokens, or what else comes before?"
+        )
     others = "" if "values" in " ".join(off) else ", values are not: rotated by other positions?"
     return f"the {off[0]} are others than at once{others}"
 

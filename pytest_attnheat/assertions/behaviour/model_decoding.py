@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -169,6 +169,41 @@ class ModelDecoder(Decoder):
         given = chunk if model.batch_first else chunk.transpose(0, 1)
         result, cache = decoded(model.decode, given.clone(), cache, **arguments)
         return model.read(result, chunk), cache
+
+    def in_another_order(self, order: Tensor, first: int) -> Tensor | None:
+        """Decode a chunk, put the batch in another order, and decode the rest token by token.
+
+        Args:
+            order: The entry of the batch that is to be at each place, (batch,).
+            first: The size of the first chunk.
+
+        Returns:
+            The outputs of the rest, (batch, length - first, width); None where the cache cannot be
+            reordered.
+        """
+        reorder, moved = (
+            self.subject.model.reorder,
+            replace(self, subject=self.subject.samples(order)),
+        )
+        assert reorder is not None
+        _, cache = self.step(range(first), None)
+        try:
+            cache = reorder(cache, order)
+        except NotImplementedError:
+            return None
+        outputs: list[Tensor] = []
+        for token in range(first, self.subject.length):
+            output, cache = moved.step(range(token, token + 1), cache)
+            outputs.append(output)
+        return torch.cat(outputs, 1)
+
+    def why_order_fails(self, broken: Tensor, order: Tensor) -> str:
+        """Say which entries of a batch in another order are off, (batch, rest)."""
+        off, stays = broken.any(-1), order == torch.arange(len(order), device=order.device)
+        if torch.equal(off.to(order.device), ~stays):
+            fact = "entries that keep their place alone are right" if stays.any() else "all are off"
+            return f"{fact}: is the whole cache reordered, keys and values of every layer?"
+        return "is the cache put in the order that it is given: its entry i is entry order[i]?"
 
     def _run(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Run the model on some tokens at once, at some positions, without a cache."""

@@ -47,6 +47,8 @@ class SequenceModel:
         decode: For a module with a cache of keys and values: `decode(inputs, cache)` returns
             the output for a further chunk of the sequence and the new cache; the cache of the
             first chunk is None. Further arguments of the module are passed on to it by keyword.
+        reorder: With `decode`: `reorder(cache, order)` returns a cache whose entry i of the batch
+            is entry `order[i]` of the given one, (batch,), as beam search needs it.
         arguments: Further keyword arguments of every call. Where samples are chosen, a tensor
             whose first dimension is the batch is cut along with them.
         memory_argument: The keyword of a memory (batch, other length, width) in which the module
@@ -65,6 +67,7 @@ class SequenceModel:
     mask_argument: str | None = None
     positions_argument: str | None = None
     decode: Decode | None = None
+    reorder: Callable[[Any, Tensor], Any] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict, hash=False)
     memory_argument: str | None = None
     has_positions: bool | None = None
@@ -303,7 +306,16 @@ def _of_transformers(module: Callable[..., Any]) -> SequenceModel:
         mask_argument=mask,
         positions_argument="position_ids" if "position_ids" in taken else None,
         decode=CachedDecoding(module) if any(name in taken for name in _CACHES) else None,
+        reorder=_reordered,
     )
+
+
+def _reordered(cache: Any, order: Tensor) -> Any:
+    """Put a cache of transformers in another order, as its beam search does."""
+    if not hasattr(cache, "reorder_cache"):
+        raise NotImplementedError
+    cache.reorder_cache(order)
+    return cache
 
 
 # What models of transformers call their cache: `cache` from version 5.24 on.

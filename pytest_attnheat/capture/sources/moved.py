@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from ..shaping import in_windows, joined, still_joined
-from ..tags import Scores, Tag, coarser
+from ..tags import Scores, Tag, coarser, mixed
 from ..watching import After, Call, Function
 from .reading import attended_of, mark_blocks, tell_divided
 
@@ -183,6 +183,8 @@ def anything(base: str, call: Call) -> After | None:
         return lambda output: _follow(call, base, number, known, every, output)
     tag, source = known[place] or Tag(), every[place]
     shape = source.shape
+    others = (t for t, one in zip(known, every, strict=True) if one is not source and t)
+    several = any(t.weights and t.scores is not None for t in others)
 
     def after(output: Any) -> None:
         if not isinstance(output, Tensor) or not output.is_floating_point():
@@ -195,6 +197,9 @@ def anything(base: str, call: Call) -> After | None:
             if clean is not None:
                 clean = _repeated(call, base, lambda one: clean if one is source else one)
             grown = output.shape[:-2] != shape[:-2]
+            if several:  # as in the difference of two softmaxes
+                call.watcher.tags[output] = mixed(tag)
+                return
             of = tuple(one for one in every if isinstance(one, Tensor)) if grown else ()
             tags[output] = replace(
                 tag, clean=clean, scores=None if grown else tag.scores, sink=None,

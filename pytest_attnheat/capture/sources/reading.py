@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -169,6 +169,12 @@ class _Known:
     lost: bool = False
 
 
+def _kind(tag: Tag) -> Literal["attention", "pooling", "mixed"]:
+    if tag.mixed:
+        return "mixed"
+    return "pooling" if tag.scores is not None and tag.scores.origin is None else "attention"
+
+
 def _record(
     watcher: Watcher, tag: Tag, product: Product, clean: Tensor
 ) -> tuple[AttentionRecord, Tensor]:
@@ -182,8 +188,7 @@ def _record(
     known = _known(tag, product, shaping, math.prod(scores.steps) if scores is not None else 1.0)
     exact = scores is not None and not known.strange
     record = AttentionRecord(
-        layer="", source=tag.source,
-        kind="pooling" if scores is not None and scores.origin is None else "attention",
+        layer="", source=tag.source, kind=_kind(tag),
         doubt=shaping.doubt or known.doubt or doubt_of(sources, used),
         shape=shaping.weights_shape(*used.shape[-2:]),
         dtype=coarser(used.dtype, tag.dtype or used.dtype, product.output.dtype), query=known.query,

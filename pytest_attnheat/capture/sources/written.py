@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..tags import Origin, Scores, Tag, before_of
+from ..tags import Origin, Scores, Tag, before_of, mixed
 from ..watching import After, Call, Function, Source, Watcher
 from . import moved
 from .products import Product, read_product, read_sum, rows_are_distributions, sample_of, seen_in
@@ -67,8 +67,7 @@ def _convolved(base: str, call: Call) -> After | None:
     def after(output: Any) -> None:
         follow(output)
         if (now := call.watcher.tags[output]) is not None:
-            # Heads are mixed, or keys: these are not the softmax of their scores any more.
-            call.watcher.tags[output] = replace(now, scores=None, clean=None)
+            call.watcher.tags[output] = mixed(now)  # heads, or keys
 
     return after
 
@@ -106,7 +105,7 @@ def _product(watcher: Watcher, product: Product, output: Tensor) -> None:
         return
     for weights, other in ((left, product.right_source), (right, product.left_source)):
         if weights is not None and weights.weights and _mixes_heads(other, product, output):
-            watcher.tags[output] = replace(weights, scores=None, clean=None)
+            watcher.tags[output] = mixed(weights)
             return
     for candidate in (product, product.turned()):
         if _is_attention(watcher, candidate):
@@ -184,7 +183,7 @@ def _projected(base: str, call: Call) -> After | None:
 
     def after(output: Tensor) -> None:
         if tag is not None and tag.weights and tag.turned and output.shape == source.shape:
-            tags[output] = replace(tag, scores=None, clean=None)  # Heads are mixed.
+            tags[output] = mixed(tag)
         elif isinstance(weight, nn.Parameter) and weight.ndim == 2 and weight.shape[0] > 1:
             tags[output] = Tag(parametric=True)
 
