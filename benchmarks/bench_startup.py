@@ -68,6 +68,7 @@ def main(processes: int) -> None:
     found: dict[str, list] = {"without": [], "differences": [], "others": []}
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as cache:
         environment = {**os.environ, "PYTHONPYCACHEPREFIX": cache}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # it would compile the plugin each time
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         command = [sys.executable, str(Path(__file__).resolve()), "--pairs"]
         for _ in range(processes):
